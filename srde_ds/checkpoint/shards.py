@@ -1,0 +1,246 @@
+"""Tensors as flat runs in one safetensors file a rank, read back by global offset at any number of ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from srde_ds.errors import SRDEError, nearest
+
+KINDS = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
+CHUNK_BYTES = 16 * 2**20
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass
+class TensorPiece:
+    """A contiguous run of one global tensor, held by one rank.
+
+    Args:
+        name: the tensor's stable name, such as `layers.0.deltas.free`.
+        kind: one of KINDS: the fp32 master weights or one of the optimizer's states of the same shape.
+        global_shape: shape of the whole tensor over all ranks, without padding.
+        offset: index of the run's first element in the row-major flattened global tensor.
+        data: the run, 1-D, fp32.
+
+    Raises:
+        SRDEError: the kind is unknown, the data is not flat fp32, or the run leaves the tensor.
+    """
+
+    name: str
+    kind: str
+    global_shape: tuple[int, ...]
+    offset: int
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        where = f"piece of '{self.name}' ({self.kind})"
+        if self.kind not in KINDS:
+            raise SRDEError(f"{where}: kind must be one of {', '.join(KINDS)}.")
+        if self.data.dim() != 1 or self.data.dtype != torch.float32:
+            raise SRDEError(f"{where}: data must be 1-D float32, not {self.data.dim()}-D {self.data.dtype}.")
+        end = self.offset + self.data.numel()
+        if self.offset < 0 or end > math.prod(self.global_shape):
+            raise SRDEError(f"{where}: elements {self.offset}:{end} lie outside shape {self.global_shape}.")
+
+
+class FileRecord(TypedDict):
+    """What the manifest says about a file."""
+
+    bytes: int
+    sha256: str
+
+
+def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
+    """Write a new file, fsync it, and hash what was meant to be written (so a later check also finds a lying disk)."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            digest.update(chunk)
+            size += memoryview(chunk).nbytes
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileRecord:
+    """Write a safetensors file in one pass: a chunk at a time goes to the host, to the file and into the hash."""
+    # Large elements first, so that every tensor starts at a multiple of its element size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def chunks() -> Iterator[Any]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        for _, tensor in ordered:
+            for part in tensor.detach().reshape(-1).split(CHUNK_BYTES // tensor.element_size()):
+                yield part.cpu().contiguous().view(torch.uint8).numpy()
+
+    return write_bytes(path, chunks())
+
+
+def shard_name(rank: int) -> str:
+    return f"shard-{rank:05d}.safetensors"
+
+
+def write_shard(folder: str | Path, rank: int, pieces: Sequence[TensorPiece]) -> FileRecord:
+    """Write `shard-<rank>.safetensors` with keys `{kind}/{name}/{offset}`, fsynced. The file must not exist yet.
+
+    Raises:
+        OSError: the file cannot be written.
+        SRDEError: two pieces start at the same element.
+    """
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, dict[str, Any]] = {}
+    for piece in pieces:
+        if piece.data.numel() == 0:
+            continue
+        key = f"{piece.kind}/{piece.name}/{piece.offset}"
+        if key in tensors:
+            raise SRDEError(f"rank {rank} gave two pieces '{key}'.")
+        tensors[key] = piece.data
+        places[key] = {"global_shape": list(piece.global_shape), "offset": piece.offset}
+    return write_tensors(Path(folder) / shard_name(rank), tensors, {"pieces": json.dumps(places)})
+
+
+class _Run(NamedTuple):
+    start: int
+    stop: int
+    path: Path
+    key: str
+
+
+class ShardIndex:
+    """Where each element of each tensor lies in a folder's shards. Reads headers only.
+
+    Raises:
+        SRDEError: a file is no shard, shards disagree on a shape, or an element is not there exactly once.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._runs: dict[tuple[str, str], list[_Run]] = defaultdict(list)
+        for path in sorted(self.folder.glob("shard-*.safetensors")):
+            self._add(path)
+        for (kind, name), runs in self._runs.items():
+            runs.sort()
+            total = math.prod(self.shapes[kind, name])
+            reached = 0
+            for start, stop in [*((run.start, run.stop) for run in runs), (total, total)]:
+                if start != reached:
+                    fault = "is missing" if start > reached else "holds more than once"
+                    raise SRDEError(
+                        f"checkpoint '{self.folder}': {fault} elements {min(start, reached)}:{max(start, reached)} "
+                        f"of '{name}' ({kind}), shape {self.shapes[kind, name]}."
+                    )
+                reached = stop
+
+    def _add(self, path: Path) -> None:
+        with open_tensors(path) as file:
+            try:
+                places = json.loads((file.metadata() or {})["pieces"])
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    kind, _, rest = key.partition("/")
+                    name = rest.rpartition("/")[0]
+                    start, shape = places[key]["offset"], tuple(places[key]["global_shape"])
+                    view = file.get_slice(key)
+                    size = view.get_shape()
+                    sane = len(shape) <= 8 and all(
+                        type(value) is int and 0 <= value < 2**53 for value in (start, *shape)
+                    )
+                    if kind not in KINDS or not name or not sane or len(size) != 1 or view.get_dtype() != "F32":
+                        raise ValueError(f"bad entry {key!r}")
+                    if self.shapes.setdefault((kind, name), shape) != shape:
+                        raise SRDEError(
+                            f"'{path}': '{name}' ({kind}) has shape {shape}, "
+                            f"but {self.shapes[kind, name]} in another shard."
+                        )
+                    self._runs[kind, name].append(_Run(start, start + size[0], path, key))
+            except (KeyError, TypeError, ValueError, RecursionError) as error:
+                raise SRDEError(f"'{path}': not a shard of srde_ds: {_reason(error)}.") from None
+
+    def read(self, wanted: Sequence[TensorPiece]) -> None:
+        """Fill each piece's `data` in place, reading only the bytes that overlap.
+
+        Raises:
+            SRDEError: a tensor is missing or has another shape.
+        """
+        copies: dict[Path, list[tuple[str, int, int, Tensor]]] = defaultdict(list)
+        for piece in wanted:
+            shape = self.shapes.get((piece.kind, piece.name))
+            if shape != tuple(piece.global_shape):
+                found = f"has shape {shape}" if shape is not None else "is not in it"
+                similar = nearest(piece.name, (name for kind, name in self.shapes if kind == piece.kind))
+                raise SRDEError(
+                    f"checkpoint '{self.folder}': '{piece.name}' ({piece.kind}) {found}, "
+                    f"but shape {tuple(piece.global_shape)} is wanted.{similar if shape is None else ''}"
+                )
+            runs = self._runs[piece.kind, piece.name]
+            first, last = piece.offset, piece.offset + piece.data.numel()
+            for run in runs[max(0, bisect_right(runs, first, key=lambda run: run.start) - 1) :]:
+                if run.start >= last:
+                    break
+                start, stop = max(run.start, first), min(run.stop, last)
+                target = piece.data[start - first : stop - first]
+                copies[run.path].append((run.key, start - run.start, stop - run.start, target))
+        for path, parts in copies.items():
+            with open_tensors(path) as file, torch.no_grad():
+                for key, start, stop, target in parts:
+                    target.copy_(file.get_slice(key)[start:stop])
+
+
+def read_pieces(folder: str | Path, wanted: Sequence[TensorPiece]) -> None:
+    """Fill each piece's `data` in place from whichever shards hold its elements; see ShardIndex for errors."""
+    ShardIndex(folder).read(wanted)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading. The library checks header and sizes before any tensor is made.
+
+    Raises:
+        SRDEError: the file is missing or is not safetensors.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise SRDEError(f"'{path}': cannot be read as safetensors: {_reason(error)}.") from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

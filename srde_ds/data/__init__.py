@@ -1,0 +1,1 @@
+"""From JSONL records to packed rows, and from rows to batches."""

@@ -1,0 +1,94 @@
+"""Which rows a rank sees at a step, as batches of tensors: a pure function of the step, so resuming is free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from srde_ds.errors import SRDEError
+
+COLUMNS = ("input_ids", "labels", "position_ids", "domain", "length")
+
+
+class RowStream:
+    """The endless stream of training rows: one epoch's permutation after the other.
+
+    Step s takes the `global_batch_rows` rows from position s * global_batch_rows on, whatever the number of
+    ranks. Each epoch covers each row once, in an order fixed by (seed, epoch); a batch may span two epochs,
+    and a dataset smaller than a batch is gone through several times within it.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, *, seed: int, global_batch_rows: int) -> None:
+        if len(dataset) == 0:
+            raise SRDEError("the dataset has no rows: build it again.")
+        self.rows = _as_numpy(dataset)
+        self.seed = seed
+        self.global_batch_rows = global_batch_rows
+        self._order = lru_cache(maxsize=2)(self._permutation)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Row indices of the whole optimizer step; `step` counts from 0."""
+        first = step * self.global_batch_rows
+        places = (divmod(position, len(self.rows)) for position in range(first, first + self.global_batch_rows))
+        return [int(self._order(epoch)[index]) for epoch, index in places]
+
+    def micro_batch(self, step: int, micro: int, *, rank: int, world_size: int, batch_size: int) -> dict[str, Tensor]:
+        """The rows of one rank in one micro-step.
+
+        Returns:
+            `input_ids`, `labels`, `position_ids` int64 [b, S]; `token_mask` bool [b, S], True on real tokens;
+            `domain` int64 [b]. No attention mask: transformers keeps packed documents apart by `position_ids`.
+        """
+        micro_rows = world_size * batch_size
+        if self.global_batch_rows % micro_rows or not 0 <= micro < self.global_batch_rows // micro_rows:
+            raise SRDEError(
+                f"micro-step {micro} of {world_size} ranks with batch_size={batch_size} does not lie in a global batch "
+                f"of {self.global_batch_rows} rows."
+            )
+        first = micro * micro_rows + rank * batch_size
+        return collate(self.rows, self.rows_of_step(step)[first : first + batch_size])
+
+
+def validation_batches(
+    dataset: datasets.Dataset, batch_size: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[dict[str, Tensor]]:
+    """Each row once, cut so that every rank gets the same number of batches (ZeRO-3 ranks run in step).
+
+    Batches are as in `RowStream.micro_batch`, with `row_index` int64 [b]. Where rows run out, a batch is filled
+    with dummy rows: row_index -1, no label and no real token.
+    """
+    rows = _as_numpy(dataset)
+    for start in range(0, len(rows), world_size * batch_size):
+        first = start + rank * batch_size
+        indices = list(range(first, min(first + batch_size, len(rows))))
+        real = len(indices)
+        batch = collate(rows, indices + [0] * (batch_size - real))
+        batch["row_index"] = torch.tensor(indices + [-1] * (batch_size - real))
+        batch["labels"][real:] = -100
+        batch["token_mask"][real:] = False
+        yield batch
+
+
+def collate(rows: datasets.Dataset, indices: list[int]) -> dict[str, Tensor]:
+    """The rows at `indices` as tensors; see `RowStream.micro_batch`."""
+    columns: dict[str, Any] = rows[indices]
+    tensors = {name: torch.from_numpy(np.asarray(columns[name], dtype=np.int64)) for name in COLUMNS}
+    length = tensors.pop("length")
+    tensors["token_mask"] = torch.arange(tensors["input_ids"].shape[1]) < length[:, None]
+    return tensors
+
+
+def _as_numpy(dataset: datasets.Dataset) -> datasets.Dataset:
+    missing = [name for name in COLUMNS if name not in dataset.column_names]
+    if missing:
+        raise SRDEError(f"the dataset has no column '{missing[0]}': build it with build_dataset.")
+    return dataset.with_format("numpy")

@@ -1,0 +1,160 @@
+"""What a folder of packed rows holds and what it was made from: `manifest.json`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.packing import template_kind, template_text
+from srde_ds.errors import SRDEError
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass
+class DomainCounts:
+    """One domain in one split."""
+
+    documents: int = 0
+    """records in the JSONL file"""
+    too_long: int = 0
+    """documents longer than max_length"""
+    dropped: int = 0
+    """of these, left out; the others were truncated"""
+    by_parts: int = 0
+    """documents whose prompt and response had to be tokenised apart"""
+    rows: int = 0
+    tokens: int = 0
+    """real tokens in the rows"""
+    response_tokens: int = 0
+    """tokens that carry loss"""
+
+
+@dataclass
+class Split:
+    """One folder of rows and the file that it was made from."""
+
+    file: str
+    file_sha256: str
+    rows: int
+    fill_rate: float
+    """real tokens / (rows * max_length)"""
+    content_sha256: str
+    """of the rows: domain, length, input_ids and labels, in order"""
+    domains: dict[str, DomainCounts]
+
+
+@dataclass
+class Manifest:
+    """The whole folder. `tokenizer` is what `tokenizer_identity` returns."""
+
+    format_version: int
+    max_length: int
+    too_long: str
+    seed: int
+    domains: list[str]
+    tokenizer: dict[str, str | int]
+    splits: dict[str, Split]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(content: dict[str, Any]) -> Manifest:
+        splits = {
+            name: Split(**split | {"domains": {d: DomainCounts(**counts) for d, counts in split["domains"].items()}})
+            for name, split in content["splits"].items()
+        }
+        return Manifest(**content | {"splits": splits})
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
+    """What must be equal for two tokenizers to give the same rows; `name` alone may differ."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        # State that calls leave behind, not part of what the tokenizer is.
+        content.pop("truncation", None)
+        content.pop("padding", None)
+    else:
+        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    serialisation = json.dumps(content, sort_keys=True)
+    return {
+        "name": str(tokenizer.name_or_path),
+        "vocab_size": len(tokenizer),
+        "eos_token": str(tokenizer.eos_token),
+        "sha256": hashlib.sha256(serialisation.encode()).hexdigest(),
+        "chat_template": template_kind(tokenizer),
+        "chat_template_sha256": hashlib.sha256(template_text(tokenizer).encode()).hexdigest(),
+    }
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a folder that build_dataset wrote.
+
+    Raises:
+        SRDEError: no such folder, no manifest, a damaged one or one of another format.
+    """
+    path = Path(folder) / FILE_NAME
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        reason = "it is no folder of build_dataset" if Path(folder).exists() else "no such folder"
+        raise SRDEError(f"'{folder}' holds no {FILE_NAME}: {reason}.") from None
+    except ValueError:
+        raise SRDEError(f"'{path}' is damaged: build the dataset again.") from None
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise SRDEError(f"'{path}' has format_version {version}, this release reads {FORMAT_VERSION}: build it again.")
+    try:
+        return Manifest.from_dict(content)
+    except (KeyError, TypeError, AttributeError):
+        raise SRDEError(f"'{path}' is damaged: build the dataset again.") from None
+
+
+def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Dataset:
+    """The memory-mapped rows of `split` ("train" or "validation").
+
+    Raises:
+        SRDEError: the split is not there, or is not what the manifest says.
+    """
+    if split not in manifest.splits:
+        raise SRDEError(f"'{folder}' has no {split} rows: build it with --eval_file.")
+    path = Path(folder) / split
+    try:
+        rows = datasets.load_from_disk(str(path))
+    except (OSError, ValueError) as error:
+        raise SRDEError(f"'{path}' cannot be read ({' '.join(str(error).split())}): build it again.") from None
+    if len(rows) != manifest.splits[split].rows:
+        raise SRDEError(
+            f"'{path}' holds {len(rows)} rows, its manifest says {manifest.splits[split].rows}: build it again."
+        )
+    return rows
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse rows that another tokenizer made, or another chat template."""
+    ours, theirs = tokenizer_identity(tokenizer), manifest.tokenizer
+    for key in ours:
+        if key != "name" and ours[key] != theirs.get(key):
+            raise SRDEError(
+                f"the dataset was built with tokenizer '{theirs.get('name')}', which differs from "
+                f"'{ours['name']}' in {key} ({theirs.get(key)} != {ours[key]}): build it again with this model."
+            )
+
+
+def check_domains(manifest: Manifest, domains: Sequence[str]) -> None:
+    """Refuse rows whose domains are not those of the run, in its order: the order is that of the experts."""
+    if manifest.domains != list(domains):
+        raise SRDEError(
+            f"domains={','.join(domains)}: the dataset was built with {','.join(manifest.domains)}: "
+            "give the same names in the same order, or build it again."
+        )

@@ -1,0 +1,74 @@
+"""When a generated answer counts as right: normalised exact match."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_MARK = re.compile(r"####|\b(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*:?|:)", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?(?:e[+-]?\d{1,3})?", re.IGNORECASE)
+_AROUND = " \t\n.,;:!?\"'`*()[]{}$"
+
+
+def extract_answer(text: str) -> str:
+    r"""The part of `text` that answers.
+
+    The last `\boxed{...}`, else the last `<answer>...</answer>`, else the line after the last `####`, `answer is` or
+    `answer:`, else all of it.
+    """
+    boxed = _last_boxed(text)
+    if boxed is not None:
+        return boxed.strip()
+    if tags := _TAG.findall(text):
+        return str(tags[-1]).strip()
+    if marks := list(_MARK.finditer(text)):
+        rest = text[marks[-1].end() :].strip()
+        if rest:
+            return rest.splitlines()[0].strip()
+    return text.strip()
+
+
+def exact_match(prediction: str, answer: str) -> bool:
+    """Whether `prediction` (after `extract_answer`) says the same as `answer`.
+
+    Equal are texts that differ only in case, white space and surrounding punctuation, and numbers of equal value
+    (1,000 = 1000.0 = 1e3, 1/2 = 0.5). Text that is nothing but punctuation is compared as it is.
+    """
+    left, right = _normalise(extract_answer(prediction)), _normalise(extract_answer(answer))
+    if left == right:
+        return True
+    value = _number(left)
+    return value is not None and value == _number(right)
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind(r"\boxed{")
+    if start < 0:
+        return None
+    start += len(r"\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end]
+    return None
+
+
+def _normalise(text: str) -> str:
+    text = " ".join(text.casefold().split())
+    # A leading point belongs to a number such as ".5".
+    return text if _number(text) is not None else text.strip(_AROUND) or text
+
+
+def _number(text: str) -> Fraction | None:
+    """The exact value of a decimal number or a quotient of two of them."""
+    over, slash, under = text.partition("/")
+    above, below = _decimal(over.strip()), _decimal(under.strip()) if slash else Fraction(1)
+    return None if above is None or not below else above / below
+
+
+def _decimal(text: str) -> Fraction | None:
+    if not _NUMBER.fullmatch(text) or not any(c.isdigit() for c in text.casefold().partition("e")[0]):
+        return None
+    return Fraction(text.replace(",", ""))

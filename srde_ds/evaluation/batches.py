@@ -1,0 +1,24 @@
+"""Batches of items of similar length, so that little is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
+
+MAX_TOKENS = 16384
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, title: str) -> Iterator[list[int]]:
+    """Indices into `lengths`, longest first, so that a lack of memory shows at once; with a bar on a terminal.
+
+    A batch holds at most `batch_size` items and, padded, at most MAX_TOKENS tokens (or one longer item): a few long
+    documents must not set the batch size for all.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    with tqdm(total=len(order), desc=title, unit="item", disable=None, leave=False) as bar:
+        while order:
+            count = max(1, min(batch_size, MAX_TOKENS // lengths[order[0]]))
+            batch, order = order[:count], order[count:]
+            yield batch
+            bar.update(len(batch))

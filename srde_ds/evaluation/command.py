@@ -1,0 +1,105 @@
+"""The verb `evaluate`: weights and a held-out file in, figures, items and a table out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from srde_ds.config import DOMAINS, load_yaml, resolve
+from srde_ds.data.records import read_jsonl
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.compare import evaluate
+from srde_ds.evaluation.report import items_file
+from srde_ds.evaluation.table import format_table
+from srde_ds.evaluation.weights import resolve_weights
+from srde_ds.inference.load import load_model
+from srde_ds.model.adapter import read_metadata
+
+
+def evaluate_command(
+    *,
+    checkpoint: str,
+    eval_file: str,
+    base: str | None,
+    compare_baseline: bool,
+    max_samples: int,
+    max_new_tokens: int,
+    batch_size: int,
+    bf16: bool,
+    seed: int,
+    output_file: str | None,
+) -> dict[str, Any]:
+    """Evaluate, print the table, write `output_file` and the items beside it; returns the JSON's content.
+
+    Args:
+        checkpoint: see `resolve_weights`.
+        output_file: None: see `default_output`.
+
+    Raises:
+        SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range.
+    """
+    started = time.monotonic()
+    target = Path(output_file) if output_file else default_output(checkpoint)
+    if target.is_dir():
+        raise SRDEError(f"output_file={target}: is a folder; give the name of a JSON file.")
+    with TemporaryDirectory(prefix="srde-") as scratch:
+        weights = resolve_weights(checkpoint, scratch)
+        records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
+        model, tokenizer = load_model(weights, base=base, bf16=bf16)
+    result, items = evaluate(
+        model,
+        tokenizer,
+        records,
+        compare_baseline=compare_baseline,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_samples=max_samples,
+        seed=seed,
+    )
+    result["run"] = {
+        "checkpoint": checkpoint,
+        "eval_file": eval_file,
+        "base": str(model.base_identity["name"]),
+        "dtype": "bfloat16" if bf16 else "float32",
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "seconds": time.monotonic() - started,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _write(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
+    _write(target, [json.dumps(result, indent=2, allow_nan=False)])
+    print(format_table(result))
+    print(f"Written: {target}")
+    return result
+
+
+def default_output(checkpoint: str) -> Path:
+    """`evaluation.json` in the run folder or beside the weights; `evaluation-<step>.json` for a checkpoint folder."""
+    path = Path(checkpoint)
+    name, _, step = path.name.partition("-")
+    if name == "checkpoint" and step.isdigit():
+        return path.with_name(f"evaluation-{step}.json")
+    return (path if path.is_dir() else path.parent) / "evaluation.json"
+
+
+def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
+    """The domains that items may have: those of the run's config.yaml if it is there, else DOMAINS and the experts'."""
+    path = Path(checkpoint)
+    for folder in (path, path.parent):
+        if (folder / "config.yaml").is_file():
+            return resolve(load_yaml(folder / "config.yaml"), {}).data.domains
+    return list(dict.fromkeys([*expert_names, *DOMAINS]))
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """Write a whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+    os.replace(temporary, path)

@@ -1,0 +1,102 @@
+"""Cross entropy of the response tokens, item by item, labelled as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.packing import IGNORED, tokenize
+from srde_ds.data.records import Record
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.batches import batches_by_length
+from srde_ds.inference.generate import pad_id
+from srde_ds.model.adapter import SRDEModel
+
+
+@dataclass
+class ItemLoss:
+    """One item: cross entropy in nats summed over its `tokens` response tokens, and, if asked for, how often its
+    tokens (prompt and response) took each expert, [L, E]."""
+
+    loss_sum: float
+    tokens: int
+    assignments: Tensor | None
+
+
+def response_losses(
+    model: SRDEModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    max_length: int,
+    batch_size: int,
+    count_experts: bool = False,
+    title: str = "loss",
+) -> list[ItemLoss]:
+    """The losses of `records`, in their order. Batches are padded on the right and sorted by length.
+
+    Raises:
+        SRDEError: an item is longer than `max_length` tokens.
+    """
+    documents = tokenize(records, tokenizer)
+    for document in documents:
+        if len(document) > max_length:
+            raise SRDEError(
+                f"{document.where}: {len(document)} tokens exceed {max_length}, which is all that the base can read: "
+                "shorten or remove the item."
+            )
+    device, pad = model.base.device, pad_id(tokenizer)
+    losses: dict[int, ItemLoss] = {}
+    model.routing.record_choices = count_experts
+    try:
+        for batch in batches_by_length([len(document) for document in documents], batch_size, title):
+            ids = [torch.from_numpy(documents[i].input_ids).long() for i in batch]
+            labels = [
+                row.masked_fill(~torch.from_numpy(documents[i].is_response), IGNORED)
+                for i, row in zip(batch, ids, strict=True)
+            ]
+            mask_BS = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+            ids_BS = pad_sequence(ids, batch_first=True, padding_value=pad).to(device)
+            labels_BS = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+            with torch.inference_mode():
+                sums_B, counts_B = _losses(model, ids_BS, mask_BS, labels_BS)
+            assignments = _assignments(model, mask_BS.bool()) if count_experts else [None] * len(batch)
+            for index, loss_sum, count, experts in zip(
+                batch, sums_B.tolist(), counts_B.tolist(), assignments, strict=True
+            ):
+                losses[index] = ItemLoss(loss_sum, count, experts)
+    finally:
+        model.routing.record_choices = False
+        model.routing.choices.clear()
+    return [losses[index] for index in range(len(documents))]
+
+
+def _losses(model: SRDEModel, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's summed cross entropy and label count. Only positions labelled in some row go through the head."""
+    targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
+    labelled = (targets_BS != IGNORED).any(0).nonzero().squeeze(1)
+    logits = model(ids_BS, attention_mask=mask_BS, logits_to_keep=labelled).logits
+    targets = targets_BS.index_select(1, labelled)
+    chosen = targets != IGNORED
+    losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
+    losses[chosen] = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none").double()
+    return losses.sum(1), chosen.sum(1)
+
+
+def _assignments(model: SRDEModel, mask_BS: Tensor) -> list[Tensor]:
+    """[L, E] for each row of the last forward: how often its real tokens took each expert of each layer."""
+    rows, experts = mask_BS.shape[0], len(model.expert_names)
+    choices_LTK = torch.stack(list(model.routing.choices.values()))
+    choices_LBSK = choices_LTK.view(len(choices_LTK), *mask_BS.shape, -1)
+    used_LBSK = (choices_LBSK >= 0) & mask_BS[None, :, :, None]
+    row_L, row_B = (torch.arange(n, device=mask_BS.device) for n in (len(choices_LTK), rows))
+    place_LB = (row_L[:, None] * rows + row_B) * experts
+    flat = (place_LB[:, :, None, None] + choices_LBSK)[used_LBSK]
+    counts = torch.bincount(flat, minlength=len(choices_LTK) * rows * experts)
+    return list(counts.view(len(choices_LTK), rows, experts).transpose(0, 1).cpu())

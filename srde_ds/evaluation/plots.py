@@ -1,0 +1,54 @@
+"""Pictures of a run: loss, speed, expert usage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Lines = list[dict[str, Any]]
+
+
+def plot_loss(metrics: Lines, path: Path) -> None:
+    """Training loss by step, and the held-out loss of each domain where it was measured."""
+    figure, axes = _figure()
+    axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], color="0.6", label="training")
+    measured = [line for line in metrics if "held_out" in line]
+    for domain in dict.fromkeys(name for line in measured for name in line["held_out"]):
+        points = [(line["step"], line["held_out"][domain]) for line in measured if domain in line["held_out"]]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held out: {domain}")
+    axes.set(xlabel="step", ylabel="cross entropy of response tokens (nats)")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_speed(metrics: Lines, path: Path) -> None:
+    """Tokens a second by step."""
+    figure, axes = _figure()
+    axes.plot([line["step"] for line in metrics], [line["tokens_per_second"] for line in metrics])
+    axes.set(xlabel="step", ylabel="tokens/s")
+    axes.set_ylim(bottom=0)
+    figure.savefig(path)
+
+
+def plot_usage(usage: dict[str, Any], path: Path) -> None:
+    """Heat map of the share of each expert in each domain's tokens."""
+    figure, axes = _figure()
+    share = usage["share"]
+    picture = axes.imshow(share, cmap="viridis", vmin=0, aspect="auto")
+    axes.set_xticks(range(len(usage["experts"])), usage["experts"], rotation=30, ha="right")
+    axes.set_yticks(range(len(usage["domains"])), usage["domains"])
+    axes.set(xlabel="expert", ylabel="domain of the held-out items")
+    highest = max(max(row) for row in share)
+    for row, values in enumerate(share):
+        for column, value in enumerate(values):
+            color = "black" if value > highest / 2 else "white"
+            axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
+    figure.colorbar(picture, label="share of the domain's tokens × experts chosen")
+    figure.savefig(path)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    return figure, figure.add_subplot()

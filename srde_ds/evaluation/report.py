@@ -1,0 +1,142 @@
+"""A run as one page: what was trained, the table, the plots, an answer from each domain."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from srde_ds.config import load_yaml
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage
+from srde_ds.evaluation.table import table_rows
+
+# What a reader wants to know of config.yaml, by section.
+_SETTINGS = {
+    "model": ["model_name", "bf16"],
+    "adapter": ["num_experts", "top_k", "granularity", "density", "num_atoms", "support_strategy", "support_scope"],
+    "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
+    "training": ["max_steps", "batch_size", "gradient_accumulation_steps", "seed"],
+    "data": ["max_length"],
+}
+_LONGEST_QUOTE = 600
+
+
+def items_file(evaluation: Path) -> Path:
+    """Where an evaluation's items are: `evaluation_items.jsonl` beside `evaluation.json`."""
+    return evaluation.with_name(f"{evaluation.stem}_items.jsonl")
+
+
+def write_report(run_folder: str | Path) -> Path:
+    """Write `report.md` and its plots into a run folder that was trained and evaluated; returns the page's path.
+
+    Raises:
+        SRDEError: a file that the page is made of is missing or is not what it should be.
+    """
+    folder = Path(run_folder)
+    metrics = _read_lines(folder / "metrics.jsonl", "train first")
+    result = _read_json(folder / "evaluation.json", f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
+    items = _read_lines(items_file(folder / "evaluation.json"), "evaluate again")
+    environment = _read_json(folder / "environment.json", "it is written when training starts")
+    config = load_yaml(folder / "config.yaml")
+
+    plot_loss(metrics, folder / "loss.png")
+    plot_usage(result["usage"], folder / "expert_usage.png")
+    plot_speed(metrics, folder / "speed.png")
+    page = folder / "report.md"
+    sections = [
+        f"# {folder.resolve().name}",
+        _summary(metrics, result),
+        "## Held-out items, base → srde\n\n"
+        "Loss and perplexity are of the response tokens, accuracy is the share of generated answers that match "
+        "exactly. Differences are srde − base (accuracy: in points) with 95 % bootstrap intervals over items.",
+        _markdown(table_rows(result)),
+        "## Loss\n\n![training and held-out loss](loss.png)",
+        "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)",
+        "## One answer from each domain",
+        *(_example(items, name) for name in result["domains"]),
+        "## Speed\n\n![tokens a second](speed.png)",
+        "## Settings",
+        _markdown([["setting", "value"], *_settings(config)]),
+        "## Machine and versions",
+        _markdown([["", ""], *_machine(environment)]),
+    ]
+    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return page
+
+
+def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:
+    last, run = metrics[-1], result["run"]
+    speed = median(line["tokens_per_second"] for line in metrics)
+    return (
+        f"{last['step']} steps, {last['tokens']:,} tokens, {speed:,.0f} tokens/s (median), last training loss "
+        f"{last['loss']:.3f}. Evaluated on {result['overall']['srde']['items']} items of `{run['eval_file']}` "
+        f"in {run['dtype']}, {run['seconds']:.0f} s."
+    )
+
+
+def _example(items: list[dict[str, Any]], domain: str) -> str:
+    """The domain's first item with an answer: a fixed choice, not the best."""
+    item = next((item for item in items if item["domain"] == domain and item["answer"] is not None), None)
+    if item is None:
+        return f"**{domain}**: no item has an answer to compare with."
+    lines = [f"**{domain}**", _quote(item["prompt"][-1]["content"]), f"- expected: {_inline(item['answer'])}"]
+    for name in ("base", "srde"):
+        if name in item:
+            verdict = "right" if item[name]["correct"] else "wrong"
+            lines.append(f"- {name} ({verdict}): {_inline(item[name]['prediction'])}")
+    return "\n\n".join([*lines[:2], "\n".join(lines[2:])])
+
+
+def _quote(text: str) -> str:
+    shown = text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + " …"
+    return "\n".join(f"> {line}".rstrip() for line in shown.splitlines())
+
+
+def _inline(text: str) -> str:
+    shown = " ".join(text.split())
+    shown = shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + " …"
+    return f"`{shown.replace('`', chr(39))}`" if shown else "(nothing)"
+
+
+def _settings(config: dict[str, Any]) -> list[list[str]]:
+    return [[key, str(config[section][key])] for section, keys in _SETTINGS.items() for key in keys]
+
+
+def _machine(environment: dict[str, Any]) -> list[list[str]]:
+    rows = [[key, str(environment[key])] for key in ("machine", "world_size", "python", "git_revision")]
+    return rows + [[name, number] for name, number in environment["versions"].items()]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    content = _parsed(path, _text(path, remedy))
+    if not isinstance(content, dict):
+        raise SRDEError(f"'{path}': must hold a JSON object; {remedy}.")
+    return content
+
+
+def _read_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
+    lines = [_parsed(path, line) for line in _text(path, remedy).splitlines() if line.strip()]
+    if not lines:
+        raise SRDEError(f"'{path}' is empty: {remedy}.")
+    return lines
+
+
+def _text(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SRDEError(f"report: no such file '{path}': {remedy}.") from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise SRDEError(f"'{path}': not valid JSON ({error}).") from None

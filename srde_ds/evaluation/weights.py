@@ -1,0 +1,27 @@
+"""Which weights a `--checkpoint` means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from srde_ds.checkpoint.convert import export_weights
+from srde_ds.checkpoint.resume import find_checkpoint
+from srde_ds.inference.load import WEIGHTS
+
+
+def resolve_weights(path: str | Path, scratch: str | Path) -> Path:
+    """The weights file that `path` means; a checkpoint's weights are converted into the folder `scratch`.
+
+    Args:
+        path: a weights file; a run folder (its weights, or its latest checkpoint while it has none); or a
+            checkpoint-<step> folder.
+
+    Raises:
+        SRDEError: there is nothing at `path`, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if (path / WEIGHTS).is_file():
+        return path / WEIGHTS
+    return export_weights(find_checkpoint(path, path), Path(scratch) / WEIGHTS)

@@ -1,0 +1,1 @@
+"""Text from a base with its experts: one prompt or a conversation."""

@@ -1,0 +1,41 @@
+"""A trained model and its tokenizer, on the machine's best device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel, load_adapter, read_metadata
+from srde_ds.model.base import load_tokenizer
+
+WEIGHTS = "srde_weights.safetensors"
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weights that `path` names: the file itself, or a run folder that holds it.
+
+    Raises:
+        SRDEError: there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise SRDEError(f"'{path}': no such file or folder. Give {WEIGHTS} or the folder of a finished run.")
+    if not (path / WEIGHTS).is_file():
+        raise SRDEError(
+            f"'{path}': holds no {WEIGHTS}. Make it from a checkpoint: srde-ds convert --checkpoint {path} "
+            f"--output_file {path / WEIGHTS}"
+        )
+    return path / WEIGHTS
+
+
+def load_model(weights: Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
+    """Base with experts in eval mode, on the GPU if there is one; `base` None: the base named in the weights."""
+    tokenizer = load_tokenizer(base or read_metadata(weights).model_name)
+    model = load_adapter(weights, base=base, dtype=torch.bfloat16 if bf16 else torch.float32)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), tokenizer

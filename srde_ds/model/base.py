@@ -1,0 +1,271 @@
+"""The frozen base: loading it, telling which one it is, finding its feed-forward blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from srde_ds.errors import SRDEError
+
+# Makes the given parameters readable inside the context (they are parts of one layer); with ZeRO-3: GatheredParameters.
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+ROLES = ("gate", "up", "down")
+# Attributes of transformers' configurations that fix the shapes of a text decoder or what its block computes.
+IDENTITY_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+)
+IDENTITY_SAMPLES = 4096  # values of each weight that are hashed
+
+
+def no_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+    """For a model whose parameters are whole on this process."""
+    return nullcontext()
+
+
+@dataclass
+class FeedForward:
+    """A gated block: down(act(gate(x)) * up(x)).
+
+    Attributes:
+        block: the module; `owner` and `name`: where it hangs.
+        roles: "gate", "up", "down", "act" -> attribute of `block`.
+    """
+
+    block: nn.Module
+    owner: nn.Module
+    name: str
+    roles: dict[str, str]
+    hidden: int
+    intermediate: int
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate `[F, D]`, up `[F, D]`, down `[D, F]`."""
+        gate, up, down = (getattr(self.block, self.roles[role]).weight for role in ROLES)
+        return gate, up, down
+
+
+def load_base(
+    model_name: str | Path, *, dtype: torch.dtype, revision: str | None = None, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """The model of a Hugging Face id or local folder, frozen and in eval mode.
+
+    Raises:
+        SRDEError: no such folder or id, no language model for its configuration, or weights that are missing
+            (transformers alone would fill them with random values).
+    """
+    config = _pretrained(AutoConfig, "model", model_name, revision=revision)
+    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
+    model, report = _pretrained(
+        auto,
+        "model",
+        model_name,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise SRDEError(
+            f"model_name={str(model_name)!r}: the files lack {len(report['missing_keys'])} weights of "
+            f"{type(model).__name__}, such as {min(report['missing_keys'])}; give a complete checkpoint."
+        )
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(model_name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face id or local folder; SRDEError if there is none."""
+    return _pretrained(AutoTokenizer, "tokenizer", model_name, revision=revision)
+
+
+def _pretrained(auto: Any, what: str, model_name: str | Path, **kwargs: Any) -> Any:
+    try:
+        return auto.from_pretrained(str(model_name), **kwargs)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise SRDEError(
+            f"model_name={str(model_name)!r}: cannot load the {what}; give a Hugging Face id or a folder written by "
+            f"save_pretrained ({reason})"
+        ) from error
+
+
+def base_identity(model: PreTrainedModel, *, gather: Gather = no_gather) -> dict[str, str | int]:
+    """What tells one base from another: `{"name", "architecture", "hash"}`.
+
+    The hash covers the fields of the configuration that fix shapes and evenly spaced values of the embedding and
+    of every weight of the first and the last decoder layer, rounded to bfloat16: loads of one bf16 checkpoint as
+    bf16, fp32 or sharded by ZeRO-3 agree, and seconds suffice for 14 B. It does not depend on parameter names.
+
+    Raises:
+        SRDEError: the model already carries experts.
+    """
+    config = model.config.get_text_config()
+    layers = decoder_layers(model)
+    refuse_experts(model)
+    fields = {name: getattr(config, name, None) for name in IDENTITY_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for module in (model.get_input_embeddings(), layers[0], layers[-1]):
+        parameters = list(module.parameters())
+        with gather(parameters):
+            for sample in sorted(_sample_digest(parameter) for parameter in parameters):
+                digest.update(sample)
+    return {
+        "name": str(model.config.name_or_path),
+        "architecture": type(model).__name__,
+        "hash": digest.hexdigest(),
+    }
+
+
+def _sample_digest(weight: Tensor) -> bytes:
+    stride = max(1, weight.numel() // IDENTITY_SAMPLES)
+    values = weight.detach().flatten()[::stride].cpu()
+    values = values.to(torch.bfloat16).view(torch.int16) if weight.is_floating_point() else values.long()
+    return hashlib.sha256(str(tuple(weight.shape)).encode() + values.numpy().tobytes()).digest()
+
+
+def refuse_experts(model: nn.Module) -> None:
+    """SRDEError if a block of `model` was already replaced."""
+    if any(hasattr(parameter, "srde_kind") for parameter in model.parameters()):
+        raise SRDEError("base: it already carries experts; load a fresh base.")
+
+
+def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the text decoder; for a multimodal model those of the language model inside it."""
+    expected = base.config.get_text_config().num_hidden_layers
+    decoder = base.get_decoder()
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == expected]
+    if len(lists) != 1:
+        children = ", ".join(f"{name} {type(child).__name__}" for name, child in decoder.named_children())
+        raise SRDEError(
+            f"base {type(base).__name__}: expected one list of {expected} decoder layers in {type(decoder).__name__}, "
+            f"found {len(lists)} (children: {children}); only plain decoders are supported."
+        )
+    return lists[0]
+
+
+def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> list[FeedForward]:
+    """The gated feed-forward block of every decoder layer, top to bottom, found by structure.
+
+    A block is a child of a decoder layer that has exactly three linear-like children, two D -> F and one F -> D,
+    and an activation. Which is gate and which is up is settled by `verify_block`.
+
+    Raises:
+        SRDEError: a layer has no such block or several, or a block computes something else.
+    """
+    refuse_experts(base)
+    return [_block_of_layer(layer, number, base, gather) for number, layer in enumerate(decoder_layers(base))]
+
+
+def _block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel, gather: Gather) -> FeedForward:
+    hidden = base.config.get_text_config().hidden_size
+    found = [(name, child) for name, child in layer.named_children() if _is_gated(child, hidden)]
+    if len(found) != 1:
+        seen = "; ".join(f"{name} {_describe(child)}" for name, child in layer.named_children())
+        raise SRDEError(
+            f"base {type(base).__name__}, layer {number} ({type(layer).__name__}): expected one feed-forward block of "
+            f"three linear maps ({hidden} -> F twice, F -> {hidden}) and an activation, found {len(found)} in: {seen}. "
+            "Fused gate/up projections, mixtures of experts and blocks without a gate are not supported."
+        )
+    name, block = found[0]
+    with gather(list(block.parameters())):
+        roles = verify_block(block, hidden, dtype=base.dtype, where=f"base {type(base).__name__}, layer {number}, {name}")
+    intermediate = _linear_shape(getattr(block, roles["gate"]))
+    assert intermediate is not None
+    return FeedForward(block, layer, name, roles, hidden, intermediate[0])
+
+
+def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: str = "block") -> dict[str, str]:
+    """The roles for which down(act(gate(x)) * up(x)) equals the block's own output bit for bit on random input.
+
+    The order that the attributes' names suggest is tried first, then all others that the shapes allow.
+    The weights must be readable.
+
+    Raises:
+        SRDEError: no order does.
+    """
+    device = next(block.parameters()).device
+    x = torch.randn(1, 8, hidden, generator=torch.Generator().manual_seed(0)).to(device=device, dtype=dtype)
+    with torch.no_grad():
+        expected = block(x)
+        for roles in _possible_roles(block, hidden):
+            gate, up, down, act = (getattr(block, roles[role]) for role in (*ROLES, "act"))
+            if torch.equal(down(act(gate(x)) * up(x)), expected):
+                return roles
+    raise SRDEError(
+        f"{where}: {_describe(block)} looks like a gated feed-forward block but does not compute "
+        "down(act(gate(x)) * up(x)); this base is not supported."
+    )
+
+
+def _possible_roles(block: nn.Module, hidden: int) -> Iterator[dict[str, str]]:
+    shapes = {name: shape for name, child in block.named_children() if (shape := _linear_shape(child))}
+    orders = [
+        names
+        for names in itertools.permutations(shapes)
+        if shapes[names[0]][1] == shapes[names[1]][1] == shapes[names[2]][0] == hidden
+    ]
+    orders.sort(key=lambda names: sum(role not in name for role, name in zip(ROLES, names, strict=True)))
+    for act, names in itertools.product(_activations(block), orders):
+        yield dict(zip((*ROLES, "act"), (*names, act), strict=True))
+
+
+def _is_gated(module: nn.Module, hidden: int) -> bool:
+    shapes = [shape for child in module.children() if (shape := _linear_shape(child))]
+    if len(shapes) != 3 or not _activations(module):
+        return False
+    intermediate = next((out for out, width in shapes if width == hidden and out != hidden), hidden)
+    return sorted(shapes) == sorted([(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)])
+
+
+def _activations(module: nn.Module) -> list[str]:
+    """Attributes that can be an activation: children without parameters, or plain functions."""
+    children = [name for name, child in module.named_children() if not any(True for _ in child.parameters())]
+    values = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
+    return children + [name for name, value in values.items() if callable(value) and not isinstance(value, type)]
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a linear-like module, also when quantised or when ZeRO-3 holds its weight; else None."""
+    width, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(width, int) and isinstance(out, int):
+        return out, width
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor):
+        return None
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    return (shape[0], shape[1]) if len(shape) == 2 else None
+
+
+def _describe(module: nn.Module) -> str:
+    parts = []
+    for name, child in module.named_children():
+        shape = _linear_shape(child)
+        parts.append(f"{name} {type(child).__name__}" + (f" {shape[1]} -> {shape[0]}" if shape else ""))
+    return f"{type(module).__name__} ({', '.join(parts)})" if parts else type(module).__name__

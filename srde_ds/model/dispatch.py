@@ -1,0 +1,112 @@
+"""Carrying tokens to experts and back: the protocol, the local implementation and the experts' arithmetic.
+
+The layer hands over what the experts need (tokens, the base's gate and up values, routing weights, the
+effective deltas of the experts at hand) and gets back, summed over experts with their weights p_e,
+
+    change = sum_e p_e (h_e - h)        to be added to the base's hidden values before down_proj, and
+    extra  = sum_e p_e dD_e h_e         to be added to the base's output.
+
+Shapes never depend on the routing for neuron granularity; for element granularity every expert runs also for
+zero tokens, so that every parameter gets a gradient on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class ExpertDispatch(Protocol):
+    """How the experts of a layer are reached. weights_TE covers all experts, also those held elsewhere."""
+
+    def neuron(
+        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """change `[T, S, m]` and extra `[T, D]`; S is 1 for a support that the experts share, else E."""
+        ...
+
+    def element(
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        weights_TE: Tensor,
+        deltas_En: Tensor,
+        support: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """change `[T, F]` and extra `[T, D]`; support `[n]` or `[E, n]`, flat indices into gate, up, down."""
+        ...
+
+
+class LocalDispatch:
+    """All experts are here."""
+
+    def neuron(
+        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas_DE3m)
+
+    def element(
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        weights_TE: Tensor,
+        deltas_En: Tensor,
+        support: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, deltas_En, support)
+
+
+def neuron_experts(
+    act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+) -> tuple[Tensor, Tensor]:
+    """All experts on all tokens in two GEMMs; an expert that a token did not choose has weight 0.
+
+    The base's hidden values are computed here a second time, by the same operations as the experts', so that
+    zero deltas give a change of exactly zero, whatever the base's own kernel rounds differently.
+    """
+    tokens, (hidden, experts, _, neurons) = x_TD.shape[0], deltas_DE3m.shape
+    into, back = deltas_DE3m.transpose(1, 2).split([2, 1], dim=1)
+    shift = (x_TD @ into.reshape(hidden, -1)).view(tokens, 2, experts, neurons)
+    base = act(gate_TSm) * up_TSm
+    h_TEm = act(gate_TSm + shift[:, 0]) * (up_TSm + shift[:, 1])
+    weights_TE1 = weights_TE[:, :, None]
+    change = weights_TE1 * (h_TEm - base)
+    extra = (weights_TE1 * h_TEm).flatten(1) @ back.reshape(hidden, -1).T
+    return (change.sum(1, keepdim=True) if gate_TSm.shape[1] == 1 else change), extra
+
+
+def element_experts(
+    act: Activation,
+    x_TD: Tensor,
+    gate_TF: Tensor,
+    up_TF: Tensor,
+    weights_TE: Tensor,
+    deltas_En: Tensor,
+    support: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Each expert on its own tokens, with its delta as three dense matrices."""
+    change, extra = torch.zeros_like(gate_TF), torch.zeros_like(x_TD)
+    hidden, intermediate = x_TD.shape[1], gate_TF.shape[1]
+    size = hidden * intermediate
+    for expert, values in enumerate(deltas_En):
+        index = (support if support.dim() == 1 else support[expert]).long()
+        gate, up, down = values.new_zeros(3 * size).scatter(0, index, values).split(size)
+        rows = weights_TE[:, expert].nonzero().squeeze(1)
+        x, gate_rows, up_rows = (t.index_select(0, rows) for t in (x_TD, gate_TF, up_TF))
+        h = act(gate_rows + F.linear(x, gate.view(intermediate, hidden))) * (
+            up_rows + F.linear(x, up.view(intermediate, hidden))
+        )
+        p = weights_TE[:, expert].index_select(0, rows)[:, None]
+        change.index_add_(0, rows, p * (h - act(gate_rows) * up_rows))
+        extra.index_add_(0, rows, p * F.linear(h, down.view(hidden, intermediate)))
+    return change, extra

@@ -1,0 +1,106 @@
+"""A feed-forward block with routed experts:
+
+    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]          (DESIGN 2)
+
+computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srde_ds.model.base import FeedForward
+from srde_ds.model.deltas import DeltaBank
+from srde_ds.model.dispatch import ExpertDispatch, LocalDispatch
+from srde_ds.model.router import Router, RouterLosses, RoutingContext, route
+
+
+class SRDEFeedForward(nn.Module):
+    """Stands where the base's block stood.
+
+    The base's projections are called as modules, their weights are never read: hooks that gather sharded
+    weights and quantised kernels keep working.
+
+    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports.py`.
+    `dispatch` may be replaced by one that reaches experts on other ranks.
+    """
+
+    support: Tensor
+
+    def __init__(
+        self,
+        feed_forward: FeedForward,
+        deltas: DeltaBank,
+        router: Router,
+        support: Tensor,
+        *,
+        granularity: str,
+        layer: int,
+        context: RoutingContext,
+    ) -> None:
+        super().__init__()
+        self.block = feed_forward.block
+        self.deltas = deltas
+        self.router = router
+        self.register_buffer("support", support)
+        self.roles = feed_forward.roles
+        self.granularity = granularity
+        self.layer = layer
+        self.context = context
+        self.dispatch: ExpertDispatch = LocalDispatch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., D]`."""
+        if not self.context.active:
+            return self.block(x)
+        act = self._part("act")
+        gate, up = self._part("gate")(x), self._part("up")(x)
+        x_TD, gate_TF, up_TF = (t.reshape(-1, t.shape[-1]) for t in (x, gate, up))
+        hidden_TF = act(gate_TF) * up_TF
+        routing = route(self.router(x_TD), self.router.top_k, self.layer, self.context)
+        weights_TE = routing.weights_TE.to(gate.dtype)
+        deltas = self._effective_deltas().to(gate.dtype)
+        if self.granularity == "neuron":
+            neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
+            gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
+            change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
+            for row, index in enumerate(neurons):  # within a row no neuron repeats, so the sum has one order
+                hidden_TF.index_add_(1, index, change_TSm[:, row])
+        else:
+            change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
+            hidden_TF = hidden_TF + change_TF
+        output = self._part("down")(hidden_TF.view_as(gate)) + extra_TD.view_as(x)
+        return self._with_losses(output, routing.logits_TE, routing.chosen_TE)
+
+    def delta_square_norms(self) -> Tensor:
+        """`[E]` fp32: squared norm of each expert's effective delta. The bank's parameters must be readable."""
+        with torch.no_grad():
+            return self.deltas.square_norms(self.deltas())
+
+    def _part(self, role: str) -> Any:
+        return getattr(self.block, self.roles[role])
+
+    def _effective_deltas(self) -> Tensor:
+        deltas: Tensor = self.deltas()
+        if deltas.requires_grad:
+            # Runs in the backward, hence once a micro-batch also when checkpointing repeats the forward.
+            deltas.register_hook(partial(_record_gradient, self.context, self.layer, self.deltas))
+        return deltas
+
+    def _with_losses(self, output: Tensor, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
+        mask = self.context.token_mask
+        mask_T = torch.ones_like(chosen_TE[:, 0]) if mask is None else mask.reshape(-1)
+        if logits_TE.requires_grad:
+            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, self.context, self.layer)
+        if self.context.collect_statistics and not self.training:
+            self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
+        return output
+
+
+def _record_gradient(context: RoutingContext, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
+    squares = bank.square_norms(gradient)
+    context.statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)

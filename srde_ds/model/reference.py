@@ -1,0 +1,77 @@
+"""The equation in float64 with merged dense weights, token by token: the oracle for the fast path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srde_ds.model.dispatch import Activation
+from srde_ds.model.layer import SRDEFeedForward
+
+Weights = tuple[Tensor, Tensor, Tensor]
+
+
+def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: str) -> Weights:
+    """W + delta_e as new tensors in the dtype of W.
+
+    Args:
+        weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`.
+        support: the expert's `[m]` neurons, or `[n]` flat indices into gate, up, down.
+        delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]` (element).
+    """
+    index = support.long()
+    if granularity == "neuron":
+        merged = tuple(w.detach().clone() for w in weights)
+        delta = delta.detach().to(merged[0].dtype)
+        merged[0][index] += delta[:, 0].T
+        merged[1][index] += delta[:, 1].T
+        merged[2][:, index] += delta[:, 2]
+        return merged
+    flat = torch.cat([w.detach().flatten() for w in weights])
+    flat[index] += delta.detach().to(flat.dtype)
+    parts = flat.split([w.numel() for w in weights])
+    return parts[0].view_as(weights[0]), parts[1].view_as(weights[1]), parts[2].view_as(weights[2])
+
+
+def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
+    """One expert's part of a bank's effective deltas: `[D, 3, m]` or `[n]`."""
+    return deltas[:, expert] if granularity == "neuron" else deltas[expert]
+
+
+def element_support(neurons: Tensor, hidden: int, intermediate: int) -> Tensor:
+    """The flat indices, `[D, 3, m]`, of the weights that a neuron support `[m]` covers, in a neuron delta's order."""
+    rows = torch.arange(hidden)[:, None]
+    first = neurons.long()[None, :] * hidden + rows
+    size = hidden * intermediate
+    return torch.stack([first, size + first, 2 * size + rows * intermediate + neurons.long()[None, :]], dim=1)
+
+
+def feed_forward(act: Activation, weights: Weights, biases: tuple[Tensor, Tensor, Tensor], x_D: Tensor) -> Tensor:
+    gate, up, down = weights
+    return down @ (act(gate @ x_D + biases[0]) * (up @ x_D + biases[1])) + biases[2]
+
+
+def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Tensor:
+    """`[T, D]` float64: the layer's output by loops over tokens and their experts."""
+    roles = layer.roles
+    parts = [getattr(layer.block, roles[role]) for role in ("gate", "up", "down")]
+    gate, up, down = (part.weight.detach().double() for part in parts)
+    biases = tuple(
+        torch.zeros(w.shape[0], dtype=torch.float64) if part.bias is None else part.bias.detach().double()
+        for part, w in zip(parts, (gate, up, down), strict=True)
+    )
+    act = getattr(layer.block, roles["act"])
+    deltas = layer.deltas().detach().double()
+    router = layer.router.weight.detach().double()
+    rows = []
+    for x_D in x_TD.double():
+        y_base = feed_forward(act, (gate, up, down), biases, x_D)  # type: ignore[arg-type]
+        y_D = y_base.clone()
+        logits, experts = (router @ x_D).topk(top_k)
+        for p, expert in zip(logits.softmax(0), experts.tolist(), strict=True):
+            support = layer.support if layer.support.dim() == 1 else layer.support[expert]
+            delta = expert_delta(deltas, expert, layer.granularity)
+            merged = merge_expert((gate, up, down), support, delta, layer.granularity)
+            y_D += p * (feed_forward(act, merged, biases, x_D) - y_base)  # type: ignore[arg-type]
+        rows.append(y_D)
+    return torch.stack(rows)

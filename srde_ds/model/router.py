@@ -1,0 +1,186 @@
+"""Which experts a token uses, the router's losses, and what is counted about both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from srde_ds.model.deltas import tagged
+from srde_ds.model.seeding import seeded_generator
+
+
+class RoutingStatistics:
+    """Sums over real tokens since the last `pop`, float64, on the device of the layers.
+
+    assignments `[L, E]`: tokens that chose an expert; probability_sum `[L, E]`: full softmax probabilities;
+    entropy_sum, z_sum, tokens `[L]`: entropy (nats) and squared logsumexp of the router's logits;
+    delta_gradient_square `[L, E]`: squared norm of the gradient of an expert's effective delta, summed over
+    micro-batches.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._shapes = {
+            "assignments": (num_layers, num_experts),
+            "probability_sum": (num_layers, num_experts),
+            "entropy_sum": (num_layers,),
+            "z_sum": (num_layers,),
+            "tokens": (num_layers,),
+            "delta_gradient_square": (num_layers, num_experts),
+        }
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, layer: int, value: Tensor, *, first_expert: int = 0) -> None:
+        """Add `value` to layer `layer` of one sum, without waiting for the device."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(self._shapes[name], dtype=torch.float64, device=value.device)
+        target = self._sums[name][layer]
+        if value.dim():
+            target = target[first_expert : first_expert + value.numel()]
+        target += value.detach().double()
+
+    def add_routing(self, layer: int, logits_TE: Tensor, chosen_TE: Tensor, mask_T: Tensor) -> None:
+        """Add one forward's routing; `mask_T` is True for real tokens."""
+        probabilities_TE = logits_TE.softmax(dim=1)
+        mask = mask_T.to(logits_TE.dtype)
+        self.add("assignments", layer, (chosen_TE & mask_T[:, None]).sum(0))
+        self.add("probability_sum", layer, mask @ probabilities_TE)
+        self.add("entropy_sum", layer, mask @ torch.special.entr(probabilities_TE).sum(1))
+        self.add("z_sum", layer, mask @ logits_TE.logsumexp(1).square())
+        self.add("tokens", layer, mask_T.sum())
+
+    def pop(self) -> dict[str, Tensor]:
+        """All sums; they start again at zero."""
+        sums, self._sums = self._sums, {}
+        return {name: sums.get(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in self._shapes.items()}
+
+
+@dataclass
+class RoutingContext:
+    """What all layers read; the caller sets it before a forward and leaves it alone until the backward is done.
+
+    Attributes:
+        token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding is in no statistic and no loss.
+        loss_scale: factor of the auxiliary losses, which are sums over tokens. For a mean over the tokens of an
+            optimizer step under data-parallel averaging: world size / tokens of the global step.
+        expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: uniform.
+        collect_statistics: record forwards in eval mode. A training step always records, in its backward.
+        record_choices: keep the last forward's choices in `choices`.
+        allowed_experts: `[E]` bool, False for locked experts: they get no tokens; with fewer allowed than top_k
+            a token uses only those. None: all are allowed.
+        forced_experts: `[B, S]` int64: each token goes to this expert alone with weight 1; the router and its
+            losses are left out.
+        active: False gives the base's own output.
+        choices: layer -> `[T, K]` int64, best first, -1 where fewer than top_k experts are allowed.
+    """
+
+    statistics: RoutingStatistics
+    token_mask: Tensor | None = None
+    loss_scale: float = 0.0
+    load_balancing_weight: float = 0.0
+    router_z_weight: float = 0.0
+    expert_share: Tensor | None = None
+    collect_statistics: bool = False
+    record_choices: bool = False
+    allowed_experts: Tensor | None = None
+    forced_experts: Tensor | None = None
+    active: bool = True
+    choices: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Routing:
+    """One layer's routing: weights_TE (zero where not chosen), chosen_TE bool, logits_TE (-inf where locked)."""
+
+    weights_TE: Tensor
+    chosen_TE: Tensor
+    logits_TE: Tensor
+
+
+class Router(nn.Module):
+    """One linear map without bias, computed in fp32. `route` takes the top K, then softmax over the chosen logits."""
+
+    def __init__(
+        self, hidden: int, experts: int, top_k: int, *, seed: int, layer: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        weight = torch.randn(experts, hidden, generator=seeded_generator(seed, "router", layer)) * 0.02
+        self.weight = tagged(weight.to(dtype=dtype, device=device), "router", expert_axis=None)
+        self.top_k = top_k
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """logits `[T, E]`. A bare tensor: ZeRO-3 finds no backward hook's place in other kinds of output."""
+        precision = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.to(precision), self.weight.to(precision))
+
+
+def route(logits_TE: Tensor, top_k: int, layer: int, context: RoutingContext) -> Routing:
+    """Choose each token's experts, among the allowed or as forced by the context."""
+    if context.forced_experts is not None:
+        choices_TK = context.forced_experts.reshape(-1, 1)
+        weights_TK = torch.ones_like(choices_TK, dtype=logits_TE.dtype)
+    else:
+        if context.allowed_experts is not None:
+            logits_TE = logits_TE.masked_fill(~context.allowed_experts.to(logits_TE.device), float("-inf"))
+        chosen_logits_TK, choices_TK = logits_TE.topk(top_k, dim=1)
+        # A locked expert among the top K has logit -inf, hence weight 0: K shrinks by itself.
+        weights_TK = chosen_logits_TK.softmax(dim=1)
+        choices_TK = choices_TK.masked_fill(chosen_logits_TK == float("-inf"), -1)
+    if context.record_choices:
+        context.choices[layer] = choices_TK.detach()
+    used_TK = choices_TK >= 0
+    index_TK = choices_TK.clamp(min=0)
+    nothing_TE = torch.zeros_like(logits_TE)
+    return Routing(
+        weights_TE=nothing_TE.scatter_add(1, index_TK, weights_TK),
+        chosen_TE=nothing_TE.scatter_add(1, index_TK, used_TK.to(logits_TE.dtype)) > 0,
+        logits_TE=logits_TE,
+    )
+
+
+class RouterLosses(torch.autograd.Function):
+    """Passes a layer's output through; its backward adds the auxiliary losses' gradient and records statistics.
+
+    Per layer and real token t, with p the full softmax over the allowed experts and s the previous step's shares:
+
+        load balancing = E * sum_e s_e p_te        router z = logsumexp(logits_t)^2
+
+    Both are sums over tokens with a constant share, so the cut of a batch into ranks and micro-batches does not
+    change them. Work in the backward is done once, however often activation checkpointing repeats the forward.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        output: Tensor,
+        logits_TE: Tensor,
+        chosen_TE: Tensor,
+        mask_T: Tensor,
+        context: RoutingContext,
+        layer: int,
+    ) -> Tensor:
+        ctx.save_for_backward(logits_TE, chosen_TE, mask_T)
+        ctx.statistics, ctx.layer = context.statistics, layer
+        trains_router = 0.0 if context.forced_experts is not None else context.loss_scale
+        ctx.balancing = trains_router * context.load_balancing_weight
+        ctx.z = trains_router * context.router_z_weight
+        ctx.share = None if context.expert_share is None else context.expert_share[layer]
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        logits_TE, chosen_TE, mask_T = ctx.saved_tensors
+        ctx.statistics.add_routing(ctx.layer, logits_TE, chosen_TE, mask_T)
+        experts = logits_TE.shape[1]
+        p_TE = logits_TE.softmax(dim=1)
+        grad_TE = ctx.z * 2 * logits_TE.logsumexp(1, keepdim=True) * p_TE
+        if ctx.share is not None:  # uniform shares: sum_e p_te / E is constant, no gradient
+            share_E = ctx.share.to(device=p_TE.device, dtype=p_TE.dtype)
+            grad_TE += ctx.balancing * experts * p_TE * (share_E - (p_TE @ share_E)[:, None])
+        return grad_output, grad_TE * mask_T[:, None], None, None, None, None

@@ -1,0 +1,123 @@
+"""Which weights the experts of a layer may change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from srde_ds.config import AdapterConfig
+from srde_ds.errors import SRDEError
+from srde_ds.model.seeding import seeded_generator
+
+
+def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
+    """Entries of one expert's support: m neurons, or n values for element granularity."""
+    candidates = _candidates(config, hidden, intermediate)
+    return min(candidates, max(1, round(config.density * candidates)))
+
+
+def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
+    """n: the weights of a layer that one expert changes."""
+    size = support_size(config, hidden, intermediate)
+    return 3 * size * hidden if config.granularity == "neuron" else size
+
+
+def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tuple[int, ...]:
+    """`[m]` or `[n]` when the experts share the support, `[E, m]` or `[E, n]` otherwise."""
+    size = support_size(config, hidden, intermediate)
+    return (size,) if config.support_scope == "shared" else (config.num_experts, size)
+
+
+def select_support(
+    config: AdapterConfig, weights: tuple[Tensor, Tensor, Tensor], *, hidden: int, intermediate: int, seed: int, layer: int
+) -> Tensor:
+    """The support of one layer, int32 on the CPU, each row in ascending order, of shape `support_shape`.
+
+    Neuron granularity: indices into F. Element granularity: flat indices into the concatenation of the three
+    weight matrices. The result depends on the weights' values (not on their dtype or device), on the seed and
+    on the layer; never on the number of processes.
+
+    Args:
+        weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`; read for `magnitude` only.
+
+    Raises:
+        SRDEError: the experts' disjoint slices do not fit, or the indices do not fit into int32.
+    """
+    candidates = _candidates(config, hidden, intermediate)
+    if candidates > 2**31 - 1:
+        raise SRDEError(
+            f"granularity=element: a layer of {candidates} feed-forward weights exceeds int32 indices; "
+            "use granularity=neuron."
+        )
+    size = support_size(config, hidden, intermediate)
+    rows = 1 if config.support_scope == "shared" else config.num_experts
+    if config.support_strategy == "random":
+        support = torch.stack(
+            [random_subset(candidates, size, seeded_generator(seed, "support", layer, row)) for row in range(rows)]
+        )
+    else:
+        if rows * size > candidates:
+            raise SRDEError(
+                f"density={config.density} for {rows} experts with support_scope=per_expert: {rows} disjoint slices "
+                f"of {size} do not fit into {candidates} {config.granularity}s; lower density to "
+                f"{1 / rows:.4g} or less, or use support_scope=shared."
+            )
+        support = ranking(magnitude_scores(config.granularity, *weights), rows * size).view(rows, size)
+    support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)
+    return support[0] if config.support_scope == "shared" else support
+
+
+def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`[F]` norms of the neurons, or `[3*F*D]` absolute values of the weights.
+
+    A neuron is row j of gate and up and column j of down. Its norm is taken in float64, so that a bf16 and an
+    fp32 load of one checkpoint rank alike.
+    """
+    if granularity == "element":
+        return torch.cat([w.detach().flatten().abs().float() for w in (gate, up, down)])
+    norms = [
+        torch.linalg.vector_norm(w.detach(), dim=dim, dtype=torch.float64) for w, dim in ((gate, 1), (up, 1), (down, 0))
+    ]
+    return torch.stack(norms).square().sum(0).sqrt()
+
+
+def ranking(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores, largest first; of equal ones the lower index first.
+
+    bf16 weights have few distinct magnitudes, and `topk` leaves the order of equal values open: cut at the
+    threshold first, then fill up from the values that equal it.
+    """
+    threshold = scores.topk(count, sorted=False).values.min()
+    above = (scores > threshold).nonzero().squeeze(1)
+    equal = (scores == threshold).nonzero().squeeze(1)[: count - above.numel()]
+    return torch.cat([above[scores[above].argsort(descending=True, stable=True)], equal])
+
+
+def random_subset(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """`count` different numbers below `total`, every subset equally likely, without a permutation of all."""
+    if 2 * count > total:
+        left_out = random_subset(total, total - count, generator) if count < total else torch.empty(0, dtype=torch.long)
+        keep = torch.ones(total, dtype=torch.bool)
+        keep[left_out] = False
+        return keep.nonzero().squeeze(1)
+    chosen = torch.empty(0, dtype=torch.long)
+    while chosen.numel() < count:
+        drawn = torch.randint(total, (count - chosen.numel(),), generator=generator)
+        chosen = torch.cat([chosen, drawn]).unique()
+    return chosen
+
+
+def support_hash(supports: Sequence[Tensor]) -> str:
+    """SHA-256 over the supports of all layers, top to bottom."""
+    digest = hashlib.sha256()
+    for support in supports:
+        digest.update(f"{tuple(support.shape)}".encode())
+        digest.update(support.detach().to(device="cpu", dtype=torch.int32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _candidates(config: AdapterConfig, hidden: int, intermediate: int) -> int:
+    return intermediate if config.granularity == "neuron" else 3 * hidden * intermediate

@@ -1,0 +1,94 @@
+"""Which update rule and learning rate each trainable gets: one table, and every trainable is in it once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import nn
+
+from srde_ds.config import OptimizerConfig
+from srde_ds.errors import SRDEError
+
+
+def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "element"]) -> dict[str, str]:
+    """The group of each kind of trainable, by the last two parts of its name."""
+    matrices = "delta_matrices" if config.use_muon else "deltas"
+    return {
+        # A free element delta is a list of values, not a matrix: there is nothing to orthogonalise.
+        "deltas.free": matrices if granularity == "neuron" else "deltas",
+        "deltas.atoms": matrices,
+        "deltas.importance": "deltas",
+        "deltas.mixing": "deltas",
+        "router.weight": "routers",
+    }
+
+
+def build_groups(
+    named_params: Iterable[tuple[str, nn.Parameter]],
+    config: OptimizerConfig,
+    granularity: Literal["neuron", "element"],
+) -> list[dict[str, Any]]:
+    """Parameter groups for `GramMuonAdamW`; a group without parameters is left out.
+
+    Args:
+        named_params: names that end in the stable tensor names ("layers.0.deltas.free").
+
+    Returns:
+        Dicts with "params", "name", "rule", "lr", "peak_lr", "weight_decay", "step" and the rule's own settings.
+
+    Raises:
+        SRDEError: a trainable without a rule, none at all, or no matrix for Muon although `use_muon` is true.
+    """
+    adamw = {"rule": "adamw", "betas": (config.adam_beta1, config.adam_beta2), "eps": 1e-8}
+    muon = {"rule": "muon", "momentum": config.muon_momentum, "eps": 1e-7}
+    groups: dict[str, dict[str, Any]] = {
+        "delta_matrices": muon | {"lr": config.muon_lr, "weight_decay": config.weight_decay},
+        "deltas": adamw | {"lr": config.learning_rate, "weight_decay": config.weight_decay},
+        "routers": adamw | {"lr": config.router_lr, "weight_decay": 0.0},
+    }
+    for name, group in groups.items():
+        group |= {"name": name, "params": [], "peak_lr": group["lr"], "step": 0}
+    table = group_of_tensor(config, granularity)
+    for name, param in named_params:
+        kind = ".".join(name.split(".")[-2:])
+        if kind not in table:
+            raise SRDEError(f"{name}: no update rule for this trainable; the rules cover {', '.join(table)}.")
+        groups[table[kind]]["params"].append(param)
+    if config.use_muon and not groups["delta_matrices"]["params"]:
+        raise SRDEError(
+            "use_muon=true: no trainable is a delta matrix, so Muon has nothing to do. Give --use_muon false."
+        )
+    used = [group for group in groups.values() if group["params"]]
+    if not used:
+        raise SRDEError("model: no trainable parameters to optimize; add experts before building the optimizer.")
+    return used
+
+
+def rule_table(groups: Iterable[dict[str, Any]]) -> str:
+    """The groups as aligned text to print at start: group, rule, tensors, values, learning rate, weight decay.
+
+    Values are counted from the parameters' shapes: build it before ZeRO-3 empties them.
+    """
+    rows = [("group", "rule", "tensors", "values", "learning rate", "weight decay")]
+    for group in groups:
+        values = sum(param.numel() for param in group["params"])
+        rows.append(
+            (
+                group["name"],
+                group["rule"],
+                str(len(group["params"])),
+                f"{values:,}",
+                f"{group['peak_lr']:g}",
+                f"{group['weight_decay']:g}",
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

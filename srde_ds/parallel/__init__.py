@@ -1,0 +1,1 @@
+"""Processes, sharding and DeepSpeed: the only floor that imports deepspeed."""

@@ -1,0 +1,113 @@
+"""Processes: who takes part, on which device, and the few collectives that the trainer needs."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from srde_ds.errors import SRDEError
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
+
+import deepspeed
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, known before any process group exists."""
+    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
+
+
+def start_processes(timeout_seconds: int) -> Topology:
+    """Join the process group: as the launcher's environment says, or alone when there is no launcher.
+
+    The timeout also bounds every later collective, so that a lost rank ends the run instead of hanging it.
+    """
+    # The shared-memory collectives of DeepSpeed's CPU backend would be compiled for 80 s at this point.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_seconds), verbose=False)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise SRDEError(
+                f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs. Start at most one process a GPU."
+            )
+        torch.cuda.set_device(local_rank)
+        device = torch.device("cuda", local_rank)
+    else:
+        device = torch.device("cpu")
+    return Topology(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def stop_processes() -> None:
+    """Leave the process group in order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over all ranks, in place."""
+    dist.all_reduce(tensor)
+    return tensor
+
+
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """Largest value of all ranks."""
+    tensor = torch.tensor(value, dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def all_agree(success: bool, device: torch.device) -> bool:
+    """True when every rank passes True."""
+    return all_reduce_max(0 if success else 1, device) == 0
+
+
+def on_main_rank(function: Callable[[], Result], topology: Topology) -> Result:
+    """Run on rank 0; every rank gets its result, or raises its SRDEError."""
+    box: list[Any] = [None, None]
+    if topology.is_main:
+        try:
+            box[0] = function()
+        except SRDEError as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0, device=topology.device)
+    if box[1] is not None:
+        raise SRDEError(box[1])
+    result: Result = box[0]
+    return result

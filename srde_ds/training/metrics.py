@@ -1,0 +1,199 @@
+"""Where a step's numbers go: metrics.jsonl, the trackers asked for, and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from srde_ds.config import TrackingConfig
+from srde_ds.errors import SRDEError
+
+# flag, module, package to install
+_TRACKERS = (
+    ("use_tensorboard", "torch.utils.tensorboard", "tensorboard"),
+    ("use_wandb", "wandb", "wandb"),
+    ("use_trackio", "trackio", "trackio"),
+)
+
+
+class MetricsWriter:
+    """Appends one JSON object a step to `output_dir/metrics.jsonl` and hands its numbers to the trackers.
+
+    Args:
+        enabled: True on rank 0. Other ranks write nothing, but fail alike when a tracker's package is missing.
+        resume_step: steps done before this process began. Lines of later steps come from work that was lost with its
+            process: they are cut off, so that the file has each step once. So is a line that a kill tore.
+        run_config: the resolved config, shown by W&B and trackio.
+
+    Raises:
+        SRDEError: a tracker was asked for whose package is not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        tracking: TrackingConfig,
+        *,
+        enabled: bool,
+        resume_step: int = 0,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        modules = {flag: _load(flag, module, package) for flag, module, package in _TRACKERS if getattr(tracking, flag)}
+        self.enabled = enabled
+        self._closing = ExitStack()
+        if not enabled:
+            return
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        _cut_after(path, resume_step)
+        self._file = self._closing.enter_context(path.open("a", encoding="utf-8"))
+        self._board: Any = None
+        self._trackers: list[Any] = []
+        for flag, module in modules.items():
+            if flag == "use_tensorboard":
+                self._board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+                self._closing.callback(self._board.close)
+            else:
+                name = tracking.wandb_run_name or folder.resolve().name
+                module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}))
+                self._closing.callback(module.finish)
+                self._trackers.append(module)
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Record one step. `metrics` holds `step` and plain numbers, text, lists or nested dicts of these.
+
+        A number that is not finite becomes null in the file, which stays valid JSON.
+        """
+        if not self.enabled:
+            return
+        self._file.write(json.dumps(_finite(metrics)) + "\n")
+        self._file.flush()
+        step = int(metrics["step"])
+        numbers = {name: value for name, value in flatten(metrics) if name != "step"}
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closing.close()
+
+
+def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of nested dicts and lists with their path as name: `{"a": {"b": [5]}}` gives `("a/b/0", 5)`."""
+    for key, value in metrics.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list | tuple):
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+
+
+class ProgressLine:
+    """Loss, speed, tokens, remaining time and memory: a bar on a terminal, else a line every `log_steps` steps.
+
+    Args:
+        start_step: steps done before this process began.
+        enabled: True on rank 0; other ranks show nothing.
+    """
+
+    def __init__(self, max_steps: int, log_steps: int, *, start_step: int, enabled: bool) -> None:
+        self.max_steps, self.log_steps, self.start_step, self.enabled = max_steps, log_steps, start_step, enabled
+        self._started = time.monotonic()
+        self._bar: Any = None
+        if enabled and sys.stderr.isatty():
+            layout = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {postfix}"
+            self._bar = tqdm(total=max_steps, initial=start_step, desc="train", dynamic_ncols=True, bar_format=layout)
+
+    def update(self, metrics: Mapping[str, Any]) -> None:
+        """Show a step's `step`, `loss`, `tokens_per_second`, `tokens` (seen since the run began), `memory_gib`."""
+        if not self.enabled:
+            return
+        step = metrics["step"]
+        seconds_per_step = (time.monotonic() - self._started) / max(1, step - self.start_step)
+        text = (
+            f"loss {metrics['loss']:.4f} | {_short(metrics['tokens_per_second'])} tokens/s | "
+            f"{_short(metrics['tokens'])} tokens | left {_duration(seconds_per_step * (self.max_steps - step))} | "
+            f"{metrics['memory_gib']:.1f} GiB"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step % self.log_steps == 0 or step in (self.start_step + 1, self.max_steps):
+            print(f"step {step:>{len(str(self.max_steps))}}/{self.max_steps} | {text}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> ProgressLine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def memory_gib() -> float:
+    """Peak memory of this process in GiB: allocated on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def _load(flag: str, module: str, package: str) -> Any:
+    try:
+        return import_module(module)
+    except ImportError:
+        raise SRDEError(f"{flag}=true: package '{package}' is missing. Install it: pip install {package}") from None
+
+
+def _cut_after(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    shortened = path.with_suffix(".jsonl.tmp")
+    shortened.write_text("".join(kept), encoding="utf-8")
+    os.replace(shortened, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(number: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"

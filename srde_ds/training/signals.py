@@ -1,0 +1,61 @@
+"""Stopping on request: signals set a flag, and the ranks agree on it between micro-steps."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# One Ctrl-C can arrive twice: from the terminal and forwarded by mpirun or the deepspeed runner.
+SAME_PRESS_SECONDS = 2.0
+
+
+class StopRequest:
+    """Context manager that turns SIGTERM, SIGINT and SIGUSR1 into a request to save and stop.
+
+    A handler only sets a flag, so a signal never interrupts a collective or a save. Further signals change nothing
+    (schedulers repeat SIGTERM; launchers pass one signal on in several ways), with one exception: a SIGINT more than
+    SAME_PRESS_SECONDS after the first SIGINT raises KeyboardInterrupt, for the person who does not want to wait.
+    Enter it in the main thread; the former handlers come back at exit.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._first_sigint: float | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> str | None:
+        """Name of the signal that this rank received, if any."""
+        return signal.Signals(self._signal).name if self._signal else None
+
+    def agreed(self, all_reduce_max: Callable[[int], int]) -> str | None:
+        """Name of the signal that all ranks stop for, the same on each, or None. A collective: every rank calls it.
+
+        Args:
+            all_reduce_max: the largest of the ranks' integers. Ranks may have different signals at that moment:
+                the largest number, SIGTERM before SIGUSR1 before SIGINT, is taken by all.
+        """
+        number = all_reduce_max(self._signal)
+        return signal.Signals(number).name if number else None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._first_sigint is None:
+                self._first_sigint = now
+            elif now - self._first_sigint > SAME_PRESS_SECONDS:
+                raise KeyboardInterrupt
+        self._signal = self._signal or number
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self._former[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, former in self._former.items():
+            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: set by C code, out of reach

@@ -1,0 +1,219 @@
+"""The training run, from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srde_ds.checkpoint.convert import export_weights
+from srde_ds.config import Config
+from srde_ds.data.loader import RowStream
+from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import parameter_table
+from srde_ds.optim.groups import build_groups, rule_table
+from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
+from srde_ds.parallel import placement
+from srde_ds.parallel.engine import Engine, build_engine, build_model, gather
+from srde_ds.parallel.topology import Topology, all_reduce_max, launched_rank, on_main_rank, start_processes, stop_processes
+from srde_ds.training.held_out import HeldOut
+from srde_ds.training.metrics import MetricsWriter, ProgressLine, memory_gib
+from srde_ds.training.run_folder import check_inputs, check_run_folder, data_folder, open_run_folder, prepare_data
+from srde_ds.training.run_state import RunState
+from srde_ds.training.signals import StopRequest
+from srde_ds.training.step_metrics import ExpertWatch, expert_metrics, sum_over_ranks
+
+Batch = dict[str, torch.Tensor]
+
+
+def train(config: Config) -> None:
+    """Train until `max_steps`, a signal or an error.
+
+    Writes the run folder that docs/guide.md describes; `completed.json` is its last file and the only sign of success.
+
+    Raises:
+        SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
+            with the step's number.
+    """
+    check_inputs(config)
+    if launched_rank() == 0:
+        # Before the processes meet, so that no collective waits for tokenising.
+        check_run_folder(config)
+        prepare_data(config)
+        open_run_folder(config)
+    topology = start_processes(config.parallel.collective_timeout)
+    with StopRequest() as stop:
+        run(config, topology, stop)
+    stop_processes()
+
+
+def run(config: Config, topology: Topology, stop: StopRequest) -> None:
+    """The run on this rank, once all ranks have met."""
+    training = config.training
+    folder = data_folder(config)
+    manifest = load_manifest(folder)
+    torch.manual_seed(training.seed)
+    model = build_model(config, topology)
+    say(topology, parameter_table(model))
+    say(topology, rule_table(build_groups(model.trainable_parameters(), config.optimizer, config.adapter.granularity)))
+    engine = build_engine(model, config, topology)
+    stream = RowStream(
+        load_rows(folder, "train", manifest),
+        seed=training.seed,
+        global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
+    )
+    held_out = None
+    if "validation" in manifest.splits:
+        rows = load_rows(folder, "validation", manifest)
+        held_out = HeldOut(rows, config.data.domains, training.batch_size, topology)
+    state = RunState(config, topology, engine, stream, manifest)
+    if training.resume_from:
+        state.restore()
+        say(topology, f"Resumed at step {state.step} after {state.tokens:,} tokens.")
+    watch = ExpertWatch(model.expert_names)
+    model.routing.load_balancing_weight = config.optimizer.load_balancing_weight
+    model.routing.router_z_weight = config.optimizer.router_z_weight
+
+    def signal() -> str | None:
+        return stop.agreed(lambda value: all_reduce_max(value, topology.device))
+
+    metrics = MetricsWriter(
+        training.output_dir,
+        config.tracking,
+        enabled=topology.is_main,
+        resume_step=state.step,
+        run_config=config.to_dict(),
+    )
+    progress = ProgressLine(training.max_steps, training.log_steps, start_step=state.step, enabled=topology.is_main)
+    stopped: str | None = None
+    with metrics, progress:
+        if held_out and state.step == 0 and training.eval_steps:
+            metrics.write({"step": 0, "held_out": held_out.losses(engine, lambda: signal() is not None)})
+        while state.step < training.max_steps:
+            started = time.monotonic()
+            batches = [
+                to_device(
+                    stream.micro_batch(
+                        state.step,
+                        micro,
+                        rank=topology.rank,
+                        world_size=topology.world_size,
+                        batch_size=training.batch_size,
+                    ),
+                    topology.device,
+                )
+                for micro in range(training.gradient_accumulation_steps)
+            ]
+            counts = sum_over_ranks(count_tokens(batches), topology.device)
+            factor = scheduled_factor(config, state.step)
+            set_learning_rates(engine.optimizer, factor)
+            set_step(engine.optimizer, state.step + 1)
+
+            loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
+            # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
+            loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
+            model.routing.loss_scale = topology.world_size / max(1.0, float(counts["tokens"]))
+            for batch in batches:
+                stopped = signal()
+                if stopped:
+                    break
+                output = engine.forward(batch)
+                engine.deepspeed.backward(output.loss_sum * loss_scale)
+                engine.deepspeed.step()
+                loss_sum += output.loss_sum.detach()
+            if stopped:
+                break  # the unfinished step is done anew after resuming
+
+            sums = sum_over_ranks({"loss": loss_sum, **model.routing.statistics.pop()}, topology.device)
+            loss = float(sums["loss"] / counts["labels"].clamp(min=1))
+            if not math.isfinite(loss) or placement.step_was_skipped(engine.deepspeed):
+                raise SRDEError(not_finite(state, loss))
+            experts = expert_metrics(sums, config.adapter.top_k)
+            watch.check(state.step + 1, sums["assignments"].sum(0).tolist(), experts["expert_gradient_norm"])
+            model.routing.expert_share = assignment_share(sums["assignments"]).to(topology.device)
+            state.step += 1
+            state.tokens += int(counts["tokens"])
+            seconds = time.monotonic() - started
+            line: dict[str, Any] = {
+                "step": state.step,
+                "loss": loss,
+                "learning_rate": factor * config.optimizer.learning_rate,
+                "learning_rates": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
+                "grad_norm": engine.global_grad_norm,
+                "tokens": state.tokens,
+                "tokens_per_second": float(counts["tokens"]) / seconds,
+                **experts,
+                "memory_gib": memory_gib(),
+            }
+            last = state.step == training.max_steps
+            if last or state.step % training.log_steps == 0:
+                line["delta_norm"] = model.delta_norms(gather=gather).tolist()
+            if held_out and training.eval_steps and (last or state.step % training.eval_steps == 0):
+                line["held_out"] = held_out.losses(engine, lambda: signal() is not None)
+            metrics.write(line)
+            progress.update(line)
+            if last or (training.save_steps and state.step % training.save_steps == 0):
+                state.save()
+    if stopped:
+        state.save()
+        say(topology, f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.")
+        return
+    on_main_rank(lambda: finish(config, state), topology)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def count_tokens(batches: list[Batch]) -> dict[str, torch.Tensor]:
+    """Response tokens that carry loss, and all real tokens, of this rank's micro-batches."""
+    labels = sum(((batch["labels"][:, 1:] != -100).sum() for batch in batches), torch.zeros(()))
+    tokens = sum((batch["token_mask"].sum() for batch in batches), torch.zeros(()))
+    return {"labels": labels, "tokens": tokens}
+
+
+def scheduled_factor(config: Config, step: int) -> float:
+    optimizer = config.optimizer
+    return learning_rate_factor(
+        step,
+        schedule=optimizer.lr_schedule,
+        max_steps=config.training.max_steps,
+        warmup_steps=optimizer.warmup_steps,
+        decay_ratio=optimizer.decay_ratio,
+        min_lr_ratio=optimizer.min_lr_ratio,
+    )
+
+
+def assignment_share(assignments: torch.Tensor) -> torch.Tensor:
+    """[L, E] counts to fp32 shares of each layer's assignments."""
+    return (assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)).float()
+
+
+def not_finite(state: RunState, loss: float) -> str:
+    good = f"Continue from {state.folder}" if state.saved_step is not None else "No checkpoint was saved yet; start anew"
+    return (
+        f"step {state.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. {good} with "
+        "lower learning rates (--muon_lr, --learning_rate, --router_lr)."
+    )
+
+
+def finish(config: Config, state: RunState) -> None:
+    """Export the weights, then write the completion marker."""
+    output = Path(config.training.output_dir)
+    weights = export_weights(state.folder, output / "srde_weights.safetensors")
+    marker = {"step": state.step, "tokens": state.tokens, "weights": weights.name, "checkpoint": state.folder.name}
+    partial = output / "completed.json.tmp"
+    partial.write_text(json.dumps(marker, indent=2) + "\n")
+    os.replace(partial, output / "completed.json")
+    print(f"Finished: {weights}", flush=True)
+
+
+def say(topology: Topology, text: str) -> None:
+    if topology.is_main:
+        print(text, flush=True)

@@ -1,0 +1,57 @@
+"""Tiny models for the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from srde_ds.config import AdapterConfig
+from srde_ds.model.adapter import SRDEModel, add_experts
+
+
+def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Two layers, D 32, F 96, vocabulary 101; random weights, frozen, eval mode."""
+    values = {
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.2,  # at the default 0.02 a tiny model's logits hardly depend on its layers
+        "attn_implementation": "sdpa",
+    } | overrides
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**values)).to(dtype).requires_grad_(False).eval()
+
+
+def adapter_config(**overrides: Any) -> AdapterConfig:
+    """Three experts, two a token, five of tiny_llama's 96 neurons."""
+    return AdapterConfig(**({"num_experts": 3, "top_k": 2, "density": 0.05} | overrides))
+
+
+def tiny_srde(
+    *, dtype: torch.dtype = torch.float32, seed: int = 0, base: PreTrainedModel | None = None, **overrides: Any
+) -> SRDEModel:
+    """tiny_llama with experts; `overrides` go to the adapter config."""
+    config = adapter_config(**overrides)
+    names = [f"expert{e}" for e in range(config.num_experts)]
+    return add_experts(base or tiny_llama(dtype=dtype), config, expert_names=names, seed=seed)
+
+
+def randomize(model: SRDEModel, *, seed: int = 1, scale: float = 0.3) -> SRDEModel:
+    """Random deltas and routers far from their initial values, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            noise = torch.randn(parameter.srde_shape, generator=generator)
+            parameter[: parameter.srde_rows] += (scale * noise).to(parameter.dtype)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 16, *, vocabulary: int = 101, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,71 @@
+"""A tiny trained-looking model, its tokenizer and records, for the tests of evaluation and inference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from srde_ds.data.records import Record
+from srde_ds.model.adapter import SRDEModel, add_experts, save_weights
+from tests.helpers import adapter_config, randomize, tiny_llama
+
+TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+NAMES = ["math", "logic", "code"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE without merges: any text, a token a byte."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<|pad|>", "<|start|>", "<|end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=259, special_tokens=specials, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TEMPLATE
+    )
+
+
+def tiny_model(*, context: int = 256) -> SRDEModel:
+    """Three experts with nonzero deltas on a Llama whose vocabulary is the tokenizer's."""
+    base = tiny_llama(vocab_size=259, max_position_embeddings=context)
+    return randomize(add_experts(base, adapter_config(), expert_names=NAMES, seed=0))
+
+
+def records() -> list[Record]:
+    """Nine items of very different lengths; `logic` comes first, and one item has no answer."""
+    made = []
+    for i in range(9):
+        prompt = f"{i} " + "ab " * (i * 7 % 5 * 6)
+        answer = None if i == 4 else str(i)
+        messages = [
+            {"role": "user", "content": prompt.strip()},
+            {"role": "assistant", "content": "is " + "x" * (i % 4)},
+        ]
+        made.append(Record(["logic", "math"][i % 2], messages, answer, "made", f"made:{i}"))
+    return made
+
+
+def write_jsonl(path: Path, items: list[Record]) -> None:
+    lines = [{"domain": r.domain, "messages": r.messages, "answer": r.answer, "source": r.source} for r in items]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def save_model(folder: Path) -> Path:
+    """The tiny model as files: base and tokenizer in folder/base, the weights in folder/run. Returns the weights."""
+    base = tiny_llama(vocab_size=259, max_position_embeddings=256)
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    model = randomize(add_experts(base, adapter_config(), expert_names=NAMES, seed=0))
+    (folder / "run").mkdir()
+    weights = folder / "run" / "srde_weights.safetensors"
+    save_weights(weights, model.adapter_tensors(), model.metadata())
+    return weights

@@ -1,0 +1,207 @@
+"""The dataset folder: complete or absent, counted, reused only when it is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.data.build import build_dataset
+from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.errors import SRDEError
+from tests.data_helpers import CHATML, sums, tiny_tokenizer, write_jsonl
+
+DOMAINS = ["math", "logic"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, Path]:
+    train = [item for pair in zip(sums("math", range(30)), sums("logic", range(30)), strict=True) for item in pair]
+    held_out = sums("math", range(50, 55)) + sums("logic", range(50, 53))
+    return {
+        "jsonl_data": write_jsonl(tmp_path / "train.jsonl", train),
+        "eval_file": write_jsonl(tmp_path / "held_out.jsonl", held_out),
+        "output_dir": tmp_path / "rows",
+    }
+
+
+def build(files: dict[str, Path], **changes: Any) -> Manifest:
+    options = {"tokenizer": tiny_tokenizer(), "domains": DOMAINS, "max_length": 512, "too_long": "drop", "seed": 1}
+    return build_dataset(**(options | files | changes))
+
+
+def fails(files: dict[str, Path], message: str, **changes: Any) -> None:
+    with pytest.raises(SRDEError) as caught:
+        build(files, **changes)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    folder = Path(changes.get("output_dir", files["output_dir"]))
+    assert not folder.with_name(folder.name + ".tmp").exists()
+
+
+def test_folder_manifest_and_rows_agree(files: dict[str, Path]) -> None:
+    manifest = build(files)
+    folder = files["output_dir"]
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "train", "validation"]
+    assert load_manifest(folder) == manifest
+    documents = {"train": {"math": 30, "logic": 30}, "validation": {"math": 5, "logic": 3}}
+    for name, split in manifest.splits.items():
+        rows = load_rows(folder, name, manifest).with_format("numpy")
+        assert split.rows == len(rows) == sum(counts.rows for counts in split.domains.values())
+        for index, domain in enumerate(DOMAINS):
+            counts = split.domains[domain]
+            mine = rows.filter(lambda domain, index=index: domain == index, input_columns="domain")
+            starts = sum(int((row["position_ids"][: row["length"]] == 0).sum()) for row in mine)
+            assert starts == counts.documents == documents[name][domain]
+            assert counts.rows == len(mine) and counts.tokens == sum(int(row["length"]) for row in mine)
+            assert counts.response_tokens == sum(int((row["labels"] >= 0).sum()) for row in mine) > 0
+            text = "".join(tiny_tokenizer().batch_decode(row["input_ids"][: row["length"]])[0] for row in mine)
+            assert domain in text and DOMAINS[1 - index] not in text
+        tokens = sum(counts.tokens for counts in split.domains.values())
+        assert split.fill_rate == pytest.approx(tokens / (512 * split.rows), abs=1e-4)
+    assert manifest.splits["train"].fill_rate > 0.85
+    assert manifest.tokenizer["chat_template"] == "tokenizer"
+
+
+def test_the_same_input_gives_the_same_rows_and_another_seed_others(files: dict[str, Path]) -> None:
+    folders = [files["output_dir"].with_name(name) for name in "abc"]
+    first, second, other = (build(files, output_dir=f, seed=s) for f, s in zip(folders, (1, 1, 2), strict=True))
+    assert first == second
+    assert first.splits["train"].content_sha256 != other.splits["train"].content_sha256
+
+
+def test_two_processes_give_the_same_rows(files: dict[str, Path]) -> None:
+    one = build(files)
+    two = build(files, output_dir=files["output_dir"].with_name("other"), num_processes=2)
+    assert one == two
+
+
+def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srde_ds.data.build.DOCUMENTS_A_BUFFER", 7)
+    monkeypatch.setattr("srde_ds.data.build.RECORDS_A_BATCH", 11)
+    small = build(files)
+    monkeypatch.undo()
+    whole = build(files, output_dir=files["output_dir"].with_name("whole"))
+    for domain in DOMAINS:
+        ours, theirs = (m.splits["train"].domains[domain] for m in (small, whole))
+        assert (ours.documents, ours.tokens, ours.response_tokens) == (30, theirs.tokens, theirs.response_tokens)
+
+
+def test_an_equal_folder_is_reused_untouched(files: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    manifest = build(files)
+    stamps = {path: path.stat().st_mtime_ns for path in files["output_dir"].rglob("*")}
+    with caplog.at_level("INFO"):
+        assert build(files) == manifest
+    assert "it is used as it is" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in files["output_dir"].rglob("*")} == stamps
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_length": 256}, "It was built with max_length=512, not 256"),
+        ({"too_long": "truncate"}, "It was built with too_long=drop, not truncate"),
+        ({"seed": 2}, "It was built with seed=1, not 2"),
+        ({"domains": ["logic", "math"]}, "domains=logic,math: the dataset was built with math,logic"),
+        ({"tokenizer": tiny_tokenizer(None)}, "differs from '' in chat_template (tokenizer != fallback)"),
+        ({"eval_file": None}, "It was built from other files or other content"),
+    ],
+)
+def test_another_folder_is_never_overwritten(files: dict[str, Path], changes: dict[str, Any], message: str) -> None:
+    manifest = build(files)
+    fails(files, message, **changes)
+    fails(files, "exists already: choose another output folder or delete it", **changes)
+    assert load_manifest(files["output_dir"]) == manifest
+
+
+def test_changed_content_is_noticed_and_foreign_folders_refused(files: dict[str, Path]) -> None:
+    build(files)
+    write_jsonl(files["jsonl_data"], sums("math", [90]) + sums("logic", [91]))
+    fails(files, "It was built from other files or other content")
+    fails(files, "holds no manifest.json: it is no folder of build_dataset", output_dir=files["jsonl_data"].parent)
+
+
+def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Path]) -> None:
+    building = files["output_dir"].with_name("rows.tmp")
+    (building / "train").mkdir(parents=True)
+    (building / "train" / "half").write_text("x")
+    files["output_dir"].mkdir()
+    assert build(files).splits["train"].rows > 0
+    assert not building.exists() and not list(files["output_dir"].rglob("half"))
+
+
+def test_bad_input_is_named_before_anything_is_written(files: dict[str, Path]) -> None:
+    fails(files, "no such file", jsonl_data=Path("none.jsonl"))
+    fails(files, "no such file", eval_file=Path("none.jsonl"))
+    fails(files, "has no record of domain 'code'", domains=[*DOMAINS, "code"])
+    with files["jsonl_data"].open("a") as file:
+        file.write('{"prompt": "a", "response": "b", "domain": "mat"}\n')
+    fails(files, "train.jsonl:61: unknown domain 'mat'")
+
+
+def test_held_out_prompts_in_training_are_refused(files: dict[str, Path]) -> None:
+    leaked = {"role": "user", "content": "math: 51 + 1?"}
+    turns = [{"role": "system", "content": "S"}, leaked, *({"role": r, "content": "x"} for r in ("assistant", "user"))]
+    with files["jsonl_data"].open("a") as file:
+        file.write(json.dumps({"messages": [*turns, {"role": "assistant", "content": "y"}], "domain": "math"}) + "\n")
+        file.write(json.dumps(sums("logic", [52])[0]) + "\n")
+    fails(files, "2 held-out prompts occur in the training file too, the first is")
+    fails(files, "held_out.jsonl:2 = ")
+    fails(files, "train.jsonl:61: remove them from one of the files")
+
+
+def test_long_documents_are_counted_by_domain(files: dict[str, Path]) -> None:
+    long = [{"prompt": f"logic {i}", "response": "x1y2z3" * 100, "domain": "logic"} for i in range(3)]
+    with files["jsonl_data"].open("a") as file:
+        file.write("".join(json.dumps(item) + "\n" for item in long))
+    for policy, dropped in (("drop", 3), ("truncate", 0)):
+        counts = build(files, too_long=policy, output_dir=files["output_dir"].with_name(policy)).splits["train"].domains
+        assert (counts["logic"].documents, counts["logic"].too_long, counts["logic"].dropped) == (33, 3, dropped)
+        assert (counts["math"].documents, counts["math"].too_long, counts["math"].dropped) == (30, 0, 0)
+    fails(files, "train.jsonl:61: ", too_long="error")
+    fails(files, "all 30 documents of domain 'math' are longer than max_length=8", max_length=8)
+
+
+def test_manifest_checks(files: dict[str, Path]) -> None:
+    manifest = build(files, eval_file=None)
+    folder = files["output_dir"]
+    check_tokenizer(manifest, tiny_tokenizer())
+    check_domains(manifest, DOMAINS)
+    with pytest.raises(SRDEError, match="differs from '' in chat_template_sha256"):
+        check_tokenizer(manifest, tiny_tokenizer(CHATML + " "))
+    larger = tiny_tokenizer()
+    larger.add_tokens(["extra"])
+    with pytest.raises(SRDEError, match=r"differs from '' in vocab_size \(278 != 279\)"):
+        check_tokenizer(manifest, larger)
+    with pytest.raises(SRDEError, match="has no validation rows: build it with --eval_file"):
+        load_rows(folder, "validation", manifest)
+    manifest.splits["train"].rows += 1
+    with pytest.raises(SRDEError, match="rows, its manifest says"):
+        load_rows(folder, "train", manifest)
+    next((folder / "train").glob("*.arrow")).unlink()
+    with pytest.raises(SRDEError, match="cannot be read"):
+        load_rows(folder, "train", manifest)
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())
+    for broken, message in (
+        ("{", "is damaged"),
+        ("[]", "format_version None"),
+        (json.dumps(content | {"format_version": 9}), "format_version 9, this release reads 1"),
+        (json.dumps(content | {"splits": {"train": {"rows": 1}}}), "is damaged"),
+    ):
+        path.write_text(broken)
+        with pytest.raises(SRDEError, match=message):
+            load_manifest(folder)
+    with pytest.raises(SRDEError, match="no such folder"):
+        load_manifest(folder / "none")
+
+
+def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Path], tmp_path: Path) -> None:
+    manifest = build(files)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "what is"], padding=True, truncation=True, max_length=4)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    check_tokenizer(manifest, tokenizer)
+    check_tokenizer(manifest, type(tokenizer).from_pretrained(tmp_path / "saved"))

@@ -1,0 +1,118 @@
+"""The evaluate verb on files, and the report of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srde_ds.config import Config
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation import weights as weights_module
+from srde_ds.evaluation.command import default_output, evaluate_command
+from srde_ds.evaluation.report import write_report
+from srde_ds.evaluation.weights import resolve_weights
+from tests.unit.evaluation_helpers import records, save_model, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_jsonl(folder / "held_out.jsonl", records())
+    run = save_model(folder).parent
+    (run / "config.yaml").write_text(yaml.safe_dump(Config().to_dict()))
+    lines = [
+        {"step": s, "loss": 3.0 / s, "tokens": 100 * s, "tokens_per_second": 50.0, "tokens_per_expert": [1, 2, 3]}
+        for s in range(1, 6)
+    ]
+    lines[-1]["held_out"] = {"math": 1.0, "logic": 2.0}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    environment = {"machine": "a box", "python": "3", "git_revision": None, "world_size": 2, "versions": {"torch": "9"}}
+    (run / "environment.json").write_text(json.dumps(environment))
+    return run
+
+
+def _options(run: Path, **changes: Any) -> dict[str, Any]:
+    options = {"checkpoint": str(run), "eval_file": str(run.parent / "held_out.jsonl"), "base": None, "seed": 1}
+    options |= {"compare_baseline": True, "max_samples": 8, "max_new_tokens": 4, "batch_size": 4, "bf16": False}
+    return options | {"output_file": None} | changes
+
+
+def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = evaluate_command(**_options(run_folder))
+    assert json.loads((run_folder / "evaluation.json").read_text()) == result
+    items = (run_folder / "evaluation_items.jsonl").read_text().splitlines()
+    assert len(items) == result["overall"]["srde"]["items"] == 8
+    assert {"base", "srde", "prompt", "answer"} <= set(json.loads(items[0]))
+    assert result["run"]["dtype"] == "float32"
+    printed = capsys.readouterr().out
+    assert "overall" in printed and "evaluation.json" in printed
+    assert not list(run_folder.glob("*.tmp"))
+
+
+def test_report_is_made_of_the_run(run_folder: Path) -> None:
+    result = evaluate_command(**_options(run_folder))
+    page = write_report(run_folder)
+    text = page.read_text()
+    for name in ("loss.png", "expert_usage.png", "speed.png"):
+        assert f"({name})" in text
+        assert (run_folder / name).read_bytes().startswith(b"\x89PNG")
+    math = result["domains"]["math"]
+    assert f"| math | 4 | {math['base']['loss']:.3f} → {math['srde']['loss']:.3f} |" in text
+    assert "**logic**" in text and "- expected: `0`" in text and "- base (" in text and "- srde (" in text
+    assert "| machine | a box |" in text and "| torch | 9 |" in text
+    assert "5 steps, 500 tokens, 50 tokens/s" in text
+
+
+def test_report_names_what_is_missing(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SRDEError, match=r"no such file .*metrics.jsonl': train first"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes((run_folder / "metrics.jsonl").read_bytes())
+    with pytest.raises(SRDEError, match="evaluate first"):
+        write_report(tmp_path)
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(SRDEError, match="not valid JSON"):
+        write_report(tmp_path)
+
+
+def test_weights_are_found_or_converted(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_weights(run_folder, tmp_path) == run_folder / "srde_weights.safetensors"
+    assert resolve_weights(run_folder / "srde_weights.safetensors", tmp_path) == run_folder / "srde_weights.safetensors"
+    checkpoint = tmp_path / "checkpoint-3"
+    monkeypatch.setattr(weights_module, "find_checkpoint", lambda path, output_dir: path)
+    monkeypatch.setattr(weights_module, "export_weights", lambda folder, target: (folder, target))
+    assert resolve_weights(checkpoint, tmp_path / "s") == (checkpoint, tmp_path / "s" / "srde_weights.safetensors")
+
+
+def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:
+    assert default_output(str(run_folder)) == run_folder / "evaluation.json"
+    assert default_output(str(run_folder / "srde_weights.safetensors")) == run_folder / "evaluation.json"
+    assert default_output(str(run_folder / "checkpoint-30")) == run_folder / "evaluation-30.json"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"checkpoint": "/nowhere"}, "there is no folder"),
+        ({"eval_file": "/nowhere.jsonl"}, "no such file"),
+        ({"base": "/nowhere"}, "/nowhere"),
+        ({"max_samples": 0}, "max_samples=0"),
+        ({"max_new_tokens": 1000}, "exceed the base's context of 256"),
+    ],
+)
+def test_bad_input_is_one_line(run_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    output = tmp_path / "out" / "evaluation.json"
+    with pytest.raises(SRDEError, match=message) as error:
+        evaluate_command(**_options(run_folder, output_file=str(output), **changes))
+    assert "\n" not in str(error.value)
+    assert not output.parent.exists()
+
+
+def test_an_unknown_domain_is_named(run_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    path.write_text('{"domain": "maths", "prompt": "a", "response": "b"}\n')
+    with pytest.raises(SRDEError, match="unknown domain 'maths'"):
+        evaluate_command(**_options(run_folder, eval_file=str(path)))

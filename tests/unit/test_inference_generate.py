@@ -1,0 +1,114 @@
+"""One answer: cache, streaming, sampling, experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srde_ds.data.packing import prompt_ids
+from srde_ds.errors import SRDEError
+from srde_ds.inference.generate import format_routing, generate
+from tests.unit.evaluation_helpers import NAMES, tiny_model, tiny_tokenizer
+
+MESSAGES = [{"role": "user", "content": "what is é + ü?"}]
+
+
+def test_cached_generation_equals_uncached_token_for_token() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    answer = generate(model, tokenizer, MESSAGES, max_tokens=40, temperature=0)
+    ids = prompt_ids(tokenizer, MESSAGES)
+    assert answer.prompt_length == len(ids)
+    while len(ids) < len(answer.tokens):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert [tokenizer.decode([token]) for token in ids] == answer.tokens
+    with model.no_experts():
+        bare = generate(model, tokenizer, MESSAGES, max_tokens=40, temperature=0)
+    assert bare.tokens != answer.tokens  # the deltas matter
+
+
+def test_pieces_joined_are_the_text() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    pieces: list[str] = []
+    torch.manual_seed(0)
+    streamed = generate(model, tokenizer, MESSAGES, max_tokens=60, temperature=2.0, top_p=1.0, stream=pieces.append)
+    torch.manual_seed(0)
+    whole = generate(model, tokenizer, MESSAGES, max_tokens=60, temperature=2.0, top_p=1.0)
+    assert "".join(pieces) == streamed.text == whole.text
+    assert len(pieces) > 10
+    torch.manual_seed(1)
+    assert generate(model, tokenizer, MESSAGES, max_tokens=60, temperature=2.0, top_p=1.0).text != whole.text
+
+
+def test_a_character_of_several_tokens_is_streamed_whole() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    letters = tokenizer("é€é", add_special_tokens=False)["input_ids"]
+    assert len(letters) == 7
+    script = iter(letters)
+
+    def forced(_: torch.nn.Module, __: object, output: object) -> None:
+        output.logits[:] = 0  # type: ignore[attr-defined]
+        output.logits[..., next(script)] = 9  # type: ignore[attr-defined]
+
+    handle = model.base.register_forward_hook(forced)
+    pieces: list[str] = []
+    answer = generate(model, tokenizer, MESSAGES, max_tokens=7, temperature=0, stream=pieces.append)
+    handle.remove()
+    assert pieces == ["é", "€", "é"] and answer.text == "é€é"
+
+
+def test_a_narrow_nucleus_is_greedy_despite_the_bases_own_settings() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    greedy = generate(model, tokenizer, MESSAGES, max_tokens=20, temperature=0)
+    narrow = generate(model, tokenizer, MESSAGES, max_tokens=20, temperature=1.0, top_p=1e-6)
+    assert narrow.tokens == greedy.tokens
+    config = model.base.generation_config
+    config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 9.0
+    assert generate(model, tokenizer, MESSAGES, max_tokens=20, temperature=0).tokens == greedy.tokens
+
+
+def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    answer = generate(model, tokenizer, MESSAGES, max_tokens=10, temperature=0, show_routing=True)
+    assert answer.experts is not None and answer.experts.shape == (len(answer.tokens) - 1, 3)
+    assert not model.routing.record_choices
+    ids = prompt_ids(tokenizer, MESSAGES) + [
+        tokenizer.convert_tokens_to_ids(tokenizer.tokenize(token))[0] for token in answer.tokens[answer.prompt_length :]
+    ]
+    model.routing.record_choices = True
+    with torch.no_grad():
+        model(torch.tensor([ids[:-1]]))
+    for position, row in enumerate(answer.experts):
+        chosen = [int(e) for choices in model.routing.choices.values() for e in choices[position]]
+        assert row.tolist() == pytest.approx([chosen.count(e) / len(chosen) for e in range(3)])
+
+
+def test_routing_is_shown_for_prompt_and_answer() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    answer = generate(model, tokenizer, MESSAGES, max_tokens=5, temperature=0, show_routing=True)
+    lines = format_routing(answer, NAMES).splitlines()
+    assert len(lines) == len(answer.tokens) - 1 + 3
+    assert lines[0] == "prompt:" and lines[answer.prompt_length + 1] == "answer:"
+    assert "%" in lines[1] and any(name in lines[-1] for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": float("nan")}, "top_p=nan"),
+        ({"max_tokens": 250}, "context of 256"),
+    ],
+)
+def test_bad_values_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(SRDEError, match=message):
+        generate(tiny_model(), tiny_tokenizer(), MESSAGES, **options)  # type: ignore[arg-type]
+
+
+def test_answering_works_without_a_chat_template() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    tokenizer.chat_template = None
+    answer = generate(model, tokenizer, MESSAGES, max_tokens=5, temperature=0)
+    assert "".join(answer.tokens[: answer.prompt_length]).startswith("what is")

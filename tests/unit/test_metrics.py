@@ -1,0 +1,182 @@
+"""Each step once in metrics.jsonl, whatever was lost; trackers get the same numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from srde_ds.config import TrackingConfig
+from srde_ds.errors import SRDEError
+from srde_ds.training import metrics
+from srde_ds.training.metrics import MetricsWriter, ProgressLine, flatten, memory_gib
+
+STEP = {
+    "loss": 2.5,
+    "tokens": 100,
+    "tokens_per_expert": {"math": 0.75, "code": 0.25},
+    "entropy": [0.5, 1.5],
+    "note": "x",
+}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_steps(folder: Path, first: int, last: int, **options: Any) -> None:
+    with MetricsWriter(folder, TrackingConfig(), enabled=True, **options) as writer:
+        for step in range(first, last + 1):
+            writer.write({"step": step, "loss": float(step)})
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", TrackingConfig(), enabled=True) as writer:
+        writer.write({"step": 1} | STEP)
+        assert lines(tmp_path / "run") == [{"step": 1} | STEP]
+
+
+def test_resuming_cuts_what_comes_again_and_a_torn_line(tmp_path: Path) -> None:
+    write_steps(tmp_path, 0, 7)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    write_steps(tmp_path, 6, 9, resume_step=5)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(10))
+    write_steps(tmp_path, 1, 2)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+
+
+def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path, TrackingConfig(), enabled=True) as writer:
+        writer.write({"step": 1, "loss": float("nan"), "norms": {"math": [float("inf"), 1.0]}})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text) == {"step": 1, "loss": None, "norms": {"math": [None, 1.0]}}
+    assert "NaN" not in text and "Infinity" not in text
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path / "run", TrackingConfig(use_tensorboard=True), enabled=False) as writer:
+        writer.write({"step": 1, "loss": 1.0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_flatten_joins_names_and_drops_what_is_no_number() -> None:
+    nested = {"a": {"b": {"c": 1}, "list": [2, [3.5]]}, "text": "x", "flag": True, "none": None}
+    assert dict(flatten(nested)) == {"a/b/c": 1, "a/list/0": 2, "a/list/1/0": 3.5}
+
+
+def test_tensorboard_events_read_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsWriter(tmp_path, TrackingConfig(use_tensorboard=True), enabled=True) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step} | STEP)
+    with MetricsWriter(tmp_path, TrackingConfig(use_tensorboard=True), enabled=True, resume_step=1) as writer:
+        writer.write({"step": 2, "loss": 7.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 7.0)]
+    assert events.Scalars("tokens_per_expert/math")[0].value == 0.75
+
+
+class Tracker(ModuleType):
+    """What W&B and trackio have in common."""
+
+    def __init__(self) -> None:
+        super().__init__("tracker")
+        self.calls: list[tuple[str, Any]] = []
+
+    def init(self, *, project: str, name: str, config: dict[str, Any]) -> None:
+        self.calls.append(("init", (project, name, config)))
+
+    def log(self, numbers: dict[str, float], *, step: int) -> None:
+        self.calls.append(("log", (step, numbers)))
+
+    def finish(self) -> None:
+        self.calls.append(("finish", None))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_trackers_get_init_log_and_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    tracking = TrackingConfig(wandb_project="experts")
+    setattr(tracking, f"use_{name}", True)
+    with (
+        pytest.raises(ZeroDivisionError),
+        MetricsWriter(tmp_path / "run7", tracking, enabled=True, run_config={"training": {"seed": 3}}) as writer,
+    ):
+        writer.write({"step": 4} | STEP)
+        raise ZeroDivisionError  # the run is closed on the way out of an error too
+    numbers = {"loss": 2.5, "tokens": 100, "tokens_per_expert/math": 0.75, "tokens_per_expert/code": 0.25}
+    assert tracker.calls == [
+        ("init", ("experts", "run7", {"training": {"seed": 3}})),
+        ("log", (4, numbers | {"entropy/0": 0.5, "entropy/1": 1.5})),
+        ("finish", None),
+    ]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(
+    ("flag", "module", "package"),
+    [
+        ("use_wandb", "wandb", "wandb"),
+        ("use_trackio", "trackio", "trackio"),
+        ("use_tensorboard", "torch.utils.tensorboard", "tensorboard"),
+    ],
+)
+def test_a_missing_tracker_stops_every_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, module: str, package: str, enabled: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SRDEError, match=rf"{flag}=true: package '{package}' is missing.*pip install {package}"):
+        MetricsWriter(tmp_path / "run", TrackingConfig(**{flag: True}), enabled=enabled)
+    assert not (tmp_path / "run").exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *, enabled: bool = True) -> str:
+    clock = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(metrics.time, "monotonic", lambda: float(next(clock)) * 60)
+        with ProgressLine(25, 10, start_step=4, enabled=enabled) as progress:
+            for step in range(5, 26):
+                speed = {"tokens": step * 10**6, "tokens_per_second": 51_234.0, "memory_gib": 3.14}
+                progress.update({"step": step, "loss": 1 / step} | speed)
+    return stream.getvalue()
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = show(io.StringIO(), monkeypatch).splitlines()
+    assert [line.split(" | ")[0] for line in shown] == ["step  5/25", "step 10/25", "step 20/25", "step 25/25"]
+    assert shown[1].startswith("step 10/25 | loss 0.1000 | 51.23k tokens/s | 10.00M tokens | left 0:15:00 | 3.1 GiB")
+    assert "left 0:00:00" in shown[3]
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = show(Terminal(), monkeypatch)
+    assert "25/25" in shown and "51.23k tokens/s" in shown and "step 10/25" not in shown
+
+
+def test_other_ranks_show_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert show(io.StringIO(), monkeypatch, enabled=False) == ""
+
+
+def test_memory_is_counted_in_gib() -> None:
+    if torch.cuda.is_available():
+        torch.zeros(2**28, device="cuda")
+        assert memory_gib() >= 1.0
+    else:
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
+        assert resident * 0.99 <= memory_gib() < resident + 8

@@ -1,0 +1,69 @@
+"""Signals become a request on which all ranks agree."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from srde_ds.training import signals
+from srde_ds.training.signals import SIGNALS, StopRequest
+
+
+def alone(value: int) -> int:
+    return value
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_only_sets_a_flag_and_the_former_handler_returns(number: signal.Signals) -> None:
+    received: list[int] = []
+    former = signal.signal(number, lambda given, frame: received.append(given))
+    try:
+        with StopRequest() as stop:
+            assert stop.requested is None and stop.agreed(alone) is None
+            os.kill(os.getpid(), number)
+            assert stop.requested == stop.agreed(alone) == number.name
+        assert received == []
+        os.kill(os.getpid(), number)
+        assert received == [number]
+    finally:
+        signal.signal(number, former)
+
+
+def test_handlers_return_after_an_error_too() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(ZeroDivisionError), StopRequest():
+        raise ZeroDivisionError
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_ranks_with_different_signals_agree_on_one() -> None:
+    with StopRequest() as first, StopRequest() as second:
+        os.kill(os.getpid(), signal.SIGUSR1)  # the inner one is installed: only `second` sees it
+        assert (first.requested, second.requested) == (None, "SIGUSR1")
+        values: list[int] = []
+        for rank in (first, second):
+            rank.agreed(lambda value: values.append(value) or value)  # type: ignore[func-returns-value]
+        assert [rank.agreed(lambda value: max(values)) for rank in (first, second)] == ["SIGUSR1", "SIGUSR1"]
+    assert StopRequest().agreed(lambda value: max(signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)) == "SIGTERM"
+
+
+def test_the_first_signal_names_the_stop_and_repeats_change_nothing() -> None:
+    with StopRequest() as stop:
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.requested == "SIGUSR1"
+
+
+def test_a_second_ctrl_c_stops_at_once_but_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        now += signals.SAME_PRESS_SECONDS / 2
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        now += signals.SAME_PRESS_SECONDS
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
