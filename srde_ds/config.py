@@ -7,6 +7,7 @@ across sections, so that flags need no prefix.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -17,10 +18,16 @@ from typing import Any, Literal, get_args, get_origin
 from srde_ds.errors import SRDEError, nearest
 
 DOMAINS = ("math", "logic", "code", "science", "planning", "abstract")
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def option(
-    default: Any, help: str, *, aliases: tuple[str, ...] = (), minimum: float | None = None, maximum: float | None = None
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
 ) -> Any:
     """A dataclass field with its help text, older flag names and the range of its values."""
     metadata = {"help": help, "aliases": aliases, "minimum": minimum, "maximum": maximum}
@@ -37,7 +44,9 @@ class ModelConfig:
     model_revision: str | None = option(None, "Hub revision of the base")
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in float32")
     flash_attention: bool = option(False, "attention by the flash-attn package instead of torch's sdpa")
-    gradient_checkpointing: bool = option(False, "recompute activations in backward: less memory, about 30 % more compute")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in backward: less memory, about 30 % more compute"
+    )
 
 
 @dataclass
@@ -96,7 +105,7 @@ class OptimizerConfig:
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
         "cosine", "wsd: warm-up, stable, then linear decay over the last decay_ratio"
     )
-    warmup_steps: int = option(100, "steps of linear warm-up", minimum=0)
+    warmup_steps: int = option(50, "steps of linear warm-up", minimum=0)
     decay_ratio: float = option(0.2, "wsd: share of the steps that decay", minimum=0.0, maximum=1.0)
     min_lr_ratio: float = option(0.0, "learning rate at the end, as a share of its peak", minimum=0.0, maximum=1.0)
     max_grad_norm: float = option(1.0, "clip the gradient's global norm; 0: off", minimum=0.0)
@@ -112,7 +121,7 @@ class TrainingConfig:
     max_steps: int = option(1000, "optimizer steps", minimum=1)
     batch_size: int = option(1, "rows a process in one micro-step", aliases=("micro_batch_size",), minimum=1)
     gradient_accumulation_steps: int = option(16, "micro-steps in an optimizer step", minimum=1)
-    seed: int = option(42, "seed of supports, routers and data order", minimum=0)
+    seed: int = option(42, "seed of supports, routers and data order", minimum=0, maximum=2**32 - 1)
     resume_from: str | None = option(None, "checkpoint folder, run folder, or 'latest' for output_dir's newest")
     save_steps: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints to keep", minimum=1)
@@ -136,9 +145,13 @@ class ParallelConfig:
     """Processes and DeepSpeed."""
 
     deepspeed_config: str | None = option(
-        None, "JSON with what only DeepSpeed owns, as in ds_configs/; default: DeepSpeed's own values", aliases=("deepspeed", "ds_config")
+        None,
+        "JSON with what only DeepSpeed owns, as in ds_configs/; default: DeepSpeed's own values",
+        aliases=("deepspeed", "ds_config"),
     )
-    collective_timeout: int = option(600, "seconds after which a collective that waits for a lost rank fails", minimum=10)
+    collective_timeout: int = option(
+        600, "seconds after which a collective that waits for a lost rank fails", minimum=10
+    )
 
 
 @dataclass
@@ -180,7 +193,10 @@ def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> C
     given: dict[str, Any] = {}
     for section, values in file_values.items():
         if section not in sections:
-            raise SRDEError(f"config: unknown section '{section}'.{nearest(section, sections)}")
+            where = f" Put it under '{owner[section]}:'." if section in owner else nearest(str(section), sections)
+            raise SRDEError(f"config: unknown section '{section}'.{where}")
+        if values is None:  # a section whose lines are all commented out
+            continue
         if not isinstance(values, Mapping):
             raise SRDEError(f"config: section '{section}' must hold keys and values, not {values!r}.")
         known = {f.name for f in fields(sections[section])}
@@ -193,8 +209,8 @@ def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> C
         if key not in owner:
             raise SRDEError(f"unknown option '{key}'.{nearest(key, owner)}")
         given[key] = value
-    preset = given.get("preset", "default")
-    for key, value in (PRESETS.get(preset, {}) | given).items():
+    preset = checked(config.adapter, "preset", given.get("preset", "default"))
+    for key, value in (PRESETS[preset] | given).items():
         target = sections[owner[key]]
         setattr(target, key, checked(target, key, value))
     _check_relations(config)
@@ -205,20 +221,29 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        SRDEError: the file is missing, is not YAML or is not a mapping.
+        SRDEError: the file cannot be read, is not YAML or not a mapping, or names a key twice.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SRDEError(f"config: no such file '{path}'.") from None
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise SRDEError(f"config: '{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SRDEError(f"config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SRDEError(f"config: '{path}' must hold a mapping of sections, not a {type(content).__name__}.")
+    root = yaml.compose(text)
+    for node in (root, *(value for _, value in root.value)):
+        if isinstance(node, yaml.MappingNode):  # YAML would silently keep the last one
+            keys = [key.value for key, _ in node.value]
+            for key, _ in node.value:
+                if keys.count(key.value) > 1:
+                    line = key.start_mark.line + 1
+                    raise SRDEError(f"config: '{path}', line {line}: '{key.value}' is there twice. Keep one.")
     return content
 
 
@@ -229,6 +254,8 @@ def checked(section: Any, key: str, value: Any) -> Any:
     value = _convert(key, hint, value)
     minimum, maximum = metadata["minimum"], metadata["maximum"]
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise SRDEError(f"{key}={value}: must be finite.")
         if minimum is not None and not value >= minimum:
             raise SRDEError(f"{key}={value}: must be at least {minimum}.")
         if maximum is not None and not value <= maximum:
@@ -248,14 +275,14 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         return _convert(key, next(a for a in get_args(hint) if a is not type(None)), value)
     if origin is list:
         items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(i, str) and i.strip() for i in items):
+        if not isinstance(items, list) or not items or not all(isinstance(i, str) and i.strip() for i in items):
             raise SRDEError(f"{key}={value!r}: give a list of names (YAML) or names joined by commas (flag).")
         return [i.strip() for i in items]
     if hint is bool:
         if isinstance(value, bool):
             return value
-        if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0"):
-            return value.lower() in ("true", "yes", "1")
+        if isinstance(value, str) and value.lower() in BOOLEANS:
+            return BOOLEANS[value.lower()]
         raise SRDEError(f"{key}={value!r}: must be true or false.")
     if hint is str:
         if not isinstance(value, str):
@@ -269,7 +296,7 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
             return number
         if number != int(number):
             raise ValueError
-        return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
+        return int(number)
     except (TypeError, ValueError, OverflowError):
         kind = "a whole number" if hint is int else "a number"
         raise SRDEError(f"{key}={value!r}: must be {kind}.") from None
@@ -278,12 +305,25 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
 def _check_relations(config: Config) -> None:
     adapter, data, optimizer = config.adapter, config.data, config.optimizer
     if adapter.top_k > adapter.num_experts:
-        raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}.")
+        raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}. Lower --top_k.")
+    if 0 < optimizer.warmup_steps >= config.training.max_steps:
+        raise SRDEError(
+            f"warmup_steps={optimizer.warmup_steps}: must be less than max_steps={config.training.max_steps}. "
+            "Lower --warmup_steps; 0 switches the warm-up off."
+        )
+    if config.model.flash_attention and config.training.batch_size > 1:
+        raise SRDEError(
+            f"batch_size={config.training.batch_size} with flash_attention=true: flash-attn separates packed documents "
+            "only in batches of one row. Give --batch_size 1 and raise --max_length or --gradient_accumulation_steps."
+        )
     repeated = sorted({d for d in data.domains if data.domains.count(d) > 1})
     if repeated:
-        raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice.")
+        raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice. Name each once.")
     if data.jsonl_data and data.pretokenized_dir:
-        raise SRDEError("jsonl_data and pretokenized_dir are both given: keep one of them.")
+        raise SRDEError(
+            f"jsonl_data={data.jsonl_data} and pretokenized_dir={data.pretokenized_dir}: "
+            "both are given. Keep one of them."
+        )
     if optimizer.use_muon and adapter.granularity == "element" and adapter.num_atoms == 0:
         raise SRDEError(
             "use_muon=true with granularity=element and num_atoms=0: free element deltas are no matrices, Muon would "

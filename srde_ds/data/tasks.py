@@ -13,6 +13,7 @@ from itertools import count, repeat
 from pathlib import Path
 from typing import Any
 
+from srde_ds.config import DOMAINS
 from srde_ds.data.science import SCIENCE
 from srde_ds.errors import SRDEError, nearest
 
@@ -190,8 +191,6 @@ TASKS: dict[str, list[tuple[str, str, dict[str, Any], Phrase]]] = {
         ("cube", "color_cube_rotation", {"max_rotations": 1}, _worded(_cube)),
     ],
 }  # fmt: skip
-
-DOMAINS = ("math", "logic", "code", "science", "planning", "abstract")
 
 
 def generate(domain: str, count: int, seed: int) -> list[dict[str, str]]:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 from srde_ds.checkpoint.convert import export_weights
 from srde_ds.checkpoint.resume import find_checkpoint
-from srde_ds.inference.load import WEIGHTS
+from srde_ds.inference.load import WEIGHTS, folder_weights
 
 
 def resolve_weights(path: str | Path, scratch: str | Path) -> Path:
     """The weights file that `path` means; a checkpoint's weights are converted into the folder `scratch`.
 
     Args:
-        path: a weights file; a run folder (its weights, or its latest checkpoint while it has none); or a
+        path: a weights file; a run folder (its weights, or its latest checkpoint while it is not finished); or a
             checkpoint-<step> folder.
 
     Raises:
@@ -22,6 +22,7 @@ def resolve_weights(path: str | Path, scratch: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    if (path / WEIGHTS).is_file():
-        return path / WEIGHTS
+    weights = folder_weights(path)
+    if weights is not None:
+        return weights
     return export_weights(find_checkpoint(path, path), Path(scratch) / WEIGHTS)

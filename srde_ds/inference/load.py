@@ -25,12 +25,19 @@ def find_weights(path: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise SRDEError(f"'{path}': no such file or folder. Give {WEIGHTS} or the folder of a finished run.")
-    if not (path / WEIGHTS).is_file():
+    weights = folder_weights(path)
+    if weights is None:
         raise SRDEError(
-            f"'{path}': holds no {WEIGHTS}. Make it from a checkpoint: srde-ds convert --checkpoint {path} "
-            f"--output_file {path / WEIGHTS}"
+            f"'{path}': holds no {WEIGHTS} of a finished run. Make a file from its checkpoint: "
+            f"srde-ds convert --checkpoint {path} --output_file FILE"
         )
-    return path / WEIGHTS
+    return weights
+
+
+def folder_weights(folder: Path) -> Path | None:
+    """The weights in a run folder; None if there are none, or training was taken up again after they were written."""
+    taken_up = (folder / "latest").exists() and not (folder / "completed.json").exists()
+    return folder / WEIGHTS if (folder / WEIGHTS).is_file() and not taken_up else None
 
 
 def load_model(weights: Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,9 @@ from srde_ds.model.deltas import build_deltas
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.router import Router, RoutingContext, RoutingStatistics
 from srde_ds.model.supports import select_support, support_hash, support_shape, support_size
+
+if TYPE_CHECKING:
+    from srde_ds.model.deltas import Trainable
 
 FORMAT_VERSION = 1
 METADATA_KEY = "srde"
@@ -166,12 +169,12 @@ class SRDEModel(nn.Module):
         finally:
             self.routing.active = before
 
-    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def trainable_parameters(self) -> Iterator[tuple[str, Trainable]]:
         """Stable name (`layers.{i}.deltas.free`, ...) and parameter, layer by layer."""
         for number, layer in enumerate(self.layers):
             for child in ("deltas", "router"):
                 for name, parameter in getattr(layer, child).named_parameters():
-                    yield f"layers.{number}.{child}.{name}", parameter
+                    yield f"layers.{number}.{child}.{name}", cast("Trainable", parameter)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All that makes the adapter by stable name, without padding rows; parameters must be whole here."""
@@ -301,7 +304,9 @@ def read_metadata(path: str | Path) -> AdapterMetadata:
     with _open_weights(path) as file:
         header = file.metadata() or {}
     if METADATA_KEY not in header:
-        raise SRDEError(f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors.")
+        raise SRDEError(
+            f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors."
+        )
     return AdapterMetadata.from_dict(json.loads(header[METADATA_KEY]))
 
 
@@ -347,7 +352,9 @@ def load_adapter(
         candidates = block.intermediate * (1 if metadata.config.granularity == "neuron" else 3 * block.hidden)
         support = _take(tensors, name, support_shape(metadata.config, block.hidden, block.intermediate), weights)
         if support.dtype != torch.int32 or support.min() < 0 or support.max() >= candidates:
-            raise SRDEError(f"weights '{weights}': {name} must hold int32 indices below {candidates}; export them again.")
+            raise SRDEError(
+                f"weights '{weights}': {name} must hold int32 indices below {candidates}; export them again."
+            )
         return support
 
     model = _attach(

@@ -82,9 +82,8 @@ def load_base(
             (transformers alone would fill them with random values).
     """
     config = _pretrained(AutoConfig, "model", model_name, revision=revision)
-    auto = AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
     model, report = _pretrained(
-        auto,
+        _auto_class(config),
         "model",
         model_name,
         revision=revision,
@@ -98,6 +97,25 @@ def load_base(
             f"{type(model).__name__}, such as {min(report['missing_keys'])}; give a complete checkpoint."
         )
     return model.requires_grad_(False).eval()
+
+
+def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+    """The model of an id or folder without its weights, on the meta device: shapes alone, in seconds for any size.
+
+    Raises:
+        SRDEError: no such folder or id, or no language model for its configuration.
+    """
+    config = _pretrained(AutoConfig, "model", model_name, revision=revision)
+    try:
+        with torch.device("meta"):
+            return _auto_class(config).from_config(config)
+    except ValueError as error:  # a configuration of something else than a language model
+        reason = " ".join(str(error).split()).partition(". Model type should be")[0]
+        raise SRDEError(f"model_name={str(model_name)!r}: no language model ({reason}); give a decoder.") from None
+
+
+def _auto_class(config: Any) -> Any:
+    return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
 
 
 def load_tokenizer(model_name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -180,10 +198,24 @@ def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> l
         SRDEError: a layer has no such block or several, or a block computes something else.
     """
     refuse_experts(base)
-    return [_block_of_layer(layer, number, base, gather) for number, layer in enumerate(decoder_layers(base))]
+    return [_feed_forward(layer, number, base, gather) for number, layer in enumerate(decoder_layers(base))]
 
 
-def _block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel, gather: Gather) -> FeedForward:
+def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:
+    """(D, F) of every decoder layer's block, top to bottom; reads no weights.
+
+    Raises:
+        SRDEError: a layer has no gated block or several.
+    """
+    shapes = []
+    for number, layer in enumerate(decoder_layers(base)):
+        _, block, hidden = _block_of_layer(layer, number, base)
+        linear = [shape for child in block.children() if (shape := _linear_shape(child))]
+        shapes.append((hidden, next((out for out, width in linear if width == hidden and out != hidden), hidden)))
+    return shapes
+
+
+def _block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel) -> tuple[str, nn.Module, int]:
     hidden = base.config.get_text_config().hidden_size
     found = [(name, child) for name, child in layer.named_children() if _is_gated(child, hidden)]
     if len(found) != 1:
@@ -193,9 +225,15 @@ def _block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel, gather
             f"three linear maps ({hidden} -> F twice, F -> {hidden}) and an activation, found {len(found)} in: {seen}. "
             "Fused gate/up projections, mixtures of experts and blocks without a gate are not supported."
         )
-    name, block = found[0]
+    return (*found[0], hidden)
+
+
+def _feed_forward(layer: nn.Module, number: int, base: PreTrainedModel, gather: Gather) -> FeedForward:
+    name, block, hidden = _block_of_layer(layer, number, base)
     with gather(list(block.parameters())):
-        roles = verify_block(block, hidden, dtype=base.dtype, where=f"base {type(base).__name__}, layer {number}, {name}")
+        roles = verify_block(
+            block, hidden, dtype=base.dtype, where=f"base {type(base).__name__}, layer {number}, {name}"
+        )
     intermediate = _linear_shape(getattr(block, roles["gate"]))
     assert intermediate is not None
     return FeedForward(block, layer, name, roles, hidden, intermediate[0])

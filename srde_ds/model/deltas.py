@@ -10,7 +10,7 @@ parameters were cut along their expert axis works as it is, with `first_expert` 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,24 @@ from srde_ds.model.seeding import seeded_generator
 INITIAL_IMPORTANCE = 2.0
 
 
-def tagged(data: Tensor, kind: str, *, expert_axis: int | None, shape: tuple[int, ...] | None = None) -> nn.Parameter:
+if TYPE_CHECKING:
+
+    class Trainable(nn.Parameter):
+        """For the type checker; at run time a plain parameter with these attributes."""
+
+        srde_kind: str
+        srde_expert_axis: int | None
+        srde_shape: tuple[int, ...]
+        srde_rows: int
+
+
+def tagged(data: Tensor, kind: str, *, expert_axis: int | None, shape: tuple[int, ...] | None = None) -> Trainable:
     """A parameter with the attributes that the module's docstring lists."""
     parameter = nn.Parameter(data)
     shape = tuple(data.shape) if shape is None else shape
     for name, value in (("kind", kind), ("expert_axis", expert_axis), ("shape", shape), ("rows", shape[0])):
         setattr(parameter, f"srde_{name}", value)
-    return parameter
+    return cast("Trainable", parameter)
 
 
 def padded_zeros(shape: tuple[int, ...], row_multiple: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,9 +59,10 @@ class DeltaBank(nn.Module):
     first_expert: int = 0
 
     def square_norms(self, deltas: Tensor) -> Tensor:
-        """`[E]` fp32: squared norm of each expert's part of a tensor shaped like the effective deltas."""
+        """`[E]`, at least fp32: squared norm of each expert's part of a tensor shaped like the effective deltas."""
         dims = [d for d in range(deltas.dim()) if d != self.expert_axis]
-        return torch.linalg.vector_norm(deltas, dim=dims, dtype=torch.float32).square()
+        precision = torch.promote_types(deltas.dtype, torch.float32)
+        return torch.linalg.vector_norm(deltas, dim=dims, dtype=precision).square()
 
 
 class FreeNeuronDeltas(DeltaBank):
@@ -58,7 +70,9 @@ class FreeNeuronDeltas(DeltaBank):
 
     expert_axis = 1
 
-    def __init__(self, hidden: int, experts: int, size: int, row_multiple: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, hidden: int, experts: int, size: int, row_multiple: int, dtype: torch.dtype, device: torch.device
+    ):
         super().__init__()
         shape = (hidden, 3 * experts, size)
         self.hidden = hidden

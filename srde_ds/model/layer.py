@@ -66,7 +66,9 @@ class SRDEFeedForward(nn.Module):
         deltas = self._effective_deltas().to(gate.dtype)
         if self.granularity == "neuron":
             neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
-            gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
+            gate_TSm, up_TSm = (
+                t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF)
+            )
             change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
             for row, index in enumerate(neurons):  # within a row no neuron repeats, so the sum has one order
                 hidden_TF.index_add_(1, index, change_TSm[:, row])
@@ -77,7 +79,7 @@ class SRDEFeedForward(nn.Module):
         return self._with_losses(output, routing.logits_TE, routing.chosen_TE)
 
     def delta_square_norms(self) -> Tensor:
-        """`[E]` fp32: squared norm of each expert's effective delta. The bank's parameters must be readable."""
+        """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be readable."""
         with torch.no_grad():
             return self.deltas.square_norms(self.deltas())
 

@@ -21,12 +21,12 @@ def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: 
     """
     index = support.long()
     if granularity == "neuron":
-        merged = tuple(w.detach().clone() for w in weights)
-        delta = delta.detach().to(merged[0].dtype)
-        merged[0][index] += delta[:, 0].T
-        merged[1][index] += delta[:, 1].T
-        merged[2][:, index] += delta[:, 2]
-        return merged
+        gate, up, down = (w.detach().clone() for w in weights)
+        delta = delta.detach().to(gate.dtype)
+        gate[index] += delta[:, 0].T
+        up[index] += delta[:, 1].T
+        down[:, index] += delta[:, 2]
+        return gate, up, down
     flat = torch.cat([w.detach().flatten() for w in weights])
     flat[index] += delta.detach().to(flat.dtype)
     parts = flat.split([w.numel() for w in weights])

@@ -122,23 +122,22 @@ class Router(nn.Module):
 def route(logits_TE: Tensor, top_k: int, layer: int, context: RoutingContext) -> Routing:
     """Choose each token's experts, among the allowed or as forced by the context."""
     if context.forced_experts is not None:
-        choices_TK = context.forced_experts.reshape(-1, 1)
-        weights_TK = torch.ones_like(choices_TK, dtype=logits_TE.dtype)
+        index_TK = context.forced_experts.reshape(-1, 1)
+        weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
+        used_TK = torch.ones_like(index_TK, dtype=torch.bool)
     else:
         if context.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~context.allowed_experts.to(logits_TE.device), float("-inf"))
-        chosen_logits_TK, choices_TK = logits_TE.topk(top_k, dim=1)
+        chosen_logits_TK, index_TK = logits_TE.topk(top_k, dim=1)
         # A locked expert among the top K has logit -inf, hence weight 0: K shrinks by itself.
         weights_TK = chosen_logits_TK.softmax(dim=1)
-        choices_TK = choices_TK.masked_fill(chosen_logits_TK == float("-inf"), -1)
+        used_TK = chosen_logits_TK > float("-inf")
     if context.record_choices:
-        context.choices[layer] = choices_TK.detach()
-    used_TK = choices_TK >= 0
-    index_TK = choices_TK.clamp(min=0)
+        context.choices[layer] = index_TK.masked_fill(~used_TK, -1)
     nothing_TE = torch.zeros_like(logits_TE)
     return Routing(
-        weights_TE=nothing_TE.scatter_add(1, index_TK, weights_TK),
-        chosen_TE=nothing_TE.scatter_add(1, index_TK, used_TK.to(logits_TE.dtype)) > 0,
+        weights_TE=nothing_TE.scatter(1, index_TK, weights_TK),
+        chosen_TE=nothing_TE.bool().scatter(1, index_TK, used_TK),
         logits_TE=logits_TE,
     )
 
@@ -155,7 +154,7 @@ class RouterLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         output: Tensor,
         logits_TE: Tensor,
@@ -174,7 +173,7 @@ class RouterLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         logits_TE, chosen_TE, mask_T = ctx.saved_tensors
         ctx.statistics.add_routing(ctx.layer, logits_TE, chosen_TE, mask_T)
         experts = logits_TE.shape[1]

@@ -31,8 +31,32 @@ def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tupl
     return (size,) if config.support_scope == "shared" else (config.num_experts, size)
 
 
+def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None:
+    """Raises SRDEError if the experts' disjoint slices do not fit into a layer, or its indices into int32."""
+    candidates = _candidates(config, hidden, intermediate)
+    if candidates > 2**31 - 1:
+        raise SRDEError(
+            f"granularity=element: a layer of {candidates} feed-forward weights exceeds int32 indices; "
+            "use granularity=neuron."
+        )
+    disjoint = config.support_scope == "per_expert" and config.support_strategy == "magnitude"
+    rows, size = config.num_experts, support_size(config, hidden, intermediate)
+    if disjoint and rows * size > candidates:
+        raise SRDEError(
+            f"density={config.density} for {rows} experts with support_scope=per_expert: {rows} disjoint slices "
+            f"of {size} do not fit into {candidates} {config.granularity}s; lower density to "
+            f"{1 / rows:.4g} or less, or use support_scope=shared."
+        )
+
+
 def select_support(
-    config: AdapterConfig, weights: tuple[Tensor, Tensor, Tensor], *, hidden: int, intermediate: int, seed: int, layer: int
+    config: AdapterConfig,
+    weights: tuple[Tensor, Tensor, Tensor],
+    *,
+    hidden: int,
+    intermediate: int,
+    seed: int,
+    layer: int,
 ) -> Tensor:
     """The support of one layer, int32 on the CPU, each row in ascending order, of shape `support_shape`.
 
@@ -44,14 +68,10 @@ def select_support(
         weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`; read for `magnitude` only.
 
     Raises:
-        SRDEError: the experts' disjoint slices do not fit, or the indices do not fit into int32.
+        SRDEError: see `check_support`.
     """
+    check_support(config, hidden, intermediate)
     candidates = _candidates(config, hidden, intermediate)
-    if candidates > 2**31 - 1:
-        raise SRDEError(
-            f"granularity=element: a layer of {candidates} feed-forward weights exceeds int32 indices; "
-            "use granularity=neuron."
-        )
     size = support_size(config, hidden, intermediate)
     rows = 1 if config.support_scope == "shared" else config.num_experts
     if config.support_strategy == "random":
@@ -59,12 +79,6 @@ def select_support(
             [random_subset(candidates, size, seeded_generator(seed, "support", layer, row)) for row in range(rows)]
         )
     else:
-        if rows * size > candidates:
-            raise SRDEError(
-                f"density={config.density} for {rows} experts with support_scope=per_expert: {rows} disjoint slices "
-                f"of {size} do not fit into {candidates} {config.granularity}s; lower density to "
-                f"{1 / rows:.4g} or less, or use support_scope=shared."
-            )
         support = ranking(magnitude_scores(config.granularity, *weights), rows * size).view(rows, size)
     support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)
     return support[0] if config.support_scope == "shared" else support

@@ -32,8 +32,14 @@ class HeldOut:
 
         Every rank runs the same number of batches: under ZeRO-3 a forward is a collective.
         """
-        result = {}
         engine.deepspeed.eval()
+        try:
+            return self._losses(engine, interrupted)
+        finally:
+            engine.deepspeed.train()
+
+    def _losses(self, engine: Engine, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        result = {}
         with torch.no_grad():
             for name, rows in self.rows.items():
                 sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
@@ -47,5 +53,4 @@ class HeldOut:
                     sums += torch.stack([output.loss_sum.double(), output.label_count.double()])
                 total, count = all_reduce_sum(sums).tolist()
                 result[name] = total / count
-        engine.deepspeed.train()
         return result

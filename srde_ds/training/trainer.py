@@ -83,6 +83,9 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     def signal() -> str | None:
         return stop.agreed(lambda value: all_reduce_max(value, topology.device))
 
+    def interrupted() -> bool:
+        return signal() is not None
+
     metrics = MetricsWriter(
         training.output_dir,
         config.tracking,
@@ -93,8 +96,9 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     progress = ProgressLine(training.max_steps, training.log_steps, start_step=state.step, enabled=topology.is_main)
     stopped: str | None = None
     with metrics, progress:
+        at_start: dict[str, Any] = {}
         if held_out and state.step == 0 and training.eval_steps:
-            metrics.write({"step": 0, "held_out": held_out.losses(engine, lambda: signal() is not None)})
+            at_start = measured("held_out_at_start", held_out.losses(engine, interrupted))
         while state.step < training.max_steps:
             started = time.monotonic()
             batches = [
@@ -150,18 +154,20 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
                 "tokens_per_second": float(counts["tokens"]) / seconds,
                 **experts,
                 "memory_gib": memory_gib(),
+                **at_start,
             }
+            at_start = {}
             last = state.step == training.max_steps
             if last or state.step % training.log_steps == 0:
                 line["delta_norm"] = model.delta_norms(gather=gather).tolist()
-            if held_out and training.eval_steps and (last or state.step % training.eval_steps == 0):
-                line["held_out"] = held_out.losses(engine, lambda: signal() is not None)
+            if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
+                line |= measured("held_out", held_out.losses(engine, interrupted))
             metrics.write(line)
             progress.update(line)
-            if last or (training.save_steps and state.step % training.save_steps == 0):
+            if not last and training.save_steps and state.step % training.save_steps == 0:
                 state.save()
+    state.save()
     if stopped:
-        state.save()
         say(topology, f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.")
         return
     on_main_rank(lambda: finish(config, state), topology)
@@ -169,6 +175,11 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def measured(key: str, losses: dict[str, float] | None) -> dict[str, Any]:
+    """Part of a metrics line; empty when a signal cut the measurement off."""
+    return {} if losses is None else {key: losses}
 
 
 def count_tokens(batches: list[Batch]) -> dict[str, torch.Tensor]:

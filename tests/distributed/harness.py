@@ -1,4 +1,4 @@
-"""Run a function on several local processes that form a torch.distributed group."""
+"""Run functions on several local processes that form a torch.distributed group."""
 
 from __future__ import annotations
 
@@ -22,88 +22,129 @@ import torch.distributed as dist
 def run_distributed(
     function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120
 ) -> list[Any]:
-    """Call `function(*args)` on `world_size` spawned processes inside an initialised process group.
+    """`function(*args)` on processes that live for this call alone; see `Ranks`."""
+    with Ranks(world_size, backend=backend, timeout=timeout) as ranks:
+        return ranks(function, *args)
+
+
+class Ranks:
+    """Processes that form a group and stay for several calls, which then share the seconds that imports take.
+
+    They start with the first call. A call that fails ends them; the next one starts new ones.
 
     Args:
-        function: a module-level function of an importable module; it finds its rank in torch.distributed or RANK.
-        args: picklable arguments, the same on each rank.
-        timeout: seconds for the whole call, and for each collective.
-
-    Returns:
-        What each rank returned (picklable), by rank.
-
-    Raises:
-        AssertionError: a rank raised (with the traceback of the first one), died, or ran out of time. No process
-            outlives the call.
+        timeout: seconds for a whole call, and for each collective.
     """
-    deadline = time.monotonic() + timeout
-    context = get_context("spawn")
-    environment = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "OMP_NUM_THREADS": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-    }
-    processes: list[SpawnProcess] = []
-    ranks: dict[Connection, int] = {}
-    results: dict[int, Any] = {}
-    try:
-        for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
+
+    def __init__(self, world_size: int, *, backend: str = "gloo", timeout: float = 120) -> None:
+        self.world_size, self.backend, self.timeout = world_size, backend, timeout
+        self._processes: list[SpawnProcess] = []
+        self._connections: list[Connection] = []
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function(*args)` on each process.
+
+        Args:
+            function: a module-level function of an importable module; it finds its rank in torch.distributed or RANK.
+            args: picklable arguments, the same on each rank.
+
+        Returns:
+            What each rank returned (picklable), by rank.
+
+        Raises:
+            AssertionError: a rank raised (with the traceback of the first one), died, or ran out of time. No process
+                outlives such a call.
+        """
+        deadline = time.monotonic() + self.timeout
+        if not self._processes:
+            self._start()
+        try:
+            for connection in self._connections:
+                connection.send((function, args))
+            return self._results(deadline)
+        except BaseException:
+            self._kill()
+            raise
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for connection in self._connections:
+            connection.close()  # the processes take it as the end
+        for process in self._processes:
+            process.join(10)
+        self._kill()
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.world_size),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
             # Spawned processes inherit the environment, which torch reads at import.
-            with patch.dict(os.environ, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}), sender:
-                process = context.Process(target=_child, args=(sender, function, args, backend, timeout))
+            with patch.dict(os.environ, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}), theirs:
+                process = context.Process(target=_serve, args=(theirs, self.backend, self.timeout))
                 process.start()
-            processes.append(process)
-            ranks[receiver] = rank
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def _results(self, deadline: float) -> list[Any]:
+        ranks = {connection: rank for rank, connection in enumerate(self._connections)}
+        results: dict[int, Any] = {}
         while ranks:
             ready = [c for c in wait(list(ranks), max(deadline - time.monotonic(), 0)) if isinstance(c, Connection)]
             if not ready:
-                raise AssertionError(f"ranks {sorted(ranks.values())} did not finish within {timeout} s")
+                raise AssertionError(f"ranks {sorted(ranks.values())} did not finish within {self.timeout} s")
             reports = [(*_receive(connection), ranks.pop(connection)) for connection in ready]
             failures = [(when, rank, text) for when, ok, text, rank in reports if not ok]
             if failures:
                 _, rank, text = min(failures)
-                raise AssertionError(f"rank {rank} of {world_size} failed:\n{text}")
+                raise AssertionError(f"rank {rank} of {self.world_size} failed:\n{text}")
             results |= {rank: pickle.loads(value) for _, _, value, rank in reports}
-        for process in processes:
-            process.join(max(deadline - time.monotonic(), 1))
-    finally:
-        for process in processes:
+        return [results[rank] for rank in range(self.world_size)]
+
+    def _kill(self) -> None:
+        for process in self._processes:
             process.kill()
             process.join()
-    return [results[rank] for rank in range(world_size)]
+        for connection in self._connections:
+            connection.close()
+        self._processes, self._connections = [], []
 
 
 def _receive(connection: Connection) -> tuple[float, bool, Any]:
     """A rank's report: when, whether it succeeded, its pickled value or the text of its failure."""
     try:
         return connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         return time.time(), False, "the process died without a report; its stderr is in the captured output"
-    finally:
-        connection.close()
 
 
-def _child(
-    sender: Connection, function: Callable[..., Any], args: tuple[Any, ...], backend: str, timeout: float
-) -> None:
-    try:
-        torch.set_num_threads(1)
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        value = function(*args)
-        # Plain pickle: tensors travel by value and need not outlive this process.
-        report: tuple[float, bool, Any] = time.time(), True, pickle.dumps(value)
-        # The function may have ended the group itself.
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-    except BaseException:
-        report = time.time(), False, traceback.format_exc()
-    sender.send(report)
-    sender.close()
+def _serve(connection: Connection, backend: str, timeout: float) -> None:
+    """A process's life: calls until the connection ends. After a failed one it waits to be killed."""
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            break
+        try:
+            # Plain pickle: tensors travel by value and need not outlive this process.
+            report: tuple[float, bool, Any] = time.time(), True, pickle.dumps(function(*args))
+        except BaseException:
+            report = time.time(), False, traceback.format_exc()
+        connection.send(report)
+    # A function may have ended the group itself.
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -15,7 +15,8 @@ from srde_ds.evaluation import weights as weights_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.report import write_report
 from srde_ds.evaluation.weights import resolve_weights
-from tests.unit.evaluation_helpers import records, save_model, write_jsonl
+from srde_ds.inference.load import find_weights
+from tests.evaluation_helpers import records, save_model, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,19 @@ def test_weights_are_found_or_converted(run_folder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(weights_module, "find_checkpoint", lambda path, output_dir: path)
     monkeypatch.setattr(weights_module, "export_weights", lambda folder, target: (folder, target))
     assert resolve_weights(checkpoint, tmp_path / "s") == (checkpoint, tmp_path / "s" / "srde_weights.safetensors")
+
+
+def test_weights_older_than_the_checkpoints_are_not_taken(tmp_path: Path) -> None:
+    weights = tmp_path / "srde_weights.safetensors"
+    weights.write_bytes(b"")
+    assert find_weights(tmp_path) == weights
+    (tmp_path / "latest").write_text("checkpoint-9")
+    with pytest.raises(SRDEError, match="srde-ds convert"):
+        find_weights(tmp_path)
+    with pytest.raises(SRDEError, match="there is no folder.*checkpoint-9"):
+        resolve_weights(tmp_path, tmp_path)
+    (tmp_path / "completed.json").write_text("{}")
+    assert find_weights(tmp_path) == resolve_weights(tmp_path, tmp_path) == weights
 
 
 def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:

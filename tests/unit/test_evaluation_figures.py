@@ -17,7 +17,8 @@ from srde_ds.evaluation.bootstrap import interval, resampled_sums
 from srde_ds.evaluation.compare import evaluate, evenly_by_domain
 from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.evaluation.table import format_table
-from tests.unit.evaluation_helpers import records, tiny_model, tiny_tokenizer
+from tests.data_helpers import tiny_tokenizer
+from tests.evaluation_helpers import records, tiny_model
 
 OPTIONS = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
 
@@ -64,14 +65,12 @@ def test_answers_equal_greedy_decoding_without_cache_and_without_batch() -> None
 
 def test_a_batch_ends_at_eos_without_what_follows() -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
-    free = generated_answers(model, tokenizer, items, max_new_tokens=6, batch_size=9)
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in free]
-    stop = next(token for token in ids[0][1:] if ids[0][0] != token)
-    model.base.generation_config.eos_token_id = [stop]
-    stopped = generated_answers(model, tokenizer, items, max_new_tokens=6, batch_size=9)
-    cut = [row[: row.index(stop) + 1] if stop in row else row for row in ids]
-    assert cut != ids
-    assert [tokenizer(text, add_special_tokens=False)["input_ids"] for text in stopped] == cut
+    free = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
+    stop = next(letter for letter in free[0][1:] if letter.isascii() and letter != free[0][0])
+    model.base.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(stop))[0]]
+    stopped = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
+    cut = [text[: text.index(stop) + 1] if stop in text else text for text in free]
+    assert stopped == cut and cut != free
 
 
 def test_long_items_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,12 +83,12 @@ def test_long_items_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_bootstrap_interval_holds_the_mean_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     held = 0
-    for trial in range(100):
+    for trial in range(40):
         sample = random.normal(3.0, 1.0, size=(80, 1))
         low, high = interval(resampled_sums(sample, seed=trial)[:, 0] / 80)
         held += low <= 3.0 <= high
         assert low < sample.mean() < high
-    assert 85 <= held <= 100
+    assert 34 <= held <= 40
 
 
 def test_bootstrap_is_seeded_and_paired() -> None:

@@ -13,7 +13,8 @@ from srde_ds.inference import chat as chat_module
 from srde_ds.inference.chat import chat
 from srde_ds.inference.command import inference_command
 from srde_ds.inference.generate import Generation, generate
-from tests.unit.evaluation_helpers import save_model, tiny_model, tiny_tokenizer
+from tests.data_helpers import tiny_tokenizer
+from tests.evaluation_helpers import save_model, tiny_model
 
 
 def _chat(lines: str, **changes: Any) -> str:

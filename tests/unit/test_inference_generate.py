@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.packing import prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.inference.generate import format_routing, generate
-from tests.unit.evaluation_helpers import NAMES, tiny_model, tiny_tokenizer
+from srde_ds.model.adapter import SRDEModel
+from tests.data_helpers import tiny_tokenizer
+from tests.evaluation_helpers import NAMES, tiny_model
 
 MESSAGES = [{"role": "user", "content": "what is é + ü?"}]
+
+
+def _uncached(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, length: int) -> list[int]:
+    ids = prompt_ids(tokenizer, MESSAGES)
+    while len(ids) < length:
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids
 
 
 def test_cached_generation_equals_uncached_token_for_token() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     answer = generate(model, tokenizer, MESSAGES, max_tokens=40, temperature=0)
-    ids = prompt_ids(tokenizer, MESSAGES)
-    assert answer.prompt_length == len(ids)
-    while len(ids) < len(answer.tokens):
-        with torch.no_grad():
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer.prompt_length == len(prompt_ids(tokenizer, MESSAGES))
+    ids = _uncached(model, tokenizer, len(answer.tokens))
     assert [tokenizer.decode([token]) for token in ids] == answer.tokens
     with model.no_experts():
         bare = generate(model, tokenizer, MESSAGES, max_tokens=40, temperature=0)
@@ -72,9 +80,7 @@ def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:
     answer = generate(model, tokenizer, MESSAGES, max_tokens=10, temperature=0, show_routing=True)
     assert answer.experts is not None and answer.experts.shape == (len(answer.tokens) - 1, 3)
     assert not model.routing.record_choices
-    ids = prompt_ids(tokenizer, MESSAGES) + [
-        tokenizer.convert_tokens_to_ids(tokenizer.tokenize(token))[0] for token in answer.tokens[answer.prompt_length :]
-    ]
+    ids = _uncached(model, tokenizer, len(answer.tokens))
     model.routing.record_choices = True
     with torch.no_grad():
         model(torch.tensor([ids[:-1]]))
@@ -108,7 +114,5 @@ def test_bad_values_are_refused(options: dict[str, float], message: str) -> None
 
 
 def test_answering_works_without_a_chat_template() -> None:
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    tokenizer.chat_template = None
-    answer = generate(model, tokenizer, MESSAGES, max_tokens=5, temperature=0)
+    answer = generate(tiny_model(), tiny_tokenizer(template=None), MESSAGES, max_tokens=5, temperature=0)
     assert "".join(answer.tokens[: answer.prompt_length]).startswith("what is")

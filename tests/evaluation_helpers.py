@@ -1,41 +1,24 @@
-"""A tiny trained-looking model, its tokenizer and records, for the tests of evaluation and inference."""
+"""A tiny model with experts, as files too, and records, for the tests of evaluation and inference."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+import torch
 
 from srde_ds.data.records import Record
 from srde_ds.model.adapter import SRDEModel, add_experts, save_weights
+from srde_ds.model.base import load_base
+from tests.data_helpers import tiny_tokenizer
 from tests.helpers import adapter_config, randomize, tiny_llama
 
-TEMPLATE = (
-    "{% for message in messages %}<|start|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
-)
 NAMES = ["math", "logic", "code"]
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE without merges: any text, a token a byte."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<|pad|>", "<|start|>", "<|end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=259, special_tokens=specials, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", chat_template=TEMPLATE
-    )
 
 
 def tiny_model(*, context: int = 256) -> SRDEModel:
     """Three experts with nonzero deltas on a Llama whose vocabulary is the tokenizer's."""
-    base = tiny_llama(vocab_size=259, max_position_embeddings=context)
+    base = tiny_llama(vocab_size=len(tiny_tokenizer()), max_position_embeddings=context)
     return randomize(add_experts(base, adapter_config(), expert_names=NAMES, seed=0))
 
 
@@ -60,10 +43,10 @@ def write_jsonl(path: Path, items: list[Record]) -> None:
 
 def save_model(folder: Path) -> Path:
     """The tiny model as files: base and tokenizer in folder/base, the weights in folder/run. Returns the weights."""
-    base = tiny_llama(vocab_size=259, max_position_embeddings=256)
-    base.save_pretrained(folder / "base")
-    tiny_tokenizer().save_pretrained(folder / "base")
-    base.name_or_path = str(folder / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder / "base")
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=256).save_pretrained(folder / "base")
+    base = load_base(folder / "base", dtype=torch.float32)
     model = randomize(add_experts(base, adapter_config(), expert_names=NAMES, seed=0))
     (folder / "run").mkdir()
     weights = folder / "run" / "srde_weights.safetensors"

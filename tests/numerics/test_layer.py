@@ -1,0 +1,199 @@
+"""The layer against its float64 reference, against merged dense models, and against finite differences."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.reference import element_support, expert_delta, merge_expert, reference_forward
+from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+
+GRANULARITIES = ("neuron", "element")
+SCOPES = ("shared", "per_expert")
+ATOMS: tuple[dict[str, object], ...] = (
+    {"num_atoms": 0},
+    {"num_atoms": 4, "atom_mixing": "linear"},
+    {"num_atoms": 4, "atom_mixing": "softmax"},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
+def test_zero_deltas_give_the_base_bit_for_bit(granularity: str, scope: str, dtype: torch.dtype) -> None:
+    expected = tiny_llama(dtype=dtype)(tokens()).logits
+    model = tiny_srde(dtype=dtype, granularity=granularity, support_scope=scope)
+    assert torch.equal(model(tokens()).logits, expected)
+    randomize(model)
+    assert not torch.equal(model(tokens()).logits, expected)
+    with model.no_experts():
+        assert torch.equal(model(tokens()).logits, expected)
+    assert not torch.equal(model(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("atoms", ATOMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_effective_deltas_follow_their_definition(granularity: str, atoms: dict[str, object]) -> None:
+    """delta_e = (c_e . atoms) * sigma(I_e), value by value, with the index order of the stored tensors."""
+    model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, **atoms))
+    bank = model.layers[1].deltas
+    p = {name: parameter.detach() for name, parameter in bank.named_parameters()}
+    deltas = bank().detach()
+    for e, k, row, column in itertools.product(range(3), range(3), (0, 31), (0, 4)):
+
+        def value(name: str, i: int, k: int = k, row: int = row, column: int = column) -> Tensor:
+            """Of expert or atom i, for the same weight."""
+            if granularity == "element":
+                return p[name][row, 0, i] if name == "atoms" else p[name][i, row]
+            return p[name][i, k, row, column] if name == "importance" else p[name][row, 3 * i + k, column]
+
+        if atoms["num_atoms"] == 0:
+            expected = value("free", e)
+        else:
+            c = (
+                p["mixing"][e].exp() / p["mixing"][e].exp().sum()
+                if atoms["atom_mixing"] == "softmax"
+                else p["mixing"][e]
+            )
+            expected = sum(c[a] * value("atoms", a) for a in range(4)) / (1 + (-value("importance", e)).exp())
+        actual = deltas[row, e, k, column] if granularity == "neuron" else deltas[e, row]
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("atoms", ATOMS)
+@pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
+def test_the_fast_path_equals_the_reference(granularity: str, scope: str, atoms: dict[str, object], top_k: int) -> None:
+    base = tiny_llama(dtype=torch.float64, mlp_bias=True, num_hidden_layers=1)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    model = randomize(tiny_srde(base=base, granularity=granularity, support_scope=scope, top_k=top_k, **atoms))
+    layer = model.layers[0]
+    x = torch.randn(2, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    y, expected = layer(x), reference_forward(layer, x.view(8, 32), top_k=top_k).view_as(x)
+    assert (expected - layer.block(x)).abs().max() > 1e-2
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("atoms", ATOMS)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_one_expert_with_weight_one_equals_the_merged_dense_model(granularity: str, atoms: dict[str, object]) -> None:
+    model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, num_experts=1, top_k=1, **atoms))
+    dense = tiny_llama(dtype=torch.float64)
+    merge_into(dense, model, expert=0)
+    assert (model(tokens()).logits - tiny_llama(dtype=torch.float64)(tokens()).logits).abs().max() > 1e-2
+    torch.testing.assert_close(model(tokens()).logits, dense(tokens()).logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
+def test_forced_routing_equals_that_experts_merged_model(granularity: str, scope: str) -> None:
+    model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, support_scope=scope))
+    model.routing.forced_experts = torch.tensor([[2], [0]]).expand(2, 16)
+    logits = model(tokens()).logits
+    for row, expert in enumerate((2, 0)):
+        dense = tiny_llama(dtype=torch.float64)
+        merge_into(dense, model, expert=expert)
+        torch.testing.assert_close(logits[row], dense(tokens()).logits[row], rtol=1e-10, atol=1e-10)
+
+
+def merge_into(dense: torch.nn.Module, model: SRDEModel, *, expert: int) -> None:
+    for layer, target in zip(model.layers, dense.model.layers, strict=True):  # type: ignore[union-attr, arg-type]
+        projections = [target.mlp.gate_proj, target.mlp.up_proj, target.mlp.down_proj]
+        support = layer.support if layer.support.dim() == 1 else layer.support[expert]
+        delta = expert_delta(layer.deltas(), expert, layer.granularity)
+        merged = merge_expert(tuple(p.weight for p in projections), support, delta, layer.granularity)
+        for projection, weight in zip(projections, merged, strict=True):
+            projection.weight.data = weight
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_neuron_support_through_the_element_path_gives_the_same(scope: str) -> None:
+    neuron = randomize(tiny_srde(dtype=torch.float64, support_scope=scope, density=5 / 96))
+    element = randomize(tiny_srde(dtype=torch.float64, support_scope=scope, density=5 / 96, granularity="element"))
+    for source, target in zip(neuron.layers, element.layers, strict=True):
+        target.router.load_state_dict(source.router.state_dict())
+        rows = source.support.view(-1, 5)
+        flat = torch.stack([element_support(row, 32, 96).flatten() for row in rows]).int()
+        order = flat.sort(dim=1)
+        target.support.copy_(order.values.view_as(target.support))
+        values = source.deltas().detach().transpose(0, 1).flatten(1)  # [E, D*3*m]
+        target.deltas.free.data = values.gather(1, order.indices.expand_as(values))
+    torch.testing.assert_close(neuron(tokens()).logits, element(tokens()).logits, rtol=1e-10, atol=1e-10)
+
+
+def test_locked_experts_do_not_take_part() -> None:
+    model = randomize(tiny_srde(dtype=torch.float64))
+    model.routing.allowed_experts = torch.tensor([True, False, True])
+    before = model(tokens()).logits
+    for layer in model.layers:
+        layer.deltas.free.data[:, 3:6] += 100
+        layer.router.weight.data[1] += 100
+    assert torch.equal(model(tokens()).logits, before)
+    model(tokens(), labels=tokens()).loss_sum.backward()
+    statistics = model.routing.statistics.pop()
+    assert statistics["assignments"].tolist() == [[32, 0, 32]] * 2
+    assert (statistics["delta_gradient_square"][:, 1] == 0).all()
+    assert (statistics["delta_gradient_square"][:, [0, 2]] > 0).all()
+    assert all((layer.deltas.free.grad[:, 3:6] == 0).all() for layer in model.layers)
+
+
+def test_forced_routing_leaves_the_router_alone() -> None:
+    model = randomize(tiny_srde())
+    routing = model.routing
+    routing.loss_scale, routing.load_balancing_weight, routing.router_z_weight = 1.0, 1.0, 1.0
+    routing.expert_share = torch.tensor([[0.5, 0.3, 0.2]] * 2)
+    routing.forced_experts = torch.full((2, 16), 1)
+    model(tokens(), labels=tokens()).loss_sum.backward()
+    for layer in model.layers:
+        assert (layer.router.weight.grad == 0).all()
+        assert (layer.deltas.free.grad[:, [0, 1, 2, 6, 7, 8]] == 0).all() and (
+            layer.deltas.free.grad[:, 3:6] != 0
+        ).any()
+    assert routing.statistics.pop()["assignments"].tolist() == [[0, 32, 0]] * 2
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_an_expert_without_tokens_still_gets_a_gradient_tensor(granularity: str) -> None:
+    """A parameter without a gradient on one rank only would hang the others."""
+    model = randomize(tiny_srde(granularity=granularity, num_atoms=4))
+    model.routing.forced_experts = torch.full((2, 16), 1)
+    model(tokens(), labels=tokens()).loss_sum.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.trainable_parameters())
+
+
+@pytest.mark.parametrize("atoms", ATOMS)
+@pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
+def test_gradients_equal_finite_differences(granularity: str, scope: str, atoms: dict[str, object]) -> None:
+    base = tiny_llama(
+        dtype=torch.float64, hidden_size=4, intermediate_size=6, num_attention_heads=2, num_hidden_layers=1
+    )
+    model = randomize(tiny_srde(base=base, granularity=granularity, support_scope=scope, density=0.3, **atoms))
+    layer = model.layers[0]
+    names, values = zip(*((n, p) for n, p in layer.named_parameters() if p.requires_grad), strict=True)
+    x = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(function, (x, *values))
+
+
+def test_packed_documents_do_not_see_each_other() -> None:
+    model = randomize(tiny_srde(dtype=torch.float64))
+    first, second = tokens(1, 9, seed=1), tokens(1, 7, seed=2)
+    packed = torch.cat([first, second], dim=1)
+    positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    logits = model(packed, position_ids=positions).logits
+    torch.testing.assert_close(logits[:, :9], model(first).logits, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits[:, 9:], model(second).logits, rtol=1e-10, atol=1e-10)
+    labels = packed.clone()
+    labels[:, 9] = -100  # the last token of a document does not predict the first of the next
+    packed_loss = model(packed, position_ids=positions, labels=labels).loss_sum
+    apart = model(first, labels=first).loss_sum + model(second, labels=second).loss_sum
+    torch.testing.assert_close(packed_loss, apart, rtol=1e-6, atol=0)

@@ -1,0 +1,241 @@
+"""Attaching, saving, loading, and the errors of all three."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import (
+    SRDEModel,
+    add_experts,
+    load_adapter,
+    parameter_table,
+    read_metadata,
+    save_weights,
+)
+from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
+
+D, F, E = 32, 96, 3
+FORMS = [
+    {"granularity": granularity, "support_scope": scope} | atoms
+    for granularity in ("neuron", "element")
+    for scope in ("shared", "per_expert")
+    for atoms in ({"num_atoms": 0}, {"num_atoms": 4}, {"num_atoms": 4, "atom_mixing": "softmax"})
+]
+
+
+def expected_shapes(form: dict[str, object]) -> dict[str, tuple[int, ...]]:
+    neuron, atoms = form["granularity"] == "neuron", form["num_atoms"]
+    size = 5 if neuron else round(0.05 * 3 * D * F)
+    shapes: dict[str, tuple[int, ...]] = {"router.weight": (E, D)}
+    shapes["support"] = (size,) if form["support_scope"] == "shared" else (E, size)
+    if atoms == 0:
+        shapes["deltas.free"] = (D, 3 * E, size) if neuron else (E, size)
+    else:
+        shapes["deltas.atoms"] = (D, 12, size) if neuron else (size, 1, 4)
+        shapes["deltas.importance"] = (E, 3, D, size) if neuron else (E, size)
+        shapes["deltas.mixing"] = (E, 4)
+    return {f"layers.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tensors_have_the_documented_names_and_shapes(form: dict[str, object]) -> None:
+    model = tiny_srde(**form)
+    tensors = model.adapter_tensors()
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == expected_shapes(form)
+    trainable = dict(model.trainable_parameters())
+    assert set(tensors) - set(trainable) == {"layers.0.support", "layers.1.support"}
+    assert {id(p) for p in trainable.values()} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert all(layer.delta_square_norms().tolist() == [0, 0, 0] for layer in model.layers)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_say_what_they_are(form: dict[str, object]) -> None:
+    for name, parameter in tiny_srde(**form).trainable_parameters():
+        kind = "router" if "router" in name else name.split(".")[-1]
+        axis = None if kind in ("router", "atoms") else 1 if kind == "free" and form["granularity"] == "neuron" else 0
+        assert (parameter.srde_kind, parameter.srde_expert_axis) == (kind, axis)
+        assert parameter.srde_shape == tuple(parameter.shape) and parameter.srde_rows == parameter.shape[0]
+        if axis is not None:
+            assert parameter.shape[axis] == (3 * E if axis == 1 else E)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_padding_rows_change_nothing_and_get_no_gradient(form: dict[str, object]) -> None:
+    config = adapter_config(**form)
+    plain, padded = (
+        add_experts(tiny_llama(), config, expert_names=["a", "b", "c"], seed=0, row_multiple=multiple)
+        for multiple in (1, 7)
+    )
+    for model in (randomize(plain), randomize(padded)):
+        model(tokens(), labels=tokens()).loss_sum.backward()
+    ours = dict(padded.trainable_parameters())
+    for name, parameter in plain.trainable_parameters():
+        other = ours[name]
+        padded_kind = parameter.srde_kind == "atoms" or (parameter.dim() == 3 and parameter.srde_kind == "free")
+        assert other.shape[0] == (-(-parameter.shape[0] // 7) * 7 if padded_kind else parameter.shape[0])
+        assert other.srde_shape == parameter.shape
+        assert torch.equal(other.grad[: other.srde_rows], parameter.grad)
+        assert (other.grad[other.srde_rows :] == 0).all() and (other[other.srde_rows :] == 0).all()
+    pairs = zip(plain.adapter_tensors().items(), padded.adapter_tensors().items(), strict=True)
+    assert all(a == b and torch.equal(s, t) for (a, s), (b, t) in pairs)
+
+
+def test_delta_norms() -> None:
+    model = randomize(tiny_srde())
+    free = [layer.deltas.free for layer in model.layers]
+    expected = [torch.cat([f[:, 3 * e : 3 * e + 3].flatten() for f in free]).norm().item() for e in range(E)]
+    torch.testing.assert_close(model.delta_norms(), torch.tensor(expected))
+
+
+def test_generation_with_a_cache_equals_generation_without() -> None:
+    model = randomize(tiny_srde())
+    arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        model.routing.collect_statistics = True
+        model(tokens(), token_mask=torch.ones(2, 16, dtype=torch.bool))  # its mask must not reach generate
+        cached, recomputed = (model.generate(tokens(2, 5), use_cache=cache, **arguments) for cache in (True, False))
+        assert torch.equal(cached, recomputed) and cached.shape == (2, 11)
+        with model.no_experts():
+            assert not torch.equal(model.generate(tokens(2, 5), **arguments), cached)
+
+
+def test_labels_select_the_loss() -> None:
+    model = randomize(tiny_srde())
+    ids, labels = tokens(2, 16), tokens(2, 16).clone()
+    labels[0, :9] = -100
+    labels[1, 4:] = -100
+    output = model(ids, labels=labels)
+    logits = model(ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(output.loss_sum, losses.sum())
+    assert output.label_count == 7 + 3 and output.loss_sum.dtype == torch.float32
+
+
+@pytest.mark.parametrize("length", [1, 8])
+def test_a_batch_without_labels_still_runs_backward(length: int) -> None:
+    model = tiny_srde()
+    output = model(tokens(2, length), labels=torch.full((2, length), -100))
+    output.loss_sum.backward()
+    assert output.loss_sum == 0 and output.label_count == 0
+    assert all((p.grad == 0).all() for _, p in model.trainable_parameters())
+
+
+def test_all_experts_locked_is_refused() -> None:
+    model = tiny_srde()
+    model.routing.allowed_experts = torch.zeros(E, dtype=torch.bool)
+    with pytest.raises(SRDEError, match="all experts are locked"):
+        model(tokens())
+
+
+def test_the_config_must_fit_the_names() -> None:
+    with pytest.raises(SRDEError, match="num_experts=3, but 2 expert names"):
+        add_experts(tiny_llama(), adapter_config(), expert_names=["a", "b"], seed=0)
+    with pytest.raises(SRDEError, match="top_k=4"):
+        add_experts(tiny_llama(), adapter_config(top_k=4), expert_names=["a", "b", "c"], seed=0)
+
+
+def test_the_parameter_table_adds_up() -> None:
+    model = tiny_srde(num_atoms=4)
+    lines = [line.split() for line in parameter_table(model).splitlines()[1:]]
+    values = {line[0]: int(line[-2].replace(",", "")) for line in lines}
+    assert values["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert values["frozen"] == sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert values["atoms"] == 2 * D * 12 * 5 and values["router"] == 2 * E * D
+
+
+def saved(model: SRDEModel, folder: Path) -> Path:
+    path = folder / "srde_weights.safetensors"
+    save_weights(path, model.adapter_tensors(), model.metadata())
+    return path
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_round_trip_is_exact(form: dict[str, object], tmp_path: Path) -> None:
+    model = randomize(tiny_srde(**form))
+    path = saved(model, tmp_path)
+    loaded = load_adapter(path, base=tiny_llama())
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert loaded.metadata() == model.metadata() == read_metadata(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["srde_weights.safetensors"]
+
+
+def test_the_base_named_in_the_file_is_loaded(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = type(tiny_llama()).from_pretrained(tmp_path / "base").eval()
+    model = randomize(tiny_srde(base=base))
+    loaded = load_adapter(saved(model, tmp_path))
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    narrow = load_adapter(saved(model, tmp_path), dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+
+
+def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
+    path = saved(tiny_srde(), tmp_path)
+    with pytest.raises(SRDEError, match=r"trained on an unnamed model \(LlamaForCausalLM, hash .*base given is"):
+        load_adapter(path, base=tiny_llama(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.router.weight": None}, r"tensor layers\.1\.router\.weight is missing"),
+        ({"layers.1.support": None}, r"tensor layers\.1\.support is missing"),
+        ({"layers.2.support": torch.zeros(5)}, r"unknown tensor layers\.2\.support"),
+        ({"layers.0.deltas.free": torch.zeros(D, 9, 4)}, r"free has shape \[32, 9, 4\], expected \[32, 9, 5\]"),
+        ({"layers.0.deltas.free": torch.full((D, 9, 5), float("nan"))}, "not finite"),
+        ({"layers.0.support": torch.full((5,), 96, dtype=torch.int32)}, "int32 indices below 96"),
+        ({"layers.0.support": torch.arange(5, dtype=torch.int32)}, "do not match support_hash"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    change: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    model = tiny_srde()
+    path = tmp_path / "weights.safetensors"
+    tensors = {name: t for name, t in (model.adapter_tensors() | change).items() if t is not None}
+    save_weights(path, tensors, model.metadata())
+    with pytest.raises(SRDEError, match=message):
+        load_adapter(path, base=tiny_llama())
+
+
+def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    with pytest.raises(SRDEError, match="no such file"):
+        read_metadata(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(SRDEError, match="not a readable safetensors file"):
+        read_metadata(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(SRDEError, match="without SRDE metadata"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 99}, "format_version=99, this program reads 1"),
+        ({"base": None}, "lack 'base'"),
+        ({"config": {"top_kk": 1}}, "unknown adapter option 'top_kk'.*top_k"),
+        ({"config": {"granularity": "row"}}, "granularity='row'"),
+    ],
+)
+def test_metadata_that_do_not_fit_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = saved(tiny_srde(), tmp_path)
+    values = read_metadata(path).to_dict() | change
+    values = {name: value for name, value in values.items() if value is not None}
+    save_file(load_file(path), path, metadata={"srde": json.dumps(values)})
+    with pytest.raises(SRDEError, match=message):
+        read_metadata(path)
+
+
+def test_metadata_survive_json() -> None:
+    metadata = tiny_srde(num_atoms=4).metadata()
+    assert type(metadata).from_dict(json.loads(json.dumps(metadata.to_dict()))) == metadata
+    assert dataclasses.asdict(metadata)["config"]["num_atoms"] == 4

@@ -1,0 +1,113 @@
+"""Routing of single tokens, statistics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from srde_ds.model.router import Router, Routing, RoutingContext, RoutingStatistics, route
+from tests.helpers import randomize, tiny_srde, tokens
+
+
+def make(*, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Router, RoutingContext, Tensor]:
+    router = Router(16, 4, top_k, seed=0, layer=0, dtype=dtype, device=torch.device("cpu"))
+    x = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return router, RoutingContext(RoutingStatistics(1, 4)), x
+
+
+def routed(router: Router, x: Tensor, context: RoutingContext) -> Routing:
+    return route(router(x), router.top_k, 0, context)
+
+
+def test_weights_are_the_softmax_over_the_chosen() -> None:
+    router, context, x = make()
+    routing = routed(router, x, context)
+    logits = x @ router.weight.T
+    for token in range(10):
+        best = logits[token].argsort(descending=True)[:2]
+        assert routing.chosen_TE[token].nonzero().flatten().tolist() == sorted(best.tolist())
+        torch.testing.assert_close(routing.weights_TE[token, best], logits[token, best].softmax(0))
+    assert (routing.weights_TE[~routing.chosen_TE] == 0).all()
+
+
+def test_initial_weights_depend_on_seed_and_layer_alone() -> None:
+    cpu = torch.device("cpu")
+    weights = [
+        Router(16, 4, 2, seed=s, layer=n, dtype=torch.float32, device=cpu).weight for s, n in ((0, 0), (0, 1), (1, 0))
+    ]
+    assert torch.equal(weights[0], make()[0].weight)
+    assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert 0.01 < weights[0].std() < 0.03
+
+
+def test_logits_are_fp32_also_under_autocast() -> None:
+    router, context, x = make(dtype=torch.bfloat16)
+    expected = x.float() @ router.weight.float().T
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = routed(router, x, context).logits_TE
+    assert logits.dtype == torch.float32 and torch.equal(logits, expected)
+
+
+def test_locked_experts_get_nothing_and_k_shrinks() -> None:
+    router, context, x = make(top_k=3)
+    context.record_choices = True
+    context.allowed_experts = torch.tensor([True, False, True, False])
+    routing = routed(router, x, context)
+    assert routing.chosen_TE.tolist() == [[True, False, True, False]] * 10
+    expected = (x @ router.weight[[0, 2]].T).softmax(1)
+    torch.testing.assert_close(routing.weights_TE[:, [0, 2]], expected)
+    assert (context.choices[0][:, 2] == -1).all() and set(context.choices[0][:, :2].flatten().tolist()) == {0, 2}
+    routing.weights_TE.square().sum().backward()
+    assert router.weight.grad is not None and router.weight.grad.isfinite().all()
+    assert (router.weight.grad[[1, 3]] == 0).all() and (router.weight.grad[[0, 2]] != 0).any()
+
+
+def test_forced_tokens_go_to_their_expert_with_weight_one() -> None:
+    router, context, x = make()
+    context.forced_experts = torch.arange(10).view(2, 5) % 4
+    routing = routed(router, x, context)
+    assert torch.equal(routing.weights_TE, torch.nn.functional.one_hot(torch.arange(10) % 4, 4).float())
+    assert torch.equal(routing.chosen_TE, routing.weights_TE > 0)
+
+
+def test_statistics_are_sums_over_real_tokens() -> None:
+    router, context, x = make()
+    routing = routed(router, x, context)
+    mask = torch.arange(10) < 7
+    statistics = context.statistics
+    for _ in range(2):
+        statistics.add_routing(0, routing.logits_TE.detach(), routing.chosen_TE, mask)
+    sums = statistics.pop()
+    logits = (x @ router.weight.T).detach().double()[:7]
+    p = logits.softmax(1)
+    expected = {
+        "assignments": routing.chosen_TE[:7].double().sum(0),
+        "probability_sum": p.sum(0),
+        "entropy_sum": -(p * p.log()).sum(),
+        "z_sum": p.new_tensor([(row.exp().sum().log() ** 2).item() for row in logits]).sum(),
+        "tokens": torch.tensor(7.0, dtype=torch.float64),
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(sums[name][0], 2 * value, rtol=1e-5, atol=1e-6)
+    assert all((value == 0).all() for value in statistics.pop().values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_forwards_without_gradient_are_recorded_on_request_in_eval_mode(training: bool) -> None:
+    model = randomize(tiny_srde()).train(training)
+    with torch.no_grad():
+        model(tokens())
+        assert model.routing.statistics.pop()["tokens"].sum() == 0
+        model.routing.collect_statistics = True
+        model(tokens())
+    # In train mode a reentrant checkpoint runs the forward without gradient first: it must not count.
+    assert model.routing.statistics.pop()["tokens"].tolist() == ([0, 0] if training else [32, 32])
+
+
+def test_choices_of_the_last_forward() -> None:
+    model = randomize(tiny_srde())
+    model.routing.record_choices = True
+    model(tokens())
+    assert sorted(model.routing.choices) == [0, 1]
+    assert all(c.shape == (32, 2) and (c >= 0).all() and (c < 3).all() for c in model.routing.choices.values())

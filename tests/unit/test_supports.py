@@ -1,0 +1,104 @@
+"""Which weights are chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.supports import random_subset, ranking, select_support, support_hash, support_size, value_count
+from tests.helpers import adapter_config
+
+D, F = 8, 24
+
+
+def weights(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((F, D), (F, D), (D, F))
+    gate, up, down = (torch.randn(s, generator=generator).bfloat16().to(dtype) for s in shapes)
+    return gate, up, down
+
+
+def select(*, seed: int = 0, layer: int = 0, dtype: torch.dtype = torch.float32, **overrides: object) -> torch.Tensor:
+    config = adapter_config(**overrides)
+    return select_support(config, weights(dtype), hidden=D, intermediate=F, seed=seed, layer=layer)
+
+
+def test_neuron_magnitude_takes_the_neurons_with_the_largest_norm() -> None:
+    gate, up, down = weights()
+    norms = [(gate[j].norm() ** 2 + up[j].norm() ** 2 + down[:, j].norm() ** 2).sqrt().item() for j in range(F)]
+    largest = sorted(sorted(range(F), key=lambda j: -norms[j])[:5])
+    support = select(density=5 / F)
+    assert support.tolist() == largest and support.dtype == torch.int32
+
+
+def test_element_magnitude_takes_the_largest_weights() -> None:
+    flat = torch.cat([w.flatten() for w in weights()]).abs()
+    support = select(granularity="element", density=0.1).long()
+    assert support.numel() == round(0.1 * 3 * D * F)
+    chosen = torch.zeros(flat.numel(), dtype=torch.bool).index_fill(0, support, True)
+    assert flat[chosen].min() >= flat[~chosen].max()
+
+
+def test_equal_scores_go_to_the_lower_index() -> None:
+    scores = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 5.0])
+    assert ranking(scores, 4).tolist() == [5, 1, 2, 3]
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_the_dtype_of_the_load_does_not_matter(granularity: str) -> None:
+    kwargs = {"granularity": granularity, "density": 0.25}
+    assert torch.equal(select(dtype=torch.bfloat16, **kwargs), select(dtype=torch.float32, **kwargs))
+
+
+def test_magnitude_per_expert_cuts_the_ranking_into_slices() -> None:
+    shared, separate = select(density=6 / F), select(density=2 / F, support_scope="per_expert")
+    assert separate.shape == (3, 2)
+    assert sorted(separate.flatten().tolist()) == shared.tolist()
+    assert separate[0].tolist() == select(density=2 / F).tolist()
+
+
+def test_slices_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(SRDEError, match=r"density=0\.5 for 3 experts.*0\.3333 or less"):
+        select(density=0.5, support_scope="per_expert")
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_random_depends_on_seed_layer_and_expert_alone(granularity: str) -> None:
+    kwargs = {"granularity": granularity, "support_strategy": "random", "density": 0.4}
+    support = select(support_scope="per_expert", **kwargs)
+    assert torch.equal(support, select(support_scope="per_expert", **kwargs))
+    others = [select(seed=1, **kwargs), select(layer=1, **kwargs), support[1], support[2]]
+    assert all(not torch.equal(support[0], other) for other in others)
+    assert all(len(set(row.tolist())) == row.numel() and row.tolist() == sorted(row.tolist()) for row in support)
+    assert torch.equal(support[0], select(**kwargs))  # shared is expert 0's draw
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 9, 10])
+def test_random_subset_is_uniform(count: int) -> None:
+    draws = [random_subset(10, count, seeded_generator(0, i)) for i in range(600)]
+    assert all(d.unique().numel() == count for d in draws)
+    frequency = torch.cat(draws).bincount(minlength=10) / 600
+    assert (frequency - count / 10).abs().max() < 0.08  # 4 standard deviations of a fair draw
+
+
+def test_sizes() -> None:
+    assert support_size(adapter_config(density=1e-9), D, F) == 1
+    assert support_size(adapter_config(density=1.0), D, F) == F
+    assert value_count(adapter_config(density=0.25), D, F) == 3 * 6 * D
+    assert value_count(adapter_config(density=0.25, granularity="element"), D, F) == 3 * D * F // 4
+    assert select(density=1.0).tolist() == list(range(F))
+
+
+def test_indices_beyond_int32_are_refused() -> None:
+    with pytest.raises(SRDEError, match="exceeds int32"):
+        select_support(
+            adapter_config(granularity="element"), weights(), hidden=16384, intermediate=53248, seed=0, layer=0
+        )
+
+
+def test_the_hash_sees_values_order_and_shape() -> None:
+    a, b = torch.arange(4, dtype=torch.int32), torch.arange(1, 5, dtype=torch.int32)
+    hashes = [support_hash(s) for s in ([a, b], [b, a], [a, a], [a.view(2, 2), b])]
+    assert len(set(hashes)) == 4 and support_hash([a, b]) == hashes[0]
