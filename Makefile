@@ -23,7 +23,7 @@ test: env checks
 
 checks: env
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks
 	$(BIN)/mypy
 
 clean:

@@ -1,28 +1,35 @@
 #!/usr/bin/env bash
 # The main job at small scale: a real base, six domains of real tasks, training, evaluation, report.
+# Interrupted, it goes on where it stopped when it is started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bin=.venv/bin
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 inputs=runs/quickstart-inputs
 run=runs/quickstart
 
-gpus=$("$bin/python" -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -gt 0 ]; then
-    processes=$gpus
-else
-    # Two processes with one thread each: the same work as one process with two, but through ZeRO-3's collectives.
+processes=$(python -c 'import torch; print(torch.cuda.device_count())')
+if [ "$processes" -eq 0 ]; then
     processes=2
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
+    export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$((($(nproc) + 1) / 2))
 fi
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PATH="$PWD/$bin:$PATH"
+bf16=$(python launch/fastest_dtype.py)
+echo "quickstart: $processes processes, $([ "$bf16" = true ] && echo bfloat16 || echo float32)"
 
-"$bin/python" launch/quickstart_inputs.py "$inputs"
+python launch/quickstart_inputs.py "$inputs"
 if [ ! -e "$run/completed.json" ]; then
     resume=()
-    if [ -e "$run/latest" ]; then resume=(--resume_from latest); fi
-    "$bin/deepspeed" --num_gpus "$processes" launch/train.py --config launch/quickstart.yaml --output_dir "$run" "${resume[@]}"
+    if [ -e "$run/latest" ]; then
+        resume=(--resume_from latest)
+    else
+        rm -rf "$run" # a run that was stopped before its first checkpoint
+    fi
+    deepspeed --num_gpus "$processes" launch/train.py --config launch/quickstart.yaml --output_dir "$run" \
+        --bf16 "$bf16" "${resume[@]}"
     # The launcher may return 0 although a process died: the marker is the proof.
     [ -e "$run/completed.json" ] || { echo "quickstart: training did not finish, see above" >&2; exit 1; }
 fi
-"$bin/python" launch/evaluate.py --checkpoint "$run" --eval_file "$inputs/held_out.jsonl" --compare_baseline
-"$bin/python" launch/report.py --run "$run"
+unset OMP_NUM_THREADS
+python launch/evaluate.py --checkpoint "$run" --eval_file "$inputs/held_out.jsonl" --compare_baseline --bf16 "$bf16" \
+    --max_new_tokens 32
+python launch/report.py --run "$run"
+echo "quickstart: report in $run/report.md, figures in $run/evaluation.json"

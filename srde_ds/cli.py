@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from srde_ds.config import DOMAINS, Config, load_yaml, resolve
+from srde_ds import __version__
+from srde_ds.config import BOOLEANS, Config, load_yaml, resolve
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.launcher import launched_rank, launched_world_size
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,31 +40,28 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _boolean(text: str) -> bool:
-    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in values:
+    if text.lower() not in BOOLEANS:
         raise argparse.ArgumentTypeError(f"'{text}': must be true or false")
-    return values[text.lower()]
+    return BOOLEANS[text.lower()]
 
 
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _add_config_flags(parser: _Parser) -> None:
-    """One flag for each field of the config; only flags that were given end up in the namespace."""
+def _add_config_flags(parser: _Parser, only: Sequence[str] | None = None) -> None:
+    """One flag for each field of the config, or for those in `only`; just the given ones end up in the namespace."""
     config = Config()
     for section in fields(config):
         values = getattr(config, section.name)
         hints = get_type_hints(type(values))
-        group = parser.add_argument_group(section.name)
-        for field in fields(values):
+        chosen = [field for field in fields(values) if only is None or field.name in only]
+        group = parser.add_argument_group(section.name) if chosen else parser
+        for field in chosen:
             hint, default = hints[field.name], getattr(values, field.name)
             flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
             shown = ",".join(default) if isinstance(default, list) else default
+            text = field.metadata["help"] + ("" if default is None else f" (default: {shown})")
             options: dict[str, Any] = {
                 "dest": field.name,
                 "default": argparse.SUPPRESS,
-                "help": f"{field.metadata['help']} (default: {shown})".replace("%", "%%"),
+                "help": text.replace("%", "%%"),
             }
             if hint is bool:
                 options.update(nargs="?", const="true", metavar="true|false")
@@ -88,7 +89,9 @@ def _train(arguments: Sequence[str]) -> None:
     if dry_run:
         from srde_ds.parallel.cost import describe_run
 
-        print(describe_run(config, world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+        text = describe_run(config, world_size=launched_world_size())
+        if launched_rank() == 0:
+            print(text)
     else:
         from srde_ds.training.trainer import train
 
@@ -97,31 +100,34 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _build_dataset(arguments: Sequence[str]) -> None:
     parser = _Parser(prog="srde-ds build_dataset", description="Tokenise and pack a JSONL into rows for training.")
-    parser.add_argument("--jsonl_data", required=True, help="training JSONL")
-    parser.add_argument("--eval_file", help="held-out JSONL")
-    parser.add_argument("--model_name", required=True, help="base whose tokenizer and chat template are used")
     parser.add_argument("--work_dir", default="data", help="folder; the dataset is written to its tokenized/")
-    parser.add_argument("--domains", type=_names, default=list(DOMAINS), help="domain names joined by commas")
-    parser.add_argument("--max_length", type=int, default=2048, help="tokens in a packed row")
-    parser.add_argument("--too_long", choices=["error", "drop", "truncate"], default="drop", help="longer documents")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the document order")
     parser.add_argument("--num_processes", type=int, default=1, help="tokenising processes")
-    options = parser.parse(arguments)
+    names = ("model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed")
+    _add_config_flags(parser, only=names)
+    given = vars(parser.parse(arguments))
+    work_dir, num_processes = given.pop("work_dir"), given.pop("num_processes")
+    config = resolve({}, given)
+    model, data = config.model, config.data
+    if not model.model_name or not data.jsonl_data:
+        missing = "jsonl_data" if model.model_name else "model_name"
+        raise SRDEError(f"{missing} is missing: give --{missing} (see {parser.prog} --help)")
+    if num_processes < 1:
+        raise SRDEError(f"num_processes={num_processes}: must be at least 1.")
 
     from srde_ds.data.build import build_dataset
     from srde_ds.model.base import load_tokenizer
 
-    folder = Path(options.work_dir) / "tokenized"
+    folder = Path(work_dir) / "tokenized"
     manifest = build_dataset(
-        tokenizer=load_tokenizer(options.model_name),
-        jsonl_data=options.jsonl_data,
-        eval_file=options.eval_file,
+        tokenizer=load_tokenizer(model.model_name, revision=model.model_revision),
+        jsonl_data=data.jsonl_data,
+        eval_file=data.eval_file,
         output_dir=folder,
-        domains=options.domains,
-        max_length=options.max_length,
-        too_long=options.too_long,
-        seed=options.seed,
-        num_processes=options.num_processes,
+        domains=data.domains,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        seed=config.training.seed,
+        num_processes=num_processes,
     )
     for split, counts in manifest.splits.items():
         print(f"{split}: {counts.rows} rows, {counts.fill_rate:.1%} of their positions used")
@@ -183,13 +189,43 @@ def _convert(arguments: Sequence[str]) -> None:
     print(export_weights(source, options.output_file, dtype=getattr(torch, options.dtype)))
 
 
+def _report(arguments: Sequence[str]) -> None:
+    parser = _Parser(prog="srde-ds report", description="A run as one page: report.md and its plots.")
+    parser.add_argument("--run", required=True, help="folder of a run that was trained and evaluated")
+    options = parser.parse(arguments)
+
+    from srde_ds.evaluation.report import write_report
+
+    print(write_report(options.run))
+
+
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "build_dataset": _build_dataset,
     "evaluate": _evaluate,
     "inference": _inference,
     "convert": _convert,
+    "report": _report,
 }
+
+
+@contextmanager
+def _console() -> Iterator[None]:
+    """On rank 0 the package's messages go to stderr, and progress bars only if that is a terminal."""
+    if launched_rank() != 0 or not sys.stderr.isatty():
+        # Read when datasets and huggingface_hub (for transformers too) are imported, here and in child processes.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logger, handler = logging.getLogger("srde_ds"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("srde-ds: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if launched_rank() == 0 else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,15 +233,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
-            print(f"usage: srde-ds {{{','.join(VERBS)}}} [options]\n\n`srde-ds VERB --help` lists the options of a verb.")
+            print(f"usage: srde-ds {{{','.join(VERBS)}}} [options]\n")
+            print("`srde-ds VERB --help` lists the options of a verb, `srde-ds --version` the version.")
+            return 0
+        if arguments[0] == "--version":
+            print(__version__)
             return 0
         verb = arguments[0]
         if verb not in VERBS:
             raise SRDEError(f"unknown verb '{verb}': choose one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-        VERBS[verb](arguments[1:])
+        with _console():
+            VERBS[verb](arguments[1:])
     except SRDEError as error:
-        rank = os.environ.get("RANK", "0")
-        print(f"srde-ds: error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+        place = f"rank {launched_rank()}: " if launched_rank() else ""
+        print(f"srde-ds: error: {place}{error}", file=sys.stderr, flush=True)
         return 2
     return 0
 

@@ -236,15 +236,19 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SRDEError(f"config: '{path}' must hold a mapping of sections, not a {type(content).__name__}.")
-    root = yaml.compose(text)
-    for node in (root, *(value for _, value in root.value)):
-        if isinstance(node, yaml.MappingNode):  # YAML would silently keep the last one
-            keys = [key.value for key, _ in node.value]
-            for key, _ in node.value:
-                if keys.count(key.value) > 1:
-                    line = key.start_mark.line + 1
-                    raise SRDEError(f"config: '{path}', line {line}: '{key.value}' is there twice. Keep one.")
+    _refuse_repeated_keys(yaml.compose(text), path)
     return content
+
+
+def _refuse_repeated_keys(node: Any, path: str | Path) -> None:
+    """YAML itself would silently keep the last of them."""
+    seen = set()
+    for key, value in node.value if node.id == "mapping" else []:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise SRDEError(f"config: '{path}', line {line}: '{key.value}' is there twice. Keep one.")
+        seen.add(key.value)
+        _refuse_repeated_keys(value, path)
 
 
 def checked(section: Any, key: str, value: Any) -> Any:

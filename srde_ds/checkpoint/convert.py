@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.resume import load_common_tensors, load_run_state, verify_checkpoint
-from srde_ds.checkpoint.shards import ShardIndex, TensorPiece
+from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import AdapterMetadata, save_weights
+from srde_ds.parallel.pieces import TensorPiece
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -24,7 +24,6 @@ from torch import Tensor
 from srde_ds.checkpoint.shards import (
     FileRecord,
     ShardIndex,
-    TensorPiece,
     open_tensors,
     shard_name,
     write_bytes,
@@ -32,6 +31,7 @@ from srde_ds.checkpoint.shards import (
     write_tensors,
 )
 from srde_ds.errors import SRDEError
+from srde_ds.parallel.pieces import TensorPiece
 
 FORMAT, FORMAT_VERSION = "srde_ds checkpoint", 1
 MANIFEST, RUN_STATE, COMMON, LATEST = "manifest.json", "run.json", "common.safetensors", "latest"

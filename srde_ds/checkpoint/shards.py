@@ -1,4 +1,4 @@
-"""Tensors as flat runs in one safetensors file a rank, read back by global offset at any number of ranks."""
+"""Parts of tensors in one safetensors file a rank, read back by global offset at any number of ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -19,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.parallel.pieces import KINDS, TensorPiece
 
-KINDS = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
 CHUNK_BYTES = 16 * 2**20
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -32,38 +31,6 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass
-class TensorPiece:
-    """A contiguous run of one global tensor, held by one rank.
-
-    Args:
-        name: the tensor's stable name, such as `layers.0.deltas.free`.
-        kind: one of KINDS: the fp32 master weights or one of the optimizer's states of the same shape.
-        global_shape: shape of the whole tensor over all ranks, without padding.
-        offset: index of the run's first element in the row-major flattened global tensor.
-        data: the run, 1-D, fp32.
-
-    Raises:
-        SRDEError: the kind is unknown, the data is not flat fp32, or the run leaves the tensor.
-    """
-
-    name: str
-    kind: str
-    global_shape: tuple[int, ...]
-    offset: int
-    data: Tensor
-
-    def __post_init__(self) -> None:
-        where = f"piece of '{self.name}' ({self.kind})"
-        if self.kind not in KINDS:
-            raise SRDEError(f"{where}: kind must be one of {', '.join(KINDS)}.")
-        if self.data.dim() != 1 or self.data.dtype != torch.float32:
-            raise SRDEError(f"{where}: data must be 1-D float32, not {self.data.dim()}-D {self.data.dtype}.")
-        end = self.offset + self.data.numel()
-        if self.offset < 0 or end > math.prod(self.global_shape):
-            raise SRDEError(f"{where}: elements {self.offset}:{end} lie outside shape {self.global_shape}.")
 
 
 class FileRecord(TypedDict):
@@ -132,15 +99,24 @@ def write_shard(folder: str | Path, rank: int, pieces: Sequence[TensorPiece]) ->
         if key in tensors:
             raise SRDEError(f"rank {rank} gave two pieces '{key}'.")
         tensors[key] = piece.data
-        places[key] = {"global_shape": list(piece.global_shape), "offset": piece.offset}
+        places[key] = {"global_shape": list(piece.global_shape), "offset": piece.offset, "stride": piece.stride}
     return write_tensors(Path(folder) / shard_name(rank), tensors, {"pieces": json.dumps(places)})
 
 
-class _Run(NamedTuple):
+class _Stored(NamedTuple):
+    """A piece in a file: `runs` runs of `length` elements, `stride` apart from `start` on."""
+
     start: int
     stop: int
+    runs: int
+    length: int
+    stride: int
     path: Path
     key: str
+
+    def view(self, flat: Tensor) -> Tensor:
+        """`[runs, length]` view of the flattened global tensor."""
+        return flat.as_strided((self.runs, self.length), (self.stride, 1), self.start)
 
 
 class ShardIndex:
@@ -153,14 +129,18 @@ class ShardIndex:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        self._runs: dict[tuple[str, str], list[_Run]] = defaultdict(list)
+        self._stored: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._add(path)
-        for (kind, name), runs in self._runs.items():
-            runs.sort()
-            total = math.prod(self.shapes[kind, name])
+        for (kind, name), stored in self._stored.items():
+            stored.sort()
+            self._check_coverage(kind, name, stored)
+
+    def _check_coverage(self, kind: str, name: str, stored: list[_Stored]) -> None:
+        total = math.prod(self.shapes[kind, name])
+        if all(piece.runs == 1 for piece in stored):
             reached = 0
-            for start, stop in [*((run.start, run.stop) for run in runs), (total, total)]:
+            for start, stop in [*((piece.start, piece.stop) for piece in stored), (total, total)]:
                 if start != reached:
                     fault = "is missing" if start > reached else "holds more than once"
                     raise SRDEError(
@@ -168,6 +148,24 @@ class ShardIndex:
                         f"of '{name}' ({kind}), shape {self.shapes[kind, name]}."
                     )
                 reached = stop
+            return
+        held = sum(piece.runs * piece.length for piece in stored)
+        if held != total:  # also keeps a forged shape from taking memory
+            raise SRDEError(
+                f"checkpoint '{self.folder}': holds {held} of the elements of '{name}' ({kind}), "
+                f"shape {self.shapes[kind, name]}."
+            )
+        count = torch.zeros(total, dtype=torch.uint8)
+        for piece in stored:
+            piece.view(count).add_(1)
+        wrong = (count != 1).nonzero()
+        if len(wrong):
+            first = int(wrong[0])
+            fault = "is missing" if count[first] == 0 else "holds more than once"
+            raise SRDEError(
+                f"checkpoint '{self.folder}': {fault} {len(wrong)} elements from {first} on of '{name}' ({kind}), "
+                f"shape {self.shapes[kind, name]}."
+            )
 
     def _add(self, path: Path) -> None:
         with open_tensors(path) as file:
@@ -176,20 +174,24 @@ class ShardIndex:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     kind, _, rest = key.partition("/")
                     name = rest.rpartition("/")[0]
-                    start, shape = places[key]["offset"], tuple(places[key]["global_shape"])
-                    view = file.get_slice(key)
-                    size = view.get_shape()
+                    place, view = places[key], file.get_slice(key)
+                    start, stride, shape = place["offset"], place["stride"], tuple(place["global_shape"])
                     sane = len(shape) <= 8 and all(
-                        type(value) is int and 0 <= value < 2**53 for value in (start, *shape)
+                        type(value) is int and 0 <= value < 2**53 for value in (start, stride, *shape)
                     )
-                    if kind not in KINDS or not name or not sane or len(size) != 1 or view.get_dtype() != "F32":
+                    if kind not in KINDS or not name or not sane or view.get_dtype() != "F32":
+                        raise ValueError(f"bad entry {key!r}")
+                    *runs, length = view.get_shape()
+                    stop = start + length + sum((count - 1) * stride for count in runs)
+                    if len(runs) > 1 or 0 in (*runs, length) or (runs and stride < length) or stop > math.prod(shape):
                         raise ValueError(f"bad entry {key!r}")
                     if self.shapes.setdefault((kind, name), shape) != shape:
                         raise SRDEError(
                             f"'{path}': '{name}' ({kind}) has shape {shape}, "
                             f"but {self.shapes[kind, name]} in another shard."
                         )
-                    self._runs[kind, name].append(_Run(start, start + size[0], path, key))
+                    stored = _Stored(start, stop, sum(runs) or 1, length, stride or length, path, key)
+                    self._stored[kind, name].append(stored)
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise SRDEError(f"'{path}': not a shard of srde_ds: {_reason(error)}.") from None
 
@@ -200,6 +202,7 @@ class ShardIndex:
             SRDEError: a tensor is missing or has another shape.
         """
         copies: dict[Path, list[tuple[str, int, int, Tensor]]] = defaultdict(list)
+        strided: dict[tuple[str, str], list[TensorPiece]] = defaultdict(list)
         for piece in wanted:
             shape = self.shapes.get((piece.kind, piece.name))
             if shape != tuple(piece.global_shape):
@@ -209,18 +212,34 @@ class ShardIndex:
                     f"checkpoint '{self.folder}': '{piece.name}' ({piece.kind}) {found}, "
                     f"but shape {tuple(piece.global_shape)} is wanted.{similar if shape is None else ''}"
                 )
-            runs = self._runs[piece.kind, piece.name]
+            stored = self._stored[piece.kind, piece.name]
+            if piece.data.dim() == 2 or any(part.runs > 1 for part in stored):
+                strided[piece.kind, piece.name].append(piece)
+                continue
             first, last = piece.offset, piece.offset + piece.data.numel()
-            for run in runs[max(0, bisect_right(runs, first, key=lambda run: run.start) - 1) :]:
-                if run.start >= last:
+            for part in stored[max(0, bisect_right(stored, first, key=lambda part: part.start) - 1) :]:
+                if part.start >= last:
                     break
-                start, stop = max(run.start, first), min(run.stop, last)
+                start, stop = max(part.start, first), min(part.stop, last)
                 target = piece.data[start - first : stop - first]
-                copies[run.path].append((run.key, start - run.start, stop - run.start, target))
+                copies[part.path].append((part.key, start - part.start, stop - part.start, target))
+        for tensor, pieces in strided.items():
+            self._read_strided(tensor, pieces)
         for path, parts in copies.items():
             with open_tensors(path) as file, torch.no_grad():
                 for key, start, stop, target in parts:
                     target.copy_(file.get_slice(key)[start:stop])
+
+    def _read_strided(self, key: tuple[str, str], pieces: Sequence[TensorPiece]) -> None:
+        """Put one tensor together, in host memory, and cut the pieces out of it."""
+        flat = torch.empty(math.prod(self.shapes[key]))
+        for part in self._stored[key]:
+            with open_tensors(part.path) as file:
+                part.view(flat).copy_(file.get_tensor(part.key).view(part.runs, part.length))
+        for piece in pieces:
+            size = piece.data.shape if piece.data.dim() == 2 else (1, piece.data.numel())
+            with torch.no_grad():
+                piece.data.view(size).copy_(flat.as_strided(tuple(size), (piece.stride, 1), piece.offset))
 
 
 def read_pieces(folder: str | Path, wanted: Sequence[TensorPiece]) -> None:

@@ -108,7 +108,7 @@ def load_manifest(folder: str | Path) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         reason = "it is no folder of build_dataset" if Path(folder).exists() else "no such folder"
-        raise SRDEError(f"'{folder}' holds no {FILE_NAME}: {reason}.") from None
+        raise SRDEError(f"'{folder}' holds no {FILE_NAME}: {reason}. Make one with srde-ds build_dataset.") from None
     except ValueError:
         raise SRDEError(f"'{path}' is damaged: build the dataset again.") from None
     version = content.get("format_version") if isinstance(content, dict) else None

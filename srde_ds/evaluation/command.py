@@ -12,9 +12,9 @@ from typing import Any
 
 from srde_ds.config import DOMAINS, load_yaml, resolve
 from srde_ds.data.records import read_jsonl
+from srde_ds.environment import environment
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.compare import evaluate
-from srde_ds.evaluation.report import items_file
+from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.table import format_table
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import load_model
@@ -70,6 +70,7 @@ def evaluate_command(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "seconds": time.monotonic() - started,
+        "environment": environment(),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     _write(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))

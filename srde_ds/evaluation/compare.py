@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,11 @@ def evaluate(
         "usage": _usage(results["srde"].losses, of_domain, model.expert_names),
     }
     return figures, _items(records, results)
+
+
+def items_file(evaluation: Path) -> Path:
+    """Where an evaluation's items are: `evaluation_items.jsonl` beside `evaluation.json`."""
+    return evaluation.with_name(f"{evaluation.stem}_items.jsonl")
 
 
 def evenly_by_domain(records: Sequence[Record], max_samples: int) -> list[Record]:

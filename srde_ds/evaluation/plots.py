@@ -5,7 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from srde_ds.errors import SRDEError
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SRDEError("package 'matplotlib' is missing, plots need it. Install it: pip install matplotlib") from None
 
 Lines = list[dict[str, Any]]
 

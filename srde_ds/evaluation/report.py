@@ -9,6 +9,7 @@ from typing import Any
 
 from srde_ds.config import load_yaml
 from srde_ds.errors import SRDEError
+from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage
 from srde_ds.evaluation.table import table_rows
 
@@ -21,11 +22,6 @@ _SETTINGS = {
     "data": ["max_length"],
 }
 _LONGEST_QUOTE = 600
-
-
-def items_file(evaluation: Path) -> Path:
-    """Where an evaluation's items are: `evaluation_items.jsonl` beside `evaluation.json`."""
-    return evaluation.with_name(f"{evaluation.stem}_items.jsonl")
 
 
 def write_report(run_folder: str | Path) -> Path:

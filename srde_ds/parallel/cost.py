@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from srde_ds.config import AdapterConfig, Config
+from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, empty_base
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.supports import check_support, support_size
@@ -25,26 +26,32 @@ class BaseShape:
 
     Attributes:
         blocks: (D, F) of each layer's feed-forward block.
-        max_positions: longest sequence that its positions are made for; None if it names none.
     """
 
     parameters: int
     blocks: tuple[tuple[int, int], ...]
-    max_positions: int | None
 
 
 def base_shape(config: Config) -> BaseShape:
-    """Build the base without storage and measure it.
+    """Build the base without storage, check that the run can be had with it, and measure it.
 
     Raises:
-        SRDEError: no base there, no gated feed-forward blocks in it, or no room for the experts' supports.
+        SRDEError: no `model_name`, no base there, no gated feed-forward blocks in it, no room for the supports, or
+            rows longer than its positions.
     """
+    if not config.model.model_name:
+        raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
     base = empty_base(str(config.model.model_name), revision=config.model.model_revision)
     blocks = tuple(block_shapes(base))
     for hidden, intermediate in blocks:
         check_support(config.adapter, hidden, intermediate)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return BaseShape(sum(p.numel() for p in base.parameters()), blocks, positions)
+    if positions is not None and config.data.max_length > positions:
+        raise SRDEError(
+            f"max_length={config.data.max_length}: the base knows {positions} positions (max_position_embeddings). "
+            f"Give --max_length {positions} or less."
+        )
+    return BaseShape(sum(p.numel() for p in base.parameters()), blocks)
 
 
 def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:

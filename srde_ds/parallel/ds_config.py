@@ -34,19 +34,19 @@ def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
     stage = zero.setdefault("stage", 3)
     if stage != 3:
         raise SRDEError(
-            f"{path}: zero_optimization.stage={stage}: only stage 3 is supported. Stages 0 to 2 keep the whole frozen base "
-            "on every GPU and have no per-parameter partition groups for experts. Set it to 3."
+            f"{path}: zero_optimization.stage={stage}: only stage 3 is supported. Stages 0 to 2 keep the whole frozen "
+            "base on every GPU and have no per-parameter partition groups for experts. Set it to 3."
         )
     for key, reason in _REFUSED_ZERO_OPTIONS.items():
         value = zero.get(key)
-        off = value in (None, False, 1) or (isinstance(value, dict) and value.get("device") == "none")
-        if not off:
+        off = not value or (isinstance(value, dict) and value.get("device") == "none")
+        if not off and not (key == "zero_hpz_partition_size" and value == 1):
             raise SRDEError(f"{path}: zero_optimization.{key}={value!r}: {reason}. Remove it.")
     for key in ("optimizer", "scheduler"):
         if key in ds_config:
             raise SRDEError(f"{path}: '{key}' is given: srde_ds brings its own. Remove the block.")
-    if ds_config.get("fp16", {}).get("enabled"):
-        raise SRDEError(f"{path}: fp16.enabled=true: choose --bf16 or --bf16 false (float32). Remove it.")
+    if ds_config.get("fp16") not in (None, {"enabled": False}):
+        raise SRDEError(f"{path}: fp16={ds_config['fp16']!r}: choose --bf16 or --bf16 false (float32). Remove it.")
     # DeepSpeed's default bucket of 5e8 values takes 2 GB of every GPU; trainables here are far smaller.
     zero.setdefault("reduce_bucket_size", 50_000_000)
     training, optimizer = config.training, config.optimizer
@@ -96,4 +96,6 @@ def _own(target: dict[str, Any], key: str, value: Any, path: str | None, where: 
         for inner_key, inner_value in value.items():
             _own(inner, inner_key, inner_value, path, name)
     elif target.setdefault(key, value) != value:
-        raise SRDEError(f"{path}: {name}={target[key]!r} disagrees with {value!r} of the run's config. Remove it from the JSON.")
+        raise SRDEError(
+            f"{path}: {name}={target[key]!r} disagrees with {value!r} of the run's config. Remove it from the JSON."
+        )

@@ -35,11 +35,12 @@ class Engine:
     model: SRDEModel
     optimizer: GramMuonAdamW
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> SRDEOutput:
-        """Loss of a batch from the loader, all its keys but `domain`."""
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a batch from the loader: its sum over labels and their number (scalars on the device)."""
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
         output: SRDEOutput = self.deepspeed(**inputs)
-        return output
+        assert output.loss_sum is not None and output.label_count is not None
+        return output.loss_sum, output.label_count
 
     @property
     def global_grad_norm(self) -> float:

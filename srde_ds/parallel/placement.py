@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from srde_ds.checkpoint.shards import TensorPiece
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.optim.gram_muon import GramMuonAdamW, Piece
+from srde_ds.parallel.pieces import TensorPiece
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def verify_placement(engine: Any, model: SRDEModel, world_size: int) -> None:
     for sub_group in sub_groups(engine, model):
         for part in sub_group.partitions:
             owned[part.name] = part
-    for name, parameter in model.trainable_parameters():
+    parameters: dict[str, Any] = dict(model.trainable_parameters())  # with what ZeRO-3 adds to them
+    for name, parameter in parameters.items():
         if name not in owned:
             raise SRDEError(f"placement: rank {rank}: '{name}' is trainable but has no fp32 master.")
         size = dist.get_world_size(parameter.ds_process_group)

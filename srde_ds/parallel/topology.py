@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from srde_ds.errors import SRDEError
+from srde_ds.launcher import launched_rank as launched_rank
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
 
-import deepspeed
+import deepspeed as deepspeed
 
 Result = TypeVar("Result")
 
@@ -35,11 +36,6 @@ class Topology:
         return self.rank == 0
 
 
-def launched_rank() -> int:
-    """The rank that the launcher gave this process, known before any process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")))
-
-
 def start_processes(timeout_seconds: int) -> Topology:
     """Join the process group: as the launcher's environment says, or alone when there is no launcher.
 
@@ -55,7 +51,7 @@ def start_processes(timeout_seconds: int) -> Topology:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise SRDEError(
-                f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs. Start at most one process a GPU."
+                f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs. Start one process a GPU."
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)

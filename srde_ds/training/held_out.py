@@ -49,8 +49,7 @@ class HeldOut:
                     if interrupted():
                         return None
                     batch = {key: value.to(self.topology.device) for key, value in batch.items()}
-                    output = engine.forward(batch)
-                    sums += torch.stack([output.loss_sum.double(), output.label_count.double()])
+                    sums += torch.stack([value.double() for value in engine.forward(batch)])
                 total, count = all_reduce_sum(sums).tolist()
                 result[name] = total / count
         return result

@@ -50,7 +50,7 @@ class MetricsWriter:
         resume_step: int = 0,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        modules = {flag: _load(flag, module, package) for flag, module, package in _TRACKERS if getattr(tracking, flag)}
+        modules = load_trackers(tracking)
         self.enabled = enabled
         self._closing = ExitStack()
         if not enabled:
@@ -154,6 +154,11 @@ def memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+def load_trackers(tracking: TrackingConfig) -> dict[str, Any]:
+    """The modules of the trackers asked for, by flag; SRDEError if a package is not installed."""
+    return {flag: _load(flag, module, package) for flag, module, package in _TRACKERS if getattr(tracking, flag)}
 
 
 def _load(flag: str, module: str, package: str) -> Any:

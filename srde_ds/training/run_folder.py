@@ -4,46 +4,58 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import torch
 import yaml
 
+from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config
 from srde_ds.data.build import build_dataset
-from srde_ds.data.manifest import check_domains, check_tokenizer, load_manifest
+from srde_ds.data.manifest import check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.environment import environment
 from srde_ds.errors import SRDEError
+from srde_ds.launcher import launched_world_size
 from srde_ds.model.base import load_tokenizer
-
-_PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
+from srde_ds.parallel.cost import base_shape
+from srde_ds.parallel.ds_config import derive_ds_config
+from srde_ds.training.metrics import load_trackers
 
 
 def check_inputs(config: Config) -> None:
-    """Refuse what cannot work before anything long starts.
+    """Refuse what cannot work before anything long starts. Runs on every rank, so that all of them exit.
 
     Raises:
-        SRDEError: a required field is missing.
+        SRDEError: a required field or package is missing, the base is none, or what is asked of it does not fit.
     """
-    if not config.model.model_name:
-        raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
-    if not (config.data.jsonl_data or config.data.pretokenized_dir):
+    data = config.data
+    base_shape(config)
+    if config.model.flash_attention and find_spec("flash_attn") is None:
+        raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
+    if not (data.jsonl_data or data.pretokenized_dir):
         raise SRDEError("no training data: give --pretokenized_dir (made by build_dataset) or --jsonl_data.")
-    if config.data.pretokenized_dir and config.data.eval_file:
-        raise SRDEError("eval_file and pretokenized_dir are both given: hand the eval_file to build_dataset instead.")
+    if data.pretokenized_dir and data.eval_file:
+        raise SRDEError(
+            f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
+            "held-out rows. Hand the file to build_dataset instead."
+        )
+    load_trackers(config.tracking)
+    derive_ds_config(config, launched_world_size())
 
 
 def prepare_data(config: Config) -> Path:
     """The dataset folder; with `jsonl_data` it is built first, unless it is there already.
 
     Runs on rank 0 before the process group exists, so that no collective waits for it.
+
+    Raises:
+        SRDEError: bad records, or a dataset that is damaged or was made for another base, length or set of domains.
     """
     tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
     data = config.data
+    for name, value in (("jsonl_data", data.jsonl_data), ("eval_file", data.eval_file)):
+        if value and not Path(value).is_file():
+            raise SRDEError(f"{name}={value}: no such file. Give an existing JSONL file.")
     if data.jsonl_data:
         folder = Path(config.training.output_dir) / "tokenized"
         build_dataset(
@@ -58,9 +70,19 @@ def prepare_data(config: Config) -> Path:
         )
         return folder
     folder = Path(str(data.pretokenized_dir))
-    manifest = load_manifest(folder)
-    check_tokenizer(manifest, tokenizer)
-    check_domains(manifest, data.domains)
+    try:
+        manifest = load_manifest(folder)
+        check_tokenizer(manifest, tokenizer)
+        check_domains(manifest, data.domains)
+        for split in manifest.splits:
+            load_rows(folder, split, manifest)
+    except SRDEError as error:
+        raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
+    if manifest.max_length != data.max_length:
+        raise SRDEError(
+            f"max_length={data.max_length}: the rows in '{folder}' have {manifest.max_length} tokens. "
+            f"Give --max_length {manifest.max_length}, or build them again."
+        )
     return folder
 
 
@@ -72,13 +94,25 @@ def data_folder(config: Config) -> Path:
 
 
 def check_run_folder(config: Config) -> None:
-    """Raises SRDEError if the output folder holds a run and `resume_from` is not given."""
-    folder = Path(config.training.output_dir)
+    """Refuse an output folder that cannot be written or holds a run, unless `resume_from` names a good checkpoint.
+
+    Raises:
+        SRDEError: in these cases.
+    """
+    training = config.training
+    folder = Path(training.output_dir)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "not writable" if there.is_dir() else "not a folder"
+        raise SRDEError(f"output_dir={folder}: '{there}' is {reason}. Choose another --output_dir.")
+    if training.resume_from:
+        find_checkpoint(training.resume_from, folder)
+        return
     earlier = [name for name in ("metrics.jsonl", "completed.json", "latest") if (folder / name).exists()]
-    if earlier and not config.training.resume_from:
+    if earlier:
         raise SRDEError(
-            f"output_dir={folder}: holds an earlier run ({earlier[0]}). Continue it with --resume_from latest, or choose "
-            "another --output_dir."
+            f"output_dir={folder}: holds an earlier run ({earlier[0]}). Continue it with --resume_from latest, or "
+            "choose another --output_dir."
         )
 
 
@@ -89,39 +123,3 @@ def open_run_folder(config: Config) -> None:
     (folder / "completed.json").unlink(missing_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Versions, machine, git revision and command line."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
-    return {
-        "versions": versions,
-        "python": platform.python_version(),
-        "machine": f"{device}, {os.cpu_count()} CPU cores",
-        "gpus": torch.cuda.device_count(),
-        "git_revision": _git_revision(),
-        "command": sys.argv,
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None  # an installed package has no repository; the version is recorded in any case

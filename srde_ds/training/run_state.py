@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from srde_ds.checkpoint.resume import (
 )
 from srde_ds.checkpoint.shards import read_pieces
 from srde_ds.config import Config
-from srde_ds.data.manifest import Manifest
 from srde_ds.data.loader import RowStream, collate
+from srde_ds.data.manifest import Manifest
 from srde_ds.errors import SRDEError
 from srde_ds.parallel import placement
 from srde_ds.parallel.engine import Engine
@@ -51,11 +52,25 @@ class RunState:
         """The last saved checkpoint."""
         return Path(self.config.training.output_dir) / f"checkpoint-{self.saved_step}"
 
+    @property
+    def remedy(self) -> str:
+        """What to do after a step whose numbers are not finite."""
+        saved = self.saved_step is not None
+        start = f"Continue from {self.folder}" if saved else "No checkpoint was saved yet; start anew"
+        return f"{start} with lower learning rates (--muon_lr, --learning_rate, --router_lr)."
+
     def save(self) -> None:
-        """Write `checkpoint-<step>` and make it the latest."""
+        """Write `checkpoint-<step>` and make it the latest.
+
+        Raises:
+            SRDEError: on every rank, if the model gives no finite loss or a file cannot be written.
+        """
         if self.saved_step == self.step:
             return
         model = self.engine.model
+        probe_loss = self.probe_loss()
+        if not math.isfinite(probe_loss):
+            raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {self.remedy}")
         metadata = model.metadata()
         common = {name: tensor for name, tensor in model.adapter_tensors().items() if name.endswith(".support")}
         if model.routing.expert_share is not None:
@@ -67,7 +82,7 @@ class RunState:
             "adapter": metadata.to_dict(),
             "dataset": self.manifest.splits["train"].content_sha256,
             "rows_per_step": self.rows_per_step,
-            "probe_loss": self.probe_loss(),
+            "probe_loss": probe_loss,
         }
         save_checkpoint(
             self.config.training.output_dir,
@@ -87,8 +102,8 @@ class RunState:
         """Continue from `resume_from`.
 
         Raises:
-            SRDEError: no good checkpoint, another base, adapter, dataset or batch, or a model that does not give
-                the loss that was saved with it.
+            SRDEError: no good checkpoint, another base, adapter, seed, dataset or batch, or a model that does not
+                give the loss that was saved with it.
         """
         training, model = self.config.training, self.engine.model
         resume_from = str(training.resume_from)
@@ -108,7 +123,7 @@ class RunState:
         expected = saved["probe_loss"]
         if abs(loss - expected) > _PROBE_TOLERANCE[self.config.model.bf16] * max(1.0, abs(expected)):
             raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
-        if saved["config"]["training"]["seed"] == training.seed and _saved_world_size(folder) == self.topology.world_size:
+        if _saved_world_size(folder) == self.topology.world_size:
             _set_random_state(load_rank_state(folder, self.topology.rank)["random_state"])
 
     @property
@@ -123,17 +138,22 @@ class RunState:
         engine = self.engine.deepspeed
         engine.eval()
         with torch.no_grad():
-            output = self.engine.forward(batch)
+            loss_sum, label_count = self.engine.forward(batch)
         engine.train()
-        return float(output.loss_sum) / max(1, int(output.label_count))
+        return float(loss_sum) / max(1, int(label_count))
 
     def _check_same(self, saved: dict[str, Any], folder: Path) -> None:
-        adapter = self.engine.model.metadata().to_dict()
-        for key, value in adapter.items():
-            if saved["adapter"].get(key) != value:
+        before, now = saved["adapter"], self.engine.model.metadata().to_dict()
+        same = {key: (before["config"].get(key), value) for key, value in now["config"].items()}
+        del same["preset"]  # only stands for other options
+        same |= {key: (before[key], now[key]) for key in ("expert_names", "support_hash")}
+        same["base"] = before["base"]["hash"], now["base"]["hash"]  # its folder may have moved
+        same["seed"] = saved["config"]["training"]["seed"], self.config.training.seed
+        for key, (old, new) in same.items():
+            if old != new:
                 raise SRDEError(
-                    f"{folder}: {key} was {saved['adapter'].get(key)!r}, this run has {value!r}. Resume with the same base, "
-                    "adapter options and seed."
+                    f"{folder}: {key} was {old!r}, this run has {new!r}. Resume with the same base, adapter options, "
+                    "domains and seed."
                 )
         dataset = self.manifest.splits["train"].content_sha256
         if saved["dataset"] != dataset:

@@ -28,8 +28,8 @@ class ExpertWatch:
             self.silent[index] = 0.0 if norm > 0 else self.silent[index] + count
             if self.silent[index] >= SILENT_ASSIGNMENTS:
                 raise SRDEError(
-                    f"step {step}: expert '{self.expert_names[index]}' got {self.silent[index]:.0f} token assignments but "
-                    "its gradient is zero: its delta is cut off from the loss."
+                    f"step {step}: expert '{self.expert_names[index]}' got {self.silent[index]:.0f} token assignments "
+                    "but its gradient is zero: its delta is cut off from the loss."
                 )
 
 

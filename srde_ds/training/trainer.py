@@ -20,8 +20,15 @@ from srde_ds.model.adapter import parameter_table
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.parallel import placement
-from srde_ds.parallel.engine import Engine, build_engine, build_model, gather
-from srde_ds.parallel.topology import Topology, all_reduce_max, launched_rank, on_main_rank, start_processes, stop_processes
+from srde_ds.parallel.engine import build_engine, build_model, gather
+from srde_ds.parallel.topology import (
+    Topology,
+    all_reduce_max,
+    launched_rank,
+    on_main_rank,
+    start_processes,
+    stop_processes,
+)
 from srde_ds.training.held_out import HeldOut
 from srde_ds.training.metrics import MetricsWriter, ProgressLine, memory_gib
 from srde_ds.training.run_folder import check_inputs, check_run_folder, data_folder, open_run_folder, prepare_data
@@ -46,7 +53,6 @@ def train(config: Config) -> None:
         # Before the processes meet, so that no collective waits for tokenising.
         check_run_folder(config)
         prepare_data(config)
-        open_run_folder(config)
     topology = start_processes(config.parallel.collective_timeout)
     with StopRequest() as stop:
         run(config, topology, stop)
@@ -76,6 +82,8 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     if training.resume_from:
         state.restore()
         say(topology, f"Resumed at step {state.step} after {state.tokens:,} tokens.")
+    # Not earlier: a run that may not resume leaves the folder as it was.
+    on_main_rank(lambda: open_run_folder(config), topology)
     watch = ExpertWatch(model.expert_names)
     model.routing.load_balancing_weight = config.optimizer.load_balancing_weight
     model.routing.router_z_weight = config.optimizer.router_z_weight
@@ -127,10 +135,10 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
                 stopped = signal()
                 if stopped:
                     break
-                output = engine.forward(batch)
-                engine.deepspeed.backward(output.loss_sum * loss_scale)
+                batch_loss, _ = engine.forward(batch)
+                engine.deepspeed.backward(batch_loss * loss_scale)
                 engine.deepspeed.step()
-                loss_sum += output.loss_sum.detach()
+                loss_sum += batch_loss.detach()
             if stopped:
                 break  # the unfinished step is done anew after resuming
 
@@ -207,10 +215,9 @@ def assignment_share(assignments: torch.Tensor) -> torch.Tensor:
 
 
 def not_finite(state: RunState, loss: float) -> str:
-    good = f"Continue from {state.folder}" if state.saved_step is not None else "No checkpoint was saved yet; start anew"
     return (
-        f"step {state.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. {good} with "
-        "lower learning rates (--muon_lr, --learning_rate, --router_lr)."
+        f"step {state.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. "
+        f"{state.remedy}"
     )
 
 

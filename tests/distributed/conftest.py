@@ -29,6 +29,12 @@ def one_rank() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="session")
 def reference(inputs: Inputs, two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of six uninterrupted steps on two processes, four micro-steps each."""
     folder = tmp_path_factory.mktemp("reference") / "run"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest.mock import patch
 
@@ -30,7 +30,8 @@ def run_distributed(
 class Ranks:
     """Processes that form a group and stay for several calls, which then share the seconds that imports take.
 
-    They start with the first call. A call that fails ends them; the next one starts new ones.
+    They start with the first call, on CPUs forked from one process that has done the imports. A call that fails ends
+    them; the next one starts new ones.
 
     Args:
         timeout: seconds for a whole call, and for each collective.
@@ -38,7 +39,7 @@ class Ranks:
 
     def __init__(self, world_size: int, *, backend: str = "gloo", timeout: float = 120) -> None:
         self.world_size, self.backend, self.timeout = world_size, backend, timeout
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -77,20 +78,25 @@ class Ranks:
         self._kill()
 
     def _start(self) -> None:
-        context = get_context("spawn")
+        # What has found GPUs must not fork; with gloo the processes are to find none.
+        context: Any = get_context("forkserver" if self.backend == "gloo" else "spawn")
+        context.set_forkserver_preload(["srde_ds.training.trainer"])
         environment = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(self.world_size),
             "LOCAL_WORLD_SIZE": str(self.world_size),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
         }
+        if self.backend == "gloo":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            # Spawned processes inherit the environment, which torch reads at import.
-            with patch.dict(os.environ, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}), theirs:
-                process = context.Process(target=_serve, args=(theirs, self.backend, self.timeout))
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # Torch reads the number of threads at import, in this process's child or in the one that forks.
+            with patch.dict(os.environ, own), theirs:
+                process = context.Process(target=_serve, args=(theirs, own, self.backend, self.timeout))
                 process.start()
             self._processes.append(process)
             self._connections.append(ours)
@@ -127,8 +133,9 @@ def _receive(connection: Connection) -> tuple[float, bool, Any]:
         return time.time(), False, "the process died without a report; its stderr is in the captured output"
 
 
-def _serve(connection: Connection, backend: str, timeout: float) -> None:
+def _serve(connection: Connection, environment: dict[str, str], backend: str, timeout: float) -> None:
     """A process's life: calls until the connection ends. After a failed one it waits to be killed."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     while True:
@@ -147,7 +154,8 @@ def _serve(connection: Connection, backend: str, timeout: float) -> None:
         dist.destroy_process_group()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this host that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

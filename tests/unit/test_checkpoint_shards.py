@@ -197,3 +197,45 @@ def test_a_claimed_header_of_exabytes_is_refused(tmp_path: Path) -> None:
     (tmp_path / shard_name(0)).write_bytes((2**62).to_bytes(8, "little") + b"{}")
     with pytest.raises(SRDEError, match=r"shard-00000.safetensors'.*cannot be read as safetensors"):
         ShardIndex(tmp_path)
+
+
+ROWS, COLUMNS = 6, 10
+
+
+def column_pieces(cuts: list[int], row_blocks: int, matrix: Tensor) -> list[list[TensorPiece]]:
+    """A [ROWS, COLUMNS] matrix as blocks of rows and columns, one list a rank: experts over ranks, rows over ranks."""
+    shards = []
+    for first, last in zip([0, *cuts], [*cuts, COLUMNS], strict=True):
+        for rows in range(0, ROWS, ROWS // row_blocks):
+            block = matrix[rows : rows + ROWS // row_blocks, first:last].contiguous()
+            shards.append([TensorPiece("w", "master", (ROWS, COLUMNS), rows * COLUMNS + first, block, stride=COLUMNS)])
+    return shards
+
+
+@pytest.mark.parametrize("row_blocks", [1, 2, 3])
+@pytest.mark.parametrize("cuts", [[], [5], [3, 6], [1, 2, 9]])
+def test_pieces_of_columns_are_read_as_others_and_as_runs(tmp_path: Path, cuts: list[int], row_blocks: int) -> None:
+    matrix = torch.arange(ROWS * COLUMNS, dtype=torch.float32).view(ROWS, COLUMNS)
+    for rank, pieces in enumerate(column_pieces(cuts, row_blocks, matrix)):
+        write_shard(tmp_path, rank, pieces)
+    for other_cuts, blocks in (([], 1), ([4], 2), (cuts, row_blocks)):
+        empty = torch.full((ROWS, COLUMNS), -1.0)
+        wanted = [piece for shard in column_pieces(other_cuts, blocks, empty) for piece in shard]
+        read_pieces(tmp_path, wanted)
+        for got, expected in zip(wanted, column_pieces(other_cuts, blocks, matrix), strict=True):
+            assert torch.equal(got.data, expected[0].data)
+    run = TensorPiece("w", "master", (ROWS, COLUMNS), 7, torch.zeros(25))
+    read_pieces(tmp_path, [run])
+    assert torch.equal(run.data, matrix.flatten()[7:32])
+
+
+def test_overlapping_and_missing_columns_are_named(tmp_path: Path) -> None:
+    matrix = torch.zeros(ROWS, COLUMNS)
+    left = TensorPiece("w", "master", (ROWS, COLUMNS), 0, matrix[:, :5].contiguous(), stride=COLUMNS)
+    again = TensorPiece("w", "master", (ROWS, COLUMNS), 4, matrix[:, :5].contiguous(), stride=COLUMNS)
+    write_shard(tmp_path, 0, [left])
+    with pytest.raises(SRDEError, match="holds 30 of the elements of 'w'"):
+        ShardIndex(tmp_path)
+    write_shard(tmp_path, 1, [again])
+    with pytest.raises(SRDEError, match="holds more than once 12 elements from 4 on of 'w'"):
+        ShardIndex(tmp_path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,16 @@ def test_report_is_made_of_the_run(run_folder: Path) -> None:
     assert "**logic**" in text and "- expected: `0`" in text and "- base (" in text and "- srde (" in text
     assert "| machine | a box |" in text and "| torch | 9 |" in text
     assert "5 steps, 500 tokens, 50 tokens/s" in text
+
+
+def test_without_matplotlib_only_the_report_fails() -> None:
+    script = (
+        "import sys; sys.modules['matplotlib'] = None; import srde_ds.evaluation.command\n"
+        "from srde_ds.errors import SRDEError\n"
+        "try:\n    import srde_ds.evaluation.report\nexcept SRDEError as error:\n    print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "pip install matplotlib" in done.stdout
 
 
 def test_report_names_what_is_missing(run_folder: Path, tmp_path: Path) -> None:

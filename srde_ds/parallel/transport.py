@@ -1,0 +1,170 @@
+"""Experts on other ranks: bring their deltas here, or send the tokens there. Two ways, one result (DESIGN §4).
+
+A transport stands where `LocalDispatch` stands in a layer. The deltas that the layer hands over are those of the
+experts that this rank holds: E_l of them, E_l · P ≥ E slots in all; slots from E on are padding that no token chooses.
+
+Collectives run in the same order on every rank, forwards and backwards: the graph of a layer has the same nodes
+everywhere, whatever the routing, and an expert without tokens computes on zero rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from srde_ds.model.dispatch import Activation, element_experts, neuron_experts
+
+Expert = Callable[[int, Tensor], Tensor]
+
+
+class DeltaTransport:
+    """All-gather the effective deltas of the layer in the expert-parallel group; the tokens stay."""
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+        self.group, self.num_experts = group, num_experts
+
+    def neuron(
+        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        gathered = GatherExperts.apply(deltas_DE3m.transpose(0, 1), self.group)[: self.num_experts]
+        return neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, gathered.transpose(0, 1))
+
+    def element(
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        weights_TE: Tensor,
+        deltas_En: Tensor,
+        support: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        gathered = GatherExperts.apply(deltas_En, self.group)[: self.num_experts]
+        return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, gathered, support)
+
+
+class TokenTransport:
+    """All-to-all each routed token to its expert's rank, compute there, all-to-all back; the deltas stay."""
+
+    def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
+        self.group, self.num_experts = group, num_experts
+
+    def neuron(
+        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
+        support_R = torch.zeros_like(expert_R) if gate_TSm.shape[1] == 1 else expert_R
+        neurons = gate_TSm.shape[2]
+        rows = torch.cat([x_TD[token_R], gate_TSm[token_R, support_R], up_TSm[token_R, support_R]], dim=1)
+
+        def compute(slot: int, rows: Tensor) -> Tensor:
+            x, gate, up = rows.split([rows.shape[1] - 2 * neurons, neurons, neurons], dim=1)
+            change, extra = neuron_experts(
+                act, x, gate[:, None], up[:, None], rows.new_ones(len(rows), 1), deltas_DE3m[:, slot : slot + 1]
+            )
+            return torch.cat([change[:, 0], extra], dim=1)
+
+        results = self._at_owners(rows, expert_R, deltas_DE3m.shape[1], compute)
+        change, extra = results.split([neurons, x_TD.shape[1]], dim=1)
+        p_R1 = weights_TE[token_R, expert_R][:, None]
+        change_TSm = torch.zeros_like(gate_TSm).index_put((token_R, support_R), p_R1 * change, accumulate=True)
+        return change_TSm, torch.zeros_like(x_TD).index_add(0, token_R, p_R1 * extra)
+
+    def element(
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        weights_TE: Tensor,
+        deltas_En: Tensor,
+        support: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
+        width = gate_TF.shape[1]
+        first_expert = dist.get_rank(self.group) * len(deltas_En)
+        rows = torch.cat([x_TD[token_R], gate_TF[token_R], up_TF[token_R]], dim=1)
+
+        def compute(slot: int, rows: Tensor) -> Tensor:
+            x, gate, up = rows.split([rows.shape[1] - 2 * width, width, width], dim=1)
+            # A padding slot computes on zero rows; any support does.
+            own = support if support.dim() == 1 else support[min(first_expert + slot, len(support) - 1)]
+            weights = rows.new_ones(len(rows), 1)
+            change, extra = element_experts(act, x, gate, up, weights, deltas_En[slot : slot + 1], own)
+            return torch.cat([change, extra], dim=1)
+
+        change, extra = self._at_owners(rows, expert_R, len(deltas_En), compute).split([width, x_TD.shape[1]], dim=1)
+        p_R1 = weights_TE[token_R, expert_R][:, None]
+        change_TF = torch.zeros_like(gate_TF).index_add(0, token_R, p_R1 * change)
+        return change_TF, torch.zeros_like(x_TD).index_add(0, token_R, p_R1 * extra)
+
+    def _at_owners(self, rows_R: Tensor, expert_R: Tensor, slots: int, compute: Expert) -> Tensor:
+        """`compute(slot, rows)` of each row at its expert's rank, in the order of the rows.
+
+        Args:
+            rows_R: `[R, width]`, sorted by expert, so that the rows for one rank and one of its slots are neighbours.
+            expert_R: `[R]` the rows' experts.
+            slots: experts that each rank holds.
+        """
+        size = dist.get_world_size(self.group)
+        sent = torch.bincount(expert_R, minlength=size * slots)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        sent_PS, received_PS = sent.view(size, slots).tolist(), received.view(size, slots).tolist()
+        send_splits, receive_splits = [sum(s) for s in sent_PS], [sum(r) for r in received_PS]
+        arrived = ExchangeRows.apply(rows_R, send_splits, receive_splits, self.group)
+        # Rows lie by sender, then slot; each slot's rows are brought together, computed and put back.
+        pieces = arrived.split([count for counts in received_PS for count in counts])
+        results: list[Tensor] = [arrived] * len(pieces)
+        for slot in range(slots):
+            mine = pieces[slot::slots]
+            done = compute(slot, torch.cat(mine)).split([len(piece) for piece in mine])
+            results[slot::slots] = done
+        return ExchangeRows.apply(torch.cat(results), receive_splits, send_splits, self.group)
+
+
+class GatherExperts(torch.autograd.Function):
+    """Concatenate the ranks' tensors along their first axis; backwards, sum the gradients and keep the own part.
+
+    The sum is taken in fp32, as DeepSpeed's gradient reduction is here.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.dtype = group, tensor.dtype
+        size = dist.get_world_size(group)
+        gathered = tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        size = dist.get_world_size(ctx.group)
+        own = gradient.new_empty(gradient.shape[0] // size, *gradient.shape[1:], dtype=torch.float32)
+        dist.reduce_scatter_tensor(own, gradient.float().contiguous(), group=ctx.group)
+        return own.to(ctx.dtype), None
+
+
+class ExchangeRows(torch.autograd.Function):
+    """All-to-all of rows; backwards, the gradients take the same way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.send_splits, ctx.receive_splits, ctx.group = send_splits, receive_splits, group
+        return _exchange(rows, send_splits, receive_splits, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(gradient, ctx.receive_splits, ctx.send_splits, ctx.group), None, None, None
+
+
+def _exchange(rows: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = rows.new_empty(sum(receive_splits), rows.shape[1])
+    dist.all_to_all_single(arrived, rows.contiguous(), receive_splits, send_splits, group=group)
+    return arrived

@@ -1,0 +1,69 @@
+"""Trainables that are cut over other ranks, or in other places, than the optimizer believes are found at start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch.distributed as dist
+
+from srde_ds.config import resolve
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import add_experts
+from tests.distributed.harness import Ranks
+from tests.distributed.training_helpers import Inputs, train_here
+
+
+def misplacements(flags: dict[str, Any]) -> dict[str, str]:
+    """The message of `verify_placement` for each thing that can be wrong; "" where it finds nothing."""
+    from srde_ds.parallel.engine import build_engine, build_model
+    from srde_ds.parallel.placement import verify_placement
+    from srde_ds.parallel.topology import start_processes
+
+    config = resolve({}, flags)
+    topology = start_processes(60)
+    model = build_model(config, topology)
+    engine = build_engine(model, config, topology).deepspeed
+    name, parameter = next(model.trainable_parameters())
+    alone = [dist.new_group([rank]) for rank in range(topology.world_size)][topology.rank]
+
+    def message() -> str:
+        try:
+            verify_placement(engine, model, topology.world_size)
+        except SRDEError as error:
+            return str(error)
+        return ""
+
+    found = {"nothing": message()}
+    with patch.object(parameter, "ds_process_group", alone):
+        found["group"] = message()
+    with patch.object(parameter, "partition_numel", lambda: 7):
+        found["size"] = message()
+    with patch.object(engine.optimizer, "fp16_groups", engine.optimizer.fp16_groups[1:]):
+        found["no master"] = message()
+    return {key: text.replace(name, "NAME") for key, text in found.items()}
+
+
+def test_a_trainable_in_the_wrong_place_is_named(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    for rank, found in enumerate(two_ranks(misplacements, inputs.flags(tmp_path))):
+        assert found["nothing"] == ""
+        assert found["group"] == f"placement: rank {rank}: 'NAME' is cut over 1 ranks, expected 2."
+        assert found["size"].startswith(f"placement: rank {rank}: 'NAME' holds 7 values, expected ")
+        assert found["no master"] == f"placement: rank {rank}: 'NAME' is trainable but has no fp32 master."
+
+
+def train_without_padding(flags: dict[str, Any]) -> str | None:
+    from srde_ds.parallel import engine
+
+    def unpadded(*args: Any, row_multiple: int, **kwargs: Any) -> Any:
+        return add_experts(*args, **kwargs)
+
+    with patch.object(engine, "add_experts", unpadded):
+        return train_here(flags)
+
+
+def test_rows_that_ranks_do_not_divide_must_be_padded(inputs: Inputs, four_ranks: Ranks, tmp_path: Path) -> None:
+    """D 30 on four ranks; with padding it trains as on one: test_training_equivalence."""
+    for error in four_ranks(train_without_padding, inputs.flags(tmp_path / "run")):
+        assert error is not None and "layers.0.deltas.free" in error and "no whole rows" in error

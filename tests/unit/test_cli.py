@@ -1,0 +1,279 @@
+"""The verbs: flags, help, dry runs and exit status."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import yaml
+
+import srde_ds
+from srde_ds import cli
+from srde_ds.cli import VERBS, main, train_config
+from srde_ds.config import Config
+from tests.cli_helpers import POSITIONS, fails, flags
+from tests.helpers import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+FIELDS = [field for section in fields(Config) for field in fields(section.default_factory())]  # type: ignore[misc]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A configuration without weights: enough for a dry run."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama().config.save_pretrained(folder)
+    return str(folder)
+
+
+def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], True),
+        (["--bf16"], True),
+        (["--bf16", "true"], True),
+        (["--bf16", "false"], False),
+        (["--bf16=0"], False),
+        (["--bf16", "No"], False),
+        (["--bf16", "--max_steps", "90"], True),
+    ],
+)
+def test_boolean_flags_take_an_optional_value(arguments: list[str], expected: bool) -> None:
+    assert train_config(arguments)[0].model.bf16 is expected
+
+
+def test_boolean_flags_of_other_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: dict[str, Any] = {}
+    with patch("srde_ds.inference.command.inference_command", lambda **options: seen.update(options)):
+        assert main(["inference", "--srde_weights", "w", "--prompt", "x", "--stream", "--bf16", "false"]) == 0
+    assert (seen["stream"], seen["bf16"], seen["interactive"]) == (True, False, False)
+    fails(capsys, ["inference", "--srde_weights", "w", "--stream", "maybe"], "--stream", "'maybe'", "true or false")
+
+
+def test_flags_of_the_predecessor_are_understood() -> None:
+    command = (
+        "--model_name m --train_file t.jsonl --output_dir o --max_steps 300 --use_muon --bf16 --resume_from latest "
+        "--max_length 2048 --batch_size 1 --gradient_accumulation_steps 16 --learning_rate 1e-4 --muon_lr 0.02 "
+        "--warmup_steps 100 --num_experts 6 --top_k 2 --target_sparsity .05 --log_steps 10 --save_steps 500 "
+        "--gradient_checkpointing --flash_attention --use_wandb --wandb_project p --wandb_run_name r "
+        "--deepspeed d.json --local_rank=1"
+    )
+    config, dry_run = train_config(command.split())
+    assert not dry_run
+    assert (config.data.jsonl_data, config.adapter.density, config.optimizer.learning_rate) == ("t.jsonl", 0.05, 1e-4)
+    assert (config.tracking.use_wandb, config.tracking.wandb_run_name) == (True, "r")
+    assert (config.parallel.deepspeed_config, config.training.resume_from) == ("d.json", "latest")
+
+
+def test_the_launchers_rank_flag_is_no_option() -> None:
+    assert train_config(["--local_rank", "0"])[0] == Config()
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("adapter: {num_experts: 4, top_k: 1}\n")
+    config, _ = train_config(["--config", str(path), "--num_experts", "5"])
+    assert (config.adapter.num_experts, config.adapter.top_k) == (5, 1)
+
+
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+def test_every_option_has_a_flag_that_sets_it(field: Any) -> None:
+    section = next(s.name for s in fields(Config) if field.name in {f.name for f in fields(s.default_factory())})  # type: ignore[misc]
+    default = getattr(getattr(Config(), section), field.name)
+    values = {bool: str(not default), int: "7", float: "0.125", list: "a,b"}
+    text = OTHER_VALUES.get(field.name, values.get(type(default), "some/path"))
+    for name in (field.name, *field.metadata["aliases"]):
+        config, _ = train_config([f"--{name}", text, *NEEDED.get(field.name, [])])
+        assert getattr(getattr(config, section), field.name) != default
+
+
+OTHER_VALUES = {
+    "preset": "reference",
+    "top_k": "1",
+    "granularity": "element",
+    "support_strategy": "random",
+    "support_scope": "per_expert",
+    "atom_mixing": "softmax",
+    "too_long": "error",
+    "lr_schedule": "wsd",
+    "max_length": "9",
+    "collective_timeout": "20",
+}
+NEEDED = {"granularity": ["--num_atoms", "4"], "max_steps": ["--warmup_steps", "0"]}
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_flag_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parsers: list[Any] = []
+    original = cli._Parser.parse
+
+    def keep(self: Any, arguments: Sequence[str]) -> Any:
+        parsers.append(self)
+        return original(self, arguments)
+
+    with patch.object(cli._Parser, "parse", keep):
+        text = help_of(verb, capsys)
+    for action in parsers[0]._actions:
+        assert action.help
+        if action.help != "==SUPPRESS==":
+            assert all(flag in text for flag in action.option_strings)
+    assert "%%" not in text
+    assert "==SUPPRESS==" not in text
+
+
+def test_help_lists_every_option_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_of("train", capsys)
+    for field in FIELDS:
+        assert f"--{field.name} " in text or f"--{field.name}," in text
+        assert " ".join(field.metadata["help"].split()[:3]) in text.replace("- ", "-")
+    assert "--config FILE" in text
+    assert "--dry_run" in text
+
+
+def test_unknown_names_come_with_the_nearest_known_one(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["train", "--max_step", "3"], "'--max_step'", "Did you mean '--max_steps'?", "train --help")
+    fails(capsys, ["train", "--max_step=3"], "'--max_step'", "Did you mean '--max_steps'?")
+    fails(capsys, ["train", "stray"], "'stray'")
+    fails(capsys, ["evaluate", "--checkpoint", "c", "--eval_file", "e", "--max_sample", "3"], "'--max_samples'?")
+    fails(capsys, ["trian"], "unknown verb 'trian'", "evaluate", "Did you mean 'train'?")
+
+
+def test_a_flag_without_its_value_and_a_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["train", "--max_steps"], "--max_steps", "expected one argument")
+    fails(capsys, ["evaluate", "--checkpoint", "c"], "--eval_file", "evaluate --help")
+    fails(capsys, ["evaluate", "--checkpoint", "c", "--eval_file", "e", "--seed", "x"], "--seed", "'x'")
+    fails(capsys, ["build_dataset", "--jsonl_data", "x"], "model_name is missing", "--model_name")
+    fails(capsys, ["build_dataset", "--model_name", "x"], "jsonl_data is missing", "--jsonl_data")
+    options = {"model_name": "x", "jsonl_data": "y"}
+    fails(capsys, ["build_dataset", *flags(options), "--num_processes", "0"], "num_processes=0", "at least 1")
+    fails(capsys, ["build_dataset", *flags(options), "--max_length", "0"], "max_length=0", "at least 8")
+
+
+def test_other_verbs_name_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    none = str(tmp_path / "none")
+    fails(capsys, ["evaluate", "--checkpoint", none, "--eval_file", none], none)
+    fails(capsys, ["inference", "--srde_weights", none, "--prompt", "x"], none)
+    fails(capsys, ["inference", "--srde_weights", none], "--prompt", "--interactive")
+    fails(capsys, ["convert", "--checkpoint", none, "--output_file", str(tmp_path / "w")], none)
+    fails(capsys, ["report", "--run", none], none, "train first")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_says_which_one_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert fails(capsys, ["trian"]).startswith("srde-ds: error: rank 3: ")
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "4")
+    assert fails(capsys, ["trian"]).startswith("srde-ds: error: rank 4: ")
+
+
+def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["--help"], ["-h"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert [verb for verb in VERBS if verb not in text] == []
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == srde_ds.__version__
+
+
+def test_each_verb_has_a_script() -> None:
+    for verb in VERBS:
+        text = (ROOT / "launch" / f"{verb}.py").read_text()
+        assert f'main(["{verb}", *sys.argv[1:]])' in text
+
+
+def test_a_dry_run_starts_nothing(base: str, tmp_path: Path) -> None:
+    options = {"model_name": base, "output_dir": str(tmp_path / "run"), "max_length": POSITIONS, "num_experts": 3}
+    program = (
+        "import sys; from srde_ds.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "assert 'deepspeed' not in sys.modules\n"
+        "sys.exit(status)"
+    )
+    command = [sys.executable, "-c", program, "train", "--dry_run", *flags(options)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert not (tmp_path / "run").exists()
+    config, table = result.stdout.split("\n\n", 1)
+    assert yaml.safe_load(config)["training"]["output_dir"] == str(tmp_path / "run")
+    assert "deltas.free" in table
+    assert "GiB a process with 1 process," in table
+
+
+@pytest.mark.parametrize(
+    ("options", "values"),
+    [
+        # two layers, D 32, three experts; 5 of 96 neurons or 461 of 9216 weights
+        ({}, {"deltas.free": 2 * 3 * 3 * 32 * 5, "router.weight": 2 * 3 * 32}),
+        (
+            {"num_atoms": 4},
+            {"deltas.atoms": 2 * 4 * 3 * 32 * 5, "deltas.importance": 2 * 3 * 3 * 32 * 5, "deltas.mixing": 2 * 3 * 4},
+        ),
+        (
+            {"num_atoms": 4, "granularity": "element"},
+            {"deltas.atoms": 2 * 4 * 461, "deltas.importance": 2 * 3 * 461, "deltas.mixing": 2 * 3 * 4},
+        ),
+    ],
+)
+def test_a_dry_run_counts_the_parameters(
+    base: str, options: dict[str, Any], values: dict[str, int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = {"model_name": base, "max_length": POSITIONS, "num_experts": 3, "density": 0.05} | options
+    assert main(["train", "--dry_run", *flags(run)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {row[0]: row[1] for row in rows if len(row) == 3}
+    assert shown | {name: f"{value:,}" for name, value in values.items()} == shown
+
+
+def test_only_the_first_rank_prints_a_dry_run(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "--dry_run", "--model_name", base, "--max_length", "64"]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(arguments) == 0
+    assert "with 4 processes" in capsys.readouterr().out
+    monkeypatch.setenv("RANK", "1")
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_refuses_what_a_run_would(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dry_run = ["train", "--dry_run", "--max_length", "64"]
+    fails(capsys, dry_run, "model_name is missing")
+    fails(capsys, [*dry_run, "--model_name", str(tmp_path / "none")], "model_name=")
+    fails(capsys, [*dry_run, "--model_name", base, "--ds_config", "none.json"], "deepspeed_config=none.json")
+    fails(capsys, ["train", "--dry_run", "--model_name", base], "max_length=2048", f"--max_length {POSITIONS}")
+
+
+def test_report_prints_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with patch("srde_ds.evaluation.report.write_report", lambda run: Path(run) / "report.md"):
+        assert main(["report", "--run", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
+
+
+def test_messages_reach_the_console_of_the_first_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = logging.getLogger("srde_ds.some.part")
+    handlers = list(logging.getLogger("srde_ds").handlers)
+    with patch.dict(VERBS, {"train": lambda _: log.info("a message")}):
+        assert main(["train"]) == 0
+        assert capsys.readouterr().err == "srde-ds: a message\n"
+        monkeypatch.setenv("RANK", "1")
+        assert main(["train"]) == 0
+        assert capsys.readouterr().err == ""
+    assert logging.getLogger("srde_ds").handlers == handlers

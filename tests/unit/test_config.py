@@ -1,0 +1,171 @@
+"""Options: precedence, presets, and one clear message for each mistake."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from srde_ds.config import PRESETS, Config, load_yaml, resolve
+from srde_ds.errors import SRDEError
+
+PACKAGE = Path(__file__).parents[2] / "srde_ds"
+SECTIONS = {section.name: section.default_factory() for section in dataclasses.fields(Config)}  # type: ignore[misc]
+FIELDS = [(name, field) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
+
+
+def fails(*fragments: str, file: dict[str, Any] | None = None, **flags: Any) -> None:
+    with pytest.raises(SRDEError) as caught:
+        resolve(file or {}, flags)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults() -> None:
+    file = {"adapter": {"num_experts": 4, "top_k": 1}, "optimizer": {"muon_lr": "1e-3"}}
+    config = resolve(file, {"num_experts": "8"})
+    assert (config.adapter.num_experts, config.adapter.top_k, config.optimizer.muon_lr) == (8, 1, 1e-3)
+    assert config.adapter.density == Config().adapter.density
+
+
+def test_the_reference_preset_fills_only_what_is_not_given() -> None:
+    config = resolve({}, {"preset": "reference"})
+    assert {key: getattr(config.adapter, key) for key in PRESETS["reference"]} == PRESETS["reference"]
+    mixed = resolve({"adapter": {"preset": "reference", "atom_mixing": "linear"}}, {"num_atoms": "4"})
+    assert (mixed.adapter.granularity, mixed.adapter.atom_mixing, mixed.adapter.num_atoms) == ("element", "linear", 4)
+
+
+def test_names_and_aliases_are_unique_and_every_field_has_help() -> None:
+    names = Counter(name for _, field in FIELDS for name in (field.name, *field.metadata["aliases"]))
+    assert [name for name, count in names.items() if count > 1] == []
+    assert [field.name for _, field in FIELDS if len(field.metadata["help"]) < 5] == []
+
+
+def test_defaults_are_valid_and_survive_a_round_trip(tmp_path: Path) -> None:
+    config = resolve({}, {"preset": "reference", "density": "1e-9", "domains": "b,a", "wandb_run_name": "1e3"})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    assert resolve(load_yaml(path), {}) == config
+    assert resolve({}, {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "remedy"),
+    [
+        ("top_k", "two", "must be a whole number"),
+        ("top_k", "1.5", "must be a whole number"),
+        ("top_k", True, "must be a whole number"),
+        ("top_k", [2], "must be a whole number"),
+        ("top_k", None, "must be a whole number"),
+        ("top_k", 0, "at least 1"),
+        ("max_steps", "inf", "must be a whole number"),
+        ("seed", -1, "at least 0"),
+        ("seed", 2**32, "at most"),
+        ("density", "much", "must be a number"),
+        ("density", 0, "at least"),
+        ("density", 1.5, "at most 1.0"),
+        ("muon_lr", "nan", "must be finite"),
+        ("muon_lr", float("inf"), "must be finite"),
+        ("bf16", "maybe", "must be true or false"),
+        ("bf16", 1, "must be true or false"),
+        ("granularity", "atom", "choose one of neuron, element"),
+        ("granularity", ["neuron"], "choose one of"),
+        ("preset", ["reference"], "choose one of default, reference"),
+        ("preset", "refrence", "choose one of default, reference"),
+        ("output_dir", 5, "must be text"),
+        ("model_name", True, "must be text"),
+        ("domains", [], "list of names"),
+        ("domains", "", "list of names"),
+        ("domains", ["math", 1], "list of names"),
+        ("domains", "math,,code", "list of names"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(key: str, value: Any, remedy: str) -> None:
+    fails(
+        f"{key}={value!r}" if isinstance(value, str | list) and "finite" not in remedy else key, remedy, **{key: value}
+    )
+
+
+@pytest.mark.parametrize(
+    ("fragments", "flags"),
+    [
+        (["top_k=3", "num_experts=2", "--top_k"], {"top_k": 3, "num_experts": 2}),
+        (["warmup_steps=50", "max_steps=50", "--warmup_steps"], {"max_steps": 50, "warmup_steps": 50}),
+        (["use_muon=true", "num_atoms=0", "--use_muon false"], {"granularity": "element", "num_atoms": 0}),
+        (["jsonl_data=a", "pretokenized_dir=b", "Keep one"], {"jsonl_data": "a", "pretokenized_dir": "b"}),
+        (["batch_size=2", "flash_attention=true", "--batch_size 1"], {"flash_attention": True, "batch_size": 2}),
+        (["domains=a,b,a", "'a'", "twice"], {"domains": "a,b,a"}),
+    ],
+)
+def test_values_that_do_not_go_together(fragments: list[str], flags: dict[str, Any]) -> None:
+    fails(*fragments, **flags)
+
+
+def test_the_neighbours_of_refused_relations_pass() -> None:
+    resolve({}, {"top_k": 2, "num_experts": 2, "max_steps": 50, "warmup_steps": 49})
+    resolve({}, {"max_steps": 1, "warmup_steps": 0})
+    resolve({}, {"granularity": "element", "num_atoms": 0, "use_muon": "false"})
+    resolve({}, {"flash_attention": True, "batch_size": 1})
+
+
+def test_unknown_names_come_with_the_nearest_known_one() -> None:
+    fails("'optimiser'", "Did you mean 'optimizer'?", file={"optimiser": {"muon_lr": 1}})
+    fails("'top_kk'", "section 'adapter'", "Did you mean 'top_k'?", file={"adapter": {"top_kk": 1}})
+    fails("'seed'", "belongs to section 'training'", file={"data": {"seed": 1}})
+    fails("'top_k'", "Put it under 'adapter:'", file={"top_k": 2})
+    fails("'5'", file={5: {}})  # type: ignore[dict-item]
+    fails("'5'", file={"adapter": {5: 1}})
+    fails("'adapter'", "keys and values", file={"adapter": [1]})
+    fails("'muon_rl'", "Did you mean 'muon_lr'?", muon_rl=1)
+
+
+def test_an_empty_section_means_its_defaults() -> None:
+    assert resolve({"model": None}, {}) == Config()
+
+
+@pytest.mark.parametrize(
+    ("content", "fragment"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n", "must hold a mapping of sections, not a list"),
+        ("adapter:\n  top_k: 1\n  top_k: 2\n", "line 3: 'top_k' is there twice"),
+        ("adapter:\n  top_k: 1\nadapter:\n  density: 0.1\n", "line 3: 'adapter' is there twice"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, content: str, fragment: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(SRDEError, match=f"{path}.*{fragment}"):
+        load_yaml(path)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(SRDEError, match=f"{path}.*{reason}"):
+            load_yaml(path)
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert load_yaml(tmp_path / "empty.yaml") == {}
+
+
+def used_names() -> set[str]:
+    """Attributes that the package reads, and its texts (for getattr), outside config.py and of no docstring."""
+    names = set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("config.py", "cli.py", "report.py"):  # the last two only pass on or print
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                    names.add(node.attr)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    names.add(node.value)
+    return names
+
+
+def test_every_option_is_read_somewhere() -> None:
+    used = used_names() | {"preset"}  # resolved in config.py
+    assert [field.name for _, field in FIELDS if field.name not in used] == []

@@ -1,0 +1,252 @@
+"""Bad input to `train`: one line, status 2, before anything long starts, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+
+from srde_ds.cli import main
+from srde_ds.config import resolve
+from srde_ds.environment import environment
+from srde_ds.errors import SRDEError
+from srde_ds.parallel import topology
+from srde_ds.training import run_folder
+from srde_ds.training.run_folder import check_inputs, open_run_folder
+from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two bases that differ in their tokenizers, records, and rows of the first base."""
+    folder = tmp_path_factory.mktemp("inputs")
+    base, other = save_base(folder / "base"), save_base(folder / "other", template=None)
+    train, held_out = write_records(folder / "train.jsonl"), write_records(folder / "held_out.jsonl", first=100)
+    options = {
+        "model_name": str(base),
+        "jsonl_data": str(train),
+        "eval_file": str(held_out),
+        "domains": DOMAINS,
+        "max_length": POSITIONS,
+        "work_dir": str(folder),
+    }
+    assert main(["build_dataset", *flags(options)]) == 0
+    return {
+        "base": str(base),
+        "other": str(other),
+        "train": str(train),
+        "held_out": str(held_out),
+        "rows": str(folder / "tokenized"),
+    }
+
+
+class Refusal:
+    """Runs `train` in this process on good input with a few changes; it must be refused and leave nothing."""
+
+    def __init__(self, inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.inputs, self.folder, self.output, self.capsys = inputs, tmp_path, tmp_path / "run", capsys
+
+    def __call__(self, *fragments: str, **changes: Any) -> str:
+        options = {
+            "model_name": self.inputs["base"],
+            "jsonl_data": self.inputs["train"],
+            "domains": DOMAINS,
+            "max_length": POSITIONS,
+            "num_experts": 2,
+            "output_dir": str(self.output),
+        }
+        line = fails(self.capsys, ["train", *flags(options | changes)], *fragments)
+        if "output_dir" not in changes:
+            assert not self.output.exists() or not any(self.output.iterdir())
+        return line
+
+    def records(self, *lines: dict[str, Any] | str) -> str:
+        """A JSONL of the good records and then these lines."""
+        path = self.folder / "bad.jsonl"
+        texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        path.write_text(Path(self.inputs["train"]).read_text() + "".join(text + "\n" for text in texts))
+        return str(path)
+
+
+@pytest.fixture
+def refused(inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    return Refusal(inputs, tmp_path, capsys)
+
+
+def test_missing_fields(refused: Refusal) -> None:
+    refused("model_name is missing", "--model_name", model_name=None)
+    refused("no training data", "--pretokenized_dir", "--jsonl_data", jsonl_data=None)
+
+
+def test_two_sources_of_data(refused: Refusal, inputs: dict[str, str]) -> None:
+    refused("jsonl_data=", "pretokenized_dir=", "Keep one", pretokenized_dir=inputs["rows"])
+    both = {"jsonl_data": None, "pretokenized_dir": inputs["rows"], "eval_file": inputs["held_out"]}
+    refused("eval_file=", "pretokenized_dir=", "build_dataset", **both)
+
+
+def test_missing_files(refused: Refusal, tmp_path: Path) -> None:
+    none = str(tmp_path / "none")
+    refused(f"model_name='{none}'", "save_pretrained", model_name=none)
+    refused(f"jsonl_data={none}", "no such file", jsonl_data=none)
+    refused(f"eval_file={none}", "no such file", eval_file=none)
+    refused(f"pretokenized_dir={none}", "no such folder", "build_dataset", jsonl_data=None, pretokenized_dir=none)
+    refused(f"deepspeed_config={none}", "no such file", deepspeed_config=none)
+
+
+def test_a_bad_deepspeed_config_is_found_before_the_base_is_loaded(refused: Refusal, tmp_path: Path) -> None:
+    path = tmp_path / "zero2.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    refused(str(path), "stage=2", "only stage 3", ds_config=str(path))
+
+
+def test_bad_records_are_named_by_file_and_line(refused: Refusal) -> None:
+    good = {"prompt": "a", "response": "b", "domain": "red"}
+    refused("bad.jsonl:13", "not valid JSON", jsonl_data=refused.records('{"prompt": '))
+    unknown = refused.records(good, good | {"domain": "rad"})
+    refused("bad.jsonl:14", "'rad'", "red, green", "Did you mean 'red'?", jsonl_data=unknown)
+    refused("bad.jsonl:13", "'response'", jsonl_data=refused.records({"prompt": "a", "domain": "red"}))
+
+
+def test_domains_without_records(refused: Refusal) -> None:
+    refused("no record of domain 'blue'", "leave it out of domains", domains=[*DOMAINS, "blue"])
+
+
+def test_long_documents(refused: Refusal) -> None:
+    records = refused.records({"prompt": "?", "response": "x" * 500, "domain": "red"})
+    refused("bad.jsonl:13", f"max_length={POSITIONS}", "too_long", jsonl_data=records, too_long="error")
+    refused("longer than max_length=8", "--too_long truncate", max_length=8)
+
+
+def test_a_folder_that_holds_no_rows(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    folder = {"jsonl_data": None, "pretokenized_dir": str(tmp_path / "empty")}
+    refused("pretokenized_dir=", "no folder of build_dataset", **folder)
+
+
+def test_rows_that_do_not_fit_the_run(refused: Refusal, inputs: dict[str, str], tmp_path: Path) -> None:
+    rows = {"jsonl_data": None, "pretokenized_dir": inputs["rows"]}
+    refused("pretokenized_dir=", "differs", "chat_template", "build it again", **rows, model_name=inputs["other"])
+    refused("pretokenized_dir=", "domains=green,red", "same order", **rows, domains=DOMAINS[::-1])
+    refused("max_length=64", f"--max_length {POSITIONS}", **rows, max_length=64)
+    shutil.copytree(inputs["rows"], tmp_path / "rows")
+    shutil.rmtree(tmp_path / "rows" / "train")
+    refused("pretokenized_dir=", "cannot be read", jsonl_data=None, pretokenized_dir=str(tmp_path / "rows"))
+
+
+def test_rows_longer_than_the_base_knows_positions(refused: Refusal) -> None:
+    refused(f"max_length={POSITIONS + 1}", f"--max_length {POSITIONS}", max_length=POSITIONS + 1)
+
+
+@pytest.mark.parametrize(("flag", "package"), [("use_wandb", "wandb"), ("use_trackio", "trackio")])
+def test_a_tracker_that_is_not_installed(refused: Refusal, flag: str, package: str) -> None:
+    with (
+        patch.dict(sys.modules, {package: None}),
+        patch.object(run_folder, "prepare_data", side_effect=AssertionError("long work began")),
+    ):
+        refused(f"{flag}=true", f"package '{package}' is missing", "pip install", **{flag: "true"})
+
+
+def test_flash_attention_without_its_package(refused: Refusal) -> None:
+    with patch.object(run_folder, "find_spec", return_value=None):
+        refused("flash_attention=true", "'flash-attn' is missing", flash_attention="true")
+
+
+def test_a_support_that_does_not_fit_is_found_before_the_base_is_loaded(refused: Refusal) -> None:
+    refused("density=0.6", "lower density", density=0.6, support_scope="per_expert")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completed.json", "latest"])
+def test_an_earlier_run_is_not_overwritten(refused: Refusal, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    (folder / name).write_text("kept")
+    refused(f"output_dir={folder}", name, "--resume_from latest", output_dir=str(folder))
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "kept")]
+
+
+def test_an_output_folder_that_cannot_be_one(refused: Refusal, inputs: dict[str, str]) -> None:
+    refused("output_dir=", "not a folder", output_dir=inputs["train"])
+    refused("output_dir=", "not a folder", output_dir=inputs["train"] + "/run")
+    with patch.object(os, "access", return_value=False):
+        refused("not writable")
+
+
+def test_a_checkpoint_that_is_not_there_leaves_the_run_as_it_was(refused: Refusal, tmp_path: Path) -> None:
+    folder = tmp_path / "earlier"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    (folder / "completed.json").write_text("{}")
+    (folder / "config.yaml").write_text("{}")
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+    refused("checkpoint", output_dir=str(folder), resume_from="latest")
+    refused("checkpoint-3", output_dir=str(folder), resume_from=str(folder / "checkpoint-3"))
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*")) == before
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(topology.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process a GPU"):
+        topology.start_processes(60)
+
+
+def test_the_script_ends_with_status_2_and_one_line(inputs: dict[str, str], tmp_path: Path) -> None:
+    options = {"model_name": inputs["base"], "jsonl_data": str(tmp_path / "none"), "max_length": POSITIONS}
+    command = [sys.executable, "launch/train.py", *flags(options), "--output_dir", str(tmp_path / "run")]
+    environment = os.environ | {"RANK": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, "--top_kk", "1"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "srde-ds: error: rank 1: unknown argument '--top_kk'. Did you mean '--top_k'? (see srde-ds train --help)"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+def test_good_input_passes_and_its_folder_tells_where_it_came_from(inputs: dict[str, str], tmp_path: Path) -> None:
+    config = resolve({}, {"model_name": inputs["base"], "pretokenized_dir": inputs["rows"], "max_length": POSITIONS})
+    config.data.domains = DOMAINS
+    config.training.output_dir = str(tmp_path / "run")
+    check_inputs(config)
+    assert run_folder.prepare_data(config) == run_folder.data_folder(config) == Path(inputs["rows"])
+    open_run_folder(config)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == config.to_dict()
+    written = json.loads((tmp_path / "run/environment.json").read_text())
+    assert written == environment()
+    assert set(written["versions"].values()).isdisjoint({"not installed"})
+    assert written["command"] == sys.argv
+
+
+def test_a_run_folder_that_is_opened_again_is_no_longer_complete(tmp_path: Path) -> None:
+    config = resolve({}, {"output_dir": str(tmp_path)})
+    (tmp_path / "completed.json").write_text("{}")
+    open_run_folder(config)
+    assert not (tmp_path / "completed.json").exists()
+
+
+def test_rows_are_built_once_without_progress_bars_and_used_again(inputs: dict[str, str], tmp_path: Path) -> None:
+    options = {"model_name": inputs["base"], "train_file": inputs["train"], "domains": DOMAINS, "max_length": POSITIONS}
+    program = "import sys; from srde_ds.cli import main; sys.exit(main(sys.argv[1:]) or main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "build_dataset", *flags(options | {"work_dir": str(tmp_path)})]
+    bars = {"HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"}
+    environment = {name: value for name, value in os.environ.items() if name not in bars}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    first, second = result.stdout.split(f"Dataset: {tmp_path}/tokenized\n")[:2]
+    assert first == second
+    assert first.startswith("train: ")
+    assert result.stderr == (
+        f"srde-ds: '{tmp_path}/tokenized' was built from the same files and options: it is used as it is\n"
+    )
