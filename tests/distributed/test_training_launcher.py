@@ -154,7 +154,7 @@ def test_bad_input_is_refused_in_one_line(finished: Launched, inputs: Inputs, tm
     for run, message in (
         (flag, "unknown argument '--num_expert'. Did you mean '--num_experts'?"),
         (folder, f"output_dir={finished.folder}: holds an earlier run"),
-        (line, "broken.jsonl', line 5"),
+        (line, "broken.jsonl:5: not valid JSON"),
     ):
         result = run.result()
         assert result.status != 0
