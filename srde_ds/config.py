@@ -149,6 +149,12 @@ class ParallelConfig:
         "JSON with what only DeepSpeed owns, as in ds_configs/; default: DeepSpeed's own values",
         aliases=("deepspeed", "ds_config"),
     )
+    expert_parallel_size: int = option(
+        1, "processes that share the experts of a layer among them; must divide the number of processes", minimum=1
+    )
+    expert_transport: Literal["auto", "tokens", "deltas"] = option(
+        "auto", "what travels between them: routed tokens, effective deltas, or what moves fewer bytes"
+    )
     collective_timeout: int = option(
         600, "seconds after which a collective that waits for a lost rank fails", minimum=10
     )

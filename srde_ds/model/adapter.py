@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from srde_ds.config import AdapterConfig, checked
 from srde_ds.errors import SRDEError, nearest
@@ -68,7 +69,7 @@ class AdapterMetadata:
 
 
 @dataclass
-class SRDEOutput:
+class SRDEOutput(ModelOutput):
     """Of a forward with labels: loss_sum (fp32 scalar, summed over labels) and label_count (int64 scalar).
     Without: the base's logits and cache."""
 

@@ -41,6 +41,7 @@ class RoutingStatistics:
         target = self._sums[name][layer]
         if value.dim():
             target = target[first_expert : first_expert + value.numel()]
+            value = value[: target.numel()]  # slots behind the last expert are padding
         target += value.detach().double()
 
     def add_routing(self, layer: int, logits_TE: Tensor, chosen_TE: Tensor, mask_T: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from srde_ds.config import AdapterConfig, Config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, empty_base
 from srde_ds.model.deltas import build_deltas
-from srde_ds.model.supports import check_support, support_size
+from srde_ds.model.supports import check_support, support_size, value_count
 from srde_ds.optim.groups import group_of_tensor
 from srde_ds.parallel.ds_config import derive_ds_config
 
@@ -93,6 +94,35 @@ def memory_table(config: Config, shape: BaseShape, world_size: int) -> dict[str,
         "optimizer state": (muon * 4 + (total - muon) * 8) / world_size,
     }
     return {kind: size / GIB for kind, size in sizes.items()}
+
+
+def transport_bytes(config: Config, shape: BaseShape, tokens: int) -> dict[str, float]:
+    """Bytes that a rank receives from others in a forward and a backward of all layers, by transport (DESIGN §4).
+
+    Args:
+        tokens: of the rank's micro-batch. Each takes `top_k` experts, spread evenly over the ranks.
+    """
+    adapter, size = config.adapter, config.parallel.expert_parallel_size
+    width, remote = (2 if config.model.bf16 else 4), (size - 1) / size
+    slots = math.ceil(adapter.num_experts / size) * size
+    total = {"tokens": 0.0, "deltas": 0.0}
+    for hidden, intermediate in shape.blocks:
+        values = value_count(adapter, hidden, intermediate)
+        # Effective deltas come in the training dtype, their gradients are summed in fp32.
+        total["deltas"] += slots * values * remote * (width + 4)
+        # There: the token with its gate and up values; back: the change of the hidden values, and the output.
+        touched = support_size(adapter, hidden, intermediate) if adapter.granularity == "neuron" else intermediate
+        row = (hidden + 2 * touched) + (touched + hidden)
+        total["tokens"] += adapter.top_k * tokens * remote * row * width * 2
+    return total
+
+
+def choose_transport(config: Config, shape: BaseShape) -> str:
+    """`expert_transport`, or for "auto" the one that moves fewer bytes for full rows."""
+    if config.parallel.expert_transport != "auto":
+        return config.parallel.expert_transport
+    moved = transport_bytes(config, shape, config.training.batch_size * config.data.max_length)
+    return min(moved, key=lambda transport: moved[transport])
 
 
 def describe_run(config: Config, world_size: int) -> str:

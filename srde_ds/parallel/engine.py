@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -17,7 +18,9 @@ from srde_ds.model.base import load_base
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 from srde_ds.parallel import placement
+from srde_ds.parallel.cost import base_shape, choose_transport
 from srde_ds.parallel.ds_config import derive_ds_config
+from srde_ds.parallel.expert_parallel import ExpertGroups, cut_experts, expert_groups
 from srde_ds.parallel.topology import Topology, deepspeed
 
 
@@ -34,6 +37,7 @@ class Engine:
     deepspeed: Any
     model: SRDEModel
     optimizer: GramMuonAdamW
+    groups: ExpertGroups | None
 
     def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss of a batch from the loader: its sum over labels and their number (scalars on the device)."""
@@ -41,6 +45,17 @@ class Engine:
         output: SRDEOutput = self.deepspeed(**inputs)
         assert output.loss_sum is not None and output.label_count is not None
         return output.loss_sum, output.label_count
+
+    def delta_norms(self) -> torch.Tensor:
+        """`[E]` norm of each expert's deltas over all layers, the same on every rank."""
+        own = self.model.delta_norms(gather=gather)
+        if self.groups is None:
+            return own
+        experts, first = self.model.config.num_experts, self.model.layers[0].deltas.first_expert
+        norms = own.new_zeros(experts)
+        norms[first : first + len(own)] = own[: max(0, experts - first)]
+        dist.all_reduce(norms, group=self.groups.expert_parallel)
+        return norms
 
     @property
     def global_grad_norm(self) -> float:
@@ -63,7 +78,7 @@ def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
 
 
 def build_model(config: Config, topology: Topology) -> SRDEModel:
-    """The sharded base with its experts, on every rank alike."""
+    """The sharded base with all its experts, on every rank alike."""
     base = load_sharded_base(config, topology.world_size)
     names = config.data.domains[: config.adapter.num_experts]
     names += [f"expert_{i}" for i in range(len(names), config.adapter.num_experts)]
@@ -83,10 +98,15 @@ def build_model(config: Config, topology: Topology) -> SRDEModel:
 
 def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine:
     """Partition everything, create the optimizer, and check that each piece is where it must be."""
-    groups = build_groups(model.trainable_parameters(), config.optimizer, config.adapter.granularity)
-    optimizer = GramMuonAdamW(groups)
+    groups = None
+    if config.parallel.expert_parallel_size > 1:
+        groups = expert_groups(config.parallel.expert_parallel_size)
+        cut_experts(model, groups, choose_transport(config, base_shape(config)))
+        placement.mark_expert_placement(model, groups)
+    parameters = model.trainable_parameters()
+    optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
     ds_config = derive_ds_config(config, topology.world_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    placement.verify_placement(engine, model, topology.world_size)
+    placement.verify_placement(engine, model, groups)
     placement.register_muon_layouts(engine, model, optimizer)
-    return Engine(engine, model, optimizer)
+    return Engine(engine, model, optimizer, groups)

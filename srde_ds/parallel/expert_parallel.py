@@ -9,72 +9,82 @@ the same experts, and ZeRO partitions these over that group alone.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.deltas import tagged
 from srde_ds.parallel.topology import deepspeed
 from srde_ds.parallel.transport import DeltaTransport, TokenTransport
 
 
-def cut_experts(model: SRDEModel, expert_parallel_size: int, transport: str) -> None:
-    """Keep this rank's experts of a whole model, and let the layers reach the others.
+@dataclass(frozen=True)
+class ExpertCut:
+    """Where a rank's slots lie in a tensor of all experts; counted in entries of the expert axis.
 
-    Sets on every expert parameter the attributes by which DeepSpeed 0.19.8 partitions it over the
-    expert-data-parallel group; with only some of them, gradients are silently P times too large or deltas are
-    silently broadcast (DESIGN §3).
-
-    Raises:
-        SRDEError: `expert_parallel_size` does not divide the number of processes.
+    Attributes:
+        global_shape: shape of the whole tensor, without padding.
+        first: the rank's first entry.
+        entries: how many of its entries are experts; the others are padding.
     """
-    world_size = dist.get_world_size()
-    if world_size % expert_parallel_size:
-        raise SRDEError(
-            f"expert_parallel_size={expert_parallel_size}: must divide the number of processes, {world_size}."
-        )
-    if expert_parallel_size == 1:
-        return
+
+    axis: int
+    global_shape: tuple[int, ...]
+    first: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """This rank's process groups."""
+
+    name: str
+    expert_parallel: dist.ProcessGroup
+    expert_data_parallel: dist.ProcessGroup
+
+
+def expert_groups(expert_parallel_size: int) -> ExpertGroups:
+    """Create DeepSpeed's groups for this size, or find them; a collective of all ranks."""
     groups = deepspeed.utils.groups
     groups._create_expert_and_data_parallel(expert_parallel_size)
     name = f"ep_size_{expert_parallel_size}"
-    group, data_group = groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+    return ExpertGroups(name, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name))
+
+
+def cut_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
+    """Keep this rank's experts of a model that has them all, and let its layers reach the others.
+
+    Args:
+        transport: "tokens" or "deltas".
+    """
     experts = model.config.num_experts
-    slots = math.ceil(experts / expert_parallel_size)
-    first = dist.get_rank(group) * slots
-    dispatch = (TokenTransport if transport == "tokens" else DeltaTransport)(group, experts)
+    slots = math.ceil(experts / dist.get_world_size(groups.expert_parallel))
+    first = dist.get_rank(groups.expert_parallel) * slots
+    kinds: dict[str, type[TokenTransport | DeltaTransport]] = {"tokens": TokenTransport, "deltas": DeltaTransport}
+    dispatch = kinds[transport](groups.expert_parallel, experts)
     for layer in model.layers:
-        for key, parameter in list(layer.deltas.named_parameters(recurse=False)):
+        parameters: dict[str, Any] = dict(layer.deltas.named_parameters(recurse=False))
+        for key, parameter in parameters.items():
             if parameter.srde_expert_axis is not None:
-                local = _slots_of(parameter, experts, first, slots)
-                local.ds_zero_partition_process_group = data_group
-                local.ds_zero_placement_family = "autoep_expert"
-                local.ds_zero_partition_group_name = name
-                local.group_name = name
-                local.allreduce = False
-                setattr(layer.deltas, key, local)
+                setattr(layer.deltas, key, _slots_of(parameter, experts, first, slots))
         layer.deltas.first_expert = first
         layer.dispatch = dispatch
 
 
-def _slots_of(parameter: nn.Parameter, experts: int, first: int, slots: int) -> nn.Parameter:
+def _slots_of(parameter: Any, experts: int, first: int, slots: int) -> Any:
     """This rank's slots of a parameter; slots without an expert are zero."""
-    axis = parameter.srde_expert_axis
-    each = parameter.shape[axis] // experts  # entries of one expert on the axis: 3 matrices for neuron deltas
-    real = max(0, min(slots, experts - first))
+    axis, whole = parameter.srde_expert_axis, parameter.srde_shape
+    each = whole[axis] // experts  # entries of one expert on the axis: 3 matrices for neuron deltas
+    cut = ExpertCut(axis, whole, first * each, max(0, min(slots, experts - first)) * each)
     shape = list(parameter.shape)
     shape[axis] = slots * each
     values = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
-    if real:
-        values.narrow(axis, 0, real * each).copy_(parameter.detach().narrow(axis, first * each, real * each))
-    local = nn.Parameter(values)
-    for attribute in ("kind", "expert_axis", "rows"):
-        setattr(local, f"srde_{attribute}", getattr(parameter, f"srde_{attribute}"))
-    if axis == 0:
-        local.srde_rows = slots
-    local.srde_shape = (local.srde_rows, *shape[1:])
-    local.srde_global_shape = parameter.srde_shape
-    local.srde_first, local.srde_real = first * each, real * each
+    if cut.entries:
+        values.narrow(axis, 0, cut.entries).copy_(parameter.detach().narrow(axis, cut.first, cut.entries))
+    local_shape = (*whole[:axis], slots * each, *whole[axis + 1 :])
+    local: Any = tagged(values, parameter.srde_kind, expert_axis=axis, shape=local_shape)
+    local.srde_cut = cut
     return local

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -41,6 +43,9 @@ def start_processes(timeout_seconds: int) -> Topology:
 
     The timeout also bounds every later collective, so that a lost rank ends the run instead of hanging it.
     """
+    # A line for each collective at its first use, about names that torch has deprecated and deepspeed still calls.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
     # The shared-memory collectives of DeepSpeed's CPU backend would be compiled for 80 s at this point.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:

@@ -39,6 +39,9 @@ def check_inputs(config: Config) -> None:
             f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
             "held-out rows. Hand the file to build_dataset instead."
         )
+    size = config.parallel.expert_parallel_size
+    if launched_world_size() % size:
+        raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {launched_world_size()}.")
     load_trackers(config.tracking)
     derive_ds_config(config, launched_world_size())
 

@@ -20,7 +20,7 @@ from srde_ds.model.adapter import parameter_table
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.parallel import placement
-from srde_ds.parallel.engine import build_engine, build_model, gather
+from srde_ds.parallel.engine import build_engine, build_model
 from srde_ds.parallel.topology import (
     Topology,
     all_reduce_max,
@@ -101,12 +101,12 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
         resume_step=state.step,
         run_config=config.to_dict(),
     )
+    at_start: dict[str, Any] = {}
+    if held_out and state.step == 0 and training.eval_steps:
+        at_start = measured("held_out_at_start", held_out.losses(engine, interrupted))
     progress = ProgressLine(training.max_steps, training.log_steps, start_step=state.step, enabled=topology.is_main)
     stopped: str | None = None
     with metrics, progress:
-        at_start: dict[str, Any] = {}
-        if held_out and state.step == 0 and training.eval_steps:
-            at_start = measured("held_out_at_start", held_out.losses(engine, interrupted))
         while state.step < training.max_steps:
             started = time.monotonic()
             batches = [
@@ -167,7 +167,7 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
             at_start = {}
             last = state.step == training.max_steps
             if last or state.step % training.log_steps == 0:
-                line["delta_norm"] = model.delta_norms(gather=gather).tolist()
+                line["delta_norm"] = engine.delta_norms().tolist()
             if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
                 line |= measured("held_out", held_out.losses(engine, interrupted))
             metrics.write(line)
