@@ -1,6 +1,11 @@
-"""Both transports against all experts on one rank: outputs, and gradients of tokens, routing weights and deltas."""
+"""Both transports against all experts on one rank: outputs, gradients, and the bytes that they move."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,7 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from srde_ds.config import Config, resolve
 from srde_ds.model.dispatch import element_experts, neuron_experts
+from srde_ds.model.supports import support_size, value_count
+from srde_ds.parallel.cost import BaseShape, transport_bytes
 from srde_ds.parallel.transport import DeltaTransport, TokenTransport
 from tests.distributed.harness import Ranks
 
@@ -97,3 +105,65 @@ def test_transport_equals_local_experts(
     ranks: Ranks, transport: str, granularity: str, shared: bool, kind: str
 ) -> None:
     ranks(check, transport, granularity, shared, kind)
+
+
+def received_bytes(transport: str, granularity: str, config: Config, hidden: int, intermediate: int) -> int:
+    """Bytes of values that this rank gets from others in a forward and a backward of one layer, evenly routed."""
+    rank, size, experts = dist.get_rank(), dist.get_world_size(), config.adapter.num_experts
+    tokens = config.training.batch_size * config.data.max_length
+    received = []
+
+    def count(original: Callable[..., Any], remote: Callable[..., int]) -> Callable[..., Any]:
+        def counted(output: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if output.is_floating_point():  # not the counts of rows, a few integers
+                received.append(remote(output, given, *args) * output.element_size())
+            return original(output, given, *args, **kwargs)
+
+        return counted
+
+    def own_splits(output: Tensor, given: Tensor, receive: list[int], send: list[int]) -> int:
+        return (sum(receive) - receive[rank]) * output.shape[1]
+
+    remote_part = {
+        "all_gather_into_tensor": lambda output, given, *_: output.numel() - given.numel(),
+        "reduce_scatter_tensor": lambda output, given, *_: given.numel() - output.numel(),
+        "all_to_all_single": own_splits,
+    }
+    weights = torch.zeros(tokens, experts)
+    for choice in range(config.adapter.top_k):
+        weights[torch.arange(tokens), (torch.arange(tokens) + choice) % experts] = 1 / config.adapter.top_k
+    dispatch = {"tokens": TokenTransport, "deltas": DeltaTransport}[transport](dist.group.WORLD, experts)
+    x = torch.randn(tokens, hidden, requires_grad=True)
+    with ExitStack() as stack:
+        for name, remote in remote_part.items():
+            stack.enter_context(patch.object(dist, name, count(getattr(dist, name), remote)))
+        if granularity == "neuron":
+            neurons = support_size(config.adapter, hidden, intermediate)
+            gate, up = (torch.randn(tokens, 1, neurons, requires_grad=True) for _ in range(2))
+            deltas = torch.randn(hidden, experts // size, 3, neurons, requires_grad=True)
+            change, extra = dispatch.neuron(F.silu, x, gate, up, weights, deltas)
+        else:
+            gate, up = (torch.randn(tokens, intermediate, requires_grad=True) for _ in range(2))
+            entries = value_count(config.adapter, hidden, intermediate)
+            deltas = torch.randn(experts // size, entries, requires_grad=True)
+            change, extra = dispatch.element(F.silu, x, gate, up, weights, deltas, torch.arange(entries).int())
+        (change.sum() + extra.sum()).backward()
+    return sum(received)
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize("transport", ["tokens", "deltas"])
+def test_cost_model_equals_counted_bytes(ranks: Ranks, transport: str, granularity: str) -> None:
+    hidden, intermediate, size = 16, 48, ranks.world_size
+    flags = {
+        "num_experts": 6,
+        "density": 0.1,
+        "granularity": granularity,
+        "use_muon": False,
+        "bf16": False,
+        "max_length": 24,
+        "expert_parallel_size": size,
+    }
+    config = resolve({}, flags)
+    expected = transport_bytes(config, BaseShape(0, ((hidden, intermediate),)), config.data.max_length)[transport]
+    assert ranks(received_bytes, transport, granularity, config, hidden, intermediate) == [expected] * size
