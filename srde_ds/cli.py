@@ -155,7 +155,7 @@ def _evaluate(arguments: Sequence[str]) -> None:
 
 def _inference(arguments: Sequence[str]) -> None:
     parser = _Parser(prog="srde-ds inference", description="Ask a trained model.")
-    parser.add_argument("--srde_weights", required=True, help="srde_weights.safetensors, a run or checkpoint folder")
+    parser.add_argument("--srde_weights", required=True, help="srde_weights.safetensors, or a finished run's folder")
     parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
     parser.add_argument("--prompt", help="one question")
     parser.boolean("--interactive", False, "chat; /experts shows routing, /reset forgets, /quit ends")
@@ -185,7 +185,7 @@ def _convert(arguments: Sequence[str]) -> None:
     from srde_ds.checkpoint.convert import export_weights
     from srde_ds.checkpoint.resume import find_checkpoint
 
-    source = find_checkpoint(options.checkpoint, options.checkpoint)
+    source = find_checkpoint(options.checkpoint, options.checkpoint, field="checkpoint")
     print(export_weights(source, options.output_file, dtype=getattr(torch, options.dtype)))
 
 

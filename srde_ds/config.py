@@ -44,6 +44,7 @@ class ModelConfig:
     model_revision: str | None = option(None, "Hub revision of the base")
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in float32")
     flash_attention: bool = option(False, "attention by the flash-attn package instead of torch's sdpa")
+    compile: bool = option(False, "torch.compile for the neuron experts: faster steps after a slow first one")
     gradient_checkpointing: bool = option(
         False, "recompute activations in backward: less memory, about 30 % more compute"
     )
@@ -320,6 +321,11 @@ def _check_relations(config: Config) -> None:
         raise SRDEError(
             f"warmup_steps={optimizer.warmup_steps}: must be less than max_steps={config.training.max_steps}. "
             "Lower --warmup_steps; 0 switches the warm-up off."
+        )
+    if config.model.compile and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
+        raise SRDEError(
+            f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
+            f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave compile out."
         )
     if config.model.flash_attention and config.training.batch_size > 1:
         raise SRDEError(

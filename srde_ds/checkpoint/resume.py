@@ -129,31 +129,32 @@ def _verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def find_checkpoint(resume_from: str | Path, output_dir: str | Path) -> Path:
+def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
     """The verified checkpoint that `resume_from` means. Call it on rank 0: it reads all files once.
 
     Args:
         resume_from: a checkpoint folder, a run folder (its `latest` counts), or "latest" for `output_dir`'s.
+        field: the option that it came from, for messages.
 
     Raises:
         SRDEError: there is none, or it is damaged; the message names it and offers the newest good one. Nothing is
             ever taken instead of what was asked for.
     """
-    asked = f"resume_from={resume_from}"
+    asked = f"{field}={resume_from}"
     given = Path(output_dir if str(resume_from) == "latest" else resume_from).absolute()
     if given.name.endswith(".tmp"):
-        raise SRDEError(f"{asked}: '{given}' is a half-written checkpoint.{_offer(given.parent)}")
+        raise SRDEError(f"{asked}: '{given}' is a half-written checkpoint.{_offer(given.parent, field)}")
     if NAME.fullmatch(given.name) or (given / MANIFEST).exists():
         run, folder = given.parent, given
     else:
         if not given.is_dir():
-            raise SRDEError(f"{asked}: there is no folder '{given}'.{_offer(Path(output_dir).absolute())}")
+            raise SRDEError(f"{asked}: there is no folder '{given}'.{_offer(Path(output_dir).absolute(), field)}")
         run = given
         with _readable(run):
             pointer = _read_latest(run)
         if pointer is None or not NAME.fullmatch(pointer):
             found = "there is no file" if pointer is None else f"{pointer!r} is no checkpoint's name in"
-            raise SRDEError(f"{asked}: {found} '{run / LATEST}'.{_offer(run)}")
+            raise SRDEError(f"{asked}: {found} '{run / LATEST}'.{_offer(run, field)}")
         folder = run / pointer
     if not folder.is_dir():
         # A kill between the two renames of a replacement leaves the former folder under this name.
@@ -161,11 +162,11 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path) -> Path:
         if not folder.is_dir():
             missing = folder.with_suffix("")
             says = "" if missing == given else f"'{run / LATEST}' names '{missing.name}', but "
-            raise SRDEError(f"{asked}: {says}there is no folder '{missing}'.{_offer(run)}")
+            raise SRDEError(f"{asked}: {says}there is no folder '{missing}'.{_offer(run, field)}")
     try:
         verify_checkpoint(folder)
     except SRDEError as error:
-        raise SRDEError(f"{asked}: {error}{_offer(run)}") from None
+        raise SRDEError(f"{asked}: {error}{_offer(run, field)}") from None
     return folder
 
 
@@ -280,12 +281,13 @@ def _saved(run: Path) -> list[tuple[float, Path]]:
     return found
 
 
-def _offer(run: Path) -> str:
+def _offer(run: Path, field: str) -> str:
     for _, path in sorted(_saved(run), reverse=True):
         with suppress(SRDEError):
             verify_checkpoint(path)
-            return f" The newest good checkpoint there is '{path}': give it as --resume_from."
-    return f" There is no good checkpoint in '{run}': leave out --resume_from to start anew."
+            return f" The newest good checkpoint there is '{path}': give it as --{field}."
+    remedy = "leave out --resume_from to start anew" if field == "resume_from" else "train first"
+    return f" There is no good checkpoint in '{run}': {remedy}."
 
 
 def _read_latest(run: Path) -> str | None:

@@ -25,4 +25,4 @@ def resolve_weights(path: str | Path, scratch: str | Path) -> Path:
     weights = folder_weights(path)
     if weights is not None:
         return weights
-    return export_weights(find_checkpoint(path, path), Path(scratch) / WEIGHTS)
+    return export_weights(find_checkpoint(path, path, field="checkpoint"), Path(scratch) / WEIGHTS)

@@ -13,6 +13,7 @@ zero tokens, so that every parameter gets a gradient on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -46,12 +47,19 @@ class ExpertDispatch(Protocol):
 
 
 class LocalDispatch:
-    """All experts are here."""
+    """All experts are here.
+
+    Args:
+        compiled: run the neuron experts' arithmetic through torch.compile; equal within rounding.
+    """
+
+    def __init__(self, *, compiled: bool = False) -> None:
+        self._neuron_experts = _compiled_neuron_experts() if compiled else neuron_experts
 
     def neuron(
         self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas_DE3m)
+        return self._neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas_DE3m)
 
     def element(
         self,
@@ -64,6 +72,13 @@ class LocalDispatch:
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
         return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, deltas_En, support)
+
+
+@cache
+def _compiled_neuron_experts() -> Callable[..., tuple[Tensor, Tensor]]:
+    """One for all layers: they share its cache of kernels."""
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(neuron_experts)
+    return compiled
 
 
 def neuron_experts(

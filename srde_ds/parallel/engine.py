@@ -15,6 +15,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from srde_ds.config import Config
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
 from srde_ds.model.base import load_base
+from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 from srde_ds.parallel import placement
@@ -90,6 +91,9 @@ def build_model(config: Config, topology: Topology) -> SRDEModel:
         row_multiple=topology.world_size,
         gather=gather,
     )
+    if config.model.compile:
+        for layer in model.layers:
+            layer.dispatch = LocalDispatch(compiled=True)
     if config.model.gradient_checkpointing:
         # Reentrant: the other kind compares shapes of saved tensors, which ZeRO-3 empties between the passes.
         model.enable_gradient_checkpointing(use_reentrant=True)

@@ -17,7 +17,7 @@ from srde_ds.checkpoint.resume import (
     save_checkpoint,
 )
 from srde_ds.checkpoint.shards import read_pieces
-from srde_ds.config import Config
+from srde_ds.config import AdapterConfig, Config
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.manifest import Manifest
 from srde_ds.errors import SRDEError
@@ -144,7 +144,8 @@ class RunState:
 
     def _check_same(self, saved: dict[str, Any], folder: Path) -> None:
         before, now = saved["adapter"], self.engine.model.metadata().to_dict()
-        same = {key: (before["config"].get(key), value) for key, value in now["config"].items()}
+        options = AdapterConfig().__dict__ | before["config"]  # an older checkpoint lacks newer options: their defaults
+        same = {key: (options[key], value) for key, value in now["config"].items()}
         del same["preset"]  # only stands for other options
         same |= {key: (before[key], now[key]) for key in ("expert_names", "support_hash")}
         same["base"] = before["base"]["hash"], now["base"]["hash"]  # its folder may have moved

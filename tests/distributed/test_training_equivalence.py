@@ -144,3 +144,8 @@ def plain_run(inputs: Inputs, *, steps: int) -> tuple[list[dict[str, float]], di
                 parameter.copy_(masters[name])
         lines.append({"loss": loss.item(), "grad_norm": norm.item()})
     return lines, masters
+
+
+def test_compiled_experts_train_alike(inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path) -> None:
+    assert two_ranks(train_here, inputs.flags(tmp_path / "run", compile=True)) == [None, None]
+    assert_same_training(tmp_path / "run", reference, tolerance=TOLERANCE)

@@ -95,7 +95,7 @@ def test_weights_are_found_or_converted(run_folder: Path, tmp_path: Path, monkey
     assert resolve_weights(run_folder, tmp_path) == run_folder / "srde_weights.safetensors"
     assert resolve_weights(run_folder / "srde_weights.safetensors", tmp_path) == run_folder / "srde_weights.safetensors"
     checkpoint = tmp_path / "checkpoint-3"
-    monkeypatch.setattr(weights_module, "find_checkpoint", lambda path, output_dir: path)
+    monkeypatch.setattr(weights_module, "find_checkpoint", lambda path, output_dir, field: path)
     monkeypatch.setattr(weights_module, "export_weights", lambda folder, target: (folder, target))
     assert resolve_weights(checkpoint, tmp_path / "s") == (checkpoint, tmp_path / "s" / "srde_weights.safetensors")
 
