@@ -30,6 +30,6 @@ if [ ! -e "$run/completed.json" ]; then
 fi
 unset OMP_NUM_THREADS
 python launch/evaluate.py --checkpoint "$run" --eval_file "$inputs/held_out.jsonl" --compare_baseline --bf16 "$bf16" \
-    --max_new_tokens 32
+    --max_new_tokens 24
 python launch/report.py --run "$run"
 echo "quickstart: report in $run/report.md, figures in $run/evaluation.json"
