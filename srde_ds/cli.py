@@ -194,9 +194,10 @@ def _report(arguments: Sequence[str]) -> None:
     parser.add_argument("--run", required=True, help="folder of a run that was trained and evaluated")
     options = parser.parse(arguments)
 
-    from srde_ds.evaluation.report import write_report
+    from srde_ds.evaluation.report import examples, write_report
 
-    print(write_report(options.run))
+    page = write_report(options.run)
+    print(f"{examples(page)}\n\nReport: {page}")
 
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {

@@ -16,12 +16,13 @@ Lines = list[dict[str, Any]]
 
 
 def plot_loss(metrics: Lines, path: Path) -> None:
-    """Training loss by step, and the held-out loss of each domain where it was measured."""
+    """Training loss by step, and the held-out loss of each domain where it was measured, the base's at step 0."""
     figure, axes = _figure()
     axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], color="0.6", label="training")
-    measured = [line for line in metrics if "held_out" in line]
-    for domain in dict.fromkeys(name for line in measured for name in line["held_out"]):
-        points = [(line["step"], line["held_out"][domain]) for line in measured if domain in line["held_out"]]
+    measured = [(0, line["held_out_at_start"]) for line in metrics if "held_out_at_start" in line]
+    measured += [(line["step"], line["held_out"]) for line in metrics if "held_out" in line]
+    for domain in dict.fromkeys(name for _, losses in measured for name in losses):
+        points = [(step, losses[domain]) for step, losses in measured if domain in losses]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held out: {domain}")
     axes.set(xlabel="step", ylabel="cross entropy of response tokens (nats)")
     axes.legend(fontsize="small")

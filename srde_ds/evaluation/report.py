@@ -22,6 +22,7 @@ _SETTINGS = {
     "data": ["max_length"],
 }
 _LONGEST_QUOTE = 600
+EXAMPLES = "One answer from each domain"
 
 
 def write_report(run_folder: str | Path) -> Path:
@@ -50,7 +51,7 @@ def write_report(run_folder: str | Path) -> Path:
         _markdown(table_rows(result)),
         "## Loss\n\n![training and held-out loss](loss.png)",
         "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)",
-        "## One answer from each domain",
+        f"## {EXAMPLES}",
         *(_example(items, name) for name in result["domains"]),
         "## Speed\n\n![tokens a second](speed.png)",
         "## Settings",
@@ -60,6 +61,11 @@ def write_report(run_folder: str | Path) -> Path:
     ]
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
+
+
+def examples(page: Path) -> str:
+    """The section of a report that shows an answer from each domain."""
+    return page.read_text(encoding="utf-8").partition(f"## {EXAMPLES}\n")[2].partition("\n## ")[0].strip()
 
 
 def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:

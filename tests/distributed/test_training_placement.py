@@ -24,20 +24,23 @@ def misplacements(flags: dict[str, Any]) -> dict[str, str]:
     config = resolve({}, flags)
     topology = start_processes(60)
     model = build_model(config, topology)
-    engine = build_engine(model, config, topology).deepspeed
+    built = build_engine(model, config, topology)
+    engine = built.deepspeed
     name, parameter = next(model.trainable_parameters())
     alone = [dist.new_group([rank]) for rank in range(topology.world_size)][topology.rank]
 
     def message() -> str:
         try:
-            verify_placement(engine, model, topology.world_size)
+            verify_placement(engine, model, built.groups)
         except SRDEError as error:
             return str(error)
         return ""
 
     found = {"nothing": message()}
     with patch.object(parameter, "ds_process_group", alone):
-        found["group"] = message()
+        found["alone"] = message()
+    with patch.object(parameter, "ds_process_group", dist.group.WORLD):
+        found["everyone"] = message()
     with patch.object(parameter, "partition_numel", lambda: 7):
         found["size"] = message()
     with patch.object(engine.optimizer, "fp16_groups", engine.optimizer.fp16_groups[1:]):
@@ -48,9 +51,18 @@ def misplacements(flags: dict[str, Any]) -> dict[str, str]:
 def test_a_trainable_in_the_wrong_place_is_named(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
     for rank, found in enumerate(two_ranks(misplacements, inputs.flags(tmp_path))):
         assert found["nothing"] == ""
-        assert found["group"] == f"placement: rank {rank}: 'NAME' is cut over 1 ranks, expected 2."
+        assert found["alone"] == f"placement: rank {rank}: 'NAME' is cut over ranks [{rank}], expected [0, 1]."
+        assert found["everyone"] == ""
         assert found["size"].startswith(f"placement: rank {rank}: 'NAME' holds 7 values, expected ")
         assert found["no master"] == f"placement: rank {rank}: 'NAME' is trainable but has no fp32 master."
+
+
+def test_an_expert_in_the_wrong_place_is_named(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    """With two ranks that share the experts, each rank's are its own alone."""
+    for rank, found in enumerate(two_ranks(misplacements, inputs.flags(tmp_path, expert_parallel_size=2))):
+        assert found["nothing"] == found["alone"] == ""
+        assert found["everyone"] == f"placement: rank {rank}: 'NAME' is cut over ranks [0, 1], expected [{rank}]."
+        assert found["size"].startswith(f"placement: rank {rank}: 'NAME' holds 7 values, expected ")
 
 
 def train_without_padding(flags: dict[str, Any]) -> str | None:

@@ -109,6 +109,7 @@ OTHER_VALUES = {
     "support_scope": "per_expert",
     "atom_mixing": "softmax",
     "too_long": "error",
+    "expert_transport": "tokens",
     "lr_schedule": "wsd",
     "max_length": "9",
     "collective_timeout": "20",
@@ -259,10 +260,12 @@ def test_a_dry_run_refuses_what_a_run_would(base: str, tmp_path: Path, capsys: p
     fails(capsys, ["train", "--dry_run", "--model_name", base], "max_length=2048", f"--max_length {POSITIONS}")
 
 
-def test_report_prints_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_prints_the_answers_and_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "report.md"
+    page.write_text("# run\n\n## One answer from each domain\n\n**math**\n\n- expected: `4`\n\n## Speed\n\nfast\n")
     with patch("srde_ds.evaluation.report.write_report", lambda run: Path(run) / "report.md"):
         assert main(["report", "--run", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
+    assert capsys.readouterr().out == f"**math**\n\n- expected: `4`\n\nReport: {page}\n"
 
 
 def test_messages_reach_the_console_of_the_first_rank(

@@ -15,7 +15,7 @@ from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import weights as weights_module
 from srde_ds.evaluation.command import default_output, evaluate_command
-from srde_ds.evaluation.report import write_report
+from srde_ds.evaluation.report import examples, write_report
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import find_weights
 from tests.evaluation_helpers import records, save_model, write_jsonl
@@ -31,6 +31,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"step": s, "loss": 3.0 / s, "tokens": 100 * s, "tokens_per_second": 50.0, "tokens_per_expert": [1, 2, 3]}
         for s in range(1, 6)
     ]
+    lines[0]["held_out_at_start"] = {"math": 4.0, "logic": 5.0}
     lines[-1]["held_out"] = {"math": 1.0, "logic": 2.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     environment = {"machine": "a box", "python": "3", "git_revision": None, "world_size": 2, "versions": {"torch": "9"}}
@@ -68,6 +69,7 @@ def test_report_is_made_of_the_run(run_folder: Path) -> None:
     assert "**logic**" in text and "- expected: `0`" in text and "- base (" in text and "- srde (" in text
     assert "| machine | a box |" in text and "| torch | 9 |" in text
     assert "5 steps, 500 tokens, 50 tokens/s" in text
+    assert examples(page).startswith("**math**") and "Speed" not in examples(page)
 
 
 def test_without_matplotlib_only_the_report_fails() -> None:
