@@ -1,0 +1,84 @@
+"""What only a GPU can show; the rest of the tests run on the CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from srde_ds.optim.gram_muon import GramMuonAdamW
+from srde_ds.optim.reference import muon_step
+from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
+from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, this machine has none"),
+]
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_zero_deltas_give_the_bases_logits_in_bf16(granularity: str) -> None:
+    base = tiny_llama(dtype=torch.bfloat16).cuda()
+    ids = tokens().cuda()
+    expected = base(ids).logits
+    model = tiny_srde(dtype=torch.bfloat16, base=base, granularity=granularity).cuda()
+    assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_gpu_and_cpu_give_the_same_logits(granularity: str) -> None:
+    model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity))
+    expected = model(tokens()).logits
+    torch.testing.assert_close(model.cuda()(tokens().cuda()).logits.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_gram_muon_is_exact_although_tf32_is_allowed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(128, 2, 8, generator=generator)
+    parameter = torch.zeros(128, 2, 8, device="cuda", requires_grad=True)
+    parameter.grad = gradient.cuda()
+    optimizer = GramMuonAdamW([{"params": [parameter], "rule": "muon", "lr": 0.1, "step": 1}])
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        optimizer.step()
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    zero = torch.zeros(128, 2, 8)
+    expected, _ = muon_step(zero, gradient, zero, lr=0.1, momentum=0.95, weight_decay=0.0)
+    torch.testing.assert_close(parameter.detach().cpu().double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_runs_to_its_end(tmp_path: Path) -> None:
+    """One process on one GPU in bf16, from JSONL to weights."""
+    tokenizer = tiny_tokenizer()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    domains = ["red", "green"]
+    data = write_jsonl(tmp_path / "train.jsonl", [record for d in domains for record in sums(d, range(24))])
+    flags = {
+        "model_name": tmp_path / "base",
+        "jsonl_data": data,
+        "domains": ",".join(domains),
+        "num_experts": 2,
+        "density": 0.05,
+        "max_length": 96,
+        "max_steps": 4,
+        "warmup_steps": 1,
+        "gradient_accumulation_steps": 2,
+        "output_dir": tmp_path / "run",
+    }
+    command = [
+        sys.executable,
+        "launch/train.py",
+        *(part for key, value in flags.items() for part in (f"--{key}", str(value))),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run/completed.json").exists()
