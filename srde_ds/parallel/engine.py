@@ -95,7 +95,7 @@ def build_model(config: Config, topology: Topology) -> SRDEModel:
         for layer in model.layers:
             layer.dispatch = LocalDispatch(compiled=True)
     if config.model.gradient_checkpointing:
-        # Reentrant: the other kind compares shapes of saved tensors, which ZeRO-3 empties between the passes.
+        # The kind whose equality with plain training is tested under ZeRO-3; see docs/decisions.md.
         model.enable_gradient_checkpointing(use_reentrant=True)
     return model.train()
 
