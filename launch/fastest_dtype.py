@@ -1,6 +1,6 @@
 """Prints `true` if bfloat16 is the faster training dtype on this machine, else `false` (float32).
 
-GPUs always say true. On CPUs it differs by a factor of three in either direction, so it is measured: a feed-forward
+GPUs always say true. On CPUs either may be the faster one (docs/decisions.md), so it is measured: a feed-forward
 block of the quick start's base, forward and backward, in both dtypes.
 """
 

@@ -1,0 +1,33 @@
+"""Float32 against bfloat16 on this CPU: forward and backward of the quick start's feed-forward block, one thread.
+
+python benchmarks/cpu_dtype.py      # prints a table, writes benchmarks/results/cpu_dtype.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from srde_ds.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "launch"))
+from fastest_dtype import seconds  # noqa: E402 - what the quick start measures, not a copy of it
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    timings = {str(dtype).removeprefix("torch."): seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    ratio = timings["bfloat16"] / timings["float32"]
+    for dtype, value in timings.items():
+        print(f"{dtype:<10}{value:>8.3f} s")
+    print(f"bfloat16 / float32: {ratio:.2f}")
+    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    record = {"seconds": timings, "bfloat16_over_float32": ratio, "environment": kept}
+    target = ROOT / "benchmarks/results/cpu_dtype.json"
+    target.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
