@@ -7,7 +7,7 @@ that hold blocks of rows agree on it by one all-reduce, and then update their ro
 
 What the Gram form loses: XᵀX squares the singular values, so fp32 keeps those below about 3e-4 of the Frobenius norm
 only as noise. The polynomial's slope at zero is at most 3.4445^5 = 485, which bounds the harm at any condition number.
-Relative error of the update against float64, matrices [576, 15]: 3e-7 at condition number 1, 2e-6 at 10, at most 1e-3 at
+Relative error of an update of [576, 15] against float64: 3e-7 at condition number 1, 2e-6 at 10, at most 1e-3 at
 1e2 to 1e6; torch.optim.Muon, which works in bfloat16, is at 8e-3 and up to 4e-1 (benchmarks/results/gram_muon.json).
 TF32 would spoil it and is switched off around it.
 The Frobenius norm must stay below 1.8e19, where its square leaves fp32.
