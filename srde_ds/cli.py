@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from srde_ds import __version__
-from srde_ds.config import BOOLEANS, Config, load_yaml, resolve
+from srde_ds.config import Config, resolve
+from srde_ds.config_values import BOOLEANS, load_yaml
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.launcher import launched_rank, launched_world_size
 
@@ -75,7 +76,7 @@ def train_config(arguments: Sequence[str]) -> tuple[Config, bool]:
     """The resolved config of a `train` command line, and whether it is a dry run."""
     parser = _Parser(prog="srde-ds train", description="Train experts on a frozen base.")
     parser.add_argument("--config", metavar="FILE", help="YAML with sections and keys; flags take precedence")
-    parser.boolean("--dry_run", False, "print the resolved config, the parameters and the memory, and stop")
+    parser.boolean("--dry_run", False, "print the resolved config, parameters, memory and time line, and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     _add_config_flags(parser)
     given = vars(parser.parse(arguments))
@@ -88,10 +89,11 @@ def _train(arguments: Sequence[str]) -> None:
     config, dry_run = train_config(arguments)
     if dry_run:
         from srde_ds.parallel.cost import describe_run
+        from srde_ds.training.phases import describe_timeline
 
         text = describe_run(config, world_size=launched_world_size())
         if launched_rank() == 0:
-            print(text)
+            print(f"{text}\n\n{describe_timeline(config)}")
     else:
         from srde_ds.training.trainer import train
 

@@ -7,33 +7,14 @@ across sections, so that flags need no prefix.
 from __future__ import annotations
 
 import dataclasses
-import math
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
+from srde_ds.config_values import checked, option
 from srde_ds.errors import SRDEError, nearest
 
 DOMAINS = ("math", "logic", "code", "science", "planning", "abstract")
-BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    aliases: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-) -> Any:
-    """A dataclass field with its help text, older flag names and the range of its values."""
-    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "maximum": maximum}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -67,7 +48,11 @@ class AdapterConfig:
         maximum=1.0,
     )
     granularity: Literal["neuron", "element"] = option("neuron", "support of whole neurons or of single weights")
-    support_strategy: Literal["magnitude", "random"] = option("magnitude", "how the support is chosen")
+    support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = option(
+        "magnitude",
+        "how the support is chosen: by |W|, at random, by |W| x |input| or |W x gradient| on calibration_rows, or "
+        "learned among the candidates of initial_density",
+    )
     support_scope: Literal["shared", "per_expert"] = option(
         "shared", "one support for all experts of a layer, or one each (by magnitude: disjoint slices of the ranking)"
     )
@@ -112,6 +97,16 @@ class OptimizerConfig:
     max_grad_norm: float = option(1.0, "clip the gradient's global norm; 0: off", minimum=0.0)
     load_balancing_weight: float = option(0.01, "weight of the load-balancing loss", minimum=0.0)
     router_z_weight: float = option(0.001, "weight of the router z-loss", minimum=0.0)
+    load_balancing_target: Literal["uniform", "domains"] = option(
+        "uniform", "shares that load balancing aims at: equal ones, or those of the domains among the step's tokens"
+    )
+    balancing_bias_rate: float = option(
+        0.0, "loss-free balancing: change of each expert's selection bias per step; 0: off", minimum=0.0
+    )
+    delta_size_weight: float = option(0.0, "weight of the squared size of the effective deltas", minimum=0.0)
+    support_overlap_weight: float = option(
+        0.0, "support_strategy learned, per_expert: weight of the overlap between the experts' supports", minimum=0.0
+    )
 
 
 @dataclass
@@ -126,8 +121,60 @@ class TrainingConfig:
     resume_from: str | None = option(None, "checkpoint folder, run folder, or 'latest' for output_dir's newest")
     save_steps: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0)
     save_total_limit: int = option(2, "checkpoints to keep", minimum=1)
+    save_in_background: bool = option(
+        True, "write checkpoints while training goes on, from a copy in host memory; false: training waits"
+    )
+    on_save_failure: Literal["stop", "continue"] = option(
+        "stop", "when a checkpoint cannot be written; continue: warn, try again at the next one; the last must succeed"
+    )
     eval_steps: int = option(500, "steps between held-out losses by domain; 0: only at the end", minimum=0)
     log_steps: int = option(10, "steps between lines on the console", minimum=1)
+
+
+@dataclass
+class CurriculumConfig:
+    """The order in which things are learned. All steps count towards max_steps."""
+
+    supervised_experts: bool = option(
+        False, "begin with each expert on its own domain alone: rows are routed by their domain, the router waits"
+    )
+    expert_pretrain_steps: int = option(
+        500,
+        "with supervised_experts: steps' worth of tokens for each expert, num_experts times as many steps",
+        minimum=1,
+    )
+    pretrain_objective: Literal["parallel", "sequential"] = option(
+        "parallel", "all experts in mixed batches, or one after the other on its own domain's rows"
+    )
+    warm_start: bool = option(False, "set the routers from their inputs, after pretraining or at the start")
+    warm_start_method: Literal["kmeans", "domain_means", "random"] = option(
+        "kmeans", "from clusters aligned with the domains, from each domain's mean, or at random"
+    )
+    warm_start_samples: int = option(512, "tokens of each domain that warm_start looks at in each layer", minimum=8)
+    progressive_unlock: Literal["all", "linear", "warmup"] = option(
+        "all", "experts in use after pretraining: all at once, one more each max_steps/num_experts, or one until 10 %"
+    )
+    unlock_order: Literal["domain", "cluster_size"] = option(
+        "domain", "experts unlock in the order of the domains, or the one with the largest warm-start cluster first"
+    )
+    initial_density: float | None = option(
+        None,
+        "density at the start; pruned to density within density_warmup_steps",
+        aliases=("initial_sparsity",),
+        minimum=1e-9,
+        maximum=1.0,
+    )
+    density_warmup_steps: int = option(0, "steps until density is reached", minimum=0)
+    density_prunings: int = option(4, "prunings on the way from initial_density to density", minimum=1)
+    training_phases: Literal["joint", "four"] = option(
+        "joint", "after pretraining: all trainables together, or the predecessor's warm-up, mask, delta, joint"
+    )
+    calibration_rows: int = option(
+        64, "rows that support_strategy activation or gradient looks at (of each domain if per_expert)", minimum=1
+    )
+    support_temperature: float = option(
+        1.0, "support_strategy learned: temperature at the start; falls to a tenth until it is frozen", minimum=1e-6
+    )
 
 
 @dataclass
@@ -156,6 +203,10 @@ class ParallelConfig:
     expert_transport: Literal["auto", "tokens", "deltas"] = option(
         "auto", "what travels between them: routed tokens, effective deltas, or what moves fewer bytes"
     )
+    owner_computes: bool = option(
+        True,
+        "with atoms: each process mixes its rows of them and sends these; false: ZeRO gathers atoms and importance",
+    )
     collective_timeout: int = option(
         600, "seconds after which a collective that waits for a lost rank fails", minimum=10
     )
@@ -170,6 +221,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -224,95 +276,6 @@ def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> C
     return config
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        SRDEError: the file cannot be read, is not YAML or not a mapping, or names a key twice.
-    """
-    import yaml
-
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise SRDEError(f"config: '{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SRDEError(f"config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SRDEError(f"config: '{path}' must hold a mapping of sections, not a {type(content).__name__}.")
-    _refuse_repeated_keys(yaml.compose(text), path)
-    return content
-
-
-def _refuse_repeated_keys(node: Any, path: str | Path) -> None:
-    """YAML itself would silently keep the last of them."""
-    seen = set()
-    for key, value in node.value if node.id == "mapping" else []:
-        if key.value in seen:
-            line = key.start_mark.line + 1
-            raise SRDEError(f"config: '{path}', line {line}: '{key.value}' is there twice. Keep one.")
-        seen.add(key.value)
-        _refuse_repeated_keys(value, path)
-
-
-def checked(section: Any, key: str, value: Any) -> Any:
-    """`value` converted to the type of field `key`, or an SRDEError that names both."""
-    hint = typing.get_type_hints(type(section))[key]
-    metadata = next(f.metadata for f in fields(section) if f.name == key)
-    value = _convert(key, hint, value)
-    minimum, maximum = metadata["minimum"], metadata["maximum"]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise SRDEError(f"{key}={value}: must be finite.")
-        if minimum is not None and not value >= minimum:
-            raise SRDEError(f"{key}={value}: must be at least {minimum}.")
-        if maximum is not None and not value <= maximum:
-            raise SRDEError(f"{key}={value}: must be at most {maximum}.")
-    return value
-
-
-def _convert(key: str, hint: Any, value: Any) -> Any:
-    origin = get_origin(hint)
-    if origin is Literal:
-        if value not in get_args(hint):
-            raise SRDEError(f"{key}={value!r}: choose one of {', '.join(map(str, get_args(hint)))}.")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(key, next(a for a in get_args(hint) if a is not type(None)), value)
-    if origin is list:
-        items = value.split(",") if isinstance(value, str) else value
-        if not isinstance(items, list) or not items or not all(isinstance(i, str) and i.strip() for i in items):
-            raise SRDEError(f"{key}={value!r}: give a list of names (YAML) or names joined by commas (flag).")
-        return [i.strip() for i in items]
-    if hint is bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, str) and value.lower() in BOOLEANS:
-            return BOOLEANS[value.lower()]
-        raise SRDEError(f"{key}={value!r}: must be true or false.")
-    if hint is str:
-        if not isinstance(value, str):
-            raise SRDEError(f"{key}={value!r}: must be text.")
-        return value
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        number = float(value)
-        if hint is float:
-            return number
-        if number != int(number):
-            raise ValueError
-        return int(number)
-    except (TypeError, ValueError, OverflowError):
-        kind = "a whole number" if hint is int else "a number"
-        raise SRDEError(f"{key}={value!r}: must be {kind}.") from None
-
-
 def _check_relations(config: Config) -> None:
     adapter, data, optimizer = config.adapter, config.data, config.optimizer
     if adapter.top_k > adapter.num_experts:
@@ -344,4 +307,48 @@ def _check_relations(config: Config) -> None:
         raise SRDEError(
             "use_muon=true with granularity=element and num_atoms=0: free element deltas are no matrices, Muon would "
             "have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
+        )
+    _check_curriculum(config)
+
+
+def _check_curriculum(config: Config) -> None:
+    adapter, curriculum, max_steps = config.adapter, config.curriculum, config.training.max_steps
+    steps = adapter.num_experts * curriculum.expert_pretrain_steps
+    if curriculum.supervised_experts:
+        if steps >= max_steps:
+            raise SRDEError(
+                f"expert_pretrain_steps={curriculum.expert_pretrain_steps} x num_experts={adapter.num_experts} leave "
+                f"no routed step of max_steps={max_steps}. Lower --expert_pretrain_steps or give more than "
+                f"{steps} --max_steps."
+            )
+        if len(config.data.domains) > adapter.num_experts:
+            raise SRDEError(
+                f"supervised_experts=true with {len(config.data.domains)} domains and num_experts="
+                f"{adapter.num_experts}: each domain needs an expert. Raise --num_experts or give fewer --domains."
+            )
+    if curriculum.unlock_order == "cluster_size" and not (
+        curriculum.warm_start and curriculum.warm_start_method == "kmeans"
+    ):
+        raise SRDEError("unlock_order=cluster_size: clusters come from --warm_start with warm_start_method=kmeans.")
+    if curriculum.initial_density is None:
+        if curriculum.density_warmup_steps:
+            raise SRDEError(
+                f"density_warmup_steps={curriculum.density_warmup_steps} without initial_density: give both or neither."
+            )
+        if adapter.support_strategy == "learned":
+            raise SRDEError(
+                "support_strategy=learned chooses among more candidates than density keeps: give --initial_density and "
+                "--density_warmup_steps, the steps in which it is learned."
+            )
+    elif curriculum.initial_density <= adapter.density or not 0 < curriculum.density_warmup_steps < max_steps:
+        raise SRDEError(
+            f"initial_density={curriculum.initial_density}: must be above density={adapter.density}, with "
+            f"density_warmup_steps={curriculum.density_warmup_steps} between 1 and max_steps - 1 = {max_steps - 1}."
+        )
+    if config.optimizer.support_overlap_weight and not (
+        adapter.support_strategy == "learned" and adapter.support_scope == "per_expert"
+    ):
+        raise SRDEError(
+            f"support_overlap_weight={config.optimizer.support_overlap_weight}: only supports that are learned for "
+            "each expert can move apart. Give --support_strategy learned --support_scope per_expert, or 0."
         )

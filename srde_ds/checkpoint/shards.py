@@ -195,6 +195,13 @@ class ShardIndex:
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise SRDEError(f"'{path}': not a shard of srde_ds: {_reason(error)}.") from None
 
+    def tensor(self, kind: str, name: str) -> Tensor:
+        """One whole tensor, on the CPU; errors as `read`."""
+        shape = self.shapes.get((kind, name), ())
+        piece = TensorPiece(name, kind, shape, 0, torch.empty(math.prod(shape)))
+        self.read([piece])
+        return piece.data.view(shape)
+
     def read(self, wanted: Sequence[TensorPiece]) -> None:
         """Fill each piece's `data` in place, reading only the bytes that overlap.
 

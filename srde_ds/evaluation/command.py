@@ -10,7 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from srde_ds.config import DOMAINS, load_yaml, resolve
+from srde_ds.config import DOMAINS, resolve
+from srde_ds.config_values import load_yaml
 from srde_ds.data.records import read_jsonl
 from srde_ds.environment import environment
 from srde_ds.errors import SRDEError

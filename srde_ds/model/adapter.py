@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from srde_ds.config import AdapterConfig, checked
+from srde_ds.config import AdapterConfig
+from srde_ds.config_values import checked
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.model.base import FeedForward, Gather, base_identity, find_feed_forward, load_base, no_gather
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.router import Router, RoutingContext, RoutingStatistics
-from srde_ds.model.supports import select_support, support_hash, support_shape, support_size
+from srde_ds.model.supports import kept_size, select_support, support_hash, support_shape, support_size
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
@@ -179,8 +180,18 @@ class SRDEModel(nn.Module):
 
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All that makes the adapter by stable name, without padding rows; parameters must be whole here."""
+        return {name: p.detach()[: p.srde_rows] for name, p in self.trainable_parameters()} | self.common_tensors()
+
+    def common_tensors(self) -> dict[str, Tensor]:
+        """What is whole on every rank: supports, and copies of the routers' selection biases that are not zero."""
         supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
-        return {name: p.detach()[: p.srde_rows] for name, p in self.trainable_parameters()} | supports
+        biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
+        return supports | {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
+
+    def load_selection_biases(self, tensors: dict[str, Tensor]) -> None:
+        """Take each `layers.{i}.router_bias` out of `tensors`; a router without one gets zeros."""
+        for number, layer in enumerate(self.layers):
+            layer.router.load_selection_bias(tensors.pop(f"layers.{number}.router_bias", None))
 
     def metadata(self) -> AdapterMetadata:
         supports = [layer.support for layer in self.layers]
@@ -208,6 +219,8 @@ def add_experts(
     expert_names: list[str],
     seed: int,
     dtype: torch.dtype | None = None,
+    supports: Sequence[Tensor] | None = None,
+    target_density: float | None = None,
     row_multiple: int = 1,
     gather: Gather = no_gather,
 ) -> SRDEModel:
@@ -215,28 +228,50 @@ def add_experts(
 
     Args:
         dtype: of all trainables; default: the base's.
+        supports: of all layers, top to bottom; default: chosen as the config says.
+        target_density: the supports, of the config's density, hold the candidates of a support that is being learned;
+            so many of them are kept. None: the supports are fixed.
         row_multiple: see `deltas.build_deltas`.
         gather: context in which the given parameters of one layer are readable (ZeRO-3).
 
     Raises:
-        SRDEError: names do not fit the config, the base has no fitting blocks or carries experts already, or no
-            support can be chosen.
+        SRDEError: names do not fit the config, the base has no fitting blocks or carries experts already, no
+            support can be chosen, or those given do not fit.
     """
 
     def choose(layer: int, block: FeedForward) -> Tensor:
+        if supports is not None:
+            given = supports[layer] if layer < len(supports) else torch.empty(0)
+            shape = support_shape(config, block.hidden, block.intermediate)
+            if tuple(given.shape) != shape:
+                raise SRDEError(
+                    f"support of layer {layer}: shape {list(given.shape)} is stored, this base and these options "
+                    f"need {list(shape)}. Use the base and the adapter options that the supports were chosen with."
+                )
+            return given
         weights = block.weights()
         with gather(list(weights)):  # type: ignore[arg-type]
             shapes = [(block.intermediate, block.hidden)] * 2 + [(block.hidden, block.intermediate)]
-            if config.support_strategy == "magnitude" and [tuple(w.shape) for w in weights] != shapes:
+            if config.support_strategy != "random" and [tuple(w.shape) for w in weights] != shapes:
                 raise SRDEError(
-                    f"support_strategy=magnitude: layer {layer} of the base has no plain weights of shapes {shapes} "
-                    "(quantised?); use support_strategy=random."
+                    f"support_strategy={config.support_strategy}: layer {layer} of the base has no plain weights of "
+                    f"shapes {shapes} (quantised?); use support_strategy=random."
                 )
             return select_support(
                 config, weights, hidden=block.hidden, intermediate=block.intermediate, seed=seed, layer=layer
             )
 
-    return _attach(base, config, expert_names, choose, seed=seed, dtype=dtype, row_multiple=row_multiple, gather=gather)
+    return _attach(
+        base,
+        config,
+        expert_names,
+        choose,
+        seed=seed,
+        dtype=dtype,
+        row_multiple=row_multiple,
+        gather=gather,
+        target_density=target_density,
+    )
 
 
 def _attach(
@@ -249,6 +284,7 @@ def _attach(
     dtype: torch.dtype | None,
     row_multiple: int,
     gather: Gather,
+    target_density: float | None = None,
 ) -> SRDEModel:
     if len(expert_names) != config.num_experts:
         raise SRDEError(
@@ -274,6 +310,7 @@ def _attach(
             dtype=dtype,
             device=device,
             row_multiple=row_multiple,
+            keep=kept_size(config, target_density, block.hidden, block.intermediate),
         )
         router = Router(
             block.hidden, config.num_experts, config.top_k, seed=seed, layer=number, dtype=dtype, device=device
@@ -374,6 +411,7 @@ def load_adapter(
             raise SRDEError(f"weights '{weights}': {name} holds values that are not finite; export them again.")
         with torch.no_grad():
             parameter.copy_(tensor)
+    model.load_selection_biases(tensors)
     if tensors:
         raise SRDEError(f"weights '{weights}': unknown tensor {min(tensors)}; the file does not fit its own config.")
     if model.metadata().support_hash != metadata.support_hash:

@@ -1,7 +1,7 @@
 """The values of the deltas: free for each expert, or mixed from atoms that the experts share.
 
 Every parameter carries attributes that the placement of tensors reads:
-`srde_kind` ("free", "atoms", "importance", "mixing", "router"), `srde_expert_axis` (the axis that counts
+`srde_kind` ("free", "atoms", "importance", "mixing", "scores", "router"), `srde_expert_axis` (the axis that counts
 experts, None if all experts share the tensor), `srde_shape` (the shape without padding rows) and
 `srde_rows` (`srde_shape[0]`). A bank takes the number of experts from its parameters, so a bank whose
 parameters were cut along their expert axis works as it is, with `first_expert` set to the first it holds.
@@ -10,12 +10,14 @@ parameters were cut along their expert axis works as it is, with `first_expert` 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from srde_ds.config import AdapterConfig
+from srde_ds.model.learned import BLOCK_SIZE, SupportGate
 from srde_ds.model.seeding import seeded_generator
 
 # sigma(2) = 0.88: a fresh atom passes almost unscaled, so its learning rate keeps its meaning, and the gate is
@@ -53,10 +55,51 @@ class DeltaBank(nn.Module):
 
     `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up rows transposed so
     that D comes first) or `[E, n]` (element granularity, in the order of the support).
+
+    A bank whose support is being learned also has scores `[1, B]`, or `[E, B]` of all experts wherever the experts are
+    held; the effective deltas of candidates that are not kept are zero. See `learned.py`.
     """
 
     expert_axis: ClassVar[int]  # of the effective deltas
     first_expert: int = 0
+    ranks_per_copy: int = 1  # one in so many ranks has an expert's effective deltas in a backward
+    exchange: Callable[[Tensor], Tensor] | None = None  # from the rows that `values` gives here to all of them
+    gate: SupportGate | None = None
+    scores: nn.Parameter
+
+    def forward(self, *, temperature: float | None = None, step: int = 0, overlap_weight: float = 0.0) -> Tensor:
+        """The effective deltas.
+
+        Args:
+            temperature: of the noise on the scores of a support that is being learned; None: no noise, no gradient
+                of the scores. A fixed support makes no use of it, nor of the following.
+            step: draws the noise.
+            overlap_weight: see `learned.OverlapLoss`.
+        """
+        deltas = self.values()
+        if self.exchange is not None:
+            deltas = self.exchange(deltas)
+        if self.gate is None:
+            return deltas
+        if temperature is None:
+            mask = self.gate.mask(self.scores)
+        else:
+            mask = self.gate.sample(self.scores, temperature=temperature, step=step, overlap_weight=overlap_weight)
+        if len(mask) > 1:  # the rows of the experts at hand; padding slots take any
+            last = self.first_expert + deltas.shape[self.expert_axis]
+            mask = mask[torch.arange(self.first_expert, last, device=mask.device).clamp(max=len(mask) - 1)]
+        mask = mask.to(deltas.dtype)
+        return deltas * (mask[:, None] if deltas.dim() == 4 else mask)
+
+    def values(self) -> Tensor:
+        """The deltas of all entries of the support, shaped like the effective ones."""
+        raise NotImplementedError
+
+    def learn_support(self, gate: SupportGate, experts: int | None, dtype: torch.dtype) -> None:
+        """Give each candidate a score for each expert, or with None one for all: zero, all have the same chance."""
+        device = next(self.parameters()).device
+        scores = torch.zeros(experts or 1, gate.blocks, dtype=dtype, device=device)
+        self.gate, self.scores = gate, tagged(scores, "scores", expert_axis=None if experts is None else 0)
 
     def square_norms(self, deltas: Tensor) -> Tensor:
         """`[E]`, at least fp32: squared norm of each expert's part of a tensor shaped like the effective deltas."""
@@ -78,7 +121,7 @@ class FreeNeuronDeltas(DeltaBank):
         self.hidden = hidden
         self.free = tagged(padded_zeros(shape, row_multiple, dtype, device), "free", expert_axis=1, shape=shape)
 
-    def forward(self) -> Tensor:
+    def values(self) -> Tensor:
         return self.free[: self.hidden].unflatten(1, (-1, 3))
 
 
@@ -91,13 +134,17 @@ class FreeElementDeltas(DeltaBank):
         super().__init__()
         self.free = tagged(torch.zeros(experts, size, dtype=dtype, device=device), "free", expert_axis=0)
 
-    def forward(self) -> Tensor:
+    def values(self) -> Tensor:
         return self.free.view_as(self.free)
 
 
 class AtomDeltas(DeltaBank):
     """delta_e = (c_e . atoms) * sigma(importance_e), with c the mixing matrix `[E, A]` or its row softmax."""
 
+    row_axis: ClassVar[dict[str, int]]  # the axis of the atoms' rows: of atoms, importance and what `values` gives
+    rows: int  # of these held here, without padding behind the last
+    atoms: nn.Parameter
+    importance: nn.Parameter
     mixing: nn.Parameter
     softmax: bool
 
@@ -120,6 +167,7 @@ class AtomNeuronDeltas(AtomDeltas):
     """atoms `[D, 3*A, m]`, index 3*a + k on the middle axis; importance `[E, 3, D, m]`."""
 
     expert_axis = 1
+    row_axis = {"atoms": 0, "importance": 2, "values": 0}
 
     def __init__(
         self,
@@ -134,13 +182,13 @@ class AtomNeuronDeltas(AtomDeltas):
         super().__init__()
         shape = (hidden, 3 * config.num_atoms, size)
         importance = torch.full((config.num_experts, 3, hidden, size), INITIAL_IMPORTANCE, dtype=dtype, device=device)
-        self.hidden = hidden
+        self.rows = hidden
         self.atoms = tagged(padded_zeros(shape, row_multiple, dtype, device), "atoms", expert_axis=None, shape=shape)
         self.importance = tagged(importance, "importance", expert_axis=0)
         self.init_mixing(config, dtype, device, generator)
 
-    def forward(self) -> Tensor:
-        atoms = self.atoms[: self.hidden].unflatten(1, (-1, 3))
+    def values(self) -> Tensor:
+        atoms = self.atoms[: self.rows].unflatten(1, (-1, 3))
         mixed = (self.coefficients() @ atoms.flatten(2)).unflatten(2, (3, -1))
         return mixed * self.importance.sigmoid().permute(2, 0, 1, 3)
 
@@ -149,6 +197,7 @@ class AtomElementDeltas(AtomDeltas):
     """atoms `[n, 1, A]`, importance `[E, n]`."""
 
     expert_axis = 0
+    row_axis = {"atoms": 0, "importance": 1, "values": 1}
 
     def __init__(
         self,
@@ -162,13 +211,13 @@ class AtomElementDeltas(AtomDeltas):
         super().__init__()
         shape = (size, 1, config.num_atoms)
         importance = torch.full((config.num_experts, size), INITIAL_IMPORTANCE, dtype=dtype, device=device)
-        self.size = size
+        self.rows = size
         self.atoms = tagged(padded_zeros(shape, row_multiple, dtype, device), "atoms", expert_axis=None, shape=shape)
         self.importance = tagged(importance, "importance", expert_axis=0)
         self.init_mixing(config, dtype, device, generator)
 
-    def forward(self) -> Tensor:
-        mixed = self.coefficients() @ self.atoms[: self.size].squeeze(1).T
+    def values(self) -> Tensor:
+        mixed = self.coefficients() @ self.atoms[: self.rows].squeeze(1).T
         return mixed * self.importance.sigmoid()
 
 
@@ -182,6 +231,7 @@ def build_deltas(
     dtype: torch.dtype,
     device: torch.device,
     row_multiple: int = 1,
+    keep: int | None = None,
 ) -> DeltaBank:
     """The bank that `config` asks for, with all effective deltas zero.
 
@@ -189,12 +239,28 @@ def build_deltas(
         size: m or n, see `supports.support_size`.
         row_multiple: pad the long first axis of neuron deltas and of atoms with zero rows to a multiple of this;
             the padding never gets a gradient.
+        keep: the entries are candidates, of which so many are kept: a support that is being learned.
     """
+    bank = _bank(config, hidden, size, row_multiple, dtype, device, seeded_generator(seed, "mixing", layer))
+    if keep is not None:
+        gate = SupportGate(entries=size, keep=keep, block=BLOCK_SIZE[config.granularity], seed=seed, layer=layer)
+        bank.learn_support(gate, config.num_experts if config.support_scope == "per_expert" else None, dtype)
+    return bank
+
+
+def _bank(
+    config: AdapterConfig,
+    hidden: int,
+    size: int,
+    row_multiple: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> DeltaBank:
     if config.num_atoms == 0:
         if config.granularity == "neuron":
             return FreeNeuronDeltas(hidden, config.num_experts, size, row_multiple, dtype, device)
         return FreeElementDeltas(config.num_experts, size, dtype, device)
-    generator = seeded_generator(seed, "mixing", layer)
     if config.granularity == "neuron":
         return AtomNeuronDeltas(config, hidden, size, row_multiple, dtype, device, generator)
     return AtomElementDeltas(config, size, row_multiple, dtype, device, generator)

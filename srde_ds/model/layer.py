@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srde_ds.model.base import FeedForward
@@ -61,7 +62,8 @@ class SRDEFeedForward(nn.Module):
         gate, up = self._part("gate")(x), self._part("up")(x)
         x_TD, gate_TF, up_TF = (t.reshape(-1, t.shape[-1]) for t in (x, gate, up))
         hidden_TF = act(gate_TF) * up_TF
-        routing = route(self.router(x_TD), self.router.top_k, self.layer, self.context)
+        router = self.router
+        routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
         weights_TE = routing.weights_TE.to(gate.dtype)
         deltas = self._effective_deltas().to(gate.dtype)
         if self.granularity == "neuron":
@@ -87,11 +89,34 @@ class SRDEFeedForward(nn.Module):
         return getattr(self.block, self.roles[role])
 
     def _effective_deltas(self) -> Tensor:
-        deltas: Tensor = self.deltas()
+        deltas: Tensor = self.deltas(
+            temperature=self.context.support_temperature if self.training else None,
+            step=self.context.support_noise,
+            overlap_weight=self.context.support_overlap_weight,
+        )
         if deltas.requires_grad:
             # Runs in the backward, hence once a micro-batch also when checkpointing repeats the forward.
             deltas.register_hook(partial(_record_gradient, self.context, self.layer, self.deltas))
+            if self.context.delta_size_weight:  # after the other hook: statistics are of the loss's own gradient
+                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas)))
         return deltas
+
+    def _size_weights(self, deltas: Tensor) -> Tensor:
+        """Weight of each expert's squared size, to broadcast against the effective deltas.
+
+        Zero for locked experts, which must not change, and for the padding slots of a rank, which are no experts.
+        Gradients are averaged over all ranks: one that few ranks have counts for the others.
+        """
+        allowed, first = self.context.allowed_experts, self.deltas.first_expert
+        everyone = torch.ones_like(self.router.selection_bias)
+        counted_E = (everyone if allowed is None else allowed).to(deltas)
+        slots = deltas.shape[self.deltas.expert_axis]
+        own = counted_E[first : first + slots]
+        weight = self.context.delta_size_weight * self.deltas.ranks_per_copy
+        weights = weight * F.pad(own, (0, slots - len(own)))
+        shape = [1] * deltas.dim()
+        shape[self.deltas.expert_axis] = slots
+        return weights.view(shape)
 
     def _with_losses(self, output: Tensor, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
         mask = self.context.token_mask
@@ -101,6 +126,11 @@ class SRDEFeedForward(nn.Module):
         if self.context.collect_statistics and not self.training:
             self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
+
+
+def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of the loss and of sum_e weight_e |delta_e|^2."""
+    return torch.addcmul(gradient, deltas, weights, value=2)
 
 
 def _record_gradient(context: RoutingContext, layer: int, bank: DeltaBank, gradient: Tensor) -> None:

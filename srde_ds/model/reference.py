@@ -67,8 +67,9 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
     for x_D in x_TD.double():
         y_base = feed_forward(act, (gate, up, down), biases, x_D)  # type: ignore[arg-type]
         y_D = y_base.clone()
-        logits, experts = (router @ x_D).topk(top_k)
-        for p, expert in zip(logits.softmax(0), experts.tolist(), strict=True):
+        logits = router @ x_D
+        experts = (logits + layer.router.selection_bias).topk(top_k).indices
+        for p, expert in zip(logits[experts].softmax(0), experts.tolist(), strict=True):
             support = layer.support if layer.support.dim() == 1 else layer.support[expert]
             delta = expert_delta(deltas, expert, layer.granularity)
             merged = merge_expert((gate, up, down), support, delta, layer.granularity)

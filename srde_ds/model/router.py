@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from srde_ds.errors import SRDEError
 from srde_ds.model.deltas import tagged
 from srde_ds.model.seeding import seeded_generator
 
@@ -68,7 +69,15 @@ class RoutingContext:
         token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding is in no statistic and no loss.
         loss_scale: factor of the auxiliary losses, which are sums over tokens. For a mean over the tokens of an
             optimizer step under data-parallel averaging: world size / tokens of the global step.
-        expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: uniform.
+        expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: not known
+            yet, no load balancing.
+        target_share: `[E]` the shares that load balancing aims at, see `training.balancing`; None: equal ones.
+        delta_size_weight: factor of the squared size of the effective deltas of unlocked experts in one backward, which
+            adds its gradient whole: a step's weight times `training.balancing.delta_size_factor`.
+        support_temperature: of a support that is being learned; None: it is fixed. In eval mode there is no noise.
+        support_noise: the optimizer step, which draws the noise.
+        support_overlap_weight: factor of the overlap of the experts' learned supports in one backward, which adds its
+            gradient whole: a step's weight / micro-steps.
         collect_statistics: record forwards in eval mode. A training step always records, in its backward.
         record_choices: keep the last forward's choices in `choices`.
         allowed_experts: `[E]` bool, False for locked experts: they get no tokens; with fewer allowed than top_k
@@ -85,6 +94,11 @@ class RoutingContext:
     load_balancing_weight: float = 0.0
     router_z_weight: float = 0.0
     expert_share: Tensor | None = None
+    target_share: Tensor | None = None
+    delta_size_weight: float = 0.0
+    support_temperature: float | None = None
+    support_noise: int = 0
+    support_overlap_weight: float = 0.0
     collect_statistics: bool = False
     record_choices: bool = False
     allowed_experts: Tensor | None = None
@@ -103,7 +117,13 @@ class Routing:
 
 
 class Router(nn.Module):
-    """One linear map without bias, computed in fp32. `route` takes the top K, then softmax over the chosen logits."""
+    """One linear map without bias, computed in fp32. `route` takes the top K, then softmax over the chosen logits.
+
+    Buffer `selection_bias` `[E]` fp32: added to the logits for the choice of the top K alone. It has no gradient;
+    `training.balancing.update_biases` moves it.
+    """
+
+    selection_bias: Tensor
 
     def __init__(
         self, hidden: int, experts: int, top_k: int, *, seed: int, layer: int, dtype: torch.dtype, device: torch.device
@@ -111,6 +131,7 @@ class Router(nn.Module):
         super().__init__()
         weight = torch.randn(experts, hidden, generator=seeded_generator(seed, "router", layer)) * 0.02
         self.weight = tagged(weight.to(dtype=dtype, device=device), "router", expert_axis=None)
+        self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32, device=device))
         self.top_k = top_k
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -119,9 +140,28 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.to(precision), self.weight.to(precision))
 
+    def load_selection_bias(self, bias_E: Tensor | None) -> None:
+        """Set the bias to stored values, or to zero.
 
-def route(logits_TE: Tensor, top_k: int, layer: int, context: RoutingContext) -> Routing:
-    """Choose each token's experts, among the allowed or as forced by the context."""
+        Raises:
+            SRDEError: another number of experts, or values that are not finite.
+        """
+        if bias_E is None:
+            self.selection_bias.zero_()
+            return
+        if bias_E.shape != self.selection_bias.shape or not bool(bias_E.isfinite().all()):
+            raise SRDEError(
+                f"router_bias of shape {list(bias_E.shape)}: it must hold {self.selection_bias.numel()} finite values, "
+                "one for each expert; export the weights again."
+            )
+        self.selection_bias.copy_(bias_E)
+
+
+def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, layer: int, context: RoutingContext) -> Routing:
+    """Choose each token's experts by logit plus bias, among the allowed, or as forced by the context.
+
+    The weights are those of the logits without bias: a bias changes who is asked, not how an answer counts.
+    """
     if context.forced_experts is not None:
         index_TK = context.forced_experts.reshape(-1, 1)
         weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
@@ -129,7 +169,8 @@ def route(logits_TE: Tensor, top_k: int, layer: int, context: RoutingContext) ->
     else:
         if context.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~context.allowed_experts.to(logits_TE.device), float("-inf"))
-        chosen_logits_TK, index_TK = logits_TE.topk(top_k, dim=1)
+        index_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=1).indices
+        chosen_logits_TK = logits_TE.gather(1, index_TK)
         # A locked expert among the top K has logit -inf, hence weight 0: K shrinks by itself.
         weights_TK = chosen_logits_TK.softmax(dim=1)
         used_TK = chosen_logits_TK > float("-inf")
@@ -146,11 +187,17 @@ def route(logits_TE: Tensor, top_k: int, layer: int, context: RoutingContext) ->
 class RouterLosses(torch.autograd.Function):
     """Passes a layer's output through; its backward adds the auxiliary losses' gradient and records statistics.
 
-    Per layer and real token t, with p the full softmax over the allowed experts and s the previous step's shares:
+    Per layer and real token t, with p the full softmax over the allowed experts, s the previous step's shares and q
+    the shares that are aimed at:
 
-        load balancing = E * sum_e s_e p_te        router z = logsumexp(logits_t)^2
+        load balancing = E * sum_e (s_e - q_e) p_te        router z = logsumexp(logits_t)^2
 
-    Both are sums over tokens with a constant share, so the cut of a batch into ranks and micro-batches does not
+    (E/2) sum_e (s_e - q_e)^2 is smallest at s = q. Its gradient with respect to s, taken to the router through p in
+    place of the counts, which have no gradient, is the first loss: it lowers p where an expert had more than its
+    target and vanishes at s = q. For equal q_e the constant drops out: E * sum_e s_e p_te, the usual loss.
+    Unlike s_e / q_e, the difference is bounded where a target is zero.
+
+    Both are sums over tokens with constant shares, so the cut of a batch into ranks and micro-batches does not
     change them. Work in the backward is done once, however often activation checkpointing repeats the forward.
     """
 
@@ -169,7 +216,9 @@ class RouterLosses(torch.autograd.Function):
         trains_router = 0.0 if context.forced_experts is not None else context.loss_scale
         ctx.balancing = trains_router * context.load_balancing_weight
         ctx.z = trains_router * context.router_z_weight
-        ctx.share = None if context.expert_share is None else context.expert_share[layer]
+        ctx.excess = None if context.expert_share is None else context.expert_share[layer].to(logits_TE)
+        if ctx.excess is not None and context.target_share is not None:
+            ctx.excess = ctx.excess - context.target_share.to(logits_TE)
         return output.view_as(output)
 
     @staticmethod
@@ -180,7 +229,6 @@ class RouterLosses(torch.autograd.Function):
         experts = logits_TE.shape[1]
         p_TE = logits_TE.softmax(dim=1)
         grad_TE = ctx.z * 2 * logits_TE.logsumexp(1, keepdim=True) * p_TE
-        if ctx.share is not None:  # uniform shares: sum_e p_te / E is constant, no gradient
-            share_E = ctx.share.to(device=p_TE.device, dtype=p_TE.dtype)
-            grad_TE += ctx.balancing * experts * p_TE * (share_E - (p_TE @ share_E)[:, None])
+        if ctx.excess is not None:
+            grad_TE += ctx.balancing * experts * p_TE * (ctx.excess - (p_TE @ ctx.excess)[:, None])
         return grad_output, grad_TE * mask_T[:, None], None, None, None, None

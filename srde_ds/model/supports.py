@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 
@@ -19,6 +20,13 @@ def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
     return min(candidates, max(1, round(config.density * candidates)))
 
 
+def kept_size(config: AdapterConfig, target_density: float | None, hidden: int, intermediate: int) -> int | None:
+    """How many entries of a support that is being learned are kept; None for a fixed one."""
+    if target_density is None:
+        return None
+    return support_size(dataclasses.replace(config, density=target_density), hidden, intermediate)
+
+
 def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
     """n: the weights of a layer that one expert changes."""
     size = support_size(config, hidden, intermediate)
@@ -32,12 +40,19 @@ def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tupl
 
 
 def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None:
-    """Raises SRDEError if the experts' disjoint slices do not fit into a layer, or its indices into int32."""
+    """Raises SRDEError if the experts' disjoint slices do not fit into a layer, or its indices into int32, or if
+    experts are to learn supports of their own although they share atoms."""
     candidates = _candidates(config, hidden, intermediate)
     if candidates > 2**31 - 1:
         raise SRDEError(
             f"granularity=element: a layer of {candidates} feed-forward weights exceeds int32 indices; "
             "use granularity=neuron."
+        )
+    if config.support_strategy == "learned" and config.support_scope == "per_expert" and config.num_atoms:
+        raise SRDEError(
+            f"support_strategy=learned, support_scope=per_expert, num_atoms={config.num_atoms}: experts that share "
+            "atoms share the positions that stay, so they cannot learn supports of their own; use support_scope=shared "
+            "or num_atoms=0."
         )
     disjoint = config.support_scope == "per_expert" and config.support_strategy == "magnitude"
     rows, size = config.num_experts, support_size(config, hidden, intermediate)
@@ -65,7 +80,7 @@ def select_support(
     on the layer; never on the number of processes.
 
     Args:
-        weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`; read for `magnitude` only.
+        weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`; not read for `random`.
 
     Raises:
         SRDEError: see `check_support`.
@@ -78,6 +93,8 @@ def select_support(
         support = torch.stack(
             [random_subset(candidates, size, seeded_generator(seed, "support", layer, row)) for row in range(rows)]
         )
+    elif config.support_strategy == "learned":  # the same candidates for all experts: each learns which to keep
+        support = ranking(magnitude_scores(config.granularity, *weights), size).expand(rows, size)
     else:
         support = ranking(magnitude_scores(config.granularity, *weights), rows * size).view(rows, size)
     support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)

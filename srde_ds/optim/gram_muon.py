@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -42,7 +42,7 @@ class Piece:
     """A block of rows of one Muon tensor inside a flat partition.
 
     `rows` (zero is allowed) of [rows, batch, cols], row-major, from element `offset` on; `full_rows`: the tensor's rows
-    over all ranks, without padding.
+    over all ranks, without padding; `first` and `stop`: the matrices that are updated, None: all from `first` on.
     """
 
     name: str
@@ -51,14 +51,38 @@ class Piece:
     batch: int
     cols: int
     full_rows: int
+    first: int = 0
+    stop: int | None = None
 
     @property
     def end(self) -> int:
         return self.offset + self.rows * self.batch * self.cols
 
+    @property
+    def matrices(self) -> int:
+        """How many are updated."""
+        return (self.batch if self.stop is None else self.stop) - self.first
+
     def view(self, flat: Tensor) -> Tensor:
-        """The block as `batch` matrices: a [batch, rows, cols] view of `flat`."""
-        return flat[self.offset : self.end].view(self.rows, self.batch, self.cols).transpose(0, 1)
+        """The matrices that are updated: a [matrices, rows, cols] view of `flat`."""
+        whole = flat[self.offset : self.end].view(self.rows, self.batch, self.cols)
+        return whole[:, self.first : self.stop].transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A block of a flat AdamW parameter to update: columns `first` to `stop` of [rows, row_length] at `offset`."""
+
+    offset: int
+    rows: int
+    row_length: int
+    first: int
+    stop: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """[rows, stop - first] view of `flat`."""
+        block = flat[self.offset : self.offset + self.rows * self.row_length]
+        return block.view(self.rows, self.row_length)[:, self.first : self.stop]
 
 
 @dataclass(frozen=True)
@@ -99,6 +123,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable[dict[str, Any]]) -> None:
         self._layouts: dict[Tensor, _Layout] = {}
+        self._windows: dict[Tensor, tuple[Window, ...]] = {}
         super().__init__(params, defaults={})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -125,19 +150,34 @@ class GramMuonAdamW(torch.optim.Optimizer):
         """
         if flat_param.ndim != 1 or not flat_param.is_contiguous():
             raise SRDEError(f"flat parameter of shape {list(flat_param.shape)}: a layout needs it contiguous and 1-D.")
-        end = 0
-        for piece in sorted(pieces, key=lambda p: p.offset):
+        end, previous = 0, None
+        for piece in sorted(pieces, key=lambda p: (p.offset, p.first)):
             if piece.rows < 0 or min(piece.batch, piece.cols, piece.full_rows) < 1:
                 raise SRDEError(f"{piece.name}: {piece} holds no matrix: check its rows, batch, cols and full_rows.")
             if piece.rows == 0:
+                continue
+            # Several pieces may stand for disjoint matrices of the same rows.
+            beside = previous is not None and previous == replace(piece, first=previous.first, stop=previous.stop)
+            if beside and previous is not None and (previous.stop or 0) <= piece.first:
+                previous = piece
                 continue
             if piece.offset < end or piece.end > flat_param.numel():
                 raise SRDEError(
                     f"{piece.name}: elements {piece.offset} to {piece.end} must follow {end} and stay within "
                     f"{flat_param.numel()}: give pieces that lie inside the flat parameter without overlap."
                 )
-            end = piece.end
+            end, previous = piece.end, piece
         self._layouts[flat_param] = _Layout(tuple(pieces), process_group)
+
+    def restrict(self, flat_param: Tensor, windows: Sequence[Window] | None) -> None:
+        """Update only these blocks of a flat AdamW parameter from now on; the rest keeps values and state. None: all.
+
+        A muon parameter is restricted by the `first` and `stop` of its pieces.
+        """
+        if windows is None:
+            self._windows.pop(flat_param, None)
+        else:
+            self._windows[flat_param] = tuple(windows)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -159,11 +199,10 @@ class GramMuonAdamW(torch.optim.Optimizer):
                     continue
                 if group["rule"] == "muon":
                     layout = self._layout(param)
-                    if param.grad is not None:
-                        key = layout.process_group, param.device
-                        blocks.setdefault(key, []).extend(self._begin_muon(param, layout, group))
+                    if param.grad is not None and (updated := self._begin_muon(param, layout, group)):
+                        blocks.setdefault((layout.process_group, param.device), []).extend(updated)
                 elif param.grad is not None:
-                    adamw_(param, param.grad.float(), self.state[param], group)
+                    self._adamw(param, param.grad, group)
         for (process_group, _), members in blocks.items():
             _finish_muon(members, process_group)
         return loss
@@ -187,31 +226,46 @@ class GramMuonAdamW(torch.optim.Optimizer):
         rows, batch, cols = param.shape
         return _Layout((Piece("parameter", 0, rows, batch, cols, full_rows=rows),), None)
 
+    def _adamw(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if param not in self._windows:
+            adamw_(param, grad.float(), state, group)
+            return
+        for window in self._windows[param]:
+            blocks = {name: window.view(tensor) for name, tensor in state.items()}
+            adamw_(window.view(param), window.view(grad).float(), blocks, group)
+
     def _begin_muon(self, param: Tensor, layout: _Layout, group: dict[str, Any]) -> list[_Block]:
-        """Momentum and weight decay, elementwise on the whole parameter; then its pieces."""
+        """Momentum and weight decay, elementwise; then the pieces."""
         assert param.grad is not None
         grad, buffer = param.grad.float(), self.state[param]["momentum_buffer"]
-        buffer.lerp_(grad, 1 - group["momentum"])
-        param.mul_(1 - group["lr"] * group["weight_decay"])
         flat = param.view(-1), grad.reshape(-1), buffer.view(-1)
-        return [_Block(piece, *flat, group) for piece in layout.pieces]
+        blocks = [_Block(piece, *flat, group) for piece in layout.pieces if piece.matrices]
+        if all(piece.matrices == piece.batch for piece in layout.pieces):
+            updated = [(param, grad, buffer)]  # one kernel for all
+        else:
+            updated = [(b.piece.view(b.param), b.piece.view(b.grad), b.piece.view(b.momentum_buffer)) for b in blocks]
+        for values, gradients, momentum in updated:
+            momentum.lerp_(gradients, 1 - group["momentum"])
+            values.mul_(1 - group["lr"] * group["weight_decay"])
+        return blocks
 
 
 def _finish_muon(blocks: list[_Block], process_group: dist.ProcessGroup | None) -> None:
     """Gram matrices of all blocks into one buffer, one all-reduce, Newton-Schulz, update of the local rows."""
-    sizes = [block.piece.batch * block.piece.cols**2 for block in blocks]
+    sizes = [block.piece.matrices * block.piece.cols**2 for block in blocks]
     grams = torch.empty(sum(sizes), device=blocks[0].param.device)
     with _exact_fp32_matmul():
         for block, gram in zip(blocks, grams.split(sizes), strict=True):
             x = block.momentum()
-            torch.matmul(x.mT, x, out=gram.view(block.piece.batch, block.piece.cols, block.piece.cols))
+            torch.matmul(x.mT, x, out=gram.view(block.piece.matrices, block.piece.cols, block.piece.cols))
         if process_group is not None:
             dist.all_reduce(grams, group=process_group)
         start = 0
         # Neighbours of equal width share their Newton-Schulz calls.
         for (cols, eps), run in groupby(blocks, key=lambda b: (b.piece.cols, b.group["eps"])):
             members = list(run)
-            batches = [block.piece.batch for block in members]
+            batches = [block.piece.matrices for block in members]
             end = start + sum(batches) * cols**2
             factors = newton_schulz_factor(grams[start:end].view(-1, cols, cols), eps)
             start = end

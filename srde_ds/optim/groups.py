@@ -20,6 +20,7 @@ def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "ele
         "deltas.atoms": matrices,
         "deltas.importance": "deltas",
         "deltas.mixing": "deltas",
+        "deltas.scores": "deltas",
         "router.weight": "routers",
     }
 

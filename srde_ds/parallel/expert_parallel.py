@@ -10,25 +10,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.deltas import tagged
+from srde_ds.model.deltas import AtomDeltas, tagged
+from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.parallel.row_exchange import GatherRows, SendRows
 from srde_ds.parallel.topology import deepspeed
 from srde_ds.parallel.transport import DeltaTransport, TokenTransport
 
 
 @dataclass(frozen=True)
-class ExpertCut:
-    """Where a rank's slots lie in a tensor of all experts; counted in entries of the expert axis.
+class TensorCut:
+    """Where a rank's tensor lies in the global one: a range of entries on one axis.
 
     Attributes:
         global_shape: shape of the whole tensor, without padding.
         first: the rank's first entry.
-        entries: how many of its entries are experts; the others are padding.
+        entries: how many of its entries are there in the global tensor; the others are padding.
     """
 
     axis: int
@@ -60,31 +63,73 @@ def cut_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
     Args:
         transport: "tokens" or "deltas".
     """
-    experts = model.config.num_experts
-    slots = math.ceil(experts / dist.get_world_size(groups.expert_parallel))
+    experts, size = model.config.num_experts, dist.get_world_size(groups.expert_parallel)
+    slots = math.ceil(experts / size)
     first = dist.get_rank(groups.expert_parallel) * slots
     kinds: dict[str, type[TokenTransport | DeltaTransport]] = {"tokens": TokenTransport, "deltas": DeltaTransport}
     dispatch = kinds[transport](groups.expert_parallel, experts)
     for layer in model.layers:
-        parameters: dict[str, Any] = dict(layer.deltas.named_parameters(recurse=False))
-        for key, parameter in parameters.items():
-            if parameter.srde_expert_axis is not None:
-                setattr(layer.deltas, key, _slots_of(parameter, experts, first, slots))
-        layer.deltas.first_expert = first
+        for key, parameter in _parameters(layer):
+            # Scores stay whole: the experts' masks are compared with each other.
+            if parameter.srde_expert_axis is not None and parameter.srde_kind != "scores":
+                axis = parameter.srde_expert_axis
+                each = parameter.srde_shape[axis] // experts  # 3 matrices of an expert for neuron deltas
+                setattr(layer.deltas, key, _part_of(parameter, axis, first * each, slots * each, groups))
+        layer.deltas.first_expert, layer.deltas.ranks_per_copy = first, size
         layer.dispatch = dispatch
 
 
-def _slots_of(parameter: Any, experts: int, first: int, slots: int) -> Any:
-    """This rank's slots of a parameter; slots without an expert are zero."""
-    axis, whole = parameter.srde_expert_axis, parameter.srde_shape
-    each = whole[axis] // experts  # entries of one expert on the axis: 3 matrices for neuron deltas
-    cut = ExpertCut(axis, whole, first * each, max(0, min(slots, experts - first)) * each)
-    shape = list(parameter.shape)
-    shape[axis] = slots * each
+def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None, transport: str) -> None:
+    """Keep this rank's rows of atoms and importance, and exchange the rows of effective deltas that they give.
+
+    Plain ZeRO-3 gathers atoms and importance, (A + E)·n values a layer, where the layer needs the E·n effective deltas
+    alone. Here each rank mixes its own rows, and these travel; backwards their gradients do, summed over ranks.
+
+    Args:
+        owners: groups in which every rank is alone with its rows.
+        groups: of expert parallelism, if any; with `transport` "tokens" a rank receives the rows of its experts only.
+    """
+    world, rank, experts = dist.get_world_size(), dist.get_rank(), model.config.num_experts
+    dispatch, first, size = None, 0, 1
+    exchange: GatherRows | SendRows = GatherRows()
+    if groups is not None and transport == "tokens":
+        size = dist.get_world_size(groups.expert_parallel)
+        slots = math.ceil(experts / size)
+        first = dist.get_rank(groups.expert_parallel) * slots
+        dispatch, exchange = TokenTransport(groups.expert_parallel, experts), SendRows(size, slots)
+    for layer in model.layers:
+        bank = layer.deltas
+        assert isinstance(bank, AtomDeltas)
+        total = bank.atoms.shape[0]  # padded to a multiple of the world size
+        for key, parameter in _parameters(layer):
+            if parameter.srde_kind in ("atoms", "importance"):
+                axis = bank.row_axis[parameter.srde_kind]
+                setattr(bank, key, _part_of(parameter, axis, rank * (total // world), total // world, owners))
+        bank.exchange = partial(exchange, rows=bank.rows, axis=bank.row_axis["values"], expert_axis=bank.expert_axis)
+        bank.rows = total // world
+        bank.first_expert, bank.ranks_per_copy = first, size
+        if dispatch is not None:
+            layer.dispatch = dispatch
+
+
+def _parameters(layer: SRDEFeedForward) -> list[tuple[str, Any]]:
+    """Any, for the attributes that the floors hang on them."""
+    return list(layer.deltas.named_parameters(recurse=False))
+
+
+def _part_of(parameter: Any, axis: int, first: int, entries: int, groups: ExpertGroups) -> Any:
+    """`entries` of a parameter from `first` on; those behind its end are zero."""
+    whole = parameter.srde_shape
+    cut = TensorCut(axis, whole, first, max(0, min(entries, whole[axis] - first)))
+    shape = list(whole)
+    shape[axis] = entries
+    if axis != 0:
+        shape[0] = parameter.shape[0]  # with its padding rows
     values = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
     if cut.entries:
         values.narrow(axis, 0, cut.entries).copy_(parameter.detach().narrow(axis, cut.first, cut.entries))
-    local_shape = (*whole[:axis], slots * each, *whole[axis + 1 :])
-    local: Any = tagged(values, parameter.srde_kind, expert_axis=axis, shape=local_shape)
-    local.srde_cut = cut
+    local_shape = (*whole[:axis], entries, *whole[axis + 1 :])
+    expert_axis = parameter.srde_expert_axis
+    local: Any = tagged(values, parameter.srde_kind, expert_axis=expert_axis, shape=local_shape)
+    local.srde_cut, local.srde_groups = cut, groups
     return local

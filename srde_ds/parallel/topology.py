@@ -99,6 +99,13 @@ def all_agree(success: bool, device: torch.device) -> bool:
     return all_reduce_max(0 if success else 1, device) == 0
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, by rank; pickled, so for small ones."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def on_main_rank(function: Callable[[], Result], topology: Topology) -> Result:
     """Run on rank 0; every rank gets its result, or raises its SRDEError."""
     box: list[Any] = [None, None]

@@ -30,7 +30,7 @@ class DeltaTransport:
     def neuron(
         self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
     ) -> tuple[Tensor, Tensor]:
-        gathered = GatherExperts.apply(deltas_DE3m.transpose(0, 1), self.group)[: self.num_experts]
+        gathered = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)[: self.num_experts]
         return neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, gathered.transpose(0, 1))
 
     def element(
@@ -43,7 +43,7 @@ class DeltaTransport:
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        gathered = GatherExperts.apply(deltas_En, self.group)[: self.num_experts]
+        gathered = GatherParts.apply(deltas_En, self.group)[: self.num_experts]
         return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, gathered, support)
 
 
@@ -127,14 +127,14 @@ class TokenTransport:
         return ExchangeRows.apply(torch.cat(results), receive_splits, send_splits, self.group)
 
 
-class GatherExperts(torch.autograd.Function):
+class GatherParts(torch.autograd.Function):
     """Concatenate the ranks' tensors along their first axis; backwards, sum the gradients and keep the own part.
 
     The sum is taken in fp32, as DeepSpeed's gradient reduction is here.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group, ctx.dtype = group, tensor.dtype
         size = dist.get_world_size(group)
         gathered = tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
+
+logger = logging.getLogger(__name__)
 
 # flag, module, package to install
 _TRACKERS = (
@@ -59,7 +62,8 @@ class MetricsWriter:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         _cut_after(path, resume_step)
-        self._file = self._closing.enter_context(path.open("a", encoding="utf-8"))
+        self._file = self._closing.enter_context(path.open("ab", buffering=0))
+        self._unwritten = b""
         self._board: Any = None
         self._trackers: list[Any] = []
         for flag, module in modules.items():
@@ -75,12 +79,16 @@ class MetricsWriter:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step. `metrics` holds `step` and plain numbers, text, lists or nested dicts of these.
 
-        A number that is not finite becomes null in the file, which stays valid JSON.
+        A number that is not finite becomes null in the file, which stays valid JSON. On a full disk lines wait for
+        room: whether the run goes on is for the checkpoints to decide.
         """
         if not self.enabled:
             return
-        self._file.write(json.dumps(_finite(metrics)) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(_finite(metrics)).encode() + b"\n"
+        try:
+            self._write_lines()
+        except OSError as error:
+            logger.warning("metrics.jsonl: %s; the lines are kept until there is room.", error.strerror)
         step = int(metrics["step"])
         numbers = {name: value for name, value in flatten(metrics) if name != "step"}
         if self._board is not None:
@@ -89,11 +97,17 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.log(numbers, step=step)
 
+    def _write_lines(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._closing.close()
+        with self._closing:
+            if self.enabled and exception == (None, None, None):
+                self._write_lines()
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

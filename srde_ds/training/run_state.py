@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,8 @@ from srde_ds.checkpoint.resume import (
     load_common_tensors,
     load_rank_state,
     load_run_state,
-    save_checkpoint,
 )
+from srde_ds.checkpoint.save import CheckpointSaver, Collectives, SaveFailed
 from srde_ds.checkpoint.shards import read_pieces
 from srde_ds.config import AdapterConfig, Config
 from srde_ds.data.loader import RowStream, collate
@@ -23,11 +27,28 @@ from srde_ds.data.manifest import Manifest
 from srde_ds.errors import SRDEError
 from srde_ds.parallel import placement
 from srde_ds.parallel.engine import Engine
-from srde_ds.parallel.topology import Topology, all_agree, on_main_rank
+from srde_ds.parallel.topology import Topology, all_reduce_max, gather_objects, on_main_rank
+
+logger = logging.getLogger(__name__)
 
 # A resumed model that is the saved one gives the saved probe loss; the sum over a row differs in its last bits
 # between machines, and in bf16 by about 2^-8 of a token's loss.
 _PROBE_TOLERANCE = {True: 2e-2, False: 1e-4}
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint to go on from: what must be known before the model is built, and where the rest lies.
+
+    Attributes:
+        density: of `supports`, those of all layers.
+        values: the run state as it was saved.
+    """
+
+    folder: Path
+    density: float
+    supports: list[torch.Tensor]
+    values: dict[str, Any]
 
 
 class RunState:
@@ -36,92 +57,153 @@ class RunState:
     Attributes:
         step: finished optimizer steps; also the position in the data, which is a pure function of it.
         tokens: tokens seen, padding excluded.
-        expert_share: [L, E] share of each expert in the last step's assignments, for load balancing.
+        warm_started: the routers were set by the warm start.
+        unlock_order: experts in the order in which they are unlocked.
+        engine: the one at work; `Stages` sets it.
+        saver: writes the checkpoints; the training loop runs inside its context.
     """
 
-    def __init__(
-        self, config: Config, topology: Topology, engine: Engine, stream: RowStream, manifest: Manifest
-    ) -> None:
-        self.config, self.topology, self.engine, self.stream, self.manifest = config, topology, engine, stream, manifest
+    engine: Engine
+
+    def __init__(self, config: Config, topology: Topology, stream: RowStream, manifest: Manifest) -> None:
+        self.config, self.topology, self.stream, self.manifest = config, topology, stream, manifest
         self.step = 0
         self.tokens = 0
-        self.saved_step: int | None = None
+        self.warm_started = False
+        self.unlock_order = list(range(config.adapter.num_experts))
+        training = config.training
+        self.collectives = Collectives(
+            topology.rank, topology.world_size, lambda value: all_reduce_max(value, topology.device), gather_objects
+        )
+        self.saver = CheckpointSaver(training.output_dir, self.collectives, keep=training.save_total_limit)
 
     @property
     def folder(self) -> Path:
         """The last saved checkpoint."""
-        return Path(self.config.training.output_dir) / f"checkpoint-{self.saved_step}"
+        return Path(self.config.training.output_dir) / f"checkpoint-{self.saver.saved_step}"
 
-    @property
     def remedy(self) -> str:
-        """What to do after a step whose numbers are not finite."""
-        saved = self.saved_step is not None
+        """What to do after a step whose numbers are not finite. Collective: it finishes the save in flight."""
+        failure = ""
+        try:
+            self.saver.wait()
+        except SaveFailed as error:
+            failure = f" {error}"
+        saved = self.saver.saved_step is not None
         start = f"Continue from {self.folder}" if saved else "No checkpoint was saved yet; start anew"
-        return f"{start} with lower learning rates (--muon_lr, --learning_rate, --router_lr)."
+        return f"{start} with lower learning rates (--muon_lr, --learning_rate, --router_lr).{failure}"
 
-    def save(self) -> None:
-        """Write `checkpoint-<step>` and make it the latest.
+    def save(self, *, final: bool = False) -> None:
+        """Write `checkpoint-<step>` and make it the latest, in the background if the config says so.
+
+        Args:
+            final: return when the checkpoint is complete, and fail if it cannot be written.
 
         Raises:
             SRDEError: on every rank, if the model gives no finite loss or a file cannot be written.
         """
-        if self.saved_step == self.step:
+        with self._as_configured():
+            self.saver.wait()
+        if self.saver.saved_step == self.step:
             return
         model = self.engine.model
         probe_loss = self.probe_loss()
         if not math.isfinite(probe_loss):
-            raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {self.remedy}")
+            remedy = self.remedy()
+            raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {remedy}")
         metadata = model.metadata()
-        common = {name: tensor for name, tensor in model.adapter_tensors().items() if name.endswith(".support")}
+        common = model.common_tensors()
         if model.routing.expert_share is not None:
             common["expert_share"] = model.routing.expert_share
         run_state = {
             "step": self.step,
             "tokens": self.tokens,
+            "warm_started": self.warm_started,
+            "unlock_order": self.unlock_order,
             "config": self.config.to_dict(),
             "adapter": metadata.to_dict(),
             "dataset": self.manifest.splits["train"].content_sha256,
             "rows_per_step": self.rows_per_step,
             "probe_loss": probe_loss,
         }
-        save_checkpoint(
-            self.config.training.output_dir,
-            self.step,
-            rank=self.topology.rank,
-            world_size=self.topology.world_size,
-            pieces=placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer),
-            rank_state={"random_state": _random_state()},
-            run_state=run_state,
-            common_tensors=common,
-            agree=lambda success: all_agree(success, self.topology.device),
-            keep=self.config.training.save_total_limit,
-        )
-        self.saved_step = self.step
+        in_background = self.config.training.save_in_background and not final
+        with self._as_configured(always_stop=final):
+            self.saver.start(
+                self.step,
+                pieces=placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer),
+                rank_state={"random_state": _random_state()},
+                run_state=run_state,
+                common_tensors=common,
+                copy_first=in_background,
+            )
+            if not in_background:
+                self.saver.wait()
 
-    def restore(self) -> None:
-        """Continue from `resume_from`.
+    def look_after_save(self) -> None:
+        """Let the save in flight, if any, go on to its next phase, without waiting for files. To be called each step.
 
         Raises:
-            SRDEError: no good checkpoint, another base, adapter, seed, dataset or batch, or a model that does not
-                give the loss that was saved with it.
+            SRDEError: on every rank, if it failed and `on_save_failure` is stop.
         """
-        training, model = self.config.training, self.engine.model
-        resume_from = str(training.resume_from)
-        folder = on_main_rank(lambda: find_checkpoint(resume_from, training.output_dir), self.topology)
-        saved = load_run_state(folder)
-        self._check_same(saved, folder)
+        with self._as_configured():
+            self.saver.poll()
+
+    @contextmanager
+    def _as_configured(self, *, always_stop: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except SaveFailed as error:
+            if always_stop or self.config.training.on_save_failure == "stop":
+                raise
+            if self.topology.is_main:
+                logger.warning("%s Training goes on (on_save_failure=continue).", error)
+
+    def find_saved(self) -> SavedRun | None:
+        """The checkpoint that `resume_from` means; None without it.
+
+        Raises:
+            SRDEError: no good checkpoint, or one of another adapter, seed, dataset or batch.
+        """
+        resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
+        if not resume_from:
+            return None
+        saved = self.saved_at(on_main_rank(lambda: find_checkpoint(resume_from, output_dir), self.topology))
+        self._check_same_options(saved)
+        return saved
+
+    def saved_at(self, folder: Path) -> SavedRun:
+        """What a verified checkpoint says about itself."""
+        values, common = load_run_state(folder), load_common_tensors(folder)
+        layers = sum(name.endswith(".support") for name in common)
+        supports = [common[f"layers.{layer}.support"] for layer in range(layers)]
+        return SavedRun(folder, values["adapter"]["config"]["density"], supports, values)
+
+    def restore(self, saved: SavedRun) -> None:
+        """Fill the engine, which was built for it, from a checkpoint.
+
+        Raises:
+            SRDEError: another base, or a model that does not give the loss that was saved with it.
+        """
+        model, values, folder = self.engine.model, saved.values, saved.folder
+        self._check_same_model(saved)
         pieces = placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer)
         read_pieces(folder, pieces)
         placement.publish_masters(self.engine.deepspeed)
-        share = load_common_tensors(folder).get("expert_share")
-        if share is not None:
-            model.routing.expert_share = share.to(self.topology.device)
-        self.step, self.tokens = saved["step"], saved["tokens"]
-        if folder.parent.resolve() == Path(training.output_dir).resolve():
-            self.saved_step = self.step
-        loss = self.probe_loss()
-        expected = saved["probe_loss"]
-        if abs(loss - expected) > _PROBE_TOLERANCE[self.config.model.bf16] * max(1.0, abs(expected)):
+        common = load_common_tensors(folder)
+        model.load_selection_biases(common)
+        if "expert_share" in common:
+            model.routing.expert_share = common["expert_share"].to(self.topology.device)
+        self.step, self.tokens = values["step"], values["tokens"]
+        # Checkpoints from before there was a curriculum do not say.
+        self.warm_started = values.get("warm_started", False)
+        self.unlock_order = values.get("unlock_order", self.unlock_order)
+        if folder.parent.resolve() == Path(self.config.training.output_dir).resolve():
+            self.saver.saved_step = self.step
+        loss, expected = self.probe_loss(), values["probe_loss"]
+        # A pruned checkpoint holds none: its loss was never measured.
+        if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[self.config.model.bf16] * max(
+            1.0, abs(expected)
+        ):
             raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
         if _saved_world_size(folder) == self.topology.world_size:
             _set_random_state(load_rank_state(folder, self.topology.rank)["random_state"])
@@ -132,40 +214,55 @@ class RunState:
         return training.batch_size * self.topology.world_size * training.gradient_accumulation_steps
 
     def probe_loss(self) -> float:
-        """Mean loss of the next step's first row: all ranks run the same row, so any number of ranks agrees."""
+        """Mean loss of the next step's first row: all ranks run the same row, so any number of ranks agrees.
+
+        All experts are free to be chosen, whatever the phase.
+        """
         batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
         batch = {key: value.to(self.topology.device) for key, value in batch.items()}
-        engine = self.engine.deepspeed
+        engine, routing = self.engine.deepspeed, self.engine.model.routing
+        allowed, routing.allowed_experts = routing.allowed_experts, None
         engine.eval()
         with torch.no_grad():
             loss_sum, label_count = self.engine.forward(batch)
         engine.train()
+        routing.allowed_experts = allowed
         return float(loss_sum) / max(1, int(label_count))
 
-    def _check_same(self, saved: dict[str, Any], folder: Path) -> None:
-        before, now = saved["adapter"], self.engine.model.metadata().to_dict()
-        options = AdapterConfig().__dict__ | before["config"]  # an older checkpoint lacks newer options: their defaults
-        same = {key: (options[key], value) for key, value in now["config"].items()}
+    def _check_same_options(self, saved: SavedRun) -> None:
+        before, folder = saved.values, saved.folder
+        # An older checkpoint lacks newer options: their defaults.
+        options = AdapterConfig().__dict__ | before["config"]["adapter"]
+        same = {key: (options[key], value) for key, value in self.config.adapter.__dict__.items()}
         del same["preset"]  # only stands for other options
-        same |= {key: (before[key], now[key]) for key in ("expert_names", "support_hash")}
-        same["base"] = before["base"]["hash"], now["base"]["hash"]  # its folder may have moved
-        same["seed"] = saved["config"]["training"]["seed"], self.config.training.seed
-        for key, (old, new) in same.items():
-            if old != new:
-                raise SRDEError(
-                    f"{folder}: {key} was {old!r}, this run has {new!r}. Resume with the same base, adapter options, "
-                    "domains and seed."
-                )
+        same["domains"] = before["config"]["data"]["domains"], self.config.data.domains
+        same["seed"] = before["config"]["training"]["seed"], self.config.training.seed
+        _refuse_difference(folder, same)
         dataset = self.manifest.splits["train"].content_sha256
-        if saved["dataset"] != dataset:
+        if before["dataset"] != dataset:
             raise SRDEError(
-                f"{folder}: was trained on another dataset (hash {saved['dataset'][:12]}, here {dataset[:12]}). "
+                f"{folder}: was trained on another dataset (hash {before['dataset'][:12]}, here {dataset[:12]}). "
                 "Resume with the same pretokenized_dir."
             )
-        if saved["rows_per_step"] != self.rows_per_step:
+        if before["rows_per_step"] != self.rows_per_step:
             raise SRDEError(
-                f"{folder}: a step had {saved['rows_per_step']} rows, here batch_size x processes x "
+                f"{folder}: a step had {before['rows_per_step']} rows, here batch_size x processes x "
                 f"gradient_accumulation_steps = {self.rows_per_step}. Change them so that the product stays the same."
+            )
+
+    def _check_same_model(self, saved: SavedRun) -> None:
+        before, now = saved.values["adapter"], self.engine.model.metadata().to_dict()
+        same = {key: (before[key], now[key]) for key in ("expert_names", "support_hash")}
+        same["base"] = before["base"]["hash"], now["base"]["hash"]  # its folder may have moved
+        _refuse_difference(saved.folder, same)
+
+
+def _refuse_difference(folder: Path, same: dict[str, tuple[Any, Any]]) -> None:
+    for key, (old, new) in same.items():
+        if old != new:
+            raise SRDEError(
+                f"{folder}: {key} was {old!r}, this run has {new!r}. Resume with the same base, adapter options, "
+                "domains and seed."
             )
 
 

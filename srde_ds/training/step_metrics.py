@@ -40,7 +40,7 @@ def sum_over_ranks(tensors: dict[str, Tensor], device: torch.device) -> dict[str
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
-def expert_metrics(sums: dict[str, Tensor], top_k: int) -> dict[str, Any]:
+def expert_metrics(sums: dict[str, Tensor]) -> dict[str, Any]:
     """Per-expert and router numbers of a step from the routing statistics of all ranks and layers.
 
     `tokens_per_expert` is the mean over layers of the tokens routed to each expert; `expert_gradient_norm` the norm of
@@ -48,7 +48,7 @@ def expert_metrics(sums: dict[str, Tensor], top_k: int) -> dict[str, Any]:
     squares; `router_entropy` in nats, mean over tokens and layers.
     """
     assignments, layers = sums["assignments"], sums["assignments"].shape[0]
-    tokens = sums["assignments"].sum() / top_k  # token-layer pairs
+    tokens = sums["tokens"].sum()
     probability = sums["probability_sum"] / (sums["tokens"].unsqueeze(1).clamp(min=1))
     share = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
     experts = assignments.shape[1]

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -16,11 +17,9 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import parameter_table
-from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.parallel import placement
-from srde_ds.parallel.engine import build_engine, build_model
+from srde_ds.parallel.engine import Engine
 from srde_ds.parallel.topology import (
     Topology,
     all_reduce_max,
@@ -29,14 +28,14 @@ from srde_ds.parallel.topology import (
     start_processes,
     stop_processes,
 )
-from srde_ds.training.held_out import HeldOut
+from srde_ds.training.curriculum import Curriculum
+from srde_ds.training.held_out import Batch, HeldOut
 from srde_ds.training.metrics import MetricsWriter, ProgressLine, memory_gib
 from srde_ds.training.run_folder import check_inputs, check_run_folder, data_folder, open_run_folder, prepare_data
 from srde_ds.training.run_state import RunState
 from srde_ds.training.signals import StopRequest
+from srde_ds.training.stages import Stages
 from srde_ds.training.step_metrics import ExpertWatch, expert_metrics, sum_over_ranks
-
-Batch = dict[str, torch.Tensor]
 
 
 def train(config: Config) -> None:
@@ -65,10 +64,6 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     folder = data_folder(config)
     manifest = load_manifest(folder)
     torch.manual_seed(training.seed)
-    model = build_model(config, topology)
-    say(topology, parameter_table(model))
-    say(topology, rule_table(build_groups(model.trainable_parameters(), config.optimizer, config.adapter.granularity)))
-    engine = build_engine(model, config, topology)
     stream = RowStream(
         load_rows(folder, "train", manifest),
         seed=training.seed,
@@ -78,15 +73,13 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     if "validation" in manifest.splits:
         rows = load_rows(folder, "validation", manifest)
         held_out = HeldOut(rows, config.data.domains, training.batch_size, topology)
-    state = RunState(config, topology, engine, stream, manifest)
-    if training.resume_from:
-        state.restore()
-        say(topology, f"Resumed at step {state.step} after {state.tokens:,} tokens.")
+    state = RunState(config, topology, stream, manifest)
+    stages = Stages(config, topology, state)
+    engine = stages.first_engine()
     # Not earlier: a run that may not resume leaves the folder as it was.
     on_main_rank(lambda: open_run_folder(config), topology)
-    watch = ExpertWatch(model.expert_names)
-    model.routing.load_balancing_weight = config.optimizer.load_balancing_weight
-    model.routing.router_z_weight = config.optimizer.router_z_weight
+    curriculum = Curriculum(config, topology, stream, state)
+    watch = ExpertWatch(engine.model.expert_names)
 
     def signal() -> str | None:
         return stop.agreed(lambda value: all_reduce_max(value, topology.device))
@@ -101,84 +94,110 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
         resume_step=state.step,
         run_config=config.to_dict(),
     )
-    at_start: dict[str, Any] = {}
-    if held_out and state.step == 0 and training.eval_steps:
-        at_start = measured("held_out_at_start", held_out.losses(engine, interrupted))
     progress = ProgressLine(training.max_steps, training.log_steps, start_step=state.step, enabled=topology.is_main)
     stopped: str | None = None
-    with metrics, progress:
+    with metrics, progress, state.saver:
         while state.step < training.max_steps:
+            engine = stages.engine_of_step(engine)
+            before: dict[str, Any] = {}
+            if held_out and state.step == 0 and training.eval_steps:
+                before = measured("held_out_at_start", held_out.losses(engine, interrupted))
+            before |= curriculum.between_steps(engine, held_out, interrupted)
             started = time.monotonic()
-            batches = [
-                to_device(
-                    stream.micro_batch(
-                        state.step,
-                        micro,
-                        rank=topology.rank,
-                        world_size=topology.world_size,
-                        batch_size=training.batch_size,
-                    ),
-                    topology.device,
-                )
-                for micro in range(training.gradient_accumulation_steps)
-            ]
-            counts = sum_over_ranks(count_tokens(batches), topology.device)
-            factor = scheduled_factor(config, state.step)
-            set_learning_rates(engine.optimizer, factor)
-            set_step(engine.optimizer, state.step + 1)
-
-            loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-            # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
-            loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
-            model.routing.loss_scale = topology.world_size / max(1.0, float(counts["tokens"]))
-            for batch in batches:
-                stopped = signal()
-                if stopped:
-                    break
-                batch_loss, _ = engine.forward(batch)
-                engine.deepspeed.backward(batch_loss * loss_scale)
-                engine.deepspeed.step()
-                loss_sum += batch_loss.detach()
-            if stopped:
+            sums = optimizer_step(config, topology, engine, curriculum, state, interrupted)
+            stopped = signal() if sums is None else None
+            if sums is None:
                 break  # the unfinished step is done anew after resuming
 
-            sums = sum_over_ranks({"loss": loss_sum, **model.routing.statistics.pop()}, topology.device)
-            loss = float(sums["loss"] / counts["labels"].clamp(min=1))
+            loss = float(sums["loss"] / sums["labels"].clamp(min=1))
             if not math.isfinite(loss) or placement.step_was_skipped(engine.deepspeed):
                 raise SRDEError(not_finite(state, loss))
-            experts = expert_metrics(sums, config.adapter.top_k)
+            experts = expert_metrics(sums)
             watch.check(state.step + 1, sums["assignments"].sum(0).tolist(), experts["expert_gradient_norm"])
-            model.routing.expert_share = assignment_share(sums["assignments"]).to(topology.device)
+            plan, unlocked = curriculum.plan, curriculum.unlocked_experts()
+            curriculum.end_step(engine, sums)
             state.step += 1
-            state.tokens += int(counts["tokens"])
-            seconds = time.monotonic() - started
+            state.tokens += int(sums["real_tokens"])
             line: dict[str, Any] = {
                 "step": state.step,
+                "phase": plan.phase,
+                "unlocked_experts": unlocked,
+                "density": engine.model.config.density,
                 "loss": loss,
-                "learning_rate": factor * config.optimizer.learning_rate,
+                "learning_rate": scheduled_factor(config, state.step - 1) * config.optimizer.learning_rate,
                 "learning_rates": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
                 "grad_norm": engine.global_grad_norm,
                 "tokens": state.tokens,
-                "tokens_per_second": float(counts["tokens"]) / seconds,
+                "tokens_per_second": float(sums["real_tokens"]) / (time.monotonic() - started),
                 **experts,
                 "memory_gib": memory_gib(),
-                **at_start,
+                **before,
             }
-            at_start = {}
             last = state.step == training.max_steps
             if last or state.step % training.log_steps == 0:
                 line["delta_norm"] = engine.delta_norms().tolist()
             if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
-                line |= measured("held_out", held_out.losses(engine, interrupted))
+                expert: Literal["domain"] | None = "domain" if plan.forced else None
+                line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert))
             metrics.write(line)
             progress.update(line)
+            state.look_after_save()
             if not last and training.save_steps and state.step % training.save_steps == 0:
                 state.save()
-    state.save()
+        state.save(final=True)
     if stopped:
         say(topology, f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.")
         return
     on_main_rank(lambda: finish(config, state), topology)
+
+
+def optimizer_step(
+    config: Config,
+    topology: Topology,
+    engine: Engine,
+    curriculum: Curriculum,
+    state: RunState,
+    interrupted: Callable[[], bool],
+) -> dict[str, torch.Tensor] | None:
+    """One step of all ranks: its micro-batches forwards and backwards, and the update.
+
+    Returns:
+        Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
+        None when `interrupted` became true: nothing was updated.
+    """
+    training, routing = config.training, engine.model.routing
+    stream = curriculum.begin_step(engine)
+    batches = [
+        to_device(
+            stream.micro_batch(
+                state.step,
+                micro,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                batch_size=training.batch_size,
+            ),
+            topology.device,
+        )
+        for micro in range(training.gradient_accumulation_steps)
+    ]
+    counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
+    set_learning_rates(engine.optimizer, scheduled_factor(config, state.step))
+    set_step(engine.optimizer, state.step + 1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
+    # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
+    loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
+    routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    curriculum.set_targets(engine, counts["domain_tokens"])
+    for batch in batches:
+        if interrupted():
+            return None
+        curriculum.route_batch(engine, batch)
+        batch_loss, _ = engine.forward(batch)
+        engine.deepspeed.backward(batch_loss * loss_scale)
+        engine.deepspeed.step()
+        loss_sum += batch_loss.detach()
+    routing.forced_experts = None
+    return counts | sum_over_ranks({"loss": loss_sum, **routing.statistics.pop()}, topology.device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -190,11 +209,14 @@ def measured(key: str, losses: dict[str, float] | None) -> dict[str, Any]:
     return {} if losses is None else {key: losses}
 
 
-def count_tokens(batches: list[Batch]) -> dict[str, torch.Tensor]:
-    """Response tokens that carry loss, and all real tokens, of this rank's micro-batches."""
-    labels = sum(((batch["labels"][:, 1:] != -100).sum() for batch in batches), torch.zeros(()))
-    tokens = sum((batch["token_mask"].sum() for batch in batches), torch.zeros(()))
-    return {"labels": labels, "tokens": tokens}
+def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
+    """Response tokens that carry loss, and all real tokens, in all and by domain, of this rank's micro-batches."""
+    labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+    by_domain = sum(
+        torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches
+    )
+    assert isinstance(by_domain, torch.Tensor)
+    return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
 
 
 def scheduled_factor(config: Config, step: int) -> float:
@@ -209,15 +231,10 @@ def scheduled_factor(config: Config, step: int) -> float:
     )
 
 
-def assignment_share(assignments: torch.Tensor) -> torch.Tensor:
-    """[L, E] counts to fp32 shares of each layer's assignments."""
-    return (assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)).float()
-
-
 def not_finite(state: RunState, loss: float) -> str:
     return (
         f"step {state.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. "
-        f"{state.remedy}"
+        f"{state.remedy()}"
     )
 
 

@@ -31,7 +31,7 @@ def misplacements(flags: dict[str, Any]) -> dict[str, str]:
 
     def message() -> str:
         try:
-            verify_placement(engine, model, built.groups)
+            verify_placement(engine, model)
         except SRDEError as error:
             return str(error)
         return ""

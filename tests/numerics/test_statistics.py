@@ -45,13 +45,17 @@ def explicit_losses(model: SRDEModel, mask: Tensor, **inputs: Tensor) -> Tensor:
         hook.remove()
     for layer, x, share in zip(model.layers, entering, SHARE.double(), strict=True):
         logits = (x @ layer.router.weight.T)[mask]
+        if model.routing.target_share is not None:
+            share = share - model.routing.target_share
         balancing = 3 * (share * logits.softmax(-1)).sum()
         total = total + SCALE * (BALANCE * balancing + Z * logits.exp().sum(-1).log().square().sum())
     return total
 
 
-def test_the_auxiliary_gradient_is_the_gradient_of_the_written_losses() -> None:
+@pytest.mark.parametrize("target", [None, torch.tensor([0.0, 0.5, 0.5])])
+def test_the_auxiliary_gradient_is_the_gradient_of_the_written_losses(target: Tensor | None) -> None:
     model, ids = model_with_losses(), tokens()
+    model.routing.target_share = target
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 10:] = False
     model(ids, labels=ids, token_mask=mask).loss_sum.backward()
@@ -132,6 +136,7 @@ def test_delta_gradients_are_counted_by_expert(granularity: str) -> None:
 
 def test_without_shares_only_the_z_loss_acts() -> None:
     model, ids = model_with_losses(), tokens()
+    model.routing.target_share = torch.tensor([0.0, 0.5, 0.5])
     model.routing.expert_share, model.routing.router_z_weight = None, 0.0
     model(ids, labels=ids).loss_sum.backward()
     uniform = gradients(model)

@@ -166,6 +166,22 @@ def test_a_round_trip_is_exact(form: dict[str, object], tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["srde_weights.safetensors"]
 
 
+def test_selection_biases_are_stored_where_they_are_not_zero(tmp_path: Path) -> None:
+    model = randomize(tiny_srde())
+    without = model.metadata()
+    model.layers[1].router.load_selection_bias(torch.tensor([0.0, 5.0, -1.0]))
+    assert set(model.common_tensors()) == {"layers.0.support", "layers.1.support", "layers.1.router_bias"}
+    path = saved(model, tmp_path)
+    assert read_metadata(path) == without
+    loaded = load_adapter(path, base=tiny_llama())
+    assert [layer.router.selection_bias.tolist() for layer in loaded.layers] == [[0, 0, 0], [0, 5, -1]]
+    expected = model(tokens()).logits
+    assert torch.equal(loaded(tokens()).logits, expected)
+    model.load_selection_biases({})
+    assert not model.layers[1].router.selection_bias.any()
+    assert not torch.equal(model(tokens()).logits, expected)
+
+
 def test_the_base_named_in_the_file_is_loaded(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     base = type(tiny_llama()).from_pretrained(tmp_path / "base").eval()
@@ -192,6 +208,8 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
         ({"layers.0.deltas.free": torch.full((D, 9, 5), float("nan"))}, "not finite"),
         ({"layers.0.support": torch.full((5,), 96, dtype=torch.int32)}, "int32 indices below 96"),
         ({"layers.0.support": torch.arange(5, dtype=torch.int32)}, "do not match support_hash"),
+        ({"layers.0.router_bias": torch.zeros(2)}, r"router_bias of shape \[2\]: it must hold 3 finite values"),
+        ({"layers.0.router_bias": torch.full((3,), float("nan"))}, "must hold 3 finite values"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from srde_ds.checkpoint.convert import export_weights
-from srde_ds.checkpoint.resume import save_checkpoint
 from srde_ds.checkpoint.shards import TensorPiece
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, load_adapter, read_metadata
+from tests.checkpoint_helpers import cut, save
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
-from tests.unit.test_checkpoint_shards import cut
 
 WITHOUT_DEEPSPEED = """
 import sys
@@ -30,24 +29,22 @@ print(export_weights(sys.argv[1], sys.argv[2]))
 
 
 def save_model(model: SRDEModel, run: Path, **given: object) -> Path:
-    tensors = {name: tensor for name, tensor in model.adapter_tensors().items()}
-    supports = {name: tensor for name, tensor in tensors.items() if name.endswith(".support")}
-    masters = {("master", name): tensor for name, tensor in tensors.items() if name not in supports}
+    common = model.common_tensors()
+    masters = {("master", name): tensor for name, tensor in model.adapter_tensors().items() if name not in common}
     momenta = {("momentum_buffer", name): torch.ones_like(tensor) for (_, name), tensor in masters.items()}
     pieces: list[TensorPiece] = cut(masters | momenta, 1)[0]
     share = torch.full((2, 3), 1 / 3)
-    arguments = {
+    contents = {
         "run_state": {"adapter": model.metadata().to_dict()},
-        "common_tensors": supports | {"expert_share": share},
+        "common_tensors": common | {"expert_share": share},
     }
-    return save_checkpoint(
-        run, 5, rank=0, world_size=1, pieces=pieces, rank_state={}, agree=bool, keep=1, **(arguments | given)
-    )
+    return save(run, 5, pieces=pieces, **(contents | given))
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "element", "num_atoms": 2, "support_scope": "per_expert"}])
 def test_the_exported_file_gives_the_saved_model(tmp_path: Path, options: dict[str, object]) -> None:
     model = randomize(tiny_srde(**options))
+    model.layers[1].router.load_selection_bias(torch.tensor([1.0, -2.0, 0.3]))
     path = export_weights(save_model(model, tmp_path), tmp_path / "out" / "srde_weights.safetensors")
     loaded = load_adapter(path, base=tiny_llama())
     assert read_metadata(path) == model.metadata()
@@ -56,11 +53,12 @@ def test_the_exported_file_gives_the_saved_model(tmp_path: Path, options: dict[s
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
-def test_bfloat16_rounds_the_values_and_leaves_the_supports(tmp_path: Path) -> None:
+def test_bfloat16_rounds_the_values_and_leaves_supports_and_biases(tmp_path: Path) -> None:
     model = randomize(tiny_srde())
+    model.layers[1].router.load_selection_bias(torch.tensor([1.0, -2.0, 0.3]))
     stored = load_file(export_weights(save_model(model, tmp_path), tmp_path / "weights", dtype=torch.bfloat16))
     for name, tensor in model.adapter_tensors().items():
-        expected = tensor if tensor.dtype == torch.int32 else tensor.bfloat16()
+        expected = tensor if name in model.common_tensors() else tensor.bfloat16()
         assert stored[name].dtype == expected.dtype and torch.equal(stored[name], expected), name
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srde_ds.checkpoint.shards import (
-    KINDS,
     ShardIndex,
     TensorPiece,
     read_pieces,
@@ -21,41 +20,7 @@ from srde_ds.checkpoint.shards import (
     write_tensors,
 )
 from srde_ds.errors import SRDEError
-
-SHAPES = {
-    "layers.0.deltas.free": (7, 6, 3),
-    "layers.0.router.weight": (2, 7),
-    "layers.1.deltas.importance": (2, 3, 7, 3),
-}
-Tensors = dict[tuple[str, str], Tensor]
-
-
-def make_tensors(shift: float = 0.0) -> Tensors:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        (kind, name): torch.randn(shape, generator=generator) + shift
-        for name, shape in SHAPES.items()
-        for kind in KINDS
-    }
-
-
-def cut(tensors: Tensors, world_size: int, seed: int = 0) -> list[list[TensorPiece]]:
-    """Uneven flat runs, several a rank and tensor, as expert parallelism makes them; some are empty."""
-    draw = random.Random(seed)
-    ranks: list[list[TensorPiece]] = [[] for _ in range(world_size)]
-    for (kind, name), tensor in tensors.items():
-        flat = tensor.flatten()
-        inner = sorted(draw.randint(0, flat.numel()) for _ in range(2 * world_size - 1))
-        ends = [0, *inner, flat.numel()]
-        for index, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
-            ranks[index % world_size].append(
-                TensorPiece(name, kind, tuple(tensor.shape), start, flat[start:stop].clone())
-            )
-    return ranks
-
-
-def blank(pieces: list[TensorPiece]) -> list[TensorPiece]:
-    return [TensorPiece(p.name, p.kind, p.global_shape, p.offset, torch.full_like(p.data, torch.nan)) for p in pieces]
+from tests.checkpoint_helpers import SHAPES, Tensors, blank, cut, make_tensors
 
 
 def write_all(folder: Path, tensors: Tensors, world_size: int) -> None:

@@ -110,11 +110,29 @@ OTHER_VALUES = {
     "atom_mixing": "softmax",
     "too_long": "error",
     "expert_transport": "tokens",
+    "on_save_failure": "continue",
     "lr_schedule": "wsd",
+    "load_balancing_target": "domains",
+    "pretrain_objective": "sequential",
+    "warm_start_method": "domain_means",
+    "progressive_unlock": "linear",
+    "unlock_order": "cluster_size",
+    "training_phases": "four",
+    "initial_density": "0.05",
     "max_length": "9",
+    "warm_start_samples": "9",
     "collective_timeout": "20",
 }
-NEEDED = {"granularity": ["--num_atoms", "4"], "max_steps": ["--warmup_steps", "0"]}
+LEARNED = ["--support_strategy", "learned", "--initial_density", "0.1", "--density_warmup_steps", "5"]
+NEEDED = {
+    "granularity": ["--num_atoms", "4"],
+    "max_steps": ["--warmup_steps", "0"],
+    "supervised_experts": ["--expert_pretrain_steps", "10"],
+    "unlock_order": ["--warm_start"],
+    "initial_density": ["--density_warmup_steps", "5"],
+    "density_warmup_steps": ["--initial_density", "0.1"],
+    "support_overlap_weight": [*LEARNED, "--support_scope", "per_expert"],
+}
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from srde_ds.config import PRESETS, Config, load_yaml, resolve
+from srde_ds.config import PRESETS, Config, resolve
+from srde_ds.config_values import load_yaml
 from srde_ds.errors import SRDEError
 
 PACKAGE = Path(__file__).parents[2] / "srde_ds"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,22 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text) == {"step": 1, "loss": None, "norms": {"math": [None, 1.0]}}
     assert "NaN" not in text and "Infinity" not in text
+
+
+def test_on_a_full_disk_lines_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A limit on the size of files stands for the full disk: a write stops in mid-line, the next one fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, TrackingConfig(), enabled=True) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
+        try:
+            for step in range(1, 5):
+                writer.write({"step": step, "loss": 0.5})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert (tmp_path / "metrics.jsonl").stat().st_size == 30
+    assert "metrics.jsonl: File too large; the lines are kept until there is room." in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": step, "loss": 0.5} for step in range(1, 5)]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ def make(*, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Router,
 
 
 def routed(router: Router, x: Tensor, context: RoutingContext) -> Routing:
-    return route(router(x), router.top_k, 0, context)
+    return route(router(x), router.selection_bias, router.top_k, 0, context)
 
 
 def test_weights_are_the_softmax_over_the_chosen() -> None:

@@ -31,7 +31,7 @@ def sums(assignments: list[list[float]], top_k: int = 2) -> dict[str, Tensor]:
 
 def test_expert_metrics_by_hand() -> None:
     # Two layers, three experts, top-2: ten tokens in the first layer and ten in the second.
-    metrics = expert_metrics(sums([[10, 6, 4], [8, 8, 4]]), top_k=2)
+    metrics = expert_metrics(sums([[10, 6, 4], [8, 8, 4]]))
     assert metrics["tokens_per_expert"] == [9.0, 7.0, 4.0]
     assert sum(metrics["tokens_per_expert"]) == 2 * 10
     assert metrics["expert_gradient_norm"] == pytest.approx([math.sqrt(3), math.sqrt(5), math.sqrt(7)])
@@ -41,9 +41,9 @@ def test_expert_metrics_by_hand() -> None:
 
 
 def test_load_balancing_loss_grows_with_what_probability_and_share_agree_on() -> None:
-    statistics = sums([[20, 0]], top_k=1)
+    statistics = sums([[20, 0]])
     statistics["probability_sum"] = torch.tensor([[20.0, 0.0]], dtype=torch.float64)
-    assert expert_metrics(statistics, top_k=1)["load_balancing_loss"] == pytest.approx(2.0)
+    assert expert_metrics(statistics)["load_balancing_loss"] == pytest.approx(2.0)
 
 
 def test_a_silent_expert_with_tokens_stops_the_run_by_name() -> None:

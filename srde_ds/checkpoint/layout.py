@@ -1,0 +1,161 @@
+"""Names and small files of a checkpoint folder (docs/checkpoints.md), for those who write it and those who read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import stat
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from srde_ds.checkpoint.shards import FileRecord, shard_name, write_bytes
+from srde_ds.errors import SRDEError
+
+FORMAT, FORMAT_VERSION = "srde_ds checkpoint", 1
+MANIFEST, RUN_STATE, COMMON, LATEST = "manifest.json", "run.json", "common.safetensors", "latest"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+# A manifest takes some 260 bytes a rank. Hostile JSON takes up to some 20 times its size in memory.
+MAX_JSON_BYTES = 16 * 2**20
+
+
+def rank_name(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def write_manifest(folder: Path, step: int, world_size: int, records: Mapping[str, FileRecord]) -> None:
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "world_size": world_size,
+        "saved_at": time.time(),
+        "files": dict(sorted(records.items())),
+    }
+    write_json(folder / MANIFEST, content | {"sha256": content_hash(content)})
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest whose own hash and names are right: exactly the files of its world size, none elsewhere.
+
+    Raises:
+        SRDEError: there is none, or it is not such a manifest.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        raise SRDEError(f"checkpoint '{folder}' is damaged or half-written: it has no {MANIFEST}.")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise SRDEError(f"'{folder}' is no checkpoint of srde_ds: its {MANIFEST} has no format '{FORMAT}'.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise SRDEError(
+            f"checkpoint '{folder}': format_version {manifest.get('format_version')!r} in {MANIFEST}, "
+            f"this srde_ds reads {FORMAT_VERSION}."
+        )
+    world_size, files = manifest.get("world_size"), manifest.get("files")
+    if type(world_size) is not int or not isinstance(files, dict) or len(files) != 2 * world_size + 2:
+        raise SRDEError(f"checkpoint '{folder}' is damaged: {MANIFEST} does not list the files of its world_size.")
+    expected = {RUN_STATE, COMMON} | {f(rank) for rank in range(world_size) for f in (shard_name, rank_name)}
+    for name, record in files.items():
+        if name not in expected:
+            raise SRDEError(f"checkpoint '{folder}' is damaged: {MANIFEST} names a foreign file {name!r}.")
+        if not isinstance(record, dict) or {key: type(value) for key, value in record.items()} != {
+            "bytes": int,
+            "sha256": str,
+        }:
+            raise SRDEError(f"checkpoint '{folder}' is damaged: {MANIFEST} lacks size or sha256 of '{name}'.")
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    if (
+        content.keys() != {"format", "format_version", "step", "world_size", "saved_at", "files"}
+        or type(content["step"]) is not int
+        or type(content["saved_at"]) is not float
+        or manifest.get("sha256") != content_hash(content)
+    ):
+        raise SRDEError(f"checkpoint '{folder}' is damaged: {MANIFEST} does not match its own sha256.")
+    return manifest
+
+
+def content_hash(content: Mapping[str, Any]) -> str:
+    """The hash that a manifest holds of its other entries."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
+    """Time and folder of each checkpoint with a readable manifest; one without is left alone for its owner to see."""
+    found = []
+    for path in run.glob("checkpoint-*"):
+        if NAME.fullmatch(path.name):
+            with suppress(SRDEError, OSError):
+                found.append((read_manifest(path)["saved_at"], path))
+    return found
+
+
+def write_latest(run: Path, name: str) -> None:
+    """Point `latest` to a checkpoint: a kill leaves the former pointer or the new one."""
+    pointer = run / f"{LATEST}.tmp"
+    with open(pointer, "w", encoding="utf-8") as file:
+        file.write(f"{name}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(pointer, run / LATEST)
+    sync_folder(run)
+
+
+def read_latest(run: Path) -> str | None:
+    """The text in `latest`, at most its first 100 characters; None without such a file."""
+    path = run / LATEST
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(100).strip()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
+    return write_bytes(path, iter([json.dumps(dict(content), indent=1).encode()]))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a plain file of at most MAX_JSON_BYTES, or an SRDEError."""
+    if regular_size(path) > MAX_JSON_BYTES:
+        raise SRDEError(f"'{path}' is damaged: more than {MAX_JSON_BYTES} bytes.")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise SRDEError(f"'{path}' is damaged: not JSON.") from None
+    if not isinstance(content, dict):
+        raise SRDEError(f"'{path}' is damaged: not a JSON object.")
+    return content
+
+
+def regular_size(path: Path) -> int:
+    """Size of a plain file; anything else (link, device, pipe, folder) could make a reader wait or read elsewhere."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise SRDEError(f"checkpoint '{path.parent}' is damaged: '{path.name}' is missing.") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise SRDEError(f"checkpoint '{path.parent}' is damaged: '{path.name}' is not a plain file.")
+    return status.st_size
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def io_reason(error: OSError) -> str:
+    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

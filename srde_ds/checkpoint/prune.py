@@ -1,0 +1,220 @@
+"""A checkpoint with smaller supports in the place of a checkpoint (docs/curriculum.md). Needs no deepspeed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from srde_ds.checkpoint.layout import COMMON, io_reason, read_manifest
+from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
+from srde_ds.checkpoint.save import CheckpointSaver, Collectives
+from srde_ds.checkpoint.shards import ShardIndex, open_tensors
+from srde_ds.config_values import checked
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import AdapterMetadata
+from srde_ds.model.base import block_shapes, empty_base
+from srde_ds.model.pruning import at_positions, kept_positions
+from srde_ds.model.supports import support_hash, support_size
+from srde_ds.parallel.pieces import KINDS, TensorPiece
+
+Result = TypeVar("Result")
+
+# Waiting ranks look again so often that no collective of theirs comes near its timeout.
+_LOOK_AGAIN_SECONDS = 0.1
+# Ranks that are threads of one process take turns: its memory holds one layer at a time.
+_one_layer = threading.Lock()
+
+
+def prune_checkpoint(
+    folder: str | Path, density: float, *, collectives: Collectives, keep: int, base: str | Path | None = None
+) -> Path:
+    """Replace `checkpoint-<step>` by one of the same step whose supports have `density`. Called by every rank.
+
+    `model.pruning.kept_positions` says which entries stay. Deltas, atoms, importance and all optimizer state keep the
+    values of these; the scores of a learned support are dropped. All else stays as it was, except that the run state's
+    adapter has the new density and support_hash, and that its `probe_loss` is None: the pruned model has another one.
+
+    Ranks that are as many as saved the checkpoint share the layers; otherwise rank 0 does it all, so that one process
+    may prune any checkpoint. A rank's memory holds one layer as it was, and its share of what stays.
+
+    Args:
+        collectives: of the ranks that call; see `checkpoint.save`.
+        keep: checkpoints to keep in the run's folder, this one included; it becomes the latest.
+        base: id or folder of the base, whose configuration gives the supports' sizes; default: the one that the
+            checkpoint names.
+
+    Returns:
+        The folder: `checkpoint-<step>` where `folder` lies.
+
+    Raises:
+        SRDEError: on every rank, if any rank failed, with its reason: the checkpoint is damaged or its folder has
+            another name, the base is not found or another one, or the supports would not shrink. A failure, or a kill
+            at any point, leaves the old checkpoint or the new one, complete.
+    """
+    source = Path(folder)
+    step, ranks = _together(collectives, lambda: _step_and_ranks(source))
+    target = source.parent / f"checkpoint-{step}"
+    if ranks == collectives.world_size:
+        content = _together(collectives, lambda: _content(source, density, base, collectives.rank, ranks))
+        with CheckpointSaver(source.parent, collectives, keep=keep) as saver:
+            saver.start(step, **content, copy_first=False)
+        return target
+
+    def as_it_was_saved() -> None:
+        if collectives.rank == 0:
+            _on_threads(ranks, lambda other: prune_checkpoint(source, density, collectives=other, keep=keep, base=base))
+
+    _together(collectives, as_it_was_saved)
+    return target
+
+
+class PrunedLayers:
+    """What pruning leaves of a checkpoint, layer by layer.
+
+    Args:
+        density: of the supports after pruning.
+        base: see `prune_checkpoint`.
+
+    Attributes:
+        metadata: the adapter's, with the new density and still the old support_hash.
+        old_sizes, sizes: entries of each layer's supports before and after.
+
+    Raises:
+        SRDEError: the checkpoint holds no adapter, or the base is not found or not the one that it was made with.
+    """
+
+    def __init__(self, folder: Path, density: float, base: str | Path | None = None) -> None:
+        self.folder, self.index = folder, ShardIndex(folder)
+        state = load_run_state(folder)
+        if "adapter" not in state:
+            raise SRDEError(f"checkpoint '{folder}': its run state has no 'adapter': there are no supports to prune.")
+        metadata = AdapterMetadata.from_dict(state["adapter"])
+        before = metadata.config
+        after = replace(before, density=checked(before, "density", density))
+        self.metadata = replace(metadata, config=after)
+        base = base or metadata.model_name
+        shapes = block_shapes(empty_base(base))
+        self.old_sizes = [support_size(before, hidden, intermediate) for hidden, intermediate in shapes]
+        self.sizes = [support_size(after, hidden, intermediate) for hidden, intermediate in shapes]
+        with open_tensors(folder / COMMON) as file:
+            stored = {name: file.get_slice(name).get_shape()[-1] for name in file.keys() if name.endswith(".support")}  # noqa: SIM118
+        if stored != {_support_name(layer): size for layer, size in enumerate(self.old_sizes)}:
+            raise SRDEError(
+                f"checkpoint '{folder}': its supports have {sorted(set(stored.values()))} entries, with base '{base}' "
+                f"they would have {sorted(set(self.old_sizes))}. Give the base that the checkpoint was made with."
+            )
+
+    def positions(self, layer: int) -> Tensor:
+        """Positions in the layer's supports that stay, see `kept_positions`."""
+        masters = {name: self.index.tensor(kind, name) for kind, name in self._names(layer, {"master"})}
+        values = {name.rpartition(".")[2]: tensor for name, tensor in masters.items()}
+        return kept_positions(self.metadata.config, values, self.old_sizes[layer], self.sizes[layer])
+
+    def support(self, layer: int, positions: Tensor) -> Tensor:
+        name = _support_name(layer)
+        with open_tensors(self.folder / COMMON) as file:
+            return at_positions(self.metadata.config, name, file.get_tensor(name), positions)
+
+    def tensors(self, layer: int, positions: Tensor, kinds: Collection[str] = KINDS) -> dict[tuple[str, str], Tensor]:
+        """What stays of the layer's masters and optimizer states, by kind and name; without scores."""
+        return {
+            (kind, name): at_positions(self.metadata.config, name, self.index.tensor(kind, name), positions)
+            for kind, name in self._names(layer, kinds)
+            if not name.endswith(".scores")
+        }
+
+    def common_tensors(self, supports: list[Tensor]) -> dict[str, Tensor]:
+        """What all ranks share, with these supports."""
+        with open_tensors(self.folder / COMMON) as file:
+            names = [name for name in file.keys() if not name.endswith(".support")]  # noqa: SIM118 (not a dict)
+            others = {name: file.get_tensor(name) for name in names}
+        return others | {_support_name(layer): support for layer, support in enumerate(supports)}
+
+    def _names(self, layer: int, kinds: Collection[str]) -> list[tuple[str, str]]:
+        prefix = f"layers.{layer}."
+        return sorted(key for key in self.index.shapes if key[0] in kinds and key[1].startswith(prefix))
+
+
+def _support_name(layer: int) -> str:
+    return f"layers.{layer}.support"
+
+
+def _step_and_ranks(source: Path) -> tuple[int, int]:
+    manifest = read_manifest(source)
+    name = f"checkpoint-{manifest['step']}"
+    if source.name not in (name, f"{name}.old"):  # a kill between the two renames of a save leaves the latter
+        raise SRDEError(f"checkpoint '{source}': pruning replaces folders called '{name}'. Give it this name.")
+    return manifest["step"], manifest["world_size"]
+
+
+def _content(source: Path, density: float, base: str | Path | None, rank: int, ranks: int) -> dict[str, Any]:
+    """What a rank saves; see `CheckpointSaver.start`."""
+    if rank == 0:
+        verify_checkpoint(source)
+    pruned = PrunedLayers(source, density, base)
+    if all(new >= old for new, old in zip(pruned.sizes, pruned.old_sizes, strict=True)):
+        raise SRDEError(
+            f"density={density}: supports of {pruned.sizes[0]} entries, where '{source}' has {pruned.old_sizes[0]}; "
+            "pruning makes them smaller. Give a lower density."
+        )
+    pieces, supports = [], []
+    for layer in range(len(pruned.sizes)):
+        if rank not in (0, layer % ranks):
+            continue
+        with _one_layer:
+            positions = pruned.positions(layer)
+            if rank == 0:
+                supports.append(pruned.support(layer, positions))
+            if rank == layer % ranks:
+                for (kind, name), tensor in pruned.tensors(layer, positions).items():
+                    pieces.append(TensorPiece(name, kind, tuple(tensor.shape), 0, tensor.flatten()))
+    content = {"pieces": pieces, "rank_state": load_rank_state(source, rank), "run_state": {}, "common_tensors": {}}
+    if rank == 0:
+        adapter = replace(pruned.metadata, support_hash=support_hash(supports))
+        content["run_state"] = load_run_state(source) | {"adapter": adapter.to_dict(), "probe_loss": None}
+        content["common_tensors"] = pruned.common_tensors(supports)
+    return content
+
+
+def _together(collectives: Collectives, work: Callable[[], Result]) -> Result:
+    """Each rank's result of its `work`, or on all ranks the first failing one's reason. Takes as long as it takes."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
+        while collectives.all_reduce_max(int(not running.done())):
+            wait([running], _LOOK_AGAIN_SECONDS)
+    error = running.exception()
+    reason = io_reason(error) if isinstance(error, OSError) else str(error or "")
+    foreseen = error is None or isinstance(error, SRDEError | OSError)
+    reasons: list[str] = collectives.gather(reason if foreseen else "an unforeseen error, see its traceback")
+    failures = [(rank, why) for rank, why in enumerate(reasons) if why]
+    if failures and foreseen:
+        rank, why = failures[0]
+        raise SRDEError(why if rank == collectives.rank else f"rank {rank}: {why}") from None
+    return running.result()
+
+
+def _on_threads(ranks: int, work: Callable[[Collectives], Any]) -> None:
+    """`work` as each of several ranks, in threads of this process."""
+    barrier = threading.Barrier(ranks)
+    values: list[Any] = [None] * ranks
+
+    def collectives(rank: int) -> Collectives:
+        def gather(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            everyone = list(values)
+            barrier.wait()
+            return everyone
+
+        return Collectives(rank, ranks, lambda value: max(gather(value)), gather)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        done = [pool.submit(work, collectives(rank)) for rank in range(ranks)]
+    for future in done:
+        future.result()

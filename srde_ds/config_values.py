@@ -1,0 +1,118 @@
+"""How a field of the config gets its value: declaration, conversion, range, YAML."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from srde_ds.errors import SRDEError
+
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A dataclass field with its help text, older flag names and the range of its values."""
+    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "maximum": maximum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        SRDEError: the file cannot be read, is not YAML or not a mapping, or names a key twice.
+    """
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise SRDEError(f"config: '{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SRDEError(f"config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SRDEError(f"config: '{path}' must hold a mapping of sections, not a {type(content).__name__}.")
+    _refuse_repeated_keys(yaml.compose(text), path)
+    return content
+
+
+def _refuse_repeated_keys(node: Any, path: str | Path) -> None:
+    """YAML itself would silently keep the last of them."""
+    seen = set()
+    for key, value in node.value if node.id == "mapping" else []:
+        if key.value in seen:
+            line = key.start_mark.line + 1
+            raise SRDEError(f"config: '{path}', line {line}: '{key.value}' is there twice. Keep one.")
+        seen.add(key.value)
+        _refuse_repeated_keys(value, path)
+
+
+def checked(section: Any, key: str, value: Any) -> Any:
+    """`value` converted to the type of field `key`, or an SRDEError that names both."""
+    hint = typing.get_type_hints(type(section))[key]
+    metadata = next(f.metadata for f in fields(section) if f.name == key)
+    value = _convert(key, hint, value)
+    minimum, maximum = metadata["minimum"], metadata["maximum"]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise SRDEError(f"{key}={value}: must be finite.")
+        if minimum is not None and not value >= minimum:
+            raise SRDEError(f"{key}={value}: must be at least {minimum}.")
+        if maximum is not None and not value <= maximum:
+            raise SRDEError(f"{key}={value}: must be at most {maximum}.")
+    return value
+
+
+def _convert(key: str, hint: Any, value: Any) -> Any:
+    origin = get_origin(hint)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise SRDEError(f"{key}={value!r}: choose one of {', '.join(map(str, get_args(hint)))}.")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(key, next(a for a in get_args(hint) if a is not type(None)), value)
+    if origin is list:
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list) or not items or not all(isinstance(i, str) and i.strip() for i in items):
+            raise SRDEError(f"{key}={value!r}: give a list of names (YAML) or names joined by commas (flag).")
+        return [i.strip() for i in items]
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in BOOLEANS:
+            return BOOLEANS[value.lower()]
+        raise SRDEError(f"{key}={value!r}: must be true or false.")
+    if hint is str:
+        if not isinstance(value, str):
+            raise SRDEError(f"{key}={value!r}: must be text.")
+        return value
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = float(value)
+        if hint is float:
+            return number
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    except (TypeError, ValueError, OverflowError):
+        kind = "a whole number" if hint is int else "a number"
+        raise SRDEError(f"{key}={value!r}: must be {kind}.") from None

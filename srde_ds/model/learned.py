@@ -1,0 +1,145 @@
+"""Supports that are learned: the choice among more candidates than may stay is trained with the rest.
+
+Every candidate has a score: a neuron, or for element granularity a block of consecutive entries of the support. The
+candidates with the largest scores + temperature * Gumbel noise are kept, the effective deltas of the others are zero:
+Gumbel top-k, a draw without replacement (Kool et al., arXiv 1903.06059). Backwards the hard mask counts as its
+relaxation sigmoid((noisy score - threshold) / temperature), with the threshold, half-way between the last kept and the
+first dropped noisy score (straight-through, Bengio et al., arXiv 1308.3432). Without noise the candidates with the
+largest scores are kept, the lower index first among equal ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from srde_ds.model.seeding import seeded_generator
+
+# Entries of a support that share a score. Scores of single weights would double what element granularity trains.
+BLOCK_SIZE = {"neuron": 1, "element": 64}
+
+
+def kept_entries(scores_SB: Tensor, *, entries: int, keep: int, block: int) -> Tensor:
+    """`[S, entries]` bool with exactly `keep` True in each row: the entries of the best blocks.
+
+    Args:
+        scores_SB: one score a block of `block` consecutive entries; the last block may be shorter. The worst block
+            that stays keeps only as many of its first entries as there is room for.
+    """
+    return _entry_mask(_kept_of_blocks(scores_SB, entries, keep, block)[0], entries, block)
+
+
+class SupportGate:
+    """From the scores of one layer to masks over its candidates. Holds no parameters.
+
+    Args:
+        entries: candidates: neurons, or single weights.
+        keep: of them, how many stay.
+        seed, layer: the noise depends on these and on the step alone, so that all ranks, all micro-steps and the
+            recomputation of activations draw the same.
+    """
+
+    def __init__(self, *, entries: int, keep: int, block: int, seed: int, layer: int) -> None:
+        self.entries, self.keep, self.block = entries, keep, block
+        self.blocks = math.ceil(entries / block)
+        self.seed, self.layer = seed, layer
+        self._noise: tuple[int, Tensor] | None = None
+
+    def mask(self, scores_SB: Tensor) -> Tensor:
+        """`[S, entries]` bool: what is kept without noise."""
+        return kept_entries(scores_SB, entries=self.entries, keep=self.keep, block=self.block)
+
+    def sample(self, scores_SB: Tensor, *, temperature: float, step: int, overlap_weight: float = 0.0) -> Tensor:
+        """`[S, entries]`, zeros and ones, at least fp32: what is kept in a training step, with a gradient for the scores.
+
+        Args:
+            overlap_weight: factor of the overlap of the rows' relaxed masks, see `OverlapLoss`.
+        """
+        precise_SB = scores_SB.to(torch.promote_types(scores_SB.dtype, torch.float32))
+        noisy_SB = precise_SB + temperature * self._gumbel(precise_SB, step)
+        kept_SB, threshold_S1 = _kept_of_blocks(noisy_SB.detach(), self.entries, self.keep, self.block)
+        soft_SB = RelaxedTopK.apply(noisy_SB, threshold_S1, temperature)
+        if overlap_weight and len(scores_SB) > 1:
+            soft_SB = OverlapLoss.apply(soft_SB, overlap_weight, self.keep / self.block)
+        hard = _entry_mask(kept_SB, self.entries, self.block).to(soft_SB.dtype)
+        soft = soft_SB[:, :, None].expand(-1, -1, self.block).flatten(1)[:, : self.entries]
+        return hard + (soft - soft.detach())
+
+    def _gumbel(self, scores_SB: Tensor, step: int) -> Tensor:
+        """Noise of a step, drawn on the CPU (the same for all kinds of GPU) and kept until the next step's."""
+        if self._noise is None or self._noise[0] != step or self._noise[1].shape != scores_SB.shape:
+            generator = seeded_generator(self.seed, "gumbel", self.layer, step)
+            uniform = torch.rand(scores_SB.shape, dtype=torch.float64, generator=generator)
+            self._noise = step, -(-uniform.log()).log().float().to(scores_SB.device)
+        return self._noise[1].to(scores_SB.device)
+
+
+class RelaxedTopK(torch.autograd.Function):
+    """s = sigmoid((score - threshold) / temperature), `[S, B]`; backwards each row keeps its sum.
+
+    There the threshold moves with the scores such that sum_b s_b stays: a candidate gains what others lose. If it were
+    constant, all scores would rise while everything that is kept helps, and AdamW, which scales each gradient by its
+    size, would raise all alike; docs/decisions.md has the measurement.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores_SB: Tensor, threshold_S1: Tensor, temperature: float) -> Tensor:
+        soft_SB = ((scores_SB - threshold_S1) / temperature).sigmoid()
+        ctx.save_for_backward(soft_SB)
+        ctx.temperature = temperature
+        return soft_SB
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (soft_SB,) = ctx.saved_tensors
+        slope_SB = soft_SB * (1 - soft_SB)
+        mean_S1 = (slope_SB * gradient).sum(1, keepdim=True) / slope_SB.sum(1, keepdim=True).clamp(min=1e-30)
+        return slope_SB * (gradient - mean_S1) / ctx.temperature, None, None
+
+
+class OverlapLoss(torch.autograd.Function):
+    """Passes relaxed masks s `[E, B]` through; its backward adds the gradient of
+
+        weight * mean over pairs e < f of <s_e, s_f> / kept blocks
+
+    which is 1 for hard masks that are all the same, and 0 for disjoint ones. The gradient is added whole in every
+    backward: where gradients of micro-steps are summed, `weight` is a step's weight divided by their number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, soft_EB: Tensor, weight: float, kept_blocks: float) -> Tensor:
+        ctx.save_for_backward(soft_EB)
+        experts = len(soft_EB)
+        ctx.factor = weight * 2 / (experts * (experts - 1)) / kept_blocks
+        return soft_EB.view_as(soft_EB)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (soft_EB,) = ctx.saved_tensors
+        return gradient + ctx.factor * (soft_EB.sum(0, keepdim=True) - soft_EB), None, None
+
+
+def _kept_of_blocks(scores_SB: Tensor, entries: int, keep: int, block: int) -> tuple[Tensor, Tensor]:
+    """Entries that each block keeps, `[S, B]` int64, and the threshold of the scores, `[S, 1]`."""
+    blocks = scores_SB.shape[1]
+    sizes_B = torch.full((blocks,), block, device=scores_SB.device)
+    sizes_B[-1] = entries - (blocks - 1) * block
+    ranked_SB, order_SB = scores_SB.sort(dim=1, descending=True, stable=True)
+    sizes_SB = sizes_B[order_SB]
+    room_SB = (keep - (sizes_SB.cumsum(1) - sizes_SB)).clamp(min=0)
+    kept_SB = sizes_SB.minimum(room_SB)
+    last_S1 = (kept_SB > 0).sum(1, keepdim=True) - 1
+    next_S1 = (last_S1 + 1).clamp(max=blocks - 1)
+    threshold_S1 = (ranked_SB.gather(1, last_S1) + ranked_SB.gather(1, next_S1)) / 2
+    return torch.zeros_like(kept_SB).scatter(1, order_SB, kept_SB), threshold_S1
+
+
+def _entry_mask(kept_SB: Tensor, entries: int, block: int) -> Tensor:
+    places = torch.arange(block, device=kept_SB.device)
+    return (places < kept_SB[:, :, None]).flatten(1)[:, :entries]

@@ -1,0 +1,79 @@
+"""What balancing the experts' load needs once in an optimizer step: its target and the selection biases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from srde_ds.config import Config
+from srde_ds.model.adapter import SRDEModel
+
+
+def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: Tensor | None = None) -> Tensor:
+    """`[E]` fp32: the shares of the assignments that experts should get, by the domains of a step's tokens.
+
+    Domain d belongs to expert d. With fewer domains than experts each expert without one counts for 1 / E, and the
+    domains share the rest in proportion to their tokens; tokens of domains without an expert are left out. Locked
+    experts get zero and the others are scaled up. A token asks an expert at most once, so no share can exceed 1 / K:
+    what is above goes to the others in proportion.
+
+    Args:
+        domain_tokens: real tokens of each domain in the step, summed over ranks.
+        top_k: experts that a token uses.
+        allowed: `[E]` bool, False for locked experts.
+    """
+    domains = min(num_experts, len(domain_tokens))
+    share = torch.full((num_experts,), 1 / num_experts, dtype=torch.float64)
+    tokens = domain_tokens[:domains].double().cpu()
+    if float(tokens.sum()):
+        share[:domains] = tokens / tokens.sum() * domains / num_experts
+    unlocked = torch.ones(num_experts, dtype=torch.bool) if allowed is None else allowed.cpu()
+    return _capped(share, unlocked, 1 / min(top_k, int(unlocked.sum()))).float()
+
+
+def _capped(share: Tensor, unlocked: Tensor, cap: float) -> Tensor:
+    """Shares of sum 1, zero where locked and at most `cap`, in proportion to `share` where they are below it."""
+    result = torch.zeros_like(share)
+    free, rest = unlocked.clone(), 1.0
+    while bool(free.any()):
+        part = torch.where(free, share, 0)
+        # Experts whose domains had no tokens share alike what the others cannot take.
+        part = part / part.sum() if float(part.sum()) else free / free.sum()
+        result = torch.where(free, rest * part, result)
+        full = free & (result > cap * (1 + 1e-9))
+        if not bool(full.any()):
+            break
+        result[full] = cap
+        free &= ~full
+        rest = 1 - float(result[~free].sum())
+    return result
+
+
+def update_biases(
+    model: SRDEModel, assignments: Tensor, rate: float, *, allowed: Tensor | None = None, target: Tensor | None = None
+) -> None:
+    """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the selection bias of experts below their target by
+    `rate`, lower that of experts above it.
+
+    To be called once after an optimizer step whose tokens were routed, on every rank with the same counts.
+
+    Args:
+        assignments: `[L, E]` of the step, summed over ranks.
+        rate: change of a bias in one step, in units of the router's logits.
+        allowed: `[E]` bool; the biases of locked experts stay.
+        target: `[E]` shares, see `domain_target`; None: equal ones of the unlocked experts.
+    """
+    unlocked = torch.ones(assignments.shape[1], dtype=torch.bool) if allowed is None else allowed.cpu()
+    target = unlocked / unlocked.sum() if target is None else target.cpu()
+    for layer, counts in zip(model.layers, assignments.double().cpu(), strict=True):
+        missing = target.double() * counts.sum() - counts
+        missing[~unlocked | (missing.abs() < 0.5)] = 0  # less than one assignment from the target is on it
+        layer.router.selection_bias += rate * missing.sign().to(layer.router.selection_bias)
+
+
+def delta_size_factor(config: Config) -> float:
+    """What `RoutingContext.delta_size_weight` is times `delta_size_weight`, so that a step's loss has that weight.
+
+    DeepSpeed averages gradients over micro-steps by scaling the loss: those that arise within the backward add up.
+    """
+    return 1 / config.training.gradient_accumulation_steps

@@ -1,0 +1,157 @@
+"""From a sample of one layer's router inputs to router weights: one direction an expert, and a scale for all.
+
+The router is linear and has no bias, and so is all that is done here: the expert of an input x is the one whose unit
+direction c_e is nearest to A·x in angle, with a diagonal A, so w_e = A·c_e routes each input to its cluster.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import normalized_mutual_info_score
+
+from srde_ds.errors import SRDEError
+
+Method = Literal["kmeans", "domain_means", "random"]
+
+# Median distance, in nats, between a token's best and second logit: of these two the best weighs sigmoid(2) = 88 %.
+TARGET_GAP = 2.0
+# From so many rows on mini-batches; before it k-means over all rows fits the memory and is the better one.
+LARGE_SAMPLE = 16_384
+_MINI_BATCH = 4096
+# How often starting points are drawn for experts that have no domain.
+DRAWS = 5
+# A smaller gap, as a share of the inputs' length, is rounding.
+_SMALLEST_GAP = 1e-5
+
+
+@dataclass(frozen=True)
+class RouterFit:
+    """One layer.
+
+    Attributes:
+        weights: [E, D] fp32.
+        cluster_sizes: [E] sampled tokens by best expert.
+        normalized_mutual_information: between best expert and domain; 0: independent, 1: the same partition.
+        own_domain_share: of the sampled tokens, those whose best expert is their domain's.
+    """
+
+    weights: np.ndarray
+    cluster_sizes: list[int]
+    normalized_mutual_information: float
+    own_domain_share: float
+
+
+def fit_router(
+    inputs: np.ndarray, domain: np.ndarray, *, num_experts: int, method: Method, seed: int, layer: int
+) -> RouterFit:
+    """Router weights of one layer.
+
+    Args:
+        inputs: [N, D] fp32, what enters the router.
+        domain: [N] index of each token's domain. Expert e is the expert of domain e; further experts have none.
+        num_experts: E, at least 2.
+
+    Raises:
+        SRDEError: the inputs do not tell the experts apart.
+    """
+    generator = np.random.default_rng([seed, layer])
+    scale, points = _even_points(inputs)
+    means = _domain_means(points, domain, min(num_experts, int(domain.max()) + 1))
+    if method == "random":
+        directions = _unit(generator.standard_normal((num_experts, points.shape[1]), dtype=np.float32))
+    elif method == "domain_means":
+        # An expert without a domain stands for all of them: it gets the tokens that lean to none.
+        common = np.broadcast_to(_unit(points.mean(0)), (num_experts - len(means), points.shape[1]))
+        directions = np.concatenate([means, common])
+    else:
+        directions = align(_clusters(points, means, num_experts, generator), points, domain)
+    # A part that all experts share changes no choice, and would drown the differences in bfloat16.
+    weights = (directions - directions.mean(0)) * scale
+    logits = inputs @ weights.T
+    best = np.partition(logits, num_experts - 2, axis=1)
+    gap = float(np.median(best[:, -1] - best[:, -2]))
+    if not gap > _SMALLEST_GAP * np.linalg.norm(inputs, axis=1).mean():
+        raise SRDEError(
+            f"warm_start: layer {layer}: the routers' inputs do not tell {num_experts} experts apart. Give more "
+            "--warm_start_samples or fewer --num_experts."
+        )
+    expert = logits.argmax(1)
+    return RouterFit(
+        weights=(weights * (TARGET_GAP / gap)).astype(np.float32),
+        cluster_sizes=np.bincount(expert, minlength=num_experts).tolist(),
+        normalized_mutual_information=float(normalized_mutual_info_score(domain, expert)),
+        own_domain_share=float((expert == domain).mean()),
+    )
+
+
+def align(directions: np.ndarray, points: np.ndarray, domain: np.ndarray) -> np.ndarray:
+    """Order clusters by expert, so that as many points as possible go to the expert of their domain.
+
+    Args:
+        directions: [E, D] unit vectors; points: [N, D]; domain: [N].
+
+    Returns:
+        [E, D]. Experts without a domain get the clusters that are left, the largest first.
+    """
+    experts = len(directions)
+    cluster = (points @ directions.T).argmax(1)
+    table = np.zeros((experts, max(experts, int(domain.max()) + 1)), np.int64)
+    np.add.at(table, (cluster, domain), 1)
+    matched, expert = linear_sum_assignment(table[:, : min(experts, int(domain.max()) + 1)], maximize=True)
+    order = matched[expert.argsort()].tolist()
+    left = sorted(set(range(experts)) - set(order), key=lambda c: (-int(table[c].sum()), c))
+    return directions[order + left]
+
+
+def _even_points(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`scale` [D] and unit rows [N, D] of inputs * scale, where no dimension is louder than the median one.
+
+    A few dimensions of hidden states carry a large part of their length and say little about the domain.
+    """
+    loudness = np.sqrt(np.einsum("nd,nd->d", inputs, inputs) / len(inputs))
+    median = np.median(loudness[loudness > 0]) if loudness.any() else 0.0
+    scale = np.divide(median, loudness, out=np.ones_like(loudness), where=loudness > median)
+    return scale, _unit(inputs * scale)
+
+
+def _domain_means(points: np.ndarray, domain: np.ndarray, count: int) -> np.ndarray:
+    """[count, D] unit vectors."""
+    return _unit(np.stack([points[domain == index].mean(0) for index in range(count)]))
+
+
+def _clusters(points: np.ndarray, means: np.ndarray, experts: int, generator: np.random.Generator) -> np.ndarray:
+    """[E, D] directions of the clusters of spherical k-means, which starts at the domains' means.
+
+    With more experts than domains the other starting points are drawn, and the best of several draws is kept.
+    """
+    fits = []
+    for _ in range(1 if experts == len(means) else DRAWS):
+        starts = _draw_starts(points, means, experts - len(means), generator)
+        options = {"n_clusters": experts, "init": starts, "n_init": 1, "random_state": int(generator.integers(2**31))}
+        kmeans = KMeans(**options) if len(points) < LARGE_SAMPLE else MiniBatchKMeans(batch_size=_MINI_BATCH, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct inputs than experts: refused later
+            fits.append(kmeans.fit(points))
+    return _unit(min(fits, key=lambda kmeans: kmeans.inertia_).cluster_centers_)
+
+
+def _draw_starts(points: np.ndarray, starts: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """`starts` and `count` more by the rule of k-means++: drawn by the squared distance to the nearest one."""
+    for _ in range(count):
+        # Not zero, so that identical inputs can be drawn from; the gap of their logits refuses them later.
+        distance = np.maximum(1 - (points @ starts.T).max(1).astype(np.float64), 1e-12)
+        drawn = generator.choice(len(points), p=distance / distance.sum())
+        starts = np.concatenate([starts, points[drawn : drawn + 1]])
+    return starts
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    length = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, length, out=np.zeros_like(rows), where=length > 0)

@@ -1,0 +1,119 @@
+"""Which tokens of the training rows the routers' warm start looks at.
+
+The draw depends on the rows, the seed and nothing else, and is made before the first forward. Every rank makes the same
+one and keeps the inputs of its own rows' tokens: what a reservoir on every rank would end with after merging, the same
+for any number of ranks, and no rank ever holds a token that is dropped later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.errors import SRDEError
+
+# Tokens of one row resemble each other: a domain's sample comes from as many rows as give it with so many each.
+TOKENS_A_ROW = 32
+_STREAM = 0x77A7  # apart from the generators that draw the order of the rows from the same seed
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """N tokens in R rows, in the order of the rows and of the positions within them.
+
+    Attributes:
+        rows: [R] indices into the dataset, in the order in which they are to be run.
+        row: [N] index into `rows`; position: [N] in the row; domain: [N].
+    """
+
+    rows: np.ndarray
+    row: np.ndarray
+    position: np.ndarray
+    domain: np.ndarray
+
+    def owners(self, batch_size: int, world_size: int) -> np.ndarray:
+        """[N] rank that runs each token when `rows` are cut as `validation_batches` cuts them."""
+        return self.row // batch_size % world_size
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """BOS, EOS, padding, and all tokens that the vocabulary marks as special, such as those of chat templates."""
+    marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(marked | set(tokenizer.all_special_ids))
+
+
+def choose_tokens(
+    rows: datasets.Dataset, *, domains: Sequence[str], per_domain: int, special_ids: Collection[int], seed: int
+) -> TokenSample:
+    """Draw up to `per_domain` tokens of each domain, evenly from the usable tokens of some of its rows.
+
+    Left out are padding, special tokens, and tokens whose document up to and including them also begins a document of
+    another domain, as a chat template's system message does: their inputs are the same in both domains.
+
+    Args:
+        rows: as written by `build_dataset`.
+        domains: names in the order of the `domain` column.
+
+    Raises:
+        SRDEError: a domain without rows or usable tokens.
+    """
+    dataset = rows.with_format("numpy")
+    domain_of_row = np.asarray(dataset["domain"][:])
+    generator = np.random.default_rng([seed, _STREAM])
+    orders = [generator.permutation(np.flatnonzero(domain_of_row == index)) for index in range(len(domains))]
+    for name, order in zip(domains, orders, strict=True):
+        if len(order) == 0:
+            raise SRDEError(
+                f"warm_start: domain '{name}' has no training rows. Add some, or leave it out of --domains."
+            )
+    count = ceil(per_domain / TOKENS_A_ROW)
+    while True:
+        pool = np.concatenate([order[:count] for order in orders])
+        usable = _usable(dataset, pool, special_ids)
+        found = np.minimum(usable.sum(1), TOKENS_A_ROW)
+        enough = [
+            count >= min(len(order), per_domain) or found[domain_of_row[pool] == index].sum() >= per_domain
+            for index, order in enumerate(orders)
+        ]
+        if all(enough):
+            break
+        count *= 2
+    chosen = np.zeros_like(usable)
+    for index, name in enumerate(domains):
+        own = usable & (domain_of_row[pool] == index)[:, None]
+        if not own.any():
+            raise SRDEError(
+                f"warm_start: domain '{name}': each token is special or begins documents of other domains as well. "
+                "Give it documents of its own, or leave it out of --domains."
+            )
+        chosen.flat[generator.permutation(np.flatnonzero(own))[:per_domain]] = True
+    # Domains mixed, so that no batch goes to one expert alone.
+    run = generator.permutation(np.flatnonzero(chosen.any(1)))
+    row, position = np.nonzero(chosen[run])
+    return TokenSample(pool[run], row, position, domain_of_row[pool[run]][row])
+
+
+def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> np.ndarray:
+    """[R, S] bool for the rows of `pool`."""
+    columns = dataset[pool.tolist()]
+    ids, position = np.asarray(columns["input_ids"]), np.asarray(columns["position_ids"])
+    real = np.arange(ids.shape[1]) < np.asarray(columns["length"])[:, None]
+    beginning = np.zeros(ids.shape, np.uint64)  # a hash of the document up to the token
+    code = np.zeros(len(ids), np.uint64)
+    for s in range(ids.shape[1]):
+        code = np.where(position[:, s] == 0, np.uint64(0), code) + ids[:, s].astype(np.uint64) + np.uint64(1)
+        code = (code ^ (code >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
+        beginning[:, s] = code ^ (code >> np.uint64(32))
+    usable = real & ~np.isin(ids, list(special_ids))
+    domain = np.broadcast_to(np.asarray(columns["domain"])[:, None], ids.shape)[usable]
+    _, group = np.unique(beginning[usable], return_inverse=True)
+    lowest, highest = np.full(len(group), domain.max(initial=0)), np.zeros(len(group), domain.dtype)
+    np.minimum.at(lowest, group, domain)
+    np.maximum.at(highest, group, domain)
+    usable[usable] = (lowest == highest)[group]
+    return usable

@@ -1,0 +1,235 @@
+"""Training processes that are killed at random moments, and what must be true of the run's folder after each kill."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srde_ds.checkpoint.resume import find_checkpoint, verify_checkpoint
+from srde_ds.config import resolve
+from tests.distributed.harness import free_port
+from tests.distributed.training_helpers import Inputs, metrics, without_clocks
+
+STEPS, KEEP = 48, 2
+LAST_SECONDS = 120  # for a process to come to the next thing that is waited for
+SAVING = (
+    "save: folder made",
+    "save: files being written",
+    "save: files written, no manifest yet",
+    "save: manifest there, folder not renamed",
+    "save: former folder of this step stepped aside",
+    "save: folder renamed, latest not moved",
+    "save: latest moved, older checkpoint still there",
+    "save: older checkpoint being removed",
+)
+OTHER = ("starting or resuming", "training", "exporting")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: how many ranks there were and which got the signal, where it was aimed at, and where it landed."""
+
+    world_size: int
+    in_background: bool
+    ranks: str
+    aim: str
+    phase: str
+    latest: str
+
+
+def killed_run(
+    inputs: Inputs, folder: Path, draw: random.Random, *, world_size: int, in_background: bool, most_kills: int
+) -> Iterator[Kill]:
+    """Train a run to its end through at most `most_kills` kills, each checked; then compare it with an unkilled one.
+
+    Args:
+        folder: for the runs; the unkilled one is kept there for the next call with as many ranks.
+    """
+    flags = inputs.flags(
+        folder / "killed",
+        max_steps=STEPS,
+        save_steps=1,
+        save_total_limit=KEEP,
+        eval_steps=0,
+        density=0.5,  # some 200 KB a checkpoint: time to be killed in
+        batch_size=8 // world_size,
+        gradient_accumulation_steps=1,
+        save_in_background=in_background,
+    )
+    unkilled = folder / f"unkilled-{world_size}"
+    if not unkilled.exists():
+        with ranks(flags | {"output_dir": str(unkilled)}, world_size, folder / "log") as processes:
+            assert ended(processes) == [0] * world_size, (folder / "log").read_text()
+    run, kills = Path(flags["output_dir"]), 0
+    while not (run / "completed.json").exists():
+        resume_from = goes_on_from(run, draw)
+        first = verify_checkpoint(find_checkpoint(resume_from, run))["step"] if resume_from else None
+        log = folder / f"log-{kills}"
+        before = {(path.name, path.stat().st_ino) for path in run.glob("checkpoint-*")}
+        with ranks(flags | {"resume_from": resume_from}, world_size, log) as processes:
+            if resume_from is None:  # without a checkpoint there is nothing to go on from
+                wait_until(lambda: (run / "latest").exists(), processes, log)
+            aim = wait_to_kill(run, draw) if kills < most_kills else None
+            signalled = kill_some(processes, draw) if aim else ""
+            status = ended(processes)
+        resumed = re.search(r"Resumed at step (\d+)", log.read_text())
+        assert resumed is None or int(resumed[1]) == first
+        if -9 in status:
+            kills += 1
+            yield Kill(world_size, in_background, signalled, str(aim), *state_after_kill(run, log, before, world_size))
+        else:
+            assert status == [0] * world_size, log.read_text()
+    assert_equal_runs(run, unkilled)
+
+
+@contextmanager
+def ranks(flags: dict[str, Any], world_size: int, log: Path) -> Iterator[list[BaseProcess]]:
+    """`srde-ds train` as forks of a process that has done the imports; none outlives the context."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["srde_ds.training.trainer"])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    processes: list[BaseProcess] = []
+    try:
+        for rank in range(world_size):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=train_rank, args=(flags, own, log)))
+            processes[-1].start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    from srde_ds.training.trainer import train
+
+    train(resolve({}, flags))
+
+
+def ended(processes: list[BaseProcess]) -> list[int | None]:
+    """Exit codes, once all have ended: also ranks that were not killed notice that another is gone."""
+    deadline = time.monotonic() + LAST_SECONDS
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        assert process.exitcode is not None, "a rank outlived another one"
+    return [process.exitcode for process in processes]
+
+
+def wait_until(condition: Callable[[], bool], processes: list[BaseProcess], log: Path) -> None:
+    deadline = time.monotonic() + LAST_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline and any(process.is_alive() for process in processes), log.read_text()
+        time.sleep(0.0005)
+
+
+def goes_on_from(run: Path, draw: random.Random) -> str | None:
+    """Mostly the latest checkpoint; at times the one before it, so that a step is saved again."""
+    if not (run / "latest").exists():
+        return None
+    folders = complete_checkpoints(run)
+    return str(folders[0]) if len(folders) > 1 and draw.random() < 0.15 else "latest"
+
+
+def wait_to_kill(run: Path, draw: random.Random) -> str:
+    """Wait for a random moment, in most cases one of a save that is then going on; what it was aimed at."""
+    if draw.random() < 0.25:
+        time.sleep(draw.uniform(0, 3))
+        return "any moment"
+    seen = {path.name for path in run.glob("checkpoint-*")}
+    deadline = time.monotonic() + LAST_SECONDS
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        while not (new := {path.name for path in run.glob("checkpoint-*.tmp")} - seen):
+            if (run / "completed.json").exists() or time.monotonic() > deadline:
+                return "a save"  # there was none any more
+            time.sleep(0.0005)
+        seen |= new
+    time.sleep(draw.uniform(0, 0.06))
+    return "a save"
+
+
+def kill_some(processes: list[BaseProcess], draw: random.Random) -> str:
+    """SIGKILL all ranks, as when a machine goes, or a single one; which."""
+    chosen = draw.choice([processes, *([process] for process in processes)])
+    for process in chosen:
+        process.kill()
+    return "all" if len(chosen) == len(processes) else f"rank {processes.index(chosen[0])}"
+
+
+def state_after_kill(run: Path, log: Path, before: set[tuple[str, int]], world_size: int) -> tuple[str, str]:
+    """Check all that a kill must leave; the phase that it landed in, and the latest checkpoint."""
+    phase, latest = phase_of(run, log, before, world_size), find_checkpoint("latest", run)
+    folders = complete_checkpoints(run)
+    assert latest in folders
+    steps = [verify_checkpoint(folder)["step"] for folder in folders]
+    # The one before the latest goes only when there is a newer one.
+    assert len(folders) >= min(KEEP, steps[-1]), [folder.name for folder in folders]
+    # Half-written: at most the new one and the one that is being removed; so nothing of earlier kills.
+    assert len(list(run.glob("checkpoint-*.tmp"))) <= 2
+    return phase, (run / "latest").read_text().strip()
+
+
+def complete_checkpoints(run: Path) -> list[Path]:
+    """Verified, by step; one that stepped aside for its successor counts while that is not there."""
+    steps = {step_in(path) for path in run.glob("checkpoint-*") if path.suffix != ".tmp"}
+    return [find_checkpoint(run / f"checkpoint-{step}", run) for step in sorted(steps)]
+
+
+def phase_of(run: Path, log: Path, before: set[tuple[str, int]], world_size: int) -> str:
+    """Where in its work the run was, told from what lies in its folder.
+
+    Args:
+        before: names and inodes of the folders that earlier kills left.
+    """
+    text = log.read_text()
+    if "Resumed at step" not in text and "step 1/" not in text:
+        return OTHER[0]
+    latest = int((run / "latest").read_text().strip().removeprefix("checkpoint-"))
+    checkpoints = list(run.glob("checkpoint-*"))
+    new = [path for path in checkpoints if (path.name, path.stat().st_ino) not in before]
+    written = [path for path in new if path.suffix == ".tmp" and step_in(path) >= latest]
+    if any(path.suffix == ".old" for path in new):
+        return SAVING[4]
+    if written:
+        files = {path.name for path in written[0].iterdir()}
+        if "manifest.json" in files:
+            return SAVING[3]
+        # A rank's small file comes after its shard, rank 0's common tensors come last.
+        all_files = {"common.safetensors", *(f"rank-{rank:05d}.json" for rank in range(world_size))}
+        return SAVING[2] if files >= all_files else SAVING[1] if files else SAVING[0]
+    if any(not path.suffix and step_in(path) > latest for path in new):
+        return SAVING[5]
+    if any(path.suffix == ".tmp" for path in new):
+        return SAVING[7]
+    if len([path for path in checkpoints if not path.suffix]) > KEEP:
+        return SAVING[6]
+    return OTHER[2] if latest == STEPS else OTHER[1]
+
+
+def step_in(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-").partition(".")[0])
+
+
+def assert_equal_runs(run: Path, unkilled: Path) -> None:
+    """Bit for bit: the weights, the last checkpoint's masters and optimizer states, and the metrics of each step."""
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in unkilled.iterdir())
+    for path in (unkilled / "srde_weights.safetensors", *unkilled.glob(f"checkpoint-{STEPS}/*.safetensors")):
+        assert (run / path.relative_to(unkilled)).read_bytes() == path.read_bytes(), path.name
+    assert without_clocks(metrics(run)) == without_clocks(metrics(unkilled))

@@ -1,0 +1,138 @@
+"""The schedule as a function of the step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from srde_ds.config import Config, resolve
+from srde_ds.errors import SRDEError
+from srde_ds.training.phases import (
+    ALL_KINDS,
+    DELTA_VALUES,
+    ROUTERS,
+    density_at,
+    describe_timeline,
+    plan_of_step,
+    prunings,
+    timeline,
+    warm_start_step,
+)
+
+
+def config(**changes: Any) -> Config:
+    return resolve({}, {"num_experts": 6, "max_steps": 200, "warmup_steps": 0} | changes)
+
+
+def plans(settings: Config) -> list[Any]:
+    return [plan_of_step(settings, step) for step in range(settings.training.max_steps)]
+
+
+def test_without_options_there_is_one_phase() -> None:
+    ((first, last, plan),) = timeline(config())
+    assert (first, last) == (0, 199)
+    assert (plan.phase, plan.forced, plan.unlocked, plan.trained) == ("routed", False, 6, ALL_KINDS)
+    assert warm_start_step(config()) is None
+
+
+def test_pretraining_gives_each_expert_its_steps_and_leaves_the_router_alone() -> None:
+    settings = config(supervised_experts=True, expert_pretrain_steps=10, warm_start=True)
+    forced = [plan.forced for plan in plans(settings)]
+    assert forced == [True] * 60 + [False] * 140
+    assert all(plan.trained == ALL_KINDS - ROUTERS for plan in plans(settings)[:60])
+    assert warm_start_step(settings) == 60
+
+
+def test_sequential_pretraining_takes_one_domain_after_the_other() -> None:
+    settings = config(supervised_experts=True, expert_pretrain_steps=10, pretrain_objective="sequential")
+    assert [plan.only_domain for plan in plans(settings)[:60:10]] == list(range(6))
+    assert [plan.only_domain for plan in plans(settings)].count(3) == 10
+    assert plans(settings)[60].only_domain is None
+
+
+@pytest.mark.parametrize(
+    ("unlock", "expected"),
+    [
+        ("all", [6] * 200),
+        ("linear", [min(6, step // 33 + 1) for step in range(200)]),
+        ("warmup", [1] * 20 + [6] * 180),
+    ],
+)
+def test_unlocking(unlock: str, expected: list[int]) -> None:
+    assert [plan.unlocked for plan in plans(config(progressive_unlock=unlock))] == expected
+
+
+def test_unlocking_starts_after_pretraining() -> None:
+    settings = config(supervised_experts=True, expert_pretrain_steps=10, progressive_unlock="warmup")
+    unlocked = [plan.unlocked for plan in plans(settings)]
+    assert unlocked == [6] * 60 + [1] * 14 + [6] * 126
+
+
+def test_four_phases() -> None:
+    found = [(plan.phase, plan.trained) for plan in plans(config(training_phases="four"))]
+    assert [phase for phase, _ in found] == ["warm-up"] * 20 + ["mask"] * 40 + ["delta"] * 80 + ["joint"] * 60
+    assert found[59][1].isdisjoint(DELTA_VALUES) and found[60][1] == DELTA_VALUES and found[-1][1] == ALL_KINDS
+
+
+def test_density_falls_by_equal_factors_to_its_target() -> None:
+    settings = config(initial_density=0.16, density=0.01, density_warmup_steps=80, density_prunings=4)
+    assert [step for step, _ in prunings(settings)] == [20, 40, 60, 80]
+    assert [density_at(settings, step) for step in (0, 19, 20, 40, 60, 79, 80, 199)] == pytest.approx(
+        [0.16, 0.16, 0.08, 0.04, 0.02, 0.02, 0.01, 0.01]
+    )
+    assert prunings(config()) == [] and density_at(config(), 0) == 0.01
+
+
+def test_more_prunings_than_steps_are_one_a_step() -> None:
+    settings = config(initial_density=0.08, density=0.01, density_warmup_steps=3, density_prunings=10)
+    assert [step for step, _ in prunings(settings)] == [1, 2, 3]
+
+
+def test_a_learned_support_cools_down_and_is_frozen_by_one_pruning() -> None:
+    settings = config(
+        support_strategy="learned", initial_density=0.08, density_warmup_steps=50, support_temperature=2.0
+    )
+    assert prunings(settings) == [(50, 0.01)]
+    temperatures = [plan.temperature for plan in plans(settings)]
+    assert temperatures[0] == 2.0 and temperatures[50:] == [None] * 150
+    assert all(a > b for a, b in zip(temperatures[:49], temperatures[1:50], strict=True))
+    assert temperatures[49] == pytest.approx(0.2, rel=0.06)
+
+
+def test_the_timeline_covers_every_step_once_and_says_what_happens() -> None:
+    settings = config(
+        supervised_experts=True,
+        expert_pretrain_steps=10,
+        warm_start=True,
+        progressive_unlock="linear",
+        initial_density=0.05,
+        density_warmup_steps=100,
+        training_phases="four",
+    )
+    runs = list(timeline(settings))
+    assert [step for first, last, _ in runs for step in range(first, last + 1)] == list(range(200))
+    table = describe_timeline(settings)
+    assert "61-74" in table and "routers warm-started before" in table and "pruned before" in table
+    assert table.count("pruned before") == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"supervised_experts": True, "expert_pretrain_steps": 34}, "expert_pretrain_steps=34"),
+        ({"supervised_experts": True, "expert_pretrain_steps": 1, "num_experts": 4}, "6 domains and num_experts=4"),
+        ({"unlock_order": "cluster_size"}, "--warm_start"),
+        ({"unlock_order": "cluster_size", "warm_start": True, "warm_start_method": "random"}, "kmeans"),
+        ({"density_warmup_steps": 10}, "without initial_density"),
+        ({"initial_density": 0.05}, "density_warmup_steps=0"),
+        ({"initial_density": 0.005, "density_warmup_steps": 10}, "above density=0.01"),
+        ({"initial_density": 0.05, "density_warmup_steps": 200}, "max_steps - 1 = 199"),
+        ({"support_strategy": "learned"}, "--initial_density"),
+        ({"support_overlap_weight": 0.1}, "--support_strategy learned"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) -> None:
+    with pytest.raises(SRDEError, match=re.escape(expected)):
+        config(**changes)
