@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,59 +11,25 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from srde_ds.config import AdapterConfig
-from srde_ds.config_values import checked
-from srde_ds.errors import SRDEError, nearest
-from srde_ds.model.base import FeedForward, Gather, base_identity, find_feed_forward, load_base, no_gather
-from srde_ds.model.deltas import build_deltas
+from srde_ds.errors import SRDEError
+from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
+from srde_ds.model.base import FeedForward, Gather, load_base, no_gather
+from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
-from srde_ds.model.router import Router, RoutingContext, RoutingStatistics
-from srde_ds.model.supports import kept_size, select_support, support_hash, support_shape, support_size
+from srde_ds.model.merging import merge_into_base
+from srde_ds.model.model_card import is_run
+from srde_ds.model.router import RoutingContext
+from srde_ds.model.sharing import find_adapter, push_adapter, save_adapter
+from srde_ds.model.supports import support_hash, support_shape
+from srde_ds.model.weights_file import AdapterMetadata, expert_index, open_weights, read_metadata
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
-
-FORMAT_VERSION = 1
-METADATA_KEY = "srde"
-
-
-@dataclass
-class AdapterMetadata:
-    """What `srde_weights.safetensors` says about itself, as JSON under the header's key "srde"."""
-
-    config: AdapterConfig
-    expert_names: list[str]
-    base: dict[str, str | int]
-    model_name: str
-    support_hash: str
-    format_version: int = FORMAT_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AdapterMetadata:
-        """Raises SRDEError for a newer format, a missing key or a bad adapter config."""
-        if values.get("format_version") != FORMAT_VERSION:
-            raise SRDEError(
-                f"weights: format_version={values.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-                "use the srde_ds that wrote them."
-            )
-        missing = {f.name for f in dataclasses.fields(cls)} - set(values)
-        if missing:
-            raise SRDEError(f"weights: the metadata lack '{min(missing)}'; export the weights again.")
-        config, known = AdapterConfig(), {f.name for f in dataclasses.fields(AdapterConfig)}
-        for key, value in values["config"].items():
-            if key not in known:
-                raise SRDEError(f"weights: unknown adapter option '{key}' in the metadata.{nearest(key, known)}")
-            setattr(config, key, checked(config, key, value))
-        return cls(**(values | {"config": config}))
 
 
 @dataclass
@@ -81,12 +44,17 @@ class SRDEOutput(ModelOutput):
 
 
 class SRDEModel(nn.Module):
-    """A frozen base whose feed-forward blocks carry routed experts. Built by `add_experts` or `load_adapter`.
+    """A frozen base whose feed-forward blocks carry routed experts. Built by `from_pretrained` or `add_experts`.
 
     Attributes:
+        base: the transformers model, with the experts in it: what expects a model of transformers, such as
+            `transformers.pipeline`, takes this.
         routing: the context that all layers read, see `router.RoutingContext`.
         base_identity: `base.base_identity` of the base before the experts were added.
+        run_folder: of the training run that the weights were loaded from; None: of no run.
     """
+
+    run_folder: Path | None = None
 
     def __init__(
         self,
@@ -102,6 +70,30 @@ class SRDEModel(nn.Module):
         self.expert_names = expert_names
         self.routing = routing
         self.base_identity = identity
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | PreTrainedModel | None,
+        adapter: str | Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+    ) -> SRDEModel:
+        """A base with trained experts, in eval mode.
+
+        Args:
+            base: its id or folder, or a fresh model, which may be quantised; None: the one named in the weights.
+            adapter: a weights file, a folder of `save_pretrained` or of a finished run, or a repository of the Hub.
+            dtype: of the experts, and of the base if it is loaded here.
+            revision: of the repository.
+
+        Raises:
+            SRDEError: no such adapter or base, or the experts were trained on another base.
+        """
+        weights = find_adapter(adapter, revision=revision)
+        return load_adapter(weights, base=base, dtype=dtype, attn_implementation=attn_implementation)
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
@@ -171,6 +163,74 @@ class SRDEModel(nn.Module):
         finally:
             self.routing.active = before
 
+    @property
+    def active_experts(self) -> list[str]:
+        """Names of the experts that tokens may be routed to."""
+        allowed = self.routing.allowed_experts
+        used = [True] * len(self.expert_names) if allowed is None else allowed.tolist()
+        return [name for name, use in zip(self.expert_names, used, strict=True) if use]
+
+    def set_active_experts(self, names: Sequence[str] | None) -> None:
+        """Route tokens to these experts alone, until further notice; None: to all.
+
+        A token's weights are the softmax over those of its `top_k` that are active; with fewer active experts than
+        top_k, each token uses all of them. `no_experts` gives the bare base.
+
+        Raises:
+            SRDEError: an unknown name, or no name.
+        """
+        if names is None:
+            self.routing.allowed_experts = None
+            return
+        chosen = [expert_index(self.expert_names, name) for name in ([names] if isinstance(names, str) else names)]
+        if not chosen:
+            raise SRDEError("set_active_experts([]): give at least one expert; `with model.no_experts():` uses none.")
+        allowed = torch.zeros(len(self.expert_names), dtype=torch.bool)
+        allowed[chosen] = True
+        self.routing.allowed_experts = allowed
+
+    def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
+        """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.
+
+        It gives what this model gives with all tokens routed to that expert. This model is of no use afterwards.
+
+        Args:
+            expert: its name; may be left out where there is only one.
+
+        Raises:
+            SRDEError: an unknown name, none where there are several, or a quantised base.
+        """
+        if expert is None and len(self.expert_names) > 1:
+            raise SRDEError(f"merge_and_unload(): name one of the experts {', '.join(self.expert_names)}.")
+        merge_into_base(self.base, 0 if expert is None else expert_index(self.expert_names, expert))
+        return self.base
+
+    def save_pretrained(self, folder: str | Path, *, run: str | Path | None = None) -> Path:
+        """Write the adapter and its model card into a folder that `from_pretrained` reads; returns the weights' path.
+
+        Args:
+            run: folder of the training run, which the card tells of; default: `run_folder`.
+
+        Raises:
+            SRDEError: `run` is no run's folder.
+        """
+        run = self.run_folder if run is None else Path(run)
+        return save_adapter(Path(folder), self.adapter_tensors(), self.metadata(), run=run)
+
+    def push_to_hub(self, repo: str, *, private: bool = True, run: str | Path | None = None) -> str:
+        """Upload the adapter and its model card to the Hub; returns the repository's address.
+
+        The token is the environment variable HF_TOKEN or that of `hf auth login`.
+
+        Args:
+            run: as in `save_pretrained`.
+
+        Raises:
+            SRDEError: no token, a bad name, no such run, or the Hub refuses or cannot be reached.
+        """
+        run = self.run_folder if run is None else Path(run)
+        return push_adapter(repo, self.adapter_tensors(), self.metadata(), run=run, private=private)
+
     def trainable_parameters(self) -> Iterator[tuple[str, Trainable]]:
         """Stable name (`layers.{i}.deltas.free`, ...) and parameter, layer by layer."""
         for number, layer in enumerate(self.layers):
@@ -239,33 +299,11 @@ def add_experts(
             support can be chosen, or those given do not fit.
     """
 
-    def choose(layer: int, block: FeedForward) -> Tensor:
-        if supports is not None:
-            given = supports[layer] if layer < len(supports) else torch.empty(0)
-            shape = support_shape(config, block.hidden, block.intermediate)
-            if tuple(given.shape) != shape:
-                raise SRDEError(
-                    f"support of layer {layer}: shape {list(given.shape)} is stored, this base and these options "
-                    f"need {list(shape)}. Use the base and the adapter options that the supports were chosen with."
-                )
-            return given
-        weights = block.weights()
-        with gather(list(weights)):  # type: ignore[arg-type]
-            shapes = [(block.intermediate, block.hidden)] * 2 + [(block.hidden, block.intermediate)]
-            if config.support_strategy != "random" and [tuple(w.shape) for w in weights] != shapes:
-                raise SRDEError(
-                    f"support_strategy={config.support_strategy}: layer {layer} of the base has no plain weights of "
-                    f"shapes {shapes} (quantised?); use support_strategy=random."
-                )
-            return select_support(
-                config, weights, hidden=block.hidden, intermediate=block.intermediate, seed=seed, layer=layer
-            )
-
-    return _attach(
+    return _with_experts(
         base,
         config,
         expert_names,
-        choose,
+        support_chooser(config, supports, seed=seed, gather=gather),
         seed=seed,
         dtype=dtype,
         row_multiple=row_multiple,
@@ -274,87 +312,11 @@ def add_experts(
     )
 
 
-def _attach(
-    base: PreTrainedModel,
-    config: AdapterConfig,
-    expert_names: list[str],
-    choose_support: Callable[[int, FeedForward], Tensor],
-    *,
-    seed: int,
-    dtype: torch.dtype | None,
-    row_multiple: int,
-    gather: Gather,
-    target_density: float | None = None,
+def _with_experts(
+    base: PreTrainedModel, config: AdapterConfig, expert_names: list[str], choose: SupportChooser, **options: Any
 ) -> SRDEModel:
-    if len(expert_names) != config.num_experts:
-        raise SRDEError(
-            f"num_experts={config.num_experts}, but {len(expert_names)} expert names ({', '.join(expert_names)}); "
-            "give one name an expert."
-        )
-    if config.top_k > config.num_experts:
-        raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
-    blocks = find_feed_forward(base, gather=gather)
-    identity = base_identity(base, gather=gather)
-    routing = RoutingContext(RoutingStatistics(len(blocks), config.num_experts))
-    base.requires_grad_(False)
-    dtype = dtype or base.dtype
-    for number, block in enumerate(blocks):
-        support = choose_support(number, block)
-        device = block.weights()[0].device
-        deltas = build_deltas(
-            config,
-            hidden=block.hidden,
-            size=support_size(config, block.hidden, block.intermediate),
-            seed=seed,
-            layer=number,
-            dtype=dtype,
-            device=device,
-            row_multiple=row_multiple,
-            keep=kept_size(config, target_density, block.hidden, block.intermediate),
-        )
-        router = Router(
-            block.hidden, config.num_experts, config.top_k, seed=seed, layer=number, dtype=dtype, device=device
-        )
-        layer = SRDEFeedForward(
-            block, deltas, router, support.to(device), granularity=config.granularity, layer=number, context=routing
-        )
-        setattr(block.owner, block.name, layer.train(base.training))
+    routing, identity = attach_experts(base, config, expert_names, choose, **options)
     return SRDEModel(base, config, list(expert_names), routing, identity).train(base.training)
-
-
-def save_weights(path: str | Path, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
-    """Write the adapter as one safetensors file; a crash leaves either the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, temporary, metadata={METADATA_KEY: json.dumps(metadata.to_dict())})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_metadata(path: str | Path) -> AdapterMetadata:
-    """The metadata of a weights file.
-
-    Raises:
-        SRDEError: no such file, not a safetensors file, or not one of ours.
-    """
-    with _open_weights(path) as file:
-        header = file.metadata() or {}
-    if METADATA_KEY not in header:
-        raise SRDEError(
-            f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors."
-        )
-    return AdapterMetadata.from_dict(json.loads(header[METADATA_KEY]))
-
-
-def _open_weights(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise SRDEError(f"weights '{path}': no such file; give the path of an srde_weights.safetensors.")
-    try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise SRDEError(f"weights '{path}': not a readable safetensors file ({error}); export it again.") from None
 
 
 def load_adapter(
@@ -374,16 +336,11 @@ def load_adapter(
         SRDEError: another base than the experts were trained on; missing, unknown, misshapen or NaN tensors.
     """
     metadata = read_metadata(weights)
-    with _open_weights(weights) as file:
+    with open_weights(weights) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if base is None or isinstance(base, str):
         base = load_base(base or metadata.model_name, dtype=dtype, attn_implementation=attn_implementation)
-    identity = base_identity(base)
-    if identity["hash"] != metadata.base["hash"]:
-        raise SRDEError(
-            f"weights '{weights}': trained on {_describe_base(metadata.base)}, but the base given is "
-            f"{_describe_base(identity)}; give the base that they were trained on."
-        )
+    identity = check_base(base, metadata.base, weights)
 
     def stored_support(layer: int, block: FeedForward) -> Tensor:
         name = f"layers.{layer}.support"
@@ -395,16 +352,9 @@ def load_adapter(
             )
         return support
 
-    model = _attach(
-        base,
-        metadata.config,
-        metadata.expert_names,
-        stored_support,
-        seed=0,
-        dtype=dtype,
-        row_multiple=1,
-        gather=no_gather,
-    )
+    model = _with_experts(base, metadata.config, metadata.expert_names, stored_support, seed=0, dtype=dtype)
+    model.base_identity = identity
+    model.run_folder = Path(weights).parent if is_run(Path(weights).parent) else None
     for name, parameter in model.trainable_parameters():
         tensor = _take(tensors, name, parameter.srde_shape, weights)
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
@@ -427,10 +377,6 @@ def _take(tensors: dict[str, Tensor], name: str, shape: Sequence[int], weights: 
     if tuple(tensor.shape) != tuple(shape):
         raise SRDEError(f"weights '{weights}': {name} has shape {list(tensor.shape)}, expected {list(shape)}.")
     return tensor
-
-
-def _describe_base(identity: dict[str, str | int]) -> str:
-    return f"{identity['name'] or 'an unnamed model'} ({identity['architecture']}, hash {str(identity['hash'])[:12]})"
 
 
 def parameter_table(model: SRDEModel) -> str:

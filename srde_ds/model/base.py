@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,24 +144,39 @@ def base_identity(model: PreTrainedModel, *, gather: Gather = no_gather) -> dict
     Raises:
         SRDEError: the model already carries experts.
     """
-    config = model.config.get_text_config()
     layers = decoder_layers(model)
     refuse_experts(model)
-    fields = {name: getattr(config, name, None) for name in IDENTITY_FIELDS}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
-    for module in (model.get_input_embeddings(), layers[0], layers[-1]):
-        parameters = list(module.parameters())
-        with gather(parameters):
-            for sample in sorted(_sample_digest(parameter) for parameter in parameters):
-                digest.update(sample)
+
+    def samples() -> Iterator[list[bytes]]:
+        for module in (model.get_input_embeddings(), layers[0], layers[-1]):
+            parameters = list(module.parameters())
+            with gather(parameters):
+                yield [sample_digest(parameter) for parameter in parameters]
+
     return {
         "name": str(model.config.name_or_path),
         "architecture": type(model).__name__,
-        "hash": digest.hexdigest(),
+        "hash": identity_hash(model.config, samples()),
     }
 
 
-def _sample_digest(weight: Tensor) -> bytes:
+def identity_hash(config: Any, samples: Iterable[list[bytes]]) -> str:
+    """The hash of `base_identity`.
+
+    Args:
+        samples: `sample_digest` of the weights of the embedding, of the first layer and of the last.
+    """
+    text = config.get_text_config()
+    fields = {name: getattr(text, name, None) for name in IDENTITY_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for module in samples:
+        for sample in sorted(module):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def sample_digest(weight: Tensor) -> bytes:
+    """What `identity_hash` takes of one weight."""
     stride = max(1, weight.numel() // IDENTITY_SAMPLES)
     values = weight.detach().flatten()[::stride].cpu()
     values = values.to(torch.bfloat16).view(torch.int16) if weight.is_floating_point() else values.long()
@@ -209,13 +224,14 @@ def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:
     """
     shapes = []
     for number, layer in enumerate(decoder_layers(base)):
-        _, block, hidden = _block_of_layer(layer, number, base)
+        _, block, hidden = block_of_layer(layer, number, base)
         linear = [shape for child in block.children() if (shape := _linear_shape(child))]
         shapes.append((hidden, next((out for out, width in linear if width == hidden and out != hidden), hidden)))
     return shapes
 
 
-def _block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel) -> tuple[str, nn.Module, int]:
+def block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel) -> tuple[str, nn.Module, int]:
+    """Name, module and D of the gated block of decoder layer `number`; reads no weights, errors as `block_shapes`."""
     hidden = base.config.get_text_config().hidden_size
     found = [(name, child) for name, child in layer.named_children() if _is_gated(child, hidden)]
     if len(found) != 1:
@@ -229,7 +245,7 @@ def _block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel) -> tup
 
 
 def _feed_forward(layer: nn.Module, number: int, base: PreTrainedModel, gather: Gather) -> FeedForward:
-    name, block, hidden = _block_of_layer(layer, number, base)
+    name, block, hidden = block_of_layer(layer, number, base)
     with gather(list(block.parameters())):
         roles = verify_block(
             block, hidden, dtype=base.dtype, where=f"base {type(base).__name__}, layer {number}, {name}"

@@ -30,7 +30,8 @@ def kept_entries(scores_SB: Tensor, *, entries: int, keep: int, block: int) -> T
         scores_SB: one score a block of `block` consecutive entries; the last block may be shorter. The worst block
             that stays keeps only as many of its first entries as there is room for.
     """
-    return _entry_mask(_kept_of_blocks(scores_SB, entries, keep, block)[0], entries, block)
+    kept_SB, _ = _kept_of_blocks(scores_SB, entries, keep, block)
+    return _entry_masks(kept_SB, block).flatten(1)[:, :entries]
 
 
 class SupportGate:
@@ -54,7 +55,7 @@ class SupportGate:
         return kept_entries(scores_SB, entries=self.entries, keep=self.keep, block=self.block)
 
     def sample(self, scores_SB: Tensor, *, temperature: float, step: int, overlap_weight: float = 0.0) -> Tensor:
-        """`[S, entries]`, zeros and ones, at least fp32: what is kept in a training step, with a gradient for the scores.
+        """`[S, entries]`, zeros and ones: what is kept in a training step. Differentiable in the scores.
 
         Args:
             overlap_weight: factor of the overlap of the rows' relaxed masks, see `OverlapLoss`.
@@ -65,9 +66,9 @@ class SupportGate:
         soft_SB = RelaxedTopK.apply(noisy_SB, threshold_S1, temperature)
         if overlap_weight and len(scores_SB) > 1:
             soft_SB = OverlapLoss.apply(soft_SB, overlap_weight, self.keep / self.block)
-        hard = _entry_mask(kept_SB, self.entries, self.block).to(soft_SB.dtype)
-        soft = soft_SB[:, :, None].expand(-1, -1, self.block).flatten(1)[:, : self.entries]
-        return hard + (soft - soft.detach())
+        zero_SB = (soft_SB - soft_SB.detach()).to(scores_SB.dtype)
+        hard_SBb = _entry_masks(kept_SB, self.block).to(scores_SB.dtype)
+        return (hard_SBb + zero_SB[:, :, None]).flatten(1)[:, : self.entries]
 
     def _gumbel(self, scores_SB: Tensor, step: int) -> Tensor:
         """Noise of a step, drawn on the CPU (the same for all kinds of GPU) and kept until the next step's."""
@@ -140,6 +141,6 @@ def _kept_of_blocks(scores_SB: Tensor, entries: int, keep: int, block: int) -> t
     return torch.zeros_like(kept_SB).scatter(1, order_SB, kept_SB), threshold_S1
 
 
-def _entry_mask(kept_SB: Tensor, entries: int, block: int) -> Tensor:
-    places = torch.arange(block, device=kept_SB.device)
-    return (places < kept_SB[:, :, None]).flatten(1)[:, :entries]
+def _entry_masks(kept_SB: Tensor, block: int) -> Tensor:
+    """`[S, B, block]` bool; behind the last entry False."""
+    return torch.arange(block, device=kept_SB.device) < kept_SB[:, :, None]

@@ -93,10 +93,10 @@ def select_support(
         support = torch.stack(
             [random_subset(candidates, size, seeded_generator(seed, "support", layer, row)) for row in range(rows)]
         )
-    elif config.support_strategy == "learned":  # the same candidates for all experts: each learns which to keep
-        support = ranking(magnitude_scores(config.granularity, *weights), size).expand(rows, size)
-    else:
+    elif config.support_strategy == "magnitude":
         support = ranking(magnitude_scores(config.granularity, *weights), rows * size).view(rows, size)
+    else:  # the same for all experts, which learn what to keep of it; or until data are looked at, see `calibration`
+        support = ranking(magnitude_scores(config.granularity, *weights), size).expand(rows, size)
     support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)
     return support[0] if config.support_scope == "shared" else support
 
@@ -113,6 +113,30 @@ def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -
         torch.linalg.vector_norm(w.detach(), dim=dim, dtype=torch.float64) for w, dim in ((gate, 1), (up, 1), (down, 0))
     ]
     return torch.stack(norms).square().sum(0).sqrt()
+
+
+def activation_scores(
+    granularity: str, gate: Tensor, up: Tensor, down: Tensor, input_norm_D: Tensor, hidden_norm_F: Tensor
+) -> Tensor:
+    """`[F]` or `[3*F*D]` as `magnitude_scores`, of the weights times the norm of what they are multiplied with.
+
+    That is |W| * |x| of Wanda (arXiv 2306.11695), without its comparison within each output.
+
+    Args:
+        input_norm_D: norm over tokens of each input of gate and up.
+        hidden_norm_F: of each input of down.
+    """
+    norms = (input_norm_D, input_norm_D, hidden_norm_F)
+    scaled = [
+        w.detach() * norm.to(torch.promote_types(w.dtype, torch.float32))
+        for w, norm in zip((gate, up, down), norms, strict=True)
+    ]
+    return magnitude_scores(granularity, *scaled)
+
+
+def best_entries(scores: Tensor, count: int) -> Tensor:
+    """The `count` candidates with the largest scores, in ascending order; of equal ones the lower index."""
+    return ranking(scores, count).sort().values
 
 
 def ranking(scores: Tensor, count: int) -> Tensor:

@@ -99,6 +99,11 @@ def all_agree(success: bool, device: torch.device) -> bool:
     return all_reduce_max(0 if success else 1, device) == 0
 
 
+def broadcast_from_main(tensor: torch.Tensor) -> None:
+    """Give every rank rank 0's values, in place."""
+    dist.broadcast(tensor, src=0)
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, by rank; pickled, so for small ones."""
     values: list[Any] = [None] * dist.get_world_size()

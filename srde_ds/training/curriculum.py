@@ -14,7 +14,7 @@ from srde_ds.data.loader import RowStream
 from srde_ds.errors import SRDEError
 from srde_ds.parallel.engine import Engine
 from srde_ds.parallel.topology import Topology
-from srde_ds.training.balancing import delta_size_factor, domain_target, update_biases
+from srde_ds.training.balancing import domain_target, update_biases
 from srde_ds.training.held_out import Batch, HeldOut, forced_experts
 from srde_ds.training.phases import StepPlan, plan_of_step, pretrain_steps, warm_start_step
 from srde_ds.training.run_state import RunState
@@ -52,26 +52,21 @@ class Curriculum:
         routing.support_temperature, routing.support_noise = plan.temperature, self.state.step
         return self.stream if plan.only_domain is None else self._stream_of(plan.only_domain)
 
-    def set_targets(self, engine: Engine, domain_tokens: Tensor) -> None:
-        """What the losses of the coming step aim at, given its real tokens of each domain over all ranks."""
-        optimizer, routing = self.config.optimizer, engine.model.routing
-        routing.delta_size_weight = optimizer.delta_size_weight * delta_size_factor(self.config)
-        if optimizer.load_balancing_target == "domains":
-            adapter = self.config.adapter
-            target = domain_target(domain_tokens, adapter.num_experts, adapter.top_k, routing.allowed_experts)
-            routing.target_share = target.to(self.topology.device)
-
     def end_step(self, engine: Engine, sums: dict[str, Tensor]) -> None:
-        """After the update: what the next step's balancing needs, from the step's sums over all ranks."""
-        routing, assignments, rate = (
-            engine.model.routing,
-            sums["assignments"],
-            self.config.optimizer.balancing_bias_rate,
-        )
+        """After the update: what the next step's balancing needs, from the step's sums over all ranks.
+
+        Shares and the target that they are held against are of the same step: the domains' mix differs from step to step.
+        """
+        routing, assignments, optimizer = engine.model.routing, sums["assignments"], self.config.optimizer
         if self.plan.forced:
             return
         share = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
         routing.expert_share = share.float().to(self.topology.device)
+        if optimizer.load_balancing_target == "domains":
+            adapter, tokens = self.config.adapter, sums["domain_tokens"]
+            target = domain_target(tokens, adapter.num_experts, adapter.top_k, routing.allowed_experts)
+            routing.target_share = target.to(self.topology.device)
+        rate = optimizer.balancing_bias_rate
         if rate and "router" in self.plan.trained:
             update_biases(engine.model, assignments, rate, allowed=routing.allowed_experts, target=routing.target_share)
 

@@ -12,13 +12,14 @@ import yaml
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config
 from srde_ds.data.build import build_dataset
-from srde_ds.data.manifest import check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.data.mixing import Phase, mixing_phases
 from srde_ds.environment import environment
 from srde_ds.errors import SRDEError
 from srde_ds.launcher import launched_world_size
 from srde_ds.model.base import load_tokenizer
-from srde_ds.parallel.cost import base_shape
 from srde_ds.parallel.ds_config import derive_ds_config
+from srde_ds.parallel.shapes import base_shape
 from srde_ds.training.metrics import load_trackers
 
 
@@ -61,7 +62,7 @@ def prepare_data(config: Config) -> Path:
             raise SRDEError(f"{name}={value}: no such file. Give an existing JSONL file.")
     if data.jsonl_data:
         folder = Path(config.training.output_dir) / "tokenized"
-        build_dataset(
+        manifest = build_dataset(
             tokenizer=tokenizer,
             jsonl_data=data.jsonl_data,
             eval_file=data.eval_file,
@@ -71,6 +72,7 @@ def prepare_data(config: Config) -> Path:
             too_long=data.too_long,
             seed=config.training.seed,
         )
+        row_mixing(config, manifest)
         return folder
     folder = Path(str(data.pretokenized_dir))
     try:
@@ -81,12 +83,24 @@ def prepare_data(config: Config) -> Path:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
+    row_mixing(config, manifest)
     if manifest.max_length != data.max_length:
         raise SRDEError(
             f"max_length={data.max_length}: the rows in '{folder}' have {manifest.max_length} tokens. "
             f"Give --max_length {manifest.max_length}, or build them again."
         )
     return folder
+
+
+def row_mixing(config: Config, manifest: Manifest) -> list[Phase] | None:
+    """The shares of the domains among the rows, if the config asks for any.
+
+    Raises:
+        SRDEError: they do not fit the dataset.
+    """
+    counts = manifest.splits["train"].domains
+    rows = [counts[domain].rows for domain in manifest.domains]
+    return mixing_phases(config.data.domain_weights, config.data.mixing_temperature, manifest.domains, rows)
 
 
 def data_folder(config: Config) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from srde_ds.checkpoint.layout import read_manifest
 from srde_ds.checkpoint.resume import (
     find_checkpoint,
     load_common_tensors,
@@ -28,12 +28,33 @@ from srde_ds.errors import SRDEError
 from srde_ds.parallel import placement
 from srde_ds.parallel.engine import Engine
 from srde_ds.parallel.topology import Topology, all_reduce_max, gather_objects, on_main_rank
+from srde_ds.training.random_state import random_state, set_random_state
 
 logger = logging.getLogger(__name__)
+
+# Of the routing context: what the last step leaves to the next one's load balancing.
+BALANCING_TENSORS = ("expert_share", "target_share")
 
 # A resumed model that is the saved one gives the saved probe loss; the sum over a row differs in its last bits
 # between machines, and in bf16 by about 2^-8 of a token's loss.
 _PROBE_TOLERANCE = {True: 2e-2, False: 1e-4}
+
+
+# What a run state holds, by its path in run.json; what came later has a default instead.
+_SAVED: dict[str, Any] = {
+    "step": int,
+    "tokens": int,
+    "dataset": str,
+    "rows_per_step": int,
+    "probe_loss": float | int | None,  # None: of a pruned model, not measured
+    "config.adapter": dict,
+    "config.data.domains": list,
+    "config.training.seed": int,
+    "adapter.config.density": float | int,
+    "adapter.expert_names": list,
+    "adapter.support_hash": str,
+    "adapter.base.hash": str,
+}
 
 
 @dataclass(frozen=True)
@@ -113,8 +134,9 @@ class RunState:
             raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {remedy}")
         metadata = model.metadata()
         common = model.common_tensors()
-        if model.routing.expert_share is not None:
-            common["expert_share"] = model.routing.expert_share
+        for name in BALANCING_TENSORS:
+            if (tensor := getattr(model.routing, name)) is not None:
+                common[name] = tensor
         run_state = {
             "step": self.step,
             "tokens": self.tokens,
@@ -131,7 +153,7 @@ class RunState:
             self.saver.start(
                 self.step,
                 pieces=placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer),
-                rank_state={"random_state": _random_state()},
+                rank_state={"random_state": random_state()},
                 run_state=run_state,
                 common_tensors=common,
                 copy_first=in_background,
@@ -174,6 +196,7 @@ class RunState:
     def saved_at(self, folder: Path) -> SavedRun:
         """What a verified checkpoint says about itself."""
         values, common = load_run_state(folder), load_common_tensors(folder)
+        check_saved(values, common, folder)
         layers = sum(name.endswith(".support") for name in common)
         supports = [common[f"layers.{layer}.support"] for layer in range(layers)]
         return SavedRun(folder, values["adapter"]["config"]["density"], supports, values)
@@ -191,22 +214,23 @@ class RunState:
         placement.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
         model.load_selection_biases(common)
-        if "expert_share" in common:
-            model.routing.expert_share = common["expert_share"].to(self.topology.device)
+        for name in BALANCING_TENSORS:
+            if name in common:
+                setattr(model.routing, name, common[name].to(self.topology.device))
         self.step, self.tokens = values["step"], values["tokens"]
         # Checkpoints from before there was a curriculum do not say.
         self.warm_started = values.get("warm_started", False)
         self.unlock_order = values.get("unlock_order", self.unlock_order)
         if folder.parent.resolve() == Path(self.config.training.output_dir).resolve():
             self.saver.saved_step = self.step
-        loss, expected = self.probe_loss(), values["probe_loss"]
+        loss, expected = self.probe_loss(), values.get("probe_loss")
         # A pruned checkpoint holds none: its loss was never measured.
         if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[self.config.model.bf16] * max(
             1.0, abs(expected)
         ):
             raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
-        if _saved_world_size(folder) == self.topology.world_size:
-            _set_random_state(load_rank_state(folder, self.topology.rank)["random_state"])
+        if read_manifest(folder)["world_size"] == self.topology.world_size:
+            set_random_state(load_rank_state(folder, self.topology.rank).get("random_state"))
 
     @property
     def rows_per_step(self) -> int:
@@ -257,6 +281,28 @@ class RunState:
         _refuse_difference(saved.folder, same)
 
 
+def check_saved(values: dict[str, Any], common: dict[str, torch.Tensor], folder: Path) -> None:
+    """Refuse a checkpoint whose files are whole but hold something else than a run's state.
+
+    Raises:
+        SRDEError: names what is missing or of another type.
+    """
+    for path, kind in _SAVED.items():
+        value: Any = values
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise SRDEError(f"{folder}: its run state has no {path} of type {kind}: it is no checkpoint of a run.")
+    order = values.get("unlock_order", [])
+    if not isinstance(order, list) or set(map(type, order)) - {int} or sorted(order) != list(range(len(order))):
+        raise SRDEError(
+            f"{folder}: unlock_order in its run state is no order of experts: it is no checkpoint of a run."
+        )
+    supports = {name for name in common if name.endswith(".support")}
+    if supports != {f"layers.{layer}.support" for layer in range(len(supports))}:
+        raise SRDEError(f"{folder}: holds the supports of some layers only: it is no checkpoint of a run.")
+
+
 def _refuse_difference(folder: Path, same: dict[str, tuple[Any, Any]]) -> None:
     for key, (old, new) in same.items():
         if old != new:
@@ -264,22 +310,3 @@ def _refuse_difference(folder: Path, same: dict[str, tuple[Any, Any]]) -> None:
                 f"{folder}: {key} was {old!r}, this run has {new!r}. Resume with the same base, adapter options, "
                 "domains and seed."
             )
-
-
-def _random_state() -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {device: bytes(state.tolist()).hex() for device, state in states.items()}
-
-
-def _set_random_state(states: dict[str, str]) -> None:
-    tensors = {device: torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8) for device, text in states.items()}
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-
-
-def _saved_world_size(folder: Path) -> int:
-    world_size: int = json.loads((folder / "manifest.json").read_text())["world_size"]
-    return world_size

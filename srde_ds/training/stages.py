@@ -10,9 +10,11 @@ from srde_ds.config import Config
 from srde_ds.model.adapter import parameter_table
 from srde_ds.model.supports import support_size
 from srde_ds.optim.groups import build_groups, rule_table
-from srde_ds.parallel.cost import base_shape
 from srde_ds.parallel.engine import Engine, build_engine, build_model
+from srde_ds.parallel.shapes import base_shape
 from srde_ds.parallel.topology import Topology
+from srde_ds.training.balancing import delta_size_factor
+from srde_ds.training.calibration import calibrate_supports, choose_rows
 from srde_ds.training.phases import density_at
 from srde_ds.training.run_state import RunState, SavedRun
 
@@ -27,13 +29,14 @@ class Stages:
     def first_engine(self) -> Engine:
         """For a new run, or restored from `resume_from`."""
         saved = self.state.find_saved()
+        calibrated = self.config.adapter.support_strategy in ("activation", "gradient")
+        if calibrated and not saved:
+            choose_rows(self.config, self.state.stream.rows)  # a domain without rows is refused before the base is read
         engine = self._build(saved)
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
-        elif self.config.adapter.support_strategy in ("activation", "gradient"):
-            from srde_ds.training.calibration import calibrate_supports
-
+        elif calibrated:
             calibrate_supports(engine, self.config, self.topology, self.state.stream.rows, engine.model.config)
         return engine
 
@@ -81,6 +84,7 @@ class Stages:
         routing = model.routing
         routing.load_balancing_weight = self.config.optimizer.load_balancing_weight
         routing.router_z_weight = self.config.optimizer.router_z_weight
+        routing.delta_size_weight = self.config.optimizer.delta_size_weight * delta_size_factor(self.config)
         # OverlapLoss adds its gradient whole in each micro-step.
         micro_steps = self.config.training.gradient_accumulation_steps
         routing.support_overlap_weight = self.config.optimizer.support_overlap_weight / micro_steps

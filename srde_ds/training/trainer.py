@@ -31,7 +31,14 @@ from srde_ds.parallel.topology import (
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.held_out import Batch, HeldOut
 from srde_ds.training.metrics import MetricsWriter, ProgressLine, memory_gib
-from srde_ds.training.run_folder import check_inputs, check_run_folder, data_folder, open_run_folder, prepare_data
+from srde_ds.training.run_folder import (
+    check_inputs,
+    check_run_folder,
+    data_folder,
+    open_run_folder,
+    prepare_data,
+    row_mixing,
+)
 from srde_ds.training.run_state import RunState
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.stages import Stages
@@ -68,6 +75,7 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
         load_rows(folder, "train", manifest),
         seed=training.seed,
         global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
+        phases=row_mixing(config, manifest),
     )
     held_out = None
     if "validation" in manifest.splits:
@@ -187,7 +195,6 @@ def optimizer_step(
     # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
     loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
     routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
-    curriculum.set_targets(engine, counts["domain_tokens"])
     for batch in batches:
         if interrupted():
             return None
@@ -244,8 +251,11 @@ def finish(config: Config, state: RunState) -> None:
     weights = export_weights(state.folder, output / "srde_weights.safetensors")
     marker = {"step": state.step, "tokens": state.tokens, "weights": weights.name, "checkpoint": state.folder.name}
     partial = output / "completed.json.tmp"
-    partial.write_text(json.dumps(marker, indent=2) + "\n")
-    os.replace(partial, output / "completed.json")
+    try:
+        partial.write_text(json.dumps(marker, indent=2) + "\n")
+        os.replace(partial, output / "completed.json")
+    except OSError as error:
+        raise SRDEError(f"'{output / 'completed.json'}' cannot be written: {error.strerror}.") from None
     print(f"Finished: {weights}", flush=True)
 
 

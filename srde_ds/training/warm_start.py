@@ -154,7 +154,8 @@ def _fit_layer(own: Tensor, layer: int, sample: TokenSample, config: Config, top
     gathered = gather_rows(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
     inputs = np.empty((0, 0), np.float32)  # of rank 0 alone
     if gathered is not None:
-        inputs = gathered.float().cpu().numpy()[np.argsort(np.argsort(owner, kind="stable"))]
+        arrived = np.argsort(np.argsort(owner, kind="stable"))  # rank by rank, and in the sample's order from each
+        inputs = gathered[torch.from_numpy(arrived)].float().cpu().numpy()
         del gathered
 
     def fit() -> RouterFit:

@@ -41,6 +41,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "support_scope": "per_expert",
         "support_overlap_weight": 0.1,
     },
+    "calibrated": {"support_strategy": "gradient", "support_scope": "per_expert", "calibration_rows": 4},
     "warm_start": {"warm_start": True, "unlock_order": "cluster_size", "progressive_unlock": "linear"},
     "losses": {
         "balancing_bias_rate": 0.01,

@@ -141,9 +141,7 @@ def test_a_bank_with_some_of_the_experts_uses_their_rows() -> None:
         assert not part(**options)[:, 1].any()
 
 
-@pytest.mark.parametrize(
-    ("scope", "granularity"), itertools.product(("shared", "per_expert"), ("neuron", "element"))
-)
+@pytest.mark.parametrize(("scope", "granularity"), itertools.product(("shared", "per_expert"), ("neuron", "element")))
 def test_noise_is_drawn_in_training_alone(scope: str, granularity: str) -> None:
     model = learning(granularity=granularity, support_scope=scope)
     model.routing.support_temperature = 5.0
@@ -266,7 +264,7 @@ def test_the_overlap_weight_moves_the_overlap(granularity: str) -> None:
 
 @pytest.mark.parametrize(("granularity", "scope"), itertools.product(("neuron", "element"), ("shared", "per_expert")))
 def test_scores_find_the_planted_candidates(granularity: str, scope: str) -> None:
-    """A regression whose target uses planted candidates: of these most end in the mask, where chance finds one in four."""
+    """A regression whose target uses planted candidates: they end in the mask, where chance finds one in four."""
     experts, candidates, keep, block = 2, (32 if granularity == "neuron" else 16 * 64), 8, 1
     if granularity == "element":
         keep, block = 4 * 64, 64
@@ -295,7 +293,6 @@ def test_scores_find_the_planted_candidates(granularity: str, scope: str) -> Non
     for step in range(steps):
         optimizer.zero_grad()
         deltas = bank(temperature=0.1 ** (step / steps), step=step)
-        # A regression on noisy inputs: y = <x, delta>, seen as its gradient's expectation plus noise.
         noise = 0.1 * torch.randn(deltas.shape, generator=generator)
         (deltas - target - noise).square().sum().backward()
         optimizer.step()

@@ -7,7 +7,16 @@ import torch
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.model.supports import random_subset, ranking, select_support, support_hash, support_size, value_count
+from srde_ds.model.supports import (
+    activation_scores,
+    best_entries,
+    random_subset,
+    ranking,
+    select_support,
+    support_hash,
+    support_size,
+    value_count,
+)
 from tests.helpers import adapter_config
 
 D, F = 8, 24
@@ -96,6 +105,33 @@ def test_indices_beyond_int32_are_refused() -> None:
         select_support(
             adapter_config(granularity="element"), weights(), hidden=16384, intermediate=53248, seed=0, layer=0
         )
+
+
+@pytest.mark.parametrize("strategy", ["activation", "gradient"])
+def test_until_data_are_looked_at_all_experts_have_the_largest_weights(strategy: str) -> None:
+    """Their supports may overlap: no slices need to fit."""
+    support = select(support_strategy=strategy, support_scope="per_expert", density=0.5)
+    assert support.tolist() == [select(density=0.5).tolist()] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activation_scores_weigh_each_weight_by_its_input(dtype: torch.dtype) -> None:
+    gate, up, down = weights(dtype)
+    input_norm, hidden_norm = torch.rand(D, dtype=torch.float64) + 0.1, torch.rand(F, dtype=torch.float64) + 0.1
+    g, u, d = gate.double(), up.double(), down.double()
+    elements = [(w * norm).abs() for w, norm in ((g, input_norm), (u, input_norm), (d, hidden_norm))]
+    found = activation_scores("element", gate, up, down, input_norm, hidden_norm)
+    torch.testing.assert_close(found, torch.cat([e.flatten() for e in elements]).float())
+    neurons = [
+        sum((w[j] * input_norm).square().sum() for w in (g, u)) + (d[:, j] * hidden_norm[j]).square().sum()
+        for j in range(F)
+    ]
+    found = activation_scores("neuron", gate, up, down, input_norm, hidden_norm)
+    torch.testing.assert_close(found, torch.stack(neurons).sqrt(), rtol=1e-6, atol=0)
+
+
+def test_best_entries_come_in_ascending_order() -> None:
+    assert best_entries(torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 5.0]), 4).tolist() == [1, 2, 3, 5]
 
 
 def test_the_hash_sees_values_order_and_shape() -> None:

@@ -1,0 +1,223 @@
+"""A base read from its files, a tensor at a time: nothing of it is loaded as a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.base import (
+    ROLES,
+    base_identity,
+    block_of_layer,
+    decoder_layers,
+    empty_base,
+    identity_hash,
+    sample_digest,
+    verify_block,
+)
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# What belongs to a base beside its weights and its configuration: tokenizer, generation defaults, licence.
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """Dtype, shape, and how to get the values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+    def to(self, dtype: torch.dtype | None) -> LazyTensor:
+        """Floating-point values in another dtype; None: as they are."""
+        if dtype is None or not self.dtype.is_floating_point:
+            return self
+        return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
+
+
+class BaseFiles:
+    """The files of a Hugging Face id or local folder, in safetensors.
+
+    Attributes:
+        folder: where they lie; `shards`: file -> names of its tensors.
+        config: config.json as it is.
+        empty: the model on the meta device.
+        prefix: what stands in the files before a decoder tensor's name ("layers.0. ..."), such as "model.".
+
+    Raises:
+        SRDEError: no such base, no safetensors files, or quantised ones.
+    """
+
+    def __init__(self, model_name: str | Path) -> None:
+        self.name = str(model_name)
+        self.empty: PreTrainedModel = empty_base(model_name)
+        self.folder = Path(model_name) if Path(model_name).is_dir() else self._download()
+        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        if self.config.get("quantization_config"):
+            raise self._error("its weights are quantised; give the unquantised checkpoint")
+        self.shards = self._shards()
+        self.files = {name: file for file, names in self.shards.items() for name in names}
+        self.prefix = self._prefix()
+
+    def _error(self, reason: str) -> SRDEError:
+        return SRDEError(f"base '{self.name}': {reason}.")
+
+    def _download(self) -> Path:
+        patterns = [*COMPANIONS, "model*.safetensors"]
+        try:
+            return Path(snapshot_download(self.name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise self._error(f"its files cannot be had from the Hub ({' '.join(str(error).split())})") from None
+
+    def _shards(self) -> dict[str, list[str]]:
+        if (self.folder / INDEX).is_file():
+            weight_map = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            shards: dict[str, list[str]] = {}
+            for name, file in weight_map.items():
+                shards.setdefault(file, []).append(name)
+            return shards
+        if not (self.folder / SINGLE).is_file():
+            raise self._error(f"'{self.folder}' holds neither {SINGLE} nor {INDEX}; save it with save_pretrained")
+        with self._open(SINGLE) as file:
+            return {SINGLE: list(file.keys())}
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(str(self.folder / file), framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise self._error(f"'{file}' cannot be read ({' '.join(str(error).split())})") from None
+
+    def tensor(self, name: str) -> LazyTensor:
+        """A tensor of the files by its name there."""
+        file = self.files[name]
+        with self._open(file) as opened:
+            part = opened.get_slice(name)
+            kind, shape = part.get_dtype(), tuple(part.get_shape())
+        if kind not in TORCH_DTYPES:
+            raise self._error(f"tensor {name} has the dtype {kind}, which is not supported")
+
+        def load() -> Tensor:
+            with self._open(file) as opened:
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+
+        return LazyTensor(TORCH_DTYPES[kind], shape, load)
+
+    def decoder_tensor(self, name: str) -> LazyTensor:
+        """A tensor of the text decoder by its name there, such as "layers.3.mlp.up_proj.weight"."""
+        return self.tensor(self.prefix + name)
+
+    @cached_property
+    def decoder_shapes(self) -> dict[str, tuple[int, ...]]:
+        """All tensors of the text decoder, by their names there."""
+        return {name: tuple(tensor.shape) for name, tensor in self.empty.get_decoder().state_dict().items()}
+
+    def _prefix(self) -> str:
+        """Bases with an image encoder keep their decoder under other names in files than in memory."""
+        first = next(name for name in self.decoder_shapes if name.startswith("layers.0."))
+        ends = [name for name in self.files if name == first or name.endswith(f".{first}")]
+        prefixes = {name.removesuffix(first) for name in ends}
+        fitting = [p for p in prefixes if all(p + name in self.files for name in self.decoder_shapes)]
+        if len(fitting) != 1:
+            missing = next(
+                (p + n for p in sorted(prefixes) for n in self.decoder_shapes if p + n not in self.files), first
+            )
+            raise self._error(f"its files lack {missing}; give a complete checkpoint of {type(self.empty).__name__}")
+        return fitting[0]
+
+    def check_shapes(self) -> None:
+        """SRDEError if a tensor of the decoder has another shape than its configuration says."""
+        for name, shape in self.decoder_shapes.items():
+            if (found := self.decoder_tensor(name).shape) != shape:
+                raise self._error(f"{self.prefix}{name} has shape {list(found)}, its configuration says {list(shape)}")
+
+    def identity(self) -> dict[str, str | int]:
+        """What `base.base_identity` gives of the loaded model."""
+        decoder, layers = self.empty.get_decoder(), decoder_layers(self.empty)
+        names = {id(module): name for name, module in decoder.named_modules()}
+
+        def samples() -> Iterator[list[bytes]]:
+            for module in (self.empty.get_input_embeddings(), layers[0], layers[-1]):
+                own = [f"{names[id(module)]}.{name}" for name, _ in module.named_parameters()]
+                yield [sample_digest(self.decoder_tensor(name).load()) for name in own]
+
+        return {
+            "name": self.name,
+            "architecture": type(self.empty).__name__,
+            "hash": identity_hash(self.empty.config, samples()),
+        }
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """ "gate", "up", "down" -> the matrix's name within a decoder layer, such as "mlp.up_proj.weight".
+
+        Layer 0 is probed for all: the layers of a decoder are of one class.
+        """
+        layer = decoder_layers(self.empty)[0]
+        name, block, hidden = block_of_layer(layer, 0, self.empty)
+        own = {key: self.decoder_tensor(f"layers.0.{name}.{key}").load() for key in block.state_dict()}
+        block.load_state_dict(own, assign=True)
+        dtype = next(iter(own.values())).dtype
+        roles = verify_block(block, hidden, dtype=dtype, where=f"base '{self.name}', layer 0, {name}")
+        return {role: f"{name}.{roles[role]}.weight" for role in ROLES}
+
+    def companions(self) -> list[Path]:
+        """Files to copy beside weights made of this base."""
+        found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
+        left_out = {"config.json"}
+        return sorted(p for p in found if p.name not in left_out and not p.name.endswith(".safetensors.index.json"))
+
+
+def check_base(
+    base: PreTrainedModel | BaseFiles, expected: dict[str, str | int], weights: str | Path
+) -> dict[str, str | int]:
+    """The identity of a base, loaded or in files; a model quantised at load is known by the files it was loaded from.
+
+    Args:
+        expected: identity of the base that the weights were trained on.
+        weights: where they are, for the message.
+
+    Raises:
+        SRDEError: it is another base.
+    """
+    if isinstance(base, BaseFiles):
+        found: dict[str, str | int] = base.identity()
+    else:
+        found = base_identity(base)
+        if found["hash"] != expected["hash"] and getattr(base, "is_quantized", False):
+            found = BaseFiles(str(found["name"])).identity()
+    if found["hash"] != expected["hash"]:
+        raise SRDEError(
+            f"weights '{weights}': trained on {_describe(expected)}, but the base given is {_describe(found)}; "
+            "give the base that they were trained on."
+        )
+    return found
+
+
+def _describe(identity: dict[str, str | int]) -> str:
+    return f"{identity['name'] or 'an unnamed model'} ({identity['architecture']}, hash {str(identity['hash'])[:12]})"

@@ -1,0 +1,75 @@
+"""An expert's delta added to the base's dense weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.base import ROLES
+from srde_ds.model.layer import SRDEFeedForward
+
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, granularity: str) -> Tensor:
+    """W + delta_e of one of a block's matrices: a new tensor in the dtype of W, the sum rounded once.
+
+    Args:
+        weight: gate or up `[F, D]`, down `[D, F]`.
+        role: which of ROLES it is.
+        support: the expert's `[m]` neurons, or `[n]` flat indices into gate, up, down.
+        delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]` (element).
+    """
+    merged, number = weight.detach().clone(), ROLES.index(role)
+    index, precise = support.long(), torch.promote_types(weight.dtype, torch.float32)
+    if granularity == "element":
+        first = number * weight.numel()
+        here = (index >= first) & (index < first + weight.numel())
+        merged, index, change = merged.view(-1), index[here] - first, delta[here]
+    elif role == "down":
+        change = delta[:, number]
+        merged[:, index] = (merged[:, index].to(precise) + change.to(precise)).to(weight.dtype)
+        return merged
+    else:
+        change = delta[:, number].T
+    merged[index] = (merged[index].to(precise) + change.to(precise)).to(weight.dtype)
+    return merged.view_as(weight)
+
+
+def merge_into_base(base: PreTrainedModel, expert: int) -> None:
+    """Add one expert's deltas to the base's own blocks and put these back in the place of those that carry experts.
+
+    Raises:
+        SRDEError: a block's weights are quantised; nothing is changed then.
+    """
+    found = [
+        (owner, name, child)
+        for owner in base.modules()
+        for name, child in owner.named_children()
+        if isinstance(child, SRDEFeedForward)
+    ]
+    for _, _, layer in found:
+        for weight in _weights(layer).values():
+            if weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
+                raise SRDEError(
+                    f"expert cannot be merged: layer {layer.layer} of the base holds quantised weights "
+                    f"({weight.dtype}, shape {list(weight.shape)}); load the base unquantised."
+                )
+    with torch.no_grad():
+        for owner, name, layer in found:
+            support = layer.support if layer.support.dim() == 1 else layer.support[expert]
+            delta = expert_delta(layer.deltas(), expert, layer.granularity)
+            for role, weight in _weights(layer).items():
+                weight.copy_(merged_weight(weight, role, support, delta, layer.granularity))
+            setattr(owner, name, layer.block)
+
+
+def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
+    """One expert's part of a bank's effective deltas: `[D, 3, m]` or `[n]`."""
+    return deltas[:, expert] if granularity == "neuron" else deltas[expert]
+
+
+def _weights(layer: SRDEFeedForward) -> dict[str, Tensor]:
+    return {role: getattr(layer.block, layer.roles[role]).weight for role in ROLES}

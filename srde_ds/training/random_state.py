@@ -1,0 +1,33 @@
+"""The random number generators of a process as JSON, for checkpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from srde_ds.errors import SRDEError
+
+
+def random_state() -> dict[str, str]:
+    """State of the CPU's generator and, if there is one, the current GPU's; in hexadecimal."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {device: bytes(state.tolist()).hex() for device, state in states.items()}
+
+
+def set_random_state(states: Any) -> None:
+    """Put the generators where `random_state` found them; one that this machine does not have is passed over.
+
+    Raises:
+        SRDEError: this is no such state.
+    """
+    try:
+        tensors = {name: torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8) for name in states}
+        torch.set_rng_state(tensors["cpu"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # torch: of wrong length or content
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SRDEError(f"random_state: not the state of random number generators: {text}.") from None
