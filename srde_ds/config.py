@@ -38,7 +38,7 @@ class AdapterConfig:
     preset: Literal["default", "reference"] = option(
         "default", "reference: the predecessor's form (element granularity, 16 atoms, softmax mixing)"
     )
-    num_experts: int = option(6, "experts in each layer", minimum=1)
+    num_experts: int = option(6, "experts in each layer; follows from domains where it is not given", minimum=1)
     top_k: int = option(2, "experts that a token uses", minimum=1)
     density: float = option(
         0.01,
@@ -73,6 +73,14 @@ class DataConfig:
     max_length: int = option(2048, "tokens in a packed row", minimum=8)
     too_long: Literal["error", "drop", "truncate"] = option(
         "drop", "what happens to a document longer than max_length; it is counted and reported in any case"
+    )
+    domain_weights: str | None = option(
+        None,
+        "shares of the domains among the rows, with changes by step: 'math=2,code=1; 500: math=1,code=1' "
+        "(default: each row once an epoch)",
+    )
+    mixing_temperature: float = option(
+        1.0, "T of shares by rows ** (1/T), instead of domain_weights: above 1, small domains come up more", minimum=0.1
     )
 
 
@@ -272,6 +280,10 @@ def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> C
     for key, value in (PRESETS[preset] | given).items():
         target = sections[owner[key]]
         setattr(target, key, checked(target, key, value))
+    if "num_experts" not in given:
+        config.adapter.num_experts = len(config.data.domains)
+    if "top_k" not in given:
+        config.adapter.top_k = min(config.adapter.top_k, config.adapter.num_experts)
     _check_relations(config)
     return config
 
@@ -326,6 +338,8 @@ def _check_curriculum(config: Config) -> None:
                 f"supervised_experts=true with {len(config.data.domains)} domains and num_experts="
                 f"{adapter.num_experts}: each domain needs an expert. Raise --num_experts or give fewer --domains."
             )
+    if curriculum.warm_start and adapter.num_experts == 1:
+        raise SRDEError("warm_start=true with num_experts=1: there is nothing to route. Leave --warm_start out.")
     if curriculum.unlock_order == "cluster_size" and not (
         curriculum.warm_start and curriculum.warm_start_method == "kmeans"
     ):

@@ -35,12 +35,18 @@ def adapter_config(**overrides: Any) -> AdapterConfig:
 
 
 def tiny_srde(
-    *, dtype: torch.dtype = torch.float32, seed: int = 0, base: PreTrainedModel | None = None, **overrides: Any
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    base: PreTrainedModel | None = None,
+    target_density: float | None = None,
+    **overrides: Any,
 ) -> SRDEModel:
     """tiny_llama with experts; `overrides` go to the adapter config."""
     config = adapter_config(**overrides)
     names = [f"expert{e}" for e in range(config.num_experts)]
-    return add_experts(base or tiny_llama(dtype=dtype), config, expert_names=names, seed=seed)
+    base = base or tiny_llama(dtype=dtype)
+    return add_experts(base, config, expert_names=names, seed=seed, target_density=target_density)
 
 
 def randomize(model: SRDEModel, *, seed: int = 1, scale: float = 0.3) -> SRDEModel:

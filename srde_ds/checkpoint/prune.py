@@ -17,10 +17,10 @@ from srde_ds.checkpoint.save import CheckpointSaver, Collectives
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
 from srde_ds.config_values import checked
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import AdapterMetadata
 from srde_ds.model.base import block_shapes, empty_base
 from srde_ds.model.pruning import at_positions, kept_positions
 from srde_ds.model.supports import support_hash, support_size
+from srde_ds.model.weights_file import AdapterMetadata
 from srde_ds.parallel.pieces import KINDS, TensorPiece
 
 Result = TypeVar("Result")

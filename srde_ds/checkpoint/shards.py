@@ -53,14 +53,19 @@ def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileRecord:
-    """Write a safetensors file in one pass: a chunk at a time goes to the host, to the file and into the hash."""
+def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
+    """What stands before the tensors in a safetensors file, and the names in the order of the tensors behind it.
+
+    Args:
+        tensors: by name; of each only dtype and shape are read.
+    """
     # Large elements first, so that every tensor starts at a multiple of its element size.
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -68,13 +73,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, names
+
+
+def tensor_bytes(tensor: Tensor) -> Iterator[Any]:
+    """The tensor's elements as a file holds them; a chunk at a time goes to the host."""
+    for part in tensor.detach().reshape(-1).split(CHUNK_BYTES // tensor.element_size()):
+        yield part.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileRecord:
+    """Write a safetensors file in one pass: a chunk at a time goes to the file and into the hash."""
+    header, names = safetensors_header(tensors, metadata)
 
     def chunks() -> Iterator[Any]:
-        yield len(text).to_bytes(8, "little")
-        yield text
-        for _, tensor in ordered:
-            for part in tensor.detach().reshape(-1).split(CHUNK_BYTES // tensor.element_size()):
-                yield part.cpu().contiguous().view(torch.uint8).numpy()
+        yield header
+        for name in names:
+            yield from tensor_bytes(tensors[name])
 
     return write_bytes(path, chunks())
 

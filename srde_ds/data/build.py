@@ -5,25 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
-    DomainCounts,
     Manifest,
     Split,
     check_domains,
@@ -31,8 +29,10 @@ from srde_ds.data.manifest import (
     load_manifest,
     tokenizer_identity,
 )
-from srde_ds.data.packing import Document, check_markers, fit, pack, tokenize
-from srde_ds.data.records import Record, read_jsonl
+from srde_ds.data.packing import Document, check_markers, pad_token_id, tokenize
+from srde_ds.data.records import SPLITS, Record, read_jsonl
+from srde_ds.data.rows import DomainRows, write_split
+from srde_ds.data.stages import process_died, worker_pool
 from srde_ds.errors import SRDEError
 
 __all__ = ["Manifest", "build_dataset", "load_manifest"]
@@ -40,8 +40,7 @@ __all__ = ["Manifest", "build_dataset", "load_manifest"]
 log = logging.getLogger(__name__)
 
 RECORDS_A_BATCH = 500
-DOCUMENTS_A_BUFFER = 20_000
-"""documents of a domain that are shuffled and packed together: bounds memory, costs no fill worth naming"""
+BATCHES_UNDER_WAY = 64
 
 
 def build_dataset(
@@ -55,43 +54,70 @@ def build_dataset(
     too_long: str,
     seed: int,
     num_processes: int = 1,
+    overwrite: bool = False,
 ) -> Manifest:
-    """Write `output_dir/train/`, `output_dir/validation/` (with `eval_file`) and `output_dir/manifest.json`.
+    """Write `output_dir/train/`, the held-out splits and `output_dir/manifest.json`.
 
-    The folder appears complete or not at all. One that was built from the same files, tokenizer and options
-    is used as it is. All input is checked before the first record is tokenised.
+    Held out are the records of `eval_file` (split validation), and those of `jsonl_data` that name their split. The
+    folder appears complete or not at all. One that was built from the same files, tokenizer and options is used as it
+    is. All input is checked before the first record is tokenised.
 
     Raises:
-        SRDEError: bad input, a domain without records, held-out prompts in the training file, or a folder
-            that exists and holds something else.
+        SRDEError: bad input, a domain without records, held-out prompts in the training file, or a folder that exists
+            and holds something else (without `overwrite`).
     """
     output_dir = Path(output_dir)
-    files = {"train": Path(jsonl_data)} | ({"validation": Path(eval_file)} if eval_file else {})
-    hashes = {split: _file_hash(path) for split, path in files.items()}
+    hashes = {Path(path): file_hash(Path(path)) for path in (jsonl_data, eval_file) if path}
     manifest = Manifest(FORMAT_VERSION, max_length, too_long, seed, list(domains), tokenizer_identity(tokenizer), {})
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+    inputs = _Inputs(Path(jsonl_data), Path(eval_file) if eval_file else None, list(domains))
+    if not overwrite and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         existing = load_manifest(output_dir)
-        _check_same(existing, manifest, hashes, tokenizer, output_dir)
+        _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
         log.info("'%s' was built from the same files and options: it is used as it is", output_dir)
         return existing
-    _check_records(files, domains, tokenizer)
+    splits = _check_records(inputs, tokenizer)
     building = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
         with _tokenizing(tokenizer, num_processes) as tokenized:
-            for split, path in files.items():
-                writer = _SplitWriter(manifest, tokenizer, tokenized)
-                manifest.splits[split] = writer.write(path, hashes[split], building, split)
+            for split in splits:
+                manifest.splits[split] = _write_split(
+                    split, inputs, hashes, building, manifest, pad_token_id(tokenizer), tokenized
+                )
         (building / FILE_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+        if overwrite:
+            shutil.rmtree(output_dir, ignore_errors=True)
         building.rename(output_dir)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return manifest
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """The files, and which records of them make up which split."""
+
+    jsonl_data: Path
+    eval_file: Path | None
+    domains: list[str]
+
+    def path(self, split: str) -> Path:
+        return self.eval_file if self.eval_file and split == "validation" else self.jsonl_data
+
+    def records(self, split: str) -> Iterator[Record]:
+        for record in read_jsonl(self.path(split), self.domains):
+            if record.split == split or self.path(split) == self.eval_file:
+                yield record
+
+
 def _check_same(
-    existing: Manifest, wanted: Manifest, hashes: dict[str, str], tokenizer: PreTrainedTokenizerBase, folder: Path
+    existing: Manifest,
+    wanted: Manifest,
+    inputs: _Inputs,
+    hashes: dict[Path, str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
 ) -> None:
     remedy = f"'{folder}' exists already: choose another output folder or delete it"
     try:
@@ -103,36 +129,49 @@ def _check_same(
         built, asked = getattr(existing, key), getattr(wanted, key)
         if built != asked:
             raise SRDEError(f"{remedy}. It was built with {key}={built}, not {asked}.")
-    if {split: entry.file_sha256 for split, entry in existing.splits.items()} != hashes:
+    needed = ["train", *(["validation"] if inputs.eval_file else []), *existing.splits]
+    made_from = {split: entry.file_sha256 for split, entry in existing.splits.items()}
+    if any(made_from.get(split) != hashes[inputs.path(split)] for split in needed):
         raise SRDEError(f"{remedy}. It was built from other files or other content.")
 
 
-def _check_records(files: dict[str, Path], domains: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Read every line once: syntax, domains without records, held-out prompts that training would see."""
-    held_out: dict[Any, str] = {}
-    if "validation" in files:
-        for record in read_jsonl(files["validation"], domains):
-            check_markers(tokenizer, record)
-            held_out.setdefault(_prompts(record)[-1], record.where)
+def _check_records(inputs: _Inputs, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Read every line once: syntax, domains without records, held-out prompts that training would see.
+
+    Returns:
+        the splits that have records.
+    """
+    held_out: dict[int, str] = {}
+    trained: set[int] = set()
     counts: Counter[str] = Counter()
-    leaked: dict[Any, str] = {}
-    for record in read_jsonl(files["train"], domains):
-        check_markers(tokenizer, record)
-        counts[record.domain] += 1
-        for prompt in _prompts(record):
-            if prompt in held_out:
-                leaked.setdefault(prompt, record.where)
-    empty = [domain for domain in domains if not counts[domain]]
+    splits: Counter[str] = Counter()
+    files = [inputs.jsonl_data, *([inputs.eval_file] if inputs.eval_file else [])]
+    for path in files:
+        for record in read_jsonl(path, inputs.domains):
+            check_markers(tokenizer, record)
+            split = "validation" if path == inputs.eval_file else record.split
+            if split == "validation" and inputs.eval_file and path != inputs.eval_file:
+                raise SRDEError(f"{record.where}: a validation record, with eval_file={inputs.eval_file}: keep one.")
+            splits[split] += 1
+            if split == "train":
+                counts[record.domain] += 1
+                trained.update(map(hash, _prompts(record)))
+            else:
+                held_out.setdefault(hash(_prompts(record)[-1]), record.where)
+    empty = [domain for domain in inputs.domains if not counts[domain]]
     if empty:
         raise SRDEError(
-            f"'{files['train']}' has no record of domain '{empty[0]}': add some, or leave it out of domains."
+            f"'{inputs.jsonl_data}' has no record of domain '{empty[0]}': add some, or leave it out of domains."
         )
+    leaked = [prompt for prompt in held_out if prompt in trained]
     if leaked:
-        prompt, where = next(iter(leaked.items()))
+        where = next(r.where for r in inputs.records("train") if leaked[0] in map(hash, _prompts(r)))
+        first = f"{held_out[leaked[0]]} = {where}"
         raise SRDEError(
-            f"'{files['validation']}': {len(leaked)} held-out prompts occur in the training file too, the first is "
-            f"{held_out[prompt]} = {where}: remove them from one of the files."
+            f"'{files[-1]}': {len(leaked)} held-out prompts occur in the training file too, the first is {first}: "
+            "remove them from one of the files."
         )
+    return [split for split in SPLITS if splits[split]]
 
 
 def _prompts(record: Record) -> list[Any]:
@@ -147,96 +186,46 @@ Tokenized = Callable[[Iterator[list[Record]]], Iterable[Batch]]
 """Batches of records to batches of documents, in the same order"""
 
 
-class _SplitWriter:
-    """Packs and writes one file; holds the counts while rows stream by."""
-
-    def __init__(self, manifest: Manifest, tokenizer: PreTrainedTokenizerBase, tokenized: Tokenized) -> None:
-        self.domains, self.max_length = manifest.domains, manifest.max_length
-        self.too_long, self.seed = manifest.too_long, manifest.seed
-        self.pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.tokenized = tokenized
-        self.counts = {domain: DomainCounts() for domain in self.domains}
-        self.digest = hashlib.sha256()
-
-    def write(self, path: Path, file_hash: str, folder: Path, split: str) -> Split:
-        tokens = datasets.List(datasets.Value("int32"), length=self.max_length)
-        features = datasets.Features(
-            {
-                "input_ids": tokens,
-                "labels": tokens,
-                "position_ids": tokens,
-                "domain": datasets.ClassLabel(names=self.domains),
-                "length": datasets.Value("int32"),
-            }
-        )
-        cache = folder / "cache"
-        try:
-            # A fingerprint of our own: the generator needs no hashing, and its cache is deleted below.
-            rows = datasets.Dataset.from_generator(
-                self._rows,
-                features=features,
-                gen_kwargs={"path": path},
-                cache_dir=str(cache),
-                split=split,
-                fingerprint=f"srde-{split}",
-            )
-        except DatasetGenerationError as error:
-            raise (error.__cause__ if isinstance(error.__cause__, SRDEError) else error) from None
-        rows.save_to_disk(str(folder / split))
-        total = len(rows)
-        del rows
-        shutil.rmtree(cache)
-        filled = sum(counts.tokens for counts in self.counts.values())
-        return Split(
-            file=str(path),
-            file_sha256=file_hash,
-            rows=total,
-            fill_rate=round(filled / (total * self.max_length), 4),
-            content_sha256=self.digest.hexdigest(),
-            domains=self.counts,
-        )
-
-    def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
-        buffers: dict[str, list[Document]] = {domain: [] for domain in self.domains}
-        flushed: Counter[str] = Counter()
-        records = read_jsonl(path, self.domains)
+def _write_split(
+    split: str,
+    inputs: _Inputs,
+    hashes: dict[Path, str],
+    folder: Path,
+    manifest: Manifest,
+    pad_id: int,
+    tokenized: Tokenized,
+) -> Split:
+    """Tokenise, pack and write one split; only a buffer of documents a domain is held in memory."""
+    path = inputs.path(split)
+    parts = folder / "parts"
+    parts.mkdir()
+    options: dict[str, Any] = {"domains": manifest.domains, "max_length": manifest.max_length, "pad_id": pad_id}
+    options |= {"too_long": manifest.too_long, "seed": manifest.seed}
+    with ExitStack() as stack:
+        rows = {
+            domain: stack.enter_context(DomainRows(parts / f"{number}.arrow", domain=domain, **options))
+            for number, domain in enumerate(manifest.domains)
+        }
+        records = inputs.records(split)
         batches = iter(lambda: list(islice(records, RECORDS_A_BATCH)), [])
-        for domain, document in chain.from_iterable(self.tokenized(batches)):
-            kept = self._counted(domain, document)
-            if kept is not None:
-                buffers[domain].append(kept)
-            if len(buffers[domain]) == DOCUMENTS_A_BUFFER:
-                yield from self._packed(domain, buffers[domain], flushed[domain])
-                flushed[domain] += 1
-                buffers[domain] = []
-        for domain, documents in buffers.items():
-            yield from self._packed(domain, documents, flushed[domain])
-            counts = self.counts[domain]
-            if counts.documents and not counts.rows:
-                raise SRDEError(
-                    f"'{path}': all {counts.documents} documents of domain '{domain}' are longer than "
-                    f"max_length={self.max_length}: raise max_length, or give --too_long truncate."
-                )
-
-    def _counted(self, domain: str, document: Document) -> Document | None:
-        counts = self.counts[domain]
-        counts.documents += 1
-        counts.by_parts += document.by_parts
-        counts.too_long += len(document) > self.max_length
-        kept = fit(document, self.max_length, self.too_long)
-        counts.dropped += kept is None
-        return kept
-
-    def _packed(self, domain: str, documents: list[Document], flush: int) -> Iterator[dict[str, Any]]:
-        index, counts = self.domains.index(domain), self.counts[domain]
-        generator = np.random.default_rng([self.seed, index, flush])
-        for row in pack(documents, self.max_length, self.pad_id, generator):
-            counts.rows += 1
-            counts.tokens += row["length"]
-            counts.response_tokens += int((row["labels"] >= 0).sum())
-            self.digest.update(np.array([index, row["length"]], np.int32).tobytes())
-            self.digest.update(row["input_ids"].tobytes() + row["labels"].tobytes())
-            yield row | {"domain": index}
+        for domain, document in chain.from_iterable(tokenized(batches)):
+            rows[domain].add(document)
+    for domain, made in rows.items():
+        if made.counts.documents and not made.counts.rows:
+            raise SRDEError(
+                f"'{path}': all {made.counts.documents} documents of domain '{domain}' are longer than "
+                f"max_length={manifest.max_length}: raise max_length, or give --too_long truncate."
+            )
+    written = write_split(
+        folder / split,
+        [parts / f"{number}.arrow" for number in range(len(rows))],
+        made_from=(str(path), hashes[path]),
+        counts={domain: made.counts for domain, made in rows.items()},
+        digests=[made.digest.hexdigest() for made in rows.values()],
+        max_length=manifest.max_length,
+    )
+    shutil.rmtree(parts)
+    return written
 
 
 @contextmanager
@@ -244,9 +233,22 @@ def _tokenizing(tokenizer: PreTrainedTokenizerBase, num_processes: int) -> Itera
     if num_processes == 1:
         yield partial(map, partial(_tokenize_batch, tokenizer))
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(num_processes, initializer=_start_worker, initargs=(tokenizer,)) as pool:
-        yield partial(pool.imap, _work)
+    try:
+        with worker_pool(num_processes, partial(_set_tokenizer, tokenizer)) as pool:
+            yield partial(_in_order, pool)
+    except BrokenProcessPool:
+        raise process_died(num_processes) from None
+
+
+def _in_order(pool: ProcessPoolExecutor, batches: Iterator[list[Record]]) -> Iterator[Batch]:
+    """The results in the order of the batches, of which few are under way, so that memory does not grow."""
+    waiting: deque[Future[Batch]] = deque()
+    for batch in batches:
+        waiting.append(pool.submit(_work, batch))
+        if len(waiting) == BATCHES_UNDER_WAY:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _tokenize_batch(tokenizer: PreTrainedTokenizerBase, records: list[Record]) -> Batch:
@@ -257,7 +259,7 @@ def _tokenize_batch(tokenizer: PreTrainedTokenizerBase, records: list[Record]) -
 _worker_tokenizer: PreTrainedTokenizerBase
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase) -> None:
+def _set_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     global _worker_tokenizer
     _worker_tokenizer = tokenizer
 
@@ -266,7 +268,12 @@ def _work(records: list[Record]) -> Batch:
     return _tokenize_batch(_worker_tokenizer, records)
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        SRDEError: it is not there or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -11,26 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srde_ds.data.mixing import Mixture, Phase
 from srde_ds.errors import SRDEError
 
 COLUMNS = ("input_ids", "labels", "position_ids", "domain", "length")
 
 
 class RowStream:
-    """The endless stream of training rows: one epoch's permutation after the other.
+    """The endless stream of training rows.
 
-    Step s takes the `global_batch_rows` rows from position s * global_batch_rows on, whatever the number of
-    ranks. Each epoch covers each row once, in an order fixed by (seed, epoch); a batch may span two epochs,
-    and a dataset smaller than a batch is gone through several times within it.
+    Step s takes the `global_batch_rows` rows from position s * global_batch_rows on, whatever the number of ranks.
+    Without `phases`, epochs follow one another: each covers each row once, in an order fixed by (seed, epoch); a
+    batch may span two epochs, and a dataset smaller than a batch is gone through several times within it. With
+    `phases`, domains take turns by their shares, and each has epochs of its own (see `Mixture`).
     """
 
-    def __init__(self, dataset: datasets.Dataset, *, seed: int, global_batch_rows: int) -> None:
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        *,
+        seed: int,
+        global_batch_rows: int,
+        phases: Sequence[Phase] | None = None,
+    ) -> None:
         if len(dataset) == 0:
             raise SRDEError("the dataset has no rows: build it again.")
         self.rows = _as_numpy(dataset)
         self.seed = seed
         self.global_batch_rows = global_batch_rows
         self._order = lru_cache(maxsize=2)(self._permutation)
+        self._mixture = None
+        if phases is not None:
+            domain = np.asarray(self.rows["domain"][:])
+            places = [np.flatnonzero(domain == number) for number in range(len(phases[0].shares))]
+            self._mixture = Mixture(phases, places, seed=seed, rows_per_step=global_batch_rows)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
@@ -38,8 +52,19 @@ class RowStream:
     def rows_of_step(self, step: int) -> list[int]:
         """Row indices of the whole optimizer step; `step` counts from 0."""
         first = step * self.global_batch_rows
-        places = (divmod(position, len(self.rows)) for position in range(first, first + self.global_batch_rows))
+        positions = range(first, first + self.global_batch_rows)
+        if self._mixture is not None:
+            return [self._mixture.row(position) for position in positions]
+        places = (divmod(position, len(self.rows)) for position in positions)
         return [int(self._order(epoch)[index]) for epoch, index in places]
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each domain's rows came up before `step`: one figure a domain, or one for all of them."""
+        position = step * self.global_batch_rows
+        if self._mixture is None:
+            return [position / len(self.rows)]
+        sizes = [max(1, len(rows)) for rows in self._mixture.rows_of_domain]
+        return (self._mixture.draws(position) / sizes).tolist()
 
     def micro_batch(self, step: int, micro: int, *, rank: int, world_size: int, batch_size: int) -> dict[str, Tensor]:
         """The rows of one rank in one micro-step.

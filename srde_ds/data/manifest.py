@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Split:
     fill_rate: float
     """real tokens / (rows * max_length)"""
     content_sha256: str
-    """of the rows: domain, length, input_ids and labels, in order"""
+    """of the rows: domain, length, input_ids and labels, in order, hashed domain by domain"""
     domains: dict[str, DomainCounts]
 
 
@@ -63,6 +63,10 @@ class Manifest:
     domains: list[str]
     tokenizer: dict[str, str | int]
     splits: dict[str, Split]
+    build: str = ""
+    """fingerprint of the build from sources that made it; empty for rows of a JSONL file"""
+    sources: list[dict[str, str | None]] = field(default_factory=list)
+    """name, domain, location, revision, license, redistributable of each source of such a build"""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -121,13 +125,13 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 
 def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Dataset:
-    """The memory-mapped rows of `split` ("train" or "validation").
+    """The memory-mapped rows of `split` ("train", "validation" or "test").
 
     Raises:
         SRDEError: the split is not there, or is not what the manifest says.
     """
     if split not in manifest.splits:
-        raise SRDEError(f"'{folder}' has no {split} rows: build it with --eval_file.")
+        raise SRDEError(f"'{folder}' has no {split} rows: build it with --eval_file, or from sources.")
     path = Path(folder) / split
     try:
         rows = datasets.load_from_disk(str(path))
@@ -143,12 +147,13 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
 def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse rows that another tokenizer made, or another chat template."""
     ours, theirs = tokenizer_identity(tokenizer), manifest.tokenizer
-    for key in ours:
-        if key != "name" and ours[key] != theirs.get(key):
-            raise SRDEError(
-                f"the dataset was built with tokenizer '{theirs.get('name')}', which differs from "
-                f"'{ours['name']}' in {key} ({theirs.get(key)} != {ours[key]}): build it again with this model."
-            )
+    different = [key for key in ours if key != "name" and ours[key] != theirs.get(key)]
+    if different:
+        what = ", ".join(f"{key} ({theirs.get(key)} != {ours[key]})" for key in different)
+        raise SRDEError(
+            f"the dataset was built with tokenizer '{theirs.get('name')}', which differs from '{ours['name']}' in "
+            f"{what}: build it again with this model."
+        )
 
 
 def check_domains(manifest: Manifest, domains: Sequence[str]) -> None:
@@ -156,5 +161,5 @@ def check_domains(manifest: Manifest, domains: Sequence[str]) -> None:
     if manifest.domains != list(domains):
         raise SRDEError(
             f"domains={','.join(domains)}: the dataset was built with {','.join(manifest.domains)}: "
-            "give the same names in the same order, or build it again."
+            f"give the same names in the same order, --domains {','.join(manifest.domains)}, or build it again."
         )

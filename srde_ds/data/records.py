@@ -11,6 +11,7 @@ from typing import Any
 from srde_ds.errors import SRDEError, nearest
 
 ROLES = ("system", "user", "assistant")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Record:
     source: str
     where: str = ""
     """`file:line`, for error messages."""
+    split: str = "train"
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -76,7 +78,12 @@ def _parse(line: bytes, where: str, domains: Sequence[str]) -> Record:
         raise SRDEError(f"{where}: needs 'prompt' and 'response', or 'messages'.")
     answer = _text(fields, "answer", where) if "answer" in fields else None
     source = _text(fields, "source", where) if fields.get("source", "") != "" else ""
-    return Record(domain, messages, answer, source, where)
+    split = _text(fields, "split", where) if "split" in fields else "train"
+    if split not in SPLITS:
+        raise SRDEError(
+            f"{where}: unknown split '{split}', must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
+        )
+    return Record(domain, messages, answer, source, where, split)
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:

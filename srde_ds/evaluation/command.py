@@ -19,7 +19,7 @@ from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.table import format_table
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import load_model
-from srde_ds.model.adapter import read_metadata
+from srde_ds.model.weights_file import read_metadata
 
 
 def evaluate_command(

@@ -8,8 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import SRDEModel, load_adapter, read_metadata
+from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_tokenizer
+from srde_ds.model.weights_file import read_metadata
 
 WEIGHTS = "srde_weights.safetensors"
 

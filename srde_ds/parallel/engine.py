@@ -21,10 +21,11 @@ from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 from srde_ds.parallel import placement
-from srde_ds.parallel.cost import base_shape, choose_transport
 from srde_ds.parallel.ds_config import derive_ds_config
 from srde_ds.parallel.expert_parallel import ExpertGroups, cut_experts, cut_rows, expert_groups
+from srde_ds.parallel.shapes import base_shape
 from srde_ds.parallel.topology import Topology, deepspeed
+from srde_ds.parallel.traffic import choose_transport
 
 
 def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -145,7 +146,7 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     groups, transport = None, ""
     if config.parallel.expert_parallel_size > 1:
         groups = expert_groups(config.parallel.expert_parallel_size)
-        transport = choose_transport(config, base_shape(config))
+        transport = choose_transport(config, base_shape(config), topology.world_size)
     if config.adapter.num_atoms and config.parallel.owner_computes and topology.world_size > 1:
         cut_rows(model, expert_groups(topology.world_size), groups, transport)
     elif groups is not None:

@@ -55,7 +55,7 @@ class Curriculum:
     def end_step(self, engine: Engine, sums: dict[str, Tensor]) -> None:
         """After the update: what the next step's balancing needs, from the step's sums over all ranks.
 
-        Shares and the target that they are held against are of the same step: the domains' mix differs from step to step.
+        Shares and the target they are held against are of the same step: the mix of domains varies.
         """
         routing, assignments, optimizer = engine.model.routing, sums["assignments"], self.config.optimizer
         if self.plan.forced:

@@ -7,7 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
@@ -34,6 +34,7 @@ SAVING = (
     "save: older checkpoint being removed",
 )
 OTHER = ("starting or resuming", "training", "exporting")
+ANY_MOMENT, A_SAVE, PUBLISHING = "any moment", "a save", "the publishing of a save"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def killed_run(
         batch_size=8 // world_size,
         gradient_accumulation_steps=1,
         save_in_background=in_background,
+        collective_timeout=30,
     )
     unkilled = folder / f"unkilled-{world_size}"
     if not unkilled.exists():
@@ -81,7 +83,7 @@ def killed_run(
             if resume_from is None:  # without a checkpoint there is nothing to go on from
                 wait_until(lambda: (run / "latest").exists(), processes, log)
             aim = wait_to_kill(run, draw) if kills < most_kills else None
-            signalled = kill_some(processes, draw) if aim else ""
+            signalled = kill_some(processes, draw, aim) if aim else ""
             status = ended(processes)
         resumed = re.search(r"Resumed at step (\d+)", log.read_text())
         assert resumed is None or int(resumed[1]) == first
@@ -101,6 +103,7 @@ def ranks(flags: dict[str, Any], world_size: int, log: Path) -> Iterator[list[Ba
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     shared |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     processes: list[BaseProcess] = []
+    log.write_text("")
     try:
         for rank in range(world_size):
             own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -116,7 +119,7 @@ def ranks(flags: dict[str, Any], world_size: int, log: Path) -> Iterator[list[Ba
 def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     from srde_ds.training.trainer import train
@@ -150,24 +153,39 @@ def goes_on_from(run: Path, draw: random.Random) -> str | None:
 
 def wait_to_kill(run: Path, draw: random.Random) -> str:
     """Wait for a random moment, in most cases one of a save that is then going on; what it was aimed at."""
-    if draw.random() < 0.25:
+    aim = draw.choices((ANY_MOMENT, A_SAVE, PUBLISHING), (2, 4, 4))[0]
+    if aim == ANY_MOMENT:
         time.sleep(draw.uniform(0, 3))
-        return "any moment"
-    seen = {path.name for path in run.glob("checkpoint-*")}
+        return aim
+    sign, longest = ("checkpoint-*.tmp", 0.06) if aim == A_SAVE else ("checkpoint-*.tmp/manifest.json", 0.03)
+    seen = inodes(run, "checkpoint-*") | inodes(run, "checkpoint-*/manifest.json")
     deadline = time.monotonic() + LAST_SECONDS
     for _ in range(draw.choice([1, 1, 2, 3])):
-        while not (new := {path.name for path in run.glob("checkpoint-*.tmp")} - seen):
+        while not (new := inodes(run, sign) - seen):
             if (run / "completed.json").exists() or time.monotonic() > deadline:
-                return "a save"  # there was none any more
+                return aim  # there was none any more
             time.sleep(0.0005)
         seen |= new
-    time.sleep(draw.uniform(0, 0.06))
-    return "a save"
+    time.sleep(draw.uniform(0, longest))
+    return aim
 
 
-def kill_some(processes: list[BaseProcess], draw: random.Random) -> str:
-    """SIGKILL all ranks, as when a machine goes, or a single one; which."""
-    chosen = draw.choice([processes, *([process] for process in processes)])
+def inodes(run: Path, pattern: str) -> set[int]:
+    found = set()
+    for path in run.glob(pattern):
+        with suppress(FileNotFoundError):  # renamed meanwhile
+            found.add(path.stat().st_ino)
+    return found
+
+
+def kill_some(processes: list[BaseProcess], draw: random.Random, aim: str) -> str:
+    """SIGKILL all ranks, as when a machine goes, or during a save a single one; which.
+
+    Not a single one at any moment: before the ranks have met, the others would wait for it as long as the rendezvous
+    allows, which is the launcher's business.
+    """
+    single = [[process] for process in processes] if aim != ANY_MOMENT else []
+    chosen = draw.choice([processes, *single])
     for process in chosen:
         process.kill()
     return "all" if len(chosen) == len(processes) else f"rank {processes.index(chosen[0])}"
@@ -199,7 +217,7 @@ def phase_of(run: Path, log: Path, before: set[tuple[str, int]], world_size: int
         before: names and inodes of the folders that earlier kills left.
     """
     text = log.read_text()
-    if "Resumed at step" not in text and "step 1/" not in text:
+    if not re.search(r"^Resumed at step|^step +1/", text, re.MULTILINE):
         return OTHER[0]
     latest = int((run / "latest").read_text().strip().removeprefix("checkpoint-"))
     checkpoints = list(run.glob("checkpoint-*"))

@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
+from torch import Tensor
 
+from srde_ds.checkpoint import save
+from srde_ds.checkpoint.resume import load_run_state, verify_checkpoint
+from srde_ds.checkpoint.shards import ShardIndex
+from srde_ds.data import loader
+from srde_ds.data.loader import RowStream
+from srde_ds.model.adapter import SRDEOutput
 from tests.distributed.harness import Ranks
+from tests.distributed.test_training_equivalence import TOLERANCE
 from tests.distributed.training_helpers import (
     Inputs,
+    assert_close,
     assert_same_training,
+    at_training_forward,
     latest,
     listing,
     metrics,
@@ -20,6 +36,8 @@ from tests.distributed.training_helpers import (
     train_until_signal,
     without_clocks,
 )
+
+MOVES = [(1, 1), (2, 2), (3, 1), (6, 3)]  # processes and expert_parallel_size after (4, 2)
 
 
 def test_stopped_twice_by_a_signal_to_one_rank_equals_an_uninterrupted_run(
@@ -39,6 +57,53 @@ def test_stopped_twice_by_a_signal_to_one_rank_equals_an_uninterrupted_run(
     assert two_ranks(train_here, flags) == [None, None]
     assert (run / "completed.json").exists()
     assert without_clocks(metrics(run)) == without_clocks(metrics(reference))
+    assert (run / "srde_weights.safetensors").read_bytes() == (reference / "srde_weights.safetensors").read_bytes()
+
+
+def test_saving_in_the_background_changes_no_byte(
+    inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert two_ranks(train_here, inputs.flags(run, save_in_background=False)) == [None, None]
+    for step in (3, 6):
+        folder, expected = run / f"checkpoint-{step}", reference / f"checkpoint-{step}"
+        assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in expected.iterdir())
+        for path in expected.iterdir():
+            if path.name not in ("manifest.json", "run.json"):  # hold the time and the config
+                assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
+        (ours, theirs) = (load_run_state(path) for path in (folder, expected))
+        assert ours | {"config": None} == theirs | {"config": None}
+
+
+def train_on_a_slow_disk(flags: dict[str, Any]) -> tuple[str | None, str]:
+    """`train_here` where the save of step 3 cannot write before step 5 begins; also what was the latest by then."""
+    there_is_step_5 = threading.Event()
+    latest_then = []
+    original = save.write_shard
+
+    def write_shard(*arguments: Any) -> Any:
+        assert there_is_step_5.wait(60)
+        return original(*arguments)
+
+    def begin(output: SRDEOutput) -> SRDEOutput:
+        pointer = Path(flags["output_dir"]) / "latest"
+        latest_then.append(pointer.read_text() if pointer.exists() else "none")
+        there_is_step_5.set()
+        return output
+
+    with patch.object(save, "write_shard", write_shard), at_training_forward(17, int(os.environ["RANK"]), begin):
+        return train_here(flags), *latest_then
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert two_ranks(train_on_a_slow_disk, inputs.flags(run)) == [(None, "none")] * 2
+    assert latest(run) == "checkpoint-6"
+    # What was written is what there was at step 3, not what there was when the disk was ready.
+    for path in (reference / "checkpoint-3").glob("*.safetensors"):
+        assert (run / "checkpoint-3" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (run / "srde_weights.safetensors").read_bytes() == (reference / "srde_weights.safetensors").read_bytes()
 
 
@@ -106,3 +171,101 @@ def test_bf16_learns_and_resumes_bit_for_bit(inputs: Inputs, two_ranks: Ranks, t
     flags |= {"output_dir": str(tmp_path / "resumed"), "resume_from": str(tmp_path / "whole/checkpoint-9")}
     assert two_ranks(train_here, flags) == [None, None]
     assert_same_training(tmp_path / "resumed", tmp_path / "whole", first_step=10, tolerance=0)
+
+
+# --- with experts elsewhere ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    with ExitStack() as stack:
+        yield {1: one_rank, 2: two_ranks, 4: four_ranks} | {size: stack.enter_context(Ranks(size)) for size in (3, 6)}
+
+
+def moved_flags(inputs: Inputs, folder: Path, world_size: int, size: int, **changes: Any) -> dict[str, Any]:
+    """Twelve rows a step, which all of the numbers of processes divide."""
+    cut = {"batch_size": 1, "gradient_accumulation_steps": 12 // world_size, "expert_parallel_size": size}
+    return inputs.flags(folder, **({"eval_steps": 0} | cut | changes))
+
+
+@pytest.fixture(scope="module")
+def alone(
+    inputs: Inputs, ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[int, list[int]]]:
+    """Six steps on one process, and the rows of each."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    [(error, rows)] = ranks[1](train_and_note_rows, moved_flags(inputs, folder, 1, 1))
+    assert error is None
+    return folder, rows
+
+
+@pytest.fixture(scope="module")
+def four_two(inputs: Inputs, ranks: dict[int, Ranks], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Saved after three of six steps by four ranks that share the experts in pairs."""
+    folder = tmp_path_factory.mktemp("four_two") / "run"
+    assert ranks[4](train_here, moved_flags(inputs, folder, 4, 2)) == [None] * 4
+    return folder / "checkpoint-3"
+
+
+def train_and_note_rows(flags: dict[str, Any]) -> tuple[str | None, dict[int, list[int]]]:
+    """`train_here`, and the indices of the rows that this rank trained on in each step (from 0)."""
+    rows: dict[int, list[int]] = {}
+    micro_batch, collate = RowStream.micro_batch, loader.collate
+
+    def noting(stream: RowStream, step: int, micro: int, **place: int) -> dict[str, Tensor]:
+        def note(dataset: Any, indices: list[int]) -> dict[str, Tensor]:
+            rows.setdefault(step, []).extend(indices)
+            return collate(dataset, indices)
+
+        with patch.object(loader, "collate", note):
+            return micro_batch(stream, step, micro, **place)
+
+    with patch.object(RowStream, "micro_batch", noting):
+        return train_here(flags), rows
+
+
+def states(folder: Path) -> dict[tuple[str, str], Tensor]:
+    """Every master and optimizer state of a checkpoint as a whole tensor, put together by global offset."""
+    index = ShardIndex(folder)
+    return {key: index.tensor(*key) for key in index.shapes}
+
+
+@pytest.mark.parametrize(("world_size", "size"), MOVES)
+def test_masters_and_optimizer_states_move_bit_for_bit(
+    inputs: Inputs, ranks: dict[int, Ranks], four_two: Path, world_size: int, size: int, tmp_path: Path
+) -> None:
+    """Read and written again with no step between."""
+    flags = moved_flags(inputs, tmp_path / "run", world_size, size, resume_from=str(four_two), max_steps=3)
+    assert ranks[world_size](train_here, flags) == [None] * world_size
+    assert verify_checkpoint(tmp_path / "run/checkpoint-3")["world_size"] == world_size
+    before, after = states(four_two), states(tmp_path / "run/checkpoint-3")
+    assert before.keys() == after.keys()
+    assert {kind for kind, _ in before} == {"master", "momentum_buffer", "exp_avg", "exp_avg_sq"}
+    for key, tensor in before.items():
+        assert tensor.any() and torch.equal(after[key], tensor), key
+
+
+@pytest.mark.parametrize(("world_size", "size"), MOVES)
+def test_three_steps_and_three_elsewhere_equal_six_on_one_process(
+    inputs: Inputs,
+    ranks: dict[int, Ranks],
+    alone: tuple[Path, dict[int, list[int]]],
+    four_two: Path,
+    world_size: int,
+    size: int,
+    tmp_path: Path,
+) -> None:
+    """Losses, weights, optimizer states, and exactly the rows that were next."""
+    run, (undisturbed, rows) = tmp_path / "run", alone
+    flags = moved_flags(inputs, run, world_size, size, resume_from=str(four_two))
+    results = ranks[world_size](train_and_note_rows, flags)
+    assert [error for error, _ in results] == [None] * world_size
+    assert_same_training(run, undisturbed, first_step=4, tolerance=TOLERANCE)
+    after, expected = states(run / "checkpoint-6"), states(undisturbed / "checkpoint-6")
+    assert after.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert_close(after[key], tensor, TOLERANCE, "/".join(key))
+    for _, own in results:
+        assert list(own) == [3, 4, 5]
+    for step in (3, 4, 5):
+        assert sorted(row for _, own in results for row in own[step]) == sorted(rows[step]), step

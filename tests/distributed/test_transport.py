@@ -16,7 +16,8 @@ from torch import Tensor
 from srde_ds.config import Config, resolve
 from srde_ds.model.dispatch import element_experts, neuron_experts
 from srde_ds.model.supports import support_size, value_count
-from srde_ds.parallel.cost import BaseShape, transport_bytes
+from srde_ds.parallel.shapes import BaseShape, LayerShape
+from srde_ds.parallel.traffic import transport_bytes
 from srde_ds.parallel.transport import DeltaTransport, TokenTransport
 from tests.distributed.harness import Ranks
 
@@ -162,8 +163,12 @@ def test_cost_model_equals_counted_bytes(ranks: Ranks, transport: str, granulari
         "use_muon": False,
         "bf16": False,
         "max_length": 24,
+        "gradient_accumulation_steps": 1,
         "expert_parallel_size": size,
     }
     config = resolve({}, flags)
-    expected = transport_bytes(config, BaseShape(0, ((hidden, intermediate),)), config.data.max_length)[transport]
+    # The second of two equal layers: the first one's tokens need no gradient.
+    layer = LayerShape(hidden, intermediate)
+    one, two = (transport_bytes(config, BaseShape((layer,) * count), size)[transport] for count in (1, 2))
+    expected = two - one
     assert ranks(received_bytes, transport, granularity, config, hidden, intermediate) == [expected] * size

@@ -38,6 +38,15 @@ def test_gpu_and_cpu_give_the_same_logits(granularity: str) -> None:
     torch.testing.assert_close(model.cuda()(tokens().cuda()).logits.cpu(), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_gpu_and_cpu_draw_the_same_mask_of_a_learned_support(granularity: str) -> None:
+    form = {"support_strategy": "learned", "support_scope": "per_expert", "density": 0.2, "target_density": 0.05}
+    model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, **form))
+    bank = model.layers[0].deltas
+    expected = bank(temperature=1.0, step=3)
+    torch.testing.assert_close(bank.cuda()(temperature=1.0, step=3).cpu(), expected, rtol=1e-12, atol=0)
+
+
 def test_gram_muon_is_exact_although_tf32_is_allowed() -> None:
     generator = torch.Generator().manual_seed(0)
     gradient = torch.randn(128, 2, 8, generator=generator)

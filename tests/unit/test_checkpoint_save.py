@@ -332,7 +332,12 @@ def test_on_the_way_out_of_an_error(
     """Ranks raise SRDEErrors together and can finish; with any other exception this rank may be alone."""
     gate = Gate(monkeypatch)
     calls: list[int] = []
-    ranks = ALONE._replace(all_reduce_max=lambda value: calls.append(value) or value)
+
+    def all_reduce_max(value: int) -> int:
+        calls.append(value)
+        return value
+
+    ranks = ALONE._replace(all_reduce_max=all_reduce_max)
     with pytest.raises(type(error)), CheckpointSaver(tmp_path, ranks, keep=2) as saver:
         saver.start(1, **contents(1))
         threading.Timer(0.2, gate.open.set).start()

@@ -11,10 +11,13 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, Mistral3Config, Mi
 
 from srde_ds.config import Config, resolve
 from srde_ds.errors import SRDEError
-from srde_ds.parallel.cost import base_shape, describe_run, memory_table, trainable_values
+from srde_ds.parallel.describe import describe_run
+from srde_ds.parallel.gathers import ZERO_DEFAULTS
+from srde_ds.parallel.memory import Memory, memory
+from srde_ds.parallel.shapes import base_shape, layer_trainables, trainable_values
+from srde_ds.parallel.traffic import choose_transport, step_traffic
 from tests.helpers import tiny_llama, tiny_srde
 
-GIB = 2**30
 D, F, LAYERS, VOCABULARY = 5120, 16384, 40, 131072  # Ministral-3-14B
 MINISTRAL = {
     "vocab_size": VOCABULARY,
@@ -63,40 +66,122 @@ def test_the_seed_configuration_has_the_values_of_the_design(ministral: Path) ->
     assert values["deltas.importance"] == pytest.approx(0.60e9, rel=1e-2)
 
 
-def test_memory_of_the_seed_configuration_by_hand(ministral: Path) -> None:
+def test_deepspeeds_defaults_are_the_ones_assumed() -> None:
+    from srde_ds.parallel.topology import deepspeed
+
+    zero = deepspeed.runtime.zero.config.DeepSpeedZeroConfig()
+    assert {key: getattr(zero, key) for key in ZERO_DEFAULTS} == ZERO_DEFAULTS
+
+
+def test_states_of_the_seed_configuration_by_hand(ministral: Path) -> None:
+    """Eight processes, each with an eighth of the rows of atoms and importance."""
     config = run_config(ministral, preset="reference")
-    table = memory_table(config, base_shape(config), world_size=8)
-    atoms, importance = 1_610_612_480, 603_979_680  # 16 and 6 times 2,516,582 times 40
-    total = atoms + importance + 6 * 16 * 40 + 6 * 5120 * 40
+    states = memory(config, base_shape(config), 8).states
+    rows = 314_573  # an eighth of 2,516,582 rows, padded to 2,516,584
+    atoms, importance = 16 * rows * LAYERS, 6 * rows * LAYERS
+    whole = 6 * 16 * LAYERS + 6 * D * LAYERS  # mixing and routers, cut by ZeRO
+    owned = atoms + importance + whole / 8
     by_hand = {
-        "base shard": 2 * 13_506_073_600 / 8,
-        "gathered weights": 2 * 1e9,  # deepspeed's default of stage3_max_live_parameters
-        "trainables": 6 * total / 8,
-        "gradients": 4 * total / 8,
+        "base shard": 2 * BASE_VALUES / 8,
+        # What has up to 100,000 values stays whole: norms, mixing, routers.
+        "persistent weights": 2 * ((2 * LAYERS + 1) * D + whole),
+        "trainables": 2 * owned,
+        "fp32 masters": 4 * owned,
+        "gradients": 4 * owned,
         "gradient bucket": 4 * 50_000_000,
-        "optimizer state": (4 * atoms + 8 * (total - atoms)) / 8,
+        "optimizer state": 4 * atoms + 8 * (owned - atoms),
+        "supports": 4 * 2_516_582 * LAYERS,
     }
-    assert {kind: size * GIB for kind, size in table.items()} == pytest.approx(by_hand, rel=1e-9)
-    assert sum(table.values()) == pytest.approx(9.0867, abs=1e-3)
+    assert states == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_gathered_weights_by_hand(ministral: Path) -> None:
+    """DeepSpeed looks ahead until a thousand million values are there; without that, to the layer at work."""
+    config = run_config(ministral, gradient_checkpointing=True)
+    shape = base_shape(config)
+    loss = memory(config, shape, 8).moments["loss"]
+    assert 2e9 < loss["gathered base"] + loss["gathered trainables"] < 2.2e9
+
+
+def test_logits_by_hand(ministral: Path) -> None:
+    config = run_config(ministral, batch_size=3)
+    shape = base_shape(config)
+    three_copies = 3 * 4 * 3 * 64 * VOCABULARY
+    assert memory(config, shape, 1).moments["loss"]["logits"] == three_copies
+    assert memory(config, shape, 1, labelled=0.25).moments["loss"]["logits"] == three_copies / 4
 
 
 def test_what_changes_memory(ministral: Path, tmp_path: Path) -> None:
-    live = tmp_path / "ds.json"
-    live.write_text(json.dumps({"zero_optimization": {"stage3_max_live_parameters": 10**8}}))
+    options = tmp_path / "ds.json"
+    options.write_text(json.dumps({"zero_optimization": {"stage3_prefetch_bucket_size": 0, "reduce_bucket_size": 10}}))
     shape = base_shape(run_config(ministral))
 
-    def table(world_size: int = 2, **options: Any) -> dict[str, float]:
-        return memory_table(run_config(ministral, **options), shape, world_size)
+    def of(world_size: int = 2, **changes: Any) -> Memory:
+        return memory(run_config(ministral, **changes), shape, world_size)
 
-    free = table()
+    free = of()
     values = sum(trainable_values(run_config(ministral).adapter, shape).values())
-    assert table(bf16=False)["base shard"] == 2 * free["base shard"]
-    assert table(bf16=False)["trainables"] * GIB == 4 * values / 2
-    assert table(use_muon=False)["optimizer state"] * GIB == 8 * values / 2
-    assert table(use_muon=False)["optimizer state"] > 1.9 * free["optimizer state"]
-    assert table(deepspeed_config=str(live))["gathered weights"] * GIB == 2 * 10**8
-    assert table(world_size=1)["gathered weights"] == 0
-    assert table(world_size=4)["gradients"] == free["gradients"] / 2
+    assert of(bf16=False).states["base shard"] == 2 * free.states["base shard"]
+    assert of(use_muon=False).states["optimizer state"] == 8 * values / 2
+    assert of(use_muon=False).states["optimizer state"] > 1.9 * free.states["optimizer state"]
+    assert of(use_muon=False).moments["optimizer step"]["update"] == pytest.approx(12 * values / 2, rel=0.01)
+    assert free.moments["optimizer step"]["update"] == pytest.approx(4 * values / 2, rel=0.01)
+    assert of(world_size=4).states["gradients"] == free.states["gradients"] / 2
+    assert of(deepspeed_config=str(options)).states["gradient bucket"] == 40
+    assert of(deepspeed_config=str(options)).moments["loss"]["gather buffer"] == 0
+    assert of(deepspeed_config=str(options)).moments["loss"]["gathered base"] < free.moments["loss"]["gathered base"]
+    assert of(world_size=1).moments["loss"]["gathered base"] == 0
+    checkpointed = of(gradient_checkpointing=True, max_length=4096)
+    assert checkpointed.total < of(max_length=4096).total / 2
+    assert of(flash_attention=True, max_length=4096).total < of(max_length=4096).total - 4096**2 * LAYERS
+    assert of(num_atoms=16, owner_computes=False).total > of(num_atoms=16).total + 2**30
+    denser = run_config(ministral, density=0.05)
+    assert memory(denser, shape, 2).states["gradients"] == pytest.approx(5 * free.states["gradients"], rel=0.01)
+
+
+def test_processes_hold_their_own_parts(ministral: Path) -> None:
+    """Shapes of a layer's trainables, and over how many processes ZeRO cuts them."""
+
+    def shapes(world_size: int, **options: Any) -> dict[str, tuple[tuple[int, ...], int, int]]:
+        config = run_config(ministral, num_experts=6, **options)
+        found = layer_trainables(config, base_shape(config).layers[0], world_size)
+        return {t.kind: (t.shape, t.ranks, t.stride) for t in found}
+
+    m, router = 164, ((6, D), 8, 1)
+    assert shapes(8) == {"deltas.free": ((D, 18, m), 8, 1), "router.weight": router}
+    # Two slots for each of four processes, of which the last has none of the six experts.
+    assert shapes(8, expert_parallel_size=4) == {"deltas.free": ((D, 6, m), 2, 4), "router.weight": router}
+    atoms = shapes(8, num_atoms=4, expert_parallel_size=4)
+    assert atoms["deltas.atoms"] == ((D // 8, 12, m), 1, 1)
+    assert atoms["deltas.importance"] == ((6, 3, D // 8, m), 1, 1)
+    assert atoms["deltas.mixing"] == ((6, 4), 8, 1)
+    gathered = shapes(8, num_atoms=4, expert_parallel_size=4, owner_computes=False)
+    assert gathered["deltas.atoms"] == ((D, 12, m), 8, 1)
+    assert gathered["deltas.importance"] == ((2, 3, D, m), 2, 4)
+    assert gathered["deltas.mixing"] == ((2, 4), 2, 4)
+
+
+def test_owners_that_compute_send_only_effective_deltas(ministral: Path) -> None:
+    def deltas(**options: Any) -> float:
+        config = run_config(ministral, num_atoms=16, gradient_checkpointing=True, **options)
+        kinds = ("trainables gathered", "gradients", "rows of deltas")
+        return sum(t.received for t in step_traffic(config, base_shape(config), 8) if t.kind in kinds)
+
+    # 6 of 16 + 6 times as many values; routers and mixing travel as before.
+    assert deltas() / deltas(owner_computes=False) == pytest.approx(6 / 22, rel=0.01)
+
+
+def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
+    """Few experts travel rather than thousands of tokens, many experts do not (DESIGN 4)."""
+
+    def chosen(**options: Any) -> str:
+        config = run_config(ministral, expert_parallel_size=8, **options)
+        return choose_transport(config, base_shape(config), 8)
+
+    assert chosen(max_length=2048) == "deltas"
+    assert chosen(max_length=128) == "tokens"
+    assert chosen(max_length=2048, num_experts=256, top_k=2) == "tokens"
+    assert chosen(max_length=128, expert_transport="deltas") == "deltas"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +237,7 @@ def test_a_multimodal_base_is_measured_by_its_text_model(tmp_path: Path) -> None
 def test_a_page_shows_the_config_and_both_tables(ministral: Path) -> None:
     page = describe_run(run_config(ministral, muon_lr=0.125), world_size=2)
     assert "muon_lr: 0.125" in page
-    for line in ("deltas.free", "router.weight", "all trainables", "frozen base", "gathered weights", "sum"):
+    for line in ("deltas.free", "router.weight", "all trainables", "frozen base", "gathered base", "sum"):
         assert f"\n{line} " in page
     assert f"{BASE_VALUES:,}" in page
     assert "GiB a process with 2 processes" in page

@@ -78,7 +78,7 @@ def test_two_processes_give_the_same_rows(files: dict[str, Path]) -> None:
 
 
 def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srde_ds.data.build.DOCUMENTS_A_BUFFER", 7)
+    monkeypatch.setattr("srde_ds.data.rows.DOCUMENTS_A_BUFFER", 7)
     monkeypatch.setattr("srde_ds.data.build.RECORDS_A_BATCH", 11)
     small = build(files)
     monkeypatch.undo()

@@ -4,42 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
-import datasets
 import pytest
 import torch
 
 from srde_ds.data.loader import RowStream, collate, validation_batches
 from srde_ds.errors import SRDEError
-
-LENGTH = 6
-
-
-def rows(count: int) -> datasets.Dataset:
-    """Row i holds i in its first token and has i % LENGTH + 1 real tokens."""
-    tokens = datasets.List(datasets.Value("int32"), length=LENGTH)
-    features = {"input_ids": tokens, "labels": tokens, "position_ids": tokens}
-    features |= {"domain": datasets.ClassLabel(names=["math", "logic"]), "length": datasets.Value("int32")}
-    items = [
-        {
-            "input_ids": [i] * LENGTH,
-            "labels": [i] * LENGTH,
-            "position_ids": list(range(LENGTH)),
-            "domain": i % 2,
-            "length": i % LENGTH + 1,
-        }
-        for i in range(count)
-    ]
-    return datasets.Dataset.from_list(items, features=datasets.Features(features))
-
-
-def step_rows(stream: RowStream, step: int, world: int, batch: int, accumulation: int) -> list[int]:
-    """What all ranks see in a step, in the order of the global batch."""
-    seen = []
-    for micro in range(accumulation):
-        for rank in range(world):
-            part = stream.micro_batch(step, micro, rank=rank, world_size=world, batch_size=batch)
-            seen += part["input_ids"][:, 0].tolist()
-    return seen
+from tests.data_helpers import ROW_LENGTH, rows, step_rows
 
 
 @pytest.mark.parametrize(("world", "batch", "accumulation"), [(1, 4, 2), (2, 2, 2), (4, 1, 2), (8, 1, 1), (1, 1, 8)])
@@ -73,11 +43,11 @@ def test_a_dataset_smaller_than_a_batch_wraps() -> None:
 def test_batches_are_int64_tensors_with_a_mask_of_real_tokens() -> None:
     batch = collate(rows(9).with_format("numpy"), [8, 1])
     assert {k: (v.dtype, tuple(v.shape)) for k, v in batch.items()} == {
-        "input_ids": (torch.int64, (2, LENGTH)),
-        "labels": (torch.int64, (2, LENGTH)),
-        "position_ids": (torch.int64, (2, LENGTH)),
+        "input_ids": (torch.int64, (2, ROW_LENGTH)),
+        "labels": (torch.int64, (2, ROW_LENGTH)),
+        "position_ids": (torch.int64, (2, ROW_LENGTH)),
         "domain": (torch.int64, (2,)),
-        "token_mask": (torch.bool, (2, LENGTH)),
+        "token_mask": (torch.bool, (2, ROW_LENGTH)),
     }
     assert batch["token_mask"].sum(1).tolist() == [3, 2] and batch["token_mask"][0].tolist() == [True] * 3 + [False] * 3
     assert batch["domain"].tolist() == [0, 1]
@@ -90,7 +60,7 @@ def test_validation_covers_each_row_once_in_equally_many_batches(count: int, wor
     assert {len(part) for part in parts} == {-(-count // (world * batch))}
     seen = []
     for part in (p for rank in parts for p in rank):
-        assert part["input_ids"].shape == (batch, LENGTH)
+        assert part["input_ids"].shape == (batch, ROW_LENGTH)
         dummy = part["row_index"] < 0
         assert (part["labels"][dummy] == -100).all() and not part["token_mask"][dummy].any()
         assert (part["input_ids"][~dummy, 0] == part["row_index"][~dummy]).all()

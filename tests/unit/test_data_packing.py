@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.config import DOMAINS
 from srde_ds.data.packing import Document, best_fit, check_markers, fit, pack, prompt_ids, template_kind, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
@@ -146,8 +151,10 @@ def test_too_long_documents_follow_the_policy() -> None:
 
 
 def test_best_fit_on_a_case_done_by_hand() -> None:
-    # 6 opens a row, 5 another; 4 fills the first to the brim, 3 and 2 the second.
-    assert best_fit([2, 3, 4, 5, 6], 10) == [[4, 2], [3, 1, 0]]
+    # 6 and 4 fill a row; beside 5 there is room for 3 and 2, but not for 3 and 3.
+    assert best_fit([2, 3, 4, 5, 6, 3], 10) == [[4, 2], [3, 0, 1], [5]]
+    # Filling rows with the longest that fits would take three: 6 + 3, 5 + 4, 2.
+    assert best_fit([3, 6, 4, 5, 2], 10) == [[1, 2], [3, 4, 0]]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -161,9 +168,43 @@ def test_best_fit_places_each_once_within_capacity(seed: int) -> None:
     assert sum(2 * sum(lengths[i] for i in row) <= 64 for row in rows) <= 1
 
 
-def test_short_documents_fill_over_95_percent() -> None:
-    lengths = np.random.default_rng(0).integers(40, 120, size=2000).tolist()
-    assert sum(lengths) / (512 * len(best_fit(lengths, 512))) > 0.95
+def short(generator: np.random.Generator) -> np.ndarray:
+    return generator.integers(40, 120, size=2000)
+
+
+def long_tailed(generator: np.random.Generator) -> np.ndarray:
+    return generator.lognormal(5.0, 1.2, size=5000).clip(8, 2048).astype(int)
+
+
+def very_long_tailed(generator: np.random.Generator) -> np.ndarray:
+    return (40 * (1 + generator.pareto(1.1, size=5000))).clip(8, 2048).astype(int)
+
+
+def nearly_a_fifth(generator: np.random.Generator) -> np.ndarray:
+    return generator.integers(44, 58, size=2000)
+
+
+@pytest.mark.parametrize(
+    ("draw", "capacity"),
+    [(short, 512), (nearly_a_fifth, 256), (long_tailed, 2048), (very_long_tailed, 2048), (long_tailed, 4096)],
+)
+def test_over_95_percent_of_the_positions_are_used(
+    draw: Callable[[np.random.Generator], np.ndarray], capacity: int
+) -> None:
+    for seed in range(3):
+        lengths = draw(np.random.default_rng(seed)).tolist()
+        assert sum(lengths) / (capacity * len(best_fit(lengths, capacity))) > 0.95
+
+
+def test_the_quick_starts_documents_fill_their_rows() -> None:
+    # Tokens of its 9,000 training documents with its base's tokenizer: length -> how many.
+    counts = json.loads((Path(__file__).parents[1] / "quickstart_lengths.json").read_text())
+    total = rows = 0
+    for domain in DOMAINS:
+        lengths = [int(length) for length, count in counts[domain].items() for _ in range(count)]
+        total += sum(lengths)
+        rows += len(best_fit(lengths, 256))
+    assert total / (256 * rows) > 0.95
 
 
 def test_rows_keep_documents_whole_and_restart_positions() -> None:
@@ -184,3 +225,46 @@ def test_rows_keep_documents_whole_and_restart_positions() -> None:
     assert sorted(seen) == sorted(d.input_ids.tolist() for d in documents)
     again = list(pack(documents, 12, 0, np.random.default_rng(3)))
     assert all((a[key] == b[key]).all() for a, b in zip(rows, again, strict=True) for key in ("input_ids", "labels"))
+
+
+@pytest.mark.parametrize("template", [CHATML, GEMMA_LIKE, THINKING, None])
+def test_cutting_at_special_tokens_changes_no_token(template: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = [
+        "what is 1?",
+        " the\n\nanswer ",
+        "<|im_end|>",
+        "a<|im_start|>b",
+        "",
+        "<s>x",
+        "\n\n\n",
+        "caf\u00e9 \u4e2d",
+    ]
+    records = [
+        Record("math", [{"role": "user", "content": q}, {"role": "assistant", "content": a}], None, "", "here")
+        for q in contents
+        for a in contents
+        if q.strip() and a.strip()
+    ]
+    tokenizer = tiny_tokenizer(template)
+    cut = tokenize(records, tokenizer)
+    monkeypatch.setattr("srde_ds.data.packing._pieces", lambda _, text: [text])
+    for ours, whole in zip(cut, tokenize(records, tokenizer), strict=True):
+        assert ours.input_ids.tolist() == whole.input_ids.tolist() and ours.by_parts == whole.by_parts
+        assert ours.is_response.tolist() == whole.is_response.tolist()
+
+
+def test_a_refused_conversation_among_many_is_named() -> None:
+    refusing = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    good = Record("math", [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None, "", "one")
+    bad = Record("math", [{"role": "system", "content": "s"}, *good.messages], None, "", "two")
+    with pytest.raises(SRDEError, match="^two: the tokenizer's chat template refuses these messages: no system role"):
+        tokenize([good, bad, good], tiny_tokenizer(refusing))
+
+
+def test_state_left_by_calls_changes_no_token() -> None:
+    tokenizer = tiny_tokenizer()
+    record = Record("math", [{"role": "user", "content": "a" * 50}, {"role": "assistant", "content": "b"}], None, "")
+    (before,) = tokenize([record], tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "what is"], padding=True, truncation=True, max_length=4)
+    assert tokenize([record], tokenizer)[0].input_ids.tolist() == before.input_ids.tolist()

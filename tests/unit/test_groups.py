@@ -45,6 +45,11 @@ def test_atoms(granularity: str) -> None:
     }
 
 
+def test_scores_of_a_learned_support() -> None:
+    named = params("deltas.free", "deltas.scores", "router.weight")
+    assert assignment(named, CONFIG, "neuron")["deltas.scores"] == DELTAS
+
+
 def test_without_muon_delta_matrices_go_to_adamw() -> None:
     config = OptimizerConfig(use_muon=False)
     assert assignment(params("deltas.free", "deltas.atoms", "router.weight"), config, "neuron") == {

@@ -83,7 +83,7 @@ def test_only_parallel_imports_deepspeed() -> None:
 def test_the_checks_see_what_they_forbid() -> None:
     names = imported_modules("from srde_ds import cli\ndef f():\n    import deepspeed.ops\n")
     assert names == {"srde_ds", "srde_ds.cli", "deepspeed.ops"}
-    assert floor("srde_ds.cli") > floor("srde_ds.training.trainer") > floor("srde_ds.parallel.cost")
+    assert floor("srde_ds.cli") > floor("srde_ds.training.trainer") > floor("srde_ds.parallel.plan")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

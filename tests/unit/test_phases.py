@@ -123,6 +123,7 @@ def test_the_timeline_covers_every_step_once_and_says_what_happens() -> None:
     [
         ({"supervised_experts": True, "expert_pretrain_steps": 34}, "expert_pretrain_steps=34"),
         ({"supervised_experts": True, "expert_pretrain_steps": 1, "num_experts": 4}, "6 domains and num_experts=4"),
+        ({"warm_start": True, "num_experts": 1, "top_k": 1}, "nothing to route"),
         ({"unlock_order": "cluster_size"}, "--warm_start"),
         ({"unlock_order": "cluster_size", "warm_start": True, "warm_start_method": "random"}, "kmeans"),
         ({"density_warmup_steps": 10}, "without initial_density"),

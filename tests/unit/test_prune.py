@@ -24,10 +24,11 @@ from srde_ds.checkpoint.resume import (
 from srde_ds.checkpoint.save import Collectives
 from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import AdapterMetadata, SRDEModel, load_adapter
+from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.reference import expert_delta
 from srde_ds.model.supports import support_hash
+from srde_ds.model.weights_file import AdapterMetadata
 from tests.checkpoint_helpers import ALONE, cut, names, on_ranks, save
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 from tests.unit.test_checkpoint_save import Kill, Killed

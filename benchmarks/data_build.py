@@ -1,0 +1,174 @@
+"""The dataset builder from end to end, beside plain `datasets.map` with the same tokenizer on the same documents.
+
+    python benchmarks/data_build.py --model_name BASE --work_dir /tmp/build    # 6 x 20,000, results/data_build.json
+
+The sources are files that this script makes (JSONL, Parquet, `datasets` folders; reasoning-gym items with planted
+duplicates and broken rows), reasoning-gym tasks, and the package's own tasks to fill up. Time is CPU time of all
+processes, so that it holds on a shared machine; it counts reading, formatting, cleaning, tokenising, packing and
+writing, but for reasoning-gym sources also the making of their items, which is given apart (stage records).
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import reasoning_gym
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from srde_ds.data.builder import build_from_sources
+from srde_ds.data.manifest import load_manifest
+from srde_ds.data.options import BuildOptions
+from srde_ds.data.report import write_report
+from srde_ds.data.sources import load_sources
+from srde_ds.data.tasks import generate
+from srde_ds.environment import environment
+
+LOCAL = {  # domain -> (kind of file, reasoning-gym task, whether its items differ enough to look for duplicates)
+    "math": ("jsonl", "leg_counting", True),
+    "logic": ("parquet", "circuit_logic", False),
+    "code": ("folder", "emoji_mystery", False),
+    "science": ("jsonl", None, True),
+    "planning": ("parquet", "boxnet", False),
+    "abstract": ("folder", "needle_haystack", True),
+}
+LIVE = {
+    "math": "time_intervals",
+    "logic": "propositional_logic",
+    "code": "string_insertion",
+    "planning": "course_schedule",
+    "abstract": "spiral_matrix",
+}
+
+
+def local_rows(domain: str, task: str | None, count: int) -> list[dict[str, str]]:
+    """Items of a task, with one in 20 repeated, one in 20 repeated with a word changed, and a few without an answer."""
+    generator = random.Random(domain)
+    if task is None:
+        rows = [{"question": item["prompt"], "reply": item["response"]} for item in generate(domain, count, seed=7)]
+    else:
+        items = reasoning_gym.create_dataset(task, size=count, seed=7)
+        rows = [{"question": items[i]["question"], "reply": str(items[i]["answer"])} for i in range(count)]
+    for row in generator.sample(rows, count // 20):
+        words = row["question"].split(" ")
+        words[generator.randrange(len(words))] = "indeed"
+        rows += [dict(row), row | {"question": " ".join(words)}]
+    rows += [{"question": "What is missing here?", "reply": ""} for _ in range(count // 100)]
+    return rows
+
+
+def make_sources(folder: Path, count: int) -> Path:
+    """Write the local files and the sources file, once."""
+    path = folder / f"sources-{count}.yaml"
+    if path.exists():
+        return path
+    domains: dict[str, list[dict[str, Any]]] = {}
+    for domain, (kind, task, near) in LOCAL.items():
+        rows = local_rows(domain, task, count)
+        place = folder / f"{domain}-{count}"
+        if kind == "jsonl":
+            place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        elif kind == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(str(place))
+        else:
+            datasets.Dataset.from_list(rows).save_to_disk(str(place))
+        own: dict[str, Any] = {"name": f"{domain}_local", kind: str(place), "formatter": "prompt_response"}
+        own |= {"columns": {"prompt": "question", "response": "reply"}, "near_duplicates": near}
+        domains[domain] = [own]
+        if domain in LIVE:
+            domains[domain].append({"name": LIVE[domain], "reasoning_gym": LIVE[domain], "near_duplicates": False})
+        domains[domain].append({"name": f"{domain}_tasks", "tasks": domain, "near_duplicates": False, "weight": 0})
+    path.write_text(yaml.safe_dump(domains, sort_keys=False))
+    return path
+
+
+def cpu_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def plain_map(tokenizer: PreTrainedTokenizerBase, data: Path, num_processes: int, cache: Path) -> dict[str, float]:
+    """`datasets.map`: the chat template and the tokenizer, no labels, no packing."""
+    conversations = [json.loads(line)["messages"] for line in data.open()]
+    rows = datasets.Dataset.from_dict({"messages": conversations})
+
+    def encode(batch: dict[str, Any]) -> Any:
+        texts = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
+        return tokenizer(texts, add_special_tokens=False)
+
+    shutil.rmtree(cache, ignore_errors=True)
+    cache.mkdir()
+    wall, cpu = time.perf_counter(), cpu_seconds()
+    mapped = rows.map(
+        encode,
+        batched=True,
+        remove_columns=["messages"],
+        num_proc=num_processes if num_processes > 1 else None,
+        cache_file_name=str(cache / "map.arrow"),
+    )
+    seconds = {"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu_seconds() - cpu}
+    tokens = sum(len(ids) for batch in mapped.iter(1000) for ids in batch["input_ids"])
+    return seconds | {"documents": len(mapped), "tokens": tokens}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_name", required=True, help="base whose tokenizer is used")
+    parser.add_argument("--work_dir", type=Path, required=True)
+    parser.add_argument("--examples_per_domain", type=int, default=20_000)
+    parser.add_argument("--max_length", type=int, default=2048)
+    parser.add_argument("--num_processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "data_build.json")
+    given = parser.parse_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    datasets.disable_progress_bars()
+    given.work_dir.mkdir(parents=True, exist_ok=True)
+    sources = make_sources(given.work_dir, given.examples_per_domain // 3)
+    tokenizer = AutoTokenizer.from_pretrained(given.model_name)
+    options = BuildOptions(load_sources(sources), given.examples_per_domain, given.max_length, "drop", 0)
+    data = given.work_dir / "data"
+    shutil.rmtree(data, ignore_errors=True)
+    build = build_from_sources(options, work_dir=data, tokenizer=tokenizer, num_processes=given.num_processes)
+    manifest = load_manifest(data / "tokenized")
+    write_report(data, build, manifest)
+    plain = plain_map(tokenizer, data / "data.jsonl", given.num_processes, given.work_dir / "map")
+
+    documents = sum(figures["documents"] for figures in build.domains.values())
+    tokens = sum(figures["tokens"] for figures in build.domains.values())
+    cpu = {name: stage["cpu_seconds"] for name, stage in build.stages.items()}
+    total = sum(cpu.values())
+    # Tokenised are also documents that turn out too long: they count as work, not as result.
+    result = {
+        "documents": documents,
+        "tokens": tokens,
+        "wall_seconds": build.wall_seconds,
+        "stages": build.stages,
+        "documents_per_second_and_core": documents / total,
+        "tokens_per_second_and_core": tokens / total,
+        "documents_per_second_and_core_without_making_items": documents / (total - cpu["records"]),
+        "packing_share": cpu["rows"] / total,
+        "tokenising": {"cpu_seconds": cpu["tokens"], "tokens_per_second_and_core": tokens / cpu["tokens"]},
+        "plain_map": plain | {"tokens_per_second_and_core": plain["tokens"] / plain["cpu_seconds"]},
+        "tokenising_over_plain_map": plain["cpu_seconds"] / cpu["tokens"],
+        "fill_rate": {split: entry.fill_rate for split, entry in manifest.splits.items()},
+        "fill_rate_of_training_domains": {
+            name: round(counts.tokens / (counts.rows * manifest.max_length), 4)
+            for name, counts in manifest.splits["train"].domains.items()
+        },
+        "sources": {source["name"]: source["counts"] for source in build.sources},
+        "num_processes": given.num_processes,
+        "environment": environment(),
+    }
+    given.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in result.items() if key not in ("sources", "environment")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

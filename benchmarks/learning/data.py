@@ -1,0 +1,109 @@
+"""What the runs read: items of the quick start's six domains, new for each seed, and a text of no domain."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.learning.plan import Budget
+from srde_ds.config import DOMAINS
+from srde_ds.data.build import build_dataset, file_hash
+from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.records import Record, read_jsonl
+from srde_ds.data.tasks import generate
+from srde_ds.model.base import load_tokenizer
+
+# Jules and Michel Verne, "In the Year 2889" (1889): public domain, Project Gutenberg 19362, shipped by reasoning-gym.
+# Single words of it occur in prompts of the domain `code`; prompts carry no loss.
+TEXT = "in_the_year_2889.txt"
+TEXT_BORDERS = "*** START OF THE PROJECT GUTENBERG", "*** END OF THE PROJECT GUTENBERG"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of one seed.
+
+    Attributes:
+        rows: folder of packed rows, splits train, validation and test.
+        items: JSONL of the items of all splits.
+        text: the text, one paragraph a line.
+    """
+
+    base: Path
+    rows: Path
+    items: Path
+    text: Path
+
+    def split(self, name: str) -> datasets.Dataset:
+        rows: datasets.Dataset = load_rows(self.rows, name, load_manifest(self.rows))
+        return rows
+
+    def test_records(self) -> list[Record]:
+        return [record for record in read_jsonl(self.items, DOMAINS) if record.split == "test"]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.base)
+
+    def content(self) -> str:
+        """Hash of the items."""
+        return file_hash(self.items)
+
+
+def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
+    """Make what is not there yet. Items need reasoning-gym; a folder that holds them can be carried elsewhere."""
+    counts = budget.train_items, budget.validation_items, budget.test_items
+    own = folder / f"items-{'-'.join(map(str, counts))}-seed{seed}"
+    inputs = Inputs(base, own / f"rows-{budget.max_length}", own / "items.jsonl", folder / "text.txt")
+    own.mkdir(parents=True, exist_ok=True)
+    if not inputs.items.exists():
+        _write(inputs.items, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in _items(budget, seed)))
+    if not inputs.text.exists():
+        _write(inputs.text, _text())
+    build_dataset(
+        tokenizer=inputs.tokenizer(),
+        jsonl_data=inputs.items,
+        eval_file=None,
+        output_dir=inputs.rows,
+        domains=DOMAINS,
+        max_length=budget.max_length,
+        too_long="drop",
+        seed=seed,
+    )
+    return inputs
+
+
+def describe_base(base: Path) -> str:
+    """What results of different bases are told apart by."""
+    config = json.loads((base / "config.json").read_text())
+    sizes = (config[name] for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"))
+    return "{}, {} layers, hidden {}, vocabulary {}".format(*sizes)
+
+
+def _items(budget: Budget, seed: int) -> list[dict[str, str]]:
+    """All prompts of a seed differ, so no held-out one occurs in training."""
+    parts = ["test"] * budget.test_items + ["validation"] * budget.validation_items + ["train"] * budget.train_items
+    made = []
+    for domain in DOMAINS:
+        items = generate(domain, len(parts), seed)
+        made += [item | {"split": split} for item, split in zip(items, parts, strict=True)]
+    random.Random(f"{seed}/items").shuffle(made)
+    return made
+
+
+def _text() -> str:
+    from reasoning_gym.data import read_data_file  # two seconds
+
+    body = read_data_file(TEXT).partition(TEXT_BORDERS[0])[2].partition("\n")[2].partition(TEXT_BORDERS[1])[0]
+    paragraphs = [" ".join(paragraph.split()) for paragraph in body.split("\n\n")]
+    return "".join(paragraph + "\n" for paragraph in paragraphs if paragraph)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.rename(path)

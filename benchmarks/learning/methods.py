@@ -1,0 +1,266 @@
+"""The methods behind one interface: a run and its inputs in, a trained model out.
+
+SRDE trains by the real trainer in this process. The baselines train by a small loop that reads the same batches, with
+the same loss (a mean over the step's response tokens), schedule, clipping and AdamW.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from benchmarks.learning.data import Inputs
+from benchmarks.learning.measure import ByDomain, row_losses
+from benchmarks.learning.plan import Flags, Run
+from srde_ds.config import DOMAINS, AdapterConfig, Config, resolve
+from srde_ds.data.loader import RowStream
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.base import ROLES, FeedForward, find_feed_forward, load_base
+from srde_ds.model.deltas import build_deltas
+from srde_ds.model.router import RoutingContext, RoutingStatistics
+from srde_ds.model.supports import support_size
+from srde_ds.optim.schedule import set_learning_rates
+from srde_ds.parallel.topology import Topology, start_processes
+from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
+from srde_ds.training.signals import StopRequest
+from srde_ds.training.trainer import count_tokens, scheduled_factor, to_device
+from srde_ds.training.trainer import run as run_trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+INPUTS = ("input_ids", "position_ids", "labels", "token_mask")
+
+
+class Diverged(SRDEError):
+    """Loss or gradient stopped being finite: the rate is too high."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves.
+
+    Attributes:
+        validation: loss of the validation rows by domain.
+        curve: finished steps and mean of `validation` then, where the run measures it.
+        losses: of each step's batch before its update.
+        step_seconds: of each step.
+        tokens: real tokens seen.
+        values: trainable ones.
+    """
+
+    model: SRDEModel
+    validation: ByDomain
+    curve: list[tuple[int, float]]
+    losses: list[float]
+    step_seconds: list[float]
+    tokens: int
+    values: int
+
+
+def train(run: Run, inputs: Inputs, folder: Path) -> Trained:
+    """Train as the run says.
+
+    Args:
+        folder: for what the trainer writes; must be empty or not there.
+
+    Raises:
+        Diverged: the loss is not finite any more.
+    """
+    config = config_of(run, inputs, folder)
+    return train_srde(config) if run.kind == "srde" else train_baseline(run, config, inputs)
+
+
+def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
+    """The run as a config of the trainer; baselines take optimizer, schedule and data from it.
+
+    Raises:
+        SRDEError: flags that do not fit together.
+    """
+    budget = run.budget
+    if budget.rows_per_step % budget.rows_at_once:
+        raise SRDEError(f"rows_at_once={budget.rows_at_once}: must divide rows_per_step={budget.rows_per_step}.")
+    fixed: Flags = {
+        "model_name": str(inputs.base),
+        "bf16": False,  # one precision for all methods
+        "pretokenized_dir": str(inputs.rows),
+        "domains": list(DOMAINS),
+        "max_length": budget.max_length,
+        "output_dir": str(folder),
+        "batch_size": budget.rows_at_once,
+        "gradient_accumulation_steps": budget.rows_per_step // budget.rows_at_once,
+        "seed": run.seed,
+        "save_steps": 0,
+        "eval_steps": 0,
+        "log_steps": 10**6,
+        "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
+    }
+    own = {key: value for key, value in run.flags.items() if key != "values_of"}
+    return resolve({}, fixed | own)
+
+
+@cache
+def topology() -> Topology:
+    """This process alone, for as long as it lives."""
+    return start_processes(600)
+
+
+def train_srde(config: Config) -> Trained:
+    """By the trainer; its console output goes to log.txt in its folder."""
+    folder = Path(config.training.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        device = topology().device
+        check_inputs(config)
+        check_run_folder(config)
+        prepare_data(config)
+        try:
+            with StopRequest() as stop:
+                run_trainer(config, topology(), stop)
+        except SRDEError as error:
+            if "not finite" in str(error) or "made the loss" in str(error):
+                raise Diverged(str(error)) from error
+            raise
+    if not (folder / "completed.json").exists():
+        raise KeyboardInterrupt
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    model = load_adapter(folder / "srde_weights.safetensors", base=str(config.model.model_name))
+    model.to(device).eval()
+    tokens = [line["tokens"] for line in lines]
+    new = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
+    measured = [(line["step"], line["held_out"]) for line in lines if "held_out" in line]
+    measured = [(0, line["held_out_at_start"]) for line in lines if "held_out_at_start" in line] + measured
+    return Trained(
+        model=model,
+        validation=lines[-1]["held_out"],
+        curve=[(step, mean(losses.values())) for step, losses in measured],
+        losses=[line["loss"] for line in lines],
+        step_seconds=[count / line["tokens_per_second"] for count, line in zip(new, lines, strict=True)],
+        tokens=tokens[-1],
+        values=sum(math.prod(parameter.srde_shape) for _, parameter in model.trainable_parameters()),
+    )
+
+
+def train_baseline(run: Run, config: Config, inputs: Inputs) -> Trained:
+    """LoRA, SHiRA, all of the feed-forward weights, or nothing (`base`)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(config.training.seed)
+    base = load_base(inputs.base, dtype=torch.float32).to(device)
+    parameters = PARAMETERS[run.kind](base, run) if run.kind != "base" else []
+    model = SRDEModel(base, AdapterConfig(), [], RoutingContext(RoutingStatistics(0, 0)), {"name": str(inputs.base)})
+    losses, seconds, tokens = _fit(model, parameters, config, inputs) if parameters else ([], [], 0)
+    model.eval()
+    validation = row_losses(model, inputs.split("validation"), config.training.batch_size)
+    return Trained(model, validation, [], losses, seconds, tokens, sum(p.numel() for p in parameters))
+
+
+def _fit(
+    model: SRDEModel, parameters: list[nn.Parameter], config: Config, inputs: Inputs
+) -> tuple[list[float], list[float], int]:
+    """The steps of the trainer without its distribution: losses, seconds and tokens."""
+    training, settings = config.training, config.optimizer
+    micro_steps = training.gradient_accumulation_steps
+    stream = RowStream(inputs.split("train"), seed=training.seed, global_batch_rows=training.batch_size * micro_steps)
+    group = {"params": parameters, "peak_lr": settings.learning_rate, "weight_decay": settings.weight_decay}
+    optimizer = torch.optim.AdamW([group], betas=(settings.adam_beta1, settings.adam_beta2), eps=1e-8)
+    losses, seconds, tokens = [], [], 0
+    model.train()
+    for step in range(training.max_steps):
+        started = time.monotonic()
+        batches = [
+            stream.micro_batch(step, micro, rank=0, world_size=1, batch_size=training.batch_size)
+            for micro in range(micro_steps)
+        ]
+        counts = count_tokens(batches, len(DOMAINS))
+        total = torch.zeros((), dtype=torch.float64, device=model.base.device)
+        for batch in batches:
+            moved = to_device(batch, model.base.device)
+            loss_sum = model(**{key: moved[key] for key in INPUTS}).loss_sum
+            (loss_sum / counts["labels"].to(loss_sum.device)).backward()
+            total += loss_sum.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        losses.append(float(total) / int(counts["labels"]))
+        if not (math.isfinite(losses[-1]) and math.isfinite(float(norm))):
+            raise Diverged(f"step {step + 1}: the loss is {losses[-1]}, the gradient's norm {float(norm)}.")
+        set_learning_rates(optimizer, scheduled_factor(config, step))
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.monotonic() - started)
+        tokens += int(counts["real_tokens"])
+    return losses, seconds, tokens
+
+
+def lora_parameters(base: PreTrainedModel, run: Run) -> list[nn.Parameter]:
+    """PEFT's LoRA on the three projections. alpha = rank: the swept rate stands for any other scale."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    blocks = find_feed_forward(base)
+    rank = equal_rank(blocks, run.flags["values_of"])
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_projections(blocks)), base)
+    return [parameter for parameter in base.parameters() if parameter.requires_grad]
+
+
+def shira_parameters(base: PreTrainedModel, run: Run) -> list[nn.Parameter]:
+    """PEFT's SHiRA on the three projections: random single weights, as many as LoRA of the same rank has values."""
+    from peft import ShiraConfig, inject_adapter_in_model
+
+    blocks = find_feed_forward(base)
+    rank = equal_rank(blocks, run.flags["values_of"])
+    config = ShiraConfig(r=rank, random_seed=run.seed, target_modules=_projections(blocks))
+    inject_adapter_in_model(config, base)
+    return [parameter for parameter in base.parameters() if parameter.requires_grad]
+
+
+def all_parameters(base: PreTrainedModel, run: Run) -> list[nn.Parameter]:
+    """The weights of all feed-forward blocks."""
+    parameters = [weight for block in find_feed_forward(base) for weight in block.weights()]
+    return [parameter.requires_grad_() for parameter in parameters]  # type: ignore[misc]
+
+
+PARAMETERS: dict[str, Callable[[PreTrainedModel, Run], list[nn.Parameter]]] = {
+    "lora": lora_parameters,
+    "shira": shira_parameters,
+    "full": all_parameters,
+}
+
+
+def equal_rank(blocks: list[FeedForward], flags: Flags) -> int:
+    """The rank at which adapters of the projections have as many values as SRDE with these flags has trainables."""
+    adapter = resolve({}, flags).adapter
+    values = sum(_srde_values(adapter, block.hidden, block.intermediate) for block in blocks)
+    return max(1, round(values / sum(len(ROLES) * (block.hidden + block.intermediate) for block in blocks)))
+
+
+def _srde_values(adapter: AdapterConfig, hidden: int, intermediate: int) -> int:
+    size = support_size(adapter, hidden, intermediate)
+    meta = torch.device("meta")
+    bank = build_deltas(adapter, hidden=hidden, size=size, seed=0, layer=0, dtype=torch.float32, device=meta)
+    return sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
+
+
+def _projections(blocks: list[FeedForward]) -> list[str]:
+    return sorted({block.roles[role] for block in blocks for role in ROLES})
+
+
+def figures(trained: Trained) -> dict[str, Any]:
+    """The figures of a training for the results file."""
+    return {
+        "validation_loss": mean(trained.validation.values()),
+        "validation": trained.validation,
+        "curve": trained.curve,
+        "values": trained.values,
+        "tokens": trained.tokens,
+        "losses": [round(loss, 4) for loss in trained.losses],
+        "training_seconds": round(sum(trained.step_seconds), 3),
+    }

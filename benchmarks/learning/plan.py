@@ -1,0 +1,248 @@
+"""What is to be run: the rows of suites.yaml, and the runs that a row needs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from srde_ds.config import DOMAINS
+from srde_ds.errors import SRDEError
+
+SUITES = Path(__file__).with_name("suites.yaml")
+# Flags that may be given in percent of a run's steps.
+STEP_FLAGS = ("warmup_steps", "expert_pretrain_steps", "density_warmup_steps", "eval_steps")
+WARMUP = "10%"
+
+Kind = Literal["base", "srde", "lora", "shira", "full"]
+Flags = dict[str, Any]
+Record = dict[str, Any]
+"""A line of the results file; see run.py."""
+
+
+class SweepDiverged(SRDEError):
+    """No rate of a grid works."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long the runs are and what they are judged on.
+
+    Attributes:
+        steps, rows_per_step, max_length: of training; each step has so many packed rows of so many tokens.
+        rows_at_once: rows of a micro-step.
+        train_items, validation_items, test_items: of each domain.
+        text_tokens: of the text that shows what is forgotten.
+        table_rows: packed test rows of each domain for the table of each expert alone.
+        new_tokens: longest answer.
+        eval_batch: items at once in evaluation.
+        rates: entries of a grid that are swept.
+        curve: steps between two points of a validation curve, in percent of all.
+        sweep_seed, seeds: of the sweep, and of the reported runs. A seed draws items, order, supports and routers.
+        flags: of all SRDE runs.
+    """
+
+    name: str
+    steps: int
+    rows_per_step: int
+    rows_at_once: int
+    max_length: int
+    train_items: int
+    validation_items: int
+    test_items: int
+    text_tokens: int
+    table_rows: int
+    new_tokens: int
+    eval_batch: int
+    rates: int
+    curve: str
+    sweep_seed: int
+    seeds: list[int]
+    flags: Flags
+
+    def sizes(self) -> dict[str, Any]:
+        """What a run's result depends on."""
+        no_part = ("eval_batch", "rates", "curve", "sweep_seed", "seeds", "flags")
+        return {key: value for key, value in asdict(self).items() if key not in no_part}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table.
+
+    Attributes:
+        grid: rates to choose from.
+        rates_of: name of the row whose rate is taken where there is no grid.
+        equal_to: name of the SRDE row whose number of trainable values a baseline gets.
+        expert_table: also measure each expert alone.
+        curve: also measure validation loss while it trains.
+        against: name of the row that the table compares it with.
+        core: part of the shorter programme.
+    """
+
+    name: str
+    kind: Kind = "srde"
+    flags: Flags = field(default_factory=dict)
+    grid: list[Flags] = field(default_factory=list)
+    rates_of: str = "SRDE neuron"
+    equal_to: str | None = None
+    expert_table: bool = False
+    curve: bool = False
+    against: str = "SRDE neuron"
+    core: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training with its measurements.
+
+    Attributes:
+        row: the name of a row that needs it, for people; other rows may share it.
+        flags: as `srde-ds train` knows them, rates included; of a baseline also `values_of`, the flags of the SRDE
+            model that it gets as many trainable values as.
+        report: measure test items and text, too.
+    """
+
+    row: str
+    kind: Kind
+    flags: Flags
+    seed: int
+    report: bool
+    expert_table: bool
+    budget: Budget
+
+    def identity(self, machine: str) -> dict[str, Any]:
+        settings = {"kind": self.kind, "flags": self.flags, "seed": self.seed, "machine": machine}
+        return settings | {"report": self.report, "expert_table": self.expert_table, "budget": self.budget.sizes()}
+
+    def key(self, machine: str) -> str:
+        text = json.dumps(self.identity(machine), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Plan:
+    """The suites with one budget, and what is known so far.
+
+    Args:
+        find: the record of a run, None if it was not run yet.
+    """
+
+    def __init__(self, budget: str, find: Callable[[Run], Record | None]) -> None:
+        content = yaml.safe_load(SUITES.read_text())
+        if budget not in content["budgets"]:
+            raise SRDEError(f"budget={budget}: must be one of {', '.join(content['budgets'])}.")
+        self.budget = Budget(name=budget, **content["budgets"][budget])
+        self.find = find
+        entries = [entry for suite in content["suites"].values() for entry in suite]
+        self.rows = {entry["name"]: Row(**entry) for entry in entries if not isinstance(entry, str)}
+        self.suites = {
+            name: [self.rows[entry if isinstance(entry, str) else entry["name"]] for entry in suite]
+            for name, suite in content["suites"].items()
+        }
+
+    def select(self, suites: Sequence[str], *, core: bool = False, only: Sequence[str] | None = None) -> list[Row]:
+        """The rows of these suites, each once; with `core` those marked so, with `only` those named.
+
+        Raises:
+            SRDEError: an unknown suite, or a name that is not in them.
+        """
+        unknown = set(suites) - self.suites.keys()
+        if unknown:
+            raise SRDEError(f"suite={min(unknown)}: must be one of {', '.join(self.suites)}.")
+        rows = {row.name: row for suite in suites for row in self.suites[suite]}
+        strangers = set(only or ()) - rows.keys()
+        if strangers:
+            raise SRDEError(f"rows={min(strangers)}: not in {', '.join(suites)}, which have: {'; '.join(rows)}.")
+        return [row for row in rows.values() if (row.core or not core) and (only is None or row.name in only)]
+
+    def sweep(self, row: Row) -> list[Run]:
+        """The runs that choose the row's rate."""
+        source, seed = self.source(row), self.budget.sweep_seed
+        return [self._run(source, rates, seed, report=False) for rates in source.grid[: self.budget.rates]]
+
+    def source(self, row: Row) -> Row:
+        """The row whose grid its rate comes from: itself or another one; the base needs none."""
+        return row if row.grid or row.kind == "base" else self.rows[row.rates_of]
+
+    def rates(self, row: Row) -> Flags | None:
+        """The chosen rates; None as long as the sweep is not done.
+
+        Raises:
+            SweepDiverged: every run of the sweep did.
+        """
+        found = [self.find(run) for run in self.sweep(row)]
+        records = [record for record in found if record is not None]
+        if len(records) < len(found):
+            return None
+        if not found:
+            return {}
+        finished = [record for record in records if "diverged" not in record]
+        if not finished:
+            raise SweepDiverged(f"{row.name}: all {len(found)} rates of its sweep diverge: lower those of its grid.")
+        best = min(finished, key=lambda record: record["validation_loss"])
+        return next(rates for rates in self.source(row).grid if rates.items() <= best["flags"].items())
+
+    def reported(self, row: Row) -> list[Run] | None:
+        """The runs that the table shows; None as long as their rate is not known."""
+        rates = self.rates(row)
+        return None if rates is None else [self._run(row, rates, seed, report=True) for seed in self.budget.seeds]
+
+    def example(self, row: Row) -> Run:
+        """A run of the row as it would be with the first rate of its grid."""
+        return self._run(row, (self.source(row).grid or [{}])[0], self.budget.sweep_seed, report=True)
+
+    def missing(self, rows: Sequence[Row]) -> tuple[list[Run], int]:
+        """The runs that can be started now, sweeps first, and how many more will follow from them.
+
+        A row whose whole sweep diverged needs no more.
+        """
+        ready: list[Run] = []
+        later = 0
+        for row in rows:
+            ready += [run for run in self.sweep(row) if self.find(run) is None]
+        for row in rows:
+            try:
+                reported = self.reported(row)
+            except SweepDiverged:
+                continue
+            later += len(self.budget.seeds) if reported is None else 0
+            ready += [run for run in reported or [] if self.find(run) is None]
+        return list({run.key(""): run for run in ready}.values()), later
+
+    def _run(self, row: Row, rates: Flags, seed: int, *, report: bool) -> Run:
+        flags = row.flags | rates
+        if row.kind == "srde":
+            flags = self.budget.flags | flags
+        if row.curve and report:
+            flags = flags | {"eval_steps": self.budget.curve}
+        flags = in_steps(flags, self.budget.steps)
+        if row.equal_to:
+            flags["values_of"] = self.rows[row.equal_to].flags
+        table = row.expert_table and report
+        return Run(row.name, row.kind, flags, seed, report, table, self.budget)
+
+
+def in_steps(flags: Flags, steps: int) -> Flags:
+    """The flags with steps for percentages: `max_steps` in percent of `steps`, the others in percent of it.
+
+    `expert_pretrain_steps` in percent are those of all experts together.
+    """
+    given: Flags = {"max_steps": steps, "warmup_steps": WARMUP} | flags
+    given["max_steps"] = _share(given["max_steps"], steps)
+    for name in STEP_FLAGS:
+        if name in given:
+            given[name] = _share(given[name], given["max_steps"])
+    if given.get("supervised_experts"):
+        given["expert_pretrain_steps"] = max(1, given["expert_pretrain_steps"] // len(DOMAINS))
+    else:
+        given.pop("expert_pretrain_steps", None)
+    return given
+
+
+def _share(value: Any, steps: int) -> int:
+    return max(1, round(float(value[:-1]) / 100 * steps)) if isinstance(value, str) else int(value)

@@ -1,0 +1,8 @@
+"""`srde-ds plan`, for launchers that want a script."""
+
+import sys
+
+from srde_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["plan", *sys.argv[1:]]))

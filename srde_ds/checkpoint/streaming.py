@@ -1,0 +1,112 @@
+"""Model folders written a tensor at a time, and complete or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from srde_ds.checkpoint.layout import io_reason, sync_folder
+from srde_ds.checkpoint.shards import safetensors_header, tensor_bytes
+from srde_ds.errors import SRDEError
+from srde_ds.model.base_files import INDEX, LazyTensor
+
+# A weights file per shard; loaders of transformers want this in its header.
+METADATA = {"format": "pt"}
+Shards = Mapping[str, Mapping[str, LazyTensor]]
+"""File -> name -> tensor"""
+
+
+def tensors_size(tensors: Iterable[LazyTensor]) -> int:
+    """Bytes in files."""
+    return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
+
+
+def write_lazily(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, fsynced; memory holds one tensor."""
+    header, names = safetensors_header(tensors, metadata)
+    with open(path, "xb") as file:
+        file.write(header)
+        for name in names:
+            tensor = tensors[name].load()
+            if (tensor.dtype, tuple(tensor.shape)) != (tensors[name].dtype, tensors[name].shape):
+                raise AssertionError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what the header says")
+            for chunk in tensor_bytes(tensor):
+                file.write(chunk)
+            del tensor, chunk  # before the next is loaded
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_model(folder: Path, shards: Shards, config: Mapping[str, Any], companions: Iterable[Path]) -> None:
+    """Write a Hugging Face model: weights, their index where there are several files, configuration and companions."""
+    for file, tensors in shards.items():
+        write_lazily(folder / file, tensors, METADATA)
+    if len(shards) > 1:
+        size = tensors_size(tensor for tensors in shards.values() for tensor in tensors.values())
+        weight_map = {name: file for file, tensors in shards.items() for name in sorted(tensors)}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for path in companions:
+        shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def complete_folder(target: Path, size: int) -> Iterator[Path]:
+    """A new folder to write into, which gets the name `target` when the block ends without an error, else is removed.
+
+    Args:
+        size: bytes that will be written.
+
+    Raises:
+        SRDEError: there is something at `target`, or the disk has no room or fails.
+    """
+    if target.exists():
+        raise SRDEError(f"output={target}: it exists. Remove it, or give another --output.")
+    with _complete(target, size) as partial:
+        partial.mkdir()
+        yield partial
+        sync_folder(partial)
+
+
+@contextmanager
+def complete_file(target: Path, size: int) -> Iterator[Path]:
+    """As `complete_folder`, for one file; a file at `target` is replaced."""
+    if target.is_dir():
+        raise SRDEError(f"output={target}: it is a folder. Give a file's name.")
+    with _complete(target, size) as partial:
+        yield partial
+
+
+@contextmanager
+def _complete(target: Path, size: int) -> Iterator[Path]:
+    partial = target.with_name(f"{target.name}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(partial)  # what a kill left
+        free = shutil.disk_usage(target.parent).free
+        if free < size:
+            raise SRDEError(
+                f"output={target}: {size / 2**30:.1f} GiB will be written, the disk has {free / 2**30:.1f} GiB left. "
+                "Free space, or give an --output on another disk."
+            )
+        yield partial
+        os.replace(partial, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise SRDEError(f"output={target}: cannot be written: {io_reason(error)}.") from None
+    finally:
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

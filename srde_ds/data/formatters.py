@@ -1,0 +1,305 @@
+"""One function a source: its row, with its own columns, to a conversation and an answer that can be checked.
+
+Responses that have a checkable answer end with the line `Answer: ...`, which evaluation looks for. A formatter
+returns None where the row has no answer (test rows whose labels are hidden), and raises `BrokenRow` where the row is
+not what the source says it is.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+Messages = list[dict[str, str]]
+
+
+class BrokenRow(ValueError):
+    """The row lacks something that the source promises."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a source as a conversation."""
+
+    messages: Messages
+    answer: str | None = None
+    group: str | None = None
+    """rows of one group go to the same split: the question that others are variants of, a shared passage"""
+
+
+@dataclass(frozen=True)
+class Formatter:
+    """A function and the columns that it reads."""
+
+    format: Callable[[Row], Example | None]
+    columns: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+FORMATTERS: dict[str, Formatter] = {}
+
+
+def formatter(*columns: str, optional: tuple[str, ...] = ()) -> Callable[[Callable[[Row], Example | None]], Formatter]:
+    """Register a function under its name. `optional` columns may be missing."""
+
+    def register(function: Callable[[Row], Example | None]) -> Formatter:
+        FORMATTERS[function.__name__] = Formatter(function, columns, optional)
+        return FORMATTERS[function.__name__]
+
+    return register
+
+
+def text(row: Row, column: str) -> str:
+    """A column that must hold text."""
+    value = row.get(column)
+    if not isinstance(value, str) or not value.strip():
+        raise BrokenRow(f"no text in '{column}'")
+    return value.strip()
+
+
+def _maybe(row: Row, column: str) -> str:
+    value = row.get(column)
+    return str(value).strip() if value is not None else ""
+
+
+def _ask(prompt: str, response: str) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _solved(question: str, reasoning: str, answer: str, *, group: str | None = None) -> Example:
+    response = f"{reasoning}\nAnswer: {answer}" if reasoning else f"Answer: {answer}"
+    return Example(_ask(question, response), answer, group)
+
+
+def _choice(
+    question: str,
+    options: Sequence[Any],
+    right: int,
+    *,
+    context: str = "",
+    reasoning: str = "",
+    group: str | None = None,
+) -> Example:
+    """A question with lettered options; the response names the option, or explains it where there is a rationale."""
+    options = [str(option).strip() for option in options]
+    if len(options) < 2 or not all(options):
+        raise BrokenRow("an option is missing")
+    if not 0 <= right < len(options):
+        raise BrokenRow(f"the right option is number {right} of {len(options)}")
+    lettered = [f"{_letter(index)}. {option}" for index, option in enumerate(options)]
+    prompt = "\n".join(filter(None, [context and f"{context}\n", question, *lettered]))
+    return _solved(prompt, reasoning or lettered[right], _letter(right), group=group or context or question)
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
+
+
+def _index(letter: str) -> int:
+    """A, B, ... or 1, 2, ... as 0, 1, ..."""
+    letter = letter.strip().upper()
+    if len(letter) != 1 or not letter.isalnum():
+        raise BrokenRow(f"'{letter}' is no option")
+    return int(letter) - 1 if letter.isdigit() else ord(letter) - ord("A")
+
+
+# -- math ------------------------------------------------------------------------------------------------------------
+
+
+@formatter("question", "answer")
+def gsm8k(row: Row) -> Example:
+    """Steps with calculator notes such as <<48/2=24>>, then #### and the number."""
+    steps, mark, number = text(row, "answer").rpartition("####")
+    if not mark or not number.strip():
+        raise BrokenRow("no final number")
+    question = text(row, "question")
+    steps = re.sub(r"<<[^<>]*>>", "", steps).strip()
+    return _solved(question, steps, number.strip().replace(",", ""), group=question)
+
+
+@formatter("query", "response", "original_question", optional=("type",))
+def metamath(row: Row) -> Example:
+    """Variants of questions of GSM8K and MATH: all variants of one question stay together."""
+    reasoning, mark, answer = text(row, "response").rpartition("The answer is:")
+    if not mark or not answer.strip():
+        raise BrokenRow("no final answer")
+    reasoning = re.sub(r"\n?####[^\n]*\s*$", "", reasoning.rstrip()).strip()
+    return _solved(text(row, "query"), reasoning, answer.strip(), group=text(row, "original_question"))
+
+
+@formatter("question", "answer")
+def orca_math(row: Row) -> Example:
+    """Free text: the final number is not marked, so there is no answer to check."""
+    return Example(_ask(text(row, "question"), text(row, "answer")))
+
+
+# -- logic -----------------------------------------------------------------------------------------------------------
+
+
+@formatter("context", "query", "options", "correct_option")
+def logiqa(row: Row) -> Example:
+    return _choice(text(row, "query"), row["options"], int(row["correct_option"]), context=text(row, "context"))
+
+
+@formatter("context", "question", "answers", "label")
+def reclor(row: Row) -> Example:
+    return _choice(text(row, "question"), row["answers"], int(row["label"]), context=text(row, "context"))
+
+
+@formatter("ctx", "endings", "label", optional=("activity_label", "source_id"))
+def hellaswag(row: Row) -> Example | None:
+    """How a described activity goes on; test rows have no label."""
+    if _maybe(row, "label") == "":
+        return None
+
+    def plain(passage: str) -> str:
+        # Headings of the how-to articles.
+        return " ".join(re.sub(r"\[(?:header|title|step|substeps)\]", " ", passage).split())
+
+    label = _maybe(row, "activity_label")
+    context = plain(text(row, "ctx"))
+    return _choice(
+        "Which continuation makes the most sense?",
+        [plain(str(ending)) for ending in row["endings"]],
+        int(row["label"]),
+        context=f"{label}: {context}" if label else context,
+        group=_maybe(row, "source_id") or context,
+    )
+
+
+# -- code ------------------------------------------------------------------------------------------------------------
+
+
+@formatter("instruction", "output", optional=("input",))
+def code_alpaca(row: Row) -> Example:
+    prompt, given = text(row, "instruction"), _maybe(row, "input")
+    return Example(_ask(f"{prompt}\n\n{given}" if given else prompt, text(row, "output")))
+
+
+@formatter("query", "answer", optional=("resource", "lang"))
+def code_feedback(row: Row) -> Example:
+    return Example(_ask(text(row, "query"), text(row, "answer")))
+
+
+# -- science ---------------------------------------------------------------------------------------------------------
+
+
+@formatter("question", "distractor1", "distractor2", "distractor3", "correct_answer", optional=("support",))
+def sciq(row: Row) -> Example:
+    """The order of the options is drawn from the question: in the source the right one has a column of its own."""
+    question, right = text(row, "question"), text(row, "correct_answer")
+    options = [right, *(text(row, f"distractor{number}") for number in (1, 2, 3))]
+    if len(set(options)) < len(options):
+        raise BrokenRow("two options are the same")
+    random.Random(question).shuffle(options)
+    return _choice(question, options, options.index(right), reasoning=_maybe(row, "support"))
+
+
+@formatter("question", "choices", "answerKey")
+def arc(row: Row) -> Example | None:
+    """Options are lettered A to E or numbered 1 to 4."""
+    if _maybe(row, "answerKey") == "":
+        return None
+    labels = [str(label) for label in row["choices"]["label"]]
+    if row["answerKey"] not in labels:
+        raise BrokenRow(f"'{row['answerKey']}' is no option")
+    return _choice(text(row, "question"), row["choices"]["text"], labels.index(row["answerKey"]))
+
+
+@formatter("problem_text", "answer_number", optional=("unit", "solution"))
+def scibench(row: Row) -> Example:
+    """A textbook problem; few have a solution."""
+    unit = _maybe(row, "unit")
+    question = text(row, "problem_text") + (f"\nGive the answer in {unit}." if unit else "")
+    return _solved(question, _maybe(row, "solution"), text(row, "answer_number"))
+
+
+# -- planning --------------------------------------------------------------------------------------------------------
+
+
+@formatter("question", "options", "rationale", "correct")
+def aqua_rat(row: Row) -> Example:
+    """Options come as `A)21`."""
+    options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", str(option)) for option in row["options"]]
+    return _choice(text(row, "question"), options, _index(text(row, "correct")), reasoning=text(row, "rationale"))
+
+
+@formatter("example", "proof", "label")
+def boardgame_qa(row: Row) -> Example:
+    """Facts, rules and preferences; a statement is proved, disproved or neither."""
+    label = text(row, "label")
+    if label not in ("proved", "disproved", "unknown"):
+        raise BrokenRow(f"unknown label '{label}'")
+    question = f"{text(row, 'example')}\nAnswer with proved, disproved or unknown."
+    return _solved(question, text(row, "proof"), label)
+
+
+# -- abstract --------------------------------------------------------------------------------------------------------
+
+
+@formatter("goal", "sol1", "sol2", "label")
+def piqa(row: Row) -> Example | None:
+    """Test rows are labelled -1."""
+    if int(row["label"]) < 0:
+        return None
+    question = f"Which way is better to reach this goal?\n{text(row, 'goal')}"
+    return _choice(question, [row["sol1"], row["sol2"]], int(row["label"]), group=text(row, "goal"))
+
+
+@formatter("sentence", "option1", "option2", "answer")
+def winogrande(row: Row) -> Example | None:
+    """A sentence with a blank; test rows have no answer."""
+    answer = _maybe(row, "answer")
+    if answer == "":
+        return None
+    sentence = text(row, "sentence")
+    if "_" not in sentence:
+        raise BrokenRow("no blank in the sentence")
+    return _choice(f"Which option fits the blank?\n{sentence}", [row["option1"], row["option2"]], _index(answer))
+
+
+# -- for sources of your own: `columns` in the sources file says which of its columns is which -------------------------
+
+
+@formatter("prompt", "response", optional=("system", "answer", "group"))
+def prompt_response(row: Row) -> Example:
+    """One question and its answer."""
+    messages = _ask(text(row, "prompt"), text(row, "response"))
+    system = _maybe(row, "system")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return Example(messages, _maybe(row, "answer") or None, _maybe(row, "group") or None)
+
+
+@formatter("messages", optional=("answer", "group"))
+def messages(row: Row) -> Example:
+    """A conversation, as {role, content} or as {from, value} with human and gpt."""
+    names = {"human": "user", "gpt": "assistant"}
+    turns = []
+    for turn in row["messages"]:
+        role = turn.get("role") or names.get(turn.get("from"), turn.get("from"))
+        turns.append({"role": str(role), "content": text(turn, "content" if "content" in turn else "value")})
+    roles = [turn["role"] for turn in turns]
+    asked = roles[1:] if roles[:1] == ["system"] else roles
+    if asked[:1] != ["user"] or roles[-1] != "assistant" or not set(asked) <= {"user", "assistant"}:
+        raise BrokenRow(f"roles {', '.join(roles)}")
+    return Example(turns, _maybe(row, "answer") or None, _maybe(row, "group") or None)
+
+
+@formatter("question", "options", "label", optional=("context", "rationale", "group"))
+def multiple_choice(row: Row) -> Example:
+    """`label`: the right option's index from 0, or its letter."""
+    label = row["label"]
+    right = label if isinstance(label, int) else _index(str(label))
+    return _choice(
+        text(row, "question"),
+        row["options"],
+        right,
+        context=_maybe(row, "context"),
+        reasoning=_maybe(row, "rationale"),
+        group=_maybe(row, "group") or None,
+    )

@@ -1,0 +1,161 @@
+"""How often each domain's rows come up in training: shares that may change with the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from srde_ds.errors import SRDEError, nearest
+
+CYCLE = 10_000
+"""draws after which every domain has had exactly its share, to one part in CYCLE"""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The shares of the domains from a step on; they need not add up to 1."""
+
+    first_step: int
+    shares: tuple[float, ...]
+
+
+def mixing_phases(
+    domain_weights: str | None, mixing_temperature: float, domains: Sequence[str], rows: Sequence[int]
+) -> list[Phase] | None:
+    """What the options come to; None where each epoch covers each row once, as it does without any.
+
+    Args:
+        domain_weights: as `parse_domain_weights` reads them.
+        mixing_temperature: T in shares proportional to rows ** (1 / T).
+        rows: of each domain.
+
+    Raises:
+        SRDEError: weights that do not fit, both options at once, or a domain with a share but without rows.
+    """
+    if domain_weights is None and mixing_temperature == 1.0:
+        return None
+    if domain_weights is None:
+        phases = [Phase(0, tuple(float(count) ** (1 / mixing_temperature) if count else 0.0 for count in rows))]
+    else:
+        phases = parse_domain_weights(domain_weights, domains)
+        if mixing_temperature != 1.0:
+            raise SRDEError(
+                f"domain_weights={domain_weights} with mixing_temperature={mixing_temperature}: give one of them."
+            )
+    for phase in phases:
+        for domain, share, count in zip(domains, phase.shares, rows, strict=True):
+            if share and not count:
+                raise SRDEError(f"domain_weights={domain_weights}: the dataset has no rows of '{domain}'.")
+    return phases
+
+
+def parse_domain_weights(text: str, domains: Sequence[str]) -> list[Phase]:
+    """`math=2,code=1`, or with changes: `math=2,code=1; 500: math=1,code=1`. Domains that are not named have none.
+
+    Raises:
+        SRDEError: another form, an unknown domain, weights that are all 0, steps out of order.
+    """
+    phases: list[Phase] = []
+    for number, part in enumerate(text.split(";")):
+        step, colon, weights = part.rpartition(":")
+        if not colon:
+            step = "0"
+        if not step.strip().isdigit() or bool(colon) != (number > 0):
+            raise SRDEError(
+                f"domain_weights={text}: must be like 'math=2,code=1', each later part with the step from which on it "
+                "holds: 'math=2,code=1; 500: math=1,code=1'."
+            )
+        given = _weights(weights, text, domains)
+        if phases and int(step) <= phases[-1].first_step:
+            raise SRDEError(f"domain_weights={text}: steps must rise, {int(step)} does not.")
+        phases.append(Phase(int(step), tuple(given.get(domain, 0.0) for domain in domains)))
+    return phases
+
+
+def _weights(part: str, text: str, domains: Sequence[str]) -> dict[str, float]:
+    given: dict[str, float] = {}
+    for entry in part.split(","):
+        name, _, value = (piece.strip() for piece in entry.partition("="))
+        if name not in domains:
+            raise SRDEError(f"domain_weights={text}: unknown domain '{name}'.{nearest(name, domains)}")
+        try:
+            given[name] = float(value)
+        except ValueError:
+            raise SRDEError(f"domain_weights={text}: '{entry.strip()}' must be a domain, '=' and a number.") from None
+        if not 0 <= given[name] < float("inf"):
+            raise SRDEError(f"domain_weights={text}: {name}={value} must be 0 or a positive number.")
+    if not any(given.values()):
+        raise SRDEError(f"domain_weights={text}: one domain at least needs a weight above 0.")
+    return given
+
+
+class Mixture:
+    """The order in which domains take turns: a pure function of (seed, position), without any history.
+
+    Each phase goes through cycles of CYCLE draws. In a cycle each domain comes up as often as its share says, in an
+    order fixed by (seed, phase, cycle). Each domain's own rows come in epochs, each row once in each.
+    """
+
+    def __init__(
+        self, phases: Sequence[Phase], rows_of_domain: Sequence[np.ndarray], *, seed: int, rows_per_step: int
+    ) -> None:
+        self.seed = seed
+        self.rows_of_domain = rows_of_domain
+        self.counts = np.array([_cut(phase.shares) for phase in phases])
+        """draws [phase, domain] in a cycle"""
+        self.starts = np.array([phase.first_step * rows_per_step for phase in phases])
+        """position of each phase's first draw"""
+        self._cycle = lru_cache(maxsize=4)(self._make_cycle)
+        self._order = lru_cache(maxsize=2 * len(rows_of_domain))(self._make_order)
+        self._before = np.zeros_like(self.counts)
+        """draws [phase, domain] before the phase"""
+        for number in range(1, len(phases)):
+            self._before[number] = self.draws(int(self.starts[number]), number - 1)
+
+    def draws(self, position: int, phase: int | None = None) -> np.ndarray:
+        """How many rows of each domain come before `position` (which lies in `phase` or ends it)."""
+        phase = self._phase(position) if phase is None else phase
+        cycles, rest = divmod(position - int(self.starts[phase]), CYCLE)
+        slots, _ = self._cycle(phase, cycles)
+        started = np.bincount(slots[:rest], minlength=self.counts.shape[1])
+        return np.asarray(self._before[phase] + cycles * self.counts[phase] + started)
+
+    def row(self, position: int) -> int:
+        """The row of the dataset that comes up at `position`."""
+        phase = self._phase(position)
+        cycle, place = divmod(position - int(self.starts[phase]), CYCLE)
+        slots, turns = self._cycle(phase, cycle)
+        domain = int(slots[place])
+        draw = int(self._before[phase, domain] + cycle * self.counts[phase, domain] + turns[place])
+        epoch, index = divmod(draw, len(self.rows_of_domain[domain]))
+        return int(self._order(domain, epoch)[index])
+
+    def _phase(self, position: int) -> int:
+        return int(np.searchsorted(self.starts, position, side="right")) - 1
+
+    def _make_cycle(self, phase: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+        """The domain of each slot, and how many slots of the same domain come before it in the cycle."""
+        slots = np.repeat(np.arange(self.counts.shape[1]), self.counts[phase])
+        slots = np.random.default_rng([self.seed, phase, cycle, 1]).permutation(slots)
+        turns = np.empty(CYCLE, np.int64)
+        for domain, count in enumerate(self.counts[phase]):
+            turns[slots == domain] = np.arange(count)
+        return slots, turns
+
+    def _make_order(self, domain: int, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, domain, epoch, 2]).permutation(self.rows_of_domain[domain])
+
+
+def _cut(shares: Sequence[float]) -> list[int]:
+    """CYCLE draws by shares, at least one for each share above 0."""
+    total = sum(shares)
+    ideal = [CYCLE * share / total for share in shares]
+    counts = [max(1, int(value)) if value else 0 for value in ideal]
+    # Largest remainder first; the small shares that were rounded up are paid for by the largest one.
+    for index in sorted(range(len(ideal)), key=lambda i: counts[i] - ideal[i])[: max(0, CYCLE - sum(counts))]:
+        counts[index] += 1
+    counts[counts.index(max(counts))] += CYCLE - sum(counts)
+    return counts

@@ -1,0 +1,176 @@
+"""Stages of a build as files that are named by what they were made from, so that none is made twice.
+
+A part is one file. Its name is a fingerprint of the work's code and of everything that goes into it; a part that
+depends on another one counts that one's name among its inputs. A killed build finds its finished parts again, and a
+changed option changes the names of those parts only that depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from srde_ds.errors import SRDEError
+
+Work = Callable[..., dict[str, Any]]
+"""`work(path, **arguments)` writes the file `path` and returns figures that JSON can hold. A module's function."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A finished part."""
+
+    path: Path
+    key: str
+    figures: dict[str, Any]
+
+
+def fingerprint(*parts: Any) -> str:
+    """32 hex digits of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@cache
+def code_fingerprint(*modules: str) -> str:
+    """Of the source of `modules`, so that a new release does not take an older one's parts for its own."""
+    return fingerprint(*(inspect.getsource(sys.modules[name]) for name in modules))
+
+
+class Stages:
+    """The folder of parts, and the processes that make them."""
+
+    def __init__(self, folder: Path, num_processes: int = 1, initialize: Callable[[], None] | None = None) -> None:
+        self.folder = folder
+        self.num_processes = num_processes
+        self.wall_seconds: defaultdict[str, float] = defaultdict(float)
+        self.cpu_seconds: defaultdict[str, float] = defaultdict(float)
+        """of all processes; both by stage"""
+        self.made: dict[str, int] = {}
+        """parts that were not there yet, by stage"""
+        self._initialize = initialize
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Stages:
+        for half in self.folder.rglob("*.tmp"):  # of a build that was killed
+            half.unlink()
+        if self._initialize:
+            self._initialize()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def run(self, stage: str, work: Work, parts: Sequence[tuple[str, dict[str, Any]]]) -> list[Made]:
+        """The parts (key, arguments of `work`) of a stage, in their order; those that are there are not made again.
+
+        Raises:
+            SRDEError: what `work` raised, or a process that died.
+        """
+        started = time.perf_counter()
+        paths = [self.folder / stage / f"{key}.arrow" for key, _ in parts]
+        missing = {path: arguments for path, (_, arguments) in zip(paths, parts, strict=True) if not _done(path)}
+        self.made[stage] = self.made.get(stage, 0) + len(missing)
+        (self.folder / stage).mkdir(parents=True, exist_ok=True)
+        if self.num_processes == 1 or len(missing) == 1:
+            for path, arguments in missing.items():
+                _make(work, path, arguments)
+        elif missing:
+            self._make_in_pool(work, missing)
+        made = [Made(p, k, json.loads(_figures(p).read_text())) for p, (k, _) in zip(paths, parts, strict=True)]
+        self.wall_seconds[stage] += time.perf_counter() - started
+        self.cpu_seconds[stage] += sum(part.figures["cpu_seconds"] for part in made if part.path in missing)
+        return made
+
+    def _make_in_pool(self, work: Work, missing: dict[Path, dict[str, Any]]) -> None:
+        if self._pool is None:
+            self._pool = worker_pool(self.num_processes, self._initialize)
+        futures = [self._pool.submit(_make, work, path, arguments) for path, arguments in missing.items()]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BrokenProcessPool:
+            self._pool = None
+            raise process_died(self.num_processes) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the block's time to that of `stage`."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            self.wall_seconds[stage] += time.perf_counter() - wall
+            self.cpu_seconds[stage] += time.process_time() - cpu
+
+
+def worker_pool(num_processes: int, initialize: Callable[[], None] | None) -> ProcessPoolExecutor:
+    """Processes that end with this one, however it ends."""
+    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _start_worker, (initialize,))
+
+
+def process_died(num_processes: int) -> SRDEError:
+    """In place of BrokenProcessPool."""
+    return SRDEError(
+        f"num_processes={num_processes}: a process was killed, most likely for want of memory: lower it, start again."
+    )
+
+
+def slices(count: int, size: int) -> Iterable[tuple[int, int]]:
+    """[0, size), [size, 2 size), ... up to `count`."""
+    return ((start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _figures(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _done(path: Path) -> bool:
+    # The figures are written last.
+    return _figures(path).exists() and path.exists()
+
+
+def _make(work: Work, path: Path, arguments: dict[str, Any]) -> None:
+    half = path.with_suffix(f".{os.getpid()}.tmp")
+    started = time.process_time()
+    try:
+        figures = work(half, **arguments)
+        half.replace(path)
+        half.write_text(json.dumps(figures | {"cpu_seconds": time.process_time() - started}))
+        half.replace(_figures(path))
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def _start_worker(initialize: Callable[[], None] | None) -> None:
+    # A build that is killed outright cannot stop its processes: they stop themselves.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # the processes are the parallelism
+    if initialize:
+        initialize()
+
+
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)

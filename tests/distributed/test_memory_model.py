@@ -1,0 +1,118 @@
+"""The memory model against what autograd keeps and what the allocator hands out in a tiny run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from srde_ds.config import resolve
+from srde_ds.parallel.activations import checkpointed_input, head_activations, layer_activations, shared_activations
+from srde_ds.parallel.memory import memory
+from srde_ds.parallel.shapes import base_shape
+from srde_ds.parallel.traffic import choose_transport
+from tests.distributed.harness import Ranks
+from tests.distributed.measures import Allocated, allocated, count_saved, train_measuring
+from tests.distributed.training_helpers import MAX_LENGTH, Inputs
+
+ELEMENT = {"granularity": "element", "use_muon": False}
+TOKENS = {"expert_parallel_size": 2, "expert_transport": "tokens"}
+
+
+def run_flags(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
+    once = {"max_steps": 2, "warmup_steps": 1, "eval_steps": 0, "save_steps": 0, "log_steps": 100}
+    return inputs.flags(folder / "run", **once | {"batch_size": 2, "gradient_accumulation_steps": 1} | changes)
+
+
+def saved(flags: dict[str, Any]) -> tuple[int, float]:
+    """Bytes that autograd keeps of the second step's forward, and the share of labelled positions."""
+    from srde_ds.parallel.engine import Engine
+
+    forward, found = Engine.forward, []
+
+    def counted(engine: Engine, batch: dict[str, torch.Tensor]) -> Any:
+        with count_saved(list(engine.model.parameters())) as kept:
+            output = forward(engine, batch)
+        labelled = (batch["labels"][:, 1:] != -100).any(0).sum() / MAX_LENGTH
+        found.append((kept(), float(labelled)))
+        return output
+
+    @contextmanager
+    def watched() -> Iterator[list[tuple[int, float]]]:
+        with patch.object(Engine, "forward", counted):
+            yield found
+
+    return train_measuring(flags, 2, watched)[-1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "tolerance"),
+    [
+        (1, {}, 0.01),
+        (1, {"bf16": True}, 0.01),
+        (1, {"gradient_checkpointing": True}, 0.01),
+        (1, {"num_atoms": 4}, 0.01),
+        (1, {"support_scope": "per_expert"}, 0.01),
+        (1, ELEMENT, 0.01),
+        (2, {"num_atoms": 4}, 0.01),
+        (2, {"expert_parallel_size": 2, "expert_transport": "deltas"}, 0.01),
+        # Not as many rows arrive as leave.
+        (2, TOKENS, 0.05),
+        # And the first layer's experts keep less: three of ten values of a row need no gradient there.
+        (2, TOKENS | ELEMENT, 0.15),
+    ],
+)
+def test_saved_activations_are_those_of_the_model(
+    inputs: Inputs,
+    one_rank: Ranks,
+    two_ranks: Ranks,
+    tmp_path: Path,
+    processes: int,
+    options: dict[str, Any],
+    tolerance: float,
+) -> None:
+    flags = run_flags(inputs, tmp_path, **options)
+    config = resolve({}, flags)
+    shape, ranks = base_shape(config), one_rank if processes == 1 else two_ranks
+    for measured, labelled in ranks(saved, flags):
+        transport = choose_transport(config, shape, processes)
+        checkpointing = config.model.gradient_checkpointing
+        head = head_activations(config, shape.layers[-1].hidden, shape.vocabulary, labelled)
+        expected = head["head"] + head["logits"] / 3  # before the backward only the log-softmax is there
+        if not checkpointing:
+            # The mask of booleans is an input, kept by nobody; what it becomes is counted with each layer.
+            expected += shared_activations(config, shape.layers[0])["attention"] - 2 * MAX_LENGTH**2
+        for number, layer in enumerate(shape.layers):
+            if checkpointing:
+                expected += checkpointed_input(config, layer)
+            else:
+                expected += sum(layer_activations(config, layer, processes, transport, first=number == 0).values())
+        assert measured == pytest.approx(expected, rel=tolerance)
+
+
+def peak(flags: dict[str, Any]) -> Allocated:
+    found: Allocated = train_measuring(flags, 2, allocated)
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_is_that_of_the_model(inputs: Inputs, tmp_path: Path, checkpointing: bool) -> None:
+    """In a fresh process; the gradient bucket is small so that it does not hide the rest."""
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}')
+    flags = run_flags(
+        inputs,
+        tmp_path,
+        batch_size=8,
+        gradient_checkpointing=checkpointing,
+        deepspeed_config=str(tmp_path / "ds.json"),
+    )
+    config = resolve({}, flags)
+    with Ranks(1) as ranks:
+        found = ranks(peak, flags)[0]
+    predicted = memory(config, base_shape(config), 1, labelled=max(found.labelled))
+    assert max(found.peaks.values()) == pytest.approx(predicted.total, rel=0.1)

@@ -1,0 +1,41 @@
+"""The shares of the domains reach the rows that training sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from srde_ds.data.loader import RowStream
+from tests.distributed.harness import Ranks
+from tests.distributed.training_helpers import DOMAINS, Inputs, train_here
+
+
+def domains_seen(flags: dict[str, Any]) -> tuple[str | None, list[tuple[int, str]]]:
+    """The error of a training, if any, and (step, domain) of the rows of this process."""
+    seen: list[tuple[int, str]] = []
+    original = RowStream.micro_batch
+
+    def micro_batch(stream: RowStream, step: int, micro: int, **place: int) -> dict[str, Any]:
+        batch = original(stream, step, micro, **place)
+        seen.extend((step, DOMAINS[index]) for index in batch["domain"].tolist())
+        return batch
+
+    with patch.object(RowStream, "micro_batch", micro_batch):
+        return train_here(flags), seen
+
+
+def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    first, second, third = DOMAINS
+    weights = f"{first}=1; 2: {second}=1,{third}=3"
+    options = {"max_steps": 4, "warmup_steps": 1, "save_steps": 0, "eval_steps": 0}
+    for error, seen in two_ranks(domains_seen, inputs.flags(tmp_path / "run", domain_weights=weights, **options)):
+        assert error is None
+        assert {domain for step, domain in seen if step < 2} == {first}
+        assert {domain for step, domain in seen if step >= 2} <= {second, third}
+        assert {step for step, _ in seen} == {0, 1, 2, 3}
+
+
+def test_weights_that_do_not_fit_stop_every_rank(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    errors = two_ranks(train_here, inputs.flags(tmp_path / "run", domain_weights="maths=1"))
+    assert any(error and "unknown domain 'maths'" in error for error in errors)

@@ -1,0 +1,20 @@
+"""A build in many small parts, for the test that kills it: `python -m tests.killable_build FOLDER PROCESSES`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from srde_ds.data import cleaning, supply
+from srde_ds.data.builder import build_from_sources
+from srde_ds.data.options import BuildOptions
+from srde_ds.data.sources import Source
+from tests.data_helpers import tiny_tokenizer
+
+ROWS_A_PART = 40
+SOURCES = [Source(f"{domain}_tasks", domain, tasks=domain, near_duplicates=False) for domain in ("logic", "abstract")]
+OPTIONS = BuildOptions(SOURCES, 400, 512, "drop", 3, 0.05, 0.05)
+
+if __name__ == "__main__":
+    supply.GENERATED_AT_ONCE = cleaning.GENERATED_AT_ONCE = ROWS_A_PART
+    build_from_sources(OPTIONS, work_dir=Path(sys.argv[1]), tokenizer=tiny_tokenizer(), num_processes=int(sys.argv[2]))

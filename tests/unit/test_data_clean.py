@@ -1,0 +1,210 @@
+"""Rules for rows: what they change, leave out and count; duplicates; evaluation items."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from srde_ds.data.clean import hashed, make_records, ngram_hashes, normalise, read_table, signatures, words
+from srde_ds.data.decontaminate import (
+    MOST_DOCUMENTS,
+    contaminated,
+    evaluation_ngrams,
+    find_ngrams,
+    read_evaluation_file,
+)
+from srde_ds.data.duplicates import exact_duplicates, gather_signatures, near_duplicates
+from srde_ds.data.formatters import BrokenRow, Example
+from srde_ds.errors import SRDEError
+
+LABELS = {"domain": "math", "source": "own", "revision": "1"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A reader of given examples."""
+
+    items: tuple[Example | None | BrokenRow, ...]
+
+    @property
+    def count(self) -> int:
+        return len(self.items)
+
+    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+        return iter(self.items[start:stop])
+
+
+def asked(prompt: str, response: str, answer: str | None = None, group: str | None = None) -> Example:
+    return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], answer, group)
+
+
+def records(path: Path, *items: Example | None | BrokenRow, near: bool = True) -> tuple[dict, list[dict]]:
+    rows = Rows(items)
+    figures = make_records(path, reader=rows, start=0, stop=len(items), labels=LABELS, near_duplicates=near)
+    return figures, [json.loads(line) for line in read_table(path)["line"].to_pylist()]
+
+
+def test_text_is_composed_and_freed_of_control_characters() -> None:
+    example, changed = normalise(asked(" Cafe\u0301?\r\nYes\x00 ", "ok", " 5\u0301 "))
+    assert [m["content"] for m in example.messages] == ["Caf\u00e9?\nYes", "ok"] and changed
+    assert example.answer == "5\u0301"
+    assert not normalise(asked("Caf\u00e9?", "ok"))[1]
+
+
+def test_each_rule_counts_what_it_leaves_out(tmp_path: Path) -> None:
+    figures, kept = records(
+        tmp_path / "part",
+        asked("One?", "1", "1"),
+        None,
+        BrokenRow("no text in 'answer'"),
+        asked("\x00", "1"),
+        asked("Two?", "<nooutput>"),
+        asked("Three\ufffd?", "3"),
+        asked("Four?", "\udc80"),
+        asked(" Five?", "5"),
+    )
+    assert figures["counts"] == {"read": 8, "no answer": 1, "broken": 3, "empty": 2, "normalised": 1}
+    assert figures["kept"] == 2 and figures["reasons"] == {"no text in 'answer'": 1}
+    assert kept == [
+        {"messages": asked("One?", "1").messages, "answer": "1", **LABELS, "row": 0},
+        {"messages": asked("Five?", "5").messages, **LABELS, "row": 7},
+    ]
+
+
+def test_hashes_ignore_case_and_spacing_and_groups_join_variants(tmp_path: Path) -> None:
+    records(
+        tmp_path / "part",
+        asked("What is 2?", "two"),
+        asked("what  IS 2?", "two"),
+        asked("What is 2?", "2"),
+        asked("Name two.", "2", group="What is 2?"),
+    )
+    table = read_table(tmp_path / "part")
+    content, question, group = (table[name].to_pylist() for name in ("content", "question", "group"))
+    assert content[0] == content[1] != content[2]
+    assert question[0] == question[1] == question[2] != question[3]
+    assert len(set(group)) == 1
+
+
+def test_runs_of_words_are_hashed_in_order() -> None:
+    values = np.array([hashed(word) for word in words("A b, c! d a B C")], np.uint64)
+    runs = ngram_hashes(values, 3)
+    assert len(runs) == 5 and runs[0] == runs[4] and len(set(runs.tolist())) == 4
+    assert ngram_hashes(values[::-1], 3)[0] != runs[4]
+    assert len(ngram_hashes(values[:2], 3)) == 0
+
+
+def text(generator: random.Random, length: int) -> list[str]:
+    return [f"w{generator.randrange(2000)}" for _ in range(length)]
+
+
+def edited(found: list[str], count: int, generator: random.Random) -> list[str]:
+    result = list(found)
+    for place in generator.sample(range(len(found)), count):
+        result[place] = "new"
+    return result
+
+
+def jaccard(left: list[str], right: list[str]) -> float:
+    first, second = ({tuple(t[i : i + 5]) for i in range(len(t) - 4)} for t in (left, right))
+    return len(first & second) / len(first | second)
+
+
+def test_near_duplicates_are_found_and_others_left() -> None:
+    generator = random.Random(0)
+    originals = [text(generator, 80) for _ in range(300)]
+    close = [edited(each, 1, generator) for each in originals]
+    far = [edited(each, 20, generator) for each in originals]
+    texts = [" ".join(each) for each in (*originals, *close, *far)]
+    found = near_duplicates(signatures(texts), np.ones(900, bool), 0.8)
+    assert min(map(jaccard, originals, close)) > 0.8 > max(map(jaccard, originals, far))
+    assert not found[:300].any() and found[300:600].mean() > 0.97 and not found[600:].any()
+    estimate = [(a == b).mean() for a, b in zip(signatures(texts[:300]), signatures(texts[300:600]), strict=True)]
+    assert np.mean(estimate) == pytest.approx(np.mean(list(map(jaccard, originals, close))), abs=0.01)
+    assert not near_duplicates(signatures(texts), np.ones(900, bool), 1.0).any()
+
+
+def test_only_candidates_are_compared_and_short_texts_too() -> None:
+    texts = ["two words", "two words", "other words", "+", "-", "+"]
+    everything = near_duplicates(signatures(texts), np.ones(6, bool), 0.8)
+    assert everything.tolist() == [False, True, False, False, False, True]
+    some = np.array([True, False, True, True, True, True])
+    assert near_duplicates(signatures(texts), some, 0.8).tolist() == [False] * 5 + [True]
+    assert near_duplicates(signatures([]), np.ones(0, bool), 0.8).tolist() == []
+
+
+def test_a_crowded_bucket_costs_bounded_work() -> None:
+    # One band in common and nothing else: every document is in one bucket, no two are alike.
+    values = np.random.default_rng(0).integers(0, 2**32, (5_000, 128), np.uint32)
+    values[:, :8] = 7
+    assert not near_duplicates(values, np.ones(len(values), bool), 0.8).any()
+
+
+def test_exact_duplicates_keep_the_first() -> None:
+    assert exact_duplicates(np.array([5, 3, 5, 5, 3, 1], np.uint64)).tolist() == [False, False, True, True, True, False]
+
+
+def test_signatures_of_all_parts_are_gathered(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in "abc")
+    records(first, asked("One?", "1"), asked("Two?", "2"))
+    records(second, asked("Three?", "3"), near=False)
+    records(third, asked("Four?", "4"))
+    merged = gather_signatures([first, second, third], [2, 1, 1], tmp_path / "all.npy")
+    assert merged.shape == (4, 128) and not merged[2].any()
+    assert (merged[[0, 1, 3]] == signatures(["One? 1", "Two? 2", "Four? 4"])).all()
+
+
+LONG = "how many apples does ann have left if she gives three of her ten apples to bob"
+
+
+def matches(tmp_path: Path, evaluation: list[str], *items: Example) -> tuple[np.ndarray, np.ndarray]:
+    records(tmp_path / "part", *items)
+    np.save(tmp_path / "ngrams.npy", evaluation_ngrams(evaluation))
+    find_ngrams(tmp_path / "found", records=tmp_path / "part", ngrams=tmp_path / "ngrams.npy")
+    table = read_table(tmp_path / "found")
+    return table["index"].to_numpy(), table["ngram"].to_numpy()
+
+
+def test_documents_that_hold_parts_of_evaluation_items_are_flagged(tmp_path: Path) -> None:
+    index, ngram = matches(
+        tmp_path,
+        [LONG, "Short one?"],
+        asked(f"Hello. {LONG.title()}!", "7"),
+        asked("What?", f"Well, {LONG}"),
+        asked(LONG.replace("bob", "jo"), "7"),
+        asked("how many apples does ann have left", "7"),
+        asked("SHORT one", "1"),
+        asked("A short one?", "1"),
+    )
+    flagged, forms = contaminated(index, ngram, np.ones(6, bool))
+    assert flagged.tolist() == [True, True, True, False, True, False] and forms == 0
+    earlier = np.array([False, True, True, True, True, True])
+    assert contaminated(index, ngram, earlier)[0].tolist() == [False, True, True, False, True, False]
+
+
+def test_a_form_of_words_is_no_leak(tmp_path: Path) -> None:
+    form = "answer the question below with one number only and do not explain how you got it"
+    items = [asked(f"{form} {number}", "1") for number in range(MOST_DOCUMENTS + 1)]
+    index, ngram = matches(tmp_path, [f"{form} 99"], *items)
+    flagged, forms = contaminated(index, ngram, np.ones(len(items), bool))
+    assert not flagged.any() and forms == 4
+    few = np.arange(len(items)) < MOST_DOCUMENTS
+    assert contaminated(index, ngram, few)[0].tolist() == few.tolist()
+
+
+def test_evaluation_files_of_several_forms_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "held_out.jsonl"
+    lines = [{"prompt": "a"}, {"messages": asked("b", "no").messages}, {"question": "c", "answer": "no"}]
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert list(read_evaluation_file(path)) == ["a", "b", "c"]
+    path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(SRDEError, match=r"held_out.jsonl: line 2 holds no question"):
+        list(read_evaluation_file(path))
+    with pytest.raises(SRDEError, match="cannot be read"):
+        list(read_evaluation_file(tmp_path / "none"))

@@ -1,0 +1,97 @@
+"""Parts are made once, under a name that says from what, by processes that never hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.data import stages as module
+from srde_ds.data.stages import Stages, code_fingerprint, fingerprint, slices
+from srde_ds.errors import SRDEError
+
+
+def work(path: Path, *, text: str) -> dict[str, Any]:
+    if text == "bad":
+        path.write_text("half")
+        raise SRDEError("bad input")
+    if text == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    path.write_text(f"{text} by {os.getpid()}")
+    return {"length": len(text)}
+
+
+def parts(*texts: str) -> list[tuple[str, dict[str, str]]]:
+    return [(fingerprint("v1", text), {"text": text}) for text in texts]
+
+
+def test_parts_come_in_order_and_are_made_once(tmp_path: Path) -> None:
+    with Stages(tmp_path) as stages:
+        made = stages.run("a", work, parts("one", "three"))
+        assert [part.figures["length"] for part in made] == [3, 5]
+        assert stages.made == {"a": 2}
+    stamps = {part.path: part.path.stat().st_mtime_ns for part in made}
+    with Stages(tmp_path) as stages:
+        again = stages.run("a", work, parts("three", "two", "one"))
+        assert stages.made == {"a": 1} and stages.wall_seconds["a"] > stages.cpu_seconds["a"] > 0
+    assert [part.key for part in again] == [key for key, _ in parts("three", "two", "one")]
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
+
+
+def test_a_part_that_fails_leaves_nothing_and_keeps_the_others(tmp_path: Path) -> None:
+    with Stages(tmp_path) as stages, pytest.raises(SRDEError, match="bad input"):
+        stages.run("a", work, parts("one", "bad", "two"))
+    assert len(list((tmp_path / "a").iterdir())) == 2  # one part and its figures
+    with Stages(tmp_path) as stages:
+        stages.run("a", work, parts("one", "two"))
+        assert stages.made == {"a": 1}
+
+
+def test_a_part_without_its_figures_is_made_again(tmp_path: Path) -> None:
+    with Stages(tmp_path) as stages:
+        (made,) = stages.run("a", work, parts("one"))
+        made.path.with_suffix(".json").unlink()
+        stages.run("a", work, parts("one"))
+        assert stages.made == {"a": 2}
+
+
+def test_processes_share_the_work_and_report_errors_and_deaths(tmp_path: Path) -> None:
+    with Stages(tmp_path, num_processes=2) as stages:
+        made = stages.run("a", work, parts(*map(str, range(6))))
+        makers = {part.path.read_text().split()[-1] for part in made}
+        assert str(os.getpid()) not in makers and 1 <= len(makers) <= 2
+        with pytest.raises(SRDEError, match="bad input"):
+            stages.run("b", work, parts("one", "bad"))
+        started = time.monotonic()
+        with pytest.raises(SRDEError, match="num_processes=2: a process was killed"):
+            stages.run("c", work, parts("one", "killed"))
+        assert time.monotonic() - started < 60
+        stages.run("c", work, parts("one", "two"))  # with processes of its own
+        assert [path.suffix for path in (tmp_path / "c").iterdir()].count(".tmp") == 0
+
+
+def test_what_a_killed_build_left_half_done_goes(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for half in (tmp_path / "a" / "key.123.tmp", tmp_path / "signatures.123.tmp"):
+        half.write_text("x")
+    with Stages(tmp_path):
+        assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_names_change_with_inputs_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fingerprint("a", [1, {"b": 2}]) == fingerprint("a", [1, {"b": 2}]) != fingerprint("a", [1, {"b": 3}])
+    with pytest.raises(TypeError):
+        fingerprint(object())  # its text would hold an address
+    before = code_fingerprint("srde_ds.data.stages")
+    monkeypatch.setattr("srde_ds.data.stages.inspect.getsource", lambda _: "other code")
+    module.code_fingerprint.cache_clear()
+    assert code_fingerprint("srde_ds.data.stages") != before
+    module.code_fingerprint.cache_clear()
+
+
+def test_slices_cover_everything_once() -> None:
+    assert list(slices(7, 3)) == [(0, 3), (3, 6), (6, 7)] and list(slices(0, 3)) == []

@@ -1,0 +1,219 @@
+"""benchmarks/learning: what is run next, what a table says, and a few runs of a tiny base from command to page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.learning import methods, run, tables, worker
+from benchmarks.learning.data import Inputs
+from benchmarks.learning.plan import Plan, Record, Run, in_steps
+from benchmarks.learning.store import Store, read_records
+from benchmarks.learning.summary import first_crossing, result_of
+from srde_ds.config import DOMAINS
+from srde_ds.errors import SRDEError
+from tests.data_helpers import tiny_tokenizer
+from tests.helpers import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+Judge = Callable[[Run], float]
+
+
+def figures(run: Run, loss: float) -> Record:
+    """What a worker would say; a loss that is not finite means that the run diverged."""
+    common = {"seconds": 10.0, "versions": {}, "git_revision": "abc", "base": "b"}
+    if not math.isfinite(loss):
+        return common | {"diverged": "step 3"}
+    by_domain = dict.fromkeys(DOMAINS, loss)
+    trained = {"validation_loss": loss, "values": 7, "tokens": 100, "training_seconds": 5.0, "losses": [loss] * 10}
+    tested = {"test_loss": by_domain, "accuracy": dict.fromkeys(DOMAINS, 0.25), "text_perplexity": 30.0}
+    return common | trained | (tested if run.report else {}) | {"curve": [[0, 4.0], [10, loss]]}
+
+
+def finish(plan: Plan, store: Store, row: str, judge: Judge) -> list[Run]:
+    """Do all runs of a row in the order the driver takes; they are returned."""
+    done = []
+    while ready := plan.missing([plan.rows[row]])[0]:
+        store.add(ready[0], figures(ready[0], judge(ready[0])))
+        done.append(ready[0])
+    return done
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "results/small.jsonl", "here")
+
+
+@pytest.fixture
+def plan(store: Store) -> Plan:
+    return Plan("small", store.find)
+
+
+@pytest.mark.parametrize("budget", ["toy", "small", "full"])
+def test_the_trainer_knows_the_flags_of_every_row(budget: str, tmp_path: Path) -> None:
+    plan = Plan(budget, lambda run: None)
+    inputs = Inputs(tmp_path, tmp_path, tmp_path, tmp_path)
+    for row in plan.rows.values():
+        config = methods.config_of(plan.example(row), inputs, tmp_path)
+        rows = config.training.batch_size * config.training.gradient_accumulation_steps
+        assert rows == plan.budget.rows_per_step
+        assert config.training.max_steps == plan.budget.steps or row.flags["max_steps"].endswith("%")
+
+
+def test_percentages_become_steps() -> None:
+    assert in_steps({"max_steps": "65%", "eval_steps": "5%"}, 400) == {
+        "max_steps": 260,
+        "warmup_steps": 26,
+        "eval_steps": 13,
+    }
+    pretrained = in_steps({"supervised_experts": True, "expert_pretrain_steps": "25%"}, 400)
+    assert pretrained["expert_pretrain_steps"] == 16  # 100 steps over six experts
+    assert "expert_pretrain_steps" not in in_steps({"supervised_experts": False, "expert_pretrain_steps": "25%"}, 400)
+
+
+def test_the_rate_with_the_least_validation_loss_is_reported(plan: Plan, store: Store) -> None:
+    losses = {0.02: 1.5, 0.06: math.inf, 0.006: 1.2}
+    done = finish(plan, store, "SRDE neuron", lambda run: losses[run.flags["muon_lr"]])
+    swept, reported = done[:3], done[3:]
+    assert [run.flags["muon_lr"] for run in swept] == list(losses) and not any(run.report for run in swept)
+    assert {run.flags["muon_lr"] for run in reported} == {0.006} and all(run.report for run in reported)
+    assert [run.seed for run in reported] == plan.budget.seeds and plan.budget.sweep_seed not in plan.budget.seeds
+    result = result_of(plan, plan.rows["SRDE neuron"])
+    assert result is not None and result.at_edge
+    # A variant takes the rate without a sweep of its own, and a row of several suites is run once.
+    assert [run.flags["muon_lr"] for run in finish(plan, store, "four phases", lambda run: 1.0)] == [0.006] * 3
+    assert plan.select(["baselines", "optimizer"], only=["SRDE neuron"]) == [plan.rows["SRDE neuron"]]
+
+
+def test_a_row_that_diverges_at_every_rate_stops_nothing_else(plan: Plan, store: Store) -> None:
+    done = finish(plan, store, "LoRA", lambda run: math.inf)
+    assert len(done) == plan.budget.rates
+    assert plan.missing([plan.rows["LoRA"]]) == ([], 0) and result_of(plan, plan.rows["LoRA"]) is None
+
+
+def test_results_of_other_machines_and_torn_lines_count_as_not_run(plan: Plan, store: Store) -> None:
+    (first, *_), _ = plan.missing([plan.rows["LoRA"]])
+    store.add(first, figures(first, 1.0))
+    with store.path.open("a") as file:
+        file.write('{"key": "half')
+    assert len(read_records(store.path)) == 1
+    assert Store(store.path, "here").find(first) is not None
+    assert Store(store.path, "there").find(first) is None
+
+
+def test_the_driver_goes_on_where_it_stopped(
+    plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, calls = plan.select(["baselines"], core=True), []
+
+    def work(run: Run) -> Record:
+        calls.append(run)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return figures(run, 1.0)
+
+    monkeypatch.setattr(worker, "work", work)
+    with run.InThisProcess() as pool:
+        with pytest.raises(KeyboardInterrupt):
+            run.drive(plan, store, rows, pool, 1, math.inf)
+        assert run.drive(plan, store, rows, pool, 1, math.inf) == 0
+        # 4 rows with 3 rates and 3 seeds each, the base with 3 seeds; the fifth run was begun twice.
+        assert len(calls) == 4 * 6 + 3 + 1 and len(read_records(store.path)) == len(calls) - 1
+        assert run.drive(plan, store, rows, pool, 1, math.inf) == 0 and len(calls) == 4 * 6 + 3 + 1
+    assert "[23 done, 0 left" in capsys.readouterr().out
+
+
+def test_no_run_is_started_that_would_end_after_the_limit(
+    plan: Plan, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(plan, store, "LoRA", lambda run: 1.0)
+    monkeypatch.setattr(worker, "work", lambda run: pytest.fail("started"))
+    with run.InThisProcess() as pool:
+        left = run.drive(plan, store, [plan.rows["SHiRA"]], pool, 1, time.monotonic() + 11)  # a run takes 10 s
+    assert left == 6
+
+
+def test_names_that_are_not_there_are_refused(plan: Plan) -> None:
+    with pytest.raises(SRDEError, match="budget=tiny"):
+        Plan("tiny", lambda run: None)
+    with pytest.raises(SRDEError, match="suite=speed"):
+        plan.select(["speed"])
+    with pytest.raises(SRDEError, match="rows=LoRA: not in routing"):
+        plan.select(["routing"], only=["LoRA"])
+
+
+def test_the_page_shows_means_spreads_and_what_is_missing(plan: Plan, store: Store, tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_text(
+        "by hand\n<!-- learning: small baselines -->\nold\n<!-- end -->\nby hand, too\n"
+        "<!-- learning: small optimizer -->\n<!-- end -->\n<!-- learning: full runs -->\n<!-- end -->\n"
+    )
+    by_seed = {0: 1.0, 1: 1.0, 2: 1.1, 3: 1.2}
+    finish(plan, store, "SRDE neuron", lambda run: by_seed[run.seed])
+    finish(plan, store, "LoRA", lambda run: by_seed[run.seed] - (0.2 if run.seed < 3 else 0.5))
+    finish(plan, store, "SRDE neuron, AdamW", lambda run: by_seed[run.seed] + 1.0)
+    for _ in range(2):  # what was written is replaced
+        tables.write(page, store.path.parent)
+        text = page.read_text()
+        assert text.startswith("by hand\n") and "\nby hand, too\n" in text and "old" not in text
+        assert text.count("| SRDE neuron | 7 | 0.02 | 1.1000 ± 0.1000 |  |  | 25.0 ± 0.0 % | 30.00 ± 0.00 | 20 |") == 2
+        assert "| LoRA | 7 | 0.003 | 0.8000 ± 0.1000 | -0.3000 ± 0.1732 | SRDE neuron |" in text
+        assert "Without results: base; SRDE element;" in text and "No runs yet." in text
+        # From 4 in ten steps straight down to loss + 1 or, for Muon, to loss: the target comes at 2 / 3 of the way.
+        shares = [10 * (4 - target) / (4 - loss) for loss, target in ((1.0, 2.0), (1.1, 2.1), (1.2, 2.2))]
+        assert f"| SRDE neuron | {sum(shares) / 3 * 10:.0f} ±" in text
+    assert (tmp_path / "results/small-baselines.png").stat().st_size > 1000
+
+
+def test_where_a_curve_comes_down_to_a_loss() -> None:
+    assert first_crossing([(0, 3.0), (10, 2.0), (20, 1.0)], 1.5) == 15
+    assert first_crossing([(0, 3.0), (10, 2.0), (20, 2.5)], 2.0) == 10
+    assert first_crossing([(0, 3.0), (10, 2.0)], 1.9) is None
+    assert first_crossing([(0, 1.0), (10, 0.5)], 2.0) == 0
+
+
+def test_a_few_runs_of_a_tiny_base(tmp_path: Path) -> None:
+    base, results = tmp_path / "base", tmp_path / "results/toy.jsonl"
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=640).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    command = [sys.executable, "-m", "benchmarks.learning.run", "--suite", "baselines", "--budget", "toy"]
+    command += ["--rows", "base", "SRDE neuron", "LoRA", "SHiRA", "--base", str(base), "--folder", str(tmp_path)]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    done = subprocess.run(
+        [*command, "--results", str(results)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"All done: {results}" in done.stdout
+    found: dict[str, Any] = {record["row"]: record for record in read_records(results) if record["report"]}
+    assert set(found) == {"base", "SRDE neuron", "LoRA", "SHiRA"}
+    srde = found["SRDE neuron"]
+    for name in ("LoRA", "SHiRA"):
+        # The same batches and the same loss: before its first update every method is the base.
+        assert found[name]["losses"][0] == srde["losses"][0] and found[name]["losses"][-1] != srde["losses"][-1]
+        assert abs(found[name]["values"] / srde["values"] - 1) < 0.02
+    assert srde["tokens"] == found["LoRA"]["tokens"] > 0 and found["base"]["losses"] == []
+    # The trainer's figure and the benchmark's own; items padded one by one and packed in rows.
+    assert [step for step, _ in srde["curve"]] == [0, 5, 10] and srde["curve"][-1][1] == srde["validation_loss"]
+    assert abs(found["base"]["validation_loss"] - srde["curve"][0][1]) < 1e-5
+    for domain, loss in srde["test_loss"].items():
+        assert abs(srde["experts_alone"]["mixture"][domain] - loss) < 1e-5
+    assert len(srde["experts_alone"]["experts"]) == len(DOMAINS) and 0 < srde["routing"]["balance"] <= 1
+    assert all(math.isfinite(record["text_perplexity"]) for record in found.values())
+    assert {"torch", "peft"} <= srde["versions"].keys() and srde["machine"] and "git_revision" in srde
+    items = [json.loads(line) for line in next(tmp_path.glob("items-*-seed1/items.jsonl")).open()]
+    prompts = {split: {item["prompt"] for item in items if item["split"] == split} for split in ("train", "test")}
+    assert len(prompts["test"]) == 2 * len(DOMAINS) and not prompts["train"] & prompts["test"]
