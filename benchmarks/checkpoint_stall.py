@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint: in the background against waited for, turn by turn in one run.
 
-python benchmarks/checkpoint_stall.py --model_name BASE     # prints, and writes benchmarks/results/checkpoint_stall.json
+python benchmarks/checkpoint_stall.py --model_name BASE     # writes benchmarks/results/checkpoint_stall.json
 
 One process trains BASE with ZeRO-3 and saves every other step; the first save and every second one after it go on in
 the background. The probe loss, one forward of a row, belongs to every save and is counted apart.
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from tests.data_helpers import sums, write_jsonl  # noqa: E402 - not installed
 
-SAVES = 8
+SAVES = 6
 
 
 def main() -> None:
@@ -42,10 +42,11 @@ def main() -> None:
         flags = {
             "model_name": options.model_name,
             "bf16": False,
+            "num_experts": 6,
             "density": options.density,
             "jsonl_data": str(data),
             "domains": ["math", "logic"],
-            "max_length": 256,
+            "max_length": 96,
             "gradient_accumulation_steps": 1,
             "warmup_steps": 0,
             "max_steps": 2 * SAVES + 1,

@@ -1,7 +1,11 @@
-"""What the runs read: items of the quick start's six domains, new for each seed, and a text of no domain."""
+"""What the runs read: items of the quick start's six domains, new for each seed, and a text of no domain.
+
+python -m benchmarks.learning.data --budget full     # only the items, to be carried where there is no reasoning-gym
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from dataclasses import dataclass
@@ -10,12 +14,13 @@ from pathlib import Path
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.learning.plan import Budget
+from benchmarks.learning.plan import Budget, Plan
 from srde_ds.config import DOMAINS
 from srde_ds.data.build import build_dataset, file_hash
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.records import Record, read_jsonl
 from srde_ds.data.tasks import generate
+from srde_ds.errors import SRDEError
 from srde_ds.model.base import load_tokenizer
 
 # Jules and Michel Verne, "In the Year 2889" (1889): public domain, Project Gutenberg 19362, shipped by reasoning-gym.
@@ -55,16 +60,21 @@ class Inputs:
 
 
 def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
-    """Make what is not there yet. Items need reasoning-gym; a folder that holds them can be carried elsewhere."""
-    counts = budget.train_items, budget.validation_items, budget.test_items
-    own = folder / f"items-{'-'.join(map(str, counts))}-seed{seed}"
-    inputs = Inputs(base, own / f"rows-{budget.max_length}", own / "items.jsonl", folder / "text.txt")
-    own.mkdir(parents=True, exist_ok=True)
-    if not inputs.items.exists():
-        _write(inputs.items, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in _items(budget, seed)))
-    if not inputs.text.exists():
-        _write(inputs.text, _text())
-    build_dataset(
+    """Make what is not there yet. A folder whose `items` were made elsewhere needs no reasoning-gym.
+
+    Raises:
+        SRDEError: items would be trained on more than once.
+    """
+    name = item_set(budget, seed)
+    inputs = Inputs(
+        base=base,
+        rows=folder / "rows" / f"{name}-{budget.max_length}",
+        items=folder / "items" / f"{name}.jsonl",
+        text=folder / "items/text.txt",
+    )
+    make_items(budget, seed, inputs.items)
+    make_text(inputs.text)
+    manifest = build_dataset(
         tokenizer=inputs.tokenizer(),
         jsonl_data=inputs.items,
         eval_file=None,
@@ -74,7 +84,40 @@ def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
         too_long="drop",
         seed=seed,
     )
+    rows, needed = manifest.splits["train"].rows, budget.steps * budget.rows_per_step
+    if rows < needed:
+        raise SRDEError(
+            f"train_items={budget.train_items}: {rows} rows, {needed} are needed to see each once. Raise it."
+        )
     return inputs
+
+
+def item_set(budget: Budget, seed: int) -> str:
+    return f"{budget.train_items}-{budget.validation_items}-{budget.test_items}-seed{seed}"
+
+
+def make_items(budget: Budget, seed: int, path: Path) -> None:
+    """All splits in one file, if it is not there. All prompts differ, so no held-out one occurs in training."""
+    if path.exists():
+        return
+    parts = ["test"] * budget.test_items + ["validation"] * budget.validation_items + ["train"] * budget.train_items
+    made = []
+    for domain in DOMAINS:
+        items = generate(domain, len(parts), seed)
+        made += [item | {"split": split} for item, split in zip(items, parts, strict=True)]
+    random.Random(f"{seed}/items").shuffle(made)
+    _write(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in made))
+
+
+def make_text(path: Path) -> None:
+    """The text without its licence, if it is not there."""
+    if path.exists():
+        return
+    from reasoning_gym.data import read_data_file  # two seconds
+
+    body = read_data_file(TEXT).partition(TEXT_BORDERS[0])[2].partition("\n")[2].partition(TEXT_BORDERS[1])[0]
+    paragraphs = [" ".join(paragraph.split()) for paragraph in body.split("\n\n")]
+    _write(path, "".join(paragraph + "\n" for paragraph in paragraphs if paragraph))
 
 
 def describe_base(base: Path) -> str:
@@ -84,26 +127,24 @@ def describe_base(base: Path) -> str:
     return "{}, {} layers, hidden {}, vocabulary {}".format(*sizes)
 
 
-def _items(budget: Budget, seed: int) -> list[dict[str, str]]:
-    """All prompts of a seed differ, so no held-out one occurs in training."""
-    parts = ["test"] * budget.test_items + ["validation"] * budget.validation_items + ["train"] * budget.train_items
-    made = []
-    for domain in DOMAINS:
-        items = generate(domain, len(parts), seed)
-        made += [item | {"split": split} for item, split in zip(items, parts, strict=True)]
-    random.Random(f"{seed}/items").shuffle(made)
-    return made
-
-
-def _text() -> str:
-    from reasoning_gym.data import read_data_file  # two seconds
-
-    body = read_data_file(TEXT).partition(TEXT_BORDERS[0])[2].partition("\n")[2].partition(TEXT_BORDERS[1])[0]
-    paragraphs = [" ".join(paragraph.split()) for paragraph in body.split("\n\n")]
-    return "".join(paragraph + "\n" for paragraph in paragraphs if paragraph)
-
-
 def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text, encoding="utf-8")
     partial.rename(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", required=True)
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
+    options = parser.parse_args()
+    budget = Plan(options.budget, lambda run: None).budget
+    make_text(options.folder / "items/text.txt")
+    for seed in (budget.sweep_seed, *budget.seeds):
+        make_items(budget, seed, options.folder / "items" / f"{item_set(budget, seed)}.jsonl")
+    print(f"Written: {options.folder / 'items'}")
+
+
+if __name__ == "__main__":
+    main()

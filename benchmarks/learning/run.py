@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--time_limit", type=float, default=float("inf"), help="seconds for the whole command")
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data and scratch")
+    parser.add_argument("--revision", help="commit of the code, where there is no repository to ask")
     parser.add_argument("--results", type=Path, help="default: benchmarks/learning/results/<budget>.jsonl")
     options = parser.parse_args(arguments)
     started = time.monotonic()
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         inputs = prepare(plan.budget, seed, base=options.base, folder=options.folder)
     for row in rows:
         methods.config_of(plan.example(row), inputs, options.folder)
-    setup = options.base, options.folder, threads
+    setup = options.base, options.folder, threads, options.revision
     pool: Executor
     if options.workers == 1:
         worker.start(*setup)
@@ -74,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         pool = ProcessPoolExecutor(options.workers, get_context("spawn"), worker.start, setup)
     with pool:
-        left = drive(plan, store, rows, pool, options.workers, started + options.time_limit)
+        left, failures = drive(plan, store, rows, pool, options.workers, started + options.time_limit)
+    if failures:
+        raise SRDEError(f"{left} runs are left, {len(failures)} of them failed:\n" + "\n".join(failures))
     print(f"{left} runs are left: give the command again." if left else f"All done: {store.path}", flush=True)
 
 
@@ -92,38 +95,48 @@ class InThisProcess(Executor):
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except SRDEError as error:
+            future.set_exception(error)
         return future
 
 
-def drive(plan: Plan, store: Store, rows: Sequence[Row], pool: Executor, workers: int, end: float) -> int:
+def drive(
+    plan: Plan, store: Store, rows: Sequence[Row], pool: Executor, workers: int, end: float
+) -> tuple[int, list[str]]:
     """Do what is missing of these rows, and add it to the store.
 
     Args:
         end: `time.monotonic()` after which nothing may run any more.
 
     Returns:
-        How many runs are left because they would not have been done by then.
+        How many runs are left, because they would not have been done by then or failed, and what failed. A failure
+        stops nothing else, and the run is tried again by the next command.
     """
     from benchmarks.learning.worker import work
 
     running: dict[Future[Record], Run] = {}
+    failures: dict[str, str] = {}
     done = 0
     while True:
         ready, later = plan.missing(rows)
-        under_way = {run.key("") for run in running.values()}
-        ready = [run for run in ready if run.key("") not in under_way]
+        begun = {run.key("") for run in running.values()} | failures.keys()
         for run in ready:
-            if len(running) < workers and _fits(store.expected_seconds(run), end):
+            if run.key("") not in begun and len(running) < workers and _fits(store.expected_seconds(run), end):
                 running[pool.submit(work, run)] = run
         if not running:
-            return len(ready) + later
+            return len(ready) + later, list(failures.values())
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run = running.pop(future)
-            store.add(run, future.result())
+            try:
+                store.add(run, future.result())
+            except SRDEError as error:
+                failures[run.key("")] = f"{run.row}, seed {run.seed}: {error}"
+                print(f"FAILED {failures[run.key('')]}", flush=True)
+                continue
             done += 1
-            ready, later = plan.missing(rows)
-            print(_line(run, store, done, ready, later, workers), flush=True)
+            print(_line(run, store, done, *plan.missing(rows), workers), flush=True)
 
 
 def _fits(expected: float | None, end: float) -> bool:

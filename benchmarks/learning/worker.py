@@ -24,13 +24,14 @@ class Worker:
         base: folder of the base.
         folder: for data and scratch; a run's own folder in it is deleted once it is measured.
         threads: of torch on the CPU.
+        revision: commit of the code; None: as the repository says.
     """
 
-    def __init__(self, base: Path, folder: Path, threads: int) -> None:
+    def __init__(self, base: Path, folder: Path, threads: int, revision: str | None) -> None:
         torch.set_num_threads(threads)
         if torch.cuda.is_available():
             torch.backends.cuda.matmul.fp32_precision = "tf32"  # for the model; GramMuon's products stay exact
-        self.base, self.folder, self.threads = base, folder, threads
+        self.base, self.folder, self.threads, self.revision = base, folder, threads, revision
 
     def __call__(self, run: Run) -> Record:
         """Train, measure, and say on what."""
@@ -50,8 +51,8 @@ class Worker:
         gc.collect()  # engines hold cycles
         torch.cuda.empty_cache()
         here = environment()
-        figures |= {key: here[key] for key in ("versions", "python", "git_revision")}
-        figures["versions"] |= {"peft": version("peft")}
+        figures |= {"versions": here["versions"] | {"peft": version("peft")}, "python": here["python"]}
+        figures |= {"git_revision": self.revision or here["git_revision"]}
         figures |= {"threads": self.threads, "base": describe_base(self.base), "data": inputs.content()}
         figures |= {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
         return figures | {"seconds": round(time.monotonic() - started, 1)}
@@ -86,10 +87,10 @@ class Worker:
 _worker: Worker
 
 
-def start(base: Path, folder: Path, threads: int) -> None:
+def start(base: Path, folder: Path, threads: int, revision: str | None) -> None:
     """Initialises a process of a pool."""
     global _worker
-    _worker = Worker(base, folder, threads)
+    _worker = Worker(base, folder, threads, revision)
 
 
 def work(run: Run) -> Record:

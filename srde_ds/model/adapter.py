@@ -74,7 +74,7 @@ class SRDEModel(nn.Module):
     @classmethod
     def from_pretrained(
         cls,
-        base: str | PreTrainedModel | None,
+        base: str | Path | PreTrainedModel | None,
         adapter: str | Path,
         *,
         dtype: torch.dtype = torch.float32,
@@ -322,7 +322,7 @@ def _with_experts(
 def load_adapter(
     weights: str | Path,
     *,
-    base: str | PreTrainedModel | None = None,
+    base: str | Path | PreTrainedModel | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
 ) -> SRDEModel:
@@ -338,7 +338,7 @@ def load_adapter(
     metadata = read_metadata(weights)
     with open_weights(weights) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    if base is None or isinstance(base, str):
+    if base is None or isinstance(base, str | Path):
         base = load_base(base or metadata.model_name, dtype=dtype, attn_implementation=attn_implementation)
     identity = check_base(base, metadata.base, weights)
 

@@ -94,7 +94,8 @@ class SRDEFeedForward(nn.Module):
             step=self.context.support_noise,
             overlap_weight=self.context.support_overlap_weight,
         )
-        if deltas.requires_grad:
+        # Both: under torch.compile a slice of all rows keeps requires_grad without gradients, too.
+        if torch.is_grad_enabled() and deltas.requires_grad:
             # Runs in the backward, hence once a micro-batch also when checkpointing repeats the forward.
             deltas.register_hook(partial(_record_gradient, self.context, self.layer, self.deltas))
             if self.context.delta_size_weight:  # after the other hook: statistics are of the loss's own gradient

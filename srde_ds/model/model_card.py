@@ -39,9 +39,7 @@ def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None)
         SRDEError: `run` is no run's folder, or one of its files is damaged.
     """
     if run is not None and not is_run(run):
-        raise SRDEError(
-            f"run='{run}': no run's folder (it needs config.yaml and metrics.jsonl); leave it out, or fix it."
-        )
+        raise SRDEError(f"run='{run}': no folder of a run (config.yaml, metrics.jsonl); give one, or leave it out.")
     sources = _sources(run) if run is not None else []
     sections = [
         _header(metadata, sources),

@@ -14,12 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.config import Config, resolve
+from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import element_experts, neuron_experts
+from srde_ds.model.router import RoutingContext
 from srde_ds.model.supports import support_size, value_count
+from srde_ds.parallel.expert_parallel import ExpertGroups, cut_experts
 from srde_ds.parallel.shapes import BaseShape, LayerShape
 from srde_ds.parallel.traffic import transport_bytes
 from srde_ds.parallel.transport import DeltaTransport, TokenTransport
 from tests.distributed.harness import Ranks
+from tests.helpers import randomize, tiny_srde
 
 TOKENS, HIDDEN, WIDTH, NEURONS = 6, 8, 10, 3
 EXPERTS = 5  # does not divide by 2 or 3: the last slots are padding
@@ -106,6 +110,73 @@ def test_transport_equals_local_experts(
     ranks: Ranks, transport: str, granularity: str, shared: bool, kind: str
 ) -> None:
     ranks(check, transport, granularity, shared, kind)
+
+
+MASKS = (
+    "forced, by token",
+    "forced, all to one expert",
+    "forced, none to the first rank's experts",
+    "two locked",
+    "all locked but one",
+    "the first rank's experts locked",
+)
+
+
+def set_mask(context: RoutingContext, kind: str, rank: int, size: int) -> None:
+    """What the curriculum does: each row's tokens to its domain's expert, or some experts locked."""
+    first_ranks = -(-EXPERTS // size)  # experts of rank 0
+    tokens = torch.arange(TOKENS)[None]
+    forced = {
+        "forced, by token": (tokens + rank) % (EXPERTS - 1),  # the last expert gets none
+        "forced, all to one expert": torch.full_like(tokens, 1),
+        "forced, none to the first rank's experts": torch.full_like(tokens, first_ranks) + tokens % 2,
+    }
+    locked = {
+        "two locked": [0, 3],
+        "all locked but one": [e for e in range(EXPERTS) if e != 2],
+        "the first rank's experts locked": list(range(first_ranks)),
+    }
+    context.forced_experts = forced.get(kind)
+    if kind in locked:
+        context.allowed_experts = torch.ones(EXPERTS, dtype=torch.bool)
+        context.allowed_experts[locked[kind]] = False
+
+
+def check_masks(transport: str, granularity: str, kind: str) -> None:
+    """On this rank: a layer whose experts are spread gives what one with all of them does."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    options = {"granularity": granularity, "num_experts": EXPERTS, "dtype": torch.float64}
+    whole = randomize(tiny_srde(**options)).train()
+    spread = randomize(tiny_srde(**options)).train()
+    cut_experts(spread, ExpertGroups("all", dist.group.WORLD, dist.group.WORLD), transport)
+
+    def run(model: SRDEModel, whose: int) -> list[Tensor]:
+        """Output, and gradients of the input and of the router."""
+        layer = model.layers[0]
+        set_mask(model.routing, kind, whose, size)
+        x = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(whose), dtype=torch.float64)
+        x.requires_grad_()
+        layer.router.weight.grad = None
+        output = layer(x)
+        output.square().sum().backward()
+        assert layer.router.weight.grad is not None and x.grad is not None
+        return [output.detach(), x.grad, layer.router.weight.grad]
+
+    expected = [run(whole, other) for other in range(size)][rank]
+    for wanted, got in zip(expected, run(spread, rank), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    gradient, own = whole.layers[0].deltas.free.grad, spread.layers[0].deltas.free
+    cut, axis = own.srde_cut, own.srde_cut.axis
+    mine = own.grad.narrow(axis, 0, cut.entries)
+    torch.testing.assert_close(mine, gradient.narrow(axis, cut.first, cut.entries), rtol=1e-5, atol=1e-5)
+    assert not own.grad.narrow(axis, cut.entries, own.shape[axis] - cut.entries).any()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize("transport", ["tokens", "deltas"])
+def test_forced_and_locked_experts(ranks: Ranks, transport: str, granularity: str, kind: str) -> None:
+    ranks(check_masks, transport, granularity, kind)
 
 
 def received_bytes(transport: str, granularity: str, config: Config, hidden: int, intermediate: int) -> int:

@@ -41,7 +41,7 @@ def test_expert_metrics_by_hand() -> None:
 
 
 def test_load_balancing_loss_grows_with_what_probability_and_share_agree_on() -> None:
-    statistics = sums([[20, 0]])
+    statistics = sums([[20, 0]], top_k=1)
     statistics["probability_sum"] = torch.tensor([[20.0, 0.0]], dtype=torch.float64)
     assert expert_metrics(statistics)["load_balancing_loss"] == pytest.approx(2.0)
 

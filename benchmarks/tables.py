@@ -1,0 +1,23 @@
+"""Tables of results inside the docs: written between two markers, so that they can be made anew."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def put_into(page: str, name: str, text: str) -> None:
+    """Replace what stands between the markers `name` of a page in docs/ by `text`."""
+    path = ROOT / "docs" / page
+    begin, end = markers(name)
+    before, rest = path.read_text().split(begin)
+    _, after = rest.split(end)
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
