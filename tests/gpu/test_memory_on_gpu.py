@@ -71,7 +71,7 @@ def test_peak_is_that_of_the_model(tmp_path: Path, checkpointing: bool) -> None:
         "pretokenized_dir": str(tmp_path / "data"),
         "domains": DOMAINS,
         "max_length": LENGTH,
-        "batch_size": 8,
+        "batch_size": 4,
         "gradient_accumulation_steps": 2,
         "gradient_checkpointing": checkpointing,
         "max_steps": 2,
