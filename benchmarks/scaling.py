@@ -110,6 +110,7 @@ def scaling_table(rows: list[dict[str, Any]]) -> str:
 
 def network_table(rows: list[dict[str, Any]]) -> str:
     chosen = [r for r in rows if r["gpus"] == 64]
+    chosen.sort(key=lambda r: (list(ADAPTERS).index(r["adapter"]), -r["network_gbit_s"]))
     head = ["Adapter", "Network of a node", "computation s", "network s", "waited for s", "step s", "bound by"]
     body = [
         [

@@ -56,7 +56,7 @@ def describe_plan(plan: Plan) -> str:
 
 def _memory_lines(plan: Plan) -> list[str]:
     peak, machines = plan.memory, plan.machines
-    lines = [f"{'GiB of a GPU at its peak (' + peak.peak_moment + ')':<46}"]
+    lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
     lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
     lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
     if plan.memory_at_start:

@@ -15,6 +15,7 @@ from srde_ds.parallel.traffic import step_traffic
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import Received, count_collectives, train_measuring
 from tests.distributed.training_helpers import Inputs
+from tests.helpers import tiny_llama
 
 ATOMS = {"num_atoms": 4}
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -47,6 +48,23 @@ def counted(flags: dict[str, Any]) -> dict[tuple[str, int], float]:
         if ranks > 1:
             found[operation, ranks] += size
     return dict(found)
+
+
+def check(ranks: Ranks, flags: dict[str, Any]) -> None:
+    config = resolve({}, flags)
+    expected: Counter[tuple[str, int]] = Counter()
+    for traffic in step_traffic(config, base_shape(config), ranks.world_size):
+        expected[NAMES[traffic.operation], traffic.ranks] += traffic.received  # type: ignore[assignment]
+    for found in ranks(counted, flags):
+        for entry in found.keys() | expected.keys():
+            assert 0 <= found.get(entry, 0) - expected[entry] <= FEW_NUMBERS, (entry, found.get(entry), expected[entry])
+
+
+def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any) -> dict[str, Any]:
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}))
+    once = {"max_steps": 2, "warmup_steps": 1, "eval_steps": 0, "save_steps": 0, "log_steps": 100}
+    own = once | {"gradient_accumulation_steps": 2, "deepspeed_config": str(folder / "ds.json")}
+    return inputs.flags(folder / "run", **own | options)
 
 
 @pytest.mark.parametrize(
@@ -82,24 +100,21 @@ def test_counted_bytes_are_those_of_the_cost_model(
     zero: dict[str, int],
 ) -> None:
     world_size, expert_parallel_size = size
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}))
-    flags = inputs.flags(
-        tmp_path / "run",
-        max_steps=2,
-        warmup_steps=1,
-        gradient_accumulation_steps=2,
-        eval_steps=0,
-        save_steps=0,
-        log_steps=100,
-        expert_parallel_size=expert_parallel_size,
-        deepspeed_config=str(tmp_path / "ds.json"),
-        **options,
-    )
-    config = resolve({}, flags)
-    expected: Counter[tuple[str, int]] = Counter()
-    for traffic in step_traffic(config, base_shape(config), world_size):
-        expected[NAMES[traffic.operation], traffic.ranks] += traffic.received  # type: ignore[assignment]
     ranks = two_ranks if world_size == 2 else four_ranks
-    for found in ranks(counted, flags):
-        for entry in found.keys() | expected.keys():
-            assert 0 <= found.get(entry, 0) - expected[entry] <= FEW_NUMBERS, (entry, found.get(entry), expected[entry])
+    check(ranks, two_steps(inputs, tmp_path, zero, expert_parallel_size=expert_parallel_size, **options))
+
+
+@pytest.mark.parametrize("options", [{}, CHECKPOINTING])
+def test_limits_that_bind_as_for_a_large_base(
+    inputs: Inputs, two_ranks: Ranks, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Eight layers, of which three may be whole at a time, and an embedding as large as two: the 14 B's proportions."""
+    base = tiny_llama(vocab_size=915, num_hidden_layers=8, tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    zero = {
+        "stage3_param_persistence_threshold": 350,
+        "stage3_max_reuse_distance": 45_000,
+        "stage3_max_live_parameters": 45_000,
+        "stage3_prefetch_bucket_size": 2500,
+    }
+    check(two_ranks, two_steps(inputs, tmp_path, zero, model_name=str(tmp_path / "base"), **options))
