@@ -9,7 +9,7 @@ value; of losses and gradient norms, the largest of the ten steps.
 
 import json
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,38 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    rows = []
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sizes = {1} | {processes for processes, _ in SIZES}
-        ranks = {size: stack.enter_context(Ranks(size, timeout=1800)) for size in sizes}
         inputs = make_inputs(folder)
-        for adapter, options in ADAPTERS.items():
-            alone = folder / adapter / "alone"
-            expected = run(inputs, alone, ranks[1], batch_size=4, gradient_accumulation_steps=3, **options)
-            for processes, size in SIZES:
-                for transport in ("tokens", "deltas") if size > 1 else ("",):
-                    there = folder / adapter / f"{processes}-{size}{transport}"
-                    chosen = {"expert_transport": transport} if transport else {}
-                    found = run(inputs, there, ranks[processes], expert_parallel_size=size, **chosen, **options)
-                    differences = metric_differences(there, alone) | largest_differences(found, expected)
+        with Ranks(1, timeout=1800) as one:
+            cut = {"batch_size": 4, "gradient_accumulation_steps": 3}
+            alone = {case: run(inputs, folder / case, one, **cut, **options) for case, options in ADAPTERS.items()}
+        # One group of processes at a time: each takes half a gigabyte.
+        for processes in sorted({processes for processes, _ in SIZES}):
+            with Ranks(processes, timeout=1800) as ranks:
+                for adapter, size, transport in cases(processes):
+                    there = folder / f"{adapter} {processes} {size} {transport}"
+                    options = ADAPTERS[adapter] | ({"expert_transport": transport} if transport else {})
+                    found = run(inputs, there, ranks, expert_parallel_size=size, **options)
+                    differences = metric_differences(there, folder / adapter)
+                    differences |= largest_differences(found, alone[adapter])
                     case = {"adapter": adapter, "processes": processes, "expert_parallel_size": size}
-                    rows.append(case | {"transport": transport or None, "differences": differences})
+                    rows.append(case | {"transport": transport, "differences": differences})
+                    write(rows)
                     shown = ", ".join(f"{key} {value:.1e}" for key, value in differences.items())
-                    print(f"{adapter}, {processes} processes, P {size} {transport}: {shown}", flush=True)
+                    print(f"{adapter}, {processes} processes, P {size} {transport or ''}: {shown}", flush=True)
+
+
+def cases(processes: int) -> Iterator[tuple[str, int, str | None]]:
+    """Adapter, expert-parallel size and transport of the runs with so many processes."""
+    for adapter in ADAPTERS:
+        for size in (size for count, size in SIZES if count == processes):
+            yield from ((adapter, size, transport) for transport in (("tokens", "deltas") if size > 1 else (None,)))
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    """After each run, so that a stopped benchmark leaves what it has seen."""
     kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
     target = ROOT / "benchmarks/results/parity.json"
     target.write_text(json.dumps({"rows": rows, "environment": kept}, indent=1) + "\n")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from srde_ds.config import resolve
+from srde_ds.model.base import load_tokenizer
 from srde_ds.parallel.shapes import base_shape
 from srde_ds.parallel.traffic import step_traffic
 from tests.distributed.harness import Ranks
@@ -111,6 +112,7 @@ def test_limits_that_bind_as_for_a_large_base(
     """Eight layers, of which three may be whole at a time, and an embedding as large as two: the 14 B's proportions."""
     base = tiny_llama(vocab_size=915, num_hidden_layers=8, tie_word_embeddings=False)
     base.save_pretrained(tmp_path / "base")
+    load_tokenizer(inputs.base).save_pretrained(tmp_path / "base")
     zero = {
         "stage3_param_persistence_threshold": 350,
         "stage3_max_reuse_distance": 45_000,
