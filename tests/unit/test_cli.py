@@ -15,9 +15,10 @@ import pytest
 import yaml
 
 import srde_ds
-from srde_ds import cli
-from srde_ds.cli import VERBS, main, train_config
+from srde_ds.cli import VERBS, main
 from srde_ds.config import Config
+from srde_ds.verbs.flags import Parser
+from srde_ds.verbs.training import train_config
 from tests.cli_helpers import POSITIONS, fails, flags
 from tests.helpers import tiny_llama
 
@@ -138,13 +139,13 @@ NEEDED = {
 @pytest.mark.parametrize("verb", sorted(VERBS))
 def test_every_flag_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     parsers: list[Any] = []
-    original = cli._Parser.parse
+    original = Parser.parse
 
     def keep(self: Any, arguments: Sequence[str]) -> Any:
         parsers.append(self)
         return original(self, arguments)
 
-    with patch.object(cli._Parser, "parse", keep):
+    with patch.object(Parser, "parse", keep):
         text = help_of(verb, capsys)
     for action in parsers[0]._actions:
         assert action.help

@@ -20,6 +20,8 @@ FLOORS = [
     {"inference", "parallel"},
     {"evaluation", "checkpoint"},
     {"training"},
+    {"cluster"},
+    {"verbs"},
     {"cli"},
 ]
 LONGEST_FILE = 450
