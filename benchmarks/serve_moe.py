@@ -6,8 +6,8 @@ python benchmarks/serve_moe.py --server vllm --start "vllm serve {model} --host 
 python benchmarks/serve_moe.py --server llama.cpp --gguf_converter llama.cpp/convert_hf_to_gguf.py \\
     --start "llama-server --model {model} --host 127.0.0.1 --port {port}"
 
-Experts are random (or those of --checkpoint), answers are greedy, in float32. Prints a table and writes
-benchmarks/results/serve_moe_<server>.json.
+Experts are random (or those of --checkpoint), answers are greedy, in float32. Writes
+benchmarks/results/serve_moe_<server>_<base>.json and the table of all such files in docs/convert.md.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ from srde_ds.environment import environment
 from srde_ds.model.adapter import SRDEModel, load_adapter
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks/results"
 sys.path.insert(0, str(ROOT))
+from benchmarks.tables import markdown, put_into  # noqa: E402
 from tests.convert_helpers import trained  # noqa: E402 - random experts, as the tests have them
 
 PROMPTS = ["What is 17 * 3?", "Name three colours.", "Write a line of Python that prints the squares of 1 to 5."]
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--start", required=True, help="command with {model} and {port}")
     parser.add_argument("--version", default="", help="of the server, for the record")
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
+    parser.add_argument("--base_name", default="SmolLM2-135M", help="for the record")
     parser.add_argument("--checkpoint", help="trained experts; default: random ones")
     parser.add_argument("--gguf_converter", help="serve a GGUF file made by this script of llama.cpp")
     options = parser.parse_args()
@@ -129,7 +132,7 @@ def main() -> None:
         )
         port, rows = free_port(), []
         command = [part.format(model=target, port=port) for part in shlex.split(options.start)]
-        log = Path(tempfile.gettempdir()) / f"serve_moe_{options.server}.log"
+        log = folder / "server.log"
         started = time.perf_counter()
         with running(command, log) as server:
             wait_for(f"http://127.0.0.1:{port}/v1/models", server, log)
@@ -144,6 +147,7 @@ def main() -> None:
     kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
     record = {
         "server": options.server,
+        "base": options.base_name,
         "version": options.version,
         "command": options.start,
         "experts": options.checkpoint or "random",
@@ -153,9 +157,21 @@ def main() -> None:
         "answers": rows,
         "environment": kept,
     }
-    result = ROOT / f"benchmarks/results/serve_moe_{options.server}.json"
+    name = f"serve_moe_{options.server}_{options.base_name}".lower().replace(" ", "-")
+    result = RESULTS / f"{name}.json"
     result.write_text(json.dumps(record, indent=1) + "\n")
+    put_into("convert.md", "served", table())
     print(f"{record['same']} of {record['of']} answers are the same; {result}")
+
+
+def table() -> str:
+    """All results, a line each."""
+    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("serve_moe_*.json"))]
+    rows = [
+        [record["base"], record["server"], record["version"], f"{record['same']} of {record['of']}"]
+        for record in sorted(records, key=lambda record: (record["base"] != "SmolLM2-135M", record["base"]))
+    ]
+    return markdown(["Base", "Server", "Version", "Same answers"], rows)
 
 
 def _weights(checkpoint: str, folder: Path) -> Path:

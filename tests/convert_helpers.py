@@ -69,6 +69,9 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama with biases and wide heads": lambda: t.LlamaForCausalLM(
         t.LlamaConfig(**SIZES, attention_bias=True, head_dim=16)
     ),
+    "llama with narrow heads": lambda: t.LlamaForCausalLM(
+        t.LlamaConfig(**(SIZES | {"hidden_size": 48}), attention_bias=True, head_dim=8)
+    ),
     "llama with long context": lambda: t.LlamaForCausalLM(
         t.LlamaConfig(
             **SIZES,
@@ -84,7 +87,7 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=64)),
     "ministral": lambda: t.MinistralForCausalLM(t.MinistralConfig(**SIZES, head_dim=8, sliding_window=64)),
-    "ministral3": lambda: t.Ministral3ForCausalLM(t.Ministral3Config(**SIZES, head_dim=16, rope_parameters=dict(YARN))),
+    "ministral3": lambda: t.Ministral3ForCausalLM(t.Ministral3Config(**SIZES, head_dim=4, rope_parameters=dict(YARN))),
     "mistral3": mistral3,
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
     "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZES, **MULTIPLIERS)),

@@ -19,6 +19,7 @@ from srde_ds.model.base_files import BaseFiles
 # Model types whose layers were read and compared; all else about a base shows in its tensors and in its configuration.
 MODEL_TYPES = ("llama", "mistral", "ministral", "ministral3", "qwen2", "granite")
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
+KEYS_AND_VALUES, OUTPUT = ATTENTION[1:3], ATTENTION[3]
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 # Rotary embeddings whose frequencies do not depend on max_position_embeddings.
 FREE_OF_LENGTH = ("default", "linear", "llama3", "yarn")
@@ -107,6 +108,24 @@ def head_dim(base: BaseFiles) -> int:
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
+def heads(base: BaseFiles) -> tuple[int, int]:
+    """Heads of queries, and of keys and values: the base's, or more where that makes them hidden_size / heads wide.
+
+    vLLM and llama.cpp take this width for granted in GraniteMoeShared, and Ministral-3's heads have another. Further
+    heads of zeros change nothing.
+    """
+    text = base.empty.config.get_text_config()
+    group = text.num_attention_heads // text.num_key_value_heads
+    wanted = text.hidden_size // head_dim(base)
+    fits = text.hidden_size % head_dim(base) == 0 and wanted % group == 0 and wanted > text.num_attention_heads
+    return (wanted, wanted // group) if fits else (text.num_attention_heads, text.num_key_value_heads)
+
+
+def has_usual_heads(base: BaseFiles) -> bool:
+    """Whether the exported heads are hidden_size / heads wide."""
+    return heads(base)[0] * head_dim(base) == base.empty.config.get_text_config().hidden_size
+
+
 def moe_config(
     adapter: StoredAdapter, base: BaseFiles, *, width: int, tied: bool, bias: bool, dtype: str
 ) -> dict[str, Any]:
@@ -126,8 +145,8 @@ def moe_config(
         "intermediate_size": width,
         "shared_intermediate_size": text.intermediate_size,
         "num_hidden_layers": text.num_hidden_layers,
-        "num_attention_heads": text.num_attention_heads,
-        "num_key_value_heads": text.num_key_value_heads,
+        "num_attention_heads": heads(base)[0],
+        "num_key_value_heads": heads(base)[1],
         "hidden_act": text.hidden_act,
         "rms_norm_eps": text.rms_norm_eps,
         "max_position_embeddings": context(base),
@@ -144,7 +163,7 @@ def moe_config(
         "architectures": ["GraniteMoeSharedForCausalLM"],
         "dtype": dtype,
     } | {key: getattr(text, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    if head_dim(base) * text.num_attention_heads != text.hidden_size:
+    if not has_usual_heads(base):
         values["head_dim"] = head_dim(base)
     content: dict[str, Any] = GraniteMoeSharedConfig(**values).to_dict()
     return content

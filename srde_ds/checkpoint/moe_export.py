@@ -11,20 +11,35 @@ delta on those of S_e. Experts are as wide in all layers: narrower ones are fill
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from srde_ds.checkpoint.moe_config import ATTENTION, NORMS, check_expressible, moe_config, padded
+from srde_ds.checkpoint.moe_config import (
+    ATTENTION,
+    KEYS_AND_VALUES,
+    NORMS,
+    OUTPUT,
+    check_expressible,
+    has_usual_heads,
+    head_dim,
+    heads,
+    moe_config,
+    padded,
+)
 from srde_ds.checkpoint.stored import StoredAdapter
 from srde_ds.checkpoint.streaming import complete_folder, tensors_size, write_model
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_files import BaseFiles, LazyTensor, check_base
 from srde_ds.model.merging import merged_weight
+
+log = logging.getLogger(__name__)
 
 
 def write_moe(adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None) -> Path:
@@ -43,6 +58,12 @@ def write_moe(adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dt
     check_base(base, adapter.metadata.base, adapter.place)
     base.check_shapes()
     moe = _Moe(adapter, base, dtype)
+    if moe.bias or not has_usual_heads(base):
+        log.warning(
+            "vLLM's own code for GraniteMoeShared leaves out the %s of this base and would answer wrongly: start it "
+            "with --model-impl transformers",
+            "attention's biases" if moe.bias else "head_dim",
+        )
     shards: dict[str, dict[str, LazyTensor]] = {file: {} for file in base.shards}
     for source, name, tensor in moe.tensors():
         shards[base.files[source]][name] = tensor
@@ -121,17 +142,18 @@ class _Moe:
         return self.base.decoder_tensor(name).to(self.dtype)
 
     def _attention(self, place: str) -> dict[str, tuple[str, LazyTensor]]:
-        names = [*NORMS, *(f"{part}.weight" for part in ATTENTION)]
-        found = {name: (name, self._same(place + name)) for name in names}
-        if self.bias:
-            for part in ATTENTION:
-                weight = f"{part}.weight"
+        found = {name: (name, self._same(place + name)) for name in NORMS}
+        for part in ATTENTION:
+            source, out = f"{part}.weight", part == OUTPUT
+            weight = self._same(place + source)
+            size = (heads(self.base)[part in KEYS_AND_VALUES]) * head_dim(self.base)
+            found[source] = (source, _filled(weight, size, axis=int(out)))
+            if self.bias:
                 if f"{place}{part}.bias" in self.base.decoder_shapes:
                     bias = self._same(f"{place}{part}.bias")
                 else:  # such as Qwen2's output projection
-                    shape, kind = found[weight][1].shape[:1], found[weight][1].dtype
-                    bias = LazyTensor(kind, shape, partial(torch.zeros, shape, dtype=kind))
-                found[f"{part}.bias"] = (weight, bias)
+                    bias = LazyTensor(weight.dtype, (0,), partial(torch.zeros, 0, dtype=weight.dtype))
+                found[f"{part}.bias"] = (source, _filled(bias, weight.shape[0] if out else size, axis=0))
         return found
 
     def _mixture(self, place: str, layer: int) -> dict[str, tuple[str, LazyTensor]]:
@@ -189,3 +211,14 @@ class _Moe:
         part = weight.index_select(axis, block.union)
         support = torch.searchsorted(block.union, block.experts[expert].long())
         return merged_weight(part, role, support, block.deltas[:, expert], "neuron")
+
+
+def _filled(tensor: LazyTensor, size: int, *, axis: int) -> LazyTensor:
+    """Zeros behind the last row or column, up to `size`."""
+    missing = size - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = size
+    behind = [0, missing] if axis == len(shape) - 1 else [0, 0, 0, missing]
+    return LazyTensor(tensor.dtype, tuple(shape), lambda: F.pad(tensor.load(), behind))

@@ -95,6 +95,28 @@ def test_widths_and_zeros(bases: Path, tmp_path: Path) -> None:
         assert (layer.block_sparse_moe.experts.gate_up_proj.unflatten(1, (2, -1))[:, :, 5:] == 0).all()
 
 
+def test_heads_are_added_until_they_have_the_usual_width(tmp_path: Path) -> None:
+    """Ministral-3-14B: 32 heads of 128 in 5120 dimensions, which are 40 heads of 128."""
+    expected = {"llama with narrow heads": (6, 3, None), "ministral3": (8, 4, None), "llama": (4, 2, None)}
+    expected["llama with biases and wide heads"] = (4, 2, 16)
+    for name, (queries, keys, width) in expected.items():
+        made = trained(save_base(name, tmp_path / name / "base"), tmp_path / name)
+        config = export(made, tmp_path / name / "moe").config
+        found = (config.num_attention_heads, config.num_key_value_heads, getattr(config, "head_dim", None))
+        assert found == (queries, keys, width), name
+
+
+def test_what_other_software_leaves_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, message in {
+        "qwen2": "vLLM's own code for GraniteMoeShared leaves out the attention's biases",
+        "mistral": "",
+    }.items():
+        caplog.clear()
+        made = trained(save_base(name, tmp_path / name / "base"), tmp_path / name)
+        export(made, tmp_path / name / "moe")
+        assert message in caplog.text and bool(message) == ("vLLM" in caplog.text)
+
+
 def test_only_some_experts(bases: Path, tmp_path: Path) -> None:
     made = trained(bases / "llama", tmp_path)
     adapter = select_experts(open_adapter(made.weights), ["blue", "red"])
