@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from srde_ds.checkpoint.resume import find_checkpoint
-from srde_ds.config import Config
+from srde_ds.config import Config, DataConfig
 from srde_ds.data.build import build_dataset
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
 from srde_ds.data.mixing import Phase, mixing_phases
@@ -72,7 +72,7 @@ def prepare_data(config: Config) -> Path:
             too_long=data.too_long,
             seed=config.training.seed,
         )
-        row_mixing(config, manifest)
+        row_mixing(config.data, manifest)
         return folder
     folder = Path(str(data.pretokenized_dir))
     try:
@@ -83,7 +83,7 @@ def prepare_data(config: Config) -> Path:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
-    row_mixing(config, manifest)
+    row_mixing(config.data, manifest)
     if manifest.max_length != data.max_length:
         raise SRDEError(
             f"max_length={data.max_length}: the rows in '{folder}' have {manifest.max_length} tokens. "
@@ -92,15 +92,15 @@ def prepare_data(config: Config) -> Path:
     return folder
 
 
-def row_mixing(config: Config, manifest: Manifest) -> list[Phase] | None:
-    """The shares of the domains among the rows, if the config asks for any.
+def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:
+    """The shares of the domains among the rows, if the options ask for any.
 
     Raises:
         SRDEError: they do not fit the dataset.
     """
     counts = manifest.splits["train"].domains
     rows = [counts[domain].rows for domain in manifest.domains]
-    return mixing_phases(config.data.domain_weights, config.data.mixing_temperature, manifest.domains, rows)
+    return mixing_phases(data.domain_weights, data.mixing_temperature, manifest.domains, rows)
 
 
 def data_folder(config: Config) -> Path:

@@ -21,7 +21,7 @@ from srde_ds.checkpoint.resume import (
 )
 from srde_ds.checkpoint.save import CheckpointSaver, Collectives, SaveFailed
 from srde_ds.checkpoint.shards import read_pieces
-from srde_ds.config import AdapterConfig, Config
+from srde_ds.config import AdapterConfig, Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.manifest import Manifest
 from srde_ds.errors import SRDEError
@@ -29,6 +29,7 @@ from srde_ds.parallel import placement
 from srde_ds.parallel.engine import Engine
 from srde_ds.parallel.topology import Topology, all_reduce_max, gather_objects, on_main_rank
 from srde_ds.training.random_state import random_state, set_random_state
+from srde_ds.training.run_folder import row_mixing
 
 logger = logging.getLogger(__name__)
 
@@ -268,10 +269,27 @@ class RunState:
                 f"{folder}: was trained on another dataset (hash {before['dataset'][:12]}, here {dataset[:12]}). "
                 "Resume with the same pretokenized_dir."
             )
+        self._check_same_mixing(saved)
         if before["rows_per_step"] != self.rows_per_step:
             raise SRDEError(
                 f"{folder}: a step had {before['rows_per_step']} rows, here batch_size x processes x "
                 f"gradient_accumulation_steps = {self.rows_per_step}. Change them so that the product stays the same."
+            )
+
+    def _check_same_mixing(self, saved: SavedRun) -> None:
+        """The rows up to the saved step must be those that were read; later ones may come in other shares."""
+        keys = ("domain_weights", "mixing_temperature")
+        given = {key: getattr(self.config.data, key) for key in keys}
+        before = {key: saved.values["config"]["data"].get(key, getattr(DataConfig(), key)) for key in keys}
+        used = []
+        for options in (before, given):
+            phases = row_mixing(DataConfig(**options), self.manifest) or []
+            used.append([phase for phase in phases if phase.first_step < saved.values["step"]])
+        if used[0] != used[1]:
+            old, new = (", ".join(f"{key}={value}" for key, value in options.items()) for options in (before, given))
+            raise SRDEError(
+                f"{saved.folder}: the rows of its {saved.values['step']} steps were drawn by {old}, here {new}. "
+                "Keep these shares and change them from a later step on, as in 'math=1; 500: code=1'."
             )
 
     def _check_same_model(self, saved: SavedRun) -> None:

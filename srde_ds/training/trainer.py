@@ -75,7 +75,7 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
         load_rows(folder, "train", manifest),
         seed=training.seed,
         global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
-        phases=row_mixing(config, manifest),
+        phases=row_mixing(config.data, manifest),
     )
     held_out = None
     if "validation" in manifest.splits:

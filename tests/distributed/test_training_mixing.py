@@ -28,12 +28,20 @@ def domains_seen(flags: dict[str, Any]) -> tuple[str | None, list[tuple[int, str
 def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
     first, second, third = DOMAINS
     weights = f"{first}=1; 2: {second}=1,{third}=3"
-    options = {"max_steps": 4, "warmup_steps": 1, "save_steps": 0, "eval_steps": 0}
+    options = {"max_steps": 4, "warmup_steps": 1, "save_steps": 2, "eval_steps": 0}
     for error, seen in two_ranks(domains_seen, inputs.flags(tmp_path / "run", domain_weights=weights, **options)):
         assert error is None
         assert {domain for step, domain in seen if step < 2} == {first}
         assert {domain for step, domain in seen if step >= 2} <= {second, third}
         assert {step for step, _ in seen} == {0, 1, 2, 3}
+    # Going on, later shares may change; those of the rows that were read may not.
+    options |= {"resume_from": str(tmp_path / "run/checkpoint-2")}
+    [(error, _), _] = two_ranks(domains_seen, inputs.flags(tmp_path / "resumed", **options, domain_weights=f"{second}=1"))
+    assert error is not None and f"2 steps were drawn by domain_weights={weights}, mixing_temperature=1.0" in error
+    later = f"{first}=1; 2: {third}=1"
+    for error, seen in two_ranks(domains_seen, inputs.flags(tmp_path / "resumed", **options, domain_weights=later)):
+        assert error is None
+        assert {domain for _, domain in seen} == {third}
 
 
 def test_weights_that_do_not_fit_stop_every_rank(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
