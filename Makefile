@@ -19,7 +19,8 @@ quickstart: env
 	bash launch/quickstart.sh
 
 test: env checks
-	$(BIN)/python -m pytest
+	# Files side by side, one thread each: many tests are short and many wait for others.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 checks: env
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
         "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
         "quantized": ["bitsandbytes>=0.48"],  # bases in 4 and 8 bits
         "tracking": ["tensorboard", "wandb", "trackio"],
