@@ -24,6 +24,8 @@ setup(
         "transformers>=5.10",
         "accelerate>=1.0",  # transformers needs it to load a base sharded
         "datasets>=4.0",
+        "math-verify>=0.9",
+        "packaging>=24",
         "rensa>=0.5",  # MinHash
         "safetensors>=0.5",
         "scikit-learn>=1.5",
@@ -35,6 +37,7 @@ setup(
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
         "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
         "quantized": ["bitsandbytes>=0.48"],  # bases in 4 and 8 bits
+        "lm-eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness
         "tracking": ["tensorboard", "wandb", "trackio"],
         "mpi": ["mpi4py>=4.0"],
         "benchmarks": ["peft>=0.18"],  # besides quickstart

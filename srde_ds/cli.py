@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from srde_ds import __version__
-from srde_ds.errors import SRDEError, nearest
+from srde_ds.errors import LostContact, SRDEError, nearest
 from srde_ds.launcher import launched_rank
-from srde_ds.verbs import data, training, use
+from srde_ds.verbs import cluster, data, training, use
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "train": training.train,
     "plan": training.plan,
     "build_dataset": data.build_dataset,
@@ -21,6 +21,10 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "inference": use.inference,
     "convert": use.convert,
     "report": use.report,
+    "hosts": cluster.hosts,
+    "supervise": cluster.supervise,
+    "monitor": cluster.monitor,
+    "doctor": cluster.doctor,
 }
 
 
@@ -44,7 +48,7 @@ def _console() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns the exit status: 0, or 2 for bad input, which is printed as one line."""
+    """Run a verb. Returns its exit status: 0; 2 for bad input, 1 for a lost rank, which are printed as one line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -58,11 +62,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             raise SRDEError(f"unknown verb '{verb}': choose one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
         with _console():
-            VERBS[verb](arguments[1:])
+            return VERBS[verb](arguments[1:]) or 0
     except SRDEError as error:
         place = f"rank {launched_rank()}: " if launched_rank() else ""
         print(f"srde-ds: error: {place}{error}", file=sys.stderr, flush=True)
         return 2
+    except LostContact as error:
+        print(f"srde-ds: error: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

@@ -14,20 +14,14 @@ import torch
 
 from srde_ds.launcher import launched_world_size
 
-_PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safetensors", "numpy")
+_PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safetensors", "math-verify", "numpy")
 
 
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "versions": versions,
+        "versions": package_versions(),
         "python": platform.python_version(),
         "machine": f"{device}, {os.cpu_count()} CPU cores",
         "gpus": torch.cuda.device_count(),
@@ -35,6 +29,17 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "world_size": launched_world_size(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Of this package and those that decide what a run computes."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
 
 
 def _cpu_name() -> str:

@@ -10,6 +10,10 @@ class SRDEError(Exception):
     """Bad input. The message names the field, the value and the remedy."""
 
 
+class LostContact(Exception):
+    """Another rank cannot be reached. Printed as one line, too, but starting again may help."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the closest known name, or an empty string."""
     matches = difflib.get_close_matches(name, list(known), n=1)

@@ -37,8 +37,22 @@ def records() -> list[Record]:
     return made
 
 
+def scored_records() -> list[Record]:
+    """`records`, of two sources, and items of all other kinds of scoring."""
+    asked = [{"role": "user", "content": "ab ab ab"}, {"role": "assistant", "content": "is xx"}]
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "a long answer before"}]
+    return [
+        *records(),
+        Record("math", asked, "xx", "chosen", "c:0", choices=["x", "xx", "abc abc"]),
+        Record("logic", [*before, *asked], "no", "chosen", "c:1", choices=["yes", "no"]),
+        Record("code", asked, None, "programs", "p:0", tests="assert add(1, 2) == 3"),
+        Record("code", asked, "two words", "programs", "p:1"),
+    ]
+
+
 def write_jsonl(path: Path, items: list[Record]) -> None:
-    lines = [{"domain": r.domain, "messages": r.messages, "answer": r.answer, "source": r.source} for r in items]
+    keys = ("domain", "messages", "answer", "source", "choices", "tests")
+    lines = [{key: getattr(record, key) for key in keys} for record in items]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 

@@ -16,8 +16,8 @@ from srde_ds.config import DOMAINS
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.records import Record
 from srde_ds.evaluation.accuracy import generated_answers
-from srde_ds.evaluation.answers import exact_match
 from srde_ds.evaluation.perplexity import response_losses
+from srde_ds.inference.answers import exact_match
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.training.held_out import forced_experts

@@ -34,6 +34,7 @@ from srde_ds.model.router import RoutingContext, RoutingStatistics
 from srde_ds.model.supports import support_size
 from srde_ds.optim.schedule import set_learning_rates
 from srde_ds.parallel.topology import Topology, start_processes
+from srde_ds.training.heartbeat import Heartbeat
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.trainer import count_tokens, scheduled_factor, to_device
@@ -127,7 +128,7 @@ def train_srde(config: Config) -> Trained:
         prepare_data(config)
         try:
             with StopRequest() as stop:
-                run_trainer(config, topology(), stop)
+                run_trainer(config, topology(), stop, Heartbeat(config, world_size=1, enabled=False))
         except SRDEError as error:
             if "not finite" in str(error) or "made the loss" in str(error):
                 raise Diverged(str(error)) from error

@@ -25,6 +25,10 @@ class Record:
     where: str = ""
     """`file:line`, for error messages."""
     split: str = "train"
+    choices: list[str] | None = None
+    """Of a multiple-choice item: the texts to choose from; `answer` is one of them."""
+    tests: str | None = None
+    """Of a programming item: Python that fails unless the program before it is right."""
 
     @property
     def prompt(self) -> list[dict[str, str]]:
@@ -76,14 +80,48 @@ def _parse(line: bytes, where: str, domains: Sequence[str]) -> Record:
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     else:
         raise SRDEError(f"{where}: needs 'prompt' and 'response', or 'messages'.")
-    answer = _text(fields, "answer", where) if "answer" in fields else None
+    choices = _choices(fields["choices"], where) if "choices" in fields else None
+    if choices is not None:
+        answer: str | None = _right_choice(fields, choices, where)
+    else:
+        answer = _text(fields, "answer", where) if "answer" in fields else None
+    tests = _text(fields, "tests", where) if "tests" in fields else None
+    if choices is not None and tests is not None:
+        raise SRDEError(f"{where}: has both 'choices' and 'tests': keep the one that the item is scored by.")
     source = _text(fields, "source", where) if fields.get("source", "") != "" else ""
     split = _text(fields, "split", where) if "split" in fields else "train"
     if split not in SPLITS:
         raise SRDEError(
             f"{where}: unknown split '{split}', must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
         )
-    return Record(domain, messages, answer, source, where, split)
+    return Record(domain, messages, answer, source, where, split, choices, tests)
+
+
+def _choices(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise SRDEError(f"{where}: field 'choices' must be a list of at least two texts.")
+    choices = [_text({"choices": choice}, "choices", where) for choice in value]
+    if len(set(choices)) < len(choices):
+        raise SRDEError(f"{where}: field 'choices' holds the same text twice: keep one of them.")
+    return choices
+
+
+def _right_choice(fields: dict[str, Any], choices: list[str], where: str) -> str:
+    """The text that `answer` means: the text itself, else a letter (A is the first), or a number (0 is the first)."""
+    answer = fields.get("answer")
+    if isinstance(answer, str):
+        if answer in choices:
+            return answer
+        number = ord(answer.strip().upper()) - ord("A") if len(answer.strip()) == 1 else -1
+    else:
+        number = answer if isinstance(answer, int) and not isinstance(answer, bool) else -1
+    if not 0 <= number < len(choices):
+        last = len(choices) - 1
+        raise SRDEError(
+            f"{where}: field 'answer' is {json.dumps(answer)}: with 'choices' it must be one of them, the letter of "
+            f"one (A to {chr(ord('A') + last)}) or its number (0 to {last})."
+        )
+    return choices[number]
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:

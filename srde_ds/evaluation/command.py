@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -10,16 +11,23 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from srde_ds.config import DOMAINS, resolve
 from srde_ds.config_values import load_yaml
-from srde_ds.data.records import read_jsonl
+from srde_ds.data.records import Record, read_jsonl
 from srde_ds.environment import environment
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import evaluate, items_file
-from srde_ds.evaluation.table import format_table
+from srde_ds.evaluation.processes import launched_processes
+from srde_ds.evaluation.sandbox import protections
+from srde_ds.evaluation.table import format_tables
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import load_model
+from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.weights_file import read_metadata
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate_command(
@@ -28,6 +36,8 @@ def evaluate_command(
     eval_file: str,
     base: str | None,
     compare_baseline: bool,
+    each_expert: bool,
+    run_code: bool,
     max_samples: int,
     max_new_tokens: int,
     batch_size: int,
@@ -35,7 +45,9 @@ def evaluate_command(
     seed: int,
     output_file: str | None,
 ) -> dict[str, Any]:
-    """Evaluate, print the table, write `output_file` and the items beside it; returns the JSON's content.
+    """Evaluate, print the tables, write `output_file` and the items beside it; returns the JSON's content.
+
+    Several processes under a launcher share the items; the first one prints and writes.
 
     Args:
         checkpoint: see `resolve_weights`.
@@ -46,22 +58,32 @@ def evaluate_command(
     """
     started = time.monotonic()
     target = Path(output_file) if output_file else default_output(checkpoint)
-    if target.is_dir():
-        raise SRDEError(f"output_file={target}: is a folder; give the name of a JSON file.")
-    with TemporaryDirectory(prefix="srde-") as scratch:
-        weights = resolve_weights(checkpoint, scratch)
-        records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
-        model, tokenizer = load_model(weights, base=base, bf16=bf16)
-    result, items = evaluate(
-        model,
-        tokenizer,
-        records,
-        compare_baseline=compare_baseline,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        max_samples=max_samples,
-        seed=seed,
-    )
+
+    def load() -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
+        if target.is_dir():
+            raise SRDEError(f"output_file={target}: is a folder; give the name of a JSON file.")
+        with TemporaryDirectory(prefix="srde-") as scratch:
+            weights = resolve_weights(checkpoint, scratch)
+            records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
+            return *load_model(weights, base=base, bf16=bf16), records
+
+    with launched_processes() as processes:
+        model, tokenizer, records = processes.own(load)
+        if processes.is_main:
+            _tell_about_code(records, run_code)
+        result, items = evaluate(
+            model,
+            tokenizer,
+            records,
+            compare_baseline=compare_baseline,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            max_samples=max_samples,
+            seed=seed,
+            each_expert=each_expert,
+            run_code=run_code,
+            processes=processes,
+        )
     result["run"] = {
         "checkpoint": checkpoint,
         "eval_file": eval_file,
@@ -70,13 +92,16 @@ def evaluate_command(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "sandbox": protections() if run_code else None,
         "seconds": time.monotonic() - started,
         "environment": environment(),
     }
+    if not processes.is_main:
+        return result
     target.parent.mkdir(parents=True, exist_ok=True)
     _write(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
     _write(target, [json.dumps(result, indent=2, allow_nan=False)])
-    print(format_table(result))
+    print(format_tables(result))
     print(f"Written: {target}")
     return result
 
@@ -97,6 +122,15 @@ def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
         if (folder / "config.yaml").is_file():
             return resolve(load_yaml(folder / "config.yaml"), {}).data.domains
     return list(dict.fromkeys([*expert_names, *DOMAINS]))
+
+
+def _tell_about_code(records: Sequence[Record], run_code: bool) -> None:
+    programs = sum(record.tests is not None for record in records)
+    if programs and not run_code:
+        _log.info("items with tests, not scored: %d. --run_code runs the programs that the model writes.", programs)
+    missing = [name for name, there in protections().items() if not there] if run_code else []
+    if programs and missing:
+        _log.warning("programs that the model writes are run without protection of: %s.", ", ".join(missing))
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:

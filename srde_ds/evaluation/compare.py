@@ -1,34 +1,34 @@
-"""The experts against the bare base on the same items: loss, accuracy, expert usage, with intervals."""
+"""The experts against the bare base, and each alone, on the same items: loss, accuracy, expert usage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.accuracy import generated_answers
-from srde_ds.evaluation.answers import exact_match
-from srde_ds.evaluation.bootstrap import Floats, interval, resampled_sums
+from srde_ds.evaluation.figures import Groups, expert_usage, figures_by_group, mean_loss
 from srde_ds.evaluation.perplexity import ItemLoss, response_losses
+from srde_ds.evaluation.processes import ALONE, Processes
+from srde_ds.evaluation.results import ItemResult, results_of
+from srde_ds.evaluation.scoring import scoring_of
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
 
 
 @dataclass
-class _Results:
-    """One model's results in the order of the items; prediction and verdict are None where an item has no answer."""
+class _Measured:
+    """What was measured on one item: by each model, and the loss with each expert alone."""
 
-    losses: list[ItemLoss]
-    predictions: list[str | None]
-    correct: list[bool | None]
+    results: dict[str, ItemResult]
+    alone: list[ItemLoss]
 
 
 def evaluate(
@@ -41,6 +41,9 @@ def evaluate(
     max_new_tokens: int,
     max_samples: int,
     seed: int,
+    each_expert: bool = False,
+    run_code: bool = False,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and items, both plain JSON, as docs/evaluation.md describes them.
 
@@ -48,29 +51,67 @@ def evaluate(
         compare_baseline: run the bare base, too, on the same items.
         max_samples: most items, see `evenly_by_domain`.
         seed: of the bootstrap.
+        each_expert: the loss of every domain with all tokens sent to one expert, too, one after the other.
+        run_code: run generated programs with their items' tests, see `sandbox`.
+        processes: share the items; each passes the same model and records, and gets the same result.
 
     Raises:
         SRDEError: a value out of range, or an item that does not fit into the base's context.
     """
-    for name, value in {"batch_size": batch_size, "max_samples": max_samples, "max_new_tokens": max_new_tokens}.items():
-        if value < 1:
-            raise SRDEError(f"{name}={value}: must be at least 1.")
+
+    def check() -> str:
+        sizes = {"batch_size": batch_size, "max_samples": max_samples, "max_new_tokens": max_new_tokens}
+        for name, value in sizes.items():
+            if value < 1:
+                raise SRDEError(f"{name}={value}: must be at least 1.")
+        return sha256(repr([record.messages for record in records]).encode()).hexdigest()
+
+    if len(set(processes.together(check))) > 1:
+        raise SRDEError("the held-out items differ between processes: give each the same file.")
     records = evenly_by_domain(records, max_samples)
-    results: dict[str, _Results] = {}
-    for name in ("srde", "base") if compare_baseline else ("srde",):
-        with model.no_experts() if name == "base" else nullcontext():
-            results[name] = _run(model, tokenizer, records, name, batch_size, max_new_tokens)
-    present = list(dict.fromkeys(record.domain for record in records))
-    domains = [name for name in model.expert_names if name in present]
-    domains += [name for name in present if name not in domains]
-    columns = _columns(results)
-    of_domain = {name: [i for i, record in enumerate(records) if record.domain == name] for name in domains}
+    own = processes.share([sum(len(message["content"]) for message in record.messages) for record in records])
+
+    def work() -> list[tuple[int, _Measured]]:
+        own_records = [records[index] for index in own]
+        results: dict[str, list[ItemResult]] = {}
+        for name in ("srde", "base") if compare_baseline else ("srde",):
+            with model.no_experts() if name == "base" else nullcontext():
+                results[name] = results_of(
+                    model,
+                    tokenizer,
+                    own_records,
+                    batch_size=batch_size,
+                    max_new_tokens=max_new_tokens,
+                    run_code=run_code,
+                    count_experts=name == "srde",
+                    title=name,
+                )
+        alone = _losses_of_each_expert(model, tokenizer, own_records, batch_size) if each_expert else []
+        return [
+            (index, _Measured({name: results[name][i] for name in results}, [losses[i] for losses in alone]))
+            for i, index in enumerate(own)
+        ]
+
+    measured = dict(chain.from_iterable(processes.together(work)))
+    in_order = [measured[index] for index in range(len(records))]
+    results = {name: [item.results[name] for item in in_order] for name in in_order[0].results}
+    domains = _domains(records, model.expert_names)
     figures = {
-        "overall": _figures(columns, list(range(len(records))), seed),
-        "domains": {name: _figures(columns, index, seed) for name, index in of_domain.items()},
-        "usage": _usage(results["srde"].losses, of_domain, model.expert_names),
+        "overall": figures_by_group(results, {"overall": range(len(records))}, seed)["overall"],
+        "domains": figures_by_group(results, domains, seed),
+        "sources": figures_by_group(results, _groups([record.source for record in records]), seed),
+        "usage": expert_usage([result.loss for result in results["srde"]], domains, model.expert_names),
     }
-    return figures, _items(records, results)
+    if each_expert:
+        figures["each_expert"] = {
+            "domains": list(domains),
+            "experts": model.expert_names,
+            "loss": [
+                [mean_loss([in_order[i].alone[expert] for i in index]) for index in domains.values()]
+                for expert in range(len(model.expert_names))
+            ],
+        }
+    return figures, _items(records, results, run_code)
 
 
 def items_file(evaluation: Path) -> Path:
@@ -88,117 +129,52 @@ def evenly_by_domain(records: Sequence[Record], max_samples: int) -> list[Record
     return [records[index] for index in sorted(index for _, index in sorted(order)[:max_samples])]
 
 
-def _run(
-    model: SRDEModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: list[Record],
-    name: str,
-    batch_size: int,
-    max_new_tokens: int,
-) -> _Results:
-    losses = response_losses(
-        model,
-        tokenizer,
-        records,
-        max_length=context_length(model),
-        batch_size=batch_size,
-        count_experts=name == "srde",
-        title=f"{name}: loss",
-    )
-    asked = [record for record in records if record.answer is not None]
-    answers = iter(
-        generated_answers(
+def _losses_of_each_expert(
+    model: SRDEModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], batch_size: int
+) -> list[list[ItemLoss]]:
+    return [
+        response_losses(
             model,
             tokenizer,
-            asked,
-            max_new_tokens=max_new_tokens,
+            records,
+            max_length=context_length(model),
             batch_size=batch_size,
-            title=f"{name}: answers",
+            expert=expert,
+            title=f"{name} alone: loss",
         )
-    )
-    predictions = [None if record.answer is None else next(answers) for record in records]
-    correct = [
-        None if record.answer is None or prediction is None else exact_match(prediction, record.answer)
-        for record, prediction in zip(records, predictions, strict=True)
+        for expert, name in enumerate(model.expert_names)
     ]
-    return _Results(losses, predictions, correct)
 
 
-def _columns(results: dict[str, _Results]) -> dict[str, Floats]:
-    """What is summed over items to make the figures, one array [N] a name."""
-    srde = results["srde"]
-    columns: dict[str, list[float]] = {
-        "tokens": [loss.tokens for loss in srde.losses],
-        "scored": [verdict is not None for verdict in srde.correct],
-    }
-    for name, result in results.items():
-        columns[f"{name}.loss"] = [loss.loss_sum for loss in result.losses]
-        columns[f"{name}.correct"] = [bool(verdict) for verdict in result.correct]
-    return {name: np.array(values, dtype=np.float64) for name, values in columns.items()}
+def _domains(records: Sequence[Record], expert_names: Sequence[str]) -> Groups:
+    """The items of each domain, the experts' own first, in their order."""
+    found = _groups([record.domain for record in records])
+    first = [name for name in expert_names if name in found]
+    return {name: found[name] for name in [*first, *(name for name in found if name not in first)]}
 
 
-def _figures(columns: dict[str, Floats], index: list[int], seed: int) -> dict[str, Any]:
-    """`{"srde": {...}, "base": {...}, "difference": {...}}` over the items of `index`."""
-    table_NC = np.stack([values[index] for values in columns.values()], axis=1)
-    total = dict(zip(columns, table_NC.sum(0)[:, None], strict=True))
-    drawn = dict(zip(columns, resampled_sums(table_NC, seed).T, strict=True))
-    models = [name.removesuffix(".loss") for name in columns if name.endswith(".loss")]
-    figures: dict[str, Any] = {}
-    for name in models:
-        figures[name] = {
-            "items": len(index),
-            "tokens": int(total["tokens"].item()),
-            "scored": int(total["scored"].item()),
-            **_with_interval("loss", _ratio(total, name, "loss"), _ratio(drawn, name, "loss")),
-            **_with_interval("perplexity", np.exp(_ratio(total, name, "loss")), np.exp(_ratio(drawn, name, "loss"))),
-            **_with_interval("accuracy", _ratio(total, name, "correct"), _ratio(drawn, name, "correct")),
-        }
-    if "base" in figures:
-        figures["difference"] = {}
-        for key, what in (("loss", "loss"), ("accuracy", "correct")):
-            value, samples = (_ratio(sums, "srde", what) - _ratio(sums, "base", what) for sums in (total, drawn))
-            figures["difference"] |= _with_interval(key, value, samples)
-    return figures
+def _groups(names: Sequence[str]) -> dict[str, list[int]]:
+    """The indices of each name, in the order of their first appearance; the empty name names none."""
+    groups: dict[str, list[int]] = {}
+    for index, name in enumerate(names):
+        if name:
+            groups.setdefault(name, []).append(index)
+    return groups
 
 
-def _ratio(sums: dict[str, Floats], model: str, what: str) -> Floats:
-    """Loss a token, or share of right answers; NaN where nothing was drawn."""
-    weight = sums["tokens" if what == "loss" else "scored"]
-    return np.divide(sums[f"{model}.{what}"], weight, out=np.full(weight.shape, np.nan), where=weight > 0)
-
-
-def _with_interval(name: str, value: Floats, samples: Floats) -> dict[str, Any]:
-    if np.isnan(value).all():
-        return {name: None, f"{name}_interval": None}
-    return {name: float(value.item()), f"{name}_interval": interval(samples)}
-
-
-def _usage(losses: list[ItemLoss], of_domain: dict[str, list[int]], expert_names: list[str]) -> dict[str, Any]:
-    """Share of each expert in the choices of each domain's tokens, over all layers and by layer."""
-    counted = [loss.assignments for loss in losses]
-    sums_NLE = torch.stack([counts for counts in counted if counts is not None]).double()
-    by_layer_LDE = torch.stack([sums_NLE[index].sum(0) for index in of_domain.values()], dim=1)
-    by_layer_LDE /= by_layer_LDE.sum(2, keepdim=True)
-    return {
-        "domains": list(of_domain),
-        "experts": expert_names,
-        "share": by_layer_LDE.mean(0).tolist(),
-        "share_by_layer": by_layer_LDE.tolist(),
-    }
-
-
-def _items(records: list[Record], results: dict[str, _Results]) -> list[dict[str, Any]]:
+def _items(records: Sequence[Record], results: dict[str, list[ItemResult]], run_code: bool) -> list[dict[str, Any]]:
     lines = []
     for i, record in enumerate(records):
         line: dict[str, Any] = {"domain": record.domain, "source": record.source, "prompt": record.prompt}
         line |= {"response": record.messages[-1]["content"], "answer": record.answer}
-        for name, result in results.items():
-            loss = result.losses[i]
+        line["scoring"] = scoring_of(record, run_code=run_code)
+        for name, of_model in results.items():
+            result = of_model[i]
             line[name] = {
-                "loss": loss.loss_sum / loss.tokens,
-                "tokens": loss.tokens,
-                "prediction": result.predictions[i],
-                "correct": result.correct[i],
+                "loss": result.loss.loss_sum / result.loss.tokens,
+                "tokens": result.loss.tokens,
+                "prediction": result.prediction,
+                "correct": result.correct,
             }
         lines.append(line)
     return lines

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import IGNORED, tokenize
+from srde_ds.data.packing import IGNORED, prompt_ids, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.batches import batches_by_length
+from srde_ds.inference.batches import batches_by_length
 from srde_ds.inference.generate import pad_id
 from srde_ds.model.adapter import SRDEModel
 
@@ -37,13 +37,21 @@ def response_losses(
     max_length: int,
     batch_size: int,
     count_experts: bool = False,
+    expert: int | None = None,
+    last_response: bool = False,
     title: str = "loss",
 ) -> list[ItemLoss]:
     """The losses of `records`, in their order. Batches are padded on the right and sorted by length.
 
+    Args:
+        expert: takes every token, with weight 1; default: as routed.
+        last_response: count the last response only, not all assistant turns.
+
     Raises:
         SRDEError: an item is longer than `max_length` tokens.
     """
+    if not records:
+        return []
     documents = tokenize(records, tokenizer)
     for document in documents:
         if len(document) > max_length:
@@ -51,19 +59,21 @@ def response_losses(
                 f"{document.where}: {len(document)} tokens exceed {max_length}, which is all that the base can read: "
                 "shorten or remove the item."
             )
+    labelled = [torch.from_numpy(document.is_response) for document in documents]
+    if last_response:
+        for record, chosen in zip(records, labelled, strict=True):
+            chosen[: len(prompt_ids(tokenizer, record.prompt))] = False
     device, pad = model.base.device, pad_id(tokenizer)
     losses: dict[int, ItemLoss] = {}
     model.routing.record_choices = count_experts
     try:
         for batch in batches_by_length([len(document) for document in documents], batch_size, title):
             ids = [torch.from_numpy(documents[i].input_ids).long() for i in batch]
-            labels = [
-                row.masked_fill(~torch.from_numpy(documents[i].is_response), IGNORED)
-                for i, row in zip(batch, ids, strict=True)
-            ]
+            labels = [row.masked_fill(~labelled[i], IGNORED) for i, row in zip(batch, ids, strict=True)]
             mask_BS = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
             ids_BS = pad_sequence(ids, batch_first=True, padding_value=pad).to(device)
             labels_BS = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+            model.routing.forced_experts = None if expert is None else torch.full_like(ids_BS, expert)
             with torch.inference_mode():
                 sums_B, counts_B = _losses(model, ids_BS, mask_BS, labels_BS)
             assignments = _assignments(model, mask_BS.bool()) if count_experts else [None] * len(batch)
@@ -72,6 +82,7 @@ def response_losses(
             ):
                 losses[index] = ItemLoss(loss_sum, count, experts)
     finally:
+        model.routing.forced_experts = None
         model.routing.record_choices = False
         model.routing.choices.clear()
     return [losses[index] for index in range(len(documents))]

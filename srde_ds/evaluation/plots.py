@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from srde_ds.errors import SRDEError
 
 try:
@@ -52,6 +54,22 @@ def plot_usage(usage: dict[str, Any], path: Path) -> None:
             color = "black" if value > highest / 2 else "white"
             axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
     figure.colorbar(picture, label="share of the domain's tokens × experts chosen")
+    figure.savefig(path)
+
+
+def plot_usage_by_layer(usage: dict[str, Any], path: Path) -> None:
+    """A heat map for each domain: the share of each expert (across) in its tokens' choices in each layer (down)."""
+    share_LDE = np.array(usage["share_by_layer"])
+    layers, domains, _ = share_LDE.shape
+    figure = Figure(figsize=(1.5 + 1.6 * domains, 1.8 + 0.12 * layers), dpi=120, layout="constrained")
+    panels = figure.subplots(1, domains, sharey=True, squeeze=False)[0]
+    for axes, domain, share_LE in zip(panels, usage["domains"], share_LDE.transpose(1, 0, 2), strict=True):
+        picture = axes.imshow(share_LE, cmap="viridis", vmin=0, vmax=share_LDE.max(), aspect="auto")
+        axes.set_title(domain, fontsize="medium")
+        axes.set_xticks(range(len(usage["experts"])), usage["experts"], rotation=90)
+    panels[0].set_ylabel("layer")
+    figure.supxlabel("expert", fontsize="medium")
+    figure.colorbar(picture, ax=list(panels), label="share of the domain's choices")
     figure.savefig(path)
 
 

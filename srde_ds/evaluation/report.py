@@ -10,8 +10,8 @@ from typing import Any
 from srde_ds.config_values import load_yaml
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
-from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage
-from srde_ds.evaluation.table import table_rows
+from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
+from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
 
 # What a reader wants to know of config.yaml, by section.
 _SETTINGS = {
@@ -34,23 +34,30 @@ def write_report(run_folder: str | Path) -> Path:
     folder = Path(run_folder)
     metrics = _read_lines(folder / "metrics.jsonl", "train first")
     result = _read_json(folder / "evaluation.json", f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
+    if "sources" not in result:
+        raise SRDEError(f"'{folder / 'evaluation.json'}': was written by an earlier version: evaluate again.")
     items = _read_lines(items_file(folder / "evaluation.json"), "evaluate again")
     environment = _read_json(folder / "environment.json", "it is written when training starts")
     config = load_yaml(folder / "config.yaml")
 
     plot_loss(metrics, folder / "loss.png")
     plot_usage(result["usage"], folder / "expert_usage.png")
+    plot_usage_by_layer(result["usage"], folder / "expert_usage_by_layer.png")
     plot_speed(metrics, folder / "speed.png")
     page = folder / "report.md"
     sections = [
         f"# {folder.resolve().name}",
         _summary(metrics, result),
         "## Held-out items, base → srde\n\n"
-        "Loss and perplexity are of the response tokens, accuracy is the share of generated answers that match "
-        "exactly. Differences are srde − base (accuracy: in points) with 95 % bootstrap intervals over items.",
+        "Loss and perplexity are of the response tokens, accuracy is the share of scored items that are right. "
+        "Differences are srde − base (accuracy: in points) with 95 % bootstrap intervals over items; p is that of "
+        "McNemar's exact test.",
         _markdown(table_rows(result)),
+        *(["## By source", _markdown(source_rows(result))] if len(result["sources"]) > 1 else []),
+        *(["## Each expert alone, held-out loss", _markdown(expert_rows(result))] if "each_expert" in result else []),
         "## Loss\n\n![training and held-out loss](loss.png)",
-        "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)",
+        "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)\n\n"
+        "By layer:\n\n![expert usage by domain and layer](expert_usage_by_layer.png)",
         f"## {EXAMPLES}",
         *(_example(items, name) for name in result["domains"]),
         "## Speed\n\n![tokens a second](speed.png)",
@@ -79,11 +86,12 @@ def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:
 
 
 def _example(items: list[dict[str, Any]], domain: str) -> str:
-    """The domain's first item with an answer: a fixed choice, not the best."""
-    item = next((item for item in items if item["domain"] == domain and item["answer"] is not None), None)
+    """The domain's first scored item: a fixed choice, not the best."""
+    item = next((item for item in items if item["domain"] == domain and item["scoring"] is not None), None)
     if item is None:
         return f"**{domain}**: no item has an answer to compare with."
-    lines = [f"**{domain}**", _quote(item["prompt"][-1]["content"]), f"- expected: {_inline(item['answer'])}"]
+    expected = item["response"] if item["answer"] is None else item["answer"]
+    lines = [f"**{domain}**", _quote(item["prompt"][-1]["content"]), f"- expected: {_inline(expected)}"]
     for name in ("base", "srde"):
         if name in item:
             verdict = "right" if item[name]["correct"] else "wrong"

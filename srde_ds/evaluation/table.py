@@ -1,25 +1,51 @@
-"""An evaluation as a table: base → srde by domain."""
+"""An evaluation as tables: base → srde by domain and by source, and each expert alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
-HEADER = ["domain", "items", "loss", "difference", "perplexity", "accuracy", "difference"]
+HEADER = ["items", "loss", "difference", "perplexity", "accuracy", "difference", "McNemar p"]
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
-    """HEADER, a row for each domain, a row for all of them. Differences are srde − base with their 95 % intervals."""
-    figures = {**result["domains"], "overall": result["overall"]}
-    return [HEADER, *([name, *_cells(values)] for name, values in figures.items())]
+    """A header, a row for each domain, a row for all of them. Differences are srde − base with their 95 % intervals."""
+    return _rows("domain", {**result["domains"], "overall": result["overall"]})
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """The table for the console."""
-    rows = table_rows(result)
+def source_rows(result: dict[str, Any]) -> list[list[str]]:
+    """The same for each source."""
+    return _rows("source", result["sources"])
+
+
+def expert_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Held-out loss of every domain with each expert alone, then with all of them as routed, then of the base."""
+    table = result["each_expert"]
+    rows = [[f"{name} alone", *values] for name, values in zip(table["experts"], table["loss"], strict=True)]
+    for title, model in (("as routed", "srde"), ("base", "base")):
+        if model in result["overall"]:
+            rows.append([title, *(result["domains"][domain][model]["loss"] for domain in table["domains"])])
+    return [["loss", *table["domains"]], *([title, *(f"{loss:.3f}" for loss in losses)] for title, *losses in rows)]
+
+
+def format_tables(result: dict[str, Any]) -> str:
+    """The tables for the console: by domain, by source where there are several, and each expert's if it was asked."""
+    parts = [_format(table_rows(result), last_apart=True)]
+    if len(result["sources"]) > 1:
+        parts.append(_format(source_rows(result)))
+    if "each_expert" in result:
+        parts.append(_format(expert_rows(result)))
+    return "\n\n".join(parts)
+
+
+def _format(rows: list[list[str]], *, last_apart: bool = False) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    return "\n".join([lines[0], rule, *lines[1:-1], *([rule] if last_apart else []), lines[-1]])
+
+
+def _rows(title: str, figures: dict[str, Any]) -> list[list[str]]:
+    return [[title, *HEADER], *([name, *_cells(values)] for name, values in figures.items())]
 
 
 def _cells(figures: dict[str, Any]) -> list[str]:
@@ -45,4 +71,5 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         pair("perplexity", 1, ".2f"),
         pair("accuracy", 100, ".0f") + " %",
         change("accuracy", 100, f"{sign}.0f"),
+        f"{difference['mcnemar_p']:.2g}" if difference and srde["scored"] else "–",
     ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 from functools import partial
+from itertools import zip_longest
 from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
@@ -11,72 +14,134 @@ from srde_ds.errors import SRDEError, nearest
 from srde_ds.inference.generate import format_routing, generate
 from srde_ds.model.adapter import SRDEModel
 
-COMMANDS = {"/reset": "forget the conversation", "/experts": "show the experts of each token", "/quit": "end"}
+COMMANDS = {
+    "/experts": "show or hide the experts of each token",
+    "/expert NAME": "use this expert alone; without a name: all again",
+    "/base": "show or hide the bare base's answer beside",
+    "/reset": "forget the conversation",
+    "/help": "this list",
+    "/quit": "end",
+}
+BLOCK = '"""'
+HELP = "\n".join(
+    [*(f"  {name:<14}{what}" for name, what in COMMANDS.items())]
+    + [f"  A line that ends in \\ goes on in the next one; so does what stands between {BLOCK} and {BLOCK}."]
+)
 
 
-def chat(
-    model: SRDEModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    source: TextIO,
-    target: TextIO,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    stream: bool,
-    show_routing: bool,
-) -> None:
-    """Answer lines of `source` on `target` until `/quit` or the end of `source`.
+class Chat:
+    """Answers what `source` says on `target`, see `run`. Arguments as of `generate`."""
 
-    Ctrl-C stops an answer, which is then forgotten with its question; at the prompt it ends the conversation.
-    """
-    say = partial(print, file=target, flush=True)
-    say("Type a message. " + ", ".join(f"{name}: {what}" for name, what in COMMANDS.items()) + ".")
-    history: list[dict[str, str]] = []
-    while (line := _read(source, target)) is not None:
-        if line == "/quit":
-            break
-        if line == "/reset":
-            history = []
-            say("The conversation is forgotten.")
-        elif line == "/experts":
-            show_routing = not show_routing
-            say(f"Experts are {'shown' if show_routing else 'hidden'} from now on.")
-        elif line.startswith("/"):
-            say(f"Unknown command '{line}': there are {', '.join(COMMANDS)}.{nearest(line, COMMANDS)}")
-        elif line:
-            messages = [*history, {"role": "user", "content": line}]
+    def __init__(
+        self,
+        model: SRDEModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        source: TextIO,
+        target: TextIO,
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        stream: bool,
+        show_routing: bool,
+    ) -> None:
+        self.model = model
+        self.source, self.target = source, target
+        self.stream, self.show_routing, self.compare = stream, show_routing, False
+        self.history: list[dict[str, str]] = []
+        self.say = partial(print, file=target, flush=True)
+        self.generate = partial(generate, model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+
+    def run(self) -> None:
+        """Go on until `/quit` or the end of `source`.
+
+        Ctrl-C stops an answer, which is then forgotten with its question; at the prompt it ends the conversation. So is
+        a question forgotten whose answer failed.
+        """
+        self.say("Type a message, or /help.")
+        while (text := self._read()) is not None and text != "/quit":
+            if not text:
+                continue
             try:
-                generation = generate(
-                    model,
-                    tokenizer,
-                    messages,
-                    max_tokens=max_tokens,
-                    temperature=temperature,
-                    top_p=top_p,
-                    stream=partial(say, end="") if stream else None,
-                    show_routing=show_routing,
-                )
+                if text.startswith("/"):
+                    self._command(text)
+                else:
+                    self._answer(text)
             except KeyboardInterrupt:
-                say("\nStopped; the question is forgotten.")
-                continue
+                self.say("\nStopped; the question is forgotten.")
             except SRDEError as error:
-                say(f"{error} (/reset forgets the conversation)")
-                continue
-            say("" if stream else generation.text)
-            if show_routing:
-                say(format_routing(generation, model.expert_names))
-            history = [*messages, {"role": "assistant", "content": generation.text}]
+                self.say(f"{error}" if text.startswith("/") else f"{error} (/reset forgets the conversation)")
+            except RuntimeError as error:  # torch's: above all a lack of memory, which a shorter conversation may mend
+                self.say(f"\nThe answer failed ({error}); the question is forgotten. /reset forgets all before it.")
+
+    def _command(self, text: str) -> None:
+        name, *rest = text.split(maxsplit=1)
+        if name == "/expert":
+            self.model.set_active_experts(rest[0].strip() if rest else None)
+            self.say(f"From now on: {', '.join(self.model.active_experts)}.")
+        elif rest or name not in COMMANDS:
+            known = [command.split()[0] for command in COMMANDS]
+            self.say(f"Unknown command '{text}'.{nearest(name, known)} /help lists them.")
+        elif name == "/reset":
+            self.history = []
+            self.say("The conversation is forgotten.")
+        elif name == "/experts":
+            self.show_routing = not self.show_routing
+            self.say(f"Experts are {'shown' if self.show_routing else 'hidden'} from now on.")
+        elif name == "/base":
+            self.compare = not self.compare
+            self.say(f"The bare base's answer is {'shown beside' if self.compare else 'hidden'} from now on.")
+        else:
+            self.say(HELP)
+
+    def _answer(self, text: str) -> None:
+        messages = [*self.history, {"role": "user", "content": text}]
+        stream = self.stream and not self.compare
+        generation = self.generate(
+            messages, stream=partial(self.say, end="") if stream else None, show_routing=self.show_routing
+        )
+        if self.compare:
+            with self.model.no_experts():
+                base = self.generate(messages)
+            self.say(side_by_side(generation.text, base.text, titles=("with experts", "base")))
+        else:
+            self.say("" if stream else generation.text)
+        if self.show_routing:
+            self.say(format_routing(generation, self.model.expert_names))
+        self.history = [*messages, {"role": "assistant", "content": generation.text}]
+
+    def _read(self) -> str | None:
+        """The next message without surrounding white space; None at the end of `source` or on Ctrl-C."""
+        lines: list[str] = []
+        in_block = False
+        while True:
+            print("... " if lines or in_block else "> ", end="", file=self.target, flush=True)
+            try:
+                line = self.source.readline()
+            except KeyboardInterrupt:
+                line = ""
+            except UnicodeDecodeError as error:
+                self.say(f"This is no UTF-8 ({error.reason}); the message is forgotten.")
+                return ""
+            if not line:
+                print(file=self.target)
+                return None
+            line = line.rstrip("\r\n")
+            marks = line.count(BLOCK)
+            if marks:
+                in_block = in_block != (marks % 2 == 1)
+                line = line.replace(BLOCK, "")
+            goes_on = in_block or line.endswith("\\")
+            lines.append(line[:-1] if goes_on and not in_block else line)
+            if not goes_on:
+                return "\n".join(lines).strip()
 
 
-def _read(source: TextIO, target: TextIO) -> str | None:
-    """The next line without surrounding white space; None at the end of `source` or on Ctrl-C."""
-    print("> ", end="", file=target, flush=True)
-    try:
-        line = source.readline()
-    except KeyboardInterrupt:
-        line = ""
-    if not line:
-        print(file=target)
-        return None
-    return line.strip()
+def side_by_side(left: str, right: str, *, titles: tuple[str, str], width: int | None = None) -> str:
+    """Two texts as columns; `width` in characters, default: the terminal's."""
+    column = ((width or shutil.get_terminal_size().columns) - 3) // 2
+    sides = [
+        [title, "-" * column, *(part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""])]
+        for title, text in zip(titles, (left, right), strict=True)
+    ]
+    return "\n".join(f"{a:<{column}} | {b}".rstrip() for a, b in zip_longest(*sides, fillvalue=""))

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -97,6 +98,16 @@ def load_base(
             f"{type(model).__name__}, such as {min(report['missing_keys'])}; give a complete checkpoint."
         )
     return model.requires_grad_(False).eval()
+
+
+def base_configuration(model_name: str | Path, *, revision: str | None = None) -> PretrainedConfig:
+    """The configuration of an id or folder.
+
+    Raises:
+        SRDEError: no such folder or id.
+    """
+    config: PretrainedConfig = _pretrained(AutoConfig, "model", model_name, revision=revision)
+    return config
 
 
 def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTrainedModel:

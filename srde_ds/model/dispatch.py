@@ -86,16 +86,17 @@ def neuron_experts(
 ) -> tuple[Tensor, Tensor]:
     """All experts on all tokens in two GEMMs; an expert that a token did not choose has weight 0.
 
-    The base's hidden values are computed here a second time, by the same operations as the experts', so that
-    zero deltas give a change of exactly zero, whatever the base's own kernel rounds differently.
+    The base's hidden values are computed here a second time, by the same operations as the experts' and at the same
+    places of tensors of the same shape, so that zero deltas give a change of exactly zero: kernels round the last
+    few values of a tensor differently from those that fill a vector register.
     """
     tokens, (hidden, experts, _, neurons) = x_TD.shape[0], deltas_DE3m.shape
     into, back = deltas_DE3m.transpose(1, 2).split([2, 1], dim=1)
     shift = (x_TD @ into.reshape(hidden, -1)).view(tokens, 2, experts, neurons)
-    base = act(gate_TSm) * up_TSm
-    h_TEm = act(gate_TSm + shift[:, 0]) * (up_TSm + shift[:, 1])
+    gate_TEm, up_TEm = (t.expand(tokens, experts, neurons).contiguous() for t in (gate_TSm, up_TSm))
+    h_TEm = act(gate_TEm + shift[:, 0]) * (up_TEm + shift[:, 1])
     weights_TE1 = weights_TE[:, :, None]
-    change = weights_TE1 * (h_TEm - base)
+    change = weights_TE1 * (h_TEm - act(gate_TEm) * up_TEm)
     extra = (weights_TE1 * h_TEm).flatten(1) @ back.reshape(hidden, -1).T
     return (change.sum(1, keepdim=True) if gate_TSm.shape[1] == 1 else change), extra
 

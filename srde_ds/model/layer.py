@@ -8,7 +8,7 @@ computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass o
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank
-from srde_ds.model.dispatch import ExpertDispatch, LocalDispatch
-from srde_ds.model.router import Router, RouterLosses, RoutingContext, route
+from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
+from srde_ds.model.prepared import Preparation, PreparedDeltas, PreparedElementDeltas, PreparedNeuronDeltas
+from srde_ds.model.router import Router, RouterLosses, Routing, RoutingContext, route
 
 
 class SRDEFeedForward(nn.Module):
@@ -49,36 +50,50 @@ class SRDEFeedForward(nn.Module):
         self.router = router
         self.register_buffer("support", support)
         self.roles = feed_forward.roles
+        self.hidden, self.intermediate = feed_forward.hidden, feed_forward.intermediate
         self.granularity = granularity
         self.layer = layer
         self.context = context
         self.dispatch: ExpertDispatch = LocalDispatch()
+        self.preparation = Preparation()
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`."""
         if not self.context.active:
             return self.block(x)
         act = self._part("act")
-        gate, up = self._part("gate")(x), self._part("up")(x)
-        x_TD, gate_TF, up_TF = (t.reshape(-1, t.shape[-1]) for t in (x, gate, up))
-        hidden_TF = act(gate_TF) * up_TF
+        x_TD = x.flatten(0, -2)
+        gate_TF, up_TF = self._part("gate")(x_TD), self._part("up")(x_TD)
         router = self.router
         routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
-        weights_TE = routing.weights_TE.to(gate.dtype)
-        deltas = self._effective_deltas().to(gate.dtype)
-        if self.granularity == "neuron":
-            neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
-            gate_TSm, up_TSm = (
-                t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF)
-            )
-            change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
-            for row, index in enumerate(neurons):  # within a row no neuron repeats, so the sum has one order
-                hidden_TF.index_add_(1, index, change_TSm[:, row])
+        prepared = self._prepared_deltas(gate_TF.dtype)
+        if prepared is not None:
+            hidden_TF, extra_TD = prepared(act, x_TD, gate_TF, up_TF, routing)
         else:
+            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing)
+        output_TD = self._part("down")(hidden_TF) + extra_TD
+        return self._with_losses(output_TD, routing).view(x.shape)
+
+    def _dispatched(
+        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
+        hidden_TF = act(gate_TF) * up_TF
+        weights_TE, deltas = routing.weights_TE.to(gate_TF.dtype), self._effective_deltas().to(gate_TF.dtype)
+        if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
-            hidden_TF = hidden_TF + change_TF
-        output = self._part("down")(hidden_TF.view_as(gate)) + extra_TD.view_as(x)
-        return self._with_losses(output, routing.logits_TE, routing.chosen_TE)
+            return hidden_TF + change_TF, extra_TD
+        neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
+        gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
+        change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
+        for row, index in enumerate(neurons):  # within a row no neuron repeats, so the sum has one order
+            hidden_TF.index_add_(1, index, change_TSm[:, row])
+        return hidden_TF, extra_TD
+
+    def train(self, mode: bool = True) -> SRDEFeedForward:
+        if mode:
+            self.preparation.drop()
+        return super().train(mode)
 
     def delta_square_norms(self) -> Tensor:
         """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be readable."""
@@ -102,6 +117,27 @@ class SRDEFeedForward(nn.Module):
                 deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas)))
         return deltas
 
+    def _prepared_deltas(self, dtype: torch.dtype) -> PreparedDeltas | None:
+        """The effective deltas laid out for reading, in eval mode without gradients; None: use `dispatch`.
+
+        Not where other ranks hold a part of them, nor inside torch.compile, which cannot see what makes them stale.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        made_of = cast("list[Tensor]", [*self.deltas._parameters.values(), self.support])
+        prepared = self.preparation.get(made_of, dtype)
+        if prepared is not None:
+            return prepared
+        held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
+        if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
+            return None
+        deltas = self.deltas().to(dtype)
+        if self.granularity == "neuron":
+            prepared = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
+        else:
+            prepared = PreparedElementDeltas(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
+        return self.preparation.put(made_of, dtype, prepared)
+
     def _size_weights(self, deltas: Tensor) -> Tensor:
         """Weight of each expert's squared size, to broadcast against the effective deltas.
 
@@ -119,13 +155,15 @@ class SRDEFeedForward(nn.Module):
         shape[self.deltas.expert_axis] = slots
         return weights.view(shape)
 
-    def _with_losses(self, output: Tensor, logits_TE: Tensor, chosen_TE: Tensor) -> Tensor:
-        mask = self.context.token_mask
+    def _with_losses(self, output: Tensor, routing: Routing) -> Tensor:
+        logits_TE, in_training = routing.logits_TE, routing.logits_TE.requires_grad
+        if not in_training and (self.training or not self.context.collect_statistics):
+            return output
+        chosen_TE, mask = routing.chosen_TE, self.context.token_mask
         mask_T = torch.ones_like(chosen_TE[:, 0]) if mask is None else mask.reshape(-1)
-        if logits_TE.requires_grad:
+        if in_training:
             return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, self.context, self.layer)
-        if self.context.collect_statistics and not self.training:
-            self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
+        self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
 
 

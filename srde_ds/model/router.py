@@ -109,11 +109,31 @@ class RoutingContext:
 
 @dataclass
 class Routing:
-    """One layer's routing: weights_TE (zero where not chosen), chosen_TE bool, logits_TE (-inf where locked)."""
+    """One layer's routing: index_TK best first, weights_TK (0 for a locked expert), logits_TE (-inf where locked).
 
-    weights_TE: Tensor
-    chosen_TE: Tensor
+    forced: index_TK does not come from the logits, and holds no locked expert."""
+
+    index_TK: Tensor
+    weights_TK: Tensor
     logits_TE: Tensor
+    forced: bool
+
+    @property
+    def used_TK(self) -> Tensor:
+        """bool: not locked."""
+        if self.forced:
+            return torch.ones_like(self.index_TK, dtype=torch.bool)
+        return self.logits_TE.detach().gather(1, self.index_TK) > float("-inf")
+
+    @property
+    def weights_TE(self) -> Tensor:
+        """Zero where not chosen."""
+        return torch.zeros_like(self.logits_TE).scatter(1, self.index_TK, self.weights_TK)
+
+    @property
+    def chosen_TE(self) -> Tensor:
+        """bool."""
+        return torch.zeros_like(self.logits_TE, dtype=torch.bool).scatter(1, self.index_TK, self.used_TK)
 
 
 class Router(nn.Module):
@@ -136,9 +156,14 @@ class Router(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """logits `[T, E]`. A bare tensor: ZeRO-3 finds no backward hook's place in other kinds of output."""
+        if torch.is_autocast_enabled(x_TD.device.type):  # asked first: the context costs more than the product
+            with torch.autocast(x_TD.device.type, enabled=False):
+                return self._logits(x_TD)
+        return self._logits(x_TD)
+
+    def _logits(self, x_TD: Tensor) -> Tensor:
         precision = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(precision), self.weight.to(precision))
+        return F.linear(x_TD.to(precision), self.weight.to(precision))
 
     def load_selection_bias(self, bias_E: Tensor | None) -> None:
         """Set the bias to stored values, or to zero.
@@ -165,23 +190,16 @@ def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, layer: int, context: Ro
     if context.forced_experts is not None:
         index_TK = context.forced_experts.reshape(-1, 1)
         weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
-        used_TK = torch.ones_like(index_TK, dtype=torch.bool)
     else:
         if context.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~context.allowed_experts.to(logits_TE.device), float("-inf"))
         index_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=1).indices
-        chosen_logits_TK = logits_TE.gather(1, index_TK)
         # A locked expert among the top K has logit -inf, hence weight 0: K shrinks by itself.
-        weights_TK = chosen_logits_TK.softmax(dim=1)
-        used_TK = chosen_logits_TK > float("-inf")
+        weights_TK = logits_TE.gather(1, index_TK).softmax(dim=1)
+    routing = Routing(index_TK, weights_TK, logits_TE, forced=context.forced_experts is not None)
     if context.record_choices:
-        context.choices[layer] = index_TK.masked_fill(~used_TK, -1)
-    nothing_TE = torch.zeros_like(logits_TE)
-    return Routing(
-        weights_TE=nothing_TE.scatter(1, index_TK, weights_TK),
-        chosen_TE=nothing_TE.bool().scatter(1, index_TK, used_TK),
-        logits_TE=logits_TE,
-    )
+        context.choices[layer] = index_TK.masked_fill(~routing.used_TK, -1)
+    return routing
 
 
 class RouterLosses(torch.autograd.Function):

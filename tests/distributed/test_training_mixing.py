@@ -36,7 +36,8 @@ def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path
         assert {step for step, _ in seen} == {0, 1, 2, 3}
     # Going on, later shares may change; those of the rows that were read may not.
     options |= {"resume_from": str(tmp_path / "run/checkpoint-2")}
-    [(error, _), _] = two_ranks(domains_seen, inputs.flags(tmp_path / "resumed", **options, domain_weights=f"{second}=1"))
+    other = inputs.flags(tmp_path / "resumed", **options, domain_weights=f"{second}=1")
+    [(error, _), _] = two_ranks(domains_seen, other)
     assert error is not None and f"2 steps were drawn by domain_weights={weights}, mixing_temperature=1.0" in error
     later = f"{first}=1; 2: {third}=1"
     for error, seen in two_ranks(domains_seen, inputs.flags(tmp_path / "resumed", **options, domain_weights=later)):

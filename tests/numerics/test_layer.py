@@ -28,11 +28,51 @@ def test_zero_deltas_give_the_base_bit_for_bit(granularity: str, scope: str, dty
     expected = tiny_llama(dtype=dtype)(tokens()).logits
     model = tiny_srde(dtype=dtype, granularity=granularity, support_scope=scope)
     assert torch.equal(model(tokens()).logits, expected)
+    for length in (1, 2, 7, 33):  # kernels treat the last values of a tensor apart
+        base = tiny_llama(dtype=dtype)(tokens(1, length)).logits
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                assert torch.equal(model(tokens(1, length)).logits, base), (length, gradients)
     randomize(model)
     assert not torch.equal(model(tokens()).logits, expected)
     with model.no_experts():
         assert torch.equal(model(tokens()).logits, expected)
     assert not torch.equal(model(tokens()).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) -> None:
+    layer = randomize(tiny_srde(granularity=granularity)).layers[0]
+    x = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(3))
+
+    def prepared() -> object:
+        y = layer(x)
+        expected = reference_forward(layer, x[0], top_k=2).float()
+        torch.testing.assert_close(y[0].float(), expected, rtol=1e-4, atol=1e-4)
+        return layer.preparation._deltas
+
+    first = prepared()
+    assert first is not None and prepared() is first
+    layer.deltas.free.mul_(-2)
+    second = prepared()
+    assert second is not first
+    layer.support.copy_(layer.support.flip(-1))
+    third = prepared()
+    assert third is not second
+    layer.deltas.load_state_dict({"free": torch.randn_like(layer.deltas.free)})
+    assert prepared() is not third
+    layer.double()
+    x = x.double()
+    prepared()
+    layer.train()
+    assert layer.preparation._deltas is None
+    layer(x)
+    assert layer.preparation._deltas is None
+    layer.eval()
+    with torch.enable_grad():
+        layer(x)
+    assert layer.preparation._deltas is None
 
 
 @pytest.mark.parametrize("atoms", ATOMS)
@@ -77,6 +117,9 @@ def test_the_fast_path_equals_the_reference(granularity: str, scope: str, atoms:
     layer = model.layers[0]
     x = torch.randn(2, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     y, expected = layer(x), reference_forward(layer, x.view(8, 32), top_k=top_k).view_as(x)
+    with torch.no_grad():  # on prepared deltas: all experts, and for a single token only the chosen
+        for few in (slice(None), slice(1)):
+            torch.testing.assert_close(layer(x[few, few]), expected[few, few], rtol=1e-10, atol=1e-10)
     assert (expected - layer.block(x)).abs().max() > 1e-2
     torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
 

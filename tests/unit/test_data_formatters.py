@@ -12,7 +12,7 @@ from srde_ds.data.formatters import FORMATTERS, BrokenRow, Example
 from srde_ds.data.reading import open_source
 from srde_ds.data.retry import SourceError
 from srde_ds.data.sources import Source, load_sources
-from srde_ds.evaluation.answers import exact_match
+from srde_ds.inference.answers import exact_match
 from tests.source_rows import FIXTURES, features
 
 HUB = [source for source in load_sources() if source.kind == "hub"]

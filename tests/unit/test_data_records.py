@@ -41,6 +41,19 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     assert [record.domain for record in read_jsonl(path, DOMAINS)] == ["math"]
 
 
+@pytest.mark.parametrize("answer", ["red", "B", " b", 1])
+def test_choices_are_named_by_text_letter_or_number(tmp_path: Path, answer: object) -> None:
+    path = write(tmp_path / "data.jsonl", GOOD | {"choices": ["a", "red"], "answer": answer})
+    (record,) = read_jsonl(path, DOMAINS)
+    assert (record.choices, record.answer, record.tests) == (["a", "red"], "red", None)
+
+
+def test_a_choice_that_is_a_letter_is_itself(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", GOOD | {"choices": ["B", "A"], "answer": "A"}, GOOD | {"tests": "assert 1"})
+    chosen, program = read_jsonl(path, DOMAINS)
+    assert chosen.answer == "A" and (program.choices, program.tests) == (None, "assert 1")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -54,6 +67,15 @@ def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
         (GOOD | {"response": " \n"}, "field 'response' is empty"),
         (GOOD | {"prompt": 3}, "field 'prompt' must be text, not a number"),
         (GOOD | {"answer": ["2"]}, "field 'answer' must be text, not a list"),
+        (GOOD | {"choices": "a", "answer": "a"}, "field 'choices' must be a list of at least two texts"),
+        (GOOD | {"choices": ["a"], "answer": "a"}, "field 'choices' must be a list of at least two texts"),
+        (GOOD | {"choices": ["a", 1], "answer": "a"}, "field 'choices' must be text, not a number"),
+        (GOOD | {"choices": ["a", "a"], "answer": "a"}, "field 'choices' holds the same text twice"),
+        (GOOD | {"choices": ["a", "b"], "answer": "C"}, "field 'answer' is \"C\": with 'choices' it must be"),
+        (GOOD | {"choices": ["a", "b"], "answer": 2}, "its number (0 to 1)"),
+        (GOOD | {"choices": ["a", "b"]}, "field 'answer' is null"),
+        (GOOD | {"choices": ["a", "b"], "answer": "a", "tests": "x"}, "has both 'choices' and 'tests'"),
+        (GOOD | {"tests": 1}, "field 'tests' must be text"),
         (GOOD | {"source": {}}, "field 'source' must be text, not an object"),
         (GOOD | {"domain": "maths"}, "unknown domain 'maths', must be one of math, logic. Did you mean 'math'?"),
         (GOOD | {"messages": TURNS}, "has both 'messages' and 'prompt'"),

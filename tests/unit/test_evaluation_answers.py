@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srde_ds.evaluation.answers import exact_match, extract_answer
+from srde_ds.inference.answers import exact_match, extract_answer
 
 SAME = [
     ("42", "42"),
@@ -40,6 +40,7 @@ DIFFERENT = [
     ("42 apples", "42"),
     ("no", "yes"),
     ("0x10", "16"),
+    ("9" * 5000, "9"),
 ]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import yaml
 
+from srde_ds.cli import main
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import weights as weights_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.report import examples, write_report
+from srde_ds.evaluation.sandbox import protections
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import find_weights
-from tests.evaluation_helpers import records, save_model, write_jsonl
+from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,15 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _options(run: Path, **changes: Any) -> dict[str, Any]:
     options = {"checkpoint": str(run), "eval_file": str(run.parent / "held_out.jsonl"), "base": None, "seed": 1}
-    options |= {"compare_baseline": True, "max_samples": 8, "max_new_tokens": 4, "batch_size": 4, "bf16": False}
+    options |= {
+        "compare_baseline": True,
+        "each_expert": False,
+        "run_code": False,
+        "max_samples": 8,
+        "max_new_tokens": 4,
+        "batch_size": 4,
+        "bf16": False,
+    }
     return options | {"output_file": None} | changes
 
 
@@ -58,28 +68,29 @@ def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytes
 
 
 def test_report_is_made_of_the_run(run_folder: Path) -> None:
-    result = evaluate_command(**_options(run_folder))
+    result = evaluate_command(**_options(run_folder, each_expert=True))
     page = write_report(run_folder)
     text = page.read_text()
-    for name in ("loss.png", "expert_usage.png", "speed.png"):
+    for name in ("loss.png", "expert_usage.png", "expert_usage_by_layer.png", "speed.png"):
         assert f"({name})" in text
         assert (run_folder / name).read_bytes().startswith(b"\x89PNG")
     math = result["domains"]["math"]
     assert f"| math | 4 | {math['base']['loss']:.3f} → {math['srde']['loss']:.3f} |" in text
     assert "**logic**" in text and "- expected: `0`" in text and "- base (" in text and "- srde (" in text
+    losses = " | ".join(f"{loss:.3f}" for loss in result["each_expert"]["loss"][2])
+    assert f"| code alone | {losses} |" in text and "| as routed | " in text and "## By source" not in text
     assert "| machine | a box |" in text and "| torch | 9 |" in text
     assert "5 steps, 500 tokens, 50 tokens/s" in text
     assert examples(page).startswith("**math**") and "Speed" not in examples(page)
 
 
-def test_without_matplotlib_only_the_report_fails() -> None:
-    script = (
-        "import sys; sys.modules['matplotlib'] = None; import srde_ds.evaluation.command\n"
-        "from srde_ds.errors import SRDEError\n"
-        "try:\n    import srde_ds.evaluation.report\nexcept SRDEError as error:\n    print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert "pip install matplotlib" in done.stdout
+def test_without_matplotlib_only_the_report_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for name in ("command", "report", "plots"):
+        monkeypatch.delitem(sys.modules, f"srde_ds.evaluation.{name}")
+    importlib.import_module("srde_ds.evaluation.command")
+    with pytest.raises(SRDEError, match="pip install matplotlib"):
+        importlib.import_module("srde_ds.evaluation.report")
 
 
 def test_report_names_what_is_missing(run_folder: Path, tmp_path: Path) -> None:
@@ -91,6 +102,23 @@ def test_report_names_what_is_missing(run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(SRDEError, match="not valid JSON"):
         write_report(tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"overall": {}, "domains": {}}')
+    with pytest.raises(SRDEError, match="earlier version: evaluate again"):
+        write_report(tmp_path)
+
+
+def test_programs_are_run_only_if_that_is_asked_for(run_folder: Path, tmp_path: Path, caplog: Any) -> None:
+    eval_file = tmp_path / "held_out.jsonl"
+    write_jsonl(eval_file, scored_records()[-4:])
+    flags = [f"--checkpoint={run_folder}", f"--eval_file={eval_file}", "--max_new_tokens=2", "--local_rank=0"]
+    flags += ["--bf16=false", f"--output_file={tmp_path / 'evaluation.json'}"]
+    for more, scored in (([], 3), (["--run_code"], 4)):
+        caplog.clear()
+        assert main(["evaluate", *flags, *more]) == 0
+        result = json.loads((tmp_path / "evaluation.json").read_text())
+        assert result["overall"]["srde"]["scored"] == scored
+        assert result["run"]["sandbox"] == (protections() if more else None)
+        assert ("items with tests, not scored: 1." in caplog.text) == (not more)
 
 
 def test_weights_are_found_or_converted(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,12 @@ import torch
 
 from srde_ds.data.packing import prompt_ids, tokenize
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation import batches
 from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.evaluation.bootstrap import interval, resampled_sums
 from srde_ds.evaluation.compare import evaluate, evenly_by_domain
 from srde_ds.evaluation.perplexity import response_losses
-from srde_ds.evaluation.table import format_table
+from srde_ds.evaluation.table import format_tables
+from srde_ds.inference import batches
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import records, tiny_model
 
@@ -159,13 +159,13 @@ def test_a_right_answer_counts_and_a_domain_without_answers_has_no_accuracy() ->
     assert result["domains"]["math"]["srde"]["accuracy"] == 1.0
     assert result["domains"]["logic"]["srde"]["accuracy"] is None
     assert "base" not in result["overall"] and "difference" not in result["overall"]
-    table = format_table(result)
+    table = format_tables(result)
     assert "100 %" in table and "logic" in table and "→" not in table
 
 
 def test_table_shows_base_and_srde_with_intervals() -> None:
     result, _ = evaluate(tiny_model(), tiny_tokenizer(), records(), compare_baseline=True, **OPTIONS)
-    lines = format_table(result).splitlines()
+    lines = format_tables(result).splitlines()
     math = result["domains"]["math"]
     row = next(line for line in lines if line.startswith("math"))
     assert f"{math['base']['loss']:.3f} → {math['srde']['loss']:.3f}" in row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from srde_ds.errors import SRDEError
 from srde_ds.inference import chat as chat_module
-from srde_ds.inference.chat import chat
+from srde_ds.inference.chat import Chat, side_by_side
 from srde_ds.inference.command import inference_command
 from srde_ds.inference.generate import Generation, generate
 from tests.data_helpers import tiny_tokenizer
@@ -20,7 +21,7 @@ from tests.evaluation_helpers import save_model, tiny_model
 def _chat(lines: str, **changes: Any) -> str:
     target = io.StringIO()
     options = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0, "stream": False, "show_routing": False} | changes
-    chat(tiny_model(), tiny_tokenizer(), source=io.StringIO(lines), target=target, **options)
+    Chat(tiny_model(), tiny_tokenizer(), source=io.StringIO(lines), target=target, **options).run()
     return target.getvalue()
 
 
@@ -33,6 +34,8 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         calls.append([message["content"] for message in messages])
         if messages[-1]["content"] == "stop":
             raise KeyboardInterrupt
+        if messages[-1]["content"] == "fail":
+            raise RuntimeError("out of memory")
         return Generation(f"answer {len(calls)}", [], 0, None)
 
     monkeypatch.setattr(chat_module, "generate", fake)
@@ -42,6 +45,54 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_history_grows_and_reset_forgets_it(heard: list[list[str]]) -> None:
     _chat("one\n\n two \n/reset\nthree\n")
     assert heard == [["one"], ["one", "answer 1", "two"], ["three"]]
+
+
+def test_an_error_ends_the_answer_and_not_the_chat(heard: list[list[str]]) -> None:
+    printed = _chat("one\nfail\n/expert nobody\ntwo\n")
+    assert heard == [["one"], ["one", "answer 1", "fail"], ["one", "answer 1", "two"]]
+    assert "The answer failed (out of memory)" in printed and "the experts are math, logic, code" in printed
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("one \\\ntwo\n", "one \ntwo"),
+        ('"""one\n\n /reset\ntwo"""\n', "one\n\n /reset\ntwo"),
+        ('"""one"""\n', "one"),
+    ],
+)
+def test_messages_of_several_lines(lines: str, message: str, heard: list[list[str]]) -> None:
+    assert "... " in _chat(lines) or "\n" not in message
+    assert heard == [[message]]
+
+
+def test_an_expert_is_pinned_and_unpinned() -> None:
+    hi = [{"role": "user", "content": "hi"}]
+    model = tiny_model()
+    everyone = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    model.set_active_experts("logic")
+    alone = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    printed = _chat("/expert logic\nhi\n/reset\n/expert\nhi\n")
+    assert alone != everyone
+    assert f"From now on: logic.\n> {alone}\n" in printed
+    assert f"From now on: math, logic, code.\n> {everyone}\n" in printed
+
+
+def test_the_base_answers_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    model, hi = tiny_model(), [{"role": "user", "content": "hi"}]
+    ours = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    with model.no_experts():
+        theirs = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    shown = side_by_side(ours, theirs, titles=("with experts", "base"))
+    assert ours != theirs and shown in _chat("/base\nhi\n", stream=True)
+    assert "with experts" not in _chat("/base\n/base\nhi\n")
+    columns = side_by_side("one two\nthree", "four", titles=("a", "b"), width=11)
+    assert columns.splitlines() == ["a    | b", "---- | ----", "one  | four", "two  |", "thre |", "e    |"]
+
+
+def test_help_names_every_command() -> None:
+    assert all(name.split()[0] in _chat("/help\n") for name in chat_module.COMMANDS)
 
 
 def test_quit_ends_before_the_rest(heard: list[list[str]]) -> None:
@@ -62,15 +113,8 @@ def test_ctrl_c_at_the_prompt_ends() -> None:
 
     target = io.StringIO()
     options: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0}
-    chat(
-        tiny_model(),
-        tiny_tokenizer(),
-        source=Interrupted(),
-        target=target,
-        stream=False,
-        show_routing=False,
-        **options,
-    )
+    shown = {"stream": False, "show_routing": False}
+    Chat(tiny_model(), tiny_tokenizer(), source=Interrupted(), target=target, **shown, **options).run()
     assert target.getvalue().endswith("> \n")
 
 
@@ -100,6 +144,8 @@ def test_a_conversation_that_grew_too_long_goes_on() -> None:
 
 def _options(**changes: Any) -> dict[str, Any]:
     options = {"srde_weights": "", "base": None, "prompt": None, "interactive": False, "max_tokens": 5}
+    options |= {"prompts_file": None, "output_file": None, "expert": None, "best_of_n": 1, "self_refine": 0}
+    options |= {"batch_size": 2}
     options |= {"temperature": 0.0, "top_p": 1.0, "stream": False, "show_routing": False, "bf16": False, "seed": 0}
     return options | changes
 
@@ -107,11 +153,24 @@ def _options(**changes: Any) -> dict[str, Any]:
 def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = save_model(tmp_path)
     said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], max_tokens=5, temperature=0)
+    capsys.readouterr()  # what libraries said when they were imported
     for path, stream in ((weights, False), (weights.parent, True)):
         inference_command(**_options(srde_weights=str(path), prompt="hi", stream=stream))
         assert capsys.readouterr().out == said.text + "\n"
-    inference_command(**_options(srde_weights=str(weights), prompt="hi", show_routing=True))
-    assert "prompt:" in capsys.readouterr().out
+    inference_command(**_options(srde_weights=str(weights), prompt="hi", show_routing=True, expert="code"))
+    routing = capsys.readouterr().out
+    assert "prompt:" in routing and "answer, mean: code 100%" in routing
+    inference_command(**_options(srde_weights=str(weights), prompt="hi", self_refine=1, best_of_n=2, temperature=2.0))
+    lines = capsys.readouterr().out
+    for part in ("sample 1: ", "sample 2: ", " of 2 agree.", "first answer: ", "refined, round 1: "):
+        assert part in lines
+    (tmp_path / "p.txt").write_text("hello there\nhi\n")
+    inference_command(**_options(srde_weights=str(weights), prompts_file=str(tmp_path / "p.txt")))
+    printed = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
+    assert [item["prompt"] for item in printed] == ["hello there", "hi"] and printed[1]["answer"] == said.text
+    files = {"prompts_file": str(tmp_path / "p.txt"), "output_file": str(tmp_path / "out.jsonl")}
+    inference_command(**_options(srde_weights=str(weights), **files))
+    assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().strip().split("\n")] == printed
 
 
 def test_interactive_reads_standard_input(
@@ -125,8 +184,20 @@ def test_interactive_reads_standard_input(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "--prompt TEXT or --interactive"),
-        ({"prompt": "a", "interactive": True}, "--prompt TEXT or --interactive"),
+        ({}, "give one of --prompt TEXT, --prompts_file FILE and --interactive"),
+        ({"prompt": "a", "interactive": True}, "not --prompt and --interactive"),
+        ({"prompt": "a", "prompts_file": "b"}, "not --prompt and --prompts_file"),
+        ({"prompt": "a", "best_of_n": 0}, "best_of_n=0: must be at least 1"),
+        ({"prompt": "a", "self_refine": -1}, "self_refine=-1: must be at least 0"),
+        ({"prompts_file": "a", "batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"prompt": "a", "best_of_n": 3}, "best_of_n=3 with temperature=0"),
+        ({"prompt": "a", "best_of_n": 3, "temperature": 1.0, "stream": True}, "leave one out"),
+        ({"prompt": "a", "self_refine": 1, "show_routing": True}, "leave one out"),
+        ({"prompts_file": "a", "stream": True}, "--stream is for --prompt and --interactive"),
+        ({"interactive": True, "self_refine": 1}, "not for --interactive"),
+        ({"prompt": "a", "output_file": "b"}, "--output_file is for the answers to --prompts_file"),
+        ({"prompts_file": "a", "output_file": "/no/such/b"}, "its folder does not exist"),
+        ({"prompts_file": "/no/such"}, "cannot be read"),
         ({"prompt": " "}, "prompt=''"),
         ({"prompt": "a", "srde_weights": "/nowhere"}, "no such file or folder"),
     ],

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
+from srde_ds.launcher import launched_rank
+
 MAX_TOKENS = 16384
 
 
@@ -16,7 +18,8 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, title: str) -> It
     documents must not set the batch size for all.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    with tqdm(total=len(order), desc=title, unit="item", disable=None, leave=False) as bar:
+    hidden = True if launched_rank() else None  # None: shown on a terminal
+    with tqdm(total=len(order), desc=title, unit="item", disable=hidden, leave=False) as bar:
         while order:
             count = max(1, min(batch_size, MAX_TOKENS // lengths[order[0]]))
             batch, order = order[:count], order[count:]

@@ -8,6 +8,7 @@ from fractions import Fraction
 _TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _MARK = re.compile(r"####|\b(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*:?|:)", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?(?:e[+-]?\d{1,3})?", re.IGNORECASE)
+_LONGEST_NUMBER = 1000
 _AROUND = " \t\n.,;:!?\"'`*()[]{}$"
 
 
@@ -42,6 +43,11 @@ def exact_match(prediction: str, answer: str) -> bool:
     return value is not None and value == _number(right)
 
 
+def is_number(text: str) -> bool:
+    """Whether `text` is a decimal number or a quotient of two, which `exact_match` compares by value."""
+    return _number(_normalise(text)) is not None
+
+
 def _last_boxed(text: str) -> str | None:
     start = text.rfind(r"\boxed{")
     if start < 0:
@@ -69,6 +75,10 @@ def _number(text: str) -> Fraction | None:
 
 
 def _decimal(text: str) -> Fraction | None:
-    if not _NUMBER.fullmatch(text) or not any(c.isdigit() for c in text.casefold().partition("e")[0]):
+    if (
+        len(text) > _LONGEST_NUMBER
+        or not _NUMBER.fullmatch(text)
+        or not any(c.isdigit() for c in text.casefold().partition("e")[0])
+    ):
         return None
     return Fraction(text.replace(",", ""))

@@ -1,0 +1,60 @@
+"""Trained experts as a model of lm-evaluation-harness:
+
+    python -m srde_ds.evaluation.harness run --model srde --model_args srde_weights=RUN,base=BASE --tasks ...
+
+takes the options of `lm_eval`; importing this module registers the model for programs that call lm_eval themselves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from srde_ds.errors import SRDEError
+from srde_ds.inference.load import find_weights, load_model
+from srde_ds.launcher import launched_world_size
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError:
+    raise SRDEError("package 'lm_eval' is missing. Install it: pip install 'srde-ds[lm-eval]'") from None
+
+DTYPES = ("bfloat16", "float32")
+
+
+@register_model("srde")
+class SRDEHarnessModel(HFLM):
+    """The base with its experts behind the harness's own Hugging Face model.
+
+    Args:
+        srde_weights: a weights file or the folder of a finished run.
+        base: folder or id of the base; default: the one named in the weights.
+        dtype: bfloat16 or float32.
+        device: default: the GPU if there is one.
+        options: for HFLM, such as batch_size and max_length.
+
+    Raises:
+        SRDEError: no such weights or base, an unknown dtype, or several processes: each would do all of the work.
+    """
+
+    def __init__(
+        self,
+        srde_weights: str,
+        base: str | None = None,
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        if dtype not in DTYPES:
+            raise SRDEError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
+        if launched_world_size() > 1:
+            raise SRDEError("the harness runs in one process: start it without a launcher.")
+        model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=dtype == "bfloat16")
+        if device is not None:
+            model.to(device)
+        super().__init__(pretrained=model.base, tokenizer=tokenizer, backend="causal", **options)
+
+
+if __name__ == "__main__":
+    cli_evaluate()

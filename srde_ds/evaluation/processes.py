@@ -1,0 +1,119 @@
+"""Several processes that share an evaluation: each has the whole model and a part of the items."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from srde_ds.errors import LostContact, SRDEError
+from srde_ds.launcher import launched_rank, launched_world_size
+
+# All are started together.
+MEETING = datetime.timedelta(minutes=10)
+# Processes wait for the slowest at the end. A process that dies ends the wait at once, its connections close.
+LONGEST_WAIT = datetime.timedelta(days=1)
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that share the work; by default it is alone.
+
+    Attributes:
+        group: what they talk by; None: torch's default group.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, costs: Sequence[int]) -> list[int]:
+        """The indices of this process's items: all are dealt out, the costliest first."""
+        return sorted(range(len(costs)), key=lambda index: -costs[index])[self.rank :: self.world_size]
+
+    def own(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns here, once it has returned on every process; errors as in `together`."""
+        kept: list[Result] = []
+        self.together(lambda: kept.append(function()))
+        return kept[0]
+
+    def together(self, function: Callable[[], Result]) -> list[Result]:
+        """What `function` returns on each process, by rank; picklable.
+
+        Raises:
+            SRDEError: on the first process that raised it. The others end without a word (SystemExit), so that it is
+                printed once.
+            LostContact: another process has ended.
+        """
+        if self.world_size == 1:
+            return [function()]
+        result, failure = None, None
+        try:
+            result = function()
+        except SRDEError as error:
+            failure = error
+        reports: list[Any] = [None] * self.world_size
+        try:
+            dist.all_gather_object(reports, (result, failure is not None), group=self.group)
+        except RuntimeError:
+            raise LostContact("another process has ended before its time, see its output.") from None
+        failed = [rank for rank, (_, raised) in enumerate(reports) if raised]
+        if failed and failed[0] != self.rank:
+            raise SystemExit(2)
+        if failure is not None:
+            raise failure
+        return [value for value, _ in reports]
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def launched_processes() -> Iterator[Processes]:
+    """The processes that the launcher started (deepspeed, torchrun, mpirun), each on its own GPU if there are any.
+
+    They talk by gloo, results being few and small. A group that is there already is used and left as it is.
+
+    Raises:
+        SRDEError: more processes than GPUs, or a launcher that says nowhere how to meet.
+        LostContact: not all of them came.
+    """
+    if dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size())
+        return
+    if launched_world_size() == 1:
+        yield ALONE
+        return
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise SRDEError("MASTER_ADDR and MASTER_PORT: not set by the launcher; set them, processes meet there.")
+    _take_gpu()
+    rank, world_size = launched_rank(), launched_world_size()
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=MEETING)
+    except (dist.DistError, RuntimeError) as error:
+        raise LostContact(f"not all of {world_size} processes came within {MEETING}: {error}") from None
+    try:
+        yield Processes(rank, world_size, dist.new_group(timeout=LONGEST_WAIT))
+    finally:
+        dist.destroy_process_group()
+
+
+def _take_gpu() -> None:
+    if not torch.cuda.is_available():
+        return
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")))
+    if local >= torch.cuda.device_count():
+        raise SRDEError(f"local rank {local}: this host has {torch.cuda.device_count()} GPUs. Start one process a GPU.")
+    torch.cuda.set_device(local)

@@ -1,0 +1,69 @@
+"""What one model makes of items: loss, answer, verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.records import Record
+from srde_ds.evaluation.accuracy import generated_answers
+from srde_ds.evaluation.choices import likeliest_choices
+from srde_ds.evaluation.perplexity import ItemLoss, response_losses
+from srde_ds.evaluation.scoring import is_right, scoring_of
+from srde_ds.inference.generate import context_length
+from srde_ds.model.adapter import SRDEModel
+
+
+@dataclass
+class ItemResult:
+    """One model's result on one item; prediction and verdict are None where there is nothing to score by."""
+
+    loss: ItemLoss
+    prediction: str | None
+    correct: bool | None
+
+
+def results_of(
+    model: SRDEModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    run_code: bool,
+    count_experts: bool,
+    title: str,
+) -> list[ItemResult]:
+    """The model's results on `records`, in their order."""
+    losses = response_losses(
+        model,
+        tokenizer,
+        records,
+        max_length=context_length(model),
+        batch_size=batch_size,
+        count_experts=count_experts,
+        title=f"{title}: loss",
+    )
+    scorings = [scoring_of(record, run_code=run_code) for record in records]
+    chosen = [i for i, scoring in enumerate(scorings) if scoring == "choice"]
+    asked = [i for i, scoring in enumerate(scorings) if scoring not in (None, "choice")]
+    taken = likeliest_choices(
+        model, tokenizer, [records[i] for i in chosen], batch_size=batch_size, title=f"{title}: choices"
+    )
+    answers = generated_answers(
+        model,
+        tokenizer,
+        [records[i] for i in asked],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        title=f"{title}: answers",
+    )
+    predictions = dict(zip([*chosen, *asked], [*taken, *answers], strict=True))
+    results = []
+    for i, (record, loss, scoring) in enumerate(zip(records, losses, scorings, strict=True)):
+        prediction = predictions.get(i)
+        correct = None if prediction is None or scoring is None else is_right(prediction, record, scoring)
+        results.append(ItemResult(loss, prediction, correct))
+    return results

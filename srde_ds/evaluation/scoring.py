@@ -1,0 +1,34 @@
+"""How an item is scored: by what it carries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from srde_ds.data.records import Record
+from srde_ds.evaluation.equivalence import equivalent, is_mathematical
+from srde_ds.evaluation.sandbox import passes_tests, program_in
+from srde_ds.inference.answers import exact_match
+
+Scoring = Literal["choice", "code", "math", "exact"]
+
+
+def scoring_of(record: Record, *, run_code: bool) -> Scoring | None:
+    """`choices`: by likelihood; `tests`: by running them, if that is allowed; `answer`: as mathematics where it is a
+    number or a formula, else as text. None: the item has nothing to score by."""
+    if record.choices is not None:
+        return "choice"
+    if record.tests is not None:
+        return "code" if run_code else None
+    if record.answer is None:
+        return None
+    return "math" if is_mathematical(record.answer) else "exact"
+
+
+def is_right(prediction: str, record: Record, scoring: Scoring) -> bool:
+    """Whether a generated answer, or the choice taken, is right."""
+    if scoring == "code":
+        return passes_tests(program_in(prediction), str(record.tests))
+    answer = str(record.answer)
+    if scoring == "choice":
+        return prediction == answer
+    return equivalent(prediction, answer) if scoring == "math" else exact_match(prediction, answer)

@@ -1,0 +1,147 @@
+"""Answers to many conversations at once, by vote among several samples, and improved in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.packing import prompt_ids
+from srde_ds.inference.answers import exact_match
+from srde_ds.inference.batches import batches_by_length
+from srde_ds.inference.generate import check_context, decode, generation_settings, pad_id
+from srde_ds.model.adapter import SRDEModel
+
+Messages = list[dict[str, str]]
+
+REFINE_PROMPT = (
+    "Check your answer step by step. If you find a mistake, correct it; if the answer can be clearer, improve it. "
+    "Then write the whole final answer."
+)
+
+
+@dataclass
+class Answer:
+    """What came of one conversation.
+
+    Attributes:
+        text: the final answer.
+        samples: all that were voted on, in the order they were drawn; one without a vote.
+        votes: how many of `samples` gave the first draft's answer.
+        drafts: the answers before each round of refinement, first one first.
+    """
+
+    text: str
+    samples: list[str]
+    votes: int
+    drafts: list[str] = field(default_factory=list)
+
+
+def answer_many(
+    model: SRDEModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    best_of_n: int = 1,
+    self_refine: int = 0,
+    places: Sequence[str] | None = None,
+) -> list[Answer]:
+    """One answer a conversation, in their order.
+
+    Args:
+        batch_size: conversations generated at a time; `best_of_n` multiplies it.
+        best_of_n: samples a conversation; the answer that most of them give is taken, of equals the first seen.
+        self_refine: rounds in which the model is asked to check and improve its answer (REFINE_PROMPT).
+        places: what errors call each conversation.
+
+    Raises:
+        SRDEError: a value out of range, or a conversation does not fit into the base's context.
+    """
+    write = partial(generate_many, model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    places = places or ["prompt"] * len(conversations)
+    repeated = [messages for messages in conversations for _ in range(best_of_n)]
+    where = [place for place in places for _ in range(best_of_n)]
+    texts = write(repeated, batch_size=batch_size * best_of_n, places=where)
+    answers = []
+    for first in range(0, len(texts), best_of_n):
+        samples = texts[first : first + best_of_n]
+        index, votes = majority(samples)
+        answers.append(Answer(samples[index], samples, votes))
+    for number in range(self_refine):
+        asked = [refinement(messages, answer.text) for messages, answer in zip(conversations, answers, strict=True)]
+        where = [f"{place}, refinement {number + 1}" for place in places]
+        for answer, text in zip(answers, write(asked, batch_size=batch_size, places=where), strict=True):
+            answer.drafts.append(answer.text)
+            answer.text = text
+    return answers
+
+
+def majority(texts: Sequence[str]) -> tuple[int, int]:
+    """Index of the first text whose extracted answer most of the texts give (of equals the first seen), and how many.
+
+    Answers are the same if `answers.exact_match` says so.
+    """
+    groups: list[list[int]] = []
+    for index, text in enumerate(texts):
+        group = next((group for group in groups if exact_match(text, texts[group[0]])), None)
+        if group is None:
+            groups.append([index])
+        else:
+            group.append(index)
+    best = max(groups, key=len)  # the first of the largest
+    return best[0], len(best)
+
+
+def refinement(messages: Messages, answer: str) -> Messages:
+    """The conversation that asks to improve `answer`; it does not hold earlier rounds."""
+    return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": REFINE_PROMPT}]
+
+
+def generate_many(
+    model: SRDEModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Messages],
+    *,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    batch_size: int,
+    places: Sequence[str],
+    title: str = "answers",
+) -> list[str]:
+    """The answer to each conversation up to a stop token, in their order; in batches by length, padded on the left.
+
+    Raises:
+        SRDEError: a value out of range, or a conversation (named by `places`) does not fit into the base's context.
+    """
+    settings = generation_settings(model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    for place, prompt in zip(places, prompts, strict=True):
+        check_context(model, len(prompt), max_tokens, where=place)
+    answers: dict[int, str] = {}
+    for batch in batches_by_length([len(prompt) + max_tokens for prompt in prompts], batch_size, title):
+        ids_BS, mask_BS = left_padded([prompts[i] for i in batch], pad_id(tokenizer))
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=ids_BS.to(model.base.device),
+                attention_mask=mask_BS.to(model.base.device),
+                generation_config=settings,
+            )
+        for index, row in zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True):
+            answers[index] = decode(tokenizer, row)
+    return [answers[index] for index in range(len(prompts))]
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and attention mask `[B, S]`, int64."""
+    width = max(len(prompt) for prompt in prompts)
+    gaps = [width - len(prompt) for prompt in prompts]
+    ids_BS = torch.tensor([[pad] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)])
+    return ids_BS, (torch.arange(width) >= torch.tensor(gaps)[:, None]).long()

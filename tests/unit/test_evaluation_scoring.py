@@ -1,0 +1,174 @@
+"""How items are scored beyond exact match, each expert alone, and McNemar's test."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from srde_ds.data.packing import tokenize
+from srde_ds.data.records import Record
+from srde_ds.evaluation import results as results_module
+from srde_ds.evaluation.choices import likeliest_choices
+from srde_ds.evaluation.compare import evaluate
+from srde_ds.evaluation.equivalence import equivalent, is_mathematical
+from srde_ds.evaluation.figures import figures_by_group
+from srde_ds.evaluation.perplexity import ItemLoss, response_losses
+from srde_ds.evaluation.results import ItemResult
+from srde_ds.evaluation.scoring import is_right, scoring_of
+from srde_ds.evaluation.table import format_tables
+from tests.data_helpers import tiny_tokenizer
+from tests.evaluation_helpers import NAMES, records, scored_records, tiny_model
+
+OPTIONS = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+SAME = [
+    ("1,000", "1000"),
+    (r"\frac{1}{2}", "0.5"),
+    (".5", r"\frac{1}{2}"),
+    ("50%", "0.5"),
+    ("The total is 42 apples.", "42"),
+    ("17 * 3 = 51", "51"),
+    ("First 3 + 4 = 7.\nThen 7 - 5 = 2.", "2"),
+    (r"$1.5 \times 10^3$", "1500"),
+    ("x = 7", "7"),
+    ("1 + x^2", "x^2+1"),
+    (r"\sqrt{8}", r"2\sqrt{2}"),
+    (r"So it is \boxed{\frac{3}{7}}.", "3/7"),
+    ("24/56", "24/56"),
+    ("(1, 2)", "$(1,2)$"),
+]
+DIFFERENT = [
+    ("17 * 3", "51"),
+    (r"$17 \cdot 3$", "51"),
+    ("17 - 12", "5"),
+    ("24/56", "3/7"),
+    (r"\frac{24}{56}", "3/7"),
+    ("To reduce 24/56, we", "3/7"),
+    ("10/2", "5"),
+    ("-5", "5"),
+    ("42.1", "42"),
+    ("", "7"),
+    (r"$\frac{1}{$", "5"),
+    ("x", "$x^2$"),
+    ("(2, 1)", "$(1,2)$"),
+]
+
+
+@pytest.mark.parametrize(("prediction", "answer"), SAME)
+def test_same_value(prediction: str, answer: str) -> None:
+    assert is_mathematical(answer) and equivalent(prediction, answer)
+
+
+@pytest.mark.parametrize(("prediction", "answer"), DIFFERENT)
+def test_another_value(prediction: str, answer: str) -> None:
+    assert is_mathematical(answer) and not equivalent(prediction, answer)
+
+
+def test_what_an_item_carries_says_how_it_is_scored() -> None:
+    *_, chosen, _, program, text = scored_records()
+    number, nothing = (record for record in records() if record.where in ("made:0", "made:4"))
+    scorings = [scoring_of(record, run_code=True) for record in (number, nothing, chosen, program, text)]
+    assert scorings == ["math", None, "choice", "code", "exact"]
+    assert scoring_of(program, run_code=False) is None
+    assert not is_mathematical("2015-03-01") and not is_mathematical("yes")
+    assert is_right("3.0", replace(number, answer="3"), "math") and not is_right(
+        "4", replace(number, answer="3"), "math"
+    )
+    assert is_right("Two words.", text, "exact") and not is_right("words", text, "exact")
+    assert is_right("```python\ndef add(a, b):\n    return a + b\n```", program, "code")
+    assert not is_right("def add(a, b):\n    return a - b", program, "code")
+
+
+def _mean_loss_of_last(record: Record, choice: str) -> float:
+    """Cross entropy per token of a choice and EOS behind the record's prompt, without batches."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    whole = replace(record, messages=[*record.prompt, {"role": "assistant", "content": choice}])
+    (document,) = tokenize([whole], tokenizer)
+    ids = torch.from_numpy(document.input_ids).long()
+    count = len(tokenizer(choice, add_special_tokens=False)["input_ids"]) + 1
+    with torch.no_grad():
+        scores: Tensor = model(ids[None]).logits[0].log_softmax(-1)
+    assert ids[-1] == tokenizer.eos_token_id
+    return -float(scores[-count - 1 : -1].gather(1, ids[-count:, None]).mean())
+
+
+def test_the_choice_of_the_least_loss_per_token_is_taken() -> None:
+    items = [record for record in scored_records() if record.choices]
+    taken = likeliest_choices(tiny_model(), tiny_tokenizer(), items, batch_size=3, title="")
+    direct = [min(record.choices, key=lambda text: _mean_loss_of_last(record, text)) for record in items]
+    assert taken == direct
+
+
+def test_of_several_responses_the_last_alone_is_counted() -> None:
+    whole = scored_records()[10]
+    assert [message["role"] for message in whole.messages] == ["user", "assistant"] * 2
+    model, tokenizer, said = tiny_model(), tiny_tokenizer(), whole.messages[-1]["content"]
+    (last,) = response_losses(model, tokenizer, [whole], max_length=256, batch_size=1, last_response=True)
+    (both,) = response_losses(model, tokenizer, [whole], max_length=256, batch_size=1)
+    assert last.tokens == len(tokenizer(said, add_special_tokens=False)["input_ids"]) + 1 < both.tokens
+    assert last.loss_sum / last.tokens == pytest.approx(_mean_loss_of_last(whole, said), rel=1e-5)
+
+
+def test_all_kinds_of_items_in_one_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = scored_records()
+    right = {"made:0": "0", "p:0": "def add(a, b):\n    return a + b", "p:1": "two words"}
+    monkeypatch.setattr(
+        results_module,
+        "generated_answers",
+        lambda model, tokenizer, asked, **_: [right.get(r.where, "") for r in asked],
+    )
+    result, lines = evaluate(
+        tiny_model(), tiny_tokenizer(), items, compare_baseline=True, run_code=True, each_expert=True, **OPTIONS
+    )
+    assert [line["scoring"] for line in lines[9:]] == ["choice", "choice", "code", "exact"]
+    assert [line["srde"]["correct"] for line in lines[11:]] == [True, True]
+    assert result["domains"]["code"]["srde"]["accuracy"] == 1.0
+    assert {name: figures["srde"]["items"] for name, figures in result["sources"].items()} == {
+        "made": 9,
+        "chosen": 2,
+        "programs": 2,
+    }
+    for line in lines[9:11]:
+        assert line["srde"]["correct"] == (line["srde"]["prediction"] == line["answer"])
+    tables = format_tables(result)
+    assert "McNemar p" in tables and "\nprograms " in tables and "\nlogic alone " in tables and "\nas routed " in tables
+    left, lines = evaluate(tiny_model(), tiny_tokenizer(), items, compare_baseline=False, **OPTIONS)
+    assert lines[11]["scoring"] is None and left["domains"]["code"]["srde"]["scored"] == 1
+
+
+def test_each_expert_alone_is_the_model_with_that_expert_alone() -> None:
+    model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
+    result, _ = evaluate(model, tokenizer, items, compare_baseline=False, each_expert=True, **OPTIONS)
+    table = result["each_expert"]
+    assert table["experts"] == NAMES and table["domains"] == ["math", "logic"]
+    for name, losses in zip(NAMES, table["loss"], strict=True):
+        model.set_active_experts([name])
+        for domain, loss in zip(table["domains"], losses, strict=True):
+            own = response_losses(
+                model, tokenizer, [r for r in items if r.domain == domain], max_length=256, batch_size=4
+            )
+            assert loss == pytest.approx(sum(o.loss_sum for o in own) / sum(o.tokens for o in own), rel=1e-5)
+    assert len({round(loss, 6) for losses in table["loss"] for loss in losses}) == 6
+
+
+@pytest.mark.parametrize(
+    ("only_srde", "only_base", "p"),
+    [(8, 1, 2 * (1 + 9) / 2**9), (1, 8, 2 * (1 + 9) / 2**9), (3, 3, 1.0), (5, 0, 2 / 2**5), (0, 0, 1.0)],
+)
+def test_mcnemar_is_the_exact_binomial_of_the_differing_items(only_srde: int, only_base: int, p: float) -> None:
+    verdicts = [(True, False)] * only_srde + [(False, True)] * only_base + [(True, True)] * 4 + [(False, False)] * 3
+    verdicts += [(None, None)]
+    loss = ItemLoss(1.0, 1, None)
+    results = {
+        name: [ItemResult(loss, None, pair[column]) for pair in verdicts]
+        for column, name in enumerate(("srde", "base"))
+    }
+    difference = figures_by_group(results, {"all": range(len(verdicts))}, 0)["all"]["difference"]
+    assert difference["mcnemar_p"] == pytest.approx(p)
+    assert (difference["only_srde_right"], difference["only_base_right"]) == (only_srde, only_base)
+    assert difference["accuracy"] == pytest.approx(
+        (only_srde - only_base) / np.sum([v[0] is not None for v in verdicts])
+    )

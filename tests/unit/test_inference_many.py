@@ -1,0 +1,135 @@
+"""Many prompts, votes among samples, refinement, files of prompts; cached equals uncached in a padded batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.packing import prompt_ids
+from srde_ds.errors import SRDEError
+from srde_ds.inference import many
+from srde_ds.inference.generate import pad_id
+from srde_ds.inference.many import REFINE_PROMPT, answer_many, generate_many, left_padded, majority
+from srde_ds.inference.prompts import read_prompts, write_answers
+from srde_ds.model.adapter import SRDEModel, add_experts
+from tests.data_helpers import tiny_tokenizer
+from tests.evaluation_helpers import NAMES, tiny_model
+from tests.helpers import adapter_config, randomize, tiny_llama
+
+GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0}
+
+
+def asked(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def alone(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], count: int) -> list[int]:
+    """Greedy tokens after `ids`, each by a forward with gradients over all before it: no cache, batch or padding."""
+    for _ in range(count):
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return ids
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_expert"])
+@pytest.mark.parametrize("granularity", ["neuron", "element"])
+def test_a_padded_batch_with_a_cache_equals_single_prompts_without(granularity: str, scope: str) -> None:
+    tokenizer = tiny_tokenizer()
+    config = adapter_config(granularity=granularity, support_scope=scope)
+    model = randomize(add_experts(tiny_llama(vocab_size=len(tokenizer)), config, expert_names=NAMES, seed=0))
+    prompts = [prompt_ids(tokenizer, messages) for messages in asked("a", "what is é + ü?", "the answer is " * 3)]
+    ids, mask = left_padded(prompts, pad_id(tokenizer))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": pad_id(tokenizer)}
+    options["eos_token_id"] = None
+    with torch.inference_mode():
+        cached = model.generate(input_ids=ids, attention_mask=mask, **options)
+        with model.no_experts():
+            bare = model.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, prompt in zip(cached.tolist(), prompts, strict=True):
+        assert row[ids.shape[1] - len(prompt) :] == alone(model, tokenizer, prompt, 12)
+    assert not torch.equal(bare, cached)
+
+
+def test_answers_come_in_the_order_of_the_prompts() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    texts = ["a" * length for length in (3, 40, 1, 17, 9)]
+    write = {**GREEDY, "places": texts}
+    together = generate_many(model, tokenizer, asked(*texts), batch_size=2, **write)
+    single = [
+        generate_many(model, tokenizer, asked(text), batch_size=1, **{**write, "places": [text]}) for text in texts
+    ]
+    assert [[text] for text in together] == single and len(set(together)) > 1
+    with pytest.raises(SRDEError, match="file:2: .* exceed the base's context"):
+        generate_many(model, tokenizer, asked("a", "b" * 300), batch_size=2, **GREEDY, places=["file:1", "file:2"])
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["#### 4", "so the answer is 5", r"\boxed{5.0}"], (1, 2)),
+        (["a", "b", "b", "a"], (0, 2)),  # of equals the first seen
+        (["1/2", "2", "<answer>0.5</answer>"], (0, 2)),
+        (["only"], (0, 1)),
+    ],
+)
+def test_the_majority_of_extracted_answers(texts: list[str], expected: tuple[int, int]) -> None:
+    assert majority(texts) == expected
+
+
+def test_samples_are_one_batch_and_refinement_asks_about_the_winner(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[list[str]], int]] = []
+    replies = iter([["it is 1", "answer: 2", "the answer is 2", "7", "8", "8.0"], ["better 2", "better 8"], ["x", "y"]])
+
+    def fake(_: Any, __: Any, conversations: list[Any], *, batch_size: int, **options: Any) -> list[str]:
+        calls.append(([[m["content"] for m in messages] for messages in conversations], batch_size))
+        return next(replies)
+
+    monkeypatch.setattr(many, "generate_many", fake)
+    model: Any = None
+    made = answer_many(model, model, asked("p", "q"), **GREEDY, batch_size=4, best_of_n=3, self_refine=2)
+    assert calls[0] == ([["p"]] * 3 + [["q"]] * 3, 12)
+    assert calls[1] == ([["p", "answer: 2", REFINE_PROMPT], ["q", "8", REFINE_PROMPT]], 4)
+    assert calls[2][0] == [["p", "better 2", REFINE_PROMPT], ["q", "better 8", REFINE_PROMPT]]
+    assert [(a.text, a.votes, a.drafts) for a in made] == [
+        ("x", 2, ["answer: 2", "better 2"]),
+        ("y", 2, ["8", "better 8"]),
+    ]
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("one\n\n two \n", encoding="utf-8")
+    assert read_prompts(lines) == [(f"{lines}:1", *asked("one")), (f"{lines}:3", *asked("two"))]
+    objects = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    objects.write_text(
+        json.dumps({"prompt": "a\u2028a", "domain": "x"}, ensure_ascii=False)
+        + "\n"
+        + json.dumps({"messages": messages})
+    )
+    assert [found for _, found in read_prompts(objects)] == asked("a\u2028a", "b")
+    write_answers(tmp_path / "out.jsonl", [{"prompt": "a", "answer": "é"}])
+    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == '{"prompt": "a", "answer": "é"}\n'
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no prompt"),
+        ("{", r"p\.jsonl:1: not valid JSON"),
+        ('{"prompt": "a"}\n{"prompt": 1}', r"p\.jsonl:2: needs 'prompt'"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "ask nothing"),
+        ('{"messages": [1]}', "needs 'prompt'"),
+    ],
+)
+def test_files_that_are_not_understood(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(SRDEError, match=message):
+        read_prompts(tmp_path / "p.jsonl")
+    with pytest.raises(SRDEError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
