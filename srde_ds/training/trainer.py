@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,19 +17,28 @@ from srde_ds.checkpoint.convert import export_weights
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.errors import SRDEError
+from srde_ds.errors import LostContact, SRDEError
+from srde_ds.launcher import launched_world_size
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.parallel import placement
+from srde_ds.parallel.contact import VERDICT_SECONDS, contact
 from srde_ds.parallel.engine import Engine
+from srde_ds.parallel.parents import LauncherWatch
+from srde_ds.parallel.status import doing
 from srde_ds.parallel.topology import (
     Topology,
+    adopt_launcher,
     all_reduce_max,
+    check_same,
+    gather_objects,
     launched_rank,
     on_main_rank,
     start_processes,
     stop_processes,
 )
 from srde_ds.training.curriculum import Curriculum
+from srde_ds.training.facts import facts
+from srde_ds.training.heartbeat import Heartbeat
 from srde_ds.training.held_out import Batch, HeldOut
 from srde_ds.training.metrics import MetricsWriter, ProgressLine, memory_gib
 from srde_ds.training.run_folder import (
@@ -52,24 +62,45 @@ def train(config: Config) -> None:
 
     Raises:
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
-            with the step's number.
+            with the step's number; ranks that differ in software, options or data.
+        LostContact: rank 0 was not there. Later a lost rank ends this process (parallel/contact.py).
     """
-    check_inputs(config)
-    if launched_rank() == 0:
-        # Before the processes meet, so that no collective waits for tokenising.
-        check_run_folder(config)
-        prepare_data(config)
-    topology = start_processes(config.parallel.collective_timeout)
-    with StopRequest() as stop:
-        run(config, topology, stop)
-    stop_processes()
+    adopt_launcher()
+    rank, timeout = launched_rank(), config.parallel.collective_timeout
+    heartbeat = Heartbeat(config, world_size=launched_world_size(), enabled=rank == 0)
+    launchers = LauncherWatch()
+    doing("checking the inputs", step=0)
+    try:
+        with contact(timeout) as others:
+            others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
+            check_inputs(config)
+            if rank == 0:
+                # Before the collectives begin, so that none waits for tokenising.
+                check_run_folder(config)
+                doing("preparing the data")
+                prepare_data(config)
+                others.release_others()
+            else:
+                others.wait_for_main()
+            doing("joining the process group")
+            topology = start_processes(timeout + VERDICT_SECONDS)  # torch's own end comes after the verdict
+            with StopRequest() as stop:
+                if stopped := run(config, topology, stop, heartbeat):
+                    heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers)}")
+            doing("leaving")
+            stop_processes()
+    except Exception as error:
+        heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError))
+        raise
 
 
-def run(config: Config, topology: Topology, stop: StopRequest) -> None:
-    """The run on this rank, once all ranks have met."""
+def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
+    """The run on this rank, once all ranks have met. Returns the signal that stopped it, if one did."""
     training = config.training
     folder = data_folder(config)
     manifest = load_manifest(folder)
+    check_same(facts(config, manifest), topology)
+    doing("loading the base")
     torch.manual_seed(training.seed)
     stream = RowStream(
         load_rows(folder, "train", manifest),
@@ -86,6 +117,7 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     engine = stages.first_engine()
     # Not earlier: a run that may not resume leaves the folder as it was.
     on_main_rank(lambda: open_run_folder(config), topology)
+    heartbeat.start(state.step)
     curriculum = Curriculum(config, topology, stream, state)
     watch = ExpertWatch(engine.model.expert_names)
 
@@ -106,9 +138,11 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
     stopped: str | None = None
     with metrics, progress, state.saver:
         while state.step < training.max_steps:
+            doing("preparing the step", step=state.step + 1)
             engine = stages.engine_of_step(engine)
             before: dict[str, Any] = {}
             if held_out and state.step == 0 and training.eval_steps:
+                doing("held-out loss")
                 before = measured("held_out_at_start", held_out.losses(engine, interrupted))
             before |= curriculum.between_steps(engine, held_out, interrupted)
             started = time.monotonic()
@@ -141,22 +175,29 @@ def run(config: Config, topology: Topology, stop: StopRequest) -> None:
                 "memory_gib": memory_gib(),
                 **before,
             }
+            doing("statistics of the step")
             last = state.step == training.max_steps
             if last or state.step % training.log_steps == 0:
                 line["delta_norm"] = engine.delta_norms().tolist()
             if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
+                doing("held-out loss")
                 expert: Literal["domain"] | None = "domain" if plan.forced else None
                 line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert))
             metrics.write(line)
             progress.update(line)
+            heartbeat.update(line)
             state.look_after_save()
             if not last and training.save_steps and state.step % training.save_steps == 0:
+                doing(f"saving checkpoint-{state.step}")
                 state.save()
+        doing(f"saving checkpoint-{state.step}, the last one")
         state.save(final=True)
     if stopped:
         say(topology, f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.")
-        return
-    on_main_rank(lambda: finish(config, state), topology)
+        return stopped
+    doing("exporting the weights")
+    on_main_rank(lambda: finish(config, state, heartbeat), topology)
+    return None
 
 
 def optimizer_step(
@@ -175,6 +216,7 @@ def optimizer_step(
     """
     training, routing = config.training, engine.model.routing
     stream = curriculum.begin_step(engine)
+    doing("reading rows")
     batches = [
         to_device(
             stream.micro_batch(
@@ -195,12 +237,15 @@ def optimizer_step(
     # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
     loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
     routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
-    for batch in batches:
+    for number, batch in enumerate(batches, 1):
         if interrupted():
             return None
         curriculum.route_batch(engine, batch)
+        doing(f"forward of micro-step {number}")
         batch_loss, _ = engine.forward(batch)
+        doing(f"backward of micro-step {number}")
         engine.deepspeed.backward(batch_loss * loss_scale)
+        doing(f"update after micro-step {number}")
         engine.deepspeed.step()
         loss_sum += batch_loss.detach()
     routing.forced_experts = None
@@ -245,11 +290,12 @@ def not_finite(state: RunState, loss: float) -> str:
     )
 
 
-def finish(config: Config, state: RunState) -> None:
+def finish(config: Config, state: RunState, heartbeat: Heartbeat) -> None:
     """Export the weights, then write the completion marker."""
     output = Path(config.training.output_dir)
     weights = export_weights(state.folder, output / "srde_weights.safetensors")
     marker = {"step": state.step, "tokens": state.tokens, "weights": weights.name, "checkpoint": state.folder.name}
+    heartbeat.finished()
     partial = output / "completed.json.tmp"
     try:
         partial.write_text(json.dumps(marker, indent=2) + "\n")
@@ -257,6 +303,18 @@ def finish(config: Config, state: RunState) -> None:
     except OSError as error:
         raise SRDEError(f"'{output / 'completed.json'}' cannot be written: {error.strerror}.") from None
     print(f"Finished: {weights}", flush=True)
+
+
+def launchers_gone(launchers: LauncherWatch) -> str:
+    """The ranks whose launcher is gone, for which the run has stopped. A collective."""
+    reasons = enumerate(gather_objects(launchers.gone and f"host {socket.gethostname()}: {launchers.gone}"))
+    return "".join(f"; rank {rank}, {reason}" for rank, reason in reasons if reason)
+
+
+def describe(error: Exception) -> str:
+    """In one line."""
+    text = (str(error).splitlines() or [""])[0]
+    return text if isinstance(error, SRDEError | LostContact) else f"{type(error).__name__}: {text}"
 
 
 def say(topology: Topology, text: str) -> None:

@@ -83,7 +83,7 @@ def killed_run(
             if resume_from is None:  # without a checkpoint there is nothing to go on from
                 wait_until(lambda: (run / "latest").exists(), processes, log)
             aim = wait_to_kill(run, draw) if kills < most_kills else None
-            signalled = kill_some(processes, draw, aim) if aim else ""
+            signalled = kill_some(processes, draw) if aim else ""
             status = ended(processes)
         resumed = re.search(r"Resumed at step (\d+)", log.read_text())
         assert resumed is None or int(resumed[1]) == first
@@ -178,14 +178,9 @@ def inodes(run: Path, pattern: str) -> set[int]:
     return found
 
 
-def kill_some(processes: list[BaseProcess], draw: random.Random, aim: str) -> str:
-    """SIGKILL all ranks, as when a machine goes, or during a save a single one; which.
-
-    Not a single one at any moment: before the ranks have met, the others would wait for it as long as the rendezvous
-    allows, which is the launcher's business.
-    """
-    single = [[process] for process in processes] if aim != ANY_MOMENT else []
-    chosen = draw.choice([processes, *single])
+def kill_some(processes: list[BaseProcess], draw: random.Random) -> str:
+    """SIGKILL all ranks, as when a machine goes, or a single one; which."""
+    chosen = draw.choice([processes, *([process] for process in processes)])
     for process in chosen:
         process.kill()
     return "all" if len(chosen) == len(processes) else f"rank {processes.index(chosen[0])}"

@@ -95,7 +95,16 @@ def finished(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Launch
 def test_a_run_leaves_the_documented_folder(finished: Launched, inputs: Inputs) -> None:
     assert finished.status == 0, finished.output
     run = finished.folder
-    names = {"config.yaml", "environment.json", "metrics.jsonl", "latest", "checkpoint-3", "checkpoint-6", "tokenized"}
+    names = {
+        "config.yaml",
+        "environment.json",
+        "heartbeat.json",
+        "metrics.jsonl",
+        "latest",
+        "checkpoint-3",
+        "checkpoint-6",
+        "tokenized",
+    }
     assert {path.name for path in run.iterdir()} == names | {"srde_weights.safetensors", "completed.json"}
     assert latest(run) == "checkpoint-6"
     assert resolve(load_yaml(run / "config.yaml"), {}) == resolve({}, launch_flags(inputs, run))

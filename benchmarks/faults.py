@@ -1,0 +1,137 @@
+"""Faults of a run over two hosts: how soon all of it has ended, what is said, and where it goes on.
+
+python benchmarks/faults.py     # as root, about 10 minutes; writes benchmarks/results/faults.json and docs/faults.md
+
+The hosts are namespaces of this machine (tests/cluster/hosts.py), the training is tiny, `--collective_timeout` is 20.
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from srde_ds.environment import environment
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from tables import markdown, put_into  # noqa: E402
+
+from tests.cluster.hosts import Hosts  # noqa: E402
+from tests.cluster.supervised import Seen, SupervisedRun  # noqa: E402
+from tests.distributed.training_helpers import Inputs, make_inputs  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results/faults.json"
+TWO = {"node1": 1, "node2": 1}
+DISK = "400K"  # for two checkpoints of this model and its logs, not for three
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        inputs = make_inputs(folder / "inputs")
+        for number, scenario in enumerate((training, refused_software, refused_data, full_disk, absent, supervisor)):
+            own = folder / f"{number}"
+            own.mkdir()
+            with Hosts(3, own / "hosts") as hosts:
+                for seen in scenario(hosts, inputs, own):
+                    print(seen, flush=True)
+                    assert not seen.left, seen.left
+                    rows.append({key: value for key, value in asdict(seen).items() if key != "left"})
+    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    load = round(os.getloadavg()[1], 1)
+    RESULTS.write_text(json.dumps({"collective_timeout": 20, "load": load, "rows": rows, "environment": kept}) + "\n")
+    write_table()
+
+
+def training(hosts: Hosts, inputs: Inputs, folder: Path) -> Iterator[Seen]:
+    """One supervised run through everything that it survives, to the signal that ends it."""
+    run = SupervisedRun(hosts, inputs, folder, TWO, "--max_restarts", "9", "--min_nodes", "1")
+    run.wait_for_steps()
+    yield run.see("rank 1 gets SIGKILL", lambda: run.kill_rank("node2"))
+    yield run.see("rank 0 gets SIGKILL", lambda: run.kill_rank("node1"))
+    yield run.see("the launcher of a host gets SIGKILL", lambda: run.kill_launcher("node2"))
+    yield run.see("one rank raises an exception", lambda: run.order(1, "raise"))
+    yield run.see("one rank hangs outside of the collective", lambda: run.order(1, "stall"))
+    yield run.see(
+        "a host's link is cut (back after the end)", lambda: hosts.cut("node2"), then=lambda: hosts.restore("node2")
+    )
+    yield run.see("a host dies; one is enough (`--min_nodes 1`)", lambda: run.kill_host("node2"))
+    yield run.see_end("SIGTERM to the supervisor", lambda: run.job.send_signal(signal.SIGTERM))[0]
+
+
+def refused_software(hosts: Hosts, inputs: Inputs, folder: Path) -> Iterator[Seen]:
+    (folder / "run").mkdir()
+    (folder / "run/fault-1").write_text("software")
+    run = SupervisedRun(hosts, inputs, folder, TWO)
+    yield run.see_end("a rank has another version of transformers (from the start)", lambda: None)[0]
+
+
+def refused_data(hosts: Hosts, inputs: Inputs, folder: Path) -> Iterator[Seen]:
+    done = hosts.run("node2", ["mount", "--bind", inputs.other_dataset, inputs.dataset])
+    assert done.returncode == 0, done.stdout
+    run = SupervisedRun(hosts, inputs, folder, TWO)
+    yield run.see_end("a rank has other data (from the start)", lambda: None)[0]
+
+
+def full_disk(hosts: Hosts, inputs: Inputs, folder: Path) -> Iterator[Seen]:
+    """Both ranks on one host, whose disk fills up; with room again the run goes on."""
+    (folder / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(folder / "run")]
+    assert hosts.run("node1", mount).returncode == 0
+    seen, _ = SupervisedRun(hosts, inputs, folder, {"node1": 2}, density=0.5).see_end("the disk is full", lambda: None)
+    assert hosts.run("node1", ["mount", "-o", "remount,size=100M", str(folder / "run")]).returncode == 0
+    yield replace(seen, resumed_at=goes_on(SupervisedRun(hosts, inputs, folder, {"node1": 2}, density=0.5)))
+
+
+def absent(hosts: Hosts, inputs: Inputs, folder: Path) -> Iterator[Seen]:
+    hosts.kill("node2")
+    run = SupervisedRun(hosts, inputs, folder, TWO)
+    run.down.add("node2")
+    yield run.see_end("a host never comes up", lambda: None)[0]
+
+
+def supervisor(hosts: Hosts, inputs: Inputs, folder: Path) -> Iterator[Seen]:
+    """The one who restarts is gone, too: the run ends, and somebody starts it again."""
+    run = SupervisedRun(hosts, inputs, folder, TWO)
+    run.wait_for_steps()
+    seen, _ = run.see_end("the supervisor gets SIGKILL", lambda: os.kill(run.job.pid, signal.SIGKILL))
+    reason = json.loads((run.run / "heartbeat.json").read_text())["reason"]  # nobody is left to print a last line
+    yield replace(seen, message=reason, resumed_at=goes_on(SupervisedRun(hosts, inputs, folder, TWO)))
+
+
+def goes_on(again: SupervisedRun) -> int:
+    """Where a run goes on that is started again by hand."""
+    step = again.resumed_at()
+    again.see_end("", lambda: again.job.send_signal(signal.SIGTERM))
+    return step
+
+
+def shortened(message: str) -> str:
+    """Without the supervisor's own beginning, temporary folders and whole hashes."""
+    message = re.sub(r"^supervisor: (attempt \d+ ended after \d+ s: )?", "", message)
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", re.sub(r"/tmp/\w+/\d+/", "", message))
+
+
+def write_table() -> None:
+    record = json.loads(RESULTS.read_text())
+    rows = [
+        [
+            row["fault"],
+            f"{row['seconds']:.0f}",
+            shortened(row["message"]),
+            "" if row["resumed_at"] is None else f"step {row['resumed_at']}",
+        ]
+        for row in record["rows"]
+    ]
+    put_into("faults.md", "faults", markdown(["Fault", "Seconds to the end", "Last line", "Resumed at"], rows))
+
+
+if __name__ == "__main__":
+    main()

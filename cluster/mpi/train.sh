@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Training with Open MPI's mpirun; the ranks find each other through mpi4py (`pip install mpi4py`, or the extra "mpi"). Run it
+# in the repository's folder with a hostfile of `srde-ds hosts` and the flags of `srde-ds train`:
+#
+#   cluster/mpi/train.sh cluster/hosts --config run.yaml --output_dir runs/first
+#
+# INTERFACE=eth0 is the network interface between the hosts, where they have several. The variables in .deepspeed_env
+# (`srde-ds hosts --variables`), in the home folder or here, go to all ranks. SIGTERM, SIGINT and SIGUSR1 to this script save and stop the run.
+set -euo pipefail
+hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
+shift
+options=(--hostfile "$hostfile" --map-by slot --bind-to none) # one rank a slot, in the order of the file
+if [ -n "${INTERFACE:-}" ]; then
+    options+=(--mca oob_tcp_if_include "$INTERFACE" --mca btl_tcp_if_include "$INTERFACE")
+fi
+if [ "$(id -u)" -eq 0 ]; then options+=(--allow-run-as-root); fi # as in most containers
+for file in ~/.deepspeed_env .deepspeed_env; do # the order in which deepspeed reads them
+    [ -e "$file" ] || continue
+    while read -r variable; do options+=(-x "$variable"); done <"$file"
+done
+
+# mpirun kills the ranks a second after SIGTERM or Ctrl-C; USR1 it passes on. A session of its own: Ctrl-C ends here.
+setsid mpirun "${options[@]}" -x PATH python -u launch/train.py "$@" &
+mpirun=$!
+trap 'kill -USR1 "$mpirun" 2>/dev/null || true' USR1 TERM INT
+status=0
+# A signal ends `wait` although mpirun still runs.
+while kill -0 "$mpirun" 2>/dev/null; do
+    wait "$mpirun" && status=0 || status=$?
+done
+exit "$status"

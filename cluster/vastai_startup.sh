@@ -1,0 +1,123 @@
+#!/usr/bin/env bash
+# From a fresh rented machine to trained experts. Safe to run again, after a restart or an error: what is there is used.
+#
+# In the instance's on-start script (tokens belong into the account's environment variables, not into this text):
+#
+#   git clone --branch v1.0 https://github.com/OWNER/srde_ds /workspace/srde_ds
+#   bash /workspace/srde_ds/cluster/vastai_startup.sh >> /workspace/srde.log 2>&1
+#
+# Environment variables:
+#   MODEL_NAME           base, Hub id or folder
+#   EXAMPLES_PER_DOMAIN  documents of each domain (100000)
+#   MAX_STEPS            optimizer steps (10000)
+#   MAX_LENGTH           tokens of a row (2048)
+#   OUTPUT_DIR           folder of the run (/workspace/runs/srde)
+#   WORK_DIR             folder of the data (/workspace/data)
+#   SOURCES_FILE         own sources instead of the six domains' (docs/data.md)
+#   TRAIN_ARGUMENTS      more flags of `srde-ds train`, split at blanks
+#   CONVERT_TO           at the end also: moe or gguf (docs/convert.md)
+#   UPLOAD_REPO          Hub repository, made private, for the weights at the end
+#   MAX_RESTARTS         of training, after failures (3)
+#   ENVIRONMENT          a Python environment with srde-ds in it, instead of installing one
+#   HF_TOKEN             for gated bases, and for the upload: read by the Hub's library from here
+#   WEBHOOK_URL          gets JSON when the state changes: read by srde-ds from here
+#
+# The two secrets are never arguments, nor written or printed. All versions are pinned: this checkout, constraints.txt.
+set -euo pipefail
+set +x # whoever called this with -x would print the environment's secrets
+cd "$(dirname "$0")/.."
+
+: "${MODEL_NAME:=mistralai/Ministral-3-14B-Reasoning-2512}" "${EXAMPLES_PER_DOMAIN:=100000}" "${MAX_STEPS:=10000}"
+: "${MAX_LENGTH:=2048}" "${OUTPUT_DIR:=/workspace/runs/srde}" "${WORK_DIR:=/workspace/data}" "${SOURCES_FILE:=}"
+: "${TRAIN_ARGUMENTS:=}" "${CONVERT_TO:=}" "${UPLOAD_REPO:=}" "${MAX_RESTARTS:=3}" "${ENVIRONMENT:=}"
+
+stage=setting-up
+monitor=
+finish() {
+    status=$?
+    if [ -n "$monitor" ]; then kill "$monitor" 2>/dev/null || true; fi
+    if [ "$status" -ne 0 ]; then
+        say failed "$stage ended with status $status; $OUTPUT_DIR and the log say why"
+    fi
+}
+trap finish EXIT
+
+# say STATE TEXT: to the log, and to the webhook if there is one. Never ends the script.
+say() {
+    echo "vastai_startup: $1: $2"
+    if [ -n "${WEBHOOK_URL:-}" ] && command -v srde-ds >/dev/null; then
+        python - "$1" "$2" <<'PYTHON' || true
+import sys
+from srde_ds.cluster.monitor import Observation, notify, webhook_from_environment
+notify(webhook_from_environment(), Observation(sys.argv[1], sys.argv[2]))
+PYTHON
+    fi
+}
+
+mkdir -p "$OUTPUT_DIR" "$WORK_DIR"
+exec 9>"$WORK_DIR/.lock"
+flock --nonblock 9 || { echo "vastai_startup: another one is at work in $WORK_DIR" >&2; trap - EXIT; exit 3; }
+
+stage=installation
+if [ -z "$ENVIRONMENT" ]; then
+    make env
+    ENVIRONMENT=$PWD/.venv
+fi
+export PATH="$ENVIRONMENT/bin:$PATH"
+
+stage=data
+if [ ! -e "$WORK_DIR/tokenized/manifest.json" ]; then
+    say building "data, $EXAMPLES_PER_DOMAIN documents a domain"
+    sources=()
+    if [ -n "$SOURCES_FILE" ]; then sources=(--sources_file "$SOURCES_FILE"); fi
+    srde-ds build_dataset --examples_per_domain "$EXAMPLES_PER_DOMAIN" --model_name "$MODEL_NAME" \
+        --max_length "$MAX_LENGTH" --work_dir "$WORK_DIR" "${sources[@]}"
+fi
+
+stage=training
+gpus=0
+if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus | wc -l); fi
+if [ "$gpus" -gt 0 ]; then
+    launcher=(deepspeed --num_gpus "$gpus" launch/train.py)
+    ds_config=ds_configs/zero3.json
+else
+    export DS_ACCELERATOR=cpu
+    launcher=(srde-ds train)
+    ds_config=ds_configs/zero3_small_base.json
+fi
+say training "$gpus GPUs, $MAX_STEPS steps, into $OUTPUT_DIR"
+if [ -n "${WEBHOOK_URL:-}" ]; then
+    srde-ds monitor "$OUTPUT_DIR" 9>&- &
+    monitor=$!
+fi
+read -ra more <<<"$TRAIN_ARGUMENTS"
+# Goes on from the last checkpoint if there is one, and does nothing for a finished run.
+srde-ds supervise --max_restarts "$MAX_RESTARTS" -- "${launcher[@]}" --model_name "$MODEL_NAME" \
+    --pretokenized_dir "$WORK_DIR/tokenized" --max_length "$MAX_LENGTH" --output_dir "$OUTPUT_DIR" \
+    --max_steps "$MAX_STEPS" --deepspeed_config "$ds_config" "${more[@]}"
+
+results=("$OUTPUT_DIR/srde_weights.safetensors")
+if [ -n "$CONVERT_TO" ]; then
+    stage=conversion
+    converted=$OUTPUT_DIR/converted-$CONVERT_TO
+    if [ "$CONVERT_TO" = gguf ]; then converted=$converted.gguf; fi
+    if [ ! -e "$converted" ]; then
+        # Under another name until it is complete.
+        partial=$OUTPUT_DIR/partial-${converted##*/}
+        rm -rf "$partial"
+        srde-ds convert --checkpoint "$OUTPUT_DIR" --to "$CONVERT_TO" --output "$partial"
+        mv "$partial" "$converted"
+    fi
+    results+=("$converted")
+fi
+
+if [ -n "$UPLOAD_REPO" ]; then
+    stage=upload
+    for result in "${results[@]}"; do
+        # The Hub takes what it has already as done.
+        inside=.
+        if [ -f "$result" ]; then inside=${result##*/}; fi
+        hf upload "$UPLOAD_REPO" "$result" "$inside" --private
+    done
+fi
+say 'done' "results: ${results[*]}"

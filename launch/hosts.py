@@ -1,0 +1,8 @@
+"""`srde-ds hosts`, for launchers that want a script."""
+
+import sys
+
+from srde_ds.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["hosts", *sys.argv[1:]]))

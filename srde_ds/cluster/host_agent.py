@@ -1,0 +1,138 @@
+"""What `srde-ds doctor` runs on each host: answers one JSON line for each JSON line that it is asked.
+
+python -m srde_ds.cluster.host_agent
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from srde_ds.environment import package_versions
+
+CONNECT_SECONDS = 5.0
+
+
+def facts(base: str | None, output_dir: str) -> dict[str, Any]:
+    """What must or should be alike on all hosts."""
+    there = next(path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists())
+    return {
+        "host": socket.gethostname(),
+        "versions": package_versions() | {"Python": platform.python_version()},
+        "gpus": gpus(),
+        "base": base_files(base) if base and Path(base).is_dir() else None,
+        "free_bytes": shutil.disk_usage(there).free,
+        "writable": writable(there),
+        "own_address": _own_address(),
+        "interfaces": [name for _, name in socket.if_nameindex()],
+    }
+
+
+def writable(folder: Path) -> bool:
+    """By writing: root may, says the kernel, also where nothing can be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError:
+        return False
+    return True
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory and driver of each GPU, as nvidia-smi lists them; none without it."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[field.strip() for field in line.split(",")] for line in listed.splitlines() if line.strip()]
+    return [{"name": name, "memory_gib": float(mib) / 1024, "driver": driver} for name, mib, driver in rows]
+
+
+def base_files(folder: str) -> dict[str, str]:
+    """Each file of a base with its size, and the hash of the small ones: gigabytes are not read."""
+    found = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file():
+            size = path.stat().st_size
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12] if size < 2**24 else ""
+            found[path.name] = f"{size} bytes {digest}".strip()
+    return found
+
+
+def _own_address() -> str:
+    """Of this host's name, as gloo takes it when no interface is given."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "none"
+
+
+def listen(port: int) -> str:
+    """Accept connections on a port until this process ends. "" or the reason why not."""
+    try:
+        server = socket.create_server(("", port))
+    except OSError as error:
+        return str(error.strerror)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                server.accept()[0].close()
+
+    threading.Thread(target=accept, daemon=True).start()
+    return ""
+
+
+def connect(host: str, port: int) -> str:
+    """ "" or the reason why not."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def write(path: str) -> str:
+    """Make an empty file, and its folder."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).touch()
+    except OSError as error:
+        return str(error.strerror)
+    return ""
+
+
+ANSWERS: dict[str, Callable[..., Any]] = {
+    "facts": facts,
+    "clock": time.time,
+    "listen": listen,
+    "connect": connect,
+    "write": write,
+    "see": lambda path: Path(path).exists(),
+}
+
+
+def main() -> None:
+    # The answers' way is kept clear of what libraries print.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        question, arguments = json.loads(line)
+        answers.write(json.dumps(ANSWERS[question](**arguments)) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

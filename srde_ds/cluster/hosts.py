@@ -1,0 +1,209 @@
+"""Which hosts a run has: DeepSpeed's hostfile, and where its lines come from (a list, Slurm, Vast.ai).
+
+A hostfile has one line a host, `NAME slots=PROCESSES`; `#` begins a comment line
+(https://www.deepspeed.ai/getting-started/#resource-configuration-multi-node).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srde_ds.errors import SRDEError
+
+# A name that pdsh and ssh take as it is: neither may see an option, a list or a word of the shell in it.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclass(frozen=True)
+class Host:
+    """One line of a hostfile; `slots` is the number of processes."""
+
+    name: str
+    slots: int
+
+
+def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
+    """The hosts in the order of the file, which is that of the ranks.
+
+    Raises:
+        SRDEError: a line that is no `NAME slots=N`, or a host that stands there twice.
+    """
+    hosts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.strip().startswith("#"):
+            continue
+        match = re.fullmatch(rf"({NAME.pattern})\s+slots=(\d+)", line.strip())
+        if match is None:
+            raise SRDEError(f"{source}: line {number}, '{line.strip()}', is not of the form 'NAME slots=PROCESSES'.")
+        hosts.append(Host(match[1], int(match[2])))
+    return _checked(hosts, source)
+
+
+def read_hostfile(path: str | Path) -> list[Host]:
+    """`parse_hostfile` of a file.
+
+    Raises:
+        SRDEError: it cannot be read, or as `parse_hostfile`.
+    """
+    try:
+        return parse_hostfile(Path(path).read_text(), f"hostfile={path}")
+    except OSError as error:
+        raise SRDEError(f"hostfile={path}: {error.strerror}. Write one with `srde-ds hosts`.") from None
+
+
+def format_hostfile(hosts: Iterable[Host]) -> str:
+    return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
+
+
+def hosts_from_list(names: Sequence[str], slots: int | None) -> list[Host]:
+    """Hosts given as `name` or `name:slots`.
+
+    Raises:
+        SRDEError: a host without a number of slots, or no name.
+    """
+    hosts = []
+    for entry in names:
+        name, _, own = entry.partition(":")
+        if own and not own.isdecimal():
+            raise SRDEError(f"list={entry}: '{own}' is no number of processes. Write {name}:8.")
+        hosts.append(Host(name, _slots(int(own) if own else slots, entry)))
+    return _checked(hosts, "list")
+
+
+def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Host]:
+    """The hosts of the Slurm job whose environment this is.
+
+    Without `slots` it is the GPUs of a node, or else its tasks.
+
+    Raises:
+        SRDEError: outside of a job, or a job that says neither.
+    """
+    nodes = variables.get("SLURM_JOB_NODELIST")
+    if nodes is None:
+        raise SRDEError("slurm: SLURM_JOB_NODELIST is not set. Run this inside a job, or give the hosts with --list.")
+    names = expand_nodelist(nodes)
+    if slots is None and "SLURM_GPUS_PER_NODE" in variables:
+        # "8", "h100:8" or "h100:4,a100:4"
+        counts = [int(part.rpartition(":")[2]) for part in variables["SLURM_GPUS_PER_NODE"].split(",")]
+        per_host = [sum(counts)] * len(names)
+    elif slots is None and "SLURM_TASKS_PER_NODE" in variables:
+        per_host = _tasks_per_node(variables["SLURM_TASKS_PER_NODE"])
+    else:
+        per_host = [_slots(slots, nodes)] * len(names)
+    return _checked([Host(name, number) for name, number in zip(names, per_host, strict=True)], "slurm")
+
+
+def expand_nodelist(text: str) -> list[str]:
+    """The names that Slurm's short form stands for: `rack[1-2]n[08-10],login` are seven. As `scontrol show hostnames`.
+
+    Raises:
+        SRDEError: brackets that do not match, or a range that goes backwards.
+    """
+    if not re.fullmatch(r"(?:[^\[\],\s]|\[[\d,-]+\])+(?:,(?:[^\[\],\s]|\[[\d,-]+\])+)*", text):
+        raise SRDEError(f"nodelist '{text}': not of the form 'name[1-3,7],other'.")
+    names = []
+    for pattern in re.findall(r"(?:[^\[\],]|\[[^\]]*\])+", text):
+        pieces = re.findall(r"\[([^\]]*)\]|([^\[\]]+)", pattern)
+        choices = [_expand_range(ranges, text) if ranges else [plain] for ranges, plain in pieces]
+        names += ["".join(parts) for parts in itertools.product(*choices)]
+    return names
+
+
+def _expand_range(ranges: str, nodelist: str) -> list[str]:
+    """`08-10,12` as 08, 09, 10, 12: the first number's width holds for its range."""
+    numbers = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise SRDEError(f"nodelist '{nodelist}': '{part}' is no range.")
+        numbers += [str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2] or match[1]) + 1)]
+    return numbers
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Slurm's `2(x3),1` as 2, 2, 2, 1."""
+    numbers: list[int] = []
+    for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        numbers += [int(count)] * int(times or 1)
+    return numbers
+
+
+@dataclass(frozen=True)
+class VastInstance:
+    """A rented container: what ssh needs to reach it."""
+
+    host: Host
+    address: str
+    port: int
+
+
+def read_vastai(text: str, slots: int | None) -> list[VastInstance]:
+    """The running instances in what `vastai show instances --raw` prints; all are `slots` GPUs, or those they have.
+
+    A directly mapped ssh port is preferred to the provider's proxy, which is slower.
+
+    Raises:
+        SRDEError: not that JSON, or no instance is running.
+    """
+    try:
+        listed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SRDEError(f"vastai: no JSON ({error}). Give what `vastai show instances --raw` prints.") from None
+    if not isinstance(listed, list) or not all(isinstance(entry, dict) and "id" in entry for entry in listed):
+        raise SRDEError("vastai: not a list of instances. Give what `vastai show instances --raw` prints.")
+    running = [entry for entry in listed if entry.get("actual_status") == "running"]
+    if not running:
+        states = Counter(str(entry.get("actual_status")) for entry in listed)
+        raise SRDEError(f"vastai: no instance is running (states: {dict(states)}). Start one and wait for it.")
+    found = []
+    for entry in running:
+        address, port = _ssh_address(entry)
+        number = entry.get("num_gpus") if slots is None else slots
+        if not (isinstance(number, int) and isinstance(address, str) and address and isinstance(port, int)):
+            raise SRDEError(f"vastai: instance {entry['id']} lacks num_gpus, ssh_host or ssh_port. Is it up?")
+        found.append(VastInstance(Host(f"vast-{entry['id']}", number), address, port))
+    _checked([instance.host for instance in found], "vastai")
+    return found
+
+
+def _ssh_address(entry: dict[str, Any]) -> tuple[Any, Any]:
+    direct = (entry.get("ports") or {}).get("22/tcp")
+    if direct and entry.get("public_ipaddr"):
+        return str(entry["public_ipaddr"]).strip(), int(direct[0]["HostPort"])
+    return entry.get("ssh_host"), entry.get("ssh_port")
+
+
+def format_ssh_config(instances: Iterable[VastInstance]) -> str:
+    """Entries for ~/.ssh/config: a hostfile has no place for ports."""
+    return "".join(
+        f"Host {instance.host.name}\n    HostName {instance.address}\n    Port {instance.port}\n    User root\n"
+        for instance in instances
+    )
+
+
+def _slots(slots: int | None, entry: str) -> int:
+    if slots is None:
+        raise SRDEError(f"slots: how many processes has '{entry}'? Give --slots, its number of GPUs.")
+    return slots
+
+
+def _checked(hosts: list[Host], source: str) -> list[Host]:
+    """Raises SRDEError for no host, one that stands there twice, an impossible name, or no slots."""
+    if not hosts:
+        raise SRDEError(f"{source}: names no host.")
+    for host in hosts:
+        if not NAME.fullmatch(host.name):
+            raise SRDEError(f"{source}: '{host.name}' is no host name.")
+        if host.slots < 1:
+            raise SRDEError(f"{source}: slots={host.slots} of host '{host.name}': must be at least 1.")
+    name, times = Counter(host.name for host in hosts).most_common(1)[0]
+    if times > 1:
+        raise SRDEError(f"{source}: host '{name}' stands there {times} times. Give it one line with all its slots.")
+    return hosts

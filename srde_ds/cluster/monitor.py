@@ -1,0 +1,144 @@
+"""Watch a run by its heartbeat, and tell a webhook when its state changes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from srde_ds.errors import SRDEError
+from srde_ds.training.heartbeat import FILE
+
+logger = logging.getLogger(__name__)
+
+State = Literal["waiting", "running", "stalled", "died", "stopped", "failed", "finished"]
+GOOD: tuple[State, ...] = ("waiting", "running", "finished")
+# A step that evaluates or saves takes longer than the usual one.
+USUAL_STEPS = 10.0
+SHORTEST_STALL_SECONDS = 120.0
+# Without a finished step nothing is known of a usual one: loading a base and the first compilation.
+FIRST_STEP_SECONDS = 1800.0
+# A supervisor starts again in seconds.
+GIVE_UP_SECONDS = 300.0
+WEBHOOK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Observation:
+    """A run at one moment. `text` is one line for people."""
+
+    state: State
+    text: str
+
+
+def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) -> Observation:
+    """Tell a run's state from its folder.
+
+    Stalled means that no step has ended for ten usual ones (or `stall_seconds`), whatever the processes print.
+
+    Args:
+        now: seconds since the epoch, as the run's clock gives it.
+    """
+    folder = Path(run)
+    heartbeat = _read(folder / FILE)
+    if not heartbeat:
+        return Observation("waiting", f"{folder}: no heartbeat yet")
+    place = _describe(heartbeat)
+    if (folder / "completed.json").exists():
+        return Observation("finished", f"{folder}: finished, {place}")
+    state, reason = heartbeat["state"], heartbeat.get("reason", "")
+    if state in ("failed", "stopped"):
+        return Observation(state, f"{folder}: {state}, {place}: {reason}")
+    if heartbeat["host"] == socket.gethostname() and not Path(f"/proc/{heartbeat['pid']}").exists():
+        return Observation("died", f"{folder}: its process {heartbeat['pid']} ended without a word, {place}")
+    silent = now - heartbeat["time"]
+    usual = heartbeat.get("seconds_per_step")
+    longest = FIRST_STEP_SECONDS if usual is None else max(SHORTEST_STALL_SECONDS, USUAL_STEPS * usual)
+    if silent > (stall_seconds or longest):
+        return Observation("stalled", f"{folder}: no progress for {silent:.0f} s, {place}")
+    return Observation("running", f"{folder}: running, {place}")
+
+
+def monitor(
+    run: str | Path,
+    *,
+    webhook: str | None = None,
+    once: bool = False,
+    interval: float = 10.0,
+    stall_seconds: float | None = None,
+) -> int:
+    """Print the run's state, in a loop at each change, until it is finished or stays ended.
+
+    Args:
+        webhook: URL that gets `{"text": ..., "content": ...}` (Slack reads the first, Discord the second) by POST at
+            each change of state. What goes wrong there is a warning; the URL, a secret, is never printed.
+        once: print the state and return.
+
+    Returns:
+        0 for a run that is finished, running or not started yet, else 1.
+
+    Raises:
+        SRDEError: a webhook that is no http(s) URL, or no folder.
+    """
+    if webhook and urlsplit(webhook).scheme not in ("http", "https"):
+        raise SRDEError("webhook: no http(s) URL. Give the whole URL, or leave it out.")
+    if not Path(run).is_dir() and once:
+        raise SRDEError(f"run={run}: no such folder. Give the --output_dir of a run.")
+    last, since = None, time.monotonic()
+    while True:
+        seen = observe(run, now=time.time(), stall_seconds=stall_seconds)
+        if seen.state != last:
+            print(seen.text, flush=True)
+            if webhook and seen.state != "waiting":
+                notify(webhook, seen)
+            last, since = seen.state, time.monotonic()
+        ended = seen.state in ("died", "stopped", "failed") and time.monotonic() - since > GIVE_UP_SECONDS
+        if once or ended or seen.state == "finished":
+            return 0 if seen.state in GOOD else 1
+        time.sleep(interval)
+
+
+def notify(webhook: str, seen: Observation, post: Callable[..., Any] = urllib.request.urlopen) -> None:
+    """Tell the webhook; failures are warnings without the URL."""
+    text = f"[{seen.state}] {seen.text}"
+    body = json.dumps({"text": text, "content": text}).encode()
+    # Some services refuse urllib's own name.
+    headers = {"Content-Type": "application/json", "User-Agent": "srde-ds"}
+    try:
+        with post(urllib.request.Request(webhook, body, headers), timeout=WEBHOOK_SECONDS):
+            pass
+    except urllib.error.HTTPError as error:
+        logger.warning("webhook: HTTP status %s; the state is not reported there.", error.code)
+    except (OSError, ValueError) as error:  # the text may hold the URL
+        logger.warning("webhook: %s; the state is not reported there.", type(error).__name__)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) and {"state", "time", "host", "pid"} <= content.keys() else {}
+
+
+def _describe(heartbeat: dict[str, Any]) -> str:
+    parts = [f"step {heartbeat.get('step')}/{heartbeat.get('max_steps')}"]
+    if "loss" in heartbeat:
+        parts.append(f"loss {heartbeat['loss']:.4f}")
+    if "tokens_per_second" in heartbeat:
+        parts.append(f"{heartbeat['tokens_per_second']:.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def webhook_from_environment() -> str | None:
+    """A URL on a command line is seen by every user of the machine."""
+    return os.environ.get("WEBHOOK_URL") or None

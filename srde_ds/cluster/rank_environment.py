@@ -1,0 +1,59 @@
+"""`.deepspeed_env`: the variables that DeepSpeed's runner gives to the ranks on other hosts.
+
+The runner (0.19.8) reads it from the home folder and from the current one, on the starting host, and only for several
+hosts. Without it ranks get PYTHON*, NCCL*, UCX* and MLFLOW* alone. Its reader fails at a line without `=`, a blank one
+too, and the values travel on a command line through pdsh and a shell: they are logged, everyone on the hosts can see
+them, and some characters would mean something there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from srde_ds.errors import SRDEError
+
+SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
+HARMLESS = ("TOKENIZERS_PARALLELISM",)
+# Quotes end the runner's own; pdsh replaces %n and %h; the rest would be expanded by the remote shell.
+REFUSED = set('"\\$`%\n\r')
+
+
+def rank_environment(variables: Sequence[str], interface: str | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables for the ranks, in order.
+
+    Args:
+        variables: `NAME=VALUE`, or `NAME` for the value in `environment`.
+        interface: network interface for both gloo and NCCL, such as `eth0`.
+
+    Raises:
+        SRDEError: a name that is not set, looks like a secret, or whose value cannot travel unchanged.
+    """
+    chosen: dict[str, str] = {}
+    if interface is not None:
+        chosen |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    for entry in variables:
+        name, given, value = entry.partition("=")
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+            raise SRDEError(f"variables={entry}: '{name}' is no name of a variable. Write NAME=VALUE.")
+        if SECRET.search(name) and name not in HARMLESS:
+            raise SRDEError(
+                f"variables={name}: looks like a secret, and these values are logged and shown to all users of the "
+                "hosts. Keep it in a file there (for the Hub: `hf auth login`)."
+            )
+        if not given:
+            if name not in environment:
+                raise SRDEError(f"variables={name}: is not set here. Write {name}=VALUE.")
+            value = environment[name]
+        chosen[name] = value
+    for name, value in chosen.items():
+        reason = "begins or ends with a space" if value != value.strip() else ""
+        for character in sorted(REFUSED & set(value)):
+            reason = f"has {character!r}"
+        if reason:
+            raise SRDEError(f"variables={name}: its value {reason}, so it would not arrive unchanged on other hosts.")
+    return chosen
+
+
+def format_rank_environment(variables: Mapping[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in variables.items())

@@ -1,0 +1,369 @@
+"""Run a training command until the run is finished, through failures of ranks, launchers and hosts."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+from srde_ds.cluster.doctor import SSH, check_here
+from srde_ds.cluster.host_agent import gpus
+from srde_ds.cluster.hosts import Host, format_hostfile, read_hostfile
+from srde_ds.config import Config
+from srde_ds.errors import SRDEError
+from srde_ds.training.heartbeat import FILE as HEARTBEAT
+
+logger = logging.getLogger(__name__)
+
+BAD_INPUT = 2  # exit status of cli.main
+RESTART_SECONDS = 5.0
+# A launcher can wait for a host that is gone long after the run has ended everywhere else.
+LINGER_SECONDS = 20.0
+HOSTS_BACK_SECONDS = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Command:
+    """A launcher's command line around `launch/train.py` or `srde-ds train`."""
+
+    words: list[str]
+    train: int
+    """index of the first argument of training"""
+
+    @classmethod
+    def parse(cls, words: Sequence[str]) -> Command:
+        """Raises SRDEError if there is no training in it."""
+        for index, word in enumerate(words):
+            script = Path(word).name == "train.py"
+            if script or (word == "train" and index and Path(words[index - 1]).name == "srde-ds"):
+                return cls(list(words), index + 1)
+        raise SRDEError(
+            f"command '{shlex.join(words)}': starts no training. Give it after --, such as "
+            "-- deepspeed --num_gpus 8 launch/train.py --config run.yaml"
+        )
+
+    @property
+    def train_arguments(self) -> list[str]:
+        return self.words[self.train :]
+
+    @property
+    def hostfile(self) -> str | None:
+        """Of DeepSpeed's runner."""
+        if Path(self.words[0]).name != "deepspeed":
+            return None
+        return _value(self.words[: self.train], ("--hostfile", "-H"))
+
+    def changed(self, *, hostfile: str | None, options: dict[str, str]) -> list[str]:
+        """The command with another hostfile and other options of training."""
+        launcher, train = self.words[: self.train], self.train_arguments
+        if hostfile is not None:
+            launcher = _with_value(launcher, ("--hostfile", "-H"), hostfile)
+        for name, value in options.items():
+            train = [*_without(train, f"--{name}"), f"--{name}", value]
+        return launcher + train
+
+
+def preflight(config: Config, hosts: Sequence[Host]) -> None:
+    """The part of `srde-ds doctor` that takes seconds, on this host.
+
+    Raises:
+        SRDEError: something would end the run.
+    """
+    here = max(1, len(gpus()))
+    findings = list(
+        check_here(config, sum(host.slots for host in hosts) or here, processes_here=hosts[0].slots if hosts else here)
+    )
+    for finding in findings:
+        if finding.level != "ok":
+            logger.info("preflight: %s", finding)
+    fatal = [finding for finding in findings if finding.level == "fatal"]
+    if fatal:
+        raise SRDEError(f"preflight: {'; '.join(finding.text for finding in fatal)} (--preflight false goes on).")
+
+
+class Supervisor:
+    """Starts the command, watches its run folder, and starts it again until `completed.json` is there.
+
+    Exit codes of launchers are not trusted: deepspeed's can be 0 although ranks died.
+
+    Args:
+        config: of the run, as the command gives it.
+        max_restarts: attempts after the first one.
+        min_nodes: go on with that many of the hostfile's hosts; None: all are needed.
+    """
+
+    def __init__(self, command: Command, config: Config, *, max_restarts: int, min_nodes: int | None) -> None:
+        self.command, self.config = command, config
+        self.max_restarts, self.min_nodes = max_restarts, min_nodes
+        self.run = Path(config.training.output_dir)
+        self.hosts = read_hostfile(command.hostfile) if command.hostfile else []
+        self._signal = 0
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def supervise(self) -> int:
+        """The exit status: 0 once the run is finished, 128 + the signal that asked to stop, 2 for bad input, else 1."""
+        former = {number: signal.signal(number, self._handle) for number in _STOPPING}
+        try:
+            for attempt in range(self.max_restarts + 1):
+                if (self.run / "completed.json").exists():
+                    self._say("the run is finished already")
+                    return 0
+                status = self._attempt(attempt)
+                if status is not None:
+                    return status
+                if attempt < self.max_restarts:
+                    self._pause(RESTART_SECONDS)
+                    if self._signal:
+                        return 128 + self._signal
+            self._say(f"given up after {self.max_restarts} restarts; {self._last_cause}")
+            return 1
+        finally:
+            for number, handler in former.items():
+                signal.signal(number, handler)
+
+    def _attempt(self, attempt: int) -> int | None:
+        """Run the command once. None: it is worth another attempt."""
+        hosts = self._hosts_left() if self.hosts else []
+        options = self._options(attempt, hosts)
+        with tempfile.NamedTemporaryFile("w", prefix="srde-ds-hosts-") as file:
+            file.write(format_hostfile(hosts))
+            file.flush()
+            words = self.command.changed(hostfile=file.name if hosts else None, options=options)
+            self._say(f"attempt {attempt + 1} of {self.max_restarts + 1}: {shlex.join(words)}")
+            began = time.time()
+            with suppress(OSError):
+                self._earlier_heartbeat = (self.run / HEARTBEAT).read_text()
+            status = self._run(words)
+        heartbeat = self._heartbeat()
+        if (self.run / "completed.json").exists():
+            self._say("the run is finished")
+            return 0
+        if self._signal:
+            self._say(f"stopped by {signal.Signals(self._signal).name}; {self._position()}")
+            return 128 + self._signal
+        self._last_cause = f"{self._cause(heartbeat, status)}; {self._position()}"
+        self._say(f"attempt {attempt + 1} ended after {time.time() - began:.0f} s: {self._last_cause}")
+        if status == BAD_INPUT or heartbeat.get("bad_input"):
+            return BAD_INPUT
+        return None
+
+    def _run(self, words: Sequence[str]) -> int:
+        """The command's exit status; nothing of it is left in its session."""
+        try:
+            # A session of its own, so that all of it can be ended and nothing else is.
+            self._process = process = subprocess.Popen(
+                words, start_new_session=True, preexec_fn=_end_with_parent, stderr=subprocess.PIPE
+            )
+        except OSError as error:
+            raise SRDEError(f"command '{words[0]}' cannot be started: {error.strerror}.") from None
+        threading.Thread(target=self._pass_on, args=(process.stderr,), daemon=True).start()
+        ended_at = None
+        while process.poll() is None:
+            time.sleep(0.2)
+            if ended_at is None and self._heartbeat().get("state") in ("failed", "stopped", "finished"):
+                ended_at = time.monotonic()
+            if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
+                self._say("the run has ended, but its launcher waits on: ending it")
+                break
+        _end_session(process.pid)
+        return process.wait()
+
+    def _pass_on(self, errors: IO[bytes]) -> None:
+        """Print the command's errors, and keep training's last one: at the start there is no heartbeat yet."""
+        self._last_error = ""
+        for line in errors:
+            sys.stderr.buffer.write(line)
+            sys.stderr.flush()
+            _, found, text = line.decode(errors="replace").partition("srde-ds: error: ")
+            if found:
+                self._last_error = text.strip()
+
+    def _options(self, attempt: int, hosts: list[Host]) -> dict[str, str]:
+        """What training is told besides the command's own options."""
+        options: dict[str, str] = {}
+        if (self.run / "latest").exists():
+            if attempt or not self.config.training.resume_from:
+                options["resume_from"] = "latest"
+        elif attempt and (self.run / "metrics.jsonl").exists():
+            # Nothing was saved: the run begins anew, and what it wrote so far is kept aside.
+            os.replace(self.run / "metrics.jsonl", self.run / f"metrics.attempt-{attempt}.jsonl")
+        if sum(host.slots for host in hosts) != sum(host.slots for host in self.hosts):
+            options["gradient_accumulation_steps"] = str(self._accumulation(hosts))
+        return options
+
+    def _accumulation(self, hosts: list[Host]) -> int:
+        """Micro-steps with which fewer processes take the same rows a step."""
+        training, size = self.config.training, self.config.parallel.expert_parallel_size
+        before, now = (sum(host.slots for host in of) for of in (self.hosts, hosts))
+        steps, rest = divmod(training.gradient_accumulation_steps * before, now)
+        if rest or now % size:
+            raise SRDEError(
+                f"min_nodes={self.min_nodes}: {now} processes cannot take over from {before}: "
+                f"gradient_accumulation_steps x processes must stay {training.gradient_accumulation_steps * before}, "
+                f"and expert_parallel_size={size} must divide the processes."
+            )
+        return steps
+
+    def _hosts_left(self) -> list[Host]:
+        """The hosts that answer; waits a while for all of them.
+
+        Raises:
+            SRDEError: too few do.
+        """
+        deadline = time.monotonic() + HOSTS_BACK_SECONDS
+        while True:
+            left = answering(self.hosts)
+            gone = [host.name for host in self.hosts if host not in left]
+            if not gone:
+                return left
+            if time.monotonic() > deadline or self._signal:
+                break
+            self._say(f"no answer over ssh from {', '.join(gone)}; waiting")
+            self._pause(RESTART_SECONDS)
+        if self.min_nodes is None or len(left) < self.min_nodes:
+            needed = "all are needed (--min_nodes)" if self.min_nodes is None else f"min_nodes={self.min_nodes}"
+            raise SRDEError(
+                f"no answer over ssh from {', '.join(gone)}, and {needed}. Bring them up or leave them out."
+            )
+        self._say(f"going on without {', '.join(gone)}")
+        return left
+
+    def _heartbeat(self) -> dict[str, Any]:
+        """What the run of this attempt says of itself; empty while it has said nothing."""
+        try:
+            text = (self.run / HEARTBEAT).read_text()
+            content: dict[str, Any] = {} if text == self._earlier_heartbeat else json.loads(text)
+        except (OSError, ValueError):
+            return {}
+        return content
+
+    def _cause(self, heartbeat: dict[str, Any], status: int) -> str:
+        if "reason" in heartbeat:
+            return str(heartbeat["reason"]).rstrip(".")
+        if self._last_error:
+            return self._last_error.rstrip(".")
+        if heartbeat:
+            return f"its processes ended without a word at step {heartbeat['step']} (exit status {status})"
+        return f"the command ended with status {status} before training began; its output says why"
+
+    def _position(self) -> str:
+        with suppress(OSError):
+            return f"the latest checkpoint is {(self.run / 'latest').read_text().strip()}"
+        return "no checkpoint was saved yet"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Ask the run to save and stop: one rank that gets the signal is enough, and the launchers would not wait.
+
+        deepspeed 0.19.8 ends its ranks one after another, and on several hosts by pkill.
+        """
+        again, self._signal = bool(self._signal), self._signal or number
+        process = self._process
+        if process is None or process.poll() is not None:
+            return
+        heartbeat = self._heartbeat()
+        if not again and heartbeat.get("state") == "running" and heartbeat.get("host") == socket.gethostname():
+            with suppress(ProcessLookupError):
+                os.kill(heartbeat["pid"], signal.SIGTERM)
+                return
+        process.send_signal(signal.SIGTERM)
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._signal:
+            time.sleep(0.1)
+
+    def _say(self, text: str) -> None:
+        logger.info("supervisor: %s.", text)
+
+    _last_cause = _last_error = _earlier_heartbeat = ""
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def answering(hosts: Sequence[Host]) -> list[Host]:
+    """Those that run a command over ssh within some seconds."""
+
+    def answers(host: Host) -> bool:
+        with suppress(subprocess.TimeoutExpired):
+            return subprocess.run([*SSH, host.name, "true"], capture_output=True, timeout=10).returncode == 0
+        return False
+
+    with ThreadPoolExecutor(min(32, len(hosts))) as pool:
+        return [host for host, up in zip(hosts, pool.map(answers, hosts), strict=True) if up]
+
+
+def _end_session(leader: int) -> None:
+    """Nothing of an attempt may live on beside the next one."""
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        members = _session(leader)
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while members and time.monotonic() < deadline:
+            time.sleep(0.1)
+            members = _session(leader)
+        if not members:
+            return
+
+
+def _session(leader: int) -> list[int]:
+    """Live processes of a session, which may have several process groups."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                state, _, _, session, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(session) == leader and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def _end_with_parent() -> None:
+    """In the new process: SIGTERM when the supervisor dies."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _value(words: Sequence[str], names: Sequence[str]) -> str | None:
+    for index, word in enumerate(words):
+        name, has_value, value = word.partition("=")
+        if name in names:
+            return value if has_value else (words[index + 1] if index + 1 < len(words) else None)
+    return None
+
+
+def _without(words: Sequence[str], name: str) -> list[str]:
+    kept, skip = [], False
+    for word in words:
+        if skip:
+            skip = False
+        elif word == name:
+            skip = True
+        elif not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept
+
+
+def _with_value(words: Sequence[str], names: Sequence[str], value: str) -> list[str]:
+    kept = list(words)
+    for name in names:
+        kept = _without(kept, name)
+    return [kept[0], names[0], value, *kept[1:]]

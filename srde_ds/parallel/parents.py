@@ -1,0 +1,102 @@
+"""A process of a run ends with its launcher: nobody else would end it, and its GPU would stay taken.
+
+Seen with deepspeed 0.19.8: after SIGKILL of the launcher of a host its ranks train on, and the runner waits for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+POLL_SECONDS = 1.0
+# For a checkpoint. After it the process ends as if it had been killed.
+SAVE_SECONDS = 75.0
+
+# In the command line of a process that starts ranks and waits for them.
+_LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "prterun", "orted", "prted", "srde-ds")
+_SHELLS = ("sh", "bash", "dash")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """A process by its number and start time, since numbers are used again."""
+
+    pid: int
+    started: str
+    command: str
+
+    def lives(self) -> bool:
+        return _read(self.pid) == self
+
+    @property
+    def is_launcher(self) -> bool:
+        # sshd without a terminal: the other end of pdsh or ssh; one with a terminal may go before the run ends.
+        remote = "sshd" in self.command and "@notty" in self.command
+        return remote or (not self.is_shell and any(name in self.command for name in _LAUNCHERS))
+
+    @property
+    def is_shell(self) -> bool:
+        return Path(self.command.split(" ")[0]).name in _SHELLS
+
+
+def launchers() -> list[Launcher]:
+    """The launchers among the parents of this process, nearest first; shells between them are passed over."""
+    found, pid = [], os.getppid()
+    while pid > 1:
+        process = _read(pid)
+        if process is None or not (process.is_launcher or process.is_shell):
+            break
+        if process.is_launcher:
+            found.append(process)
+        pid = _parent(pid)
+    return found
+
+
+class LauncherWatch:
+    """Watches them in a thread: once one is gone, this process gets SIGTERM, and SIGKILL if that does not end it.
+
+    SIGTERM lets the run save and stop on all ranks, where that is possible.
+
+    Attributes:
+        gone: the launcher that ended first, in words.
+    """
+
+    def __init__(self) -> None:
+        self.gone: str | None = None
+        self._watched = launchers()
+        if self._watched:
+            threading.Thread(target=self._watch, name="launchers", daemon=True).start()
+
+    def _watch(self) -> None:
+        pause = threading.Event()
+        while all(launcher.lives() for launcher in self._watched):
+            pause.wait(POLL_SECONDS)
+        gone = next(launcher for launcher in self._watched if not launcher.lives())
+        self.gone = f"its launcher (process {gone.pid}: {gone.command[:60]}) is gone"
+        with contextlib.suppress(OSError):  # the pipe may be gone, too
+            print(f"srde-ds: {self.gone}: saving and stopping.", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pause.wait(SAVE_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _read(pid: int) -> Launcher | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return None
+    state, *fields = stat.rpartition(")")[2].split()
+    return None if state in "ZX" else Launcher(pid, fields[18], command)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0

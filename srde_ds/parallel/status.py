@@ -1,0 +1,103 @@
+"""What this process is doing, in words, for the messages that name a rank that failed or did not arrive."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+
+@dataclass(frozen=True)
+class Report:
+    """A rank's view of itself. Times are durations, so that the hosts' clocks need not agree.
+
+    Attributes:
+        step: the optimizer step at work, from 1; 0 before the first.
+        activity: such as "forward of micro-step 3", for `activity_seconds`.
+        place: source line of the main thread.
+        collectives: number of collectives begun; equal on ranks that wait in the same one.
+        idle_seconds: since the last one began.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    activity: str
+    activity_seconds: float
+    place: str
+    collectives: int
+    idle_seconds: float
+
+    @property
+    def name(self) -> str:
+        return f"rank {self.rank} (host {self.host}, process {self.pid})"
+
+    @property
+    def doing(self) -> str:
+        return f"step {self.step}, {self.activity}, for {self.activity_seconds:.0f} s, in {self.place}"
+
+
+class _Current:
+    step = 0
+    activity = "starting"
+    since = time.monotonic()
+
+
+def doing(activity: str, step: int | None = None) -> None:
+    """Note what this process does from now on; `step` stays if it is not given."""
+    _Current.activity, _Current.since = activity, time.monotonic()
+    if step is not None:
+        _Current.step = step
+
+
+class Reporter:
+    """Makes this rank's reports; to be asked regularly, as it notices the collectives' progress by itself."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.host, self.pid = rank, socket.gethostname(), os.getpid()
+        self._collectives, self._progress = 0, time.monotonic()
+
+    def report(self) -> Report:
+        now, count = time.monotonic(), collectives_begun()
+        if count != self._collectives:
+            self._collectives, self._progress = count, now
+        return Report(
+            self.rank,
+            self.host,
+            self.pid,
+            _Current.step,
+            _Current.activity,
+            round(now - _Current.since, 1),
+            _place(),
+            count,
+            round(now - self._progress, 1),
+        )
+
+
+def collectives_begun() -> int:
+    """Collectives that this process has called, summed over its groups.
+
+    torch counts them in each group, for gloo and NCCL, to compare ranks in its own debug mode; there is no public
+    way to read the numbers.
+    """
+    if not dist.is_initialized():
+        return 0
+    groups: list[Any] = list(distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _place() -> str:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    if frame is None:
+        return "no Python code"
+    file = Path(frame.f_code.co_filename)
+    return f"{file.parent.name}/{file.name}:{frame.f_lineno} {frame.f_code.co_name}"

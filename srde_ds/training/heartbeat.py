@@ -1,0 +1,111 @@
+"""`heartbeat.json` in the run's folder: where a run stands, for `srde-ds monitor` and the supervisor."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from srde_ds.config import Config
+
+logger = logging.getLogger(__name__)
+
+FILE = "heartbeat.json"
+# A file system that all hosts share need not take one file a step from a run with short steps.
+SHORTEST_SECONDS = 1.0
+# Other ranks let rank 0 speak first.
+RANK_0_SECONDS = 2.0
+State = Literal["running", "stopped", "failed", "finished"]
+
+
+class Heartbeat:
+    """Writes the file from rank 0 after steps, and from whichever rank has to say why the run ended.
+
+    `completed.json` alone says that a run finished; a heartbeat in state "finished" comes just before it.
+    A file that cannot be written is a warning: training goes on.
+
+    Args:
+        enabled: True on rank 0; other ranks write `failed` only.
+    """
+
+    def __init__(self, config: Config, *, world_size: int, enabled: bool) -> None:
+        self.path, self.enabled = Path(config.training.output_dir) / FILE, enabled
+        self._content: dict[str, Any] = {
+            "state": "running",
+            "step": 0,
+            "max_steps": config.training.max_steps,
+            "world_size": world_size,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.time(),
+        }
+        self._written = 0.0
+        self._started = False
+        self._step_ended: float | None = None
+        self._seconds: deque[float] = deque(maxlen=20)
+
+    def start(self, step: int) -> None:
+        """The run's folder is there, and `step` steps are done."""
+        self._started = True
+        self._content["step"] = step
+        self._write("running")
+
+    def update(self, line: Mapping[str, Any]) -> None:
+        """A step has ended; `line` is its line of metrics."""
+        now = time.monotonic()
+        if self._step_ended is not None:
+            self._seconds.append(now - self._step_ended)
+            self._content["seconds_per_step"] = round(statistics.median(self._seconds), 3)
+        self._step_ended = now
+        self._content |= {key: line[key] for key in ("step", "phase", "loss", "tokens", "tokens_per_second")}
+        if now - self._written > SHORTEST_SECONDS:
+            self._write("running")
+
+    def stopped(self, reason: str) -> None:
+        self._write("stopped", reason=reason)
+
+    def finished(self) -> None:
+        self._write("finished")
+
+    def failed(self, reason: str, rank: int, *, bad_input: bool = False) -> None:
+        """The run ends with an error; any rank may call it, which does nothing before `start`: a run that
+        was refused leaves the folder, maybe another run's, as it was.
+
+        Args:
+            bad_input: starting again would fail again.
+        """
+        if not self._started:
+            return
+        before: dict[str, Any] = {}
+        if not self.enabled:
+            time.sleep(RANK_0_SECONDS)
+            with suppress(OSError, ValueError):
+                before = json.loads(self.path.read_text())
+            # Rank 0 has said it, and knows more.
+            if before.get("state") == "failed" and before["time"] > self._content["started"]:
+                return
+        self.enabled = True
+        self._content |= {key: before[key] for key in ("step", "started") if key in before}
+        self._write("failed", reason=reason, rank=rank, bad_input=bad_input)
+
+    def _write(self, state: State, **more: Any) -> None:
+        if not self.enabled:
+            return
+        self._written = time.monotonic()
+        content = self._content | {"state": state, "time": time.time()} | more
+        partial = self.path.with_name(f"{FILE}.{os.getpid()}.tmp")
+        try:
+            partial.write_text(json.dumps(content, indent=1) + "\n")
+            os.replace(partial, self.path)
+        except OSError as error:
+            with suppress(OSError):
+                partial.unlink()
+            logger.warning("%s: %s; it shows an earlier state.", FILE, error.strerror)

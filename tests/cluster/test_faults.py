@@ -1,0 +1,61 @@
+"""Faults of a run over hosts, and what `srde-ds doctor` sees of hosts. More faults: benchmarks/faults.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from signal import Signals
+
+import pytest
+
+from tests.cluster.hosts import Hosts, missing
+from tests.cluster.supervised import SupervisedRun
+from tests.cluster.training import ENVIRONMENT
+from tests.distributed.training_helpers import Inputs
+
+pytestmark = pytest.mark.skipif(missing("pdsh") is not None, reason=f"hosts: {missing('pdsh')}")
+
+
+def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
+    slots = {"node1": 1, "node2": 1}
+    run = SupervisedRun(hosts, inputs, tmp_path, slots, "--max_restarts", "3", "--min_nodes", "1")
+    run.wait_for_steps()
+    killed = run.see("kill", lambda: run.kill_rank("node2"))
+    cut = run.see("cut", lambda: hosts.cut("node2"), then=lambda: hosts.restore("node2"))
+    dead = run.see("host", lambda: run.kill_host("node2"))
+    ended, status = run.see_end("signal", lambda: run.job.send_signal(Signals.SIGTERM))
+
+    assert "rank 1 (host node2, process " in killed.message and "ended without a word" in killed.message
+    assert "step " in killed.message and "micro-step" in killed.message or "checkpoint" in killed.message
+    assert "no sign of life from rank 1 (host node2" in cut.message
+    assert "rank 1 (host node2" in dead.message and "going on without node2" in run.output()
+    for seen in (killed, cut, dead):
+        assert seen.seconds < 90 and seen.left == []
+    assert 0 < killed.resumed_at < cut.resumed_at < dead.resumed_at
+    assert status == 128 + Signals.SIGTERM and ended.left == []
+    assert ended.seconds < 25  # before a launcher's ladder of 30 seconds a rank would begin
+    assert "stopped by SIGTERM; the latest checkpoint is checkpoint-" in ended.message
+
+
+def test_the_doctor_looks_at_all_hosts(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
+    hosts.kill("node3")
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
+    (hosts.home("node1") / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth7\n")
+    assert hosts.run("node2", ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode == 0
+    options = ["--model_name", inputs.base, "--max_length", "96", "--output_dir", str(tmp_path / "run")]
+    done = hosts.run(
+        "node1", ["srde-ds", "doctor", "--hostfile", str(hostfile), *options], env=ENVIRONMENT, timeout=120
+    )
+    hosts.kill("node2")
+    hosts.boot("node2")
+    assert done.returncode == 1
+    for line in (
+        "ok      the same versions on 2 hosts",
+        "ok      the same base on 2 hosts",
+        "fatal   node3: ssh: connect to host node3 port 22",
+        "fatal   node1: no interface eth7 (GLOO_SOCKET_IFNAME)",
+        f"fatal   '{tmp_path}' is not shared: what node1 writes there is not seen on node2",
+        "ok      clocks agree",
+        "ok      all pairs of 2 hosts can connect on port 29500",
+    ):
+        assert line in done.stdout, done.stdout

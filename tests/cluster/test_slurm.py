@@ -1,0 +1,97 @@
+"""Slurm: the stages as dependent jobs, and training that is preempted, requeued and goes on by itself."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.hosts import Hosts, missing
+from tests.cluster.slurm import PROGRAMS, Slurm
+from tests.cluster.training import ENVIRONMENT, arguments, small_run
+from tests.distributed.training_helpers import DOMAINS, MAX_LENGTH, Inputs, metrics
+
+STEPS = 80  # more than there is time for before the preemption
+
+
+@pytest.fixture
+def slurm(hosts: Hosts, tmp_path: Path) -> Iterator[Slurm]:
+    if reason := missing(*PROGRAMS):
+        pytest.skip(f"Slurm: {reason}")
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    yield Slurm(hosts, folder)
+
+
+def test_the_stages_run_as_jobs_through_a_preemption(slurm: Slurm, inputs: Inputs, tmp_path: Path) -> None:
+    run, logs = tmp_path / "run", str(tmp_path / "%x.log")
+    changes = {"max_steps": STEPS, "save_steps": 40, "batch_size": 4, "gradient_accumulation_steps": 1}
+    options = small_run(inputs, run, processes=2, **changes)
+    for name in ("model_name", "pretokenized_dir", "output_dir"):
+        del options[name]
+    variables = {
+        "MODEL_NAME": inputs.base,
+        "OUTPUT_DIR": str(run),
+        "EVAL_FILE": inputs.eval_file,
+        "JSONL_DATA": inputs.jsonl,
+        "WORK_DIR": str(tmp_path / "data"),
+        "BUILD_FLAGS": f"--domains {','.join(DOMAINS)} --max_length {MAX_LENGTH}",
+        "EVALUATE_FLAGS": "--max_samples 6 --max_new_tokens 4 --bf16 false",
+        "TRAIN_SBATCH": "--nodes 2 --ntasks-per-node 1",
+    }
+    for stage in ("BUILD", "TRAIN", "STAGE"):
+        variables[f"{stage}_SBATCH"] = f"{variables.get(f'{stage}_SBATCH', '')} --output {logs}"
+    submitted = slurm("cluster/slurm/pipeline.sh", *arguments(options), env=ENVIRONMENT | variables)
+    words = submitted.replace(",", "").split()
+    build, train, evaluate, convert = (
+        words[words.index(name) + 1] for name in ("build", "train", "evaluate", "convert")
+    )
+    assert [slurm.state(job) for job in (train, evaluate, convert)] == ["PENDING 0"] * 3
+
+    def log() -> str:
+        return "\n".join(path.read_text() for path in sorted(tmp_path.glob("*.log")))
+
+    def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            jobs = {job: slurm.state(job) for job in (build, train, evaluate, convert)}
+            assert time.monotonic() < deadline and not any("FAILED" in state for state in jobs.values()), (
+                f"{jobs}\n{log()}"
+            )
+            time.sleep(0.2)
+
+    # A job that goes first takes both nodes once training has begun.
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 2, 150)
+    both = ["--partition=high", "--nodes=2", "--exclusive", "--output", logs]
+    urgent = slurm("sbatch", "--parsable", *both, "--wrap", "srun hostname")
+    wait_for(lambda: slurm.state(urgent) == "COMPLETED 0", 90)
+    assert slurm.state(train) == "PENDING 1"
+    stopped_at = len(metrics(run))
+    assert stopped_at < STEPS and (run / "latest").read_text().strip() == f"checkpoint-{stopped_at}"
+    assert not (run / "completed.json").exists()
+    # Slurm lets a requeued job wait two minutes; within a second of the requeueing its nodes would refuse it.
+    slurm("scontrol", "update", f"JobId={train}", "StartTime=now+3")
+    wait_for(lambda: all(slurm.state(job).startswith("COMPLETED") for job in (train, evaluate, convert)), 200)
+
+    assert json.loads((run / "completed.json").read_text())["step"] == STEPS
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    text = (tmp_path / "srde-train.log").read_text()
+    assert "start 1" in text and "stopped by SIG" in text and "start 2" in text
+    assert f"Resumed at step {stopped_at}" in text
+    assert json.loads((run / "evaluation.json").read_text())
+    assert (run / "export/srde_weights.safetensors").read_bytes() == (run / "srde_weights.safetensors").read_bytes()
+
+
+def test_a_run_that_fails_is_not_started_again(slurm: Slurm, tmp_path: Path) -> None:
+    log, flags = tmp_path / "log", ["--output_dir", str(tmp_path / "run"), "--max_stepps", "3"]
+    sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--output={log}"]
+    job = slurm(*sbatch, "cluster/slurm/train.sbatch", *flags, env=ENVIRONMENT)
+    deadline = time.monotonic() + 60
+    while not slurm.state(job).startswith("FAILED"):
+        assert time.monotonic() < deadline, f"{slurm.state(job)}\n{log.read_text()}"
+        time.sleep(0.2)
+    assert slurm.state(job) == "FAILED 0"
+    assert "unknown argument '--max_stepps'" in log.read_text()

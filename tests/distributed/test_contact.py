@@ -1,0 +1,79 @@
+"""Ranks that differ, ranks that never meet, and a rank killed while they meet."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from tests.distributed.harness import Ranks, run_distributed
+from tests.distributed.kill_helpers import ended, ranks
+from tests.distributed.training_helpers import Inputs, train_here
+
+
+def train_otherwise(flags: dict[str, Any], rank_1: dict[str, Any], transformers: str) -> str | None:
+    """`train_here`, with other options and another version of transformers on rank 1."""
+    from srde_ds.training import facts
+
+    if dist.get_rank() == 0:
+        return train_here(flags)
+    versions = facts.package_versions() | ({"transformers": transformers} if transformers else {})
+    with patch.object(facts, "package_versions", lambda: versions):
+        return train_here(flags | rank_1)
+
+
+def test_ranks_that_differ_are_refused(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    flags = inputs.flags(tmp_path / "run")
+    for rank_1, version, text in (
+        ({}, "0.0.1", "version of transformers differs: 0.0.1 on rank 1 (host "),
+        ({"seed": 43}, "", "option training.seed differs: 43 on rank 1 (host "),
+        ({"pretokenized_dir": inputs.other_dataset}, "", "option data.pretokenized_dir differs"),
+    ):
+        first, second = two_ranks(train_otherwise, flags, rank_1, version)
+        assert first == second and first.startswith(text)
+    assert not (tmp_path / "run").exists()
+
+
+def group_timeouts() -> set[float]:
+    """Seconds of all process groups after DeepSpeed has made one of its own."""
+    from srde_ds.parallel import topology
+
+    dist.destroy_process_group()  # the harness's
+    topology.start_processes(33)
+    topology.deepspeed.utils.groups._clone_world_group()
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    assert len(groups) == 2
+    return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
+
+
+def test_the_timeout_holds_for_the_groups_that_deepspeed_makes() -> None:
+    assert run_distributed(group_timeouts, 1) == [{33.0}]
+
+
+def test_a_rank_that_is_alone_says_whom_it_waits_for(inputs: Inputs, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    flags = inputs.flags(tmp_path / "run", collective_timeout=10)
+    for rank, text in (
+        (0, "error: rank 1 did not start within 10 s; there are processes on "),
+        (1, "LostContact: rank 0 did not answer at 127.0.0.1:"),
+    ):
+        with ranks(flags, 2, log) as processes:
+            processes[1 - rank].kill()
+            assert ended(processes)[rank] == 1
+        assert text in log.read_text()
+
+
+def test_a_rank_killed_while_the_ranks_meet_ends_the_other(inputs: Inputs, tmp_path: Path) -> None:
+    """Before it opens the store, and in between: never longer than the limit, as it once was."""
+    flags = inputs.flags(tmp_path / "run", max_steps=10_000, warmup_steps=0, collective_timeout=30)
+    for victim, seconds in ((0, 1.5), (1, 2.5), (1, 4.0)):
+        with ranks(flags, 2, tmp_path / "log") as processes:
+            time.sleep(seconds)
+            processes[victim].kill()
+            began = time.monotonic()
+            assert ended(processes) == ([-9, 1] if victim == 0 else [1, -9])
+            assert time.monotonic() - began < 60

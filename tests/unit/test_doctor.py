@@ -1,0 +1,126 @@
+"""What `srde-ds doctor` finds; on several hosts: tests/cluster/test_faults.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.cli import main
+from srde_ds.cluster import doctor
+from srde_ds.cluster.doctor import (
+    Finding,
+    check_gpus,
+    check_interfaces,
+    check_locks,
+    check_packages,
+    check_sizes,
+    compare,
+)
+from srde_ds.config import resolve
+from tests.cli_helpers import fails, save_base
+
+GPU = {"name": "H100", "memory_gib": 80.0, "driver": "550"}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def only(findings: Any) -> Finding:
+    [finding] = findings
+    assert isinstance(finding, Finding)
+    return finding
+
+
+def test_the_packages_of_this_environment_are_in_order() -> None:
+    assert only(check_packages()).level == "ok"
+
+
+def test_a_wrong_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "no-such-package>=1", "absent; extra == 'dev'"])
+    texts = [finding.text for finding in check_packages()]
+    assert len(texts) == 2 and "torch" in texts[0] and ">=99" in texts[0] and "no-such-package: none" in texts[1]
+
+
+def test_gpus_and_processes_must_fit() -> None:
+    assert check_gpus([GPU, GPU], 2).level == "ok"
+    assert check_gpus([], 2).level == "warning"
+    assert "1 GPUs for 2 processes" in check_gpus([GPU], 2, "node7").text
+
+
+def test_memory_and_disk_are_held_against_the_plan(base: Path) -> None:
+    config = resolve({}, {"model_name": str(base), "num_experts": 3, "max_length": 64})
+    memory, disk = check_sizes(config, 2, 80 * 2**30, 10**12)
+    assert (memory.level, disk.level) == ("ok", "ok")
+    memory, disk = check_sizes(config, 2, 1000, 1000)
+    assert (memory.level, disk.level) == ("fatal", "fatal") and memory.remedy and disk.remedy
+    assert only(check_sizes(resolve({}, {"model_name": "/none", "warmup_steps": 0}), 2, 0, 0)).level == "fatal"
+
+
+def test_a_lock_of_a_killed_build_is_found(tmp_path: Path) -> None:
+    assert not list(check_locks(tmp_path))
+    (tmp_path / "py311/fused").mkdir(parents=True)
+    (tmp_path / "py311/fused/lock").touch()
+    assert "fused/lock" in only(check_locks(tmp_path)).text
+
+
+def test_hosts_are_held_against_the_first(base: Path) -> None:
+    alike = {"versions": {"torch": "2.13", "Python": "3.11"}, "base": {"config.json": "10 bytes ab"}}
+    assert [finding.level for finding in compare({"node1": alike, "node2": alike})] == ["ok", "ok"]
+    other = {"versions": {"torch": "2.12", "Python": "3.11"}, "base": None}
+    first, second = compare({"node1": alike, "node2": other})
+    assert "torch: 2.12 on node2, 2.13 on node1" in first.text and "there is none on node2" in second.text
+
+
+@pytest.mark.parametrize(
+    ("variables", "fact", "text"),
+    [
+        ({}, {"own_address": "127.0.1.1"}, "its name stands for 127.0.1.1"),
+        ({"GLOO_SOCKET_IFNAME": "eth0"}, {"own_address": "127.0.1.1"}, "GLOO uses interface eth0"),
+        ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, {}, "NCCL uses interface ^docker,lo"),
+    ],
+)
+def test_interfaces(variables: dict[str, str], fact: dict[str, Any], text: str) -> None:
+    found = {"node1": {"interfaces": ["lo", "eth0"], "own_address": "10.0.0.1", "gpus": []} | fact}
+    assert text in only(check_interfaces(found, variables)).text
+
+
+def test_an_interface_that_a_host_lacks() -> None:
+    found = {"node1": {"interfaces": ["lo", "ens3"], "own_address": "10.0.0.1", "gpus": []}}
+    missing, _ = check_interfaces(found, {"GLOO_SOCKET_IFNAME": "eth0"})
+    assert missing.level == "fatal" and "node1: no interface eth0" in missing.text and "ens3" in missing.remedy
+
+
+def test_the_agent_answers_line_by_line(base: Path, tmp_path: Path) -> None:
+    port = 0  # any free one
+    questions: list[Any] = [["clock", {}], ["listen", {"port": port}], ["see", {"path": str(tmp_path / "f")}]]
+    questions += [["write", {"path": str(tmp_path / "f")}], ["see", {"path": str(tmp_path / "f")}]]
+    questions += [["facts", {"base": str(base), "output_dir": str(tmp_path / "run/deep")}]]
+    questions += [["write", {"path": "/proc/none/f"}]]
+    done = subprocess.run(
+        [sys.executable, "-m", "srde_ds.cluster.host_agent"],
+        input="".join(json.dumps(question) + "\n" for question in questions),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    clock, listen, before, write, after, facts, refused = map(json.loads, done.stdout.splitlines())
+    assert clock > 1e9 and (listen, before, write, after) == ("", False, "", True) and refused
+    assert "model.safetensors" in facts["base"] and facts["versions"]["deepspeed"] == "0.19.8" and facts["writable"]
+
+
+def test_the_verb_prints_findings_and_ends_with_1_if_one_is_fatal(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--model_name", str(base), "--max_length", "64", "--output_dir", str(tmp_path)]) == 0
+    assert "Fit to train." in capsys.readouterr().out
+    assert main(["doctor", "--model_name", str(tmp_path / "none"), "--output_dir", "/proc/run"]) == 1
+    printed = capsys.readouterr().out
+    assert "output_dir=/proc/run" in printed and "to repair before training" in printed
+    fails(capsys, ["doctor", "--hostfile", str(tmp_path / "none")], "hostfile=")

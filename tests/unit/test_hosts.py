@@ -1,0 +1,169 @@
+"""Hostfiles and .deepspeed_env: what is read, what is written, what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.cli import main
+from srde_ds.cluster.hosts import Host, expand_nodelist, format_hostfile, hosts_from_slurm, parse_hostfile
+from srde_ds.errors import SRDEError
+
+INSTANCES: list[dict[str, Any]] = [
+    # One behind the provider's ssh proxy, one with its port mapped, one that is not up.
+    {"id": 11, "actual_status": "running", "num_gpus": 8, "ssh_host": "ssh4.vast.ai", "ssh_port": 12011, "ports": {}},
+    {
+        "id": 12,
+        "actual_status": "running",
+        "num_gpus": 4,
+        "ssh_host": "ssh5.vast.ai",
+        "ssh_port": 12012,
+        "public_ipaddr": "192.0.2.7 ",
+        "ports": {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": "40122"}]},
+    },
+    {"id": 13, "actual_status": "loading", "num_gpus": None, "ssh_host": None, "ssh_port": None, "ports": None},
+]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["hosts", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("short", "names"),
+    [
+        ("node1", ["node1"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("node[08-10,12],login", ["node08", "node09", "node10", "node12", "login"]),
+        ("rack[1-2]n[3-4]", ["rack1n3", "rack1n4", "rack2n3", "rack2n4"]),
+        ("a1-b.c[2,5]", ["a1-b.c2", "a1-b.c5"]),
+    ],
+)
+def test_slurm_nodelists_are_expanded_as_by_slurm(short: str, names: list[str], tmp_path: Path) -> None:
+    assert expand_nodelist(short) == names
+    if shutil.which("scontrol"):
+        (tmp_path / "slurm.conf").write_text("ClusterName=c\nSlurmctldHost=h\nNodeName=h\nPartitionName=p Nodes=h\n")
+        environment = os.environ | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+        command = ["scontrol", "show", "hostnames", short]
+        listed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert listed.stdout.split() == names
+
+
+@pytest.mark.parametrize("bad", ["", "node[1-", "node]", "node[3-1]", "node[a]", "a,,b", "node[1-]", "a b"])
+def test_bad_nodelists_are_refused(bad: str) -> None:
+    with pytest.raises(SRDEError, match="nodelist"):
+        expand_nodelist(bad)
+
+
+@pytest.mark.parametrize(
+    ("variables", "slots"),
+    [
+        ({"SLURM_GPUS_PER_NODE": "8", "SLURM_TASKS_PER_NODE": "1(x3)"}, [8, 8, 8]),
+        ({"SLURM_GPUS_PER_NODE": "h100:4"}, [4, 4, 4]),
+        ({"SLURM_TASKS_PER_NODE": "2(x2),1"}, [2, 2, 1]),
+    ],
+)
+def test_a_slurm_job_tells_its_slots(variables: dict[str, str], slots: list[int]) -> None:
+    found = hosts_from_slurm({"SLURM_JOB_NODELIST": "n[1-3]"} | variables, None)
+    assert found == [Host(f"n{number}", count) for number, count in zip((1, 2, 3), slots, strict=True)]
+    assert [host.slots for host in hosts_from_slurm({"SLURM_JOB_NODELIST": "n[1-3]"} | variables, 5)] == [5, 5, 5]
+
+
+def test_hostfiles_are_read_as_deepspeed_does(tmp_path: Path) -> None:
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    text = "# two kinds of host\n\nnode1 slots=8\n  node-2.cluster   slots=4\n"
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    assert {host.name: host.slots for host in parse_hostfile(text)} == dict(fetch_hostfile(str(path)))
+    assert parse_hostfile(format_hostfile(parse_hostfile(text))) == parse_hostfile(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("", "no host"),
+        ("node1", "line 1, 'node1'"),
+        ("a slots=1\na slots=2", "'a' stands there 2 times"),
+        ("a slots=0", "slots=0"),
+        ("-oProxyCommand=x slots=1", "line 1"),
+    ],
+)
+def test_bad_hostfiles_are_refused(text: str, named: str) -> None:
+    with pytest.raises(SRDEError, match=named):
+        parse_hostfile(text)
+
+
+def test_the_verb_writes_hostfile_and_environment(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    hosts, environment = tmp_path / "hosts", tmp_path / ".deepspeed_env"
+    files = ["--output_file", str(hosts), "--environment_file", str(environment)]
+    variables = ["--interface", "eth0", "--variables", "OMP_NUM_THREADS,HF_HOME=/a b"]
+    assert main(["hosts", "--list", "node1:2,node2", "--slots", "4", *files, *variables]) == 0
+    assert hosts.read_text() == "node1 slots=2\nnode2 slots=4\n"
+    assert environment.read_text() == (
+        "GLOO_SOCKET_IFNAME=eth0\nNCCL_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=4\nHF_HOME=/a b\n"
+    )
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    capsys.readouterr()
+    assert main(["hosts", "--slurm", "--slots", "1"]) == 0
+    assert capsys.readouterr().out == "n1 slots=1\nn2 slots=1\n"
+
+
+def test_vastai_instances_become_hosts_with_their_ports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(INSTANCES)))
+    assert main(["hosts", "--vastai", "-", "--ssh_config", str(tmp_path / "config")]) == 0
+    assert capsys.readouterr().out == "vast-11 slots=8\nvast-12 slots=4\n"
+    assert (tmp_path / "config").read_text() == (
+        "Host vast-11\n    HostName ssh4.vast.ai\n    Port 12011\n    User root\n"
+        "Host vast-12\n    HostName 192.0.2.7\n    Port 40122\n    User root\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "give --list, --slurm or --vastai"),
+        (["--list", "a"], "slots"),
+        (["--list", "a:x"], "'x' is no number"),
+        (["--list", "a;b:1"], "'a;b' is no host name"),
+        (["--list", "a:1,a:2"], "'a' stands there 2 times"),
+        (["--slurm"], "SLURM_JOB_NODELIST is not set"),
+        (["--vastai", "/no/such"], "vastai=/no/such"),
+        (["--list", "a:1", "--ssh_config", "x"], "only --vastai"),
+        (["--list", "a:1", "--variables", "NOT_SET_ANYWHERE"], "is not set here"),
+        (["--list", "a:1", "--variables", "HF_TOKEN=x"], "looks like a secret"),
+        (["--list", "a:1", "--variables", "A=$HOME"], "has '\\$'"),
+        (["--list", "a:1", "--variables", "A= x"], "begins or ends with a space"),
+        (["--list", "a:1", "--variables", "1A=x"], "no name of a variable"),
+    ],
+)
+def test_what_would_not_work_is_refused(
+    arguments: list[str],
+    named: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    assert named.replace("\\", "") in refusal(arguments, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["nonsense", "{}", "[]", '[{"id": 1, "actual_status": "exited"}]'])
+def test_other_json_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "instances.json").write_text(text)
+    assert "vastai" in refusal(["--vastai", str(tmp_path / "instances.json")], capsys)

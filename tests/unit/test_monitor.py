@@ -1,0 +1,168 @@
+"""What `srde-ds monitor` makes of a run's folder, and what it tells a webhook."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.cli import main
+from srde_ds.cluster.monitor import monitor, observe
+from srde_ds.config import resolve
+from srde_ds.training.heartbeat import FILE, Heartbeat
+from tests.cli_helpers import fails
+
+NOW = 1_000_000.0
+LINE = {"step": 7, "phase": "joint", "loss": 1.25, "tokens": 900, "tokens_per_second": 210.0}
+
+
+def heartbeat(folder: Path, **changes: Any) -> Path:
+    content = {"state": "running", "step": 7, "max_steps": 20, "host": socket.gethostname(), "pid": os.getpid()}
+    content |= {"time": NOW, "loss": 1.25, "tokens_per_second": 210.0, "seconds_per_step": 30.0} | changes
+    (folder / FILE).write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "later", "state", "text"),
+    [
+        ({}, 299, "running", "step 7/20, loss 1.2500, 210 tokens/s"),
+        ({}, 301, "stalled", "no progress for 301 s"),  # ten usual steps
+        ({"seconds_per_step": 0.1}, 119, "running", "step 7/20"),
+        ({"seconds_per_step": 0.1}, 121, "stalled", "no progress for 121 s"),
+        ({"seconds_per_step": None}, 1700, "running", "step 7/20"),  # before the second step
+        ({"pid": 2**22 + 1}, 0, "died", "ended without a word"),
+        ({"pid": 2**22 + 1, "host": "elsewhere"}, 0, "running", "step 7/20"),
+        ({"state": "failed", "reason": "rank 3: No space left"}, 9999, "failed", "rank 3: No space left"),
+        ({"state": "stopped", "reason": "stopped by SIGTERM"}, 9999, "stopped", "stopped by SIGTERM"),
+    ],
+)
+def test_states(tmp_path: Path, changes: dict[str, Any], later: float, state: str, text: str) -> None:
+    seen = observe(heartbeat(tmp_path, **changes), now=NOW + later)
+    assert seen.state == state and text in seen.text
+    (tmp_path / "completed.json").write_text("{}")  # stronger than all else
+    assert observe(tmp_path, now=NOW + later).state == "finished"
+
+
+def test_a_run_without_a_heartbeat_is_waited_for(tmp_path: Path) -> None:
+    assert observe(tmp_path, now=NOW).state == "waiting"
+    (tmp_path / FILE).write_text('{"state": "runn')  # never seen in practice: the file is replaced at once
+    assert observe(tmp_path, now=NOW).state == "waiting"
+
+
+def test_a_given_limit_replaces_the_usual_one(tmp_path: Path) -> None:
+    assert observe(heartbeat(tmp_path), now=NOW + 50, stall_seconds=40).state == "stalled"
+
+
+def test_what_training_writes_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srde_ds.training.heartbeat.RANK_0_SECONDS", 0)
+    config = resolve({}, {"model_name": "x", "output_dir": str(tmp_path), "max_steps": 20, "warmup_steps": 0})
+    beat = Heartbeat(config, world_size=2, enabled=True)
+    beat.start(6)
+    beat.update(LINE)
+    content = json.loads((tmp_path / FILE).read_text())
+    assert observe(tmp_path, now=content["time"]).state == "running"
+    other = Heartbeat(config, world_size=2, enabled=False)
+    other.start(6)
+    other.update(LINE | {"step": 9})
+    assert json.loads((tmp_path / FILE).read_text()) == content  # rank 1 writes nothing
+    other.failed("rank 0 is lost", 0)  # but this
+    seen = observe(tmp_path, now=NOW)
+    assert seen.state == "failed" and "step 6/20" in seen.text and "rank 0 is lost" in seen.text
+    later = [Heartbeat(config, world_size=2, enabled=False) for _ in range(2)]
+    for rank, text in enumerate(("said of a later attempt", "not heard: it has been said")):
+        later[rank].start(6)
+        later[rank].failed(text, 1)
+    assert "said of a later attempt" in observe(tmp_path, now=NOW).text
+
+
+def test_a_run_whose_folder_is_not_open_leaves_no_heartbeat(tmp_path: Path) -> None:
+    config = resolve({}, {"model_name": "x", "output_dir": str(tmp_path), "max_steps": 20, "warmup_steps": 0})
+    Heartbeat(config, world_size=1, enabled=True).failed("bad input", 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = resolve({}, {"model_name": "x", "output_dir": "/dev/full/run", "max_steps": 20, "warmup_steps": 0})
+    Heartbeat(config, world_size=1, enabled=True).start(0)
+    assert "heartbeat.json" in caplog.text
+
+
+class Hook(http.server.BaseHTTPRequestHandler):
+    status = 204
+    bodies: list[dict[str, str]]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).bodies.append(body)
+        self.send_response(self.status)
+        self.end_headers()
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hook() -> Iterator[tuple[type[Hook], str]]:
+    handler = type("Handler", (Hook,), {"bodies": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield handler, f"http://127.0.0.1:{server.server_port}/secret"
+        server.shutdown()
+
+
+def test_the_webhook_hears_each_change_once(
+    hook: tuple[type[Hook], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler, url = hook
+    states = iter([{}, {}, {"state": "stopped", "reason": "stopped by SIGTERM"}, {}])
+
+    def next_state(seconds: float) -> None:
+        changes = next(states, None)
+        if changes is None:
+            (tmp_path / "completed.json").write_text("{}")
+        else:
+            heartbeat(tmp_path, time=2e12, **changes)
+
+    monkeypatch.setattr("srde_ds.cluster.monitor.time.sleep", next_state)
+    assert monitor(tmp_path, webhook=url) == 0
+    said = [body["text"].partition("]")[0][1:] for body in handler.bodies]
+    assert said == ["running", "stopped", "running", "finished"]
+    assert all(body["text"] == body["content"] for body in handler.bodies)
+    assert capsys.readouterr().out.count("\n") == 5  # these, and that it waits
+
+
+def test_a_failing_webhook_changes_nothing_and_its_url_stays_secret(
+    hook: tuple[type[Hook], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    handler, url = hook
+    handler.status = 500
+    (heartbeat(tmp_path) / "completed.json").write_text("{}")
+    for address, reason in ((url, "HTTP status 500"), ("http://127.0.0.1:9/secret", "URLError")):
+        monkeypatch.setenv("WEBHOOK_URL", address)
+        with caplog.at_level(logging.WARNING):
+            assert main(["monitor", str(tmp_path), "--once"]) == 0
+        assert reason in caplog.text
+    printed = capsys.readouterr()
+    assert "secret" not in caplog.text + printed.out + printed.err
+    assert len(handler.bodies) == 1
+
+
+def test_once_tells_by_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heartbeat(tmp_path, time=0.0)
+    assert main(["monitor", str(tmp_path), "--once"]) == 1
+    assert "no progress" in capsys.readouterr().out
+    fails(capsys, ["monitor", str(tmp_path / "none"), "--once"], "no such folder")
+    fails(capsys, ["monitor", str(tmp_path), "--once", "--webhook", "hooks.example/x"], "webhook: no http(s) URL")

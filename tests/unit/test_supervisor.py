@@ -1,0 +1,183 @@
+"""`srde-ds supervise` with a stand-in for training; with real training: tests/cluster/test_faults.py."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.cli import main
+from srde_ds.cluster import supervisor as module
+from srde_ds.cluster.hosts import Host
+from srde_ds.cluster.supervisor import Command, Supervisor
+from srde_ds.config import resolve
+from srde_ds.errors import SRDEError
+from tests.cli_helpers import fails
+
+# Does in each attempt what the next line of the plan says, and notes its arguments.
+STAND_IN = """
+import json, os, pathlib, subprocess, sys, time
+run = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1]); run.mkdir(exist_ok=True)
+plan = pathlib.Path(os.environ["PLAN"]); first, *rest = plan.read_text().splitlines(); plan.write_text("\\n".join(rest))
+with open(run / "calls", "a") as calls: calls.write(" ".join(sys.argv[1:]) + "\\n")
+def beat(**more):
+    content = {"state": "running", "step": 3, "host": os.uname().nodename, "pid": os.getpid(), "time": time.time()}
+    (run / "heartbeat.json").write_text(json.dumps(content | more))
+(run / "metrics.jsonl").write_text("{}")
+if "saved" in first: (run / "latest").write_text("checkpoint-3")
+if "failed" in first: beat(state="failed", reason="rank 1 (host b) failed: X.")
+if "bad" in first: beat(state="failed", reason="the loss is nan", bad_input=True)
+if "error" in first: print("srde-ds: error: rank 1: no such folder", file=sys.stderr)
+if "orphan" in first: subprocess.Popen(["sleep", "300"])
+if "completed" in first: (run / "completed.json").write_text("{}")
+if "wait" in first: beat(); time.sleep(60)
+sys.exit(int(first.split()[0]))
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(module, "RESTART_SECONDS", 0.0)
+    monkeypatch.setenv("PLAN", str(tmp_path / "plan"))
+    (tmp_path / "train.py").write_text(STAND_IN)
+    return tmp_path / "train.py"
+
+
+def supervise(script: Path, plan: list[str], *more: str, max_restarts: int = 3) -> int:
+    (script.parent / "plan").write_text("\n".join(plan))
+    command = [sys.executable, str(script), "--output_dir", str(script.parent / "run"), *more]
+    return main(["supervise", "--preflight", "false", "--max_restarts", str(max_restarts), "--", *command])
+
+
+def calls(script: Path) -> list[str]:
+    return (script.parent / "run/calls").read_text().splitlines()
+
+
+def test_the_marker_decides_not_the_exit_code(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert supervise(script, ["0 saved", "9 completed"]) == 0
+    first, second = calls(script)
+    assert "--resume_from" not in first and second.endswith("--resume_from latest")
+    printed = capfd.readouterr().err
+    assert "ended after" in printed and "command ended with status 0 before training began" in printed
+    assert supervise(script, ["1"]) == 0 and len(calls(script)) == 2  # nothing more to do
+
+
+def test_a_checkpoint_that_is_there_is_used_at_once(script: Path) -> None:
+    (script.parent / "run").mkdir()
+    (script.parent / "run/latest").write_text("checkpoint-3")
+    assert supervise(script, ["0 completed"]) == 0
+    assert calls(script)[0].endswith("--resume_from latest")
+
+
+def test_without_a_checkpoint_a_restart_begins_anew_and_keeps_what_was_written(script: Path) -> None:
+    assert supervise(script, ["1", "0 completed"]) == 0
+    assert "--resume_from" not in calls(script)[1]
+    assert (script.parent / "run/metrics.attempt-1.jsonl").exists()
+
+
+def test_causes_are_said_and_restarts_are_counted(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert supervise(script, ["1 saved failed", "247 error", "1"], max_restarts=2) == 1
+    lines = capfd.readouterr().err.splitlines()
+    ended = [line.partition(": ")[2] for line in lines if " ended after " in line]
+    assert "rank 1 (host b) failed: X; the latest checkpoint is checkpoint-3" in ended[0]
+    assert "rank 1: no such folder" in ended[1] and "status 1 before training" in ended[2]
+    assert "given up after 2 restarts" in lines[-1] and "status 1" in lines[-1]
+
+
+@pytest.mark.parametrize("plan", ["2", "1 bad"])
+def test_bad_input_is_not_tried_again(script: Path, plan: str) -> None:
+    assert supervise(script, [plan, "0 completed"]) == 2
+    assert len(calls(script)) == 1
+
+
+def test_nothing_of_an_attempt_lives_on(script: Path) -> None:
+    def sleepers() -> set[str]:
+        found = subprocess.run(["pgrep", "-f", "^sleep 300"], capture_output=True, text=True).stdout
+        return set(found.split())
+
+    before = sleepers()
+    assert supervise(script, ["1 orphan", "0 completed"]) == 0
+    assert sleepers() <= before
+
+
+def test_a_signal_goes_to_one_rank_and_is_no_reason_to_restart(script: Path) -> None:
+    (script.parent / "plan").write_text("0 wait\n0 completed")
+    command = [sys.executable, str(script), "--output_dir", str(script.parent / "run")]
+    words = [sys.executable, "-m", "srde_ds.cli", "supervise", "--preflight", "false", "--", *command]
+    program = f"import sys; sys.argv[1:] = {words[3:]}; from srde_ds.cli import entry_point; entry_point()"
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not (script.parent / "run/heartbeat.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in errors.splitlines()[-1] and len(calls(script)) == 1
+
+
+def test_a_launcher_that_waits_on_is_ended(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
+    script.write_text(STAND_IN.replace("sys.exit(int", "'failed' in first and time.sleep(60)\nsys.exit(int"))
+    began = time.monotonic()
+    assert supervise(script, ["1 failed", "0 completed"]) == 0
+    assert time.monotonic() - began < 40
+
+
+def test_commands_are_taken_apart() -> None:
+    launcher = ["deepspeed", "--hostfile", "old", "--master_port", "1", "launch/train.py"]
+    command = Command.parse([*launcher, "--seed", "4", "--resume_from=x", "--batch_size", "2"])
+    assert command.hostfile == "old" and command.train_arguments[0] == "--seed"
+    changed = command.changed(hostfile="new", options={"resume_from": "latest", "batch_size": "1"})
+    assert " ".join(changed) == (
+        "deepspeed --hostfile new --master_port 1 launch/train.py --seed 4 --resume_from latest --batch_size 1"
+    )
+    assert Command.parse(["srde-ds", "train", "--seed", "1"]).hostfile is None
+    assert Command.parse(["torchrun", "--nproc-per-node", "2", "launch/train.py"]).train_arguments == []
+    with pytest.raises(SRDEError, match="starts no training"):
+        Command.parse(["deepspeed", "other.py"])
+
+
+def make(tmp_path: Path, **changes: Any) -> Supervisor:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=2\n")
+    command = Command.parse(["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/train.py"])
+    options = {"output_dir": str(tmp_path / "run"), "gradient_accumulation_steps": 4, "warmup_steps": 0}
+    return Supervisor(command, resolve({}, options | changes), max_restarts=1, min_nodes=1)
+
+
+def test_fewer_hosts_take_the_same_rows(tmp_path: Path) -> None:
+    supervisor = make(tmp_path)
+    assert supervisor._options(0, supervisor.hosts) == {}
+    assert supervisor._options(1, supervisor.hosts[:2]) == {"gradient_accumulation_steps": "6"}
+    assert supervisor._options(1, supervisor.hosts[:1]) == {"gradient_accumulation_steps": "12"}
+    with pytest.raises(SRDEError, match="4 processes cannot take over from 6: .* must stay 18"):
+        make(tmp_path, gradient_accumulation_steps=3)._options(1, supervisor.hosts[:2])
+    with pytest.raises(SRDEError, match="expert_parallel_size=6 must divide"):
+        make(tmp_path, expert_parallel_size=6)._options(1, supervisor.hosts[:1])
+
+
+def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = make(tmp_path)
+    monkeypatch.setattr(module, "HOSTS_BACK_SECONDS", -1.0)
+    monkeypatch.setattr(module, "answering", lambda hosts: [host for host in hosts if host.name != "b"])
+    assert supervisor._hosts_left() == [Host("a", 2), Host("c", 2)]
+    supervisor.min_nodes = 3
+    with pytest.raises(SRDEError, match="no answer over ssh from b, and min_nodes=3"):
+        supervisor._hosts_left()
+
+
+def test_a_command_that_cannot_start_and_one_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["supervise", "--preflight", "false", "--", "no-such-launcher", "train.py"]) == 2
+    assert "'no-such-launcher' cannot be started: No such file" in capsys.readouterr().err.splitlines()[-1]
+    fails(capsys, ["supervise", "--max_restarts", "1"], "starts no training")
+
+
+def test_the_preflight_refuses_what_would_fail(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["supervise", "--", "srde-ds", "train", "--output_dir", "/proc/run"]) == 2
+    assert "preflight: output_dir=/proc/run is not writable" in capsys.readouterr().err.splitlines()[-1]
