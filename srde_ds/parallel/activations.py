@@ -124,11 +124,11 @@ def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float
     adapter, t = config.adapter, tokens(config)
     size = support_size(adapter, layer.hidden, layer.intermediate)
     supports = 1 if adapter.support_scope == "shared" else adapter.num_experts
-    # Shifted gate and up, the activation, h, its change, h times its weight.
+    # Shifted gate and up, the activation, h, its change, h times its weight; the change of the hidden values.
     values = t * adapter.num_experts * (6 * size + 1) + t * supports * size
     matrices = layer.hidden * adapter.num_experts * size  # copied into the order of the products
     if not first:
-        values += 3 * t * supports * size
+        values += 3 * t * adapter.num_experts * size  # the base's values, once for each expert
         matrices *= 3
     return (values + matrices) * width
 

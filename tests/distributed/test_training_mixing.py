@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
 from srde_ds.data.loader import RowStream
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import DOMAINS, Inputs, train_here
@@ -45,6 +47,12 @@ def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path
         assert {domain for _, domain in seen} == {third}
 
 
-def test_weights_that_do_not_fit_stop_every_rank(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
-    errors = two_ranks(train_here, inputs.flags(tmp_path / "run", domain_weights="maths=1"))
-    assert any(error and "unknown domain 'maths'" in error for error in errors)
+def test_weights_that_do_not_fit_stop_every_rank(
+    inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    flags = inputs.flags(tmp_path / "run", domain_weights="maths=1")
+    [error] = one_rank(train_here, flags)
+    assert error is not None and "unknown domain 'maths'" in error
+    # Rank 0 prepares the data while the other waits, and takes it along.
+    with pytest.raises(AssertionError, match="rank 1 of 2 failed:\nthe process died"):
+        two_ranks(train_here, flags)
