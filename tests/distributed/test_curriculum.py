@@ -174,6 +174,6 @@ def test_processes_and_placement_do_not_matter(
     transport = "tokens" if name in ("unlocking", "pretraining", "annealing") else "deltas"
     run(four_ranks, inputs, spread, **changes, expert_parallel_size=2, expert_transport=transport)
     # After AdamW's first steps many scores are equal but for rounding, which then says which candidates count.
-    metric_tolerance = 1e-3 if name == "learned" else 1e-5
-    # Muon scales up the rounding of the few singular values that a pruned, short-lived momentum has.
+    # Muon scales up the rounding of the small singular values that a pruned, short-lived momentum has.
+    metric_tolerance = {"learned": 1e-3, "annealing": 1e-4}.get(name, 1e-5)
     assert_same_training(spread, alone, tolerance=10 * TOLERANCE, metric_tolerance=metric_tolerance)
