@@ -23,8 +23,8 @@ quickstart: env
 	bash launch/quickstart.sh
 
 test: env packages checks
-	# Files side by side, one thread each: many tests are short and many wait for others.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	# Files side by side in their order, the long ones first; one thread each, since many tests wait for others.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=40
 
 checks: env
 	$(BIN)/ruff check .
