@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -18,12 +19,13 @@ STEPS = 80  # more than there is time for before the preemption
 
 
 @pytest.fixture
-def slurm(hosts: Hosts, tmp_path: Path) -> Iterator[Slurm]:
+def slurm(hosts: Hosts) -> Iterator[Slurm]:
     if reason := missing(*PROGRAMS):
         pytest.skip(f"Slurm: {reason}")
-    folder = tmp_path / "slurm"
-    folder.mkdir()
-    yield Slurm(hosts, folder)
+    # Not tmp_path: the sockets in there may have paths of 108 characters at most.
+    with TemporaryDirectory(prefix="slurm-") as folder:
+        yield Slurm(hosts, Path(folder))
+        hosts.clear()  # its daemons write there
 
 
 def test_the_stages_run_as_jobs_through_a_preemption(slurm: Slurm, inputs: Inputs, tmp_path: Path) -> None:
