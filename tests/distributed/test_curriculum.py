@@ -173,7 +173,7 @@ def test_processes_and_placement_do_not_matter(
     run(one_rank, inputs, alone, **changes)
     transport = "tokens" if name in ("unlocking", "pretraining", "annealing") else "deltas"
     run(four_ranks, inputs, spread, **changes, expert_parallel_size=2, expert_transport=transport)
-    # After AdamW's first steps many scores are equal but for rounding, which then says which candidates count.
-    # Muon scales up the rounding of the small singular values that a pruned, short-lived momentum has.
+    # Learned: after AdamW's first steps many scores are equal but for rounding, which then says which candidates count.
+    # Annealing: Muon scales up the rounding of the small singular values that a pruned, short-lived momentum has.
     metric_tolerance = {"learned": 1e-3, "annealing": 1e-4}.get(name, 1e-5)
     assert_same_training(spread, alone, tolerance=10 * TOLERANCE, metric_tolerance=metric_tolerance)
