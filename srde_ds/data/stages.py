@@ -66,8 +66,7 @@ class Stages:
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Stages:
-        for half in self.folder.rglob("*.tmp"):  # of a build that was killed
-            half.unlink()
+        self._remove_halves()  # of a build that was killed
         if self._initialize:
             self._initialize()
         return self
@@ -106,11 +105,18 @@ class Stages:
             for future in as_completed(futures):
                 future.result()
         except BrokenProcessPool:
+            # The pool ends its other processes in the middle of what they write.
+            self._pool.shutdown()
             self._pool = None
+            self._remove_halves()
             raise process_died(self.num_processes) from None
         finally:
             for future in futures:
                 future.cancel()
+
+    def _remove_halves(self) -> None:
+        for half in self.folder.rglob("*.tmp"):
+            half.unlink()
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
