@@ -18,7 +18,7 @@ from srde_ds.model.supports import support_size
 from srde_ds.training.calibration import choose_rows
 from tests.distributed.engine_helpers import run_steps, state, training_rows
 from tests.distributed.harness import Ranks
-from tests.distributed.training_helpers import DOMAINS, Inputs
+from tests.distributed.training_helpers import DOMAINS, Inputs, cut
 
 FORMS = [(granularity, scope) for granularity in ("neuron", "element") for scope in ("shared", "per_expert")]
 STRATEGIES = ("activation", "gradient")
@@ -28,6 +28,7 @@ ROLES = ("gate_proj", "up_proj", "down_proj")
 def flags(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
     """Four experts for three domains, and a number of rows that two ranks do not divide."""
     values = {"use_muon": False, "num_experts": 4, "calibration_rows": 5, "support_strategy": "gradient"}
+    values |= cut(8, 1)
     return inputs.flags(folder, **(values | changes))
 
 
@@ -104,7 +105,7 @@ def test_supports_are_those_of_the_dense_model_on_any_number_of_ranks(
             assert all(len(support.unique(dim=0)) > 1 for support in alone[strategy])
     changes: list[dict[str, Any]] = [{}, {"expert_parallel_size": 2, "gradient_checkpointing": True}]
     for change in changes:
-        for found in two_ranks(calibrated, options | {"gradient_accumulation_steps": 2} | change):
+        for found in two_ranks(calibrated, options | cut(8, 2) | change):
             for strategy in STRATEGIES:
                 assert [s.tolist() for s in found[strategy]] == [s.tolist() for s in alone[strategy]]
 

@@ -11,7 +11,7 @@ from srde_ds.config import resolve
 from srde_ds.parallel.pieces import TensorPiece
 from tests.distributed.engine_helpers import run_steps, state, whole
 from tests.distributed.harness import Ranks
-from tests.distributed.training_helpers import Inputs, assert_close
+from tests.distributed.training_helpers import Inputs, assert_close, cut
 from tests.helpers import randomize
 
 ROWS = 4
@@ -50,7 +50,7 @@ def test_the_size_of_deltas_weighs_the_same_on_any_number_of_ranks(
             tmp_path,
             use_muon=False,
             max_grad_norm=0.0,
-            gradient_accumulation_steps=ROWS // world_size,
+            **cut(ROWS, world_size),
             expert_parallel_size=expert_parallel_size,
             expert_transport=transport,
             **form,

@@ -71,7 +71,7 @@ def train_until_there_is_room(flags: dict[str, Any], disk: Path) -> tuple[str | 
         enlarge(disk)
         return output
 
-    with at_training_forward(21, 0, grow):
+    with at_training_forward(11, 0, grow):
         return train_with_warnings(flags)
 
 

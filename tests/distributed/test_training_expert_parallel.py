@@ -12,7 +12,7 @@ import torch
 
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
-from tests.distributed.training_helpers import Inputs, assert_same_training, train_here
+from tests.distributed.training_helpers import Inputs, assert_same_training, cut, train_here
 from tests.distributed.update_trace import Whole, largest_differences, metric_differences, train_tracing, whole
 
 ROWS = 12  # a step's rows, for 1, 2, 3, 4 and 6 ranks
@@ -26,8 +26,8 @@ LOOSE = 5e-3
 
 
 def flags(inputs: Inputs, folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
-    cut = {"batch_size": 1, "gradient_accumulation_steps": ROWS // world_size}
-    return inputs.flags(folder, **({"max_steps": 4, "save_steps": 0, "eval_steps": 0} | cut | changes))
+    own = {"max_steps": 4, "save_steps": 0, "eval_steps": 0}
+    return inputs.flags(folder, **(own | cut(ROWS, world_size) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,7 @@ def ten_steps_alone(
 ) -> tuple[Path, Whole]:
     """Ten steps of one process with all experts."""
     folder = tmp_path_factory.mktemp("ten") / "alone"
-    cut = {"max_steps": STEPS, "batch_size": 4, "gradient_accumulation_steps": 3}
-    return folder, whole(ranks[1](train_tracing, flags(inputs, folder, 1, **cut), (1, STEPS)))
+    return folder, whole(ranks[1](train_tracing, flags(inputs, folder, 1, max_steps=STEPS), (1, STEPS)))
 
 
 @pytest.mark.parametrize(

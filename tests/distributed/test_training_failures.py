@@ -31,7 +31,7 @@ def infinite_gradient(output: SRDEOutput) -> SRDEOutput:
 
 def train_poisoned(flags: dict[str, Any], poison: Callable[[SRDEOutput], SRDEOutput]) -> str | None:
     """`train_here`, poisoned on rank 1 in its second micro-step of step 3."""
-    with at_training_forward(10, 1, poison):
+    with at_training_forward(6, 1, poison):
         return train_here(flags)
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from tests.distributed.training_helpers import (
     Inputs,
     assert_same_training,
     latest,
-    listing,
     metrics,
     weights,
     without_clocks,
@@ -152,23 +150,12 @@ def test_the_launched_run_is_the_run_in_other_processes_bit_for_bit(finished: La
     assert weights(finished.folder).keys() == weights(reference).keys()
 
 
-def test_bad_input_is_refused_in_one_line(finished: Launched, inputs: Inputs, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(inputs: Inputs, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     lines = Path(inputs.jsonl).read_text().splitlines()
     broken.write_text("\n".join([*lines[:4], '{"prompt": "torn', *lines[4:]]))
-    before = listing(finished.folder)
-    with ThreadPoolExecutor() as pool:
-        flag = pool.submit(launch, launch_flags(inputs, tmp_path / "flag"), "--num_expert", "4")
-        folder = pool.submit(launch, launch_flags(inputs, finished.folder))
-        line = pool.submit(launch, launch_flags(inputs, tmp_path / "line", jsonl_data=str(broken)))
-    for run, message in (
-        (flag, "unknown argument '--num_expert'. Did you mean '--num_experts'?"),
-        (folder, f"output_dir={finished.folder}: holds an earlier run"),
-        (line, "broken.jsonl:5: not valid JSON"),
-    ):
-        result = run.result()
-        assert result.status != 0
-        [error] = result.errors
-        assert message in error, result.output
-    assert listing(finished.folder) == before
-    assert not (tmp_path / "flag").exists() and not (tmp_path / "line").exists()
+    result = launch(launch_flags(inputs, tmp_path / "run", jsonl_data=str(broken)))
+    assert result.status != 0
+    [error] = result.errors
+    assert "broken.jsonl:5: not valid JSON" in error, result.output
+    assert not (tmp_path / "run").exists()

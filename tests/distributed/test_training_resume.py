@@ -25,10 +25,12 @@ from srde_ds.model.adapter import SRDEOutput
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
 from tests.distributed.training_helpers import (
+    ROWS_PER_STEP,
     Inputs,
     assert_close,
     assert_same_training,
     at_training_forward,
+    cut,
     latest,
     listing,
     metrics,
@@ -45,13 +47,13 @@ def test_stopped_twice_by_a_signal_to_one_rank_equals_an_uninterrupted_run(
 ) -> None:
     run = tmp_path / "run"
     flags = inputs.flags(run, save_steps=0)
-    # Four forwards a step: the signals arrive within steps 2 and 4, and no rank starts another micro-step.
-    stopped = two_ranks(train_until_signal, flags, 6, 1, SIGUSR1)
-    assert stopped == [(None, 6), (None, 6)]
+    # Two forwards a step: the signals arrive within steps 2 and 4, and no rank starts another micro-step.
+    stopped = two_ranks(train_until_signal, flags, 3, 1, SIGUSR1)
+    assert stopped == [(None, 3), (None, 3)]
     assert latest(run) == "checkpoint-1" and [line["step"] for line in metrics(run)] == [1]
     flags["resume_from"] = "latest"
-    stopped = two_ranks(train_until_signal, flags, 11, 0, SIGTERM)
-    assert stopped == [(None, 11), (None, 11)]
+    stopped = two_ranks(train_until_signal, flags, 5, 0, SIGTERM)
+    assert stopped == [(None, 5), (None, 5)]
     assert latest(run) == "checkpoint-3" and [line["step"] for line in metrics(run)] == [1, 2, 3]
     assert not (run / "completed.json").exists() and not (run / "srde_weights.safetensors").exists()
     assert two_ranks(train_here, flags) == [None, None]
@@ -91,7 +93,7 @@ def train_on_a_slow_disk(flags: dict[str, Any]) -> tuple[str | None, str]:
         there_is_step_5.set()
         return output
 
-    with patch.object(save, "write_shard", write_shard), at_training_forward(17, int(os.environ["RANK"]), begin):
+    with patch.object(save, "write_shard", write_shard), at_training_forward(9, int(os.environ["RANK"]), begin):
         return train_here(flags), *latest_then
 
 
@@ -113,7 +115,7 @@ def test_two_ranks_checkpoint_continues_on_another_number(
 ) -> None:
     ranks = {1: one_rank, 4: four_ranks}[world_size]
     run = tmp_path / "run"
-    flags = inputs.flags(run, resume_from=str(reference / "checkpoint-3"), gradient_accumulation_steps=8 // world_size)
+    flags = inputs.flags(run, resume_from=str(reference / "checkpoint-3"), **cut(ROWS_PER_STEP, world_size))
     assert ranks(train_here, flags) == [None] * world_size
     # The reason of the tolerance: test_training_equivalence.
     assert_same_training(run, reference, first_step=4, tolerance=1e-4)
@@ -128,7 +130,7 @@ def test_two_ranks_checkpoint_continues_on_another_number(
         ({"seed": 43}, "seed was 42, this run has 43"),
         ({"domains": ["red", "blue", "green"]}, "domains=red,blue,green: the dataset was built with red,green,blue"),
         ({"pretokenized_dir": "the other"}, "trained on another dataset"),
-        ({"batch_size": 3}, "a step had 8 rows, here batch_size x processes x gradient_accumulation_steps = 12"),
+        ({"batch_size": 3}, "a step had 8 rows, here batch_size x processes x gradient_accumulation_steps = 6"),
     ],
 )
 def test_a_resume_that_is_not_the_same_run_is_refused(
@@ -139,7 +141,7 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     run = tmp_path / "run"
     shutil.copytree(reference, run)
     before = listing(run)
-    [error] = one_rank(train_here, inputs.flags(run, resume_from="latest", **({"batch_size": 2} | changes)))
+    [error] = one_rank(train_here, inputs.flags(run, resume_from="latest", **({"batch_size": 4} | changes)))
     assert error is not None and message in error and "\n" not in error and len(error) < 300
     assert listing(run) == before
 
@@ -149,7 +151,7 @@ def test_a_finished_run_goes_on_in_another_folder(
 ) -> None:
     """There is nothing left to do, but the folder is complete."""
     run = tmp_path / "run"
-    assert one_rank(train_here, inputs.flags(run, resume_from=str(reference), batch_size=2)) == [None]
+    assert one_rank(train_here, inputs.flags(run, resume_from=str(reference), batch_size=4)) == [None]
     assert latest(run) == "checkpoint-6" and (run / "completed.json").exists()
     assert (run / "srde_weights.safetensors").read_bytes() == (reference / "srde_weights.safetensors").read_bytes()
 
@@ -184,8 +186,8 @@ def ranks(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Iterator[dict
 
 def moved_flags(inputs: Inputs, folder: Path, world_size: int, size: int, **changes: Any) -> dict[str, Any]:
     """Twelve rows a step, which all of the numbers of processes divide."""
-    cut = {"batch_size": 1, "gradient_accumulation_steps": 12 // world_size, "expert_parallel_size": size}
-    return inputs.flags(folder, **({"eval_steps": 0} | cut | changes))
+    own = {"eval_steps": 0, "expert_parallel_size": size}
+    return inputs.flags(folder, **(own | cut(12, world_size) | changes))
 
 
 @pytest.fixture(scope="module")

@@ -73,8 +73,8 @@ class Inputs:
             "router_z_weight": 0.01,
             "output_dir": str(output_dir),
             "max_steps": 6,
-            "batch_size": 1,
-            "gradient_accumulation_steps": 4,
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
             "seed": SEED,
             "save_steps": 3,
             "eval_steps": 3,
@@ -85,6 +85,13 @@ class Inputs:
 
     def config(self, output_dir: Path, **changes: Any) -> Config:
         return resolve({}, self.flags(output_dir, **changes))
+
+
+def cut(rows: int, world_size: int) -> dict[str, int]:
+    """Options that spread a step's rows over ranks: in two micro-steps, or in one where a rank's share is odd."""
+    share = rows // world_size
+    micro_steps = 2 - share % 2
+    return {"batch_size": share // micro_steps, "gradient_accumulation_steps": micro_steps}
 
 
 def make_inputs(folder: Path) -> Inputs:
