@@ -218,6 +218,7 @@ class ParallelConfig:
     collective_timeout: int = option(
         600, "seconds after which a collective that waits for a lost rank fails", minimum=10
     )
+    start_timeout: int = option(80, "seconds that a process waits at the start for all others to be there", minimum=10)
 
 
 @dataclass
@@ -241,6 +242,14 @@ class Config:
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "reference": {"granularity": "element", "support_scope": "shared", "num_atoms": 16, "atom_mixing": "softmax"},
+}
+
+
+# Keys that say how to do what another key switches on.
+PARTS_OF = {
+    "expert_pretrain_steps": "supervised_experts",
+    "pretrain_objective": "supervised_experts",
+    "warm_start_method": "warm_start",
 }
 
 
@@ -338,6 +347,16 @@ def _check_curriculum(config: Config) -> None:
                 f"supervised_experts=true with {len(config.data.domains)} domains and num_experts="
                 f"{adapter.num_experts}: each domain needs an expert. Raise --num_experts or give fewer --domains."
             )
+    routed = max_steps - (steps if curriculum.supervised_experts else 0)
+    if curriculum.progressive_unlock == "linear" and routed < adapter.num_experts:
+        raise SRDEError(
+            f"progressive_unlock=linear with num_experts={adapter.num_experts} and {routed} routed steps: the last "
+            f"experts would stay locked. Raise --max_steps, or give --progressive_unlock all."
+        )
+    for key, needed in PARTS_OF.items():
+        value = getattr(curriculum, key)
+        if value != getattr(CurriculumConfig, key) and not getattr(curriculum, needed):
+            raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
     if curriculum.warm_start and adapter.num_experts == 1:
         raise SRDEError("warm_start=true with num_experts=1: there is nothing to route. Leave --warm_start out.")
     if curriculum.unlock_order == "cluster_size" and not (
@@ -354,10 +373,15 @@ def _check_curriculum(config: Config) -> None:
                 "support_strategy=learned chooses among more candidates than density keeps: give --initial_density and "
                 "--density_warmup_steps, the steps in which it is learned."
             )
-    elif curriculum.initial_density <= adapter.density or not 0 < curriculum.density_warmup_steps < max_steps:
+    elif curriculum.initial_density <= adapter.density:
         raise SRDEError(
-            f"initial_density={curriculum.initial_density}: must be above density={adapter.density}, with "
-            f"density_warmup_steps={curriculum.density_warmup_steps} between 1 and max_steps - 1 = {max_steps - 1}."
+            f"initial_density={curriculum.initial_density}: must be above density={adapter.density}, to which it falls."
+        )
+    elif not 0 < curriculum.density_warmup_steps < max_steps:
+        raise SRDEError(
+            f"density_warmup_steps={curriculum.density_warmup_steps} with initial_density="
+            f"{curriculum.initial_density}: give --density_warmup_steps, the steps in which it falls to density="
+            f"{adapter.density}, from 1 to max_steps - 1 = {max_steps - 1}."
         )
     if config.optimizer.support_overlap_weight and not (
         adapter.support_strategy == "learned" and adapter.support_scope == "per_expert"

@@ -48,19 +48,20 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SRDEError(f"config: '{path}' must hold a mapping of sections, not a {type(content).__name__}.")
-    _refuse_repeated_keys(yaml.compose(text), path)
+    refuse_repeated_keys(yaml.compose(text), f"config: '{path}'")
     return content
 
 
-def _refuse_repeated_keys(node: Any, path: str | Path) -> None:
-    """YAML itself would silently keep the last of them."""
+def refuse_repeated_keys(node: Any, place: str) -> None:
+    """Of what yaml.compose gives: YAML itself would silently keep the last of them."""
     seen = set()
     for key, value in node.value if node.id == "mapping" else []:
         if key.value in seen:
-            line = key.start_mark.line + 1
-            raise SRDEError(f"config: '{path}', line {line}: '{key.value}' is there twice. Keep one.")
+            raise SRDEError(f"{place}, line {key.start_mark.line + 1}: '{key.value}' is there twice. Keep one.")
         seen.add(key.value)
-        _refuse_repeated_keys(value, path)
+        refuse_repeated_keys(value, place)
+    for value in node.value if node.id == "sequence" else []:
+        refuse_repeated_keys(value, place)
 
 
 def checked(section: Any, key: str, value: Any) -> Any:

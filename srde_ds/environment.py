@@ -10,8 +10,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from srde_ds.launcher import launched_world_size
 
 _PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safetensors", "math-verify", "numpy")
@@ -19,6 +17,8 @@ _PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safet
 
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line."""
+    import torch  # not for those that ask for the packages' versions alone
+
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
         "versions": package_versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from srde_ds.checkpoint.convert import DTYPES, write_weights
@@ -51,14 +52,18 @@ def convert_command(
     names = adapter.metadata.expert_names
     if experts is not None:
         adapter = select_experts(adapter, experts)
-    target, torch_dtype = Path(output or OUTPUTS[to]), DTYPES[dtype] if dtype else None
-    if to == "weights":
-        return write_weights(adapter, target, dtype=torch_dtype or DTYPES["float32"])
     if to == "dense" and expert is None and len(names) > 1:
         raise SRDEError(f"to=dense merges one expert: give --expert with one of {', '.join(names)}.")
-    files = BaseFiles(base or adapter.metadata.model_name)
-    if to == "dense":
-        return write_dense(adapter, files, target, expert=expert or names[0], dtype=torch_dtype)
-    if to == "moe":
-        return write_moe(adapter, files, target, dtype=torch_dtype)
-    return write_gguf(adapter, files, target, dtype=torch_dtype, converter=gguf_converter)
+    target, torch_dtype = Path(output or OUTPUTS[to]), DTYPES[dtype] if dtype else None
+    if to == "weights":
+        written = write_weights(adapter, target, dtype=torch_dtype or DTYPES["float32"])
+    else:
+        files = BaseFiles(base or adapter.metadata.model_name)
+        if to == "dense":
+            written = write_dense(adapter, files, target, expert=expert or names[0], dtype=torch_dtype)
+        elif to == "moe":
+            written = write_moe(adapter, files, target, dtype=torch_dtype)
+        else:
+            written = write_gguf(adapter, files, target, dtype=torch_dtype, converter=gguf_converter)
+    print(f"Made from {adapter.place}", file=sys.stderr)  # standard output gets the written path alone
+    return written

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srde_ds.checkpoint.layout import LATEST, MANIFEST
+from srde_ds.checkpoint.layout import LATEST, MANIFEST, read_json, read_latest
 from srde_ds.checkpoint.prune import PrunedLayers
 from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load_run_state
 from srde_ds.checkpoint.shards import ShardIndex
@@ -76,8 +76,8 @@ class StoredAdapter:
 
 
 def open_adapter(place: str | Path) -> StoredAdapter:
-    """The adapter in a weights file, a `checkpoint-<step>` folder, a run folder (its latest checkpoint) or, where there
-    is no checkpoint, a folder with a weights file.
+    """The adapter in a weights file, a `checkpoint-<step>` folder, a run folder (its weights file if the run is
+    finished, else its latest checkpoint) or, where there is no checkpoint, a folder with a weights file.
 
     Of supports that are still being learned it takes the best candidates, those that count in eval mode; their number
     comes from the configuration of the base that the checkpoint names.
@@ -86,9 +86,18 @@ def open_adapter(place: str | Path) -> StoredAdapter:
         SRDEError: there is none, it is damaged, or supports are being learned and the base is not found.
     """
     path = Path(place)
-    if path.is_dir() and (path / WEIGHTS).is_file() and not any((path / name).exists() for name in (LATEST, MANIFEST)):
+    in_checkpoint = any((path / name).exists() for name in (LATEST, MANIFEST)) and not _is_finished(path)
+    if path.is_dir() and (path / WEIGHTS).is_file() and not in_checkpoint:
         path = path / WEIGHTS
     return _of_file(path) if path.is_file() else checkpoint_adapter(find_checkpoint(path, path, field="checkpoint"))
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether the run's weights file holds what its latest checkpoint does: the text that ends a run says so."""
+    marker = run / "completed.json"
+    if not marker.is_file():
+        return False
+    return read_json(marker).get("checkpoint") == read_latest(run)
 
 
 def _of_file(path: Path) -> StoredAdapter:

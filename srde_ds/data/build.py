@@ -78,7 +78,10 @@ def build_dataset(
     splits = _check_records(inputs, tokenizer)
     building = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    try:
+        building.mkdir(parents=True)
+    except OSError as error:
+        raise SRDEError(f"'{output_dir}' cannot be made: {error.strerror}. Choose another folder.") from None
     try:
         with _tokenizing(tokenizer, num_processes) as tokenized:
             for split in splits:

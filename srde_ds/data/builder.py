@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -22,13 +23,15 @@ from srde_ds.data.selection import Pool, Selection, select
 from srde_ds.data.stages import Stages, fingerprint
 from srde_ds.data.supply import Supply
 from srde_ds.data.tokens import read_lines, set_tokenizer
-from srde_ds.data.writing import JSONL, check_free, write_jsonl, write_rows
+from srde_ds.data.writing import JSONL, ROWS, check_free, check_ours, write_jsonl, write_rows
 from srde_ds.errors import SRDEError
 
 log = logging.getLogger(__name__)
 
 BUILD = "build.json"
 LENGTH_BINS = 32
+BROKEN_TO_WARN = 0.1
+"""share of a source's rows from which on it is probably read wrongly, rather than dirty"""
 
 
 def build_from_sources(
@@ -49,7 +52,12 @@ def build_from_sources(
             something else (without `overwrite`).
     """
     started = time.perf_counter()
-    work_dir.mkdir(parents=True, exist_ok=True)
+    if not overwrite:
+        check_ours(work_dir)
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SRDEError(f"work_dir={work_dir}: cannot be made: {error.strerror}. Choose another one.") from None
     initialize = partial(set_tokenizer, tokenizer) if tokenizer is not None else None
     with Stages(work_dir / "stages", num_processes, initialize) as stages:
         with stages.timed("open"):
@@ -75,13 +83,16 @@ def build_from_sources(
             found = np.bincount(pool.source, minlength=len(opened)).tolist()
             if not supply.grow(missing, dict(zip(supply.opened, found, strict=True))):
                 break
-        _settle(selection, options)
-        build = _describe(options, supply, records, pool, selection, _tokenizer_key(tokenizer))
-        if tokenizer is not None and not overwrite:
+        counts, reasons = _left_out(supply, records, pool, selection)
+        _settle(selection, options, counts, reasons)
+        build = _describe(options, supply, records, pool, selection, _tokenizer_key(tokenizer), counts, reasons)
+        if not overwrite:
             check_free(work_dir, build)
         with stages.timed("write"):
             data_hash = write_jsonl(work_dir / JSONL, selection, pool, records.parts)
-        if tokenizer is not None:
+        if tokenizer is None:
+            shutil.rmtree(work_dir / ROWS, ignore_errors=True)  # rows of other records
+        else:
             write_rows(work_dir, selection, pool, options, build, data_hash, tokenizer, stages)
     build.stages = {
         name: {"wall_seconds": round(wall, 2), "cpu_seconds": round(stages.cpu_seconds[name], 2)}
@@ -99,7 +110,38 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     return fingerprint({key: value for key, value in tokenizer_identity(tokenizer).items() if key != "name"})
 
 
-def _settle(selection: Selection, options: BuildOptions) -> None:
+def _left_out(
+    supply: Supply, records: Records, pool: Pool, selection: Selection
+) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
+    """By source: rows read, normalised and left out by rule; and what was wrong with the broken ones."""
+    counts = {name: pool.removed[name] + selection.removed[name] for name in supply.opened}
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in supply.opened}
+    names = list(supply.opened)
+    for made, number in zip(records.parts, records.source_of, strict=True):
+        counts[names[number]].update(made.figures["counts"])
+        reasons[names[number]].update(made.figures["reasons"])
+    for name, rules in counts.items():
+        if rules["broken"] > BROKEN_TO_WARN * rules["read"]:
+            log.warning("source %s: %s", name, _faults(rules, reasons[name]))
+    return counts, reasons
+
+
+def _faults(rules: Counter[str], reasons: Counter[str]) -> str:
+    """`broken 399 (no text in 'reply'), exact duplicate 1 of 400 rows`; empty if nothing was left out."""
+    shown = []
+    for rule, count in rules.most_common():
+        if count and rule not in ("read", "normalised"):
+            why = f" ({reasons.most_common(1)[0][0]})" if rule == "broken" else ""
+            shown.append(f"{rule} {count:,}{why}")
+    return f"{', '.join(shown)} of {rules['read']:,} rows" if shown else ""
+
+
+def _settle(
+    selection: Selection,
+    options: BuildOptions,
+    counts: dict[str, Counter[str]],
+    reasons: dict[str, Counter[str]],
+) -> None:
     """A domain that came out short: an error, a smaller dataset or an unbalanced one; it is said in any case."""
     wanted = options.examples_per_domain
     sizes = {domain: wanted - chosen.missing for domain, chosen in selection.domains.items()}
@@ -108,6 +150,10 @@ def _settle(selection: Selection, options: BuildOptions) -> None:
         return
     found = ", ".join(f"{domain} has {size:,}" for domain, size in short.items())
     message = f"examples_per_domain={wanted}: only so many clean examples: {found}"
+    of_short = [source.name for source in options.sources if source.domain in short and source.name in counts]
+    faults = {name: _faults(counts[name], reasons[name]) for name in of_short}
+    if any(faults.values()):
+        message += f" (left out of {'; of '.join(f'{name}: {fault}' for name, fault in faults.items() if fault)})"
     if options.on_shortfall == "fail" or not min(sizes.values()):
         raise SRDEError(
             f"{message}. Lower it, add sources, or give --on_shortfall trim (as many of each) or keep (unbalanced)."
@@ -125,6 +171,8 @@ def _describe(
     pool: Pool,
     selection: Selection,
     tokenizer_key: str | None,
+    counts: dict[str, Counter[str]],
+    reasons: dict[str, Counter[str]],
 ) -> Build:
     names = list(supply.opened)
     domains: dict[str, dict[str, Any]] = {}
@@ -133,7 +181,7 @@ def _describe(
         by_source = Counter(names[number] for number in pool.source[chosen.documents])
         by_split = Counter(SPLITS[number] for number in pool.split[chosen.documents])
         chosen_of += by_source
-        counts, edges = np.histogram(chosen.lengths, np.geomspace(8, max(16, options.max_length), LENGTH_BINS + 1))
+        histogram, edges = np.histogram(chosen.lengths, np.geomspace(8, max(16, options.max_length), LENGTH_BINS + 1))
         first = chosen.documents[:1]
         example = next(read_lines([records.parts[pool.part[d]].path for d in first], [0], pool.index[first].tolist()))
         domains[domain] = {
@@ -142,18 +190,11 @@ def _describe(
             "by_source": {s.name: by_source[s.name] for s in supply.sources if s.domain == domain},
             "missing": max(0, chosen.missing),
             "tokens": sum(chosen.lengths),
-            "lengths": {"edges": [round(edge, 1) for edge in edges], "counts": counts.tolist()},
+            "lengths": {"edges": [round(edge, 1) for edge in edges], "counts": histogram.tolist()},
             "example": json.loads(example),
         }
     sources = []
-    for number, (name, opened) in enumerate(supply.opened.items()):
-        rules: Counter[str] = Counter()
-        reasons: Counter[str] = Counter()
-        for made, source_of in zip(records.parts, records.source_of, strict=True):
-            if source_of == number:
-                rules.update(made.figures["counts"])
-                reasons.update(made.figures["reasons"])
-        rules += pool.removed[name] + selection.removed[name] + Counter(chosen=chosen_of[name])
+    for name, opened in supply.opened.items():
         source = opened.source
         sources.append(
             {
@@ -166,8 +207,8 @@ def _describe(
                 "license": source.license,
                 "redistributable": source.redistributable,
                 "weight": source.weight,
-                "counts": dict(rules),
-                "reasons": dict(reasons.most_common(3)),
+                "counts": dict(counts[name] + Counter(chosen=chosen_of[name])),
+                "reasons": dict(reasons[name].most_common(3)),
             }
         )
     given = {key: value for key, value in vars(options).items() if key != "sources"}

@@ -22,7 +22,7 @@ from srde_ds.data.selection import Pool, mixed
 from srde_ds.data.sources import Source, load_sources
 from srde_ds.data.stages import Made, Stages, code_fingerprint, fingerprint, slices
 from srde_ds.data.supply import GENERATED_AT_ONCE
-from srde_ds.errors import SRDEError
+from srde_ds.errors import SRDEError, nearest
 
 
 @dataclass
@@ -115,8 +115,12 @@ def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
     """
     if not options.decontaminate_against:
         return None
-    texts = (text for name in options.decontaminate_against for text in _evaluation_texts(name, options))
-    found = evaluation_ngrams(texts)
+    sets = []
+    for name in options.decontaminate_against:
+        sets.append(evaluation_ngrams(_evaluation_texts(name, options)))
+        if not len(sets[-1]):
+            raise SRDEError(f"decontaminate_against={name}: holds no question: leave it out, or give the right file.")
+    found = np.unique(np.concatenate(sets))
     path = folder / f"{hashlib.sha256(found.tobytes()).hexdigest()[:32]}.npy"
     folder.mkdir(parents=True, exist_ok=True)
     np.save(path, found)
@@ -131,7 +135,12 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
     known = {source.name: source for source in (*load_sources(), *options.sources)}
     base, _, split = name.partition(":")
     if base not in known:
-        raise SRDEError(f"decontaminate_against={name}: no such file, and no source of that name.")
+        raise SRDEError(
+            f"decontaminate_against={name}: no such file, and no source of that name.{nearest(base, known)} Give a "
+            "JSONL file, or source:split of what --list_sources shows."
+        )
+    if known[base].generated:
+        raise SRDEError(f"decontaminate_against={name}: its items are made, it has no test set: give a JSONL file.")
     source = Source(**vars(known[base]) | ({"split": split} if split else {}))
     try:
         opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)

@@ -20,6 +20,15 @@ from srde_ds.data.writing import JSONL, ROWS
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import load_tokenizer
 
+SOURCES_ONLY = (
+    "on_missing_source",
+    "on_shortfall",
+    "validation_fraction",
+    "test_fraction",
+    "near_duplicate_threshold",
+    "decontaminate_against",
+)
+
 
 @dataclass(frozen=True)
 class _Request:
@@ -96,6 +105,14 @@ def _check(config: Config, request: _Request) -> None:
         )
     if not (jsonl_data or request.from_sources or request.skip_download):
         raise SRDEError("examples_per_domain or jsonl_data is missing: give --examples_per_domain or --jsonl_data.")
+    for key in SOURCES_ONLY if not request.from_sources else ():
+        value = getattr(request, key)
+        if value and value != getattr(BuildOptions, key):
+            raise SRDEError(
+                f"{key}={value}: goes with --examples_per_domain only; a JSONL file is taken as it is. Leave it out."
+            )
+    if request.sources_file and jsonl_data:
+        raise SRDEError(f"sources_file={request.sources_file}: does not go with jsonl_data={jsonl_data}. Keep one.")
     if config.data.eval_file and not jsonl_data:
         raise SRDEError(
             f"eval_file={config.data.eval_file}: goes with jsonl_data. A build from sources holds out splits of its "
@@ -108,7 +125,7 @@ def _check(config: Config, request: _Request) -> None:
     if request.examples_per_domain is not None and request.examples_per_domain < 1:
         raise SRDEError(f"examples_per_domain={request.examples_per_domain}: must be at least 1.")
     held_out = request.validation_fraction + request.test_fraction
-    if min(request.validation_fraction, request.test_fraction) < 0 or held_out >= 1:
+    if not (request.validation_fraction >= 0 and request.test_fraction >= 0 and held_out < 1):  # refuses nan, too
         raise SRDEError(
             f"validation_fraction={request.validation_fraction}, test_fraction={request.test_fraction}: must not be "
             "negative, and less than 1 together."

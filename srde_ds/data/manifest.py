@@ -77,7 +77,13 @@ class Manifest:
             name: Split(**split | {"domains": {d: DomainCounts(**counts) for d, counts in split["domains"].items()}})
             for name, split in content["splits"].items()
         }
-        return Manifest(**content | {"splits": splits})
+        manifest = Manifest(**content | {"splits": splits})
+        names = manifest.domains
+        if any(sorted(split.domains) != sorted(names) for split in splits.values()):
+            raise KeyError("domains")
+        if not (isinstance(names, list) and isinstance(manifest.tokenizer, dict)):
+            raise TypeError
+        return manifest
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
@@ -131,7 +137,8 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
         SRDEError: the split is not there, or is not what the manifest says.
     """
     if split not in manifest.splits:
-        raise SRDEError(f"'{folder}' has no {split} rows: build it with --eval_file, or from sources.")
+        remedy = "build it with more records" if split == "train" else "build it with --eval_file, or from sources"
+        raise SRDEError(f"'{folder}' has no {split} rows: {remedy}.")
     path = Path(folder) / split
     try:
         rows = datasets.load_from_disk(str(path))

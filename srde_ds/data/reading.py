@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,8 @@ from srde_ds.data.sources import Source
 from srde_ds.data.stages import fingerprint
 
 ROWS_A_PART = 5000
+ROWS_LOOKED_AT = 100
+"""lines of a JSONL file in which its columns are looked for"""
 Maker = Callable[[int], tuple[str, str]]
 """Prompt and answer of an item, by its number"""
 
@@ -64,7 +67,8 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
     reader: Reader
     if source.kind == "jsonl":
         path = _local(source)[0]
-        starts, count, revision = _scan_lines(path)
+        starts, count, revision = with_retries(lambda: _scan_lines(path), source.name)
+        columns = _columns_of(path)
         reader = JsonlReader(str(path), starts, count, source)
     else:
         if source.kind == "hub":
@@ -73,14 +77,15 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
             data = with_retries(lambda: _from_hub(source, hub_revision), source.name)
         else:
             paths = _local(source)
-            revision = _hash_files(paths)
+            revision = with_retries(lambda: _hash_files(paths), source.name)
             data = with_retries(lambda: _from_disk(source, paths), source.name)
-        missing = [column for column in source.real_columns() if column not in data.column_names]
-        if missing:
-            raise SourceError(f"its columns changed: no '{missing[0]}', it has {', '.join(data.column_names)}")
+        columns = data.column_names
         reader = ArrowReader(tuple(file["filename"] for file in data.cache_files), len(data), source)
     if reader.count == 0:
         raise SourceError("it has no rows")
+    missing = [column for column in source.real_columns() if column not in columns]
+    if missing:
+        raise SourceError(f"its columns do not fit: no '{missing[0]}', it has {', '.join(columns) or 'none'}")
     return OpenSource(source, reader, str(revision), fingerprint(source.location, source.config, revision))
 
 
@@ -229,6 +234,19 @@ def _scan_lines(path: Path) -> tuple[tuple[int, ...], int, str]:
     return tuple(starts), count, digest.hexdigest()
 
 
+def _columns_of(path: Path) -> list[str]:
+    """Keys that the first lines of a JSONL file have; a line that is no JSON object has none."""
+    columns: dict[str, None] = {}
+    with path.open("rb") as file:
+        for line in islice(filter(bytes.strip, file), ROWS_LOOKED_AT):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            columns |= dict.fromkeys(row if isinstance(row, dict) else ())
+    return list(columns)
+
+
 def _open_generated(source: Source, seed: int, rows: int) -> OpenSource:
     packages = ["periodictable", "scipy"] if source.tasks == "science" else ["reasoning-gym"]
     try:
@@ -258,7 +276,10 @@ def _gym(task: str, options: str, seed: int) -> Any:
     import reasoning_gym  # two seconds: only when items are made
 
     # Any index can be asked for: the size bounds iteration only, which is not used.
-    return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
+    try:
+        return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
+    except AssertionError as error:  # its way to refuse an option's value
+        raise ValueError(str(error)) from None
 
 
 @cache

@@ -12,7 +12,7 @@ from srde_ds.data.manifest import Manifest
 from srde_ds.data.options import Build, write_text
 from srde_ds.data.plots import plot_domains, plot_lengths, plot_removals
 from srde_ds.data.records import SPLITS
-from srde_ds.data.writing import JSONL
+from srde_ds.data.writing import CARD, JSONL
 
 RULES = (
     "no answer", "broken", "empty", "exact duplicate", "near duplicate", "in an evaluation set", "held-out question",
@@ -31,7 +31,7 @@ def write_report(work_dir: Path, build: Build, manifest: Manifest | None) -> Pat
     if manifest is not None:
         plot_lengths(build, folder / "lengths.png")
     write_text(folder / "report.md", _report(build, manifest))
-    write_text(work_dir / "README.md", _card(build, manifest))
+    write_text(work_dir / CARD, _card(build, manifest))
     return folder / "report.md"
 
 
@@ -56,8 +56,8 @@ def _report(build: Build, manifest: Manifest | None) -> str:
         "## Settings",
         table([["option", "value"], *([key, _shown(value)] for key, value in options.items())]),
         "## Time",
-        f"{build.wall_seconds:.0f} s in all, {build.num_processes} processes. Parts that an earlier build left are not "
-        "made again.",
+        f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Parts that an earlier build left are "
+        "not made again.",
         table(
             [["stage", "seconds", "CPU seconds", "parts made"]]
             + [

@@ -38,7 +38,7 @@ def with_retries(load: Callable[[], T], name: str) -> T:
         try:
             return load()
         except LOADING_ERRORS as error:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
             if wait is None or not _passes(error):
                 after = f" after {tries} tries" if tries > 1 else ""
                 raise SourceError(f"{type(error).__name__}{after}: {reason}") from error

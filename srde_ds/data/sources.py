@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from srde_ds.config_values import refuse_repeated_keys
 from srde_ds.data.formatters import FORMATTERS
 from srde_ds.errors import SRDEError, nearest
 
@@ -17,6 +18,15 @@ KINDS = ("hub", "folder", "jsonl", "parquet", "reasoning_gym", "tasks")
 """Exactly one of them says where a source's rows come from."""
 GENERATED = ("reasoning_gym", "tasks")
 """They have no columns, and can make more rows when a domain is short of them."""
+KINDS_OF_KEY = {
+    "config": ("hub",),
+    "revision": ("hub",),
+    "data_files": ("hub",),
+    "split": ("hub", "folder"),
+    "columns": ("hub", "folder", "jsonl", "parquet"),
+    "options": ("reasoning_gym",),
+}
+"""Keys that mean something for some kinds only"""
 
 
 @dataclass(frozen=True)
@@ -120,13 +130,15 @@ def print_sources(sources: Sequence[Source]) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
     except OSError as error:
         raise SRDEError(f"sources_file={path}: cannot be read: {error.strerror}. Give a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SRDEError(f"sources_file={path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not content:
         raise SRDEError(f"sources_file={path}: must map each domain to a list of sources.")
+    refuse_repeated_keys(yaml.compose(text), f"sources_file={path}")
     return content
 
 
@@ -174,6 +186,19 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
         raise SRDEError(f"{place}: {has}.")
     if source.formatter and source.formatter not in FORMATTERS:
         raise SRDEError(f"{place}: unknown formatter '{source.formatter}'.{nearest(source.formatter, FORMATTERS)}")
+    for key, of in KINDS_OF_KEY.items():
+        if key in entry and source.kind not in of:
+            raise SRDEError(f"{place}: {key} is for {', '.join(of)} only: leave it out.")
+    for column, own in source.columns.items():
+        read = FORMATTERS[str(source.formatter)]
+        if column not in (*read.columns, *read.optional):
+            known_columns = (*read.columns, *read.optional)
+            raise SRDEError(
+                f"{place}: columns: the formatter {source.formatter} reads no '{column}', but "
+                f"{', '.join(known_columns)}.{nearest(str(column), known_columns)}"
+            )
+        if not isinstance(own, str):
+            raise SRDEError(f"{place}: columns: {column}={own!r} must be the name of a column.")
     return source
 
 

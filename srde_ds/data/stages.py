@@ -7,6 +7,7 @@ changed option changes the names of those parts only that depend on it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -52,7 +53,11 @@ def code_fingerprint(*modules: str) -> str:
 
 
 class Stages:
-    """The folder of parts, and the processes that make them."""
+    """The folder of parts, which one build at a time may use, and the processes that make them.
+
+    Raises:
+        SRDEError: on entering it, if another build is at work.
+    """
 
     def __init__(self, folder: Path, num_processes: int = 1, initialize: Callable[[], None] | None = None) -> None:
         self.folder = folder
@@ -66,6 +71,14 @@ class Stages:
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Stages:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SRDEError(
+                f"'{self.folder}': another build is at work there. Wait for it, or choose another --work_dir."
+            ) from None
         self._remove_halves()  # of a build that was killed
         if self._initialize:
             self._initialize()
@@ -75,6 +88,7 @@ class Stages:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+        self._lock.close()
 
     def run(self, stage: str, work: Work, parts: Sequence[tuple[str, dict[str, Any]]]) -> list[Made]:
         """The parts (key, arguments of `work`) of a stage, in their order; those that are there are not made again.
@@ -151,15 +165,18 @@ def _figures(path: Path) -> Path:
 
 
 def _done(path: Path) -> bool:
-    # The figures are written last.
-    return _figures(path).exists() and path.exists()
+    # The figures are written last. After a power cut, either file may be there without its content.
+    try:
+        return bool(path.stat().st_size == json.loads(_figures(path).read_text())["file_bytes"])
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
 
 
 def _make(work: Work, path: Path, arguments: dict[str, Any]) -> None:
     half = path.with_suffix(f".{os.getpid()}.tmp")
     started = time.process_time()
     try:
-        figures = work(half, **arguments)
+        figures = work(half, **arguments) | {"file_bytes": half.stat().st_size}
         half.replace(path)
         half.write_text(json.dumps(figures | {"cpu_seconds": time.process_time() - started}))
         half.replace(_figures(path))

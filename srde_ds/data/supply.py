@@ -21,6 +21,17 @@ WORTHWHILE = 0.1
 """a generated source whose rows are new less often than this has nothing more to give"""
 
 
+def _read_lock(path: Path) -> dict[str, str]:
+    """Commit by Hub id."""
+    try:
+        lock = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        lock = None
+    if not isinstance(lock, dict):
+        raise SRDEError(f"'{path}' is damaged: delete it; commits that no source pins are then looked up again.")
+    return lock
+
+
 class Supply:
     """The open sources by name, in the order of the sources file: of duplicates, the first is kept."""
 
@@ -42,15 +53,17 @@ class Supply:
 
         Commits that are looked up are kept in a file, so that a build that goes on uses the same.
         """
-        lock: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        lock = _read_lock(path)
         for source in self.options.sources:
             if source.generated:
                 weights = sum(other.weight for other in self.options.sources if other.domain == source.domain)
-                self._sizes[source.name] = int(self.options.examples_per_domain * source.weight / weights)
-                if not self._sizes[source.name]:
+                self._sizes[source.name] = 0
+                if not source.weight:
                     continue
-            self._open(source, lock.get(source.name))
-        lock |= {name: opened.revision for name, opened in self.opened.items() if opened.source.kind == "hub"}
+                self._sizes[source.name] = max(1, int(self.options.examples_per_domain * source.weight / weights))
+            self._open(source, lock.get(source.location))
+        looked_up = [one for one in self.opened.values() if one.source.kind == "hub" and not one.source.revision]
+        lock |= {one.source.location: one.revision for one in looked_up}
         write_text(path, json.dumps(lock, indent=2) + "\n")
         for domain in self.options.domains:
             if not self._of(domain):

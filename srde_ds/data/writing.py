@@ -24,6 +24,23 @@ from srde_ds.errors import SRDEError
 
 ROWS = "tokenized"
 JSONL = "data.jsonl"
+CARD = "README.md"
+
+
+def check_ours(work_dir: Path) -> None:
+    """Refuse a folder with files of somebody else's that a build would replace.
+
+    Raises:
+        SRDEError: then.
+    """
+    if any((work_dir / name).exists() for name in ("stages", "build.json")):
+        return  # of an earlier build, finished or not
+    for name in (JSONL, CARD):
+        if (work_dir / name).exists():
+            raise SRDEError(
+                f"work_dir={work_dir}: holds a {name} that no build made. Choose another --work_dir, or give "
+                "--overwrite to replace it."
+            )
 
 
 def check_free(work_dir: Path, build: Build) -> None:

@@ -8,7 +8,7 @@ computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass o
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
-from srde_ds.model.prepared import Preparation, PreparedDeltas, PreparedElementDeltas, PreparedNeuronDeltas
+from srde_ds.model.prepared import (
+    Preparation,
+    Prepared,
+    PreparedDeltas,
+    PreparedElementDeltas,
+    PreparedNeuronDeltas,
+    PreparedRouter,
+    arithmetic_dtype,
+)
 from srde_ds.model.router import Router, RouterLosses, Routing, RoutingContext, route
 
 
@@ -56,23 +64,27 @@ class SRDEFeedForward(nn.Module):
         self.context = context
         self.dispatch: ExpertDispatch = LocalDispatch()
         self.preparation = Preparation()
+        for module in (self, deltas, router):  # with assign=True, their tensors become others
+            module.register_load_state_dict_post_hook(self._after_loading)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`."""
         if not self.context.active:
             return self.block(x)
-        act = self._part("act")
-        x_TD = x.flatten(0, -2)
-        gate_TF, up_TF = self._part("gate")(x_TD), self._part("up")(x_TD)
-        router = self.router
-        routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
-        prepared = self._prepared_deltas(gate_TF.dtype)
-        if prepared is not None:
-            hidden_TF, extra_TD = prepared(act, x_TD, gate_TF, up_TF, routing)
-        else:
+        x_TD, block, roles, router = x.flatten(0, -2), self.block, self.roles, self.router
+        act, down = getattr(block, roles["act"]), getattr(block, roles["down"])
+        gate_TF, up_TF = getattr(block, roles["gate"])(x_TD), getattr(block, roles["up"])(x_TD)
+        prepared = self._prepared(gate_TF)
+        if prepared is None:
+            routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
             hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing)
-        output_TD = self._part("down")(hidden_TF) + extra_TD
-        return self._with_losses(output_TD, routing).view(x.shape)
+        else:
+            routing = prepared.router(x_TD, self.layer, self.context)
+            hidden_TF, extra_TD = prepared.experts(act, x_TD, gate_TF, up_TF, routing)
+        return self._with_losses(down(hidden_TF) + extra_TD, routing).view(x.shape)
+
+    def _after_loading(self, *_: object) -> None:
+        self.preparation.drop()
 
     def _dispatched(
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
@@ -100,9 +112,6 @@ class SRDEFeedForward(nn.Module):
         with torch.no_grad():
             return self.deltas.square_norms(self.deltas())
 
-    def _part(self, role: str) -> Any:
-        return getattr(self.block, self.roles[role])
-
     def _effective_deltas(self) -> Tensor:
         deltas: Tensor = self.deltas(
             temperature=self.context.support_temperature if self.training else None,
@@ -117,26 +126,31 @@ class SRDEFeedForward(nn.Module):
                 deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas)))
         return deltas
 
-    def _prepared_deltas(self, dtype: torch.dtype) -> PreparedDeltas | None:
-        """The effective deltas laid out for reading, in eval mode without gradients; None: use `dispatch`.
+    def _prepared(self, gate_TF: Tensor) -> Prepared | None:
+        """Router and effective deltas laid out for reading, in eval mode without gradients; None: use `dispatch`.
 
-        Not where other ranks hold a part of them, nor inside torch.compile, which cannot see what makes them stale.
+        Not where other ranks hold a part of them, nor under autocast, nor inside torch.compile, which cannot see what
+        makes them stale.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        made_of = cast("list[Tensor]", [*self.deltas._parameters.values(), self.support])
-        prepared = self.preparation.get(made_of, dtype)
+        if torch.is_autocast_enabled(gate_TF.device.type):
+            return None
+        prepared = self.preparation.get(gate_TF.dtype)
         if prepared is not None:
             return prepared
+        parameters = cast("list[Tensor]", list(self.deltas._parameters.values()))
+        made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias]
         held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
         if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
             return None
-        deltas = self.deltas().to(dtype)
+        deltas = self.deltas().to(arithmetic_dtype(gate_TF))
         if self.granularity == "neuron":
-            prepared = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
+            experts: PreparedDeltas = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
         else:
-            prepared = PreparedElementDeltas(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
-        return self.preparation.put(made_of, dtype, prepared)
+            experts = PreparedElementDeltas(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
+        prepared = Prepared(PreparedRouter(self.router, gate_TF.dtype), experts)
+        return self.preparation.put(made_of, gate_TF.dtype, prepared)
 
     def _size_weights(self, deltas: Tensor) -> Tensor:
         """Weight of each expert's squared size, to broadcast against the effective deltas.

@@ -182,10 +182,11 @@ class Router(nn.Module):
         self.selection_bias.copy_(bias_E)
 
 
-def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, layer: int, context: RoutingContext) -> Routing:
+def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, layer: int, context: RoutingContext) -> Routing:
     """Choose each token's experts by logit plus bias, among the allowed, or as forced by the context.
 
-    The weights are those of the logits without bias: a bias changes who is asked, not how an answer counts.
+    The weights are those of the logits without bias: a bias changes who is asked, not how an answer counts. A bias of
+    zero may be left out, which is quicker.
     """
     if context.forced_experts is not None:
         index_TK = context.forced_experts.reshape(-1, 1)
@@ -193,9 +194,13 @@ def route(logits_TE: Tensor, bias_E: Tensor, top_k: int, layer: int, context: Ro
     else:
         if context.allowed_experts is not None:
             logits_TE = logits_TE.masked_fill(~context.allowed_experts.to(logits_TE.device), float("-inf"))
-        index_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=1).indices
+        if bias_E is None:
+            chosen_TK, index_TK = logits_TE.topk(top_k, dim=1)
+        else:
+            index_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=1).indices
+            chosen_TK = logits_TE.gather(1, index_TK)
         # A locked expert among the top K has logit -inf, hence weight 0: K shrinks by itself.
-        weights_TK = logits_TE.gather(1, index_TK).softmax(dim=1)
+        weights_TK = chosen_TK.softmax(dim=1)
     routing = Routing(index_TK, weights_TK, logits_TE, forced=context.forced_experts is not None)
     if context.record_choices:
         context.choices[layer] = index_TK.masked_fill(~routing.used_TK, -1)

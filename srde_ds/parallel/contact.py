@@ -97,9 +97,9 @@ class Contact:
 class _Hub(Contact):
     """Rank 0: hears all ranks and judges."""
 
-    def __init__(self, world_size: int, timeout: float, token: str) -> None:
+    def __init__(self, world_size: int, timeout: float, start_timeout: float, token: str) -> None:
         super().__init__()
-        self.world_size, self.timeout, self.token = world_size, timeout, token
+        self.world_size, self.timeout, self.start_timeout, self.token = world_size, timeout, start_timeout, token
         # All interfaces, as torch's own store does: which of them the others use is theirs to know.
         local = os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost")
         self._listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=1024)
@@ -141,7 +141,10 @@ class _Hub(Contact):
                 rank: Peer(peer.report, now - self._heard[rank], peer.connected, peer.error)
                 for rank, peer in self._peers.items()
             }
-            verdict = judge(peers, self.world_size, waited=now - self._began, timeout=self.timeout)
+            waited = now - self._began
+            verdict = judge(
+                peers, self.world_size, waited=waited, timeout=self.timeout, start_timeout=self.start_timeout
+            )
             if verdict:
                 self._tell(verdict)
                 self._end(verdict, say=True)
@@ -280,17 +283,18 @@ def _line(message: dict[str, Any]) -> bytes:
 
 
 @contextmanager
-def contact(timeout: float) -> Iterator[Contact]:
+def contact(timeout: float, start_timeout: float) -> Iterator[Contact]:
     """Gather the launched processes, and stay in touch until the block ends.
 
     Args:
-        timeout: seconds that ranks wait for others, at the start and in a collective.
+        timeout: seconds that ranks wait for others in a collective.
+        start_timeout: seconds that they wait for others to come. Long work at the start belongs into the block.
 
     Raises:
         LostContact: rank 0 did not answer in time.
     """
     rank, world_size = launched_rank(), launched_world_size()
-    ours = Contact() if world_size == 1 else _meet(rank, world_size, timeout)
+    ours = Contact() if world_size == 1 else _meet(rank, world_size, timeout, start_timeout)
     error = ""
     try:
         yield ours
@@ -306,13 +310,13 @@ def contact(timeout: float) -> Iterator[Contact]:
         ours.leave(error)
 
 
-def _meet(rank: int, world_size: int, timeout: float) -> Contact:
+def _meet(rank: int, world_size: int, timeout: float, start_timeout: float) -> Contact:
     """Rank 0 opens its port and tells the others over the store through which torch's processes meet, too."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent holds the store itself; and after a restart the store is still the old one.
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     key = f"srde_ds/contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
-    limit = datetime.timedelta(seconds=timeout)
+    limit = datetime.timedelta(seconds=start_timeout)
     try:
         store = TCPStore(
             address,
@@ -324,7 +328,7 @@ def _meet(rank: int, world_size: int, timeout: float) -> Contact:
             multi_tenant=True,  # init_process_group finds the same one
         )
         if rank == 0:
-            hub = _Hub(world_size, timeout, secrets.token_hex(8))
+            hub = _Hub(world_size, timeout, start_timeout, secrets.token_hex(8))
             hub.store = store  # held until the group has it
             store.set(key, f"{hub.port} {hub.token}")
             return hub
@@ -333,8 +337,8 @@ def _meet(rank: int, world_size: int, timeout: float) -> Contact:
     except (dist.DistError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise LostContact(
-            f"rank 0 did not answer at {address}:{port} within {timeout:.0f} s ({reason}). Did it start, can this "
-            "host reach it, and is the port free?"
+            f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Did it start, can "
+            "this host reach it, and is the port free?"
         ) from None
 
 

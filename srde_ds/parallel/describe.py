@@ -59,9 +59,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
     lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
     lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
-    if plan.memory_at_start:
-        density = plan.config.curriculum.initial_density
-        lines.append(f"{f'sum at initial_density {density:g}':<36}{plan.memory_at_start.total / GIB:>10.2f}")
+    for first, density, of_stage in plan.stages:
+        lines.append(f"{f'sum from step {first + 1} on, density {density:.3g}':<36}{of_stage.total / GIB:>10.2f}")
     if plan.largest_micro_batch:
         lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
     else:

@@ -77,6 +77,7 @@ def cut_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
                 setattr(layer.deltas, key, _part_of(parameter, axis, first * each, slots * each, groups))
         layer.deltas.first_expert, layer.deltas.ranks_per_copy = first, size
         layer.dispatch = dispatch
+        layer.preparation.drop()
 
 
 def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None, transport: str) -> None:
@@ -110,6 +111,7 @@ def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None
         bank.first_expert, bank.ranks_per_copy = first, size
         if dispatch is not None:
             layer.dispatch = dispatch
+        layer.preparation.drop()
 
 
 def _parameters(layer: SRDEFeedForward) -> list[tuple[str, Any]]:

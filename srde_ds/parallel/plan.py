@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Plan:
     """A run on machines.
 
     Attributes:
-        memory_at_start: of the first stage of a run whose supports are pruned; else None.
+        stages: first step (from 0), density and memory of each stage of a run whose supports are pruned; else empty.
         traffic: of a process in an optimizer step.
         moved: bytes of the transports that were compared; empty without expert parallelism.
         largest_micro_batch: rows; 0: not even one fits.
@@ -106,7 +107,7 @@ class Plan:
     shape: BaseShape
     machines: Machines
     memory: Memory
-    memory_at_start: Memory | None
+    stages: list[tuple[int, float, Memory]]
     traffic: list[Traffic]
     transport: str
     moved: dict[str, float]
@@ -158,7 +159,10 @@ class Plan:
                 "moments": self.memory.moments,
                 "peak_moment": self.memory.peak_moment,
                 "peak": self.memory.total,
-                "peak_at_initial_density": self.memory_at_start.total if self.memory_at_start else None,
+                "peak_of_stages": [
+                    {"first_step": first + 1, "density": density, "peak": of.total}
+                    for first, density, of in self.stages
+                ],
             },
             "largest_micro_batch": self.largest_micro_batch,
             "traffic_bytes_per_step": by_kind,
@@ -180,8 +184,11 @@ class Plan:
         }
 
 
-def make_plan(config: Config, machines: Machines) -> Plan:
+def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, float]] = ()) -> Plan:
     """Plan a run.
+
+    Args:
+        prunings: step and density from it on, of a run that starts with `initial_density`.
 
     Raises:
         SRDEError: a base that cannot serve, or an expert-parallel size that does not divide the processes.
@@ -192,20 +199,27 @@ def make_plan(config: Config, machines: Machines) -> Plan:
         raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
     traffic = step_traffic(config, shape, processes)
     flops = step_flops(config, shape, processes, labelled=machines.labelled_share)
-    density = config.curriculum.initial_density
-    at_start = replace(config, adapter=replace(config.adapter, density=density)) if density else None
+
+    def at(density: float) -> Config:
+        return replace(config, adapter=replace(config.adapter, density=density))
+
+    largest = config.curriculum.initial_density or config.adapter.density
+    starts = [(0, largest), *prunings] if prunings else []
     return Plan(
         config=config,
         shape=shape,
         machines=machines,
         memory=memory(config, shape, processes, labelled=machines.labelled_share),
-        memory_at_start=memory(at_start, shape, processes, labelled=machines.labelled_share) if at_start else None,
+        stages=[
+            (first, density, memory(at(density), shape, processes, labelled=machines.labelled_share))
+            for first, density in starts
+        ],
         traffic=traffic,
         transport=choose_transport(config, shape, processes) if size > 1 else "",
         moved=transport_bytes(config, shape, processes) if size > 1 else {},
         flops=flops,
         times=step_times(machines, traffic, sum(flops.values())),
-        largest_micro_batch=largest_micro_batch(at_start or config, shape, machines),
+        largest_micro_batch=largest_micro_batch(at(largest), shape, machines),
     )
 
 

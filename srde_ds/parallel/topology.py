@@ -107,11 +107,6 @@ def all_reduce_max(value: int, device: torch.device) -> int:
     return int(tensor)
 
 
-def all_agree(success: bool, device: torch.device) -> bool:
-    """True when every rank passes True."""
-    return all_reduce_max(0 if success else 1, device) == 0
-
-
 def broadcast_from_main(tensor: torch.Tensor) -> None:
     """Give every rank rank 0's values, in place."""
     dist.broadcast(tensor, src=0)

@@ -36,19 +36,22 @@ class Verdict:
     text: str
 
 
-def judge(peers: Mapping[int, Peer], world_size: int, *, waited: float, timeout: float) -> Verdict | None:
+def judge(
+    peers: Mapping[int, Peer], world_size: int, *, waited: float, timeout: float, start_timeout: float
+) -> Verdict | None:
     """The reason for which the run must end now; None while there is none.
 
     Args:
         peers: of the ranks that have come; those that ended in good order are blamed for nothing.
         waited: seconds since this run's ranks began to gather.
-        timeout: seconds that ranks wait for others, at the start and in a collective.
+        timeout: seconds that ranks wait for others in a collective.
+        start_timeout: seconds that they wait for others to come.
     """
     missing = [rank for rank in range(world_size) if rank not in peers]
-    if missing and waited > timeout:
+    if missing and waited > start_timeout:
         came = sorted({peer.report.host for peer in peers.values()})
-        text = f"{ranks(missing)} did not start within {timeout:.0f} s; there are processes on {', '.join(came)}"
-        return Verdict(missing[0], f"{text}. Is every host up, and can it reach the first one?")
+        text = f"{ranks(missing)} did not start within {start_timeout:.0f} s; there are processes on {', '.join(came)}"
+        return Verdict(missing[0], f"{text}. Is every host up, and can it reach the first one? (--start_timeout)")
     at_work = {rank: peer for rank, peer in peers.items() if peer.error is None}
     for rank, peer in at_work.items():
         if not peer.connected:

@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
 from srde_ds.data.build import build_dataset
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
-from srde_ds.data.mixing import Phase, mixing_phases
+from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.environment import environment
 from srde_ds.errors import SRDEError
 from srde_ds.launcher import launched_world_size
@@ -40,11 +41,36 @@ def check_inputs(config: Config) -> None:
             f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
             "held-out rows. Hand the file to build_dataset instead."
         )
+    check_groups(config)
+    load_trackers(config.tracking)
+    derive_ds_config(config, launched_world_size())
+
+
+def check_groups(config: Config) -> None:
+    """Refuse an expert-parallel size that the processes cannot be cut into.
+
+    Raises:
+        SRDEError: then.
+    """
     size = config.parallel.expert_parallel_size
     if launched_world_size() % size:
         raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {launched_world_size()}.")
-    load_trackers(config.tracking)
-    derive_ds_config(config, launched_world_size())
+
+
+def check_dry_run(config: Config) -> None:
+    """Of what a run refuses, what can be told without building, loading or writing anything.
+
+    Raises:
+        SRDEError: then.
+    """
+    check_groups(config)
+    if config.data.domain_weights:
+        parse_domain_weights(config.data.domain_weights, config.data.domains)
+    if config.data.pretokenized_dir:
+        tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
+        check_rows(config, tokenizer)
+    if config.training.resume_from:
+        find_checkpoint(config.training.resume_from, config.training.output_dir)
 
 
 def prepare_data(config: Config) -> Path:
@@ -74,12 +100,23 @@ def prepare_data(config: Config) -> Path:
         )
         row_mixing(config.data, manifest)
         return folder
+    check_rows(config, tokenizer)
+    return Path(str(data.pretokenized_dir))
+
+
+def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a `pretokenized_dir` that does not fit the run. Reads no more than the manifest and the rows' headers.
+
+    Raises:
+        SRDEError: it is damaged, was made for another base, length or set of domains, or lacks rows that are asked for.
+    """
+    data = config.data
     folder = Path(str(data.pretokenized_dir))
     try:
         manifest = load_manifest(folder)
         check_tokenizer(manifest, tokenizer)
         check_domains(manifest, data.domains)
-        for split in manifest.splits:
+        for split in {"train": None} | manifest.splits:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
@@ -89,7 +126,6 @@ def prepare_data(config: Config) -> Path:
             f"max_length={data.max_length}: the rows in '{folder}' have {manifest.max_length} tokens. "
             f"Give --max_length {manifest.max_length}, or build them again."
         )
-    return folder
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:

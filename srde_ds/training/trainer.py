@@ -71,7 +71,7 @@ def train(config: Config) -> None:
     launchers = LauncherWatch()
     doing("checking the inputs", step=0)
     try:
-        with contact(timeout) as others:
+        with contact(timeout, config.parallel.start_timeout) as others:
             others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
             check_inputs(config)
             if rank == 0:
@@ -179,6 +179,8 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             last = state.step == training.max_steps
             if last or state.step % training.log_steps == 0:
                 line["delta_norm"] = engine.delta_norms().tolist()
+                if plan.only_domain is None:
+                    line["epochs"] = stream.epochs(state.step)
             if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
                 doing("held-out loss")
                 expert: Literal["domain"] | None = "domain" if plan.forced else None

@@ -40,7 +40,7 @@ def build_dataset(arguments: Sequence[str]) -> None:
     )
     parser.boolean("--skip_download", False, "read no sources: tokenise work_dir/data.jsonl as it is")
     parser.boolean("--skip_tokenize", False, "stop after data.jsonl; needs no base")
-    parser.boolean("--overwrite", False, "replace work_dir/tokenized if it holds another dataset")
+    parser.boolean("--overwrite", False, "replace what work_dir holds if it is another dataset")
     parser.add_argument("--push_to_hub", "--repo_name", metavar="REPO", help="upload to the Hub, token from HF_TOKEN")
     parser.boolean("--private", True, "of --push_to_hub")
     parser.add_argument("--num_processes", type=int, help="default: one a core for sources, one for a JSONL file")

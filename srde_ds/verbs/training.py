@@ -30,8 +30,11 @@ def train(arguments: Sequence[str]) -> None:
         from srde_ds.parallel.describe import describe_run
         from srde_ds.parallel.shapes import base_shape
         from srde_ds.training.phases import describe_timeline
+        from srde_ds.training.run_folder import check_dry_run
         from srde_ds.training.stage_sizes import describe_stages
 
+        base_shape(config)  # first: it knows what is wrong with a base
+        check_dry_run(config)
         parts = [describe_run(config, world_size=launched_world_size()), describe_timeline(config)]
         if config.curriculum.initial_density:
             parts.insert(1, describe_stages(config, base_shape(config).blocks))
@@ -66,9 +69,11 @@ def plan(arguments: Sequence[str]) -> None:
 
     from srde_ds.parallel.describe import describe_plan
     from srde_ds.parallel.plan import Machines, make_plan, write_plan
+    from srde_ds.training.phases import prunings
 
     own = {field.name: given.pop(field.name) for field in fields(Machines)}
-    made = make_plan(resolved(given), Machines(**own))
+    config = resolved(given)
+    made = make_plan(config, Machines(**own), prunings(config))
     print(describe_plan(made))
     if output_file:
         write_plan(made, output_file)

@@ -56,7 +56,7 @@ def test_the_timeout_holds_for_the_groups_that_deepspeed_makes() -> None:
 
 def test_a_rank_that_is_alone_says_whom_it_waits_for(inputs: Inputs, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    flags = inputs.flags(tmp_path / "run", collective_timeout=10)
+    flags = inputs.flags(tmp_path / "run", start_timeout=10)
     for rank, text in (
         (0, "error: rank 1 did not start within 10 s; there are processes on "),
         (1, "LostContact: rank 0 did not answer at 127.0.0.1:"),
@@ -69,7 +69,7 @@ def test_a_rank_that_is_alone_says_whom_it_waits_for(inputs: Inputs, tmp_path: P
 
 def test_a_rank_killed_while_the_ranks_meet_ends_the_other(inputs: Inputs, tmp_path: Path) -> None:
     """Before it opens the store, and in between: never longer than the limit, as it once was."""
-    flags = inputs.flags(tmp_path / "run", max_steps=10_000, warmup_steps=0, collective_timeout=30)
+    flags = inputs.flags(tmp_path / "run", max_steps=10_000, warmup_steps=0, collective_timeout=30, start_timeout=15)
     for victim, seconds in ((0, 1.5), (1, 2.5), (1, 4.0)):
         with ranks(flags, 2, tmp_path / "log") as processes:
             time.sleep(seconds)

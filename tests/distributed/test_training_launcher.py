@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares with
 ROOT = Path(__file__).parents[2]
 KEYS = {
     "step", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "tokens_per_expert",
-    "expert_gradient_norm", "delta_norm", "router_entropy",
+    "expert_gradient_norm", "delta_norm", "router_entropy", "epochs",
 }  # fmt: skip
 
 
@@ -123,6 +123,8 @@ def test_metrics_hold_a_line_a_step(finished: Launched) -> None:
     assert [line["step"] for line in lines if "held_out" in line] == [3, 6]
     assert all(list(line["held_out"]) == DOMAINS for line in lines if "held_out" in line)
     assert list(lines[0]["held_out_at_start"]) == DOMAINS
+    rows = load_manifest(finished.folder / "tokenized").splits["train"].rows
+    assert [line["epochs"] for line in lines] == [[8 * step / rows] for step in range(1, 7)]
     for line in lines:  # each token has two experts in each layer
         new = line["tokens"] - (lines[line["step"] - 2]["tokens"] if line["step"] > 1 else 0)
         assert sum(line["tokens_per_expert"]) == 2 * new

@@ -50,7 +50,7 @@ def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) 
         y = layer(x)
         expected = reference_forward(layer, x[0], top_k=2).float()
         torch.testing.assert_close(y[0].float(), expected, rtol=1e-4, atol=1e-4)
-        return layer.preparation._deltas
+        return layer.preparation._prepared
 
     first = prepared()
     assert first is not None and prepared() is first
@@ -61,18 +61,29 @@ def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) 
     third = prepared()
     assert third is not second
     layer.deltas.load_state_dict({"free": torch.randn_like(layer.deltas.free)})
-    assert prepared() is not third
+    fourth = prepared()
+    assert fourth is not third
+    layer.deltas.load_state_dict({"free": torch.randn_like(layer.deltas.free)}, assign=True)
+    prepared()
+    layer.load_state_dict({name: tensor.clone() for name, tensor in layer.state_dict().items()}, assign=True)
+    layer.router.weight.mul_(2)
+    assert prepared() is not fourth
+    layer.router.selection_bias.copy_(torch.tensor([3.0, 0.0, -3.0]))
+    fifth = prepared()
+    assert fifth is not fourth
+    layer.router.weight.neg_()
+    assert prepared() is not fifth
     layer.double()
     x = x.double()
     prepared()
     layer.train()
-    assert layer.preparation._deltas is None
+    assert layer.preparation._prepared is None
     layer(x)
-    assert layer.preparation._deltas is None
+    assert layer.preparation._prepared is None
     layer.eval()
     with torch.enable_grad():
         layer(x)
-    assert layer.preparation._deltas is None
+    assert layer.preparation._prepared is None
 
 
 @pytest.mark.parametrize("atoms", ATOMS)

@@ -123,12 +123,16 @@ OTHER_VALUES = {
     "max_length": "9",
     "warm_start_samples": "9",
     "collective_timeout": "20",
+    "start_timeout": "20",
 }
 LEARNED = ["--support_strategy", "learned", "--initial_density", "0.1", "--density_warmup_steps", "5"]
 NEEDED = {
     "granularity": ["--num_atoms", "4"],
     "max_steps": ["--warmup_steps", "0"],
     "supervised_experts": ["--expert_pretrain_steps", "10"],
+    "expert_pretrain_steps": ["--supervised_experts"],
+    "pretrain_objective": ["--supervised_experts", "--expert_pretrain_steps", "10"],
+    "warm_start_method": ["--warm_start"],
     "unlock_order": ["--warm_start"],
     "initial_density": ["--density_warmup_steps", "5"],
     "density_warmup_steps": ["--initial_density", "0.1"],
@@ -277,6 +281,11 @@ def test_a_dry_run_refuses_what_a_run_would(base: str, tmp_path: Path, capsys: p
     fails(capsys, [*dry_run, "--model_name", str(tmp_path / "none")], "model_name=")
     fails(capsys, [*dry_run, "--model_name", base, "--ds_config", "none.json"], "deepspeed_config=none.json")
     fails(capsys, ["train", "--dry_run", "--model_name", base], "max_length=2048", f"--max_length {POSITIONS}")
+    dry_run += ["--model_name", base]
+    fails(capsys, [*dry_run, "--expert_parallel_size", "2"], "expert_parallel_size=2: must divide the number of proc")
+    fails(capsys, [*dry_run, "--domain_weights", "maths=1"], "unknown domain 'maths'. Did you mean 'math'?")
+    fails(capsys, [*dry_run, "--resume_from", str(tmp_path)], f"resume_from={tmp_path}")
+    fails(capsys, [*dry_run, "--initial_sparsity", "0.05"], "give --density_warmup_steps", "max_steps - 1 = 999")
 
 
 def test_report_prints_the_answers_and_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ def report(rank: int, **changes: object) -> Report:
 
 
 def said(peers: dict[int, Peer], *, waited: float = 500, timeout: float = 100, world_size: int = 3) -> str:
-    verdict = judge(peers, world_size, waited=waited, timeout=timeout)
+    verdict = judge(peers, world_size, waited=waited, timeout=timeout, start_timeout=30)
     return verdict.text if verdict else ""
 
 
@@ -45,9 +45,9 @@ def test_a_run_that_is_well_gets_no_verdict() -> None:
 
 def test_ranks_that_never_came() -> None:
     peers = {0: well()[0]}
-    assert not said(peers, waited=99)
-    text = said(peers, waited=101)
-    assert "ranks 1, 2 did not start within 100 s" in text and "node0" in text
+    assert not said(peers, waited=29)
+    text = said(peers, waited=31)
+    assert "ranks 1, 2 did not start within 30 s" in text and "node0" in text
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_verdict_reaches_all_ranks(verdicts: dict[int, Verdict]) -> None:
-    hub = _Hub(3, 100, "token")
+    hub = _Hub(3, 100, 100, "token")
     links = [_Link(rank, "127.0.0.1", hub.port, "token", 100) for rank in (1, 2)]
     waiting = threading.Thread(target=links[1].wait_for_main)
     waiting.start()
@@ -125,7 +125,7 @@ def test_a_verdict_reaches_all_ranks(verdicts: dict[int, Verdict]) -> None:
 
 def test_rank_0_is_missed_too_unless_it_said_goodbye(verdicts: dict[int, Verdict]) -> None:
     for goodbye in (True, False):
-        hub = _Hub(2, 100, "token")
+        hub = _Hub(2, 100, 100, "token")
         link = _Link(1, "127.0.0.1", hub.port, "token", 100)
         until(lambda: 1 in hub._peers and link._main is not None)  # noqa: B023
         if goodbye:
@@ -143,7 +143,7 @@ def test_rank_0_is_missed_too_unless_it_said_goodbye(verdicts: dict[int, Verdict
 
 def test_an_error_is_passed_on_after_the_grace(verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srde_ds.parallel.verdict.GRACE_SECONDS", 0.1)
-    hub = _Hub(2, 100, "token")
+    hub = _Hub(2, 100, 100, "token")
     link = _Link(1, "127.0.0.1", hub.port, "token", 100)
     until(lambda: 1 in hub._peers)
     link.leave("ValueError: no")
@@ -153,7 +153,7 @@ def test_an_error_is_passed_on_after_the_grace(verdicts: dict[int, Verdict], mon
 
 
 def test_strangers_change_nothing(verdicts: dict[int, Verdict]) -> None:
-    hub = _Hub(2, 100, "token")
+    hub = _Hub(2, 100, 100, "token")
     message = json.dumps({"token": "wrong", **report(1).__dict__}).encode() + b"\n"
     for sent in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\n", b"[]\n", b"{}\n", message, b"x" * (1 << 17)):
         with socket.create_connection(("127.0.0.1", hub.port), timeout=10) as stranger:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 import torch
@@ -74,11 +76,21 @@ def test_names_that_are_not_given(
     assert AutoModelForCausalLM.from_pretrained("moe").config.num_local_experts == 1
 
 
-def test_a_checkpoint_will_do(made: Trained, tmp_path: Path) -> None:
+def test_a_checkpoint_will_do(made: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_model(made.model, tmp_path / "training")
     assert main(["convert", "--checkpoint", str(folder), "--to", "moe", "--output", str(tmp_path / "moe")]) == 0
     assert main(["convert", "--checkpoint", str(tmp_path / "training"), "--output", str(tmp_path / "weights")]) == 0
     assert torch.equal(load_adapter(tmp_path / "weights", base=made.base)(tokens()).logits, made.model(tokens()).logits)
+    run = tmp_path / "training"
+    copyfile(made.weights, run / WEIGHTS)
+    for checkpoint, source in (
+        ("checkpoint-0", folder),
+        (folder.name, run / WEIGHTS),
+    ):  # of an earlier, of the last step
+        (run / "completed.json").write_text(json.dumps({"checkpoint": checkpoint}))
+        capsys.readouterr()
+        assert main(["convert", "--checkpoint", str(run), "--output", str(tmp_path / "again")]) == 0
+        assert capsys.readouterr().err.splitlines()[0] == f"Made from {source}"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,8 @@ def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Path
 def test_bad_input_is_named_before_anything_is_written(files: dict[str, Path]) -> None:
     fails(files, "no such file", jsonl_data=Path("none.jsonl"))
     fails(files, "no such file", eval_file=Path("none.jsonl"))
+    with pytest.raises(SRDEError, match=r"train.jsonl/rows' cannot be made: Not a directory. Choose another folder"):
+        build(files, output_dir=files["jsonl_data"] / "rows")
     fails(files, "has no record of domain 'code'", domains=[*DOMAINS, "code"])
     with files["jsonl_data"].open("a") as file:
         file.write('{"prompt": "a", "response": "b", "domain": "mat"}\n')
@@ -174,6 +177,8 @@ def test_manifest_checks(files: dict[str, Path]) -> None:
     larger.add_tokens(["extra"])
     with pytest.raises(SRDEError, match=r"differs from '' in vocab_size \(278 != 279\)"):
         check_tokenizer(manifest, larger)
+    with pytest.raises(SRDEError, match="has no train rows: build it with more records"):
+        load_rows(folder, "train", replace(manifest, splits={}))
     with pytest.raises(SRDEError, match="has no validation rows: build it with --eval_file"):
         load_rows(folder, "validation", manifest)
     manifest.splits["train"].rows += 1
@@ -189,6 +194,8 @@ def test_manifest_checks(files: dict[str, Path]) -> None:
         ("[]", "format_version None"),
         (json.dumps(content | {"format_version": 9}), "format_version 9, this release reads 1"),
         (json.dumps(content | {"splits": {"train": {"rows": 1}}}), "is damaged"),
+        (json.dumps(content | {"domains": ["math"]}), "is damaged"),
+        (json.dumps(content | {"tokenizer": []}), "is damaged"),
     ):
         path.write_text(broken)
         with pytest.raises(SRDEError, match=message):

@@ -289,6 +289,11 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 256
     build(replace(options, max_length=300), tmp_path / "data", overwrite=True)
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 300
+    # Records without rows do not leave the rows of other records beside them.
+    with pytest.raises(SRDEError, match="holds another dataset"):
+        build(options, tmp_path / "data", tokenizer=None)
+    build(options, tmp_path / "data", tokenizer=None, overwrite=True)
+    assert not (tmp_path / "data" / "tokenized").exists()
 
 
 def test_too_long_is_a_policy(options: BuildOptions, tmp_path: Path) -> None:
@@ -380,8 +385,12 @@ def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], tmp
     refused({"examples_per_domain": "5", "eval_file": "x"}, "eval_file=x", "--decontaminate_against")
     refused({"jsonl_data": "x", "skip_tokenize": "true"}, "skip_tokenize=true leaves nothing to do")
     refused({"jsonl_data": "x", "push_to_hub": "a/b"}, "push_to_hub=a/b: goes with --examples_per_domain")
+    for key, value in (("decontaminate_against", "x"), ("on_shortfall", "trim"), ("test_fraction", "0.2")):
+        refused({"jsonl_data": "x", key: value}, f"{key}={value}: goes with --examples_per_domain")
+    refused({"jsonl_data": "x", "sources_file": "y"}, "sources_file=y: does not go with jsonl_data=x")
     refused({"examples_per_domain": "0"}, "examples_per_domain=0: must be at least 1")
     refused({"examples_per_domain": "5", "test_fraction": "-.1"}, "test_fraction=-0.1")
     refused({"examples_per_domain": "5", "test_fraction": ".6", "validation_fraction": ".4"}, "less than 1 together")
     refused({"examples_per_domain": "5", "near_duplicate_threshold": "0"}, "near_duplicate_threshold=0.0")
+    refused({"examples_per_domain": "5", "validation_fraction": "nan"}, "validation_fraction=nan")
     assert list(tmp_path.iterdir()) == []

@@ -100,7 +100,7 @@ def test_sources_are_loaded_retried_skipped_refilled_and_pushed(hub: Hub, tmp_pa
     assert build["skipped"].keys() == {"changed", "gated", "gone"}
     assert "no 'answer', it has question, reply" in build["skipped"]["changed"]
     assert "GatedRepoError" in build["skipped"]["gated"] and "RepositoryNotFoundError" in build["skipped"]["gone"]
-    assert json.loads((work / "sources.lock.json").read_text())["gsm8k"] == sha
+    assert json.loads((work / "sources.lock.json").read_text())["openai/gsm8k"] == sha
     report = (work / "report" / "report.md").read_text()
     assert "Source gated is missing" in report and sha[:12] in report
 

@@ -89,6 +89,12 @@ def test_a_file_adds_sources_and_domains_without_code(tmp_path: Path) -> None:
         ("a: [{name: b, tasks: math, weight: -1}]", "weight=-1: must not be negative"),
         ("a: [{name: b, tasks: math, weight: 0}]", "all sources of 'a' have weight 0"),
         ("a: [gsm8k, gsm8k]", "source 'gsm8k' is there twice"),
+        ("a: [gsm8k]\na: [sciq]", "line 2: 'a' is there twice"),
+        ("a: [{name: b, jsonl: z, jsonl: y, formatter: gsm8k}]", "line 1: 'jsonl' is there twice"),
+        ("a: [{name: b, jsonl: z, formatter: gsm8k, split: test}]", "split is for hub, folder only: leave it out"),
+        ("a: [{name: b, tasks: math, options: {x: 1}}]", "options is for reasoning_gym only"),
+        ("a: [{name: b, jsonl: z, formatter: gsm8k, columns: {qestion: q}}]", "no 'qestion'"),
+        ("a: [{name: b, jsonl: z, formatter: gsm8k, columns: {question: 1}}]", "question=1 must be the name"),
     ],
 )
 def test_what_no_source_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,29 @@ def test_a_part_that_fails_leaves_nothing_and_keeps_the_others(tmp_path: Path) -
         assert stages.made == {"a": 1}
 
 
-def test_a_part_without_its_figures_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.with_suffix(".json").unlink(),
+        lambda path: path.with_suffix(".json").write_text(""),
+        lambda path: path.write_text("on"),
+        lambda path: path.unlink(),
+    ],
+)
+def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     with Stages(tmp_path) as stages:
         (made,) = stages.run("a", work, parts("one"))
-        made.path.with_suffix(".json").unlink()
+        content = made.path.read_text()
+        harm(made.path)
         stages.run("a", work, parts("one"))
-        assert stages.made == {"a": 2}
+        assert stages.made == {"a": 2} and made.path.read_text() == content
+
+
+def test_one_build_at_a_time(tmp_path: Path) -> None:
+    with Stages(tmp_path), pytest.raises(SRDEError, match="another build is at work there"):
+        Stages(tmp_path).__enter__()
+    with Stages(tmp_path):
+        pass
 
 
 def test_processes_share_the_work_and_report_errors_and_deaths(tmp_path: Path) -> None:

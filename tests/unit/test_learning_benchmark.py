@@ -246,7 +246,7 @@ def test_a_few_runs_of_a_tiny_base(tmp_path: Path) -> None:
     assert srde["losses"][0] == lora["losses"][0] and srde["losses"][-1] != lora["losses"][-1]
     assert srde["tokens"] == lora["tokens"] > 0 and found["base"]["losses"] == []
     # The trainer's figure and the benchmark's own; items padded one by one and packed in rows.
-    assert [step for step, _ in srde["curve"]] == [0, 5, 10] and srde["curve"][-1][1] == srde["validation_loss"]
+    assert [step for step, _ in srde["curve"]] == [0, 6, 12] and srde["curve"][-1][1] == srde["validation_loss"]
     assert abs(found["base"]["validation_loss"] - srde["curve"][0][1]) < 1e-5
     for domain, loss in srde["test_loss"].items():
         assert abs(srde["experts_alone"]["mixture"][domain] - loss) < 1e-5

@@ -12,10 +12,12 @@ from srde_ds.cli import main
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
 from srde_ds.parallel.compute import step_flops
+from srde_ds.parallel.describe import describe_plan
 from srde_ds.parallel.memory import memory
 from srde_ds.parallel.plan import GB, GIB, Machines, Plan, make_plan, step_times
 from srde_ds.parallel.shapes import base_shape
 from srde_ds.parallel.traffic import Traffic
+from srde_ds.training.phases import prunings
 from tests.cli_helpers import fails
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
@@ -24,7 +26,8 @@ RUN = {"model_name": str(MINISTRAL), "max_length": 4096, "gradient_checkpointing
 
 
 def planned(machines: dict[str, Any] | None = None, **options: Any) -> Plan:
-    return make_plan(resolve({}, RUN | options), Machines(**{"gpus": 8, "nodes": 2} | (machines or {})))
+    config = resolve({}, RUN | options)
+    return make_plan(config, Machines(**{"gpus": 8, "nodes": 2} | (machines or {})), prunings(config))
 
 
 def test_links_by_hand() -> None:
@@ -110,11 +113,15 @@ def test_price_and_tokens_follow_from_the_time() -> None:
     assert plan.to_dict()["price"] == pytest.approx(2.5 * 16 * 100 * plan.times.step / 3600)
 
 
-def test_a_run_that_starts_denser_is_measured_there_too() -> None:
-    plan = planned(initial_density=0.05, density_warmup_steps=100)
-    assert plan.memory_at_start is not None
-    assert plan.memory_at_start.states["gradients"] == pytest.approx(5 * plan.memory.states["gradients"], rel=0.01)
+def test_a_run_that_starts_denser_is_measured_at_every_stage() -> None:
+    plan = planned(initial_density=0.04, density_warmup_steps=100, density_prunings=2)
+    assert [(first, round(density, 6)) for first, density, _ in plan.stages] == [(0, 0.04), (50, 0.02), (100, 0.01)]
+    gradients = [memory.states["gradients"] / plan.memory.states["gradients"] for _, _, memory in plan.stages]
+    assert gradients == pytest.approx([4, 2, 1], rel=0.01)
+    assert "sum from step 51 on, density 0.02 " in describe_plan(plan)
+    assert [stage["first_step"] for stage in plan.to_dict()["memory_bytes"]["peak_of_stages"]] == [1, 51, 101]
     assert plan.largest_micro_batch <= planned().largest_micro_batch
+    assert planned().stages == []
 
 
 def test_expert_parallelism_names_the_transport_and_why() -> None:

@@ -250,3 +250,20 @@ def test_rows_are_built_once_without_progress_bars_and_used_again(inputs: dict[s
     assert result.stderr == (
         f"srde-ds: '{tmp_path}/tokenized' was built from the same files and options: it is used as it is\n"
     )
+
+
+def test_a_dry_run_refuses_rows_that_a_run_would(
+    inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = {"model_name": inputs["base"], "pretokenized_dir": inputs["rows"], "domains": DOMAINS}
+    good |= {"max_length": str(POSITIONS), "output_dir": str(tmp_path / "run")}
+    assert main(["train", "--dry_run", *flags(good)]) == 0
+    capsys.readouterr()
+    for change, message in (
+        ({"model_name": inputs["other"]}, "which differs from"),
+        ({"domains": DOMAINS[::-1]}, "give the same names in the same order"),
+        ({"max_length": str(POSITIONS // 2)}, f"Give --max_length {POSITIONS}"),
+        ({"pretokenized_dir": str(tmp_path)}, "build_dataset"),
+    ):
+        fails(capsys, ["train", "--dry_run", *flags(good | change)], message)
+    assert list(tmp_path.iterdir()) == []

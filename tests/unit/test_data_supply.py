@@ -1,0 +1,113 @@
+"""Sources and folders that a build cannot use are named before anything is made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from srde_ds.data.builder import build_from_sources
+from srde_ds.data.options import Build, BuildOptions
+from srde_ds.data.sources import Source
+from srde_ds.data.supply import Supply
+from srde_ds.errors import SRDEError
+from tests.data_helpers import sums, write_jsonl
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> BuildOptions:
+    path = write_jsonl(tmp_path / "sums.jsonl", sums("math", range(20)))
+    source = Source("sums", "math", jsonl=str(path), formatter="prompt_response", near_duplicates=False)
+    return BuildOptions([source], 10, 256, "drop", 1)
+
+
+def build(options: BuildOptions, work_dir: Path, **changes: Any) -> Build:
+    return build_from_sources(replace(options, **changes), work_dir=work_dir, tokenizer=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"columns": {"prompt": "q"}}, "its columns do not fit: no 'q', it has prompt, response, domain"),
+        ({"jsonl": "."}, "IsADirectoryError"),
+        (
+            {"jsonl": None, "formatter": None, "reasoning_gym": "leg_counting", "options": {"min_animals": 0}},
+            "min_animals must be positive",
+        ),
+    ],
+)
+def test_a_source_of_another_form_cannot_be_had(
+    options: BuildOptions, tmp_path: Path, values: dict[str, Any], message: str
+) -> None:
+    wrong = [replace(options.sources[0], **values)]
+    with pytest.raises(SRDEError, match="source 'sums' .* cannot be had: ") as caught:
+        build(options, tmp_path / "data", sources=wrong)
+    assert message in str(caught.value)
+
+
+def test_columns_may_be_missing_from_some_rows(options: BuildOptions, tmp_path: Path) -> None:
+    rows = ["not JSON", "[]", *({"prompt": f"{n}?"} for n in range(5)), *sums("math", range(20))]
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    assert build(options, tmp_path / "data").sources[0]["counts"]["broken"] == 7
+
+
+def test_a_shortfall_tells_what_was_left_out(
+    options: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    faulty = [{"prompt": "why?", "response": None} for _ in range(5)]
+    path = write_jsonl(tmp_path / "faulty.jsonl", [*sums("logic", range(20)), *faulty])
+    other = replace(options.sources[0], name="faulty", domain="logic", jsonl=str(path))
+    left_out = r"logic has 20 \(left out of faulty: broken 5 \(no text in 'response'\) of 25 rows\)"
+    with pytest.raises(SRDEError, match=rf"math has 20, {left_out}. Lower it"):
+        build(options, tmp_path / "data", sources=[*options.sources, other], examples_per_domain=50)
+    assert caplog.messages == ["source faulty: broken 5 (no text in 'response') of 25 rows"]
+
+
+def test_few_examples_of_several_generated_sources(options: BuildOptions, tmp_path: Path) -> None:
+    sources = [Source(name, "logic", tasks="science", near_duplicates=False) for name in ("one", "two")]
+    assert build(options, tmp_path, sources=sources, examples_per_domain=1).domains["logic"]["documents"] == 1
+
+
+def test_evaluation_sets_without_questions_are_refused(options: BuildOptions, tmp_path: Path) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    refused = {"math_tasks": "its items are made", str(empty): "no question", "sum": "Did you mean 'sums'"}
+    for name, message in refused.items():
+        with pytest.raises(SRDEError, match=f"decontaminate_against={name}: .*{message}"):
+            build(options, tmp_path / "data", decontaminate_against=(name,))
+
+
+def test_commits_are_looked_up_once(options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+
+    def opened(source: Source, *, revision: str | None, **_: Any) -> Any:
+        used.append((source.location, revision))
+        return SimpleNamespace(source=source, revision=source.revision or revision or "newest")
+
+    monkeypatch.setattr("srde_ds.data.supply.open_source", opened)
+    loose = Source("loose", "math", hub="a/loose", formatter="gsm8k")
+    pinned = replace(loose, name="pinned", hub="a/pinned", revision="pin")
+    for sources in ([loose, pinned], [loose, pinned], [replace(loose, hub="b/other"), pinned]):
+        Supply(replace(options, sources=sources), tmp_path)
+    looked_up = [("a/loose", None), ("a/loose", "newest"), ("b/other", None)]
+    assert used == [call for first in looked_up for call in (first, ("a/pinned", "pin"))]
+    (tmp_path / "sources.lock.json").write_text("{")
+    with pytest.raises(SRDEError, match=r"sources.lock.json' is damaged: delete it"):
+        Supply(options, tmp_path)
+
+
+def test_what_no_build_made_is_not_replaced(options: BuildOptions, tmp_path: Path) -> None:
+    for name in ("README.md", "data.jsonl"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(SRDEError, match=f"holds a {name} that no build made. Choose another --work_dir"):
+            build(options, tmp_path)
+        assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "sums.jsonl"} == {
+            name: "mine"
+        }
+        (tmp_path / name).unlink()
+    with pytest.raises(SRDEError, match=r"work_dir=.*sums.jsonl: cannot be made: File exists"):
+        build(options, tmp_path / "sums.jsonl")
