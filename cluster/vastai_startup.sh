@@ -18,6 +18,7 @@
 #   CONVERT_TO           at the end also: moe or gguf (docs/convert.md)
 #   UPLOAD_REPO          Hub repository, made private, for the weights at the end
 #   MAX_RESTARTS         of training, after failures (3)
+#   PREFLIGHT            false: no look at the machine before training (true)
 #   ENVIRONMENT          a Python environment with srde-ds in it, instead of installing one
 #   HF_TOKEN             for gated bases, and for the upload: read by the Hub's library from here
 #   WEBHOOK_URL          gets JSON when the state changes: read by srde-ds from here
@@ -29,7 +30,7 @@ cd "$(dirname "$0")/.."
 
 : "${MODEL_NAME:=mistralai/Ministral-3-14B-Reasoning-2512}" "${EXAMPLES_PER_DOMAIN:=100000}" "${MAX_STEPS:=10000}"
 : "${MAX_LENGTH:=2048}" "${OUTPUT_DIR:=/workspace/runs/srde}" "${WORK_DIR:=/workspace/data}" "${SOURCES_FILE:=}"
-: "${TRAIN_ARGUMENTS:=}" "${CONVERT_TO:=}" "${UPLOAD_REPO:=}" "${MAX_RESTARTS:=3}" "${ENVIRONMENT:=}"
+: "${TRAIN_ARGUMENTS:=}" "${CONVERT_TO:=}" "${UPLOAD_REPO:=}" "${MAX_RESTARTS:=3}" "${ENVIRONMENT:=}" "${PREFLIGHT:=true}"
 
 stage=setting-up
 monitor=
@@ -92,7 +93,7 @@ if [ -n "${WEBHOOK_URL:-}" ]; then
 fi
 read -ra more <<<"$TRAIN_ARGUMENTS"
 # Goes on from the last checkpoint if there is one, and does nothing for a finished run.
-srde-ds supervise --max_restarts "$MAX_RESTARTS" -- "${launcher[@]}" --model_name "$MODEL_NAME" \
+srde-ds supervise --max_restarts "$MAX_RESTARTS" --preflight "$PREFLIGHT" -- "${launcher[@]}" --model_name "$MODEL_NAME" \
     --pretokenized_dir "$WORK_DIR/tokenized" --max_length "$MAX_LENGTH" --output_dir "$OUTPUT_DIR" \
     --max_steps "$MAX_STEPS" --deepspeed_config "$ds_config" "${more[@]}"
 

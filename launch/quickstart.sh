@@ -23,6 +23,9 @@ if [ ! -e "$run/completed.json" ]; then
     else
         rm -rf "$run" # a run that was stopped before its first checkpoint
     fi
+    if [ "${PREFLIGHT:-true}" != false ]; then
+        python launch/doctor.py --processes "$processes" --config launch/quickstart.yaml --output_dir "$run" --bf16 "$bf16"
+    fi
     deepspeed --num_gpus "$processes" launch/train.py --config launch/quickstart.yaml --output_dir "$run" \
         --bf16 "$bf16" "${resume[@]}"
     # The launcher may return 0 although a process died: the marker is the proof.

@@ -5,10 +5,13 @@
 #   cluster/mpi/train.sh cluster/hosts --config run.yaml --output_dir runs/first
 #
 # INTERFACE=eth0 is the network interface between the hosts, where they have several. The variables in .deepspeed_env
-# (`srde-ds hosts --variables`), in the home folder or here, go to all ranks. SIGTERM, SIGINT and SIGUSR1 to this script save and stop the run.
+# (`srde-ds hosts --variables`), in the home folder or here, go to all ranks. SIGTERM, SIGINT and SIGUSR1 to this script save
+# and stop the run. `srde-ds doctor` looks at all hosts first, over ssh, and what it finds fatal ends the script;
+# PREFLIGHT=false leaves that out.
 set -euo pipefail
 hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
 shift
+if [ "${PREFLIGHT:-true}" != false ]; then python launch/doctor.py --hostfile "$hostfile" "$@"; fi
 options=(--hostfile "$hostfile" --map-by slot --bind-to none) # one rank a slot, in the order of the file
 if [ -n "${INTERFACE:-}" ]; then
     options+=(--mca oob_tcp_if_include "$INTERFACE" --mca btl_tcp_if_include "$INTERFACE")

@@ -7,7 +7,8 @@
 #
 # MASTER_ADDR: an address of the first host that all others reach (default: its name in the hostfile). MASTER_PORT: 29500.
 # The variables in .deepspeed_env (`srde-ds hosts --variables`) go to all ranks. When this script gets SIGTERM or SIGINT, or
-# is gone for whatever reason, the run saves and ends; when one host fails, the others end.
+# is gone for whatever reason, the run saves and ends; when one host fails, the others end. `srde-ds doctor` looks at all hosts
+# first, and what it finds fatal ends the script; PREFLIGHT=false leaves that out.
 set -euo pipefail
 hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
 shift
@@ -18,6 +19,9 @@ for file in ~/.deepspeed_env .deepspeed_env; do # the order in which deepspeed r
     [ -e "$file" ] || continue
     while read -r variable; do variables+=("$variable"); done <"$file"
 done
+if [ "${PREFLIGHT:-true}" != false ]; then
+    python launch/doctor.py --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" "$@"
+fi
 
 # This script alone can write to the pipe that every host reads from: its end tells them to stop.
 folder=$(mktemp -d)
@@ -37,8 +41,10 @@ declare -A host_of
 node=0
 for line in "${lines[@]}"; do
     read -r host slots <<<"$line"
-    command=(env -C "$PWD" "${variables[@]}" torchrun --nnodes "${#lines[@]}" --node_rank "$node" --nproc_per_node "$slots"
-        --master_addr "${MASTER_ADDR:-${lines[0]% *}}" --master_port "${MASTER_PORT:-29500}" launch/train.py "$@")
+    # As long as ranks wait for each other (--start_timeout).
+    torchrun=(torchrun --nnodes "${#lines[@]}" --node_rank "$node" --nproc_per_node "$slots" --rdzv_conf timeout=80
+        --master_addr "${MASTER_ADDR:-${lines[0]% *}}" --master_port "${MASTER_PORT:-29500}")
+    command=(env -C "$PWD" "${variables[@]}" "${torchrun[@]}" launch/train.py "$@")
     ssh -o ServerAliveInterval=15 "$host" "$(printf '%q ' bash -c "$watch" watch "${command[@]}")" \
         <"$folder/alive" {alive}>&- &
     host_of[$!]=$host

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from packaging.requirements import Requirement
 
-from srde_ds.cluster.host_agent import facts
+from srde_ds.cluster.host_agent import facts, gpus
 from srde_ds.cluster.hosts import Host
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
@@ -32,7 +32,7 @@ GIB = 2**30
 USABLE_MEMORY = 0.9
 CLOCK_SECONDS = 2.0
 ANSWER_SECONDS = 90.0
-SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
+SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,24 @@ class Finding:
 
     def __str__(self) -> str:
         return f"{self.level:<8}{self.text}" + (f"\n        -> {self.remedy}" if self.remedy else "")
+
+
+def check(
+    config: Config, hosts: Sequence[Host], port: int, *, processes: int | None = None, nodes: int = 1
+) -> Iterator[Finding]:
+    """All of it.
+
+    Args:
+        hosts: of a hostfile; without them this host alone is looked at.
+        port: where the ranks meet.
+        processes: on this host, if there is no hostfile (default: one a GPU).
+        nodes: hosts with as many, if there is no hostfile.
+    """
+    here = hosts[0].slots if hosts else processes or max(1, len(gpus()))
+    total = sum(host.slots for host in hosts) or here * nodes
+    yield from check_here(config, total, processes_here=here)
+    if hosts:
+        yield from check_hosts(config, hosts, port, rank_variables())
 
 
 def check_here(config: Config, processes: int, *, processes_here: int = 1) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import ctypes
 import json
 import logging
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -22,9 +23,9 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from srde_ds.cluster.doctor import SSH, check_here
-from srde_ds.cluster.host_agent import gpus
+from srde_ds.cluster.doctor import SSH, check
 from srde_ds.cluster.hosts import Host, format_hostfile, read_hostfile
+from srde_ds.cluster.leftovers import VARIABLE, end_on_hosts, end_session
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.training.heartbeat import FILE as HEARTBEAT
@@ -70,6 +71,11 @@ class Command:
             return None
         return _value(self.words[: self.train], ("--hostfile", "-H"))
 
+    @property
+    def port(self) -> int:
+        """Where the ranks meet; deepspeed's default is torchrun's."""
+        return int(_value(self.words[: self.train], ("--master_port", "--master-port")) or 29500)
+
     def changed(self, *, hostfile: str | None, options: dict[str, str]) -> list[str]:
         """The command with another hostfile and other options of training."""
         launcher, train = self.words[: self.train], self.train_arguments
@@ -80,16 +86,13 @@ class Command:
         return launcher + train
 
 
-def preflight(config: Config, hosts: Sequence[Host]) -> None:
-    """The part of `srde-ds doctor` that takes seconds, on this host.
+def preflight(config: Config, hosts: Sequence[Host], port: int) -> None:
+    """`srde-ds doctor`, on this host or on all of a hostfile.
 
     Raises:
         SRDEError: something would end the run.
     """
-    here = max(1, len(gpus()))
-    findings = list(
-        check_here(config, sum(host.slots for host in hosts) or here, processes_here=hosts[0].slots if hosts else here)
-    )
+    findings = list(check(config, hosts, port))
     for finding in findings:
         if finding.level != "ok":
             logger.info("preflight: %s", finding)
@@ -107,11 +110,15 @@ class Supervisor:
         config: of the run, as the command gives it.
         max_restarts: attempts after the first one.
         min_nodes: go on with that many of the hostfile's hosts; None: all are needed.
+        preflight: look first for what would end the run.
     """
 
-    def __init__(self, command: Command, config: Config, *, max_restarts: int, min_nodes: int | None) -> None:
-        self.command, self.config = command, config
+    def __init__(
+        self, command: Command, config: Config, *, max_restarts: int, min_nodes: int | None, preflight: bool
+    ) -> None:
+        self.command, self.config, self.preflight = command, config, preflight
         self.max_restarts, self.min_nodes = max_restarts, min_nodes
+        self._mark = secrets.token_hex(8)
         self.run = Path(config.training.output_dir)
         self.hosts = read_hostfile(command.hostfile) if command.hostfile else []
         self._signal = 0
@@ -141,6 +148,10 @@ class Supervisor:
     def _attempt(self, attempt: int) -> int | None:
         """Run the command once. None: it is worth another attempt."""
         hosts = self._hosts_left() if self.hosts else []
+        if attempt:
+            self._end_on_hosts(hosts)  # one that was cut off may be back
+        elif self.preflight:
+            preflight(self.config, hosts, self.command.port)
         options = self._options(attempt, hosts)
         with tempfile.NamedTemporaryFile("w", prefix="srde-ds-hosts-") as file:
             file.write(format_hostfile(hosts))
@@ -165,11 +176,15 @@ class Supervisor:
         return None
 
     def _run(self, words: Sequence[str]) -> int:
-        """The command's exit status; nothing of it is left in its session."""
+        """The command's exit status; nothing of it is left, on the hosts that answer."""
         try:
             # A session of its own, so that all of it can be ended and nothing else is.
             self._process = process = subprocess.Popen(
-                words, start_new_session=True, preexec_fn=_end_with_parent, stderr=subprocess.PIPE
+                words,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+                stderr=subprocess.PIPE,
+                env=os.environ | {VARIABLE: self._mark},
             )
         except OSError as error:
             raise SRDEError(f"command '{words[0]}' cannot be started: {error.strerror}.") from None
@@ -182,8 +197,13 @@ class Supervisor:
             if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
                 self._say("the run has ended, but its launcher waits on: ending it")
                 break
-        _end_session(process.pid)
+        end_session(process.pid)
+        self._end_on_hosts(self.hosts)
         return process.wait()
+
+    def _end_on_hosts(self, hosts: Sequence[Host]) -> None:
+        for host, processes in (end_on_hosts(hosts, self._mark) if hosts else {}).items():
+            self._say(f"ended what an attempt left on {host}: processes {', '.join(map(str, processes))}")
 
     def _pass_on(self, errors: IO[bytes]) -> None:
         """Print the command's errors, and keep training's last one: at the start there is no heartbeat yet."""
@@ -299,42 +319,15 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def answering(hosts: Sequence[Host]) -> list[Host]:
-    """Those that run a command over ssh within some seconds."""
+    """Those that run a command over ssh within half a minute: a host that computes answers slowly."""
 
     def answers(host: Host) -> bool:
         with suppress(subprocess.TimeoutExpired):
-            return subprocess.run([*SSH, host.name, "true"], capture_output=True, timeout=10).returncode == 0
+            return subprocess.run([*SSH, host.name, "true"], capture_output=True, timeout=30).returncode == 0
         return False
 
     with ThreadPoolExecutor(min(32, len(hosts))) as pool:
         return [host for host, up in zip(hosts, pool.map(answers, hosts), strict=True) if up]
-
-
-def _end_session(leader: int) -> None:
-    """Nothing of an attempt may live on beside the next one."""
-    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
-        members = _session(leader)
-        for pid in members:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
-        deadline = time.monotonic() + seconds
-        while members and time.monotonic() < deadline:
-            time.sleep(0.1)
-            members = _session(leader)
-        if not members:
-            return
-
-
-def _session(leader: int) -> list[int]:
-    """Live processes of a session, which may have several process groups."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            with suppress(OSError):
-                state, _, _, session, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(session) == leader and state not in "ZX":
-                    found.append(int(entry.name))
-    return found
 
 
 def _end_with_parent() -> None:

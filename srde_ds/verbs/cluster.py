@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,20 +74,17 @@ def supervise(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--max_restarts", type=int, default=3, help="attempts after the first one")
     parser.add_argument("--min_nodes", type=int, help="hosts of the hostfile to go on with (default: all)")
-    parser.boolean("--preflight", True, "look first for what would end the run (the local part of `srde-ds doctor`)")
+    parser.boolean("--preflight", True, "look first for what would end the run (`srde-ds doctor`)")
     words = list(arguments)
     separator = words.index("--") if "--" in words else len(words)
     options = parser.parse(words[:separator])
 
-    from srde_ds.cluster.supervisor import Command, Supervisor, preflight
+    from srde_ds.cluster.supervisor import Command, Supervisor
     from srde_ds.verbs.training import train_config
 
     command = Command.parse(words[separator + 1 :])
     config, _ = train_config(command.train_arguments)
-    supervisor = Supervisor(command, config, max_restarts=options.max_restarts, min_nodes=options.min_nodes)
-    if options.preflight:
-        preflight(config, supervisor.hosts)
-    return supervisor.supervise()
+    return Supervisor(command, config, **vars(options)).supervise()
 
 
 def monitor(arguments: Sequence[str]) -> int:
@@ -111,29 +108,28 @@ def doctor(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--hostfile", metavar="FILE", help="hosts to look at, over ssh (default: this one alone)")
     parser.add_argument("--master_port", type=int, default=29500, help="rendezvous port")
+    alone = parser.add_argument_group("the run, without a hostfile")
+    alone.add_argument("--processes", type=int, help="on this host (default: one a GPU)")
+    alone.add_argument("--nodes", type=int, default=1, help="hosts with as many processes")
     parser.add_argument("--config", metavar="FILE", help="YAML of the run; flags take precedence")
     add_config_flags(parser)
     given = vars(parser.parse(arguments))
     hostfile, port = given.pop("hostfile"), given.pop("master_port")
+    processes, nodes = given.pop("processes"), given.pop("nodes")
 
-    from srde_ds.cluster import doctor as checks
-    from srde_ds.cluster.host_agent import gpus
+    from srde_ds.cluster.doctor import check
     from srde_ds.cluster.hosts import read_hostfile
 
     config = resolved(given)
     hosts = read_hostfile(hostfile) if hostfile else []
-    here = max(1, len(gpus()))
-    processes = sum(host.slots for host in hosts) or here
-    findings = itertools.chain(
-        checks.check_here(config, processes, processes_here=hosts[0].slots if hosts else here),
-        checks.check_hosts(config, hosts, port, checks.rank_variables()),
-    )
-    fatal = 0
-    for finding in findings:
+    fatal = []
+    for finding in check(config, hosts, port, processes=processes, nodes=nodes):
         print(finding, flush=True)
-        fatal += finding.level == "fatal"
-    print("Fit to train." if not fatal else f"{fatal} to repair before training.")
-    return int(fatal > 0)
+        if finding.level == "fatal":
+            fatal.append(finding.text)
+    host = socket.gethostname()
+    print(f"{host}: {len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else f"{host}: fit to train")
+    return int(bool(fatal))
 
 
 def _text(path: str) -> str:

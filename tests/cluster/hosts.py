@@ -89,7 +89,7 @@ class Job:
     def pid(self) -> int:
         """Of the command itself, on the machine that runs the test."""
         nsenter = psutil.Process(self._nsenter.pid)
-        _wait_until(lambda: bool(nsenter.children()))
+        wait_until(lambda: bool(nsenter.children()))
         return nsenter.children()[0].pid
 
     def send_signal(self, signal: Signals) -> None:
@@ -153,7 +153,7 @@ class Hosts:
         self._write_files()
         self._switch = subprocess.Popen([*DIES_WITH_PARENT, "unshare", "--net", "sleep", "infinity"])
         try:
-            _wait_until(lambda: _namespace(self._switch.pid, "net") != _namespace(os.getpid(), "net"))
+            wait_until(lambda: _namespace(self._switch.pid, "net") != _namespace(os.getpid(), "net"))
             self._in_switch("ip link add bridge type bridge && ip link set bridge up")
             for name in self.names:
                 self._unshare[name] = self._begin(name)
@@ -178,7 +178,7 @@ class Hosts:
         return self.folder / f"home-{host}"
 
     def run(
-        self, host: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 30
+        self, host: str, command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 90
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host to its end, in the current folder; standard error is part of `stdout`.
 
@@ -282,16 +282,16 @@ class Hosts:
     def _connect(self, name: str) -> None:
         """Give a new host its link and wait for its sshd."""
         unshare = psutil.Process(self._unshare[name].pid)
-        _wait_until(lambda: bool(unshare.children()))
+        wait_until(lambda: bool(unshare.children()))
         self._first[name] = first = unshare.children()[0]
         hardware = f"02:00:00:00:00:{self.names.index(name) + 1:02x}"  # after booting too: neighbours remember it
         peer = f"peer name eth0 address {hardware} netns {first.pid}"
         self._in_switch(f"ip link add {name} type veth {peer} && ip link set {name} master bridge up")
         configure = f"ip link set lo up; ip address add {self.address(name)}/24 dev eth0; ip link set eth0 up"
         subprocess.run(["nsenter", "--target", str(first.pid), "--net", "sh", "-ec", configure], check=True)
-        _wait_until(lambda: first.name() == "sshd")
+        wait_until(lambda: first.name() == "sshd")
         up = f"exec 3<>/dev/tcp/{self.address(name)}/22"
-        _wait_until(lambda: self.run(name, ["bash", "-c", up]).returncode == 0)
+        wait_until(lambda: self.run(name, ["bash", "-c", up]).returncode == 0)
 
     def _in_switch(self, script: str) -> None:
         subprocess.run(["nsenter", "--target", str(self._switch.pid), "--net", "sh", "-ec", script], check=True)
@@ -301,7 +301,7 @@ def _namespace(pid: int, kind: str) -> str:
     return os.readlink(f"/proc/{pid}/ns/{kind}")
 
 
-def _wait_until(condition: Callable[[], bool], timeout: float = 10) -> None:
+def wait_until(condition: Callable[[], bool], timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s"

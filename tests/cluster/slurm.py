@@ -26,6 +26,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MpiDefault=none
+MinJobAge=86400
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
@@ -35,7 +36,7 @@ SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=sched_interval=2
 NodeName=node1 NodeAddr={node1} CPUs=2 RealMemory=4000
 NodeName=node2 NodeAddr={node2} CPUs=2 RealMemory=4000
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE
+PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=180 MaxTime=INFINITE
 PartitionName=high Nodes=ALL PriorityTier=2 PreemptMode=OFF
 """
 
@@ -62,7 +63,7 @@ class Slurm:
         files |= {"log-file": folder / "munge.log", "seed-file": folder / "munge.seed"}
         munged = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items())]
         hosts.start("node1", munged)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not files["socket"].exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         hosts.start("node1", ["slurmctld", "-D"], env=self.environment)

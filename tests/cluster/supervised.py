@@ -15,8 +15,8 @@ from tests.cluster.training import ENVIRONMENT, arguments, small_run
 from tests.distributed.training_helpers import Inputs
 
 FAULTY_TRAIN = "tests/cluster/faulty/train.py"
-START_SECONDS = 240  # of two ranks on two cores that others use, too
-END_SECONDS = 120
+START_SECONDS = 400  # of two ranks on two cores that others use, too
+END_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -35,22 +35,31 @@ class SupervisedRun:
 
     Args:
         slots: processes by host.
+        flags: of the supervisor.
+        supervised: False: deepspeed alone.
+        changes: of the training's options.
     """
 
     def __init__(
-        self, hosts: Hosts, inputs: Inputs, folder: Path, slots: dict[str, int], *flags: str, **changes: object
+        self,
+        hosts: Hosts,
+        inputs: Inputs,
+        folder: Path,
+        slots: dict[str, int],
+        *flags: str,
+        supervised: bool = True,
+        **changes: object,
     ) -> None:
-        self.hosts, self.slots, self.run = hosts, slots, folder / "run"
+        self.hosts, self.slots, self.run, self.supervised = hosts, slots, folder / "run", supervised
         self.down: set[str] = set()
         hostfile = folder / "hostfile"
         hostfile.write_text("".join(f"{name} slots={number}\n" for name, number in slots.items()))
         (hosts.home("node1") / ".deepspeed_env").write_text("".join(f"{k}={v}\n" for k, v in ENVIRONMENT.items()))
-        options = {"max_steps": 100_000, "warmup_steps": 0, "collective_timeout": 20} | changes
+        options = {"max_steps": 100_000, "warmup_steps": 0} | changes
         training = small_run(inputs, self.run, processes=sum(slots.values()), **options)
         launcher = ["deepspeed", "--hostfile", str(hostfile), FAULTY_TRAIN, *arguments(training)]
-        self.job: Job = hosts.start(
-            "node1", ["srde-ds", "supervise", "--preflight", "false", *flags, "--", *launcher], env=ENVIRONMENT
-        )
+        supervisor = ["srde-ds", "supervise", *flags, "--"] if supervised else []
+        self.job: Job = hosts.start("node1", [*supervisor, *launcher], env=ENVIRONMENT)
         self.attempt = 1
 
     def output(self) -> str:
@@ -58,8 +67,8 @@ class SupervisedRun:
 
     def wait_for_steps(self) -> None:
         """Until this attempt trains and has saved."""
-        ours = lambda: self.output().partition(f"attempt {self.attempt} of")[2]  # noqa: E731
-        _wait(lambda: len(re.findall(r"^(?:node\d+: )?step +\d+/", ours(), re.MULTILINE)) >= 3, self, START_SECONDS)
+        step = re.compile(r"^(?:node\d+: )?step +\d+/", re.MULTILINE)
+        _wait(lambda: len(step.findall(self._of_this_attempt())) >= 3, self, START_SECONDS)
 
     def see(self, fault: str, inject: Callable[[], object], *, then: Callable[[], object] = lambda: None) -> Seen:
         """Let a fault happen to the running attempt, wait until that has ended, and until the next one trains.
@@ -82,8 +91,10 @@ class SupervisedRun:
     def resumed_at(self) -> int:
         """The step from which this attempt goes on, once it trains."""
         self.wait_for_steps()
-        text = self.output().partition(f"attempt {self.attempt} of")[2]
-        return int(match[1]) if (match := re.search(r"Resumed at step (\d+)", text)) else 0
+        return int(match[1]) if (match := re.search(r"Resumed at step (\d+)", self._of_this_attempt())) else 0
+
+    def _of_this_attempt(self) -> str:
+        return self.output().partition(f"attempt {self.attempt} of")[2] if self.supervised else self.output()
 
     def see_end(self, fault: str, inject: Callable[[], object]) -> tuple[Seen, int]:
         """Let a fault happen that the supervisor does not survive, or does not start again after; also its status."""
@@ -105,10 +116,10 @@ class SupervisedRun:
         self.down.add(host)
         self.hosts.kill(host)
 
-    def kill_rank(self, host: str) -> None:
+    def signal_rank(self, host: str, number: Signals = Signals.SIGKILL) -> None:
         for process in self.hosts.processes(host):
             if FAULTY_TRAIN in process.command and "deepspeed" not in process.command.partition(FAULTY_TRAIN)[0]:
-                os.kill(process.pid, Signals.SIGKILL)
+                os.kill(process.pid, number)
 
     def kill_launcher(self, host: str) -> None:
         for process in self.hosts.processes(host):

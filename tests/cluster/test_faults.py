@@ -7,6 +7,7 @@ from signal import Signals
 
 import pytest
 
+from srde_ds.cluster.leftovers import VARIABLE
 from tests.cluster.hosts import Hosts, missing
 from tests.cluster.supervised import SupervisedRun
 from tests.cluster.training import ENVIRONMENT
@@ -17,35 +18,48 @@ pytestmark = pytest.mark.skipif(missing("pdsh") is not None, reason=f"hosts: {mi
 
 def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
     slots = {"node1": 1, "node2": 1}
-    run = SupervisedRun(hosts, inputs, tmp_path, slots, "--max_restarts", "3", "--min_nodes", "1")
+    flags = ["--max_restarts", "3", "--min_nodes", "1"]
+    run = SupervisedRun(hosts, inputs, tmp_path, slots, *flags, collective_timeout=20)
     run.wait_for_steps()
-    killed = run.see("kill", lambda: run.kill_rank("node2"))
+    killed = run.see("kill", lambda: run.signal_rank("node2"))
     cut = run.see("cut", lambda: hosts.cut("node2"), then=lambda: hosts.restore("node2"))
     dead = run.see("host", lambda: run.kill_host("node2"))
     ended, status = run.see_end("signal", lambda: run.job.send_signal(Signals.SIGTERM))
 
+    assert "preflight: warning node2: no GPU found" in run.output()  # it looked at all hosts
     assert "rank 1 (host node2, process " in killed.message and "ended without a word" in killed.message
     assert "step " in killed.message and "micro-step" in killed.message or "checkpoint" in killed.message
     assert "no sign of life from rank 1 (host node2" in cut.message
     assert "rank 1 (host node2" in dead.message and "going on without node2" in run.output()
     for seen in (killed, cut, dead):
-        assert seen.seconds < 90 and seen.left == []
+        assert seen.seconds < 120 and seen.left == []
     assert 0 < killed.resumed_at < cut.resumed_at < dead.resumed_at
     assert status == 128 + Signals.SIGTERM and ended.left == []
-    assert ended.seconds < 25  # before a launcher's ladder of 30 seconds a rank would begin
+    assert ended.seconds < 30  # before a launcher's ladder of 30 seconds a rank would begin
     assert "stopped by SIGTERM; the latest checkpoint is checkpoint-" in ended.message
 
 
-def test_the_doctor_looks_at_all_hosts(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
+def test_what_an_attempt_leaves_on_another_host_is_ended(hosts: Hosts) -> None:
+    ours = hosts.start("node2", ["sleep", "300"], env={VARIABLE: "ours"})
+    theirs = hosts.start("node2", ["sleep", "301"], env={VARIABLE: "theirs"})
+    started = {ours.pid, theirs.pid}
+    hosts.kill("node3")
+    arguments = "[Host(name, 1) for name in ('node1', 'node2', 'node3')], 'ours'"
+    program = "from srde_ds.cluster.leftovers import end_on_hosts; from srde_ds.cluster.hosts import Host; "
+    done = hosts.run("node1", ["python", "-c", f"{program}print(end_on_hosts({arguments}))"])
+    assert done.returncode == 0 and done.stdout.startswith("{'node2': [") and "," not in done.stdout, done.stdout
+    assert ours.wait(60) == -Signals.SIGKILL
+    assert {process.pid for process in hosts.processes("node2")} & started == {theirs.pid}
+
+
+def test_a_launcher_looks_at_all_hosts_first(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
     hosts.kill("node3")
     hostfile = tmp_path / "hosts"
     hostfile.write_text("node1 slots=1\nnode2 slots=1\nnode3 slots=1\n")
     (hosts.home("node1") / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth7\n")
     assert hosts.run("node2", ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]).returncode == 0
     options = ["--model_name", inputs.base, "--max_length", "96", "--output_dir", str(tmp_path / "run")]
-    done = hosts.run(
-        "node1", ["srde-ds", "doctor", "--hostfile", str(hostfile), *options], env=ENVIRONMENT, timeout=120
-    )
+    done = hosts.run("node1", ["cluster/ssh/train.sh", str(hostfile), *options], env=ENVIRONMENT, timeout=400)
     hosts.kill("node2")
     hosts.boot("node2")
     assert done.returncode == 1
@@ -59,3 +73,6 @@ def test_the_doctor_looks_at_all_hosts(hosts: Hosts, inputs: Inputs, tmp_path: P
         "ok      all pairs of 2 hosts can connect on port 29500",
     ):
         assert line in done.stdout, done.stdout
+    *_, last = done.stdout.splitlines()
+    assert last.startswith("node1: 4 to repair before training: node3: ssh: connect to host"), done.stdout
+    assert not (tmp_path / "run").exists()

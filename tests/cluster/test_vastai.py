@@ -87,7 +87,7 @@ def start(folder: Path, inputs: Inputs, url: str, **changes: str) -> subprocess.
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -21,8 +21,8 @@ ENVIRONMENT = {
 
 def small_run(inputs: Inputs, output_dir: Path, *, processes: int, **changes: Any) -> dict[str, Any]:
     """Options of three steps of twelve rows, a checkpoint after each, on that many processes."""
-    options: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 0, "collective_timeout": 60}
-    options |= {"gradient_accumulation_steps": ROWS_PER_STEP // processes}
+    options: dict[str, Any] = {"max_steps": 3, "save_steps": 1, "eval_steps": 0}
+    options |= {"batch_size": 1, "gradient_accumulation_steps": ROWS_PER_STEP // processes}
     return inputs.flags(output_dir, **(options | changes))
 
 

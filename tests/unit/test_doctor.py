@@ -119,8 +119,8 @@ def test_the_verb_prints_findings_and_ends_with_1_if_one_is_fatal(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["doctor", "--model_name", str(base), "--max_length", "64", "--output_dir", str(tmp_path)]) == 0
-    assert "Fit to train." in capsys.readouterr().out
+    assert ": fit to train" in capsys.readouterr().out
     assert main(["doctor", "--model_name", str(tmp_path / "none"), "--output_dir", "/proc/run"]) == 1
     printed = capsys.readouterr().out
-    assert "output_dir=/proc/run" in printed and "to repair before training" in printed
+    assert "2 to repair before training: output_dir=/proc/run is not writable; " in printed.splitlines()[-1]
     fails(capsys, ["doctor", "--hostfile", str(tmp_path / "none")], "hostfile=")

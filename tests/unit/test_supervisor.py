@@ -133,12 +133,13 @@ def test_a_launcher_that_waits_on_is_ended(script: Path, monkeypatch: pytest.Mon
 def test_commands_are_taken_apart() -> None:
     launcher = ["deepspeed", "--hostfile", "old", "--master_port", "1", "launch/train.py"]
     command = Command.parse([*launcher, "--seed", "4", "--resume_from=x", "--batch_size", "2"])
-    assert command.hostfile == "old" and command.train_arguments[0] == "--seed"
+    assert command.hostfile == "old" and command.port == 1 and command.train_arguments[0] == "--seed"
     changed = command.changed(hostfile="new", options={"resume_from": "latest", "batch_size": "1"})
     assert " ".join(changed) == (
         "deepspeed --hostfile new --master_port 1 launch/train.py --seed 4 --resume_from latest --batch_size 1"
     )
     assert Command.parse(["srde-ds", "train", "--seed", "1"]).hostfile is None
+    assert Command.parse(["deepspeed", "launch/train.py", "--master_port", "2"]).port == 29500
     assert Command.parse(["torchrun", "--nproc-per-node", "2", "launch/train.py"]).train_arguments == []
     with pytest.raises(SRDEError, match="starts no training"):
         Command.parse(["deepspeed", "other.py"])
@@ -148,7 +149,7 @@ def make(tmp_path: Path, **changes: Any) -> Supervisor:
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=2\n")
     command = Command.parse(["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/train.py"])
     options = {"output_dir": str(tmp_path / "run"), "gradient_accumulation_steps": 4, "warmup_steps": 0}
-    return Supervisor(command, resolve({}, options | changes), max_restarts=1, min_nodes=1)
+    return Supervisor(command, resolve({}, options | changes), max_restarts=1, min_nodes=1, preflight=False)
 
 
 def test_fewer_hosts_take_the_same_rows(tmp_path: Path) -> None:

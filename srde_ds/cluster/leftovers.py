@@ -1,0 +1,87 @@
+"""Nothing of an attempt may live on beside the next one: neither here nor on the other hosts.
+
+Here, what an attempt starts is in one session. On other hosts it has no session in common, and what a launcher there
+leaves is nobody's: seen with a frozen rank, which outlives the run with its launcher (deepspeed 0.19.8). So it is found
+by a variable in its environment.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from srde_ds.cluster.doctor import SSH
+from srde_ds.cluster.hosts import Host
+
+# deepspeed 0.19.8 gives the ranks on other hosts the variables whose names begin so.
+VARIABLE = "PYTHON_SRDE_DS_SUPERVISOR"
+_HOST_SECONDS = 30.0
+# The shell and its programs have not got the variable themselves: ssh carries none.
+_SCRIPT = """
+processes=
+for environment in $(grep -alsF '{assignment}' /proc/[0-9]*/environ); do
+    process=${{environment#/proc/}}; process=${{process%/environ}}
+    kill -KILL "$process" && processes="$processes $process"
+done
+echo $processes
+for process in $processes; do
+    # Its memory, and that on a GPU, is free when it is gone or a zombie.
+    for _ in $(seq 100); do
+        grep -qs '^State:.[^ZX]' "/proc/$process/status" || break
+        sleep 0.1
+    done
+done
+"""
+
+
+def end_on_hosts(hosts: Sequence[Host], value: str) -> dict[str, list[int]]:
+    """SIGKILL to the processes on these hosts that were started with `VARIABLE=value`.
+
+    Returns:
+        Their numbers, by host. Hosts that do not answer over ssh within seconds, and those without any, are left out.
+    """
+    command = shlex.join(["sh", "-c", _SCRIPT.format(assignment=f"{VARIABLE}={value}")])
+
+    def end(host: Host) -> list[int]:
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run([*SSH, host.name, command], capture_output=True, text=True, timeout=_HOST_SECONDS)
+            # A host's profile may print something, too.
+            return [int(word) for word in done.stdout.split() if word.isdecimal()]
+        return []
+
+    with ThreadPoolExecutor(min(32, len(hosts))) as pool:
+        found = zip(hosts, pool.map(end, hosts), strict=True)
+        return {host.name: numbers for host, numbers in found if numbers}
+
+
+def end_session(leader: int) -> None:
+    """SIGTERM, after a while SIGKILL, to the live processes of a session, which may have several process groups."""
+    for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        members = _session(leader)
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        deadline = time.monotonic() + seconds
+        while members and time.monotonic() < deadline:
+            time.sleep(0.1)
+            members = _session(leader)
+        if not members:
+            return
+
+
+def _session(leader: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                state, _, _, session, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(session) == leader and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
