@@ -1,4 +1,4 @@
-"""Decoding with experts against the bare base, one token at a time, one thread.
+"""Decoding with experts against the bare base, one prompt at a time and several at once, one thread.
 
 python benchmarks/decode.py --base FOLDER [--adapter srde_weights.safetensors]   # writes benchmarks/results/decode.json
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from srde_ds.config import AdapterConfig
@@ -28,6 +28,7 @@ PROMPTS = [
     "Write a Python function that reverses a list and say how long it takes for a list of n items.",
     "All birds can fly. Penguins are birds. What follows, and is it true? Explain your reasoning step by step.",
 ]
+BATCHES = (1, 8)
 EXPERTS = ["math", "logic", "code", "science", "planning", "abstract"]
 
 
@@ -48,16 +49,28 @@ class Clock(BaseStreamer):
         return last[0] - first[0], last[1] - first[1]
 
 
-def decode(model: PreTrainedModel, prompts: list[torch.Tensor], settings: GenerationConfig) -> tuple[float, float]:
-    """Seconds a token, wall and CPU, over all prompts."""
-    total, tokens = [0.0, 0.0], 0
-    for ids in prompts:
+def decode(model: PreTrainedModel, batches: list[BatchEncoding], settings: GenerationConfig) -> tuple[float, float]:
+    """Seconds a step of decoding, which gives each prompt of a batch a token, wall and CPU, over all batches."""
+    total, steps = [0.0, 0.0], 0
+    for batch in batches:
         clock = Clock()
         with torch.inference_mode():
-            model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+            model.generate(**batch, generation_config=settings, streamer=clock)
         total = [t + s for t, s in zip(total, clock.seconds(), strict=True)]
-        tokens += len(clock.marks) - 2
-    return total[0] / tokens, total[1] / tokens
+        steps += len(clock.marks) - 2
+    return total[0] / steps, total[1] / steps
+
+
+def batches_of(tokenizer: Any, size: int) -> list[BatchEncoding]:
+    """The prompts one by one, or so many of them at once, again and again the same."""
+    texts = [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
+        for p in PROMPTS
+    ]
+    if size == 1:
+        return [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
+    several = [texts[i % len(texts)] for i in range(size)]
+    return [tokenizer(several, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")]
 
 
 def random_adapter(folder: str, granularity: str, dtype: torch.dtype) -> SRDEModel:
@@ -71,6 +84,28 @@ def random_adapter(folder: str, granularity: str, dtype: torch.dtype) -> SRDEMod
     return model.eval()
 
 
+def measured(
+    base: PreTrainedModel,
+    experts: PreTrainedModel,
+    batches: list[BatchEncoding],
+    settings: GenerationConfig,
+    rounds: int,
+) -> dict[str, float]:
+    """Times of both in turns, and their ratio."""
+    times: dict[str, list[tuple[float, float]]] = {"base": [], "experts": []}
+    for round_ in range(rounds + 1):  # the first warms up
+        for kind, model in (("base", base), ("experts", experts)):
+            result = decode(model, batches, settings)
+            if round_:
+                times[kind].append(result)
+    figures = {}
+    for column, clock in enumerate(("wall", "cpu")):
+        medians = {kind: statistics.median(t[column] for t in times[kind]) for kind in times}
+        figures |= {f"{kind}_{clock}_ms": round(1000 * medians[kind], 2) for kind in times}
+        figures[f"ratio_{clock}"] = round(medians["base"] / medians["experts"], 3)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", required=True)
@@ -80,11 +115,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
-    chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
-    prompts = [
-        tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
-        for chat in chats
-    ]
     settings = GenerationConfig(
         max_new_tokens=options.new_tokens,
         min_new_tokens=options.new_tokens,
@@ -102,26 +132,18 @@ def main() -> None:
             cases = {"trained, neuron": (_trained, (options.base, options.adapter, dtype))} | cases
         for case, (build, arguments) in cases.items():
             model = build(*arguments)
-            times: dict[str, list[tuple[float, float]]] = {"base": [], "experts": []}
-            for round_ in range(options.rounds + 1):  # the first warms up
-                for kind, timed in (("base", bare), ("experts", model.base)):
-                    result = decode(timed, prompts, settings)
-                    if round_:
-                        times[kind].append(result)
-            row: dict[str, Any] = {"adapter": case, "dtype": name}
-            for column, clock in enumerate(("wall", "cpu")):
-                medians = {kind: statistics.median(t[column] for t in times[kind]) for kind in times}
-                row |= {f"{kind}_{clock}_ms": round(1000 * medians[kind], 2) for kind in times}
-                row[f"ratio_{clock}"] = round(medians["base"] / medians["experts"], 3)
-            rows.append(row)
-            print(row, flush=True)
+            for size in BATCHES:
+                row = {"adapter": case, "dtype": name, "batch": size}
+                row |= measured(bare, model.base, batches_of(tokenizer, size), settings, options.rounds)
+                rows.append(row)
+                print(row, flush=True)
             del model
     record = {
-        "what": "ms a decoded token, medians of rounds in turns; ratio: base / with experts; one thread, batch 1",
+        "what": "ms a step of decoding, medians of rounds in turns; ratio: base / with experts; one thread",
         "base": Path(options.base).name,
         "rounds": options.rounds,
         "new_tokens": options.new_tokens,
-        "prompt_tokens": [ids.shape[1] for ids in prompts],
+        "prompt_tokens": [batch["input_ids"].shape[1] for batch in batches_of(tokenizer, 1)],
         "rows": rows,
         "load_average": Path("/proc/loadavg").read_text().split()[0],
         "environment": {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
+
+LET_GO_SECONDS = 0.5
 
 
 def launched_rank() -> int:
@@ -11,6 +14,17 @@ def launched_rank() -> int:
 
 def launched_world_size() -> int:
     return _number("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
+
+
+def stop_processes() -> None:
+    """Leave the process group, if there is one, so that the interpreter may end."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        # A thread of gloo that has yet to let go of the last collective's tensor needs the interpreter for it. If that
+        # ends first, torch 2.13 aborts the process: "terminate called without an active exception".
+        time.sleep(LET_GO_SECONDS)
 
 
 def _number(*names: str, default: int) -> int:

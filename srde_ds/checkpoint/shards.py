@@ -59,8 +59,9 @@ def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) 
     Args:
         tensors: by name; of each only dtype and shape are read.
     """
-    # Large elements first, so that every tensor starts at a multiple of its element size.
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    # Large elements first, so that every tensor starts at a multiple of its element size; else one order for all who
+    # write the same tensors.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, str(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:

@@ -74,7 +74,10 @@ class Command:
     @property
     def port(self) -> int:
         """Where the ranks meet; deepspeed's default is torchrun's."""
-        return int(_value(self.words[: self.train], ("--master_port", "--master-port")) or 29500)
+        port = _value(self.words[: self.train], ("--master_port", "--master-port")) or "29500"
+        if not port.isdecimal():
+            raise SRDEError(f"master_port={port}: must be a number.")
+        return int(port)
 
     def changed(self, *, hostfile: str | None, options: dict[str, str]) -> list[str]:
         """The command with another hostfile and other options of training."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from srde_ds.errors import LostContact, SRDEError
-from srde_ds.launcher import launched_rank, launched_world_size
+from srde_ds.launcher import launched_rank, launched_world_size, stop_processes
 
 # All are started together.
 MEETING = datetime.timedelta(minutes=10)
@@ -107,7 +107,7 @@ def launched_processes() -> Iterator[Processes]:
     try:
         yield Processes(rank, world_size, dist.new_group(timeout=LONGEST_WAIT))
     finally:
-        dist.destroy_process_group()
+        stop_processes()
 
 
 def _take_gpu() -> None:

@@ -84,12 +84,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def stop_processes() -> None:
-    """Leave the process group in order."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def barrier() -> None:
     dist.barrier()
 

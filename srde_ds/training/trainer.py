@@ -18,7 +18,7 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.errors import LostContact, SRDEError
-from srde_ds.launcher import launched_world_size
+from srde_ds.launcher import launched_world_size, stop_processes
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.parallel import placement
 from srde_ds.parallel.contact import VERDICT_SECONDS, contact
@@ -34,7 +34,6 @@ from srde_ds.parallel.topology import (
     launched_rank,
     on_main_rank,
     start_processes,
-    stop_processes,
 )
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.facts import facts
@@ -315,6 +314,8 @@ def launchers_gone(launchers: LauncherWatch) -> str:
 
 def describe(error: Exception) -> str:
     """In one line."""
+    if isinstance(error, BrokenPipeError):
+        return "what read the output of this rank is gone: its launcher or supervisor was killed"
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, SRDEError | LostContact) else f"{type(error).__name__}: {text}"
 

@@ -18,22 +18,20 @@ pytestmark = pytest.mark.skipif(missing("pdsh") is not None, reason=f"hosts: {mi
 
 def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
     slots = {"node1": 1, "node2": 1}
-    flags = ["--max_restarts", "3", "--min_nodes", "1"]
+    flags = ["--max_restarts", "2", "--min_nodes", "1"]
     run = SupervisedRun(hosts, inputs, tmp_path, slots, *flags, collective_timeout=20)
     run.wait_for_steps()
-    killed = run.see("kill", lambda: run.signal_rank("node2"))
     cut = run.see("cut", lambda: hosts.cut("node2"), then=lambda: hosts.restore("node2"))
     dead = run.see("host", lambda: run.kill_host("node2"))
     ended, status = run.see_end("signal", lambda: run.job.send_signal(Signals.SIGTERM))
 
     assert "preflight: warning node2: no GPU found" in run.output()  # it looked at all hosts
-    assert "rank 1 (host node2, process " in killed.message and "ended without a word" in killed.message
-    assert "step " in killed.message and "micro-step" in killed.message or "checkpoint" in killed.message
     assert "no sign of life from rank 1 (host node2" in cut.message
-    assert "rank 1 (host node2" in dead.message and "going on without node2" in run.output()
-    for seen in (killed, cut, dead):
+    assert "rank 1 (host node2, process " in dead.message and "ended without a word" in dead.message
+    assert "step " in dead.message and "checkpoint" in dead.message and "going on without node2" in run.output()
+    for seen in (cut, dead):
         assert seen.seconds < 120 and seen.left == []
-    assert 0 < killed.resumed_at < cut.resumed_at < dead.resumed_at
+    assert 0 < cut.resumed_at < dead.resumed_at
     assert status == 128 + Signals.SIGTERM and ended.left == []
     assert ended.seconds < 30  # before a launcher's ladder of 30 seconds a rank would begin
     assert "stopped by SIGTERM; the latest checkpoint is checkpoint-" in ended.message

@@ -91,6 +91,7 @@ def test_a_checkpoint_will_do(made: Trained, tmp_path: Path, capsys: pytest.Capt
         capsys.readouterr()
         assert main(["convert", "--checkpoint", str(run), "--output", str(tmp_path / "again")]) == 0
         assert capsys.readouterr().err.splitlines()[0] == f"Made from {source}"
+        assert (tmp_path / "again").read_bytes() == (tmp_path / "weights").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,9 @@ def test_commands_are_taken_apart() -> None:
     )
     assert Command.parse(["srde-ds", "train", "--seed", "1"]).hostfile is None
     assert Command.parse(["deepspeed", "launch/train.py", "--master_port", "2"]).port == 29500
+    assert Command.parse(["deepspeed", "--master_port", "2", "launch/train.py"]).port == 2
+    with pytest.raises(SRDEError, match="master_port=two: must be a number"):
+        _ = Command.parse(["deepspeed", "--master_port=two", "launch/train.py"]).port
     assert Command.parse(["torchrun", "--nproc-per-node", "2", "launch/train.py"]).train_arguments == []
     with pytest.raises(SRDEError, match="starts no training"):
         Command.parse(["deepspeed", "other.py"])
