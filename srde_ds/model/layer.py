@@ -136,6 +136,8 @@ class SRDEFeedForward(nn.Module):
             return None
         if torch.is_autocast_enabled(gate_TF.device.type):
             return None
+        if self.router._forward_hooks or self.router._forward_pre_hooks:  # somebody wants it called
+            return None
         prepared = self.preparation.get(gate_TF.dtype)
         if prepared is not None:
             return prepared

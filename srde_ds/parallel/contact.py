@@ -316,14 +316,16 @@ def _meet(rank: int, world_size: int, timeout: float, start_timeout: float) -> C
     # torchrun's agent holds the store itself; and after a restart the store is still the old one.
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     key = f"srde_ds/contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
-    limit = datetime.timedelta(seconds=start_timeout)
+    is_master = rank == 0 and not by_agent
     try:
+        if not is_master:
+            _wait_for_port(address, port, start_timeout)
         store = TCPStore(
             address,
             port,
             None,
-            is_master=rank == 0 and not by_agent,
-            timeout=limit,
+            is_master=is_master,
+            timeout=datetime.timedelta(seconds=start_timeout),
             wait_for_workers=False,
             multi_tenant=True,  # init_process_group finds the same one
         )
@@ -340,6 +342,23 @@ def _meet(rank: int, world_size: int, timeout: float, start_timeout: float) -> C
             f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Did it start, can "
             "this host reach it, and is the port free?"
         ) from None
+
+
+def _wait_for_port(address: str, port: int, seconds: float) -> None:
+    """Until something listens there. Torch's store waits by itself, but up to three times as long as it is told to.
+
+    Raises:
+        OSError: nothing did.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def _another_rank_is_lost(error: BaseException) -> bool:

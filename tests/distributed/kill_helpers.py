@@ -68,6 +68,7 @@ def killed_run(
         gradient_accumulation_steps=1,
         save_in_background=in_background,
         collective_timeout=30,
+        start_timeout=30,
     )
     unkilled = folder / f"unkilled-{world_size}"
     if not unkilled.exists():
