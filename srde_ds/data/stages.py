@@ -76,6 +76,7 @@ class Stages:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise SRDEError(
                 f"'{self.folder}': another build is at work there. Wait for it, or choose another --work_dir."
             ) from None

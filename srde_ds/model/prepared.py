@@ -67,11 +67,10 @@ class PreparedNeuronDeltas:
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor]:
         hidden_TF, pair_T2F = act(gate_TF) * up_TF, torch.cat([gate_TF, up_TF], dim=1)
-        if self.shared and routing.index_TK.numel() == routing.index_TK.shape[1] < len(self.into):
-            return hidden_TF, self._single_token(act, x_TD, pair_T2F, hidden_TF, routing)
         experts, x_TD = len(self.into), x_TD.to(self.into.dtype)
         if routing.index_TK.numel() < experts:
-            return hidden_TF, self._chosen_experts(act, x_TD, pair_T2F, hidden_TF, routing).to(hidden_TF.dtype)
+            chosen = self._single_token if self.shared and len(x_TD) == 1 else self._chosen_experts
+            return hidden_TF, chosen(act, x_TD, pair_T2F, hidden_TF, routing).to(hidden_TF.dtype)
         base = pair_T2F.index_select(1, self.places).to(x_TD.dtype)
         moved = torch.addmm(base, x_TD, self.into.flatten(0, 2).T)
         h, change = self._hidden(act, base, moved)
@@ -87,10 +86,7 @@ class PreparedNeuronDeltas:
     def _chosen_experts(
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
     ) -> Tensor:
-        """Each token reads its own experts: fewer bytes than all experts, as long as tokens x top_k < experts.
-
-        A single token is the case to be quick in; what counts there is the number of operations.
-        """
+        """Each token reads its own experts: fewer bytes than all experts, as long as tokens x top_k < experts."""
         (tokens, top_k), (_, _, neurons, hidden) = routing.index_TK.shape, self.into.shape
         index = routing.index_TK.view(-1)
         if self.shared:
@@ -119,13 +115,12 @@ class PreparedNeuronDeltas:
         both = torch.empty(2, 1, len(index) * 2 * neurons, dtype=dtype, device=x_1D.device)
         moved, base = both.unbind(0)
         torch.index_select(pair_12F.to(dtype), 1, self.places[: base.numel()], out=base)
-        torch.addmm(base, x_1D.to(dtype), self.into.index_select(0, index).view(-1, hidden).T, out=moved)
+        torch.addmm(base, x_1D, self.into.index_select(0, index).view(-1, hidden).T, out=moved)
         gate, up = both.view(2, len(index), 2, neurons).unbind(2)
         h, h_base = (act(gate) * up).unbind(0)  # too few values for several threads, so both are computed alike
         weights_1K = routing.weights_TK.to(dtype)
         hidden_1F.index_add_(1, self.neurons[0], (weights_1K @ (h - h_base)).to(hidden_1F.dtype))
-        extra_1D = (weights_1K.T * h).view(1, -1) @ self.back.index_select(0, index).view(-1, hidden)
-        return extra_1D.to(hidden_1F.dtype)
+        return (weights_1K.T * h).view(1, -1) @ self.back.index_select(0, index).view(-1, hidden)
 
     def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """h_e and h_e - h, `[T, experts, m]`, of gate and up `[T, experts * 2 * m]` without and with the deltas.
