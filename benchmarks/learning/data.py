@@ -141,7 +141,7 @@ def main() -> None:
     options = parser.parse_args()
     budget = Plan(options.budget, lambda run: None).budget
     make_text(options.folder / "items/text.txt")
-    for seed in (budget.sweep_seed, *budget.seeds):
+    for seed in (*budget.sweep_seeds, *budget.seeds):
         make_items(budget, seed, options.folder / "items" / f"{item_set(budget, seed)}.jsonl")
     print(f"Written: {options.folder / 'items'}")
 

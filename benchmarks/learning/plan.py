@@ -43,7 +43,7 @@ class Budget:
         eval_batch: items at once in evaluation.
         rates: entries of a grid that are swept.
         curve: steps between two points of a validation curve, in percent of all.
-        sweep_seed, seeds: of the sweep, and of the reported runs. A seed draws items, order, supports and routers.
+        sweep_seeds, seeds: of the sweep, and of the reported runs. A seed draws items, order, supports and routers.
         flags: of all SRDE runs.
     """
 
@@ -61,13 +61,13 @@ class Budget:
     eval_batch: int
     rates: int
     curve: str
-    sweep_seed: int
+    sweep_seeds: list[int]
     seeds: list[int]
     flags: Flags
 
     def sizes(self) -> dict[str, Any]:
         """What a run's result depends on."""
-        no_part = ("eval_batch", "rates", "curve", "sweep_seed", "seeds", "flags")
+        no_part = ("eval_batch", "rates", "curve", "sweep_seeds", "seeds", "flags")
         return {key: value for key, value in asdict(self).items() if key not in no_part}
 
 
@@ -162,30 +162,42 @@ class Plan:
 
     def sweep(self, row: Row) -> list[Run]:
         """The runs that choose the row's rate."""
-        source, seed = self.source(row), self.budget.sweep_seed
-        return [self._run(source, rates, seed, report=False) for rates in source.grid[: self.budget.rates]]
+        source = self.source(row)
+        return [run for rates in source.grid[: self.budget.rates] for run in self._at_rate(source, rates)]
+
+    def _at_rate(self, source: Row, rates: Flags) -> list[Run]:
+        return [self._run(source, rates, seed, report=False) for seed in self.budget.sweep_seeds]
 
     def source(self, row: Row) -> Row:
         """The row whose grid its rate comes from: itself or another one; the base needs none."""
         return row if row.grid or row.kind == "base" else self.rows[row.rates_of]
 
     def rates(self, row: Row) -> Flags | None:
-        """The chosen rates; None as long as the sweep is not done.
+        """The rates of lowest mean validation loss over the sweep's seeds; None as long as the sweep is not done.
 
         Raises:
-            SweepDiverged: every run of the sweep did.
+            SweepDiverged: every rate does.
         """
-        found = [self.find(run) for run in self.sweep(row)]
-        records = [record for record in found if record is not None]
-        if len(records) < len(found):
-            return None
-        if not found:
+        swept = self.sweep_losses(row)
+        if not swept:
             return {}
-        finished = [record for record in records if "diverged" not in record]
-        if not finished:
-            raise SweepDiverged(f"{row.name}: all {len(found)} rates of its sweep diverge: lower those of its grid.")
-        best = min(finished, key=lambda record: record["validation_loss"])
-        return next(rates for rates in self.source(row).grid if rates.items() <= best["flags"].items())
+        if any(loss is None for _, loss in swept):
+            return None
+        rates, loss = min(swept, key=lambda point: point[1] or 0.0)
+        if loss == float("inf"):
+            raise SweepDiverged(f"{row.name}: every rate of its sweep diverges: lower those of its grid.")
+        return rates
+
+    def sweep_losses(self, row: Row) -> list[tuple[Flags, float | None]]:
+        """Rates with their mean validation loss over the sweep's seeds: infinite where one diverged, None as long as
+        one was not run."""
+        source = self.source(row)
+        points: list[tuple[Flags, float | None]] = []
+        for rates in source.grid[: self.budget.rates]:
+            found = [self.find(run) for run in self._at_rate(source, rates)]
+            losses = [record.get("validation_loss", float("inf")) for record in found if record is not None]
+            points.append((rates, sum(losses) / len(losses) if len(losses) == len(found) else None))
+        return points
 
     def reported(self, row: Row) -> list[Run] | None:
         """The runs that the table shows; None as long as their rate is not known."""
@@ -194,7 +206,7 @@ class Plan:
 
     def example(self, row: Row) -> Run:
         """A run of the row as it would be with the first rate of its grid."""
-        return self._run(row, (self.source(row).grid or [{}])[0], self.budget.sweep_seed, report=True)
+        return self._run(row, (self.source(row).grid or [{}])[0], self.budget.sweep_seeds[0], report=True)
 
     def missing(self, rows: Sequence[Row]) -> tuple[list[Run], int]:
         """The runs that can be started now, sweeps first, and how many more will follow from them.

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SRDEError(f"results={store.path}: hold runs of another base ({min(others)}). Give another --results.")
     plan = Plan(options.budget, store.find)
     rows = plan.select(options.suite, core=options.core, only=options.rows)
-    for seed in (plan.budget.sweep_seed, *plan.budget.seeds):
+    for seed in (*plan.budget.sweep_seeds, *plan.budget.seeds):
         inputs = prepare(plan.budget, seed, base=options.base, folder=options.folder)
     for row in rows:
         methods.config_of(plan.example(row), inputs, options.folder)

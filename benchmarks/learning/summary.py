@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import isfinite
 from statistics import mean, stdev
 from typing import Any
 
@@ -85,13 +86,9 @@ def result_of(plan: Plan, row: Row) -> Result | None:
 
 
 def sweep_of(plan: Plan, row: Row) -> list[tuple[float, float]]:
-    """(rate, validation loss) of the row's own sweep, by rate; runs that diverged are left out."""
-    points = []
-    for run, entry in zip(plan.sweep(row), row.grid, strict=False):
-        record = plan.find(run)
-        if record is not None and "diverged" not in record:
-            points.append((next(iter(entry.values())), record["validation_loss"]))
-    return sorted(points)
+    """(rate, mean validation loss) of the row's own sweep, by rate; those that diverged are left out."""
+    points = plan.sweep_losses(row) if row.grid else []
+    return sorted((next(iter(rates.values())), loss) for rates, loss in points if loss is not None and isfinite(loss))
 
 
 @dataclass(frozen=True)

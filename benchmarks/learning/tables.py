@@ -67,7 +67,7 @@ class Page:
             ["commits", ", ".join(f"{commit} ({count} runs)" for commit, count in commits.items())],
             ["runs", f"{len(records)}, {hours:.1f} hours in all, {_diverged(self.store)} diverged"],
             ["a run", f"{budget.steps} steps of {budget.rows_per_step} rows of {budget.max_length} tokens, float32"],
-            ["rates", f"{budget.rates} of each grid at seed {budget.sweep_seed}, reported seeds {budget.seeds}"],
+            ["rates", f"{budget.rates} of each grid at seeds {budget.sweep_seeds}, reported seeds {budget.seeds}"],
             ["items a domain", "{} to train, {} to choose rates, {} to report".format(*items)],
         ]
         return markdown([["", ""], *lines]) + "\n"

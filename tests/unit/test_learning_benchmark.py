@@ -18,7 +18,7 @@ from benchmarks.learning import methods, run, tables, worker
 from benchmarks.learning.data import Inputs
 from benchmarks.learning.plan import Plan, Record, Run, in_steps
 from benchmarks.learning.store import Store, read_records
-from benchmarks.learning.summary import first_crossing, result_of
+from benchmarks.learning.summary import first_crossing, result_of, sweep_of
 from srde_ds.config import DOMAINS
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
@@ -88,10 +88,11 @@ def test_percentages_become_steps() -> None:
 def test_the_rate_with_the_least_validation_loss_is_reported(plan: Plan, store: Store) -> None:
     losses = {0.02: 1.5, 0.06: math.inf, 0.006: 1.2}
     done = finish(plan, store, "SRDE neuron", lambda run: losses[run.flags["muon_lr"]])
-    swept, reported = done[:3], done[3:]
-    assert [run.flags["muon_lr"] for run in swept] == list(losses) and not any(run.report for run in swept)
+    swept, reported = done[:6], done[6:]
+    assert [(run.flags["muon_lr"], run.seed) for run in swept] == [(rate, seed) for rate in losses for seed in (0, 4)]
+    assert not any(run.report for run in swept)
     assert {run.flags["muon_lr"] for run in reported} == {0.006} and all(run.report for run in reported)
-    assert [run.seed for run in reported] == plan.budget.seeds and plan.budget.sweep_seed not in plan.budget.seeds
+    assert [run.seed for run in reported] == plan.budget.seeds == [1, 2, 3]
     result = result_of(plan, plan.rows["SRDE neuron"])
     assert result is not None and result.at_edge
     # A variant takes the rate without a sweep of its own, and a row of several suites is run once.
@@ -99,9 +100,19 @@ def test_the_rate_with_the_least_validation_loss_is_reported(plan: Plan, store: 
     assert plan.select(["baselines", "optimizer"], only=["SRDE neuron"]) == [plan.rows["SRDE neuron"]]
 
 
+def test_a_rate_is_chosen_by_its_mean_over_the_seeds_of_the_sweep(plan: Plan, store: Store) -> None:
+    losses = {(0.02, 0): 1.5, (0.02, 4): 1.4, (0.06, 0): 1.2, (0.06, 4): 1.9, (0.006, 0): 1.1, (0.006, 4): math.inf}
+    row = plan.rows["SRDE neuron"]
+    for run_of_sweep in plan.sweep(row):
+        assert plan.rates(row) is None
+        store.add(run_of_sweep, figures(run_of_sweep, losses[run_of_sweep.flags["muon_lr"], run_of_sweep.seed]))
+    assert plan.rates(row) == {"muon_lr": 0.02}
+    assert sweep_of(plan, row) == [(0.02, 1.45), (0.06, pytest.approx(1.55))]  # where one diverged, there is no mean
+
+
 def test_a_row_that_diverges_at_every_rate_stops_nothing_else(plan: Plan, store: Store) -> None:
     done = finish(plan, store, "LoRA", lambda run: math.inf)
-    assert len(done) == plan.budget.rates
+    assert len(done) == plan.budget.rates * len(plan.budget.sweep_seeds)
     assert plan.missing([plan.rows["LoRA"]]) == ([], 0) and result_of(plan, plan.rows["LoRA"]) is None
 
 
@@ -131,10 +142,10 @@ def test_the_driver_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             run.drive(plan, store, rows, pool, 1, math.inf)
         assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, [])
-        # 4 rows with 3 rates and 3 seeds each, the base with 3 seeds; the fifth run was begun twice.
-        assert len(calls) == 4 * 6 + 3 + 1 and len(read_records(store.path)) == len(calls) - 1
-        assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, []) and len(calls) == 4 * 6 + 3 + 1
-    assert "[23 done, 0 left" in capsys.readouterr().out
+        # 4 rows with 3 rates at 2 seeds and 3 reported seeds each, the base with 3; the fifth run was begun twice.
+        assert len(calls) == 4 * 9 + 3 + 1 and len(read_records(store.path)) == len(calls) - 1
+        assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, []) and len(calls) == 4 * 9 + 3 + 1
+    assert "[35 done, 0 left" in capsys.readouterr().out
 
 
 def test_no_run_is_started_that_would_end_after_the_limit(
@@ -144,7 +155,7 @@ def test_no_run_is_started_that_would_end_after_the_limit(
     monkeypatch.setattr(worker, "work", lambda run: pytest.fail("started"))
     with run.InThisProcess() as pool:
         left = run.drive(plan, store, [plan.rows["SHiRA"]], pool, 1, time.monotonic() + 11)  # a run takes 10 s
-    assert left == (6, [])
+    assert left == (9, [])
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(
@@ -158,7 +169,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named(
     monkeypatch.setattr(worker, "work", work)
     with run.InThisProcess() as pool:
         left, failures = run.drive(plan, store, [plan.rows["LoRA"], plan.rows["SHiRA"]], pool, 1, math.inf)
-    assert left == 6 and failures == ["LoRA, seed 0: no memory"] * 3
+    assert left == 9 and sorted(failures) == ["LoRA, seed 0: no memory"] * 3 + ["LoRA, seed 4: no memory"] * 3
     assert plan.missing([plan.rows["SHiRA"]]) == ([], 0)
 
 
@@ -177,7 +188,7 @@ def test_the_page_shows_means_spreads_and_what_is_missing(plan: Plan, store: Sto
         "by hand\n<!-- learning: small baselines -->\nold\n<!-- end -->\nby hand, too\n"
         "<!-- learning: small optimizer -->\n<!-- end -->\n<!-- learning: full runs -->\n<!-- end -->\n"
     )
-    by_seed = {0: 1.0, 1: 1.0, 2: 1.1, 3: 1.2}
+    by_seed = {0: 1.0, 1: 1.0, 2: 1.1, 3: 1.2, 4: 1.0}
     finish(plan, store, "SRDE neuron", lambda run: by_seed[run.seed])
     finish(plan, store, "LoRA", lambda run: by_seed[run.seed] - (0.2 if run.seed < 3 else 0.5))
     finish(plan, store, "SRDE neuron, AdamW", lambda run: by_seed[run.seed] + 1.0)
