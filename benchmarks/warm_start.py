@@ -20,13 +20,13 @@ import sklearn
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from srde_ds.config import Config
 from srde_ds.environment import environment
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.parallel.topology import Topology
-from srde_ds.training import clustering
 from srde_ds.training.token_sample import TokenSample
 from srde_ds.training.warm_start import fit_layers
 
@@ -90,14 +90,14 @@ def process(rank: int, port: int, results: "torch.multiprocessing.Queue[dict[str
     )
     del unit
     iterations: list[int] = []
-    original = clustering.KMeans.fit
+    original = KMeans.fit
 
-    def fit(self: clustering.KMeans, *args: object) -> clustering.KMeans:
+    def fit(self: KMeans, *args: object) -> KMeans:
         fitted = original(self, *args)
         iterations.append(fitted.n_iter_)
         return fitted
 
-    clustering.KMeans.fit = fit
+    KMeans.fit = fit
     for method in METHODS:
         config.curriculum.warm_start_method = method  # type: ignore[assignment]
         iterations.clear()

@@ -36,7 +36,6 @@ BAD_INPUT = 2  # exit status of cli.main
 RESTART_SECONDS = 5.0
 # A launcher can wait for a host that is gone long after the run has ended everywhere else.
 LINGER_SECONDS = 20.0
-HOSTS_BACK_SECONDS = 60.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -113,14 +112,22 @@ class Supervisor:
         config: of the run, as the command gives it.
         max_restarts: attempts after the first one.
         min_nodes: go on with that many of the hostfile's hosts; None: all are needed.
+        host_timeout: seconds to wait for those that do not answer.
         preflight: look first for what would end the run.
     """
 
     def __init__(
-        self, command: Command, config: Config, *, max_restarts: int, min_nodes: int | None, preflight: bool
+        self,
+        command: Command,
+        config: Config,
+        *,
+        max_restarts: int,
+        min_nodes: int | None,
+        host_timeout: float,
+        preflight: bool,
     ) -> None:
         self.command, self.config, self.preflight = command, config, preflight
-        self.max_restarts, self.min_nodes = max_restarts, min_nodes
+        self.max_restarts, self.min_nodes, self.host_timeout = max_restarts, min_nodes, host_timeout
         self._mark = secrets.token_hex(8)
         self.run = Path(config.training.output_dir)
         self.hosts = read_hostfile(command.hostfile) if command.hostfile else []
@@ -250,7 +257,7 @@ class Supervisor:
         Raises:
             SRDEError: too few do.
         """
-        deadline = time.monotonic() + HOSTS_BACK_SECONDS
+        deadline = time.monotonic() + self.host_timeout
         while True:
             left = answering(self.hosts)
             gone = [host.name for host in self.hosts if host not in left]

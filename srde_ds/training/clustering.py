@@ -2,6 +2,8 @@
 
 The router is linear and has no bias, and so is all that is done here: the expert of an input x is the one whose unit
 direction c_e is nearest to A·x in angle, with a diagonal A, so w_e = A·c_e routes each input to its cluster.
+
+scikit-learn is imported where it is used: it takes a second, and only rank 0 of a run with a warm start needs it.
 """
 
 from __future__ import annotations
@@ -12,9 +14,6 @@ from typing import Literal
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import normalized_mutual_info_score
 
 from srde_ds.errors import SRDEError
 
@@ -84,6 +83,8 @@ def fit_router(
             f"warm_start: layer {layer}: the routers' inputs do not tell {num_experts} experts apart. Give more "
             "--warm_start_samples or fewer --num_experts."
         )
+    from sklearn.metrics import normalized_mutual_info_score
+
     expert = logits.argmax(1)
     return RouterFit(
         weights=(weights * (TARGET_GAP / gap)).astype(np.float32),
@@ -135,6 +136,9 @@ def _clusters(points: np.ndarray, means: np.ndarray, experts: int, generator: np
 
     With more experts than domains the other starting points are drawn, and the best of several draws is kept.
     """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+
     fits = []
     for _ in range(1 if experts == len(means) else DRAWS):
         starts = _draw_starts(points, means, experts - len(means), generator)

@@ -74,10 +74,17 @@ def supervise(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--max_restarts", type=int, default=3, help="attempts after the first one")
     parser.add_argument("--min_nodes", type=int, help="hosts of the hostfile to go on with (default: all)")
+    parser.add_argument(
+        "--host_timeout", type=float, default=60.0, help="seconds to wait for hosts that do not answer (default: 60)"
+    )
     parser.boolean("--preflight", True, "look first for what would end the run (`srde-ds doctor`)")
     words = list(arguments)
     separator = words.index("--") if "--" in words else len(words)
     options = parser.parse(words[:separator])
+    for name, least in (("max_restarts", 0), ("min_nodes", 1), ("host_timeout", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise SRDEError(f"{name}={value}: must be at least {least}.")
 
     from srde_ds.cluster.supervisor import Command, Supervisor
     from srde_ds.verbs.training import train_config

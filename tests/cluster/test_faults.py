@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(missing("pdsh") is not None, reason=f"hosts: {mi
 
 def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs, tmp_path: Path) -> None:
     slots = {"node1": 1, "node2": 1}
-    flags = ["--max_restarts", "2", "--min_nodes", "1"]
+    flags = ["--max_restarts", "2", "--min_nodes", "1", "--host_timeout", "10"]
     run = SupervisedRun(hosts, inputs, tmp_path, slots, *flags, collective_timeout=20)
     run.wait_for_steps()
     cut = run.see("cut", lambda: hosts.cut("node2"), then=lambda: hosts.restore("node2"))

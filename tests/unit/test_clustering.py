@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import sklearn.cluster
 import torch
 
 from srde_ds.errors import SRDEError
@@ -142,7 +143,7 @@ def test_a_large_sample_is_clustered_in_mini_batches() -> None:
     inputs, domain = planted(4)
     with (
         patch.object(clustering, "LARGE_SAMPLE", 200),
-        patch.object(clustering, "MiniBatchKMeans", wraps=clustering.MiniBatchKMeans) as mini_batch,
+        patch.object(sklearn.cluster, "MiniBatchKMeans", wraps=sklearn.cluster.MiniBatchKMeans) as mini_batch,
     ):
         assert fit(inputs, domain, experts=4).own_domain_share == 1
         assert mini_batch.call_count == 1

@@ -152,7 +152,9 @@ def make(tmp_path: Path, **changes: Any) -> Supervisor:
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=2\n")
     command = Command.parse(["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/train.py"])
     options = {"output_dir": str(tmp_path / "run"), "gradient_accumulation_steps": 4, "warmup_steps": 0}
-    return Supervisor(command, resolve({}, options | changes), max_restarts=1, min_nodes=1, preflight=False)
+    return Supervisor(
+        command, resolve({}, options | changes), max_restarts=1, min_nodes=1, host_timeout=0.0, preflight=False
+    )
 
 
 def test_fewer_hosts_take_the_same_rows(tmp_path: Path) -> None:
@@ -168,7 +170,6 @@ def test_fewer_hosts_take_the_same_rows(tmp_path: Path) -> None:
 
 def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     supervisor = make(tmp_path)
-    monkeypatch.setattr(module, "HOSTS_BACK_SECONDS", -1.0)
     monkeypatch.setattr(module, "answering", lambda hosts: [host for host in hosts if host.name != "b"])
     assert supervisor._hosts_left() == [Host("a", 2), Host("c", 2)]
     supervisor.min_nodes = 3
@@ -180,6 +181,9 @@ def test_a_command_that_cannot_start_and_one_that_is_missing(capsys: pytest.Capt
     assert main(["supervise", "--preflight", "false", "--", "no-such-launcher", "train.py"]) == 2
     assert "'no-such-launcher' cannot be started: No such file" in capsys.readouterr().err.splitlines()[-1]
     fails(capsys, ["supervise", "--max_restarts", "1"], "starts no training")
+    fails(capsys, ["supervise", "--max_restarts", "-1"], "max_restarts=-1: must be at least 0")
+    fails(capsys, ["supervise", "--min_nodes", "0"], "min_nodes=0: must be at least 1")
+    fails(capsys, ["supervise", "--host_timeout", "-1"], "host_timeout=-1.0: must be at least 0")
 
 
 def test_the_preflight_refuses_what_would_fail(capsys: pytest.CaptureFixture[str]) -> None:
