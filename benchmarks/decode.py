@@ -1,21 +1,24 @@
 """Decoding with experts against the bare base, one prompt at a time and several at once, one thread.
 
-python benchmarks/decode.py --base FOLDER [--adapter srde_weights.safetensors]   # writes benchmarks/results/decode.json
+python benchmarks/decode.py --base FOLDER [--adapter srde_weights.safetensors] [--shape NAME]
 
-Both models answer the same prompts with the same number of new tokens, in turns over several rounds. Time is that from
-the first new token to the last, so that reading the prompt is not in it. The ratio is of medians: base time / time with
-experts. CPU time is the figure to read on a machine that does other work too.
+Writes benchmarks/results/decode.json, or decode_NAME.json for a Llama of random weights of one of SHAPES, whose tokens
+take as long as a trained one's. Both models answer the same prompts with the same number of new tokens, prompt by
+prompt in turns over several rounds. Times are those of single steps, from one new token to the next, so that reading
+the prompt is not in them. The ratio is of medians: base time / time with experts. CPU time is the figure to read on a
+machine that does other work too.
 """
 
 import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, BatchEncoding, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from srde_ds.config import AdapterConfig
@@ -29,11 +32,19 @@ PROMPTS = [
     "All birds can fly. Penguins are birds. What follows, and is it true? Explain your reasoning step by step.",
 ]
 BATCHES = (1, 8)
+SHAPES = {
+    "llama-700m": {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 24,
+    }
+}
 EXPERTS = ["math", "logic", "code", "science", "planning", "abstract"]
 
 
 class Clock(BaseStreamer):
-    """Seconds, wall and CPU, between the first new token and the last."""
+    """When each token came, wall and CPU."""
 
     def __init__(self) -> None:
         self.marks: list[tuple[float, float]] = []
@@ -44,21 +55,18 @@ class Clock(BaseStreamer):
     def end(self) -> None:
         pass
 
-    def seconds(self) -> tuple[float, float]:
-        first, last = self.marks[1], self.marks[-1]  # mark 0 is the prompt
-        return last[0] - first[0], last[1] - first[1]
+    def steps(self) -> list[tuple[float, float]]:
+        """Seconds from each new token to the next, wall and CPU."""
+        new = self.marks[1:]  # mark 0 is the prompt
+        return [(after[0] - before[0], after[1] - before[1]) for before, after in pairwise(new)]
 
 
-def decode(model: PreTrainedModel, batches: list[BatchEncoding], settings: GenerationConfig) -> tuple[float, float]:
-    """Seconds a step of decoding, which gives each prompt of a batch a token, wall and CPU, over all batches."""
-    total, steps = [0.0, 0.0], 0
-    for batch in batches:
-        clock = Clock()
-        with torch.inference_mode():
-            model.generate(**batch, generation_config=settings, streamer=clock)
-        total = [t + s for t, s in zip(total, clock.seconds(), strict=True)]
-        steps += len(clock.marks) - 2
-    return total[0] / steps, total[1] / steps
+def decode(model: PreTrainedModel, batch: BatchEncoding, settings: GenerationConfig) -> list[tuple[float, float]]:
+    """Seconds of each step of decoding, which gives each prompt of a batch a token, wall and CPU."""
+    clock = Clock()
+    with torch.inference_mode():
+        model.generate(**batch, generation_config=settings, streamer=clock)
+    return clock.steps()
 
 
 def batches_of(tokenizer: Any, size: int) -> list[BatchEncoding]:
@@ -73,10 +81,19 @@ def batches_of(tokenizer: Any, size: int) -> list[BatchEncoding]:
     return [tokenizer(several, return_tensors="pt", add_special_tokens=False, padding=True, padding_side="left")]
 
 
-def random_adapter(folder: str, granularity: str, dtype: torch.dtype) -> SRDEModel:
+def base_of(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
+    if options.shape is None:
+        return load_base(options.base, dtype=dtype)
+    torch.manual_seed(0)
+    vocabulary = AutoTokenizer.from_pretrained(options.base).vocab_size
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, dtype=dtype, **SHAPES[options.shape])
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def with_random_experts(base: PreTrainedModel, granularity: str) -> SRDEModel:
     """Six experts of density 0.01 with random deltas."""
     config = AdapterConfig(num_experts=6, top_k=2, density=0.01, granularity=granularity, support_strategy="random")
-    model = add_experts(load_base(folder, dtype=dtype), config, expert_names=EXPERTS, seed=0)
+    model = add_experts(base, config, expert_names=EXPERTS, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in model.layers:
@@ -93,11 +110,12 @@ def measured(
 ) -> dict[str, float]:
     """Times of both in turns, and their ratio."""
     times: dict[str, list[tuple[float, float]]] = {"base": [], "experts": []}
+    models = {"base": base, "experts": experts}
     for round_ in range(rounds + 1):  # the first warms up
-        for kind, model in (("base", base), ("experts", experts)):
-            result = decode(model, batches, settings)
-            if round_:
-                times[kind].append(result)
+        for batch in batches:
+            for kind in sorted(models, reverse=round_ % 2 == 1):
+                steps = decode(models[kind], batch, settings)
+                times[kind] += steps if round_ else []
     figures = {}
     for column, clock in enumerate(("wall", "cpu")):
         medians = {kind: statistics.median(t[column] for t in times[kind]) for kind in times}
@@ -110,9 +128,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", required=True)
     parser.add_argument("--adapter")
+    parser.add_argument(
+        "--shape", choices=list(SHAPES), help="random weights of this shape; --base gives the tokenizer"
+    )
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--new_tokens", type=int, default=24)
     options = parser.parse_args()
+    if options.shape and options.adapter:
+        parser.error("--adapter: belongs to a trained base, not to a --shape")
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     settings = GenerationConfig(
@@ -124,14 +148,15 @@ def main() -> None:
         pad_token_id=tokenizer.eos_token_id,
     )
     rows: list[dict[str, Any]] = []
-    for name in ("float32", "bfloat16"):
+    for name in options.dtypes:
         dtype = getattr(torch, name)
-        bare = load_base(options.base, dtype=dtype)
-        cases = {f"random, {kind}": (random_adapter, (options.base, kind, dtype)) for kind in ("neuron", "element")}
-        if options.adapter:
-            cases = {"trained, neuron": (_trained, (options.base, options.adapter, dtype))} | cases
-        for case, (build, arguments) in cases.items():
-            model = build(*arguments)
+        bare = base_of(options, dtype)
+        cases = ["trained, neuron"] if options.adapter else []
+        for case in [*cases, "random, neuron", "random, element"]:
+            if case.startswith("trained"):
+                model = SRDEModel.from_pretrained(options.base, options.adapter, dtype=dtype)
+            else:
+                model = with_random_experts(base_of(options, dtype), case.split()[1])
             for size in BATCHES:
                 row = {"adapter": case, "dtype": name, "batch": size}
                 row |= measured(bare, model.base, batches_of(tokenizer, size), settings, options.rounds)
@@ -139,8 +164,8 @@ def main() -> None:
                 print(row, flush=True)
             del model
     record = {
-        "what": "ms a step of decoding, medians of rounds in turns; ratio: base / with experts; one thread",
-        "base": Path(options.base).name,
+        "what": "ms a step of decoding, median of all steps, in turns; ratio: base / with experts; one thread",
+        "base": options.shape or Path(options.base).name,
         "rounds": options.rounds,
         "new_tokens": options.new_tokens,
         "prompt_tokens": [batch["input_ids"].shape[1] for batch in batches_of(tokenizer, 1)],
@@ -148,12 +173,8 @@ def main() -> None:
         "load_average": Path("/proc/loadavg").read_text().split()[0],
         "environment": {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")},
     }
-    target = Path(__file__).parent / "results/decode.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _trained(folder: str, adapter: str, dtype: torch.dtype) -> SRDEModel:
-    return SRDEModel.from_pretrained(folder, adapter, dtype=dtype)
+    name = f"decode_{options.shape}.json" if options.shape else "decode.json"
+    (Path(__file__).parent / "results" / name).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,29 +50,37 @@ class PreparedRouter:
 
 
 class PreparedNeuronDeltas:
-    """Rows of D values: into `[E, 2, m, D]` (gate, up), back `[E, m, D]` (the columns of down).
+    """Rows of D values, `[3, E, m, D]`: gate, up, and the columns of down.
 
-    neurons `[E, m]`; places `[E * 2 * m]`: where gate and up of these neurons are when up stands behind gate.
+    neurons `[E, m]`; places `[2 * E * m]`: where gate and up of these neurons are when up stands behind gate.
     """
 
     def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int) -> None:
-        experts = deltas_DE3m.shape[1]
-        self.into = deltas_DE3m[:, :, :2].permute(1, 2, 3, 0).contiguous()
-        self.back = deltas_DE3m[:, :, 2].permute(1, 2, 0).contiguous()
-        self.shared = support.dim() == 1
+        self.rows = deltas_DE3m.permute(2, 1, 3, 0).contiguous()
+        _, experts, _, self.hidden = self.rows.shape
+        self.shared, self.intermediate = support.dim() == 1, intermediate
         self.neurons = support.long().expand(experts, -1).contiguous()
-        self.places = torch.stack([self.neurons, self.neurons + intermediate], dim=1).flatten()
+        self.places = self._places(self.neurons)
+        self.repeated: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor]:
         hidden_TF, pair_T2F = act(gate_TF) * up_TF, torch.cat([gate_TF, up_TF], dim=1)
-        experts, x_TD = len(self.into), x_TD.to(self.into.dtype)
-        if routing.index_TK.numel() < experts:
-            chosen = self._single_token if self.shared and len(x_TD) == 1 else self._chosen_experts
-            return hidden_TF, chosen(act, x_TD, pair_T2F, hidden_TF, routing).to(hidden_TF.dtype)
+        x_TD = x_TD.to(self.rows.dtype)
+        if routing.index_TK.numel() >= len(self.neurons):
+            extra_TD = self._all_experts(act, x_TD, pair_T2F, hidden_TF, routing)
+        elif self.shared and len(x_TD) == 1 and x_TD.device.type == "cpu":
+            extra_TD = self._single_token(act, x_TD, pair_T2F, hidden_TF, routing)
+        else:
+            extra_TD = self._chosen_experts(act, x_TD, pair_T2F, hidden_TF, routing)
+        return hidden_TF, extra_TD.to(hidden_TF.dtype)
+
+    def _all_experts(
+        self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
+    ) -> Tensor:
         base = pair_T2F.index_select(1, self.places).to(x_TD.dtype)
-        moved = torch.addmm(base, x_TD, self.into.flatten(0, 2).T)
+        moved = torch.addmm(base, x_TD, self.rows[:2].flatten(0, 2).T)
         h, change = self._hidden(act, base, moved)
         weights_TE1 = routing.weights_TE.to(x_TD.dtype)[:, :, None]
         change = weights_TE1 * change
@@ -81,65 +89,65 @@ class PreparedNeuronDeltas:
         else:
             for index, part in zip(self.neurons, change.to(hidden_TF.dtype).unbind(1), strict=True):
                 hidden_TF.index_add_(1, index, part)  # one by one: the sum has one order
-        return hidden_TF, ((weights_TE1 * h).flatten(1) @ self.back.flatten(0, 1)).to(hidden_TF.dtype)
+        return (weights_TE1 * h).flatten(1) @ self.rows[2].flatten(0, 1)
 
     def _chosen_experts(
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
     ) -> Tensor:
         """Each token reads its own experts: fewer bytes than all experts, as long as tokens x top_k < experts."""
-        (tokens, top_k), (_, _, neurons, hidden) = routing.index_TK.shape, self.into.shape
+        tokens, top_k = routing.index_TK.shape
         index = routing.index_TK.view(-1)
+        rows = self.rows.index_select(1, index).view(3, tokens, -1, self.hidden)
+        neurons_TKm = self.neurons.index_select(0, index).view(tokens, top_k, -1)
         if self.shared:
-            base = pair_T2F.index_select(1, self.places[: top_k * 2 * neurons]).to(x_TD.dtype)
+            base = pair_T2F.index_select(1, self._repeated(top_k)[1]).to(x_TD.dtype)
         else:
-            places = self.places.view(-1, 2 * neurons).index_select(0, index).view(tokens, -1)
-            base = pair_T2F.gather(1, places).to(x_TD.dtype)
-        moved = _times(x_TD, self.into.index_select(0, index).view(tokens, -1, hidden).mT, plus=base)
+            flat = neurons_TKm.flatten(1)
+            base = pair_T2F.gather(1, torch.cat([flat, flat + self.intermediate], dim=1)).to(x_TD.dtype)
+        moved = base + torch.cat([(matrix @ x_TD[:, :, None]).squeeze(2) for matrix in rows[:2]], dim=1)
         h, change = self._hidden(act, base, moved)
-        weights_TK = routing.weights_TK.to(x_TD.dtype)
+        weights_TK1 = routing.weights_TK.to(x_TD.dtype)[:, :, None]
+        change = weights_TK1 * change
         if self.shared:
-            hidden_TF.index_add_(1, self.neurons[0], _times(weights_TK, change).to(hidden_TF.dtype))
+            hidden_TF.index_add_(1, self.neurons[0], change.sum(1).to(hidden_TF.dtype))
         else:
-            change = (weights_TK[:, :, None] * change).to(hidden_TF.dtype)
-            for number, experts in enumerate(routing.index_TK.unbind(1)):
-                hidden_TF.scatter_add_(1, self.neurons.index_select(0, experts), change[:, number])
-        weighted = (weights_TK[:, :, None] * h).view(tokens, -1)
-        return _times(weighted, self.back.index_select(0, index).view(tokens, -1, hidden))
+            for number, part in enumerate(change.to(hidden_TF.dtype).unbind(1)):
+                hidden_TF.scatter_add_(1, neurons_TKm[:, number], part)
+        return ((weights_TK1 * h).view(tokens, 1, -1) @ rows[2]).squeeze(1)
 
     def _single_token(
         self, act: Activation, x_1D: Tensor, pair_12F: Tensor, hidden_1F: Tensor, routing: Routing
     ) -> Tensor:
-        """`_chosen_experts` in as few operations as it goes, each of which costs more than its arithmetic here."""
-        _, _, neurons, hidden = self.into.shape
-        index, dtype = routing.index_TK[0], self.into.dtype
-        both = torch.empty(2, 1, len(index) * 2 * neurons, dtype=dtype, device=x_1D.device)
-        moved, base = both.unbind(0)
-        torch.index_select(pair_12F.to(dtype), 1, self.places[: base.numel()], out=base)
-        torch.addmm(base, x_1D, self.into.index_select(0, index).view(-1, hidden).T, out=moved)
-        gate, up = both.view(2, len(index), 2, neurons).unbind(2)
-        h, h_base = (act(gate) * up).unbind(0)  # too few values for several threads, so both are computed alike
-        weights_1K = routing.weights_TK.to(dtype)
-        hidden_1F.index_add_(1, self.neurons[0], (weights_1K @ (h - h_base)).to(hidden_1F.dtype))
-        return (weights_1K.T * h).view(1, -1) @ self.back.index_select(0, index).view(-1, hidden)
+        """`_chosen_experts` for the CPU, in as few operations as it goes: each costs more than its arithmetic here."""
+        neurons, places = self._repeated(routing.index_TK.shape[1])
+        rows = self.rows.index_select(1, routing.index_TK[0]).view(-1, self.hidden)
+        into, back = rows.split([len(places), len(neurons)])
+        base = pair_12F.index_select(1, places).to(rows.dtype)
+        both = torch.cat([base, torch.addmm(base, x_1D, into.T)])  # too few values for threads: both are rounded alike
+        gate, up = both.view(2, 2, -1, self.neurons.shape[1]).unbind(1)
+        base_h, h = (act(gate) * up).mul_(routing.weights_TK.view(-1, 1)).view(2, 1, -1).unbind()
+        hidden_1F.index_add_(1, neurons, (h - base_h).to(hidden_1F.dtype))
+        return h @ back
 
     def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """h_e and h_e - h, `[T, experts, m]`, of gate and up `[T, experts * 2 * m]` without and with the deltas.
+        """h_e and h_e - h, `[T, experts, m]`, of gate and up `[T, 2 * experts * m]` without and with the deltas.
 
         h comes from a tensor laid out as that of h_e, see `dispatch.neuron_experts`.
         """
-        shape = (len(base), -1, 2, self.into.shape[2])
-        (gate, up), (base_gate, base_up) = moved.view(shape).unbind(2), base.view(shape).unbind(2)
+        shape = (len(base), 2, -1, self.neurons.shape[1])
+        (gate, up), (base_gate, base_up) = moved.view(shape).unbind(1), base.view(shape).unbind(1)
         hidden = act(gate) * up
         return hidden, hidden - act(base_gate) * base_up
 
+    def _repeated(self, count: int) -> tuple[Tensor, Tensor]:
+        """A shared support's neurons and places, once for each of so many experts."""
+        if count not in self.repeated:
+            neurons = self.neurons[:count].flatten()
+            self.repeated[count] = neurons, self._places(neurons)
+        return self.repeated[count]
 
-def _times(x_Ta: Tensor, matrices_Tab: Tensor, *, plus: Tensor | None = None) -> Tensor:
-    """`[T, b]`: each row times its own matrix, and `plus`."""
-    if len(x_Ta) == 1:  # quicker than a batch of one
-        matrix = matrices_Tab[0]
-        return x_Ta @ matrix if plus is None else torch.addmm(plus, x_Ta, matrix)
-    products = torch.bmm(x_Ta[:, None], matrices_Tab).squeeze(1)
-    return products if plus is None else products + plus
+    def _places(self, neurons: Tensor) -> Tensor:
+        return torch.cat([neurons.flatten(), neurons.flatten() + self.intermediate])
 
 
 class PreparedElementDeltas:
