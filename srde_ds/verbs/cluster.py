@@ -90,7 +90,9 @@ def supervise(arguments: Sequence[str]) -> int:
     from srde_ds.verbs.training import train_config
 
     command = Command.parse(words[separator + 1 :])
-    config, _ = train_config(command.train_arguments)
+    config, dry_run = train_config(command.train_arguments)
+    if dry_run:
+        raise SRDEError("dry_run=true: there is nothing to supervise. Leave --dry_run out, or `supervise` out.")
     return Supervisor(command, config, **vars(options)).supervise()
 
 
@@ -119,8 +121,11 @@ def doctor(arguments: Sequence[str]) -> int:
     alone.add_argument("--processes", type=int, help="on this host (default: one a GPU)")
     alone.add_argument("--nodes", type=int, default=1, help="hosts with as many processes")
     parser.add_argument("--config", metavar="FILE", help="YAML of the run; flags take precedence")
+    # Launchers give a run's flags as they are.
+    parser.boolean("--dry_run", False, "of the run: a dry run's hosts are looked at, too")
     add_config_flags(parser)
     given = vars(parser.parse(arguments))
+    del given["dry_run"]
     hostfile, port = given.pop("hostfile"), given.pop("master_port")
     processes, nodes = given.pop("processes"), given.pop("nodes")
 

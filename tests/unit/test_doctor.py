@@ -118,7 +118,10 @@ def test_the_agent_answers_line_by_line(base: Path, tmp_path: Path) -> None:
 def test_the_verb_prints_findings_and_ends_with_1_if_one_is_fatal(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", "--model_name", str(base), "--max_length", "64", "--output_dir", str(tmp_path)]) == 0
+    assert (
+        main(["doctor", "--model_name", str(base), "--max_length", "64", "--output_dir", str(tmp_path), "--dry_run"])
+        == 0
+    )
     assert ": fit to train" in capsys.readouterr().out
     assert main(["doctor", "--model_name", str(tmp_path / "none"), "--output_dir", "/proc/run"]) == 1
     printed = capsys.readouterr().out

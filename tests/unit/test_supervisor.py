@@ -181,6 +181,7 @@ def test_a_command_that_cannot_start_and_one_that_is_missing(capsys: pytest.Capt
     assert main(["supervise", "--preflight", "false", "--", "no-such-launcher", "train.py"]) == 2
     assert "'no-such-launcher' cannot be started: No such file" in capsys.readouterr().err.splitlines()[-1]
     fails(capsys, ["supervise", "--max_restarts", "1"], "starts no training")
+    fails(capsys, ["supervise", "--", "srde-ds", "train", "--dry_run"], "nothing to supervise")
     fails(capsys, ["supervise", "--max_restarts", "-1"], "max_restarts=-1: must be at least 0")
     fails(capsys, ["supervise", "--min_nodes", "0"], "min_nodes=0: must be at least 1")
     fails(capsys, ["supervise", "--host_timeout", "-1"], "host_timeout=-1.0: must be at least 0")
