@@ -80,7 +80,7 @@ class Ranks:
     def _start(self) -> None:
         # What has found GPUs must not fork; with gloo the processes are to find none.
         context: Any = get_context("forkserver" if self.backend == "gloo" else "spawn")
-        context.set_forkserver_preload(["srde_ds.training.trainer"])
+        context.set_forkserver_preload(["tests.distributed.preload"])
         environment = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),

@@ -100,7 +100,7 @@ def killed_run(
 def ranks(flags: dict[str, Any], world_size: int, log: Path) -> Iterator[list[BaseProcess]]:
     """`srde-ds train` as forks of a process that has done the imports; none outlives the context."""
     context = get_context("forkserver")
-    context.set_forkserver_preload(["srde_ds.training.trainer"])
+    context.set_forkserver_preload(["tests.distributed.preload"])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     shared |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     processes: list[BaseProcess] = []
