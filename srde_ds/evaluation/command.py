@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,13 +16,13 @@ from srde_ds.config import DOMAINS, resolve
 from srde_ds.config_values import load_yaml
 from srde_ds.data.records import Record, read_jsonl
 from srde_ds.environment import environment
-from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.sandbox import protections
 from srde_ds.evaluation.table import format_tables
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import load_model
+from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.weights_file import read_metadata
 
@@ -54,21 +53,22 @@ def evaluate_command(
         output_file: None: see `default_output`.
 
     Raises:
-        SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range.
+        SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range, or `output_file`
+            cannot be written.
     """
     started = time.monotonic()
     target = Path(output_file) if output_file else default_output(checkpoint)
 
-    def load() -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
-        if target.is_dir():
-            raise SRDEError(f"output_file={target}: is a folder; give the name of a JSON file.")
+    def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
         with TemporaryDirectory(prefix="srde-") as scratch:
             weights = resolve_weights(checkpoint, scratch)
+            if is_main:
+                check_output(target)
             records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
             return *load_model(weights, base=base, bf16=bf16), records
 
     with launched_processes() as processes:
-        model, tokenizer, records = processes.own(load)
+        model, tokenizer, records = processes.own(lambda: load(processes.is_main))
         if processes.is_main:
             _tell_about_code(records, run_code)
         result, items = evaluate(
@@ -98,9 +98,8 @@ def evaluate_command(
     }
     if not processes.is_main:
         return result
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _write(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
-    _write(target, [json.dumps(result, indent=2, allow_nan=False)])
+    write_lines(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
+    write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
     print(format_tables(result))
     print(f"Written: {target}")
     return result
@@ -131,11 +130,3 @@ def _tell_about_code(records: Sequence[Record], run_code: bool) -> None:
     missing = [name for name, there in protections().items() if not there] if run_code else []
     if programs and missing:
         _log.warning("programs that the model writes are run without protection of: %s.", ", ".join(missing))
-
-
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """Write a whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-    os.replace(temporary, path)

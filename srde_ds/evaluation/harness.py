@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from srde_ds.errors import SRDEError
 from srde_ds.inference.load import find_weights, load_model
 from srde_ds.launcher import launched_world_size
@@ -31,7 +33,7 @@ class SRDEHarnessModel(HFLM):
         srde_weights: a weights file or the folder of a finished run.
         base: folder or id of the base; default: the one named in the weights.
         dtype: bfloat16 or float32.
-        device: default: the GPU if there is one.
+        device: default: the GPU if there is one; cuda where there is none means the CPU, as for HFLM.
         options: for HFLM, such as batch_size and max_length.
 
     Raises:
@@ -51,7 +53,8 @@ class SRDEHarnessModel(HFLM):
         if launched_world_size() > 1:
             raise SRDEError("the harness runs in one process: start it without a launcher.")
         model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=dtype == "bfloat16")
-        if device is not None:
+        # The command line asks for cuda:0 unless it is told otherwise, also where there is no GPU.
+        if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)
         super().__init__(pretrained=model.base, tokenizer=tokenizer, backend="causal", **options)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from srde_ds.checkpoint.convert import export_weights
 from srde_ds.checkpoint.resume import find_checkpoint
-from srde_ds.inference.load import WEIGHTS, folder_weights
+from srde_ds.model.weights_file import WEIGHTS, folder_weights
 
 
 def resolve_weights(path: str | Path, scratch: str | Path) -> Path:

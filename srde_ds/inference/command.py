@@ -17,7 +17,8 @@ from srde_ds.inference.chat import Chat
 from srde_ds.inference.generate import format_routing, generate
 from srde_ds.inference.load import find_weights, load_model
 from srde_ds.inference.many import Answer, answer_many
-from srde_ds.inference.prompts import read_prompts, write_answers
+from srde_ds.inference.output import check_output, write_lines
+from srde_ds.inference.prompts import read_prompts
 from srde_ds.model.adapter import SRDEModel
 
 
@@ -61,10 +62,11 @@ def inference_command(
         places, messages = zip(*conversations, strict=True)
         answers = answer_many(model, tokenizer, messages, places=places, **sampling, **several)  # type: ignore[arg-type]
         items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
+        lines = [json.dumps(item, ensure_ascii=False) for item in items]
         if output_file is None:
-            print("\n".join(json.dumps(item, ensure_ascii=False) for item in items))
+            print("\n".join(lines))
         else:
-            write_answers(output_file, items)
+            write_lines(Path(output_file), lines)
     else:
         question = [{"role": "user", "content": str(prompt)}]
         if best_of_n > 1 or self_refine:
@@ -91,8 +93,8 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
     if options["output_file"] is not None and options["prompts_file"] is None:
         raise SRDEError("--output_file is for the answers to --prompts_file; give that too, or redirect the output.")
-    if options["output_file"] is not None and not Path(options["output_file"]).absolute().parent.is_dir():
-        raise SRDEError(f"output_file='{options['output_file']}': its folder does not exist; make it first.")
+    if options["output_file"] is not None:
+        check_output(Path(options["output_file"]))
     for name, off in (("best_of_n", 1), ("self_refine", 0)):
         if options[name] != off and options["interactive"]:
             raise SRDEError(f"--{name} is for --prompt and --prompts_file, not for --interactive; leave one out.")

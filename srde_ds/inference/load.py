@@ -10,9 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_tokenizer
-from srde_ds.model.weights_file import read_metadata
-
-WEIGHTS = "srde_weights.safetensors"
+from srde_ds.model.weights_file import WEIGHTS, folder_weights, read_metadata
 
 
 def find_weights(path: str | Path) -> Path:
@@ -33,12 +31,6 @@ def find_weights(path: str | Path) -> Path:
             f"srde-ds convert --checkpoint {path} --output_file FILE"
         )
     return weights
-
-
-def folder_weights(folder: Path) -> Path | None:
-    """The weights in a run folder; None if there are none, or training was taken up again after they were written."""
-    taken_up = (folder / "latest").exists() and not (folder / "completed.json").exists()
-    return folder / WEIGHTS if (folder / WEIGHTS).is_file() and not taken_up else None
 
 
 def load_model(weights: Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:

@@ -1,10 +1,8 @@
-"""Files of prompts, and of the answers to them."""
+"""Files of prompts."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,6 @@ def read_prompts(path: str | Path) -> list[tuple[str, list[dict[str, str]]]]:
     if not prompts:
         raise SRDEError(f"prompts_file='{path}': holds no prompt; give one a line.")
     return prompts
-
-
-def write_answers(path: str | Path, items: Iterable[dict[str, Any]]) -> None:
-    """One JSON object a line; the file is there only when it is whole."""
-    part = Path(f"{path}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-    os.replace(part, path)
 
 
 def _user(text: str) -> list[dict[str, str]]:

@@ -123,7 +123,13 @@ def _shown(model_name: str) -> str:
 
 def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
     expert, base = metadata.expert_names[0], _shown(metadata.model_name)
-    return f"""## How to use
+    if not _on_the_hub(metadata.model_name):
+        place = (
+            f"\n\n`{base}` was a folder where this was trained: give your own; another model is refused by its hash."
+        )
+    else:
+        place = ""
+    return f"""## How to use{place}
 
 ```python
 from transformers import AutoTokenizer

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.model_card import CARD, model_card
-from srde_ds.model.weights_file import WEIGHTS, AdapterMetadata, save_weights
+from srde_ds.model.weights_file import WEIGHTS, AdapterMetadata, folder_weights, save_weights
 
 
 def find_adapter(adapter: str | Path, *, revision: str | None = None) -> Path:
@@ -23,9 +23,13 @@ def find_adapter(adapter: str | Path, *, revision: str | None = None) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / WEIGHTS).is_file():
-            return path / WEIGHTS
-        raise SRDEError(f"adapter '{path}': the folder holds no {WEIGHTS}; make one with srde-ds convert.")
+        weights = folder_weights(path)
+        if weights is None:
+            raise SRDEError(
+                f"adapter '{path}': the folder holds no {WEIGHTS} of a finished run; make a file from its checkpoint: "
+                f"srde-ds convert --checkpoint {path} --output FILE"
+            )
+        return weights
     try:
         return Path(hf_hub_download(str(adapter), WEIGHTS, revision=revision))
     except (OSError, ValueError) as error:  # the Hub's own errors are one or the other

@@ -22,6 +22,12 @@ FORMAT_VERSION = 1
 METADATA_KEY = "srde"
 
 
+def folder_weights(folder: Path) -> Path | None:
+    """The weights in a run folder; None if there are none, or training was taken up again after they were written."""
+    taken_up = (folder / "latest").exists() and not (folder / "completed.json").exists()
+    return folder / WEIGHTS if (folder / WEIGHTS).is_file() and not taken_up else None
+
+
 @dataclass
 class AdapterMetadata:
     """What a weights file says about itself, as JSON under the header's key "srde"."""

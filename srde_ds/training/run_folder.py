@@ -174,5 +174,8 @@ def open_run_folder(config: Config) -> None:
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "completed.json").unlink(missing_ok=True)
+    for name in ("evaluation.json", "evaluation_items.jsonl"):  # of weights that this run will replace
+        if (folder / name).exists():
+            os.replace(folder / name, folder / f"earlier_{name}")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")

@@ -155,6 +155,8 @@ def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:
         ({"checkpoint": "/nowhere"}, "there is no folder"),
         ({"eval_file": "/nowhere.jsonl"}, "no such file"),
         ({"base": "/nowhere"}, "/nowhere"),
+        ({"output_file": f"{__file__}/evaluation.json"}, "is not a folder"),
+        ({"output_file": str(Path(__file__).parent)}, "it is a folder"),
         ({"max_samples": 0}, "max_samples=0"),
         ({"max_new_tokens": 1000}, "exceed the base's context of 256"),
     ],
@@ -162,7 +164,7 @@ def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:
 def test_bad_input_is_one_line(run_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     output = tmp_path / "out" / "evaluation.json"
     with pytest.raises(SRDEError, match=message) as error:
-        evaluate_command(**_options(run_folder, output_file=str(output), **changes))
+        evaluate_command(**_options(run_folder, **{"output_file": str(output)} | changes))
     assert "\n" not in str(error.value)
     assert not output.parent.exists()
 

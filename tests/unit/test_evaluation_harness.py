@@ -107,6 +107,14 @@ def test_the_harness_asks_the_model_with_its_experts(weights: Path, tasks: Path)
     assert perplexity == pytest.approx(torch.tensor(-total / letters).exp().item(), rel=1e-4)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which the command line's default means")
+def test_the_command_lines_default_device_will_do_without_a_gpu(weights: Path) -> None:
+    from srde_ds.evaluation.harness import SRDEHarnessModel
+
+    base = str(weights.parents[1] / "base")
+    assert SRDEHarnessModel(str(weights), base=base, dtype="float32", device="cuda:0").device.type == "cpu"
+
+
 def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from srde_ds.evaluation.harness import SRDEHarnessModel
 

@@ -15,7 +15,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference import many
 from srde_ds.inference.generate import pad_id
 from srde_ds.inference.many import REFINE_PROMPT, answer_many, generate_many, left_padded, majority
-from srde_ds.inference.prompts import read_prompts, write_answers
+from srde_ds.inference.output import check_output, write_lines
+from srde_ds.inference.prompts import read_prompts
 from srde_ds.model.adapter import SRDEModel, add_experts
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, tiny_model
@@ -112,9 +113,19 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         + json.dumps({"messages": messages})
     )
     assert [found for _, found in read_prompts(objects)] == asked("a\u2028a", "b")
-    write_answers(tmp_path / "out.jsonl", [{"prompt": "a", "answer": "é"}])
-    assert (tmp_path / "out.jsonl").read_text(encoding="utf-8") == '{"prompt": "a", "answer": "é"}\n'
-    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "out.jsonl"
+    check_output(output)
+    write_lines(output, ["é", "b"])
+    assert output.read_text(encoding="utf-8") == "é\nb\n"
+    for path, message in ((output.parent, "it is a folder"), (output / "a" / "b", "out.jsonl' is not a folder")):
+        with pytest.raises(SRDEError, match=message):
+            check_output(path)
+    with pytest.raises(SRDEError, match="cannot be written: Is a directory"):
+        write_lines(output.parent, ["a"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "out.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -231,8 +231,11 @@ def test_good_input_passes_and_its_folder_tells_where_it_came_from(inputs: dict[
 
 def test_a_run_folder_that_is_opened_again_is_no_longer_complete(tmp_path: Path) -> None:
     config = resolve({}, {"output_dir": str(tmp_path)})
-    (tmp_path / "completed.json").write_text("{}")
+    for name in ("completed.json", "evaluation.json", "evaluation_items.jsonl"):
+        (tmp_path / name).write_text(name)
     open_run_folder(config)
+    kept = {path.name: path.read_text() for path in tmp_path.glob("*eval*")}
+    assert kept == {f"earlier_{name}": name for name in ("evaluation.json", "evaluation_items.jsonl")}
     assert not (tmp_path / "completed.json").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -55,8 +56,15 @@ def test_from_pretrained_takes_files_folders_and_models(made: Trained) -> None:
 
 def test_adapters_that_are_not_there(made: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SRDEError, match="empty': the folder holds no srde_weights.safetensors"):
-        SRDEModel.from_pretrained(made.base, tmp_path / "empty")
+    taken_up = tmp_path / "taken up again"
+    taken_up.mkdir()
+    (taken_up / WEIGHTS).symlink_to(made.weights)
+    (taken_up / "latest").write_text("checkpoint-9")
+    for folder in (tmp_path / "empty", taken_up):
+        with pytest.raises(SRDEError, match=f"{folder.name}': the folder holds no srde_weights.* of a finished run"):
+            SRDEModel.from_pretrained(made.base, folder)
+    (taken_up / "completed.json").write_text("{}")
+    assert SRDEModel.from_pretrained(made.base, taken_up).expert_names == NAMES
     with pytest.raises(
         SRDEError, match="adapter '/no/such/file': no such file or folder, and the Hub does not give it"
     ):
@@ -107,7 +115,7 @@ def test_names_of_experts_are_checked(made: Trained) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merging_leaves_a_plain_model(form: dict[str, Any]) -> None:
+def test_merging_leaves_a_plain_model(form: dict[str, Any], tmp_path: Path) -> None:
     model = randomize(tiny_srde(**form))
     model.set_active_experts(["expert1"])
     expected = model(tokens()).logits
@@ -116,6 +124,9 @@ def test_merging_leaves_a_plain_model(form: dict[str, Any]) -> None:
     assert plain.state_dict().keys() == tiny_llama().state_dict().keys()
     torch.testing.assert_close(plain(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(plain(tokens()).logits, tiny_llama()(tokens()).logits, atol=1e-2)
+    with pytest.raises(SRDEError, match="merge_and_unload took the experts out of this model"):
+        model.save_pretrained(tmp_path / "empty")
+    assert not (tmp_path / "empty").exists()
 
 
 def test_one_expert_needs_no_name() -> None:
@@ -270,7 +281,9 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     }
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     card = model_card(model.metadata(), repo="me/experts", run=run)
-    assert "from_pretrained('base0', 'me/experts')" in card.replace('"', "'") or "'me/experts'" in card
+    name = Path(model.base_identity["name"]).name
+    assert f"SRDEModel.from_pretrained({name!r}, 'me/experts')" in card
+    assert f"`{name}` was a folder where this was trained: give your own; another model is refused by its hash" in card
     assert "On 40 held-out items" in card and "| red | – | 1.250 | – | – |" in card
     assert "| all | 2.500 | 1.500 | 12.5% | 25.0% |" in card
     (run / "evaluation.json").write_text("{")
@@ -310,6 +323,11 @@ def test_the_bases_licence_is_read_from_its_page(page: str | None, expected: str
         (tmp_path / "README.md").write_text(page)
     assert base_license(str(tmp_path)) == expected
     assert base_license("no/such-base-anywhere") is None and base_license("/no/such/folder/at/all") is None
+
+
+def test_the_quick_starts_base_names_its_licence(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(runpy.run_path(str(ROOT / "launch/quickstart_inputs.py"))["PAGE"])
+    assert base_license(str(tmp_path)) == "apache-2.0"
 
 
 # -- the Hub ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,36 @@
+"""Files of results: refused before the work if they cannot be made, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from srde_ds.errors import SRDEError
+
+
+def check_output(path: Path) -> None:
+    """Raise SRDEError if no file can be made at `path`. Folders may be missing: `write_lines` makes them."""
+    if path.is_dir():
+        raise SRDEError(f"output_file={path}: it is a folder. Give a file's name.")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        reason = "not writable" if there.is_dir() else "not a folder"
+        raise SRDEError(f"output_file={path}: '{there}' is {reason}. Give another --output_file.")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file; a crash leaves the old one or the new one.
+
+    Raises:
+        SRDEError: it cannot be written; nothing of it is left then.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise SRDEError(f"output_file={path}: cannot be written: {error.strerror}.") from None
