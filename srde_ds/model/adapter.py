@@ -241,9 +241,7 @@ class SRDEModel(nn.Module):
     def adapter_tensors(self) -> dict[str, Tensor]:
         """All that makes the adapter by stable name, without padding rows; parameters must be whole here.
 
-        Raises:
-            SRDEError: after `merge_and_unload`.
-        """
+        Raises SRDEError after `merge_and_unload`."""
         if not self.layers:
             raise SRDEError("merge_and_unload took the experts out of this model: load the adapter again.")
         return {name: p.detach()[: p.srde_rows] for name, p in self.trainable_parameters()} | self.common_tensors()
