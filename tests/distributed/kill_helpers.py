@@ -96,27 +96,6 @@ def killed_run(
     assert_equal_runs(run, unkilled)
 
 
-@contextmanager
-def ranks(flags: dict[str, Any], world_size: int, log: Path) -> Iterator[list[BaseProcess]]:
-    """`srde-ds train` as forks of a process that has done the imports; none outlives the context."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["tests.distributed.preload"])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
-    shared |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    processes: list[BaseProcess] = []
-    log.write_text("")
-    try:
-        for rank in range(world_size):
-            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(context.Process(target=train_rank, args=(flags, own, log)))
-            processes[-1].start()
-        yield processes
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
 def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -126,6 +105,33 @@ def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) ->
     from srde_ds.training.trainer import train
 
     train(resolve({}, flags))
+
+
+@contextmanager
+def ranks(
+    flags: dict[str, Any], world_size: int, log: Path, *, target: Callable[..., None] = train_rank
+) -> Iterator[list[BaseProcess]]:
+    """`srde-ds train` as forks of a process that has done the imports; none outlives the context.
+
+    Args:
+        target: what a rank does with the arguments of `train_rank`.
+    """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.distributed.preload"])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+    processes: list[BaseProcess] = []
+    log.write_text("")
+    try:
+        for rank in range(world_size):
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(context.Process(target=target, args=(flags, own, log)))
+            processes[-1].start()
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def ended(processes: list[BaseProcess]) -> list[int | None]:

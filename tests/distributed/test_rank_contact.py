@@ -1,7 +1,9 @@
-"""Ranks that differ, ranks that never meet, and a rank killed while they meet."""
+"""Ranks that differ, ranks that never meet, a rank killed while they meet, and an exception on one rank."""
 
 from __future__ import annotations
 
+import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed.harness import Ranks, run_distributed
-from tests.distributed.kill_helpers import ended, ranks
+from tests.distributed.kill_helpers import ended, ranks, train_rank
 from tests.distributed.training_helpers import Inputs, train_here
 
 
@@ -77,3 +79,32 @@ def test_a_rank_killed_while_the_ranks_meet_ends_the_other(inputs: Inputs, tmp_p
             began = time.monotonic()
             assert ended(processes) == ([-9, 1] if victim == 0 else [1, -9])
             assert time.monotonic() - began < 60
+
+
+def train_out_of_luck(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+    """`train_rank`; on rank 1 the first forward after a checkpoint raises."""
+    from srde_ds.model.adapter import SRDEModel
+
+    forward = SRDEModel.forward
+
+    def unlucky(*args: Any, **kwargs: Any) -> Any:
+        if (Path(flags["output_dir"]) / "latest").exists():
+            raise RuntimeError("out of luck")
+        return forward(*args, **kwargs)
+
+    with patch.object(SRDEModel, "forward", unlucky if environment["RANK"] == "1" else forward):
+        train_rank(flags, environment, log)
+
+
+def test_an_exception_on_one_rank_ends_all_and_is_named(inputs: Inputs, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = inputs.flags(run, save_steps=1, eval_steps=0)
+    with ranks(flags, 2, log, target=train_out_of_luck) as processes:
+        assert ended(processes) == [1, 1]
+    heartbeat = json.loads((run / "heartbeat.json").read_text())
+    assert heartbeat["state"] == "failed"
+    assert re.search(r"rank 1 \(host .*, process \d+\) failed: RuntimeError: out of luck", heartbeat["reason"])
+    saved = (run / "latest").read_text().strip().removeprefix("checkpoint-")
+    with ranks(flags | {"resume_from": "latest"}, 2, log) as processes:
+        assert ended(processes) == [0, 0], log.read_text()
+    assert f"Resumed at step {saved}" in log.read_text() and (run / "completed.json").exists()
