@@ -3,7 +3,7 @@
 The router is linear and has no bias, and so is all that is done here: the expert of an input x is the one whose unit
 direction c_e is nearest to A·x in angle, with a diagonal A, so w_e = A·c_e routes each input to its cluster.
 
-scikit-learn is imported where it is used: it takes a second, and only rank 0 of a run with a warm start needs it.
+scikit-learn is imported where it is used: that takes a while, and only rank 0 of a run with a warm start needs it.
 """
 
 from __future__ import annotations

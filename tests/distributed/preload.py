@@ -6,6 +6,6 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  deepspeed.initi
 
 import srde_ds.training.trainer  # noqa: F401
 
-# A full collection takes 0.3 s over all of these modules' objects, and DeepSpeed asks for one in each engine.
+# A full collection is slow over all of these modules' objects, and DeepSpeed asks for one in each engine.
 gc.collect()
 gc.freeze()
