@@ -173,7 +173,7 @@ class Plan:
         return row if row.grid or row.kind == "base" else self.rows[row.rates_of]
 
     def rates(self, row: Row) -> Flags | None:
-        """The rates of lowest mean validation loss over the sweep's seeds; None as long as the sweep is not done.
+        """The rates of lowest mean loss over the sweep's seeds; None as long as the sweep is not done.
 
         Raises:
             SweepDiverged: every rate does.
@@ -189,13 +189,13 @@ class Plan:
         return rates
 
     def sweep_losses(self, row: Row) -> list[tuple[Flags, float | None]]:
-        """Rates with their mean validation loss over the sweep's seeds: infinite where one diverged, None as long as
-        one was not run."""
+        """Rates with their mean `late_loss` over the sweep's seeds: infinite where one diverged, None as long as one
+        was not run."""
         source = self.source(row)
         points: list[tuple[Flags, float | None]] = []
         for rates in source.grid[: self.budget.rates]:
             found = [self.find(run) for run in self._at_rate(source, rates)]
-            losses = [record.get("validation_loss", float("inf")) for record in found if record is not None]
+            losses = [late_loss(record) for record in found if record is not None]
             points.append((rates, sum(losses) / len(losses) if len(losses) == len(found) else None))
         return points
 
@@ -237,6 +237,17 @@ class Plan:
             flags["values_of"] = self.rows[row.equal_to].flags
         table = row.expert_table and report
         return Run(row.name, row.kind, flags, seed, report, table, self.budget)
+
+
+def late_loss(record: Record) -> float:
+    """Mean training loss of the second half of a run's steps, each before its update; infinite where it diverged.
+
+    No item is trained on twice, so each step scores items that are new to the model: more of them than validation has,
+    and a rate that is good at the last step by chance does not win.
+    """
+    losses = record.get("losses", [float("inf")])
+    late = losses[len(losses) // 2 :]
+    return float(sum(late) / len(late))
 
 
 def in_steps(flags: Flags, steps: int) -> Flags:

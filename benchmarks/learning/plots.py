@@ -32,13 +32,13 @@ def plot_losses(results: Sequence[Result], path: Path) -> None:
 
 
 def plot_rates(sweeps: Mapping[str, Sequence[tuple[float, float]]], path: Path) -> None:
-    """Validation loss by learning rate, a line a row."""
+    """Loss of the second half of training by learning rate, a line a row."""
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for number, (name, points) in enumerate(sweeps.items()):
         style = ("o-", "s--", "^:")[number // 10]
         axes.plot(*zip(*points, strict=True), style, markersize=4, label=name)
-    axes.set(xscale="log", xlabel="learning rate", ylabel="loss of validation items")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss of new items, second half of the steps")
     axes.legend(fontsize="x-small")
     _save(figure, path)
 

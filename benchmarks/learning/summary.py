@@ -86,7 +86,7 @@ def result_of(plan: Plan, row: Row) -> Result | None:
 
 
 def sweep_of(plan: Plan, row: Row) -> list[tuple[float, float]]:
-    """(rate, mean validation loss) of the row's own sweep, by rate; those that diverged are left out."""
+    """(rate, mean `plan.late_loss`) of the row's own sweep, by rate; those that diverged are left out."""
     points = plan.sweep_losses(row) if row.grid else []
     return sorted((next(iter(rates.values())), loss) for rates, loss in points if loss is not None and isfinite(loss))
 

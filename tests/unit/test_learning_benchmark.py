@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.learning import methods, run, tables, worker
 from benchmarks.learning.data import Inputs
-from benchmarks.learning.plan import Plan, Record, Run, in_steps
+from benchmarks.learning.plan import Plan, Record, Run, in_steps, late_loss
 from benchmarks.learning.store import Store, read_records
 from benchmarks.learning.summary import first_crossing, result_of, sweep_of
 from srde_ds.config import DOMAINS
@@ -85,7 +85,7 @@ def test_percentages_become_steps() -> None:
     assert "expert_pretrain_steps" not in in_steps({"supervised_experts": False, "expert_pretrain_steps": "25%"}, 400)
 
 
-def test_the_rate_with_the_least_validation_loss_is_reported(plan: Plan, store: Store) -> None:
+def test_the_rate_with_the_least_late_loss_is_reported(plan: Plan, store: Store) -> None:
     losses = {0.02: 1.5, 0.06: math.inf, 0.006: 1.2}
     done = finish(plan, store, "SRDE neuron", lambda run: losses[run.flags["muon_lr"]])
     swept, reported = done[:6], done[6:]
@@ -108,6 +108,11 @@ def test_a_rate_is_chosen_by_its_mean_over_the_seeds_of_the_sweep(plan: Plan, st
         store.add(run_of_sweep, figures(run_of_sweep, losses[run_of_sweep.flags["muon_lr"], run_of_sweep.seed]))
     assert plan.rates(row) == {"muon_lr": 0.02}
     assert sweep_of(plan, row) == [(0.02, 1.45), (0.06, pytest.approx(1.55))]  # where one diverged, there is no mean
+
+
+def test_late_losses_are_those_of_the_second_half_of_the_steps() -> None:
+    assert late_loss({"losses": [9.0, 8.0, 1.0, 2.0, 3.0]}) == 2.0
+    assert late_loss({"diverged": "step 3"}) == math.inf
 
 
 def test_a_row_that_diverges_at_every_rate_stops_nothing_else(plan: Plan, store: Store) -> None:
@@ -142,10 +147,10 @@ def test_the_driver_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             run.drive(plan, store, rows, pool, 1, math.inf)
         assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, [])
-        # 4 rows with 3 rates at 2 seeds and 3 reported seeds each, the base with 3; the fifth run was begun twice.
-        assert len(calls) == 4 * 9 + 3 + 1 and len(read_records(store.path)) == len(calls) - 1
-        assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, []) and len(calls) == 4 * 9 + 3 + 1
-    assert "[35 done, 0 left" in capsys.readouterr().out
+        # 7 rows with 3 rates at 2 seeds and 3 reported seeds each, the base with 3; the fifth run was begun twice.
+        assert len(calls) == 7 * 9 + 3 + 1 and len(read_records(store.path)) == len(calls) - 1
+        assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, []) and len(calls) == 7 * 9 + 3 + 1
+    assert "[62 done, 0 left" in capsys.readouterr().out
 
 
 def test_no_run_is_started_that_would_end_after_the_limit(
