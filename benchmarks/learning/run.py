@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         worker.start(*setup)
         pool = InThisProcess()
     else:
-        pool = ProcessPoolExecutor(options.workers, get_context("spawn"), worker.start, setup)
+        # A process for each run: what an engine leaves behind in one adds up to gigabytes.
+        pool = ProcessPoolExecutor(options.workers, get_context("spawn"), worker.start, setup, max_tasks_per_child=1)
     with pool:
         left, failures = drive(plan, store, rows, pool, options.workers, started + options.time_limit)
     if failures:
