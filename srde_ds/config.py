@@ -148,7 +148,7 @@ class CurriculumConfig:
     )
     expert_pretrain_steps: int = option(
         500,
-        "with supervised_experts: steps' worth of tokens for each expert, num_experts times as many steps",
+        "with supervised_experts: steps' worth of tokens for each expert, so as many steps for each domain",
         minimum=1,
     )
     pretrain_objective: Literal["parallel", "sequential"] = option(
@@ -333,18 +333,17 @@ def _check_relations(config: Config) -> None:
 
 
 def _check_curriculum(config: Config) -> None:
-    adapter, curriculum, max_steps = config.adapter, config.curriculum, config.training.max_steps
-    steps = adapter.num_experts * curriculum.expert_pretrain_steps
+    adapter, data, curriculum, max_steps = config.adapter, config.data, config.curriculum, config.training.max_steps
+    steps = len(data.domains) * curriculum.expert_pretrain_steps
     if curriculum.supervised_experts:
         if steps >= max_steps:
             raise SRDEError(
-                f"expert_pretrain_steps={curriculum.expert_pretrain_steps} x num_experts={adapter.num_experts} leave "
-                f"no routed step of max_steps={max_steps}. Lower --expert_pretrain_steps or give more than "
-                f"{steps} --max_steps."
+                f"expert_pretrain_steps={curriculum.expert_pretrain_steps} of {len(data.domains)} domains leave "
+                f"no routed step of max_steps={max_steps}. Lower it, or give more than {steps} --max_steps."
             )
-        if len(config.data.domains) > adapter.num_experts:
+        if len(data.domains) > adapter.num_experts:
             raise SRDEError(
-                f"supervised_experts=true with {len(config.data.domains)} domains and num_experts="
+                f"supervised_experts=true with {len(data.domains)} domains and num_experts="
                 f"{adapter.num_experts}: each domain needs an expert. Raise --num_experts or give fewer --domains."
             )
     routed = max_steps - (steps if curriculum.supervised_experts else 0)
@@ -359,10 +358,17 @@ def _check_curriculum(config: Config) -> None:
             raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
     if curriculum.warm_start and adapter.num_experts == 1:
         raise SRDEError("warm_start=true with num_experts=1: there is nothing to route. Leave --warm_start out.")
-    if curriculum.unlock_order == "cluster_size" and not (
-        curriculum.warm_start and curriculum.warm_start_method == "kmeans"
-    ):
-        raise SRDEError("unlock_order=cluster_size: clusters come from --warm_start with warm_start_method=kmeans.")
+    warm_start = curriculum.warm_start_method if curriculum.warm_start else None
+    if warm_start == "domain_means" and adapter.num_experts > len(data.domains) + (len(data.domains) > 1):
+        raise SRDEError(
+            f"warm_start_method=domain_means with {len(data.domains)} domains and num_experts={adapter.num_experts}: "
+            "experts without a domain would share one mean. Give --warm_start_method kmeans, or fewer --num_experts."
+        )
+    if curriculum.unlock_order == "cluster_size" and (warm_start != "kmeans" or curriculum.progressive_unlock == "all"):
+        raise SRDEError(
+            "unlock_order=cluster_size: needs --progressive_unlock linear or warmup, and the clusters of --warm_start "
+            "with warm_start_method=kmeans."
+        )
     if curriculum.initial_density is None:
         if curriculum.density_warmup_steps:
             raise SRDEError(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
-from srde_ds.errors import SRDEError
 from srde_ds.parallel.engine import Engine
 from srde_ds.parallel.topology import Topology
 from srde_ds.training.balancing import domain_target, update_biases
@@ -37,7 +36,8 @@ class Curriculum:
         return plan_of_step(self.config, self.state.step)
 
     def unlocked_experts(self) -> list[int]:
-        return self.state.unlock_order[: self.plan.unlocked]
+        plan = self.plan
+        return self.state.unlock_order[: plan.unlocked] if plan.only_domain is None else [plan.only_domain]
 
     def begin_step(self, engine: Engine) -> RowStream:
         """Freeze, lock and route as the coming step's plan says; the stream that its rows come from."""
@@ -88,7 +88,9 @@ class Curriculum:
             table = held_out.table(engine, interrupted)
             if table is not None:
                 found["expert_table"] = table
-        if step == warm_start_step(self.config) and not self.state.warm_started and not interrupted():
+        # Done anew after a stop before the step's end: what enters the routers does not depend on their weights, so it
+        # gives the same, and its report gets into the metrics.
+        if step == warm_start_step(self.config) and not interrupted():
             report = warm_start_routers(engine, self.config, self.topology, self.stream.rows)
             self.state.warm_started = True
             found["warm_start"] = asdict(report)
@@ -100,13 +102,8 @@ class Curriculum:
     def _stream_of(self, domain: int) -> RowStream:
         if domain not in self._streams:
             rows = self.stream.rows
-            chosen = (rows["domain"][:] == domain).nonzero()[0]
-            if len(chosen) == 0:
-                name = self.config.data.domains[domain]
-                raise SRDEError(
-                    f"pretrain_objective=sequential: domain '{name}' has no training rows. Remove the domain."
-                )
+            own = rows.select((rows["domain"][:] == domain).nonzero()[0])
             self._streams[domain] = RowStream(
-                rows.select(chosen), seed=self.stream.seed, global_batch_rows=self.stream.global_batch_rows
+                own, seed=self.stream.seed, global_batch_rows=self.stream.global_batch_rows
             )
         return self._streams[domain]

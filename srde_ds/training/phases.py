@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate, groupby
 
 from srde_ds.config import Config
+from srde_ds.errors import SRDEError
 
 DELTA_VALUES = frozenset({"free", "atoms", "mixing"})
 DELTA_MASKS = frozenset({"importance", "scores"})
@@ -36,7 +37,7 @@ class StepPlan:
         phase: its name in logs and tables.
         forced: each row goes to its domain's expert alone; the router takes no part.
         only_domain: rows of this domain alone (sequential pretraining).
-        unlocked: how many experts may be used.
+        unlocked: how many experts may be used and change; with `only_domain` that domain's alone.
         trained: the `srde_kind`s that are updated; the others keep values and optimizer state.
         density: of the supports.
         temperature: of a support that is being learned; None: the supports are fixed.
@@ -52,9 +53,9 @@ class StepPlan:
 
 
 def pretrain_steps(config: Config) -> int:
-    """Steps of supervised pretraining: expert_pretrain_steps' worth of tokens for each expert."""
+    """Steps of supervised pretraining: expert_pretrain_steps' worth of tokens for each expert that has a domain."""
     curriculum = config.curriculum
-    return config.adapter.num_experts * curriculum.expert_pretrain_steps if curriculum.supervised_experts else 0
+    return len(config.data.domains) * curriculum.expert_pretrain_steps if curriculum.supervised_experts else 0
 
 
 def plan_of_step(config: Config, step: int) -> StepPlan:
@@ -62,10 +63,12 @@ def plan_of_step(config: Config, step: int) -> StepPlan:
     experts, before = config.adapter.num_experts, pretrain_steps(config)
     density, temperature = density_at(config, step), _temperature(config, step)
     if step < before:
-        trained, only = ALL_KINDS - ROUTERS, None
+        trained = ALL_KINDS - ROUTERS
         if config.curriculum.pretrain_objective == "sequential":
-            only = step * len(config.data.domains) // before
-        return StepPlan("pretraining", True, only, experts, trained, density, temperature)
+            # The other experts are locked: momentum would move them on although they get no tokens.
+            only = step // config.curriculum.expert_pretrain_steps
+            return StepPlan("pretraining", True, only, 1, trained, density, temperature)
+        return StepPlan("pretraining", True, None, experts, trained, density, temperature)
     phase, trained = _phase(config, step - before, config.training.max_steps - before)
     unlocked = _unlocked(config, step - before, config.training.max_steps - before)
     return StepPlan(phase, False, None, unlocked, trained, density, temperature)
@@ -121,6 +124,21 @@ def _temperature(config: Config, step: int) -> float | None:
     return config.curriculum.support_temperature * FINAL_TEMPERATURE_SHARE ** (step / steps)
 
 
+def check_schedule(config: Config) -> None:
+    """Refuse a learned support whose scores are never trained, because all phases until it is fixed freeze them.
+
+    Raises:
+        SRDEError: then.
+    """
+    steps = config.curriculum.density_warmup_steps
+    plans = (plan_of_step(config, step) for step in range(steps))
+    if config.adapter.support_strategy == "learned" and not any("scores" in plan.trained for plan in plans):
+        raise SRDEError(
+            f"support_strategy=learned with training_phases={config.curriculum.training_phases}: no phase of the first "
+            f"density_warmup_steps={steps} steps trains the scores. Raise --density_warmup_steps beyond the warm-up."
+        )
+
+
 def warm_start_step(config: Config) -> int | None:
     """The routers are set before this step; None: never."""
     return pretrain_steps(config) if config.curriculum.warm_start else None
@@ -160,7 +178,7 @@ def describe_timeline(config: Config) -> str:
                 plan.phase,
                 routing,
                 str(plan.unlocked),
-                "all" if plan.trained == ALL_KINDS else "+".join(sorted(plan.trained & _used_kinds(config))),
+                "all" if plan.trained == ALL_KINDS else "+".join(sorted(plan.trained & _used_kinds(config, plan))),
                 f"{plan.density:.4g}",
                 ", ".join(notes),
             )
@@ -171,7 +189,7 @@ def describe_timeline(config: Config) -> str:
     )
 
 
-def _used_kinds(config: Config) -> frozenset[str]:
+def _used_kinds(config: Config, plan: StepPlan) -> frozenset[str]:
     values = {"atoms", "mixing", "importance"} if config.adapter.num_atoms else {"free"}
-    scores = {"scores"} if config.adapter.support_strategy == "learned" else set()
+    scores = set() if plan.temperature is None else {"scores"}
     return frozenset(values | scores) | ROUTERS

@@ -22,6 +22,7 @@ from srde_ds.model.base import load_tokenizer
 from srde_ds.parallel.ds_config import derive_ds_config
 from srde_ds.parallel.shapes import base_shape
 from srde_ds.training.metrics import load_trackers
+from srde_ds.training.phases import check_schedule
 
 
 def check_inputs(config: Config) -> None:
@@ -32,6 +33,7 @@ def check_inputs(config: Config) -> None:
     """
     data = config.data
     base_shape(config)
+    check_schedule(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
         raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
     if not (data.jsonl_data or data.pretokenized_dir):
@@ -64,6 +66,7 @@ def check_dry_run(config: Config) -> None:
         SRDEError: then.
     """
     check_groups(config)
+    check_schedule(config)
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
     if config.data.pretokenized_dir:
@@ -98,7 +101,7 @@ def prepare_data(config: Config) -> Path:
             too_long=data.too_long,
             seed=config.training.seed,
         )
-        row_mixing(config.data, manifest)
+        check_manifest(config, manifest)
         return folder
     check_rows(config, tokenizer)
     return Path(str(data.pretokenized_dir))
@@ -120,12 +123,28 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
-    row_mixing(config.data, manifest)
+    check_manifest(config, manifest)
     if manifest.max_length != data.max_length:
         raise SRDEError(
             f"max_length={data.max_length}: the rows in '{folder}' have {manifest.max_length} tokens. "
             f"Give --max_length {manifest.max_length}, or build them again."
         )
+
+
+def check_manifest(config: Config, manifest: Manifest) -> None:
+    """Refuse a dataset that lacks rows of a domain that the options need.
+
+    Raises:
+        SRDEError: then, or if the domains cannot be mixed as the options say.
+    """
+    row_mixing(config.data, manifest)
+    train = manifest.splits["train"].domains
+    empty = [domain for domain in manifest.domains if train[domain].rows == 0]
+    for key in ("supervised_experts", "warm_start"):
+        if empty and getattr(config.curriculum, key):
+            raise SRDEError(
+                f"{key}=true: domain '{empty[0]}' has no training rows. Add records of it, or build without the domain."
+            )
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:

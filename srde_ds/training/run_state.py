@@ -28,6 +28,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.parallel import placement
 from srde_ds.parallel.engine import Engine
 from srde_ds.parallel.topology import Topology, all_reduce_max, gather_objects, on_main_rank
+from srde_ds.training.phases import warm_start_step
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
 
@@ -192,6 +193,7 @@ class RunState:
             return None
         saved = self.saved_at(on_main_rank(lambda: find_checkpoint(resume_from, output_dir), self.topology))
         self._check_same_options(saved)
+        self._check_warm_start(saved)
         return saved
 
     def saved_at(self, folder: Path) -> SavedRun:
@@ -274,6 +276,15 @@ class RunState:
             raise SRDEError(
                 f"{folder}: a step had {before['rows_per_step']} rows, here batch_size x processes x "
                 f"gradient_accumulation_steps = {self.rows_per_step}. Change them so that the product stays the same."
+            )
+
+    def _check_warm_start(self, saved: SavedRun) -> None:
+        """A warm start whose step is past would be left out in silence."""
+        step, due = saved.values["step"], warm_start_step(self.config)
+        if due is not None and due < step and not saved.values.get("warm_started", False):
+            raise SRDEError(
+                f"{saved.folder}: warm_start=true sets the routers before step {due + 1}, but its {step} steps were "
+                "trained without. Leave --warm_start out, or start anew."
             )
 
     def _check_same_mixing(self, saved: SavedRun) -> None:

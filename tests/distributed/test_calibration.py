@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,9 +36,33 @@ def flags(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
     return inputs.flags(folder, **(values | changes))
 
 
+@contextmanager
+def one_gradient_at_a_time() -> Iterator[list[int]]:
+    """Fails if the gradient of one weight matrix is still there when the next one comes; yields the sizes of all."""
+    from srde_ds.training import calibration
+
+    held: list[weakref.ref[Tensor]] = []
+    sizes: list[int] = []
+
+    def watching(add: Callable[..., None]) -> Callable[..., None]:
+        def watched(scores: Any, layer: int, role: str, squares: Tensor) -> None:
+            assert not any(reference() is not None for reference in held)
+            held.append(weakref.ref(squares))
+            sizes.append(squares.numel())
+            add(scores, layer, role, squares)
+
+        return watched
+
+    with ExitStack() as patches:
+        for kind in (calibration._NeuronGradientScores, calibration._ElementGradientScores):
+            patches.enter_context(patch.object(kind, "_add", watching(kind._add)))
+        yield sizes
+
+
 def calibrated(options: dict[str, Any]) -> dict[str, list[Tensor]]:
     """The supports of all layers by each strategy."""
     from srde_ds.parallel.engine import build_engine, build_model
+    from srde_ds.parallel.shapes import base_shape
     from srde_ds.parallel.topology import start_processes
     from srde_ds.training.calibration import calibrate_supports
 
@@ -44,7 +72,10 @@ def calibrated(options: dict[str, Any]) -> dict[str, list[Tensor]]:
     found = {}
     for strategy in STRATEGIES:
         config = resolve({}, options | {"support_strategy": strategy})
-        calibrate_supports(engine, config, topology, training_rows(config), config.adapter)
+        with one_gradient_at_a_time() as sizes:
+            calibrate_supports(engine, config, topology, training_rows(config), config.adapter)
+        matrices = {hidden * intermediate for hidden, intermediate in base_shape(config).blocks}
+        assert set(sizes) == (matrices if strategy == "gradient" else set())
         found[strategy] = [layer.support.clone() for layer in engine.model.layers]
     return found
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.parallel.pieces import TensorPiece
+from srde_ds.training.phases import ALL_KINDS, DELTA_MASKS, DELTA_VALUES, ROUTERS
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
 from tests.distributed.training_helpers import (
@@ -26,13 +27,20 @@ from tests.distributed.training_helpers import (
     weights,
 )
 
-PRETRAINING = {"supervised_experts": True, "expert_pretrain_steps": 1, "eval_steps": 0}
+PRETRAINING: dict[str, Any] = {"supervised_experts": True, "expert_pretrain_steps": 1, "eval_steps": 0}
 ANNEALING = {"initial_density": 0.2, "density": 0.05, "density_warmup_steps": 4, "density_prunings": 2}
+# So few samples that the order of the clusters is not that of the domains.
+BY_CLUSTER: dict[str, Any] = {
+    "warm_start": True,
+    "warm_start_samples": 24,
+    "unlock_order": "cluster_size",
+    "progressive_unlock": "linear",
+}
 # Each kind of thing that a run can be in the middle of at step 3.
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "pretraining": {"supervised_experts": True, "expert_pretrain_steps": 1, "max_steps": 8},
-    "sequential": {**PRETRAINING, "pretrain_objective": "sequential", "max_steps": 8},
-    "unlocking": {"progressive_unlock": "linear"},
+    "pretraining": {"supervised_experts": True, "expert_pretrain_steps": 2, "max_steps": 8},
+    "sequential": PRETRAINING | {"expert_pretrain_steps": 2, "pretrain_objective": "sequential", "max_steps": 8},
+    "unlocking": BY_CLUSTER,
     "four": {"training_phases": "four", "num_atoms": 4},
     "annealing": ANNEALING,
     "learned": {
@@ -43,7 +51,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
         "support_overlap_weight": 0.1,
     },
     "calibrated": {"support_strategy": "gradient", "support_scope": "per_expert", "calibration_rows": 4},
-    "warm_start": {"warm_start": True, "unlock_order": "cluster_size", "progressive_unlock": "linear"},
+    # The stop comes after the warm start and before the first routed step's end.
+    "warm_start": PRETRAINING | BY_CLUSTER | {"save_steps": 0},
     "losses": {
         "balancing_bias_rate": 0.01,
         "load_balancing_target": "domains",
@@ -90,15 +99,15 @@ def test_pretraining_sends_each_row_to_its_domain_and_leaves_routers_alone(
 
 
 def test_sequential_pretraining_trains_one_expert_at_a_time(inputs: Inputs, one_rank: Ranks, tmp_path: Path) -> None:
-    lines = run(one_rank, inputs, tmp_path, **SCHEDULES["sequential"], save_steps=1, save_total_limit=9)
+    lines = run(one_rank, inputs, tmp_path, **PRETRAINING, pretrain_objective="sequential", max_steps=4, save_steps=0)
     for step, line in enumerate(lines[:3]):
+        assert line["unlocked_experts"] == [step]
         assert [count > 0 for count in line["tokens_per_expert"]] == [expert == step for expert in range(3)]
         assert [norm > 0 for norm in line["expert_gradient_norm"]] == [expert == step for expert in range(3)]
 
 
-def test_locked_experts_get_no_tokens_and_do_not_change(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
-    changes = {"progressive_unlock": "linear", "weight_decay": 0.1, "save_steps": 1, "save_total_limit": 9}
-    lines = run(two_ranks, inputs, tmp_path, **changes)
+def test_locked_experts_get_no_tokens(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    lines = run(two_ranks, inputs, tmp_path, progressive_unlock="linear", save_steps=0)
     assert [line["unlocked_experts"] for line in lines] == [[0], [0], [0, 1], [0, 1], [0, 1, 2], [0, 1, 2]]
     for line in lines:
         locked = set(range(3)) - set(line["unlocked_experts"])
@@ -106,39 +115,73 @@ def test_locked_experts_get_no_tokens_and_do_not_change(inputs: Inputs, two_rank
     assert sum(lines[0]["tokens_per_expert"]) * 2 == pytest.approx(
         sum(lines[5]["tokens_per_expert"]) * lines[0]["tokens"] / (lines[5]["tokens"] - lines[4]["tokens"])
     ), "K shrinks to one while one expert is unlocked"
-    for kind in ("master", "momentum_buffer", "exp_avg"):
-        first, second = stored(tmp_path, 2, kind), stored(tmp_path, 4, kind)
-        for name in first:
-            if name.endswith("free"):
-                locked = first[name].unflatten(1, (3, 3))[:, 1:]
-                assert not locked.any(), f"{kind} of {name}: nothing has reached the locked experts"
-                assert second[name].unflatten(1, (3, 3))[:, 1].any()
-                assert not second[name].unflatten(1, (3, 3))[:, 2].any()
-            elif kind == "exp_avg":
-                assert not first[name][1:].any(), "router rows of locked experts"
 
 
-@pytest.mark.parametrize("adapter", [{"num_atoms": 4}, {"granularity": "element", "num_atoms": 4}], ids=str)
-def test_freezing_really_freezes(inputs: Inputs, two_ranks: Ranks, tmp_path: Path, adapter: dict[str, Any]) -> None:
-    changes = {"max_steps": 10, "save_steps": 1, "save_total_limit": 20, "eval_steps": 0, "weight_decay": 0.1}
-    lines = run(two_ranks, inputs, tmp_path, training_phases="four", **changes, **adapter)
+# Placements of two processes, with every kind of trainable between them.
+FORMS: dict[str, dict[str, Any]] = {
+    "neuron, one expert after the other": {"pretrain_objective": "sequential", "expert_transport": "tokens"},
+    "element": {"granularity": "element", "support_scope": "per_expert", "use_muon": False},
+    "atoms": {"num_atoms": 4, "expert_transport": "tokens"},
+    "gathered element atoms": {"granularity": "element", "num_atoms": 4, "owner_computes": False},
+    "learned": {
+        "support_strategy": "learned",
+        "support_scope": "per_expert",
+        "support_overlap_weight": 0.1,
+        "use_muon": False,
+        "initial_density": 0.2,
+        "density_warmup_steps": 12,
+        "expert_transport": "tokens",
+    },
+}
+
+
+def by_expert(state: dict[str, Tensor]) -> dict[tuple[str, int | None], list[Tensor]]:
+    """Values of all layers by kind of trainable and expert; None: of all experts."""
+    found: dict[tuple[str, int | None], list[Tensor]] = {}
+    for name, tensor in state.items():
+        kind = name.rpartition(".")[2].replace("weight", "router")
+        if kind == "atoms":
+            found.setdefault((kind, None), []).append(tensor)
+            continue
+        parts = tensor.unflatten(1, (3, 3)).unbind(1) if kind == "free" and tensor.dim() == 3 else tensor.unbind()
+        for expert, part in enumerate(parts):
+            found.setdefault((kind, expert), []).append(part)
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_frozen_or_locked_does_not_change(inputs: Inputs, two_ranks: Ranks, tmp_path: Path, form: str) -> None:
+    """Neither by weight decay nor by momentum that it has from before; and all else does change."""
+    schedule = {"training_phases": "four", "progressive_unlock": "linear", "max_steps": 13, "delta_size_weight": 0.01}
+    saves = {"save_steps": 1, "save_total_limit": 20, "weight_decay": 0.1}
+    options = {**PRETRAINING, "expert_parallel_size": 2, "expert_transport": "deltas"} | schedule | saves
+    lines = run(two_ranks, inputs, tmp_path, **(options | FORMS[form]))
     trained = {
-        "warm-up": {"atoms", "mixing", "weight"},
-        "mask": {"importance", "weight"},
-        "delta": {"atoms", "mixing"},
-        "joint": {"atoms", "mixing", "importance", "weight"},
+        "pretraining": DELTA_VALUES | DELTA_MASKS,
+        "warm-up": DELTA_VALUES | ROUTERS,
+        "mask": DELTA_MASKS | ROUTERS,
+        "delta": DELTA_VALUES,
+        "joint": ALL_KINDS,
     }
     kinds = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
-    states = [{kind: stored(tmp_path, step, kind) for kind in kinds} for step in range(1, 11)]
-    for step in range(1, 10):
-        changed = {
-            name.split(".")[-1]
+    last = 12 if form == "learned" else 14  # then the scores are gone
+    states = [{kind: by_expert(stored(tmp_path, step, kind)) for kind in kinds} for step in range(1, last)]
+    for before, after, line in zip(states[:-1], states[1:], lines[1:], strict=False):
+        moved = {
+            key
             for kind in kinds
-            for name, tensor in states[step][kind].items()
-            if not torch.equal(tensor, states[step - 1][kind][name])
+            for key in after[kind]
+            if not all(map(torch.equal, after[kind][key], before[kind][key]))
         }
-        # Atoms start at zero: until they have left it, importance has no gradient, but state moves from step 2 on.
-        assert changed == trained[lines[step]["phase"]], f"step {step + 1}, {lines[step]['phase']}"
+        free_to_move = {
+            (kind, expert)
+            for kind, expert in after["master"]
+            if kind in trained[line["phase"]] and expert in (None, *line["unlocked_experts"])
+        }
+        assert moved == free_to_move, f"step {line['step']}, {line['phase']}"
+    locked = [line["unlocked_experts"] for line in lines]
+    first = [[0], [1], [2]] if "other" in form else [[0, 1, 2]] * 3
+    assert locked == first + [[0]] * 3 + [[0, 1]] * 3 + [[0, 1, 2]] * 4
 
 
 def test_pruning_keeps_the_best_and_training_goes_on(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
@@ -161,6 +204,12 @@ def test_a_run_stops_and_goes_on_in_the_middle(inputs: Inputs, two_ranks: Ranks,
     assert not (parts / "completed.json").exists()
     run(two_ranks, inputs, parts, **changes, resume_from="latest")
     assert_same_training(parts, whole, same_cut=True, tolerance=0.0)
+    for key in ("phase", "unlocked_experts", "density", "held_out", "expert_table", "warm_start"):
+        ours, theirs = ([line.get(key) for line in metrics(folder)] for folder in (parts, whole))
+        assert ours == theirs, key
+    if "unlock_order" in changes:
+        order = metrics(parts)[-1]["unlocked_experts"]
+        assert order != sorted(order)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)

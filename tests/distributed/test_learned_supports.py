@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from srde_ds.checkpoint.resume import load_run_state
-from srde_ds.checkpoint.shards import ShardIndex
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, assert_same_training, train_here, weights
 
@@ -68,15 +67,3 @@ def test_two_processes_learn_what_one_learns(
     assert not [name for name in weights(tmp_path / "run") if name.endswith(".scores")]
     run = load_run_state(tmp_path / "run" / "checkpoint-5")
     assert run["adapter"]["config"]["density"] == 0.05
-
-
-def test_scores_of_locked_experts_stay(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
-    """In the first step one expert of three is unlocked, and deltas are zero: the overlap alone moves its scores."""
-    form = FORMS["per_expert"] | TOKENS | {"progressive_unlock": "linear", "save_steps": 1, "save_total_limit": 9}
-    assert two_ranks(train_here, flags(inputs, tmp_path, 2, **form)) == [None, None]
-    first, second = (ShardIndex(tmp_path / f"checkpoint-{step}") for step in (1, 2))
-    for kind in ("master", "exp_avg", "exp_avg_sq"):
-        scores = first.tensor(kind, "layers.1.deltas.scores")
-        assert scores[0].any() and not scores[1:].any()
-        scores = second.tensor(kind, "layers.1.deltas.scores")
-        assert scores[1].any() and not scores[2:].any()

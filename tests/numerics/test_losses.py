@@ -65,6 +65,23 @@ def test_shares_approach_the_target_of_load_balancing(target: str, weight: float
     assert distance[-1] < 0.1 if weight else distance[-1] == distance[0]
 
 
+def test_the_z_loss_keeps_logits_small() -> None:
+    """Training that raises one expert's logit on all tokens: with the loss it stays near where logsumexp is zero."""
+    sizes = {}
+    for weight in (0.0, 0.1):
+        model = skewed_model(top_k=1)
+        layer, routing = model.layers[0], model.routing
+        routing.router_z_weight, routing.loss_scale = weight, 1 / 400
+        optimizer = torch.optim.SGD([layer.router.weight], lr=0.02)
+        for _ in range(100):
+            optimizer.zero_grad()
+            logits = layer.router(inputs()[0])
+            ((layer(inputs()) * 0).sum() - logits[:, 0].mean()).backward()
+            optimizer.step()
+        sizes[weight] = float(layer.router(inputs()[0]).detach().logsumexp(1).abs().mean())
+    assert sizes[0.1] < 0.5 * sizes[0.0]
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_the_bias_evens_out_a_skewed_router(top_k: int) -> None:
     model = skewed_model(top_k)

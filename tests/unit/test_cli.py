@@ -133,7 +133,7 @@ NEEDED = {
     "expert_pretrain_steps": ["--supervised_experts"],
     "pretrain_objective": ["--supervised_experts", "--expert_pretrain_steps", "10"],
     "warm_start_method": ["--warm_start"],
-    "unlock_order": ["--warm_start"],
+    "unlock_order": ["--warm_start", "--progressive_unlock", "linear"],
     "initial_density": ["--density_warmup_steps", "5"],
     "density_warmup_steps": ["--initial_density", "0.1"],
     "support_overlap_weight": [*LEARNED, "--support_scope", "per_expert"],

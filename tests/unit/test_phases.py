@@ -13,6 +13,7 @@ from srde_ds.training.phases import (
     ALL_KINDS,
     DELTA_VALUES,
     ROUTERS,
+    check_schedule,
     density_at,
     describe_timeline,
     plan_of_step,
@@ -50,6 +51,17 @@ def test_sequential_pretraining_takes_one_domain_after_the_other() -> None:
     assert [plan.only_domain for plan in plans(settings)[:60:10]] == list(range(6))
     assert [plan.only_domain for plan in plans(settings)].count(3) == 10
     assert plans(settings)[60].only_domain is None
+    assert [plan.unlocked for plan in plans(settings)] == [1] * 60 + [6] * 140
+
+
+@pytest.mark.parametrize("objective", ["parallel", "sequential"])
+def test_experts_without_a_domain_make_pretraining_no_longer(objective: str) -> None:
+    settings = config(
+        supervised_experts=True, expert_pretrain_steps=10, pretrain_objective=objective, domains="a,b,c", num_experts=5
+    )
+    assert [plan.forced for plan in plans(settings)] == [True] * 30 + [False] * 170
+    if objective == "sequential":
+        assert [plan.only_domain for plan in plans(settings)[:30]] == [0] * 10 + [1] * 10 + [2] * 10
 
 
 @pytest.mark.parametrize(
@@ -118,6 +130,13 @@ def test_the_timeline_covers_every_step_once_and_says_what_happens() -> None:
     assert table.count("pruned before") == 4
 
 
+def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
+    learned = {"support_strategy": "learned", "initial_density": 0.08, "density_warmup_steps": 50}
+    _, *rows = describe_timeline(config(training_phases="four", **learned)).splitlines()
+    mask = [row.split()[:5] for row in rows if " mask " in row]
+    assert mask == [["21-50", "mask", "router", "6", "router+scores"], ["51-60", "mask", "router", "6", "router"]]
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -125,8 +144,18 @@ def test_the_timeline_covers_every_step_once_and_says_what_happens() -> None:
         ({"supervised_experts": True, "expert_pretrain_steps": 1, "num_experts": 4}, "6 domains and num_experts=4"),
         ({"warm_start": True, "num_experts": 1, "top_k": 1}, "nothing to route"),
         ({"progressive_unlock": "linear", "max_steps": 5}, "num_experts=6 and 5 routed steps: the last experts"),
-        ({"unlock_order": "cluster_size"}, "--warm_start"),
-        ({"unlock_order": "cluster_size", "warm_start": True, "warm_start_method": "random"}, "kmeans"),
+        ({"unlock_order": "cluster_size", "warm_start": True}, "--progressive_unlock linear or warmup"),
+        ({"unlock_order": "cluster_size", "progressive_unlock": "warmup"}, "--warm_start"),
+        ({"warm_start": True, "warm_start_method": "domain_means", "num_experts": 8}, "share one mean"),
+        (
+            {"warm_start": True, "warm_start_method": "domain_means", "num_experts": 2, "domains": "a"},
+            "share one mean",
+        ),
+        (
+            {"unlock_order": "cluster_size", "progressive_unlock": "linear"}
+            | {"warm_start": True, "warm_start_method": "random"},
+            "kmeans",
+        ),
         ({"density_warmup_steps": 10}, "without initial_density"),
         ({"initial_density": 0.05}, "density_warmup_steps=0 with initial_density=0.05: give --density_warmup_steps"),
         ({"expert_pretrain_steps": 10}, "expert_pretrain_steps=10 without supervised_experts: give --supervised_exp"),
@@ -141,3 +170,12 @@ def test_the_timeline_covers_every_step_once_and_says_what_happens() -> None:
 def test_what_does_not_fit_is_refused(changes: dict[str, Any], expected: str) -> None:
     with pytest.raises(SRDEError, match=re.escape(expected)):
         config(**changes)
+
+
+def test_scores_that_no_phase_trains_are_refused() -> None:
+    """The warm-up of 20 steps trains none."""
+    learned = {"support_strategy": "learned", "initial_density": 0.08, "training_phases": "four"}
+    with pytest.raises(SRDEError, match="density_warmup_steps=20 steps trains the scores. Raise"):
+        check_schedule(config(**learned, density_warmup_steps=20))
+    check_schedule(config(**learned, density_warmup_steps=21))
+    check_schedule(config(training_phases="four"))

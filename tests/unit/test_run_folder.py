@@ -17,11 +17,12 @@ import yaml
 
 from srde_ds.cli import main
 from srde_ds.config import resolve
+from srde_ds.data.manifest import load_manifest
 from srde_ds.environment import environment
 from srde_ds.errors import SRDEError
 from srde_ds.parallel import topology
 from srde_ds.training import run_folder
-from srde_ds.training.run_folder import check_inputs, open_run_folder
+from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +121,17 @@ def test_bad_records_are_named_by_file_and_line(refused: Refusal) -> None:
 
 def test_domains_without_records(refused: Refusal) -> None:
     refused("no record of domain 'blue'", "leave it out of domains", domains=[*DOMAINS, "blue"])
+
+
+@pytest.mark.parametrize("option", ["supervised_experts", "warm_start"])
+def test_domains_without_rows(inputs: dict[str, str], option: str) -> None:
+    """Their documents may all have been too long."""
+    manifest = load_manifest(inputs["rows"])
+    manifest.splits["train"].domains["green"].rows = 0
+    steps = {"expert_pretrain_steps": 10} if option == "supervised_experts" else {}
+    with pytest.raises(SRDEError, match=f"{option}=true: domain 'green' has no training rows"):
+        check_manifest(resolve({}, {"domains": DOMAINS, option: True} | steps), manifest)
+    check_manifest(resolve({}, {"domains": DOMAINS}), manifest)
 
 
 def test_long_documents(refused: Refusal) -> None:
