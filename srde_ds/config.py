@@ -156,7 +156,7 @@ class CurriculumConfig:
     )
     warm_start: bool = option(False, "set the routers from their inputs, after pretraining or at the start")
     warm_start_method: Literal["kmeans", "domain_means", "random"] = option(
-        "kmeans", "from clusters aligned with the domains, from each domain's mean, or at random"
+        "domain_means", "from clusters aligned with the domains, from each domain's mean, or at random"
     )
     warm_start_samples: int = option(512, "tokens of each domain that warm_start looks at in each layer", minimum=8)
     progressive_unlock: Literal["all", "linear", "warmup"] = option(

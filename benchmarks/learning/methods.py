@@ -107,6 +107,8 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
         "log_steps": 10**6,
         "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
     }
+    if run.flags.get("warm_start"):
+        fixed["warm_start_method"] = "kmeans"  # of rows that name none
     own = {key: value for key, value in run.flags.items() if key != "values_of"}
     return resolve({}, fixed | own)
 

@@ -32,6 +32,7 @@ ANNEALING = {"initial_density": 0.2, "density": 0.05, "density_warmup_steps": 4,
 # So few samples that the order of the clusters is not that of the domains.
 BY_CLUSTER: dict[str, Any] = {
     "warm_start": True,
+    "warm_start_method": "kmeans",
     "warm_start_samples": 24,
     "unlock_order": "cluster_size",
     "progressive_unlock": "linear",

@@ -97,7 +97,8 @@ def best_expert_shares(engine: Any, rows: datasets.Dataset) -> list[float]:
 
 
 def flags_of(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
-    warm = {"warm_start": True, "supervised_experts": True, "expert_pretrain_steps": 1, "warm_start_samples": SAMPLES}
+    warm: dict[str, Any] = {"warm_start": True, "warm_start_method": "kmeans", "warm_start_samples": SAMPLES}
+    warm |= {"supervised_experts": True, "expert_pretrain_steps": 1}
     return inputs.flags(folder, **(warm | changes))
 
 
