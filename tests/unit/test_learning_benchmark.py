@@ -147,10 +147,10 @@ def test_the_driver_goes_on_where_it_stopped(
         with pytest.raises(KeyboardInterrupt):
             run.drive(plan, store, rows, pool, 1, math.inf)
         assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, [])
-        # 7 rows with 3 rates at 2 seeds and 3 reported seeds each, the base with 3; the fifth run was begun twice.
-        assert len(calls) == 7 * 9 + 3 + 1 and len(read_records(store.path)) == len(calls) - 1
-        assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, []) and len(calls) == 7 * 9 + 3 + 1
-    assert "[62 done, 0 left" in capsys.readouterr().out
+        # 7 rows with 3 rates at 2 seeds and 3 reported seeds each, base and variant with 3; the fifth was begun twice.
+        assert len(calls) == 7 * 9 + 2 * 3 + 1 and len(read_records(store.path)) == len(calls) - 1
+        assert run.drive(plan, store, rows, pool, 1, math.inf) == (0, []) and len(calls) == 7 * 9 + 2 * 3 + 1
+    assert "[65 done, 0 left" in capsys.readouterr().out
 
 
 def test_no_run_is_started_that_would_end_after_the_limit(
