@@ -203,7 +203,7 @@ def test_the_page_shows_means_spreads_and_what_is_missing(plan: Plan, store: Sto
     assert text.count("| SRDE neuron | 7 | 0.02 | 1.1000 ± 0.1000 |  |  | 25.0 ± 0.0 % | 30.00 ± 0.00 | 20 |") == 2
     # Losses 0.8, 0.9, 0.7 against 1.0, 1.1, 1.2.
     assert "| LoRA | 7 | 0.003 | 0.8000 ± 0.1000 | -0.3000 ± 0.1732 | SRDE neuron |" in text
-    assert "Without results: base; SRDE element;" in text and "No runs yet." in text
+    assert "Without results: base; only warm start from domain means; SRDE element;" in text and "No runs yet." in text
     # Each curve falls straight from 4; Muon's meets the other's end after 2 / 3, 1.9 / 2.9 and 1.8 / 2.8 of the steps.
     assert "| SRDE neuron | 65 ± 1 % | 65 ± 1 % | × 1.00 ± 0.00 |" in text
     assert (tmp_path / "results/small-baselines.png").stat().st_size > 1000
