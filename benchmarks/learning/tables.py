@@ -68,7 +68,7 @@ class Page:
             ["runs", f"{len(records)}, {hours:.1f} hours in all, {_diverged(self.store)} diverged"],
             ["a run", f"{budget.steps} steps of {budget.rows_per_step} rows of {budget.max_length} tokens, float32"],
             ["rates", f"{budget.rates} of each grid at seeds {budget.sweep_seeds}, reported seeds {budget.seeds}"],
-            ["items a domain", "{} to train, {} to choose rates, {} to report".format(*items)],
+            ["items a domain", "{} to train, {} for curves of loss while training, {} to report".format(*items)],
         ]
         return markdown([["", ""], *lines]) + "\n"
 
