@@ -23,6 +23,8 @@ from srde_ds.model.prepared import (
     PreparedDeltas,
     PreparedElementDeltas,
     PreparedNeuronDeltas,
+    PreparedNeurons,
+    PreparedNoDeltas,
     PreparedRouter,
     arithmetic_dtype,
 )
@@ -32,8 +34,8 @@ from srde_ds.model.router import Router, RouterLosses, Routing, RoutingContext, 
 class SRDEFeedForward(nn.Module):
     """Stands where the base's block stood.
 
-    The base's projections are called as modules, their weights are never read: hooks that gather sharded
-    weights and quantised kernels keep working.
+    The base's projections are called as modules and their weights not read, so that hooks which gather sharded weights
+    and quantised kernels keep working. Only what is laid out for decoding reads them, where they are plain.
 
     Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports.py`.
     `dispatch` may be replaced by one that reaches experts on other ranks.
@@ -78,10 +80,11 @@ class SRDEFeedForward(nn.Module):
         if prepared is None:
             routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
             hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing)
+            output_TD = down(hidden_TF) + extra_TD
         else:
             routing = prepared.router(x_TD, self.layer, self.context)
-            hidden_TF, extra_TD = prepared.experts(act, x_TD, gate_TF, up_TF, routing)
-        return self._with_losses(down(hidden_TF) + extra_TD, routing).view(x.shape)
+            output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
+        return self._with_losses(output_TD, routing).view(x.shape)
 
     def _after_loading(self, *_: object) -> None:
         self.preparation.drop()
@@ -142,17 +145,38 @@ class SRDEFeedForward(nn.Module):
         if prepared is not None:
             return prepared
         parameters = cast("list[Tensor]", list(self.deltas._parameters.values()))
-        made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias]
+        base = self._readable_weights(gate_TF)
+        made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias, *base]
         held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
         if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
             return None
         deltas = self.deltas().to(arithmetic_dtype(gate_TF))
-        if self.granularity == "neuron":
-            experts: PreparedDeltas = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
-        else:
+        experts: PreparedDeltas
+        if not bool(deltas.any()):
+            experts = PreparedNoDeltas()
+        elif self.granularity == "element":
             experts = PreparedElementDeltas(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
+        elif base:
+            experts = PreparedNeurons(deltas, self.support, base)
+        else:
+            experts = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
         prepared = Prepared(PreparedRouter(self.router, gate_TF.dtype), experts)
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
+
+    def _readable_weights(self, gate_TF: Tensor) -> list[Tensor]:
+        """Of gate, up and down, if `PreparedNeurons` can stand for the base's neurons, else none.
+
+        They must be what the base computes with: not quantised, wrapped, hooked or on another device.
+        """
+        if self.granularity == "element" or self.support.dim() > 1 or arithmetic_dtype(gate_TF).itemsize < 4:
+            return []
+        modules = [getattr(self.block, self.roles[role]) for role in ("gate", "up", "down")]
+        for module in modules:
+            plain = type(module) is nn.Linear and module.bias is None
+            if not plain or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+                return []
+        weights = [module.weight for module in modules]
+        return weights if all(t.device == gate_TF.device and t.is_floating_point() for t in weights) else []
 
     def _size_weights(self, deltas: Tensor) -> Tensor:
         """Weight of each expert's squared size, to broadcast against the effective deltas.

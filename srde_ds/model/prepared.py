@@ -7,7 +7,7 @@ nothing, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from srde_ds.model.dispatch import Activation
 from srde_ds.model.router import Router, Routing, RoutingContext, route
+
+Projection = Callable[[Tensor], Tensor]
 
 
 def arithmetic_dtype(values: Tensor) -> torch.dtype:
@@ -27,13 +29,61 @@ def arithmetic_dtype(values: Tensor) -> torch.dtype:
 
 
 class PreparedDeltas(Protocol):
-    """One layer's effective deltas in the form that its experts read."""
+    """One layer's experts in the form that is read."""
 
     def __call__(
-        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
-    ) -> tuple[Tensor, Tensor]:
-        """The hidden values act(gate) * up with the experts' change, `[T, F]`, and extra `[T, D]` as in `dispatch`."""
+        self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+    ) -> Tensor:
+        """The block's output with experts, `[T, D]`, from its input and the base's gate and up."""
         ...
+
+
+class PreparedNoDeltas:
+    """All deltas are zero: the base's own output, bit for bit."""
+
+    def __call__(
+        self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+    ) -> Tensor:
+        return down(act(gate_TF) * up_TF)
+
+
+class PreparedNeurons:
+    """The experts' neurons whole, base and delta added up, in place of the base's.
+
+    The weights of a token's experts sum to one, so nothing is left of the base's own neurons on a support that all
+    experts share. That takes fewer operations than the change of each neuron, and on a CPU a token's time goes with
+    their number. In float32 at least: the sum would lose small deltas in half precision.
+
+    Args:
+        deltas_DE3m: gate, up and down of each expert.
+        support: `[m]`.
+        weights: of the base's gate and up, `[F, D]`, and down, `[D, F]`.
+    """
+
+    def __init__(self, deltas_DE3m: Tensor, support: Tensor, weights: Sequence[Tensor]) -> None:
+        self.neurons = support.long()
+        gate_FD, up_FD, down_DF = weights
+        base_3mD = torch.stack([t.index_select(0, self.neurons) for t in (gate_FD, up_FD, down_DF.T)])
+        deltas_3EmD = deltas_DE3m.permute(2, 1, 3, 0)
+        self.rows = (base_3mD[:, None].to(deltas_3EmD) + deltas_3EmD).contiguous()
+        self.hidden = self.rows.shape[3]
+
+    def __call__(
+        self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+    ) -> Tensor:
+        if len(x_TD) == 1:  # reads its own experts alone
+            rows, weights_TX = self.rows.index_select(1, routing.index_TK[0]), routing.weights_TK
+        else:
+            rows, weights_TX = self.rows, routing.weights_TE
+        tokens, experts = weights_TX.shape
+        rows = rows.view(-1, self.hidden)
+        into, back = rows.split([2 * len(rows) // 3, len(rows) // 3])
+        gate, up = F.linear(x_TD.to(rows.dtype), into).view(tokens, 2, experts, -1).unbind(1)
+        h = (act(gate) * up).mul_(weights_TX.view(tokens, experts, 1)).view(tokens, -1)
+        output_TD = down((act(gate_TF) * up_TF).index_fill_(1, self.neurons, 0))
+        if output_TD.dtype == h.dtype:
+            return torch.addmm(output_TD, h, back)
+        return output_TD + (h @ back).to(output_TD.dtype)
 
 
 class PreparedRouter:
@@ -52,7 +102,8 @@ class PreparedRouter:
 class PreparedNeuronDeltas:
     """Rows of D values, `[3, E, m, D]`: gate, up, and the columns of down.
 
-    neurons `[E, m]`; places `[2 * E * m]`: where gate and up of these neurons are when up stands behind gate.
+    Reads nothing of the base's weights, which may be quantised. neurons `[E, m]`; places `[2 * E * m]`: where gate and
+    up of these neurons are when up stands behind gate.
     """
 
     def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int) -> None:
@@ -64,17 +115,15 @@ class PreparedNeuronDeltas:
         self.repeated: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(
-        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
-    ) -> tuple[Tensor, Tensor]:
+        self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+    ) -> Tensor:
         hidden_TF, pair_T2F = act(gate_TF) * up_TF, torch.cat([gate_TF, up_TF], dim=1)
         x_TD = x_TD.to(self.rows.dtype)
         if routing.index_TK.numel() >= len(self.neurons):
             extra_TD = self._all_experts(act, x_TD, pair_T2F, hidden_TF, routing)
-        elif self.shared and len(x_TD) == 1 and x_TD.device.type == "cpu":
-            extra_TD = self._single_token(act, x_TD, pair_T2F, hidden_TF, routing)
         else:
             extra_TD = self._chosen_experts(act, x_TD, pair_T2F, hidden_TF, routing)
-        return hidden_TF, extra_TD.to(hidden_TF.dtype)
+        return down(hidden_TF) + extra_TD.to(hidden_TF.dtype)
 
     def _all_experts(
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
@@ -115,20 +164,6 @@ class PreparedNeuronDeltas:
                 hidden_TF.scatter_add_(1, neurons_TKm[:, number], part)
         return ((weights_TK1 * h).view(tokens, 1, -1) @ rows[2]).squeeze(1)
 
-    def _single_token(
-        self, act: Activation, x_1D: Tensor, pair_12F: Tensor, hidden_1F: Tensor, routing: Routing
-    ) -> Tensor:
-        """`_chosen_experts` for the CPU, in as few operations as it goes: each costs more than its arithmetic here."""
-        neurons, places = self._repeated(routing.index_TK.shape[1])
-        rows = self.rows.index_select(1, routing.index_TK[0]).view(-1, self.hidden)
-        into, back = rows.split([len(places), len(neurons)])
-        base = pair_12F.index_select(1, places).to(rows.dtype)
-        both = torch.cat([base, torch.addmm(base, x_1D, into.T)])  # too few values for threads: both are rounded alike
-        gate, up = both.view(2, 2, -1, self.neurons.shape[1]).unbind(1)
-        base_h, h = (act(gate) * up).mul_(routing.weights_TK.view(-1, 1)).view(2, 1, -1).unbind()
-        hidden_1F.index_add_(1, neurons, (h - base_h).to(hidden_1F.dtype))
-        return h @ back
-
     def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """h_e and h_e - h, `[T, experts, m]`, of gate and up `[T, 2 * experts * m]` without and with the deltas.
 
@@ -165,15 +200,15 @@ class PreparedElementDeltas:
             self.back.append(SparseRows(below, values[first_down:], rows=hidden, columns=intermediate))
 
     def __call__(
-        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
-    ) -> tuple[Tensor, Tensor]:
+        self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+    ) -> Tensor:
         hidden_TF = act(gate_TF) * up_TF
         x, gate, up = (t.to(self.dtype) for t in (x_TD, gate_TF, up_TF))
         if len(x) == 1:  # no rows to pick
             experts, weights = routing.index_TK[0].tolist(), routing.weights_TK.to(self.dtype).unbind(1)
             parts = [self._expert(act, e, x, gate, up, p[:, None]) for e, p in zip(experts, weights, strict=True)]
             changes, extras = zip(*parts, strict=True)
-            return hidden_TF + sum(changes).to(hidden_TF.dtype), sum(extras).to(hidden_TF.dtype)
+            return down(hidden_TF + sum(changes).to(hidden_TF.dtype)) + sum(extras).to(hidden_TF.dtype)
         change, extra = torch.zeros_like(gate), torch.zeros_like(x)
         weights_TE = routing.weights_TE.to(self.dtype)
         for expert in routing.index_TK.unique().tolist():
@@ -184,7 +219,7 @@ class PreparedElementDeltas:
             change_rows, extra_rows = self._expert(act, expert, x_rows, gate_rows, up_rows, p)
             change.index_add_(0, rows, change_rows)
             extra.index_add_(0, rows, extra_rows)
-        return hidden_TF + change.to(hidden_TF.dtype), extra.to(hidden_TF.dtype)
+        return down(hidden_TF + change.to(hidden_TF.dtype)) + extra.to(hidden_TF.dtype)
 
     def _expert(
         self, act: Activation, expert: int, x: Tensor, gate: Tensor, up: Tensor, p: Tensor

@@ -72,7 +72,10 @@ def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) 
     fifth = prepared()
     assert fifth is not fourth
     layer.router.weight.neg_()
-    assert prepared() is not fifth
+    sixth = prepared()
+    assert sixth is not fifth
+    layer.block.up_proj.weight.mul_(1.5)
+    assert granularity == "element" or prepared() is not sixth
     layer.double()
     x = x.double()
     prepared()
@@ -84,6 +87,54 @@ def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) 
     with torch.enable_grad():
         layer(x)
     assert layer.preparation._prepared is None
+
+
+def doubled(module: torch.nn.Module, arguments: object, output: Tensor) -> Tensor:
+    return 2 * output
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("projection", ["gate_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("change", ["hook", "subclass", "replaced forward"])
+def test_projections_that_are_more_than_their_weights_are_called(projection: str, change: str) -> None:
+    """Prepared deltas, which decoding reads, against those of training."""
+    layer = randomize(tiny_srde(dtype=torch.float64)).layers[0]
+    module = getattr(layer.block, projection)
+    if change == "hook":
+        module.register_forward_hook(doubled)
+    elif change == "subclass":
+        module.__class__ = Doubled
+    else:  # as accelerate does
+        module.forward = lambda x: 2 * torch.nn.functional.linear(x, module.weight)
+    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    expected = layer(x)
+    with torch.no_grad():
+        for rows in (3, 1):
+            torch.testing.assert_close(layer(x[:rows]), expected[:rows], rtol=1e-10, atol=1e-10)
+    assert layer.preparation._prepared is not None
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("allowed", [[0], [1, 2], None])
+def test_restricted_routing_decodes_as_it_trains(scope: str, allowed: list[int] | None) -> None:
+    """Locked experts, or all tokens forced to one: prepared deltas against those of training."""
+    layer = randomize(tiny_srde(dtype=torch.float64, support_scope=scope)).layers[0]
+    x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    free = layer(x)
+    context = layer.context
+    if allowed is not None:
+        context.allowed_experts = torch.tensor([expert in allowed for expert in range(3)])
+    for rows in (3, 1):
+        if allowed is None:
+            context.forced_experts = torch.tensor([[2, 0, 1][:rows]])
+        expected = layer(x[:rows])
+        assert not torch.allclose(expected, free[:rows])
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x[:rows]), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("atoms", ATOMS)
@@ -115,11 +166,14 @@ def test_effective_deltas_follow_their_definition(granularity: str, atoms: dict[
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("atoms", ATOMS)
 @pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
-def test_the_fast_path_equals_the_reference(granularity: str, scope: str, atoms: dict[str, object], top_k: int) -> None:
-    base = tiny_llama(dtype=torch.float64, mlp_bias=True, num_hidden_layers=1)
+def test_the_fast_path_equals_the_reference(
+    granularity: str, scope: str, atoms: dict[str, object], top_k: int, bias: bool
+) -> None:
+    base = tiny_llama(dtype=torch.float64, mlp_bias=bias, num_hidden_layers=1)
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if name.endswith("bias"):
