@@ -3,10 +3,10 @@
 python benchmarks/decode.py --base FOLDER [--adapter srde_weights.safetensors] [--shape NAME]
 
 Writes benchmarks/results/decode.json, or decode_NAME.json for a Llama of random weights of one of SHAPES, whose tokens
-take as long as a trained one's. Both models answer the same prompts with the same number of new tokens, prompt by
-prompt in turns over several rounds. Times are those of single steps, from one new token to the next, so that reading
-the prompt is not in them. The ratio is of medians: base time / time with experts. CPU time is the figure to read on a
-machine that does other work too.
+take as long as a trained one's. Both models read the same base weights and answer the same prompts with the same number
+of new tokens, prompt by prompt in turns over several rounds. Times are those of single steps, from one new token to the
+next, so that reading the prompt is not in them. The ratio is of medians: base time / time with experts. CPU time is the
+figure to read on a machine that does other work too.
 """
 
 import argparse
@@ -39,6 +39,11 @@ SHAPES = {
         "num_hidden_layers": 16,
         "num_attention_heads": 24,
     }
+}
+RANDOM = {
+    "random, neuron": ("neuron", "shared"),
+    "random, neuron, supports of their own": ("neuron", "per_expert"),
+    "random, element": ("element", "shared"),
 }
 EXPERTS = ["math", "logic", "code", "science", "planning", "abstract"]
 
@@ -90,15 +95,30 @@ def base_of(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def with_random_experts(base: PreTrainedModel, granularity: str) -> SRDEModel:
+def with_random_experts(base: PreTrainedModel, granularity: str, scope: str) -> SRDEModel:
     """Six experts of density 0.01 with random deltas."""
-    config = AdapterConfig(num_experts=6, top_k=2, density=0.01, granularity=granularity, support_strategy="random")
+    config = AdapterConfig(
+        num_experts=6, top_k=2, density=0.01, granularity=granularity, support_strategy="random", support_scope=scope
+    )
     model = add_experts(base, config, expert_names=EXPERTS, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in model.layers:
             layer.deltas.free.copy_(0.01 * torch.randn(layer.deltas.free.shape, generator=generator))
     return model.eval()
+
+
+def share_weights(model: SRDEModel, bare: PreTrainedModel) -> None:
+    """Let both read the same memory: where a copy of the weights lies makes several percent of a step."""
+    own, shared = dict(bare.named_parameters()), set()
+    for name, parameter in model.base.named_parameters():
+        name = name.replace(".block.", ".")
+        if name in own:
+            parameter.data = own[name].data
+            shared.add(name)
+    assert shared == own.keys()
+    for layer in model.layers:
+        layer.preparation.drop()
 
 
 def measured(
@@ -152,11 +172,12 @@ def main() -> None:
         dtype = getattr(torch, name)
         bare = base_of(options, dtype)
         cases = ["trained, neuron"] if options.adapter else []
-        for case in [*cases, "random, neuron", "random, element"]:
+        for case in [*cases, *RANDOM]:
             if case.startswith("trained"):
                 model = SRDEModel.from_pretrained(options.base, options.adapter, dtype=dtype)
             else:
-                model = with_random_experts(base_of(options, dtype), case.split()[1])
+                model = with_random_experts(base_of(options, dtype), *RANDOM[case])
+            share_weights(model, bare)
             for size in BATCHES:
                 row = {"adapter": case, "dtype": name, "batch": size}
                 row |= measured(bare, model.base, batches_of(tokenizer, size), settings, options.rounds)

@@ -84,7 +84,7 @@ class SRDEFeedForward(nn.Module):
         else:
             routing = prepared.router(x_TD, self.layer, self.context)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
-        return self._with_losses(output_TD, routing).view(x.shape)
+        return self._with_losses(output_TD, routing).view_as(x)
 
     def _after_loading(self, *_: object) -> None:
         self.preparation.drop()
@@ -168,7 +168,7 @@ class SRDEFeedForward(nn.Module):
 
         They must be what the base computes with: not quantised, wrapped, hooked or on another device.
         """
-        if self.granularity == "element" or self.support.dim() > 1 or arithmetic_dtype(gate_TF).itemsize < 4:
+        if self.granularity == "element" or arithmetic_dtype(gate_TF).itemsize < 4:
             return []
         modules = [getattr(self.block, self.roles[role]) for role in ("gate", "up", "down")]
         for module in modules:

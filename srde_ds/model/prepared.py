@@ -28,6 +28,11 @@ def arithmetic_dtype(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32) if values.device.type == "cpu" else values.dtype
 
 
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor.to(dtype)`, quicker where there is nothing to do."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class PreparedDeltas(Protocol):
     """One layer's experts in the form that is read."""
 
@@ -50,40 +55,55 @@ class PreparedNoDeltas:
 class PreparedNeurons:
     """The experts' neurons whole, base and delta added up, in place of the base's.
 
-    The weights of a token's experts sum to one, so nothing is left of the base's own neurons on a support that all
-    experts share. That takes fewer operations than the change of each neuron, and on a CPU a token's time goes with
-    their number. In float32 at least: the sum would lose small deltas in half precision.
+    Expert e with weight p_e gives p_e h_e (D + dD_e) on its support, and what the base's neurons there gave goes: all
+    of it on a support that the experts share, since the weights sum to one, else p_e h D. That takes fewer operations
+    than the change of each neuron, and on a CPU a token's time goes with their number. In float32 at least: half
+    precision would lose small deltas.
+
+    rows: `[3, E, m, D]`, gate, up and down; with supports of their own `[4, E, m, D]`, the last -D.
 
     Args:
         deltas_DE3m: gate, up and down of each expert.
-        support: `[m]`.
+        support: `[m]` or `[E, m]`.
         weights: of the base's gate and up, `[F, D]`, and down, `[D, F]`.
     """
 
     def __init__(self, deltas_DE3m: Tensor, support: Tensor, weights: Sequence[Tensor]) -> None:
-        self.neurons = support.long()
+        self.support = support.long()
         gate_FD, up_FD, down_DF = weights
-        base_3mD = torch.stack([t.index_select(0, self.neurons) for t in (gate_FD, up_FD, down_DF.T)])
         deltas_3EmD = deltas_DE3m.permute(2, 1, 3, 0)
-        self.rows = (base_3mD[:, None].to(deltas_3EmD) + deltas_3EmD).contiguous()
-        self.hidden = self.rows.shape[3]
+        own = torch.stack([t[self.support] for t in (gate_FD, up_FD, down_DF.T)])
+        own = own.view(3, -1, *own.shape[-2:]).to(deltas_3EmD)
+        self.rows = (own + deltas_3EmD).contiguous()
+        if support.dim() == 2:
+            self.rows = torch.cat([self.rows, -own[2:]])
+        _, self.experts, self.neurons, self.hidden = self.rows.shape
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
-        if len(x_TD) == 1:  # reads its own experts alone
-            rows, weights_TX = self.rows.index_select(1, routing.index_TK[0]), routing.weights_TK
+        # Views and conversions that change nothing cost as much as arithmetic here: there are no more than it takes.
+        rows, support, tokens = self.rows, self.support, len(x_TD)
+        if tokens == 1:  # reads its own experts alone
+            weights_TX, chosen = routing.weights_TK, routing.index_TK.view(-1)
+            rows = rows.index_select(1, chosen)
+            support = support if support.dim() == 1 else support.index_select(0, chosen)
         else:
-            rows, weights_TX = self.rows, routing.weights_TE
-        tokens, experts = weights_TX.shape
-        rows = rows.view(-1, self.hidden)
-        into, back = rows.split([2 * len(rows) // 3, len(rows) // 3])
-        gate, up = F.linear(x_TD.to(rows.dtype), into).view(tokens, 2, experts, -1).unbind(1)
-        h = (act(gate) * up).mul_(weights_TX.view(tokens, experts, 1)).view(tokens, -1)
-        output_TD = down((act(gate_TF) * up_TF).index_fill_(1, self.neurons, 0))
+            weights_TX = routing.weights_TE
+        experts = weights_TX.shape[1]
+        rows, inwards = rows.view(-1, self.hidden), 2 * experts * self.neurons
+        gate, up = F.linear(as_dtype(x_TD, rows.dtype), rows[:inwards]).chunk(2, dim=1)
+        h, hidden_TF = act(gate) * up, act(gate_TF) * up_TF
+        if support.dim() == 1:
+            hidden_TF.index_fill_(1, support, 0)
+        else:
+            h = torch.cat([h, as_dtype(hidden_TF.index_select(1, support.view(-1)), h.dtype)], dim=1)
+        weights = as_dtype(weights_TX, h.dtype).view(tokens, 1, experts, 1)
+        h.view(tokens, -1, experts, self.neurons).mul_(weights)
+        output_TD = down(hidden_TF)
         if output_TD.dtype == h.dtype:
-            return torch.addmm(output_TD, h, back)
-        return output_TD + (h @ back).to(output_TD.dtype)
+            return torch.addmm(output_TD, h, rows[inwards:])
+        return output_TD + (h @ rows[inwards:]).to(output_TD.dtype)
 
 
 class PreparedRouter:
@@ -95,7 +115,7 @@ class PreparedRouter:
         self.top_k = router.top_k
 
     def __call__(self, x_TD: Tensor, layer: int, context: RoutingContext) -> Routing:
-        logits_TE = F.linear(x_TD.to(self.weight.dtype), self.weight)
+        logits_TE = F.linear(as_dtype(x_TD, self.weight.dtype), self.weight)
         return route(logits_TE, self.bias, self.top_k, layer, context)
 
 
