@@ -77,7 +77,7 @@ class PreparedNeurons:
         self.rows = (own + deltas_3EmD).contiguous()
         if support.dim() == 2:
             self.rows = torch.cat([self.rows, -own[2:]])
-        _, self.experts, self.neurons, self.hidden = self.rows.shape
+        self.neurons, self.hidden = self.rows.shape[2:]
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
