@@ -5,8 +5,9 @@ python benchmarks/decode.py --base FOLDER [--adapter srde_weights.safetensors] [
 Writes benchmarks/results/decode.json, or decode_NAME.json for a Llama of random weights of one of SHAPES, whose tokens
 take as long as a trained one's. Both models read the same base weights and answer the same prompts with the same number
 of new tokens, prompt by prompt in turns over several rounds. Times are those of single steps, from one new token to the
-next, so that reading the prompt is not in them. The ratio is of medians: base time / time with experts. CPU time is the
-figure to read on a machine that does other work too.
+next, so that reading the prompt is not in them. Each pair of answers, one right after the other, gives a ratio, base time
+/ time with experts of the median step: what else goes on in the machine changes within seconds. The figure is the median
+of the pairs, with quartiles.
 """
 
 import argparse
@@ -127,20 +128,24 @@ def measured(
     batches: list[BatchEncoding],
     settings: GenerationConfig,
     rounds: int,
-) -> dict[str, float]:
-    """Times of both in turns, and their ratio."""
-    times: dict[str, list[tuple[float, float]]] = {"base": [], "experts": []}
+) -> dict[str, float | list[float]]:
+    """Times of both in turns; a ratio for each pair of answers, the median of these and their quartiles."""
     models = {"base": base, "experts": experts}
+    pairs: list[dict[str, tuple[float, ...]]] = []
     for round_ in range(rounds + 1):  # the first warms up
         for batch in batches:
+            pair = {}
             for kind in sorted(models, reverse=round_ % 2 == 1):
                 steps = decode(models[kind], batch, settings)
-                times[kind] += steps if round_ else []
-    figures = {}
+                pair[kind] = tuple(statistics.median(clock) for clock in zip(*steps, strict=True))
+            pairs += [pair] if round_ else []
+    figures: dict[str, float | list[float]] = {"pairs": len(pairs)}
     for column, clock in enumerate(("wall", "cpu")):
-        medians = {kind: statistics.median(t[column] for t in times[kind]) for kind in times}
-        figures |= {f"{kind}_{clock}_ms": round(1000 * medians[kind], 2) for kind in times}
-        figures[f"ratio_{clock}"] = round(medians["base"] / medians["experts"], 3)
+        for kind in models:
+            figures[f"{kind}_{clock}_ms"] = round(1000 * statistics.median(pair[kind][column] for pair in pairs), 2)
+        ratios = [pair["base"][column] / pair["experts"][column] for pair in pairs]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        figures |= {f"ratio_{clock}": round(middle, 3), f"quartiles_{clock}": [round(low, 3), round(high, 3)]}
     return figures
 
 
@@ -152,8 +157,8 @@ def main() -> None:
         "--shape", choices=list(SHAPES), help="random weights of this shape; --base gives the tokenizer"
     )
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--new_tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--new_tokens", type=int, default=12)
     options = parser.parse_args()
     if options.shape and options.adapter:
         parser.error("--adapter: belongs to a trained base, not to a --shape")
@@ -185,7 +190,7 @@ def main() -> None:
                 print(row, flush=True)
             del model
     record = {
-        "what": "ms a step of decoding, median of all steps, in turns; ratio: base / with experts; one thread",
+        "what": "ms a step of decoding, in turns; ratio: base / with experts, median of the pairs; one thread",
         "base": options.shape or Path(options.base).name,
         "rounds": options.rounds,
         "new_tokens": options.new_tokens,
