@@ -1,8 +1,8 @@
 """Router and experts' arithmetic without gradients, as in decoding: on deltas that were laid out for reading once.
 
 What `dispatch.py` does in each call (permuting the deltas, running every expert, building dense matrices) is little
-beside a training batch and much beside a single token. Results are equal within rounding, and a delta of zero changes
-nothing, bit for bit.
+beside a training batch and much beside a single token. Results are equal within rounding, and where all deltas of a
+layer are zero they are the base's, bit for bit.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class PreparedNeuronDeltas:
         self.shared, self.intermediate = support.dim() == 1, intermediate
         self.neurons = support.long().expand(experts, -1).contiguous()
         self.places = self._places(self.neurons)
-        self.repeated: dict[int, tuple[Tensor, Tensor]] = {}
+        self.repeated: dict[int, Tensor] = {}
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
@@ -169,7 +169,7 @@ class PreparedNeuronDeltas:
         rows = self.rows.index_select(1, index).view(3, tokens, -1, self.hidden)
         neurons_TKm = self.neurons.index_select(0, index).view(tokens, top_k, -1)
         if self.shared:
-            base = pair_T2F.index_select(1, self._repeated(top_k)[1]).to(x_TD.dtype)
+            base = pair_T2F.index_select(1, self._repeated(top_k)).to(x_TD.dtype)
         else:
             flat = neurons_TKm.flatten(1)
             base = pair_T2F.gather(1, torch.cat([flat, flat + self.intermediate], dim=1)).to(x_TD.dtype)
@@ -194,11 +194,10 @@ class PreparedNeuronDeltas:
         hidden = act(gate) * up
         return hidden, hidden - act(base_gate) * base_up
 
-    def _repeated(self, count: int) -> tuple[Tensor, Tensor]:
-        """A shared support's neurons and places, once for each of so many experts."""
+    def _repeated(self, count: int) -> Tensor:
+        """A shared support's places, once for each of so many experts."""
         if count not in self.repeated:
-            neurons = self.neurons[:count].flatten()
-            self.repeated[count] = neurons, self._places(neurons)
+            self.repeated[count] = self._places(self.neurons[:count])
         return self.repeated[count]
 
     def _places(self, neurons: Tensor) -> Tensor:
