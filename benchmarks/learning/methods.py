@@ -110,6 +110,12 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
     if run.flags.get("warm_start"):
         fixed["warm_start_method"] = "kmeans"  # of rows that name none
     own = {key: value for key, value in run.flags.items() if key != "values_of"}
+    # Budget and curriculum give these to many rows; a config refuses them where they change nothing.
+    for part, needed in (("warm_start_samples", "warm_start"), ("density_prunings", "initial_density")):
+        if not own.get(needed):
+            own.pop(part, None)
+    if own.get("support_strategy") not in ("activation", "gradient"):
+        own.pop("calibration_rows", None)
     return resolve({}, fixed | own)
 
 

@@ -133,10 +133,14 @@ NEEDED = {
     "expert_pretrain_steps": ["--supervised_experts"],
     "pretrain_objective": ["--supervised_experts", "--expert_pretrain_steps", "10"],
     "warm_start_method": ["--warm_start"],
+    "warm_start_samples": ["--warm_start"],
+    "density_prunings": ["--initial_density", "0.1", "--density_warmup_steps", "5"],
+    "calibration_rows": ["--support_strategy", "gradient"],
     "unlock_order": ["--warm_start", "--warm_start_method", "kmeans", "--progressive_unlock", "linear"],
     "initial_density": ["--density_warmup_steps", "5"],
     "density_warmup_steps": ["--initial_density", "0.1"],
     "support_overlap_weight": [*LEARNED, "--support_scope", "per_expert"],
+    "support_temperature": LEARNED,
 }
 
 

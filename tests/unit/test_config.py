@@ -102,6 +102,10 @@ def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(key: str, value
         (["jsonl_data=a", "pretokenized_dir=b", "Keep one"], {"jsonl_data": "a", "pretokenized_dir": "b"}),
         (["batch_size=2", "flash_attention=true", "--batch_size 1"], {"flash_attention": True, "batch_size": 2}),
         (["domains=a,b,a", "'a'", "twice"], {"domains": "a,b,a"}),
+        (
+            ["load_balancing_target=domains", "load_balancing_weight=0", "leave --load_balancing_target out"],
+            {"load_balancing_target": "domains", "load_balancing_weight": 0},
+        ),
     ],
 )
 def test_values_that_do_not_go_together(fragments: list[str], flags: dict[str, Any]) -> None:
@@ -113,6 +117,7 @@ def test_the_neighbours_of_refused_relations_pass() -> None:
     resolve({}, {"max_steps": 1, "warmup_steps": 0})
     resolve({}, {"granularity": "element", "num_atoms": 0, "use_muon": "false"})
     resolve({}, {"flash_attention": True, "batch_size": 1})
+    resolve({}, {"load_balancing_target": "domains", "load_balancing_weight": 0, "balancing_bias_rate": 0.1})
 
 
 def test_unknown_names_come_with_the_nearest_known_one() -> None:
@@ -155,10 +160,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def used_names() -> set[str]:
-    """Attributes that the package reads, and its texts (for getattr), outside config.py and of no docstring."""
+    """Attributes that the package reads, and its texts (for getattr), outside the config and of no docstring."""
     names = set()
     for path in PACKAGE.rglob("*.py"):
-        if path.name not in ("config.py", "cli.py", "report.py"):  # the last two only pass on or print
+        # The last two only pass on or print.
+        if path.name not in ("config.py", "config_relations.py", "cli.py", "report.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     names.add(node.attr)
