@@ -17,8 +17,9 @@ from functools import cache
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from srde_ds.model.delta_linear import DeltaLinear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -110,19 +111,18 @@ def element_experts(
     deltas_En: Tensor,
     support: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Each expert on its own tokens, with its delta as three dense matrices."""
-    change, extra = torch.zeros_like(gate_TF), torch.zeros_like(x_TD)
+    """Each expert on its own tokens, with its delta as three dense matrices, one at a time."""
+    change, extra = torch.zeros_like(gate_TF), torch.zeros_like(x_TD, dtype=gate_TF.dtype)  # not x's under autocast
     hidden, intermediate = x_TD.shape[1], gate_TF.shape[1]
     size = hidden * intermediate
-    for expert, values in enumerate(deltas_En):
-        index = (support if support.dim() == 1 else support[expert]).long()
-        gate, up, down = values.new_zeros(3 * size).scatter(0, index, values).split(size)
+    # What autograd keeps of them must not hold on to the buffer into which ZeRO-3 gathered them.
+    for expert, values in enumerate(deltas_En.clone()):
+        places = support if support.dim() == 1 else support[expert]
         rows = weights_TE[:, expert].nonzero().squeeze(1)
         x, gate_rows, up_rows = (t.index_select(0, rows) for t in (x_TD, gate_TF, up_TF))
-        h = act(gate_rows + F.linear(x, gate.view(intermediate, hidden))) * (
-            up_rows + F.linear(x, up.view(intermediate, hidden))
-        )
+        gate = gate_rows + DeltaLinear.apply(x, values, places, 0, intermediate)
+        h = act(gate) * (up_rows + DeltaLinear.apply(x, values, places, size, intermediate))
         p = weights_TE[:, expert].index_select(0, rows)[:, None]
         change.index_add_(0, rows, p * (h - act(gate_rows) * up_rows))
-        extra.index_add_(0, rows, p * F.linear(h, down.view(hidden, intermediate)))
+        extra.index_add_(0, rows, p * DeltaLinear.apply(h, values, places, 2 * size, hidden))
     return change, extra

@@ -73,8 +73,8 @@ def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
     if adapter.granularity == "neuron":
         # Gradients on their way through the experts' values, and of all deltas in three stages of theirs.
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
-    else:  # of one expert's rows and dense matrices
-        within = 3 * (adapter.top_k * t // adapter.num_experts * layer.intermediate + layer.matrix)
+    else:  # of one expert's rows, and one of its matrices beside the matrix itself
+        within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
     # Of the hidden values, their two factors, and the base's gate and up values that went to the experts; the hidden
     # values themselves are gone.
     behind = 4 * t * layer.intermediate + n * adapter.num_experts
@@ -144,12 +144,11 @@ def _neuron_rows(config: Config, layer: LayerShape, width: int) -> float:
 
 
 def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:
-    """Each expert on its rows, with its delta as three dense matrices."""
+    """Each expert on its rows, and a copy of the deltas."""
     adapter = config.adapter
     rows, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
     experts = slots(config) if remote else adapter.num_experts
-    dense = experts * (3 * layer.matrix * width + n * INT64)
     # Of a row: x, the output and its product with the weight; gate, up and hidden values with and without the delta.
     hidden, intermediate, indices = (4, 10, 3) if remote else (3, 6 if first else 9, 1)
     values = hidden * layer.hidden + intermediate * layer.intermediate + 2
-    return dense + rows * (values * width + indices * INT64)
+    return experts * n * width + rows * (values * width + indices * INT64)
