@@ -126,7 +126,7 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
         trainables = layer_trainables(config, layer, world_size)
         trained = {t.kind: weight("trainables", t.values, t.ranks, t.stride) for t in trainables}
         router = Use((trained.pop("router.weight"),))
-        return before, [router, Use(tuple(trained.values())), empty, empty], module(layer.matrix)
+        return before, [router, Use(tuple(trained.values()))], module(layer.matrix)
 
     embedding = module(shape.embedding)
     layers = [layer_modules(layer) for layer in shape.layers]
@@ -137,9 +137,9 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
     trace += last
     trace += [replace(use, moment=len(layers)) for use in [empty, empty, *reversed(last), empty]]
     for number, (before, experts, down) in reversed(list(enumerate(layers))):
-        router, deltas, *activations = experts
+        router, deltas = experts
         # The layer and its block, then the block's modules.
-        backward = [empty, down, *activations, replace(deltas, releases=False), router]
+        backward = [empty, down, replace(deltas, releases=False), router]
         if number > 0 or checkpointing:  # else nothing before the first experts needs a gradient
             backward += reversed(before[1:])
         uses = [empty, *([*before[1:], *experts, down] if checkpointing else []), *backward]
