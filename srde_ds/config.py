@@ -363,15 +363,15 @@ def _check_curriculum(config: Config) -> None:
         )
     for key, needed in PARTS_OF.items():
         value = getattr(curriculum, key)
-        if value != getattr(type(curriculum), key) and not getattr(curriculum, needed):
+        if value != getattr(CurriculumConfig, key) and not getattr(curriculum, needed):
             raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
     strategy, calibrated = adapter.support_strategy, ("activation", "gradient")
-    if curriculum.calibration_rows != type(curriculum).calibration_rows and strategy not in calibrated:
+    if curriculum.calibration_rows != CurriculumConfig.calibration_rows and strategy not in calibrated:
         raise SRDEError(
             f"calibration_rows={curriculum.calibration_rows} with support_strategy={strategy}: only activation and "
             "gradient look at rows. Give --support_strategy, or leave --calibration_rows out."
         )
-    if curriculum.support_temperature != type(curriculum).support_temperature and strategy != "learned":
+    if curriculum.support_temperature != CurriculumConfig.support_temperature and strategy != "learned":
         raise SRDEError(
             f"support_temperature={curriculum.support_temperature} with support_strategy={strategy}: give "
             "--support_strategy learned, or leave --support_temperature out."
