@@ -41,6 +41,7 @@ from srde_ds.training.trainer import count_tokens, scheduled_factor, to_device
 from srde_ds.training.trainer import run as run_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
+NO_FLAGS = ("values_of", "variant")  # of this benchmark, not of the trainer
 INPUTS = ("input_ids", "position_ids", "labels", "token_mask")
 
 
@@ -109,7 +110,7 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
     }
     if run.flags.get("warm_start"):
         fixed["warm_start_method"] = "kmeans"  # of rows that name none
-    own = {key: value for key, value in run.flags.items() if key != "values_of"}
+    own = {key: value for key, value in run.flags.items() if key not in NO_FLAGS}
     # Budget and curriculum give these to many rows; a config refuses them where they change nothing.
     for part, needed in (("warm_start_samples", "warm_start"), ("density_prunings", "initial_density")):
         if not own.get(needed):

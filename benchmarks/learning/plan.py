@@ -83,6 +83,7 @@ class Row:
         curve: also measure validation loss while it trains.
         against: name of the row that the table compares it with.
         core: part of the shorter programme.
+        variant: of `variants.py`, in place of an option.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Row:
     curve: bool = False
     against: str = "SRDE neuron"
     core: bool = False
+    variant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class Run:
     Attributes:
         row: the name of a row that needs it, for people; other rows may share it.
         flags: as `srde-ds train` knows them, rates included; of a baseline also `values_of`, the flags of the SRDE
-            model that it gets as many trainable values as.
+            model that it gets as many trainable values as, and of a row with a variant also `variant`.
         report: measure test items and text, too.
     """
 
@@ -235,6 +237,8 @@ class Plan:
         flags = in_steps(flags, self.budget.steps)
         if row.equal_to:
             flags["values_of"] = self.rows[row.equal_to].flags
+        if row.variant:
+            flags["variant"] = row.variant
         table = row.expert_table and report
         return Run(row.name, row.kind, flags, seed, report, table, self.budget)
 

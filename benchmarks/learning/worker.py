@@ -14,6 +14,7 @@ import torch
 from benchmarks.learning import measure, methods
 from benchmarks.learning.data import Inputs, describe_base, prepare
 from benchmarks.learning.plan import Record, Run
+from benchmarks.learning.variants import patched
 from srde_ds.environment import environment
 
 
@@ -40,11 +41,12 @@ class Worker:
         folder = self.folder / f"run-{run.key('')}"
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            trained = methods.train(run, inputs, folder)
-            figures = methods.figures(trained)
-            if run.report:
-                figures |= self._report(run, inputs, trained)
-            del trained
+            with patched(run.flags.get("variant")):
+                trained = methods.train(run, inputs, folder)
+                figures = methods.figures(trained)
+                if run.report:
+                    figures |= self._report(run, inputs, trained)
+                del trained
         except methods.Diverged as error:
             figures = {"diverged": str(error)}
         shutil.rmtree(folder, ignore_errors=True)
