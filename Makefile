@@ -28,8 +28,9 @@ test: env packages checks
 	# Files side by side in their order, the long ones first; one thread each, since many tests wait for others.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=40 \
 		--ignore tests/cluster
-	# Hosts and schedulers have timeouts of their own: alone on the machine.
-	$(BIN)/python -m pytest tests/cluster
+	# Hosts and schedulers have timeouts of their own: after the others. Half of the time they wait, so two files at a
+	# time, each with a network of its own.
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/cluster
 
 checks: env
 	$(BIN)/ruff check .
