@@ -1,6 +1,6 @@
 """How long training stands still for a checkpoint: in the background against waited for, turn by turn in one run.
 
-python benchmarks/checkpoint_stall.py --model_name BASE     # writes benchmarks/results/checkpoint_stall.json
+python -m benchmarks.checkpoint_stall --model_name BASE     # writes benchmarks/results/checkpoint_stall.json
 
 One process trains BASE with ZeRO-3 and saves every other step; the first save and every second one after it go on in
 the background. The probe loss, one forward of a row, belongs to every save and is counted apart.
@@ -9,7 +9,6 @@ the background. The probe loss, one forward of a row, belongs to every save and 
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,16 +16,14 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from benchmarks.tables import measured_on
 from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.config import resolve
-from srde_ds.environment import environment
 from srde_ds.training.run_state import RunState
 from srde_ds.training.trainer import train
+from tests.data_helpers import sums, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.data_helpers import sums, write_jsonl  # noqa: E402 - not installed
-
 SAVES = 6
 
 
@@ -68,7 +65,7 @@ def main() -> None:
     record["first_in_background"] = saves[0]
     record["stall_ratio"] = record["waited_for"]["stall"] / record["background"]["stall"]
     print(f"checkpoint {size / 1e6:.0f} MB; first in background {saves[0]}; ratio {record['stall_ratio']:.1f}")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record |= {"saves": saves, "step_seconds": step_seconds, "model": Path(options.model_name).name}
     target = ROOT / "benchmarks/results/checkpoint_stall.json"
     target.write_text(json.dumps(record | {"density": options.density, "environment": kept}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """How much memory does `srde-ds convert` take? Peak resident memory of the verb for a base of random weights on disk.
 
-python benchmarks/convert_memory.py      # prints a table, writes benchmarks/results/convert_memory.json
+python -m benchmarks.convert_memory      # prints a table, writes benchmarks/results/convert_memory.json
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from srde_ds.environment import environment
+from benchmarks.tables import measured_on
 from srde_ds.model.adapter import add_experts
+from tests.helpers import adapter_config
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.helpers import adapter_config  # noqa: E402
 
 # Imports what the verb imports, then nothing: the part of the memory that no base changes.
 BARE = "import srde_ds.checkpoint.command"
@@ -65,7 +64,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # In a process of its own, whose memory goes with it.
-        subprocess.run([sys.executable, __file__, "--make", scratch, str(options.layers)], check=True)
+        command = [sys.executable, "-m", "benchmarks.convert_memory", "--make", scratch, str(options.layers)]
+        subprocess.run(command, cwd=ROOT, check=True)
         files = list((folder / "base").glob("*.safetensors"))
         sizes = {
             "base": sum(f.stat().st_size for f in files) / 2**20,
@@ -81,7 +81,7 @@ def main() -> None:
     print(f"{'to':<6} {'peak MiB':>9} {'above imports':>14} {'seconds':>8}")
     for row in rows:
         print(f"{row['to']:<6} {row['peak_mib']:>9.0f} {row['above_imports_mib']:>14.0f} {row['seconds']:>8.0f}")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record = {"sizes_mib": sizes, "imports_mib": bare, "rows": rows, "environment": kept}
     (ROOT / "benchmarks/results/convert_memory.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
 """Float32 against bfloat16 on this CPU: forward and backward of the quick start's feed-forward block, one thread.
 
-python benchmarks/cpu_dtype.py      # prints a table, writes benchmarks/results/cpu_dtype.json
+python -m benchmarks.cpu_dtype      # prints a table, writes benchmarks/results/cpu_dtype.json
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from srde_ds.environment import environment
+from benchmarks.tables import measured_on
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -23,7 +23,7 @@ def main() -> None:
     for dtype, value in timings.items():
         print(f"{dtype:<10}{value:>8.3f} s")
     print(f"bfloat16 / float32: {ratio:.2f}")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record = {"seconds": timings, "bfloat16_over_float32": ratio, "environment": kept}
     target = ROOT / "benchmarks/results/cpu_dtype.json"
     target.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """The dataset builder from end to end, beside plain `datasets.map` with the same tokenizer on the same documents.
 
-    python benchmarks/data_build.py --model_name BASE --work_dir /tmp/build    # 6 x 20,000, results/data_build.json
+    python -m benchmarks.data_build --model_name BASE --work_dir /tmp/build    # 6 x 20,000, results/data_build.json
 
 The sources are files that this script makes (JSONL, Parquet, `datasets` folders; reasoning-gym items with planted
 duplicates and broken rows), reasoning-gym tasks, and the package's own tasks to fill up. The build's time is CPU time

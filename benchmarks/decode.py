@@ -1,6 +1,6 @@
 """Decoding with experts against the bare base, one prompt at a time and several at once, one thread.
 
-python benchmarks/decode.py --base FOLDER [--adapter srde_weights.safetensors] [--shape NAME]
+python -m benchmarks.decode --base FOLDER [--adapter srde_weights.safetensors] [--shape NAME]
 
 Writes benchmarks/results/decode.json, or decode_NAME.json for a Llama of random weights of one of SHAPES, whose tokens
 take as long as a trained one's. Both models read the same base weights and decode the same prompts greedily with a KV
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, BatchEncoding, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig
-from srde_ds.environment import environment
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.base import load_base
 
@@ -173,7 +173,7 @@ def main() -> None:
         "prompt_tokens": [batch["input_ids"].shape[1] for batch in batches_of(tokenizer, 1)],
         "rows": rows,
         "load_average": Path("/proc/loadavg").read_text().split()[0],
-        "environment": {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")},
+        "environment": measured_on(),
     }
     name = f"decode_{options.shape}.json" if options.shape else "decode.json"
     (Path(__file__).parent / "results" / name).write_text(json.dumps(record, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Faults of a run over two hosts: how soon all of it has ended, what is said, and where it goes on.
 
-python benchmarks/faults.py               # as root, about 15 minutes; writes results/faults.json and docs/faults.md
-python benchmarks/faults.py full_disk     # these scenarios alone; the other rows stay as they are
+python -m benchmarks.faults               # as root, about 15 minutes; writes results/faults.json and docs/faults.md
+python -m benchmarks.faults full_disk     # these scenarios alone; the other rows stay as they are
 
 The hosts are namespaces of this machine (tests/cluster/hosts.py), the training is tiny. All timeouts are the defaults
 where a row does not say otherwise.
@@ -18,16 +18,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from srde_ds.environment import environment
+from benchmarks.tables import markdown, measured_on, put_into
+from tests.cluster.hosts import Hosts
+from tests.cluster.supervised import Seen, SupervisedRun
+from tests.distributed.training_helpers import Inputs, make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from tables import markdown, put_into  # noqa: E402
-
-from tests.cluster.hosts import Hosts  # noqa: E402
-from tests.cluster.supervised import Seen, SupervisedRun  # noqa: E402
-from tests.distributed.training_helpers import Inputs, make_inputs  # noqa: E402
-
 RESULTS = ROOT / "benchmarks/results/faults.json"
 TWO = {"node1": 1, "node2": 1}
 SCRATCH = "64K"  # for less than a rank's part of a checkpoint
@@ -53,7 +49,7 @@ def main(names: list[str]) -> None:
 
 
 def write(rows: list[dict[str, Any]]) -> None:
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     load = round(os.getloadavg()[1], 1)
     RESULTS.write_text(json.dumps({"load": load, "rows": rows, "environment": kept}) + "\n")
     write_table()

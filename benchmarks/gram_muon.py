@@ -1,6 +1,6 @@
 """GramMuon against torch.optim.Muon: time of an update, and error of the update against float64.
 
-    python benchmarks/gram_muon.py      # prints both tables, writes benchmarks/results/gram_muon.json
+    python -m benchmarks.gram_muon      # prints both tables, writes benchmarks/results/gram_muon.json
 
 Time: the quick start's delta matrices, [576, 18, 15] in 30 layers, one thread, median of nine updates, both optimizers
 in turn. Error: relative, largest of eight random matrices [576, 15] with singular values spaced evenly by ratio.
@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from srde_ds.environment import environment
+from benchmarks.tables import measured_on
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.reference import newton_schulz
 
@@ -84,7 +84,7 @@ def main() -> None:
     table = {f"1e{power}": errors(10.0**power) for power in range(7)}
     for condition, row in table.items():
         print(f"condition {condition}: gram {row['gram']:.1e}, torch {row['torch']:.1e}")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record = {"seconds": times, "torch_over_gram": times["torch"] / times["gram"], "error": table, "environment": kept}
     target = Path(__file__).resolve().parent / "results/gram_muon.json"
     target.write_text(json.dumps(record, indent=1) + "\n")

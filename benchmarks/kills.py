@@ -1,6 +1,6 @@
 """SIGKILL to training processes at random moments: what each kill leaves, and whether the runs end as if unkilled.
 
-python benchmarks/kills.py      # some 25 minutes; prints a table, writes benchmarks/results/kills.json
+python -m benchmarks.kills      # some 25 minutes; prints a table, writes benchmarks/results/kills.json
 
 The checks are those of tests/distributed/kill_helpers.py: after each kill `latest` names a complete checkpoint whose
 hashes are right, and so is the one before it; the next process goes on from it; no half-written folder is left from
@@ -12,19 +12,17 @@ import argparse
 import json
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from srde_ds.environment import environment
+from benchmarks.tables import measured_on
+from tests.distributed.kill_helpers import OTHER, SAVING, STEPS, Kill, killed_run
+from tests.distributed.training_helpers import make_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from tests.distributed.kill_helpers import OTHER, SAVING, STEPS, Kill, killed_run  # noqa: E402 - not installed
-from tests.distributed.training_helpers import make_inputs  # noqa: E402
 
 # World size and whether saves go on in the background; gone through again and again.
 RUNS = [(1, True), (2, True), (1, False), (1, True), (2, True), (2, False)]
@@ -57,7 +55,7 @@ def main() -> None:
     phases = Counter(kill.phase for kill in kills)
     for phase in (*SAVING, *OTHER):
         print(f"{phase:<52}{phases[phase]:>5}")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record = {
         "kills": len(kills),
         "during_a_save": sum(phases[phase] for phase in SAVING),

@@ -1,6 +1,6 @@
 """Learned supports on a problem with a known answer: how much of what can be gained do the kept candidates hold?
 
-    python benchmarks/learned_supports.py      # prints the table, writes benchmarks/results/learned_supports.json
+    python -m benchmarks.learned_supports      # prints the table, writes benchmarks/results/learned_supports.json
 
 A regression on the deltas themselves: two experts, 40 candidate neurons each, of which 8 stay. Every candidate is worth
 something: its target is a random vector of a length spaced evenly from 0.1 to 1. 300 steps, deltas by AdamW at 0.02,
@@ -17,8 +17,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig
-from srde_ds.environment import environment
 from srde_ds.model import learned
 from srde_ds.model.deltas import DeltaBank, build_deltas
 from srde_ds.model.learned import RelaxedTopK
@@ -86,7 +86,7 @@ def main() -> None:
                 print(
                     f"noise {noise}  {method:20}{score_lr:7.3f}{row['share']:8.3f} +- {row['standard_deviation']:.3f}"
                 )
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record = {"seeds": SEEDS, "rows": rows, "environment": kept}
     target = Path(__file__).resolve().parent / "results/learned_supports.json"
     target.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """Tokens a second of the training rows' loader alone, and how long it takes to find a late step.
 
-    python benchmarks/loader.py     # makes 400,000 rows of 256 tokens on disk, writes benchmarks/results/loader.json
+    python -m benchmarks.loader     # makes 400,000 rows of 256 tokens on disk, writes benchmarks/results/loader.json
 
 One thread, one process: what a rank does between two micro-steps. Rows are read from a memory-mapped file that was just
 written, so most of it is in the page cache. Times are CPU times, best of three.

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import measured_on
 from srde_ds.config import resolve
 from srde_ds.data.build import build_dataset
-from srde_ds.environment import environment
 from srde_ds.model.base import load_tokenizer
 from srde_ds.parallel.memory import memory
 from srde_ds.parallel.shapes import base_shape
@@ -102,7 +102,7 @@ def main() -> None:
                 f"{row['predicted_moment']}, {row['measured_moment']}",
                 flush=True,
             )
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     target = Path(__file__).resolve().parent / "results/memory_model.json"
     target.write_text(json.dumps({"cases": rows, "environment": kept}, indent=1) + "\n")
 

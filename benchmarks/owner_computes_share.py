@@ -1,6 +1,6 @@
 """What each process mixing its own rows of atoms saves against gathering atoms and importance, by the cost model.
 
-    python benchmarks/owner_computes_share.py     # prints a table, writes benchmarks/results/owner_computes_share.json
+    python -m benchmarks.owner_computes_share     # prints a table, writes benchmarks/results/owner_computes_share.json
 
 Reference case: the shape of Ministral-3-14B, E 6, K 2, density 0.01, bf16, rows of 4,096 tokens, checkpointed layers,
 16 micro-steps. With plain ZeRO-3 each process gathers (A + E)·n values of a layer, and their gradients are summed; with

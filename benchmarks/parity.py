@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tables import ROOT, markdown, put_into
-from srde_ds.environment import environment
+from benchmarks.tables import ROOT, markdown, measured_on, put_into
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, make_inputs
 from tests.distributed.update_trace import Whole, largest_differences, metric_differences, train_tracing, whole
@@ -77,7 +76,7 @@ def cases(processes: int) -> Iterator[tuple[str, int, str | None]]:
 
 def write(rows: list[dict[str, Any]]) -> None:
     """After each run, so that a stopped benchmark leaves what it has seen."""
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     target = ROOT / "benchmarks/results/parity.json"
     target.write_text(json.dumps({"rows": rows, "environment": kept}, indent=1) + "\n")
     put_into("expert_parallelism.md", "parity", table(rows))

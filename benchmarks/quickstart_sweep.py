@@ -1,6 +1,6 @@
 """Learning rates and options of the quick start, compared at equal tokens: the same data, seeds and steps for each.
 
-    python benchmarks/quickstart_sweep.py --name learning_rates --steps 30 \
+    python -m benchmarks.quickstart_sweep --name learning_rates --steps 30 \
         --vary "muon_lr=0.01" "muon_lr=0.02" "use_muon=false learning_rate=0.003"
 
 Each variant trains in a process of its own (one process, one thread, so that several fit side by side). Writes

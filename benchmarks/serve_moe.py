@@ -1,9 +1,9 @@
 """Does an inference server give the tokens of the experts? The exported mixture of experts, served on loopback.
 
-python benchmarks/serve_moe.py --server transformers \\
+python -m benchmarks.serve_moe --server transformers \\
     --start "transformers serve {model} --host 127.0.0.1 --port {port} --device cpu --dtype float32"
-python benchmarks/serve_moe.py --server vllm --start "vllm serve {model} --host 127.0.0.1 --port {port} --dtype float32"
-python benchmarks/serve_moe.py --server llama.cpp --gguf_converter llama.cpp/convert_hf_to_gguf.py \\
+python -m benchmarks.serve_moe --server vllm --start "vllm serve {model} --host 127.0.0.1 --port {port} --dtype float32"
+python -m benchmarks.serve_moe --server llama.cpp --gguf_converter llama.cpp/convert_hf_to_gguf.py \\
     --start "llama-server --model {model} --host 127.0.0.1 --port {port}"
 
 Experts are random (or those of --checkpoint), answers are greedy, in float32. Writes
@@ -19,7 +19,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -32,15 +31,13 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.tables import markdown, measured_on, put_into
 from srde_ds.checkpoint.command import convert_command
-from srde_ds.environment import environment
 from srde_ds.model.adapter import SRDEModel, load_adapter
+from tests.convert_helpers import trained  # random experts, as the tests have them
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results"
-sys.path.insert(0, str(ROOT))
-from benchmarks.tables import markdown, put_into  # noqa: E402
-from tests.convert_helpers import trained  # noqa: E402 - random experts, as the tests have them
 
 PROMPTS = ["What is 17 * 3?", "Name three colours.", "Write a line of Python that prints the squares of 1 to 5."]
 NEW_TOKENS = 24
@@ -144,7 +141,7 @@ def main() -> None:
                     bare = greedy(model, tokenizer, prompt)
                 rows.append({"prompt": prompt, "srde": ours, "server": theirs, "base": bare})
                 print(f"{'same' if ours == theirs else 'OTHER':<6}{prompt}\n   srde   {ours!r}\n   server {theirs!r}\n")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     record = {
         "server": options.server,
         "base": options.base_name,

@@ -1,8 +1,17 @@
-"""Tables of results inside the docs: written between two markers, so that they can be made anew."""
+"""Tables of results in the docs, written between two markers so that they can be made anew; what was measured on."""
 
 from pathlib import Path
+from typing import Any
+
+from srde_ds.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def measured_on() -> dict[str, Any]:
+    """Versions, Python, machine and commit, for a file of results."""
+    here = environment()
+    return {key: here[key] for key in ("versions", "python", "machine", "git_revision")}
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,6 @@
 """What a person does with a finished run, on the quick start's: every way once, with what it printed.
 
-python benchmarks/use_run.py        # where runs/quickstart and runs/quickstart-inputs are; some minutes
+python -m benchmarks.use_run        # where runs/quickstart and runs/quickstart-inputs are; some minutes
 
 Writes docs/quickstart/use.md. A command that fails ends it, and nothing is written.
 """

@@ -1,6 +1,6 @@
 """Time and memory of the warm start's clustering for the 14 B shape: 40 layers, D 5120, 4,096 tokens each, 6 experts.
 
-    python benchmarks/warm_start.py      # prints a table, writes benchmarks/results/warm_start.json
+    python -m benchmarks.warm_start      # prints a table, writes benchmarks/results/warm_start.json
 
 Two processes on one machine, each with half of the sample in bfloat16, run what training runs after the forwards:
 gather a layer, cluster it on rank 0, send the weights to all. The states are synthetic: token types that cross the
@@ -23,8 +23,8 @@ import torch.multiprocessing
 from sklearn.cluster import KMeans
 from torch import Tensor
 
+from benchmarks.tables import measured_on
 from srde_ds.config import Config
-from srde_ds.environment import environment
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.parallel.topology import Topology
 from srde_ds.training.token_sample import TokenSample
@@ -150,7 +150,7 @@ def main() -> None:
             f"| {row['own_domain_share']:.0%} |"
         )
     print(f"load of the machine before the start: {load:.1f}")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     kept["versions"]["scikit-learn"] = sklearn.__version__
     record = {
         "shape": {"layers": LAYERS, "hidden": HIDDEN, "tokens": TOKENS, "experts": DOMAINS, "processes": RANKS},

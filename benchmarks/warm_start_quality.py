@@ -1,7 +1,7 @@
 """Do the warm start's routers send tokens to their domain's expert? SmolLM2-135M and the quick start's six domains.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs
-    python benchmarks/warm_start_quality.py     # prints the tables, writes benchmarks/results/warm_start_quality.json
+    python -m benchmarks.warm_start_quality     # prints the tables, writes benchmarks/results/warm_start_quality.json
 
 Routers are fitted on 512 tokens a domain of the training rows, for several seeds of the draw, and judged on tokens of
 held-out rows: "usable" ones, as the warm start samples them, and "all" but padding. No expert is trained: what is
@@ -21,10 +21,10 @@ import torch
 from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
 
+from benchmarks.tables import measured_on
 from srde_ds.config import DOMAINS, AdapterConfig
 from srde_ds.data.build import build_dataset
 from srde_ds.data.loader import validation_batches
-from srde_ds.environment import environment
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.base import load_base, load_tokenizer
 from srde_ds.training import clustering
@@ -161,7 +161,7 @@ def main() -> None:
             nmi, own = (np.mean(found[method]["usable"][figure], axis=0)[layer] for figure in ("nmi", "own_first"))
             cells.append(f"{nmi:.2f}, {own:.0%}")
         print(f"| {layer + 1} | " + " | ".join(cells) + " |")
-    kept = {key: environment()[key] for key in ("versions", "python", "machine", "git_revision")}
+    kept = measured_on()
     kept["versions"]["scikit-learn"] = sklearn.__version__
     record = {
         "samples_a_domain": PER_DOMAIN,
