@@ -176,6 +176,7 @@ PARTS: dict[str, Callable[[Page, Sequence[Result]], list[str]]] = {
     "optimizer": optimizer_part,
     "ablation": losses_part("ablation"),
     "supports": losses_part("supports"),
+    "causes": losses_part("causes"),
     "routing": routing_part,
 }
 

@@ -1,7 +1,8 @@
-"""Changes of SRDE that are no options of it, tried by the suite `causes`: patches under which a run trains and is
-measured. What wins becomes an option or a default; what does not stays here, so that anyone can measure it again.
+"""Changes of SRDE that are no options of it, tried by the suites `causes` and `routing`.
 
-All are for free deltas of whole neurons on one process, and keep the number of trainable values.
+Each is a patch under which a run trains and is measured. What wins becomes an option or a default; what does not stays
+here, so that anyone can measure it again. All are for free deltas of whole neurons on one process, and keep the number
+of trainable values.
 """
 
 from __future__ import annotations
