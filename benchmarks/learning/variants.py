@@ -127,6 +127,8 @@ VARIANTS: dict[str, Callable[[], Patch]] = {
     "falling with depth": lambda: neurons_by_depth(_linear(25, 5)),
     "rising with depth": lambda: neurons_by_depth(_linear(5, 25)),
     "router temperature 1/4": lambda: router_temperature(0.25),
+    "router temperature 1/2": lambda: router_temperature(0.5),
+    "router temperature 2": lambda: router_temperature(2.0),
     "router temperature 4": lambda: router_temperature(4.0),
     "rate of down x 3": lambda: rate_of_down(3.0),
     "rate of down / 3": lambda: rate_of_down(1 / 3),

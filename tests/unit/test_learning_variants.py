@@ -64,9 +64,9 @@ def test_a_temperature_divides_the_logits() -> None:
     router = model().layers[0].router
     x_TD = torch.randn(5, router.weight.shape[1], generator=torch.Generator().manual_seed(0))
     logits_TE = router(x_TD)
-    for name, temperature in (("router temperature 1/4", 0.25), ("router temperature 4", 4.0)):
-        with patched(name):
-            assert torch.equal(router(x_TD), logits_TE / temperature)
+    for temperature, value in (("1/4", 0.25), ("1/2", 0.5), ("2", 2.0), ("4", 4.0)):
+        with patched(f"router temperature {temperature}"):
+            assert torch.equal(router(x_TD), logits_TE / value)
     assert torch.equal(router(x_TD), logits_TE)
 
 
