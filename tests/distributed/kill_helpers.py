@@ -164,11 +164,11 @@ def wait_to_kill(run: Path, draw: random.Random) -> str:
     if aim == ANY_MOMENT:
         time.sleep(draw.uniform(0, 3))
         return aim
-    sign, longest = ("checkpoint-*.tmp", 0.06) if aim == A_SAVE else ("checkpoint-*.tmp/manifest.json", 0.03)
-    seen = inodes(run, "checkpoint-*") | inodes(run, "checkpoint-*/manifest.json")
+    sign, longest = ("checkpoint-*", 0.06) if aim == A_SAVE else ("checkpoint-*/manifest.json", 0.03)
+    seen = saves(run, "checkpoint-*") | saves(run, "checkpoint-*/manifest.json")
     deadline = time.monotonic() + LAST_SECONDS
     for _ in range(draw.choice([1, 1, 2, 3])):
-        while not (new := inodes(run, sign) - seen):
+        while not (new := saves(run, sign) - seen):
             if (run / "completed.json").exists() or time.monotonic() > deadline:
                 return aim  # there was none any more
             time.sleep(0.0005)
@@ -177,11 +177,13 @@ def wait_to_kill(run: Path, draw: random.Random) -> str:
     return aim
 
 
-def inodes(run: Path, pattern: str) -> set[int]:
+def saves(run: Path, pattern: str) -> set[tuple[int, int]]:
+    """Step and inode of what is there: the same before and after its folder is renamed, so that no save is missed where
+    this process is slow."""
     found = set()
     for path in run.glob(pattern):
         with suppress(FileNotFoundError):  # renamed meanwhile
-            found.add(path.stat().st_ino)
+            found.add((step_in(run / path.relative_to(run).parts[0]), path.stat().st_ino))
     return found
 
 

@@ -18,7 +18,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
     moments = list(
         killed_run(inputs, tmp_path, random.Random(seed), world_size=world_size, in_background=True, most_kills=kills)
     )
-    assert len(moments) == kills
+    assert 1 < len(moments) <= kills  # a quick machine may end the run before the last
     assert any(kill.phase in SAVING for kill in moments)
     assert latest(tmp_path / "killed") == latest(tmp_path / f"unkilled-{world_size}")
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == KEEP
