@@ -17,7 +17,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["srde_ds", "srde_ds.*"]),
-    package_data={"srde_ds.data": ["sources.yaml"]},
+    package_data={"srde_ds.data.sources": ["registry.yaml"]},
     install_requires=[
         "torch>=2.9",
         "deepspeed==0.19.8",
@@ -42,5 +42,5 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "benchmarks": ["peft>=0.18"],  # besides quickstart
     },
-    entry_points={"console_scripts": ["srde-ds = srde_ds.cli:entry_point"]},
+    entry_points={"console_scripts": ["srde-ds = srde_ds.cli.main:entry_point"]},
 )

@@ -19,7 +19,7 @@ from unittest.mock import patch
 from benchmarks.tables import measured_on
 from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.config import resolve
-from srde_ds.training.run_state import RunState
+from srde_ds.training.checkpointing import RunState
 from srde_ds.training.trainer import train
 from tests.data_helpers import sums, write_jsonl
 

@@ -24,8 +24,8 @@ from tests.helpers import adapter_config
 ROOT = Path(__file__).resolve().parents[1]
 
 # Imports what the verb imports, then nothing: the part of the memory that no base changes.
-BARE = "import srde_ds.checkpoint.command"
-VERB = "import sys; from srde_ds.cli import main; sys.exit(main(sys.argv[1:]))"
+BARE = "import srde_ds.export.command"
+VERB = "import sys; from srde_ds.cli.main import main; sys.exit(main(sys.argv[1:]))"
 NAMES = ["a", "b", "c"]
 
 

@@ -24,17 +24,17 @@ import reasoning_gym
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from srde_ds.data.builder import build_from_sources
-from srde_ds.data.clean import write_table
+from srde_ds.data.build.artifacts import slices
+from srde_ds.data.build.from_sources import build_from_sources
+from srde_ds.data.build.options import BuildOptions
+from srde_ds.data.build.report import write_report
+from srde_ds.data.build.row_rules import write_table
+from srde_ds.data.build.selection import DOCUMENTS_A_FILE
+from srde_ds.data.build.tokens import set_tokenizer, tokenize_records
 from srde_ds.data.manifest import load_manifest
-from srde_ds.data.options import BuildOptions
-from srde_ds.data.report import write_report
-from srde_ds.data.selection import DOCUMENTS_A_FILE
-from srde_ds.data.sources import load_sources
-from srde_ds.data.stages import slices
-from srde_ds.data.tasks import generate
-from srde_ds.data.tokens import set_tokenizer, tokenize_records
-from srde_ds.environment import environment
+from srde_ds.data.sources.registry import load_sources
+from srde_ds.data.synthetic.tasks import generate
+from srde_ds.utils.environment import environment
 
 ROUNDS = 5
 LOCAL = {  # domain -> (kind of file, reasoning-gym task, whether its items differ enough to look for duplicates)

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig
-from srde_ds.model import learned
 from srde_ds.model.deltas import DeltaBank, build_deltas
-from srde_ds.model.learned import RelaxedTopK
-from srde_ds.model.pruning import kept_positions
+from srde_ds.model.supports import learned
+from srde_ds.model.supports.learned import RelaxedTopK
+from srde_ds.model.supports.pruning import kept_positions
 
 HIDDEN, EXPERTS, CANDIDATES, KEEP, STEPS, SEEDS = 8, 2, 40, 8, 300, 8
 CONFIG = AdapterConfig(num_experts=EXPERTS, support_scope="per_expert")

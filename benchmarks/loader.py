@@ -20,7 +20,7 @@ from srde_ds.data.loader import RowStream
 from srde_ds.data.mixing import Phase
 from srde_ds.data.packing import Document
 from srde_ds.data.rows import DomainRows, write_split
-from srde_ds.environment import environment
+from srde_ds.utils.environment import environment
 
 DOMAINS = ["math", "logic", "code", "science", "planning", "abstract"]
 PHASES = [Phase(0, (3, 2, 1, 1, 1, 1)), Phase(500_000, (1, 1, 1, 1, 1, 1))]

@@ -16,10 +16,10 @@ from typing import Any
 
 from benchmarks.tables import measured_on
 from srde_ds.config import resolve
-from srde_ds.data.build import build_dataset
-from srde_ds.model.base import load_tokenizer
-from srde_ds.parallel.memory import memory
-from srde_ds.parallel.shapes import base_shape
+from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.planner.memory import memory
+from srde_ds.planner.shapes import base_shape
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import run_distributed
 from tests.distributed.measures import Allocated, allocated, train_measuring

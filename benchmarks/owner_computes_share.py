@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.config import resolve
-from srde_ds.environment import environment
-from srde_ds.parallel.shapes import base_shape
-from srde_ds.parallel.traffic import step_traffic
+from srde_ds.planner.shapes import base_shape
+from srde_ds.planner.traffic import step_traffic
+from srde_ds.utils.environment import environment
 
 BASE = Path(__file__).resolve().parent / "ministral_3_14b"
 CASES: dict[str, dict[str, Any]] = {

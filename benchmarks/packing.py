@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.tables import ROOT, markdown, put_into
 from srde_ds.data.packing import best_fit
-from srde_ds.environment import environment
+from srde_ds.utils.environment import environment
 
 SEEDS = 3
 DOCUMENTS = 5000

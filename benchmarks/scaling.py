@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import ROOT, markdown, put_into
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.config import resolve
-from srde_ds.environment import environment
-from srde_ds.parallel.compute import step_flops
-from srde_ds.parallel.plan import DAY, GB, GIB, Machines, Plan, make_plan
-from srde_ds.parallel.shapes import base_shape
+from srde_ds.planner.flops import step_flops
+from srde_ds.planner.plan import DAY, GB, GIB, Machines, Plan, make_plan
+from srde_ds.planner.shapes import base_shape
+from srde_ds.utils.environment import environment
 
 BASE = Path(__file__).resolve().parent / "ministral_3_14b"
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

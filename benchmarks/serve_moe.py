@@ -32,7 +32,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.tables import markdown, measured_on, put_into
-from srde_ds.checkpoint.command import convert_command
+from srde_ds.export.command import convert_command
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from tests.convert_helpers import trained  # random experts, as the tests have them
 

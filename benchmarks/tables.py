@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from srde_ds.environment import environment
+from srde_ds.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from srde_ds.environment import environment
+from srde_ds.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/quickstart/use.md"

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from benchmarks.tables import measured_on
 from srde_ds.config import Config
+from srde_ds.distributed.processes import Topology
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.parallel.topology import Topology
-from srde_ds.training.token_sample import TokenSample
-from srde_ds.training.warm_start import fit_layers
+from srde_ds.training.warm_start.routers import fit_layers
+from srde_ds.training.warm_start.token_sample import TokenSample
 
 LAYERS, HIDDEN, TOKENS, DOMAINS, TOKENS_A_ROW, RANKS = 40, 5120, 4096, 6, 32, 2
 TOKEN_TYPES, LATENT = 512, 24

@@ -23,13 +23,14 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from benchmarks.tables import measured_on
 from srde_ds.config import DOMAINS, AdapterConfig
-from srde_ds.data.build import build_dataset
+from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.loader import validation_batches
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.model.adapter import SRDEModel, add_experts
-from srde_ds.model.base import load_base, load_tokenizer
-from srde_ds.training import clustering
-from srde_ds.training.token_sample import TokenSample, choose_tokens, special_token_ids
-from srde_ds.training.warm_start import capture_inputs
+from srde_ds.model.base import load_base
+from srde_ds.training.warm_start import clustering
+from srde_ds.training.warm_start.routers import capture_inputs
+from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens, special_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_DOMAIN, LAYERS_SHOWN = 512, 5

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from srde_ds.data.tasks import write_quickstart_data
+from srde_ds.data.synthetic.tasks import write_quickstart_data
 
 TRAIN_ITEMS, HELD_OUT_ITEMS = 1500, 50  # a domain
 PAGE = """---

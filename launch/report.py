@@ -2,7 +2,7 @@
 
 import sys
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["report", *sys.argv[1:]]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.helpers import tiny_llama
 

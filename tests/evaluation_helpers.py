@@ -10,7 +10,7 @@ import torch
 from srde_ds.data.records import Record
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.base import load_base
-from srde_ds.model.weights_file import save_weights
+from srde_ds.weights.file import save_weights
 from tests.data_helpers import tiny_tokenizer
 from tests.helpers import adapter_config, randomize, tiny_llama
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from srde_ds.data import cleaning, supply
-from srde_ds.data.builder import build_from_sources
-from srde_ds.data.options import BuildOptions
-from srde_ds.data.sources import Source
+from srde_ds.data.build import source_records as cleaning
+from srde_ds.data.build.from_sources import build_from_sources
+from srde_ds.data.build.options import BuildOptions
+from srde_ds.data.sources import supply
+from srde_ds.data.sources.registry import Source
 from tests.data_helpers import tiny_tokenizer
 
 ROWS_A_PART = 40

@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.learning.plan import Budget, Plan
 from srde_ds.config import DOMAINS
-from srde_ds.data.build import build_dataset, file_hash
+from srde_ds.data.build.from_jsonl import build_dataset, file_hash
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.records import Record, read_jsonl
-from srde_ds.data.tasks import generate
+from srde_ds.data.synthetic.tasks import generate
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import load_tokenizer
 
 # Jules and Michel Verne, "In the Year 2889" (1889): public domain, Project Gutenberg 19362, shipped by reasoning-gym.
 # Single words of it occur in prompts of the domain `code`; prompts carry no loss.

@@ -26,15 +26,15 @@ from benchmarks.learning.measure import ByDomain, row_losses
 from benchmarks.learning.plan import Flags, Run
 from srde_ds.config import DOMAINS, AdapterConfig, Config, resolve
 from srde_ds.data.loader import RowStream
+from srde_ds.distributed.processes import Topology, start_processes
 from srde_ds.errors import SRDEError
+from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import ROLES, FeedForward, find_feed_forward, load_base
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.router import RoutingContext, RoutingStatistics
-from srde_ds.model.supports import support_size
+from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.schedule import set_learning_rates
-from srde_ds.parallel.topology import Topology, start_processes
-from srde_ds.training.heartbeat import Heartbeat
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.trainer import count_tokens, scheduled_factor, to_device

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     from benchmarks.learning import methods, worker
     from benchmarks.learning.data import describe_base, prepare
-    from srde_ds.environment import environment
+    from srde_ds.utils.environment import environment
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SRDEError("device=cuda: torch sees no GPU here. Give --device cpu.")

@@ -24,9 +24,9 @@ from srde_ds.model.base import FeedForward, Gather
 from srde_ds.model.deltas import DeltaBank, FreeNeuronDeltas, build_deltas
 from srde_ds.model.router import Router
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.model.supports import select_support
+from srde_ds.model.supports.selection import select_support
 from srde_ds.optim import gram_muon
-from srde_ds.training.stages import Stages
+from srde_ds.training.engine_rebuild import Stages
 
 Patch = AbstractContextManager[Any]
 LAYERS = 30  # of SmolLM2-135M

@@ -15,7 +15,7 @@ from benchmarks.learning import measure, methods
 from benchmarks.learning.data import Inputs, describe_base, prepare
 from benchmarks.learning.plan import Record, Run
 from benchmarks.learning.variants import patched
-from srde_ds.environment import environment
+from srde_ds.utils.environment import environment
 
 
 class Worker:

@@ -15,13 +15,13 @@ from srde_ds.checkpoint.layout import COMMON, io_reason, read_manifest
 from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
 from srde_ds.checkpoint.save import CheckpointSaver, Collectives
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
-from srde_ds.config_values import checked
+from srde_ds.config.values import checked
+from srde_ds.distributed.tensor_shard import KINDS, TensorPiece
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, empty_base
-from srde_ds.model.pruning import at_positions, kept_positions
-from srde_ds.model.supports import support_hash, support_size
-from srde_ds.model.weights_file import AdapterMetadata
-from srde_ds.parallel.pieces import KINDS, TensorPiece
+from srde_ds.model.supports.pruning import at_positions, kept_positions
+from srde_ds.model.supports.selection import support_hash, support_size
+from srde_ds.weights.file import AdapterMetadata
 
 Result = TypeVar("Result")
 

@@ -37,8 +37,8 @@ from srde_ds.checkpoint.layout import (
     write_manifest,
 )
 from srde_ds.checkpoint.shards import FileRecord, ShardIndex, shard_name, write_shard, write_tensors
+from srde_ds.distributed.tensor_shard import TensorPiece
 from srde_ds.errors import SRDEError
-from srde_ds.parallel.pieces import TensorPiece
 
 logger = logging.getLogger(__name__)
 

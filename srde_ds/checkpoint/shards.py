@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from srde_ds.distributed.tensor_shard import KINDS, TensorPiece
 from srde_ds.errors import SRDEError, nearest
-from srde_ds.parallel.pieces import KINDS, TensorPiece
 
 CHUNK_BYTES = 16 * 2**20
 DTYPE_NAMES = {

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from srde_ds.environment import package_versions
+from srde_ds.utils.environment import package_versions
 
 CONNECT_SECONDS = 5.0
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from srde_ds.errors import SRDEError
-from srde_ds.training.heartbeat import FILE
+from srde_ds.liveness.heartbeat import FILE
 
 logger = logging.getLogger(__name__)
 

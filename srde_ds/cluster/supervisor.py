@@ -28,7 +28,7 @@ from srde_ds.cluster.hosts import Host, format_hostfile, read_hostfile
 from srde_ds.cluster.leftovers import VARIABLE, end_on_hosts, end_session
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
-from srde_ds.training.heartbeat import FILE as HEARTBEAT
+from srde_ds.liveness.heartbeat import FILE as HEARTBEAT
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DOMAINS, resolve
-from srde_ds.config_values import load_yaml
+from srde_ds.config.values import load_yaml
 from srde_ds.data.records import Record, read_jsonl
-from srde_ds.environment import environment
 from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.sandbox import protections
@@ -24,7 +23,8 @@ from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import load_model
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.weights_file import read_metadata
+from srde_ds.utils.environment import environment
+from srde_ds.weights.file import read_metadata
 
 _log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import torch
 
 from srde_ds.errors import SRDEError
 from srde_ds.inference.load import find_weights, load_model
-from srde_ds.launcher import launched_world_size
+from srde_ds.utils.launcher import launched_world_size
 
 try:
     from lm_eval.__main__ import cli_evaluate

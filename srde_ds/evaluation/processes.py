@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from srde_ds.errors import LostContact, SRDEError
-from srde_ds.launcher import launched_rank, launched_world_size, stop_processes
+from srde_ds.utils.launcher import launched_rank, launched_world_size, stop_processes
 
 # All are started together.
 MEETING = datetime.timedelta(minutes=10)

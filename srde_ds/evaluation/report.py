@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from srde_ds.config_values import load_yaml
+from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from srde_ds.checkpoint.convert import export_weights
 from srde_ds.checkpoint.resume import find_checkpoint
-from srde_ds.model.weights_file import WEIGHTS, folder_weights
+from srde_ds.export.weights import export_weights
+from srde_ds.weights.file import WEIGHTS, folder_weights
 
 
 def resolve_weights(path: str | Path, scratch: str | Path) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
-from srde_ds.launcher import launched_rank
+from srde_ds.utils.launcher import launched_rank
 
 MAX_TOKENS = 16384
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, load_adapter
-from srde_ds.model.base import load_tokenizer
-from srde_ds.model.weights_file import WEIGHTS, folder_weights, read_metadata
+from srde_ds.weights.file import WEIGHTS, folder_weights, read_metadata
 
 
 def find_weights(path: str | Path) -> Path:

@@ -17,16 +17,16 @@ from transformers.utils import ModelOutput
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
+from srde_ds.hub.card import is_run
+from srde_ds.hub.sharing import find_adapter, push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
 from srde_ds.model.base import FeedForward, Gather, load_base, no_gather
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
-from srde_ds.model.model_card import is_run
 from srde_ds.model.router import RoutingContext
-from srde_ds.model.sharing import find_adapter, push_adapter, save_adapter
-from srde_ds.model.supports import support_hash, support_shape
-from srde_ds.model.weights_file import AdapterMetadata, expert_index, open_weights, read_metadata
+from srde_ds.model.supports.selection import support_hash, support_shape
+from srde_ds.weights.file import AdapterMetadata, expert_index, open_weights, read_metadata
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable

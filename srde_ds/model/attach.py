@@ -14,7 +14,7 @@ from srde_ds.model.base import FeedForward, Gather, base_identity, find_feed_for
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.router import Router, RoutingContext, RoutingStatistics
-from srde_ds.model.supports import kept_size, select_support, support_shape, support_size
+from srde_ds.model.supports.selection import kept_size, select_support, support_shape, support_size
 
 SupportChooser = Callable[[int, FeedForward], Tensor]
 """From a layer's number and block to its support"""

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from srde_ds.errors import SRDEError
+from srde_ds.utils.pretrained import load_pretrained
 
 # Makes the given parameters readable inside the context (they are parts of one layer); with ZeRO-3: GatheredParameters.
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -82,8 +80,8 @@ def load_base(
         SRDEError: no such folder or id, no language model for its configuration, or weights that are missing
             (transformers alone would fill them with random values).
     """
-    config = _pretrained(AutoConfig, "model", model_name, revision=revision)
-    model, report = _pretrained(
+    config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
+    model, report = load_pretrained(
         _auto_class(config),
         "model",
         model_name,
@@ -106,7 +104,7 @@ def base_configuration(model_name: str | Path, *, revision: str | None = None) -
     Raises:
         SRDEError: no such folder or id.
     """
-    config: PretrainedConfig = _pretrained(AutoConfig, "model", model_name, revision=revision)
+    config: PretrainedConfig = load_pretrained(AutoConfig, "model", model_name, revision=revision)
     return config
 
 
@@ -116,7 +114,7 @@ def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTra
     Raises:
         SRDEError: no such folder or id, or no language model for its configuration.
     """
-    config = _pretrained(AutoConfig, "model", model_name, revision=revision)
+    config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
     try:
         with torch.device("meta"):
             return _auto_class(config).from_config(config)
@@ -127,22 +125,6 @@ def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTra
 
 def _auto_class(config: Any) -> Any:
     return AutoModelForCausalLM if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else AutoModelForImageTextToText
-
-
-def load_tokenizer(model_name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face id or local folder; SRDEError if there is none."""
-    return _pretrained(AutoTokenizer, "tokenizer", model_name, revision=revision)
-
-
-def _pretrained(auto: Any, what: str, model_name: str | Path, **kwargs: Any) -> Any:
-    try:
-        return auto.from_pretrained(str(model_name), **kwargs)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise SRDEError(
-            f"model_name={str(model_name)!r}: cannot load the {what}; give a Hugging Face id or a folder written by "
-            f"save_pretrained ({reason})"
-        ) from error
 
 
 def base_identity(model: PreTrainedModel, *, gather: Gather = no_gather) -> dict[str, str | int]:

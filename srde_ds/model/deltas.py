@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from srde_ds.config import AdapterConfig
-from srde_ds.model.learned import BLOCK_SIZE, SupportGate
 from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.supports.learned import BLOCK_SIZE, SupportGate
 
 # sigma(2) = 0.88: a fresh atom passes almost unscaled, so its learning rate keeps its meaning, and the gate is
 # still steep enough (slope 0.1) to close.

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from srde_ds.config import AdapterConfig, Config
 from srde_ds.data.loader import validation_batches
+from srde_ds.distributed.base_pass import backward_base, base_alone, forward_base
+from srde_ds.distributed.engine import Engine, gather
+from srde_ds.distributed.processes import Topology, broadcast_from_main
+from srde_ds.distributed.reproducible_sums import RowSum, ShardedRowSum
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base import ROLES
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.model.supports import activation_scores, best_entries, random_subset
-from srde_ds.parallel.base_pass import backward_base, base_alone, forward_base
-from srde_ds.parallel.engine import Engine, gather
-from srde_ds.parallel.row_sums import RowSum, ShardedRowSum
-from srde_ds.parallel.topology import Topology, broadcast_from_main
+from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
 
 def calibrate_supports(

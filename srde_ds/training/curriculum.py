@@ -11,13 +11,13 @@ from torch import Tensor
 
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
-from srde_ds.parallel.engine import Engine
-from srde_ds.parallel.topology import Topology
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology
 from srde_ds.training.balancing import domain_target, update_biases
-from srde_ds.training.held_out import Batch, HeldOut, forced_experts
-from srde_ds.training.phases import StepPlan, plan_of_step, pretrain_steps, warm_start_step
-from srde_ds.training.run_state import RunState
-from srde_ds.training.warm_start import warm_start_routers
+from srde_ds.training.checkpointing import RunState
+from srde_ds.training.reporting.held_out import Batch, HeldOut, forced_experts
+from srde_ds.training.schedule import StepPlan, plan_of_step, pretrain_steps, warm_start_step
+from srde_ds.training.warm_start.routers import warm_start_routers
 
 
 class Curriculum:

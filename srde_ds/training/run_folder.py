@@ -12,17 +12,17 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
-from srde_ds.data.build import build_dataset
+from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
-from srde_ds.environment import environment
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
-from srde_ds.launcher import launched_world_size
-from srde_ds.model.base import load_tokenizer
-from srde_ds.parallel.ds_config import derive_ds_config
-from srde_ds.parallel.shapes import base_shape
-from srde_ds.training.metrics import load_trackers
-from srde_ds.training.phases import check_schedule
+from srde_ds.planner.shapes import base_shape
+from srde_ds.training.reporting.metrics import load_trackers
+from srde_ds.training.schedule import check_schedule
+from srde_ds.utils.environment import environment
+from srde_ds.utils.launcher import launched_world_size
 
 
 def check_inputs(config: Config) -> None:

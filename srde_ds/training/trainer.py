@@ -13,19 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from srde_ds.checkpoint.convert import export_weights
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.errors import LostContact, SRDEError
-from srde_ds.launcher import launched_world_size, stop_processes
-from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
-from srde_ds.parallel import placement
-from srde_ds.parallel.contact import VERDICT_SECONDS, contact
-from srde_ds.parallel.engine import Engine
-from srde_ds.parallel.parents import LauncherWatch
-from srde_ds.parallel.status import doing
-from srde_ds.parallel.topology import (
+from srde_ds.distributed import zero_placement as placement
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import (
     Topology,
     adopt_launcher,
     all_reduce_max,
@@ -35,11 +28,20 @@ from srde_ds.parallel.topology import (
     on_main_rank,
     start_processes,
 )
+from srde_ds.errors import LostContact, SRDEError
+from srde_ds.export.weights import export_weights
+from srde_ds.liveness.contact import VERDICT_SECONDS, contact
+from srde_ds.liveness.heartbeat import Heartbeat
+from srde_ds.liveness.launcher_watch import LauncherWatch
+from srde_ds.liveness.status import doing
+from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
+from srde_ds.training.checkpointing import RunState
+from srde_ds.training.consistency import facts
 from srde_ds.training.curriculum import Curriculum
-from srde_ds.training.facts import facts
-from srde_ds.training.heartbeat import Heartbeat
-from srde_ds.training.held_out import Batch, HeldOut
-from srde_ds.training.metrics import MetricsWriter, ProgressLine, memory_gib
+from srde_ds.training.engine_rebuild import Stages
+from srde_ds.training.reporting.held_out import Batch, HeldOut
+from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine, memory_gib
+from srde_ds.training.reporting.step_metrics import ExpertWatch, expert_metrics, sum_over_ranks
 from srde_ds.training.run_folder import (
     check_inputs,
     check_run_folder,
@@ -48,10 +50,8 @@ from srde_ds.training.run_folder import (
     prepare_data,
     row_mixing,
 )
-from srde_ds.training.run_state import RunState
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.stages import Stages
-from srde_ds.training.step_metrics import ExpertWatch, expert_metrics, sum_over_ranks
+from srde_ds.utils.launcher import launched_world_size, stop_processes
 
 
 def train(config: Config) -> None:
@@ -62,7 +62,7 @@ def train(config: Config) -> None:
     Raises:
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
             with the step's number; ranks that differ in software, options or data.
-        LostContact: rank 0 was not there. Later a lost rank ends this process (parallel/contact.py).
+        LostContact: rank 0 was not there. Later a lost rank ends this process (liveness/contact.py).
     """
     adopt_launcher()
     rank, timeout = launched_rank(), config.parallel.collective_timeout

@@ -8,7 +8,7 @@ from signal import SIGTERM
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from tests.cluster.hosts import Hosts, missing
 from tests.cluster.training import ENVIRONMENT, TRAIN, arguments, small_run
 from tests.distributed.training_helpers import Inputs, assert_same_training, latest, metrics

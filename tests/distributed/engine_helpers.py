@@ -11,7 +11,7 @@ import torch
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.parallel.pieces import TensorPiece
+from srde_ds.distributed.tensor_shard import TensorPiece
 
 
 def training_rows(config: Config) -> datasets.Dataset:
@@ -40,7 +40,7 @@ def run_steps(engine: Any, config: Config, topology: Any, steps: int = 1) -> Non
 
 def state(engine: Any) -> list[TensorPiece]:
     """This rank's masters and optimizer states."""
-    from srde_ds.parallel.placement import state_pieces
+    from srde_ds.distributed.zero_placement import state_pieces
 
     return state_pieces(engine.deepspeed, engine.model, engine.optimizer)
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from srde_ds.config import Config, resolve
 from srde_ds.data.loader import collate
 from srde_ds.errors import SRDEError
-from srde_ds.model.supports import support_size
+from srde_ds.model.supports.selection import support_size
 from srde_ds.training.calibration import choose_rows
 from tests.distributed.engine_helpers import run_steps, state, training_rows
 from tests.distributed.harness import Ranks
@@ -61,9 +61,9 @@ def one_gradient_at_a_time() -> Iterator[list[int]]:
 
 def calibrated(options: dict[str, Any]) -> dict[str, list[Tensor]]:
     """The supports of all layers by each strategy."""
-    from srde_ds.parallel.engine import build_engine, build_model
-    from srde_ds.parallel.shapes import base_shape
-    from srde_ds.parallel.topology import start_processes
+    from srde_ds.distributed.engine import build_engine, build_model
+    from srde_ds.distributed.processes import start_processes
+    from srde_ds.planner.shapes import base_shape
     from srde_ds.training.calibration import calibrate_supports
 
     config = resolve({}, options)
@@ -143,8 +143,8 @@ def test_supports_are_those_of_the_dense_model_on_any_number_of_ranks(
 
 def states_with_and_without_calibration(options: dict[str, Any]) -> list[list[Any]]:
     """Two steps after a calibration, and two with its supports given."""
-    from srde_ds.parallel.engine import build_engine, build_model
-    from srde_ds.parallel.topology import start_processes
+    from srde_ds.distributed.engine import build_engine, build_model
+    from srde_ds.distributed.processes import start_processes
     from srde_ds.training.calibration import calibrate_supports
 
     config = resolve({}, options)
@@ -200,8 +200,8 @@ def test_a_domain_without_rows_is_named(inputs: Inputs, tmp_path: Path) -> None:
 
 
 def calibrate_without_responses(options: dict[str, Any]) -> str:
-    from srde_ds.parallel.engine import build_engine, build_model
-    from srde_ds.parallel.topology import start_processes
+    from srde_ds.distributed.engine import build_engine, build_model
+    from srde_ds.distributed.processes import start_processes
     from srde_ds.training.calibration import calibrate_supports
 
     config = resolve({}, options)
@@ -222,7 +222,7 @@ def row_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Both kinds of sums of `rows` and once more of the first half, on this rank."""
     import torch.distributed as dist
 
-    from srde_ds.parallel.row_sums import RowSum, ShardedRowSum
+    from srde_ds.distributed.reproducible_sums import RowSum, ShardedRowSum
 
     rank, world_size, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
     sums = [(RowSum(rows.shape[1], cpu), ShardedRowSum(rows.shape[1])) for _ in range(2)]

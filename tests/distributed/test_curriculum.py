@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.shards import ShardIndex
-from srde_ds.parallel.pieces import TensorPiece
-from srde_ds.training.phases import ALL_KINDS, DELTA_MASKS, DELTA_VALUES, ROUTERS
+from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.training.schedule import ALL_KINDS, DELTA_MASKS, DELTA_VALUES, ROUTERS
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
 from tests.distributed.training_helpers import (

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.parallel.activations import checkpointed_input, head_activations, layer_activations, shared_activations
-from srde_ds.parallel.memory import memory
-from srde_ds.parallel.shapes import base_shape
-from srde_ds.parallel.traffic import choose_transport
+from srde_ds.planner.activations import checkpointed_input, head_activations, layer_activations, shared_activations
+from srde_ds.planner.memory import memory
+from srde_ds.planner.shapes import base_shape
+from srde_ds.planner.traffic import choose_transport
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import Allocated, allocated, count_saved, train_measuring
 from tests.distributed.training_helpers import MAX_LENGTH, Inputs
@@ -31,7 +31,7 @@ def run_flags(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
 
 def saved(flags: dict[str, Any]) -> tuple[int, float]:
     """Bytes that autograd keeps of the second step's forward, and the share of labelled positions."""
-    from srde_ds.parallel.engine import Engine
+    from srde_ds.distributed.engine import Engine
 
     forward, found = Engine.forward, []
 

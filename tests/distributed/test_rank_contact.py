@@ -19,7 +19,7 @@ from tests.distributed.training_helpers import Inputs, train_here
 
 def train_otherwise(flags: dict[str, Any], rank_1: dict[str, Any], transformers: str) -> str | None:
     """`train_here`, with other options and another version of transformers on rank 1."""
-    from srde_ds.training import facts
+    from srde_ds.training import consistency as facts
 
     if dist.get_rank() == 0:
         return train_here(flags)
@@ -42,7 +42,7 @@ def test_ranks_that_differ_are_refused(inputs: Inputs, two_ranks: Ranks, tmp_pat
 
 def group_timeouts() -> set[float]:
     """Seconds of all process groups after DeepSpeed has made one of its own."""
-    from srde_ds.parallel import topology
+    from srde_ds.distributed import processes as topology
 
     dist.destroy_process_group()  # the harness's
     topology.start_processes(33)

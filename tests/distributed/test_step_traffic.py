@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from srde_ds.config import resolve
-from srde_ds.model.base import load_tokenizer
-from srde_ds.parallel.shapes import base_shape
-from srde_ds.parallel.traffic import step_traffic
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.planner.shapes import base_shape
+from srde_ds.planner.traffic import step_traffic
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import Received, count_collectives, train_measuring
 from tests.distributed.training_helpers import Inputs

@@ -56,7 +56,7 @@ def train_with_warnings(flags: dict[str, Any]) -> tuple[str | None, list[str]]:
     texts: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("srde_ds.training.run_state")
+    logger = logging.getLogger("srde_ds.training.checkpointing")
     logger.addHandler(handler)
     try:
         return train_here(flags), texts

@@ -60,7 +60,7 @@ def test_an_update_that_breaks_the_model_is_not_saved(inputs: Inputs, two_ranks:
 def train_with_a_cut_expert(flags: dict[str, Any]) -> str | None:
     """`train_here`, but no gradient reaches the delta of expert 1, and that counts after few tokens."""
     from srde_ds.model.dispatch import LocalDispatch
-    from srde_ds.training import step_metrics
+    from srde_ds.training.reporting import step_metrics
 
     original: Any = LocalDispatch.neuron
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.config_values import load_yaml
+from srde_ds.config.values import load_yaml
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.model.adapter import load_adapter

@@ -17,9 +17,9 @@ from tests.distributed.training_helpers import Inputs, train_here
 
 def misplacements(flags: dict[str, Any]) -> dict[str, str]:
     """The message of `verify_placement` for each thing that can be wrong; "" where it finds nothing."""
-    from srde_ds.parallel.engine import build_engine, build_model
-    from srde_ds.parallel.placement import verify_placement
-    from srde_ds.parallel.topology import start_processes
+    from srde_ds.distributed.engine import build_engine, build_model
+    from srde_ds.distributed.processes import start_processes
+    from srde_ds.distributed.zero_placement import verify_placement
 
     config = resolve({}, flags)
     topology = start_processes(60)
@@ -66,7 +66,7 @@ def test_an_expert_in_the_wrong_place_is_named(inputs: Inputs, two_ranks: Ranks,
 
 
 def train_without_padding(flags: dict[str, Any]) -> str | None:
-    from srde_ds.parallel import engine
+    from srde_ds.distributed import engine
 
     def unpadded(*args: Any, row_multiple: int, **kwargs: Any) -> Any:
         return add_experts(*args, **kwargs)

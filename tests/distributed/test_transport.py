@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.config import Config, resolve
+from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts
+from srde_ds.distributed.transport import DeltaTransport, TokenTransport
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import element_experts, neuron_experts
 from srde_ds.model.router import RoutingContext
-from srde_ds.model.supports import support_size, value_count
-from srde_ds.parallel.expert_parallel import ExpertGroups, cut_experts
-from srde_ds.parallel.shapes import BaseShape, LayerShape
-from srde_ds.parallel.traffic import transport_bytes
-from srde_ds.parallel.transport import DeltaTransport, TokenTransport
+from srde_ds.model.supports.selection import support_size, value_count
+from srde_ds.planner.shapes import BaseShape, LayerShape
+from srde_ds.planner.traffic import transport_bytes
 from tests.distributed.harness import Ranks
 from tests.helpers import randomize, tiny_srde
 

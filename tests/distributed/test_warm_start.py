@@ -25,7 +25,7 @@ from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import load_base
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.training.clustering import TARGET_GAP, RouterFit, fit_router
+from srde_ds.training.warm_start.clustering import TARGET_GAP, RouterFit, fit_router
 from tests.distributed.harness import Ranks, run_distributed
 from tests.distributed.training_helpers import DOMAINS, Inputs
 
@@ -36,8 +36,8 @@ SAMPLES = 24
 @contextmanager
 def running_engine(flags: dict[str, Any]) -> Iterator[tuple[Any, Any, Any]]:
     """Engine, config and topology in this process of a group."""
-    from srde_ds.parallel.engine import build_engine, build_model
-    from srde_ds.parallel.topology import start_processes
+    from srde_ds.distributed.engine import build_engine, build_model
+    from srde_ds.distributed.processes import start_processes
 
     config = resolve({}, flags)
     topology = start_processes(60)
@@ -63,7 +63,7 @@ def random_trainables(engine: Any) -> dict[str, Tensor]:
 
 
 def routers(engine: Any) -> list[Tensor]:
-    from srde_ds.parallel.engine import gather
+    from srde_ds.distributed.engine import gather
 
     found = []
     for layer in engine.model.layers:
@@ -104,9 +104,9 @@ def flags_of(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
 
 def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
     """Warm start of an engine whose trainables are random: report, routers before and after, and the whole state."""
-    from srde_ds.parallel import placement
-    from srde_ds.parallel.assign import write_trainables
-    from srde_ds.training.warm_start import warm_start_routers
+    from srde_ds.distributed import zero_placement as placement
+    from srde_ds.distributed.write_trainables import write_trainables
+    from srde_ds.training.warm_start.routers import warm_start_routers
 
     with running_engine(flags) as (engine, config, topology):
         write_trainables(engine, random_trainables(engine))
@@ -204,8 +204,8 @@ def test_other_configurations(inputs: Inputs, two_ranks: Ranks, tmp_path: Path, 
 
 def inputs_under_routing(flags: dict[str, Any]) -> dict[str, Any]:
     """What the second layer's router gets in a warm start with these flags; every expert's deltas are large."""
-    from srde_ds.parallel.assign import write_trainables
-    from srde_ds.training import warm_start
+    from srde_ds.distributed.write_trainables import write_trainables
+    from srde_ds.training.warm_start import routers as warm_start
 
     seen: list[np.ndarray] = []
 
@@ -234,7 +234,7 @@ def test_inputs_are_those_with_trained_experts_each_on_its_domain(
 
 def planted_base(folder: Path, base: str) -> Path:
     """The shared tiny base with embeddings of tokens 30-59, 60-89 and 90-119 around three directions."""
-    from srde_ds.model.base import load_tokenizer
+    from srde_ds.data.tokenizer import load_tokenizer
 
     model = load_base(base, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -263,7 +263,7 @@ def planted_rows() -> datasets.Dataset:
 
 
 def warm_started_on_planted_rows(flags: dict[str, Any]) -> dict[str, Any]:
-    from srde_ds.training.warm_start import warm_start_routers
+    from srde_ds.training.warm_start.routers import warm_start_routers
 
     rows = planted_rows()
     with running_engine(flags) as (engine, config, topology):
@@ -287,8 +287,8 @@ def test_planted_domains_are_recovered(inputs: Inputs, two_ranks: Ranks, tmp_pat
 
 def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:
     """How many layers' inputs this rank still holds when the next ones are gathered, and how many rows come."""
-    from srde_ds.parallel.main_rank import gather_rows
-    from srde_ds.training import warm_start
+    from srde_ds.distributed.main_rank import gather_rows
+    from srde_ds.training.warm_start import routers as warm_start
 
     alive: list[int] = []
     gathered: list[int | None] = []
@@ -321,7 +321,7 @@ def test_rank_0_holds_one_layer_at_a_time(inputs: Inputs, two_ranks: Ranks, tmp_
 
 
 def warm_start_with_failure(flags: dict[str, Any], kind: str) -> str:
-    from srde_ds.training import warm_start
+    from srde_ds.training.warm_start import routers as warm_start
 
     def fail(*args: Any, **kwargs: Any) -> RouterFit:
         raise SRDEError("planted") if kind == "user" else RuntimeError("planted bug")
@@ -351,7 +351,7 @@ def set_timeout(seconds: float) -> None:
 
 def slow_warm_start(flags: dict[str, Any]) -> float:
     """Clustering one layer takes longer than a collective may wait; the seconds that all layers took."""
-    from srde_ds.training import warm_start
+    from srde_ds.training.warm_start import routers as warm_start
 
     def slow(*args: Any, layer: int, **kwargs: Any) -> RouterFit:
         time.sleep(SLOW if layer == 0 else 0)
@@ -378,7 +378,7 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
 
 def slow_main_rank() -> str:
     """What a rank sees that waits in one collective; rank 0 does not communicate before it must."""
-    from srde_ds.parallel.topology import on_main_rank, start_processes
+    from srde_ds.distributed.processes import on_main_rank, start_processes
 
     topology = start_processes(60)
     set_timeout(TIMEOUT)
@@ -398,9 +398,9 @@ def test_clustering_may_take_longer_than_a_collective_waits(inputs: Inputs, tmp_
 
 def written(flags: dict[str, Any]) -> dict[str, Any]:
     """Every trainable set to given values: what state_pieces and the gathered parameters hold then."""
-    from srde_ds.parallel import placement
-    from srde_ds.parallel.assign import write_trainables
-    from srde_ds.parallel.engine import gather
+    from srde_ds.distributed import zero_placement as placement
+    from srde_ds.distributed.engine import gather
+    from srde_ds.distributed.write_trainables import write_trainables
 
     with running_engine(flags) as (engine, _, _):
         values = random_trainables(engine)

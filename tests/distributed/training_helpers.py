@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from srde_ds.config import Config, resolve
-from srde_ds.data.build import build_dataset
+from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
@@ -124,7 +124,7 @@ def make_inputs(folder: Path) -> Inputs:
 
 def train_here(flags: dict[str, Any]) -> str | None:
     """`srde-ds train` on this process of a group, which stays usable; the message of its SRDEError, if any."""
-    from srde_ds.parallel.topology import barrier
+    from srde_ds.distributed.processes import barrier
     from srde_ds.training import trainer
 
     try:

@@ -23,8 +23,8 @@ Whole = dict[tuple[int, str], dict[str, Tensor]]
 
 def train_tracing(flags: dict[str, Any], steps: Iterable[int]) -> Trace:
     """Train here; the pieces of this rank in these steps (from 1)."""
-    from srde_ds.parallel import placement
-    from srde_ds.parallel.topology import deepspeed
+    from srde_ds.distributed import zero_placement as placement
+    from srde_ds.distributed.processes import deepspeed
     from srde_ds.training import trainer
 
     zero = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3

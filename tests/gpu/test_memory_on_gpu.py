@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.data.build import build_dataset
-from srde_ds.parallel.memory import memory
-from srde_ds.parallel.shapes import base_shape
+from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.planner.memory import memory
+from srde_ds.planner.shapes import base_shape
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import train_measuring
@@ -30,7 +30,7 @@ LENGTH = 512
 
 def peak(flags: dict[str, Any]) -> tuple[int, float]:
     """Most bytes allocated in the second step, and the largest share of labelled positions in a micro-batch."""
-    from srde_ds.parallel.engine import Engine
+    from srde_ds.distributed.engine import Engine
 
     forward, labelled = Engine.forward, []
 

@@ -14,13 +14,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from srde_ds.checkpoint.moe_config import WIDTH_MULTIPLE
-from srde_ds.checkpoint.moe_export import write_moe
-from srde_ds.checkpoint.stored import open_adapter, select_experts
 from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import open_adapter, select_experts
+from srde_ds.export.moe import write_moe
+from srde_ds.export.moe_config import WIDTH_MULTIPLE
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base_files import BaseFiles
-from srde_ds.model.weights_file import save_weights
+from srde_ds.weights.file import save_weights
 from tests.convert_helpers import BASES, SIZES, Trained, reload, save_base, smollm2, trained
 from tests.helpers import tokens
 
@@ -230,7 +230,7 @@ def test_rotary_embeddings_that_depend_on_a_length_it_would_lower(tmp_path: Path
 WITHOUT_DEEPSPEED = """
 import sys, torch
 sys.modules["deepspeed"] = None
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 assert not torch.cuda.is_available()
 sys.exit(main(sys.argv[1:]))
 """

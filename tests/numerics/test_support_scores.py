@@ -14,8 +14,8 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.deltas import DeltaBank, build_deltas
-from srde_ds.model.learned import OverlapLoss, RelaxedTopK, SupportGate, kept_entries
-from srde_ds.model.supports import check_support, select_support
+from srde_ds.model.supports.learned import OverlapLoss, RelaxedTopK, SupportGate, kept_entries
+from srde_ds.model.supports.selection import check_support, select_support
 from tests.helpers import adapter_config, randomize, tiny_srde, tokens
 
 D, E, C, KEEP = 4, 3, 150, 70  # for blocks of 64: two whole ones and one of 22

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter, parameter_table
-from srde_ds.model.weights_file import read_metadata, save_weights
+from srde_ds.weights.file import read_metadata, save_weights
 from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
 
 D, F, E = 32, 96, 3

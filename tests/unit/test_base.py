@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from srde_ds.model.base import base_identity, find_feed_forward, load_base, load_tokenizer, verify_block
+from srde_ds.model.base import base_identity, find_feed_forward, load_base, verify_block
 from tests.helpers import adapter_config, tiny_llama, tiny_srde, tokens
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srde_ds.checkpoint.convert import export_weights
 from srde_ds.checkpoint.shards import TensorPiece
 from srde_ds.errors import SRDEError
+from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter, read_metadata
 from tests.checkpoint_helpers import cut, save
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
@@ -22,7 +22,7 @@ WITHOUT_DEEPSPEED = """
 import sys
 sys.modules["deepspeed"] = None
 import torch
-from srde_ds.checkpoint.convert import export_weights
+from srde_ds.export.weights import export_weights
 assert not torch.cuda.is_available()
 print(export_weights(sys.argv[1], sys.argv[2]))
 """

@@ -23,8 +23,8 @@ from srde_ds.checkpoint.resume import (
 )
 from srde_ds.checkpoint.shards import read_pieces
 from srde_ds.errors import SRDEError
+from srde_ds.training.checkpointing import check_saved
 from srde_ds.training.random_state import random_state, set_random_state
-from srde_ds.training.run_state import check_saved
 from tests.checkpoint_helpers import blank, cut, make_tensors, save
 
 CASES = 250

@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 import srde_ds
-from srde_ds.cli import VERBS, main
+from srde_ds.cli.flags import Parser
+from srde_ds.cli.main import VERBS, main
+from srde_ds.cli.train import train_config
 from srde_ds.config import Config
-from srde_ds.verbs.flags import Parser
-from srde_ds.verbs.training import train_config
 from tests.cli_helpers import POSITIONS, fails, flags
 from tests.helpers import tiny_llama
 
@@ -227,7 +227,7 @@ def test_each_verb_has_a_script() -> None:
 def test_a_dry_run_starts_nothing(base: str, tmp_path: Path) -> None:
     options = {"model_name": base, "output_dir": str(tmp_path / "run"), "max_length": POSITIONS, "num_experts": 3}
     program = (
-        "import sys; from srde_ds.cli import main\n"
+        "import sys; from srde_ds.cli.main import main\n"
         "status = main(sys.argv[1:])\n"
         "assert 'deepspeed' not in sys.modules\n"
         "sys.exit(status)"

@@ -10,8 +10,8 @@ import sklearn.cluster
 import torch
 
 from srde_ds.errors import SRDEError
-from srde_ds.training import clustering
-from srde_ds.training.clustering import TARGET_GAP, RouterFit, align, fit_router
+from srde_ds.training.warm_start import clustering
+from srde_ds.training.warm_start.clustering import TARGET_GAP, RouterFit, align, fit_router
 
 
 def planted(

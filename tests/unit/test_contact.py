@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from srde_ds.parallel import contact
-from srde_ds.parallel.contact import Contact, _Hub, _Link
-from srde_ds.parallel.status import Report, Reporter, doing
-from srde_ds.parallel.verdict import Peer, Verdict, judge
+from srde_ds.liveness import contact
+from srde_ds.liveness.contact import Contact, _Hub, _Link
+from srde_ds.liveness.status import Report, Reporter, doing
+from srde_ds.liveness.verdict import Peer, Verdict, judge
 
 
 def report(rank: int, **changes: object) -> Report:
@@ -142,7 +142,7 @@ def test_rank_0_is_missed_too_unless_it_said_goodbye(verdicts: dict[int, Verdict
 
 
 def test_an_error_is_passed_on_after_the_grace(verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srde_ds.parallel.verdict.GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("srde_ds.liveness.verdict.GRACE_SECONDS", 0.1)
     hub = _Hub(2, 100, 100, "token")
     link = _Link(1, "127.0.0.1", hub.port, "token", 100)
     until(lambda: 1 in hub._peers)
@@ -175,7 +175,7 @@ def test_a_report_says_what_the_process_does() -> None:
 
 CHILD = """
 import sys, time
-from srde_ds.parallel.parents import LauncherWatch
+from srde_ds.liveness.launcher_watch import LauncherWatch
 watch = LauncherWatch()
 print("ready", len(watch._watched), flush=True)
 time.sleep(60)

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from srde_ds.checkpoint.merge import write_dense
-from srde_ds.checkpoint.moe_export import write_moe
-from srde_ds.checkpoint.stored import open_adapter
 from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import open_adapter
+from srde_ds.export.dense import write_dense
+from srde_ds.export.moe import write_moe
 from srde_ds.model.base import load_base
 from srde_ds.model.base_files import BaseFiles, LazyTensor
 from tests.convert_helpers import BASES, NAMES, Trained, save_base, trained

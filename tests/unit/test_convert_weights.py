@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srde_ds.checkpoint.convert import write_weights
-from srde_ds.checkpoint.stored import open_adapter, select_experts
 from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import open_adapter, select_experts
+from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
-from srde_ds.model.weights_file import WEIGHTS, read_metadata, save_weights
+from srde_ds.weights.file import WEIGHTS, read_metadata, save_weights
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 from tests.unit.test_adapter import FORMS
 from tests.unit.test_checkpoint_convert import save_model

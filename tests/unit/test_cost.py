@@ -11,11 +11,11 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, Mistral3Config, Mi
 
 from srde_ds.config import Config, resolve
 from srde_ds.errors import SRDEError
-from srde_ds.parallel.describe import describe_run
-from srde_ds.parallel.gathers import ZERO_DEFAULTS
-from srde_ds.parallel.memory import Memory, memory
-from srde_ds.parallel.shapes import base_shape, layer_trainables, trainable_values
-from srde_ds.parallel.traffic import choose_transport, step_traffic
+from srde_ds.planner.describe import describe_run
+from srde_ds.planner.gathers import ZERO_DEFAULTS
+from srde_ds.planner.memory import Memory, memory
+from srde_ds.planner.shapes import base_shape, layer_trainables, trainable_values
+from srde_ds.planner.traffic import choose_transport, step_traffic
 from tests.helpers import tiny_llama, tiny_srde
 
 D, F, LAYERS, VOCABULARY = 5120, 16384, 40, 131072  # Ministral-3-14B
@@ -67,7 +67,7 @@ def test_the_seed_configuration_has_the_values_of_the_design(ministral: Path) ->
 
 
 def test_deepspeeds_defaults_are_the_ones_assumed() -> None:
-    from srde_ds.parallel.topology import deepspeed
+    from srde_ds.distributed.processes import deepspeed
 
     zero = deepspeed.runtime.zero.config.DeepSpeedZeroConfig()
     assert {key: getattr(zero, key) for key in ZERO_DEFAULTS} == ZERO_DEFAULTS

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from srde_ds.data.build import build_dataset
+from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
 from srde_ds.errors import SRDEError
 from tests.data_helpers import CHATML, sums, tiny_tokenizer, write_jsonl
@@ -80,7 +80,7 @@ def test_two_processes_give_the_same_rows(files: dict[str, Path]) -> None:
 
 def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srde_ds.data.rows.DOCUMENTS_A_BUFFER", 7)
-    monkeypatch.setattr("srde_ds.data.build.RECORDS_A_BATCH", 11)
+    monkeypatch.setattr("srde_ds.data.build.from_jsonl.RECORDS_A_BATCH", 11)
     small = build(files)
     monkeypatch.undo()
     whole = build(files, output_dir=files["output_dir"].with_name("whole"))

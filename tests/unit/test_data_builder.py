@@ -16,15 +16,15 @@ import numpy as np
 import psutil
 import pytest
 
-from srde_ds.cli import main
-from srde_ds.data.build import build_dataset
-from srde_ds.data.builder import build_from_sources
-from srde_ds.data.cleaning import split_of
+from srde_ds.cli.main import main
+from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_sources import build_from_sources
+from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.build.report import write_report
+from srde_ds.data.build.selection import shares
+from srde_ds.data.build.source_records import split_of
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.data.options import Build, BuildOptions
-from srde_ds.data.report import write_report
-from srde_ds.data.selection import shares
-from srde_ds.data.sources import Source
+from srde_ds.data.sources.registry import Source
 from srde_ds.errors import SRDEError
 from tests import killable_build
 from tests.cli_helpers import fails, flags
@@ -326,8 +326,8 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: py
     stamps = {path: path.stat().st_mtime_ns for path in parts.glob("*.arrow") if path.with_suffix(".json").exists()}
     assert len(stamps) >= 3
 
-    monkeypatch.setattr("srde_ds.data.supply.GENERATED_AT_ONCE", killable_build.ROWS_A_PART)
-    monkeypatch.setattr("srde_ds.data.cleaning.GENERATED_AT_ONCE", killable_build.ROWS_A_PART)
+    monkeypatch.setattr("srde_ds.data.sources.supply.GENERATED_AT_ONCE", killable_build.ROWS_A_PART)
+    monkeypatch.setattr("srde_ds.data.build.source_records.GENERATED_AT_ONCE", killable_build.ROWS_A_PART)
     resumed, whole = (build(killable_build.OPTIONS, tmp_path / name) for name in ("killed", "whole"))
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert records_made(resumed) == records_made(whole) - len(stamps) > 0

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from srde_ds.data.clean import hashed, make_records, ngram_hashes, normalise, read_table, signatures, words
-from srde_ds.data.decontaminate import (
+from srde_ds.data.build.decontaminate import (
     MOST_DOCUMENTS,
     contaminated,
     evaluation_ngrams,
     find_ngrams,
     read_evaluation_file,
 )
-from srde_ds.data.duplicates import exact_duplicates, gather_signatures, near_duplicates
-from srde_ds.data.formatters import BrokenRow, Example
+from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
+from srde_ds.data.build.row_rules import hashed, make_records, ngram_hashes, normalise, read_table, signatures, words
+from srde_ds.data.sources.formatters import BrokenRow, Example
 from srde_ds.errors import SRDEError
 
 LABELS = {"domain": "math", "source": "own", "revision": "1"}

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict
 
-from srde_ds.data.formatters import FORMATTERS, BrokenRow, Example
-from srde_ds.data.reading import open_source
-from srde_ds.data.retry import SourceError
-from srde_ds.data.sources import Source, load_sources
+from srde_ds.data.sources.formatters import FORMATTERS, BrokenRow, Example
+from srde_ds.data.sources.reading import open_source
+from srde_ds.data.sources.registry import Source, load_sources
 from srde_ds.inference.answers import exact_match
+from srde_ds.utils.retry import SourceError
 from tests.source_rows import FIXTURES, features
 
 HUB = [source for source in load_sources() if source.kind == "hub"]

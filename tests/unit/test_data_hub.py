@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
 
-from srde_ds.data import retry
-from srde_ds.data.hub import check_upload
-from srde_ds.data.retry import SourceError, with_retries
+from srde_ds.data.sources.hub import check_upload
 from srde_ds.errors import SRDEError
+from srde_ds.utils import retry
+from srde_ds.utils.retry import SourceError, with_retries
 from tests.data_helpers import tiny_tokenizer
 from tests.hub_standin import Hub, standin
 
@@ -46,8 +46,8 @@ def hub() -> Iterator[Hub]:
 def run(hub: Hub, home: Path, *arguments: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
     """`srde-ds build_dataset` in a process of its own: the client reads where the Hub is when it is imported."""
     program = (
-        "import sys, srde_ds.data.retry as retry; retry.WAITS = (0.01, 0.01)\n"
-        "from srde_ds.cli import main; sys.exit(main(['build_dataset', *sys.argv[1:]]))"
+        "import sys, srde_ds.utils.retry as retry; retry.WAITS = (0.01, 0.01)\n"
+        "from srde_ds.cli.main import main; sys.exit(main(['build_dataset', *sys.argv[1:]]))"
     )
     own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "0"}
     own["HF_HUB_DISABLE_XET"] = "1"  # the stand-in stores large files the older way

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.config import DOMAINS
-from srde_ds.data.sources import Source, choose_domains, load_sources
+from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.errors import SRDEError
 
 OWN = """

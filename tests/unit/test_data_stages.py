@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from srde_ds.data import stages as module
-from srde_ds.data.stages import Stages, code_fingerprint, fingerprint, slices
+from srde_ds.data.build import artifacts as module
+from srde_ds.data.build.artifacts import Stages, code_fingerprint, fingerprint, slices
 from srde_ds.errors import SRDEError
 
 
@@ -110,10 +110,10 @@ def test_names_change_with_inputs_and_code(monkeypatch: pytest.MonkeyPatch) -> N
     assert fingerprint("a", [1, {"b": 2}]) == fingerprint("a", [1, {"b": 2}]) != fingerprint("a", [1, {"b": 3}])
     with pytest.raises(TypeError):
         fingerprint(object())  # its text would hold an address
-    before = code_fingerprint("srde_ds.data.stages")
-    monkeypatch.setattr("srde_ds.data.stages.inspect.getsource", lambda _: "other code")
+    before = code_fingerprint("srde_ds.data.build.artifacts")
+    monkeypatch.setattr("srde_ds.data.build.artifacts.inspect.getsource", lambda _: "other code")
     module.code_fingerprint.cache_clear()
-    assert code_fingerprint("srde_ds.data.stages") != before
+    assert code_fingerprint("srde_ds.data.build.artifacts") != before
     module.code_fingerprint.cache_clear()
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from srde_ds.data.builder import build_from_sources
-from srde_ds.data.options import Build, BuildOptions
-from srde_ds.data.sources import Source
-from srde_ds.data.supply import Supply
+from srde_ds.data.build.from_sources import build_from_sources
+from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.sources.registry import Source
+from srde_ds.data.sources.supply import Supply
 from srde_ds.errors import SRDEError
 from tests.data_helpers import sums, write_jsonl
 
@@ -88,7 +88,7 @@ def test_commits_are_looked_up_once(options: BuildOptions, tmp_path: Path, monke
         used.append((source.location, revision))
         return SimpleNamespace(source=source, revision=source.revision or revision or "newest")
 
-    monkeypatch.setattr("srde_ds.data.supply.open_source", opened)
+    monkeypatch.setattr("srde_ds.data.sources.supply.open_source", opened)
     loose = Source("loose", "math", hub="a/loose", formatter="gsm8k")
     pinned = replace(loose, name="pinned", hub="a/pinned", revision="pin")
     for sources in ([loose, pinned], [loose, pinned], [replace(loose, hub="b/other"), pinned]):

@@ -14,8 +14,8 @@ import periodictable
 import pytest
 
 from srde_ds.config import DOMAINS
-from srde_ds.data import tasks
 from srde_ds.data.records import read_jsonl
+from srde_ds.data.synthetic import tasks
 from srde_ds.errors import SRDEError
 
 COUNT = 120
@@ -115,7 +115,7 @@ def test_files_are_readable_and_share_no_prompt(tmp_path: Path) -> None:
 
 def test_the_seed_fixes_every_item_in_any_process(items: dict[str, list[dict[str, str]]]) -> None:
     program = (
-        "import json, sys; from srde_ds.data import tasks; from srde_ds.config import DOMAINS; "
+        "import json, sys; from srde_ds.data.synthetic import tasks; from srde_ds.config import DOMAINS; "
         f"json.dump({{d: tasks.generate(d, {COUNT}, seed=11) for d in DOMAINS}}, sys.stdout)"
     )
     result = subprocess.run(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.cluster import doctor
 from srde_ds.cluster.doctor import (
     Finding,

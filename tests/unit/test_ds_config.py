@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from srde_ds.config import resolve
+from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
-from srde_ds.parallel.ds_config import derive_ds_config
 
 ROOT = Path(__file__).parents[2]
 FLAGS: dict[str, Any] = {

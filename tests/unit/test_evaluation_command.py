@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import weights as weights_module

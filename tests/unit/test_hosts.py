@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.cluster.hosts import Host, expand_nodelist, format_hostfile, hosts_from_slurm, parse_hostfile
 from srde_ds.errors import SRDEError
 

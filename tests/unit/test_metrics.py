@@ -15,8 +15,8 @@ import torch
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
-from srde_ds.training import metrics
-from srde_ds.training.metrics import MetricsWriter, ProgressLine, flatten, memory_gib
+from srde_ds.training.reporting import metrics
+from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine, flatten, memory_gib
 
 STEP = {
     "loss": 2.5,

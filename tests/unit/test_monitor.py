@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.cluster.monitor import monitor, observe
 from srde_ds.config import resolve
-from srde_ds.training.heartbeat import FILE, Heartbeat
+from srde_ds.liveness.heartbeat import FILE, Heartbeat
 from tests.cli_helpers import fails
 
 NOW = 1_000_000.0
@@ -63,7 +63,7 @@ def test_a_given_limit_replaces_the_usual_one(tmp_path: Path) -> None:
 
 
 def test_what_training_writes_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srde_ds.training.heartbeat.RANK_0_SECONDS", 0)
+    monkeypatch.setattr("srde_ds.liveness.heartbeat.RANK_0_SECONDS", 0)
     config = resolve({}, {"model_name": "x", "output_dir": str(tmp_path), "max_steps": 20, "warmup_steps": 0})
     beat = Heartbeat(config, world_size=2, enabled=True)
     beat.start(6)

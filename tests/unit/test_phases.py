@@ -9,7 +9,7 @@ import pytest
 
 from srde_ds.config import Config, resolve
 from srde_ds.errors import SRDEError
-from srde_ds.training.phases import (
+from srde_ds.training.schedule import (
     ALL_KINDS,
     DELTA_VALUES,
     ROUTERS,

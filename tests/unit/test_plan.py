@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.parallel.compute import step_flops
-from srde_ds.parallel.describe import describe_plan
-from srde_ds.parallel.memory import memory
-from srde_ds.parallel.plan import GB, GIB, Machines, Plan, make_plan, step_times
-from srde_ds.parallel.shapes import base_shape
-from srde_ds.parallel.traffic import Traffic
-from srde_ds.training.phases import prunings
+from srde_ds.planner.describe import describe_plan
+from srde_ds.planner.flops import step_flops
+from srde_ds.planner.memory import memory
+from srde_ds.planner.plan import GB, GIB, Machines, Plan, make_plan, step_times
+from srde_ds.planner.shapes import base_shape
+from srde_ds.planner.traffic import Traffic
+from srde_ds.training.schedule import prunings
 from tests.cli_helpers import fails
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"

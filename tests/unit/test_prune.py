@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from srde_ds.checkpoint.convert import export_weights
 from srde_ds.checkpoint.prune import prune_checkpoint
 from srde_ds.checkpoint.resume import (
     find_checkpoint,
@@ -24,11 +23,12 @@ from srde_ds.checkpoint.resume import (
 from srde_ds.checkpoint.save import Collectives
 from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.errors import SRDEError
+from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.reference import expert_delta
-from srde_ds.model.supports import support_hash
-from srde_ds.model.weights_file import AdapterMetadata
+from srde_ds.model.supports.selection import support_hash
+from srde_ds.weights.file import AdapterMetadata
 from tests.checkpoint_helpers import ALONE, cut, names, on_ranks, save
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 from tests.unit.test_checkpoint_save import Kill, Killed

@@ -15,14 +15,14 @@ import pytest
 import torch
 import yaml
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.data.manifest import load_manifest
-from srde_ds.environment import environment
+from srde_ds.distributed import processes as topology
 from srde_ds.errors import SRDEError
-from srde_ds.parallel import topology
 from srde_ds.training import run_folder
 from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder
+from srde_ds.utils.environment import environment
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 
 ROOT = Path(__file__).parents[2]
@@ -253,7 +253,7 @@ def test_a_run_folder_that_is_opened_again_is_no_longer_complete(tmp_path: Path)
 
 def test_rows_are_built_once_without_progress_bars_and_used_again(inputs: dict[str, str], tmp_path: Path) -> None:
     options = {"model_name": inputs["base"], "train_file": inputs["train"], "domains": DOMAINS, "max_length": POSITIONS}
-    program = "import sys; from srde_ds.cli import main; sys.exit(main(sys.argv[1:]) or main(sys.argv[1:]))"
+    program = "import sys; from srde_ds.cli.main import main; sys.exit(main(sys.argv[1:]) or main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "build_dataset", *flags(options | {"work_dir": str(tmp_path)})]
     bars = {"HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"}
     environment = {name: value for name, value in os.environ.items() if name not in bars}

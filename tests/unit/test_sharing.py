@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from srde_ds import SRDEModel
 from srde_ds.config import Config
-from srde_ds.data.build import build_dataset
+from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.errors import SRDEError
+from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import load_base
-from srde_ds.model.model_card import base_license, model_card
-from srde_ds.model.weights_file import WEIGHTS
+from srde_ds.weights.file import WEIGHTS
 from tests.cli_helpers import DOMAINS, save_base, write_records
 from tests.convert_helpers import NAMES, Trained, reload, trained
 from tests.data_helpers import tiny_tokenizer
@@ -136,7 +136,7 @@ def test_one_expert_needs_no_name() -> None:
 
 
 def test_merging_in_memory_equals_merging_in_files(made: Trained, tmp_path: Path) -> None:
-    from srde_ds.checkpoint.command import convert_command
+    from srde_ds.export.command import convert_command
 
     none: dict[str, Any] = dict.fromkeys(("dtype", "experts", "base", "gguf_converter"))
     folder = convert_command(
@@ -369,7 +369,7 @@ def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path)
 
 
 def test_pushing_without_a_token_or_a_name(made: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("srde_ds.model.sharing.get_token", lambda: None)
+    monkeypatch.setattr("srde_ds.hub.sharing.get_token", lambda: None)
     with pytest.raises(SRDEError, match=r"push_to_hub\('me/x'\): no token. Set the environment variable HF_TOKEN"):
         made.model.push_to_hub("me/x")
     with pytest.raises(SRDEError, match=r"push_to_hub\('a/b/c'\): must be a repository's name"):

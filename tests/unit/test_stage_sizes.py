@@ -9,8 +9,8 @@ import pytest
 
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.parallel.shapes import base_shape
-from srde_ds.training.stage_sizes import describe_stages, stage_sizes
+from srde_ds.planner.shapes import base_shape
+from srde_ds.training.trained_values import describe_stages, stage_sizes
 from tests.helpers import tiny_llama, tiny_srde
 
 BLOCKS = [(32, 96)] * 2  # tiny_llama's

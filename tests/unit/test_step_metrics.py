@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
-from srde_ds.training import step_metrics
-from srde_ds.training.step_metrics import SILENT_ASSIGNMENTS, ExpertWatch, expert_metrics, sum_over_ranks
+from srde_ds.training.reporting import step_metrics
+from srde_ds.training.reporting.step_metrics import SILENT_ASSIGNMENTS, ExpertWatch, expert_metrics, sum_over_ranks
 
 
 def sums(assignments: list[list[float]], top_k: int = 2) -> dict[str, Tensor]:

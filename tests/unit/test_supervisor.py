@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.cluster import supervisor as module
 from srde_ds.cluster.hosts import Host
 from srde_ds.cluster.supervisor import Command, Supervisor
@@ -109,7 +109,7 @@ def test_a_signal_goes_to_one_rank_and_is_no_reason_to_restart(script: Path) -> 
     (script.parent / "plan").write_text("0 wait\n0 completed")
     command = [sys.executable, str(script), "--output_dir", str(script.parent / "run")]
     words = [sys.executable, "-m", "srde_ds.cli", "supervise", "--preflight", "false", "--", *command]
-    program = f"import sys; sys.argv[1:] = {words[3:]}; from srde_ds.cli import entry_point; entry_point()"
+    program = f"import sys; sys.argv[1:] = {words[3:]}; from srde_ds.cli.main import entry_point; entry_point()"
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 60
         while not (script.parent / "run/heartbeat.json").exists():

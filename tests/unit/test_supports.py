@@ -7,7 +7,7 @@ import torch
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.model.supports import (
+from srde_ds.model.supports.selection import (
     activation_scores,
     best_entries,
     random_subset,

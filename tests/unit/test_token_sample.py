@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from srde_ds.data.build import build_dataset
+from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
-from srde_ds.training.token_sample import TOKENS_A_ROW, TokenSample, choose_tokens, special_token_ids
-from srde_ds.training.warm_start import capture_inputs
+from srde_ds.training.warm_start.routers import capture_inputs
+from srde_ds.training.warm_start.token_sample import TOKENS_A_ROW, TokenSample, choose_tokens, special_token_ids
 from tests.data_helpers import CHATML, SPECIALS, sums, tiny_tokenizer, write_jsonl
 from tests.helpers import randomize, tiny_srde
 

@@ -10,9 +10,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from srde_ds.cli import main
+from srde_ds.cli.main import main
 from srde_ds.model.adapter import SRDEModel, SRDEOutput
-from srde_ds.training import facts
+from srde_ds.training import consistency as facts
 
 FAULT = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / f"fault-{os.environ['RANK']}"
 

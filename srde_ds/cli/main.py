@@ -1,0 +1,88 @@
+"""The program `srde-ds` and the scripts in launch/: from a command line to a verb and an exit status."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from srde_ds import __version__
+from srde_ds.cli.build_dataset import build_dataset
+from srde_ds.cli.convert import convert
+from srde_ds.cli.doctor import doctor
+from srde_ds.cli.evaluate import evaluate
+from srde_ds.cli.hosts import hosts
+from srde_ds.cli.inference import inference
+from srde_ds.cli.monitor import monitor
+from srde_ds.cli.plan import plan
+from srde_ds.cli.report import report
+from srde_ds.cli.supervise import supervise
+from srde_ds.cli.train import train
+from srde_ds.errors import LostContact, SRDEError, nearest
+from srde_ds.utils.launcher import launched_rank
+
+VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "train": train,
+    "plan": plan,
+    "build_dataset": build_dataset,
+    "evaluate": evaluate,
+    "inference": inference,
+    "convert": convert,
+    "report": report,
+    "hosts": hosts,
+    "supervise": supervise,
+    "monitor": monitor,
+    "doctor": doctor,
+}
+
+
+@contextmanager
+def _console() -> Iterator[None]:
+    """On rank 0 the package's messages go to stderr, and progress bars only if that is a terminal."""
+    if launched_rank() != 0 or not sys.stderr.isatty():
+        # Read when datasets and huggingface_hub (for transformers too) are imported, here and in child processes.
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logger, handler = logging.getLogger("srde_ds"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("srde-ds: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if launched_rank() == 0 else logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb. Returns its exit status: 0; 2 for bad input, 1 for a lost rank, which are printed as one line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(f"usage: srde-ds {{{','.join(VERBS)}}} [options]\n")
+            print("`srde-ds VERB --help` lists the options of a verb, `srde-ds --version` the version.")
+            return 0
+        if arguments[0] == "--version":
+            print(__version__)
+            return 0
+        verb = arguments[0]
+        if verb not in VERBS:
+            raise SRDEError(f"unknown verb '{verb}': choose one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+        with _console():
+            return VERBS[verb](arguments[1:]) or 0
+    except SRDEError as error:
+        place = f"rank {launched_rank()}: " if launched_rank() else ""
+        print(f"srde-ds: error: {place}{error}", file=sys.stderr, flush=True)
+        return 2
+    except LostContact as error:
+        print(f"srde-ds: error: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def entry_point() -> None:
+    """The console command."""
+    sys.exit(main())

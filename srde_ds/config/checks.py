@@ -1,0 +1,139 @@
+"""Relations between options: what contradicts, or would change nothing, is refused by name."""
+
+from __future__ import annotations
+
+from srde_ds.config.schema import Config, CurriculumConfig
+from srde_ds.errors import SRDEError
+
+# Keys of the curriculum that say how to do what another of its keys switches on.
+PARTS_OF = {
+    "expert_pretrain_steps": "supervised_experts",
+    "pretrain_objective": "supervised_experts",
+    "warm_start_method": "warm_start",
+    "warm_start_samples": "warm_start",
+    "density_prunings": "initial_density",
+}
+
+
+def check_relations(config: Config) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        SRDEError: names the options, their values and the remedy.
+    """
+    adapter, data, optimizer = config.adapter, config.data, config.optimizer
+    if adapter.top_k > adapter.num_experts:
+        raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}. Lower --top_k.")
+    if 0 < optimizer.warmup_steps >= config.training.max_steps:
+        raise SRDEError(
+            f"warmup_steps={optimizer.warmup_steps}: must be less than max_steps={config.training.max_steps}. "
+            "Lower --warmup_steps; 0 switches the warm-up off."
+        )
+    if config.model.compile and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
+        raise SRDEError(
+            f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
+            f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave compile out."
+        )
+    if config.model.flash_attention and config.training.batch_size > 1:
+        raise SRDEError(
+            f"batch_size={config.training.batch_size} with flash_attention=true: flash-attn separates packed documents "
+            "only in batches of one row. Give --batch_size 1 and raise --max_length or --gradient_accumulation_steps."
+        )
+    repeated = sorted({d for d in data.domains if data.domains.count(d) > 1})
+    if repeated:
+        raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice. Name each once.")
+    if data.jsonl_data and data.pretokenized_dir:
+        raise SRDEError(
+            f"jsonl_data={data.jsonl_data} and pretokenized_dir={data.pretokenized_dir}: "
+            "both are given. Keep one of them."
+        )
+    if optimizer.use_muon and adapter.granularity == "element" and adapter.num_atoms == 0:
+        raise SRDEError(
+            "use_muon=true with granularity=element and num_atoms=0: free element deltas are no matrices, Muon would "
+            "have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
+        )
+    if optimizer.load_balancing_target == "domains" and not (
+        optimizer.load_balancing_weight or optimizer.balancing_bias_rate
+    ):
+        raise SRDEError(
+            "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: nothing balances. "
+            "Give one of them, or leave --load_balancing_target out."
+        )
+    _check_curriculum(config)
+
+
+def _check_curriculum(config: Config) -> None:
+    adapter, data, curriculum, max_steps = config.adapter, config.data, config.curriculum, config.training.max_steps
+    steps = len(data.domains) * curriculum.expert_pretrain_steps
+    if curriculum.supervised_experts:
+        if steps >= max_steps:
+            raise SRDEError(
+                f"expert_pretrain_steps={curriculum.expert_pretrain_steps} of {len(data.domains)} domains leave "
+                f"no routed step of max_steps={max_steps}. Lower it, or give more than {steps} --max_steps."
+            )
+        if len(data.domains) > adapter.num_experts:
+            raise SRDEError(
+                f"supervised_experts=true with {len(data.domains)} domains and num_experts="
+                f"{adapter.num_experts}: each domain needs an expert. Raise --num_experts or give fewer --domains."
+            )
+    routed = max_steps - (steps if curriculum.supervised_experts else 0)
+    if curriculum.progressive_unlock == "linear" and routed < adapter.num_experts:
+        raise SRDEError(
+            f"progressive_unlock=linear with num_experts={adapter.num_experts} and {routed} routed steps: the last "
+            f"experts would stay locked. Raise --max_steps, or give --progressive_unlock all."
+        )
+    for key, needed in PARTS_OF.items():
+        value = getattr(curriculum, key)
+        if value != getattr(CurriculumConfig, key) and not getattr(curriculum, needed):
+            raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
+    strategy, calibrated = adapter.support_strategy, ("activation", "gradient")
+    if curriculum.calibration_rows != CurriculumConfig.calibration_rows and strategy not in calibrated:
+        raise SRDEError(
+            f"calibration_rows={curriculum.calibration_rows} with support_strategy={strategy}: only activation and "
+            "gradient look at rows. Give --support_strategy, or leave --calibration_rows out."
+        )
+    if curriculum.support_temperature != CurriculumConfig.support_temperature and strategy != "learned":
+        raise SRDEError(
+            f"support_temperature={curriculum.support_temperature} with support_strategy={strategy}: give "
+            "--support_strategy learned, or leave --support_temperature out."
+        )
+    if curriculum.warm_start and adapter.num_experts == 1:
+        raise SRDEError("warm_start=true with num_experts=1: there is nothing to route. Leave --warm_start out.")
+    warm_start = curriculum.warm_start_method if curriculum.warm_start else None
+    if warm_start == "domain_means" and adapter.num_experts > len(data.domains) + (len(data.domains) > 1):
+        raise SRDEError(
+            f"warm_start_method=domain_means with {len(data.domains)} domains and num_experts={adapter.num_experts}: "
+            "experts without a domain would share one mean. Give --warm_start_method kmeans, or fewer --num_experts."
+        )
+    if curriculum.unlock_order == "cluster_size" and (warm_start != "kmeans" or curriculum.progressive_unlock == "all"):
+        raise SRDEError(
+            "unlock_order=cluster_size: needs --progressive_unlock linear or warmup, and the clusters of --warm_start "
+            "with warm_start_method=kmeans."
+        )
+    if curriculum.initial_density is None:
+        if curriculum.density_warmup_steps:
+            raise SRDEError(
+                f"density_warmup_steps={curriculum.density_warmup_steps} without initial_density: give both or neither."
+            )
+        if adapter.support_strategy == "learned":
+            raise SRDEError(
+                "support_strategy=learned chooses among more candidates than density keeps: give --initial_density and "
+                "--density_warmup_steps, the steps in which it is learned."
+            )
+    elif curriculum.initial_density <= adapter.density:
+        raise SRDEError(
+            f"initial_density={curriculum.initial_density}: must be above density={adapter.density}, to which it falls."
+        )
+    elif not 0 < curriculum.density_warmup_steps < max_steps:
+        raise SRDEError(
+            f"density_warmup_steps={curriculum.density_warmup_steps} with initial_density="
+            f"{curriculum.initial_density}: give --density_warmup_steps, the steps in which it falls to density="
+            f"{adapter.density}, from 1 to max_steps - 1 = {max_steps - 1}."
+        )
+    if config.optimizer.support_overlap_weight and not (
+        adapter.support_strategy == "learned" and adapter.support_scope == "per_expert"
+    ):
+        raise SRDEError(
+            f"support_overlap_weight={config.optimizer.support_overlap_weight}: only supports that are learned for "
+            "each expert can move apart. Give --support_strategy learned --support_scope per_expert, or 0."
+        )

@@ -1,0 +1,186 @@
+"""`srde-ds build_dataset`: from sources, or from a JSONL file as it is."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.config import Config
+from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_sources import build_from_sources
+from srde_ds.data.sources.hub import check_upload, push_to_hub
+from srde_ds.data.manifest import Manifest, load_manifest
+from srde_ds.data.build.options import BuildOptions
+from srde_ds.data.sources.registry import Source, choose_domains, load_sources
+from srde_ds.data.build.writing import JSONL, ROWS
+from srde_ds.errors import SRDEError
+from srde_ds.data.tokenizer import load_tokenizer
+
+SOURCES_ONLY = (
+    "on_missing_source",
+    "on_shortfall",
+    "validation_fraction",
+    "test_fraction",
+    "near_duplicate_threshold",
+    "decontaminate_against",
+)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """The verb's own options; see `srde-ds build_dataset --help`."""
+
+    examples_per_domain: int | None
+    work_dir: str
+    sources_file: str | None
+    on_missing_source: str
+    on_shortfall: str
+    validation_fraction: float
+    test_fraction: float
+    near_duplicate_threshold: float
+    decontaminate_against: str
+    skip_download: bool
+    skip_tokenize: bool
+    overwrite: bool
+    push_to_hub: str | None
+    private: bool
+    num_processes: int | None
+
+    @property
+    def from_sources(self) -> bool:
+        return self.examples_per_domain is not None and not self.skip_download
+
+
+def build_dataset_command(config: Config, *, domains: list[str] | None, **options: Any) -> None:
+    """Build, report and upload as the options say.
+
+    Args:
+        domains: those that were asked for by name; None: all of the sources.
+
+    Raises:
+        SRDEError: options that do not go together, or what a build raises.
+    """
+    request = _Request(**options)
+    _check(config, request)
+    work_dir = Path(request.work_dir)
+    tokenizer = None
+    if not request.skip_tokenize:
+        tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
+    if request.from_sources:
+        _from_sources(config, request, domains, tokenizer, work_dir)
+        return
+    assert tokenizer is not None
+    if domains is None and request.skip_download:
+        domains = list(dict.fromkeys(source.domain for source in load_sources(request.sources_file)))
+    manifest = build_dataset(
+        tokenizer=tokenizer,
+        jsonl_data=work_dir / JSONL if request.skip_download else str(config.data.jsonl_data),
+        eval_file=config.data.eval_file,
+        output_dir=work_dir / ROWS,
+        domains=domains or config.data.domains,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+        seed=config.training.seed,
+        num_processes=request.num_processes or 1,
+        overwrite=request.overwrite,
+    )
+    _print_rows(manifest)
+    print(f"Dataset: {work_dir / ROWS}")
+
+
+def _check(config: Config, request: _Request) -> None:
+    jsonl_data, model_name = config.data.jsonl_data, config.model.model_name
+    if not model_name and not request.skip_tokenize:
+        raise SRDEError("model_name is missing: give --model_name, whose tokenizer is used, or --skip_tokenize.")
+    if request.num_processes is not None and request.num_processes < 1:
+        raise SRDEError(f"num_processes={request.num_processes}: must be at least 1.")
+    if jsonl_data and (request.examples_per_domain is not None or request.skip_download):
+        raise SRDEError(
+            f"jsonl_data={jsonl_data} is tokenised as it is, without --examples_per_domain or --skip_download. To "
+            "clean it and mix it with others, name it as a source in --sources_file."
+        )
+    if not (jsonl_data or request.from_sources or request.skip_download):
+        raise SRDEError("examples_per_domain or jsonl_data is missing: give --examples_per_domain or --jsonl_data.")
+    for key in SOURCES_ONLY if not request.from_sources else ():
+        value = getattr(request, key)
+        if value and value != getattr(BuildOptions, key):
+            raise SRDEError(
+                f"{key}={value}: goes with --examples_per_domain only; a JSONL file is taken as it is. Leave it out."
+            )
+    if request.sources_file and jsonl_data:
+        raise SRDEError(f"sources_file={request.sources_file}: does not go with jsonl_data={jsonl_data}. Keep one.")
+    if config.data.eval_file and not jsonl_data:
+        raise SRDEError(
+            f"eval_file={config.data.eval_file}: goes with jsonl_data. A build from sources holds out splits of its "
+            "own; give --decontaminate_against to keep the file's questions out of it."
+        )
+    if request.skip_tokenize and not request.from_sources:
+        raise SRDEError("skip_tokenize=true leaves nothing to do without --examples_per_domain: leave it out.")
+    if request.push_to_hub and not request.from_sources:
+        raise SRDEError(f"push_to_hub={request.push_to_hub}: goes with --examples_per_domain only.")
+    if request.examples_per_domain is not None and request.examples_per_domain < 1:
+        raise SRDEError(f"examples_per_domain={request.examples_per_domain}: must be at least 1.")
+    held_out = request.validation_fraction + request.test_fraction
+    if not (request.validation_fraction >= 0 and request.test_fraction >= 0 and held_out < 1):  # refuses nan, too
+        raise SRDEError(
+            f"validation_fraction={request.validation_fraction}, test_fraction={request.test_fraction}: must not be "
+            "negative, and less than 1 together."
+        )
+    if not 0 < request.near_duplicate_threshold <= 1:
+        raise SRDEError(f"near_duplicate_threshold={request.near_duplicate_threshold}: must be above 0, at most 1.")
+
+
+def _from_sources(
+    config: Config,
+    request: _Request,
+    domains: list[str] | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    work_dir: Path,
+) -> None:
+    from srde_ds.data.build.report import write_report  # needs matplotlib: said before anything is built
+
+    sources = choose_domains(load_sources(request.sources_file), domains)
+    if request.push_to_hub:
+        check_upload(request.push_to_hub, private=request.private, sources=map(_terms, sources))
+    options = BuildOptions(
+        sources,
+        int(request.examples_per_domain or 0),
+        config.data.max_length,
+        config.data.too_long,
+        config.training.seed,
+        request.validation_fraction,
+        request.test_fraction,
+        request.near_duplicate_threshold,
+        tuple(name.strip() for name in request.decontaminate_against.split(",") if name.strip()),
+        request.on_missing_source,
+        request.on_shortfall,
+    )
+    build = build_from_sources(
+        options,
+        work_dir=work_dir,
+        tokenizer=tokenizer,
+        num_processes=request.num_processes or len(os.sched_getaffinity(0)),
+        overwrite=request.overwrite,
+    )
+    manifest = load_manifest(work_dir / ROWS) if tokenizer is not None else None
+    report = write_report(work_dir, build, manifest)
+    for domain, figures in build.domains.items():
+        print(f"{domain}: {figures['documents']:,} documents")
+    if manifest:
+        _print_rows(manifest)
+    print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}\nReport: {report}")
+    if request.push_to_hub:
+        print(f"Uploaded: {push_to_hub(work_dir, request.push_to_hub, private=request.private)}")
+
+
+def _terms(source: Source) -> dict[str, Any]:
+    return {"name": source.name, "redistributable": source.redistributable}
+
+
+def _print_rows(manifest: Manifest) -> None:
+    for split, counts in manifest.splits.items():
+        print(f"{split}: {counts.rows} rows, {counts.fill_rate:.1%} of their positions used")

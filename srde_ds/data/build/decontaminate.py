@@ -1,0 +1,104 @@
+"""Find training documents that hold parts of evaluation items: n-grams of words that both have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from srde_ds.data.build.row_rules import hashed, ngram_hashes, read_table, words, write_table
+from srde_ds.errors import SRDEError
+
+NGRAM = 13
+"""words; an evaluation item with fewer of them is looked for as a whole"""
+MOST_DOCUMENTS = 10
+"""an n-gram that more training documents than this share is a form of words, not a leak"""
+_QUESTIONS = ("prompt", "question", "query", "problem", "problem_text", "goal", "instruction", "input")
+
+
+def evaluation_ngrams(texts: Iterable[str]) -> np.ndarray:
+    """Sorted distinct hashes (uint64) of the items' n-grams."""
+    found: set[int] = set()
+    for text in texts:
+        values = _hashes(words(text))
+        found.update(ngram_hashes(values, min(NGRAM, len(values))).tolist() if len(values) else [])
+    return np.array(sorted(found), np.uint64)
+
+
+def read_evaluation_file(path: str | Path) -> Iterator[str]:
+    """What is asked in each line of a JSONL file: the user's turns, or the first field that holds a question.
+
+    Raises:
+        SRDEError: the file is missing, or a line has neither.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _question(line, f"decontaminate_against={path}: line {number}")
+    except OSError as error:
+        raise SRDEError(f"decontaminate_against={path}: cannot be read: {error.strerror}.") from None
+
+
+def _question(line: bytes, place: str) -> str:
+    try:
+        item = json.loads(line)
+        if "messages" in item:
+            return " ".join(message["content"] for message in item["messages"] if message["role"] == "user")
+        return str(next(item[name] for name in _QUESTIONS if item.get(name)))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        fields = ", ".join(_QUESTIONS)
+        raise SRDEError(f"{place} holds no question: give JSON lines with messages or one of {fields}.") from None
+
+
+def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:
+    """Write which n-grams of the file `ngrams` (.npy) occur in which of a part's records: columns `index`, `ngram`."""
+    wanted = np.load(ngrams)
+    # A text can only hold an n-gram of the size that the evaluation items have: NGRAM, or a short item's own.
+    documents: list[np.ndarray] = []
+    matches: list[np.ndarray] = []
+    for index, line in enumerate(read_table(records)["line"].to_pylist()):
+        messages = json.loads(line)["messages"]
+        values = _hashes(words(" ".join(message["content"] for message in messages if message["role"] != "system")))
+        asked = _hashes(words(" ".join(message["content"] for message in messages[:-1] if message["role"] == "user")))
+        runs = np.concatenate([ngram_hashes(values, NGRAM), ngram_hashes(asked, len(asked)) if len(asked) else asked])
+        found = np.unique(runs[np.isin(runs, wanted)])
+        documents.append(np.full(len(found), index))
+        matches.append(found)
+    index_of = np.concatenate([*documents, np.empty(0, np.int64)]).astype(np.int64)
+    ngram_of = np.concatenate([*matches, np.empty(0, np.uint64)])
+    write_table(path, pa.table({"index": pa.array(index_of), "ngram": pa.array(ngram_of)}))
+    return {"matches": len(index_of)}
+
+
+def contaminated(index: np.ndarray, ngram: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, int]:
+    """bool [N] of documents that hold an evaluation n-gram, and how many n-grams were taken for forms of words.
+
+    Args:
+        index, ngram: matches, over all documents.
+        keep: bool [N], documents that earlier rules left.
+    """
+    held = keep[index]
+    index, ngram = index[held], ngram[held]
+    distinct, position, documents = np.unique(ngram, return_inverse=True, return_counts=True)
+    form = documents > MOST_DOCUMENTS
+    flagged = np.zeros(len(keep), bool)
+    if len(distinct):
+        flagged[index[~form[position]]] = True
+    return flagged, int(form.sum())
+
+
+_KNOWN: dict[str, int] = {}
+
+
+def _hashes(found: list[str]) -> np.ndarray:
+    if len(_KNOWN) > 2_000_000:
+        _KNOWN.clear()
+    for word in found:
+        if word not in _KNOWN:
+            _KNOWN[word] = hashed(word)
+    return np.fromiter((_KNOWN[word] for word in found), np.uint64, len(found))

@@ -1,0 +1,100 @@
+"""Exact and near duplicates over all sources at once: of documents that are alike, the first is kept.
+
+Near duplicates are found by MinHash: documents that share all hashes of a band of their signatures are compared
+there, and the later one goes if their similarity (Jaccard, of their runs of five words) reaches the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from srde_ds.data.build.row_rules import NUM_PERM, read_table
+
+BANDS = 16
+"""of 8 hashes each: a pair of similarity 0.8 is looked at with probability 0.95, one of 0.9 with 0.9999"""
+MOST_LEADERS = 64
+"""documents of one bucket that the others are compared with: bounds the work where a form letter fills a bucket"""
+_CHUNK = 65_536
+
+
+def exact_duplicates(content: np.ndarray) -> np.ndarray:
+    """bool [N]: an earlier document has the same `content` hash."""
+    repeated = np.ones(len(content), bool)
+    repeated[np.unique(content, return_index=True)[1]] = False
+    return repeated
+
+
+def near_duplicates(signatures: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
+    """bool [N]: similar to an earlier document.
+
+    Args:
+        signatures: uint32 [N, NUM_PERM]; may be memory-mapped.
+        candidates: bool [N], the documents to look at.
+        threshold: estimated Jaccard similarity from which on two documents are duplicates.
+    """
+    removed = np.zeros(len(signatures), bool)
+    width = NUM_PERM // BANDS
+    for band in range(BANDS):
+        members = np.flatnonzero(candidates & ~removed)
+        _remove_in_band(signatures, members, slice(band * width, (band + 1) * width), threshold, removed)
+    return removed
+
+
+def _remove_in_band(
+    signatures: np.ndarray, members: np.ndarray, band: slice, threshold: float, removed: np.ndarray
+) -> None:
+    keys = np.empty(len(members), np.uint64)
+    for start in range(0, len(members), _CHUNK):
+        keys[start : start + _CHUNK] = _band_keys(signatures[members[start : start + _CHUNK], band])
+    order = np.argsort(keys, kind="stable")  # within a bucket documents stay in their order
+    members, keys = members[order], keys[order]
+    for _ in range(MOST_LEADERS):
+        bucket = np.cumsum(np.r_[True, keys[1:] != keys[:-1]]) - 1 if len(keys) else np.empty(0, int)
+        sizes = np.bincount(bucket)
+        crowded = sizes[bucket] > 1 if len(keys) else np.empty(0, bool)
+        members, keys = members[crowded], keys[crowded]
+        if not len(members):
+            return
+        first = np.r_[True, keys[1:] != keys[:-1]]
+        leaders = members[first][np.cumsum(first) - 1]
+        followers = ~first
+        alike = np.zeros(len(members), bool)
+        alike[followers] = _similarity(signatures, leaders[followers], members[followers]) >= threshold
+        removed[members[alike]] = True
+        members, keys = members[~first & ~alike], keys[~first & ~alike]
+
+
+def _band_keys(values: np.ndarray) -> np.ndarray:
+    """uint64 [n] of uint32 [n, width]."""
+    keys = np.zeros(len(values), np.uint64)
+    for column in values.T:
+        keys = (keys ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        keys ^= keys >> np.uint64(29)
+    return keys
+
+
+def _similarity(signatures: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Estimated Jaccard similarity of pairs: the share of equal hashes."""
+    result = np.empty(len(left))
+    for start in range(0, len(left), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        result[part] = (signatures[left[part]] == signatures[right[part]]).mean(1)
+    return result
+
+
+def gather_signatures(paths: Sequence[Path], lengths: Sequence[int], file: Path) -> np.ndarray:
+    """The signatures of all parts in one memory-mapped file; zeros for parts that have none."""
+    total = sum(lengths)
+    merged = np.lib.format.open_memmap(file, "w+", np.uint32, (total, NUM_PERM))
+    start = 0
+    for path, length in zip(paths, lengths, strict=True):
+        table = read_table(path)
+        if "signature" in table.column_names and length:
+            column = table["signature"].combine_chunks()
+            values = np.frombuffer(column.buffers()[1], np.uint32).reshape(-1, NUM_PERM)
+            merged[start : start + length] = values[:length]
+        start += length
+    return merged

@@ -1,0 +1,218 @@
+"""From sources to a clean, balanced, tokenised dataset: reads from top to bottom, stage by stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.build.source_records import Records, clean, ngrams_of, records_of
+from srde_ds.data.manifest import tokenizer_identity
+from srde_ds.data.build.options import Build, BuildOptions, write_text
+from srde_ds.data.records import SPLITS
+from srde_ds.data.build.selection import Pool, Selection, select
+from srde_ds.data.build.artifacts import Stages, fingerprint
+from srde_ds.data.sources.supply import Supply
+from srde_ds.data.build.tokens import read_lines, set_tokenizer
+from srde_ds.data.build.writing import JSONL, ROWS, check_free, check_ours, write_jsonl, write_rows
+from srde_ds.errors import SRDEError
+
+log = logging.getLogger(__name__)
+
+BUILD = "build.json"
+LENGTH_BINS = 32
+BROKEN_TO_WARN = 0.1
+"""share of a source's rows from which on it is probably read wrongly, rather than dirty"""
+
+
+def build_from_sources(
+    options: BuildOptions,
+    *,
+    work_dir: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    num_processes: int = 1,
+    overwrite: bool = False,
+) -> Build:
+    """Write `data.jsonl`, `build.json` and, with a tokenizer, `tokenized/` into `work_dir`.
+
+    What a stage made is kept in `work_dir/stages`, so that a build that was stopped goes on, and one with other
+    options makes only what they change.
+
+    Raises:
+        SRDEError: a source cannot be had, a domain comes out short (if the options say so), or `tokenized/` holds
+            something else (without `overwrite`).
+    """
+    started = time.perf_counter()
+    if not overwrite:
+        check_ours(work_dir)
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SRDEError(f"work_dir={work_dir}: cannot be made: {error.strerror}. Choose another one.") from None
+    initialize = partial(set_tokenizer, tokenizer) if tokenizer is not None else None
+    with Stages(work_dir / "stages", num_processes, initialize) as stages:
+        with stages.timed("open"):
+            supply = Supply(options, work_dir)
+            ngrams = ngrams_of(options, work_dir / "stages" / "ngrams")
+        while True:
+            opened = list(supply.opened.values())
+            records = records_of(opened, stages)
+            pool = clean(records, opened, options, ngrams, stages)
+            selection = select(
+                pool,
+                records.parts,
+                supply.sources,
+                domains=options.domains,
+                examples=options.examples_per_domain,
+                seed=options.seed,
+                stages=stages,
+                tokenizer_key=_tokenizer_key(tokenizer),
+                max_length=options.max_length,
+                too_long=options.too_long,
+            )
+            missing = {domain: chosen.missing for domain, chosen in selection.domains.items()}
+            found = np.bincount(pool.source, minlength=len(opened)).tolist()
+            if not supply.grow(missing, dict(zip(supply.opened, found, strict=True))):
+                break
+        counts, reasons = _left_out(supply, records, pool, selection)
+        _settle(selection, options, counts, reasons)
+        build = _describe(options, supply, records, pool, selection, _tokenizer_key(tokenizer), counts, reasons)
+        if not overwrite:
+            check_free(work_dir, build)
+        with stages.timed("write"):
+            data_hash = write_jsonl(work_dir / JSONL, selection, pool, records.parts)
+        if tokenizer is None:
+            shutil.rmtree(work_dir / ROWS, ignore_errors=True)  # rows of other records
+        else:
+            write_rows(work_dir, selection, pool, options, build, data_hash, tokenizer, stages)
+    build.stages = {
+        name: {"wall_seconds": round(wall, 2), "cpu_seconds": round(stages.cpu_seconds[name], 2)}
+        | {"parts_made": stages.made.get(name, 0)}
+        for name, wall in stages.wall_seconds.items()
+    }
+    build.wall_seconds, build.num_processes = round(time.perf_counter() - started, 2), num_processes
+    write_text(work_dir / BUILD, json.dumps(asdict(build), indent=2) + "\n")
+    return build
+
+
+def _tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    if tokenizer is None:
+        return None
+    return fingerprint({key: value for key, value in tokenizer_identity(tokenizer).items() if key != "name"})
+
+
+def _left_out(
+    supply: Supply, records: Records, pool: Pool, selection: Selection
+) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
+    """By source: rows read, normalised and left out by rule; and what was wrong with the broken ones."""
+    counts = {name: pool.removed[name] + selection.removed[name] for name in supply.opened}
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in supply.opened}
+    names = list(supply.opened)
+    for made, number in zip(records.parts, records.source_of, strict=True):
+        counts[names[number]].update(made.figures["counts"])
+        reasons[names[number]].update(made.figures["reasons"])
+    for name, rules in counts.items():
+        if rules["broken"] > BROKEN_TO_WARN * rules["read"]:
+            log.warning("source %s: %s", name, _faults(rules, reasons[name]))
+    return counts, reasons
+
+
+def _faults(rules: Counter[str], reasons: Counter[str]) -> str:
+    """`broken 399 (no text in 'reply'), exact duplicate 1 of 400 rows`; empty if nothing was left out."""
+    shown = []
+    for rule, count in rules.most_common():
+        if count and rule not in ("read", "normalised"):
+            why = f" ({reasons.most_common(1)[0][0]})" if rule == "broken" else ""
+            shown.append(f"{rule} {count:,}{why}")
+    return f"{', '.join(shown)} of {rules['read']:,} rows" if shown else ""
+
+
+def _settle(
+    selection: Selection,
+    options: BuildOptions,
+    counts: dict[str, Counter[str]],
+    reasons: dict[str, Counter[str]],
+) -> None:
+    """A domain that came out short: an error, a smaller dataset or an unbalanced one; it is said in any case."""
+    wanted = options.examples_per_domain
+    sizes = {domain: wanted - chosen.missing for domain, chosen in selection.domains.items()}
+    short = {domain: size for domain, size in sizes.items() if size < wanted}
+    if not short:
+        return
+    found = ", ".join(f"{domain} has {size:,}" for domain, size in short.items())
+    message = f"examples_per_domain={wanted}: only so many clean examples: {found}"
+    of_short = [source.name for source in options.sources if source.domain in short and source.name in counts]
+    faults = {name: _faults(counts[name], reasons[name]) for name in of_short}
+    if any(faults.values()):
+        message += f" (left out of {'; of '.join(f'{name}: {fault}' for name, fault in faults.items() if fault)})"
+    if options.on_shortfall == "fail" or not min(sizes.values()):
+        raise SRDEError(
+            f"{message}. Lower it, add sources, or give --on_shortfall trim (as many of each) or keep (unbalanced)."
+        )
+    log.warning("%s (on_shortfall=%s)", message, options.on_shortfall)
+    if options.on_shortfall == "trim":
+        for chosen in selection.domains.values():
+            chosen.trim(min(sizes.values()), options.seed)
+
+
+def _describe(
+    options: BuildOptions,
+    supply: Supply,
+    records: Records,
+    pool: Pool,
+    selection: Selection,
+    tokenizer_key: str | None,
+    counts: dict[str, Counter[str]],
+    reasons: dict[str, Counter[str]],
+) -> Build:
+    names = list(supply.opened)
+    domains: dict[str, dict[str, Any]] = {}
+    chosen_of: Counter[str] = Counter()
+    for domain, chosen in selection.domains.items():
+        by_source = Counter(names[number] for number in pool.source[chosen.documents])
+        by_split = Counter(SPLITS[number] for number in pool.split[chosen.documents])
+        chosen_of += by_source
+        histogram, edges = np.histogram(chosen.lengths, np.geomspace(8, max(16, options.max_length), LENGTH_BINS + 1))
+        first = chosen.documents[:1]
+        example = next(read_lines([records.parts[pool.part[d]].path for d in first], [0], pool.index[first].tolist()))
+        domains[domain] = {
+            "documents": len(chosen.documents),
+            "by_split": {split: by_split[split] for split in SPLITS},
+            "by_source": {s.name: by_source[s.name] for s in supply.sources if s.domain == domain},
+            "missing": max(0, chosen.missing),
+            "tokens": sum(chosen.lengths),
+            "lengths": {"edges": [round(edge, 1) for edge in edges], "counts": histogram.tolist()},
+            "example": json.loads(example),
+        }
+    sources = []
+    for name, opened in supply.opened.items():
+        source = opened.source
+        sources.append(
+            {
+                "name": name,
+                "domain": source.domain,
+                "kind": source.kind,
+                "location": source.location,
+                "config": source.config,
+                "revision": opened.revision,
+                "license": source.license,
+                "redistributable": source.redistributable,
+                "weight": source.weight,
+                "counts": dict(counts[name] + Counter(chosen=chosen_of[name])),
+                "reasons": dict(reasons[name].most_common(3)),
+            }
+        )
+    given = {key: value for key, value in vars(options).items() if key != "sources"}
+    keys = [made.key for made in (*records.parts, *selection.files)]
+    chosen_keys = [fingerprint(c.documents, c.file_of, c.index_of) for c in selection.domains.values()]
+    identity = fingerprint(given, options.domains, tokenizer_key, keys, chosen_keys)
+    return Build(identity, given, sources, supply.skipped, domains, pool.forms_of_words)

@@ -1,0 +1,57 @@
+"""What a dataset is built from, and what came out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from srde_ds.data.sources.registry import Source
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """See `srde-ds build_dataset --help`."""
+
+    sources: list[Source]
+    examples_per_domain: int
+    max_length: int
+    too_long: str
+    seed: int
+    validation_fraction: float = 0.01
+    test_fraction: float = 0.01
+    near_duplicate_threshold: float = 0.8
+    decontaminate_against: tuple[str, ...] = ()
+    on_missing_source: str = "fail"
+    on_shortfall: str = "fail"
+
+    @property
+    def domains(self) -> list[str]:
+        return list(dict.fromkeys(source.domain for source in self.sources))
+
+
+@dataclass
+class Build:
+    """`build.json`: all that the report says."""
+
+    fingerprint: str
+    options: dict[str, Any]
+    sources: list[dict[str, Any]]
+    """name, domain, revision, licence ..., `counts` by rule"""
+    skipped: dict[str, str]
+    """sources that could not be had, and why"""
+    domains: dict[str, dict[str, Any]]
+    """`documents`, `by_split`, `by_source`, `missing`, `tokens`, `lengths` as a histogram"""
+    forms_of_words: int = 0
+    """evaluation n-grams that too many documents share to be a leak"""
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`wall_seconds`, `cpu_seconds` and `parts_made` (those that no earlier build left)"""
+    wall_seconds: float = 0.0
+    num_processes: int = 1
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or the old one, never half of it."""
+    half = path.with_name(path.name + ".tmp")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)

@@ -1,0 +1,65 @@
+"""Pictures of a build: lengths, domains, what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from srde_ds.data.build.options import Build
+from srde_ds.errors import SRDEError
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    raise SRDEError("package 'matplotlib' is missing, plots need it. Install it: pip install matplotlib") from None
+
+
+def plot_lengths(build: Build, path: Path) -> None:
+    """How many documents of each domain have how many tokens."""
+    figure, axes = _figure()
+    for domain, figures in build.domains.items():
+        axes.stairs(figures["lengths"]["counts"], figures["lengths"]["edges"], label=domain)
+    axes.set(xlabel="tokens of a document", ylabel="documents", xscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path)
+
+
+def plot_domains(build: Build, path: Path) -> None:
+    """Documents of each domain, by source."""
+    sources = {source["name"]: source["domain"] for source in build.sources}
+    counts = {
+        name: [figures["by_source"].get(name, 0) for figures in build.domains.values()]
+        for name in sources
+        if any(figures["by_source"].get(name) for figures in build.domains.values())
+    }
+    _stacked(list(build.domains), counts, "documents", path)
+
+
+def plot_removals(build: Build, rules: Sequence[str], path: Path) -> None:
+    """Rows of each source that each rule left out, as shares of those read."""
+    names = [source["name"] for source in build.sources]
+    shares = {
+        rule: [source["counts"].get(rule, 0) / max(1, source["counts"]["read"]) for source in build.sources]
+        for rule in rules
+        if any(source["counts"].get(rule) for source in build.sources)
+    }
+    _stacked(names, shares, "share of the rows read", path)
+
+
+def _stacked(names: list[str], layers: dict[str, Any], label: str, path: Path) -> None:
+    figure, axes = _figure()
+    bottom = [0.0] * len(names)
+    for layer, values in layers.items():
+        axes.bar(names, values, bottom=bottom, label=layer)
+        bottom = [low + value for low, value in zip(bottom, values, strict=True)]
+    axes.set_ylabel(label)
+    axes.tick_params(axis="x", rotation=30 if len(names) <= 8 else 90)
+    if layers:
+        axes.legend(fontsize="x-small", ncols=2)
+    figure.savefig(path)
+
+
+def _figure() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    return figure, figure.add_subplot()

@@ -1,0 +1,168 @@
+"""Rules for single rows, and what the later rules compare them by."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import rensa
+
+from srde_ds.data.sources.formatters import BrokenRow, Example
+from srde_ds.data.sources.reading import Reader
+
+NUM_PERM = 128
+"""hash functions of a MinHash signature: its estimate of a similarity is off by 0.03 in the mean"""
+SHINGLE = 5
+"""words that are compared together"""
+MINHASH_VERSION = f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}"
+_SEED = 1
+_WORD = re.compile(r"\w+")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+# What generated datasets write where they have nothing to say.
+_PLACEHOLDERS = {"<nooutput>", "<noinput>"}
+
+
+def make_records(
+    path: Path, *, reader: Reader, start: int, stop: int, labels: dict[str, str], near_duplicates: bool
+) -> dict[str, Any]:
+    """Rows [start, stop) of a source as clean records in an Arrow file.
+
+    Columns: `line` (the record as JSON), `row`, the hashes `content`, `question` and `group` (uint64), and with
+    `near_duplicates` the MinHash `signature` (uint32 × NUM_PERM, as bytes).
+
+    Args:
+        labels: `domain`, `source` and `revision` of the records.
+
+    Returns:
+        `kept`; `counts`: rows read and normalised, and those left out by rule; `reasons` of the broken ones.
+    """
+    counts: Counter[str] = Counter({"read": stop - start})
+    reasons: Counter[str] = Counter()
+    rows: list[int] = []
+    lines: list[str] = []
+    texts: list[str] = []
+    hashes: dict[str, list[int]] = {"content": [], "question": [], "group": []}
+    for row, example in zip(range(start, stop), reader.examples(start, stop), strict=True):
+        if example is None:
+            counts["no answer"] += 1
+            continue
+        if isinstance(example, BrokenRow):
+            counts["broken"] += 1
+            reasons[str(example)] += 1
+            continue
+        cleaned, changed = normalise(example)
+        fault = _fault(cleaned)
+        if fault:
+            counts[fault] += 1
+            continue
+        counts["normalised"] += changed
+        turns = [m["content"] for m in cleaned.messages if m["role"] != "system"]
+        question = _plain(" ".join(turns[:-1]))
+        rows.append(row)
+        lines.append(json.dumps(_record(cleaned, labels, row), ensure_ascii=False))
+        texts.append(" ".join(turns))
+        hashes["content"].append(hashed(_plain(" ".join(turns))))
+        hashes["question"].append(hashed(question))
+        hashes["group"].append(hashed(_plain(cleaned.group) if cleaned.group else question))
+    columns = {"line": pa.array(lines, pa.large_string()), "row": pa.array(rows, pa.int64())}
+    columns |= {name: pa.array(np.array(values, np.uint64)) for name, values in hashes.items()}
+    if near_duplicates:
+        flat = signatures(texts).reshape(-1).view(np.uint8)
+        columns["signature"] = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(4 * NUM_PERM), len(texts), [None, pa.py_buffer(flat)]
+        )
+    write_table(path, pa.table(columns))
+    return {"kept": len(rows), "counts": dict(counts), "reasons": dict(reasons.most_common(3))}
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """An Arrow file that can be memory-mapped."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_table(path: Path | str) -> pa.Table:
+    """The memory-mapped table of `write_table`."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def normalise(example: Example) -> tuple[Example, bool]:
+    """Composed Unicode (NFC), line feeds, no control characters, no space around; and whether that changed anything."""
+    messages = [{"role": m["role"], "content": _normal(m["content"])} for m in example.messages]
+    answer = _normal(example.answer) if example.answer is not None else None
+    return Example(messages, answer or None, example.group), messages != example.messages
+
+
+def _normal(text: str) -> str:
+    text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _CONTROL.sub("", text).strip()
+
+
+def _fault(example: Example) -> str | None:
+    texts = [message["content"] for message in example.messages]
+    if not all(texts) or texts[-1].casefold() in _PLACEHOLDERS:
+        return "empty"
+    # U+FFFD and lone halves of a surrogate pair are what is left of characters that were lost.
+    if any("\ufffd" in text or not text.isascii() and _has_surrogates(text) for text in texts):
+        return "broken"
+    return None
+
+
+def _has_surrogates(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _record(example: Example, labels: dict[str, str], row: int) -> dict[str, Any]:
+    answer = {} if example.answer is None else {"answer": example.answer}
+    return {"messages": example.messages, **answer, **labels, "row": row}
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def hashed(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return _WORD.findall(text.casefold())
+
+
+def ngram_hashes(word_hashes: np.ndarray, size: int) -> np.ndarray:
+    """uint64 [N - size + 1] of each run of `size` words, from uint64 [N]."""
+    count = len(word_hashes) - size + 1
+    if count < 1:
+        return np.empty(0, np.uint64)
+    total = np.zeros(count, np.uint64)
+    for place in range(size):
+        # An odd multiplier each, so that order counts; overflow is the modulus.
+        total += word_hashes[place : place + count] * np.uint64(0x9E3779B97F4A7C15 ** (place + 1) % 2**64)
+    return total
+
+
+def signatures(texts: list[str]) -> np.ndarray:
+    """MinHash signatures uint32 [texts, NUM_PERM] of the texts' runs of SHINGLE words (fewer in a shorter text)."""
+    known: dict[str, int] = {}
+    shingles: list[np.ndarray] = []
+    for text in texts:
+        found = words(text) or [text]
+        for word in found:
+            if word not in known:
+                known[word] = hashed(word)
+        values = np.fromiter((known[word] for word in found), np.uint64, len(found))
+        shingles.append(ngram_hashes(values, min(SHINGLE, len(values))))
+    if not texts:
+        return np.empty((0, NUM_PERM), np.uint32)
+    offsets = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(shingles), offsets, NUM_PERM, _SEED)
+    return np.array(matrix.to_rows(), np.uint32).reshape(len(texts), NUM_PERM)

@@ -1,0 +1,192 @@
+"""Which of the clean documents go into the dataset: as many of each domain, from its sources by their weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from srde_ds.data.packing import fit
+from srde_ds.data.sources.registry import Source
+from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
+from srde_ds.data.build.tokens import Tokens, tokenize_records
+
+DOCUMENTS_A_FILE = 2000
+
+
+@dataclass
+class Pool:
+    """All clean documents, one entry each; `part` and `index` say where its record is."""
+
+    source: np.ndarray
+    part: np.ndarray
+    index: np.ndarray
+    content: np.ndarray
+    """uint64, decides the order in which documents are taken"""
+    split: np.ndarray
+    """number in SPLITS"""
+    removed: dict[str, Counter[str]]
+    """how many each rule left out, by source"""
+    forms_of_words: int
+    """evaluation n-grams that too many documents share to be a leak"""
+
+
+@dataclass
+class Chosen:
+    """The documents of one domain, in order."""
+
+    documents: list[int] = field(default_factory=list)
+    """positions in the pool"""
+    file_of: list[int] = field(default_factory=list)
+    """number of the file of tokens; empty without a tokenizer"""
+    index_of: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """tokens"""
+    missing: int = 0
+
+    def trim(self, size: int, seed: int) -> None:
+        """Keep `size` of them, drawn from all sources."""
+        count = len(self.documents)
+        kept = np.sort(np.random.default_rng(seed).permutation(count)[:size]).tolist()
+        for column in (self.documents, self.file_of, self.index_of, self.lengths):
+            if len(column) == count:  # without a tokenizer only the documents are known
+                column[:] = [column[place] for place in kept]
+
+
+@dataclass
+class Selection:
+    domains: dict[str, Chosen]
+    files: list[Made]
+    """of tokens"""
+    removed: dict[str, Counter[str]]
+    """by source and rule"""
+
+
+def shares(wanted: int, available: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """`wanted` cut by weight, none larger than what is available; entries of weight 0 make up for what lacks."""
+    result = [0] * len(available)
+    for group in ([w > 0 for w in weights], [w == 0 for w in weights]):
+        open_ = [i for i, chosen in enumerate(group) if chosen and available[i]]
+        while open_ and wanted:
+            total = sum(weights[i] or 1.0 for i in open_)
+            ideal = {i: wanted * (weights[i] or 1.0) / total for i in open_}
+            # Whole numbers that add up: the largest fractions are rounded up.
+            cut = {i: int(ideal[i]) for i in open_}
+            for i in sorted(open_, key=lambda i: cut[i] - ideal[i])[: wanted - sum(cut.values())]:
+                cut[i] += 1
+            for i in open_:
+                taken = min(cut[i], available[i] - result[i])
+                result[i] += taken
+                wanted -= taken
+            open_ = [i for i in open_ if result[i] < available[i]]
+    return result
+
+
+def select(
+    pool: Pool,
+    parts: Sequence[Made],
+    sources: Sequence[Source],
+    *,
+    domains: Sequence[str],
+    examples: int,
+    seed: int,
+    stages: Stages,
+    tokenizer_key: str | None,
+    max_length: int,
+    too_long: str,
+) -> Selection:
+    """Take `examples` documents of each domain, and tokenise them; what turns out too long is made up for.
+
+    Each source's documents are taken in an order that their content and the seed decide, so that a source that grows
+    changes little. Without `tokenizer_key` nothing is tokenised and nothing is too long.
+
+    Raises:
+        SRDEError: a document is too long and `too_long` is error.
+    """
+    chosen = {domain: Chosen(missing=examples) for domain in domains}
+    queues = [_order(pool, number, seed) for number in range(len(sources))]
+    result = Selection(chosen, [], {source.name: Counter() for source in sources})
+    while True:
+        batches = [
+            (number, queue[start : start + DOCUMENTS_A_FILE])
+            for number, queue in _take(chosen, sources, queues)
+            for start in range(0, len(queue), DOCUMENTS_A_FILE)
+        ]
+        if not batches:
+            return result
+        if tokenizer_key is None:
+            for number, documents in batches:
+                domain = chosen[sources[number].domain]
+                domain.documents += documents.tolist()
+                domain.missing -= len(documents)
+            continue
+        work = [_tokenizing(pool, parts, documents, tokenizer_key) for _, documents in batches]
+        for (number, documents), made in zip(batches, stages.run("tokens", tokenize_records, work), strict=True):
+            _keep(documents, made, sources[number], result, max_length, too_long)
+
+
+def _order(pool: Pool, source: int, seed: int) -> np.ndarray:
+    documents = np.flatnonzero(pool.source == source)
+    return documents[np.argsort(mixed(pool.content[documents], seed), kind="stable")]
+
+
+def mixed(values: np.ndarray, salt: int) -> np.ndarray:
+    """Well spread uint64 of uint64, other ones for each salt (the finalizer of SplitMix64)."""
+    mix = values + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
+    mix = (mix ^ (mix >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mix = (mix ^ (mix >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mix ^ (mix >> np.uint64(31))
+
+
+def _take(
+    chosen: dict[str, Chosen], sources: Sequence[Source], queues: list[np.ndarray]
+) -> list[tuple[int, np.ndarray]]:
+    """The next documents of each source that its domain lacks; shortens the queues."""
+    taken = []
+    for domain, state in chosen.items():
+        numbers = [number for number, source in enumerate(sources) if source.domain == domain]
+        cut = shares(state.missing, [len(queues[n]) for n in numbers], [sources[n].weight for n in numbers])
+        for number, count in zip(numbers, cut, strict=True):
+            if count:
+                taken.append((number, queues[number][:count]))
+                queues[number] = queues[number][count:]
+    return taken
+
+
+def _tokenizing(
+    pool: Pool, parts: Sequence[Made], documents: np.ndarray, tokenizer_key: str
+) -> tuple[str, dict[str, object]]:
+    used, part_of = np.unique(pool.part[documents], return_inverse=True)
+    index_of = pool.index[documents].tolist()
+    keys = [parts[number].key for number in used]
+    code = code_fingerprint("srde_ds.data.packing", "srde_ds.data.build.tokens")
+    arguments = {
+        "parts": [str(parts[number].path) for number in used],
+        "part_of": part_of.tolist(),
+        "index_of": index_of,
+    }
+    return fingerprint(tokenizer_key, code, keys, part_of.tolist(), index_of), arguments
+
+
+def _keep(documents: np.ndarray, made: Made, source: Source, result: Selection, max_length: int, too_long: str) -> None:
+    """Add a file's documents to their domain, but for those that cannot be used."""
+    tokens, domain, removed = Tokens(made.path), result.domains[source.domain], result.removed[source.name]
+    result.files.append(made)
+    for index, (document, length, usable) in enumerate(
+        zip(documents.tolist(), tokens.lengths.tolist(), tokens.usable.tolist(), strict=True)
+    ):
+        if not usable:
+            removed["end marker in a response"] += 1
+            continue
+        if length > max_length:
+            if fit(replace(tokens[index], where=f"source {source.name}"), max_length, too_long) is None:
+                removed["too long"] += 1
+                continue
+            length = max_length
+        domain.documents.append(document)
+        domain.file_of.append(len(result.files) - 1)
+        domain.index_of.append(index)
+        domain.lengths.append(length)
+        domain.missing -= 1

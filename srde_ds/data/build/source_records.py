@@ -1,0 +1,163 @@
+"""The stages before the choice: records of every source, and the rules that compare them with each other."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records, read_table
+from srde_ds.data.build.decontaminate import contaminated, evaluation_ngrams, find_ngrams, read_evaluation_file
+from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
+from srde_ds.data.sources.formatters import Example
+from srde_ds.data.build.options import BuildOptions
+from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
+from srde_ds.utils.retry import SourceError
+from srde_ds.data.build.selection import Pool, mixed
+from srde_ds.data.sources.registry import Source, load_sources
+from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint, slices
+from srde_ds.data.sources.supply import GENERATED_AT_ONCE
+from srde_ds.errors import SRDEError, nearest
+
+
+@dataclass
+class Records:
+    """The files of records of all sources."""
+
+    parts: list[Made]
+    source_of: list[int]
+    """number of the source of each part"""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [made.figures["kept"] for made in self.parts]
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate([read_table(made.path)[name].to_numpy() for made in self.parts])
+
+
+def records_of(opened: Sequence[OpenSource], stages: Stages) -> Records:
+    """Read, format and clean the rows of every source, part by part."""
+    modules = ("build.row_rules", "sources.formatters", "sources.reading", "synthetic.tasks", "synthetic.science")
+    code = code_fingerprint(*(f"srde_ds.data.{name}" for name in modules))
+    work, source_of = [], []
+    for number, one in enumerate(opened):
+        source = one.source
+        labels = {"domain": source.domain, "source": source.name, "revision": one.revision}
+        how = [source.formatter, source.columns, source.split, source.data_files, labels, source.near_duplicates]
+        for start, stop in slices(one.reader.count, GENERATED_AT_ONCE if source.generated else ROWS_A_PART):
+            key = fingerprint(code, one.content, how, MINHASH_VERSION, start, stop)
+            arguments = {"reader": one.reader, "start": start, "stop": stop, "labels": labels}
+            work.append((key, arguments | {"near_duplicates": source.near_duplicates}))
+            source_of.append(number)
+    return Records(stages.run("records", make_records, work), source_of)
+
+
+def clean(
+    records: Records, opened: Sequence[OpenSource], options: BuildOptions, ngrams: Path | None, stages: Stages
+) -> Pool:
+    """Leave out duplicates, what evaluation sets hold, and questions of a held-out split that stand elsewhere too.
+
+    Args:
+        ngrams: the file of `ngrams_of`.
+    """
+    lengths = records.lengths
+    source = np.repeat(records.source_of, lengths)
+    keep = np.ones(len(source), bool)
+    removed: dict[str, Counter[str]] = {one.source.name: Counter() for one in opened}
+
+    def remove(rule: str, which: np.ndarray) -> None:
+        counts = np.bincount(source[which & keep], minlength=len(opened))
+        for one, count in zip(opened, counts.tolist(), strict=True):
+            removed[one.source.name][rule] += count
+        keep[which] = False
+
+    with stages.timed("duplicates"):
+        content = records.column("content")
+        remove("exact duplicate", exact_duplicates(content))
+        candidates = keep & np.array([one.source.near_duplicates for one in opened], bool)[source]
+        if candidates.any():
+            file = stages.folder / f"signatures.{os.getpid()}.tmp"
+            try:
+                signatures = gather_signatures([made.path for made in records.parts], lengths, file)
+                remove("near duplicate", near_duplicates(signatures, candidates, options.near_duplicate_threshold))
+            finally:
+                file.unlink(missing_ok=True)
+    forms_of_words = 0
+    if ngrams is not None:
+        index, ngram = _matches(records, ngrams, stages)
+        flagged, forms_of_words = contaminated(index, ngram, keep)
+        remove("in an evaluation set", flagged)
+    split, question = split_of(records.column("group"), options), records.column("question")
+    remove("held-out question", (split == 0) & np.isin(question, question[keep & (split > 0)]))
+    part = np.repeat(np.arange(len(lengths)), lengths)
+    index = np.concatenate([np.arange(length) for length in lengths])
+    return Pool(source[keep], part[keep], index[keep], content[keep], split[keep], removed, forms_of_words)
+
+
+def split_of(group: np.ndarray, options: BuildOptions) -> np.ndarray:
+    """Number of the split of each group hash (uint64): the same however much data there is."""
+    place = mixed(group, 0).astype(np.float64) / 2.0**64
+    test, held_out = options.test_fraction, options.test_fraction + options.validation_fraction
+    return np.select([place < test, place < held_out], [2, 1], 0)
+
+
+def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
+    """The n-grams of all evaluation sets as a file that is named by its content; None without any.
+
+    Raises:
+        SRDEError: an evaluation set is no file and no source, or cannot be had.
+    """
+    if not options.decontaminate_against:
+        return None
+    sets = []
+    for name in options.decontaminate_against:
+        sets.append(evaluation_ngrams(_evaluation_texts(name, options)))
+        if not len(sets[-1]):
+            raise SRDEError(f"decontaminate_against={name}: holds no question: leave it out, or give the right file.")
+    found = np.unique(np.concatenate(sets))
+    path = folder / f"{hashlib.sha256(found.tobytes()).hexdigest()[:32]}.npy"
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(path, found)
+    return path
+
+
+def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
+    """Of a JSONL file, or of `source` or `source:split` of the sources file or the registry."""
+    if Path(name).is_file():
+        yield from read_evaluation_file(name)
+        return
+    known = {source.name: source for source in (*load_sources(), *options.sources)}
+    base, _, split = name.partition(":")
+    if base not in known:
+        raise SRDEError(
+            f"decontaminate_against={name}: no such file, and no source of that name.{nearest(base, known)} Give a "
+            "JSONL file, or source:split of what --list_sources shows."
+        )
+    if known[base].generated:
+        raise SRDEError(f"decontaminate_against={name}: its items are made, it has no test set: give a JSONL file.")
+    source = Source(**vars(known[base]) | ({"split": split} if split else {}))
+    try:
+        opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)
+    except SourceError as error:
+        raise SRDEError(f"decontaminate_against={name}: cannot be had: {error}.") from None
+    for example in opened.reader.examples(0, opened.reader.count):
+        if isinstance(example, Example):
+            yield " ".join(message["content"] for message in example.messages if message["role"] == "user")
+
+
+def _matches(records: Records, ngrams: Path, stages: Stages) -> tuple[np.ndarray, np.ndarray]:
+    """Document and n-gram of each match."""
+    code = code_fingerprint("srde_ds.data.build.decontaminate", "srde_ds.data.build.row_rules")
+    work = [
+        (fingerprint(code, made.key, ngrams.stem), {"records": made.path, "ngrams": ngrams}) for made in records.parts
+    ]
+    tables = [read_table(made.path) for made in stages.run("decontaminate", find_ngrams, work)]
+    starts = np.cumsum([0, *records.lengths])
+    index = [table["index"].to_numpy() + start for table, start in zip(tables, starts, strict=False)]
+    return np.concatenate(index), np.concatenate([table["ngram"].to_numpy() for table in tables])

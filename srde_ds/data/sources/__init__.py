@@ -1,0 +1,1 @@
+"""Where documents come from: the registry of sources, their readers and formatters."""

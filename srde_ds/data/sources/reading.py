@@ -1,0 +1,301 @@
+"""Open a source, whatever it is, as rows that any process can read by number."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+from huggingface_hub import HfApi
+
+from srde_ds.data.build.artifacts import fingerprint
+from srde_ds.data.sources.formatters import FORMATTERS, BrokenRow, Example
+from srde_ds.data.sources.registry import Source
+from srde_ds.data.synthetic import tasks
+from srde_ds.data.synthetic.science import SCIENCE
+from srde_ds.utils.retry import SourceError, with_retries
+
+ROWS_A_PART = 5000
+ROWS_LOOKED_AT = 100
+"""lines of a JSONL file in which its columns are looked for"""
+Maker = Callable[[int], tuple[str, str]]
+"""Prompt and answer of an item, by its number"""
+
+
+class Reader(Protocol):
+    """Can be sent to another process."""
+
+    @property
+    def count(self) -> int: ...
+
+    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+        """What each row holds: an example, no answer, or what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source that can be read; `content` changes with its rows."""
+
+    source: Source
+    reader: Reader
+    revision: str
+    """commit of the Hub, hash of the files, or the generator's version"""
+    content: str
+
+
+def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -> OpenSource:
+    """Download or find a source and check its columns.
+
+    Args:
+        revision: commit of a Hub source that an earlier build looked up.
+        seed, rows: of a generated source.
+
+    Raises:
+        SourceError: it is gone, gated, out of reach, unreadable or has other columns.
+    """
+    if source.generated:
+        return _open_generated(source, seed, rows)
+    reader: Reader
+    if source.kind == "jsonl":
+        path = _local(source)[0]
+        starts, count, revision = with_retries(lambda: _scan_lines(path), source.name)
+        columns = _columns_of(path)
+        reader = JsonlReader(str(path), starts, count, source)
+    else:
+        if source.kind == "hub":
+            revision = revision or source.revision or with_retries(lambda: _newest(source), source.name)
+            hub_revision = revision
+            data = with_retries(lambda: _from_hub(source, hub_revision), source.name)
+        else:
+            paths = _local(source)
+            revision = with_retries(lambda: _hash_files(paths), source.name)
+            data = with_retries(lambda: _from_disk(source, paths), source.name)
+        columns = data.column_names
+        reader = ArrowReader(tuple(file["filename"] for file in data.cache_files), len(data), source)
+    if reader.count == 0:
+        raise SourceError("it has no rows")
+    missing = [column for column in source.real_columns() if column not in columns]
+    if missing:
+        raise SourceError(f"its columns do not fit: no '{missing[0]}', it has {', '.join(columns) or 'none'}")
+    return OpenSource(source, reader, str(revision), fingerprint(source.location, source.config, revision))
+
+
+@dataclass(frozen=True)
+class ArrowReader:
+    """Rows of memory-mapped Arrow files."""
+
+    files: tuple[str, ...]
+    count: int
+    source: Source
+
+    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+        columns: dict[str, list[Any]] = _arrow(self.files)[start:stop]
+        for index in range(stop - start):
+            yield _formatted(self.source, {name: values[index] for name, values in columns.items()})
+
+
+@dataclass(frozen=True)
+class JsonlReader:
+    """Lines of a file; `starts` are the positions of every ROWS_A_PARTth line that is not blank."""
+
+    path: str
+    starts: tuple[int, ...]
+    count: int
+    source: Source
+
+    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+        assert start % ROWS_A_PART == 0
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[start // ROWS_A_PART])
+            lines = (line for line in file if line.strip())
+            for _, line in zip(range(stop - start), lines, strict=False):
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    yield BrokenRow("not valid JSON")
+                    continue
+                yield _formatted(self.source, row) if isinstance(row, dict) else BrokenRow("not a JSON object")
+
+
+@dataclass(frozen=True)
+class GymReader:
+    """Items of a reasoning-gym task, made by number."""
+
+    task: str
+    options: str
+    """as JSON"""
+    seed: int
+    count: int
+
+    def examples(self, start: int, stop: int) -> Iterator[Example]:
+        items = _gym(self.task, self.options, self.seed)
+        for index in range(start, stop):
+            item = items[index]
+            yield _task_example(item["question"].strip(), str(item["answer"]).strip())
+
+
+@dataclass(frozen=True)
+class TasksReader:
+    """Items of one domain of srde_ds.data.synthetic.tasks: its tasks in turn."""
+
+    domain: str
+    seed: int
+    count: int
+
+    def examples(self, start: int, stop: int) -> Iterator[Example]:
+        makers = _makers(self.domain, self.seed)
+        for index in range(start, stop):
+            place, task = divmod(index, len(makers))
+            yield _task_example(*makers[task](place))
+
+
+def _task_example(prompt: str, answer: str) -> Example:
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return Example(turns, answer or None)
+
+
+def _formatted(source: Source, row: dict[str, Any]) -> Example | None | BrokenRow:
+    renamed = row | {column: row.get(own) for column, own in source.columns.items()}
+    try:
+        return FORMATTERS[str(source.formatter)].format(renamed)
+    except BrokenRow as error:
+        return error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        return BrokenRow(f"{type(error).__name__} {error}")
+
+
+def _newest(source: Source) -> str:
+    return str(HfApi().dataset_info(source.location).sha)
+
+
+def _from_hub(source: Source, revision: str) -> datasets.Dataset:
+    # The files that `data_files` names are one split, whatever they hold.
+    return datasets.load_dataset(
+        source.location,
+        source.config,
+        split="train" if source.data_files else source.split,
+        revision=revision,
+        data_files=source.data_files,
+    )
+
+
+def _from_disk(source: Source, paths: Sequence[Path]) -> datasets.Dataset:
+    if source.kind == "parquet":
+        return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+    data = datasets.load_from_disk(source.location)
+    if isinstance(data, datasets.DatasetDict):
+        data = data[source.split]
+    if data._indices is not None:
+        raise ValueError("the folder holds a selection of rows: save it after flatten_indices()")
+    return data
+
+
+def _local(source: Source) -> list[Path]:
+    """The files of a local source, in a fixed order."""
+    if source.kind == "folder":
+        paths = [path for path in Path(source.location).rglob("*") if path.is_file()]
+    else:
+        paths = [Path(path) for path in glob.glob(source.location, recursive=True)]
+    if not paths:
+        raise SourceError(f"no such {'folder' if source.kind == 'folder' else 'file'} '{source.location}'")
+    if source.kind == "jsonl" and len(paths) > 1:
+        raise SourceError(f"'{source.location}' means {len(paths)} files: give each a source of its own")
+    return sorted(paths)
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _scan_lines(path: Path) -> tuple[tuple[int, ...], int, str]:
+    """Where every ROWS_A_PARTth line starts, how many there are, and the hash of the file."""
+    digest, starts, count, position = hashlib.sha256(), [], 0, 0
+    with path.open("rb") as file:
+        for line in file:
+            digest.update(line)
+            if line.strip():
+                if count % ROWS_A_PART == 0:
+                    starts.append(position)
+                count += 1
+            position += len(line)
+    return tuple(starts), count, digest.hexdigest()
+
+
+def _columns_of(path: Path) -> list[str]:
+    """Keys that the first lines of a JSONL file have; a line that is no JSON object has none."""
+    columns: dict[str, None] = {}
+    with path.open("rb") as file:
+        for line in islice(filter(bytes.strip, file), ROWS_LOOKED_AT):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            columns |= dict.fromkeys(row if isinstance(row, dict) else ())
+    return list(columns)
+
+
+def _open_generated(source: Source, seed: int, rows: int) -> OpenSource:
+    packages = ["periodictable", "scipy"] if source.tasks == "science" else ["reasoning-gym"]
+    try:
+        revision = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    except metadata.PackageNotFoundError as error:
+        raise SourceError(f"package '{error.name}' is missing: pip install {error.name}") from None
+    rows = min(rows, source.rows) if source.rows else rows
+    reader: Reader
+    if source.kind == "reasoning_gym":
+        options = json.dumps(source.options, sort_keys=True)
+        with_retries(lambda: _gym(source.location, options, seed), source.name)
+        reader = GymReader(source.location, options, seed, rows)
+    else:
+        if source.location not in (*tasks.TASKS, "science"):
+            raise SourceError(f"no tasks for '{source.location}', there are {', '.join(tasks.TASKS)} and science")
+        reader = TasksReader(source.location, seed, rows)
+    return OpenSource(source, reader, revision, fingerprint(source.location, source.options, revision, seed))
+
+
+@lru_cache(maxsize=8)
+def _arrow(files: tuple[str, ...]) -> datasets.Dataset:
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
+
+
+@cache
+def _gym(task: str, options: str, seed: int) -> Any:
+    import reasoning_gym  # two seconds: only when items are made
+
+    # Any index can be asked for: the size bounds iteration only, which is not used.
+    try:
+        return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
+    except AssertionError as error:  # its way to refuse an option's value
+        raise ValueError(str(error)) from None
+
+
+@cache
+def _makers(domain: str, seed: int) -> list[Maker]:
+    """One function a task."""
+    if domain == "science":
+        return [_numbered(name, make, seed) for name, make in SCIENCE.items()]
+    return [
+        _phrased(_gym(name, json.dumps(options, sort_keys=True), seed), phrase)
+        for _, name, options, phrase in tasks.TASKS[domain]
+    ]
+
+
+def _numbered(name: str, make: Callable[[random.Random], tuple[str, str]], seed: int) -> Maker:
+    return lambda place: make(random.Random(f"{seed}/{name}/{place}"))
+
+
+def _phrased(items: Any, phrase: tasks.Phrase) -> Maker:
+    return lambda place: phrase(items[place])

@@ -1,0 +1,213 @@
+"""Which sources make up which domain: the registry, registry.yaml, and files of the same form by users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from srde_ds.config.values import refuse_repeated_keys
+from srde_ds.data.sources.formatters import FORMATTERS
+from srde_ds.errors import SRDEError, nearest
+
+REGISTRY = Path(__file__).with_name("registry.yaml")
+KINDS = ("hub", "folder", "jsonl", "parquet", "reasoning_gym", "tasks")
+"""Exactly one of them says where a source's rows come from."""
+GENERATED = ("reasoning_gym", "tasks")
+"""They have no columns, and can make more rows when a domain is short of them."""
+KINDS_OF_KEY = {
+    "config": ("hub",),
+    "revision": ("hub",),
+    "data_files": ("hub",),
+    "split": ("hub", "folder"),
+    "columns": ("hub", "folder", "jsonl", "parquet"),
+    "options": ("reasoning_gym",),
+}
+"""Keys that mean something for some kinds only"""
+
+
+@dataclass(frozen=True)
+class Source:
+    """An entry of a sources file; the fields are its keys."""
+
+    name: str
+    domain: str
+    hub: str | None = None
+    """Hub id"""
+    folder: str | None = None
+    """made by `save_to_disk`"""
+    jsonl: str | None = None
+    parquet: str | None = None
+    """path of the file; may hold wildcards"""
+    reasoning_gym: str | None = None
+    """name of one of its tasks"""
+    tasks: str | None = None
+    """a domain of srde_ds.data.synthetic.tasks"""
+    config: str | None = None
+    split: str = "train"
+    """of a `hub` source, or of a `folder` that holds several"""
+    revision: str | None = None
+    """commit of the Hub"""
+    data_files: str | None = None
+    """files inside the Hub's repository, instead of those of `config` and `split`"""
+    formatter: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    """formatter's column -> the source's own, where they differ"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """of a reasoning-gym task"""
+    license: str = "unknown"
+    redistributable: str = "unknown"
+    rows: int | None = None
+    """size, as far as it is known beforehand; for a generated source: the most to make"""
+    weight: float = 1.0
+    """share of the domain's examples; 0: only to make up for what the others lack"""
+    near_duplicates: bool = True
+    """whether to look for them"""
+
+    @property
+    def kind(self) -> str:
+        return next(kind for kind in KINDS if getattr(self, kind) is not None)
+
+    @property
+    def location(self) -> str:
+        """The value of `hub`, `folder`, ..."""
+        return str(getattr(self, self.kind))
+
+    @property
+    def generated(self) -> bool:
+        return self.kind in GENERATED
+
+    def real_columns(self) -> list[str]:
+        """The source's own names of the columns that its formatter needs."""
+        needed = FORMATTERS[self.formatter].columns if self.formatter else ()
+        return [self.columns.get(column, column) for column in needed]
+
+
+def load_sources(path: str | Path | None = None) -> list[Source]:
+    """The sources of a file, or those of the registry.
+
+    The file maps each domain to a list; an entry is the name of a source of the registry or a mapping with the
+    fields of `Source`. The order of the domains is that of the experts.
+
+    Raises:
+        SRDEError: the file cannot be read, or an entry is none; names file, domain and entry.
+    """
+    entries = _read(REGISTRY)
+    if path is None:
+        return _parse(entries, REGISTRY, {})
+    known = {source.name: source for source in _parse(entries, REGISTRY, {})}
+    return _parse(_read(Path(path)), Path(path), known)
+
+
+def choose_domains(sources: Sequence[Source], domains: Sequence[str] | None) -> list[Source]:
+    """The sources of `domains`, in this order; all of them without it."""
+    if domains is None:
+        return list(sources)
+    known = list(dict.fromkeys(source.domain for source in sources))
+    for domain in domains:
+        if domain not in known:
+            raise SRDEError(f"domains={','.join(domains)}: no source of '{domain}'.{nearest(domain, known)}")
+    return [source for domain in domains for source in sources if source.domain == domain]
+
+
+def print_sources(sources: Sequence[Source]) -> None:
+    """A table with domain, place, size, licence and columns of each source."""
+    table = [["source", "domain", "from", "rows", "licence", "redistributable", "columns"]]
+    for source in sources:
+        place = ":".join(filter(None, [source.location, source.config]))
+        commit = f"@{source.revision[:7]}" if source.revision else ""
+        rows = f"{source.rows:,}" if source.rows else "as needed" if source.generated else "?"
+        columns = ", ".join(source.real_columns()) or "-"
+        origin = f"{source.kind} {place}{commit}"
+        table.append([source.name, source.domain, origin, rows, source.license, source.redistributable, columns])
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise SRDEError(f"sources_file={path}: cannot be read: {error.strerror}. Give a YAML file.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SRDEError(f"sources_file={path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not content:
+        raise SRDEError(f"sources_file={path}: must map each domain to a list of sources.")
+    refuse_repeated_keys(yaml.compose(text), f"sources_file={path}")
+    return content
+
+
+def _parse(content: Mapping[str, Any], path: Path, known: Mapping[str, Source]) -> list[Source]:
+    sources: list[Source] = []
+    for domain, entries in content.items():
+        if not isinstance(domain, str) or not isinstance(entries, list) or not entries:
+            raise SRDEError(f"sources_file={path}: '{domain}' must be a domain's name with a list of sources.")
+        for entry in entries:
+            source = _entry(entry, domain, path, known)
+            if source.name in {other.name for other in sources}:
+                raise SRDEError(f"sources_file={path}: source '{source.name}' is there twice: rename one.")
+            sources.append(source)
+        if not any(source.weight for source in sources if source.domain == domain):
+            raise SRDEError(f"sources_file={path}: all sources of '{domain}' have weight 0: give one a weight.")
+    return sources
+
+
+def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> Source:
+    if isinstance(entry, str):
+        if entry not in known:
+            raise SRDEError(f"sources_file={path}: no source '{entry}' in the registry.{nearest(entry, known)}")
+        return Source(**vars(known[entry]) | {"domain": domain})
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise SRDEError(f"sources_file={path}: an entry of '{domain}' needs a name, or is the name of a known source.")
+    place = f"sources_file={path}: source '{entry['name']}'"
+    allowed = {f.name: str(f.type) for f in fields(Source) if f.name != "domain"}
+    for key, value in entry.items():
+        if key not in allowed:
+            raise SRDEError(f"{place}: unknown key '{key}'.{nearest(str(key), allowed)}")
+        if not _fits(value, allowed[key]):
+            raise SRDEError(
+                f"{place}: {key}={value!r} must be of type {allowed[key].partition('[')[0].split(' |')[0]}."
+            )
+    kinds = [kind for kind in KINDS if entry.get(kind) is not None]
+    if len(kinds) != 1:
+        raise SRDEError(f"{place}: needs exactly one of {', '.join(KINDS)}, has {', '.join(kinds) or 'none'}.")
+    source = Source(domain=domain, **entry)
+    if source.redistributable not in ("yes", "no", "unknown"):
+        raise SRDEError(f'{place}: redistributable={source.redistributable!r}: must be "yes", "no" or unknown.')
+    if source.weight < 0:
+        raise SRDEError(f"{place}: weight={source.weight}: must not be negative.")
+    if source.generated == (source.formatter is not None):
+        has = "makes conversations itself: leave formatter out" if source.generated else "needs a formatter"
+        raise SRDEError(f"{place}: {has}.")
+    if source.formatter and source.formatter not in FORMATTERS:
+        raise SRDEError(f"{place}: unknown formatter '{source.formatter}'.{nearest(source.formatter, FORMATTERS)}")
+    for key, of in KINDS_OF_KEY.items():
+        if key in entry and source.kind not in of:
+            raise SRDEError(f"{place}: {key} is for {', '.join(of)} only: leave it out.")
+    for column, own in source.columns.items():
+        read = FORMATTERS[str(source.formatter)]
+        if column not in (*read.columns, *read.optional):
+            known_columns = (*read.columns, *read.optional)
+            raise SRDEError(
+                f"{place}: columns: the formatter {source.formatter} reads no '{column}', but "
+                f"{', '.join(known_columns)}.{nearest(str(column), known_columns)}"
+            )
+        if not isinstance(own, str):
+            raise SRDEError(f"{place}: columns: {column}={own!r} must be the name of a column.")
+    return source
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "dict": (dict,)
+    }  # fmt: skip
+    if value is None:
+        return "None" in annotation
+    if isinstance(value, bool):
+        return annotation == "bool"
+    return isinstance(value, kinds[annotation.partition("[")[0].partition(" ")[0]])

@@ -1,0 +1,1 @@
+"""Generated tasks with answers that can be checked."""

@@ -1,0 +1,52 @@
+"""Passes through the sharded base alone, without its experts and behind the back of DeepSpeed's training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from srde_ds.distributed.engine import Engine
+
+
+@contextmanager
+def base_alone(engine: Engine) -> Iterator[None]:
+    """Inside, `forward_base` and `backward_base` may be called. Afterwards the engine is as it was before.
+
+    The base stays in train mode only if its activations are recomputed in the backward, which needs it.
+    """
+    training = engine.deepspeed.training
+    engine.deepspeed.train(bool(engine.model.base.is_activation_checkpointing))
+    embedding = engine.model.base.get_input_embeddings()
+    # With gradients from here on the backward reaches every block, although no parameter of the base has one.
+    hook = embedding.register_forward_hook(_with_gradient)
+    try:
+        with engine.model.no_experts():
+            yield
+    finally:
+        hook.remove()
+        engine.deepspeed.train(training)
+
+
+def forward_base(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
+    """The summed loss of the labels of a batch from the loader.
+
+    It goes by DeepSpeed's engine, whose hooks on the loss would count a backward as a micro-step; the hooks on the
+    modules, which gather their weights, remain.
+    """
+    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
+    loss: Tensor = engine.model(**inputs).loss_sum
+    return loss
+
+
+def backward_base(engine: Engine, loss: Tensor) -> None:
+    """Backward of a loss of `forward_base`: no trainable takes part, so no gradient is kept or reduced."""
+    loss.backward()
+    # What the engine's own backward does at its end for modules whose input has no gradient, here the embedding.
+    engine.deepspeed.optimizer.parameter_offload.release_backward_leftovers()
+
+
+def _with_gradient(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output.requires_grad_(True) if torch.is_grad_enabled() else output

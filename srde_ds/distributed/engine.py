@@ -1,0 +1,160 @@
+"""From a base's name to a running ZeRO-3 engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+
+from srde_ds.config import AdapterConfig, Config
+from srde_ds.distributed import zero_placement as placement
+from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts, cut_rows, expert_groups
+from srde_ds.distributed.processes import Topology, deepspeed
+from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
+from srde_ds.model.base import load_base
+from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.optim.gram_muon import GramMuonAdamW
+from srde_ds.optim.groups import build_groups
+from srde_ds.planner.shapes import base_shape
+from srde_ds.planner.traffic import choose_transport
+
+
+def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """A context in which partitioned parameters are readable on every rank."""
+    context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
+    return context
+
+
+@dataclass
+class Engine:
+    """The model under ZeRO-3 with its optimizer."""
+
+    deepspeed: Any
+    model: SRDEModel
+    optimizer: GramMuonAdamW
+    groups: ExpertGroups | None
+    trained_kinds: frozenset[str] = field(default=frozenset())
+    locked_experts: frozenset[int] = field(default=frozenset())
+
+    def __post_init__(self) -> None:
+        kinds = set()
+        for _, parameter in self.model.trainable_parameters():
+            kinds.add(parameter.srde_kind)
+            parameter.register_hook(partial(self._zero_if_frozen, parameter.srde_kind))
+        self.restrict(frozenset(kinds), frozenset())
+
+    def restrict(self, trained: frozenset[str], locked: frozenset[int]) -> None:
+        """From the next step on only trainables of these kinds change, and nothing of locked experts."""
+        if (trained, locked) != (self.trained_kinds, self.locked_experts):
+            placement.restrict_updates(self.deepspeed, self.model, self.optimizer, trained, locked)
+            self.trained_kinds, self.locked_experts = trained, locked
+
+    def _zero_if_frozen(self, kind: str, gradient: torch.Tensor) -> torch.Tensor | None:
+        """Zero, not absent: DeepSpeed would take the last step's; and it counts in the norm that clips the others."""
+        return None if kind in self.trained_kinds else torch.zeros_like(gradient)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a batch from the loader: its sum over labels and their number (scalars on the device)."""
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
+        output: SRDEOutput = self.deepspeed(**inputs)
+        assert output.loss_sum is not None and output.label_count is not None
+        return output.loss_sum, output.label_count
+
+    def delta_norms(self) -> torch.Tensor:
+        """`[E]` norm of each expert's deltas over all layers, the same on every rank."""
+        own = self.model.delta_norms(gather=gather)
+        if self.groups is None or len(own) == self.model.config.num_experts:
+            return own
+        experts, first = self.model.config.num_experts, self.model.layers[0].deltas.first_expert
+        norms = own.new_zeros(experts)
+        norms[first : first + len(own)] = own[: max(0, experts - first)]
+        dist.all_reduce(norms, group=self.groups.expert_parallel)
+        return norms
+
+    def close(self) -> None:
+        """Free what deepspeed hangs on the model, so that another engine may follow."""
+        self.deepspeed.destroy()
+
+    @property
+    def global_grad_norm(self) -> float:
+        """Norm of the last step's gradient before clipping."""
+        return float(self.deepspeed.get_global_grad_norm())
+
+
+def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
+    """The frozen base; each rank keeps 1 / world_size of its weights from the first byte on."""
+    # from_pretrained finds the object through a weak reference: it must live until loading is done.
+    keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
+    base = load_base(
+        str(config.model.model_name),
+        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        revision=config.model.model_revision,
+        attn_implementation="flash_attention_2" if config.model.flash_attention else "sdpa",
+    )
+    del keep_alive
+    return base
+
+
+def build_model(
+    config: Config,
+    topology: Topology,
+    *,
+    adapter: AdapterConfig | None = None,
+    supports: Sequence[torch.Tensor] | None = None,
+    target_density: float | None = None,
+) -> SRDEModel:
+    """The sharded base with all its experts, on every rank alike.
+
+    Args:
+        adapter: default: `config.adapter`; another one has another density.
+        supports: of all layers, from a checkpoint; default: chosen as the adapter says.
+        target_density: of a support that is being learned, see `add_experts`.
+    """
+    base = load_sharded_base(config, topology.world_size)
+    names = config.data.domains[: config.adapter.num_experts]
+    names += [f"expert_{i}" for i in range(len(names), config.adapter.num_experts)]
+    model = add_experts(
+        base,
+        adapter or config.adapter,
+        expert_names=names,
+        seed=config.training.seed,
+        supports=supports,
+        target_density=target_density,
+        row_multiple=topology.world_size,
+        gather=gather,
+    )
+    if config.model.compile:
+        for layer in model.layers:
+            layer.dispatch = LocalDispatch(compiled=True)
+    if config.model.gradient_checkpointing:
+        # The kind whose equality with plain training is tested under ZeRO-3; see docs/decisions.md.
+        model.enable_gradient_checkpointing(use_reentrant=True)
+    return model.train()
+
+
+def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine:
+    """Partition everything, create the optimizer, and check that each piece is where it must be."""
+    groups, transport = None, ""
+    if config.parallel.expert_parallel_size > 1:
+        groups = expert_groups(config.parallel.expert_parallel_size)
+        transport = choose_transport(config, base_shape(config), topology.world_size)
+    if config.adapter.num_atoms and config.parallel.owner_computes and topology.world_size > 1:
+        cut_rows(model, expert_groups(topology.world_size), groups, transport)
+    elif groups is not None:
+        cut_experts(model, groups, transport)
+    placement.mark_placement(model)
+    parameters = model.trainable_parameters()
+    optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
+    ds_config = derive_ds_config(config, topology.world_size)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    placement.verify_placement(engine, model)
+    return Engine(engine, model, optimizer, groups)

@@ -1,0 +1,137 @@
+"""Which rank holds which experts (DESIGN §4).
+
+With expert-parallel size P, ranks i·P … i·P + P − 1 form an expert-parallel group and share the experts among them:
+its rank r holds slots r·E_l … (r + 1)·E_l − 1, E_l = ⌈E / P⌉. Slots from E on are padding: every rank must hold
+tensors of the same shapes, or collectives hang. Ranks with the same r form an expert-data-parallel group: they hold
+the same experts, and ZeRO partitions these over that group alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from srde_ds.distributed.owner_exchange import GatherRows, SendRows
+from srde_ds.distributed.processes import deepspeed
+from srde_ds.distributed.transport import DeltaTransport, TokenTransport
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.deltas import AtomDeltas, tagged
+from srde_ds.model.layer import SRDEFeedForward
+
+
+@dataclass(frozen=True)
+class TensorCut:
+    """Where a rank's tensor lies in the global one: a range of entries on one axis.
+
+    Attributes:
+        global_shape: shape of the whole tensor, without padding.
+        first: the rank's first entry.
+        entries: how many of its entries are there in the global tensor; the others are padding.
+    """
+
+    axis: int
+    global_shape: tuple[int, ...]
+    first: int
+    entries: int
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """This rank's process groups."""
+
+    name: str
+    expert_parallel: dist.ProcessGroup
+    expert_data_parallel: dist.ProcessGroup
+
+
+def expert_groups(expert_parallel_size: int) -> ExpertGroups:
+    """Create DeepSpeed's groups for this size, or find them; a collective of all ranks."""
+    groups = deepspeed.utils.groups
+    groups._create_expert_and_data_parallel(expert_parallel_size)
+    name = f"ep_size_{expert_parallel_size}"
+    return ExpertGroups(name, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name))
+
+
+def cut_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
+    """Keep this rank's experts of a model that has them all, and let its layers reach the others.
+
+    Args:
+        transport: "tokens" or "deltas".
+    """
+    experts, size = model.config.num_experts, dist.get_world_size(groups.expert_parallel)
+    slots = math.ceil(experts / size)
+    first = dist.get_rank(groups.expert_parallel) * slots
+    kinds: dict[str, type[TokenTransport | DeltaTransport]] = {"tokens": TokenTransport, "deltas": DeltaTransport}
+    dispatch = kinds[transport](groups.expert_parallel, experts)
+    for layer in model.layers:
+        for key, parameter in _parameters(layer):
+            # Scores stay whole: the experts' masks are compared with each other.
+            if parameter.srde_expert_axis is not None and parameter.srde_kind != "scores":
+                axis = parameter.srde_expert_axis
+                each = parameter.srde_shape[axis] // experts  # 3 matrices of an expert for neuron deltas
+                setattr(layer.deltas, key, _part_of(parameter, axis, first * each, slots * each, groups))
+        layer.deltas.first_expert, layer.deltas.ranks_per_copy = first, size
+        layer.dispatch = dispatch
+        layer.preparation.drop()
+
+
+def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None, transport: str) -> None:
+    """Keep this rank's rows of atoms and importance, and exchange the rows of effective deltas that they give.
+
+    Plain ZeRO-3 gathers atoms and importance, (A + E)·n values a layer, where the layer needs the E·n effective deltas
+    alone. Here each rank mixes its own rows, and these travel; backwards their gradients do, summed over ranks.
+
+    Args:
+        owners: groups in which every rank is alone with its rows.
+        groups: of expert parallelism, if any; with `transport` "tokens" a rank receives the rows of its experts only.
+    """
+    world, rank, experts = dist.get_world_size(), dist.get_rank(), model.config.num_experts
+    dispatch, first, size = None, 0, 1
+    exchange: GatherRows | SendRows = GatherRows()
+    if groups is not None and transport == "tokens":
+        size = dist.get_world_size(groups.expert_parallel)
+        slots = math.ceil(experts / size)
+        first = dist.get_rank(groups.expert_parallel) * slots
+        dispatch, exchange = TokenTransport(groups.expert_parallel, experts), SendRows(size, slots)
+    for layer in model.layers:
+        bank = layer.deltas
+        assert isinstance(bank, AtomDeltas)
+        total = bank.atoms.shape[0]  # padded to a multiple of the world size
+        for key, parameter in _parameters(layer):
+            if parameter.srde_kind in ("atoms", "importance"):
+                axis = bank.row_axis[parameter.srde_kind]
+                setattr(bank, key, _part_of(parameter, axis, rank * (total // world), total // world, owners))
+        bank.exchange = partial(exchange, rows=bank.rows, axis=bank.row_axis["values"], expert_axis=bank.expert_axis)
+        bank.rows = total // world
+        bank.first_expert, bank.ranks_per_copy = first, size
+        if dispatch is not None:
+            layer.dispatch = dispatch
+        layer.preparation.drop()
+
+
+def _parameters(layer: SRDEFeedForward) -> list[tuple[str, Any]]:
+    """Any, for the attributes that the floors hang on them."""
+    return list(layer.deltas.named_parameters(recurse=False))
+
+
+def _part_of(parameter: Any, axis: int, first: int, entries: int, groups: ExpertGroups) -> Any:
+    """`entries` of a parameter from `first` on; those behind its end are zero."""
+    whole = parameter.srde_shape
+    cut = TensorCut(axis, whole, first, max(0, min(entries, whole[axis] - first)))
+    shape = list(whole)
+    shape[axis] = entries
+    if axis != 0:
+        shape[0] = parameter.shape[0]  # with its padding rows
+    values = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
+    if cut.entries:
+        values.narrow(axis, 0, cut.entries).copy_(parameter.detach().narrow(axis, cut.first, cut.entries))
+    local_shape = (*whole[:axis], entries, *whole[axis + 1 :])
+    expert_axis = parameter.srde_expert_axis
+    local: Any = tagged(values, parameter.srde_kind, expert_axis=expert_axis, shape=local_shape)
+    local.srde_cut, local.srde_groups = cut, groups
+    return local

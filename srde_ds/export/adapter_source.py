@@ -1,0 +1,192 @@
+"""A trained adapter where it lies, in a weights file or a checkpoint, read a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srde_ds.checkpoint.layout import LATEST, MANIFEST, read_json, read_latest
+from srde_ds.checkpoint.prune import PrunedLayers
+from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load_run_state
+from srde_ds.checkpoint.shards import ShardIndex
+from srde_ds.errors import SRDEError
+from srde_ds.model.base_files import TORCH_DTYPES, LazyTensor
+from srde_ds.model.deltas import build_deltas
+from srde_ds.model.merging import expert_delta
+from srde_ds.model.supports.selection import support_hash
+from srde_ds.weights.file import WEIGHTS, AdapterMetadata, open_weights, read_metadata
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter's metadata and its tensors by stable name (`layers.{i}.deltas.free`, ...).
+
+    Attributes:
+        place: where it lies, for messages.
+    """
+
+    place: Path
+    metadata: AdapterMetadata
+    tensors: dict[str, LazyTensor]
+
+    @property
+    def num_layers(self) -> int:
+        return sum(name.endswith(".support") for name in self.tensors)
+
+    def support(self, layer: int, expert: int) -> Tensor:
+        """`[m]` or `[n]`: what the expert changes, see `supports.py`."""
+        support = self.tensors[f"layers.{layer}.support"].load()
+        return support if support.dim() == 1 else support[expert]
+
+    def router(self, layer: int) -> LazyTensor:
+        """`[E, D]`."""
+        return self.tensors[f"layers.{layer}.router.weight"]
+
+    def deltas(self, layer: int) -> Tensor:
+        """The layer's effective deltas, fp32: `[D, E, 3, m]` or `[E, n]`, as `deltas.DeltaBank` gives them."""
+        prefix, config = f"layers.{layer}.", self.metadata.config
+        own = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(f"{prefix}deltas.")}
+        values = {name.removeprefix("deltas."): tensor.load().float() for name, tensor in own.items()}
+        bank = build_deltas(
+            config,
+            hidden=self.router(layer).shape[1],
+            size=self.tensors[f"{prefix}support"].shape[-1],
+            seed=0,
+            layer=layer,
+            dtype=torch.float32,
+            device=torch.device("meta"),
+        )
+        bank.load_state_dict(values, assign=True)
+        with torch.no_grad():
+            return bank()
+
+    def expert_delta(self, layer: int, expert: int) -> Tensor:
+        """`[D, 3, m]` or `[n]`, fp32."""
+        return expert_delta(self.deltas(layer), expert, self.metadata.config.granularity)
+
+    def selection_biases(self) -> list[int]:
+        """Layers whose routers choose with a bias that is not zero."""
+        biases = {name: t for name, t in self.tensors.items() if name.endswith(".router_bias")}
+        return sorted(int(name.split(".")[1]) for name, tensor in biases.items() if bool(tensor.load().any()))
+
+
+def open_adapter(place: str | Path) -> StoredAdapter:
+    """The adapter in a weights file, a `checkpoint-<step>` folder, a run folder (its weights file if the run is
+    finished, else its latest checkpoint) or, where there is no checkpoint, a folder with a weights file.
+
+    Of supports that are still being learned it takes the best candidates, those that count in eval mode; their number
+    comes from the configuration of the base that the checkpoint names.
+
+    Raises:
+        SRDEError: there is none, it is damaged, or supports are being learned and the base is not found.
+    """
+    path = Path(place)
+    in_checkpoint = any((path / name).exists() for name in (LATEST, MANIFEST)) and not _is_finished(path)
+    if path.is_dir() and (path / WEIGHTS).is_file() and not in_checkpoint:
+        path = path / WEIGHTS
+    return _of_file(path) if path.is_file() else checkpoint_adapter(find_checkpoint(path, path, field="checkpoint"))
+
+
+def _is_finished(run: Path) -> bool:
+    """Whether the run's weights file holds what its latest checkpoint does: the text that ends a run says so."""
+    marker = run / "completed.json"
+    if not marker.is_file():
+        return False
+    return read_json(marker).get("checkpoint") == read_latest(run)
+
+
+def _of_file(path: Path) -> StoredAdapter:
+    metadata = read_metadata(path)
+
+    def load(name: str) -> Tensor:
+        with open_weights(path) as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+    with open_weights(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors = {
+            name: LazyTensor(TORCH_DTYPES[part.get_dtype()], tuple(part.get_shape()), partial(load, name))
+            for name, part in slices.items()
+        }
+    return StoredAdapter(path, metadata, tensors)
+
+
+def checkpoint_adapter(folder: Path) -> StoredAdapter:
+    """The adapter in a verified checkpoint; errors as `open_adapter`."""
+    state = load_run_state(folder)
+    if "adapter" not in state:
+        raise SRDEError(f"checkpoint '{folder}': its run state has no 'adapter': nothing to export.")
+    metadata, index = AdapterMetadata.from_dict(state["adapter"]), ShardIndex(folder)
+    if any(name.endswith(".scores") for _, name in index.shapes):
+        masters, common, metadata = _learned_so_far(folder, state["config"]["adapter"]["density"])
+    else:
+        masters = {
+            name: LazyTensor(torch.float32, shape, partial(index.tensor, kind, name))
+            for (kind, name), shape in sorted(index.shapes.items())
+            if kind == "master"
+        }
+        common = load_common_tensors(folder)
+    kept = {name: tensor for name, tensor in common.items() if name.endswith((".support", ".router_bias"))}
+    if not masters or not kept:
+        raise SRDEError(f"checkpoint '{folder}': it holds no master weights or no supports: nothing to export.")
+    return StoredAdapter(folder, metadata, masters | {name: in_memory(tensor) for name, tensor in kept.items()})
+
+
+def in_memory(tensor: Tensor) -> LazyTensor:
+    return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor], dict[str, Tensor], AdapterMetadata]:
+    """Masters, common tensors and metadata of a checkpoint as if its supports were frozen now."""
+    pruned = PrunedLayers(folder, density)
+    masters: dict[str, LazyTensor] = {}
+    supports = []
+    for layer in range(len(pruned.sizes)):
+        positions = pruned.positions(layer)
+        kept = pruned.tensors(layer, positions, {"master"})
+        masters |= {name: in_memory(tensor) for (_, name), tensor in kept.items()}
+        supports.append(pruned.support(layer, positions))
+    return masters, pruned.common_tensors(supports), replace(pruned.metadata, support_hash=support_hash(supports))
+
+
+def select_experts(adapter: StoredAdapter, names: Sequence[str]) -> StoredAdapter:
+    """Only these experts, in this order.
+
+    Atoms stay whole; routers, selection biases, importance, mixing weights, free deltas and supports of their own keep
+    the rows of these experts, and top_k becomes at most their number. The result is what `set_active_experts` gives:
+    the softmax runs over the chosen of those that are left.
+
+    Raises:
+        SRDEError: an unknown name, the same name twice, or none.
+    """
+    old = adapter.metadata
+    if not names or len(set(names)) != len(names):
+        raise SRDEError(f"experts={','.join(names)}: give each expert once, of {', '.join(old.expert_names)}.")
+    rows = torch.tensor([old.expert_index(name) for name in names])
+    tensors = {name: _of_experts(name, tensor, rows, old) for name, tensor in adapter.tensors.items()}
+    supports = [tensors[f"layers.{layer}.support"].load() for layer in range(adapter.num_layers)]
+    metadata = replace(
+        old,
+        config=replace(old.config, num_experts=len(names), top_k=min(old.config.top_k, len(names))),
+        expert_names=list(names),
+        support_hash=support_hash(supports),
+    )
+    return StoredAdapter(adapter.place, metadata, tensors)
+
+
+def _of_experts(name: str, tensor: LazyTensor, rows: Tensor, metadata: AdapterMetadata) -> LazyTensor:
+    kind, config = name.rpartition(".")[2], metadata.config
+    if kind == "atoms" or (kind == "support" and config.support_scope == "shared"):
+        return tensor
+    axis = 0
+    if kind == "free" and config.granularity == "neuron":  # [D, 3*E, m], an expert's three side by side
+        axis, rows = 1, (3 * rows[:, None] + torch.arange(3)).flatten()
+    shape = list(tensor.shape)
+    shape[axis] = len(rows)
+    return LazyTensor(tensor.dtype, tuple(shape), lambda: tensor.load().index_select(axis, rows))

@@ -1,0 +1,68 @@
+"""A dense Hugging Face checkpoint: the base with one expert merged into its weights, file by file."""
+
+from __future__ import annotations
+
+import copy
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srde_ds.export.adapter_source import StoredAdapter
+from srde_ds.export.streaming import complete_folder, tensors_size, write_model
+from srde_ds.model.base_files import BaseFiles, LazyTensor, check_base
+from srde_ds.model.merging import merged_weight
+
+
+def write_dense(
+    adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, expert: str, dtype: torch.dtype | None
+) -> Path:
+    """Write the base with `expert` merged, in files of the base's names and order, with tokenizer and configuration.
+
+    It gives what the experts give with all tokens routed to this one. Memory holds one tensor and one layer's deltas.
+
+    Args:
+        dtype: of the weights; None: the base's. Sums are rounded to it once.
+
+    Raises:
+        SRDEError: no such expert, another base than the experts were trained on, or the folder cannot be written.
+    """
+    number, granularity = adapter.metadata.expert_index(expert), adapter.metadata.config.granularity
+    check_base(base, adapter.metadata.base, adapter.place)
+    base.check_shapes()
+
+    @lru_cache(maxsize=1)
+    def change(layer: int) -> tuple[Tensor, Tensor]:
+        return adapter.support(layer, number), adapter.expert_delta(layer, number)
+
+    def merged(weight: LazyTensor, role: str, layer: int) -> LazyTensor:
+        return LazyTensor(
+            weight.dtype, weight.shape, lambda: merged_weight(weight.load(), role, *change(layer), granularity)
+        )
+
+    changed = {
+        f"{base.prefix}layers.{layer}.{name}": (role, layer)
+        for layer in range(adapter.num_layers)
+        for role, name in base.roles.items()
+    }
+    shards: dict[str, dict[str, LazyTensor]] = {}
+    for file, names in base.shards.items():
+        tensors = {name: base.tensor(name).to(dtype) for name in names}
+        shards[file] = {n: merged(t, *changed[n]) if n in changed else t for n, t in tensors.items()}
+    size = tensors_size(tensor for tensors in shards.values() for tensor in tensors.values())
+    with complete_folder(Path(output), size) as folder:
+        write_model(folder, shards, with_dtype(base.config, dtype), base.companions())
+    return Path(output)
+
+
+def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A configuration that says `dtype`, in its parts too; None: as it is."""
+    if dtype is None:
+        return config
+    config = copy.deepcopy(config)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in {"dtype", "torch_dtype"} & part.keys():
+            part[key] = str(dtype).removeprefix("torch.")
+    return config

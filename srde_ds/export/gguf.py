@@ -1,0 +1,84 @@
+"""A GGUF file for llama.cpp, through its own converter, which reads GraniteMoeShared (docs/convert.md)."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import GraniteMoeSharedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import StoredAdapter
+from srde_ds.export.moe import write_moe
+from srde_ds.export.moe_config import has_usual_heads, head_dim
+from srde_ds.export.streaming import complete_file
+from srde_ds.model.base_files import BaseFiles
+
+CONVERTER = "convert_hf_to_gguf.py"
+ROPE_TYPES = ("default", "linear", "yarn")
+OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def write_gguf(
+    adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None, converter: str | None
+) -> Path:
+    """Write the stock mixture of experts as one GGUF file.
+
+    Args:
+        dtype: of the weights; None: the base's.
+        converter: path of llama.cpp's convert_hf_to_gguf.py.
+
+    Raises:
+        SRDEError: there is no converter or it fails, the converter cannot express the base, or as `write_moe`.
+    """
+    script = Path(converter or CONVERTER)
+    if not script.is_file():
+        raise SRDEError(
+            f"gguf_converter={converter}: no such file. Give the {CONVERTER} of a llama.cpp checkout "
+            "(https://github.com/ggml-org/llama.cpp)."
+        )
+    if not has_usual_heads(base):
+        text = base.empty.config.get_text_config()
+        raise SRDEError(
+            f"to=gguf: the base's heads have {head_dim(base)} dimensions, not hidden_size / num_attention_heads = "
+            f"{text.hidden_size // text.num_attention_heads}, and llama.cpp's converter ignores head_dim for this "
+            "architecture. Use --to moe, or merge one expert with --to dense and convert that."
+        )
+    rope = base.empty.config.get_text_config().rope_parameters["rope_type"]
+    if rope not in ROPE_TYPES:
+        raise SRDEError(
+            f"to=gguf: the base's rotary embeddings are of type {rope}; of this architecture llama.cpp's converter "
+            f"knows {', '.join(ROPE_TYPES)}. Use --to moe, or merge one expert with --to dense and convert that."
+        )
+    stored = dtype or base.decoder_tensor("embed_tokens.weight").dtype
+    target = Path(output)
+    with complete_file(target, 0) as partial, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        folder = write_moe(adapter, base, Path(scratch) / target.stem, dtype=dtype)
+        _make_up_for_yarn(folder / "config.json")
+        command = [sys.executable, str(script), str(folder), "--outfile", str(partial), "--outtype", OUTTYPES[stored]]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode or not partial.is_file():
+            lines = result.stderr.strip().splitlines() or ["it wrote nothing"]
+            raise SRDEError(f"gguf_converter={script}: it failed: {lines[-1]}")
+    return target
+
+
+def _make_up_for_yarn(path: Path) -> None:
+    """Divide what llama.cpp's own yarn multiplies queries and keys with out of the attention's scale.
+
+    transformers multiplies them with the configuration's attention factor, llama.cpp with 1 + 0.1 ln(factor).
+    """
+    config = GraniteMoeSharedConfig.from_pretrained(path.parent)
+    if config.rope_parameters["rope_type"] != "yarn":
+        return
+    _, wanted = ROPE_INIT_FUNCTIONS["yarn"](config)
+    given = 1 + 0.1 * math.log(config.rope_parameters["factor"])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["attention_multiplier"] *= (wanted / given) ** 2
+    path.write_text(json.dumps(content), encoding="utf-8")

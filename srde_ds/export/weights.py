@@ -1,0 +1,53 @@
+"""From a resume checkpoint to the adapter in one file. Needs neither a GPU nor deepspeed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from srde_ds.checkpoint.resume import verify_checkpoint
+from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import StoredAdapter, checkpoint_adapter, select_experts
+from srde_ds.export.streaming import complete_file, tensors_size, write_lazily
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def export_weights(
+    checkpoint_folder: str | Path,
+    output_path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    experts: Sequence[str] | None = None,
+) -> Path:
+    """Write the adapter of a checkpoint as `srde_weights.safetensors`, see `write_weights`.
+
+    Raises:
+        SRDEError: the checkpoint is damaged or holds no adapter, an unknown expert or dtype, supports are being learned
+            and the base is not found, or the file cannot be written.
+    """
+    folder = Path(checkpoint_folder)
+    verify_checkpoint(folder)
+    adapter = checkpoint_adapter(folder)
+    return write_weights(adapter if experts is None else select_experts(adapter, experts), output_path, dtype=dtype)
+
+
+def write_weights(adapter: StoredAdapter, output: str | Path, *, dtype: torch.dtype | None) -> Path:
+    """Write an adapter as one file: trained values in `dtype` (None: as they are), supports in int32, selection biases
+    in float32. A crash leaves the old file or the new one; memory holds one tensor.
+
+    Raises:
+        SRDEError: another dtype than DTYPES, or the file cannot be written.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise SRDEError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}.")
+    target = Path(output)
+    tensors = {
+        name: tensor if name.endswith((".support", ".router_bias")) else tensor.to(dtype)
+        for name, tensor in adapter.tensors.items()
+    }
+    with complete_file(target, tensors_size(tensors.values())) as partial:
+        write_lazily(partial, tensors, adapter.metadata.header())
+    return target

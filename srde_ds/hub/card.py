@@ -1,0 +1,263 @@
+"""The README.md beside shared weights: what they are, how to use them, what they were trained on and what it gave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from srde_ds.config.values import load_yaml
+from srde_ds.errors import SRDEError
+from srde_ds.weights.file import AdapterMetadata
+
+CARD = "README.md"
+# What a reader wants to know of config.yaml, by section.
+_SETTINGS = {
+    "model": ["bf16"],
+    "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
+    "training": ["max_steps", "batch_size", "gradient_accumulation_steps", "seed"],
+    "data": ["max_length"],
+}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training run wrote to this folder."""
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None) -> str:
+    """The page, in Markdown with the Hub's YAML header.
+
+    Args:
+        repo: name of the Hub repository that it is for; None: weights in a local folder.
+        run: folder of the training run; None: nothing is said of training, data and results.
+
+    Raises:
+        SRDEError: `run` is no run's folder, or one of its files is damaged.
+    """
+    if run is not None and not is_run(run):
+        raise SRDEError(f"run='{run}': no folder of a run (config.yaml, metrics.jsonl); give one, or leave it out.")
+    sources = _sources(run) if run is not None else []
+    sections = [
+        _header(metadata, sources),
+        f"# {repo.rpartition('/')[2] if repo else 'Sparse Routed Delta Experts'}",
+        _summary(metadata),
+        _usage(metadata, repo),
+    ]
+    if run is not None:
+        sections += [_training(run), _data(run, sources), _results(run)]
+    sections.append(_licence(metadata, sources))
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def base_license(base: str) -> str | None:
+    """The licence in the YAML header of the base's own README.md, where that is on this machine; else None."""
+    from huggingface_hub import try_to_load_from_cache  # late: the rest of the module is free of heavy libraries
+
+    path = Path(base) / CARD
+    if not Path(base).is_dir():
+        try:
+            cached = try_to_load_from_cache(base, CARD)
+        except ValueError:  # neither a folder that is still there nor a repository's name
+            return None
+        if not isinstance(cached, str):
+            return None
+        path = Path(cached)
+    if not path.is_file():
+        return None
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        header = yaml.safe_load(parts[1])
+    except yaml.YAMLError:  # a page of somebody else's: what it does not say is unknown
+        return None
+    license = header.get("license") if isinstance(header, dict) else None
+    return str(license) if license else None
+
+
+def _header(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
+    header: dict[str, Any] = {"library_name": "srde_ds", "pipeline_tag": "text-generation"}
+    header["tags"] = ["srde", "adapter", "mixture-of-experts"]
+    if _on_the_hub(metadata.model_name):
+        header["base_model"] = metadata.model_name
+    license = base_license(metadata.model_name)
+    if license:
+        header["license"] = license
+    datasets = sorted({str(s["location"]) for s in sources if _on_the_hub(str(s["location"]))})
+    if datasets:
+        header["datasets"] = datasets
+    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
+
+
+def _on_the_hub(name: str) -> bool:
+    return name.count("/") == 1 and all(name.split("/")) and not Path(name).exists() and name[0] not in "./~"
+
+
+def _summary(metadata: AdapterMetadata) -> str:
+    config, base = metadata.config, metadata.base
+    what = "neurons" if config.granularity == "neuron" else "single weights"
+    scope = "the same for all experts" if config.support_scope == "shared" else "its own for each expert"
+    form = "free values" if config.num_atoms == 0 else f"{config.num_atoms} shared atoms, {config.atom_mixing} mixing"
+    rows = [
+        ["experts", ", ".join(metadata.expert_names)],
+        ["experts of a token", str(config.top_k)],
+        ["an expert changes", f"{config.density:.2%} of the feed-forward weights: {what}, {scope}"],
+        ["its values", form],
+        ["base", f"{_shown(metadata.model_name)}, {base['architecture']}, hash `{str(base['hash'])[:12]}`"],
+    ]
+    return (
+        f"Experts for `{_shown(metadata.model_name)}`, which stays as it is: each expert is a sparse change of its "
+        "feed-forward weights, and in every layer a router picks the experts of each token.\n\n"
+        f"{_table(rows, ['', ''])}"
+    )
+
+
+def _shown(model_name: str) -> str:
+    """A Hub id as it is; of a folder, which means nothing elsewhere, the last part."""
+    return model_name if _on_the_hub(model_name) else Path(model_name).name
+
+
+def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
+    expert, base = metadata.expert_names[0], _shown(metadata.model_name)
+    if not _on_the_hub(metadata.model_name):
+        place = (
+            f"\n\n`{base}` was a folder where this was trained: give your own; another model is refused by its hash."
+        )
+    else:
+        place = ""
+    return f"""## How to use{place}
+
+```python
+from transformers import AutoTokenizer
+from srde_ds import SRDEModel
+
+model = SRDEModel.from_pretrained({base!r}, {repo or "."!r})
+tokenizer = AutoTokenizer.from_pretrained({base!r})
+ids = tokenizer("What is 17 * 3?", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+
+model.set_active_experts([{expert!r}])            # only these experts; None: all again
+plain = model.merge_and_unload(expert={expert!r})  # an ordinary transformers model
+```
+
+`srde-ds convert --to moe` makes a mixture of experts of it that stock transformers and vLLM load."""
+
+
+def _training(run: Path) -> str:
+    config, metrics = load_yaml(run / "config.yaml"), _lines(run / "metrics.jsonl")
+    last = metrics[-1]
+    rows = [[key, str(config[section][key])] for section, keys in _SETTINGS.items() for key in keys]
+    text = f"{last['step']} steps, {last['tokens']:,} tokens; last training loss {last['loss']:.3f}."
+    if (run / "environment.json").is_file():
+        environment = _json(run / "environment.json")
+        versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
+        text += f" {environment['world_size']} processes on {environment['machine']}; {versions}."
+    return f"## Training\n\n{text}\n\n{_table(rows, ['setting', 'value'])}"
+
+
+def _sources(run: Path) -> list[dict[str, Any]]:
+    manifest = _manifest(run)
+    return [] if manifest is None else list(manifest.sources)
+
+
+def _manifest(run: Path) -> Any:
+    """The manifest of the rows that the run trained on, if they are still where they were."""
+    from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
+
+    folder = Path(load_yaml(run / "config.yaml")["data"]["pretokenized_dir"] or run / "tokenized")
+    return load_manifest(folder) if (folder / FILE_NAME).is_file() else None
+
+
+def _data(run: Path, sources: Sequence[dict[str, Any]]) -> str:
+    manifest = _manifest(run)
+    if manifest is None or "train" not in manifest.splits:
+        return ""
+    split = manifest.splits["train"]
+    rows = [
+        [name, f"{counts.documents:,}", f"{counts.rows:,}", f"{counts.tokens:,}", f"{counts.response_tokens:,}"]
+        for name, counts in split.domains.items()
+    ]
+    parts = [
+        f"## Data\n\n{split.rows:,} rows of {manifest.max_length} tokens; loss on the response tokens only.",
+        _table(rows, ["domain", "documents", "rows", "tokens", "response tokens"]),
+    ]
+    if sources:
+        keys = ["name", "domain", "location", "license", "redistributable"]
+        parts.append(_table([[str(source[key]) for key in keys] for source in sources], keys))
+    return "\n\n".join(parts)
+
+
+def _results(run: Path) -> str:
+    if (run / "evaluation.json").is_file():
+        result = _json(run / "evaluation.json")
+        rows = [_result_row(name, group) for name, group in [*result["domains"].items(), ("all", result["overall"])]]
+        items = result["overall"]["srde"]["items"]
+        header = ["domain", "loss of the base", "loss", "accuracy of the base", "accuracy"]
+        return (
+            f"## Results\n\nOn {items} held-out items: loss of the response tokens in nats, accuracy of greedy answers."
+            f"\n\n{_table(rows, header)}"
+        )
+    metrics = _lines(run / "metrics.jsonl")
+    end = next((line["held_out"] for line in reversed(metrics) if "held_out" in line), None)
+    if end is None:
+        return ""
+    start = metrics[0].get("held_out_at_start", {})
+    rows = [[name, _number(start.get(name)), _number(loss)] for name, loss in end.items()]
+    return f"## Results\n\nHeld-out loss in nats.\n\n{_table(rows, ['domain', 'before training (the base)', 'after'])}"
+
+
+def _result_row(name: str, group: dict[str, Any]) -> list[str]:
+    base, ours = group.get("base", {}), group["srde"]
+    return [
+        name,
+        _number(base.get("loss")),
+        _number(ours["loss"]),
+        _share(base.get("accuracy")),
+        _share(ours["accuracy"]),
+    ]
+
+
+def _licence(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
+    base = base_license(metadata.model_name) or "not known here: see its own page"
+    lines = [f"## Licence\n\nThe base's licence ({base}) holds for what is made of it."]
+    closed = sorted({str(source["name"]) for source in sources if source["redistributable"] != "yes"})
+    if closed:
+        lines.append(
+            f"Of the training data, {', '.join(closed)} may not be passed on, or it is not known that they may."
+        )
+    return " ".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def _json(path: Path) -> Any:
+    return _parsed(path, path.read_text(encoding="utf-8"))
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    lines = [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise SRDEError(f"'{path}' is empty: the run made no step; there is nothing to say of it.")
+    return lines
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise SRDEError(f"'{path}': not valid JSON ({error}).") from None

@@ -1,0 +1,77 @@
+"""Which entries of a layer's supports stay when they shrink, and the layer's tensors cut down to these.
+
+Works on stored tensors ("deltas.free", "deltas.atoms", ...; see `deltas.py`) and on anything of the same shape, such as
+optimizer state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from srde_ds.config import AdapterConfig
+from srde_ds.model.deltas import build_deltas
+from srde_ds.model.supports.learned import BLOCK_SIZE, kept_entries
+from srde_ds.model.supports.selection import ranking
+
+
+def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: int, keep: int) -> Tensor:
+    """Positions in the support that stay, `[S, keep]` int64, ascending; S = E if each expert keeps its own, else 1.
+
+    Scores that were learned decide. Otherwise what counts is the effective delta, which holds the importance as a
+    factor: of a neuron the norm over its gate row, up row and down column, of a single weight the absolute value;
+    of equal ones the lower position stays. Experts with one support keep the same positions, those with the largest
+    root of the sum of squares over the experts. So do experts with supports of their own that share atoms: an atom
+    has one value for each position.
+
+    Args:
+        values: the layer's tensors without padding, by the last part of their name: "free", or "atoms", "importance"
+            and "mixing"; "scores" if the support was learned.
+        size: entries of the support; keep: how many stay.
+    """
+    if "scores" in values:
+        kept = kept_entries(values["scores"], entries=size, keep=keep, block=BLOCK_SIZE[config.granularity])
+        return kept.nonzero()[:, 1].view(-1, keep)
+    strength_Em = _strength(config, values, size)
+    if config.support_scope == "shared" or config.num_atoms:
+        strength_Em = torch.linalg.vector_norm(strength_Em, dim=0, keepdim=True)
+    return torch.stack([ranking(row, keep).sort().values for row in strength_Em])
+
+
+def at_positions(config: AdapterConfig, name: str, tensor: Tensor, positions: Tensor) -> Tensor:
+    """The entries of a stored tensor that stay; one without entries of the support (router, mixing) stays whole.
+
+    Args:
+        name: "layers.{i}.support", "layers.{i}.deltas.free", ...
+        positions: of `kept_positions`.
+    """
+    kind = name.rpartition(".")[2]
+    if kind == "support":
+        rows = tensor.view(-1, tensor.shape[-1])
+        return rows.gather(1, positions.expand(len(rows), -1)).view(*tensor.shape[:-1], -1)
+    if kind == "free":  # [D, 3*E, m] or [E, n]
+        if len(positions) == 1:
+            return tensor.index_select(-1, positions[0])
+        index = positions.repeat_interleave(tensor.shape[-2] // len(positions), dim=0)
+        return tensor.gather(-1, index.expand(*tensor.shape[:-1], -1))
+    if kind == "importance":
+        return tensor.index_select(-1, positions[0])
+    if kind == "atoms":
+        return tensor.index_select(-1 if config.granularity == "neuron" else 0, positions[0])
+    return tensor
+
+
+def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) -> Tensor:
+    """`[E, m]` or `[E, n]` float64: norm of each entry's effective delta."""
+    neuron, kind = config.granularity == "neuron", "free" if config.num_atoms == 0 else "atoms"
+    hidden = values[kind].shape[0] if neuron else 0
+    meta = torch.device("meta")
+    bank = build_deltas(config, hidden=hidden, size=size, seed=0, layer=0, dtype=torch.float32, device=meta)
+    bank.load_state_dict({name: values[name] for name in bank.state_dict()}, assign=True)
+    with torch.no_grad():
+        deltas = bank()
+        if neuron:
+            return torch.linalg.vector_norm(deltas, dim=(0, 2), dtype=torch.float64)
+        return deltas.double().abs()

@@ -1,0 +1,154 @@
+"""What autograd keeps of a micro-batch, by layer; the tests count it in a real backward.
+
+In a training process DeepSpeed's linear function stands in for torch's and keeps its input, also when the weight is
+frozen. Attention is torch's scaled_dot_product_attention with the mask that packed documents need; keys and values are
+repeated for every head. `flash_attention` needs neither mask nor repetition.
+
+Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T rows, m neurons or n entries.
+"""
+
+from __future__ import annotations
+
+from srde_ds.config import Config
+from srde_ds.model.supports.selection import support_size, value_count
+from srde_ds.planner.shapes import LayerShape, exchanges_rows, slots
+
+FP32, INT64 = 4, 8
+
+
+def tokens(config: Config) -> int:
+    """T: positions of a micro-batch, padding included."""
+    return config.training.batch_size * config.data.max_length
+
+
+def layer_activations(
+    config: Config, layer: LayerShape, world_size: int, transport: str, *, first: bool = False
+) -> dict[str, float]:
+    """Bytes that are kept of one layer's forward, by part.
+
+    Args:
+        transport: "tokens" or "deltas"; of no account without expert parallelism.
+        first: the first layer without checkpointing, before whose experts nothing needs a gradient.
+    """
+    width, t = (2 if config.model.bf16 else 4), tokens(config)
+    norm = t * (layer.hidden * FP32 + FP32)  # its input in fp32 and the inverse root mean square
+    x, gate = t * layer.hidden * width, t * layer.intermediate * width
+    attention = norm + x + _attention(config, layer, width)
+    feed_forward = norm + x + 4 * gate  # gate, its activation, up, and the hidden values
+    # The router's input and weight in fp32, if they are not; logits, choices and their weights.
+    adapter = config.adapter
+    copies = (t + adapter.num_experts) * layer.hidden * FP32 if config.model.bf16 else 0
+    router = copies + t * adapter.num_experts * (FP32 + 1) + t * adapter.top_k * (INT64 + FP32)
+    if first:
+        attention, feed_forward = 0.0, x + gate
+    remote = transport == "tokens" and config.parallel.expert_parallel_size > 1
+    experts = _atoms(config, layer, world_size, width)
+    if adapter.granularity == "neuron":
+        experts += _neuron_rows(config, layer, width) if remote else _neuron(config, layer, width, first)
+    else:
+        experts += _element(config, layer, width, first=first, remote=remote)
+    return {"attention": attention, "feed-forward": feed_forward, "router": router, "experts": experts}
+
+
+def shared_activations(config: Config, layer: LayerShape) -> dict[str, float]:
+    """Bytes that all layers use alike: the rotation of the positions, and which positions may see each other."""
+    t, width = tokens(config), 2 if config.model.bf16 else 4
+    mask = 0 if config.model.flash_attention else t * config.data.max_length
+    return {"attention": 2 * t * (layer.query // layer.heads) * width + mask}
+
+
+def checkpointed_input(config: Config, layer: LayerShape) -> float:
+    """Bytes that are kept of a layer whose activations are computed again in the backward: its input."""
+    return tokens(config) * layer.hidden * (2 if config.model.bf16 else 4)
+
+
+def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
+    """Most bytes of gradients within the backward of one layer, on top of what its forward kept.
+
+    Args:
+        experts: bytes that its experts kept; they are gone when the feed-forward block's own gradients come.
+    """
+    adapter, t, width = config.adapter, tokens(config), 2 if config.model.bf16 else 4
+    n, size = (f(adapter, layer.hidden, layer.intermediate) for f in (value_count, support_size))
+    if adapter.granularity == "neuron":
+        # Gradients on their way through the experts' values, and of all deltas in three stages of theirs.
+        within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
+    else:  # of one expert's rows, and one of its matrices beside the matrix itself
+        within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
+    # Of the hidden values, their two factors, and the base's gate and up values that went to the experts; the hidden
+    # values themselves are gone.
+    behind = 4 * t * layer.intermediate + n * adapter.num_experts
+    residual = 2 * t * layer.hidden
+    return max(within * width, behind * width - experts) + residual * width
+
+
+def head_activations(config: Config, hidden: int, vocabulary: int, labelled: float) -> dict[str, float]:
+    """Bytes for the loss: kept before it, and at the peak of its backward.
+
+    The model computes logits at the positions that carry a label in any row of the micro-batch.
+
+    Args:
+        labelled: their share of all positions.
+    """
+    t, width = tokens(config), 2 if config.model.bf16 else 4
+    positions = labelled * t
+    kept = t * (hidden + 1) * FP32 + positions * hidden * width
+    # Backward: log-softmax, the loss's gradient with respect to it, and that of the logits.
+    return {"head": kept, "logits": 3 * positions * vocabulary * FP32}
+
+
+def _attention(config: Config, layer: LayerShape, width: int) -> float:
+    """Queries, keys, values, output, and the logarithm of each row's sum."""
+    t = tokens(config)
+    row = 2 * layer.query * width + layer.heads * FP32
+    if config.model.flash_attention:
+        return t * (row + 2 * layer.key_value * width)
+    mask = t * config.data.max_length * width  # added to the scores
+    return t * (row + 2 * layer.query * width) + mask
+
+
+def _atoms(config: Config, layer: LayerShape, world_size: int, width: int) -> float:
+    """What the mixing keeps: the atoms in the order of the product, importance after its sigmoid, mixed atoms."""
+    adapter = config.adapter
+    if not adapter.num_atoms:
+        return 0
+    by_rows = exchanges_rows(config, world_size)
+    n = value_count(adapter, layer.hidden, layer.intermediate) / (world_size if by_rows else 1)
+    experts = adapter.num_experts if by_rows else slots(config)
+    copied = adapter.num_atoms if adapter.granularity == "neuron" else 0
+    return (copied + 2 * experts) * n * width
+
+
+def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float:
+    """All experts on all tokens."""
+    adapter, t = config.adapter, tokens(config)
+    size = support_size(adapter, layer.hidden, layer.intermediate)
+    supports = 1 if adapter.support_scope == "shared" else adapter.num_experts
+    # Shifted gate and up, the activation, h, its change, h times its weight; the change of the hidden values.
+    values = t * adapter.num_experts * (6 * size + 1) + t * supports * size
+    matrices = layer.hidden * adapter.num_experts * size  # copied into the order of the products
+    if not first:
+        values += 3 * t * adapter.num_experts * size  # the base's values, once for each expert
+        matrices *= 3
+    return (values + matrices) * width
+
+
+def _neuron_rows(config: Config, layer: LayerShape, width: int) -> float:
+    """Each expert on the rows that are sent to it; as many as leave, on average."""
+    adapter, t = config.adapter, tokens(config)
+    size, rows = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
+    supports = 1 if adapter.support_scope == "shared" else adapter.num_experts
+    computed = layer.hidden + 2 * size + 5 * size + 1
+    returned = size + 2 * layer.hidden + 1
+    return (rows * (computed + returned) + t * supports * size) * width + 3 * rows * INT64
+
+
+def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:
+    """Each expert on its rows, and a copy of the deltas."""
+    adapter = config.adapter
+    rows, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
+    experts = slots(config) if remote else adapter.num_experts
+    # Of a row: x, the output and its product with the weight; gate, up and hidden values with and without the delta.
+    hidden, intermediate, indices = (4, 10, 3) if remote else (3, 6 if first else 9, 1)
+    values = hidden * layer.hidden + intermediate * layer.intermediate + 2
+    return experts * n * width + rows * (values * width + indices * INT64)

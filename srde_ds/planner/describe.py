@@ -1,0 +1,87 @@
+"""A plan, and what `--dry_run` prints, as aligned text."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import yaml
+
+from srde_ds.config import Config
+from srde_ds.planner.memory import memory
+from srde_ds.planner.plan import GB, GIB, Plan
+from srde_ds.planner.shapes import base_shape, trainable_values
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan as aligned text."""
+    config, machines, shape = plan.config, plan.machines, plan.shape
+    training, gpus = config.training, plan.machines.gpus
+    lines = [
+        f"{config.model.model_name}: {shape.parameters:,} frozen values, "
+        f"{sum(trainable_values(config.adapter, shape).values()):,} trained",
+        f"{machines.nodes} x {gpus} GPUs, {training.batch_size} x {training.gradient_accumulation_steps} rows of "
+        f"{config.data.max_length} tokens a process: {plan.tokens_per_step:,} tokens a step",
+        "",
+        *_memory_lines(plan),
+        "",
+        f"{'received by a GPU in a step, GB':<36}{'all':>10}{'from other nodes':>18}",
+    ]
+    received: Counter[str] = Counter()
+    between: Counter[str] = Counter()
+    for t in plan.traffic:
+        for kind in (t.kind, "sum"):
+            received[kind] += t.received  # type: ignore[assignment]
+            between[kind] += t.between_nodes(gpus)  # type: ignore[assignment]
+    kinds = sorted(received, key=lambda kind: (kind == "sum", -received[kind]))
+    lines += [f"{kind:<36}{received[kind] / GB:>10.2f}{between[kind] / GB:>18.2f}" for kind in kinds]
+    if plan.moved:
+        moved = ", ".join(f"{name} {bytes_ / GB:.2f} GB" for name, bytes_ in plan.moved.items())
+        why = "fewest bytes" if config.parallel.expert_transport == "auto" else "as asked"
+        lines.append(f"expert transport: {plan.transport} ({why}; {moved})")
+    times = plan.times
+    lines += ["", f"{'seconds a step, lower bounds':<36}{'overlapped':>12}{'waited for':>12}"]
+    lines.append(f"{'computation':<36}{'':>12}{times.compute:>12.3f}")
+    for link in times.overlapped:
+        lines.append(f"{link:<36}{times.overlapped[link]:>12.3f}{times.exposed[link]:>12.3f}")
+    lines += [
+        f"step: {times.step:.3f} s, bound by {times.bound}; {times.step_in_turn:.3f} s if nothing overlaps",
+        f"tokens a day: {plan.tokens_per_day:,.0f} at {machines.utilisation:.0%} of {machines.peak_tflops:g} TFLOP/s; "
+        f"{training.max_steps} steps: {plan.days:.2f} days",
+    ]
+    price = plan.price_per_day
+    if price is not None:
+        lines.append(f"price: {price:,.2f} a day, {price * plan.days:,.2f} for {training.max_steps} steps")
+    return "\n".join(lines)
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    peak, machines = plan.memory, plan.machines
+    lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
+    lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
+    lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
+    for first, density, of_stage in plan.stages:
+        lines.append(f"{f'sum from step {first + 1} on, density {density:.3g}':<36}{of_stage.total / GIB:>10.2f}")
+    if plan.largest_micro_batch:
+        lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
+    else:
+        lines.append(
+            "no micro-batch fits: give more GPUs, --gradient_checkpointing, a lower --max_length or another --density"
+        )
+    return lines
+
+
+def describe_run(config: Config, world_size: int) -> str:
+    """The resolved config with the parameter and memory tables, for `--dry_run`."""
+    shape = base_shape(config)
+    values = trainable_values(config.adapter, shape)
+    values["all trainables"] = sum(values.values())
+    lines = [yaml.safe_dump(config.to_dict(), sort_keys=False)]
+    lines.append(f"{'parameters':<20}{'values':>18}{'of base':>10}")
+    lines += [f"{name:<20}{count:>18,}{count / shape.parameters:>10.3%}" for name, count in values.items()]
+    lines.append(f"{'frozen base':<20}{shape.parameters:>18,}")
+    peak = memory(config, shape, world_size)
+    table = peak.peak | {"sum": peak.total}
+    processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+    lines.append(f"\nGiB a process with {processes}, at its peak ({peak.peak_moment}), every position labelled")
+    lines += [f"{kind:<26}{size / GIB:>12.3f}" for kind, size in table.items() if size]
+    return "\n".join(lines)

@@ -1,0 +1,53 @@
+"""Floating-point operations of an optimizer step."""
+
+from __future__ import annotations
+
+from srde_ds.config import Config
+from srde_ds.model.supports.selection import support_size, value_count
+from srde_ds.planner.activations import tokens
+from srde_ds.planner.shapes import BaseShape, LayerShape, exchanges_rows
+from srde_ds.planner.traffic import choose_transport
+
+
+def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> dict[str, float]:
+    """Operations of a process in an optimizer step, by part; a multiplication and an addition are two.
+
+    A frozen matrix costs its product forwards and the input's gradient backwards, a trained one also its own
+    gradient, and gradient checkpointing one more forward of the layers. Attention counts rows as one document each,
+    the half of the scores that causality leaves. Norms, routers and the update are left out.
+
+    Args:
+        labelled: share of positions whose logits are computed.
+    """
+    again = 1 if config.model.gradient_checkpointing else 0
+    t, micro_steps = tokens(config), config.training.gradient_accumulation_steps
+    remote = config.parallel.expert_parallel_size > 1
+    transport = choose_transport(config, shape, world_size) if remote else "deltas"
+    frozen = attention = experts = 0.0
+    for layer in shape.layers:
+        projections = sum(n for module in layer.attention for n in module)
+        frozen += 2 * t * (3 * layer.matrix + projections)
+        attention += 2 * t * config.data.max_length * layer.query
+        experts += _experts(config, layer, world_size, transport)
+    head = 2 * t * labelled * shape.vocabulary * shape.layers[-1].hidden
+    parts = {
+        "frozen base": frozen * (2 + again) + head * 2,
+        "attention scores": attention * (3 + again),
+        "experts": experts * (3 + again),
+    }
+    return {part: operations * micro_steps for part, operations in parts.items()}
+
+
+def _experts(config: Config, layer: LayerShape, world_size: int, transport: str) -> float:
+    """A forward of one layer's experts, and the mixing of their atoms."""
+    adapter, t = config.adapter, tokens(config)
+    n = value_count(adapter, layer.hidden, layer.intermediate)
+    mixing = 2 * adapter.num_atoms * adapter.num_experts * n
+    if exchanges_rows(config, world_size):
+        mixing = round(mixing / world_size)
+    if adapter.granularity == "element":
+        return 2 * t * adapter.top_k * 3 * layer.matrix + mixing
+    # Neuron experts compute every token, unless the tokens travel.
+    computed = adapter.top_k if transport == "tokens" else adapter.num_experts
+    size = support_size(adapter, layer.hidden, layer.intermediate)
+    return 2 * t * computed * 3 * layer.hidden * size + mixing

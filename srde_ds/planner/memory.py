@@ -1,0 +1,148 @@
+"""Memory of a process, by kind and at each moment of a step, computed from a configuration."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from srde_ds.config import Config
+from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.model.supports.selection import support_shape
+from srde_ds.optim.groups import group_of_tensor
+from srde_ds.planner.activations import (
+    checkpointed_input,
+    head_activations,
+    layer_activations,
+    layer_gradients,
+    shared_activations,
+)
+from srde_ds.planner.gathers import ZERO_DEFAULTS, Schedule, gather_schedule
+from srde_ds.planner.shapes import BaseShape, layer_trainables
+from srde_ds.planner.traffic import choose_transport
+
+FP32, INT32 = 4, 4
+SUB_GROUP_SIZE = 1_000_000_000  # deepspeed's default: values of a process that one call of the optimizer updates
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by kind.
+
+    Attributes:
+        states: held all the time: weights, masters, gradients, optimizer state, buffers.
+        moments: what each moment of a step needs on top of them.
+    """
+
+    states: dict[str, float]
+    moments: dict[str, dict[str, float]]
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def peak(self) -> dict[str, float]:
+        """States and what the costliest moment adds, by kind."""
+        return self.states | self.moments[self.peak_moment]
+
+    @property
+    def total(self) -> float:
+        return sum(self.peak.values())
+
+
+def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> Memory:
+    """Memory of a process with full rows.
+
+    For a stage of the curriculum with another density give a config with that density.
+
+    Args:
+        labelled: share of positions that carry a label in any row of a micro-batch; 1 is an upper bound.
+
+    Raises:
+        SRDEError: a bad `deepspeed_config`.
+    """
+    zero = derive_ds_config(config, world_size)["zero_optimization"]
+    schedule = gather_schedule(config, shape, world_size, zero)
+    width = 2 if config.model.bf16 else 4
+    base, trained = (
+        sum(weight.padded / weight.ranks for weight in schedule.weights if weight.kind == kind)
+        for kind in ("base", "trainables")
+    )
+    states = {
+        "base shard": (base + sum(shape.unused) / world_size) * width,
+        "persistent weights": sum(weight.gathered for weight in schedule.weights if weight.persistent) * width,
+        "trainables": trained * width,
+        "fp32 masters": trained * FP32,  # in fp32 too: DeepSpeed compares a device with its name and makes a copy
+        "gradients": trained * FP32,
+        "gradient bucket": zero["reduce_bucket_size"] * FP32,
+        "optimizer state": _optimizer_state(config, shape, world_size),
+        "supports": sum(math.prod(support_shape(config.adapter, *block)) for block in shape.blocks) * INT32,
+    }
+    moments = _moments(config, shape, world_size, labelled, zero, schedule)
+    moments["optimizer step"] = {"update": _update(config, shape, world_size, zero)}
+    return Memory(states, moments)
+
+
+def _optimizer_state(config: Config, shape: BaseShape, world_size: int) -> float:
+    """One fp32 moment for GramMuon, two for AdamW."""
+    return sum(
+        count * FP32 * (1 if group == "delta_matrices" else 2)
+        for (group, _), count in _values_by_group(config, shape, world_size).items()
+    )
+
+
+def _update(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> float:
+    """The largest sub-group's gradients in one piece, and AdamW's two intermediate results."""
+    limit = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+    return max(
+        min(count, limit) * FP32 * (1 if group == "delta_matrices" else 3)
+        for (group, _), count in _values_by_group(config, shape, world_size).items()
+    )
+
+
+def _values_by_group(config: Config, shape: BaseShape, world_size: int) -> Counter[tuple[str, int]]:
+    """Values that a process owns by optimizer group and number of processes that hold the others."""
+    groups = group_of_tensor(config.optimizer, config.adapter.granularity)
+    values: Counter[tuple[str, int]] = Counter()
+    for layer in shape.layers:
+        for t in layer_trainables(config, layer, world_size):
+            values[groups[t.kind], t.ranks] += math.ceil(t.values / t.ranks)
+    return values
+
+
+def _moments(
+    config: Config, shape: BaseShape, world_size: int, labelled: float, zero: dict[str, Any], schedule: Schedule
+) -> dict[str, dict[str, float]]:
+    """The loss, and the backward of each layer, from the last to the first."""
+    width = 2 if config.model.bf16 else 4
+    transport = choose_transport(config, shape, world_size)
+    checkpointing = config.model.gradient_checkpointing
+    bucket = int(zero.get("stage3_prefetch_bucket_size", ZERO_DEFAULTS["prefetch_bucket_size"]))
+
+    def gathered(moment: int | str) -> dict[str, float]:
+        live = schedule.live[moment]
+        # Weights of several modules arrive in one buffer and are copied out of it.
+        found: dict[str, float] = {f"gathered {kind}": count * width for kind, count in live.items()}
+        return found | {"gather buffer": min(bucket, live.total()) * width}
+
+    moments = {}
+    kept = Counter(shared_activations(config, shape.layers[0]))
+    for number, layer in enumerate(shape.layers):
+        first = number == 0 and not checkpointing
+        whole = layer_activations(config, layer, world_size, transport, first=first)
+        kept.update({"checkpoints": checkpointed_input(config, layer)} if checkpointing else whole)
+        working = {"gradients at work": layer_gradients(config, layer, whole["experts"])}
+        moments[f"backward of layer {number}"] = _sum(kept, whole if checkpointing else {}, working, gathered(number))
+    head = head_activations(config, shape.layers[-1].hidden, shape.vocabulary, labelled)
+    moments["loss"] = _sum(kept, head, gathered(len(shape.layers)))
+    return dict(reversed(moments.items()))
+
+
+def _sum(*parts: Mapping[str, float]) -> dict[str, float]:
+    total: Any = Counter()  # of floats
+    for part in parts:
+        total.update(part)
+    return dict(total)

@@ -1,0 +1,267 @@
+"""What a run takes on given machines, computed before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from srde_ds.config import Config
+from srde_ds.errors import SRDEError
+from srde_ds.planner.flops import step_flops
+from srde_ds.planner.memory import Memory, memory
+from srde_ds.planner.shapes import BaseShape, base_shape, trainable_values
+from srde_ds.planner.traffic import Traffic, choose_transport, step_traffic, transport_bytes
+
+GIB, GB = 2**30, 1e9
+DAY = 86_400  # seconds
+# Run on a stream of their own beside the computation; all other collectives are waited for where they stand.
+OVERLAPPED = ("base gathered", "trainables gathered", "gradients")
+MOST_ROWS = 4096  # the search for the largest micro-batch ends there
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What the run is planned for.
+
+    Attributes:
+        gpus: in each node.
+        gpu_memory_gib: for tensors, without what the driver, NCCL and fragmentation take.
+        peak_tflops: dense, in the training dtype.
+        utilisation: share of the peak that computation reaches.
+        intra_node_gb_s: GB/s that a GPU gets from others of its node, in one direction.
+        inter_node_gbit_s: Gbit/s that a node gets from the network, in one direction.
+        labelled_share: share of positions that carry a label.
+        hourly_price: of one GPU; None: unknown.
+    """
+
+    gpus: int = 1
+    nodes: int = 1
+    gpu_memory_gib: float = 72.0
+    peak_tflops: float = 989.0
+    utilisation: float = 0.4
+    intra_node_gb_s: float = 450.0
+    inter_node_gbit_s: float = 400.0
+    labelled_share: float = 1.0
+    hourly_price: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises SRDEError for a value that is no number above zero, or a share above one."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None and not value > 0:
+                raise SRDEError(f"{item.name}={value}: must be above 0.")
+        for name in ("utilisation", "labelled_share"):
+            if getattr(self, name) > 1:
+                raise SRDEError(f"{name}={getattr(self, name)}: must be at most 1.")
+
+    @property
+    def processes(self) -> int:
+        return self.gpus * self.nodes
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of an optimizer step.
+
+    Attributes:
+        overlapped, exposed: of each link's transfers, those that run beside the computation and those that it waits
+            for.
+    """
+
+    compute: float
+    overlapped: dict[str, float]
+    exposed: dict[str, float]
+
+    @property
+    def step(self) -> float:
+        """If transfers hide behind the computation as far as they can; no less is possible."""
+        return max(self.compute, *self.overlapped.values()) + sum(self.exposed.values())
+
+    @property
+    def step_in_turn(self) -> float:
+        """If nothing hides."""
+        return self.compute + sum(self.overlapped.values()) + sum(self.exposed.values())
+
+    @property
+    def bound(self) -> str:
+        """What the overlapped part of a step waits for."""
+        times = {"computation": self.compute} | self.overlapped
+        return max(times, key=lambda name: times[name])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on machines.
+
+    Attributes:
+        stages: first step (from 0), density and memory of each stage of a run whose supports are pruned; else empty.
+        traffic: of a process in an optimizer step.
+        moved: bytes of the transports that were compared; empty without expert parallelism.
+        largest_micro_batch: rows; 0: not even one fits.
+    """
+
+    config: Config
+    shape: BaseShape
+    machines: Machines
+    memory: Memory
+    stages: list[tuple[int, float, Memory]]
+    traffic: list[Traffic]
+    transport: str
+    moved: dict[str, float]
+    flops: dict[str, float]
+    times: Times
+    largest_micro_batch: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        training = self.config.training
+        rows = training.batch_size * training.gradient_accumulation_steps * self.machines.processes
+        return rows * self.config.data.max_length
+
+    @property
+    def tokens_per_day(self) -> float:
+        return self.tokens_per_step / self.times.step * DAY
+
+    @property
+    def days(self) -> float:
+        """Of all steps."""
+        return self.times.step * self.config.training.max_steps / DAY
+
+    @property
+    def price_per_day(self) -> float | None:
+        price = self.machines.hourly_price
+        return None if price is None else price * 24 * self.machines.processes
+
+    def links(self) -> dict[str, float]:
+        """Bytes that a process gets in an optimizer step over each link."""
+        between = sum(t.between_nodes(self.machines.gpus) for t in self.traffic)
+        return {"within a node": sum(t.received for t in self.traffic) - between, "between nodes": between}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: bytes, seconds and operations."""
+        machines, gpus = self.machines, self.machines.gpus
+        by_kind: dict[str, dict[str, float]] = {}
+        for t in self.traffic:
+            row = by_kind.setdefault(t.kind, {"received": 0.0, "between_nodes": 0.0})
+            row["received"] += t.received
+            row["between_nodes"] += t.between_nodes(gpus)
+        price = self.price_per_day
+        return {
+            "config": self.config.to_dict(),
+            "machines": asdict(machines) | {"processes": machines.processes},
+            "base_parameters": self.shape.parameters,
+            "trainable_values": trainable_values(self.config.adapter, self.shape),
+            "memory_bytes": {
+                "states": self.memory.states,
+                "moments": self.memory.moments,
+                "peak_moment": self.memory.peak_moment,
+                "peak": self.memory.total,
+                "peak_of_stages": [
+                    {"first_step": first + 1, "density": density, "peak": of.total}
+                    for first, density, of in self.stages
+                ],
+            },
+            "largest_micro_batch": self.largest_micro_batch,
+            "traffic_bytes_per_step": by_kind,
+            "link_bytes_per_step": self.links(),
+            "transport": self.transport,
+            "transport_bytes_per_step": self.moved,
+            "flops_per_step": self.flops,
+            "seconds_per_step": asdict(self.times)
+            | {
+                "lower_bound": self.times.step,
+                "nothing_overlapped": self.times.step_in_turn,
+                "bound": self.times.bound,
+            },
+            "tokens_per_step": self.tokens_per_step,
+            "tokens_per_day": self.tokens_per_day,
+            "days": self.days,
+            "price_per_day": price,
+            "price": None if price is None else price * self.days,
+        }
+
+
+def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, float]] = ()) -> Plan:
+    """Plan a run.
+
+    Args:
+        prunings: step and density from it on, of a run that starts with `initial_density`.
+
+    Raises:
+        SRDEError: a base that cannot serve, or an expert-parallel size that does not divide the processes.
+    """
+    shape, processes = base_shape(config), machines.processes
+    size = config.parallel.expert_parallel_size
+    if processes % size:
+        raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
+    traffic = step_traffic(config, shape, processes)
+    flops = step_flops(config, shape, processes, labelled=machines.labelled_share)
+
+    def at(density: float) -> Config:
+        return replace(config, adapter=replace(config.adapter, density=density))
+
+    largest = config.curriculum.initial_density or config.adapter.density
+    starts = [(0, largest), *prunings] if prunings else []
+    return Plan(
+        config=config,
+        shape=shape,
+        machines=machines,
+        memory=memory(config, shape, processes, labelled=machines.labelled_share),
+        stages=[
+            (first, density, memory(at(density), shape, processes, labelled=machines.labelled_share))
+            for first, density in starts
+        ],
+        traffic=traffic,
+        transport=choose_transport(config, shape, processes) if size > 1 else "",
+        moved=transport_bytes(config, shape, processes) if size > 1 else {},
+        flops=flops,
+        times=step_times(machines, traffic, sum(flops.values())),
+        largest_micro_batch=largest_micro_batch(at(largest), shape, machines),
+    )
+
+
+def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Times:
+    """Lower bounds of a step's parts."""
+    overlapped = {"links within a node": 0.0, "links between nodes": 0.0}
+    exposed = dict(overlapped)
+    for t in traffic:
+        between = t.between_nodes(machines.gpus)
+        times = overlapped if t.kind in OVERLAPPED else exposed
+        times["links within a node"] += (t.received - between) / (machines.intra_node_gb_s * GB)
+        # The processes of a node share its network.
+        times["links between nodes"] += between * machines.gpus / (machines.inter_node_gbit_s * GB / 8)
+    return Times(flops / (machines.peak_tflops * 1e12 * machines.utilisation), overlapped, exposed)
+
+
+def largest_micro_batch(config: Config, shape: BaseShape, machines: Machines) -> int:
+    """Rows of `max_length` tokens that fit into `gpu_memory_gib`; 0: not even one."""
+    most = 1 if config.model.flash_attention else MOST_ROWS  # flash-attn keeps documents apart in single rows only
+
+    def fits(rows: int) -> bool:
+        sized = replace(config, training=replace(config.training, batch_size=rows))
+        total = memory(sized, shape, machines.processes, labelled=machines.labelled_share).total
+        return total <= machines.gpu_memory_gib * GIB
+
+    low, high = 0, 1
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def write_plan(plan: Plan, path: str | Path) -> None:
+    """Write `Plan.to_dict` as JSON.
+
+    Raises:
+        SRDEError: the file cannot be written.
+    """
+    try:
+        Path(path).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+    except OSError as error:
+        raise SRDEError(f"output_file={path}: cannot be written: {error.strerror}. Give a path in a folder.") from None

@@ -1,0 +1,341 @@
+"""What a run must remember to go on, and its way into and out of checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from srde_ds.checkpoint.layout import read_manifest
+from srde_ds.checkpoint.resume import (
+    find_checkpoint,
+    load_common_tensors,
+    load_rank_state,
+    load_run_state,
+)
+from srde_ds.checkpoint.save import CheckpointSaver, Collectives, SaveFailed
+from srde_ds.checkpoint.shards import read_pieces
+from srde_ds.config import AdapterConfig, Config, DataConfig
+from srde_ds.data.loader import RowStream, collate
+from srde_ds.data.manifest import Manifest
+from srde_ds.distributed import zero_placement as placement
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology, all_reduce_max, gather_objects, on_main_rank
+from srde_ds.errors import SRDEError
+from srde_ds.training.random_state import random_state, set_random_state
+from srde_ds.training.run_folder import row_mixing
+from srde_ds.training.schedule import warm_start_step
+
+logger = logging.getLogger(__name__)
+
+# Of the routing context: what the last step leaves to the next one's load balancing.
+BALANCING_TENSORS = ("expert_share", "target_share")
+
+# A resumed model that is the saved one gives the saved probe loss; the sum over a row differs in its last bits
+# between machines, and in bf16 by about 2^-8 of a token's loss.
+_PROBE_TOLERANCE = {True: 2e-2, False: 1e-4}
+
+
+# What a run state holds, by its path in run.json; what came later has a default instead.
+_SAVED: dict[str, Any] = {
+    "step": int,
+    "tokens": int,
+    "dataset": str,
+    "rows_per_step": int,
+    "probe_loss": float | int | None,  # None: of a pruned model, not measured
+    "config.adapter": dict,
+    "config.data.domains": list,
+    "config.training.seed": int,
+    "adapter.config.density": float | int,
+    "adapter.expert_names": list,
+    "adapter.support_hash": str,
+    "adapter.base.hash": str,
+}
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A checkpoint to go on from: what must be known before the model is built, and where the rest lies.
+
+    Attributes:
+        density: of `supports`, those of all layers.
+        values: the run state as it was saved.
+    """
+
+    folder: Path
+    density: float
+    supports: list[torch.Tensor]
+    values: dict[str, Any]
+
+
+class RunState:
+    """Position of the run, and the checkpoint that holds it.
+
+    Attributes:
+        step: finished optimizer steps; also the position in the data, which is a pure function of it.
+        tokens: tokens seen, padding excluded.
+        warm_started: the routers were set by the warm start.
+        unlock_order: experts in the order in which they are unlocked.
+        engine: the one at work; `Stages` sets it.
+        saver: writes the checkpoints; the training loop runs inside its context.
+    """
+
+    engine: Engine
+
+    def __init__(self, config: Config, topology: Topology, stream: RowStream, manifest: Manifest) -> None:
+        self.config, self.topology, self.stream, self.manifest = config, topology, stream, manifest
+        self.step = 0
+        self.tokens = 0
+        self.warm_started = False
+        self.unlock_order = list(range(config.adapter.num_experts))
+        training = config.training
+        self.collectives = Collectives(
+            topology.rank, topology.world_size, lambda value: all_reduce_max(value, topology.device), gather_objects
+        )
+        self.saver = CheckpointSaver(training.output_dir, self.collectives, keep=training.save_total_limit)
+
+    @property
+    def folder(self) -> Path:
+        """The last saved checkpoint."""
+        return Path(self.config.training.output_dir) / f"checkpoint-{self.saver.saved_step}"
+
+    def remedy(self) -> str:
+        """What to do after a step whose numbers are not finite. Collective: it finishes the save in flight."""
+        failure = ""
+        try:
+            self.saver.wait()
+        except SaveFailed as error:
+            failure = f" {error}"
+        saved = self.saver.saved_step is not None
+        start = f"Continue from {self.folder}" if saved else "No checkpoint was saved yet; start anew"
+        return f"{start} with lower learning rates (--muon_lr, --learning_rate, --router_lr).{failure}"
+
+    def save(self, *, final: bool = False) -> None:
+        """Write `checkpoint-<step>` and make it the latest, in the background if the config says so.
+
+        Args:
+            final: return when the checkpoint is complete, and fail if it cannot be written.
+
+        Raises:
+            SRDEError: on every rank, if the model gives no finite loss or a file cannot be written.
+        """
+        with self._as_configured():
+            self.saver.wait()
+        if self.saver.saved_step == self.step:
+            return
+        model = self.engine.model
+        probe_loss = self.probe_loss()
+        if not math.isfinite(probe_loss):
+            remedy = self.remedy()
+            raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {remedy}")
+        metadata = model.metadata()
+        common = model.common_tensors()
+        for name in BALANCING_TENSORS:
+            if (tensor := getattr(model.routing, name)) is not None:
+                common[name] = tensor
+        run_state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "warm_started": self.warm_started,
+            "unlock_order": self.unlock_order,
+            "config": self.config.to_dict(),
+            "adapter": metadata.to_dict(),
+            "dataset": self.manifest.splits["train"].content_sha256,
+            "rows_per_step": self.rows_per_step,
+            "probe_loss": probe_loss,
+        }
+        in_background = self.config.training.save_in_background and not final
+        with self._as_configured(always_stop=final):
+            self.saver.start(
+                self.step,
+                pieces=placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer),
+                rank_state={"random_state": random_state()},
+                run_state=run_state,
+                common_tensors=common,
+                copy_first=in_background,
+            )
+            if not in_background:
+                self.saver.wait()
+
+    def look_after_save(self) -> None:
+        """Let the save in flight, if any, go on to its next phase, without waiting for files. To be called each step.
+
+        Raises:
+            SRDEError: on every rank, if it failed and `on_save_failure` is stop.
+        """
+        with self._as_configured():
+            self.saver.poll()
+
+    @contextmanager
+    def _as_configured(self, *, always_stop: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except SaveFailed as error:
+            if always_stop or self.config.training.on_save_failure == "stop":
+                raise
+            if self.topology.is_main:
+                logger.warning("%s Training goes on (on_save_failure=continue).", error)
+
+    def find_saved(self) -> SavedRun | None:
+        """The checkpoint that `resume_from` means; None without it.
+
+        Raises:
+            SRDEError: no good checkpoint, or one of another adapter, seed, dataset or batch.
+        """
+        resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
+        if not resume_from:
+            return None
+        saved = self.saved_at(on_main_rank(lambda: find_checkpoint(resume_from, output_dir), self.topology))
+        self._check_same_options(saved)
+        self._check_warm_start(saved)
+        return saved
+
+    def saved_at(self, folder: Path) -> SavedRun:
+        """What a verified checkpoint says about itself."""
+        values, common = load_run_state(folder), load_common_tensors(folder)
+        check_saved(values, common, folder)
+        layers = sum(name.endswith(".support") for name in common)
+        supports = [common[f"layers.{layer}.support"] for layer in range(layers)]
+        return SavedRun(folder, values["adapter"]["config"]["density"], supports, values)
+
+    def restore(self, saved: SavedRun) -> None:
+        """Fill the engine, which was built for it, from a checkpoint.
+
+        Raises:
+            SRDEError: another base, or a model that does not give the loss that was saved with it.
+        """
+        model, values, folder = self.engine.model, saved.values, saved.folder
+        self._check_same_model(saved)
+        pieces = placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer)
+        read_pieces(folder, pieces)
+        placement.publish_masters(self.engine.deepspeed)
+        common = load_common_tensors(folder)
+        model.load_selection_biases(common)
+        for name in BALANCING_TENSORS:
+            if name in common:
+                setattr(model.routing, name, common[name].to(self.topology.device))
+        self.step, self.tokens = values["step"], values["tokens"]
+        # Checkpoints from before there was a curriculum do not say.
+        self.warm_started = values.get("warm_started", False)
+        self.unlock_order = values.get("unlock_order", self.unlock_order)
+        if folder.parent.resolve() == Path(self.config.training.output_dir).resolve():
+            self.saver.saved_step = self.step
+        loss, expected = self.probe_loss(), values.get("probe_loss")
+        # A pruned checkpoint holds none: its loss was never measured.
+        if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[self.config.model.bf16] * max(
+            1.0, abs(expected)
+        ):
+            raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
+        if read_manifest(folder)["world_size"] == self.topology.world_size:
+            set_random_state(load_rank_state(folder, self.topology.rank).get("random_state"))
+
+    @property
+    def rows_per_step(self) -> int:
+        training = self.config.training
+        return training.batch_size * self.topology.world_size * training.gradient_accumulation_steps
+
+    def probe_loss(self) -> float:
+        """Mean loss of the next step's first row: all ranks run the same row, so any number of ranks agrees.
+
+        All experts are free to be chosen, whatever the phase.
+        """
+        batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
+        batch = {key: value.to(self.topology.device) for key, value in batch.items()}
+        engine, routing = self.engine.deepspeed, self.engine.model.routing
+        allowed, routing.allowed_experts = routing.allowed_experts, None
+        engine.eval()
+        with torch.no_grad():
+            loss_sum, label_count = self.engine.forward(batch)
+        engine.train()
+        routing.allowed_experts = allowed
+        return float(loss_sum) / max(1, int(label_count))
+
+    def _check_same_options(self, saved: SavedRun) -> None:
+        before, folder = saved.values, saved.folder
+        # An older checkpoint lacks newer options: their defaults.
+        options = AdapterConfig().__dict__ | before["config"]["adapter"]
+        same = {key: (options[key], value) for key, value in self.config.adapter.__dict__.items()}
+        del same["preset"]  # only stands for other options
+        same["domains"] = before["config"]["data"]["domains"], self.config.data.domains
+        same["seed"] = before["config"]["training"]["seed"], self.config.training.seed
+        _refuse_difference(folder, same)
+        dataset = self.manifest.splits["train"].content_sha256
+        if before["dataset"] != dataset:
+            raise SRDEError(
+                f"{folder}: was trained on another dataset (hash {before['dataset'][:12]}, here {dataset[:12]}). "
+                "Resume with the same pretokenized_dir."
+            )
+        self._check_same_mixing(saved)
+        if before["rows_per_step"] != self.rows_per_step:
+            raise SRDEError(
+                f"{folder}: a step had {before['rows_per_step']} rows, here batch_size x processes x "
+                f"gradient_accumulation_steps = {self.rows_per_step}. Change them so that the product stays the same."
+            )
+
+    def _check_warm_start(self, saved: SavedRun) -> None:
+        """A warm start whose step is past would be left out in silence."""
+        step, due = saved.values["step"], warm_start_step(self.config)
+        if due is not None and due < step and not saved.values.get("warm_started", False):
+            raise SRDEError(
+                f"{saved.folder}: warm_start=true sets the routers before step {due + 1}, but its {step} steps were "
+                "trained without. Leave --warm_start out, or start anew."
+            )
+
+    def _check_same_mixing(self, saved: SavedRun) -> None:
+        """The rows up to the saved step must be those that were read; later ones may come in other shares."""
+        keys = ("domain_weights", "mixing_temperature")
+        given = {key: getattr(self.config.data, key) for key in keys}
+        before = {key: saved.values["config"]["data"].get(key, getattr(DataConfig(), key)) for key in keys}
+        used = []
+        for options in (before, given):
+            phases = row_mixing(DataConfig(**options), self.manifest) or []
+            used.append([phase for phase in phases if phase.first_step < saved.values["step"]])
+        if used[0] != used[1]:
+            old, new = (", ".join(f"{key}={value}" for key, value in options.items()) for options in (before, given))
+            raise SRDEError(
+                f"{saved.folder}: the rows of its {saved.values['step']} steps were drawn by {old}, here {new}. "
+                "Keep these shares and change them from a later step on, as in 'math=1; 500: code=1'."
+            )
+
+    def _check_same_model(self, saved: SavedRun) -> None:
+        before, now = saved.values["adapter"], self.engine.model.metadata().to_dict()
+        same = {key: (before[key], now[key]) for key in ("expert_names", "support_hash")}
+        same["base"] = before["base"]["hash"], now["base"]["hash"]  # its folder may have moved
+        _refuse_difference(saved.folder, same)
+
+
+def check_saved(values: dict[str, Any], common: dict[str, torch.Tensor], folder: Path) -> None:
+    """Refuse a checkpoint whose files are whole but hold something else than a run's state.
+
+    Raises:
+        SRDEError: names what is missing or of another type.
+    """
+    for path, kind in _SAVED.items():
+        value: Any = values
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise SRDEError(f"{folder}: its run state has no {path} of type {kind}: it is no checkpoint of a run.")
+    order = values.get("unlock_order", [])
+    if not isinstance(order, list) or set(map(type, order)) - {int} or sorted(order) != list(range(len(order))):
+        raise SRDEError(
+            f"{folder}: unlock_order in its run state is no order of experts: it is no checkpoint of a run."
+        )
+    supports = {name for name in common if name.endswith(".support")}
+    if supports != {f"layers.{layer}.support" for layer in range(len(supports))}:
+        raise SRDEError(f"{folder}: holds the supports of some layers only: it is no checkpoint of a run.")
+
+
+def _refuse_difference(folder: Path, same: dict[str, tuple[Any, Any]]) -> None:
+    for key, (old, new) in same.items():
+        if old != new:
+            raise SRDEError(
+                f"{folder}: {key} was {old!r}, this run has {new!r}. Resume with the same base, adapter options, "
+                "domains and seed."
+            )

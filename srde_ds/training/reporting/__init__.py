@@ -1,0 +1,1 @@
+"""What a run measures in each step, and where the figures go."""

@@ -1,0 +1,101 @@
+"""Held-out loss by domain, computed by all ranks together during training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from srde_ds.data.loader import validation_batches
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology, all_reduce_sum
+
+# Rows of each domain for the table of all experts on all domains, which costs as many forwards as there are experts.
+TABLE_ROWS = 8
+
+Batch = dict[str, Tensor]
+
+
+def forced_experts(batch: Batch, expert: int | Literal["domain"]) -> Tensor:
+    """[B, S] for RoutingContext: one expert for all tokens, or each row's domain."""
+    chosen = batch["domain"] if expert == "domain" else torch.full_like(batch["domain"], expert)
+    return chosen[:, None].expand_as(batch["input_ids"])
+
+
+class HeldOut:
+    """The validation rows, a list of batches for each domain.
+
+    Args:
+        dataset: rows as written by `build_dataset`.
+        domains: names in the order of the dataset's `domain` column.
+    """
+
+    def __init__(self, dataset: Any, domains: list[str], batch_size: int, topology: Topology) -> None:
+        self.topology = topology
+        column = dataset.with_format("numpy")["domain"][:]
+        self.rows = {name: dataset.select((column == index).nonzero()[0]) for index, name in enumerate(domains)}
+        self.rows = {name: rows for name, rows in self.rows.items() if len(rows)}
+        self.batch_size = batch_size
+
+    def losses(
+        self,
+        engine: Engine,
+        interrupted: Callable[[], bool],
+        *,
+        expert: int | Literal["domain"] | None = None,
+        max_rows: int | None = None,
+    ) -> dict[str, float] | None:
+        """Mean cross entropy of the response tokens by domain, or None when `interrupted` became true.
+
+        Every rank runs the same number of batches: under ZeRO-3 a forward is a collective.
+
+        Args:
+            expert: this expert for all tokens, or each row's domain's; default: as routed.
+            max_rows: of each domain, the first ones.
+        """
+        engine.deepspeed.eval()
+        try:
+            return self._losses(engine, interrupted, expert, max_rows)
+        finally:
+            engine.model.routing.forced_experts = None
+            engine.deepspeed.train()
+
+    def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]] | None:
+        """Each expert's loss on TABLE_ROWS rows of every domain: `losses` with one expert after the other."""
+        norms = engine.delta_norms()
+        result: list[dict[str, float]] = []
+        for expert, norm in enumerate(norms.tolist()):
+            if norm == 0 and 0 in norms[:expert]:  # experts whose deltas are zero are all the base, bit for bit
+                result.append(result[norms.tolist().index(0)])
+                continue
+            losses = self.losses(engine, interrupted, expert=expert, max_rows=TABLE_ROWS)
+            if losses is None:
+                return None
+            result.append(losses)
+        return result
+
+    def _losses(
+        self,
+        engine: Engine,
+        interrupted: Callable[[], bool],
+        expert: int | Literal["domain"] | None,
+        max_rows: int | None,
+    ) -> dict[str, float] | None:
+        result = {}
+        with torch.no_grad():
+            for name, rows in self.rows.items():
+                sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+                chosen = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+                for batch in validation_batches(
+                    chosen, self.batch_size, rank=self.topology.rank, world_size=self.topology.world_size
+                ):
+                    if interrupted():
+                        return None
+                    batch = {key: value.to(self.topology.device) for key, value in batch.items()}
+                    engine.model.routing.forced_experts = None if expert is None else forced_experts(batch, expert)
+                    sums += torch.stack([value.double() for value in engine.forward(batch)])
+                total, count = all_reduce_sum(sums).tolist()
+                result[name] = total / count
+        return result

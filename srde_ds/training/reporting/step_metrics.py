@@ -1,0 +1,61 @@
+"""One step's numbers, summed over ranks, and the watch for experts that do not learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srde_ds.distributed.processes import all_reduce_sum
+from srde_ds.errors import SRDEError
+
+# An expert may by chance get a few tokens that carry no loss (prompt ends, padding neighbours): its gradient must
+# be missing over this many assignments before the run is stopped.
+SILENT_ASSIGNMENTS = 10_000
+
+
+class ExpertWatch:
+    """Stops a run in which an expert gets tokens but no gradient."""
+
+    def __init__(self, expert_names: list[str]) -> None:
+        self.expert_names = expert_names
+        self.silent = [0.0] * len(expert_names)
+
+    def check(self, step: int, assignments: list[float], gradient_norms: list[float]) -> None:
+        """Raises SRDEError with the name of an expert whose gradient stayed exactly zero."""
+        for index, (count, norm) in enumerate(zip(assignments, gradient_norms, strict=True)):
+            self.silent[index] = 0.0 if norm > 0 else self.silent[index] + count
+            if self.silent[index] >= SILENT_ASSIGNMENTS:
+                raise SRDEError(
+                    f"step {step}: expert '{self.expert_names[index]}' got {self.silent[index]:.0f} token assignments "
+                    "but its gradient is zero: its delta is cut off from the loss."
+                )
+
+
+def sum_over_ranks(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The sums of several tensors over all ranks, in one collective, as float64 on the CPU."""
+    flat = torch.cat([tensor.detach().to(device, torch.float64).flatten() for tensor in tensors.values()])
+    parts = all_reduce_sum(flat).cpu().split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+def expert_metrics(sums: dict[str, Tensor]) -> dict[str, Any]:
+    """Per-expert and router numbers of a step from the routing statistics of all ranks and layers.
+
+    `tokens_per_expert` is the mean over layers of the tokens routed to each expert; `expert_gradient_norm` the norm of
+    the loss's gradient with respect to each expert's deltas in all layers, root of the sum over micro-batches of
+    squares; `router_entropy` in nats, mean over tokens and layers.
+    """
+    assignments, layers = sums["assignments"], sums["assignments"].shape[0]
+    tokens = sums["tokens"].sum()
+    probability = sums["probability_sum"] / (sums["tokens"].unsqueeze(1).clamp(min=1))
+    share = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
+    experts = assignments.shape[1]
+    return {
+        "tokens_per_expert": (assignments.sum(0) / layers).tolist(),
+        "expert_gradient_norm": sums["delta_gradient_square"].sum(0).sqrt().tolist(),
+        "router_entropy": float(sums["entropy_sum"].sum() / tokens),
+        "load_balancing_loss": float(experts * (share * probability).sum(dim=1).mean()),
+        "router_z_loss": float(sums["z_sum"].sum() / tokens),
+    }

@@ -1,0 +1,61 @@
+"""Where a result comes from: versions, machine, git revision and command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from srde_ds.utils.launcher import launched_world_size
+
+_PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safetensors", "math-verify", "numpy")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, git revision and command line."""
+    import torch  # not for those that ask for the packages' versions alone
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+    return {
+        "versions": package_versions(),
+        "python": platform.python_version(),
+        "machine": f"{device}, {os.cpu_count()} CPU cores",
+        "gpus": torch.cuda.device_count(),
+        "git_revision": _git_revision(),
+        "command": sys.argv,
+        "world_size": launched_world_size(),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Of this package and those that decide what a run computes."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+@cache
+def _git_revision() -> str | None:
+    """Asked once: a benchmark that writes its results into the repository is not what makes it dirty."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None  # an installed package has no repository; the version is recorded in any case

@@ -1,0 +1,1 @@
+"""The adapter in one safetensors file."""
