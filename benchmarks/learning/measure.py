@@ -21,7 +21,7 @@ from srde_ds.inference.answers import exact_match
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.training.reporting.held_out import forced_experts
-from srde_ds.training.trainer import to_device
+from srde_ds.training.step import to_device
 
 ByDomain = dict[str, float]
 

@@ -37,7 +37,7 @@ from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.schedule import set_learning_rates
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.trainer import count_tokens, scheduled_factor, to_device
+from srde_ds.training.step import count_tokens, scheduled_factor, to_device
 from srde_ds.training.trainer import run as run_trainer
 
 ROOT = Path(__file__).resolve().parents[2]

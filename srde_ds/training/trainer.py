@@ -7,7 +7,6 @@ import math
 import os
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,6 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.distributed import zero_placement as placement
-from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import (
     Topology,
     adopt_launcher,
@@ -34,14 +32,13 @@ from srde_ds.liveness.contact import VERDICT_SECONDS, contact
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.launcher_watch import LauncherWatch
 from srde_ds.liveness.status import doing
-from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.consistency import facts
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.engine_rebuild import Stages
-from srde_ds.training.reporting.held_out import Batch, HeldOut
+from srde_ds.training.reporting.held_out import HeldOut
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine, memory_gib
-from srde_ds.training.reporting.step_metrics import ExpertWatch, expert_metrics, sum_over_ranks
+from srde_ds.training.reporting.step_metrics import ExpertWatch, expert_metrics
 from srde_ds.training.run_folder import (
     check_inputs,
     check_run_folder,
@@ -51,6 +48,7 @@ from srde_ds.training.run_folder import (
     row_mixing,
 )
 from srde_ds.training.signals import StopRequest
+from srde_ds.training.step import optimizer_step, scheduled_factor
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 
 
@@ -201,87 +199,9 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     return None
 
 
-def optimizer_step(
-    config: Config,
-    topology: Topology,
-    engine: Engine,
-    curriculum: Curriculum,
-    state: RunState,
-    interrupted: Callable[[], bool],
-) -> dict[str, torch.Tensor] | None:
-    """One step of all ranks: its micro-batches forwards and backwards, and the update.
-
-    Returns:
-        Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
-        None when `interrupted` became true: nothing was updated.
-    """
-    training, routing = config.training, engine.model.routing
-    stream = curriculum.begin_step(engine)
-    doing("reading rows")
-    batches = [
-        to_device(
-            stream.micro_batch(
-                state.step,
-                micro,
-                rank=topology.rank,
-                world_size=topology.world_size,
-                batch_size=training.batch_size,
-            ),
-            topology.device,
-        )
-        for micro in range(training.gradient_accumulation_steps)
-    ]
-    counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
-    set_learning_rates(engine.optimizer, scheduled_factor(config, state.step))
-    set_step(engine.optimizer, state.step + 1)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-    # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
-    loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
-    routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
-    for number, batch in enumerate(batches, 1):
-        if interrupted():
-            return None
-        curriculum.route_batch(engine, batch)
-        doing(f"forward of micro-step {number}")
-        batch_loss, _ = engine.forward(batch)
-        doing(f"backward of micro-step {number}")
-        engine.deepspeed.backward(batch_loss * loss_scale)
-        doing(f"update after micro-step {number}")
-        engine.deepspeed.step()
-        loss_sum += batch_loss.detach()
-    routing.forced_experts = None
-    return counts | sum_over_ranks({"loss": loss_sum, **routing.statistics.pop()}, topology.device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
 def measured(key: str, losses: dict[str, float] | None) -> dict[str, Any]:
     """Part of a metrics line; empty when a signal cut the measurement off."""
     return {} if losses is None else {key: losses}
-
-
-def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Response tokens that carry loss, and all real tokens, in all and by domain, of this rank's micro-batches."""
-    labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
-    by_domain = sum(
-        torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches
-    )
-    assert isinstance(by_domain, torch.Tensor)
-    return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
-
-
-def scheduled_factor(config: Config, step: int) -> float:
-    optimizer = config.optimizer
-    return learning_rate_factor(
-        step,
-        schedule=optimizer.lr_schedule,
-        max_steps=config.training.max_steps,
-        warmup_steps=optimizer.warmup_steps,
-        decay_ratio=optimizer.decay_ratio,
-        min_lr_ratio=optimizer.min_lr_ratio,
-    )
 
 
 def not_finite(state: RunState, loss: float) -> str:

@@ -1,0 +1,95 @@
+"""One optimizer step of all ranks: its micro-batches forwards and backwards, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from srde_ds.config import Config
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology
+from srde_ds.liveness.status import doing
+from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
+from srde_ds.training.checkpointing import RunState
+from srde_ds.training.curriculum import Curriculum
+from srde_ds.training.reporting.held_out import Batch
+from srde_ds.training.reporting.step_metrics import sum_over_ranks
+
+
+def optimizer_step(
+    config: Config,
+    topology: Topology,
+    engine: Engine,
+    curriculum: Curriculum,
+    state: RunState,
+    interrupted: Callable[[], bool],
+) -> dict[str, torch.Tensor] | None:
+    """One step of all ranks: its micro-batches forwards and backwards, and the update.
+
+    Returns:
+        Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
+        None when `interrupted` became true: nothing was updated.
+    """
+    training, routing = config.training, engine.model.routing
+    stream = curriculum.begin_step(engine)
+    doing("reading rows")
+    batches = [
+        to_device(
+            stream.micro_batch(
+                state.step,
+                micro,
+                rank=topology.rank,
+                world_size=topology.world_size,
+                batch_size=training.batch_size,
+            ),
+            topology.device,
+        )
+        for micro in range(training.gradient_accumulation_steps)
+    ]
+    counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
+    set_learning_rates(engine.optimizer, scheduled_factor(config, state.step))
+    set_step(engine.optimizer, state.step + 1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
+    # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
+    loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
+    routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    for number, batch in enumerate(batches, 1):
+        if interrupted():
+            return None
+        curriculum.route_batch(engine, batch)
+        doing(f"forward of micro-step {number}")
+        batch_loss, _ = engine.forward(batch)
+        doing(f"backward of micro-step {number}")
+        engine.deepspeed.backward(batch_loss * loss_scale)
+        doing(f"update after micro-step {number}")
+        engine.deepspeed.step()
+        loss_sum += batch_loss.detach()
+    routing.forced_experts = None
+    return counts | sum_over_ranks({"loss": loss_sum, **routing.statistics.pop()}, topology.device)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
+    """Response tokens that carry loss, and all real tokens, in all and by domain, of this rank's micro-batches."""
+    labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+    by_domain = sum(
+        torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches
+    )
+    assert isinstance(by_domain, torch.Tensor)
+    return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
+
+
+def scheduled_factor(config: Config, step: int) -> float:
+    optimizer = config.optimizer
+    return learning_rate_factor(
+        step,
+        schedule=optimizer.lr_schedule,
+        max_steps=config.training.max_steps,
+        warmup_steps=optimizer.warmup_steps,
+        decay_ratio=optimizer.decay_ratio,
+        min_lr_ratio=optimizer.min_lr_ratio,
+    )
