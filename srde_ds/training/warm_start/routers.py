@@ -34,9 +34,9 @@ class WarmStartReport:
 
     Attributes:
         samples: domain -> tokens looked at; fewer than `warm_start_samples` where a domain has no more.
-        normalized_mutual_information: [L] between a token's best expert and its domain.
-        own_domain_share: [L] tokens whose best expert is their domain's.
-        cluster_sizes: [L][E] tokens by best expert.
+        normalized_mutual_information: `[L]` between a token's best expert and its domain.
+        own_domain_share: `[L]` tokens whose best expert is their domain's.
+        cluster_sizes: `[L][E]` tokens by best expert.
     """
 
     method: str
