@@ -1,0 +1,51 @@
+"""What the pages say of files is true, and the picture is what its script draws."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("cluster/*.md")])
+# Where a page's short paths begin: `model/layer.py`, `results/parity.json`.
+STARTS = ("", "srde_ds", "benchmarks", "docs", "tests")
+FOLDERS = {path.name for start in STARTS for path in (ROOT / start).iterdir() if path.is_dir()}
+PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|yml|json|jsonl|sh|sbatch|toml|md))`")
+
+
+def missing_files(text: str) -> list[str]:
+    """Paths in backticks that begin at a folder of the repository and lead nowhere."""
+    paths = [path for path in PATH.findall(text) if path.split("/")[0] in FOLDERS - {"data"}]
+    return [path for path in paths if not any((ROOT / start / path).is_file() for start in STARTS)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    assert not missing_files(page.read_text(encoding="utf-8"))
+
+
+def test_a_file_that_is_gone_is_found() -> None:
+    text = "`model/layer.py`, `model/no_such.py`, `srde_ds/parallel/engine.py`, `runs/x/a.json`"
+    assert missing_files(text) == ["model/no_such.py", "srde_ds/parallel/engine.py"]
+
+
+def test_the_readme_is_one_screen_before_any_table() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    first_table = next((number for number, line in enumerate(lines) if line.startswith("|")), len(lines))
+    assert min(first_table, len(lines)) >= 45
+
+
+def test_a_word_of_the_glossary_stands_there_once() -> None:
+    words = re.findall(r"^\| \*\*(.+?)\*\*", (ROOT / "docs/glossary.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(words) >= 20
+    assert words == sorted(set(words), key=str.lower)
+
+
+@pytest.mark.parametrize("name", ["picture", "logo"])
+def test_the_committed_picture_is_what_the_script_draws(name: str) -> None:
+    script = runpy.run_path(str(ROOT / "docs/make_picture.py"))
+    file = {"picture": "srde.svg", "logo": "logo.svg"}[name]
+    assert (ROOT / "docs/picture" / file).read_text(encoding="utf-8") == script[name]()
