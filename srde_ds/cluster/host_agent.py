@@ -126,6 +126,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
+    """Answer the questions that come in on standard input, a JSON list a line, until it ends."""
     # The answers' way is kept clear of what libraries print.
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:

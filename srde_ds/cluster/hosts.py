@@ -59,6 +59,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def format_hostfile(hosts: Iterable[Host]) -> str:
+    """The hosts as DeepSpeed's hostfile has them, one a line."""
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 

@@ -56,4 +56,5 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
 
 
 def format_rank_environment(variables: Mapping[str, str]) -> str:
+    """The variables as `.deepspeed_env` has them, one a line."""
     return "".join(f"{name}={value}\n" for name, value in variables.items())

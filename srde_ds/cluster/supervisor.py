@@ -61,6 +61,7 @@ class Command:
 
     @property
     def train_arguments(self) -> list[str]:
+        """The arguments of training itself."""
         return self.words[self.train :]
 
     @property

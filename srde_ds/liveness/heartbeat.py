@@ -70,9 +70,11 @@ class Heartbeat:
             self._write("running")
 
     def stopped(self, reason: str) -> None:
+        """The run stops before its end, because it was asked to."""
         self._write("stopped", reason=reason)
 
     def finished(self) -> None:
+        """The run has come to its end."""
         self._write("finished")
 
     def failed(self, reason: str, rank: int, *, bad_input: bool = False) -> None:

@@ -31,16 +31,19 @@ class Launcher:
     command: str
 
     def lives(self) -> bool:
+        """Whether the process is still there."""
         return _read(self.pid) == self
 
     @property
     def is_launcher(self) -> bool:
+        """Whether it starts ranks and waits for them."""
         # sshd without a terminal: the other end of pdsh or ssh; one with a terminal may go before the run ends.
         remote = "sshd" in self.command and "@notty" in self.command
         return remote or (not self.is_shell and any(name in self.command for name in _LAUNCHERS))
 
     @property
     def is_shell(self) -> bool:
+        """Whether it is a shell."""
         return Path(self.command.split(" ")[0]).name in _SHELLS
 
 

@@ -39,10 +39,12 @@ class Report:
 
     @property
     def name(self) -> str:
+        """The rank with its host and process, for messages."""
         return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
     @property
     def doing(self) -> str:
+        """What the rank was doing, for messages."""
         return f"step {self.step}, {self.activity}, for {self.activity_seconds:.0f} s, in {self.place}"
 
 
@@ -67,6 +69,7 @@ class Reporter:
         self._collectives, self._progress = 0, time.monotonic()
 
     def report(self) -> Report:
+        """What this rank is doing now."""
         now, count = time.monotonic(), collectives_begun()
         if count != self._collectives:
             self._collectives, self._progress = count, now

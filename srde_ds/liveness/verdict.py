@@ -85,6 +85,7 @@ def _late(at_work: Mapping[int, Peer], timeout: float) -> Verdict | None:
 
 
 def ranks(numbers: Mapping[int, Peer] | list[int]) -> str:
+    """`rank 3` or `ranks 3, 5`, for messages."""
     names = ", ".join(map(str, sorted(numbers)))
     return f"rank {names}" if len(numbers) == 1 else f"ranks {names}"
 

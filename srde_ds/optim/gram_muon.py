@@ -56,6 +56,7 @@ class Piece:
 
     @property
     def end(self) -> int:
+        """The element after the block's last one in the flat partition."""
         return self.offset + self.rows * self.batch * self.cols
 
     @property
@@ -127,6 +128,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults={})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with the defaults of its rule; raises as the constructor does."""
         rule, name = param_group.get("rule"), param_group.get("name", "parameter group")
         if rule not in RULE_DEFAULTS:
             raise SRDEError(f"{name}: rule={rule!r}: must be one of {', '.join(RULE_DEFAULTS)}.")

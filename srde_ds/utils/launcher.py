@@ -9,10 +9,12 @@ LET_GO_SECONDS = 0.5
 
 
 def launched_rank() -> int:
+    """The rank of this process; 0 without a launcher."""
     return _number("RANK", "OMPI_COMM_WORLD_RANK", default=0)
 
 
 def launched_world_size() -> int:
+    """The number of processes; 1 without a launcher."""
     return _number("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
 
 

@@ -12,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import Config
 from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
-from srde_ds.data.sources.hub import check_upload, push_to_hub
-from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.data.build.options import BuildOptions
-from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.data.build.writing import JSONL, ROWS
-from srde_ds.errors import SRDEError
+from srde_ds.data.manifest import Manifest, load_manifest
+from srde_ds.data.sources.hub import check_upload, push_to_hub
+from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.errors import SRDEError
 
 SOURCES_ONLY = (
     "on_missing_source",

@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.build.artifacts import process_died, worker_pool
 from srde_ds.data.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -32,7 +33,6 @@ from srde_ds.data.manifest import (
 from srde_ds.data.packing import Document, check_markers, pad_token_id, tokenize
 from srde_ds.data.records import SPLITS, Record, read_jsonl
 from srde_ds.data.rows import DomainRows, write_split
-from srde_ds.data.build.artifacts import process_died, worker_pool
 from srde_ds.errors import SRDEError
 
 __all__ = ["Manifest", "build_dataset", "load_manifest"]

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.build.source_records import Records, clean, ngrams_of, records_of
-from srde_ds.data.manifest import tokenizer_identity
-from srde_ds.data.build.options import Build, BuildOptions, write_text
-from srde_ds.data.records import SPLITS
-from srde_ds.data.build.selection import Pool, Selection, select
 from srde_ds.data.build.artifacts import Stages, fingerprint
-from srde_ds.data.sources.supply import Supply
+from srde_ds.data.build.options import Build, BuildOptions, write_text
+from srde_ds.data.build.selection import Pool, Selection, select
+from srde_ds.data.build.source_records import Records, clean, ngrams_of, records_of
 from srde_ds.data.build.tokens import read_lines, set_tokenizer
 from srde_ds.data.build.writing import JSONL, ROWS, check_free, check_ours, write_jsonl, write_rows
+from srde_ds.data.manifest import tokenizer_identity
+from srde_ds.data.records import SPLITS
+from srde_ds.data.sources.supply import Supply
 from srde_ds.errors import SRDEError
 
 log = logging.getLogger(__name__)

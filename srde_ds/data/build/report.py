@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from srde_ds.data.manifest import Manifest
 from srde_ds.data.build.options import Build, write_text
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
-from srde_ds.data.records import SPLITS
 from srde_ds.data.build.writing import CARD, JSONL
+from srde_ds.data.manifest import Manifest
+from srde_ds.data.records import SPLITS
 
 RULES = (
     "no answer", "broken", "empty", "exact duplicate", "near duplicate", "in an evaluation set", "held-out question",

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from srde_ds.data.packing import fit
-from srde_ds.data.sources.registry import Source
 from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
 from srde_ds.data.build.tokens import Tokens, tokenize_records
+from srde_ds.data.packing import fit
+from srde_ds.data.sources.registry import Source
 
 DOCUMENTS_A_FILE = 2000
 

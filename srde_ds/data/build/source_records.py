@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 
-from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records, read_table
+from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint, slices
 from srde_ds.data.build.decontaminate import contaminated, evaluation_ngrams, find_ngrams, read_evaluation_file
 from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
-from srde_ds.data.sources.formatters import Example
 from srde_ds.data.build.options import BuildOptions
-from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
-from srde_ds.utils.retry import SourceError
+from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records, read_table
 from srde_ds.data.build.selection import Pool, mixed
+from srde_ds.data.sources.formatters import Example
+from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
 from srde_ds.data.sources.registry import Source, load_sources
-from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint, slices
 from srde_ds.data.sources.supply import GENERATED_AT_ONCE
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.retry import SourceError
 
 
 @dataclass

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.manifest import FILE_NAME, FORMAT_VERSION, DomainCounts, Manifest, load_manifest, tokenizer_identity
+from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
 from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.build.selection import Pool, Selection
+from srde_ds.data.build.tokens import pack_documents, read_lines
+from srde_ds.data.manifest import FILE_NAME, FORMAT_VERSION, DomainCounts, Manifest, load_manifest, tokenizer_identity
 from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS
 from srde_ds.data.rows import write_split
-from srde_ds.data.build.selection import Pool, Selection
-from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
-from srde_ds.data.build.tokens import pack_documents, read_lines
 from srde_ds.errors import SRDEError
 
 ROWS = "tokenized"

@@ -34,6 +34,7 @@ def _number(value: float) -> str:
 
 
 def neutrons(generator: Random) -> Item:
+    """Neutrons of an isotope."""
     element = generator.choice(_elements())
     mass = generator.choice(element.isotopes)
     return (
@@ -43,12 +44,14 @@ def neutrons(generator: Random) -> Item:
 
 
 def heavier(generator: Random) -> Item:
+    """The heavier one of two elements."""
     first, second = generator.sample(_elements(), 2)
     name = max((first, second), key=lambda element: element.mass).name
     return f"Which atom is heavier, {first.name} or {second.name}? Answer with the element.", name
 
 
 def symbols(generator: Random) -> Item:
+    """The symbols of three elements."""
     chosen = generator.sample(_elements(), 3)
     names = ", ".join(element.name for element in chosen)
     return (
@@ -58,6 +61,7 @@ def symbols(generator: Random) -> Item:
 
 
 def names(generator: Random) -> Item:
+    """The names behind two symbols."""
     chosen = generator.sample(_elements(), 2)
     listed = " and ".join(element.symbol for element in chosen)
     return (
@@ -67,6 +71,7 @@ def names(generator: Random) -> Item:
 
 
 def electrons(generator: Random) -> Item:
+    """Electrons of an ion."""
     element = generator.choice([element for element in _elements() if element.ions])
     charge = generator.choice(element.ions)
     sign = "+" if charge > 0 else "-"
@@ -78,6 +83,7 @@ def electrons(generator: Random) -> Item:
 
 
 def atoms(generator: Random) -> Item:
+    """Atoms of one element in several units of a compound."""
     import periodictable
 
     compound, molecules = generator.choice(_COMPOUNDS.split()), generator.randint(2, 9)
@@ -90,6 +96,7 @@ def atoms(generator: Random) -> Item:
 
 
 def molar_mass(generator: Random) -> Item:
+    """Mass in grams of an amount of a compound."""
     import periodictable
 
     compound, moles = generator.choice(_COMPOUNDS.split()), generator.randint(1, 10)
@@ -100,6 +107,7 @@ def molar_mass(generator: Random) -> Item:
 
 
 def conversion(generator: Random) -> Item:
+    """A quantity in another unit."""
     from scipy import constants
 
     source, target, factor = generator.choice(
@@ -124,6 +132,7 @@ def conversion(generator: Random) -> Item:
 
 
 def temperature(generator: Random) -> Item:
+    """A temperature on another scale."""
     from scipy.constants import convert_temperature
 
     source, target = generator.sample(["Celsius", "Kelvin", "Fahrenheit"], 2)
@@ -136,6 +145,7 @@ def temperature(generator: Random) -> Item:
 
 
 def mechanics(generator: Random) -> Item:
+    """A quantity from a law of physics and two others."""
     from scipy import constants
 
     a, b = generator.randint(2, 20), generator.randint(2, 20)
