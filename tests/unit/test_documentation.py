@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,14 @@ def test_the_committed_picture_is_what_the_script_draws(name: str) -> None:
     script = runpy.run_path(str(ROOT / "docs/make_picture.py"))
     file = {"picture": "srde.svg", "logo": "logo.svg"}[name]
     assert (ROOT / "docs/picture" / file).read_text(encoding="utf-8") == script[name]()
+
+
+def test_git_ignores_no_file_of_the_package() -> None:
+    """Such a file would be missing in every clone, although it is there for whoever wrote it."""
+    answer = subprocess.run(
+        ["git", "check-ignore", "--no-index", *(str(path) for path in sorted((ROOT / "srde_ds").rglob("*.py")))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 1, answer.stdout + answer.stderr

@@ -1,0 +1,1 @@
+"""From documents to a clean, balanced and packed dataset."""
