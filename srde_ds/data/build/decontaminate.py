@@ -76,11 +76,12 @@ def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:
 
 
 def contaminated(index: np.ndarray, ngram: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, int]:
-    """bool [N] of documents that hold an evaluation n-gram, and how many n-grams were taken for forms of words.
+    """`[N]` bool, documents that hold an evaluation n-gram, and how many n-grams were taken for forms of words.
 
     Args:
-        index, ngram: matches, over all documents.
-        keep: bool [N], documents that earlier rules left.
+        index: the document of each match.
+        ngram: the n-gram of each match.
+        keep: `[N]` bool, documents that earlier rules left.
     """
     held = keep[index]
     index, ngram = index[held], ngram[held]
