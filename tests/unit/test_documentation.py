@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_imports import FLOORS
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("cluster/*.md")])
 # Where a page's short paths begin: `model/layer.py`, `results/parity.json`.
@@ -31,6 +33,13 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
 def test_a_file_that_is_gone_is_found() -> None:
     text = "`model/layer.py`, `model/no_such.py`, `srde_ds/parallel/engine.py`, `runs/x/a.json`"
     assert missing_files(text) == ["model/no_such.py", "srde_ds/parallel/engine.py"]
+
+
+def test_the_design_lists_the_floors_that_the_import_test_keeps() -> None:
+    page = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| (\d+) \| `([\w.]+?)(?:/|\.py)` \|", page, re.MULTILINE)
+    floors = [{room for floor, room in listed if int(floor) == number} for number in range(len(FLOORS))]
+    assert floors == [floor - {"__init__"} for floor in FLOORS]
 
 
 def test_the_readme_is_one_screen_before_any_table() -> None:
