@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter
 from srde_ds.model.base import load_base
-from srde_ds.weights.file import WEIGHTS, save_weights
+from srde_ds.weights.file import save_weights
+from srde_ds.weights.locate import WEIGHTS
 from tests.helpers import adapter_config, randomize
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import re
 import stat
 import time
 from collections.abc import Mapping
@@ -15,10 +13,11 @@ from typing import Any
 
 from srde_ds.checkpoint.shards import FileRecord, shard_name, write_bytes
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import sync, write_text
+from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST
 
 FORMAT, FORMAT_VERSION = "srde_ds checkpoint", 1
-MANIFEST, RUN_STATE, COMMON, LATEST = "manifest.json", "run.json", "common.safetensors", "latest"
-NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+RUN_STATE, COMMON = "run.json", "common.safetensors"
 # A manifest takes some 260 bytes a rank. Hostile JSON takes up to some 20 times its size in memory.
 MAX_JSON_BYTES = 16 * 2**20
 
@@ -37,7 +36,7 @@ def write_manifest(folder: Path, step: int, world_size: int, records: Mapping[st
         "files": dict(sorted(records.items())),
     }
     write_json(folder / MANIFEST, content | {"sha256": content_hash(content)})
-    sync_folder(folder)
+    sync(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
     """Time and folder of each checkpoint with a readable manifest; one without is left alone for its owner to see."""
     found = []
     for path in run.glob("checkpoint-*"):
-        if NAME.fullmatch(path.name):
+        if CHECKPOINT_NAME.fullmatch(path.name):
             with suppress(SRDEError, OSError):
                 found.append((read_manifest(path)["saved_at"], path))
     return found
@@ -97,22 +96,7 @@ def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
 
 def write_latest(run: Path, name: str) -> None:
     """Point `latest` to a checkpoint: a kill leaves the former pointer or the new one."""
-    pointer = run / f"{LATEST}.tmp"
-    with open(pointer, "w", encoding="utf-8") as file:
-        file.write(f"{name}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(pointer, run / LATEST)
-    sync_folder(run)
-
-
-def read_latest(run: Path) -> str | None:
-    """The text in `latest`, at most its first 100 characters; None without such a file."""
-    path = run / LATEST
-    if not path.is_file():
-        return None
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read(100).strip()
+    write_text(run / LATEST, f"{name}\n", durable=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
@@ -146,16 +130,3 @@ def regular_size(path: Path) -> int:
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def io_reason(error: OSError) -> str:
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from srde_ds.checkpoint.layout import COMMON, io_reason, read_manifest
+from srde_ds.checkpoint.layout import COMMON, read_manifest
 from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
 from srde_ds.checkpoint.save import CheckpointSaver, Collectives
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
@@ -20,8 +20,10 @@ from srde_ds.distributed.tensor_shard import KINDS, TensorPiece
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, empty_base
 from srde_ds.model.supports.pruning import at_positions, kept_positions
-from srde_ds.model.supports.selection import support_hash, support_size
+from srde_ds.model.supports.selection import support_size
+from srde_ds.utils.files import io_reason
 from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.schema import support_hash
 
 Result = TypeVar("Result")
 

@@ -13,21 +13,18 @@ from torch import Tensor
 
 from srde_ds.checkpoint.layout import (
     COMMON,
-    LATEST,
-    MANIFEST,
-    NAME,
     RUN_STATE,
     file_hash,
-    io_reason,
     rank_name,
     read_json,
-    read_latest,
     read_manifest,
     regular_size,
     saved_checkpoints,
 )
 from srde_ds.checkpoint.shards import FileRecord, open_tensors
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import io_reason
+from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest
 
 
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -78,7 +75,7 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
     given = Path(output_dir if str(resume_from) == "latest" else resume_from).absolute()
     if given.name.endswith(".tmp"):
         raise SRDEError(f"{asked}: '{given}' is a half-written checkpoint.{_offer(given.parent, field)}")
-    if NAME.fullmatch(given.name) or (given / MANIFEST).exists():
+    if CHECKPOINT_NAME.fullmatch(given.name) or (given / MANIFEST).exists():
         run, folder = given.parent, given
     else:
         if not given.is_dir():
@@ -86,7 +83,7 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
         run = given
         with _readable(run):
             pointer = read_latest(run)
-        if pointer is None or not NAME.fullmatch(pointer):
+        if pointer is None or not CHECKPOINT_NAME.fullmatch(pointer):
             found = "there is no file" if pointer is None else f"{pointer!r} is no checkpoint's name in"
             raise SRDEError(f"{asked}: {found} '{run / LATEST}'.{_offer(run, field)}")
         folder = run / pointer

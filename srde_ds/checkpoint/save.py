@@ -26,12 +26,9 @@ from srde_ds.checkpoint.layout import (
     COMMON,
     RUN_STATE,
     file_hash,
-    io_reason,
     rank_name,
     read_json,
-    read_latest,
     saved_checkpoints,
-    sync_folder,
     write_json,
     write_latest,
     write_manifest,
@@ -39,6 +36,8 @@ from srde_ds.checkpoint.layout import (
 from srde_ds.checkpoint.shards import FileRecord, ShardIndex, shard_name, write_shard, write_tensors
 from srde_ds.distributed.tensor_shard import TensorPiece
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import io_reason, sync
+from srde_ds.weights.locate import read_latest
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +256,7 @@ def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
 
 def _prepare(run: Path, name: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    sync_folder(run.parent)
+    sync(run.parent)
     _clear_leftovers(run)
     (run / f"{name}.tmp").mkdir()
 
@@ -299,7 +298,7 @@ def _publish(run: Path, name: str, step: int, world_size: int, records: Mapping[
     if final.exists():
         os.rename(final, run / f"{name}.old")
     os.rename(partial, final)
-    sync_folder(run)
+    sync(run)
     write_latest(run, name)
 
 

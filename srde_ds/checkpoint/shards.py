@@ -19,18 +19,9 @@ from torch import Tensor
 
 from srde_ds.distributed.tensor_shard import KINDS, TensorPiece
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.dtypes import SAFETENSORS_NAMES
 
 CHUNK_BYTES = 16 * 2**20
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 
 class FileRecord(TypedDict):
@@ -68,7 +59,7 @@ def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) 
         tensor = tensors[name]
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
+            "dtype": SAFETENSORS_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,12 +18,13 @@ from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.sandbox import protections
 from srde_ds.evaluation.table import format_tables
-from srde_ds.evaluation.weights import resolve_weights
+from srde_ds.export.weights import weights_file
 from srde_ds.inference.load import load_model
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.environment import environment
 from srde_ds.weights.file import read_metadata
+from srde_ds.weights.locate import CHECKPOINT_NAME, run_folder
 
 _log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def evaluate_command(
     Several processes under a launcher share the items; the first one prints and writes.
 
     Args:
-        checkpoint: see `resolve_weights`.
+        checkpoint: see `locate_weights`.
         output_file: None: see `default_output`.
 
     Raises:
@@ -60,8 +60,7 @@ def evaluate_command(
     target = Path(output_file) if output_file else default_output(checkpoint)
 
     def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
-        with TemporaryDirectory(prefix="srde-") as scratch:
-            weights = resolve_weights(checkpoint, scratch)
+        with weights_file(checkpoint) as weights:
             if is_main:
                 check_output(target)
             records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
@@ -106,20 +105,19 @@ def evaluate_command(
 
 
 def default_output(checkpoint: str) -> Path:
-    """`evaluation.json` in the run folder or beside the weights; `evaluation-<step>.json` for a checkpoint folder."""
+    """`evaluation.json` in the run folder or beside the weights; `evaluation-<step>.json` for a checkpoint folder;
+    in the current folder for weights of the Hub."""
     path = Path(checkpoint)
-    name, _, step = path.name.partition("-")
-    if name == "checkpoint" and step.isdigit():
-        return path.with_name(f"evaluation-{step}.json")
-    return (path if path.is_dir() else path.parent) / "evaluation.json"
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    folder = run_folder(path) if path.exists() else Path()  # else it is in a repository of the Hub
+    return folder / (f"evaluation-{match[1]}.json" if match else "evaluation.json")
 
 
 def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
     """The domains that items may have: those of the run's config.yaml if it is there, else DOMAINS and the experts'."""
-    path = Path(checkpoint)
-    for folder in (path, path.parent):
-        if (folder / "config.yaml").is_file():
-            return resolve(load_yaml(folder / "config.yaml"), {}).data.domains
+    config = run_folder(checkpoint) / "config.yaml"
+    if config.is_file():
+        return resolve(load_yaml(config), {}).data.domains
     return list(dict.fromkeys([*expert_names, *DOMAINS]))
 
 

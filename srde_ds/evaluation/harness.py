@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from srde_ds.errors import SRDEError
-from srde_ds.inference.load import find_weights, load_model
+from srde_ds.inference.load import load_model
 from srde_ds.utils.launcher import launched_world_size
 
 try:
@@ -30,7 +30,7 @@ class SRDEHarnessModel(HFLM):
     """The base with its experts behind the harness's own Hugging Face model.
 
     Args:
-        srde_weights: a weights file or the folder of a finished run.
+        srde_weights: a weights file, a run's or a checkpoint's folder, or a repository of the Hub.
         base: folder or id of the base; default: the one named in the weights.
         dtype: bfloat16 or float32.
         device: default: the GPU if there is one; cuda where there is none means the CPU, as for HFLM.
@@ -52,7 +52,7 @@ class SRDEHarnessModel(HFLM):
             raise SRDEError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
         if launched_world_size() > 1:
             raise SRDEError("the harness runs in one process: start it without a launcher.")
-        model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=dtype == "bfloat16")
+        model, tokenizer = load_model(srde_weights, base=base, bf16=dtype == "bfloat16")
         # The command line asks for cuda:0 unless it is told otherwise, also where there is no GPU.
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)

@@ -12,6 +12,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
+from srde_ds.weights.locate import run_folder
 
 # What a reader wants to know of config.yaml, by section.
 _SETTINGS = {
@@ -25,13 +26,16 @@ _LONGEST_QUOTE = 600
 EXAMPLES = "One answer from each domain"
 
 
-def write_report(run_folder: str | Path) -> Path:
+def write_report(run: str | Path) -> Path:
     """Write `report.md` and its plots into a run folder that was trained and evaluated; returns the page's path.
+
+    Args:
+        run: its folder, or its weights file or a checkpoint in it.
 
     Raises:
         SRDEError: a file that the page is made of is missing or is not what it should be.
     """
-    folder = Path(run_folder)
+    folder = run_folder(run)
     metrics = _read_lines(folder / "metrics.jsonl", "train first")
     result = _read_json(folder / "evaluation.json", f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
     if "sources" not in result:

@@ -10,20 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srde_ds.checkpoint.layout import LATEST, MANIFEST, read_json, read_latest
 from srde_ds.checkpoint.prune import PrunedLayers
 from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load_run_state
 from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.errors import SRDEError
-from srde_ds.model.base_files import TORCH_DTYPES, LazyTensor
+from srde_ds.model.base import block_shapes
+from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.merging import expert_delta
-from srde_ds.model.supports.selection import support_hash
-from srde_ds.weights.file import WEIGHTS, AdapterMetadata, open_weights, read_metadata
+from srde_ds.weights.file import AdapterMetadata, read_weights
+from srde_ds.weights.locate import locate_weights
+from srde_ds.weights.schema import check_fits_base, check_shapes, check_values, support_hash
+from srde_ds.weights.tensors import LazyTensor
 
 
 @dataclass(frozen=True)
-class StoredAdapter:
+class AdapterSource:
     """An adapter's metadata and its tensors by stable name (`layers.{i}.deltas.free`, ...).
 
     Attributes:
@@ -69,55 +71,36 @@ class StoredAdapter:
         """`[D, 3, m]` or `[n]`, fp32."""
         return expert_delta(self.deltas(layer), expert, self.metadata.config.granularity)
 
+    def check_fits(self, base: BaseFiles) -> None:
+        """Raise SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
+        check_base(base, self.metadata.base, self.place)
+        base.check_shapes()
+        check_fits_base(self.metadata.config, self.tensors, block_shapes(base.empty), self.place)
+
     def selection_biases(self) -> list[int]:
         """Layers whose routers choose with a bias that is not zero."""
         biases = {name: t for name, t in self.tensors.items() if name.endswith(".router_bias")}
         return sorted(int(name.split(".")[1]) for name, tensor in biases.items() if bool(tensor.load().any()))
 
 
-def open_adapter(place: str | Path) -> StoredAdapter:
-    """The adapter in a weights file, a `checkpoint-<step>` folder, a run folder (its weights file if the run is
-    finished, else its latest checkpoint) or, where there is no checkpoint, a folder with a weights file.
+def open_adapter(place: str | Path) -> AdapterSource:
+    """The adapter in what `place` means, see `locate_weights`.
 
     Of supports that are still being learned it takes the best candidates, those that count in eval mode; their number
     comes from the configuration of the base that the checkpoint names.
 
     Raises:
-        SRDEError: there is none, it is damaged, or supports are being learned and the base is not found.
+        SRDEError: there is none, it is damaged (see `weights.schema`), or supports are being learned and the base is
+            not found.
     """
-    path = Path(place)
-    in_checkpoint = any((path / name).exists() for name in (LATEST, MANIFEST)) and not _is_finished(path)
-    if path.is_dir() and (path / WEIGHTS).is_file() and not in_checkpoint:
-        path = path / WEIGHTS
-    return _of_file(path) if path.is_file() else checkpoint_adapter(find_checkpoint(path, path, field="checkpoint"))
+    location = locate_weights(place)
+    if location.kind == "checkpoint":
+        return checkpoint_adapter(find_checkpoint(location.path, location.path, field="weights"))
+    file = read_weights(location.path)
+    return AdapterSource(file.path, file.metadata, file.tensors)
 
 
-def _is_finished(run: Path) -> bool:
-    """Whether the run's weights file holds what its latest checkpoint does: the text that ends a run says so."""
-    marker = run / "completed.json"
-    if not marker.is_file():
-        return False
-    return read_json(marker).get("checkpoint") == read_latest(run)
-
-
-def _of_file(path: Path) -> StoredAdapter:
-    metadata = read_metadata(path)
-
-    def load(name: str) -> Tensor:
-        with open_weights(path) as opened:
-            tensor: Tensor = opened.get_tensor(name)
-            return tensor
-
-    with open_weights(path) as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        tensors = {
-            name: LazyTensor(TORCH_DTYPES[part.get_dtype()], tuple(part.get_shape()), partial(load, name))
-            for name, part in slices.items()
-        }
-    return StoredAdapter(path, metadata, tensors)
-
-
-def checkpoint_adapter(folder: Path) -> StoredAdapter:
+def checkpoint_adapter(folder: Path) -> AdapterSource:
     """The adapter in a verified checkpoint; errors as `open_adapter`."""
     state = load_run_state(folder)
     if "adapter" not in state:
@@ -135,11 +118,10 @@ def checkpoint_adapter(folder: Path) -> StoredAdapter:
     kept = {name: tensor for name, tensor in common.items() if name.endswith((".support", ".router_bias"))}
     if not masters or not kept:
         raise SRDEError(f"checkpoint '{folder}': it holds no master weights or no supports: nothing to export.")
-    return StoredAdapter(folder, metadata, masters | {name: in_memory(tensor) for name, tensor in kept.items()})
-
-
-def in_memory(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+    tensors = masters | {name: LazyTensor.of(tensor) for name, tensor in kept.items()}
+    check_shapes(metadata.config, tensors, folder)
+    check_values(tensors, metadata.support_hash, folder)
+    return AdapterSource(folder, metadata, tensors)
 
 
 def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor], dict[str, Tensor], AdapterMetadata]:
@@ -150,12 +132,12 @@ def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor]
     for layer in range(len(pruned.sizes)):
         positions = pruned.positions(layer)
         kept = pruned.tensors(layer, positions, {"master"})
-        masters |= {name: in_memory(tensor) for (_, name), tensor in kept.items()}
+        masters |= {name: LazyTensor.of(tensor) for (_, name), tensor in kept.items()}
         supports.append(pruned.support(layer, positions))
     return masters, pruned.common_tensors(supports), replace(pruned.metadata, support_hash=support_hash(supports))
 
 
-def select_experts(adapter: StoredAdapter, names: Sequence[str]) -> StoredAdapter:
+def select_experts(adapter: AdapterSource, names: Sequence[str]) -> AdapterSource:
     """Only these experts, in this order.
 
     Atoms stay whole; routers, selection biases, importance, mixing weights, free deltas and supports of their own keep
@@ -177,7 +159,7 @@ def select_experts(adapter: StoredAdapter, names: Sequence[str]) -> StoredAdapte
         expert_names=list(names),
         support_hash=support_hash(supports),
     )
-    return StoredAdapter(adapter.place, metadata, tensors)
+    return AdapterSource(adapter.place, metadata, tensors)
 
 
 def _of_experts(name: str, tensor: LazyTensor, rows: Tensor, metadata: AdapterMetadata) -> LazyTensor:

@@ -12,7 +12,7 @@ from srde_ds.export.gguf import write_gguf
 from srde_ds.export.moe import write_moe
 from srde_ds.export.weights import DTYPES, write_weights
 from srde_ds.model.base_files import BaseFiles
-from srde_ds.weights.file import WEIGHTS
+from srde_ds.weights.locate import WEIGHTS
 
 OUTPUTS = {"weights": WEIGHTS, "dense": "dense", "moe": "moe", "gguf": "model.gguf"}
 

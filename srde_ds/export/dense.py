@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srde_ds.export.adapter_source import StoredAdapter
+from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
-from srde_ds.model.base_files import BaseFiles, LazyTensor, check_base
+from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.merging import merged_weight
+from srde_ds.utils.dtypes import dtype_name
+from srde_ds.weights.tensors import LazyTensor
 
 
 def write_dense(
-    adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, expert: str, dtype: torch.dtype | None
+    adapter: AdapterSource, base: BaseFiles, output: str | Path, *, expert: str, dtype: torch.dtype | None
 ) -> Path:
     """Write the base with `expert` merged, in files of the base's names and order, with tokenizer and configuration.
 
@@ -30,8 +32,7 @@ def write_dense(
         SRDEError: no such expert, another base than the experts were trained on, or the folder cannot be written.
     """
     number, granularity = adapter.metadata.expert_index(expert), adapter.metadata.config.granularity
-    check_base(base, adapter.metadata.base, adapter.place)
-    base.check_shapes()
+    adapter.check_fits(base)
 
     @lru_cache(maxsize=1)
     def change(layer: int) -> tuple[Tensor, Tensor]:
@@ -64,5 +65,5 @@ def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, A
     config = copy.deepcopy(config)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in {"dtype", "torch_dtype"} & part.keys():
-            part[key] = str(dtype).removeprefix("torch.")
+            part[key] = dtype_name(dtype)
     return config

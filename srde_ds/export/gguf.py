@@ -14,7 +14,7 @@ from transformers import GraniteMoeSharedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import StoredAdapter
+from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.moe import write_moe
 from srde_ds.export.moe_config import has_usual_heads, head_dim
 from srde_ds.export.streaming import complete_file
@@ -26,7 +26,7 @@ OUTTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def write_gguf(
-    adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None, converter: str | None
+    adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None, converter: str | None
 ) -> Path:
     """Write the stock mixture of experts as one GGUF file.
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import StoredAdapter
+from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.moe_config import (
     ATTENTION,
     KEYS_AND_VALUES,
@@ -36,13 +36,15 @@ from srde_ds.export.moe_config import (
     padded,
 )
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
-from srde_ds.model.base_files import BaseFiles, LazyTensor, check_base
+from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.merging import merged_weight
+from srde_ds.utils.dtypes import dtype_name
+from srde_ds.weights.tensors import LazyTensor
 
 log = logging.getLogger(__name__)
 
 
-def write_moe(adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None) -> Path:
+def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None) -> Path:
     """Write the base with its experts as a GraniteMoeShared checkpoint, in files of the base's names.
 
     Names and shapes are those of the published checkpoints. Memory holds one tensor, and one layer's deltas.
@@ -55,8 +57,7 @@ def write_moe(adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dt
             written.
     """
     check_expressible(adapter, base)
-    check_base(base, adapter.metadata.base, adapter.place)
-    base.check_shapes()
+    adapter.check_fits(base)
     moe = _Moe(adapter, base, dtype)
     if moe.bias or not has_usual_heads(base):
         log.warning(
@@ -76,7 +77,7 @@ def write_moe(adapter: StoredAdapter, base: BaseFiles, output: str | Path, *, dt
         width=moe.width,
         tied=moe.output is None,
         bias=moe.bias,
-        dtype=str(stored).removeprefix("torch."),
+        dtype=dtype_name(stored),
     )
     companions = [path for path in base.companions() if "processor" not in path.name]  # images' or sounds'
     with complete_folder(Path(output), tensors_size(tensors)) as folder:
@@ -96,7 +97,7 @@ class _Block:
 class _Moe:
     """The tensors of the new model, each with the base's tensor whose file it goes into."""
 
-    def __init__(self, adapter: StoredAdapter, base: BaseFiles, dtype: torch.dtype | None) -> None:
+    def __init__(self, adapter: AdapterSource, base: BaseFiles, dtype: torch.dtype | None) -> None:
         self.adapter, self.base, self.dtype = adapter, base, dtype
         self.experts = range(adapter.metadata.config.num_experts)
         unions = [self._union(layer) for layer in range(adapter.num_layers)]

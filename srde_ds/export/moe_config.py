@@ -13,7 +13,7 @@ from typing import Any
 from transformers import GraniteMoeSharedConfig
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import StoredAdapter
+from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
 
 # Model types whose layers were read and compared; all else about a base shows in its tensors and in its configuration.
@@ -37,7 +37,7 @@ class Multipliers:
     logits: float = 1.0
 
 
-def check_expressible(adapter: StoredAdapter, base: BaseFiles) -> None:
+def check_expressible(adapter: AdapterSource, base: BaseFiles) -> None:
     """Refuse what GraniteMoeShared cannot compute.
 
     Raises:
@@ -127,7 +127,7 @@ def has_usual_heads(base: BaseFiles) -> bool:
 
 
 def moe_config(
-    adapter: StoredAdapter, base: BaseFiles, *, width: int, tied: bool, bias: bool, dtype: str
+    adapter: AdapterSource, base: BaseFiles, *, width: int, tied: bool, bias: bool, dtype: str
 ) -> dict[str, Any]:
     """The content of config.json.
 

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srde_ds.checkpoint.layout import io_reason, sync_folder
 from srde_ds.checkpoint.shards import safetensors_header, tensor_bytes
 from srde_ds.errors import SRDEError
-from srde_ds.model.base_files import INDEX, LazyTensor
+from srde_ds.model.base_files import INDEX
+from srde_ds.utils.files import io_reason, replacement
+from srde_ds.weights.tensors import LazyTensor
 
 # A weights file per shard; loaders of transformers want this in its header.
 METADATA = {"format": "pt"}
@@ -72,7 +73,6 @@ def complete_folder(target: Path, size: int) -> Iterator[Path]:
     with _complete(target, size) as partial:
         partial.mkdir()
         yield partial
-        sync_folder(partial)
 
 
 @contextmanager
@@ -86,27 +86,15 @@ def complete_file(target: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def _complete(target: Path, size: int) -> Iterator[Path]:
-    partial = target.with_name(f"{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(partial)  # what a kill left
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise SRDEError(
                 f"output={target}: {size / 2**30:.1f} GiB will be written, the disk has {free / 2**30:.1f} GiB left. "
                 "Free space, or give an --output on another disk."
             )
-        yield partial
-        os.replace(partial, target)
-        sync_folder(target.parent)
+        with replacement(target, durable=True) as partial:
+            yield partial
     except OSError as error:
         raise SRDEError(f"output={target}: cannot be written: {io_reason(error)}.") from None
-    finally:
-        _remove(partial)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

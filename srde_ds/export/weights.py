@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
-from srde_ds.checkpoint.resume import verify_checkpoint
+from srde_ds.checkpoint.resume import find_checkpoint, verify_checkpoint
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import StoredAdapter, checkpoint_adapter, select_experts
+from srde_ds.export.adapter_source import AdapterSource, checkpoint_adapter, select_experts
 from srde_ds.export.streaming import complete_file, tensors_size, write_lazily
+from srde_ds.utils.dtypes import dtype_name
+from srde_ds.weights.locate import WEIGHTS, locate_weights
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
+
+
+@contextmanager
+def weights_file(place: str | Path) -> Iterator[Path]:
+    """The weights file that `place` means, see `locate_weights`; a checkpoint's lasts as long as the block.
+
+    Raises:
+        SRDEError: there is none, or the checkpoint is damaged.
+    """
+    location = locate_weights(place)
+    if location.kind == "file":
+        yield location.path
+        return
+    checkpoint = find_checkpoint(location.path, location.path, field="weights")
+    with TemporaryDirectory(prefix="srde-") as scratch:
+        yield export_weights(checkpoint, Path(scratch) / WEIGHTS)
 
 
 def export_weights(
@@ -34,7 +54,7 @@ def export_weights(
     return write_weights(adapter if experts is None else select_experts(adapter, experts), output_path, dtype=dtype)
 
 
-def write_weights(adapter: StoredAdapter, output: str | Path, *, dtype: torch.dtype | None) -> Path:
+def write_weights(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype | None) -> Path:
     """Write an adapter as one file: trained values in `dtype` (None: as they are), supports in int32, selection biases
     in float32. A crash leaves the old file or the new one; memory holds one tensor.
 

@@ -12,6 +12,7 @@ import yaml
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.locate import is_run
 
 CARD = "README.md"
 # What a reader wants to know of config.yaml, by section.
@@ -21,11 +22,6 @@ _SETTINGS = {
     "training": ["max_steps", "batch_size", "gradient_accumulation_steps", "seed"],
     "data": ["max_length"],
 }
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a training run wrote to this folder."""
-    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
 
 
 def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None) -> str:

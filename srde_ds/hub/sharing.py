@@ -5,39 +5,14 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token, hf_hub_download
+from huggingface_hub import HfApi, get_token
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
 from srde_ds.hub.card import CARD, model_card
-from srde_ds.weights.file import WEIGHTS, AdapterMetadata, folder_weights, save_weights
-
-
-def find_adapter(adapter: str | Path, *, revision: str | None = None) -> Path:
-    """The weights file that `adapter` names: the file, a folder that holds it, or a repository of the Hub.
-
-    Raises:
-        SRDEError: there is none.
-    """
-    path = Path(adapter)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        weights = folder_weights(path)
-        if weights is None:
-            raise SRDEError(
-                f"adapter '{path}': the folder holds no {WEIGHTS} of a finished run; make a file from its checkpoint: "
-                f"srde-ds convert --checkpoint {path} --output FILE"
-            )
-        return weights
-    try:
-        return Path(hf_hub_download(str(adapter), WEIGHTS, revision=revision))
-    except (OSError, ValueError) as error:  # the Hub's own errors are one or the other
-        reason = " ".join(str(error).split())
-        raise SRDEError(
-            f"adapter '{adapter}': no such file or folder, and the Hub does not give it ({reason}). Give a weights "
-            "file, a folder of save_pretrained or a repository of the Hub."
-        ) from None
+from srde_ds.utils.files import write_text
+from srde_ds.weights.file import AdapterMetadata, save_weights
+from srde_ds.weights.locate import WEIGHTS
 
 
 def save_adapter(
@@ -47,7 +22,7 @@ def save_adapter(
     card = model_card(metadata, repo=repo, run=run)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / WEIGHTS, tensors, metadata)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
     return folder / WEIGHTS
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
 from srde_ds.inference.generate import format_routing, generate
-from srde_ds.inference.load import find_weights, load_model
+from srde_ds.inference.load import load_model
 from srde_ds.inference.many import Answer, answer_many
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import read_prompts
@@ -49,7 +49,7 @@ def inference_command(
     """
     check_options(locals())
     conversations = read_prompts(prompts_file) if prompts_file is not None else []
-    model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=bf16)
+    model, tokenizer = load_model(srde_weights, base=base, bf16=bf16)
     if expert is not None:
         model.set_active_experts(expert)
     torch.manual_seed(seed)

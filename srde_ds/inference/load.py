@@ -8,34 +8,23 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.errors import SRDEError
+from srde_ds.export.weights import weights_file
 from srde_ds.model.adapter import SRDEModel, load_adapter
-from srde_ds.weights.file import WEIGHTS, folder_weights, read_metadata
+from srde_ds.weights.file import read_metadata
 
 
-def find_weights(path: str | Path) -> Path:
-    """The weights that `path` names: the file itself, or a run folder that holds it.
+def load_model(weights: str | Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
+    """Base with experts in eval mode, on the GPU if there is one.
+
+    Args:
+        weights: as `locate_weights` takes them; a checkpoint is converted.
+        base: its id or folder; None: the one named in the weights.
 
     Raises:
-        SRDEError: there are none.
+        SRDEError: as `weights_file` and `load_adapter`.
     """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise SRDEError(f"'{path}': no such file or folder. Give {WEIGHTS} or the folder of a finished run.")
-    weights = folder_weights(path)
-    if weights is None:
-        raise SRDEError(
-            f"'{path}': holds no {WEIGHTS} of a finished run. Make a file from its checkpoint: "
-            f"srde-ds convert --checkpoint {path} --output_file FILE"
-        )
-    return weights
-
-
-def load_model(weights: Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
-    """Base with experts in eval mode, on the GPU if there is one; `base` None: the base named in the weights."""
-    tokenizer = load_tokenizer(base or read_metadata(weights).model_name)
-    model = load_adapter(weights, base=base, dtype=torch.bfloat16 if bf16 else torch.float32)
+    with weights_file(weights) as path:
+        tokenizer = load_tokenizer(base or read_metadata(path).model_name)
+        model = load_adapter(path, base=base, dtype=torch.bfloat16 if bf16 else torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer

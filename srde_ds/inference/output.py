@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import replacement
 
 
 def check_output(path: Path) -> None:
@@ -25,12 +26,9 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     Raises:
         SRDEError: it cannot be written; nothing of it is left then.
     """
-    partial = path.with_name(f"{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
+        with replacement(path) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise SRDEError(f"output_file={path}: cannot be written: {error.strerror}.") from None

@@ -17,16 +17,16 @@ from transformers.utils import ModelOutput
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
-from srde_ds.hub.card import is_run
-from srde_ds.hub.sharing import find_adapter, push_adapter, save_adapter
+from srde_ds.hub.sharing import push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import FeedForward, Gather, load_base, no_gather
+from srde_ds.model.base import Gather, block_shapes, load_base, no_gather
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.router import RoutingContext
-from srde_ds.model.supports.selection import support_hash, support_shape
-from srde_ds.weights.file import AdapterMetadata, expert_index, open_weights, read_metadata
+from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
+from srde_ds.weights.locate import locate_weights
+from srde_ds.weights.schema import check_fits_base, support_hash
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
@@ -90,10 +90,9 @@ class SRDEModel(nn.Module):
             revision: of the repository.
 
         Raises:
-            SRDEError: no such adapter or base, or the experts were trained on another base.
+            SRDEError: as `load_adapter`.
         """
-        weights = find_adapter(adapter, revision=revision)
-        return load_adapter(weights, base=base, dtype=dtype, attn_implementation=attn_implementation)
+        return load_adapter(adapter, base=base, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
@@ -329,58 +328,39 @@ def load_adapter(
     base: str | Path | PreTrainedModel | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
+    revision: str | None = None,
 ) -> SRDEModel:
-    """A base with the experts of a weights file.
+    """A base with trained experts, in the mode of the base.
 
     Args:
-        base: a fresh model, or the id or folder to load it from; default: the one named in the file.
+        weights: as `locate_weights` takes them; a checkpoint has to be converted first.
+        base: a fresh model, or the id or folder to load it from; default: the one named in the weights.
         dtype: of the experts, and of the base if it is loaded here.
+        revision: of a repository of the Hub.
 
     Raises:
-        SRDEError: another base than the experts were trained on; missing, unknown, misshapen or NaN tensors.
+        SRDEError: no such weights or base, damaged weights (see `weights.schema`), or another base than the experts
+            were trained on.
     """
-    metadata = read_metadata(weights)
-    with open_weights(weights) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    location = locate_weights(weights, revision=revision)
+    path = location.file()
+    file = read_weights(path)
+    metadata, tensors = file.metadata, file.tensors
     if base is None or isinstance(base, str | Path):
         base = load_base(base or metadata.model_name, dtype=dtype, attn_implementation=attn_implementation)
-    identity = check_base(base, metadata.base, weights)
-
-    def stored_support(layer: int, block: FeedForward) -> Tensor:
-        name = f"layers.{layer}.support"
-        candidates = block.intermediate * (1 if metadata.config.granularity == "neuron" else 3 * block.hidden)
-        support = _take(tensors, name, support_shape(metadata.config, block.hidden, block.intermediate), weights)
-        if support.dtype != torch.int32 or support.min() < 0 or support.max() >= candidates:
-            raise SRDEError(
-                f"weights '{weights}': {name} must hold int32 indices below {candidates}; export them again."
-            )
-        return support
-
-    model = _with_experts(base, metadata.config, metadata.expert_names, stored_support, seed=0, dtype=dtype)
+    identity = check_base(base, metadata.base, path)
+    check_fits_base(metadata.config, tensors, block_shapes(base), path)
+    supports = [tensors[f"layers.{layer}.support"].load() for layer in range(len(block_shapes(base)))]
+    choose = support_chooser(metadata.config, supports, seed=0, gather=no_gather)
+    model = _with_experts(base, metadata.config, metadata.expert_names, choose, seed=0, dtype=dtype)
     model.base_identity = identity
-    model.run_folder = Path(weights).parent if is_run(Path(weights).parent) else None
-    for name, parameter in model.trainable_parameters():
-        tensor = _take(tensors, name, parameter.srde_shape, weights)
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise SRDEError(f"weights '{weights}': {name} holds values that are not finite; export them again.")
-        with torch.no_grad():
-            parameter.copy_(tensor)
-    model.load_selection_biases(tensors)
-    if tensors:
-        raise SRDEError(f"weights '{weights}': unknown tensor {min(tensors)}; the file does not fit its own config.")
-    if model.metadata().support_hash != metadata.support_hash:
-        raise SRDEError(f"weights '{weights}': the supports do not match support_hash; the file is damaged.")
+    model.run_folder = location.run
+    with torch.no_grad():
+        for name, parameter in model.trainable_parameters():
+            parameter.copy_(tensors[name].load())
+    biases = {name: tensor.load() for name, tensor in tensors.items() if name.endswith(".router_bias")}
+    model.load_selection_biases(biases)
     return model
-
-
-def _take(tensors: dict[str, Tensor], name: str, shape: Sequence[int], weights: str | Path) -> Tensor:
-    """Remove and return one tensor, checked for presence and shape."""
-    if name not in tensors:
-        raise SRDEError(f"weights '{weights}': tensor {name} is missing; export them again.")
-    tensor = tensors.pop(name)
-    if tuple(tensor.shape) != tuple(shape):
-        raise SRDEError(f"weights '{weights}': {name} has shape {list(tensor.shape)}, expected {list(shape)}.")
-    return tensor
 
 
 def parameter_table(model: SRDEModel) -> str:

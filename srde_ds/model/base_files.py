@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -27,35 +25,12 @@ from srde_ds.model.base import (
     sample_digest,
     verify_block,
 )
+from srde_ds.utils.dtypes import DTYPES
+from srde_ds.weights.tensors import LazyTensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What belongs to a base beside its weights and its configuration: tokenizer, generation defaults, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class LazyTensor:
-    """Dtype, shape, and how to get the values."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    load: Callable[[], Tensor]
-
-    def to(self, dtype: torch.dtype | None) -> LazyTensor:
-        """Floating-point values in another dtype; None: as they are."""
-        if dtype is None or not self.dtype.is_floating_point:
-            return self
-        return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
 
 class BaseFiles:
@@ -118,7 +93,7 @@ class BaseFiles:
         with self._open(file) as opened:
             part = opened.get_slice(name)
             kind, shape = part.get_dtype(), tuple(part.get_shape())
-        if kind not in TORCH_DTYPES:
+        if kind not in DTYPES:
             raise self._error(f"tensor {name} has the dtype {kind}, which is not supported")
 
         def load() -> Tensor:
@@ -126,7 +101,7 @@ class BaseFiles:
                 tensor: Tensor = opened.get_tensor(name)
                 return tensor
 
-        return LazyTensor(TORCH_DTYPES[kind], shape, load)
+        return LazyTensor(DTYPES[kind], shape, load)
 
     def decoder_tensor(self, name: str) -> LazyTensor:
         """A tensor of the text decoder by its name there, such as "layers.3.mlp.up_proj.weight"."""

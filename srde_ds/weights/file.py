@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
-from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.dtypes import DTYPES
+from srde_ds.utils.files import replacement
+from srde_ds.weights.schema import (
+    adapter_config,
+    check_base_identity,
+    check_names,
+    check_shapes,
+    check_values,
+    is_printable,
+    shown,
+)
+from srde_ds.weights.tensors import LazyTensor
 
-WEIGHTS = "srde_weights.safetensors"
 FORMAT_VERSION = 1
 METADATA_KEY = "srde"
-
-
-def folder_weights(folder: Path) -> Path | None:
-    """The weights in a run folder; None if there are none, or training was taken up again after they were written."""
-    taken_up = (folder / "latest").exists() and not (folder / "completed.json").exists()
-    return folder / WEIGHTS if (folder / WEIGHTS).is_file() and not taken_up else None
+# 100 layers of 7 tensors take some 80 kB. Hostile JSON takes up to some 20 times its size in memory.
+LARGEST_HEADER = 4 * 2**20
 
 
 @dataclass
@@ -43,21 +51,30 @@ class AdapterMetadata:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> AdapterMetadata:
-        """Raises SRDEError for a newer format, a missing key or a bad adapter config."""
-        if values.get("format_version") != FORMAT_VERSION:
+    def from_dict(cls, values: Any) -> AdapterMetadata:
+        """Read what `to_dict` gave.
+
+        Raises:
+            SRDEError: another format, a missing or an unknown key, or a value that it cannot have.
+        """
+        if not isinstance(values, dict):
+            raise SRDEError(f"weights: the metadata are {shown(values)}, not a mapping. Export the weights again.")
+        version, known = values.get("format_version"), {field.name for field in dataclasses.fields(cls)}
+        if type(version) is not int or version != FORMAT_VERSION:
             raise SRDEError(
-                f"weights: format_version={values.get('format_version')!r}, this program reads {FORMAT_VERSION}; "
-                "use the srde_ds that wrote them."
+                f"weights: format_version={shown(version)}, this program reads {FORMAT_VERSION}; use the srde_ds that "
+                "wrote them."
             )
-        missing = {f.name for f in dataclasses.fields(cls)} - set(values)
-        if missing:
-            raise SRDEError(f"weights: the metadata lack '{min(missing)}'; export the weights again.")
-        config, known = AdapterConfig(), {f.name for f in dataclasses.fields(AdapterConfig)}
-        for key, value in values["config"].items():
-            if key not in known:
-                raise SRDEError(f"weights: unknown adapter option '{key}' in the metadata.{nearest(key, known)}")
-            setattr(config, key, checked(config, key, value))
+        for key in sorted(known - values.keys()):
+            raise SRDEError(f"weights: the metadata lack '{key}'; export the weights again.")
+        for key in values.keys() - known:
+            raise SRDEError(f"weights: unknown key {shown(key)} in the metadata; export the weights again.")
+        for key in ("model_name", "support_hash"):
+            if not is_printable(values[key]):
+                raise SRDEError(f"weights: {key}={shown(values[key])} in the metadata must be printable text.")
+        config = adapter_config(values["config"])
+        check_names(values["expert_names"], config)
+        check_base_identity(values["base"])
         return cls(**(values | {"config": config}))
 
     def expert_index(self, name: str) -> int:
@@ -67,6 +84,19 @@ class AdapterMetadata:
     def header(self) -> dict[str, str]:
         """As a safetensors file's header holds it."""
         return {METADATA_KEY: json.dumps(self.to_dict())}
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """A weights file whose metadata, tensor names, dtypes and shapes are right.
+
+    Attributes:
+        tensors: by stable name (`layers.{i}.deltas.free`, ...), each read when it is loaded.
+    """
+
+    path: Path
+    metadata: AdapterMetadata
+    tensors: dict[str, LazyTensor]
 
 
 def expert_index(names: list[str], name: str) -> int:
@@ -82,35 +112,78 @@ def expert_index(names: list[str], name: str) -> int:
 
 def save_weights(path: str | Path, tensors: dict[str, Tensor], metadata: AdapterMetadata) -> None:
     """Write the adapter as one safetensors file; a crash leaves either the old file or the new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, temporary, metadata=metadata.header())
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacement(Path(path), durable=True) as partial_file:
+        save_file(on_cpu, partial_file, metadata=metadata.header())
 
 
 def read_metadata(path: str | Path) -> AdapterMetadata:
-    """The metadata of a weights file.
+    """The metadata of a weights file; errors as `read_header`."""
+    return read_header(path).metadata
+
+
+def read_weights(path: str | Path) -> AdapterFile:
+    """A weights file that was checked whole, values included.
 
     Raises:
-        SRDEError: no such file, not a safetensors file, or not one of ours.
+        SRDEError: as `read_header` and `schema.check_values`.
     """
-    with open_weights(path) as file:
+    file = read_header(path)
+    check_values(file.tensors, file.metadata.support_hash, path)
+    return file
+
+
+def read_header(path: str | Path) -> AdapterFile:
+    """A weights file of which all but the values was checked. Takes no memory for tensors.
+
+    Raises:
+        SRDEError: no such file, not a safetensors file, not one of ours, or metadata and tensors that do not fit.
+    """
+    path = Path(path)
+    with _opened(path) as file:
         header = file.metadata() or {}
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
     if METADATA_KEY not in header:
         raise SRDEError(
             f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors."
         )
-    return AdapterMetadata.from_dict(json.loads(header[METADATA_KEY]))
+    try:
+        values = json.loads(header[METADATA_KEY])
+    except (ValueError, RecursionError):
+        raise SRDEError(f"weights '{path}': the SRDE metadata are not JSON; export them again.") from None
+    metadata = AdapterMetadata.from_dict(values)
+    for name, (dtype, _) in kinds.items():
+        if dtype not in DTYPES:
+            raise SRDEError(f"weights '{path}': tensor {shown(name)} has dtype {dtype}, which no adapter has.")
+    tensors = {
+        name: LazyTensor(DTYPES[dtype], shape, partial(_load, path, name)) for name, (dtype, shape) in kinds.items()
+    }
+    check_shapes(metadata.config, tensors, path)
+    return AdapterFile(path, metadata, tensors)
 
 
-def open_weights(path: str | Path) -> Any:
+def _load(path: Path, name: str) -> Tensor:
+    with _opened(path) as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     """The file, open for reading; SRDEError if there is none or it is not a safetensors file."""
-    if not Path(path).is_file():
+    if not path.is_file():
         raise SRDEError(f"weights '{path}': no such file; give the path of an srde_weights.safetensors.")
     try:
-        return safe_open(str(path), framework="pt")
-    except SafetensorError as error:
-        raise SRDEError(f"weights '{path}': not a readable safetensors file ({error}); export it again.") from None
+        with open(path, "rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise SRDEError(
+                f"weights '{path}': not a readable safetensors file (a header of {size} bytes, at most "
+                f"{LARGEST_HEADER} are read); export it again."
+            )
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise SRDEError(f"weights '{path}': not a readable safetensors file ({reason}); export it again.") from None

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter, parameter_table
 from srde_ds.weights.file import read_metadata, save_weights
+from srde_ds.weights.schema import support_hash
 from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
 
 D, F, E = 32, 96, 3
@@ -197,13 +198,21 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
     [
         ({"layers.1.router.weight": None}, r"tensor layers\.1\.router\.weight is missing"),
         ({"layers.1.support": None}, r"tensor layers\.1\.support is missing"),
-        ({"layers.2.support": torch.zeros(5)}, r"unknown tensor layers\.2\.support"),
+        ({"layers.2.support": torch.zeros(5)}, r"tensor layers\.2\.router\.weight is missing"),
+        ({"layers.4.support": torch.zeros(5)}, r"tensor layers\.2\.support is missing"),
+        ({"layers.1.deltas.atoms": torch.zeros(5)}, r"unknown tensor 'layers\.1\.deltas\.atoms'"),
+        ({"layers.01.support": torch.zeros(5)}, r"unknown tensor 'layers\.01\.support'"),
+        ({"layers.0.deltas.free": torch.zeros(D, 9, 5, dtype=torch.int32)}, "dtype int32, expected a floating-point"),
+        ({"layers.0.deltas.free": torch.zeros(D, 9, 5).to(torch.float8_e4m3fn)}, "dtype F8_E4M3, which no adapter has"),
+        ({"layers.0.support": torch.zeros(5)}, "dtype float32, expected int32"),
+        ({"layers.0.support": torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32)}, r"support holds the index -1\."),
+        ({"layers.0.support": torch.tensor([3, 0, 1, 2, 3], dtype=torch.int32)}, "support names an index twice"),
+        ({"layers.0.support": torch.tensor(3, dtype=torch.int32)}, r"free has shape \[32, 9, 5\], expected \[32, 9, 0\]"),
         ({"layers.0.deltas.free": torch.zeros(D, 9, 4)}, r"free has shape \[32, 9, 4\], expected \[32, 9, 5\]"),
         ({"layers.0.deltas.free": torch.full((D, 9, 5), float("nan"))}, "not finite"),
-        ({"layers.0.support": torch.full((5,), 96, dtype=torch.int32)}, "int32 indices below 96"),
         ({"layers.0.support": torch.arange(5, dtype=torch.int32)}, "do not match support_hash"),
-        ({"layers.0.router_bias": torch.zeros(2)}, r"router_bias of shape \[2\]: it must hold 3 finite values"),
-        ({"layers.0.router_bias": torch.full((3,), float("nan"))}, "must hold 3 finite values"),
+        ({"layers.0.router_bias": torch.zeros(2)}, r"router_bias has shape \[2\], expected \[3\]"),
+        ({"layers.0.router_bias": torch.full((3,), float("nan"))}, "router_bias holds values that are not finite"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -214,6 +223,22 @@ def test_tensors_that_do_not_fit_are_refused(
     tensors = {name: t for name, t in (model.adapter_tensors() | change).items() if t is not None}
     save_weights(path, tensors, model.metadata())
     with pytest.raises(SRDEError, match=message):
+        load_adapter(path, base=tiny_llama())
+
+
+def test_a_base_of_other_sizes_is_refused(tmp_path: Path) -> None:
+    model = tiny_srde()
+    metadata = model.metadata()
+    tensors = model.adapter_tensors() | {"layers.1.support": torch.tensor([1, 2, 3, 4, 96], dtype=torch.int32)}
+    metadata.support_hash = support_hash([tensors[f"layers.{layer}.support"] for layer in range(2)])
+    path = tmp_path / "weights.safetensors"
+    save_weights(path, tensors, metadata)
+    with pytest.raises(SRDEError, match=r"layers\.1\.support holds the index 96, the base has 96 neurons in a layer"):
+        load_adapter(path, base=tiny_llama())
+    one_layer = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.0")}
+    metadata.support_hash = support_hash([tensors["layers.0.support"]])
+    save_weights(path, one_layer, metadata)
+    with pytest.raises(SRDEError, match=r"1 layers, the base has 2 \(layers\.1\.support is missing\)"):
         load_adapter(path, base=tiny_llama())
 
 
@@ -236,6 +261,20 @@ def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
         ({"base": None}, "lack 'base'"),
         ({"config": {"top_kk": 1}}, "unknown adapter option 'top_kk'.*top_k"),
         ({"config": {"granularity": "row"}}, "granularity='row'"),
+        ({"config": {"num_experts": 10**9}}, "num_experts=1000000000, but 3 expert names"),
+        ({"config": {"num_experts": 3, "top_k": 4}}, "top_k=4 exceeds num_experts=3"),
+        ({"config": {"num_experts": 3, "num_atoms": 10**12}}, r"tensor layers\.0\.deltas\.\w+ is missing"),
+        ({"config": [1]}, "must be a mapping"),
+        ({"config": {"density": [[]]}}, "no value of an option"),
+        ({"format_version": True}, "format_version=True, this program reads 1"),
+        ({"more": 1}, "unknown key 'more'"),
+        ({"expert_names": ["a", "b", "a"]}, "2 experts are called 'a'"),
+        ({"expert_names": ["a", "b", "c\x1b[2J"]}, r"expert name 'c\\x1b\[2J' is no printable text"),
+        ({"expert_names": ["a", "b", " "]}, "expert name ' ' is no printable text"),
+        ({"expert_names": "abc"}, "but 1 expert names"),
+        ({"expert_names": ["a", "b", 3]}, "expert name 3 is no printable text"),
+        ({"model_name": "a\nb"}, "model_name='a.*b' in the metadata must be printable"),
+        ({"base": {"name": "a", "architecture": "b"}}, "must give name, architecture, hash as text"),
     ],
 )
 def test_metadata_that_do_not_fit_are_refused(change: dict[str, object], message: str, tmp_path: Path) -> None:

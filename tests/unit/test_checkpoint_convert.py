@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from srde_ds.checkpoint.shards import TensorPiece
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
-from srde_ds.model.adapter import SRDEModel, load_adapter, read_metadata
+from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.weights.file import read_metadata
 from tests.checkpoint_helpers import cut, save
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from srde_ds.cli.main import main
 from srde_ds.model.adapter import load_adapter
-from srde_ds.weights.file import WEIGHTS, read_metadata
+from srde_ds.weights.file import read_metadata
+from srde_ds.weights.locate import WEIGHTS
 from tests.cli_helpers import fails
 from tests.convert_helpers import Trained, save_base, trained
 from tests.helpers import tokens

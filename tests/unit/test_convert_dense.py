@@ -20,7 +20,8 @@ from srde_ds.export.adapter_source import open_adapter
 from srde_ds.export.dense import write_dense
 from srde_ds.export.moe import write_moe
 from srde_ds.model.base import load_base
-from srde_ds.model.base_files import BaseFiles, LazyTensor
+from srde_ds.model.base_files import BaseFiles
+from srde_ds.weights.tensors import LazyTensor
 from tests.convert_helpers import BASES, NAMES, Trained, save_base, trained
 from tests.helpers import tokens
 from tests.unit.test_adapter import FORMS

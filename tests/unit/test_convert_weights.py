@@ -13,7 +13,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
-from srde_ds.weights.file import WEIGHTS, read_metadata, save_weights
+from srde_ds.weights.file import read_metadata, save_weights
+from srde_ds.weights.locate import WEIGHTS
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 from tests.unit.test_adapter import FORMS
 from tests.unit.test_checkpoint_convert import save_model

@@ -14,12 +14,9 @@ import yaml
 from srde_ds.cli.main import main
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation import weights as weights_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.report import examples, write_report
 from srde_ds.evaluation.sandbox import protections
-from srde_ds.evaluation.weights import resolve_weights
-from srde_ds.inference.load import find_weights
 from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
 
 
@@ -121,38 +118,18 @@ def test_programs_are_run_only_if_that_is_asked_for(run_folder: Path, tmp_path: 
         assert ("items with tests, not scored: 1." in caplog.text) == (not more)
 
 
-def test_weights_are_found_or_converted(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_weights(run_folder, tmp_path) == run_folder / "srde_weights.safetensors"
-    assert resolve_weights(run_folder / "srde_weights.safetensors", tmp_path) == run_folder / "srde_weights.safetensors"
-    checkpoint = tmp_path / "checkpoint-3"
-    monkeypatch.setattr(weights_module, "find_checkpoint", lambda path, output_dir, field: path)
-    monkeypatch.setattr(weights_module, "export_weights", lambda folder, target: (folder, target))
-    assert resolve_weights(checkpoint, tmp_path / "s") == (checkpoint, tmp_path / "s" / "srde_weights.safetensors")
-
-
-def test_weights_older_than_the_checkpoints_are_not_taken(tmp_path: Path) -> None:
-    weights = tmp_path / "srde_weights.safetensors"
-    weights.write_bytes(b"")
-    assert find_weights(tmp_path) == weights
-    (tmp_path / "latest").write_text("checkpoint-9")
-    with pytest.raises(SRDEError, match="srde-ds convert"):
-        find_weights(tmp_path)
-    with pytest.raises(SRDEError, match="there is no folder.*checkpoint-9"):
-        resolve_weights(tmp_path, tmp_path)
-    (tmp_path / "completed.json").write_text("{}")
-    assert find_weights(tmp_path) == resolve_weights(tmp_path, tmp_path) == weights
-
-
 def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:
     assert default_output(str(run_folder)) == run_folder / "evaluation.json"
     assert default_output(str(run_folder / "srde_weights.safetensors")) == run_folder / "evaluation.json"
+    (run_folder / "checkpoint-30").mkdir()
     assert default_output(str(run_folder / "checkpoint-30")) == run_folder / "evaluation-30.json"
+    assert default_output("someone/experts") == Path("evaluation.json")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "/nowhere"}, "there is no folder"),
+        ({"checkpoint": "/nowhere"}, "no such file or folder"),
         ({"eval_file": "/nowhere.jsonl"}, "no such file"),
         ({"base": "/nowhere"}, "/nowhere"),
         ({"output_file": f"{__file__}/evaluation.json"}, "is not a folder"),

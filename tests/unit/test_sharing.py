@@ -23,7 +23,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import load_base
-from srde_ds.weights.file import WEIGHTS
+from srde_ds.weights.locate import WEIGHTS
 from tests.cli_helpers import DOMAINS, save_base, write_records
 from tests.convert_helpers import NAMES, Trained, reload, trained
 from tests.data_helpers import tiny_tokenizer
@@ -60,14 +60,13 @@ def test_adapters_that_are_not_there(made: Trained, tmp_path: Path, monkeypatch:
     taken_up.mkdir()
     (taken_up / WEIGHTS).symlink_to(made.weights)
     (taken_up / "latest").write_text("checkpoint-9")
-    for folder in (tmp_path / "empty", taken_up):
-        with pytest.raises(SRDEError, match=f"{folder.name}': the folder holds no srde_weights.* of a finished run"):
+    for folder, message in ((tmp_path / "empty", "the folder holds neither"), (taken_up, "no .* of a finished run")):
+        with pytest.raises(SRDEError, match=f"weights '.*{folder.name}': .*{message}"):
             SRDEModel.from_pretrained(made.base, folder)
     (taken_up / "completed.json").write_text("{}")
     assert SRDEModel.from_pretrained(made.base, taken_up).expert_names == NAMES
-    with pytest.raises(
-        SRDEError, match="adapter '/no/such/file': no such file or folder, and the Hub does not give it"
-    ):
+    message = "weights '/no/such/file': no such file or folder, and the Hub does not give it"
+    with pytest.raises(SRDEError, match=message):
         SRDEModel.from_pretrained(made.base, "/no/such/file")
 
 
@@ -358,8 +357,8 @@ def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[:2] == [f"{hub.endpoint}/me/experts", f"{hub.endpoint}/me/open"]
-        assert "adapter 'me/none': no such file or folder, and the Hub does not give it (404" in lines[2]
-        assert "adapter 'a/b/c': no such file or folder" in lines[3] and len(lines) == 4
+        assert "weights 'me/none': no such file or folder, and the Hub does not give it (404" in lines[2]
+        assert "weights 'a/b/c': no such file or folder" in lines[3] and len(lines) == 4
         assert hub.private == {"me/experts": True, "me/open": False} and hub.tokens == {"Bearer hf_secret"}
         files = hub.files["me/experts"]
         assert set(files) - {".gitattributes"} == {"README.md", WEIGHTS}

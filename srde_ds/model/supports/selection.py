@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -163,15 +161,6 @@ def random_subset(total: int, count: int, generator: torch.Generator) -> Tensor:
         drawn = torch.randint(total, (count - chosen.numel(),), generator=generator)
         chosen = torch.cat([chosen, drawn]).unique()
     return chosen
-
-
-def support_hash(supports: Sequence[Tensor]) -> str:
-    """SHA-256 over the supports of all layers, top to bottom."""
-    digest = hashlib.sha256()
-    for support in supports:
-        digest.update(f"{tuple(support.shape)}".encode())
-        digest.update(support.detach().to(device="cpu", dtype=torch.int32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _candidates(config: AdapterConfig, hidden: int, intermediate: int) -> int:

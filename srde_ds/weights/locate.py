@@ -1,0 +1,139 @@
+"""Which weights a name means: the one answer for every verb and for Python. It names them and opens nothing large."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from srde_ds.errors import SRDEError
+
+WEIGHTS = "srde_weights.safetensors"
+LATEST, COMPLETED, MANIFEST = "latest", "completed.json", "manifest.json"
+CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
+
+
+@dataclass(frozen=True)
+class WeightsLocation:
+    """Where an adapter's weights are.
+
+    Attributes:
+        kind: "file": a weights file; "checkpoint": a training run's checkpoint, which has to be converted.
+        path: the file; of a checkpoint its folder, or the run's folder, whose `latest` then counts.
+        run: the training run's folder; None: they are of no run that is here.
+        step: of the checkpoint; None: a file, or a run without a readable `latest`.
+    """
+
+    kind: Literal["file", "checkpoint"]
+    path: Path
+    run: Path | None
+    step: int | None
+
+    def file(self) -> Path:
+        """The weights file.
+
+        Raises:
+            SRDEError: it is a checkpoint.
+        """
+        if self.kind == "checkpoint":
+            raise SRDEError(
+                f"weights '{self.path}': holds no {WEIGHTS} of a finished run. Make a file of its checkpoint: "
+                f"srde-ds convert --checkpoint {self.path} --output FILE"
+            )
+        return self.path
+
+
+def locate_weights(place: str | Path, *, revision: str | None = None) -> WeightsLocation:
+    """What `place` means.
+
+    Args:
+        place: a weights file; a folder that holds one; the folder of a training run: its weights, or its latest
+            checkpoint if training has gone on since they were written; a checkpoint's folder; or the id of a
+            repository of the Hugging Face Hub, which is downloaded.
+        revision: branch, tag or commit of the repository.
+
+    Raises:
+        SRDEError: there is nothing of that name here or on the Hub, or the folder holds no weights.
+    """
+    path = Path(place)
+    try:
+        run = run_folder(path)
+        if path.is_file():
+            return WeightsLocation("file", path, run if is_run(run) else None, None)
+        if _is_checkpoint(path):
+            return WeightsLocation("checkpoint", path, run if is_run(run) else None, _step(path.name))
+        if path.is_dir():
+            return _in_folder(path)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise SRDEError(f"weights '{place}': cannot be read: {error.strerror}.") from None
+    return WeightsLocation("file", _from_the_hub(str(place), revision), None, None)
+
+
+def run_folder(place: str | Path) -> Path:
+    """The folder that a run with these weights would have: of a file and of a checkpoint the one that it lies in."""
+    path = Path(place)
+    return path.parent if path.is_file() or _is_checkpoint(path) else path
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a training run wrote to this folder."""
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def read_latest(run: Path) -> str | None:
+    """The text in `latest`, at most its first 100 characters; None without such a file."""
+    path = run / LATEST
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(100).strip()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return not path.is_file() and (CHECKPOINT_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())
+
+
+def _in_folder(folder: Path) -> WeightsLocation:
+    run, latest = folder if is_run(folder) else None, read_latest(folder)
+    if (folder / WEIGHTS).is_file() and (latest is None or _is_finished(folder, latest)):
+        return WeightsLocation("file", folder / WEIGHTS, run, None)
+    if latest is None and not any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*")):
+        raise SRDEError(
+            f"weights '{folder}': the folder holds neither {WEIGHTS} nor a checkpoint. Give a weights file, the folder "
+            "of a run that has saved a checkpoint, or the id of a repository of the Hub."
+        )
+    return WeightsLocation("checkpoint", folder, run, _step(latest or ""))
+
+
+def _is_finished(run: Path, latest: str) -> bool:
+    """Whether the run's weights file holds what its latest checkpoint does."""
+    path = run / COMPLETED
+    if not path.is_file():
+        return False
+    try:
+        marker = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        marker = None
+    if not isinstance(marker, dict):
+        raise SRDEError(f"'{path}' is damaged: not a JSON object. Remove it to use the latest checkpoint.")
+    return bool(marker.get("checkpoint", latest) == latest)
+
+
+def _step(name: str) -> int | None:
+    match = CHECKPOINT_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def _from_the_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download  # late: paths need no client
+
+    try:
+        return Path(hf_hub_download(name, WEIGHTS, revision=revision))
+    except (OSError, ValueError) as error:  # the Hub's own errors are one or the other
+        reason = " ".join(str(error).split())
+        raise SRDEError(
+            f"weights '{name}': no such file or folder, and the Hub does not give it ({reason}). Give a weights file, "
+            "the folder of a run or of save_pretrained, or the id of a repository of the Hub."
+        ) from None

@@ -1,0 +1,200 @@
+"""What an adapter must be, checked once before memory is taken for it: metadata, tensors, values, and the base's sizes.
+
+Sizes follow from the tensors, whose bytes are really there; what the metadata claim is only compared with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srde_ds.config import AdapterConfig
+from srde_ds.config.values import checked
+from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.dtypes import dtype_name
+from srde_ds.weights.tensors import LazyTensor
+
+VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+BASE_KEYS = ("name", "architecture", "hash")
+LONGEST_TEXT = 1000  # characters of a name; of what a message shows of a value, a tenth
+_TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(.+)")
+
+
+def adapter_config(values: Any) -> AdapterConfig:
+    """The adapter's options from a weights file's metadata.
+
+    Raises:
+        SRDEError: no mapping, an unknown option, or a value that the option does not take.
+    """
+    if not isinstance(values, dict):
+        raise SRDEError(f"weights: config={shown(values)} in the metadata must be a mapping. Export the weights again.")
+    config, known = AdapterConfig(), {field.name for field in fields(AdapterConfig)}
+    for key, value in values.items():
+        if key not in known:
+            raise SRDEError(f"weights: unknown adapter option {shown(key)} in the metadata.{nearest(key[:99], known)}")
+        if not isinstance(value, str | int | float) or len(str(value)[: LONGEST_TEXT + 1]) > LONGEST_TEXT:
+            raise SRDEError(f"weights: {key}={shown(value)} in the metadata is no value of an option.")
+        setattr(config, key, checked(config, key, value))
+    if config.top_k > config.num_experts:
+        raise SRDEError(f"weights: top_k={config.top_k} exceeds num_experts={config.num_experts} in the metadata.")
+    return config
+
+
+def check_names(expert_names: Any, config: AdapterConfig) -> None:
+    """Raise SRDEError unless these are as many printable names as there are experts, each another."""
+    names = expert_names if isinstance(expert_names, list) else [expert_names]
+    for name in names:
+        if not is_printable(name) or not name.strip():
+            raise SRDEError(f"weights: the expert name {shown(name)} is no printable text. Export the weights again.")
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise SRDEError(f"weights: {times} experts are called {shown(name)}. Export the weights with other names.")
+    if len(names) != config.num_experts:
+        raise SRDEError(f"weights: num_experts={config.num_experts}, but {len(names)} expert names in the metadata.")
+
+
+def check_base_identity(base: Any) -> None:
+    """Raise SRDEError unless this says which base the adapter was trained on: `BASE_KEYS`, as printable text."""
+    if not isinstance(base, dict) or base.keys() != set(BASE_KEYS) or not all(map(is_printable, base.values())):
+        raise SRDEError(f"weights: base={shown(base)} in the metadata must give {', '.join(BASE_KEYS)} as text.")
+
+
+def is_printable(value: Any) -> bool:
+    """Whether it is text that a terminal shows as it is, of a reasonable length; empty text is."""
+    return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
+
+
+def shown(value: Any) -> str:
+    """A value of somebody else's file, for a message of one line."""
+    text = repr(value[:LONGEST_TEXT] if isinstance(value, str) else value)
+    return text if len(text) <= LONGEST_TEXT // 10 else f"{text[: LONGEST_TEXT // 10]}…"
+
+
+def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place: object) -> None:
+    """Check names, dtypes and shapes of all tensors of an adapter against each other and its options.
+
+    Raises:
+        SRDEError: names the tensor that is missing, unknown, of another dtype or of another shape.
+    """
+
+    def refuse(reason: str) -> SRDEError:
+        return SRDEError(f"weights '{place}': {reason}; the file does not fit its own config. Export it again.")
+
+    layers: dict[int, dict[str, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR.fullmatch(name)
+        if match is None:
+            raise refuse(f"unknown tensor {shown(name)}")
+        layers.setdefault(int(match[1]), {})[match[2]] = tensor
+    if not layers:
+        raise refuse("it holds no tensors")
+    hidden = None
+    for number in range(len(layers)):
+        own = layers.get(number)
+        if own is None:
+            raise refuse(f"tensor layers.{number}.support is missing")
+        for part in ("support", "router.weight"):
+            if part not in own:
+                raise refuse(f"tensor layers.{number}.{part} is missing")
+        if hidden is None and len(own["router.weight"].shape) == 2:
+            hidden = own["router.weight"].shape[1]
+        size = own["support"].shape[-1] if own["support"].shape else 0
+        expected = layer_shapes(config, hidden or 0, size)
+        for part in expected.keys() - own.keys() - {"router_bias"}:
+            raise refuse(f"tensor layers.{number}.{part} is missing")
+        for part, tensor in own.items():
+            name = f"layers.{number}.{part}"
+            if part not in expected:
+                raise refuse(f"unknown tensor {shown(name)}")
+            if tensor.dtype not in ((torch.int32,) if part == "support" else VALUE_DTYPES):
+                wanted = "int32" if part == "support" else "a floating-point type"
+                raise refuse(f"{name} has dtype {dtype_name(tensor.dtype)}, expected {wanted}")
+            if tensor.shape != expected[part] or 0 in tensor.shape:
+                raise refuse(f"{name} has shape {list(tensor.shape)}, expected {list(expected[part])}")
+
+
+def layer_shapes(config: AdapterConfig, hidden: int, size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors by their names within the layer.
+
+    Args:
+        hidden: D.
+        size: entries of one expert's support, m or n.
+    """
+    experts, atoms, neuron = config.num_experts, config.num_atoms, config.granularity == "neuron"
+    shapes: dict[str, tuple[int, ...]] = {"router.weight": (experts, hidden), "router_bias": (experts,)}
+    shapes["support"] = (size,) if config.support_scope == "shared" else (experts, size)
+    if atoms == 0:
+        return shapes | {"deltas.free": (hidden, 3 * experts, size) if neuron else (experts, size)}
+    return shapes | {
+        "deltas.atoms": (hidden, 3 * atoms, size) if neuron else (size, 1, atoms),
+        "deltas.importance": (experts, 3, hidden, size) if neuron else (experts, size),
+        "deltas.mixing": (experts, atoms),
+    }
+
+
+def check_values(tensors: Mapping[str, LazyTensor], expected_hash: str, place: object) -> None:
+    """Check the values of tensors whose shapes are right; memory holds one tensor and the supports.
+
+    Raises:
+        SRDEError: values that are not finite, support indices that are negative or repeat, or supports that do not
+            match `expected_hash`.
+    """
+    supports: dict[int, Tensor] = {}
+    for name, tensor in tensors.items():
+        values = tensor.load()
+        if not name.endswith(".support"):
+            if not bool(values.isfinite().all()):
+                raise SRDEError(f"weights '{place}': {name} holds values that are not finite. Export them again.")
+            continue
+        rows = values.sort(dim=-1).values
+        if bool((rows[..., 1:] == rows[..., :-1]).any()):
+            raise SRDEError(f"weights '{place}': {name} names an index twice. Export them again.")
+        if int(rows.min()) < 0:
+            raise SRDEError(f"weights '{place}': {name} holds the index {int(rows.min())}. Export them again.")
+        supports[int(name.split(".")[1])] = values
+    if support_hash([supports[layer] for layer in sorted(supports)]) != expected_hash:
+        raise SRDEError(f"weights '{place}': the supports do not match support_hash; the file is damaged.")
+
+
+def check_fits_base(
+    config: AdapterConfig, tensors: Mapping[str, LazyTensor], sizes: Sequence[tuple[int, int]], place: object
+) -> None:
+    """Check an adapter that is right in itself against the base that it shall change.
+
+    Args:
+        sizes: of each decoder layer, the hidden and the intermediate size.
+
+    Raises:
+        SRDEError: another number of layers, another hidden size, or support indices beyond the base's weights.
+    """
+    supports = [name for name in tensors if name.endswith(".support")]
+    if len(supports) != len(sizes):
+        missing = f"layers.{len(supports)}.support is missing" if len(supports) < len(sizes) else "no place for them"
+        raise SRDEError(f"weights '{place}': {len(supports)} layers, the base has {len(sizes)} ({missing}).")
+    for layer, (hidden, intermediate) in enumerate(sizes):
+        found = tensors[f"layers.{layer}.router.weight"].shape[1]
+        if found != hidden:
+            raise SRDEError(f"weights '{place}': layer {layer} is made for a hidden size of {found}, not {hidden}.")
+        candidates = intermediate if config.granularity == "neuron" else 3 * hidden * intermediate
+        largest = int(tensors[f"layers.{layer}.support"].load().max())
+        if largest >= candidates:
+            raise SRDEError(
+                f"weights '{place}': layers.{layer}.support holds the index {largest}, the base has {candidates} "
+                f"{config.granularity}s in a layer. Give the base that they were trained on."
+            )
+
+
+def support_hash(supports: Iterable[Tensor]) -> str:
+    """SHA-256 over the supports of all layers, top to bottom."""
+    digest = hashlib.sha256()
+    for support in supports:
+        digest.update(f"{tuple(support.shape)}".encode())
+        digest.update(support.detach().to(device="cpu", dtype=torch.int32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
