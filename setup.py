@@ -52,6 +52,7 @@ setup(
         "safetensors>=0.5",
         "scikit-learn>=1.5",
         "scipy>=1.13",
+        "tabulate>=0.9",
         "pyyaml>=6.0",
         "tqdm>=4.66",
     ],

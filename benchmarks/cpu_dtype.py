@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.tables import measured_on
+from srde_ds.utils.dtypes import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -18,7 +19,7 @@ from fastest_dtype import seconds  # noqa: E402 - what the quick start measures,
 
 def main() -> None:
     torch.set_num_threads(1)
-    timings = {str(dtype).removeprefix("torch."): seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    timings = {dtype_name(dtype): seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = timings["bfloat16"] / timings["float32"]
     for dtype, value in timings.items():
         print(f"{dtype:<10}{value:>8.3f} s")

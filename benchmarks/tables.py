@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.utils.environment import environment
+from srde_ds.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,8 +16,7 @@ def measured_on() -> dict[str, Any]:
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return markdown_table([head, *rows])
 
 
 def markers(name: str) -> tuple[str, str]:

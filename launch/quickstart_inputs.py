@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from srde_ds.data.synthetic.tasks import write_quickstart_data
+from srde_ds.utils.files import replacement
 
 TRAIN_ITEMS, HELD_OUT_ITEMS = 1500, 50  # a domain
 PAGE = """---
@@ -30,11 +31,10 @@ def convert_base(folder: Path) -> None:
     # The weights are plain tensors from here on; both marks would make the saved folder look quantised.
     model.hf_quantizer = None
     del model.config.quantization_config
-    partial = folder.with_name(folder.name + ".tmp")
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-    (partial / "README.md").write_text(PAGE, encoding="utf-8")  # model cards of adapters take the licence from it
-    partial.rename(folder)
+    with replacement(folder) as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        (partial / "README.md").write_text(PAGE, encoding="utf-8")  # model cards of adapters take the licence from it
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from srde_ds.data.records import Record, read_jsonl
 from srde_ds.data.synthetic.tasks import generate
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import write_text
 
 # Jules and Michel Verne, "In the Year 2889" (1889): public domain, Project Gutenberg 19362, shipped by reasoning-gym.
 # Single words of it occur in prompts of the domain `code`; prompts carry no loss.
@@ -129,9 +130,7 @@ def describe_base(base: Path) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
+    write_text(path, text)
 
 
 def main() -> None:

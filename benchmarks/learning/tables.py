@@ -17,6 +17,7 @@ from benchmarks.learning.plan import Plan, Row
 from benchmarks.learning.store import RESULTS, Store, read_records
 from benchmarks.learning.summary import Result, Spread, result_of, routing_of, speed_of, sweep_of
 from srde_ds.config import DOMAINS
+from srde_ds.utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"(<!-- learning: (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -45,7 +46,7 @@ class Page:
         command = f"python -m benchmarks.learning.run --suite {suite} --budget {self.budget}"
         if not results:
             return f"Not run yet: `{command}`\n"
-        parts = [markdown(self._figures(results))]
+        parts = [markdown_table(self._figures(results))]
         parts += PARTS.get(suite, lambda page, results: [])(self, results)
         there = {result.row.name for result in results}
         missing = [row.name for row in rows if row.name not in there]
@@ -70,7 +71,7 @@ class Page:
             ["rates", f"{budget.rates} of each grid at seeds {budget.sweep_seeds}, reported seeds {budget.seeds}"],
             ["items a domain", "{} to train, {} for curves of loss while training, {} to report".format(*items)],
         ]
-        return markdown([["", ""], *lines]) + "\n"
+        return markdown_table([["", ""], *lines]) + "\n"
 
     def _figures(self, results: Sequence[Result]) -> Lines:
         """A line a row: what all suites show."""
@@ -120,9 +121,9 @@ def baselines_part(page: Page, results: Sequence[Result]) -> list[str]:
     sweeps = {row.name: points for row in swept if (points := sweep_of(page.plan, row))}
     return [
         "Loss by domain:",
-        markdown(by_domain(results, "test_loss", ".3f")),
+        markdown_table(by_domain(results, "test_loss", ".3f")),
         "Exact answers by domain, %:",
-        markdown(by_domain(results, "accuracy", ".0f", 100)),
+        markdown_table(by_domain(results, "accuracy", ".0f", 100)),
         page.picture("baselines", lambda path: plots.plot_losses(results, path)),
         page.picture("rates", lambda path: plots.plot_rates(sweeps, path)),
     ]
@@ -139,7 +140,7 @@ def optimizer_part(page: Page, results: Sequence[Result]) -> list[str]:
         lines.append([ours.row.name, *shares, f"× {speed.step_time.text('.2f')}"])
     return [
         "GramMuon against AdamW, each at its own best rate:",
-        markdown(lines),
+        markdown_table(lines),
         page.picture("optimizer", lambda path: plots.plot_curves([r for r in results if r.row.curve], path)),
     ]
 
@@ -168,7 +169,9 @@ def routing_part(page: Page, results: Sequence[Result]) -> list[str]:
         losses = [found[key].text(".3f") if key in found else "" for key in ("mixture", "own_alone", "best_alone")]
         shares = [f"{found['own'].text('.0f', 100)} %", f"{found['chance']:.0%}", found["balance"].text(".2f")]
         lines.append([result.row.name, *shares, *losses])
-    return [markdown(lines), page.picture("routing", lambda path: plots.plot_usage(usages, path))] if usages else []
+    return (
+        [markdown_table(lines), page.picture("routing", lambda path: plots.plot_usage(usages, path))] if usages else []
+    )
 
 
 PARTS: dict[str, Callable[[Page, Sequence[Result]], list[str]]] = {
@@ -179,12 +182,6 @@ PARTS: dict[str, Callable[[Page, Sequence[Result]], list[str]]] = {
     "causes": losses_part("causes"),
     "routing": routing_part,
 }
-
-
-def markdown(lines: Lines) -> str:
-    """The first line is the header."""
-    rows = ["| " + " | ".join(cells) + " |" for cells in lines]
-    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
 
 def short(revision: str | None) -> str:

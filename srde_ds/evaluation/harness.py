@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from srde_ds.errors import SRDEError
+from srde_ds.export.weights import DTYPES
 from srde_ds.inference.load import load_model
 from srde_ds.utils.launcher import launched_world_size
 
@@ -21,8 +22,6 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError:
     raise SRDEError("package 'lm_eval' is missing. Install it: pip install 'srde-ds[lm-eval]'") from None
-
-DTYPES = ("bfloat16", "float32")
 
 
 @register_model("srde")

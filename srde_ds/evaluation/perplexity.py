@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import IGNORED, prompt_ids, tokenize
+from srde_ds.data.packing import IGNORED, pad_token_id, prompt_ids, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
-from srde_ds.inference.generate import pad_id
 from srde_ds.model.adapter import SRDEModel
 
 
@@ -63,7 +62,7 @@ def response_losses(
     if last_response:
         for record, chosen in zip(records, labelled, strict=True):
             chosen[: len(prompt_ids(tokenizer, record.prompt))] = False
-    device, pad = model.base.device, pad_id(tokenizer)
+    device, pad = model.base.device, pad_token_id(tokenizer)
     losses: dict[int, ItemLoss] = {}
     model.routing.record_choices = count_experts
     try:

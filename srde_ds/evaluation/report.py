@@ -12,6 +12,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
+from srde_ds.utils.tables import markdown_table
 from srde_ds.weights.locate import run_folder
 
 # What a reader wants to know of config.yaml, by section.
@@ -56,9 +57,13 @@ def write_report(run: str | Path) -> Path:
         "Loss and perplexity are of the response tokens, accuracy is the share of scored items that are right. "
         "Differences are srde − base (accuracy: in points) with 95 % bootstrap intervals over items; p is that of "
         "McNemar's exact test.",
-        _markdown(table_rows(result)),
-        *(["## By source", _markdown(source_rows(result))] if len(result["sources"]) > 1 else []),
-        *(["## Each expert alone, held-out loss", _markdown(expert_rows(result))] if "each_expert" in result else []),
+        markdown_table(table_rows(result)),
+        *(["## By source", markdown_table(source_rows(result))] if len(result["sources"]) > 1 else []),
+        *(
+            ["## Each expert alone, held-out loss", markdown_table(expert_rows(result))]
+            if "each_expert" in result
+            else []
+        ),
         "## Loss\n\n![training and held-out loss](loss.png)",
         "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)\n\n"
         "By layer:\n\n![expert usage by domain and layer](expert_usage_by_layer.png)",
@@ -66,9 +71,9 @@ def write_report(run: str | Path) -> Path:
         *(_example(items, name) for name in result["domains"]),
         "## Speed\n\n![tokens a second](speed.png)",
         "## Settings",
-        _markdown([["setting", "value"], *_settings(config)]),
+        markdown_table([["setting", "value"], *_settings(config)]),
         "## Machine and versions",
-        _markdown([["", ""], *_machine(environment)]),
+        markdown_table([["", ""], *_machine(environment)]),
     ]
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
@@ -121,11 +126,6 @@ def _settings(config: dict[str, Any]) -> list[list[str]]:
 def _machine(environment: dict[str, Any]) -> list[list[str]]:
     rows = [[key, str(environment[key])] for key in ("machine", "world_size", "python", "git_revision")]
     return rows + [[name, number] for name, number in environment["versions"].items()]
-
-
-def _markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:

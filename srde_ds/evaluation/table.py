@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from srde_ds.utils.tables import aligned_table
+
 HEADER = ["items", "loss", "difference", "perplexity", "accuracy", "difference", "McNemar p"]
 
 
@@ -38,9 +40,8 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def _format(rows: list[list[str]], *, last_apart: bool = False) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = aligned_table(rows).splitlines()
+    rule = "-" * max(map(len, lines))
     return "\n".join([lines[0], rule, *lines[1:-1], *([rule] if last_apart else []), lines[-1]])
 
 

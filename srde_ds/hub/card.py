@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
 
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
+from srde_ds.utils.tables import markdown_table
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.locate import is_run
 
@@ -51,8 +53,6 @@ def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None)
 
 def base_license(base: str) -> str | None:
     """The licence in the YAML header of the base's own README.md, where that is on this machine; else None."""
-    from huggingface_hub import try_to_load_from_cache  # late: the rest of the module is free of heavy libraries
-
     path = Path(base) / CARD
     if not Path(base).is_dir():
         try:
@@ -64,29 +64,24 @@ def base_license(base: str) -> str | None:
         path = Path(cached)
     if not path.is_file():
         return None
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
     try:
-        header = yaml.safe_load(parts[1])
-    except yaml.YAMLError:  # a page of somebody else's: what it does not say is unknown
+        license = (metadata_load(path) or {}).get("license")
+    except (ValueError, yaml.YAMLError):  # a page of somebody else's: what it does not say is unknown
         return None
-    license = header.get("license") if isinstance(header, dict) else None
     return str(license) if license else None
 
 
 def _header(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
-    header: dict[str, Any] = {"library_name": "srde_ds", "pipeline_tag": "text-generation"}
-    header["tags"] = ["srde", "adapter", "mixture-of-experts"]
-    if _on_the_hub(metadata.model_name):
-        header["base_model"] = metadata.model_name
-    license = base_license(metadata.model_name)
-    if license:
-        header["license"] = license
-    datasets = sorted({str(s["location"]) for s in sources if _on_the_hub(str(s["location"]))})
-    if datasets:
-        header["datasets"] = datasets
-    return f"---\n{yaml.safe_dump(header, sort_keys=False)}---"
+    datasets = sorted({str(source["location"]) for source in sources if _on_the_hub(str(source["location"]))})
+    header = ModelCardData(
+        library_name="srde_ds",
+        pipeline_tag="text-generation",
+        tags=["srde", "adapter", "mixture-of-experts"],
+        base_model=metadata.model_name if _on_the_hub(metadata.model_name) else None,
+        license=base_license(metadata.model_name),
+        datasets=datasets or None,
+    )
+    return f"---\n{header.to_yaml()}\n---"
 
 
 def _on_the_hub(name: str) -> bool:
@@ -108,7 +103,7 @@ def _summary(metadata: AdapterMetadata) -> str:
     return (
         f"Experts for `{_shown(metadata.model_name)}`, which stays as it is: each expert is a sparse change of its "
         "feed-forward weights, and in every layer a router picks the experts of each token.\n\n"
-        f"{_table(rows, ['', ''])}"
+        f"{markdown_table([['', ''], *rows])}"
     )
 
 
@@ -152,7 +147,7 @@ def _training(run: Path) -> str:
         environment = _json(run / "environment.json")
         versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
         text += f" {environment['world_size']} processes on {environment['machine']}; {versions}."
-    return f"## Training\n\n{text}\n\n{_table(rows, ['setting', 'value'])}"
+    return f"## Training\n\n{text}\n\n{markdown_table([['setting', 'value'], *rows])}"
 
 
 def _sources(run: Path) -> list[dict[str, Any]]:
@@ -179,11 +174,11 @@ def _data(run: Path, sources: Sequence[dict[str, Any]]) -> str:
     ]
     parts = [
         f"## Data\n\n{split.rows:,} rows of {manifest.max_length} tokens; loss on the response tokens only.",
-        _table(rows, ["domain", "documents", "rows", "tokens", "response tokens"]),
+        markdown_table([["domain", "documents", "rows", "tokens", "response tokens"], *rows]),
     ]
     if sources:
         keys = ["name", "domain", "location", "license", "redistributable"]
-        parts.append(_table([[str(source[key]) for key in keys] for source in sources], keys))
+        parts.append(markdown_table([keys, *([str(source[key]) for key in keys] for source in sources)]))
     return "\n\n".join(parts)
 
 
@@ -195,7 +190,7 @@ def _results(run: Path) -> str:
         header = ["domain", "loss of the base", "loss", "accuracy of the base", "accuracy"]
         return (
             f"## Results\n\nOn {items} held-out items: loss of the response tokens in nats, accuracy of greedy answers."
-            f"\n\n{_table(rows, header)}"
+            f"\n\n{markdown_table([header, *rows])}"
         )
     metrics = _lines(run / "metrics.jsonl")
     end = next((line["held_out"] for line in reversed(metrics) if "held_out" in line), None)
@@ -203,7 +198,8 @@ def _results(run: Path) -> str:
         return ""
     start = metrics[0].get("held_out_at_start", {})
     rows = [[name, _number(start.get(name)), _number(loss)] for name, loss in end.items()]
-    return f"## Results\n\nHeld-out loss in nats.\n\n{_table(rows, ['domain', 'before training (the base)', 'after'])}"
+    table = markdown_table([["domain", "before training (the base)", "after"], *rows])
+    return f"## Results\n\nHeld-out loss in nats.\n\n{table}"
 
 
 def _result_row(name: str, group: dict[str, Any]) -> list[str]:
@@ -234,11 +230,6 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
 def _json(path: Path) -> Any:

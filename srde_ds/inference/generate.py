@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from srde_ds.data.packing import prompt_ids
+from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 
@@ -96,7 +96,7 @@ def generation_settings(
     return GenerationConfig(
         max_new_tokens=max_tokens,
         eos_token_id=_stop_ids(model, tokenizer),
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=pad_token_id(tokenizer),
         num_beams=1,
         repetition_penalty=1.0,
         use_cache=True,
@@ -117,11 +117,6 @@ def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> 
             f"{where}: {prompt} tokens and up to {answer} new ones exceed the base's context of {limit}: "
             "shorten the text or lower max_tokens."
         )
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills up a batch; it is masked, so any will do where the tokenizer names none."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 @contextmanager

@@ -9,10 +9,10 @@ from functools import partial
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import prompt_ids
+from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.batches import batches_by_length
-from srde_ds.inference.generate import check_context, decode, generation_settings, pad_id
+from srde_ds.inference.generate import check_context, decode, generation_settings
 from srde_ds.model.adapter import SRDEModel
 
 Messages = list[dict[str, str]]
@@ -127,7 +127,7 @@ def generate_many(
         check_context(model, len(prompt), max_tokens, where=place)
     answers: dict[int, str] = {}
     for batch in batches_by_length([len(prompt) + max_tokens for prompt in prompts], batch_size, title):
-        ids_BS, mask_BS = left_padded([prompts[i] for i in batch], pad_id(tokenizer))
+        ids_BS, mask_BS = left_padded([prompts[i] for i in batch], pad_token_id(tokenizer))
         with torch.inference_mode():
             output = model.generate(
                 input_ids=ids_BS.to(model.base.device),

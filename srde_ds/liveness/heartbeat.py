@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srde_ds.config import Config
+from srde_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +104,7 @@ class Heartbeat:
             return
         self._written = time.monotonic()
         content = self._content | {"state": state, "time": time.time()} | more
-        partial = self.path.with_name(f"{FILE}.{os.getpid()}.tmp")
         try:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, self.path)
+            write_text(self.path, json.dumps(content, indent=1) + "\n", many_writers=True)
         except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
             logger.warning("%s: %s; it shows an earlier state.", FILE, error.strerror)

@@ -24,6 +24,7 @@ from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.router import RoutingContext
+from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
 from srde_ds.weights.locate import locate_weights
 from srde_ds.weights.schema import check_fits_base, support_hash
@@ -374,6 +375,5 @@ def parameter_table(model: SRDEModel) -> str:
     frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
     base_values = sum(int(getattr(p, "ds_numel", p.numel())) for p in frozen)
     rows |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
-    lines = [f"{'kind':<12} {'tensors':>8} {'values':>15} {'of base':>9}"]
-    lines += [f"{kind:<12} {n:>8} {values:>15,} {values / base_values:>9.3%}" for kind, (n, values) in rows.items()]
-    return "\n".join(lines)
+    cells = [[kind, f"{n}", f"{values:,}", f"{values / base_values:.3%}"] for kind, (n, values) in rows.items()]
+    return aligned_table([["kind", "tensors", "values", "of base"], *cells], right=1)

@@ -9,6 +9,7 @@ from torch import nn
 
 from srde_ds.config import OptimizerConfig
 from srde_ds.errors import SRDEError
+from srde_ds.utils.tables import aligned_table
 
 
 def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "element"]) -> dict[str, str]:
@@ -84,12 +85,4 @@ def rule_table(groups: Iterable[dict[str, Any]]) -> str:
                 f"{group['weight_decay']:g}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+    return aligned_table(rows, right=2)

@@ -13,6 +13,7 @@ from itertools import accumulate, groupby
 
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
+from srde_ds.utils.tables import aligned_table
 
 DELTA_VALUES = frozenset({"free", "atoms", "mixing"})
 DELTA_MASKS = frozenset({"importance", "scores"})
@@ -25,6 +26,7 @@ FOUR_PHASES = (
     ("delta", 40, DELTA_VALUES),
     ("joint", 30, ALL_KINDS),
 )
+
 UNLOCK_WARMUP_PERCENT = 10  # of the routed steps: with progressive_unlock=warmup one expert until then
 FINAL_TEMPERATURE_SHARE = 0.1  # of support_temperature, when a learned support is frozen
 
@@ -183,10 +185,7 @@ def describe_timeline(config: Config) -> str:
                 ", ".join(notes),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    return aligned_table(rows)
 
 
 def _used_kinds(config: Config, plan: StepPlan) -> frozenset[str]:

@@ -12,6 +12,7 @@ from srde_ds.config import Config
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.supports.selection import support_size
 from srde_ds.training.schedule import density_at, prunings
+from srde_ds.utils.tables import aligned_table
 
 
 class StageSize(NamedTuple):
@@ -40,10 +41,10 @@ def describe_stages(config: Config, blocks: Sequence[tuple[int, int]]) -> str:
     """The stages as a table for `--dry_run`."""
     stages = stage_sizes(config, blocks)
     last_steps = [stage.first_step for stage in stages[1:]] + [config.training.max_steps]
-    lines = [f"{'steps':<16}{'density':>10}{'trained values':>18}"]
+    rows = [["steps", "density", "trained values"]]
     for stage, last in zip(stages, last_steps, strict=True):
-        lines.append(f"{f'{stage.first_step + 1}-{last}':<16}{stage.density:>10.4g}{stage.values:>18,}")
-    return "\n".join(lines)
+        rows.append([f"{stage.first_step + 1}-{last}", f"{stage.density:.4g}", f"{stage.values:,}"])
+    return aligned_table(rows, right=1)
 
 
 def _values(config: Config, density: float, blocks: Sequence[tuple[int, int]]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import socket
 import time
 from pathlib import Path
@@ -49,6 +48,7 @@ from srde_ds.training.run_folder import (
 )
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step, scheduled_factor
+from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 
 
@@ -217,10 +217,8 @@ def finish(config: Config, state: RunState, heartbeat: Heartbeat) -> None:
     weights = export_weights(state.folder, output / "srde_weights.safetensors")
     marker = {"step": state.step, "tokens": state.tokens, "weights": weights.name, "checkpoint": state.folder.name}
     heartbeat.finished()
-    partial = output / "completed.json.tmp"
     try:
-        partial.write_text(json.dumps(marker, indent=2) + "\n")
-        os.replace(partial, output / "completed.json")
+        write_text(output / "completed.json", json.dumps(marker, indent=2) + "\n")
     except OSError as error:
         raise SRDEError(f"'{output / 'completed.json'}' cannot be written: {error.strerror}.") from None
     print(f"Finished: {weights}", flush=True)

@@ -207,7 +207,10 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
         ({"layers.0.support": torch.zeros(5)}, "dtype float32, expected int32"),
         ({"layers.0.support": torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32)}, r"support holds the index -1\."),
         ({"layers.0.support": torch.tensor([3, 0, 1, 2, 3], dtype=torch.int32)}, "support names an index twice"),
-        ({"layers.0.support": torch.tensor(3, dtype=torch.int32)}, r"free has shape \[32, 9, 5\], expected \[32, 9, 0\]"),
+        (
+            {"layers.0.support": torch.tensor(3, dtype=torch.int32)},
+            r"free has .* expected \[32, 9, 0\]",
+        ),
         ({"layers.0.deltas.free": torch.zeros(D, 9, 4)}, r"free has shape \[32, 9, 4\], expected \[32, 9, 5\]"),
         ({"layers.0.deltas.free": torch.full((D, 9, 5), float("nan"))}, "not finite"),
         ({"layers.0.support": torch.arange(5, dtype=torch.int32)}, "do not match support_hash"),

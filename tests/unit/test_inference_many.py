@@ -10,10 +10,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import prompt_ids
+from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.inference import many
-from srde_ds.inference.generate import pad_id
 from srde_ds.inference.many import REFINE_PROMPT, answer_many, generate_many, left_padded, majority
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import read_prompts
@@ -43,8 +42,8 @@ def test_a_padded_batch_with_a_cache_equals_single_prompts_without(granularity: 
     config = adapter_config(granularity=granularity, support_scope=scope)
     model = randomize(add_experts(tiny_llama(vocab_size=len(tokenizer)), config, expert_names=NAMES, seed=0))
     prompts = [prompt_ids(tokenizer, messages) for messages in asked("a", "what is é + ü?", "the answer is " * 3)]
-    ids, mask = left_padded(prompts, pad_id(tokenizer))
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": pad_id(tokenizer)}
+    ids, mask = left_padded(prompts, pad_token_id(tokenizer))
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": pad_token_id(tokenizer)}
     options["eos_token_id"] = None
     with torch.inference_mode():
         cached = model.generate(input_ids=ids, attention_mask=mask, **options)

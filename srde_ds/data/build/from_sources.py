@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.utils.files import write_text
 from srde_ds.data.build.artifacts import Stages, fingerprint
-from srde_ds.data.build.options import Build, BuildOptions, write_text
+from srde_ds.data.build.options import Build, BuildOptions
 from srde_ds.data.build.selection import Pool, Selection, select
 from srde_ds.data.build.source_records import Records, clean, ngrams_of, records_of
 from srde_ds.data.build.tokens import read_lines, set_tokenizer

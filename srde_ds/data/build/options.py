@@ -48,10 +48,3 @@ class Build:
     """`wall_seconds`, `cpu_seconds` and `parts_made` (those that no earlier build left)"""
     wall_seconds: float = 0.0
     num_processes: int = 1
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or the old one, never half of it."""
-    half = path.with_name(path.name + ".tmp")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)

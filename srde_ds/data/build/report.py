@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from srde_ds.data.build.options import Build, write_text
+from srde_ds.data.build.options import Build
+from srde_ds.utils.files import write_text
+from srde_ds.utils.tables import markdown_table
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
 from srde_ds.data.build.writing import CARD, JSONL
 from srde_ds.data.manifest import Manifest
@@ -40,25 +42,25 @@ def _report(build: Build, manifest: Manifest | None) -> str:
     sections = [
         "# Dataset report",
         "## Domains",
-        table(_domains(build)),
+        markdown_table(_domains(build)),
         _troubles(build),
         "![documents by domain and source](domains.png)",
         "## What was left out",
         "Rules apply in this order; each counts rows that the earlier ones left. What is neither left out nor chosen "
         "was not needed.",
-        table(_removals(build)),
+        markdown_table(_removals(build)),
         "![rows left out by rule](removals.png)",
         _reasons(build),
         "## Sources",
-        table(_sources(build)),
+        markdown_table(_sources(build)),
         "## An example of each domain",
         *(_example(domain, figures) for domain, figures in build.domains.items()),
         "## Settings",
-        table([["option", "value"], *([key, _shown(value)] for key, value in options.items())]),
+        markdown_table([["option", "value"], *([key, _shown(value)] for key, value in options.items())]),
         "## Time",
         f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Parts that an earlier build left are "
         "not made again.",
-        table(
+        markdown_table(
             [["stage", "seconds", "CPU seconds", "parts made"]]
             + [
                 [name, f"{t['wall_seconds']:.1f}", f"{t['cpu_seconds']:.1f}", str(t["parts_made"] or "")]
@@ -67,7 +69,7 @@ def _report(build: Build, manifest: Manifest | None) -> str:
         ),
     ]
     if manifest is not None:
-        sections[4:4] = ["## Rows", table(_rows(manifest)), "![tokens of a document](lengths.png)"]
+        sections[4:4] = ["## Rows", markdown_table(_rows(manifest)), "![tokens of a document](lengths.png)"]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -85,11 +87,11 @@ def _card(build: Build, manifest: Manifest | None) -> str:
         f"{documents:,} conversations in {len(build.domains)} domains, made by `srde-ds build_dataset`. Each line of "
         f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (where it comes from), and "
         "`answer` where the answer can be checked.",
-        table(_domains(build)),
+        markdown_table(_domains(build)),
         "## Sources and licences",
         "The licence of each row is that of its source. Where the last column is not `yes`, the licence does not "
         "allow, or does not say, that the data may be passed on.",
-        table(_sources(build)),
+        markdown_table(_sources(build)),
         "## Splits",
         "Rows are split by a hash of their question (of the original question or passage where several rows share "
         "one), so a row keeps its split as the dataset grows. Exact and near duplicates were removed across all "
@@ -103,7 +105,7 @@ def _card(build: Build, manifest: Manifest | None) -> str:
             f"with labels on the responses only. Tokenizer: `{tokenizer['name']}`, sha256 "
             f"`{str(tokenizer['sha256'])[:16]}`, chat template sha256 "
             f"`{str(tokenizer['chat_template_sha256'])[:16]}`.",
-            table(_rows(manifest)),
+            markdown_table(_rows(manifest)),
         ]
     return "\n\n".join(sections) + "\n"
 
@@ -182,10 +184,3 @@ def _example(domain: str, figures: dict[str, Any]) -> str:
 
 def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its header."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
+from srde_ds.utils.files import replacement
 from srde_ds.data.build.options import Build, BuildOptions
 from srde_ds.data.build.selection import Pool, Selection
 from srde_ds.data.build.tokens import pack_documents, read_lines
@@ -60,13 +61,11 @@ def check_free(work_dir: Path, build: Build) -> None:
 def write_jsonl(path: Path, selection: Selection, pool: Pool, parts: Sequence[Made]) -> str:
     """The chosen records, domain by domain and split by split; returns the file's SHA-256."""
     digest = hashlib.sha256()
-    half = path.with_name(path.name + ".tmp")
-    with half.open("wb") as file:
+    with replacement(path) as partial, partial.open("wb") as file:
         for line in _lines(selection, pool, parts):
             data = line.encode() + b"\n"
             digest.update(data)
             file.write(data)
-    half.replace(path)
     return digest.hexdigest()
 
 

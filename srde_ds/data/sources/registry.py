@@ -12,6 +12,7 @@ import yaml
 from srde_ds.config.values import refuse_repeated_keys
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.tables import aligned_table
 
 REGISTRY = Path(__file__).with_name("registry.yaml")
 KINDS = ("hub", "folder", "jsonl", "parquet", "reasoning_gym", "tasks")
@@ -123,9 +124,7 @@ def print_sources(sources: Sequence[Source]) -> None:
         columns = ", ".join(source.real_columns()) or "-"
         origin = f"{source.kind} {place}{commit}"
         table.append([source.name, source.domain, origin, rows, source.license, source.redistributable, columns])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print(aligned_table(table))
 
 
 def _read(path: Path) -> dict[str, Any]:

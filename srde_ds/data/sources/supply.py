@@ -6,10 +6,11 @@ import json
 import logging
 from pathlib import Path
 
-from srde_ds.data.build.options import BuildOptions, write_text
+from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.sources.reading import OpenSource, open_source
 from srde_ds.data.sources.registry import Source
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import write_text
 from srde_ds.utils.retry import SourceError
 
 log = logging.getLogger(__name__)

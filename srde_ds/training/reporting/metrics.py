@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -192,9 +192,7 @@ def _cut_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    shortened = path.with_suffix(".jsonl.tmp")
-    shortened.write_text("".join(kept), encoding="utf-8")
-    os.replace(shortened, path)
+    write_text(path, "".join(kept))
 
 
 def _finite(value: Any) -> Any:

@@ -1,0 +1,27 @@
+"""Tables of texts: aligned for the console, in Markdown for pages. The first row is the header."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Rows = Sequence[Sequence[str]]
+
+
+def aligned_table(rows: Rows, *, right: int | None = None) -> str:
+    """Columns two spaces apart.
+
+    Args:
+        right: number of the first column whose cells end, rather than begin, under each other; None: no column's do.
+    """
+    from tabulate import tabulate  # late: many modules draw a table, few runs do
+
+    columns = len(rows[0])
+    left = columns if right is None else right
+    sides = ["left"] * left + ["right"] * (columns - left)
+    return tabulate(rows[1:], rows[0], "plain", disable_numparse=True, colalign=sides if len(rows) > 1 else None)
+
+
+def markdown_table(rows: Rows) -> str:
+    """In Markdown, with each | in a cell escaped."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
