@@ -33,7 +33,7 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
     """The hosts in the order of the file, which is that of the ranks.
 
     Raises:
-        SRDEError: a line that is no `NAME slots=N`, or a host that stands there twice.
+        SRDEError: a line is not `NAME slots=N`, or a host is listed twice.
     """
     hosts = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -50,7 +50,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
     """`parse_hostfile` of a file.
 
     Raises:
-        SRDEError: it cannot be read, or as `parse_hostfile`.
+        SRDEError: the file cannot be read, or as `parse_hostfile`.
     """
     try:
         return parse_hostfile(Path(path).read_text(), f"hostfile={path}")
@@ -67,13 +67,13 @@ def hosts_from_list(names: Sequence[str], slots: int | None) -> list[Host]:
     """Hosts given as `name` or `name:slots`.
 
     Raises:
-        SRDEError: a host without a number of slots, or no name.
+        SRDEError: a host has no number of slots, or is not a valid name.
     """
     hosts = []
     for entry in names:
         name, _, own = entry.partition(":")
         if own and not own.isdecimal():
-            raise SRDEError(f"list={entry}: '{own}' is no number of processes. Write {name}:8.")
+            raise SRDEError(f"list={entry}: '{own}' is not a number of processes. Write for example {name}:8.")
         hosts.append(Host(name, _slots(int(own) if own else slots, entry)))
     return _checked(hosts, "list")
 
@@ -81,10 +81,10 @@ def hosts_from_list(names: Sequence[str], slots: int | None) -> list[Host]:
 def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Host]:
     """The hosts of the Slurm job whose environment this is.
 
-    Without `slots` it is the GPUs of a node, or else its tasks.
+    Without `slots`, a host has as many as the job has GPUs on each node, or else as many as it has tasks there.
 
     Raises:
-        SRDEError: outside of a job, or a job that says neither.
+        SRDEError: this is not a Slurm job, or the job gives neither number.
     """
     nodes = variables.get("SLURM_JOB_NODELIST")
     if nodes is None:
@@ -102,10 +102,10 @@ def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Ho
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """The names that Slurm's short form stands for: `rack[1-2]n[08-10],login` are seven. As `scontrol show hostnames`.
+    """The names in Slurm's short form, in its order, as `scontrol show hostnames` gives them: four in `n[08-10],login`.
 
     Raises:
-        SRDEError: brackets that do not match, or a range that goes backwards.
+        SRDEError: the brackets do not match, or a range goes backwards.
     """
     if not re.fullmatch(r"(?:[^\[\],\s]|\[[\d,-]+\])+(?:,(?:[^\[\],\s]|\[[\d,-]+\])+)*", text):
         raise SRDEError(f"nodelist '{text}': not of the form 'name[1-3,7],other'.")
@@ -118,12 +118,12 @@ def expand_nodelist(text: str) -> list[str]:
 
 
 def _expand_range(ranges: str, nodelist: str) -> list[str]:
-    """`08-10,12` as 08, 09, 10, 12: the first number's width holds for its range."""
+    """`08-10,12` as 08, 09, 10, 12: a range's numbers are as wide as its first one."""
     numbers = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise SRDEError(f"nodelist '{nodelist}': '{part}' is no range.")
+            raise SRDEError(f"nodelist '{nodelist}': '{part}' is not a range.")
         numbers += [str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2] or match[1]) + 1)]
     return numbers
 
@@ -146,17 +146,17 @@ class VastInstance:
 
 
 def read_vastai(text: str, slots: int | None) -> list[VastInstance]:
-    """The running instances in what `vastai show instances --raw` prints; all are `slots` GPUs, or those they have.
+    """The running instances in what `vastai show instances --raw` prints, each with `slots` processes or one a GPU.
 
     A directly mapped ssh port is preferred to the provider's proxy, which is slower.
 
     Raises:
-        SRDEError: not that JSON, or no instance is running.
+        SRDEError: the text is not that JSON, or no instance is running.
     """
     try:
         listed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SRDEError(f"vastai: no JSON ({error}). Give what `vastai show instances --raw` prints.") from None
+        raise SRDEError(f"vastai: not JSON ({error}). Give what `vastai show instances --raw` prints.") from None
     if not isinstance(listed, list) or not all(isinstance(entry, dict) and "id" in entry for entry in listed):
         raise SRDEError("vastai: not a list of instances. Give what `vastai show instances --raw` prints.")
     running = [entry for entry in listed if entry.get("actual_status") == "running"]
@@ -191,20 +191,20 @@ def format_ssh_config(instances: Iterable[VastInstance]) -> str:
 
 def _slots(slots: int | None, entry: str) -> int:
     if slots is None:
-        raise SRDEError(f"slots: how many processes has '{entry}'? Give --slots, its number of GPUs.")
+        raise SRDEError(f"slots: not given for '{entry}'. Give --slots, the number of its GPUs.")
     return slots
 
 
 def _checked(hosts: list[Host], source: str) -> list[Host]:
-    """Raises SRDEError for no host, one that stands there twice, an impossible name, or no slots."""
+    """The hosts; SRDEError if there is none, or one is listed twice, has an impossible name or no slots."""
     if not hosts:
-        raise SRDEError(f"{source}: names no host.")
+        raise SRDEError(f"{source}: lists no host.")
     for host in hosts:
         if not NAME.fullmatch(host.name):
-            raise SRDEError(f"{source}: '{host.name}' is no host name.")
+            raise SRDEError(f"{source}: '{host.name}' is not a host name.")
         if host.slots < 1:
             raise SRDEError(f"{source}: slots={host.slots} of host '{host.name}': must be at least 1.")
     name, times = Counter(host.name for host in hosts).most_common(1)[0]
     if times > 1:
-        raise SRDEError(f"{source}: host '{name}' stands there {times} times. Give it one line with all its slots.")
+        raise SRDEError(f"{source}: host '{name}' is listed {times} times. Give it one line with all its slots.")
     return hosts

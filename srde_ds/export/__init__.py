@@ -1,1 +1,1 @@
-"""A trained adapter as files for others: single-file weights, a dense checkpoint, a mixture of experts, GGUF."""
+"""A trained adapter in other forms: single-file weights, a dense checkpoint, a mixture of experts, GGUF."""

@@ -1,4 +1,4 @@
-"""A trained adapter where it lies, in a weights file or a checkpoint, read a tensor at a time."""
+"""A trained adapter in a weights file or a checkpoint, read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AdapterSource:
     """An adapter's metadata and its tensors by stable name (`layers.{i}.deltas.free`, ...).
 
     Attributes:
-        place: where it lies, for messages.
+        place: its file or folder, for messages.
     """
 
     place: Path

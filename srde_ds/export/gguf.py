@@ -56,12 +56,12 @@ def write_gguf(
             f"to=gguf: the base's rotary embeddings are of type {rope}; of this architecture llama.cpp's converter "
             f"knows {', '.join(ROPE_TYPES)}. Use --to moe, or merge one expert with --to dense and convert that."
         )
-    stored = dtype or base.decoder_tensor("embed_tokens.weight").dtype
+    written = dtype or base.decoder_tensor("embed_tokens.weight").dtype
     target = Path(output)
     with complete_file(target, 0) as partial, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = write_moe(adapter, base, Path(scratch) / target.stem, dtype=dtype)
         _make_up_for_yarn(folder / "config.json")
-        command = [sys.executable, str(script), str(folder), "--outfile", str(partial), "--outtype", OUTTYPES[stored]]
+        command = [sys.executable, str(script), str(folder), "--outfile", str(partial), "--outtype", OUTTYPES[written]]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode or not partial.is_file():
             lines = result.stderr.strip().splitlines() or ["it wrote nothing"]

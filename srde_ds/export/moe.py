@@ -70,14 +70,13 @@ def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dt
         shards[base.files[source]][name] = tensor
     shards = {file: tensors for file, tensors in shards.items() if tensors}
     tensors = [tensor for tensors in shards.values() for tensor in tensors.values()]
-    stored = moe.embedding.dtype
     config = moe_config(
         adapter,
         base,
         width=moe.width,
         tied=moe.output is None,
         bias=moe.bias,
-        dtype=dtype_name(stored),
+        dtype=dtype_name(moe.embedding.dtype),
     )
     companions = [path for path in base.companions() if "processor" not in path.name]  # images' or sounds'
     with complete_folder(Path(output), tensors_size(tensors)) as folder:

@@ -1,1 +1,1 @@
-"""Adapters as others get them: model cards and repositories of the Hugging Face Hub."""
+"""Sharing an adapter: its model card, and its repository on the Hugging Face Hub."""

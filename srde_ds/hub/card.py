@@ -1,4 +1,4 @@
-"""The README.md beside shared weights: what they are, how to use them, what they were trained on and what it gave."""
+"""The README.md beside shared weights: what they are, how to use them, their training data and their results."""
 
 from __future__ import annotations
 
@@ -34,10 +34,12 @@ def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None)
         run: folder of the training run; None: nothing is said of training, data and results.
 
     Raises:
-        SRDEError: `run` is no run's folder, or one of its files is damaged.
+        SRDEError: `run` is not the folder of a run, or one of its files is damaged.
     """
     if run is not None and not is_run(run):
-        raise SRDEError(f"run='{run}': no folder of a run (config.yaml, metrics.jsonl); give one, or leave it out.")
+        raise SRDEError(
+            f"run='{run}': not the folder of a run (no config.yaml or metrics.jsonl). Give one, or leave it out."
+        )
     sources = _sources(run) if run is not None else []
     sections = [
         _header(metadata, sources),
@@ -239,7 +241,7 @@ def _json(path: Path) -> Any:
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines = [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise SRDEError(f"'{path}' is empty: the run made no step; there is nothing to say of it.")
+        raise SRDEError(f"'{path}' is empty: the run has made no step. Train first.")
     return lines
 
 

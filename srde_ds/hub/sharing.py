@@ -1,4 +1,4 @@
-"""Adapters as others get them: folders with a model card, repositories of the Hugging Face Hub."""
+"""An adapter with its model card in a folder, or in a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 

@@ -90,9 +90,9 @@ def test_hostfiles_are_read_as_deepspeed_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("", "no host"),
+        ("", "lists no host"),
         ("node1", "line 1, 'node1'"),
-        ("a slots=1\na slots=2", "'a' stands there 2 times"),
+        ("a slots=1\na slots=2", "'a' is listed 2 times"),
         ("a slots=0", "slots=0"),
         ("-oProxyCommand=x slots=1", "line 1"),
     ],
@@ -137,9 +137,9 @@ def test_vastai_instances_become_hosts_with_their_ports(
     [
         ([], "give --list, --slurm or --vastai"),
         (["--list", "a"], "slots"),
-        (["--list", "a:x"], "'x' is no number"),
-        (["--list", "a;b:1"], "'a;b' is no host name"),
-        (["--list", "a:1,a:2"], "'a' stands there 2 times"),
+        (["--list", "a:x"], "'x' is not a number"),
+        (["--list", "a;b:1"], "'a;b' is not a host name"),
+        (["--list", "a:1,a:2"], "'a' is listed 2 times"),
         (["--slurm"], "SLURM_JOB_NODELIST is not set"),
         (["--vastai", "/no/such"], "vastai=/no/such"),
         (["--list", "a:1", "--ssh_config", "x"], "only --vastai"),

@@ -295,7 +295,7 @@ def test_a_card_without_a_run_says_nothing_of_training(made: Trained, tmp_path: 
     assert made.model.run_folder is None
     card = model_card(made.model.metadata(), repo=None, run=None)
     assert "## How to use" in card and "## Training" not in card and "## Data" not in card
-    with pytest.raises(SRDEError, match="no folder of a run"):
+    with pytest.raises(SRDEError, match="not the folder of a run"):
         made.model.save_pretrained(tmp_path / "out", run=tmp_path)
     assert not (tmp_path / "out").exists()
 

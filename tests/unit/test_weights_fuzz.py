@@ -157,7 +157,7 @@ def test_damaged_weights_are_refused_or_finite(damage: Callable[..., None], tmp_
             if number % 5 == 0:  # what converts refuses the same
                 assert outcome(lambda: open_adapter(path)) == refused
             seen[refused] += 1
-            if not refused and outcome(lambda: check_model(path)):
+            if not refused and seen[""] % 3 == 0 and outcome(lambda: check_model(path)):
                 seen["another base"] += 1
     assert seen[""] > TRIES / 100 and len(seen) > 10, seen
 

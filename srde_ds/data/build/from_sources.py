@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.utils.files import write_text
 from srde_ds.data.build.artifacts import Stages, fingerprint
 from srde_ds.data.build.options import Build, BuildOptions
 from srde_ds.data.build.selection import Pool, Selection, select
@@ -26,6 +25,7 @@ from srde_ds.data.manifest import tokenizer_identity
 from srde_ds.data.records import SPLITS
 from srde_ds.data.sources.supply import Supply
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import write_text
 
 log = logging.getLogger(__name__)
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from srde_ds.data.build.options import Build
-from srde_ds.utils.files import write_text
-from srde_ds.utils.tables import markdown_table
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
 from srde_ds.data.build.writing import CARD, JSONL
 from srde_ds.data.manifest import Manifest
 from srde_ds.data.records import SPLITS
+from srde_ds.utils.files import write_text
+from srde_ds.utils.tables import markdown_table
 
 RULES = (
     "no answer", "broken", "empty", "exact duplicate", "near duplicate", "in an evaluation set", "held-out question",

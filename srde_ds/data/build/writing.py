@@ -13,7 +13,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
-from srde_ds.utils.files import replacement
 from srde_ds.data.build.options import Build, BuildOptions
 from srde_ds.data.build.selection import Pool, Selection
 from srde_ds.data.build.tokens import pack_documents, read_lines
@@ -22,6 +21,7 @@ from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS
 from srde_ds.data.rows import write_split
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import replacement
 
 ROWS = "tokenized"
 JSONL = "data.jsonl"

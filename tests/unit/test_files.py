@@ -1,0 +1,64 @@
+"""Files that are replaced whole or not at all, and tables."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from srde_ds.utils.files import replacement, write_text
+from srde_ds.utils.tables import aligned_table, markdown_table
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    target, partial = tmp_path / "a", tmp_path / "a.tmp"
+    write_text(target, "old")
+    partial.mkdir()  # left by a kill, even as a folder
+    (partial / "half").touch()
+    with pytest.raises(KeyError), replacement(target) as path:
+        assert path == partial and not partial.exists()
+        path.write_text("half")
+        raise KeyError
+    assert target.read_text() == "old" and not partial.exists()
+    write_text(target, "é")
+    assert target.read_bytes() == "é".encode() and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    with replacement(tmp_path / "folder") as path:
+        path.mkdir()
+        (path / "a").touch()
+        assert not (tmp_path / "folder").exists()
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["a"]
+    with pytest.raises(OSError), replacement(tmp_path / "folder") as path:
+        path.mkdir()
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["a"] and os.listdir(tmp_path) == ["folder"]
+
+
+def test_what_is_durable_is_synced_before_and_after_it_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr("os.fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr("os.replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    write_text(tmp_path / "a", "text")
+    assert done == ["replace"]
+    write_text(tmp_path / "a", "text", durable=True)
+    assert done[1:] == [str(tmp_path / "a.tmp"), "replace", str(tmp_path)]
+
+
+def test_writers_of_one_file_do_not_share_what_they_write_to(tmp_path: Path) -> None:
+    with replacement(tmp_path / "a", many_writers=True) as path:
+        path.write_text("mine")
+        write_text(tmp_path / "a", "another's")
+    assert (tmp_path / "a").read_text() == "mine" and str(os.getpid()) in path.name
+
+
+def test_tables() -> None:
+    rows = [["kind", "values", "note"], ["a", "1,000", ""], ["longer", "5", "1e5"]]
+    assert aligned_table(rows) == "kind    values    note\na       1,000\nlonger  5         1e5"
+    assert aligned_table(rows, right=1) == "kind      values    note\na          1,000\nlonger         5     1e5"
+    assert aligned_table(rows[:1]).split() == rows[0]
+    assert markdown_table([["a", "b|c"], ["1", "2"]]) == "| a | b\\|c |\n|---|---|\n| 1 | 2 |"
