@@ -18,7 +18,7 @@ def aligned_table(rows: Rows, *, right: int | None = None) -> str:
     columns = len(rows[0])
     left = columns if right is None else right
     sides = ["left"] * left + ["right"] * (columns - left)
-    return tabulate(rows[1:], rows[0], "plain", disable_numparse=True, colalign=sides if len(rows) > 1 else None)
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def markdown_table(rows: Rows) -> str:

@@ -118,7 +118,7 @@ def test_the_command_lines_default_device_will_do_without_a_gpu(weights: Path) -
 def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from srde_ds.evaluation.harness import SRDEHarnessModel
 
-    with pytest.raises(SRDEError, match="dtype=int8: must be one of bfloat16, float32"):
+    with pytest.raises(SRDEError, match="dtype=int8: must be one of float32, bfloat16"):
         SRDEHarnessModel(str(weights), dtype="int8")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SRDEError, match="one process"):

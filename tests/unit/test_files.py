@@ -58,7 +58,7 @@ def test_writers_of_one_file_do_not_share_what_they_write_to(tmp_path: Path) -> 
 
 def test_tables() -> None:
     rows = [["kind", "values", "note"], ["a", "1,000", ""], ["longer", "5", "1e5"]]
-    assert aligned_table(rows) == "kind    values    note\na       1,000\nlonger  5         1e5"
-    assert aligned_table(rows, right=1) == "kind      values    note\na          1,000\nlonger         5     1e5"
+    assert aligned_table(rows) == "kind    values  note\na       1,000\nlonger  5       1e5"
+    assert aligned_table(rows, right=1) == "kind    values  note\na        1,000\nlonger       5   1e5"
     assert aligned_table(rows[:1]).split() == rows[0]
     assert markdown_table([["a", "b|c"], ["1", "2"]]) == "| a | b\\|c |\n|---|---|\n| 1 | 2 |"

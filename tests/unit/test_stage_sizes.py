@@ -51,6 +51,6 @@ def test_supports_must_fit_at_the_initial_density(tmp_path: Path) -> None:
 def test_without_annealing_there_is_one_stage() -> None:
     config = resolve({}, {"density": 0.05, "num_experts": 3, "max_steps": 100})
     assert describe_stages(config, BLOCKS).splitlines() == [
-        "steps              density    trained values",
-        f"1-100                 0.05{2 * (32 * 9 * 5 + 3 * 32):>18,}",
+        "steps  density  trained values",
+        f"1-100     0.05{2 * (32 * 9 * 5 + 3 * 32):>16,}",
     ]
