@@ -32,7 +32,7 @@ from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import ROLES, FeedForward, find_feed_forward, load_base
 from srde_ds.model.deltas import build_deltas
-from srde_ds.model.router import RoutingContext, RoutingStatistics
+from srde_ds.model.policy import PolicyControl
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.schedule import set_learning_rates
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
@@ -168,7 +168,7 @@ def train_baseline(run: Run, config: Config, inputs: Inputs) -> Trained:
     torch.manual_seed(config.training.seed)
     base = load_base(inputs.base, dtype=torch.float32).to(device)
     parameters = PARAMETERS[run.kind](base, run) if run.kind != "base" else []
-    model = SRDEModel(base, AdapterConfig(), [], RoutingContext(RoutingStatistics(0, 0)), {"name": str(inputs.base)})
+    model = SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(inputs.base)})
     losses, seconds, tokens = _fit(model, parameters, config, inputs) if parameters else ([], [], 0)
     model.eval()
     validation = row_losses(model, inputs.split("validation"), config.training.batch_size)

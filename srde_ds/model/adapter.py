@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +24,7 @@ from srde_ds.model.base import FeedForward, Gather, load_base, no_gather
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
-from srde_ds.model.router import RoutingContext
+from srde_ds.model.policy import PolicyControl, PolicyKeepingCheckpoint, RoutingPolicy
 from srde_ds.model.supports.selection import support_hash, support_shape
 from srde_ds.weights.file import AdapterMetadata, expert_index, open_weights, read_metadata
 
@@ -49,7 +49,7 @@ class SRDEModel(nn.Module):
     Attributes:
         base: the transformers model, with the experts in it: what expects a model of transformers, such as
             `transformers.pipeline`, takes this.
-        routing: the context that all layers read, see `router.RoutingContext`.
+        routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
         run_folder: of the training run that the weights were loaded from; None: of no run.
     """
@@ -61,7 +61,7 @@ class SRDEModel(nn.Module):
         base: PreTrainedModel,
         config: AdapterConfig,
         expert_names: list[str],
-        routing: RoutingContext,
+        routing: PolicyControl,
         identity: dict[str, str | int],
     ) -> None:
         super().__init__()
@@ -108,6 +108,7 @@ class SRDEModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         token_mask: Tensor | None = None,
+        policy: RoutingPolicy | None = None,
         **kwargs: Any,
     ) -> SRDEOutput:
         """Run the base with its experts.
@@ -116,21 +117,43 @@ class SRDEModel(nn.Module):
             input_ids: `[B, S]`.
             position_ids: `[B, S]`; restarting positions separate documents when attention_mask is None.
             labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1.
-            token_mask: `[B, S]` bool, True for real tokens; default: the last S columns of attention_mask, else all.
+            token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
+                attention_mask, else all.
+            policy: how this forward routes its tokens and what it records; default: the one in force, that is, without
+                further ado, all experts or those of `set_active_experts`.
             kwargs: for the base's forward.
 
         Raises:
-            SRDEError: every expert is locked.
+            SRDEError: every expert is locked, or the base recomputes activations in its own way (see
+                `enable_gradient_checkpointing`).
         """
-        allowed = self.routing.allowed_experts
-        if allowed is not None and not bool(allowed.any()):
-            raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
+        policy = self.routing.policy if policy is None else policy
+        if token_mask is None:
+            token_mask = policy.token_mask
         if token_mask is None and attention_mask is not None:
             token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
-        self.routing.token_mask = token_mask
-        # A cache switches off the separation of packed documents.
-        kwargs.setdefault("use_cache", False)
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask} | kwargs
+        with self.routing.running(replace(policy, token_mask=token_mask)):
+            self._check_policy()
+            return self._forward(inputs, labels)
+
+    def _check_policy(self) -> None:
+        allowed = self.routing.policy.allowed_experts
+        if allowed is not None and not bool(allowed.any()):
+            raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
+        if torch.is_grad_enabled() and self.training:
+            for layer in self.base.modules():
+                checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+                ours = checkpoint is None or isinstance(checkpoint, PolicyKeepingCheckpoint)
+                if not ours and getattr(layer, "gradient_checkpointing", False):
+                    raise SRDEError(
+                        "base: it recomputes activations without this forward's policy; call "
+                        "enable_gradient_checkpointing of the SRDEModel instead of the base's."
+                    )
+
+    def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> SRDEOutput:
+        # A cache switches off the separation of packed documents.
+        inputs.setdefault("use_cache", False)
         if labels is None:
             output = self.base(**inputs)
             return SRDEOutput(logits=output.logits, past_key_values=output.past_key_values)
@@ -143,30 +166,38 @@ class SRDEModel(nn.Module):
         loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
         return SRDEOutput(loss_sum=loss_sum, label_count=(targets != -100).sum())
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate`, with experts."""
-        self.routing.token_mask = None
-        return self.base.generate(*args, **kwargs)
+    def generate(self, *args: Any, policy: RoutingPolicy | None = None, **kwargs: Any) -> Any:
+        """The base's `generate`, with experts.
+
+        Args:
+            policy: of all its forwards; default: the one in force.
+        """
+        with self.routing.running(self.routing.policy if policy is None else policy):
+            return self.base.generate(*args, **kwargs)
 
     def enable_gradient_checkpointing(self, *, use_reentrant: bool = False) -> None:
-        """Recompute each decoder layer's activations in the backward (in train mode)."""
+        """Recompute each decoder layer's activations in the backward (in train mode), under the forward's policy."""
         self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        for module in self.base.modules():
+            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
+                module._gradient_checkpointing_func = PolicyKeepingCheckpoint(checkpoint, self.routing)
         if use_reentrant:  # it needs an input with a gradient, and the embedding is frozen
             self.base.enable_input_require_grads()
 
     @contextmanager
     def no_experts(self) -> Iterator[None]:
         """Inside, the output is the bare base's, bit for bit."""
-        before, self.routing.active = self.routing.active, False
+        before = self.routing.standing.active
+        self.routing.standing = replace(self.routing.standing, active=False)
         try:
             yield
         finally:
-            self.routing.active = before
+            self.routing.standing = replace(self.routing.standing, active=before)
 
     @property
     def active_experts(self) -> list[str]:
         """Names of the experts that tokens may be routed to."""
-        allowed = self.routing.allowed_experts
+        allowed = self.routing.standing.allowed_experts
         used = [True] * len(self.expert_names) if allowed is None else allowed.tolist()
         return [name for name, use in zip(self.expert_names, used, strict=True) if use]
 
@@ -180,14 +211,14 @@ class SRDEModel(nn.Module):
             SRDEError: an unknown name, or no name.
         """
         if names is None:
-            self.routing.allowed_experts = None
+            self.routing.standing = replace(self.routing.standing, allowed_experts=None)
             return
         chosen = [expert_index(self.expert_names, name) for name in ([names] if isinstance(names, str) else names)]
         if not chosen:
             raise SRDEError("set_active_experts([]): give at least one expert; `with model.no_experts():` uses none.")
         allowed = torch.zeros(len(self.expert_names), dtype=torch.bool)
         allowed[chosen] = True
-        self.routing.allowed_experts = allowed
+        self.routing.standing = replace(self.routing.standing, allowed_experts=allowed)
 
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.

@@ -13,7 +13,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.base import FeedForward, Gather, base_identity, find_feed_forward, no_gather
 from srde_ds.model.deltas import build_deltas
 from srde_ds.model.layer import SRDEFeedForward
-from srde_ds.model.router import Router, RoutingContext, RoutingStatistics
+from srde_ds.model.policy import PolicyControl
+from srde_ds.model.router import Router
 from srde_ds.model.supports.selection import kept_size, select_support, support_shape, support_size
 
 SupportChooser = Callable[[int, FeedForward], Tensor]
@@ -31,11 +32,11 @@ def attach_experts(
     row_multiple: int = 1,
     gather: Gather = no_gather,
     target_density: float | None = None,
-) -> tuple[RoutingContext, dict[str, str | int]]:
+) -> tuple[PolicyControl, dict[str, str | int]]:
     """Replace the base's feed-forward blocks in place and freeze the base; see `adapter.add_experts`.
 
     Returns:
-        The context that all layers read, and the base's identity as it was before.
+        What tells the layers their policy, and the base's identity as it was before.
 
     Raises:
         SRDEError: names do not fit the config, or the base has no fitting blocks or carries experts already.
@@ -49,7 +50,7 @@ def attach_experts(
         raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
     blocks = find_feed_forward(base, gather=gather)
     identity = base_identity(base, gather=gather)
-    routing = RoutingContext(RoutingStatistics(len(blocks), config.num_experts))
+    routing = PolicyControl()
     base.requires_grad_(False)
     dtype = dtype or base.dtype
     for number, block in enumerate(blocks):
@@ -70,7 +71,7 @@ def attach_experts(
             block.hidden, config.num_experts, config.top_k, seed=seed, layer=number, dtype=dtype, device=device
         )
         layer = SRDEFeedForward(
-            block, deltas, router, support.to(device), granularity=config.granularity, layer=number, context=routing
+            block, deltas, router, support.to(device), granularity=config.granularity, layer=number, control=routing
         )
         setattr(block.owner, block.name, layer.train(base.training))
     return routing, identity

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
+from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (
     Preparation,
     Prepared,
@@ -28,7 +29,8 @@ from srde_ds.model.prepared import (
     PreparedRouter,
     arithmetic_dtype,
 )
-from srde_ds.model.router import Router, RouterLosses, Routing, RoutingContext, route
+from srde_ds.model.router import Router, RouterLosses, Routing, route
+from srde_ds.model.statistics import RoutingStatistics
 
 
 class SRDEFeedForward(nn.Module):
@@ -52,7 +54,7 @@ class SRDEFeedForward(nn.Module):
         *,
         granularity: str,
         layer: int,
-        context: RoutingContext,
+        control: PolicyControl,
     ) -> None:
         super().__init__()
         self.block = feed_forward.block
@@ -63,38 +65,47 @@ class SRDEFeedForward(nn.Module):
         self.hidden, self.intermediate = feed_forward.hidden, feed_forward.intermediate
         self.granularity = granularity
         self.layer = layer
-        self.context = context
+        self.control = control
         self.dispatch: ExpertDispatch = LocalDispatch()
         self.preparation = Preparation()
         for module in (self, deltas, router):  # with assign=True, their tensors become others
             module.register_load_state_dict_post_hook(self._after_loading)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., D]`."""
-        if not self.context.active:
+        """`[..., D]` -> `[..., D]`, as the policy in force says."""
+        policy = self.control.policy
+        if not policy.active:
             return self.block(x)
         x_TD, block, roles, router = x.flatten(0, -2), self.block, self.roles, self.router
         act, down = getattr(block, roles["act"]), getattr(block, roles["down"])
         gate_TF, up_TF = getattr(block, roles["gate"])(x_TD), getattr(block, roles["up"])(x_TD)
         prepared = self._prepared(gate_TF)
         if prepared is None:
-            routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
-            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing)
+            routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
+            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing.weights_TE, policy)
             output_TD = down(hidden_TF) + extra_TD
         else:
-            routing = prepared.router(x_TD, self.layer, self.context)
+            routing = prepared.router(x_TD, policy)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
-        return self._with_losses(output_TD, routing).view_as(x)
+        if policy.choices is not None:
+            policy.choices[self.layer] = routing.choices_TK
+        return self._with_losses(output_TD, routing, policy).view_as(x)
 
     def _after_loading(self, *_: object) -> None:
         self.preparation.drop()
 
     def _dispatched(
-        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        weights_TE: Tensor,
+        policy: RoutingPolicy,
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
         hidden_TF, act = act(gate_TF) * up_TF, _without_deepspeeds_hooks(act)
-        weights_TE, deltas = routing.weights_TE.to(gate_TF.dtype), self._effective_deltas().to(gate_TF.dtype)
+        weights_TE, deltas = weights_TE.to(gate_TF.dtype), self._effective_deltas(policy).to(gate_TF.dtype)
         if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
             return hidden_TF + change_TF, extra_TD
@@ -115,18 +126,19 @@ class SRDEFeedForward(nn.Module):
         with torch.no_grad():
             return self.deltas.square_norms(self.deltas())
 
-    def _effective_deltas(self) -> Tensor:
+    def _effective_deltas(self, policy: RoutingPolicy) -> Tensor:
         deltas: Tensor = self.deltas(
-            temperature=self.context.support_temperature if self.training else None,
-            step=self.context.support_noise,
-            overlap_weight=self.context.support_overlap_weight,
+            temperature=policy.support_temperature if self.training else None,
+            step=policy.noise_step,
+            overlap_weight=policy.loss_weights.support_overlap,
         )
         # Both: under torch.compile a slice of all rows keeps requires_grad without gradients, too.
         if torch.is_grad_enabled() and deltas.requires_grad:
             # Runs in the backward, hence once a micro-batch also when checkpointing repeats the forward.
-            deltas.register_hook(partial(_record_gradient, self.context, self.layer, self.deltas))
-            if self.context.delta_size_weight:  # after the other hook: statistics are of the loss's own gradient
-                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas)))
+            if policy.statistics is not None:
+                deltas.register_hook(partial(_record_gradient, policy.statistics, self.layer, self.deltas))
+            if policy.loss_weights.delta_size:  # after the other hook: statistics are of the loss's own gradient
+                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas, policy)))
         return deltas
 
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
@@ -178,32 +190,34 @@ class SRDEFeedForward(nn.Module):
         weights = [module.weight for module in modules]
         return weights if all(t.device == gate_TF.device and t.is_floating_point() for t in weights) else []
 
-    def _size_weights(self, deltas: Tensor) -> Tensor:
+    def _size_weights(self, deltas: Tensor, policy: RoutingPolicy) -> Tensor:
         """Weight of each expert's squared size, to broadcast against the effective deltas.
 
         Zero for locked experts, which must not change, and for the padding slots of a rank, which are no experts.
         Gradients are averaged over all ranks: one that few ranks have counts for the others.
         """
-        allowed, first = self.context.allowed_experts, self.deltas.first_expert
+        allowed, first = policy.allowed_experts, self.deltas.first_expert
         everyone = torch.ones_like(self.router.selection_bias)
         counted_E = (everyone if allowed is None else allowed).to(deltas)
         slots = deltas.shape[self.deltas.expert_axis]
         own = counted_E[first : first + slots]
-        weight = self.context.delta_size_weight * self.deltas.ranks_per_copy
+        weight = policy.loss_weights.delta_size * self.deltas.ranks_per_copy
         weights = weight * F.pad(own, (0, slots - len(own)))
         shape = [1] * deltas.dim()
         shape[self.deltas.expert_axis] = slots
         return weights.view(shape)
 
-    def _with_losses(self, output: Tensor, routing: Routing) -> Tensor:
-        logits_TE, in_training = routing.logits_TE, routing.logits_TE.requires_grad
-        if not in_training and (self.training or not self.context.collect_statistics):
+    def _with_losses(self, output: Tensor, routing: Routing, policy: RoutingPolicy) -> Tensor:
+        logits_TE, has_backward = routing.logits_TE, routing.logits_TE.requires_grad
+        # In train mode a forward without gradients is the first of two, when activations are recomputed.
+        if not has_backward and (self.training or policy.statistics is None):
             return output
-        chosen_TE, mask = routing.chosen_TE, self.context.token_mask
+        chosen_TE, mask = routing.chosen_TE, policy.token_mask
         mask_T = torch.ones_like(chosen_TE[:, 0]) if mask is None else mask.reshape(-1)
-        if in_training:
-            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, self.context, self.layer)
-        self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
+        if has_backward:  # also without losses: a router that the output does not depend on gets a gradient of zero
+            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, policy, self.layer)
+        assert policy.statistics is not None
+        policy.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
 
 
@@ -222,6 +236,6 @@ def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Ten
     return torch.addcmul(gradient, deltas, weights, value=2)
 
 
-def _record_gradient(context: RoutingContext, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
+def _record_gradient(statistics: RoutingStatistics, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
     squares = bank.square_norms(gradient)
-    context.statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)
+    statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.model.dispatch import Activation
-from srde_ds.model.router import Router, Routing, RoutingContext, route
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.router import Router, Routing, route
 
 Projection = Callable[[Tensor], Tensor]
 
@@ -114,9 +115,9 @@ class PreparedRouter:
         self.bias = router.selection_bias if bool(router.selection_bias.any()) else None
         self.top_k = router.top_k
 
-    def __call__(self, x_TD: Tensor, layer: int, context: RoutingContext) -> Routing:
+    def __call__(self, x_TD: Tensor, policy: RoutingPolicy) -> Routing:
         logits_TE = F.linear(as_dtype(x_TD, self.weight.dtype), self.weight)
-        return route(logits_TE, self.bias, self.top_k, layer, context)
+        return route(logits_TE, self.bias, self.top_k, policy)
 
 
 class PreparedNeuronDeltas:

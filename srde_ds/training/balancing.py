@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srde_ds.config import Config
+from srde_ds.config import OptimizerConfig
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import LossWeights
 
 
 def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: Tensor | None = None) -> Tensor:
@@ -71,9 +72,16 @@ def update_biases(
         layer.router.selection_bias += rate * missing.sign().to(layer.router.selection_bias)
 
 
-def delta_size_factor(config: Config) -> float:
-    """What `RoutingContext.delta_size_weight` is times `delta_size_weight`, so that a step's loss has that weight.
+def loss_weights(optimizer: OptimizerConfig, micro_steps: int) -> LossWeights:
+    """Weights of the auxiliary losses in each of the backwards of an optimizer step.
 
-    DeepSpeed averages gradients over micro-steps by scaling the loss: those that arise within the backward add up.
+    DeepSpeed averages gradients over micro-steps by scaling the loss. Gradients that arise within the backward are not
+    scaled: they add up, so each micro-step's is that part of the step's.
     """
-    return 1 / config.training.gradient_accumulation_steps
+    share = 1 / micro_steps
+    return LossWeights(
+        load_balancing=optimizer.load_balancing_weight,
+        router_z=optimizer.router_z_weight,
+        delta_size=optimizer.delta_size_weight * share,
+        support_overlap=optimizer.support_overlap_weight / micro_steps,
+    )

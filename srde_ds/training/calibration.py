@@ -193,7 +193,7 @@ class _ActivationScores:
             if role == "up":  # has gate's input
                 return
             start, width = (0, self._hidden[layer]) if role == "gate" else (self._hidden[layer], inputs[0].shape[-1])
-            real = self._model.routing.token_mask
+            real = self._model.routing.policy.token_mask
             tokens = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             tokens = tokens if real is None else tokens[real.reshape(-1)]
             squares = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float64).square()

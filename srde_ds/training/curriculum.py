@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
-from srde_ds.training.balancing import domain_target, update_biases
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.training.balancing import domain_target, loss_weights, update_biases
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.reporting.held_out import Batch, HeldOut, forced_experts
 from srde_ds.training.schedule import StepPlan, plan_of_step, pretrain_steps, warm_start_step
@@ -25,10 +26,15 @@ class Curriculum:
 
     Args:
         stream: all training rows.
+
+    Attributes:
+        policy: of the forwards of the step that was begun last.
     """
 
     def __init__(self, config: Config, topology: Topology, stream: RowStream, state: RunState) -> None:
         self.config, self.topology, self.stream, self.state = config, topology, stream, state
+        self.policy = RoutingPolicy()
+        self._loss_weights = loss_weights(config.optimizer, config.training.gradient_accumulation_steps)
         self._streams: dict[int, RowStream] = {}
 
     @property
@@ -40,16 +46,23 @@ class Curriculum:
         return self.state.unlock_order[: plan.unlocked] if plan.only_domain is None else [plan.only_domain]
 
     def begin_step(self, engine: Engine) -> RowStream:
-        """Freeze, lock and route as the coming step's plan says; the stream that its rows come from."""
+        """Freeze and lock as the coming step's plan says, and set its `policy`; returns the stream of its rows."""
         plan, experts = self.plan, self.config.adapter.num_experts
         unlocked = self.unlocked_experts()
         locked = frozenset(range(experts)) - frozenset(unlocked)
         engine.restrict(plan.trained, locked)
-        routing = engine.model.routing
         allowed = torch.zeros(experts, dtype=torch.bool, device=self.topology.device)
         allowed[unlocked] = True
-        routing.allowed_experts = allowed if locked else None
-        routing.support_temperature, routing.support_noise = plan.temperature, self.state.step
+        if self.config.optimizer.load_balancing_target == "uniform":
+            self.state.target_share = None  # a checkpoint may hold one, from before the option was changed
+        self.policy = RoutingPolicy(
+            allowed_experts=allowed if locked else None,
+            loss_weights=self._loss_weights,
+            expert_share=self.state.expert_share,
+            target_share=self.state.target_share,
+            support_temperature=plan.temperature,
+            noise_step=self.state.step,
+        )
         return self.stream if plan.only_domain is None else self._stream_of(plan.only_domain)
 
     def end_step(self, engine: Engine, sums: dict[str, Tensor]) -> None:
@@ -57,22 +70,22 @@ class Curriculum:
 
         Shares and the target they are held against are of the same step: the mix of domains varies.
         """
-        routing, assignments, optimizer = engine.model.routing, sums["assignments"], self.config.optimizer
+        assignments, optimizer, allowed = sums["assignments"], self.config.optimizer, self.policy.allowed_experts
         if self.plan.forced:
             return
         share = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
-        routing.expert_share = share.float().to(self.topology.device)
+        self.state.expert_share = share.float().to(self.topology.device)
         if optimizer.load_balancing_target == "domains":
             adapter, tokens = self.config.adapter, sums["domain_tokens"]
-            target = domain_target(tokens, adapter.num_experts, adapter.top_k, routing.allowed_experts)
-            routing.target_share = target.to(self.topology.device)
+            target = domain_target(tokens, adapter.num_experts, adapter.top_k, allowed)
+            self.state.target_share = target.to(self.topology.device)
         rate = optimizer.balancing_bias_rate
         if rate and "router" in self.plan.trained:
-            update_biases(engine.model, assignments, rate, allowed=routing.allowed_experts, target=routing.target_share)
+            update_biases(engine.model, assignments, rate, allowed=allowed, target=self.state.target_share)
 
-    def route_batch(self, engine: Engine, batch: Batch) -> None:
-        """Before each forward of a step."""
-        engine.model.routing.forced_experts = forced_experts(batch, "domain") if self.plan.forced else None
+    def policy_of(self, batch: Batch) -> RoutingPolicy:
+        """The step's policy for one of its micro-batches."""
+        return replace(self.policy, forced_experts=forced_experts(batch, "domain")) if self.plan.forced else self.policy
 
     def between_steps(
         self, engine: Engine, held_out: HeldOut | None, interrupted: Callable[[], bool]

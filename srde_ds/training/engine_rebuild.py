@@ -13,7 +13,6 @@ from srde_ds.model.adapter import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.planner.shapes import base_shape
-from srde_ds.training.balancing import delta_size_factor
 from srde_ds.training.calibration import calibrate_supports, choose_rows
 from srde_ds.training.checkpointing import RunState, SavedRun
 from srde_ds.training.schedule import density_at
@@ -81,13 +80,6 @@ class Stages:
         groups = build_groups(model.trainable_parameters(), self.config.optimizer, adapter.granularity)
         self._say(rule_table(groups))
         self.state.engine = build_engine(model, self.config, self.topology)
-        routing = model.routing
-        routing.load_balancing_weight = self.config.optimizer.load_balancing_weight
-        routing.router_z_weight = self.config.optimizer.router_z_weight
-        routing.delta_size_weight = self.config.optimizer.delta_size_weight * delta_size_factor(self.config)
-        # OverlapLoss adds its gradient whole in each micro-step.
-        micro_steps = self.config.training.gradient_accumulation_steps
-        routing.support_overlap_weight = self.config.optimizer.support_overlap_weight / micro_steps
         return self.state.engine
 
     def _must_shrink(self, engine: Engine, density: float) -> bool:

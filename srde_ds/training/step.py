@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -10,6 +11,7 @@ from srde_ds.config import Config
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.liveness.status import doing
+from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.curriculum import Curriculum
@@ -31,7 +33,7 @@ def optimizer_step(
         Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
         None when `interrupted` became true: nothing was updated.
     """
-    training, routing = config.training, engine.model.routing
+    training = config.training
     stream = curriculum.begin_step(engine)
     doing("reading rows")
     batches = [
@@ -53,20 +55,20 @@ def optimizer_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
     # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
     loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
-    routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    router_loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
     for number, batch in enumerate(batches, 1):
         if interrupted():
             return None
-        curriculum.route_batch(engine, batch)
+        policy = replace(curriculum.policy_of(batch), loss_scale=router_loss_scale, statistics=statistics)
         doing(f"forward of micro-step {number}")
-        batch_loss, _ = engine.forward(batch)
+        batch_loss, _ = engine.forward(batch, policy)
         doing(f"backward of micro-step {number}")
         engine.deepspeed.backward(batch_loss * loss_scale)
         doing(f"update after micro-step {number}")
         engine.deepspeed.step()
         loss_sum += batch_loss.detach()
-    routing.forced_experts = None
-    return counts | sum_over_ranks({"loss": loss_sum, **routing.statistics.pop()}, topology.device)
+    return counts | sum_over_ranks({"loss": loss_sum, **statistics.pop()}, topology.device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

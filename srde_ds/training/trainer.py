@@ -154,6 +154,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             experts = expert_metrics(sums)
             watch.check(state.step + 1, sums["assignments"].sum(0).tolist(), experts["expert_gradient_norm"])
             plan, unlocked = curriculum.plan, curriculum.unlocked_experts()
+            allowed = curriculum.policy.allowed_experts
             curriculum.end_step(engine, sums)
             state.step += 1
             state.tokens += int(sums["real_tokens"])
@@ -181,7 +182,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
                 doing("held-out loss")
                 expert: Literal["domain"] | None = "domain" if plan.forced else None
-                line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert))
+                line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert, allowed=allowed))
             metrics.write(line)
             progress.update(line)
             heartbeat.update(line)

@@ -155,7 +155,7 @@ def states_with_and_without_calibration(options: dict[str, Any]) -> list[list[An
         if supports is None:
             calibrate_supports(engine, config, topology, training_rows(config), config.adapter)
             supports = [layer.support.clone() for layer in engine.model.layers]
-        assert engine.model.training and engine.model.routing.active
+        assert engine.model.training and engine.model.routing.policy.active
         run_steps(engine, config, topology, steps=2)
         states.append(state(engine))
     return states

@@ -24,6 +24,7 @@ from srde_ds.config import resolve
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import load_base
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.training.warm_start.clustering import TARGET_GAP, RouterFit, fit_router
 from tests.distributed.harness import Ranks, run_distributed
@@ -83,15 +84,15 @@ def best_expert_shares(engine: Any, rows: datasets.Dataset) -> list[float]:
     model = engine.model
     right = torch.zeros(len(model.layers))
     tokens = 0
-    model.routing.record_choices = True
     engine.deepspeed.eval()
     for batch in validation_batches(rows, 4):
+        recorded: dict[int, Tensor] = {}
         with torch.no_grad():
-            engine.forward(batch)
+            engine.forward(batch, RoutingPolicy(choices=recorded))
         mask = batch["token_mask"].flatten()
         domain = batch["domain"][:, None].expand_as(batch["input_ids"]).flatten()[mask]
         tokens += int(mask.sum())
-        for layer, choices in model.routing.choices.items():
+        for layer, choices in recorded.items():
             right[layer] += (choices[mask, 0] == domain).sum()
     return (right / tokens).tolist()
 
@@ -127,7 +128,7 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
                 torch.testing.assert_close(piece.data, masters[piece.name], rtol=0, atol=0)
             else:
                 assert bool((piece.data == (0.0 if router else 0.5)).all()), f"{piece.name} {piece.kind}"
-        assert engine.deepspeed.training and engine.model.routing.forced_experts is None
+        assert engine.deepspeed.training and engine.model.routing.policy.forced_experts is None
         return {"report": asdict(report), "before": before, "after": after}
 
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter, parameter_table
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.weights.file import read_metadata, save_weights
 from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
 
@@ -92,8 +94,9 @@ def test_generation_with_a_cache_equals_generation_without() -> None:
     model = randomize(tiny_srde())
     arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        model.routing.collect_statistics = True
-        model(tokens(), token_mask=torch.ones(2, 16, dtype=torch.bool))  # its mask must not reach generate
+        policy = RoutingPolicy(statistics=RoutingStatistics(2, E))
+        # Its mask must not reach generate.
+        model(tokens(), token_mask=torch.ones(2, 16, dtype=torch.bool), policy=policy)
         cached, recomputed = (model.generate(tokens(2, 5), use_cache=cache, **arguments) for cache in (True, False))
         assert torch.equal(cached, recomputed) and cached.shape == (2, 11)
         with model.no_experts():
@@ -123,9 +126,9 @@ def test_a_batch_without_labels_still_runs_backward(length: int) -> None:
 
 def test_all_experts_locked_is_refused() -> None:
     model = tiny_srde()
-    model.routing.allowed_experts = torch.zeros(E, dtype=torch.bool)
+    policy = RoutingPolicy(allowed_experts=torch.zeros(E, dtype=torch.bool))
     with pytest.raises(SRDEError, match="all experts are locked"):
-        model(tokens())
+        model(tokens(), policy=policy)
 
 
 def test_the_config_must_fit_the_names() -> None:

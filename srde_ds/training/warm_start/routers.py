@@ -23,6 +23,7 @@ from srde_ds.distributed.processes import Topology, on_main_rank
 from srde_ds.distributed.write_trainables import write_trainables
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
 from srde_ds.training.warm_start.clustering import RouterFit, fit_router
 from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens, special_token_ids
@@ -86,23 +87,19 @@ def _own_inputs(
     batches = validation_batches(
         rows.select(sample.rows), config.training.batch_size, rank=topology.rank, world_size=topology.world_size
     )
-    routing = engine.model.routing
-    forced_before = routing.forced_experts
 
     def forward(batch: Batch) -> None:
         batch = {key: value.to(topology.device) for key, value in batch.items()}
         # After pretraining, each expert as it was trained; without it all deltas are zero and any routing does.
-        if config.curriculum.supervised_experts:
-            routing.forced_experts = forced_experts(batch, "domain")
+        forced = forced_experts(batch, "domain") if config.curriculum.supervised_experts else None
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        engine.deepspeed(**inputs, logits_to_keep=1)
+        engine.deepspeed(**inputs, logits_to_keep=1, policy=RoutingPolicy(forced_experts=forced))
 
     engine.deepspeed.eval()
     try:
         with torch.no_grad():
             return capture_inputs(engine.model, forward, batches, sample)
     finally:
-        routing.forced_experts = forced_before
         engine.deepspeed.train()
 
 
