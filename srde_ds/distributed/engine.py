@@ -20,7 +20,7 @@ from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts, cut_rows, expert_groups
 from srde_ds.distributed.processes import Topology, deepspeed
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
-from srde_ds.model.base import load_base
+from srde_ds.model.base import Sharding, load_base
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -136,8 +136,7 @@ def build_model(
         seed=config.training.seed,
         supports=supports,
         target_density=target_density,
-        row_multiple=topology.world_size,
-        gather=gather,
+        sharding=Sharding(gather, pad_to=topology.world_size),
     )
     if config.model.compile:
         for layer in model.layers:

@@ -205,7 +205,7 @@ def _muon_pieces(part: Partition, blocks: list[Window]) -> list[Piece]:
     if part.numel % (batch * cols):
         raise SRDEError(
             f"'{part.name}': {part.numel} values a rank are no whole rows of {batch} x {cols}. "
-            "Pad its rows to a multiple of the world size (row_multiple of add_experts)."
+            "Pad its rows to a multiple of the world size (pad_to of its Sharding)."
         )
     rows = part.numel // (batch * cols)
     if part.expert_axis is None:

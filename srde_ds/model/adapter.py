@@ -20,7 +20,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.hub.card import is_run
 from srde_ds.hub.sharing import find_adapter, push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import FeedForward, Gather, load_base, no_gather
+from srde_ds.model.base import WHOLE, FeedForward, Gather, Sharding, load_base, no_gather
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
@@ -270,12 +270,12 @@ class SRDEModel(nn.Module):
                     yield f"layers.{number}.{child}.{name}", cast("Trainable", parameter)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """All that makes the adapter by stable name, without padding rows; parameters must be whole here.
+        """All that makes the adapter, by stable name and without padding; parameters must be whole here.
 
         Raises SRDEError after `merge_and_unload`."""
         if not self.layers:
             raise SRDEError("merge_and_unload took the experts out of this model: load the adapter again.")
-        return {name: p.detach()[: p.srde_rows] for name, p in self.trainable_parameters()} | self.common_tensors()
+        return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
         """What is whole on every rank: supports, and copies of the routers' selection biases that are not zero."""
@@ -316,8 +316,7 @@ def add_experts(
     dtype: torch.dtype | None = None,
     supports: Sequence[Tensor] | None = None,
     target_density: float | None = None,
-    row_multiple: int = 1,
-    gather: Gather = no_gather,
+    sharding: Sharding = WHOLE,
 ) -> SRDEModel:
     """Replace the base's feed-forward blocks, in place, by blocks with experts whose deltas are zero.
 
@@ -326,8 +325,7 @@ def add_experts(
         supports: of all layers, top to bottom; default: chosen as the config says.
         target_density: the supports, of the config's density, hold the candidates of a support that is being learned;
             so many of them are kept. None: the supports are fixed.
-        row_multiple: see `deltas.build_deltas`.
-        gather: context in which the given parameters of one layer are readable (ZeRO-3).
+        sharding: of the base and the experts over processes; default: all weights are whole here.
 
     Raises:
         SRDEError: names do not fit the config, the base has no fitting blocks or carries experts already, no
@@ -338,11 +336,10 @@ def add_experts(
         base,
         config,
         expert_names,
-        support_chooser(config, supports, seed=seed, gather=gather),
+        support_chooser(config, supports, seed=seed, gather=sharding.gather),
         seed=seed,
         dtype=dtype,
-        row_multiple=row_multiple,
-        gather=gather,
+        sharding=sharding,
         target_density=target_density,
     )
 

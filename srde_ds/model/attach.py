@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import FeedForward, Gather, base_identity, find_feed_forward, no_gather
-from srde_ds.model.deltas import build_deltas
+from srde_ds.model.base import WHOLE, FeedForward, Gather, Sharding, base_identity, find_feed_forward
+from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import PolicyControl
 from srde_ds.model.router import Router
@@ -29,8 +29,7 @@ def attach_experts(
     *,
     seed: int,
     dtype: torch.dtype | None,
-    row_multiple: int = 1,
-    gather: Gather = no_gather,
+    sharding: Sharding = WHOLE,
     target_density: float | None = None,
 ) -> tuple[PolicyControl, dict[str, str | int]]:
     """Replace the base's feed-forward blocks in place and freeze the base; see `adapter.add_experts`.
@@ -48,8 +47,8 @@ def attach_experts(
         )
     if config.top_k > config.num_experts:
         raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
-    blocks = find_feed_forward(base, gather=gather)
-    identity = base_identity(base, gather=gather)
+    blocks = find_feed_forward(base, gather=sharding.gather)
+    identity = base_identity(base, gather=sharding.gather)
     routing = PolicyControl()
     base.requires_grad_(False)
     dtype = dtype or base.dtype
@@ -62,9 +61,7 @@ def attach_experts(
             size=support_size(config, block.hidden, block.intermediate),
             seed=seed,
             layer=number,
-            dtype=dtype,
-            device=device,
-            row_multiple=row_multiple,
+            storage=Storage(dtype, device, sharding.pad_to),
             keep=kept_size(config, target_density, block.hidden, block.intermediate),
         )
         router = Router(

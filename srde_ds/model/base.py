@@ -25,7 +25,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from srde_ds.errors import SRDEError
 from srde_ds.utils.pretrained import load_pretrained
 
-# Makes the given parameters readable inside the context (they are parts of one layer); with ZeRO-3: GatheredParameters.
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 ROLES = ("gate", "up", "down")
@@ -47,6 +46,22 @@ IDENTITY_SAMPLES = 4096  # values of each weight that are hashed
 def no_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
     """For a model whose parameters are whole on this process."""
     return nullcontext()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of a base, and of the experts in it, are spread over processes.
+
+    Attributes:
+        gather: makes the given parameters of one layer readable inside its context (ZeRO-3: `GatheredParameters`).
+        pad_to: processes that will cut the experts' tensors among them, see `deltas.Storage`.
+    """
+
+    gather: Gather = no_gather
+    pad_to: int = 1
+
+
+WHOLE = Sharding()  # all of it on this process
 
 
 @dataclass

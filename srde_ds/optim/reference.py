@@ -43,8 +43,7 @@ def muon_step(
 def adamw_step(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    moments: tuple[Tensor, Tensor],
     *,
     step: int,
     lr: float,
@@ -58,7 +57,7 @@ def adamw_step(
         The new parameter, first moment and second moment.
     """
     grad = grad.double()
-    exp_avg = betas[0] * exp_avg.double() + (1 - betas[0]) * grad
-    exp_avg_sq = betas[1] * exp_avg_sq.double() + (1 - betas[1]) * grad**2
+    exp_avg = betas[0] * moments[0].double() + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * moments[1].double() + (1 - betas[1]) * grad**2
     mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
     return param.double() * (1 - lr * weight_decay) - lr * mean / (square.sqrt() + eps), exp_avg, exp_avg_sq

@@ -13,6 +13,7 @@ not depend on the number of processes (docs/curriculum.md).
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,21 +34,40 @@ from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
 
-def calibrate_supports(
-    engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset, adapter: AdapterConfig
-) -> None:
+@dataclass(frozen=True)
+class Calibration:
+    """Which rows decide on the supports.
+
+    Attributes:
+        adapter: how supports are chosen, and at which density.
+        rows: how many are drawn: from all rows, or with `per_expert` from each domain.
+        domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
+    """
+
+    adapter: AdapterConfig
+    rows: int
+    seed: int
+    domains: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config, adapter: AdapterConfig | None = None) -> Calibration:
+        """As the options say; `adapter`: instead of theirs, with the density of the moment."""
+        rows, seed = config.curriculum.calibration_rows, config.training.seed
+        return cls(adapter or config.adapter, rows, seed, tuple(config.data.domains))
+
+
+def calibrate_supports(engine: Engine, calibration: Calibration, topology: Topology, rows: datasets.Dataset) -> None:
     """Choose the supports by `support_strategy` activation or gradient, and write them into the layers.
 
     A collective of all ranks; the supports are the same on all. Gradients and optimizer state stay untouched.
 
     Args:
         rows: the training rows.
-        adapter: with the density of the layers' supports.
 
     Raises:
-        SRDEError: on every rank: a domain without rows, or scores that are all zero or not finite.
+        SRDEError: on every rank: a domain has no rows, or the scores are all zero or not finite.
     """
-    groups = choose_rows(config, rows)
+    adapter, groups = calibration.adapter, choose_rows(calibration, rows)
     per_expert = adapter.support_scope == "per_expert"
     beyond = range(len(groups), adapter.num_experts) if per_expert else range(0)
     everything = _scores(engine.model, adapter, topology.device) if beyond else None
@@ -62,7 +82,7 @@ def calibrate_supports(
         _choose(engine.model, everything, list(beyond))
 
 
-def choose_rows(config: Config, rows: datasets.Dataset) -> list[datasets.Dataset]:
+def choose_rows(calibration: Calibration, rows: datasets.Dataset) -> list[datasets.Dataset]:
     """The calibration rows: one draw from all rows, or with `per_expert` one from each domain that has an expert.
 
     Depends on the seed and on the rows alone, and reads only their domains.
@@ -70,16 +90,16 @@ def choose_rows(config: Config, rows: datasets.Dataset) -> list[datasets.Dataset
     Raises:
         SRDEError: a domain with an expert has no rows.
     """
-    count, seed = config.curriculum.calibration_rows, config.training.seed
-    if config.adapter.support_scope == "shared":
+    adapter, count, seed = calibration.adapter, calibration.rows, calibration.seed
+    if adapter.support_scope == "shared":
         return [_draw(rows, range(len(rows)), count, seed, "all")]
     domain_of_row = torch.as_tensor(rows.with_format("numpy")["domain"][:])
     groups = []
-    for domain, name in enumerate(config.data.domains[: config.adapter.num_experts]):
+    for domain, name in enumerate(calibration.domains[: adapter.num_experts]):
         own = (domain_of_row == domain).nonzero().squeeze(1).tolist()
         if not own:
             raise SRDEError(
-                f"support_strategy={config.adapter.support_strategy}, support_scope=per_expert: domain '{name}' has no "
+                f"support_strategy={adapter.support_strategy}, support_scope=per_expert: domain '{name}' has no "
                 "training rows to choose its expert's support from. Add records of it, or give --support_scope shared."
             )
         groups.append(_draw(rows, own, count, seed, name))

@@ -30,7 +30,7 @@ from srde_ds.distributed.processes import Topology, all_reduce_max, gather_objec
 from srde_ds.errors import SRDEError
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
-from srde_ds.training.schedule import warm_start_step
+from srde_ds.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ class RunState:
 
     def _check_warm_start(self, saved: SavedRun) -> None:
         """A warm start whose step is past would be left out in silence."""
-        step, due = saved.values["step"], warm_start_step(self.config)
+        step, due = saved.values["step"], Schedule.of(self.config).warm_start_step
         if due is not None and due < step and not saved.values.get("warm_started", False):
             raise SRDEError(
                 f"{saved.folder}: warm_start=true sets the routers before step {due + 1}, but its {step} steps were "

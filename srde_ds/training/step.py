@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from srde_ds.config import Config
+from srde_ds.config import Config, OptimizerConfig
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.liveness.status import doing
@@ -50,7 +50,8 @@ def optimizer_step(
         for micro in range(training.gradient_accumulation_steps)
     ]
     counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
-    set_learning_rates(engine.optimizer, scheduled_factor(config, state.step))
+    factor = scheduled_factor(config.optimizer, training.max_steps, state.step)
+    set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
     # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
@@ -85,12 +86,12 @@ def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
     return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
 
 
-def scheduled_factor(config: Config, step: int) -> float:
-    optimizer = config.optimizer
+def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:
+    """Share of the peak learning rates for the update after `step` finished ones, see `learning_rate_factor`."""
     return learning_rate_factor(
         step,
         schedule=optimizer.lr_schedule,
-        max_steps=config.training.max_steps,
+        max_steps=max_steps,
         warmup_steps=optimizer.warmup_steps,
         decay_ratio=optimizer.decay_ratio,
         min_lr_ratio=optimizer.min_lr_ratio,

@@ -194,7 +194,7 @@ def test_adamw_equals_reference() -> None:
         ours.grad = random(50, seed=step)
         optimizer.step()
         settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        param, mean, square = adamw_step(param, random(50, seed=step), mean, square, step=step, **settings)
+        param, mean, square = adamw_step(param, random(50, seed=step), (mean, square), step=step, **settings)
     assert relative_error(ours.detach(), param) < 1e-6
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.deltas import DeltaBank, build_deltas
+from srde_ds.model.deltas import DeltaBank, Storage, build_deltas
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.supports.learned import OverlapLoss, RelaxedTopK, SupportGate, kept_entries
 from srde_ds.model.supports.selection import check_support, select_support
@@ -30,8 +30,8 @@ FORMS = [
 def bank_of(*, dtype: torch.dtype = torch.float64, seed: int = 0, layer: int = 0, **form: Any) -> DeltaBank:
     """Random deltas and scores."""
     config = adapter_config(num_experts=E, support_strategy="learned", **form)
-    device = torch.device("cpu")
-    bank = build_deltas(config, hidden=D, size=C, seed=seed, layer=layer, dtype=dtype, device=device, keep=KEEP)
+    storage = Storage(dtype, torch.device("cpu"))
+    bank = build_deltas(config, hidden=D, size=C, seed=seed, layer=layer, storage=storage, keep=KEEP)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in bank.parameters():
@@ -274,8 +274,7 @@ def test_scores_find_the_planted_candidates(granularity: str, scope: str) -> Non
         size=candidates,
         seed=0,
         layer=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        storage=Storage(torch.float32, torch.device("cpu")),
         keep=keep,
     )
     generator = torch.Generator().manual_seed(0)

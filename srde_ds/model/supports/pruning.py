@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
-from srde_ds.model.deltas import build_deltas
+from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.supports.learned import BLOCK_SIZE, kept_entries
 from srde_ds.model.supports.selection import ranking
 
@@ -67,8 +67,7 @@ def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) ->
     """`[E, m]` or `[E, n]` float64: norm of each entry's effective delta."""
     neuron, kind = config.granularity == "neuron", "free" if config.num_atoms == 0 else "atoms"
     hidden = values[kind].shape[0] if neuron else 0
-    meta = torch.device("meta")
-    bank = build_deltas(config, hidden=hidden, size=size, seed=0, layer=0, dtype=torch.float32, device=meta)
+    bank = empty_deltas(config, hidden=hidden, size=size)
     bank.load_state_dict({name: values[name] for name in bank.state_dict()}, assign=True)
     with torch.no_grad():
         deltas = bank()
