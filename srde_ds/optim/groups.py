@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from srde_ds.config import OptimizerConfig
 from srde_ds.errors import SRDEError
@@ -25,6 +25,21 @@ def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "ele
     }
 
 
+# In the names of parameters that are matrices by shape only: their entries are looked up, or chosen among.
+LOOK_UPS = ("embed", "wte", "wpe", "head", "router")
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon suits a parameter: the weight of a hidden layer, or the delta matrices of experts.
+
+    No other tensor of experts is one: importance, mixing, scores, routers, and free deltas of single weights.
+    """
+    kind = getattr(parameter, "srde_kind", None)
+    if kind is not None:
+        return kind in ("free", "atoms") and parameter.ndim == 3
+    return parameter.ndim == 2 and not any(part in name.lower() for part in LOOK_UPS)
+
+
 def build_groups(
     named_params: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
@@ -39,7 +54,7 @@ def build_groups(
         Dicts with "params", "name", "rule", "lr", "peak_lr", "weight_decay", "step" and the rule's own settings.
 
     Raises:
-        SRDEError: a trainable without a rule, none at all, or no matrix for Muon although `use_muon` is true.
+        SRDEError: a trainable has no rule, there are none, or none is a matrix for Muon although `use_muon` is true.
     """
     adamw = {"rule": "adamw", "betas": (config.adam_beta1, config.adam_beta2), "eps": 1e-8}
     muon = {"rule": "muon", "momentum": config.muon_momentum, "eps": 1e-7}
