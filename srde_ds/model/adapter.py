@@ -34,8 +34,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class SRDEOutput(ModelOutput):
-    """Of a forward with labels: loss_sum (fp32 scalar, summed over labels) and label_count (int64 scalar).
-    Without: the base's logits and cache."""
+    """What a forward gives.
+
+    Attributes:
+        loss_sum, label_count: with labels: cross entropy in nats summed over them (fp32 scalar), and how many there are
+            (int64 scalar).
+        logits, past_key_values: without labels: the base's.
+    """
 
     loss_sum: Tensor | None = None
     label_count: Tensor | None = None
@@ -44,14 +49,14 @@ class SRDEOutput(ModelOutput):
 
 
 class SRDEModel(nn.Module):
-    """A frozen base whose feed-forward blocks carry routed experts. Built by `from_pretrained` or `add_experts`.
+    """A frozen base whose feed-forward blocks carry routed experts, made by `from_pretrained` or `add_experts`.
 
     Attributes:
-        base: the transformers model, with the experts in it: what expects a model of transformers, such as
-            `transformers.pipeline`, takes this.
+        base: the transformers model with the experts in it. Hand this to whatever expects a model of transformers,
+            such as `transformers.pipeline`.
         routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
-        run_folder: of the training run that the weights were loaded from; None: of no run.
+        run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
     """
 
     run_folder: Path | None = None
@@ -87,17 +92,18 @@ class SRDEModel(nn.Module):
             base: its id or folder, or a fresh model, which may be quantised; None: the one named in the weights.
             adapter: a weights file, a folder of `save_pretrained` or of a finished run, or a repository of the Hub.
             dtype: of the experts, and of the base if it is loaded here.
-            revision: of the repository.
+            attn_implementation: of the base if it is loaded here, as transformers names them.
+            revision: branch, tag or commit of the repository.
 
         Raises:
-            SRDEError: no such adapter or base, or the experts were trained on another base.
+            SRDEError: there is no such adapter or base, or the experts were trained on another base.
         """
         weights = find_adapter(adapter, revision=revision)
         return load_adapter(weights, base=base, dtype=dtype, attn_implementation=attn_implementation)
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
-        """Top to bottom, as the tokens pass them."""
+        """In the order in which tokens pass them."""
         return sorted((m for m in self.base.modules() if isinstance(m, SRDEFeedForward)), key=lambda m: m.layer)
 
     def forward(
@@ -186,7 +192,7 @@ class SRDEModel(nn.Module):
 
     @contextmanager
     def no_experts(self) -> Iterator[None]:
-        """Inside, the output is the bare base's, bit for bit."""
+        """Inside this context the output is the bare base's, bit for bit."""
         before = self.routing.standing.active
         self.routing.standing = replace(self.routing.standing, active=False)
         try:
@@ -202,7 +208,7 @@ class SRDEModel(nn.Module):
         return [name for name, use in zip(self.expert_names, used, strict=True) if use]
 
     def set_active_experts(self, names: Sequence[str] | None) -> None:
-        """Route tokens to these experts alone, until further notice; None: to all.
+        """Route tokens only to these experts from now on; None: to all.
 
         A token's weights are the softmax over those of its `top_k` that are active; with fewer active experts than
         top_k, each token uses all of them. `no_experts` gives the bare base.
@@ -223,13 +229,13 @@ class SRDEModel(nn.Module):
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.
 
-        It gives what this model gives with all tokens routed to that expert. This model is of no use afterwards.
+        It computes what this model computes when all tokens go to that expert. This model cannot be used afterwards.
 
         Args:
-            expert: its name; may be left out where there is only one.
+            expert: its name; may be left out if there is only one.
 
         Raises:
-            SRDEError: an unknown name, none where there are several, or a quantised base.
+            SRDEError: the name is unknown, or missing although there are several experts, or the base is quantised.
         """
         if expert is None and len(self.expert_names) > 1:
             raise SRDEError(f"merge_and_unload(): name one of the experts {', '.join(self.expert_names)}.")
@@ -240,10 +246,10 @@ class SRDEModel(nn.Module):
         """Write the adapter and its model card into a folder that `from_pretrained` reads; returns the weights' path.
 
         Args:
-            run: folder of the training run, which the card tells of; default: `run_folder`.
+            run: folder of the training run, for the card; default: `run_folder`.
 
         Raises:
-            SRDEError: `run` is no run's folder.
+            SRDEError: `run` is not the folder of a run.
         """
         run = self.run_folder if run is None else Path(run)
         return save_adapter(Path(folder), self.adapter_tensors(), self.metadata(), run=run)
@@ -257,13 +263,13 @@ class SRDEModel(nn.Module):
             run: as in `save_pretrained`.
 
         Raises:
-            SRDEError: no token, a bad name, no such run, or the Hub refuses or cannot be reached.
+            SRDEError: there is no token or no such run, the name is bad, or the Hub refuses or cannot be reached.
         """
         run = self.run_folder if run is None else Path(run)
         return push_adapter(repo, self.adapter_tensors(), self.metadata(), run=run, private=private)
 
     def trainable_parameters(self) -> Iterator[tuple[str, Trainable]]:
-        """Stable name (`layers.{i}.deltas.free`, ...) and parameter, layer by layer."""
+        """Name (`layers.{i}.deltas.free`, ...), the same on every base, and parameter; layer by layer."""
         for number, layer in enumerate(self.layers):
             for child in ("deltas", "router"):
                 for name, parameter in getattr(layer, child).named_parameters():
@@ -278,7 +284,7 @@ class SRDEModel(nn.Module):
         return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """What is whole on every rank: supports, and copies of the routers' selection biases that are not zero."""
+        """What every rank holds whole: the supports, and copies of the routers' selection biases that are not zero."""
         supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
         biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
         return supports | {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
@@ -321,17 +327,18 @@ def add_experts(
     """Replace the base's feed-forward blocks, in place, by blocks with experts whose deltas are zero.
 
     Args:
+        expert_names: one for each expert.
+        seed: of routers, random supports and the mixing of atoms.
         dtype: of all trainables; default: the base's.
-        supports: of all layers, top to bottom; default: chosen as the config says.
-        target_density: the supports, of the config's density, hold the candidates of a support that is being learned;
-            so many of them are kept. None: the supports are fixed.
+        supports: of all layers, in the order in which tokens pass them; default: chosen as the config says.
+        target_density: of the supports that will be left when they have been learned; those of the config's density
+            hold the candidates. None: the supports are fixed.
         sharding: of the base and the experts over processes; default: all weights are whole here.
 
     Raises:
-        SRDEError: names do not fit the config, the base has no fitting blocks or carries experts already, no
+        SRDEError: the names do not fit the config, the base has no fitting blocks or carries experts already, no
             support can be chosen, or those given do not fit.
     """
-
     return _with_experts(
         base,
         config,
@@ -365,7 +372,8 @@ def load_adapter(
         dtype: of the experts, and of the base if it is loaded here.
 
     Raises:
-        SRDEError: another base than the experts were trained on; missing, unknown, misshapen or NaN tensors.
+        SRDEError: the experts were trained on another base, or a tensor is missing, unknown, of a wrong shape or not
+            finite.
     """
     metadata = read_metadata(weights)
     with open_weights(weights) as file:
@@ -412,16 +420,16 @@ def _take(tensors: dict[str, Tensor], name: str, shape: Sequence[int], weights: 
 
 
 def parameter_table(model: SRDEModel) -> str:
-    """Kinds of tensors, how many, how many values, and their share of the base's weights."""
-    rows: dict[str, list[int]] = {}
+    """A table of the kinds of trainables: tensors, values, and their share of the base's weights."""
+    counts: dict[str, list[int]] = {}
     for _, parameter in model.trainable_parameters():
-        row = rows.setdefault(parameter.srde_kind, [0, 0])
-        row[0] += 1
-        row[1] += math.prod(parameter.srde_shape)
-    trainable = [sum(column) for column in zip(*rows.values(), strict=True)]
+        count = counts.setdefault(parameter.srde_kind, [0, 0])
+        count[0] += 1
+        count[1] += math.prod(parameter.srde_shape)
+    trainable = [sum(column) for column in zip(*counts.values(), strict=True)]
     frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
     base_values = sum(int(getattr(p, "ds_numel", p.numel())) for p in frozen)
-    rows |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
+    counts |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
     lines = [f"{'kind':<12} {'tensors':>8} {'values':>15} {'of base':>9}"]
-    lines += [f"{kind:<12} {n:>8} {values:>15,} {values / base_values:>9.3%}" for kind, (n, values) in rows.items()]
+    lines += [f"{kind:<12} {n:>8} {values:>15,} {values / base_values:>9.3%}" for kind, (n, values) in counts.items()]
     return "\n".join(lines)

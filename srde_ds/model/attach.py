@@ -1,4 +1,4 @@
-"""Experts put into a base: every feed-forward block is replaced by one that carries them."""
+"""Putting experts into a base: every feed-forward block is replaced by one that carries them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srde_ds.model.router import Router
 from srde_ds.model.supports.selection import kept_size, select_support, support_shape, support_size
 
 SupportChooser = Callable[[int, FeedForward], Tensor]
-"""From a layer's number and block to its support"""
+"""Gives a layer's support from its number and its block."""
 
 
 def attach_experts(
@@ -38,12 +38,12 @@ def attach_experts(
         What tells the layers their policy, and the base's identity as it was before.
 
     Raises:
-        SRDEError: names do not fit the config, or the base has no fitting blocks or carries experts already.
+        SRDEError: the names do not fit the config, or the base has no fitting blocks or carries experts already.
     """
     if len(expert_names) != config.num_experts:
         raise SRDEError(
             f"num_experts={config.num_experts}, but {len(expert_names)} expert names ({', '.join(expert_names)}); "
-            "give one name an expert."
+            "give one name for each expert."
         )
     if config.top_k > config.num_experts:
         raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
@@ -77,7 +77,7 @@ def attach_experts(
 def support_chooser(
     config: AdapterConfig, supports: Sequence[Tensor] | None, *, seed: int, gather: Gather
 ) -> SupportChooser:
-    """Takes the given supports, of all layers, top to bottom; without them it chooses as the config says."""
+    """Takes the given supports, one for each layer; without them it chooses as the config says."""
 
     def choose(layer: int, block: FeedForward) -> Tensor:
         if supports is not None:

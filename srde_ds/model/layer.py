@@ -1,8 +1,9 @@
 """A feed-forward block with routed experts:
 
-    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]          (DESIGN 2)
+    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]
 
-computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts.
+computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts. See
+docs/design.md, "The layer".
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ from srde_ds.model.statistics import RoutingStatistics
 
 
 class SRDEFeedForward(nn.Module):
-    """Stands where the base's block stood.
+    """Takes the place of the base's block.
 
-    The base's projections are called as modules and their weights not read, so that hooks which gather sharded weights
-    and quantised kernels keep working. Only what is laid out for decoding reads them, where they are plain.
+    It calls the base's projections as modules and does not read their weights, so that hooks which gather sharded
+    weights and quantised kernels keep working. Only the form that is prepared for decoding reads them, and only where
+    they are plain.
 
-    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports.py`.
+    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports/selection.py`.
     `dispatch` may be replaced by one that reaches experts on other ranks.
+
+    Args:
+        granularity: "neuron" or "element".
+        layer: number of the decoder layer, from 0 at the bottom.
+        control: tells all layers of the model which policy they follow.
     """
 
     support: Tensor
@@ -68,7 +75,7 @@ class SRDEFeedForward(nn.Module):
         self.control = control
         self.dispatch: ExpertDispatch = LocalDispatch()
         self.preparation = Preparation()
-        for module in (self, deltas, router):  # with assign=True, their tensors become others
+        for module in (self, deltas, router):  # load_state_dict(assign=True) replaces their tensors
             module.register_load_state_dict_post_hook(self._after_loading)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,8 +119,8 @@ class SRDEFeedForward(nn.Module):
         neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
         gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
         change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
-        for row, index in enumerate(neurons):  # within a row no neuron repeats, so the sum has one order
-            hidden_TF.index_add_(1, index, change_TSm[:, row])
+        for number, own in enumerate(neurons):  # no neuron repeats in one support, so the sum has one order
+            hidden_TF.index_add_(1, own, change_TSm[:, number])
         return hidden_TF, extra_TD
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
@@ -122,7 +129,7 @@ class SRDEFeedForward(nn.Module):
         return super().train(mode)
 
     def delta_square_norms(self) -> Tensor:
-        """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be readable."""
+        """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be whole here."""
         with torch.no_grad():
             return self.deltas.square_norms(self.deltas())
 
@@ -132,9 +139,9 @@ class SRDEFeedForward(nn.Module):
             step=policy.noise_step,
             overlap_weight=policy.loss_weights.support_overlap,
         )
-        # Both: under torch.compile a slice of all rows keeps requires_grad without gradients, too.
+        # Both are asked: under torch.compile a slice of the whole keeps requires_grad where gradients are off.
         if torch.is_grad_enabled() and deltas.requires_grad:
-            # Runs in the backward, hence once a micro-batch also when checkpointing repeats the forward.
+            # Hooks run in the backward: once for each forward, also when that is recomputed.
             if policy.statistics is not None:
                 deltas.register_hook(partial(_record_gradient, policy.statistics, self.layer, self.deltas))
             if policy.loss_weights.delta_size:  # after the other hook: statistics are of the loss's own gradient
@@ -142,16 +149,16 @@ class SRDEFeedForward(nn.Module):
         return deltas
 
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
-        """Router and effective deltas laid out for reading, in eval mode without gradients; None: use `dispatch`.
+        """Router and effective deltas prepared for decoding, in eval mode without gradients; None: use `dispatch`.
 
-        Not where other ranks hold a part of them, nor under autocast, nor inside torch.compile, which cannot see what
-        makes them stale.
+        Not where other ranks hold a part of them, nor under autocast. And not inside torch.compile, which would not
+        notice when they are out of date.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if torch.is_autocast_enabled(gate_TF.device.type):
             return None
-        if self.router._forward_hooks or self.router._forward_pre_hooks:  # somebody wants it called
+        if self.router._forward_hooks or self.router._forward_pre_hooks:  # they expect the router to be called
             return None
         prepared = self.preparation.get(gate_TF.dtype)
         if prepared is not None:
@@ -160,7 +167,7 @@ class SRDEFeedForward(nn.Module):
         base = self._readable_weights(gate_TF)
         made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias, *base]
         held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
-        if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
+        if held_elsewhere or any(t.is_inference() for t in made_of):  # changes of inference tensors go unnoticed
             return None
         deltas = self.deltas().to(arithmetic_dtype(gate_TF))
         experts: PreparedDeltas
@@ -176,7 +183,7 @@ class SRDEFeedForward(nn.Module):
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
 
     def _readable_weights(self, gate_TF: Tensor) -> list[Tensor]:
-        """Of gate, up and down, if `PreparedNeurons` can stand for the base's neurons, else none.
+        """The weights of gate, up and down, if `PreparedNeurons` may replace the base's neurons; else nothing.
 
         They must be what the base computes with: not quantised, wrapped, hooked or on another device.
         """
@@ -191,10 +198,10 @@ class SRDEFeedForward(nn.Module):
         return weights if all(t.device == gate_TF.device and t.is_floating_point() for t in weights) else []
 
     def _size_weights(self, deltas: Tensor, policy: RoutingPolicy) -> Tensor:
-        """Weight of each expert's squared size, to broadcast against the effective deltas.
+        """Weight of each expert's squared size, shaped to broadcast against the effective deltas.
 
-        Zero for locked experts, which must not change, and for the padding slots of a rank, which are no experts.
-        Gradients are averaged over all ranks: one that few ranks have counts for the others.
+        Zero for locked experts, which must not change, and for a rank's padding slots, which are no experts. Gradients
+        are averaged over all ranks, so one that only some ranks have must make up for the others.
         """
         allowed, first = policy.allowed_experts, self.deltas.first_expert
         everyone = torch.ones_like(self.router.selection_bias)
@@ -222,9 +229,9 @@ class SRDEFeedForward(nn.Module):
 
 
 def _without_deepspeeds_hooks(act: Activation) -> Activation:
-    """For the experts' arithmetic: the hooks split what torch.compile sees and have it compiled anew for each layer.
+    """The activation for the experts' arithmetic. Hooks would break up the compiled graph, one layer at a time.
 
-    DeepSpeed numbers every module that it gives hooks. They gather parameters, of which an activation has none.
+    DeepSpeed's hooks gather parameters, of which an activation has none; `ds_id` marks the modules that carry them.
     """
     if isinstance(act, nn.Module) and hasattr(act, "ds_id") and next(act.parameters(), None) is None:
         return cast("Activation", act.forward)

@@ -1,4 +1,4 @@
-"""The equation in float64 with merged dense weights, token by token: the oracle for the fast path."""
+"""The equation in float64 with merged dense weights, token by token: what the fast path must compute."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
 
 def element_support(neurons: Tensor, hidden: int, intermediate: int) -> Tensor:
     """The flat indices, `[D, 3, m]`, of the weights that a neuron support `[m]` covers, in a neuron delta's order."""
-    rows = torch.arange(hidden)[:, None]
-    first = neurons.long()[None, :] * hidden + rows
+    inputs = torch.arange(hidden)[:, None]
+    into = neurons.long()[None, :] * hidden + inputs
     size = hidden * intermediate
-    return torch.stack([first, size + first, 2 * size + rows * intermediate + neurons.long()[None, :]], dim=1)
+    return torch.stack([into, size + into, 2 * size + inputs * intermediate + neurons.long()[None, :]], dim=1)
 
 
 def feed_forward(act: Activation, weights: Weights, biases: tuple[Tensor, Tensor, Tensor], x_D: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def feed_forward(act: Activation, weights: Weights, biases: tuple[Tensor, Tensor
 
 
 def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Tensor:
-    """`[T, D]` float64: the layer's output by loops over tokens and their experts."""
+    """`[T, D]` float64: the layer's output, by loops over tokens and their experts."""
     roles = layer.roles
     parts = [getattr(layer.block, roles[role]) for role in ("gate", "up", "down")]
     gate, up, down = (part.weight.detach().double() for part in parts)
@@ -63,7 +63,7 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
     act = getattr(layer.block, roles["act"])
     deltas = layer.deltas().detach().double()
     router = layer.router.weight.detach().double()
-    rows = []
+    outputs = []
     for x_D in x_TD.double():
         y_base = feed_forward(act, (gate, up, down), biases, x_D)  # type: ignore[arg-type]
         y_D = y_base.clone()
@@ -74,5 +74,5 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
             delta = expert_delta(deltas, expert, layer.granularity)
             merged = merge_expert((gate, up, down), support, delta, layer.granularity)
             y_D += p * (feed_forward(act, merged, biases, x_D) - y_base)  # type: ignore[arg-type]
-        rows.append(y_D)
-    return torch.stack(rows)
+        outputs.append(y_D)
+    return torch.stack(outputs)

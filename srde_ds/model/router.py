@@ -18,9 +18,14 @@ from srde_ds.model.seeding import seeded_generator
 
 @dataclass
 class Routing:
-    """One layer's routing: index_TK best first, weights_TK (0 for a locked expert), logits_TE (-inf where locked).
+    """One layer's routing.
 
-    forced: index_TK does not come from the logits, and holds no locked expert."""
+    Attributes:
+        index_TK: the chosen experts, best first.
+        weights_TK: their weights p_e; 0 for a locked expert.
+        logits_TE: -inf for a locked expert.
+        forced: index_TK does not come from the logits, and holds no locked expert.
+    """
 
     index_TK: Tensor
     weights_TK: Tensor
@@ -29,7 +34,7 @@ class Routing:
 
     @property
     def used_TK(self) -> Tensor:
-        """bool: not locked."""
+        """bool: the chosen expert is not locked."""
         if self.forced:
             return torch.ones_like(self.index_TK, dtype=torch.bool)
         return self.logits_TE.detach().gather(1, self.index_TK) > float("-inf")
@@ -41,20 +46,20 @@ class Routing:
 
     @property
     def weights_TE(self) -> Tensor:
-        """Zero where not chosen."""
+        """p_e, zero for experts that were not chosen."""
         return torch.zeros_like(self.logits_TE).scatter(1, self.index_TK, self.weights_TK)
 
     @property
     def chosen_TE(self) -> Tensor:
-        """bool."""
+        """bool: the token uses the expert."""
         return torch.zeros_like(self.logits_TE, dtype=torch.bool).scatter(1, self.index_TK, self.used_TK)
 
 
 class Router(nn.Module):
-    """One linear map without bias, computed in fp32. `route` takes the top K, then softmax over the chosen logits.
+    """One linear map without bias, computed in fp32. `route` makes choices and weights of its logits.
 
-    Buffer `selection_bias` `[E]` fp32: added to the logits for the choice of the top K alone. It has no gradient;
-    `training.balancing.update_biases` moves it.
+    Buffer `selection_bias` `[E]` fp32: added to the logits for the choice of the top K, and for nothing else. It has no
+    gradient; `training.balancing.update_biases` moves it.
     """
 
     selection_bias: Tensor
@@ -69,8 +74,8 @@ class Router(nn.Module):
         self.top_k = top_k
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """logits `[T, E]`. A bare tensor: ZeRO-3 finds no backward hook's place in other kinds of output."""
-        if torch.is_autocast_enabled(x_TD.device.type):  # asked first: the context costs more than the product
+        """logits `[T, E]`. A bare tensor, since ZeRO-3 hangs its backward hooks on nothing else."""
+        if torch.is_autocast_enabled(x_TD.device.type):  # the context alone would cost more than the product
             with torch.autocast(x_TD.device.type, enabled=False):
                 return self._logits(x_TD)
         return self._logits(x_TD)
@@ -80,10 +85,10 @@ class Router(nn.Module):
         return F.linear(x_TD.to(precision), self.weight.to(precision))
 
     def load_selection_bias(self, bias_E: Tensor | None) -> None:
-        """Set the bias to stored values, or to zero.
+        """Set the bias to stored values; None: to zero.
 
         Raises:
-            SRDEError: another number of experts, or values that are not finite.
+            SRDEError: they are for another number of experts, or not finite.
         """
         if bias_E is None:
             self.selection_bias.zero_()
@@ -99,8 +104,8 @@ class Router(nn.Module):
 def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, policy: RoutingPolicy) -> Routing:
     """Choose each token's experts by logit plus bias, among the allowed, or as the policy forces them.
 
-    The weights are those of the logits without bias: a bias changes who is asked, not how an answer counts. A bias of
-    zero may be left out, which is quicker.
+    A token's weights are the softmax over the logits of its K experts, without bias: a bias changes who is asked, not
+    how much an answer counts. A bias of zero may be left out, which is quicker.
     """
     if policy.forced_experts is not None:
         index_TK = policy.forced_experts.reshape(-1, 1)
@@ -113,26 +118,26 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, policy: RoutingP
         else:
             index_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=1).indices
             chosen_TK = logits_TE.gather(1, index_TK)
-        # A locked expert among the top K has logit -inf, hence weight 0: K shrinks by itself.
+        # A locked expert among the top K has logit -inf and so weight 0: K shrinks by itself.
         weights_TK = chosen_TK.softmax(dim=1)
     return Routing(index_TK, weights_TK, logits_TE, forced=policy.forced_experts is not None)
 
 
 class RouterLosses(torch.autograd.Function):
-    """Passes a layer's output through; its backward adds the auxiliary losses' gradient and records statistics.
+    """Passes a layer's output through; its backward adds the gradient of the router's losses and records statistics.
 
-    Per layer and real token t, with p the full softmax over the allowed experts, s the previous step's shares and q
-    the shares that are aimed at:
+    For each layer and real token t, with p the full softmax over the allowed experts, s the experts' shares of the
+    previous step's assignments and q the shares that are aimed at:
 
         load balancing = E * sum_e (s_e - q_e) p_te        router z = logsumexp(logits_t)^2
 
-    (E/2) sum_e (s_e - q_e)^2 is smallest at s = q. Its gradient with respect to s, taken to the router through p in
-    place of the counts, which have no gradient, is the first loss: it lowers p where an expert had more than its
-    target and vanishes at s = q. For equal q_e the constant drops out: E * sum_e s_e p_te, the usual loss.
-    Unlike s_e / q_e, the difference is bounded where a target is zero.
+    Why the first one: (E/2) sum_e (s_e - q_e)^2 is smallest at s = q. Its gradient with respect to s is E (s_e - q_e).
+    The shares are counts and have no gradient themselves, so p takes their place. The loss lowers p where an expert had
+    more than its target, and vanishes at s = q. For equal q_e the constant drops out, which leaves the usual loss
+    E * sum_e s_e p_te. Unlike a ratio s_e / q_e, the difference is bounded where a target is zero.
 
-    Both are sums over tokens with constant shares, so the cut of a batch into ranks and micro-batches does not
-    change them. Work in the backward is done once, however often activation checkpointing repeats the forward.
+    Both are sums over tokens with constant shares, so they do not depend on how a batch is cut into ranks and
+    micro-batches. The work is done in the backward: once, however often activation checkpointing repeats the forward.
     """
 
     @staticmethod
