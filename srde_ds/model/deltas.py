@@ -227,7 +227,8 @@ def build_deltas(
     Args:
         hidden: D.
         size: m or n, see `supports.selection.support_size`.
-        seed, layer: the mixing and the noise of a learned support are drawn from these.
+        seed: the mixing and the noise of a learned support are drawn from it and the layer.
+        layer: number of the decoder layer.
         keep: the entries are candidates, of which so many are kept: a support that is being learned.
     """
     bank = _bank(config, hidden, size, storage, seeded_generator(seed, "mixing", layer))

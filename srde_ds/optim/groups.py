@@ -1,4 +1,4 @@
-"""Which update rule and learning rate each trainable gets: one table, and every trainable is in it once."""
+"""Which update rule and learning rate each trainable gets. Every trainable is in exactly one group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from srde_ds.errors import SRDEError
 
 
 def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "element"]) -> dict[str, str]:
-    """The group of each kind of trainable, by the last two parts of its name."""
+    """Last two parts of a trainable's name -> its group."""
     matrices = "delta_matrices" if config.use_muon else "deltas"
     return {
         # A free element delta is a list of values, not a matrix: there is nothing to orthogonalise.
@@ -82,14 +82,14 @@ def build_groups(
 
 
 def rule_table(groups: Iterable[dict[str, Any]]) -> str:
-    """The groups as aligned text to print at start: group, rule, tensors, values, learning rate, weight decay.
+    """The groups as a table: group, rule, tensors, values, learning rate, weight decay.
 
-    Values are counted from the parameters' shapes: build it before ZeRO-3 empties them.
+    It counts the values in the parameters, so call it before ZeRO-3 empties them.
     """
-    rows = [("group", "rule", "tensors", "values", "learning rate", "weight decay")]
+    lines = [("group", "rule", "tensors", "values", "learning rate", "weight decay")]
     for group in groups:
         values = sum(param.numel() for param in group["params"])
-        rows.append(
+        lines.append(
             (
                 group["name"],
                 group["rule"],
@@ -99,12 +99,11 @@ def rule_table(groups: Iterable[dict[str, Any]]) -> str:
                 f"{group['weight_decay']:g}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )

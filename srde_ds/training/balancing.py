@@ -1,4 +1,4 @@
-"""What balancing the experts' load needs once in an optimizer step: its target and the selection biases."""
+"""What balancing the experts' load takes once in an optimizer step: a target, selection biases, loss weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from srde_ds.model.policy import LossWeights
 
 
 def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: Tensor | None = None) -> Tensor:
-    """`[E]` fp32: the shares of the assignments that experts should get, by the domains of a step's tokens.
+    """`[E]` fp32: the share of the assignments that each expert should get, by the domains of a step's tokens.
 
-    Domain d belongs to expert d. With fewer domains than experts each expert without one counts for 1 / E, and the
-    domains share the rest in proportion to their tokens; tokens of domains without an expert are left out. Locked
-    experts get zero and the others are scaled up. A token asks an expert at most once, so no share can exceed 1 / K:
-    what is above goes to the others in proportion.
+    Domain d belongs to expert d. An expert without a domain counts for 1 / E, and the domains share the rest in
+    proportion to their tokens; tokens of a domain without an expert are left out. Locked experts get zero, and the
+    others are scaled up. A token uses an expert at most once, so no share can exceed 1 / K: what is above that goes to
+    the others in proportion.
 
     Args:
         domain_tokens: real tokens of each domain in the step, summed over ranks.
-        top_k: experts that a token uses.
+        top_k: K, experts that a token uses.
         allowed: `[E]` bool, False for locked experts.
     """
     domains = min(num_experts, len(domain_tokens))
@@ -53,10 +53,10 @@ def _capped(share: Tensor, unlocked: Tensor, cap: float) -> Tensor:
 def update_biases(
     model: SRDEModel, assignments: Tensor, rate: float, *, allowed: Tensor | None = None, target: Tensor | None = None
 ) -> None:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the selection bias of experts below their target by
-    `rate`, lower that of experts above it.
+    """Balancing without a loss (arXiv 2408.15664): raise the selection bias of experts below their target by `rate`,
+    and lower that of experts above it.
 
-    To be called once after an optimizer step whose tokens were routed, on every rank with the same counts.
+    Call it once after an optimizer step whose tokens were routed, on every rank with the same counts.
 
     Args:
         assignments: `[L, E]` of the step, summed over ranks.

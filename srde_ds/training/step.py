@@ -77,7 +77,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Response tokens that carry loss, and all real tokens, in all and by domain, of this rank's micro-batches."""
+    """Of this rank's micro-batches: labels, and real tokens in all and by domain."""
     labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     by_domain = sum(
         torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches

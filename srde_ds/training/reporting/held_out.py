@@ -14,7 +14,7 @@ from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, all_reduce_sum
 from srde_ds.model.policy import RoutingPolicy
 
-# Rows of each domain for the table of all experts on all domains, which costs as many forwards as there are experts.
+# Rows of each domain in the table of all experts on all domains, which runs each of them once for every expert.
 TABLE_ROWS = 8
 
 Batch = dict[str, Tensor]
@@ -27,11 +27,12 @@ def forced_experts(batch: Batch, expert: int | Literal["domain"]) -> Tensor:
 
 
 class HeldOut:
-    """The validation rows, a list of batches for each domain.
+    """The validation rows of each domain.
 
     Args:
         dataset: rows as written by `build_dataset`.
         domains: names in the order of the dataset's `domain` column.
+        batch_size: rows that a process runs at once.
     """
 
     def __init__(self, dataset: Any, domains: list[str], batch_size: int, topology: Topology) -> None:
@@ -66,11 +67,11 @@ class HeldOut:
             engine.deepspeed.train()
 
     def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]] | None:
-        """Each expert's loss on TABLE_ROWS rows of every domain: `losses` with one expert after the other."""
+        """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; None when interrupted."""
         norms = engine.delta_norms()
         result: list[dict[str, float]] = []
         for expert, norm in enumerate(norms.tolist()):
-            if norm == 0 and 0 in norms[:expert]:  # experts whose deltas are zero are all the base, bit for bit
+            if norm == 0 and 0 in norms[:expert]:  # an expert whose deltas are zero is the base, bit for bit
                 result.append(result[norms.tolist().index(0)])
                 continue
             losses = self.losses(engine, interrupted, expert=expert, max_rows=TABLE_ROWS)

@@ -1,6 +1,6 @@
-"""Set the routers from what enters them: sample their inputs, cluster them on rank 0 layer by layer, write the weights.
+"""Setting the routers: sample their inputs, cluster these on rank 0 layer by layer, write the weights.
 
-See docs/curriculum.md for what each method gives.
+docs/curriculum.md shows what each method gives.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens,
 
 @dataclass(frozen=True)
 class WarmStartReport:
-    """What came out, by layer; figures are those of the sample.
+    """What the warm start gave, by layer, on the sample.
 
     Attributes:
-        samples: domain -> tokens looked at; fewer than `warm_start_samples` where a domain has no more.
+        method: as in `WarmStart`.
+        samples: domain -> tokens in the sample; fewer than were asked for where a domain has no more.
         normalized_mutual_information: `[L]` between a token's best expert and its domain.
-        own_domain_share: `[L]` tokens whose best expert is their domain's.
+        own_domain_share: `[L]` share of the tokens whose best expert is their domain's.
         cluster_sizes: `[L][E]` tokens by best expert.
     """
 
@@ -142,13 +143,13 @@ def _own_inputs(
 def capture_inputs(
     model: SRDEModel, forward: Callable[[Batch], object], batches: Iterable[Batch], sample: TokenSample
 ) -> list[Tensor]:
-    """Run `batches` and keep what enters each layer's router for the tokens of the sample in them.
+    """Run `batches` and keep what enters each layer's router for those of their tokens that are in the sample.
 
     Args:
         batches: as `validation_batches` cuts the rows of the sample; dummy rows are run, too.
 
     Returns:
-        By layer [n, D] in host memory, in the sample's order.
+        By layer `[n, D]` in host memory, in the sample's order.
     """
     chunks: list[list[Tensor]] = [[] for _ in model.layers]
     flat = torch.empty(0, dtype=torch.int64)
@@ -174,10 +175,10 @@ def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topol
     """Cluster one layer after the other on rank 0, which holds the whole sample of one layer at a time.
 
     Args:
-        own: by layer [n, D], this rank's tokens in the sample's order.
+        own: by layer `[n, D]`, this rank's tokens in the sample's order.
 
     Returns:
-        The same on every rank.
+        One fit for each layer, the same on every rank.
     """
     return [_fit_layer(inputs, layer, sample, options, topology) for layer, inputs in enumerate(own)]
 
@@ -185,7 +186,7 @@ def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topol
 def _fit_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
     owner = sample.owners(options.batch_size, topology.world_size)
     gathered = gather_rows(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
-    inputs = np.empty((0, 0), np.float32)  # of rank 0 alone
+    inputs = np.empty((0, 0), np.float32)  # only rank 0 has some
     if gathered is not None:
         arrived = np.argsort(np.argsort(owner, kind="stable"))  # rank by rank, and in the sample's order from each
         inputs = gathered[torch.from_numpy(arrived)].float().cpu().numpy()
