@@ -125,8 +125,8 @@ class SRDEModel(nn.Module):
             labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1.
             token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
                 attention_mask, else all.
-            policy: how this forward routes its tokens and what it records; default: the one in force, that is, without
-                further ado, all experts or those of `set_active_experts`.
+            policy: how this forward routes its tokens and what it records; default: all experts, or those of
+                `set_active_experts` (inside `routing.running`, the policy given there).
             kwargs: for the base's forward.
 
         Raises:

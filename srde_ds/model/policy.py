@@ -38,10 +38,10 @@ class LossWeights:
     Attributes:
         load_balancing, router_z: of the router's losses, see `router.RouterLosses`; `RoutingPolicy.loss_scale`
             multiplies both.
-        delta_size: of the squared size of the effective deltas of unlocked experts in one backward.
-        support_overlap: of the overlap of the experts' learned supports in one backward.
+        delta_size: of the squared size of the unlocked experts' effective deltas.
+        support_overlap: of the overlap between the experts' learned supports.
 
-    The last two add their gradients whole in every backward: they are a step's weight divided by its micro-steps.
+    Every backward adds the whole gradient of the last two, so their weights are a step's divided by its micro-steps.
     """
 
     load_balancing: float = 0.0
@@ -52,7 +52,11 @@ class LossWeights:
 
 @dataclass(frozen=True, eq=False)
 class RoutingPolicy:
-    """How one forward routes its tokens, and what it records. Hand it to `SRDEModel.forward` or `generate`.
+    """How one forward routes its tokens, and what it records. Hand it to `SRDEModel.forward` or `generate`:
+
+        choices: dict[int, Tensor] = {}
+        model(input_ids, policy=RoutingPolicy(choices=choices))
+        choices[0]  # the experts that each token used in the first layer
 
     Attributes:
         active: False gives the base's own output.
@@ -70,8 +74,8 @@ class RoutingPolicy:
         support_temperature: of the noise on a support that is being learned; None: there is no noise and its scores
             get no gradient. In eval mode there is never any.
         noise_step: number of the optimizer step, which the noise is drawn from.
-        statistics: what the forward's routing is added to: in train mode by its backward, once however often the
-            forward is recomputed; in eval mode without gradients at once.
+        statistics: what the forward's routing is added to. A forward with gradients is counted by its backward: once,
+            however often it is recomputed. One without gradients is counted at once, but only in eval mode.
         choices: filled by the forward: layer -> `[T, K]` int64, best first, -1 where fewer than K experts are allowed.
     """
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from srde_ds.model.dispatch import Activation
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.model.merging import expert_delta
 
 Weights = tuple[Tensor, Tensor, Tensor]
 
@@ -31,11 +32,6 @@ def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: 
     flat[index] += delta.detach().to(flat.dtype)
     parts = flat.split([w.numel() for w in weights])
     return parts[0].view_as(weights[0]), parts[1].view_as(weights[1]), parts[2].view_as(weights[2])
-
-
-def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
-    """One expert's part of a bank's effective deltas: `[D, 3, m]` or `[n]`."""
-    return deltas[:, expert] if granularity == "neuron" else deltas[expert]
 
 
 def element_support(neurons: Tensor, hidden: int, intermediate: int) -> Tensor:

@@ -12,8 +12,9 @@ from torch.func import functional_call
 
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import neuron_experts
+from srde_ds.model.merging import expert_delta
 from srde_ds.model.policy import LossWeights, RoutingPolicy
-from srde_ds.model.reference import element_support, expert_delta, merge_expert, reference_forward
+from srde_ds.model.reference import element_support, merge_expert, reference_forward
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 
