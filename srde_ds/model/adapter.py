@@ -295,6 +295,7 @@ class SRDEModel(nn.Module):
             layer.router.load_selection_bias(tensors.pop(f"layers.{number}.router_bias", None))
 
     def metadata(self) -> AdapterMetadata:
+        """What a weights file says about the adapter in it."""
         supports = [layer.support for layer in self.layers]
         return AdapterMetadata(
             config=self.config,

@@ -32,6 +32,7 @@ class DeltaLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """Gradients of x and of values."""
         x, values, support = ctx.saved_tensors
         size = ctx.outputs * x.shape[1]
         places = _places(support, ctx.begin, size)

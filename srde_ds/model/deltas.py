@@ -61,9 +61,11 @@ class Storage:
     pad_to: int = 1
 
     def zeros(self, *shape: int) -> Tensor:
+        """Zeros of this dtype, on this device."""
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
     def padded_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """`zeros` with padding at the end of the first axis."""
         return self.zeros(math.ceil(shape[0] / self.pad_to) * self.pad_to, *shape[1:])
 
 
@@ -137,6 +139,7 @@ class FreeNeuronDeltas(DeltaBank):
         self.free = tagged(storage.padded_zeros(shape), "free", expert_axis=1, shape=shape)
 
     def values(self) -> Tensor:
+        """`[D, E, 3, m]`: `free` without its padding."""
         return self.free[: self.hidden].unflatten(1, (-1, 3))
 
 
@@ -150,6 +153,7 @@ class FreeElementDeltas(DeltaBank):
         self.free = tagged(storage.zeros(experts, size), "free", expert_axis=0)
 
     def values(self) -> Tensor:
+        """`[E, n]`: `free`."""
         return self.free.view_as(self.free)
 
 
@@ -194,6 +198,7 @@ class AtomNeuronDeltas(AtomDeltas):
         self.init_mixing(config, storage, generator)
 
     def values(self) -> Tensor:
+        """`[D, E, 3, m]`: the mixed atoms, scaled by the importance."""
         atoms = self.atoms[: self.length].unflatten(1, (-1, 3))
         mixed = (self.coefficients() @ atoms.flatten(2)).unflatten(2, (3, -1))
         return mixed * self.importance.sigmoid().permute(2, 0, 1, 3)
@@ -215,6 +220,7 @@ class AtomElementDeltas(AtomDeltas):
         self.init_mixing(config, storage, generator)
 
     def values(self) -> Tensor:
+        """`[E, n]`: the mixed atoms, scaled by the importance."""
         mixed = self.coefficients() @ self.atoms[: self.length].squeeze(1).T
         return mixed * self.importance.sigmoid()
 

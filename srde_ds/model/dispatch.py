@@ -60,6 +60,7 @@ class LocalDispatch:
     def neuron(
         self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """As `ExpertDispatch.neuron`, by `neuron_experts`."""
         return self._neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas_DE3m)
 
     def element(
@@ -72,6 +73,7 @@ class LocalDispatch:
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """As `ExpertDispatch.element`, by `element_experts`."""
         return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, deltas_En, support)
 
 

@@ -124,6 +124,7 @@ class SRDEFeedForward(nn.Module):
         return hidden_TF, extra_TD
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
+        """As in torch; training makes what was prepared for decoding out of date."""
         if mode:
             self.preparation.drop()
         return super().train(mode)

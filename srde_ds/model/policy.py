@@ -147,4 +147,5 @@ class PolicyKeepingCheckpoint:
         self.checkpoint, self.control = checkpoint, control
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of `function(*args)`, whose activations are recomputed in the backward."""
         return self.checkpoint(self.control.bound(function), *args, **kwargs)

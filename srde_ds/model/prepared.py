@@ -50,6 +50,7 @@ class PreparedNoDeltas:
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """The base's own output."""
         return down(act(gate_TF) * up_TF)
 
 
@@ -83,6 +84,7 @@ class PreparedNeurons:
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """As `PreparedDeltas`."""
         # Views and conversions that change nothing cost as much as arithmetic here: there are no more than it takes.
         vectors, support, tokens = self.vectors, self.support, len(x_TD)
         if tokens == 1:  # reads its own experts alone
@@ -116,6 +118,7 @@ class PreparedRouter:
         self.top_k = router.top_k
 
     def __call__(self, x_TD: Tensor, policy: RoutingPolicy) -> Routing:
+        """One layer's routing of x_TD."""
         logits_TE = F.linear(as_dtype(x_TD, self.weight.dtype), self.weight)
         return route(logits_TE, self.bias, self.top_k, policy)
 
@@ -138,6 +141,7 @@ class PreparedNeuronDeltas:
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """As `PreparedDeltas`."""
         hidden_TF, pair_T2F = act(gate_TF) * up_TF, torch.cat([gate_TF, up_TF], dim=1)
         x_TD = x_TD.to(self.vectors.dtype)
         if routing.index_TK.numel() >= len(self.neurons):
@@ -222,6 +226,7 @@ class PreparedElementDeltas:
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """As `PreparedDeltas`."""
         hidden_TF = act(gate_TF) * up_TF
         x, gate, up = (t.to(self.dtype) for t in (x_TD, gate_TF, up_TF))
         if len(x) == 1:  # no tokens to pick
@@ -265,6 +270,7 @@ class SparseMatrix:
         self.values = values.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
+        """x @ matrix.T."""
         # A copy, not a view: on other strides the kernel takes twice as long, even for a single column.
         table = x.T.clone(memory_format=torch.contiguous_format)
         out = F.embedding_bag(self.columns, table, self.offsets, mode="sum", per_sample_weights=self.values)
@@ -289,6 +295,7 @@ class Preparation:
         self.drop()
 
     def drop(self) -> None:
+        """Forget what was prepared."""
         self._made_of: list[tuple[Tensor, int, int]] = []  # and its place in memory and version
         self._dtype: torch.dtype | None = None
         self._prepared: Prepared | None = None
@@ -303,6 +310,7 @@ class Preparation:
         return self._prepared
 
     def put(self, made_of: Sequence[Tensor], dtype: torch.dtype, prepared: Prepared) -> Prepared:
+        """Keep `prepared` and note the tensors that it was made of; returns it."""
         self._made_of = [(tensor, tensor.data_ptr(), tensor._version) for tensor in made_of]
         self._dtype, self._prepared = dtype, prepared
         return prepared

@@ -43,6 +43,7 @@ def element_support(neurons: Tensor, hidden: int, intermediate: int) -> Tensor:
 
 
 def feed_forward(act: Activation, weights: Weights, biases: tuple[Tensor, Tensor, Tensor], x_D: Tensor) -> Tensor:
+    """`[D]`: the dense block for one token."""
     gate, up, down = weights
     return down @ (act(gate @ x_D + biases[0]) * (up @ x_D + biases[1])) + biases[2]
 

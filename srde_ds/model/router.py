@@ -150,6 +150,7 @@ class RouterLosses(torch.autograd.Function):
         policy: RoutingPolicy,
         layer: int,
     ) -> Tensor:
+        """The output itself, in a new view."""
         ctx.save_for_backward(logits_TE, chosen_TE, mask_T)
         ctx.statistics, ctx.layer = policy.statistics, layer
         trains_router = 0.0 if policy.forced_experts is not None else policy.loss_scale
@@ -163,6 +164,7 @@ class RouterLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        """The output's gradient unchanged, and that of the losses for the logits."""
         logits_TE, chosen_TE, mask_T = ctx.saved_tensors
         if ctx.statistics is not None:
             ctx.statistics.add_routing(ctx.layer, logits_TE, chosen_TE, mask_T)

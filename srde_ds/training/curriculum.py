@@ -46,6 +46,7 @@ class Curriculum:
         return self.schedule.step(self.state.step)
 
     def unlocked_experts(self) -> list[int]:
+        """Experts that the coming step may use and change, in the order in which they were unlocked."""
         step = self.scheduled
         return self.state.unlock_order[: step.unlocked] if step.only_domain is None else [step.only_domain]
 

@@ -54,6 +54,7 @@ class ScheduledStep:
 
     @property
     def learns_support(self) -> bool:
+        """The support is still being learned."""
         return self.temperature is not None
 
 
@@ -73,6 +74,7 @@ class Schedule:
 
     @classmethod
     def of(cls, config: Config) -> Schedule:
+        """The schedule of a run."""
         return cls(config.curriculum, config.adapter, tuple(config.data.domains), config.training.max_steps)
 
     def step(self, number: int) -> ScheduledStep:

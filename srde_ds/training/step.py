@@ -73,6 +73,7 @@ def optimizer_step(
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy of the batch on a device."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 

@@ -95,6 +95,7 @@ class RelaxedTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, scores_SB: Tensor, threshold_S1: Tensor, temperature: float) -> Tensor:
+        """The relaxed masks `[S, B]`."""
         soft_SB = ((scores_SB - threshold_S1) / temperature).sigmoid()
         ctx.save_for_backward(soft_SB)
         ctx.temperature = temperature
@@ -103,6 +104,7 @@ class RelaxedTopK(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the scores."""
         (soft_SB,) = ctx.saved_tensors
         slope_SB = soft_SB * (1 - soft_SB)
         mean_S1 = (slope_SB * gradient).sum(1, keepdim=True) / slope_SB.sum(1, keepdim=True).clamp(min=1e-30)
@@ -120,6 +122,7 @@ class OverlapLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, soft_EB: Tensor, weight: float, kept_blocks: float) -> Tensor:
+        """The masks themselves, in a new view."""
         ctx.save_for_backward(soft_EB)
         experts = len(soft_EB)
         ctx.factor = weight * 2 / (experts * (experts - 1)) / kept_blocks
@@ -128,6 +131,7 @@ class OverlapLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The masks' gradient plus that of the overlap."""
         (soft_EB,) = ctx.saved_tensors
         return gradient + ctx.factor * (soft_EB.sum(0, keepdim=True) - soft_EB), None, None
 

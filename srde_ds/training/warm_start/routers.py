@@ -73,6 +73,7 @@ class WarmStart:
 
     @classmethod
     def of(cls, config: Config) -> WarmStart:
+        """As the options of a run say."""
         curriculum = config.curriculum
         return cls(
             method=curriculum.warm_start_method,
