@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig
-from srde_ds.model.deltas import DeltaBank, build_deltas
+from srde_ds.model.deltas import DeltaBank, Storage, build_deltas
 from srde_ds.model.supports import learned
 from srde_ds.model.supports.learned import RelaxedTopK
 from srde_ds.model.supports.pruning import kept_positions
@@ -37,10 +37,8 @@ class ConstantThreshold:
 
 
 def trained(keep: int | None, target: Tensor, score_lr: float, noise: float, generator: torch.Generator) -> DeltaBank:
-    device = torch.device("cpu")
-    bank = build_deltas(
-        CONFIG, hidden=HIDDEN, size=CANDIDATES, seed=0, layer=0, dtype=torch.float32, device=device, keep=keep
-    )
+    storage = Storage(torch.float32, torch.device("cpu"))
+    bank = build_deltas(CONFIG, hidden=HIDDEN, size=CANDIDATES, seed=0, layer=0, storage=storage, keep=keep)
     parameters = dict(bank.named_parameters())
     groups: list[dict[str, Any]] = [{"params": [parameters["free"]], "lr": 0.02}]
     if keep is not None:

@@ -55,7 +55,7 @@ def randomize(model: SRDEModel, *, seed: int = 1, scale: float = 0.3) -> SRDEMod
     with torch.no_grad():
         for _, parameter in model.trainable_parameters():
             noise = torch.randn(parameter.srde_shape, generator=generator)
-            parameter[: parameter.srde_rows] += (scale * noise).to(parameter.dtype)
+            parameter[: parameter.srde_shape[0]] += (scale * noise).to(parameter.dtype)
     return model
 
 

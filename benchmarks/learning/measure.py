@@ -20,6 +20,7 @@ from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import forced_experts
 from srde_ds.training.step import to_device
 
@@ -40,18 +41,15 @@ def row_losses(model: SRDEModel, rows: datasets.Dataset, batch_size: int, *, exp
     """Mean cross entropy of the response tokens of packed rows by domain; `expert`: of this one alone."""
     sums = torch.zeros(len(DOMAINS), 2, dtype=torch.float64)
     domain_of_row = torch.as_tensor(rows.with_format("numpy")["domain"][:])
-    try:
-        for domain in range(len(DOMAINS)):
-            own = rows.select((domain_of_row == domain).nonzero().squeeze(1).tolist())
-            for batch in validation_batches(own, batch_size):
-                batch = to_device(batch, model.base.device)
-                model.routing.forced_experts = None if expert is None else forced_experts(batch, expert)
-                inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
-                with torch.inference_mode():
-                    output = model(**inputs)
-                sums[domain] += torch.stack([output.loss_sum.double(), output.label_count.double()]).cpu()
-    finally:
-        model.routing.forced_experts = None
+    for domain in range(len(DOMAINS)):
+        own = rows.select((domain_of_row == domain).nonzero().squeeze(1).tolist())
+        for batch in validation_batches(own, batch_size):
+            batch = to_device(batch, model.base.device)
+            policy = RoutingPolicy(forced_experts=None if expert is None else forced_experts(batch, expert))
+            inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
+            with torch.inference_mode():
+                output = model(**inputs, policy=policy)
+            sums[domain] += torch.stack([output.loss_sum.double(), output.label_count.double()]).cpu()
     return {name: float(total / count) for name, (total, count) in zip(DOMAINS, sums, strict=True) if count}
 
 

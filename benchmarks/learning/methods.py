@@ -31,8 +31,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import ROLES, FeedForward, find_feed_forward, load_base
-from srde_ds.model.deltas import build_deltas
-from srde_ds.model.router import RoutingContext, RoutingStatistics
+from srde_ds.model.deltas import empty_deltas
+from srde_ds.model.policy import PolicyControl
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.schedule import set_learning_rates
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
@@ -168,7 +168,7 @@ def train_baseline(run: Run, config: Config, inputs: Inputs) -> Trained:
     torch.manual_seed(config.training.seed)
     base = load_base(inputs.base, dtype=torch.float32).to(device)
     parameters = PARAMETERS[run.kind](base, run) if run.kind != "base" else []
-    model = SRDEModel(base, AdapterConfig(), [], RoutingContext(RoutingStatistics(0, 0)), {"name": str(inputs.base)})
+    model = SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(inputs.base)})
     losses, seconds, tokens = _fit(model, parameters, config, inputs) if parameters else ([], [], 0)
     model.eval()
     validation = row_losses(model, inputs.split("validation"), config.training.batch_size)
@@ -203,7 +203,7 @@ def _fit(
         losses.append(float(total) / int(counts["labels"]))
         if not (math.isfinite(losses[-1]) and math.isfinite(float(norm))):
             raise Diverged(f"step {step + 1}: the loss is {losses[-1]}, the gradient's norm {float(norm)}.")
-        set_learning_rates(optimizer, scheduled_factor(config, step))
+        set_learning_rates(optimizer, scheduled_factor(settings, training.max_steps, step))
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.monotonic() - started)
@@ -254,8 +254,7 @@ def equal_rank(blocks: list[FeedForward], flags: Flags) -> int:
 
 def _srde_values(adapter: AdapterConfig, hidden: int, intermediate: int) -> int:
     size = support_size(adapter, hidden, intermediate)
-    meta = torch.device("meta")
-    bank = build_deltas(adapter, hidden=hidden, size=size, seed=0, layer=0, dtype=torch.float32, device=meta)
+    bank = empty_deltas(adapter, hidden=hidden, size=size)
     return sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
 
 

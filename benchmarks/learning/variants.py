@@ -26,6 +26,7 @@ from srde_ds.model.router import Router
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import select_support
 from srde_ds.optim import gram_muon
+from srde_ds.optim.shards import MatrixShard
 from srde_ds.training.engine_rebuild import Stages
 
 Patch = AbstractContextManager[Any]
@@ -92,12 +93,12 @@ def one_matrix_an_expert() -> Patch:
     """Muon sees an expert's three projections as one matrix `[D, 3*m]` instead of three `[D, m]`."""
     register = gram_muon.GramMuonAdamW.register_layout
 
-    def joined(piece: gram_muon.Piece) -> gram_muon.Piece:
-        stop = None if piece.stop is None else piece.stop // 3
-        return replace(piece, batch=piece.batch // 3, cols=piece.cols * 3, first=piece.first // 3, stop=stop)
+    def joined(shard: MatrixShard) -> MatrixShard:
+        stop = None if shard.stop is None else shard.stop // 3
+        return replace(shard, count=shard.count // 3, width=shard.width * 3, first=shard.first // 3, stop=stop)
 
-    def registered(self: Any, flat_param: Tensor, pieces: Sequence[gram_muon.Piece], process_group: Any) -> None:
-        register(self, flat_param, [joined(piece) for piece in pieces], process_group)
+    def registered(self: Any, flat_param: Tensor, shards: Sequence[MatrixShard], process_group: Any) -> None:
+        register(self, flat_param, [joined(shard) for shard in shards], process_group)
 
     return mock.patch.object(gram_muon.GramMuonAdamW, "register_layout", registered)
 

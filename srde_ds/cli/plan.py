@@ -31,11 +31,11 @@ def plan(arguments: Sequence[str]) -> None:
 
     from srde_ds.planner.describe import describe_plan
     from srde_ds.planner.plan import Machines, make_plan, write_plan
-    from srde_ds.training.schedule import prunings
+    from srde_ds.training.schedule import Schedule
 
     own = {field.name: given.pop(field.name) for field in fields(Machines)}
     config = resolved(given)
-    made = make_plan(config, Machines(**own), prunings(config))
+    made = make_plan(config, Machines(**own), Schedule.of(config).prunings)
     print(describe_plan(made))
     if output_file:
         write_plan(made, output_file)

@@ -20,8 +20,9 @@ from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts, cut_rows, expert_groups
 from srde_ds.distributed.processes import Topology, deepspeed
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
-from srde_ds.model.base import load_base
+from srde_ds.model.base import Sharding, load_base
 from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 from srde_ds.planner.shapes import base_shape
@@ -62,10 +63,16 @@ class Engine:
         """Zero, not absent: DeepSpeed would take the last step's; and it counts in the norm that clips the others."""
         return None if kind in self.trained_kinds else torch.zeros_like(gradient)
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch from the loader: its sum over labels and their number (scalars on the device)."""
+    def forward(
+        self, batch: dict[str, torch.Tensor], policy: RoutingPolicy | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of a batch from the loader: its sum over labels and their number (scalars on the device).
+
+        Args:
+            policy: default: all experts, no auxiliary losses, nothing recorded.
+        """
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
-        output: SRDEOutput = self.deepspeed(**inputs)
+        output: SRDEOutput = self.deepspeed(**inputs, policy=policy)
         assert output.loss_sum is not None and output.label_count is not None
         return output.loss_sum, output.label_count
 
@@ -129,8 +136,7 @@ def build_model(
         seed=config.training.seed,
         supports=supports,
         target_density=target_density,
-        row_multiple=topology.world_size,
-        gather=gather,
+        sharding=Sharding(gather, pad_to=topology.world_size),
     )
     if config.model.compile:
         for layer in model.layers:

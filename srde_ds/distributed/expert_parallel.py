@@ -104,10 +104,10 @@ def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None
         total = bank.atoms.shape[0]  # padded to a multiple of the world size
         for key, parameter in _parameters(layer):
             if parameter.srde_kind in ("atoms", "importance"):
-                axis = bank.row_axis[parameter.srde_kind]
+                axis = bank.long_axis[parameter.srde_kind]
                 setattr(bank, key, _part_of(parameter, axis, rank * (total // world), total // world, owners))
-        bank.exchange = partial(exchange, rows=bank.rows, axis=bank.row_axis["values"], expert_axis=bank.expert_axis)
-        bank.rows = total // world
+        bank.exchange = partial(exchange, rows=bank.length, axis=bank.long_axis["values"], expert_axis=bank.expert_axis)
+        bank.length = total // world
         bank.first_expert, bank.ranks_per_copy = first, size
         if dispatch is not None:
             layer.dispatch = dispatch

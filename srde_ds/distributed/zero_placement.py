@@ -19,7 +19,8 @@ from srde_ds.distributed.expert_parallel import ExpertGroups, TensorCut
 from srde_ds.distributed.tensor_shard import TensorPiece
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.optim.gram_muon import GramMuonAdamW, Piece, Window
+from srde_ds.optim.gram_muon import GramMuonAdamW
+from srde_ds.optim.shards import MatrixShard, UpdatedBlock
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,10 @@ class Partition:
         offset = self.start // row * global_row + first
         return TensorPiece(self.name, kind, shape, offset, block, stride=global_row)
 
-    def blocks(self, active: Callable[[int], bool], num_experts: int) -> list[Window]:
+    def blocks(self, active: Callable[[int], bool], num_experts: int) -> list[UpdatedBlock]:
         """The piece's values that belong to active experts, as blocks of the sub-group's flat tensor."""
         if self.expert_axis is None:
-            return [Window(self.offset, 1, self.numel, 0, self.numel)]
+            return [UpdatedBlock(self.offset, 1, self.numel, 0, self.numel)]
         whole = self.shape if self.cut is None else self.cut.global_shape
         each = whole[self.expert_axis] // num_experts
         inner = each * prod(self.shape[self.expert_axis + 1 :])
@@ -88,9 +89,9 @@ class Partition:
         runs = _runs([active(first + slot) for slot in range(slots)])
         if self.expert_axis == 0:  # a run of slots is contiguous, but the piece may begin and end within one
             ends = [(max(a * inner, self.start), min(b * inner, self.start + self.numel)) for a, b in runs]
-            return [Window(self.offset + a - self.start, 1, b - a, 0, b - a) for a, b in ends if a < b]
+            return [UpdatedBlock(self.offset + a - self.start, 1, b - a, 0, b - a) for a, b in ends if a < b]
         row = slots * inner
-        return [Window(self.offset, self.numel // row, row, a * inner, b * inner) for a, b in runs]
+        return [UpdatedBlock(self.offset, self.numel // row, row, a * inner, b * inner) for a, b in runs]
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
@@ -182,8 +183,8 @@ def restrict_updates(
 
     for sub_group in sub_groups(engine, model):
         muon = sub_group.param_group["rule"] == "muon"
-        pieces: list[Piece] = []
-        windows: list[Window] = []
+        pieces: list[MatrixShard] = []
+        windows: list[UpdatedBlock] = []
         for part in sub_group.partitions:
             blocks = part.blocks(active, experts) if part.kind in trained else []
             if muon:
@@ -200,12 +201,12 @@ def restrict_updates(
             optimizer.restrict(sub_group.master, None if unrestricted else windows)
 
 
-def _muon_pieces(part: Partition, blocks: list[Window]) -> list[Piece]:
+def _muon_pieces(part: Partition, blocks: list[UpdatedBlock]) -> list[MatrixShard]:
     full_rows, batch, cols = part.shape if part.cut is None else (part.cut.global_shape[0], *part.shape[1:])
     if part.numel % (batch * cols):
         raise SRDEError(
             f"'{part.name}': {part.numel} values a rank are no whole rows of {batch} x {cols}. "
-            "Pad its rows to a multiple of the world size (row_multiple of add_experts)."
+            "Pad its rows to a multiple of the world size (pad_to of its Sharding)."
         )
     rows = part.numel // (batch * cols)
     if part.expert_axis is None:
@@ -213,7 +214,7 @@ def _muon_pieces(part: Partition, blocks: list[Window]) -> list[Piece]:
     else:
         ranges = [(block.first // cols, block.stop // cols) for block in blocks]
     # A tensor of which nothing is updated is an empty range: its name and place are still known.
-    return [Piece(part.name, part.offset, rows, batch, cols, full_rows, a, b) for a, b in ranges or [(0, 0)]]
+    return [MatrixShard(part.name, part.offset, rows, batch, cols, full_rows, a, b) for a, b in ranges or [(0, 0)]]
 
 
 def state_pieces(engine: Any, model: SRDEModel, optimizer: GramMuonAdamW) -> list[TensorPiece]:

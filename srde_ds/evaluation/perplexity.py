@@ -16,6 +16,7 @@ from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import RoutingPolicy
 
 
 @dataclass
@@ -64,34 +65,32 @@ def response_losses(
             chosen[: len(prompt_ids(tokenizer, record.prompt))] = False
     device, pad = model.base.device, pad_token_id(tokenizer)
     losses: dict[int, ItemLoss] = {}
-    model.routing.record_choices = count_experts
-    try:
-        for batch in batches_by_length([len(document) for document in documents], batch_size, title):
-            ids = [torch.from_numpy(documents[i].input_ids).long() for i in batch]
-            labels = [row.masked_fill(~labelled[i], IGNORED) for i, row in zip(batch, ids, strict=True)]
-            mask_BS = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
-            ids_BS = pad_sequence(ids, batch_first=True, padding_value=pad).to(device)
-            labels_BS = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
-            model.routing.forced_experts = None if expert is None else torch.full_like(ids_BS, expert)
-            with torch.inference_mode():
-                sums_B, counts_B = _losses(model, ids_BS, mask_BS, labels_BS)
-            assignments = _assignments(model, mask_BS.bool()) if count_experts else [None] * len(batch)
-            for index, loss_sum, count, experts in zip(
-                batch, sums_B.tolist(), counts_B.tolist(), assignments, strict=True
-            ):
-                losses[index] = ItemLoss(loss_sum, count, experts)
-    finally:
-        model.routing.forced_experts = None
-        model.routing.record_choices = False
-        model.routing.choices.clear()
+    for batch in batches_by_length([len(document) for document in documents], batch_size, title):
+        ids = [torch.from_numpy(documents[i].input_ids).long() for i in batch]
+        labels = [row.masked_fill(~labelled[i], IGNORED) for i, row in zip(batch, ids, strict=True)]
+        mask_BS = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
+        ids_BS = pad_sequence(ids, batch_first=True, padding_value=pad).to(device)
+        labels_BS = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+        choices: dict[int, Tensor] | None = {} if count_experts else None
+        forced_BS = None if expert is None else torch.full_like(ids_BS, expert)
+        policy = RoutingPolicy(forced_experts=forced_BS, choices=choices)
+        with torch.inference_mode():
+            sums_B, counts_B = _losses(model, policy, ids_BS, mask_BS, labels_BS)
+        assignments: Sequence[Tensor | None] = [None] * len(batch)
+        if choices is not None:
+            assignments = _assignments(choices, len(model.expert_names), mask_BS.bool())
+        for index, loss_sum, count, experts in zip(batch, sums_B.tolist(), counts_B.tolist(), assignments, strict=True):
+            losses[index] = ItemLoss(loss_sum, count, experts)
     return [losses[index] for index in range(len(documents))]
 
 
-def _losses(model: SRDEModel, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+def _losses(
+    model: SRDEModel, policy: RoutingPolicy, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor
+) -> tuple[Tensor, Tensor]:
     """Each row's summed cross entropy and label count. Only positions labelled in some row go through the head."""
     targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
     labelled = (targets_BS != IGNORED).any(0).nonzero().squeeze(1)
-    logits = model(ids_BS, attention_mask=mask_BS, logits_to_keep=labelled).logits
+    logits = model(ids_BS, attention_mask=mask_BS, policy=policy, logits_to_keep=labelled).logits
     targets = targets_BS.index_select(1, labelled)
     chosen = targets != IGNORED
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
@@ -99,10 +98,10 @@ def _losses(model: SRDEModel, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor
     return losses.sum(1), chosen.sum(1)
 
 
-def _assignments(model: SRDEModel, mask_BS: Tensor) -> list[Tensor]:
-    """[L, E] for each row of the last forward: how often its real tokens took each expert of each layer."""
-    rows, experts = mask_BS.shape[0], len(model.expert_names)
-    choices_LTK = torch.stack(list(model.routing.choices.values()))
+def _assignments(choices: dict[int, Tensor], experts: int, mask_BS: Tensor) -> list[Tensor]:
+    """[L, E] for each row of a forward: how often its real tokens took each expert of each layer."""
+    rows = mask_BS.shape[0]
+    choices_LTK = torch.stack(list(choices.values()))
     choices_LBSK = choices_LTK.view(len(choices_LTK), *mask_BS.shape, -1)
     used_LBSK = (choices_LBSK >= 0) & mask_BS[None, :, :, None]
     row_L, row_B = (torch.arange(n, device=mask_BS.device) for n in (len(choices_LTK), rows))

@@ -16,7 +16,7 @@ from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes
 from srde_ds.model.base_files import BaseFiles, check_base
-from srde_ds.model.deltas import build_deltas
+from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.merging import expert_delta
 from srde_ds.weights.file import AdapterMetadata, read_weights
 from srde_ds.weights.locate import locate_weights
@@ -54,15 +54,8 @@ class AdapterSource:
         prefix, config = f"layers.{layer}.", self.metadata.config
         own = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(f"{prefix}deltas.")}
         values = {name.removeprefix("deltas."): tensor.load().float() for name, tensor in own.items()}
-        bank = build_deltas(
-            config,
-            hidden=self.router(layer).shape[1],
-            size=self.tensors[f"{prefix}support"].shape[-1],
-            seed=0,
-            layer=layer,
-            dtype=torch.float32,
-            device=torch.device("meta"),
-        )
+        size = self.tensors[f"{prefix}support"].shape[-1]
+        bank = empty_deltas(config, hidden=self.router(layer).shape[1], size=size)
         bank.load_state_dict(values, assign=True)
         with torch.no_grad():
             return bank()

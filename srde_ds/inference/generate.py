@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import RoutingPolicy
 
 
 @dataclass
@@ -121,23 +122,22 @@ def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> 
 
 @contextmanager
 def recorded_experts(model: SRDEModel, forwards: list[Tensor]) -> Iterator[None]:
-    """Append each forward's expert shares `[T, E]` (mean over layers) to `forwards`."""
+    """Append the expert shares `[T, E]` (mean over layers) of each forward inside to `forwards`."""
     num_experts = len(model.expert_names)
+    choices: dict[int, Tensor] = {}
 
     def record(*_: Any) -> None:
-        choices_LTK = torch.stack(list(model.routing.choices.values()))
+        choices_LTK = torch.stack(list(choices.values()))
         # -1 stands for "no expert": moved to column 0, which is dropped.
         counts_TE = F.one_hot(choices_LTK + 1, num_experts + 1).sum((0, 2))[:, 1:]
         forwards.append((counts_TE / counts_TE.sum(1, keepdim=True)).cpu())
 
     handle = model.base.register_forward_hook(record)
-    model.routing.record_choices = True
     try:
-        yield
+        with model.routing.running(RoutingPolicy(choices=choices)):
+            yield
     finally:
         handle.remove()
-        model.routing.record_choices = False
-        model.routing.choices.clear()
 
 
 def format_routing(generation: Generation, expert_names: list[str]) -> str:

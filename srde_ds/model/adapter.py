@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,11 +19,11 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.hub.sharing import push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import Gather, block_shapes, load_base, no_gather
+from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
-from srde_ds.model.router import RoutingContext
+from srde_ds.model.policy import PolicyControl, PolicyKeepingCheckpoint, RoutingPolicy
 from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
 from srde_ds.weights.locate import locate_weights
@@ -35,8 +35,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class SRDEOutput(ModelOutput):
-    """Of a forward with labels: loss_sum (fp32 scalar, summed over labels) and label_count (int64 scalar).
-    Without: the base's logits and cache."""
+    """What a forward gives.
+
+    Attributes:
+        loss_sum, label_count: with labels: cross entropy in nats summed over them (fp32 scalar), and how many there are
+            (int64 scalar).
+        logits, past_key_values: without labels: the base's.
+    """
 
     loss_sum: Tensor | None = None
     label_count: Tensor | None = None
@@ -45,14 +50,14 @@ class SRDEOutput(ModelOutput):
 
 
 class SRDEModel(nn.Module):
-    """A frozen base whose feed-forward blocks carry routed experts. Built by `from_pretrained` or `add_experts`.
+    """A frozen base whose feed-forward blocks carry routed experts, made by `from_pretrained` or `add_experts`.
 
     Attributes:
-        base: the transformers model, with the experts in it: what expects a model of transformers, such as
-            `transformers.pipeline`, takes this.
-        routing: the context that all layers read, see `router.RoutingContext`.
+        base: the transformers model with the experts in it. Hand this to whatever expects a model of transformers,
+            such as `transformers.pipeline`.
+        routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
-        run_folder: of the training run that the weights were loaded from; None: of no run.
+        run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
     """
 
     run_folder: Path | None = None
@@ -62,7 +67,7 @@ class SRDEModel(nn.Module):
         base: PreTrainedModel,
         config: AdapterConfig,
         expert_names: list[str],
-        routing: RoutingContext,
+        routing: PolicyControl,
         identity: dict[str, str | int],
     ) -> None:
         super().__init__()
@@ -88,7 +93,8 @@ class SRDEModel(nn.Module):
             base: its id or folder, or a fresh model, which may be quantised; None: the one named in the weights.
             adapter: a weights file, a folder of `save_pretrained` or of a finished run, or a repository of the Hub.
             dtype: of the experts, and of the base if it is loaded here.
-            revision: of the repository.
+            attn_implementation: of the base if it is loaded here, as transformers names them.
+            revision: branch, tag or commit of the repository.
 
         Raises:
             SRDEError: as `load_adapter`.
@@ -97,7 +103,7 @@ class SRDEModel(nn.Module):
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
-        """Top to bottom, as the tokens pass them."""
+        """In the order in which tokens pass them."""
         return sorted((m for m in self.base.modules() if isinstance(m, SRDEFeedForward)), key=lambda m: m.layer)
 
     def forward(
@@ -108,6 +114,7 @@ class SRDEModel(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         token_mask: Tensor | None = None,
+        policy: RoutingPolicy | None = None,
         **kwargs: Any,
     ) -> SRDEOutput:
         """Run the base with its experts.
@@ -116,21 +123,43 @@ class SRDEModel(nn.Module):
             input_ids: `[B, S]`.
             position_ids: `[B, S]`; restarting positions separate documents when attention_mask is None.
             labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1.
-            token_mask: `[B, S]` bool, True for real tokens; default: the last S columns of attention_mask, else all.
+            token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
+                attention_mask, else all.
+            policy: how this forward routes its tokens and what it records; default: all experts, or those of
+                `set_active_experts` (inside `routing.running`, the policy given there).
             kwargs: for the base's forward.
 
         Raises:
-            SRDEError: every expert is locked.
+            SRDEError: every expert is locked, or the base recomputes activations in its own way (see
+                `enable_gradient_checkpointing`).
         """
-        allowed = self.routing.allowed_experts
-        if allowed is not None and not bool(allowed.any()):
-            raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
+        policy = self.routing.policy if policy is None else policy
+        if token_mask is None:
+            token_mask = policy.token_mask
         if token_mask is None and attention_mask is not None:
             token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
-        self.routing.token_mask = token_mask
-        # A cache switches off the separation of packed documents.
-        kwargs.setdefault("use_cache", False)
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask} | kwargs
+        with self.routing.running(replace(policy, token_mask=token_mask)):
+            self._check_policy()
+            return self._forward(inputs, labels)
+
+    def _check_policy(self) -> None:
+        allowed = self.routing.policy.allowed_experts
+        if allowed is not None and not bool(allowed.any()):
+            raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
+        if torch.is_grad_enabled() and self.training:
+            for layer in self.base.modules():
+                checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+                ours = checkpoint is None or isinstance(checkpoint, PolicyKeepingCheckpoint)
+                if not ours and getattr(layer, "gradient_checkpointing", False):
+                    raise SRDEError(
+                        "base: it recomputes activations without this forward's policy; call "
+                        "enable_gradient_checkpointing of the SRDEModel instead of the base's."
+                    )
+
+    def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> SRDEOutput:
+        # A cache switches off the separation of packed documents.
+        inputs.setdefault("use_cache", False)
         if labels is None:
             output = self.base(**inputs)
             return SRDEOutput(logits=output.logits, past_key_values=output.past_key_values)
@@ -143,35 +172,43 @@ class SRDEModel(nn.Module):
         loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
         return SRDEOutput(loss_sum=loss_sum, label_count=(targets != -100).sum())
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate`, with experts."""
-        self.routing.token_mask = None
-        return self.base.generate(*args, **kwargs)
+    def generate(self, *args: Any, policy: RoutingPolicy | None = None, **kwargs: Any) -> Any:
+        """The base's `generate`, with experts.
+
+        Args:
+            policy: of all its forwards; default: the one in force.
+        """
+        with self.routing.running(self.routing.policy if policy is None else policy):
+            return self.base.generate(*args, **kwargs)
 
     def enable_gradient_checkpointing(self, *, use_reentrant: bool = False) -> None:
-        """Recompute each decoder layer's activations in the backward (in train mode)."""
+        """Recompute each decoder layer's activations in the backward (in train mode), under the forward's policy."""
         self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        for module in self.base.modules():
+            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
+                module._gradient_checkpointing_func = PolicyKeepingCheckpoint(checkpoint, self.routing)
         if use_reentrant:  # it needs an input with a gradient, and the embedding is frozen
             self.base.enable_input_require_grads()
 
     @contextmanager
     def no_experts(self) -> Iterator[None]:
-        """Inside, the output is the bare base's, bit for bit."""
-        before, self.routing.active = self.routing.active, False
+        """Inside this context the output is the bare base's, bit for bit."""
+        before = self.routing.standing.active
+        self.routing.standing = replace(self.routing.standing, active=False)
         try:
             yield
         finally:
-            self.routing.active = before
+            self.routing.standing = replace(self.routing.standing, active=before)
 
     @property
     def active_experts(self) -> list[str]:
         """Names of the experts that tokens may be routed to."""
-        allowed = self.routing.allowed_experts
+        allowed = self.routing.standing.allowed_experts
         used = [True] * len(self.expert_names) if allowed is None else allowed.tolist()
         return [name for name, use in zip(self.expert_names, used, strict=True) if use]
 
     def set_active_experts(self, names: Sequence[str] | None) -> None:
-        """Route tokens to these experts alone, until further notice; None: to all.
+        """Route tokens only to these experts from now on; None: to all.
 
         A token's weights are the softmax over those of its `top_k` that are active; with fewer active experts than
         top_k, each token uses all of them. `no_experts` gives the bare base.
@@ -180,25 +217,25 @@ class SRDEModel(nn.Module):
             SRDEError: an unknown name, or no name.
         """
         if names is None:
-            self.routing.allowed_experts = None
+            self.routing.standing = replace(self.routing.standing, allowed_experts=None)
             return
         chosen = [expert_index(self.expert_names, name) for name in ([names] if isinstance(names, str) else names)]
         if not chosen:
             raise SRDEError("set_active_experts([]): give at least one expert; `with model.no_experts():` uses none.")
         allowed = torch.zeros(len(self.expert_names), dtype=torch.bool)
         allowed[chosen] = True
-        self.routing.allowed_experts = allowed
+        self.routing.standing = replace(self.routing.standing, allowed_experts=allowed)
 
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.
 
-        It gives what this model gives with all tokens routed to that expert. This model is of no use afterwards.
+        It computes what this model computes when all tokens go to that expert. This model cannot be used afterwards.
 
         Args:
-            expert: its name; may be left out where there is only one.
+            expert: its name; may be left out if there is only one.
 
         Raises:
-            SRDEError: an unknown name, none where there are several, or a quantised base.
+            SRDEError: the name is unknown, or missing although there are several experts, or the base is quantised.
         """
         if expert is None and len(self.expert_names) > 1:
             raise SRDEError(f"merge_and_unload(): name one of the experts {', '.join(self.expert_names)}.")
@@ -209,10 +246,10 @@ class SRDEModel(nn.Module):
         """Write the adapter and its model card into a folder that `from_pretrained` reads; returns the weights' path.
 
         Args:
-            run: folder of the training run, which the card tells of; default: `run_folder`.
+            run: folder of the training run, for the card; default: `run_folder`.
 
         Raises:
-            SRDEError: `run` is no run's folder.
+            SRDEError: `run` is not the folder of a run.
         """
         run = self.run_folder if run is None else Path(run)
         return save_adapter(Path(folder), self.adapter_tensors(), self.metadata(), run=run)
@@ -226,28 +263,28 @@ class SRDEModel(nn.Module):
             run: as in `save_pretrained`.
 
         Raises:
-            SRDEError: no token, a bad name, no such run, or the Hub refuses or cannot be reached.
+            SRDEError: there is no token or no such run, the name is bad, or the Hub refuses or cannot be reached.
         """
         run = self.run_folder if run is None else Path(run)
         return push_adapter(repo, self.adapter_tensors(), self.metadata(), run=run, private=private)
 
     def trainable_parameters(self) -> Iterator[tuple[str, Trainable]]:
-        """Stable name (`layers.{i}.deltas.free`, ...) and parameter, layer by layer."""
+        """Name (`layers.{i}.deltas.free`, ...), the same on every base, and parameter; layer by layer."""
         for number, layer in enumerate(self.layers):
             for child in ("deltas", "router"):
                 for name, parameter in getattr(layer, child).named_parameters():
                     yield f"layers.{number}.{child}.{name}", cast("Trainable", parameter)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """All that makes the adapter by stable name, without padding rows; parameters must be whole here.
+        """All that makes the adapter, by stable name and without padding; parameters must be whole here.
 
         Raises SRDEError after `merge_and_unload`."""
         if not self.layers:
             raise SRDEError("merge_and_unload took the experts out of this model: load the adapter again.")
-        return {name: p.detach()[: p.srde_rows] for name, p in self.trainable_parameters()} | self.common_tensors()
+        return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """What is whole on every rank: supports, and copies of the routers' selection biases that are not zero."""
+        """What every rank holds whole: the supports, and copies of the routers' selection biases that are not zero."""
         supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
         biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
         return supports | {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
@@ -258,6 +295,7 @@ class SRDEModel(nn.Module):
             layer.router.load_selection_bias(tensors.pop(f"layers.{number}.router_bias", None))
 
     def metadata(self) -> AdapterMetadata:
+        """What a weights file says about the adapter in it."""
         supports = [layer.support for layer in self.layers]
         return AdapterMetadata(
             config=self.config,
@@ -285,33 +323,31 @@ def add_experts(
     dtype: torch.dtype | None = None,
     supports: Sequence[Tensor] | None = None,
     target_density: float | None = None,
-    row_multiple: int = 1,
-    gather: Gather = no_gather,
+    sharding: Sharding = WHOLE,
 ) -> SRDEModel:
     """Replace the base's feed-forward blocks, in place, by blocks with experts whose deltas are zero.
 
     Args:
+        expert_names: one for each expert.
+        seed: of routers, random supports and the mixing of atoms.
         dtype: of all trainables; default: the base's.
-        supports: of all layers, top to bottom; default: chosen as the config says.
-        target_density: the supports, of the config's density, hold the candidates of a support that is being learned;
-            so many of them are kept. None: the supports are fixed.
-        row_multiple: see `deltas.build_deltas`.
-        gather: context in which the given parameters of one layer are readable (ZeRO-3).
+        supports: of all layers, in the order in which tokens pass them; default: chosen as the config says.
+        target_density: of the supports that will be left when they have been learned; those of the config's density
+            hold the candidates. None: the supports are fixed.
+        sharding: of the base and the experts over processes; default: all weights are whole here.
 
     Raises:
-        SRDEError: names do not fit the config, the base has no fitting blocks or carries experts already, no
+        SRDEError: the names do not fit the config, the base has no fitting blocks or carries experts already, no
             support can be chosen, or those given do not fit.
     """
-
     return _with_experts(
         base,
         config,
         expert_names,
-        support_chooser(config, supports, seed=seed, gather=gather),
+        support_chooser(config, supports, seed=seed, gather=sharding.gather),
         seed=seed,
         dtype=dtype,
-        row_multiple=row_multiple,
-        gather=gather,
+        sharding=sharding,
         target_density=target_density,
     )
 
@@ -365,15 +401,15 @@ def load_adapter(
 
 
 def parameter_table(model: SRDEModel) -> str:
-    """Kinds of tensors, how many, how many values, and their share of the base's weights."""
-    rows: dict[str, list[int]] = {}
+    """A table of the kinds of trainables: tensors, values, and their share of the base's weights."""
+    counts: dict[str, list[int]] = {}
     for _, parameter in model.trainable_parameters():
-        row = rows.setdefault(parameter.srde_kind, [0, 0])
-        row[0] += 1
-        row[1] += math.prod(parameter.srde_shape)
-    trainable = [sum(column) for column in zip(*rows.values(), strict=True)]
+        count = counts.setdefault(parameter.srde_kind, [0, 0])
+        count[0] += 1
+        count[1] += math.prod(parameter.srde_shape)
+    trainable = [sum(column) for column in zip(*counts.values(), strict=True)]
     frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
     base_values = sum(int(getattr(p, "ds_numel", p.numel())) for p in frozen)
-    rows |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
-    cells = [[kind, f"{n}", f"{values:,}", f"{values / base_values:.3%}"] for kind, (n, values) in rows.items()]
+    counts |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
+    cells = [[kind, f"{n}", f"{values:,}", f"{values / base_values:.3%}"] for kind, (n, values) in counts.items()]
     return aligned_table([["kind", "tensors", "values", "of base"], *cells], right=1)

@@ -1,4 +1,4 @@
-"""Experts put into a base: every feed-forward block is replaced by one that carries them."""
+"""Putting experts into a base: every feed-forward block is replaced by one that carries them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from transformers import PreTrainedModel
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import FeedForward, Gather, base_identity, find_feed_forward, no_gather
-from srde_ds.model.deltas import build_deltas
+from srde_ds.model.base import WHOLE, FeedForward, Gather, Sharding, base_identity, find_feed_forward
+from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.layer import SRDEFeedForward
-from srde_ds.model.router import Router, RoutingContext, RoutingStatistics
+from srde_ds.model.policy import PolicyControl
+from srde_ds.model.router import Router
 from srde_ds.model.supports.selection import kept_size, select_support, support_shape, support_size
 
 SupportChooser = Callable[[int, FeedForward], Tensor]
-"""From a layer's number and block to its support"""
+"""Gives a layer's support from its number and its block."""
 
 
 def attach_experts(
@@ -28,28 +29,27 @@ def attach_experts(
     *,
     seed: int,
     dtype: torch.dtype | None,
-    row_multiple: int = 1,
-    gather: Gather = no_gather,
+    sharding: Sharding = WHOLE,
     target_density: float | None = None,
-) -> tuple[RoutingContext, dict[str, str | int]]:
+) -> tuple[PolicyControl, dict[str, str | int]]:
     """Replace the base's feed-forward blocks in place and freeze the base; see `adapter.add_experts`.
 
     Returns:
-        The context that all layers read, and the base's identity as it was before.
+        What tells the layers their policy, and the base's identity as it was before.
 
     Raises:
-        SRDEError: names do not fit the config, or the base has no fitting blocks or carries experts already.
+        SRDEError: the names do not fit the config, or the base has no fitting blocks or carries experts already.
     """
     if len(expert_names) != config.num_experts:
         raise SRDEError(
             f"num_experts={config.num_experts}, but {len(expert_names)} expert names ({', '.join(expert_names)}); "
-            "give one name an expert."
+            "give one name for each expert."
         )
     if config.top_k > config.num_experts:
         raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
-    blocks = find_feed_forward(base, gather=gather)
-    identity = base_identity(base, gather=gather)
-    routing = RoutingContext(RoutingStatistics(len(blocks), config.num_experts))
+    blocks = find_feed_forward(base, gather=sharding.gather)
+    identity = base_identity(base, gather=sharding.gather)
+    routing = PolicyControl()
     base.requires_grad_(False)
     dtype = dtype or base.dtype
     for number, block in enumerate(blocks):
@@ -61,16 +61,14 @@ def attach_experts(
             size=support_size(config, block.hidden, block.intermediate),
             seed=seed,
             layer=number,
-            dtype=dtype,
-            device=device,
-            row_multiple=row_multiple,
+            storage=Storage(dtype, device, sharding.pad_to),
             keep=kept_size(config, target_density, block.hidden, block.intermediate),
         )
         router = Router(
             block.hidden, config.num_experts, config.top_k, seed=seed, layer=number, dtype=dtype, device=device
         )
         layer = SRDEFeedForward(
-            block, deltas, router, support.to(device), granularity=config.granularity, layer=number, context=routing
+            block, deltas, router, support.to(device), granularity=config.granularity, layer=number, control=routing
         )
         setattr(block.owner, block.name, layer.train(base.training))
     return routing, identity
@@ -79,7 +77,7 @@ def attach_experts(
 def support_chooser(
     config: AdapterConfig, supports: Sequence[Tensor] | None, *, seed: int, gather: Gather
 ) -> SupportChooser:
-    """Takes the given supports, of all layers, top to bottom; without them it chooses as the config says."""
+    """Takes the given supports, one for each layer; without them it chooses as the config says."""
 
     def choose(layer: int, block: FeedForward) -> Tensor:
         if supports is not None:

@@ -1,4 +1,4 @@
-"""The frozen base: loading it, telling which one it is, finding its feed-forward blocks."""
+"""The frozen base: loading it, recognising it, finding its feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from srde_ds.errors import SRDEError
 from srde_ds.utils.pretrained import load_pretrained
 
-# Makes the given parameters readable inside the context (they are parts of one layer); with ZeRO-3: GatheredParameters.
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 
 ROLES = ("gate", "up", "down")
@@ -45,8 +44,24 @@ IDENTITY_SAMPLES = 4096  # values of each weight that are hashed
 
 
 def no_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """For a model whose parameters are whole on this process."""
+    """`Gather` of a model whose parameters are whole on this process."""
     return nullcontext()
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the weights of a base, and of the experts in it, are spread over processes.
+
+    Attributes:
+        gather: makes the given parameters of one layer readable inside its context (ZeRO-3: `GatheredParameters`).
+        pad_to: processes that will cut the experts' tensors among them, see `deltas.Storage`.
+    """
+
+    gather: Gather = no_gather
+    pad_to: int = 1
+
+
+WHOLE = Sharding()  # all of it on this process
 
 
 @dataclass
@@ -54,8 +69,9 @@ class FeedForward:
     """A gated block: down(act(gate(x)) * up(x)).
 
     Attributes:
-        block: the module; `owner` and `name`: where it hangs.
+        block: the module, attribute `name` of the module `owner`.
         roles: "gate", "up", "down", "act" -> attribute of `block`.
+        hidden, intermediate: D and F.
     """
 
     block: nn.Module
@@ -77,8 +93,8 @@ def load_base(
     """The model of a Hugging Face id or local folder, frozen and in eval mode.
 
     Raises:
-        SRDEError: no such folder or id, no language model for its configuration, or weights that are missing
-            (transformers alone would fill them with random values).
+        SRDEError: there is no such folder or id, it holds no language model, or weights are missing (transformers
+            alone would fill them with random values).
     """
     config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
     model, report = load_pretrained(
@@ -102,25 +118,25 @@ def base_configuration(model_name: str | Path, *, revision: str | None = None) -
     """The configuration of an id or folder.
 
     Raises:
-        SRDEError: no such folder or id.
+        SRDEError: there is no such folder or id.
     """
     config: PretrainedConfig = load_pretrained(AutoConfig, "model", model_name, revision=revision)
     return config
 
 
 def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
-    """The model of an id or folder without its weights, on the meta device: shapes alone, in seconds for any size.
+    """The model of an id or folder without its weights, on the meta device: only shapes, in seconds for any size.
 
     Raises:
-        SRDEError: no such folder or id, or no language model for its configuration.
+        SRDEError: there is no such folder or id, or it holds no language model.
     """
     config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
     try:
         with torch.device("meta"):
             return _auto_class(config).from_config(config)
-    except ValueError as error:  # a configuration of something else than a language model
+    except ValueError as error:  # the configuration of something other than a language model
         reason = " ".join(str(error).split()).partition(". Model type should be")[0]
-        raise SRDEError(f"model_name={str(model_name)!r}: no language model ({reason}); give a decoder.") from None
+        raise SRDEError(f"model_name={str(model_name)!r}: is no language model ({reason}); give a decoder.") from None
 
 
 def _auto_class(config: Any) -> Any:
@@ -130,9 +146,10 @@ def _auto_class(config: Any) -> Any:
 def base_identity(model: PreTrainedModel, *, gather: Gather = no_gather) -> dict[str, str | int]:
     """What tells one base from another: `{"name", "architecture", "hash"}`.
 
-    The hash covers the fields of the configuration that fix shapes and evenly spaced values of the embedding and
-    of every weight of the first and the last decoder layer, rounded to bfloat16: loads of one bf16 checkpoint as
-    bf16, fp32 or sharded by ZeRO-3 agree, and seconds suffice for 14 B. It does not depend on parameter names.
+    The hash covers the fields of the configuration that fix shapes, and evenly spaced values of the embedding and of
+    every weight of the first and the last decoder layer. They are rounded to bfloat16, so that a bf16 checkpoint gives
+    the same hash whether it is loaded as bf16, as fp32 or sharded by ZeRO-3. It takes seconds for 14 B parameters and
+    does not depend on their names.
 
     Raises:
         SRDEError: the model already carries experts.
@@ -169,7 +186,7 @@ def identity_hash(config: Any, samples: Iterable[list[bytes]]) -> str:
 
 
 def sample_digest(weight: Tensor) -> bytes:
-    """What `identity_hash` takes of one weight."""
+    """What `identity_hash` takes in of one weight."""
     stride = max(1, weight.numel() // IDENTITY_SAMPLES)
     values = weight.detach().flatten()[::stride].cpu()
     values = values.to(torch.bfloat16).view(torch.int16) if weight.is_floating_point() else values.long()
@@ -177,13 +194,13 @@ def sample_digest(weight: Tensor) -> bytes:
 
 
 def refuse_experts(model: nn.Module) -> None:
-    """SRDEError if a block of `model` was already replaced."""
+    """Raise SRDEError if a block of `model` was already replaced."""
     if any(hasattr(parameter, "srde_kind") for parameter in model.parameters()):
         raise SRDEError("base: it already carries experts; load a fresh base.")
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the text decoder; for a multimodal model those of the language model inside it."""
+    """The layers of the text decoder; of a multimodal model, those of the language model in it."""
     expected = base.config.get_text_config().num_hidden_layers
     decoder = base.get_decoder()
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == expected]
@@ -197,10 +214,10 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> list[FeedForward]:
-    """The gated feed-forward block of every decoder layer, top to bottom, found by structure.
+    """The gated feed-forward block of every decoder layer, in their order, found by structure.
 
     A block is a child of a decoder layer that has exactly three linear-like children, two D -> F and one F -> D,
-    and an activation. Which is gate and which is up is settled by `verify_block`.
+    and an activation. `verify_block` finds out which is gate and which is up.
 
     Raises:
         SRDEError: a layer has no such block or several, or a block computes something else.
@@ -210,7 +227,7 @@ def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> l
 
 
 def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:
-    """(D, F) of every decoder layer's block, top to bottom; reads no weights.
+    """(D, F) of every decoder layer's block, in their order; reads no weights.
 
     Raises:
         SRDEError: a layer has no gated block or several.
@@ -224,7 +241,7 @@ def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel) -> tuple[str, nn.Module, int]:
-    """Name, module and D of the gated block of decoder layer `number`; reads no weights, errors as `block_shapes`."""
+    """Name, module and D of the gated block of decoder layer `number`; reads no weights, raises as `block_shapes`."""
     hidden = base.config.get_text_config().hidden_size
     found = [(name, child) for name, child in layer.named_children() if _is_gated(child, hidden)]
     if len(found) != 1:
@@ -251,11 +268,11 @@ def _feed_forward(layer: nn.Module, number: int, base: PreTrainedModel, gather: 
 def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: str = "block") -> dict[str, str]:
     """The roles for which down(act(gate(x)) * up(x)) equals the block's own output bit for bit on random input.
 
-    The order that the attributes' names suggest is tried first, then all others that the shapes allow.
-    The weights must be readable.
+    The order that the attributes' names suggest is tried first, then all others that the shapes allow. The weights
+    must be whole here.
 
     Raises:
-        SRDEError: no order does.
+        SRDEError: no order gives the block's output.
     """
     device = next(block.parameters()).device
     x = torch.randn(1, 8, hidden, generator=torch.Generator().manual_seed(0)).to(device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A base read from its files, a tensor at a time: nothing of it is loaded as a model."""
+"""A base read from its files, one tensor at a time, without loading it as a model."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ class BaseFiles:
     """The files of a Hugging Face id or local folder, in safetensors.
 
     Attributes:
-        folder: where they lie; `shards`: file -> names of its tensors.
+        folder: where they lie.
+        shards: file -> names of its tensors; `files`: name of a tensor -> file.
         config: config.json as it is.
         empty: the model on the meta device.
-        prefix: what stands in the files before a decoder tensor's name ("layers.0. ..."), such as "model.".
+        prefix: what precedes a decoder tensor's name ("layers.0. ...") in the files, such as "model.".
 
     Raises:
-        SRDEError: no such base, no safetensors files, or quantised ones.
+        SRDEError: there is no such base, it has no safetensors files, or they are quantised.
     """
 
     def __init__(self, model_name: str | Path) -> None:
@@ -65,7 +66,7 @@ class BaseFiles:
         try:
             return Path(snapshot_download(self.name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
-            raise self._error(f"its files cannot be had from the Hub ({' '.join(str(error).split())})") from None
+            raise self._error(f"its files cannot be downloaded from the Hub ({' '.join(str(error).split())})") from None
 
     def _shards(self) -> dict[str, list[str]]:
         if (self.folder / INDEX).is_file():
@@ -113,7 +114,7 @@ class BaseFiles:
         return {name: tuple(tensor.shape) for name, tensor in self.empty.get_decoder().state_dict().items()}
 
     def _prefix(self) -> str:
-        """Bases with an image encoder keep their decoder under other names in files than in memory."""
+        """It varies: a base with an image encoder names its decoder otherwise in files than in memory."""
         first = next(name for name in self.decoder_shapes if name.startswith("layers.0."))
         ends = [name for name in self.files if name == first or name.endswith(f".{first}")]
         prefixes = {name.removesuffix(first) for name in ends}
@@ -126,7 +127,7 @@ class BaseFiles:
         return fitting[0]
 
     def check_shapes(self) -> None:
-        """SRDEError if a tensor of the decoder has another shape than its configuration says."""
+        """Raise SRDEError if a tensor of the decoder has another shape than its configuration says."""
         for name, shape in self.decoder_shapes.items():
             if (found := self.decoder_tensor(name).shape) != shape:
                 raise self._error(f"{self.prefix}{name} has shape {list(found)}, its configuration says {list(shape)}")
@@ -162,7 +163,7 @@ class BaseFiles:
         return {role: f"{name}.{roles[role]}.weight" for role in ROLES}
 
     def companions(self) -> list[Path]:
-        """Files to copy beside weights made of this base."""
+        """Files that belong beside weights made from this base."""
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         left_out = {"config.json"}
         return sorted(p for p in found if p.name not in left_out and not p.name.endswith(".safetensors.index.json"))

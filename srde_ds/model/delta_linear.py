@@ -1,4 +1,4 @@
-"""Products with a matrix that is given by its few entries."""
+"""Products with a matrix that is given by the few entries that are not zero."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from torch import Tensor
 
 
 class DeltaLinear(torch.autograd.Function):
-    """x W^T, where W is zero but for entries of a support; dense while it is computed with, and not kept.
+    """x W^T, where W is zero but for the entries of a support. W is made dense for the product and not kept.
 
-    A dense product takes a GPU less time than gathering, but autograd would keep W, of which a delta of 1 % says
-    everything: here the backward makes it again.
+    A GPU is faster at a dense product than at gathering. But autograd would keep the dense W for the backward, although
+    1 % of its entries say everything; here the backward makes W again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, support: Tensor, begin: int, rows: int) -> Tensor:
-        """`[T, columns]` -> `[T, rows]`.
+    def forward(ctx: Any, x: Tensor, values: Tensor, support: Tensor, begin: int, outputs: int) -> Tensor:
+        """`[T, inputs]` -> `[T, outputs]`.
 
         Args:
             values: `[n]`, of all entries of the support.
-            support: `[n]`, flat indices into several matrices one after the other; entries of the others are ignored.
+            support: `[n]`, flat indices into several matrices that follow one another; those outside W are ignored.
             begin: the index of W's first entry among these.
         """
-        x = x.to(values.dtype)  # as autocast would, which is not there in the backward
+        x = x.to(values.dtype)  # as autocast would, but it is off in the backward
         ctx.save_for_backward(x, values, support)
-        ctx.begin, ctx.rows = begin, rows
-        size = rows * x.shape[1]
-        return x @ _dense(values, _places(support, begin, size), size).view(rows, -1).T
+        ctx.begin, ctx.outputs = begin, outputs
+        size = outputs * x.shape[1]
+        return x @ _dense(values, _places(support, begin, size), size).view(outputs, -1).T
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        """Gradients of x and of values."""
         x, values, support = ctx.saved_tensors
-        size = ctx.rows * x.shape[1]
+        size = ctx.outputs * x.shape[1]
         places = _places(support, ctx.begin, size)
         of_x = of_values = None
         if ctx.needs_input_grad[0]:
-            of_x = gradient @ _dense(values, places, size).view(ctx.rows, -1)
+            of_x = gradient @ _dense(values, places, size).view(ctx.outputs, -1)
         if ctx.needs_input_grad[1]:
             dense = (gradient.T @ x).view(-1)
             of_values = dense[places.clamp(max=size - 1)].masked_fill_(places == size, 0)
@@ -51,5 +52,5 @@ def _places(support: Tensor, begin: int, size: int) -> Tensor:
 
 
 def _dense(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """`[size]`. An entry behind its end takes what is not in the matrix: to count that would wait for the device."""
+    """`[size]`. One entry more takes what is not in the matrix: to leave that out would wait for the device."""
     return values.new_zeros(size + 1).scatter_(0, places, values)[:size]

@@ -1,16 +1,19 @@
 """The values of the deltas: free for each expert, or mixed from atoms that the experts share.
 
-Every parameter carries attributes that the placement of tensors reads:
-`srde_kind` ("free", "atoms", "importance", "mixing", "scores", "router"), `srde_expert_axis` (the axis that counts
-experts, None if all experts share the tensor), `srde_shape` (the shape without padding rows) and
-`srde_rows` (`srde_shape[0]`). A bank takes the number of experts from its parameters, so a bank whose
-parameters were cut along their expert axis works as it is, with `first_expert` set to the first it holds.
+Every parameter carries attributes that the placement of tensors reads: `srde_kind` ("free", "atoms", "importance",
+"mixing", "scores", "router"), `srde_expert_axis` (the axis that counts experts; None: all experts share the tensor) and
+`srde_shape` (the shape without the padding at the end of the first axis). A bank takes the number of experts from its
+parameters. So a bank whose parameters were cut along their expert axis works as it is, once `first_expert` is set to
+the first one that it holds.
+
+The letters of the shapes are in the docstring of `srde_ds.model`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
@@ -33,37 +36,53 @@ if TYPE_CHECKING:
         srde_kind: str
         srde_expert_axis: int | None
         srde_shape: tuple[int, ...]
-        srde_rows: int
 
 
 def tagged(data: Tensor, kind: str, *, expert_axis: int | None, shape: tuple[int, ...] | None = None) -> Trainable:
-    """A parameter with the attributes that the module's docstring lists."""
+    """A parameter with the attributes that the module's docstring lists; `shape`: default, that of `data`."""
     parameter = nn.Parameter(data)
     shape = tuple(data.shape) if shape is None else shape
-    for name, value in (("kind", kind), ("expert_axis", expert_axis), ("shape", shape), ("rows", shape[0])):
+    for name, value in (("kind", kind), ("expert_axis", expert_axis), ("shape", shape)):
         setattr(parameter, f"srde_{name}", value)
     return cast("Trainable", parameter)
 
 
-def padded_zeros(shape: tuple[int, ...], row_multiple: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    rows = math.ceil(shape[0] / row_multiple) * row_multiple
-    return torch.zeros(rows, *shape[1:], dtype=dtype, device=device)
+@dataclass(frozen=True)
+class Storage:
+    """How the values of a bank are kept.
+
+    Attributes:
+        pad_to: the long first axis of neuron deltas and of atoms gets zeros at its end until its length is a multiple
+            of this. The padding never gets a gradient.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    pad_to: int = 1
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Zeros of this dtype, on this device."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def padded_zeros(self, shape: tuple[int, ...]) -> Tensor:
+        """`zeros` with padding at the end of the first axis."""
+        return self.zeros(math.ceil(shape[0] / self.pad_to) * self.pad_to, *shape[1:])
 
 
 class DeltaBank(nn.Module):
     """The effective deltas of one layer's experts.
 
-    `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up rows transposed so
-    that D comes first) or `[E, n]` (element granularity, in the order of the support).
+    `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up transposed, so that D comes
+    first) or `[E, n]` (element granularity, in the order of the support).
 
-    A bank whose support is being learned also has scores `[1, B]`, or `[E, B]` of all experts wherever the experts are
-    held; the effective deltas of candidates that are not kept are zero. See `learned.py`.
+    A bank whose support is being learned also has scores: `[1, B]`, or `[E, B]` of all experts, on every rank. The
+    effective deltas of candidates that are not kept are zero. See `supports/learned.py`.
     """
 
     expert_axis: ClassVar[int]  # of the effective deltas
     first_expert: int = 0
     ranks_per_copy: int = 1  # one in so many ranks has an expert's effective deltas in a backward
-    exchange: Callable[[Tensor], Tensor] | None = None  # from the rows that `values` gives here to all of them
+    exchange: Callable[[Tensor], Tensor] | None = None  # from the values that this rank makes to all of them
     gate: SupportGate | None = None
     scores: nn.Parameter
 
@@ -85,7 +104,7 @@ class DeltaBank(nn.Module):
             mask = self.gate.mask(self.scores)
         else:
             mask = self.gate.sample(self.scores, temperature=temperature, step=step, overlap_weight=overlap_weight)
-        if len(mask) > 1:  # the rows of the experts at hand; padding slots take any
+        if len(mask) > 1:  # those of the experts at hand; padding slots take any
             last = self.first_expert + deltas.shape[self.expert_axis]
             mask = mask[torch.arange(self.first_expert, last, device=mask.device).clamp(max=len(mask) - 1)]
         mask = mask.to(deltas.dtype)
@@ -113,15 +132,14 @@ class FreeNeuronDeltas(DeltaBank):
 
     expert_axis = 1
 
-    def __init__(
-        self, hidden: int, experts: int, size: int, row_multiple: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, hidden: int, experts: int, size: int, storage: Storage) -> None:
         super().__init__()
         shape = (hidden, 3 * experts, size)
         self.hidden = hidden
-        self.free = tagged(padded_zeros(shape, row_multiple, dtype, device), "free", expert_axis=1, shape=shape)
+        self.free = tagged(storage.padded_zeros(shape), "free", expert_axis=1, shape=shape)
 
     def values(self) -> Tensor:
+        """`[D, E, 3, m]`: `free` without its padding."""
         return self.free[: self.hidden].unflatten(1, (-1, 3))
 
 
@@ -130,19 +148,20 @@ class FreeElementDeltas(DeltaBank):
 
     expert_axis = 0
 
-    def __init__(self, experts: int, size: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, experts: int, size: int, storage: Storage) -> None:
         super().__init__()
-        self.free = tagged(torch.zeros(experts, size, dtype=dtype, device=device), "free", expert_axis=0)
+        self.free = tagged(storage.zeros(experts, size), "free", expert_axis=0)
 
     def values(self) -> Tensor:
+        """`[E, n]`: `free`."""
         return self.free.view_as(self.free)
 
 
 class AtomDeltas(DeltaBank):
-    """delta_e = (c_e . atoms) * sigma(importance_e), with c the mixing matrix `[E, A]` or its row softmax."""
+    """delta_e = (c_e . atoms) * sigma(importance_e), with c the mixing matrix `[E, A]` or its softmax over A."""
 
-    row_axis: ClassVar[dict[str, int]]  # the axis of the atoms' rows: of atoms, importance and what `values` gives
-    rows: int  # of these held here, without padding behind the last
+    long_axis: ClassVar[dict[str, int]]  # D (neuron) or n (element): in atoms, in importance and in what `values` gives
+    length: int  # of that axis as it is held here, without padding
     atoms: nn.Parameter
     importance: nn.Parameter
     mixing: nn.Parameter
@@ -152,43 +171,35 @@ class AtomDeltas(DeltaBank):
         """c, `[E, A]`."""
         return self.mixing.softmax(dim=1) if self.softmax else self.mixing
 
-    def init_mixing(
-        self, config: AdapterConfig, dtype: torch.dtype, device: torch.device, generator: torch.Generator
-    ) -> None:
-        """Random rows, so that experts differ from the first step on; linear rows have norm about 1."""
+    def init_mixing(self, config: AdapterConfig, storage: Storage, generator: torch.Generator) -> None:
+        """Random, so that experts differ from the first step on; an expert's linear coefficients have norm about 1."""
         self.softmax = config.atom_mixing == "softmax"
-        rows = torch.randn(config.num_experts, config.num_atoms, generator=generator)
+        mixing_EA = torch.randn(config.num_experts, config.num_atoms, generator=generator)
         if not self.softmax:
-            rows /= math.sqrt(config.num_atoms)
-        self.mixing = tagged(rows.to(dtype=dtype, device=device), "mixing", expert_axis=0)
+            mixing_EA /= math.sqrt(config.num_atoms)
+        self.mixing = tagged(mixing_EA.to(dtype=storage.dtype, device=storage.device), "mixing", expert_axis=0)
 
 
 class AtomNeuronDeltas(AtomDeltas):
     """atoms `[D, 3*A, m]`, index 3*a + k on the middle axis; importance `[E, 3, D, m]`."""
 
     expert_axis = 1
-    row_axis = {"atoms": 0, "importance": 2, "values": 0}
+    long_axis = {"atoms": 0, "importance": 2, "values": 0}
 
     def __init__(
-        self,
-        config: AdapterConfig,
-        hidden: int,
-        size: int,
-        row_multiple: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
+        self, config: AdapterConfig, hidden: int, size: int, storage: Storage, generator: torch.Generator
+    ) -> None:
         super().__init__()
         shape = (hidden, 3 * config.num_atoms, size)
-        importance = torch.full((config.num_experts, 3, hidden, size), INITIAL_IMPORTANCE, dtype=dtype, device=device)
-        self.rows = hidden
-        self.atoms = tagged(padded_zeros(shape, row_multiple, dtype, device), "atoms", expert_axis=None, shape=shape)
+        importance = storage.zeros(config.num_experts, 3, hidden, size).fill_(INITIAL_IMPORTANCE)
+        self.length = hidden
+        self.atoms = tagged(storage.padded_zeros(shape), "atoms", expert_axis=None, shape=shape)
         self.importance = tagged(importance, "importance", expert_axis=0)
-        self.init_mixing(config, dtype, device, generator)
+        self.init_mixing(config, storage, generator)
 
     def values(self) -> Tensor:
-        atoms = self.atoms[: self.rows].unflatten(1, (-1, 3))
+        """`[D, E, 3, m]`: the mixed atoms, scaled by the importance."""
+        atoms = self.atoms[: self.length].unflatten(1, (-1, 3))
         mixed = (self.coefficients() @ atoms.flatten(2)).unflatten(2, (3, -1))
         return mixed * self.importance.sigmoid().permute(2, 0, 1, 3)
 
@@ -197,70 +208,55 @@ class AtomElementDeltas(AtomDeltas):
     """atoms `[n, 1, A]`, importance `[E, n]`."""
 
     expert_axis = 0
-    row_axis = {"atoms": 0, "importance": 1, "values": 1}
+    long_axis = {"atoms": 0, "importance": 1, "values": 1}
 
-    def __init__(
-        self,
-        config: AdapterConfig,
-        size: int,
-        row_multiple: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        generator: torch.Generator,
-    ):
+    def __init__(self, config: AdapterConfig, size: int, storage: Storage, generator: torch.Generator) -> None:
         super().__init__()
         shape = (size, 1, config.num_atoms)
-        importance = torch.full((config.num_experts, size), INITIAL_IMPORTANCE, dtype=dtype, device=device)
-        self.rows = size
-        self.atoms = tagged(padded_zeros(shape, row_multiple, dtype, device), "atoms", expert_axis=None, shape=shape)
+        importance = storage.zeros(config.num_experts, size).fill_(INITIAL_IMPORTANCE)
+        self.length = size
+        self.atoms = tagged(storage.padded_zeros(shape), "atoms", expert_axis=None, shape=shape)
         self.importance = tagged(importance, "importance", expert_axis=0)
-        self.init_mixing(config, dtype, device, generator)
+        self.init_mixing(config, storage, generator)
 
     def values(self) -> Tensor:
-        mixed = self.coefficients() @ self.atoms[: self.rows].squeeze(1).T
+        """`[E, n]`: the mixed atoms, scaled by the importance."""
+        mixed = self.coefficients() @ self.atoms[: self.length].squeeze(1).T
         return mixed * self.importance.sigmoid()
 
 
 def build_deltas(
-    config: AdapterConfig,
-    *,
-    hidden: int,
-    size: int,
-    seed: int,
-    layer: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    row_multiple: int = 1,
-    keep: int | None = None,
+    config: AdapterConfig, *, hidden: int, size: int, seed: int, layer: int, storage: Storage, keep: int | None = None
 ) -> DeltaBank:
     """The bank that `config` asks for, with all effective deltas zero.
 
     Args:
-        size: m or n, see `supports.support_size`.
-        row_multiple: pad the long first axis of neuron deltas and of atoms with zero rows to a multiple of this;
-            the padding never gets a gradient.
+        hidden: D.
+        size: m or n, see `supports.selection.support_size`.
+        seed: the mixing and the noise of a learned support are drawn from it and the layer.
+        layer: number of the decoder layer.
         keep: the entries are candidates, of which so many are kept: a support that is being learned.
     """
-    bank = _bank(config, hidden, size, row_multiple, dtype, device, seeded_generator(seed, "mixing", layer))
+    bank = _bank(config, hidden, size, storage, seeded_generator(seed, "mixing", layer))
     if keep is not None:
         gate = SupportGate(entries=size, keep=keep, block=BLOCK_SIZE[config.granularity], seed=seed, layer=layer)
-        bank.learn_support(gate, config.num_experts if config.support_scope == "per_expert" else None, dtype)
+        bank.learn_support(gate, config.num_experts if config.support_scope == "per_expert" else None, storage.dtype)
     return bank
 
 
-def _bank(
-    config: AdapterConfig,
-    hidden: int,
-    size: int,
-    row_multiple: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
+def empty_deltas(
+    config: AdapterConfig, *, hidden: int, size: int, pad_to: int = 1, keep: int | None = None
 ) -> DeltaBank:
+    """The same bank without values, on the meta device: to count them, or to load some."""
+    storage = Storage(torch.float32, torch.device("meta"), pad_to)
+    return build_deltas(config, hidden=hidden, size=size, seed=0, layer=0, storage=storage, keep=keep)
+
+
+def _bank(config: AdapterConfig, hidden: int, size: int, storage: Storage, generator: torch.Generator) -> DeltaBank:
     if config.num_atoms == 0:
         if config.granularity == "neuron":
-            return FreeNeuronDeltas(hidden, config.num_experts, size, row_multiple, dtype, device)
-        return FreeElementDeltas(config.num_experts, size, dtype, device)
+            return FreeNeuronDeltas(hidden, config.num_experts, size, storage)
+        return FreeElementDeltas(config.num_experts, size, storage)
     if config.granularity == "neuron":
-        return AtomNeuronDeltas(config, hidden, size, row_multiple, dtype, device, generator)
-    return AtomElementDeltas(config, size, row_multiple, dtype, device, generator)
+        return AtomNeuronDeltas(config, hidden, size, storage, generator)
+    return AtomElementDeltas(config, size, storage, generator)

@@ -1,8 +1,9 @@
 """A feed-forward block with routed experts:
 
-    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]          (DESIGN 2)
+    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]
 
-computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts.
+computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts. See
+docs/design.md, "The layer".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
+from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (
     Preparation,
     Prepared,
@@ -28,17 +30,24 @@ from srde_ds.model.prepared import (
     PreparedRouter,
     arithmetic_dtype,
 )
-from srde_ds.model.router import Router, RouterLosses, Routing, RoutingContext, route
+from srde_ds.model.router import Router, RouterLosses, Routing, route
+from srde_ds.model.statistics import RoutingStatistics
 
 
 class SRDEFeedForward(nn.Module):
-    """Stands where the base's block stood.
+    """Takes the place of the base's block.
 
-    The base's projections are called as modules and their weights not read, so that hooks which gather sharded weights
-    and quantised kernels keep working. Only what is laid out for decoding reads them, where they are plain.
+    It calls the base's projections as modules and does not read their weights, so that hooks which gather sharded
+    weights and quantised kernels keep working. Only the form that is prepared for decoding reads them, and only where
+    they are plain.
 
-    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports.py`.
+    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports/selection.py`.
     `dispatch` may be replaced by one that reaches experts on other ranks.
+
+    Args:
+        granularity: "neuron" or "element".
+        layer: number of the decoder layer, from 0 at the bottom.
+        control: tells all layers of the model which policy they follow.
     """
 
     support: Tensor
@@ -52,7 +61,7 @@ class SRDEFeedForward(nn.Module):
         *,
         granularity: str,
         layer: int,
-        context: RoutingContext,
+        control: PolicyControl,
     ) -> None:
         super().__init__()
         self.block = feed_forward.block
@@ -63,83 +72,94 @@ class SRDEFeedForward(nn.Module):
         self.hidden, self.intermediate = feed_forward.hidden, feed_forward.intermediate
         self.granularity = granularity
         self.layer = layer
-        self.context = context
+        self.control = control
         self.dispatch: ExpertDispatch = LocalDispatch()
         self.preparation = Preparation()
-        for module in (self, deltas, router):  # with assign=True, their tensors become others
+        for module in (self, deltas, router):  # load_state_dict(assign=True) replaces their tensors
             module.register_load_state_dict_post_hook(self._after_loading)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., D]`."""
-        if not self.context.active:
+        """`[..., D]` -> `[..., D]`, as the policy in force says."""
+        policy = self.control.policy
+        if not policy.active:
             return self.block(x)
         x_TD, block, roles, router = x.flatten(0, -2), self.block, self.roles, self.router
         act, down = getattr(block, roles["act"]), getattr(block, roles["down"])
         gate_TF, up_TF = getattr(block, roles["gate"])(x_TD), getattr(block, roles["up"])(x_TD)
         prepared = self._prepared(gate_TF)
         if prepared is None:
-            routing = route(router(x_TD), router.selection_bias, router.top_k, self.layer, self.context)
-            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing)
+            routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
+            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing.weights_TE, policy)
             output_TD = down(hidden_TF) + extra_TD
         else:
-            routing = prepared.router(x_TD, self.layer, self.context)
+            routing = prepared.router(x_TD, policy)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
-        return self._with_losses(output_TD, routing).view_as(x)
+        if policy.choices is not None:
+            policy.choices[self.layer] = routing.choices_TK
+        return self._with_losses(output_TD, routing, policy).view_as(x)
 
     def _after_loading(self, *_: object) -> None:
         self.preparation.drop()
 
     def _dispatched(
-        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        weights_TE: Tensor,
+        policy: RoutingPolicy,
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
         hidden_TF, act = act(gate_TF) * up_TF, _without_deepspeeds_hooks(act)
-        weights_TE, deltas = routing.weights_TE.to(gate_TF.dtype), self._effective_deltas().to(gate_TF.dtype)
+        weights_TE, deltas = weights_TE.to(gate_TF.dtype), self._effective_deltas(policy).to(gate_TF.dtype)
         if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
             return hidden_TF + change_TF, extra_TD
         neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
         gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
         change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
-        for row, index in enumerate(neurons):  # within a row no neuron repeats, so the sum has one order
-            hidden_TF.index_add_(1, index, change_TSm[:, row])
+        for number, own in enumerate(neurons):  # no neuron repeats in one support, so the sum has one order
+            hidden_TF.index_add_(1, own, change_TSm[:, number])
         return hidden_TF, extra_TD
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
+        """As in torch; training makes what was prepared for decoding out of date."""
         if mode:
             self.preparation.drop()
         return super().train(mode)
 
     def delta_square_norms(self) -> Tensor:
-        """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be readable."""
+        """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be whole here."""
         with torch.no_grad():
             return self.deltas.square_norms(self.deltas())
 
-    def _effective_deltas(self) -> Tensor:
+    def _effective_deltas(self, policy: RoutingPolicy) -> Tensor:
         deltas: Tensor = self.deltas(
-            temperature=self.context.support_temperature if self.training else None,
-            step=self.context.support_noise,
-            overlap_weight=self.context.support_overlap_weight,
+            temperature=policy.support_temperature if self.training else None,
+            step=policy.noise_step,
+            overlap_weight=policy.loss_weights.support_overlap,
         )
-        # Both: under torch.compile a slice of all rows keeps requires_grad without gradients, too.
+        # Both are asked: under torch.compile a slice of the whole keeps requires_grad where gradients are off.
         if torch.is_grad_enabled() and deltas.requires_grad:
-            # Runs in the backward, hence once a micro-batch also when checkpointing repeats the forward.
-            deltas.register_hook(partial(_record_gradient, self.context, self.layer, self.deltas))
-            if self.context.delta_size_weight:  # after the other hook: statistics are of the loss's own gradient
-                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas)))
+            # Hooks run in the backward: once for each forward, also when that is recomputed.
+            if policy.statistics is not None:
+                deltas.register_hook(partial(_record_gradient, policy.statistics, self.layer, self.deltas))
+            if policy.loss_weights.delta_size:  # after the other hook: statistics are of the loss's own gradient
+                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas, policy)))
         return deltas
 
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
-        """Router and effective deltas laid out for reading, in eval mode without gradients; None: use `dispatch`.
+        """Router and effective deltas prepared for decoding, in eval mode without gradients; None: use `dispatch`.
 
-        Not where other ranks hold a part of them, nor under autocast, nor inside torch.compile, which cannot see what
-        makes them stale.
+        Not where other ranks hold a part of them, nor under autocast. And not inside torch.compile, which would not
+        notice when they are out of date.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if torch.is_autocast_enabled(gate_TF.device.type):
             return None
-        if self.router._forward_hooks or self.router._forward_pre_hooks:  # somebody wants it called
+        if self.router._forward_hooks or self.router._forward_pre_hooks:  # they expect the router to be called
             return None
         prepared = self.preparation.get(gate_TF.dtype)
         if prepared is not None:
@@ -148,7 +168,7 @@ class SRDEFeedForward(nn.Module):
         base = self._readable_weights(gate_TF)
         made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias, *base]
         held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
-        if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
+        if held_elsewhere or any(t.is_inference() for t in made_of):  # changes of inference tensors go unnoticed
             return None
         deltas = self.deltas().to(arithmetic_dtype(gate_TF))
         experts: PreparedDeltas
@@ -164,7 +184,7 @@ class SRDEFeedForward(nn.Module):
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
 
     def _readable_weights(self, gate_TF: Tensor) -> list[Tensor]:
-        """Of gate, up and down, if `PreparedNeurons` can stand for the base's neurons, else none.
+        """The weights of gate, up and down, if `PreparedNeurons` may replace the base's neurons; else nothing.
 
         They must be what the base computes with: not quantised, wrapped, hooked or on another device.
         """
@@ -178,39 +198,41 @@ class SRDEFeedForward(nn.Module):
         weights = [module.weight for module in modules]
         return weights if all(t.device == gate_TF.device and t.is_floating_point() for t in weights) else []
 
-    def _size_weights(self, deltas: Tensor) -> Tensor:
-        """Weight of each expert's squared size, to broadcast against the effective deltas.
+    def _size_weights(self, deltas: Tensor, policy: RoutingPolicy) -> Tensor:
+        """Weight of each expert's squared size, shaped to broadcast against the effective deltas.
 
-        Zero for locked experts, which must not change, and for the padding slots of a rank, which are no experts.
-        Gradients are averaged over all ranks: one that few ranks have counts for the others.
+        Zero for locked experts, which must not change, and for a rank's padding slots, which are no experts. Gradients
+        are averaged over all ranks, so one that only some ranks have must make up for the others.
         """
-        allowed, first = self.context.allowed_experts, self.deltas.first_expert
+        allowed, first = policy.allowed_experts, self.deltas.first_expert
         everyone = torch.ones_like(self.router.selection_bias)
         counted_E = (everyone if allowed is None else allowed).to(deltas)
         slots = deltas.shape[self.deltas.expert_axis]
         own = counted_E[first : first + slots]
-        weight = self.context.delta_size_weight * self.deltas.ranks_per_copy
+        weight = policy.loss_weights.delta_size * self.deltas.ranks_per_copy
         weights = weight * F.pad(own, (0, slots - len(own)))
         shape = [1] * deltas.dim()
         shape[self.deltas.expert_axis] = slots
         return weights.view(shape)
 
-    def _with_losses(self, output: Tensor, routing: Routing) -> Tensor:
-        logits_TE, in_training = routing.logits_TE, routing.logits_TE.requires_grad
-        if not in_training and (self.training or not self.context.collect_statistics):
+    def _with_losses(self, output: Tensor, routing: Routing, policy: RoutingPolicy) -> Tensor:
+        logits_TE, has_backward = routing.logits_TE, routing.logits_TE.requires_grad
+        # In train mode a forward without gradients is the first of two, when activations are recomputed.
+        if not has_backward and (self.training or policy.statistics is None):
             return output
-        chosen_TE, mask = routing.chosen_TE, self.context.token_mask
+        chosen_TE, mask = routing.chosen_TE, policy.token_mask
         mask_T = torch.ones_like(chosen_TE[:, 0]) if mask is None else mask.reshape(-1)
-        if in_training:
-            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, self.context, self.layer)
-        self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
+        if has_backward:  # also without losses: a router that the output does not depend on gets a gradient of zero
+            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, policy, self.layer)
+        assert policy.statistics is not None
+        policy.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
 
 
 def _without_deepspeeds_hooks(act: Activation) -> Activation:
-    """For the experts' arithmetic: the hooks split what torch.compile sees and have it compiled anew for each layer.
+    """The activation for the experts' arithmetic. Hooks would break up the compiled graph, one layer at a time.
 
-    DeepSpeed numbers every module that it gives hooks. They gather parameters, of which an activation has none.
+    DeepSpeed's hooks gather parameters, of which an activation has none; `ds_id` marks the modules that carry them.
     """
     if isinstance(act, nn.Module) and hasattr(act, "ds_id") and next(act.parameters(), None) is None:
         return cast("Activation", act.forward)
@@ -222,6 +244,6 @@ def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Ten
     return torch.addcmul(gradient, deltas, weights, value=2)
 
 
-def _record_gradient(context: RoutingContext, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
+def _record_gradient(statistics: RoutingStatistics, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
     squares = bank.square_norms(gradient)
-    context.statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)
+    statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)

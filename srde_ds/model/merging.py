@@ -14,7 +14,7 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, granularity: str) -> Tensor:
-    """W + delta_e of one of a block's matrices: a new tensor in the dtype of W, the sum rounded once.
+    """W + delta_e for one of a block's matrices: a new tensor in the dtype of W, the sum rounded once.
 
     Args:
         weight: gate or up `[F, D]`, down `[D, F]`.
@@ -39,10 +39,10 @@ def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, gra
 
 
 def merge_into_base(base: PreTrainedModel, expert: int) -> None:
-    """Add one expert's deltas to the base's own blocks and put these back in the place of those that carry experts.
+    """Add one expert's deltas to the base's own blocks and put these back in their places.
 
     Raises:
-        SRDEError: a block's weights are quantised; nothing is changed then.
+        SRDEError: a block's weights are quantised. Nothing has been changed.
     """
     found = [
         (owner, name, child)

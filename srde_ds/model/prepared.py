@@ -1,8 +1,8 @@
-"""Router and experts' arithmetic without gradients, as in decoding: on deltas that were laid out for reading once.
+"""Router and experts' arithmetic for decoding: without gradients, on deltas that are prepared once.
 
-What `dispatch.py` does in each call (permuting the deltas, running every expert, building dense matrices) is little
-beside a training batch and much beside a single token. Results are equal within rounding, and where all deltas of a
-layer are zero they are the base's, bit for bit.
+What `dispatch.py` does in each call (permuting the deltas, running every expert, building dense matrices) costs little
+beside a training batch, but much beside a single token. The results are equal within rounding, and where all deltas of
+a layer are zero they are the base's, bit for bit.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.model.dispatch import Activation
-from srde_ds.model.router import Router, Routing, RoutingContext, route
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.router import Router, Routing, route
 
 Projection = Callable[[Tensor], Tensor]
 
 
 def arithmetic_dtype(values: Tensor) -> torch.dtype:
-    """In which the experts compute for a base that gives `values`.
+    """The dtype in which the experts compute, for a base that gives `values`.
 
-    At least float32 on a CPU: there one row times a bfloat16 matrix takes several times as long.
+    At least float32 on a CPU, where a vector times a bfloat16 matrix takes several times as long.
     """
     return torch.promote_types(values.dtype, torch.float32) if values.device.type == "cpu" else values.dtype
 
@@ -34,12 +35,12 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class PreparedDeltas(Protocol):
-    """One layer's experts in the form that is read."""
+    """One layer's experts, prepared."""
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
-        """The block's output with experts, `[T, D]`, from its input and the base's gate and up."""
+        """The block's output with experts, `[T, D]`, from its input and the base's gate and up values."""
         ...
 
 
@@ -49,18 +50,19 @@ class PreparedNoDeltas:
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """The base's own output."""
         return down(act(gate_TF) * up_TF)
 
 
 class PreparedNeurons:
-    """The experts' neurons whole, base and delta added up, in place of the base's.
+    """The experts' whole neurons, base plus delta, which replace the base's.
 
-    Expert e with weight p_e gives p_e h_e (D + dD_e) on its support, and what the base's neurons there gave goes: all
-    of it on a support that the experts share, since the weights sum to one, else p_e h D. That takes fewer operations
-    than the change of each neuron, and on a CPU a token's time goes with their number. In float32 at least: half
-    precision would lose small deltas.
+    With W the base's down matrix and dW_e its delta, expert e adds p_e h_e (W + dW_e) on its support. What the base's
+    neurons give there is taken away: all of it on a support that the experts share, since their weights sum to one;
+    else p_e h W. That takes fewer operations than computing each neuron's change, and on a CPU the time for a token is
+    proportional to their number. Not in half precision, where a small delta would vanish in the sum.
 
-    rows: `[3, E, m, D]`, gate, up and down; with supports of their own `[4, E, m, D]`, the last -D.
+    vectors: `[3, E, m, D]`, gate, up and down; with a support for each expert `[4, E, m, D]`, the last -W.
 
     Args:
         deltas_DE3m: gate, up and down of each expert.
@@ -74,25 +76,26 @@ class PreparedNeurons:
         deltas_3EmD = deltas_DE3m.permute(2, 1, 3, 0)
         own = torch.stack([t[self.support] for t in (gate_FD, up_FD, down_DF.T)])
         own = own.view(3, -1, *own.shape[-2:]).to(deltas_3EmD)
-        self.rows = (own + deltas_3EmD).contiguous()
+        self.vectors = (own + deltas_3EmD).contiguous()
         if support.dim() == 2:
-            self.rows = torch.cat([self.rows, -own[2:]])
-        self.neurons, self.hidden = self.rows.shape[2:]
+            self.vectors = torch.cat([self.vectors, -own[2:]])
+        self.neurons, self.hidden = self.vectors.shape[2:]
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """As `PreparedDeltas`."""
         # Views and conversions that change nothing cost as much as arithmetic here: there are no more than it takes.
-        rows, support, tokens = self.rows, self.support, len(x_TD)
+        vectors, support, tokens = self.vectors, self.support, len(x_TD)
         if tokens == 1:  # reads its own experts alone
             weights_TX, chosen = routing.weights_TK, routing.index_TK.view(-1)
-            rows = rows.index_select(1, chosen)
+            vectors = vectors.index_select(1, chosen)
             support = support if support.dim() == 1 else support.index_select(0, chosen)
         else:
             weights_TX = routing.weights_TE
         experts = weights_TX.shape[1]
-        rows, inwards = rows.view(-1, self.hidden), 2 * experts * self.neurons
-        gate, up = F.linear(as_dtype(x_TD, rows.dtype), rows[:inwards]).chunk(2, dim=1)
+        vectors, inwards = vectors.view(-1, self.hidden), 2 * experts * self.neurons
+        gate, up = F.linear(as_dtype(x_TD, vectors.dtype), vectors[:inwards]).chunk(2, dim=1)
         h, hidden_TF = act(gate) * up, act(gate_TF) * up_TF
         if support.dim() == 1:
             hidden_TF.index_fill_(1, support, 0)
@@ -102,33 +105,34 @@ class PreparedNeurons:
         h.view(tokens, -1, experts, self.neurons).mul_(weights)
         output_TD = down(hidden_TF)
         if output_TD.dtype == h.dtype:
-            return torch.addmm(output_TD, h, rows[inwards:])
-        return output_TD + (h @ rows[inwards:]).to(output_TD.dtype)
+            return torch.addmm(output_TD, h, vectors[inwards:])
+        return output_TD + (h @ vectors[inwards:]).to(output_TD.dtype)
 
 
 class PreparedRouter:
-    """`router.Router` and `route` with the weight in the dtype of the logits, and no bias where it is zero."""
+    """`router.Router` and `route`, with the weight in the dtype of the logits, and without a bias that is zero."""
 
     def __init__(self, router: Router, dtype: torch.dtype) -> None:
         self.weight = router.weight.detach().to(torch.promote_types(dtype, torch.float32))
         self.bias = router.selection_bias if bool(router.selection_bias.any()) else None
         self.top_k = router.top_k
 
-    def __call__(self, x_TD: Tensor, layer: int, context: RoutingContext) -> Routing:
+    def __call__(self, x_TD: Tensor, policy: RoutingPolicy) -> Routing:
+        """One layer's routing of x_TD."""
         logits_TE = F.linear(as_dtype(x_TD, self.weight.dtype), self.weight)
-        return route(logits_TE, self.bias, self.top_k, layer, context)
+        return route(logits_TE, self.bias, self.top_k, policy)
 
 
 class PreparedNeuronDeltas:
-    """Rows of D values, `[3, E, m, D]`: gate, up, and the columns of down.
+    """The deltas of neurons, for a base whose weights cannot be read (they may be quantised).
 
-    Reads nothing of the base's weights, which may be quantised. neurons `[E, m]`; places `[2 * E * m]`: where gate and
-    up of these neurons are when up stands behind gate.
+    vectors: `[3, E, m, D]`, gate, up and down. neurons: `[E, m]`. places: `[2 * E * m]`, where the gate and up values
+    of these neurons are in `[T, 2 * F]`, gate first.
     """
 
     def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int) -> None:
-        self.rows = deltas_DE3m.permute(2, 1, 3, 0).contiguous()
-        _, experts, _, self.hidden = self.rows.shape
+        self.vectors = deltas_DE3m.permute(2, 1, 3, 0).contiguous()
+        _, experts, _, self.hidden = self.vectors.shape
         self.shared, self.intermediate = support.dim() == 1, intermediate
         self.neurons = support.long().expand(experts, -1).contiguous()
         self.places = self._places(self.neurons)
@@ -137,8 +141,9 @@ class PreparedNeuronDeltas:
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """As `PreparedDeltas`."""
         hidden_TF, pair_T2F = act(gate_TF) * up_TF, torch.cat([gate_TF, up_TF], dim=1)
-        x_TD = x_TD.to(self.rows.dtype)
+        x_TD = x_TD.to(self.vectors.dtype)
         if routing.index_TK.numel() >= len(self.neurons):
             extra_TD = self._all_experts(act, x_TD, pair_T2F, hidden_TF, routing)
         else:
@@ -149,7 +154,7 @@ class PreparedNeuronDeltas:
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
     ) -> Tensor:
         base = pair_T2F.index_select(1, self.places).to(x_TD.dtype)
-        moved = torch.addmm(base, x_TD, self.rows[:2].flatten(0, 2).T)
+        moved = torch.addmm(base, x_TD, self.vectors[:2].flatten(0, 2).T)
         h, change = self._hidden(act, base, moved)
         weights_TE1 = routing.weights_TE.to(x_TD.dtype)[:, :, None]
         change = weights_TE1 * change
@@ -158,22 +163,22 @@ class PreparedNeuronDeltas:
         else:
             for index, part in zip(self.neurons, change.to(hidden_TF.dtype).unbind(1), strict=True):
                 hidden_TF.index_add_(1, index, part)  # one by one: the sum has one order
-        return (weights_TE1 * h).flatten(1) @ self.rows[2].flatten(0, 1)
+        return (weights_TE1 * h).flatten(1) @ self.vectors[2].flatten(0, 1)
 
     def _chosen_experts(
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
     ) -> Tensor:
-        """Each token reads its own experts: fewer bytes than all experts, as long as tokens x top_k < experts."""
+        """Each token reads its own experts: fewer bytes than all experts have, as long as T * K < E."""
         tokens, top_k = routing.index_TK.shape
         index = routing.index_TK.view(-1)
-        rows = self.rows.index_select(1, index).view(3, tokens, -1, self.hidden)
+        vectors = self.vectors.index_select(1, index).view(3, tokens, -1, self.hidden)
         neurons_TKm = self.neurons.index_select(0, index).view(tokens, top_k, -1)
         if self.shared:
             base = pair_T2F.index_select(1, self._repeated(top_k)).to(x_TD.dtype)
         else:
             flat = neurons_TKm.flatten(1)
             base = pair_T2F.gather(1, torch.cat([flat, flat + self.intermediate], dim=1)).to(x_TD.dtype)
-        moved = base + torch.cat([(matrix @ x_TD[:, :, None]).squeeze(2) for matrix in rows[:2]], dim=1)
+        moved = base + torch.cat([(matrix @ x_TD[:, :, None]).squeeze(2) for matrix in vectors[:2]], dim=1)
         h, change = self._hidden(act, base, moved)
         weights_TK1 = routing.weights_TK.to(x_TD.dtype)[:, :, None]
         change = weights_TK1 * change
@@ -182,12 +187,12 @@ class PreparedNeuronDeltas:
         else:
             for number, part in enumerate(change.to(hidden_TF.dtype).unbind(1)):
                 hidden_TF.scatter_add_(1, neurons_TKm[:, number], part)
-        return ((weights_TK1 * h).view(tokens, 1, -1) @ rows[2]).squeeze(1)
+        return ((weights_TK1 * h).view(tokens, 1, -1) @ vectors[2]).squeeze(1)
 
     def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """h_e and h_e - h, `[T, experts, m]`, of gate and up `[T, 2 * experts * m]` without and with the deltas.
+        """h_e and h_e - h, `[T, X, m]`, from gate and up values, `[T, 2 * X * m]`, without and with the deltas.
 
-        h comes from a tensor laid out as that of h_e, see `dispatch.neuron_experts`.
+        h is computed from a tensor laid out like that of h_e, see `dispatch.neuron_experts`.
         """
         shape = (len(base), 2, -1, self.neurons.shape[1])
         (gate, up), (base_gate, base_up) = moved.view(shape).unbind(1), base.view(shape).unbind(1)
@@ -195,7 +200,7 @@ class PreparedNeuronDeltas:
         return hidden, hidden - act(base_gate) * base_up
 
     def _repeated(self, count: int) -> Tensor:
-        """A shared support's places, once for each of so many experts."""
+        """The places of a shared support, once for each of `count` experts."""
         if count not in self.repeated:
             self.repeated[count] = self._places(self.neurons[:count])
         return self.repeated[count]
@@ -205,7 +210,7 @@ class PreparedNeuronDeltas:
 
 
 class PreparedElementDeltas:
-    """Each expert's delta as two sparse matrices by rows: `[2F, D]` (gate above up) and `[D, F]` (down)."""
+    """Each expert's delta as two sparse matrices: `[2 * F, D]` (gate above up) and `[D, F]` (down)."""
 
     def __init__(self, deltas_En: Tensor, support: Tensor, *, hidden: int, intermediate: int) -> None:
         size = hidden * intermediate
@@ -215,15 +220,16 @@ class PreparedElementDeltas:
             index, order = (support if support.dim() == 1 else support[expert]).long().sort()
             values, first_down = values[order], int(torch.searchsorted(index, 2 * size))
             above, below = index[:first_down], index[first_down:] - 2 * size
-            self.into.append(SparseRows(above, values[:first_down], rows=2 * intermediate, columns=hidden))
-            self.back.append(SparseRows(below, values[first_down:], rows=hidden, columns=intermediate))
+            self.into.append(SparseMatrix(above, values[:first_down], rows=2 * intermediate, columns=hidden))
+            self.back.append(SparseMatrix(below, values[first_down:], rows=hidden, columns=intermediate))
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
+        """As `PreparedDeltas`."""
         hidden_TF = act(gate_TF) * up_TF
         x, gate, up = (t.to(self.dtype) for t in (x_TD, gate_TF, up_TF))
-        if len(x) == 1:  # no rows to pick
+        if len(x) == 1:  # no tokens to pick
             experts, weights = routing.index_TK[0].tolist(), routing.weights_TK.to(self.dtype).unbind(1)
             parts = [self._expert(act, e, x, gate, up, p[:, None]) for e, p in zip(experts, weights, strict=True)]
             changes, extras = zip(*parts, strict=True)
@@ -231,13 +237,11 @@ class PreparedElementDeltas:
         change, extra = torch.zeros_like(gate), torch.zeros_like(x)
         weights_TE = routing.weights_TE.to(self.dtype)
         for expert in routing.index_TK.unique().tolist():
-            rows = weights_TE[:, expert].nonzero().squeeze(1)
-            x_rows, gate_rows, up_rows, p = (
-                t.index_select(0, rows) for t in (x, gate, up, weights_TE[:, expert, None])
-            )
-            change_rows, extra_rows = self._expert(act, expert, x_rows, gate_rows, up_rows, p)
-            change.index_add_(0, rows, change_rows)
-            extra.index_add_(0, rows, extra_rows)
+            tokens = weights_TE[:, expert].nonzero().squeeze(1)
+            own_x, own_gate, own_up, p = (t.index_select(0, tokens) for t in (x, gate, up, weights_TE[:, expert, None]))
+            own_change, own_extra = self._expert(act, expert, own_x, own_gate, own_up, p)
+            change.index_add_(0, tokens, own_change)
+            extra.index_add_(0, tokens, own_extra)
         return down(hidden_TF + change.to(hidden_TF.dtype)) + extra.to(hidden_TF.dtype)
 
     def _expert(
@@ -249,13 +253,14 @@ class PreparedElementDeltas:
         return p * (h - act(gate) * up), p * self.back[expert](h)
 
 
-class SparseRows:
-    """A matrix whose values are few; called on `[T, columns]` it gives x @ matrix.T, `[T, rows]`.
+class SparseMatrix:
+    """A matrix with few values that are not zero; called on x `[T, columns]` it gives x @ matrix.T, `[T, rows]`.
 
-    By `embedding_bag`, a sum of weighted rows of x transposed: quicker than torch's sparse matrices, even for one row.
+    It uses `embedding_bag`, which sums weighted rows of x transposed: quicker than torch's sparse matrices, even for a
+    single token.
 
     Args:
-        index: of the values, sorted, into the matrix's elements row by row.
+        index: of the values, ascending, into the flattened matrix.
     """
 
     def __init__(self, index: Tensor, values: Tensor, *, rows: int, columns: int) -> None:
@@ -265,36 +270,38 @@ class SparseRows:
         self.values = values.contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        # A copy, not a view: the kernel is half as quick on other strides, even if those of a single column.
+        """x @ matrix.T."""
+        # A copy, not a view: on other strides the kernel takes twice as long, even for a single column.
         table = x.T.clone(memory_format=torch.contiguous_format)
         out = F.embedding_bag(self.columns, table, self.offsets, mode="sum", per_sample_weights=self.values)
         return out.T.contiguous()
 
 
 class Prepared(NamedTuple):
-    """What a layer reads."""
+    """What a layer computes with."""
 
     router: PreparedRouter
     experts: PreparedDeltas
 
 
 class Preparation:
-    """Keeps what a layer prepared until the tensors change that it was made of.
+    """Keeps what a layer prepared until the tensors that it was made of change.
 
-    A change is noticed by the tensor's version, which torch counts for all operations in place but not for those on
-    `.data`. After such, and when another tensor takes a tensor's place in the module, call `drop`.
+    torch counts the in-place operations on a tensor as its version, except those on `.data`. After one of these, and
+    after another tensor has taken a tensor's place in the module, call `drop`.
     """
 
     def __init__(self) -> None:
         self.drop()
 
     def drop(self) -> None:
+        """Forget what was prepared."""
         self._made_of: list[tuple[Tensor, int, int]] = []  # and its place in memory and version
         self._dtype: torch.dtype | None = None
         self._prepared: Prepared | None = None
 
     def get(self, dtype: torch.dtype) -> Prepared | None:
-        """What `put` was given, if `dtype` and what it was made of are the same as then; else None."""
+        """What `put` was given, if `dtype` and the tensors that it was made of are still the same; else None."""
         if dtype != self._dtype:
             return None
         for tensor, place, version in self._made_of:
@@ -303,6 +310,7 @@ class Preparation:
         return self._prepared
 
     def put(self, made_of: Sequence[Tensor], dtype: torch.dtype, prepared: Prepared) -> Prepared:
+        """Keep `prepared` and note the tensors that it was made of; returns it."""
         self._made_of = [(tensor, tensor.data_ptr(), tensor._version) for tensor in made_of]
         self._dtype, self._prepared = dtype, prepared
         return prepared

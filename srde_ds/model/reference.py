@@ -1,4 +1,4 @@
-"""The equation in float64 with merged dense weights, token by token: the oracle for the fast path."""
+"""The equation in float64 with merged dense weights, token by token: what the fast path must compute."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from srde_ds.model.dispatch import Activation
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.model.merging import expert_delta
 
 Weights = tuple[Tensor, Tensor, Tensor]
 
@@ -33,26 +34,22 @@ def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: 
     return parts[0].view_as(weights[0]), parts[1].view_as(weights[1]), parts[2].view_as(weights[2])
 
 
-def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
-    """One expert's part of a bank's effective deltas: `[D, 3, m]` or `[n]`."""
-    return deltas[:, expert] if granularity == "neuron" else deltas[expert]
-
-
 def element_support(neurons: Tensor, hidden: int, intermediate: int) -> Tensor:
     """The flat indices, `[D, 3, m]`, of the weights that a neuron support `[m]` covers, in a neuron delta's order."""
-    rows = torch.arange(hidden)[:, None]
-    first = neurons.long()[None, :] * hidden + rows
+    inputs = torch.arange(hidden)[:, None]
+    into = neurons.long()[None, :] * hidden + inputs
     size = hidden * intermediate
-    return torch.stack([first, size + first, 2 * size + rows * intermediate + neurons.long()[None, :]], dim=1)
+    return torch.stack([into, size + into, 2 * size + inputs * intermediate + neurons.long()[None, :]], dim=1)
 
 
 def feed_forward(act: Activation, weights: Weights, biases: tuple[Tensor, Tensor, Tensor], x_D: Tensor) -> Tensor:
+    """`[D]`: the dense block for one token."""
     gate, up, down = weights
     return down @ (act(gate @ x_D + biases[0]) * (up @ x_D + biases[1])) + biases[2]
 
 
 def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Tensor:
-    """`[T, D]` float64: the layer's output by loops over tokens and their experts."""
+    """`[T, D]` float64: the layer's output, by loops over tokens and their experts."""
     roles = layer.roles
     parts = [getattr(layer.block, roles[role]) for role in ("gate", "up", "down")]
     gate, up, down = (part.weight.detach().double() for part in parts)
@@ -63,7 +60,7 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
     act = getattr(layer.block, roles["act"])
     deltas = layer.deltas().detach().double()
     router = layer.router.weight.detach().double()
-    rows = []
+    outputs = []
     for x_D in x_TD.double():
         y_base = feed_forward(act, (gate, up, down), biases, x_D)  # type: ignore[arg-type]
         y_D = y_base.clone()
@@ -74,5 +71,5 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
             delta = expert_delta(deltas, expert, layer.granularity)
             merged = merge_expert((gate, up, down), support, delta, layer.granularity)
             y_D += p * (feed_forward(act, merged, biases, x_D) - y_base)  # type: ignore[arg-type]
-        rows.append(y_D)
-    return torch.stack(rows)
+        outputs.append(y_D)
+    return torch.stack(outputs)

@@ -1,1 +1,1 @@
-"""Update rules, parameter groups and learning-rate schedules."""
+"""Update rules, parameter groups and learning-rate schedules. See docs/design.md, "GramMuon"."""

@@ -1,16 +1,27 @@
-"""GramMuon beside AdamW in one optimizer, for matrices whose rows are spread over ranks.
+"""GramMuon beside AdamW in one optimizer: Muon for matrices whose long side is spread over processes.
 
-Muon (Keller Jordan; its scale 0.2·√max(rows, cols) from "Muon is Scalable for LLM Training", arXiv 2502.16982)
-replaces the momentum X of a matrix by X·p(XᵀX), a polynomial whose values at X's singular values lie near one. The
-polynomial needs only the small Gram matrix XᵀX, and that is the sum of the Gram matrices of X's blocks of rows: ranks
-that hold blocks of rows agree on it by one all-reduce, and then update their rows alone.
+Muon (Keller Jordan; the scale is that of "Muon is Scalable for LLM Training", arXiv 2502.16982) moves a matrix W along
+its momentum with all singular values made about equal. With gradient G, momentum M, learning rate lr, weight decay wd
+and momentum decay beta, for W of height h and width w:
 
-What the Gram form loses: XᵀX squares the singular values, so fp32 keeps those below about 3e-4 of the Frobenius norm
-only as noise. The polynomial's slope at zero is at most 3.4445^5 = 485, which bounds the harm at any condition number.
-Relative error of an update of [576, 15] against float64: 3e-7 at condition number 1, 2e-6 at 10, at most 1e-3 at
-1e2 to 1e6; torch.optim.Muon, which works in bfloat16, is at 8e-3 and up to 4e-1 (benchmarks/results/gram_muon.json).
-TF32 would spoil it and is switched off around it.
-The Frobenius norm must stay below 1.8e19, where its square leaves fp32.
+    M <- beta M + (1 - beta) G
+    X  = beta M + (1 - beta) G                                       (Nesterov)
+    W <- (1 - lr wd) W - lr 0.2 sqrt(max(h, w)) NewtonSchulz(X)
+
+Newton-Schulz divides X by its Frobenius norm and then takes five times X <- a X + b X A + c X A^2 with A = X^T X. Each
+step is X <- X P with the small matrix P = a I + b A + c A^2, and makes A <- P A P. So NewtonSchulz(X) = X Q, and Q
+follows from the Gram matrix X^T X alone. If the long side of X is cut into slices, X^T X is the sum of the slices' Gram
+matrices: processes that hold slices need one all-reduce of `[w, w]` values, and then each updates its own slice.
+docs/design.md, "GramMuon", says how the tensors lie.
+
+What the Gram form loses: X^T X squares the singular values, so fp32 keeps those below about 3e-4 of the Frobenius norm
+only as noise. The slope of the polynomial at zero is at most 3.4445^5 = 485, which bounds the harm at any condition
+number. Relative error of an update of [576, 15] against float64: 3e-7 at condition number 1, 2e-6 at 10, at most 1e-3
+at 1e2 to 1e6; torch.optim.Muon, which works in bfloat16, is at 8e-3 and up to 4e-1 (benchmarks/results/gram_muon.json).
+TF32 would spoil it and is switched off around it. The Frobenius norm must stay below 1.8e19, where its square leaves
+fp32.
+
+`optim/reference.py` has the same updates in plain float64; the tests hold this file against it.
 """
 
 from __future__ import annotations
@@ -27,6 +38,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
+from srde_ds.optim.groups import is_hidden_matrix
+from srde_ds.optim.shards import MatrixShard, UpdatedBlock
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NS_STEPS = 5
@@ -38,94 +51,118 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A block of rows of one Muon tensor inside a flat partition.
-
-    `rows` (zero is allowed) of [rows, batch, cols], row-major, from element `offset` on; `full_rows`: the tensor's rows
-    over all ranks, without padding; `first` and `stop`: the matrices that are updated, None: all from `first` on.
-    """
-
-    name: str
-    offset: int
-    rows: int
-    batch: int
-    cols: int
-    full_rows: int
-    first: int = 0
-    stop: int | None = None
-
-    @property
-    def end(self) -> int:
-        """The element after the block's last one in the flat partition."""
-        return self.offset + self.rows * self.batch * self.cols
-
-    @property
-    def matrices(self) -> int:
-        """How many are updated."""
-        return (self.batch if self.stop is None else self.stop) - self.first
-
-    def view(self, flat: Tensor) -> Tensor:
-        """The matrices that are updated: a [matrices, rows, cols] view of `flat`."""
-        whole = flat[self.offset : self.end].view(self.rows, self.batch, self.cols)
-        return whole[:, self.first : self.stop].transpose(0, 1)
-
-
-@dataclass(frozen=True)
-class Window:
-    """A block of a flat AdamW parameter to update: columns `first` to `stop` of [rows, row_length] at `offset`."""
-
-    offset: int
-    rows: int
-    row_length: int
-    first: int
-    stop: int
-
-    def view(self, flat: Tensor) -> Tensor:
-        """[rows, stop - first] view of `flat`."""
-        block = flat[self.offset : self.offset + self.rows * self.row_length]
-        return block.view(self.rows, self.row_length)[:, self.first : self.stop]
-
-
-@dataclass(frozen=True)
 class _Layout:
-    pieces: tuple[Piece, ...]
+    """The shards of a flat Muon parameter, and the processes that hold the rest of their matrices (None: nobody)."""
+
+    shards: tuple[MatrixShard, ...]
     process_group: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
-class _Block:
-    """One piece in an update: flat tensors of its parameter, the piece, and where to reduce."""
+class _MuonUpdate:
+    """One shard in an update, with the flat tensors that it lies in and the settings of its parameter group."""
 
-    piece: Piece
+    shard: MatrixShard
     param: Tensor
     grad: Tensor
     momentum_buffer: Tensor
     group: dict[str, Any]
 
-    def momentum(self) -> Tensor:
-        """Nesterov momentum [batch, rows, cols]; computed twice rather than kept, so that only one piece's exists."""
-        grad, buffer = self.piece.view(self.grad), self.piece.view(self.momentum_buffer)
+    def nesterov(self) -> Tensor:
+        """X, `[updated, height, width]`; computed twice rather than kept, so that only one shard's exists at a time."""
+        grad, buffer = self.shard.view(self.grad), self.shard.view(self.momentum_buffer)
         return grad.lerp(buffer, self.group["momentum"])
 
 
 class GramMuonAdamW(torch.optim.Optimizer):
-    """Muon through Gram matrices for groups with rule "muon", AdamW for groups with rule "adamw".
+    """Muon for parameter groups with rule "muon", AdamW for groups with rule "adamw".
 
-    `group["step"]` is the number of the update (1 for the first), set from outside with `schedule.set_step`, never
-    counted by calls: DeepSpeed calls `step()` once per sub-group. With 0, `step()` allocates state and changes nothing.
+    On one process it is an ordinary optimizer; its results do not depend on how matrices are spread over processes:
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+    >>> optimizer = GramMuonAdamW.from_named_parameters(model.named_parameters(), muon_lr=0.02, lr=1e-3)
+    >>> [(group["name"], group["rule"], len(group["params"])) for group in optimizer.param_groups]
+    [('matrices', 'muon', 2), ('vectors', 'adamw', 2)]
+    >>> loss = model(torch.ones(3, 8)).square().sum()
+    >>> loss.backward()
+    >>> optimizer.step()
+
+    Under ZeRO-3 `step` sees flat partitions; `register_layout` says which matrices lie in them.
 
     Args:
-        params: groups as `groups.build_groups` makes them; each needs "rule" and "lr". A muon parameter is
-            [rows, batch, cols] (`batch` matrices, long side first), or 1-D with a registered layout.
+        params: parameter groups, each a dict with
+
+            params: the parameters. Of rule "muon": `[rows, columns]`, or `[height, count, width]` for `count` matrices
+                at once with their long side first, or 1-D with a registered layout; contiguous. Of rule "adamw": any
+                shape.
+            rule: "muon" or "adamw".
+            lr: learning rate, the size of an update of a typical value. Muon's is scaled to what AdamW's would do.
+            weight_decay: decoupled: a step multiplies the values by 1 - lr * weight_decay. Default 0.
+            momentum: (muon) decay of the gradient's running mean, from 0 to 1. Default 0.95.
+            betas: (adamw) decays of the running means of the gradient and of its square. Default (0.9, 0.95).
+            eps: (muon) smallest Frobenius norm that the momentum is divided by, default 1e-7; (adamw) what is added to
+                the root of the second moment, default 1e-8.
+            step: number of the coming update, from 1 on. With 0 (the default) `step()` makes the state and updates
+                nothing.
+            name: for messages. Optional.
+        count_steps: raise each group's `step` by one in each call of `step()`. False where somebody else sets it
+            (`optim.schedule.set_step`): DeepSpeed calls `step()` once for each sub-group of parameters.
+
+    State of a parameter, fp32: `momentum_buffer` (muon), `exp_avg` and `exp_avg_sq` (adamw). `state_dict` and
+    `load_state_dict` are torch's.
 
     Raises:
-        SRDEError: a group without a known rule or without a learning rate.
+        SRDEError: a group has no known rule or no learning rate.
     """
 
-    def __init__(self, params: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, params: Iterable[dict[str, Any]], *, count_steps: bool = False) -> None:
         self._layouts: dict[Tensor, _Layout] = {}
-        self._windows: dict[Tensor, tuple[Window, ...]] = {}
+        self._updated_blocks: dict[Tensor, tuple[UpdatedBlock, ...]] = {}
+        self.count_steps = count_steps
         super().__init__(params, defaults={})
+
+    @classmethod
+    def from_named_parameters(
+        cls,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        muon_lr: float = 0.02,
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+        is_matrix: Callable[[str, Tensor], bool] = is_hidden_matrix,
+    ) -> GramMuonAdamW:
+        """An optimizer that counts its steps, for all parameters of a model that have gradients.
+
+        Args:
+            named_parameters: `model.named_parameters()`.
+            muon_lr: learning rate of the matrices, on AdamW's scale.
+            lr: learning rate of all others.
+            momentum: of Muon.
+            betas: of AdamW.
+            weight_decay: decoupled; parameters of fewer than two dimensions get none.
+            is_matrix: which parameters Muon updates; default: weights of hidden layers, and in a model with experts
+                their delta matrices (`groups.is_hidden_matrix`).
+
+        Raises:
+            SRDEError: no parameter has a gradient.
+        """
+        muon = {"rule": "muon", "lr": muon_lr, "momentum": momentum, "weight_decay": weight_decay}
+        adamw = {"rule": "adamw", "lr": lr, "betas": betas}
+        groups: dict[str, dict[str, Any]] = {
+            "matrices": muon | {"params": []},
+            "others": adamw | {"params": [], "weight_decay": weight_decay},
+            "vectors": adamw | {"params": []},
+        }
+        for name, parameter in named_parameters:
+            if parameter.requires_grad:
+                group = "matrices" if is_matrix(name, parameter) else "others" if parameter.ndim > 1 else "vectors"
+                groups[group]["params"].append(parameter)
+        used = [group | {"name": name} for name, group in groups.items() if group["params"]]
+        if not used:
+            raise SRDEError("named_parameters: none of them requires a gradient; give those of a model to train.")
+        return cls(used, count_steps=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with the defaults of its rule; raises as the constructor does."""
@@ -137,75 +174,78 @@ class GramMuonAdamW(torch.optim.Optimizer):
         super().add_param_group(RULE_DEFAULTS[rule] | param_group)
 
     def register_layout(
-        self, flat_param: Tensor, pieces: Sequence[Piece], process_group: dist.ProcessGroup | None
+        self, flat_param: Tensor, shards: Sequence[MatrixShard], process_group: dist.ProcessGroup | None
     ) -> None:
-        """Say how a flat muon parameter is cut into blocks of rows.
+        """Say which slices of which matrices lie in a flat muon parameter.
 
         Args:
             flat_param: the 1-D tensor that `step()` will find in a muon group; recognised by identity.
-            pieces: the same names in the same order on every rank of `process_group`; a rank without rows of a tensor
-                gives a piece of zero rows. Elements outside all pieces are padding.
-            process_group: the ranks that hold the other rows; None: all rows are here.
+            shards: the same names in the same order on every rank of `process_group`; a rank that holds nothing of a
+                tensor gives a shard of height 0. Elements outside all shards are padding.
+            process_group: the ranks that hold the other slices; None: the matrices are whole here.
 
         Raises:
-            SRDEError: pieces that overlap, leave the parameter, or have no columns.
+            SRDEError: shards overlap, leave the parameter, or hold no matrix.
         """
         if flat_param.ndim != 1 or not flat_param.is_contiguous():
             raise SRDEError(f"flat parameter of shape {list(flat_param.shape)}: a layout needs it contiguous and 1-D.")
         end, previous = 0, None
-        for piece in sorted(pieces, key=lambda p: (p.offset, p.first)):
-            if piece.rows < 0 or min(piece.batch, piece.cols, piece.full_rows) < 1:
-                raise SRDEError(f"{piece.name}: {piece} holds no matrix: check its rows, batch, cols and full_rows.")
-            if piece.rows == 0:
-                continue
-            # Several pieces may stand for disjoint matrices of the same rows.
-            beside = previous is not None and previous == replace(piece, first=previous.first, stop=previous.stop)
-            if beside and previous is not None and (previous.stop or 0) <= piece.first:
-                previous = piece
-                continue
-            if piece.offset < end or piece.end > flat_param.numel():
+        for shard in sorted(shards, key=lambda shard: (shard.offset, shard.first)):
+            if shard.height < 0 or min(shard.count, shard.width, shard.full_height) < 1:
                 raise SRDEError(
-                    f"{piece.name}: elements {piece.offset} to {piece.end} must follow {end} and stay within "
-                    f"{flat_param.numel()}: give pieces that lie inside the flat parameter without overlap."
+                    f"{shard.name}: {shard} holds no matrix: check its height, count, width and full_height."
                 )
-            end, previous = piece.end, piece
-        self._layouts[flat_param] = _Layout(tuple(pieces), process_group)
+            if shard.height == 0:
+                continue
+            # Several shards may stand for disjoint ranges of matrices of the same slice.
+            beside = previous is not None and previous == replace(shard, first=previous.first, stop=previous.stop)
+            if beside and previous is not None and (previous.stop or 0) <= shard.first:
+                previous = shard
+                continue
+            if shard.offset < end or shard.end > flat_param.numel():
+                raise SRDEError(
+                    f"{shard.name}: elements {shard.offset} to {shard.end} must follow {end} and stay within "
+                    f"{flat_param.numel()}: give shards that lie inside the flat parameter without overlap."
+                )
+            end, previous = shard.end, shard
+        self._layouts[flat_param] = _Layout(tuple(shards), process_group)
 
-    def restrict(self, flat_param: Tensor, windows: Sequence[Window] | None) -> None:
+    def restrict(self, flat_param: Tensor, blocks: Sequence[UpdatedBlock] | None) -> None:
         """Update only these blocks of a flat AdamW parameter from now on; the rest keeps values and state. None: all.
 
-        A muon parameter is restricted by the `first` and `stop` of its pieces.
+        A muon parameter is restricted by the `first` and `stop` of its shards.
         """
-        if windows is None:
-            self._windows.pop(flat_param, None)
+        if blocks is None:
+            self._updated_blocks.pop(flat_param, None)
         else:
-            self._windows[flat_param] = tuple(windows)
+            self._updated_blocks[flat_param] = tuple(blocks)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that the groups hold at this moment; one all-reduce per process group, if any.
 
         Raises:
-            SRDEError: a muon parameter that is not [rows, batch, cols] and has no layout, or has a layout but no
-                gradient (the other ranks would wait for it).
+            SRDEError: a muon parameter is no matrix and has no layout, or it has a layout but no gradient (the other
+                ranks would wait for it).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        blocks: dict[tuple[dist.ProcessGroup | None, torch.device], list[_Block]] = {}
+        updates: dict[tuple[dist.ProcessGroup | None, torch.device], list[_MuonUpdate]] = {}
         for group in self.param_groups:
+            group["step"] += self.count_steps
             for param in group["params"]:
                 self.allocate_state(param, group["rule"])
                 if group["step"] == 0:
                     continue
                 if group["rule"] == "muon":
                     layout = self._layout(param)
-                    if param.grad is not None and (updated := self._begin_muon(param, layout, group)):
-                        blocks.setdefault((layout.process_group, param.device), []).extend(updated)
+                    if param.grad is not None and (begun := self._begin_muon(param, layout, group)):
+                        updates.setdefault((layout.process_group, param.device), []).extend(begun)
                 elif param.grad is not None:
                     self._adamw(param, param.grad, group)
-        for (process_group, _), members in blocks.items():
+        for (process_group, _), members in updates.items():
             _finish_muon(members, process_group)
         return loss
 
@@ -219,72 +259,73 @@ class GramMuonAdamW(torch.optim.Optimizer):
         if param in self._layouts:
             layout = self._layouts[param]
             if param.grad is None:
-                names = ", ".join(piece.name for piece in layout.pieces)
+                names = ", ".join(shard.name for shard in layout.shards)
                 raise SRDEError(f"{names}: no gradient: run backward before step() on every rank.")
             return layout
-        if param.ndim != 3 or not param.is_contiguous():
-            shape = list(param.shape)
-            raise SRDEError(f"muon parameter of shape {shape}: give contiguous [rows, batch, cols] or register_layout.")
-        rows, batch, cols = param.shape
-        return _Layout((Piece("parameter", 0, rows, batch, cols, full_rows=rows),), None)
+        if param.ndim not in (2, 3) or not param.is_contiguous():
+            raise SRDEError(
+                f"muon parameter of shape {list(param.shape)}: give a contiguous [rows, columns] or "
+                "[height, count, width], or register_layout."
+            )
+        return _Layout((MatrixShard.whole(param.shape),), None)
 
     def _adamw(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        if param not in self._windows:
+        if param not in self._updated_blocks:
             adamw_(param, grad.float(), state, group)
             return
-        for window in self._windows[param]:
-            blocks = {name: window.view(tensor) for name, tensor in state.items()}
-            adamw_(window.view(param), window.view(grad).float(), blocks, group)
+        for block in self._updated_blocks[param]:
+            moments = {name: block.view(tensor) for name, tensor in state.items()}
+            adamw_(block.view(param), block.view(grad).float(), moments, group)
 
-    def _begin_muon(self, param: Tensor, layout: _Layout, group: dict[str, Any]) -> list[_Block]:
-        """Momentum and weight decay, elementwise; then the pieces."""
+    def _begin_muon(self, param: Tensor, layout: _Layout, group: dict[str, Any]) -> list[_MuonUpdate]:
+        """Momentum and weight decay, elementwise; returns what remains to be done, shard by shard."""
         assert param.grad is not None
         grad, buffer = param.grad.float(), self.state[param]["momentum_buffer"]
         flat = param.view(-1), grad.reshape(-1), buffer.view(-1)
-        blocks = [_Block(piece, *flat, group) for piece in layout.pieces if piece.matrices]
-        if all(piece.matrices == piece.batch for piece in layout.pieces):
-            updated = [(param, grad, buffer)]  # one kernel for all
+        updates = [_MuonUpdate(shard, *flat, group) for shard in layout.shards if shard.updated]
+        if all(shard.updated == shard.count for shard in layout.shards):
+            parts = [(param, grad, buffer)]  # one kernel for all
         else:
-            updated = [(b.piece.view(b.param), b.piece.view(b.grad), b.piece.view(b.momentum_buffer)) for b in blocks]
-        for values, gradients, momentum in updated:
+            parts = [(u.shard.view(u.param), u.shard.view(u.grad), u.shard.view(u.momentum_buffer)) for u in updates]
+        for values, gradients, momentum in parts:
             momentum.lerp_(gradients, 1 - group["momentum"])
             values.mul_(1 - group["lr"] * group["weight_decay"])
-        return blocks
+        return updates
 
 
-def _finish_muon(blocks: list[_Block], process_group: dist.ProcessGroup | None) -> None:
-    """Gram matrices of all blocks into one buffer, one all-reduce, Newton-Schulz, update of the local rows."""
-    sizes = [block.piece.matrices * block.piece.cols**2 for block in blocks]
-    grams = torch.empty(sum(sizes), device=blocks[0].param.device)
+def _finish_muon(updates: list[_MuonUpdate], process_group: dist.ProcessGroup | None) -> None:
+    """Gram matrices of all shards into one buffer, one all-reduce, Newton-Schulz, update of the local slices."""
+    sizes = [update.shard.updated * update.shard.width**2 for update in updates]
+    grams = torch.empty(sum(sizes), device=updates[0].param.device)
     with _exact_fp32_matmul():
-        for block, gram in zip(blocks, grams.split(sizes), strict=True):
-            x = block.momentum()
-            torch.matmul(x.mT, x, out=gram.view(block.piece.matrices, block.piece.cols, block.piece.cols))
+        for update, gram in zip(updates, grams.split(sizes), strict=True):
+            x = update.nesterov()
+            torch.matmul(x.mT, x, out=gram.view(update.shard.updated, update.shard.width, update.shard.width))
         if process_group is not None:
             dist.all_reduce(grams, group=process_group)
         start = 0
         # Neighbours of equal width share their Newton-Schulz calls.
-        for (cols, eps), run in groupby(blocks, key=lambda b: (b.piece.cols, b.group["eps"])):
+        for (width, eps), run in groupby(updates, key=lambda update: (update.shard.width, update.group["eps"])):
             members = list(run)
-            batches = [block.piece.matrices for block in members]
-            end = start + sum(batches) * cols**2
-            factors = newton_schulz_factor(grams[start:end].view(-1, cols, cols), eps)
+            counts = [update.shard.updated for update in members]
+            end = start + sum(counts) * width**2
+            factors = newton_schulz_factor(grams[start:end].view(-1, width, width), eps)
             start = end
-            for block, factor in zip(members, factors.split(batches), strict=True):
-                scale = 0.2 * math.sqrt(max(block.piece.full_rows, cols))
-                block.piece.view(block.param).add_(block.momentum() @ factor, alpha=-block.group["lr"] * scale)
+            for update, factor in zip(members, factors.split(counts), strict=True):
+                scale = 0.2 * math.sqrt(max(update.shard.full_height, width))
+                update.shard.view(update.param).add_(update.nesterov() @ factor, alpha=-update.group["lr"] * scale)
 
 
 def newton_schulz_factor(gram: Tensor, eps: float) -> Tensor:
-    """Q with X·Q = five Newton-Schulz steps on X, from XᵀX alone.
+    """Q with X Q = five Newton-Schulz steps on X, from X^T X alone; see the module's docstring.
 
     Args:
-        gram: [batch, cols, cols], XᵀX of each matrix; zero gives X·Q = 0.
+        gram: `[count, width, width]`, X^T X of each matrix; zero gives X Q = 0.
         eps: smallest Frobenius norm that X is divided by.
 
     Returns:
-        [batch, cols, cols] in `gram`'s dtype.
+        `[count, width, width]` in the dtype of `gram`.
     """
     a, b, c = NS_COEFFICIENTS
     squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=eps**2)[:, None, None]
@@ -300,7 +341,7 @@ def newton_schulz_factor(gram: Tensor, eps: float) -> Tensor:
 
 
 def adamw_(param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    """torch.optim.AdamW's update number `group["step"]`, in place and in its order of operations."""
+    """Update number `group["step"]` of torch.optim.AdamW, in place and in torch's order of operations."""
     beta1, beta2 = group["betas"]
     mean, square = state["exp_avg"], state["exp_avg_sq"]
     param.mul_(1 - group["lr"] * group["weight_decay"])

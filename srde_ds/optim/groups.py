@@ -1,11 +1,11 @@
-"""Which update rule and learning rate each trainable gets: one table, and every trainable is in it once."""
+"""Which update rule and learning rate each trainable gets. Every trainable is in exactly one group."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from srde_ds.config import OptimizerConfig
 from srde_ds.errors import SRDEError
@@ -13,7 +13,7 @@ from srde_ds.utils.tables import aligned_table
 
 
 def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "element"]) -> dict[str, str]:
-    """The group of each kind of trainable, by the last two parts of its name."""
+    """Last two parts of a trainable's name -> its group."""
     matrices = "delta_matrices" if config.use_muon else "deltas"
     return {
         # A free element delta is a list of values, not a matrix: there is nothing to orthogonalise.
@@ -24,6 +24,21 @@ def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "ele
         "deltas.scores": "deltas",
         "router.weight": "routers",
     }
+
+
+# In the names of parameters that are matrices by shape only: their entries are looked up, or chosen among.
+LOOK_UPS = ("embed", "wte", "wpe", "head", "router")
+
+
+def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon suits a parameter: the weight of a hidden layer, or the delta matrices of experts.
+
+    No other tensor of experts is one: importance, mixing, scores, routers, and free deltas of single weights.
+    """
+    kind = getattr(parameter, "srde_kind", None)
+    if kind is not None:
+        return kind in ("free", "atoms") and parameter.ndim == 3
+    return parameter.ndim == 2 and not any(part in name.lower() for part in LOOK_UPS)
 
 
 def build_groups(
@@ -40,7 +55,7 @@ def build_groups(
         Dicts with "params", "name", "rule", "lr", "peak_lr", "weight_decay", "step" and the rule's own settings.
 
     Raises:
-        SRDEError: a trainable without a rule, none at all, or no matrix for Muon although `use_muon` is true.
+        SRDEError: a trainable has no rule, there are none, or none is a matrix for Muon although `use_muon` is true.
     """
     adamw = {"rule": "adamw", "betas": (config.adam_beta1, config.adam_beta2), "eps": 1e-8}
     muon = {"rule": "muon", "momentum": config.muon_momentum, "eps": 1e-7}
@@ -68,14 +83,14 @@ def build_groups(
 
 
 def rule_table(groups: Iterable[dict[str, Any]]) -> str:
-    """The groups as aligned text to print at start: group, rule, tensors, values, learning rate, weight decay.
+    """The groups as a table: group, rule, tensors, values, learning rate, weight decay.
 
-    Values are counted from the parameters' shapes: build it before ZeRO-3 empties them.
+    It counts the values in the parameters, so call it before ZeRO-3 empties them.
     """
-    rows = [("group", "rule", "tensors", "values", "learning rate", "weight decay")]
+    lines = [("group", "rule", "tensors", "values", "learning rate", "weight decay")]
     for group in groups:
         values = sum(param.numel() for param in group["params"])
-        rows.append(
+        lines.append(
             (
                 group["name"],
                 group["rule"],
@@ -85,4 +100,4 @@ def rule_table(groups: Iterable[dict[str, Any]]) -> str:
                 f"{group['weight_decay']:g}",
             )
         )
-    return aligned_table(rows, right=2)
+    return aligned_table(lines, right=2)

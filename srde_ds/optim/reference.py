@@ -1,6 +1,6 @@
-"""The update rules written plainly in float64 on whole matrices: the oracles of `gram_muon`.
+"""The update rules in plain float64 on whole matrices: what `gram_muon` must compute.
 
-The tests hold them, in turn, against torch.optim.Muon and torch.optim.AdamW.
+The tests hold `gram_muon` against them, and both against torch.optim.Muon and torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from srde_ds.optim.gram_muon import NS_COEFFICIENTS, NS_STEPS
 
 
 def newton_schulz(matrix: Tensor, eps: float = 1e-7) -> Tensor:
-    """Five quintic Newton-Schulz steps on [..., rows, cols], singular values to about one (Muon, K. Jordan)."""
+    """Five quintic Newton-Schulz steps on `[..., height, width]`: singular values to about one (Muon, K. Jordan)."""
     a, b, c = NS_COEFFICIENTS
     x = matrix.double()
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
@@ -27,7 +27,7 @@ def newton_schulz(matrix: Tensor, eps: float = 1e-7) -> Tensor:
 def muon_step(
     param: Tensor, grad: Tensor, momentum_buffer: Tensor, *, lr: float, momentum: float, weight_decay: float
 ) -> tuple[Tensor, Tensor]:
-    """One update of [rows, batch, cols] (`batch` matrices [rows, cols]) by Nesterov Muon with AdamW's scale.
+    """One update of `[height, count, width]` (`count` matrices) by Nesterov Muon with AdamW's scale.
 
     Returns:
         The new parameter and the new momentum buffer, float64.
@@ -43,8 +43,7 @@ def muon_step(
 def adamw_step(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    moments: tuple[Tensor, Tensor],
     *,
     step: int,
     lr: float,
@@ -54,11 +53,14 @@ def adamw_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Update number `step` (from 1) of AdamW (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2) in float64.
 
+    Args:
+        moments: running means of the gradient and of its square.
+
     Returns:
         The new parameter, first moment and second moment.
     """
     grad = grad.double()
-    exp_avg = betas[0] * exp_avg.double() + (1 - betas[0]) * grad
-    exp_avg_sq = betas[1] * exp_avg_sq.double() + (1 - betas[1]) * grad**2
+    exp_avg = betas[0] * moments[0].double() + (1 - betas[0]) * grad
+    exp_avg_sq = betas[1] * moments[1].double() + (1 - betas[1]) * grad**2
     mean, square = exp_avg / (1 - betas[0] ** step), exp_avg_sq / (1 - betas[1] ** step)
     return param.double() * (1 - lr * weight_decay) - lr * mean / (square.sqrt() + eps), exp_avg, exp_avg_sq

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as plain functions of the step, and how they reach the optimizer."""
+"""Learning rates as a function of the step, and how they reach the optimizer."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def learning_rate_factor(
 ) -> float:
     """Share of the peak learning rate for the update after `step` finished ones.
 
-    Linear warm-up gives (step + 1) / warmup_steps and so reaches the peak at step warmup_steps - 1 (without warm-up: at
-    step 0). From there the rate falls to `min_lr_ratio` at step max_steps - 1: as a half cosine, linearly, or (wsd)
-    linearly over the last decay_ratio·max_steps steps; the decay never starts before the peak. "constant" stays.
+    The linear warm-up gives (step + 1) / warmup_steps and reaches the peak at step warmup_steps - 1 (without warm-up:
+    at step 0). From there the rate falls to `min_lr_ratio` at step max_steps - 1: as a half cosine ("cosine"), linearly
+    ("linear"), or linearly over the last decay_ratio * max_steps steps ("wsd": warm-up, stable, decay); the decay never
+    starts before the peak. With "constant" it stays.
 
     Raises:
-        SRDEError: a step outside 0..max_steps - 1, or a warm-up that leaves no step after it.
+        SRDEError: `step` is not one of 0 to max_steps - 1, or the warm-up leaves no step after it.
     """
     if warmup_steps >= max_steps and warmup_steps > 0:
         raise SRDEError(f"warmup_steps={warmup_steps}: must be less than max_steps={max_steps}.")
@@ -54,6 +55,6 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def set_step(optimizer: Optimizer, step: int) -> None:
-    """Tell the optimizer the number of the coming update: finished updates + 1; 0 lets it only allocate state."""
+    """Tell the optimizer the number of the coming update: finished updates + 1. With 0 it only makes its state."""
     for group in optimizer.param_groups:
         group["step"] = step

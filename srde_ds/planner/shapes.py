@@ -8,13 +8,12 @@ from dataclasses import astuple, dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
-import torch
 from torch import nn
 
 from srde_ds.config import AdapterConfig, Config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, decoder_layers, empty_base
-from srde_ds.model.deltas import AtomDeltas, build_deltas
+from srde_ds.model.deltas import AtomDeltas, empty_deltas
 from srde_ds.model.supports.selection import check_support, support_size
 
 
@@ -185,19 +184,11 @@ def _bank_shape(
 ) -> list[tuple[str, tuple[int, ...], int | None, int | None]]:
     """Name, shape, axis of the experts and axis of the atoms' rows of each parameter of a layer's deltas."""
     config = AdapterConfig(*adapter)
-    bank = build_deltas(
-        config,
-        hidden=layer.hidden,
-        size=support_size(config, layer.hidden, layer.intermediate),
-        seed=0,
-        layer=0,
-        dtype=torch.float32,
-        device=torch.device("meta"),
-        row_multiple=world_size,
-    )
-    row_axis = bank.row_axis if isinstance(bank, AtomDeltas) else {}
+    size = support_size(config, layer.hidden, layer.intermediate)
+    bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size)
+    long_axis = bank.long_axis if isinstance(bank, AtomDeltas) else {}
     named: list[tuple[str, Any]] = list(bank.named_parameters())
-    return [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, row_axis.get(p.srde_kind)) for name, p in named]
+    return [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, long_axis.get(p.srde_kind)) for name, p in named]
 
 
 def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:

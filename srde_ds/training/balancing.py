@@ -1,25 +1,26 @@
-"""What balancing the experts' load needs once in an optimizer step: its target and the selection biases."""
+"""What balancing the experts' load takes once in an optimizer step: a target, selection biases, loss weights."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from srde_ds.config import Config
+from srde_ds.config import OptimizerConfig
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import LossWeights
 
 
 def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: Tensor | None = None) -> Tensor:
-    """`[E]` fp32: the shares of the assignments that experts should get, by the domains of a step's tokens.
+    """`[E]` fp32: the share of the assignments that each expert should get, by the domains of a step's tokens.
 
-    Domain d belongs to expert d. With fewer domains than experts each expert without one counts for 1 / E, and the
-    domains share the rest in proportion to their tokens; tokens of domains without an expert are left out. Locked
-    experts get zero and the others are scaled up. A token asks an expert at most once, so no share can exceed 1 / K:
-    what is above goes to the others in proportion.
+    Domain d belongs to expert d. An expert without a domain counts for 1 / E, and the domains share the rest in
+    proportion to their tokens; tokens of a domain without an expert are left out. Locked experts get zero, and the
+    others are scaled up. A token uses an expert at most once, so no share can exceed 1 / K: what is above that goes to
+    the others in proportion.
 
     Args:
         domain_tokens: real tokens of each domain in the step, summed over ranks.
-        top_k: experts that a token uses.
+        top_k: K, experts that a token uses.
         allowed: `[E]` bool, False for locked experts.
     """
     domains = min(num_experts, len(domain_tokens))
@@ -52,10 +53,10 @@ def _capped(share: Tensor, unlocked: Tensor, cap: float) -> Tensor:
 def update_biases(
     model: SRDEModel, assignments: Tensor, rate: float, *, allowed: Tensor | None = None, target: Tensor | None = None
 ) -> None:
-    """Auxiliary-loss-free balancing (arXiv 2408.15664): raise the selection bias of experts below their target by
-    `rate`, lower that of experts above it.
+    """Balancing without a loss (arXiv 2408.15664): raise the selection bias of experts below their target by `rate`,
+    and lower that of experts above it.
 
-    To be called once after an optimizer step whose tokens were routed, on every rank with the same counts.
+    Call it once after an optimizer step whose tokens were routed, on every rank with the same counts.
 
     Args:
         assignments: `[L, E]` of the step, summed over ranks.
@@ -71,9 +72,16 @@ def update_biases(
         layer.router.selection_bias += rate * missing.sign().to(layer.router.selection_bias)
 
 
-def delta_size_factor(config: Config) -> float:
-    """What `RoutingContext.delta_size_weight` is times `delta_size_weight`, so that a step's loss has that weight.
+def loss_weights(optimizer: OptimizerConfig, micro_steps: int) -> LossWeights:
+    """Weights of the auxiliary losses in each of the backwards of an optimizer step.
 
-    DeepSpeed averages gradients over micro-steps by scaling the loss: those that arise within the backward add up.
+    DeepSpeed averages gradients over micro-steps by scaling the loss. Gradients that arise within the backward are not
+    scaled: they add up, so each micro-step's is that part of the step's.
     """
-    return 1 / config.training.gradient_accumulation_steps
+    share = 1 / micro_steps
+    return LossWeights(
+        load_balancing=optimizer.load_balancing_weight,
+        router_z=optimizer.router_z_weight,
+        delta_size=optimizer.delta_size_weight * share,
+        support_overlap=optimizer.support_overlap_weight / micro_steps,
+    )

@@ -1,18 +1,21 @@
-"""Supports by what the base does on data: its activations, or its loss's gradient, on calibration rows.
+"""Supports chosen by what the base does on calibration rows: by its activations, or by the gradient of its loss.
 
-The score of a weight w_ij, and of a neuron the norm of its weights' scores (row j of gate and up, column j of down):
+A weight w_ij is scored by
 
     activation    |w_ij| * |x_j|            |x_j|: norm of the weight's input over all real tokens of the rows
     gradient      |w_ij| * |dL/dw_ij|       norm over the rows of the gradient of each row's response loss
 
-The gradient is taken row by row, because it needs no memory then: a neuron's score is a sum over rows of squares. Rows
-cannot cancel each other either. A row is always a batch of its own and rows are added in their order, so the scores do
-not depend on the number of processes (docs/curriculum.md).
+and a neuron by the norm of its weights' scores (gate and up: its row of the matrix; down: its column).
+
+The gradient is taken for one packed row at a time. Then a score is a sum of squares over rows, which takes no memory
+for gradients, and rows cannot cancel each other. Rows are always batches of their own and added in their order, so the
+scores do not depend on the number of processes (docs/curriculum.md).
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -33,21 +36,40 @@ from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
 
-def calibrate_supports(
-    engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset, adapter: AdapterConfig
-) -> None:
+@dataclass(frozen=True)
+class Calibration:
+    """Which rows decide on the supports.
+
+    Attributes:
+        adapter: how supports are chosen, and at which density.
+        rows: how many are drawn: from all rows, or with `per_expert` from each domain.
+        domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
+    """
+
+    adapter: AdapterConfig
+    rows: int
+    seed: int
+    domains: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: Config, adapter: AdapterConfig | None = None) -> Calibration:
+        """As the options say; `adapter`: instead of theirs, with the density of the moment."""
+        rows, seed = config.curriculum.calibration_rows, config.training.seed
+        return cls(adapter or config.adapter, rows, seed, tuple(config.data.domains))
+
+
+def calibrate_supports(engine: Engine, calibration: Calibration, topology: Topology, rows: datasets.Dataset) -> None:
     """Choose the supports by `support_strategy` activation or gradient, and write them into the layers.
 
     A collective of all ranks; the supports are the same on all. Gradients and optimizer state stay untouched.
 
     Args:
         rows: the training rows.
-        adapter: with the density of the layers' supports.
 
     Raises:
-        SRDEError: on every rank: a domain without rows, or scores that are all zero or not finite.
+        SRDEError: on every rank: a domain has no rows, or the scores are all zero or not finite.
     """
-    groups = choose_rows(config, rows)
+    adapter, groups = calibration.adapter, choose_rows(calibration, rows)
     per_expert = adapter.support_scope == "per_expert"
     beyond = range(len(groups), adapter.num_experts) if per_expert else range(0)
     everything = _scores(engine.model, adapter, topology.device) if beyond else None
@@ -62,24 +84,24 @@ def calibrate_supports(
         _choose(engine.model, everything, list(beyond))
 
 
-def choose_rows(config: Config, rows: datasets.Dataset) -> list[datasets.Dataset]:
+def choose_rows(calibration: Calibration, rows: datasets.Dataset) -> list[datasets.Dataset]:
     """The calibration rows: one draw from all rows, or with `per_expert` one from each domain that has an expert.
 
-    Depends on the seed and on the rows alone, and reads only their domains.
+    They depend only on the seed and on the rows' domains.
 
     Raises:
-        SRDEError: a domain with an expert has no rows.
+        SRDEError: a domain that has an expert has no rows.
     """
-    count, seed = config.curriculum.calibration_rows, config.training.seed
-    if config.adapter.support_scope == "shared":
+    adapter, count, seed = calibration.adapter, calibration.rows, calibration.seed
+    if adapter.support_scope == "shared":
         return [_draw(rows, range(len(rows)), count, seed, "all")]
     domain_of_row = torch.as_tensor(rows.with_format("numpy")["domain"][:])
     groups = []
-    for domain, name in enumerate(config.data.domains[: config.adapter.num_experts]):
+    for domain, name in enumerate(calibration.domains[: adapter.num_experts]):
         own = (domain_of_row == domain).nonzero().squeeze(1).tolist()
         if not own:
             raise SRDEError(
-                f"support_strategy={config.adapter.support_strategy}, support_scope=per_expert: domain '{name}' has no "
+                f"support_strategy={adapter.support_strategy}, support_scope=per_expert: domain '{name}' has no "
                 "training rows to choose its expert's support from. Add records of it, or give --support_scope shared."
             )
         groups.append(_draw(rows, own, count, seed, name))
@@ -93,20 +115,20 @@ def _draw(rows: datasets.Dataset, candidates: range | list[int], count: int, see
 
 
 class _Scores(Protocol):
-    """Sums over rows that give the scores of one group of rows."""
+    """Sums that give the scores on one group of rows."""
 
     needs_backward: bool
 
     def hook(self, layer: int, role: str, projection: Any) -> Any:
-        """Watch a projection of the base; the handle of the hook."""
+        """Watch a projection of the base; returns the handle of the hook."""
         ...
 
     def end_row(self) -> None:
-        """Add what was seen of this rank's row; a collective."""
+        """Add what was seen in this rank's row; a collective."""
         ...
 
     def of_layer(self, layer: int) -> Tensor:
-        """Scores of a layer's candidates, in any scale; a collective."""
+        """Scores of a layer's candidates, on any scale; a collective."""
         ...
 
     def merge(self, other: Any) -> None:
@@ -122,7 +144,7 @@ def _scores(model: SRDEModel, adapter: AdapterConfig, device: torch.device) -> _
 
 
 def _block_shapes(model: SRDEModel) -> list[tuple[int, int]]:
-    """(D, F) of each layer, also while ZeRO-3 holds the weights."""
+    """(D, F) of each layer, also while ZeRO-3 keeps the weights in parts."""
     weights = [getattr(layer.block, layer.roles["down"]).weight for layer in model.layers]
     return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 
@@ -148,7 +170,7 @@ def _choose(model: SRDEModel, scores: _Scores, experts: list[int] | None) -> Non
         if not bool(found.isfinite().all()) or not bool(found.any()):
             raise SRDEError(
                 f"layer {number}: its scores on the calibration rows are "
-                f"{'all zero' if bool(found.isfinite().all()) else 'not finite'}: no support can be chosen from them. "
+                f"{'all zero' if bool(found.isfinite().all()) else 'not finite'}, so no support can be chosen by them. "
                 "Check that the rows hold responses, raise --calibration_rows, or give --support_strategy magnitude."
             )
         best = best_entries(found, layer.support.shape[-1]).to(layer.support)
@@ -160,7 +182,7 @@ def _choose(model: SRDEModel, scores: _Scores, experts: list[int] | None) -> Non
 
 
 class _LayerSums:
-    """A vector of sums for each layer, over rows that all ranks share out; float64."""
+    """A vector of sums for each layer, float64, over rows that are divided among the ranks."""
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
         self._row = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
@@ -177,7 +199,7 @@ class _LayerSums:
 
 
 class _ActivationScores:
-    """Squares of the inputs of gate and up, then of down: D + F values a layer."""
+    """Squares of the inputs of gate and up, then of down: D + F sums for each layer."""
 
     needs_backward = False
 
@@ -190,10 +212,10 @@ class _ActivationScores:
 
     def hook(self, layer: int, role: str, projection: Any) -> Any:
         def add(module: Any, inputs: tuple[Tensor, ...]) -> None:
-            if role == "up":  # has gate's input
+            if role == "up":  # its input is gate's
                 return
             start, width = (0, self._hidden[layer]) if role == "gate" else (self._hidden[layer], inputs[0].shape[-1])
-            real = self._model.routing.token_mask
+            real = self._model.routing.policy.token_mask
             tokens = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
             tokens = tokens if real is None else tokens[real.reshape(-1)]
             squares = torch.linalg.vector_norm(tokens, dim=0, dtype=torch.float64).square()
@@ -215,16 +237,16 @@ class _ActivationScores:
 
 
 class _GradientScores:
-    """Squares of weight times gradient, of one projection at a time while the backward passes it."""
+    """Squares of weight times gradient, for one projection at a time as the backward passes it."""
 
     needs_backward = True
 
     def hook(self, layer: int, role: str, projection: Any) -> Any:
-        # Before deepspeed's own hook: in the backward, which runs the other way round, the weight is gathered then.
+        # Before DeepSpeed's own hook, so after it in the backward: then the weight is gathered.
         return projection.register_forward_hook(partial(self._watch, layer, role), prepend=True)
 
     def _watch(self, layer: int, role: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:  # not in the first of two forwards, when activations are recomputed
+        if output.requires_grad:  # not so in the first of two forwards, when activations are recomputed
             output.register_hook(partial(self._square, layer, role, module, inputs[0].detach()))
 
     def _square(self, layer: int, role: str, module: Any, x: Tensor, gradient: Tensor) -> None:
@@ -237,7 +259,7 @@ class _GradientScores:
 
 
 class _NeuronGradientScores(_GradientScores):
-    """F sums a layer."""
+    """F sums for each layer."""
 
     def __init__(self, model: SRDEModel, device: torch.device) -> None:
         self._sums = _LayerSums([intermediate for _, intermediate in _block_shapes(model)], device)
@@ -255,7 +277,7 @@ class _NeuronGradientScores(_GradientScores):
 
 
 class _ElementGradientScores(_GradientScores):
-    """3 * D * F sums a layer, fp32: all ranks together hold one copy, in host memory."""
+    """3 * D * F sums for each layer, fp32; the ranks hold one copy together, in host memory."""
 
     def __init__(self, model: SRDEModel, device: torch.device) -> None:
         self._device = device

@@ -30,11 +30,11 @@ from srde_ds.distributed.processes import Topology, all_reduce_max, gather_objec
 from srde_ds.errors import SRDEError
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
-from srde_ds.training.schedule import warm_start_step
+from srde_ds.training.schedule import Schedule
 
 logger = logging.getLogger(__name__)
 
-# Of the routing context: what the last step leaves to the next one's load balancing.
+# What the last step leaves to the next one's load balancing.
 BALANCING_TENSORS = ("expert_share", "target_share")
 
 # A resumed model that is the saved one gives the saved probe loss; the sum over a row differs in its last bits
@@ -82,6 +82,8 @@ class RunState:
         tokens: tokens seen, padding excluded.
         warm_started: the routers were set by the warm start.
         unlock_order: experts in the order in which they are unlocked.
+        expert_share, target_share: `[L, E]` and `[E]`, of the last step's assignments, for the next one's load
+            balancing, see `model.policy.RoutingPolicy`; None: not known.
         engine: the one at work; `Stages` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
@@ -93,6 +95,8 @@ class RunState:
         self.step = 0
         self.tokens = 0
         self.warm_started = False
+        self.expert_share: torch.Tensor | None = None
+        self.target_share: torch.Tensor | None = None
         self.unlock_order = list(range(config.adapter.num_experts))
         training = config.training
         self.collectives = Collectives(
@@ -137,7 +141,7 @@ class RunState:
         metadata = model.metadata()
         common = model.common_tensors()
         for name in BALANCING_TENSORS:
-            if (tensor := getattr(model.routing, name)) is not None:
+            if (tensor := getattr(self, name)) is not None:
                 common[name] = tensor
         run_state = {
             "step": self.step,
@@ -218,8 +222,7 @@ class RunState:
         common = load_common_tensors(folder)
         model.load_selection_biases(common)
         for name in BALANCING_TENSORS:
-            if name in common:
-                setattr(model.routing, name, common[name].to(self.topology.device))
+            setattr(self, name, common[name].to(self.topology.device) if name in common else None)
         self.step, self.tokens = values["step"], values["tokens"]
         # Checkpoints from before there was a curriculum do not say.
         self.warm_started = values.get("warm_started", False)
@@ -247,13 +250,11 @@ class RunState:
         """
         batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
         batch = {key: value.to(self.topology.device) for key, value in batch.items()}
-        engine, routing = self.engine.deepspeed, self.engine.model.routing
-        allowed, routing.allowed_experts = routing.allowed_experts, None
+        engine = self.engine.deepspeed
         engine.eval()
         with torch.no_grad():
             loss_sum, label_count = self.engine.forward(batch)
         engine.train()
-        routing.allowed_experts = allowed
         return float(loss_sum) / max(1, int(label_count))
 
     def _check_same_options(self, saved: SavedRun) -> None:
@@ -280,7 +281,7 @@ class RunState:
 
     def _check_warm_start(self, saved: SavedRun) -> None:
         """A warm start whose step is past would be left out in silence."""
-        step, due = saved.values["step"], warm_start_step(self.config)
+        step, due = saved.values["step"], Schedule.of(self.config).warm_start_step
         if due is not None and due < step and not saved.values.get("warm_started", False):
             raise SRDEError(
                 f"{saved.folder}: warm_start=true sets the routers before step {due + 1}, but its {step} steps were "

@@ -13,10 +13,9 @@ from srde_ds.model.adapter import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.planner.shapes import base_shape
-from srde_ds.training.balancing import delta_size_factor
-from srde_ds.training.calibration import calibrate_supports, choose_rows
+from srde_ds.training.calibration import Calibration, calibrate_supports, choose_rows
 from srde_ds.training.checkpointing import RunState, SavedRun
-from srde_ds.training.schedule import density_at
+from srde_ds.training.schedule import Schedule
 
 
 class Stages:
@@ -31,18 +30,21 @@ class Stages:
         saved = self.state.find_saved()
         calibrated = self.config.adapter.support_strategy in ("activation", "gradient")
         if calibrated and not saved:
-            choose_rows(self.config, self.state.stream.rows)  # a domain without rows is refused before the base is read
+            choose_rows(
+                Calibration.of(self.config), self.state.stream.rows
+            )  # a domain without rows is refused before the base is read
         engine = self._build(saved)
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
         elif calibrated:
-            calibrate_supports(engine, self.config, self.topology, self.state.stream.rows, engine.model.config)
+            calibration = Calibration.of(self.config, engine.model.config)
+            calibrate_supports(engine, calibration, self.topology, self.state.stream.rows)
         return engine
 
     def engine_of_step(self, engine: Engine) -> Engine:
         """`engine`, or one with smaller supports if they are to be pruned before the coming step."""
-        density = density_at(self.config, self.state.step)
+        density = Schedule.of(self.config).density_at(self.state.step)
         if not self._must_shrink(engine, density):
             return engine
         self._say(
@@ -65,7 +67,7 @@ class Stages:
         return engine
 
     def _build(self, saved: SavedRun | None) -> Engine:
-        density = saved.density if saved else density_at(self.config, 0)
+        density = saved.density if saved else Schedule.of(self.config).density_at(0)
         adapter = dataclasses.replace(self.config.adapter, density=density)
         supports = saved.supports if saved else None
         target = self.config.adapter.density
@@ -81,13 +83,6 @@ class Stages:
         groups = build_groups(model.trainable_parameters(), self.config.optimizer, adapter.granularity)
         self._say(rule_table(groups))
         self.state.engine = build_engine(model, self.config, self.topology)
-        routing = model.routing
-        routing.load_balancing_weight = self.config.optimizer.load_balancing_weight
-        routing.router_z_weight = self.config.optimizer.router_z_weight
-        routing.delta_size_weight = self.config.optimizer.delta_size_weight * delta_size_factor(self.config)
-        # OverlapLoss adds its gradient whole in each micro-step.
-        micro_steps = self.config.training.gradient_accumulation_steps
-        routing.support_overlap_weight = self.config.optimizer.support_overlap_weight / micro_steps
         return self.state.engine
 
     def _must_shrink(self, engine: Engine, density: float) -> bool:

@@ -20,7 +20,7 @@ from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.planner.shapes import base_shape
 from srde_ds.training.reporting.metrics import load_trackers
-from srde_ds.training.schedule import check_schedule
+from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.launcher import launched_world_size
 
@@ -33,7 +33,7 @@ def check_inputs(config: Config) -> None:
     """
     data = config.data
     base_shape(config)
-    check_schedule(config)
+    Schedule.of(config).check()
     if config.model.flash_attention and find_spec("flash_attn") is None:
         raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
     if not (data.jsonl_data or data.pretokenized_dir):
@@ -66,7 +66,7 @@ def check_dry_run(config: Config) -> None:
         SRDEError: then.
     """
     check_groups(config)
-    check_schedule(config)
+    Schedule.of(config).check()
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
     if config.data.pretokenized_dir:

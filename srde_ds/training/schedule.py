@@ -1,17 +1,18 @@
-"""What a step trains: a pure function of the config and the step, so that a run may stop and go on anywhere.
+"""What each step trains: a function of the options and the step's number alone, so a run may stop and go on anywhere.
 
-Time line: supervised pretraining (optional), then the routers' warm start (optional), then routed training, in which
-experts may be unlocked one after the other and kinds of trainables frozen by phase. The support shrinks independently
-of these, from the first step on.
+First comes supervised pretraining (optional), then the routers' warm start (optional), then routed training, in which
+experts may be unlocked one after the other and a phase may freeze kinds of trainables. Independently of all that, the
+support shrinks from the first step on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby
 
-from srde_ds.config import Config
+from srde_ds.config import AdapterConfig, Config, CurriculumConfig
 from srde_ds.errors import SRDEError
 from srde_ds.utils.tables import aligned_table
 
@@ -26,21 +27,20 @@ FOUR_PHASES = (
     ("delta", 40, DELTA_VALUES),
     ("joint", 30, ALL_KINDS),
 )
-
-UNLOCK_WARMUP_PERCENT = 10  # of the routed steps: with progressive_unlock=warmup one expert until then
+UNLOCK_WARMUP_PERCENT = 10  # of the routed steps: with progressive_unlock=warmup, one expert until then
 FINAL_TEMPERATURE_SHARE = 0.1  # of support_temperature, when a learned support is frozen
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """One step.
+class ScheduledStep:
+    """What one step trains.
 
     Attributes:
         phase: its name in logs and tables.
         forced: each row goes to its domain's expert alone; the router takes no part.
-        only_domain: rows of this domain alone (sequential pretraining).
-        unlocked: how many experts may be used and change; with `only_domain` that domain's alone.
-        trained: the `srde_kind`s that are updated; the others keep values and optimizer state.
+        only_domain: only rows of this domain are read (sequential pretraining).
+        unlocked: how many experts may be used and change; with `only_domain`, that domain's alone.
+        trained: the `srde_kind`s that are updated; the others keep their values and optimizer state.
         density: of the supports.
         temperature: of a support that is being learned; None: the supports are fixed.
     """
@@ -53,142 +53,162 @@ class StepPlan:
     density: float
     temperature: float | None
 
-
-def pretrain_steps(config: Config) -> int:
-    """Steps of supervised pretraining: expert_pretrain_steps' worth of tokens for each expert that has a domain."""
-    curriculum = config.curriculum
-    return len(config.data.domains) * curriculum.expert_pretrain_steps if curriculum.supervised_experts else 0
-
-
-def plan_of_step(config: Config, step: int) -> StepPlan:
-    """What step number `step` (from 0) trains."""
-    experts, before = config.adapter.num_experts, pretrain_steps(config)
-    density, temperature = density_at(config, step), _temperature(config, step)
-    if step < before:
-        trained = ALL_KINDS - ROUTERS
-        if config.curriculum.pretrain_objective == "sequential":
-            # The other experts are locked: momentum would move them on although they get no tokens.
-            only = step // config.curriculum.expert_pretrain_steps
-            return StepPlan("pretraining", True, only, 1, trained, density, temperature)
-        return StepPlan("pretraining", True, None, experts, trained, density, temperature)
-    phase, trained = _phase(config, step - before, config.training.max_steps - before)
-    unlocked = _unlocked(config, step - before, config.training.max_steps - before)
-    return StepPlan(phase, False, None, unlocked, trained, density, temperature)
+    @property
+    def learns_support(self) -> bool:
+        """The support is still being learned."""
+        return self.temperature is not None
 
 
-def _phase(config: Config, routed_step: int, routed_steps: int) -> tuple[str, frozenset[str]]:
-    if config.curriculum.training_phases == "joint":
-        return "routed", ALL_KINDS
-    ends = accumulate(percent for _, percent, _ in FOUR_PHASES[:-1])
-    index = sum(100 * routed_step >= end * routed_steps for end in ends)
-    name, _, trained = FOUR_PHASES[index]
-    return name, trained
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of a run, numbered from 0.
 
-
-def _unlocked(config: Config, routed_step: int, routed_steps: int) -> int:
-    experts, unlock = config.adapter.num_experts, config.curriculum.progressive_unlock
-    if unlock == "linear":
-        return min(experts, routed_step // max(1, routed_steps // experts) + 1)
-    if unlock == "warmup" and 100 * routed_step < UNLOCK_WARMUP_PERCENT * routed_steps:
-        return 1
-    return experts
-
-
-def prunings(config: Config) -> list[tuple[int, float]]:
-    """(step, density from this step on) of each pruning, in order; empty without `initial_density`.
-
-    The density falls by equal factors. A learned support is pruned once, when its scores are frozen.
+    Attributes:
+        domains: names of the domains, in the order of their experts.
+        max_steps: optimizer steps of the whole run.
     """
-    curriculum, target = config.curriculum, config.adapter.density
-    if curriculum.initial_density is None or curriculum.initial_density == target:
-        return []
-    steps = curriculum.density_warmup_steps
-    count = 1 if config.adapter.support_strategy == "learned" else min(curriculum.density_prunings, steps)
-    ratio = target / curriculum.initial_density
-    last = [(steps, target)]
-    return [(i * steps // count, curriculum.initial_density * ratio ** (i / count)) for i in range(1, count)] + last
 
+    curriculum: CurriculumConfig
+    adapter: AdapterConfig
+    domains: tuple[str, ...]
+    max_steps: int
 
-def density_at(config: Config, step: int) -> float:
-    """Density of the supports in step `step`."""
-    density = config.curriculum.initial_density or config.adapter.density
-    for first, pruned in prunings(config):
-        if step >= first:
-            density = pruned
-    return density
+    @classmethod
+    def of(cls, config: Config) -> Schedule:
+        """The schedule of a run."""
+        return cls(config.curriculum, config.adapter, tuple(config.data.domains), config.training.max_steps)
 
+    def step(self, number: int) -> ScheduledStep:
+        """What step `number` trains."""
+        density, temperature = self.density_at(number), self._temperature(number)
+        if number < self.pretraining_steps:
+            trained = ALL_KINDS - ROUTERS
+            if self.curriculum.pretrain_objective == "sequential":
+                # The other experts are locked: momentum would move them on although they get no tokens.
+                only = number // self.curriculum.expert_pretrain_steps
+                return ScheduledStep("pretraining", True, only, 1, trained, density, temperature)
+            experts = self.adapter.num_experts
+            return ScheduledStep("pretraining", True, None, experts, trained, density, temperature)
+        phase, trained = self._phase(number - self.pretraining_steps)
+        unlocked = self._unlocked(number - self.pretraining_steps)
+        return ScheduledStep(phase, False, None, unlocked, trained, density, temperature)
 
-def _temperature(config: Config, step: int) -> float | None:
-    """Falls geometrically to FINAL_TEMPERATURE_SHARE of its start; None once the support is fixed."""
-    steps = config.curriculum.density_warmup_steps
-    if config.adapter.support_strategy != "learned" or step >= steps:
-        return None
-    return config.curriculum.support_temperature * FINAL_TEMPERATURE_SHARE ** (step / steps)
+    @property
+    def pretraining_steps(self) -> int:
+        """Steps of supervised pretraining: expert_pretrain_steps' worth of tokens for each expert with a domain."""
+        curriculum = self.curriculum
+        return len(self.domains) * curriculum.expert_pretrain_steps if curriculum.supervised_experts else 0
 
+    @property
+    def warm_start_step(self) -> int | None:
+        """The routers are set before this step; None: never."""
+        return self.pretraining_steps if self.curriculum.warm_start else None
 
-def check_schedule(config: Config) -> None:
-    """Refuse a learned support whose scores are never trained, because all phases until it is fixed freeze them.
+    @cached_property
+    def prunings(self) -> list[tuple[int, float]]:
+        """(step, density from this step on) of each pruning, in order; empty without `initial_density`.
 
-    Raises:
-        SRDEError: then.
-    """
-    steps = config.curriculum.density_warmup_steps
-    plans = (plan_of_step(config, step) for step in range(steps))
-    if config.adapter.support_strategy == "learned" and not any("scores" in plan.trained for plan in plans):
-        raise SRDEError(
-            f"support_strategy=learned with training_phases={config.curriculum.training_phases}: no phase of the first "
-            f"density_warmup_steps={steps} steps trains the scores. Raise --density_warmup_steps beyond the warm-up."
-        )
+        The density falls by equal factors. A learned support is pruned once, when its scores are frozen.
+        """
+        initial, target = self.curriculum.initial_density, self.adapter.density
+        if initial is None or initial == target:
+            return []
+        steps, ratio = self.curriculum.density_warmup_steps, target / initial
+        count = 1 if self._learned else min(self.curriculum.density_prunings, steps)
+        return [(i * steps // count, initial * ratio ** (i / count)) for i in range(1, count)] + [(steps, target)]
 
+    @property
+    def densities(self) -> list[tuple[int, float]]:
+        """(step, density from this step on), from step 0 on."""
+        return [(0, self.curriculum.initial_density or self.adapter.density), *self.prunings]
 
-def warm_start_step(config: Config) -> int | None:
-    """The routers are set before this step; None: never."""
-    return pretrain_steps(config) if config.curriculum.warm_start else None
+    def density_at(self, number: int) -> float:
+        """Density of the supports in step `number`."""
+        return next(density for first, density in reversed(self.densities) if number >= first)
 
+    def check(self) -> None:
+        """Refuse a learned support whose scores no step trains before they are frozen.
 
-def timeline(config: Config) -> Iterator[tuple[int, int, StepPlan]]:
-    """Runs of steps with the same plan but for the temperature: first step, last step, plan of the first."""
-    plans = [(step, plan_of_step(config, step)) for step in range(config.training.max_steps)]
-    for _, run in groupby(plans, key=lambda item: _without_temperature(item[1])):
-        steps = list(run)
-        yield steps[0][0], steps[-1][0], steps[0][1]
-
-
-def _without_temperature(plan: StepPlan) -> tuple[object, ...]:
-    learning = plan.temperature is not None
-    return plan.phase, plan.only_domain, plan.unlocked, plan.trained, plan.density, learning
-
-
-def describe_timeline(config: Config) -> str:
-    """The schedule as a table, for `--dry_run`."""
-    warm_start = warm_start_step(config)
-    rows = [("steps", "phase", "routing", "experts", "trained", "density", "")]
-    for first, last, plan in timeline(config):
-        routing = "router"
-        if plan.forced:
-            routing = "by domain" if plan.only_domain is None else f"only {config.data.domains[plan.only_domain]}"
-        notes = []
-        if warm_start is not None and first <= warm_start <= last and warm_start == first:
-            notes.append("routers warm-started before")
-        if plan.temperature is not None:
-            notes.append("support being learned")
-        if first and plan.density != density_at(config, first - 1):
-            notes.append("pruned before")
-        rows.append(
-            (
-                f"{first + 1}-{last + 1}",
-                plan.phase,
-                routing,
-                str(plan.unlocked),
-                "all" if plan.trained == ALL_KINDS else "+".join(sorted(plan.trained & _used_kinds(config, plan))),
-                f"{plan.density:.4g}",
-                ", ".join(notes),
+        Raises:
+            SRDEError: every phase until then keeps the scores as they are.
+        """
+        steps = self.curriculum.density_warmup_steps
+        if self._learned and not any("scores" in self.step(number).trained for number in range(steps)):
+            raise SRDEError(
+                f"support_strategy=learned with training_phases={self.curriculum.training_phases}: no phase of the "
+                f"first density_warmup_steps={steps} steps trains the scores. Raise --density_warmup_steps beyond the "
+                "warm-up."
             )
-        )
-    return aligned_table(rows)
+
+    def timeline(self) -> Iterator[tuple[int, int, ScheduledStep]]:
+        """Runs of steps that differ in temperature at most: first step, last step, what the first one trains."""
+        steps = [(number, self.step(number)) for number in range(self.max_steps)]
+        for _, run in groupby(steps, key=lambda item: _without_temperature(item[1])):
+            numbers, scheduled = zip(*run, strict=True)
+            yield numbers[0], numbers[-1], scheduled[0]
+
+    def describe(self) -> str:
+        """The timeline as a table, for `--dry_run`."""
+        lines = [("steps", "phase", "routing", "experts", "trained", "density", "")]
+        for first, last, step in self.timeline():
+            routing = "router"
+            if step.forced:
+                routing = "by domain" if step.only_domain is None else f"only {self.domains[step.only_domain]}"
+            notes = []
+            if first == self.warm_start_step:
+                notes.append("routers warm-started before")
+            if step.learns_support:
+                notes.append("support being learned")
+            if first and step.density != self.density_at(first - 1):
+                notes.append("pruned before")
+            lines.append(
+                (
+                    f"{first + 1}-{last + 1}",
+                    step.phase,
+                    routing,
+                    str(step.unlocked),
+                    "all" if step.trained == ALL_KINDS else "+".join(sorted(step.trained & self._present_kinds(step))),
+                    f"{step.density:.4g}",
+                    ", ".join(notes),
+                )
+            )
+        return aligned_table(lines)
+
+    @property
+    def _learned(self) -> bool:
+        return self.adapter.support_strategy == "learned"
+
+    @property
+    def _routed_steps(self) -> int:
+        return self.max_steps - self.pretraining_steps
+
+    def _phase(self, routed_step: int) -> tuple[str, frozenset[str]]:
+        if self.curriculum.training_phases == "joint":
+            return "routed", ALL_KINDS
+        ends = accumulate(percent for _, percent, _ in FOUR_PHASES[:-1])
+        index = sum(100 * routed_step >= end * self._routed_steps for end in ends)
+        name, _, trained = FOUR_PHASES[index]
+        return name, trained
+
+    def _unlocked(self, routed_step: int) -> int:
+        experts, unlock = self.adapter.num_experts, self.curriculum.progressive_unlock
+        if unlock == "linear":
+            return min(experts, routed_step // max(1, self._routed_steps // experts) + 1)
+        if unlock == "warmup" and 100 * routed_step < UNLOCK_WARMUP_PERCENT * self._routed_steps:
+            return 1
+        return experts
+
+    def _temperature(self, number: int) -> float | None:
+        """Falls geometrically to FINAL_TEMPERATURE_SHARE of its start; None once the support is fixed."""
+        steps = self.curriculum.density_warmup_steps
+        if not self._learned or number >= steps:
+            return None
+        return self.curriculum.support_temperature * FINAL_TEMPERATURE_SHARE ** (number / steps)
+
+    def _present_kinds(self, step: ScheduledStep) -> frozenset[str]:
+        values = {"atoms", "mixing", "importance"} if self.adapter.num_atoms else {"free"}
+        return frozenset(values | ({"scores"} if step.learns_support else set())) | ROUTERS
 
 
-def _used_kinds(config: Config, plan: StepPlan) -> frozenset[str]:
-    values = {"atoms", "mixing", "importance"} if config.adapter.num_atoms else {"free"}
-    scores = set() if plan.temperature is None else {"scores"}
-    return frozenset(values | scores) | ROUTERS
+def _without_temperature(step: ScheduledStep) -> tuple[object, ...]:
+    return step.phase, step.only_domain, step.unlocked, step.trained, step.density, step.learns_support

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from srde_ds.config import Config
+from srde_ds.config import Config, OptimizerConfig
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.liveness.status import doing
+from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set_step
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.curriculum import Curriculum
@@ -31,7 +33,7 @@ def optimizer_step(
         Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
         None when `interrupted` became true: nothing was updated.
     """
-    training, routing = config.training, engine.model.routing
+    training = config.training
     stream = curriculum.begin_step(engine)
     doing("reading rows")
     batches = [
@@ -48,33 +50,35 @@ def optimizer_step(
         for micro in range(training.gradient_accumulation_steps)
     ]
     counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
-    set_learning_rates(engine.optimizer, scheduled_factor(config, state.step))
+    factor = scheduled_factor(config.optimizer, training.max_steps, state.step)
+    set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
     # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
     loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
-    routing.loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    router_loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
     for number, batch in enumerate(batches, 1):
         if interrupted():
             return None
-        curriculum.route_batch(engine, batch)
+        policy = replace(curriculum.policy_of(batch), loss_scale=router_loss_scale, statistics=statistics)
         doing(f"forward of micro-step {number}")
-        batch_loss, _ = engine.forward(batch)
+        batch_loss, _ = engine.forward(batch, policy)
         doing(f"backward of micro-step {number}")
         engine.deepspeed.backward(batch_loss * loss_scale)
         doing(f"update after micro-step {number}")
         engine.deepspeed.step()
         loss_sum += batch_loss.detach()
-    routing.forced_experts = None
-    return counts | sum_over_ranks({"loss": loss_sum, **routing.statistics.pop()}, topology.device)
+    return counts | sum_over_ranks({"loss": loss_sum, **statistics.pop()}, topology.device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
+    """A copy of the batch on a device."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Response tokens that carry loss, and all real tokens, in all and by domain, of this rank's micro-batches."""
+    """Of this rank's micro-batches: labels, and real tokens in all and by domain."""
     labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
     by_domain = sum(
         torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches
@@ -83,12 +87,12 @@ def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
     return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
 
 
-def scheduled_factor(config: Config, step: int) -> float:
-    optimizer = config.optimizer
+def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:
+    """Share of the peak learning rates for the update after `step` finished ones, see `learning_rate_factor`."""
     return learning_rate_factor(
         step,
         schedule=optimizer.lr_schedule,
-        max_steps=config.training.max_steps,
+        max_steps=max_steps,
         warmup_steps=optimizer.warmup_steps,
         decay_ratio=optimizer.decay_ratio,
         min_lr_ratio=optimizer.min_lr_ratio,

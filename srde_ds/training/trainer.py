@@ -153,17 +153,19 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
                 raise SRDEError(not_finite(state, loss))
             experts = expert_metrics(sums)
             watch.check(state.step + 1, sums["assignments"].sum(0).tolist(), experts["expert_gradient_norm"])
-            plan, unlocked = curriculum.plan, curriculum.unlocked_experts()
+            scheduled, unlocked = curriculum.scheduled, curriculum.unlocked_experts()
+            allowed = curriculum.policy.allowed_experts
             curriculum.end_step(engine, sums)
             state.step += 1
             state.tokens += int(sums["real_tokens"])
             line: dict[str, Any] = {
                 "step": state.step,
-                "phase": plan.phase,
+                "phase": scheduled.phase,
                 "unlocked_experts": unlocked,
                 "density": engine.model.config.density,
                 "loss": loss,
-                "learning_rate": scheduled_factor(config, state.step - 1) * config.optimizer.learning_rate,
+                "learning_rate": scheduled_factor(config.optimizer, training.max_steps, state.step - 1)
+                * config.optimizer.learning_rate,
                 "learning_rates": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
                 "grad_norm": engine.global_grad_norm,
                 "tokens": state.tokens,
@@ -176,12 +178,12 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             last = state.step == training.max_steps
             if last or state.step % training.log_steps == 0:
                 line["delta_norm"] = engine.delta_norms().tolist()
-                if plan.only_domain is None:
+                if scheduled.only_domain is None:
                     line["epochs"] = stream.epochs(state.step)
             if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
                 doing("held-out loss")
-                expert: Literal["domain"] | None = "domain" if plan.forced else None
-                line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert))
+                expert: Literal["domain"] | None = "domain" if scheduled.forced else None
+                line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert, allowed=allowed))
             metrics.write(line)
             progress.update(line)
             heartbeat.update(line)

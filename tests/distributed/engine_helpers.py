@@ -12,6 +12,7 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.model.policy import RoutingPolicy
 
 
 def training_rows(config: Config) -> datasets.Dataset:
@@ -19,7 +20,7 @@ def training_rows(config: Config) -> datasets.Dataset:
     return load_rows(folder, "train", load_manifest(folder))
 
 
-def run_steps(engine: Any, config: Config, topology: Any, steps: int = 1) -> None:
+def run_steps(engine: Any, config: Config, topology: Any, steps: int = 1, policy: RoutingPolicy | None = None) -> None:
     """Optimizer steps on the first training rows; the loss is the sum over their labels."""
     from srde_ds.optim.schedule import set_step
 
@@ -33,7 +34,7 @@ def run_steps(engine: Any, config: Config, topology: Any, steps: int = 1) -> Non
             batch = stream.micro_batch(
                 step, micro, rank=topology.rank, world_size=world_size, batch_size=training.batch_size
             )
-            loss, _ = engine.forward(batch)
+            loss, _ = engine.forward(batch, policy)
             engine.deepspeed.backward(loss * micro_steps * world_size)
             engine.deepspeed.step()
 

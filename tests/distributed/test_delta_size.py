@@ -21,14 +21,16 @@ def state_after_a_step(flags: dict[str, Any], size_weight: float) -> list[Tensor
     """From random deltas."""
     from srde_ds.distributed.engine import build_engine, build_model
     from srde_ds.distributed.processes import start_processes
-    from srde_ds.training.balancing import delta_size_factor
+    from srde_ds.model.policy import RoutingPolicy
+    from srde_ds.training.balancing import loss_weights
 
-    config = resolve({}, flags)
+    config = resolve({}, flags | {"delta_size_weight": size_weight})
     topology = start_processes(60)
     model = randomize(build_model(config, topology))
-    model.routing.delta_size_weight = size_weight * delta_size_factor(config)
     engine = build_engine(model, config, topology)
-    run_steps(engine, config, topology)
+    # The router's losses have no scale here, so only the size's counts.
+    weights = loss_weights(config.optimizer, config.training.gradient_accumulation_steps)
+    run_steps(engine, config, topology, policy=RoutingPolicy(loss_weights=weights))
     return state(engine)
 
 

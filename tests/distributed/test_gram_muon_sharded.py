@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from srde_ds.optim.gram_muon import GramMuonAdamW, Piece
+from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.schedule import set_step
+from srde_ds.optim.shards import MatrixShard
 from tests.distributed.harness import run_distributed
 
 STEPS = 10
@@ -103,7 +104,7 @@ def sharded_update(cut: str) -> tuple[dict[tuple[str, int], Tensor], list[str]]:
             pieces, offset = [], 0
             for name in names:
                 full_rows, batch, cols = SHAPES[name]
-                pieces.append(Piece(name, offset, len(block(value(name, 0), cut)), batch, cols, full_rows))
+                pieces.append(MatrixShard(name, offset, len(block(value(name, 0), cut)), batch, cols, full_rows))
                 offset = pieces[-1].end
                 result[name, rule] = pieces[-1].view(param).transpose(0, 1)
             if rule == 0:

@@ -131,7 +131,7 @@ def plain_run(inputs: Inputs, *, steps: int) -> tuple[list[dict[str, float]], di
         # Warm-up over two steps, then a half cosine to zero at the last step.
         factor = (0.5, 1.0, 0.8535533906, 0.5, 0.1464466094, 0.0)[step]
         for name, parameter in model.trainable_parameters():
-            gradient, first = clip * gradients[name], moments[name][0]
+            gradient, (first, second) = clip * gradients[name], moments[name]
             if name.endswith("deltas.free"):
                 masters[name], moments[name][0] = muon_step(
                     masters[name], gradient, first, lr=factor * optimizer.muon_lr,
@@ -139,7 +139,7 @@ def plain_run(inputs: Inputs, *, steps: int) -> tuple[list[dict[str, float]], di
                 )  # fmt: skip
             else:
                 masters[name], *moments[name] = adamw_step(
-                    masters[name], gradient, *moments[name], step=step + 1, lr=factor * optimizer.router_lr,
+                    masters[name], gradient, (first, second), step=step + 1, lr=factor * optimizer.router_lr,
                     betas=(optimizer.adam_beta1, optimizer.adam_beta2), eps=1e-8, weight_decay=0.0,
                 )  # fmt: skip
             with torch.no_grad():

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
+from srde_ds.model.base import Sharding
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, train_here
 
@@ -68,8 +69,8 @@ def test_an_expert_in_the_wrong_place_is_named(inputs: Inputs, two_ranks: Ranks,
 def train_without_padding(flags: dict[str, Any]) -> str | None:
     from srde_ds.distributed import engine
 
-    def unpadded(*args: Any, row_multiple: int, **kwargs: Any) -> Any:
-        return add_experts(*args, **kwargs)
+    def unpadded(*args: Any, sharding: Sharding, **kwargs: Any) -> Any:
+        return add_experts(*args, sharding=Sharding(sharding.gather), **kwargs)
 
     with patch.object(engine, "add_experts", unpadded):
         return train_here(flags)

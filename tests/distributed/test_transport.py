@@ -18,7 +18,7 @@ from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts
 from srde_ds.distributed.transport import DeltaTransport, TokenTransport
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import element_experts, neuron_experts
-from srde_ds.model.router import RoutingContext
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.supports.selection import support_size, value_count
 from srde_ds.planner.shapes import BaseShape, LayerShape
 from srde_ds.planner.traffic import transport_bytes
@@ -122,7 +122,7 @@ MASKS = (
 )
 
 
-def set_mask(context: RoutingContext, kind: str, rank: int, size: int) -> None:
+def policy_of(kind: str, rank: int, size: int) -> RoutingPolicy:
     """What the curriculum does: each row's tokens to its domain's expert, or some experts locked."""
     first_ranks = -(-EXPERTS // size)  # experts of rank 0
     tokens = torch.arange(TOKENS)[None]
@@ -136,10 +136,11 @@ def set_mask(context: RoutingContext, kind: str, rank: int, size: int) -> None:
         "all locked but one": [e for e in range(EXPERTS) if e != 2],
         "the first rank's experts locked": list(range(first_ranks)),
     }
-    context.forced_experts = forced.get(kind)
+    allowed = None
     if kind in locked:
-        context.allowed_experts = torch.ones(EXPERTS, dtype=torch.bool)
-        context.allowed_experts[locked[kind]] = False
+        allowed = torch.ones(EXPERTS, dtype=torch.bool)
+        allowed[locked[kind]] = False
+    return RoutingPolicy(forced_experts=forced.get(kind), allowed_experts=allowed)
 
 
 def check_masks(transport: str, granularity: str, kind: str) -> None:
@@ -153,11 +154,11 @@ def check_masks(transport: str, granularity: str, kind: str) -> None:
     def run(model: SRDEModel, whose: int) -> list[Tensor]:
         """Output, and gradients of the input and of the router."""
         layer = model.layers[0]
-        set_mask(model.routing, kind, whose, size)
         x = torch.randn(1, TOKENS, 32, generator=torch.Generator().manual_seed(whose), dtype=torch.float64)
         x.requires_grad_()
         layer.router.weight.grad = None
-        output = layer(x)
+        with model.routing.running(policy_of(kind, whose, size)):
+            output = layer(x)
         output.square().sum().backward()
         assert layer.router.weight.grad is not None and x.grad is not None
         return [output.detach(), x.grad, layer.router.weight.grad]

@@ -24,6 +24,7 @@ from srde_ds.config import resolve
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import load_base
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.training.warm_start.clustering import TARGET_GAP, RouterFit, fit_router
 from tests.distributed.harness import Ranks, run_distributed
@@ -83,15 +84,15 @@ def best_expert_shares(engine: Any, rows: datasets.Dataset) -> list[float]:
     model = engine.model
     right = torch.zeros(len(model.layers))
     tokens = 0
-    model.routing.record_choices = True
     engine.deepspeed.eval()
     for batch in validation_batches(rows, 4):
+        recorded: dict[int, Tensor] = {}
         with torch.no_grad():
-            engine.forward(batch)
+            engine.forward(batch, RoutingPolicy(choices=recorded))
         mask = batch["token_mask"].flatten()
         domain = batch["domain"][:, None].expand_as(batch["input_ids"]).flatten()[mask]
         tokens += int(mask.sum())
-        for layer, choices in model.routing.choices.items():
+        for layer, choices in recorded.items():
             right[layer] += (choices[mask, 0] == domain).sum()
     return (right / tokens).tolist()
 
@@ -106,7 +107,7 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
     """Warm start of an engine whose trainables are random: report, routers before and after, and the whole state."""
     from srde_ds.distributed import zero_placement as placement
     from srde_ds.distributed.write_trainables import write_trainables
-    from srde_ds.training.warm_start.routers import warm_start_routers
+    from srde_ds.training.warm_start.routers import WarmStart, warm_start_routers
 
     with running_engine(flags) as (engine, config, topology):
         write_trainables(engine, random_trainables(engine))
@@ -115,7 +116,7 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
             if piece.kind != "master":
                 piece.data.fill_(0.5)
         before, masters = routers(engine), {p.name: p.data.clone() for p in pieces if p.kind == "master"}
-        report = warm_start_routers(engine, config, topology, training_rows(config))
+        report = warm_start_routers(engine, WarmStart.of(config), topology, training_rows(config))
         after = routers(engine)
         for piece in pieces:
             router = piece.name.endswith("router.weight")
@@ -127,7 +128,7 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
                 torch.testing.assert_close(piece.data, masters[piece.name], rtol=0, atol=0)
             else:
                 assert bool((piece.data == (0.0 if router else 0.5)).all()), f"{piece.name} {piece.kind}"
-        assert engine.deepspeed.training and engine.model.routing.forced_experts is None
+        assert engine.deepspeed.training and engine.model.routing.policy.forced_experts is None
         return {"report": asdict(report), "before": before, "after": after}
 
 
@@ -215,7 +216,7 @@ def inputs_under_routing(flags: dict[str, Any]) -> dict[str, Any]:
 
     with running_engine(flags) as (engine, config, topology), patch.object(warm_start, "fit_router", keep):
         write_trainables(engine, random_trainables(engine))
-        warm_start.warm_start_routers(engine, config, topology, training_rows(config))
+        warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
     return {"seen": seen}
 
 
@@ -263,12 +264,12 @@ def planted_rows() -> datasets.Dataset:
 
 
 def warm_started_on_planted_rows(flags: dict[str, Any]) -> dict[str, Any]:
-    from srde_ds.training.warm_start.routers import warm_start_routers
+    from srde_ds.training.warm_start.routers import WarmStart, warm_start_routers
 
     rows = planted_rows()
     with running_engine(flags) as (engine, config, topology):
         before = best_expert_shares(engine, rows)
-        report = warm_start_routers(engine, config, topology, rows)
+        report = warm_start_routers(engine, WarmStart.of(config), topology, rows)
         return {"report": asdict(report), "before": before, "after": best_expert_shares(engine, rows)}
 
 
@@ -310,7 +311,7 @@ def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:
         patch.object(warm_start, "gather_rows", gather),
         patch.object(warm_start, "fit_router", fit),
     ):
-        warm_start.warm_start_routers(engine, config, topology, training_rows(config))
+        warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
     return {"alive": alive, "gathered": gathered, "arrays": len(held)}
 
 
@@ -328,7 +329,7 @@ def warm_start_with_failure(flags: dict[str, Any], kind: str) -> str:
 
     with running_engine(flags) as (engine, config, topology), patch.object(warm_start, "fit_router", fail):
         try:
-            warm_start.warm_start_routers(engine, config, topology, training_rows(config))
+            warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
         except (SRDEError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
@@ -372,7 +373,7 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
         patch.object(warm_start, "fit_router", slow),
         patch.object(warm_start, "fit_layers", fit_layers),
     ):
-        warm_start.warm_start_routers(engine, config, topology, training_rows(config))
+        warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
     return seconds[1] - seconds[0]
 
 
@@ -420,7 +421,7 @@ def written(flags: dict[str, Any]) -> dict[str, Any]:
         for name, parameter in engine.model.trainable_parameters():
             with gather([parameter]):
                 own: Any = parameter
-                real = own.detach()[: own.srde_rows]
+                real = own.detach()[: own.srde_shape[0]]
                 cut = getattr(own, "srde_cut", None)
                 if cut is not None:
                     real = real.narrow(cut.axis, 0, cut.entries)

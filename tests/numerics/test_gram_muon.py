@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import math
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from srde_ds.errors import SRDEError
 from srde_ds.optim import gram_muon
-from srde_ds.optim.gram_muon import GramMuonAdamW, Piece, newton_schulz_factor
+from srde_ds.optim.gram_muon import GramMuonAdamW, newton_schulz_factor
 from srde_ds.optim.reference import adamw_step, muon_step, newton_schulz
 from srde_ds.optim.schedule import set_step
+from srde_ds.optim.shards import MatrixShard
+from tests.helpers import tiny_llama, tiny_srde, tokens
 
 MUON: dict[str, Any] = {"rule": "muon", "lr": 0.02, "weight_decay": 0.1}
 SHAPES = [(96, 3, 8), (30, 2, 30), (6, 2, 20), (50, 4, 1)]
@@ -194,7 +197,7 @@ def test_adamw_equals_reference() -> None:
         ours.grad = random(50, seed=step)
         optimizer.step()
         settings: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
-        param, mean, square = adamw_step(param, random(50, seed=step), mean, square, step=step, **settings)
+        param, mean, square = adamw_step(param, random(50, seed=step), (mean, square), step=step, **settings)
     assert relative_error(ours.detach(), param) < 1e-6
 
 
@@ -292,7 +295,7 @@ def test_registered_parameter_without_gradient_is_an_error() -> None:
     """Skipping it, as torch does, would leave the other ranks waiting in the all-reduce."""
     flat = nn.Parameter(torch.ones(6))
     optimizer = GramMuonAdamW([{"params": [flat], **MUON}])
-    optimizer.register_layout(flat, [Piece("layers.0.deltas.free", 0, 2, 1, 3, full_rows=4)], None)
+    optimizer.register_layout(flat, [MatrixShard("layers.0.deltas.free", 0, 2, 1, 3, full_height=4)], None)
     set_step(optimizer, 1)
     with pytest.raises(SRDEError, match="^layers.0.deltas.free: no gradient"):
         optimizer.step()
@@ -301,14 +304,14 @@ def test_registered_parameter_without_gradient_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ([Piece("w", 0, 5, 1, 3, 5)], r"w: elements 0 to 15 .* within 12"),
-        ([Piece("v", 0, 2, 1, 3, 2), Piece("w", 5, 2, 1, 3, 2)], "w: elements 5 to 11 must follow 6"),
-        ([Piece("w", -3, 2, 1, 3, 2)], "w: elements -3 to 3 must follow 0"),
-        ([Piece("w", 0, 2, 1, 0, 2)], "w: Piece.* holds no matrix"),
-        ([Piece("w", 0, -1, 1, 3, 2)], "w: Piece.* holds no matrix"),
+        ([MatrixShard("w", 0, 5, 1, 3, 5)], r"w: elements 0 to 15 .* within 12"),
+        ([MatrixShard("v", 0, 2, 1, 3, 2), MatrixShard("w", 5, 2, 1, 3, 2)], "w: elements 5 to 11 must follow 6"),
+        ([MatrixShard("w", -3, 2, 1, 3, 2)], "w: elements -3 to 3 must follow 0"),
+        ([MatrixShard("w", 0, 2, 1, 0, 2)], "w: MatrixShard.* holds no matrix"),
+        ([MatrixShard("w", 0, -1, 1, 3, 2)], "w: MatrixShard.* holds no matrix"),
     ],
 )
-def test_bad_layouts(pieces: list[Piece], message: str) -> None:
+def test_bad_layouts(pieces: list[MatrixShard], message: str) -> None:
     flat = nn.Parameter(torch.ones(12))
     optimizer = GramMuonAdamW([{"params": [flat], **MUON}])
     with pytest.raises(SRDEError, match=message):
@@ -319,3 +322,56 @@ def test_layout_needs_a_flat_parameter() -> None:
     matrix = nn.Parameter(torch.ones(3, 4))
     with pytest.raises(SRDEError, match=r"shape \[3, 4\]: a layout needs it contiguous and 1-D"):
         GramMuonAdamW([{"params": [matrix], **MUON}]).register_layout(matrix, [], None)
+
+
+@pytest.mark.parametrize("shape", [(96, 8), (8, 96), (20, 20), (50, 1), (1, 7)])
+def test_plain_matrices_equal_the_reference(shape: tuple[int, int]) -> None:
+    """An ordinary `[rows, columns]` weight, tall or wide, by an optimizer that counts its own steps."""
+    param = nn.Parameter(random(*shape, seed=0))
+    optimizer = GramMuonAdamW([{"params": [param], **MUON}], count_steps=True)
+    tall = random(*shape, seed=0) if shape[0] >= shape[1] else random(*shape, seed=0).mT
+    expected, buffer = tall[:, None], torch.zeros_like(tall)[:, None]
+    for step in range(1, 6):
+        param.grad = random(*shape, seed=step)
+        optimizer.step()
+        grad = param.grad if shape[0] >= shape[1] else param.grad.mT
+        expected, buffer = muon_step(expected, grad[:, None], buffer, lr=0.02, momentum=0.95, weight_decay=0.1)
+    actual = param.detach() if shape[0] >= shape[1] else param.detach().mT
+    assert relative_error(actual[:, None], expected) < 2e-6
+
+
+def test_from_named_parameters() -> None:
+    """A language model: hidden weights by Muon, embedding and head by AdamW, no decay of norms; it learns."""
+    base = tiny_llama().requires_grad_(True).train()
+    optimizer = GramMuonAdamW.from_named_parameters(base.named_parameters(), muon_lr=0.01, weight_decay=0.1)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    names = {parameter: name for name, parameter in base.named_parameters()}
+    muon = {names[parameter] for parameter in groups["matrices"]["params"]}
+    assert len(muon) == 2 * 7 and all("layers" in name for name in muon)
+    assert [names[parameter] for parameter in groups["others"]["params"]] == ["model.embed_tokens.weight"]
+    assert groups["vectors"]["weight_decay"] == 0.0 and groups["matrices"]["weight_decay"] == 0.1
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 10 else 0.0)
+    ids, losses = tokens(), []
+    for _ in range(12):
+        loss = base(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert losses[10] < 0.7 * losses[0] and losses[11] == losses[10]
+    assert [group["step"] for group in optimizer.param_groups] == [12] * 3
+
+
+def test_from_named_parameters_of_experts() -> None:
+    model = tiny_srde(num_atoms=2)
+    kinds = {group["name"]: {p.srde_kind for p in group["params"]} for group in
+             GramMuonAdamW.from_named_parameters(model.named_parameters()).param_groups}  # fmt: skip
+    assert kinds == {"matrices": {"atoms"}, "others": {"importance", "mixing", "router"}}
+    with pytest.raises(SRDEError, match="none of them requires a gradient"):
+        GramMuonAdamW.from_named_parameters(tiny_llama().named_parameters())
+
+
+def test_the_documented_example() -> None:
+    results = doctest.testmod(gram_muon)
+    assert results.attempted == 6 and results.failed == 0

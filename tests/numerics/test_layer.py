@@ -12,7 +12,10 @@ from torch.func import functional_call
 
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import neuron_experts
-from srde_ds.model.reference import element_support, expert_delta, merge_expert, reference_forward
+from srde_ds.model.merging import expert_delta
+from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.reference import element_support, merge_expert, reference_forward
+from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 
 GRANULARITIES = ("neuron", "element")
@@ -147,16 +150,15 @@ def test_restricted_routing_decodes_as_it_trains(scope: str, allowed: list[int] 
     layer = randomize(tiny_srde(dtype=torch.float64, support_scope=scope)).layers[0]
     x = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     free = layer(x)
-    context = layer.context
-    if allowed is not None:
-        context.allowed_experts = torch.tensor([expert in allowed for expert in range(3)])
     for rows in (3, 1):
-        if allowed is None:
-            context.forced_experts = torch.tensor([[2, 0, 1][:rows]])
-        expected = layer(x[:rows])
-        assert not torch.allclose(expected, free[:rows])
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x[:rows]), expected, rtol=1e-10, atol=1e-10)
+        policy = RoutingPolicy(forced_experts=torch.tensor([[2, 0, 1][:rows]]))
+        if allowed is not None:
+            policy = RoutingPolicy(allowed_experts=torch.tensor([expert in allowed for expert in range(3)]))
+        with layer.control.running(policy):
+            expected = layer(x[:rows])
+            assert not torch.allclose(expected, free[:rows])
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x[:rows]), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("atoms", ATOMS)
@@ -225,8 +227,8 @@ def test_one_expert_with_weight_one_equals_the_merged_dense_model(granularity: s
 @pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
 def test_forced_routing_equals_that_experts_merged_model(granularity: str, scope: str) -> None:
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, support_scope=scope))
-    model.routing.forced_experts = torch.tensor([[2], [0]]).expand(2, 16)
-    logits = model(tokens()).logits
+    policy = RoutingPolicy(forced_experts=torch.tensor([[2], [0]]).expand(2, 16))
+    logits = model(tokens(), policy=policy).logits
     for row, expert in enumerate((2, 0)):
         dense = tiny_llama(dtype=torch.float64)
         merge_into(dense, model, expert=expert)
@@ -260,41 +262,46 @@ def test_a_neuron_support_through_the_element_path_gives_the_same(scope: str) ->
 
 def test_locked_experts_do_not_take_part() -> None:
     model = randomize(tiny_srde(dtype=torch.float64))
-    model.routing.allowed_experts = torch.tensor([True, False, True])
-    before = model(tokens()).logits
+    statistics = RoutingStatistics(2, 3)
+    policy = RoutingPolicy(allowed_experts=torch.tensor([True, False, True]), statistics=statistics)
+    before = model(tokens(), policy=policy).logits
     for layer in model.layers:
         layer.deltas.free.data[:, 3:6] += 100
         layer.router.weight.data[1] += 100
-    assert torch.equal(model(tokens()).logits, before)
-    model(tokens(), labels=tokens()).loss_sum.backward()
-    statistics = model.routing.statistics.pop()
-    assert statistics["assignments"].tolist() == [[32, 0, 32]] * 2
-    assert (statistics["delta_gradient_square"][:, 1] == 0).all()
-    assert (statistics["delta_gradient_square"][:, [0, 2]] > 0).all()
+    assert torch.equal(model(tokens(), policy=policy).logits, before)
+    model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()
+    sums = statistics.pop()
+    assert sums["assignments"].tolist() == [[32, 0, 32]] * 2
+    assert (sums["delta_gradient_square"][:, 1] == 0).all()
+    assert (sums["delta_gradient_square"][:, [0, 2]] > 0).all()
     assert all((layer.deltas.free.grad[:, 3:6] == 0).all() for layer in model.layers)
 
 
 def test_forced_routing_leaves_the_router_alone() -> None:
     model = randomize(tiny_srde())
-    routing = model.routing
-    routing.loss_scale, routing.load_balancing_weight, routing.router_z_weight = 1.0, 1.0, 1.0
-    routing.expert_share = torch.tensor([[0.5, 0.3, 0.2]] * 2)
-    routing.forced_experts = torch.full((2, 16), 1)
-    model(tokens(), labels=tokens()).loss_sum.backward()
+    statistics = RoutingStatistics(2, 3)
+    policy = RoutingPolicy(
+        loss_scale=1.0,
+        loss_weights=LossWeights(load_balancing=1.0, router_z=1.0),
+        expert_share=torch.tensor([[0.5, 0.3, 0.2]] * 2),
+        forced_experts=torch.full((2, 16), 1),
+        statistics=statistics,
+    )
+    model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()
     for layer in model.layers:
         assert (layer.router.weight.grad == 0).all()
         assert (layer.deltas.free.grad[:, [0, 1, 2, 6, 7, 8]] == 0).all() and (
             layer.deltas.free.grad[:, 3:6] != 0
         ).any()
-    assert routing.statistics.pop()["assignments"].tolist() == [[0, 32, 0]] * 2
+    assert statistics.pop()["assignments"].tolist() == [[0, 32, 0]] * 2
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_an_expert_without_tokens_still_gets_a_gradient_tensor(granularity: str) -> None:
     """A parameter without a gradient on one rank only would hang the others."""
     model = randomize(tiny_srde(granularity=granularity, num_atoms=4))
-    model.routing.forced_experts = torch.full((2, 16), 1)
-    model(tokens(), labels=tokens()).loss_sum.backward()
+    policy = RoutingPolicy(forced_experts=torch.full((2, 16), 1))
+    model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.trainable_parameters())
 
 

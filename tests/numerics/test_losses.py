@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.reference import reference_forward
+from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.training.balancing import domain_target, update_biases
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 
@@ -37,29 +40,37 @@ def inputs() -> Tensor:
     return x
 
 
-def shares(model: SRDEModel) -> Tensor:
+def shares(statistics: RoutingStatistics) -> Tensor:
     """`[E]` of the assignments since the last call."""
-    assignments = model.routing.statistics.pop()["assignments"]
+    assignments = statistics.pop()["assignments"]
     return (assignments / assignments.sum()).float()[0]
+
+
+def run(model: SRDEModel, policy: RoutingPolicy) -> Tensor:
+    """The output of the first layer for `inputs()`."""
+    with model.routing.running(policy):
+        output: Tensor = model.layers[0](inputs())
+    return output
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("target", ["uniform", "domains"])
 def test_shares_approach_the_target_of_load_balancing(target: str, weight: float) -> None:
     model = skewed_model(top_k=1)
-    layer, routing = model.layers[0], model.routing
+    statistics = RoutingStatistics(1, EXPERTS)
+    policy = RoutingPolicy(loss_weights=LossWeights(load_balancing=weight), loss_scale=1 / 400, statistics=statistics)
     aim = torch.full((EXPERTS,), 1 / EXPERTS)
     if target == "domains":
-        aim = routing.target_share = domain_target(torch.tensor([10, 40, 30, 20]), EXPERTS, top_k=1)
-    routing.load_balancing_weight, routing.loss_scale = weight, 1 / 400
-    optimizer = torch.optim.SGD([layer.router.weight], lr=0.02)
+        aim = domain_target(torch.tensor([10, 40, 30, 20]), EXPERTS, top_k=1)
+        policy = replace(policy, target_share=aim)
+    optimizer = torch.optim.SGD([model.layers[0].router.weight], lr=0.02)
     distance = []
     for _ in range(150):
         optimizer.zero_grad()
-        (layer(inputs()).sum() * 0).backward()
+        (run(model, policy).sum() * 0).backward()
         optimizer.step()
-        found = shares(model)
-        routing.expert_share = found[None]
+        found = shares(statistics)
+        policy = replace(policy, expert_share=found[None])
         distance.append(float((found - aim).abs().sum()))
     assert distance[0] > 0.8
     assert distance[-1] < 0.1 if weight else distance[-1] == distance[0]
@@ -70,13 +81,13 @@ def test_the_z_loss_keeps_logits_small() -> None:
     sizes = {}
     for weight in (0.0, 0.1):
         model = skewed_model(top_k=1)
-        layer, routing = model.layers[0], model.routing
-        routing.router_z_weight, routing.loss_scale = weight, 1 / 400
+        layer = model.layers[0]
+        policy = RoutingPolicy(loss_weights=LossWeights(router_z=weight), loss_scale=1 / 400)
         optimizer = torch.optim.SGD([layer.router.weight], lr=0.02)
         for _ in range(100):
             optimizer.zero_grad()
             logits = layer.router(inputs()[0])
-            ((layer(inputs()) * 0).sum() - logits[:, 0].mean()).backward()
+            ((run(model, policy) * 0).sum() - logits[:, 0].mean()).backward()
             optimizer.step()
         sizes[weight] = float(layer.router(inputs()[0]).detach().logsumexp(1).abs().mean())
     assert sizes[0.1] < 0.5 * sizes[0.0]
@@ -86,13 +97,14 @@ def test_the_z_loss_keeps_logits_small() -> None:
 def test_the_bias_evens_out_a_skewed_router(top_k: int) -> None:
     model = skewed_model(top_k)
     layer = model.layers[0]
-    model.eval().routing.collect_statistics = True
+    statistics = RoutingStatistics(1, EXPERTS)
+    model.eval()
     before = layer.router.weight.clone()
     found = []
     with torch.no_grad():
         for _ in range(150):
-            layer(inputs())
-            assignments = model.routing.statistics.pop()["assignments"]
+            run(model, RoutingPolicy(statistics=statistics))
+            assignments = statistics.pop()["assignments"]
             found.append((assignments[0] / assignments.sum()).tolist())
             update_biases(model, assignments, rate=0.02)
     assert max(found[0]) > 0.9 / top_k
@@ -102,14 +114,15 @@ def test_the_bias_evens_out_a_skewed_router(top_k: int) -> None:
 
 def test_the_bias_changes_who_is_chosen_and_not_what_a_choice_weighs() -> None:
     model = randomize(tiny_srde(num_experts=EXPERTS))
-    model.routing.record_choices = True
     layer, x = model.layers[0], torch.randn(1, 300, 32, generator=torch.Generator().manual_seed(6))
     chosen, weights = [], []
     for bias in (torch.zeros(EXPERTS), torch.tensor([0.0, 1.0, 0.0, -0.5])):
         layer.router.load_selection_bias(bias)
         logits = layer.router(x[0])
-        layer(x)
-        chosen.append(model.routing.choices[0].sort(dim=1).values)
+        choices: dict[int, Tensor] = {}
+        with model.routing.running(RoutingPolicy(choices=choices)):
+            layer(x)
+        chosen.append(choices[0].sort(dim=1).values)
         weights.append(logits.gather(1, chosen[-1]).softmax(1))
         best = (logits + bias).topk(2).indices.sort(dim=1).values
         assert torch.equal(chosen[-1], best)
@@ -130,16 +143,17 @@ def gradients(model: SRDEModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("form", FORMS)
 def test_the_gradient_of_the_delta_size(form: dict[str, Any], use_reentrant: bool | None) -> None:
     model, ids = randomize(tiny_srde(dtype=torch.float64, **form)).train(), tokens()
-    model(ids, labels=ids).loss_sum.backward()
+    statistics = RoutingStatistics(2, 3)
+    model(ids, labels=ids, policy=RoutingPolicy(statistics=statistics)).loss_sum.backward()
     (WEIGHT * sum(layer.deltas().square().sum() for layer in model.layers)).backward()
-    expected, of_the_loss = gradients(model), model.routing.statistics.pop()["delta_gradient_square"]
+    expected, of_the_loss = gradients(model), statistics.pop()["delta_gradient_square"]
     if use_reentrant is not None:
         model.enable_gradient_checkpointing(use_reentrant=use_reentrant)
-    model.routing.delta_size_weight = WEIGHT
-    model(ids, labels=ids).loss_sum.backward()
+    policy = RoutingPolicy(loss_weights=LossWeights(delta_size=WEIGHT), statistics=statistics)
+    model(ids, labels=ids, policy=policy).loss_sum.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9, msg=name)
-    torch.testing.assert_close(model.routing.statistics.pop()["delta_gradient_square"], of_the_loss)
+    torch.testing.assert_close(statistics.pop()["delta_gradient_square"], of_the_loss)
 
 
 @pytest.mark.parametrize("locked", [None, 2])
@@ -147,16 +161,15 @@ def test_the_gradient_of_the_delta_size(form: dict[str, Any], use_reentrant: boo
 def test_locked_experts_and_empty_slots_have_no_size(form: dict[str, Any], locked: int | None) -> None:
     """A rank that holds experts 1 and 2 of 3, and an empty slot."""
     model = randomize(tiny_srde(**form)).train()
-    model.routing.delta_size_weight = WEIGHT
     layer = model.layers[0]
     layer.deltas.first_expert = 1
-    if locked:
-        model.routing.allowed_experts = torch.arange(3) != locked
+    allowed = torch.arange(3) != locked if locked else None
+    policy = RoutingPolicy(loss_weights=LossWeights(delta_size=WEIGHT), allowed_experts=allowed)
     deltas = layer.deltas()
     parameters = list(layer.deltas.parameters())
     counted = deltas.transpose(0, layer.deltas.expert_axis)[: 1 if locked else 2]
     expected = torch.autograd.grad(WEIGHT * counted.square().sum(), parameters)
-    (layer(inputs()).sum() * 0).backward()
+    (run(model, policy).sum() * 0).backward()
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
 
@@ -165,11 +178,11 @@ def test_delta_norms_shrink_with_their_loss() -> None:
     norms = {}
     for weight in (0.0, 0.01, 0.1):
         model, ids = tiny_srde().train(), tokens(4, 16)
-        model.routing.delta_size_weight = weight
+        policy = RoutingPolicy(loss_weights=LossWeights(delta_size=weight))
         optimizer = torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=0.01, weight_decay=0.0)
         for _ in range(50):
             optimizer.zero_grad()
-            (model(ids, labels=ids).loss_sum / 64).backward()
+            (model(ids, labels=ids, policy=policy).loss_sum / 64).backward()
             optimizer.step()
         norms[weight] = float(model.delta_norms().norm())
     assert norms[0.1] < 0.7 * norms[0.01] < 0.7 * norms[0.0]

@@ -13,7 +13,8 @@ from torch import Tensor
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.deltas import DeltaBank, build_deltas
+from srde_ds.model.deltas import DeltaBank, Storage, build_deltas
+from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.supports.learned import OverlapLoss, RelaxedTopK, SupportGate, kept_entries
 from srde_ds.model.supports.selection import check_support, select_support
 from tests.helpers import adapter_config, randomize, tiny_srde, tokens
@@ -29,8 +30,8 @@ FORMS = [
 def bank_of(*, dtype: torch.dtype = torch.float64, seed: int = 0, layer: int = 0, **form: Any) -> DeltaBank:
     """Random deltas and scores."""
     config = adapter_config(num_experts=E, support_strategy="learned", **form)
-    device = torch.device("cpu")
-    bank = build_deltas(config, hidden=D, size=C, seed=seed, layer=layer, dtype=dtype, device=device, keep=KEEP)
+    storage = Storage(dtype, torch.device("cpu"))
+    bank = build_deltas(config, hidden=D, size=C, seed=seed, layer=layer, storage=storage, keep=KEEP)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in bank.parameters():
@@ -144,11 +145,11 @@ def test_a_bank_with_some_of_the_experts_uses_their_rows() -> None:
 @pytest.mark.parametrize(("scope", "granularity"), itertools.product(("shared", "per_expert"), ("neuron", "element")))
 def test_noise_is_drawn_in_training_alone(scope: str, granularity: str) -> None:
     model = learning(granularity=granularity, support_scope=scope)
-    model.routing.support_temperature = 5.0
 
-    def logits(noise: int) -> Tensor:
-        model.routing.support_noise = noise
-        return model(tokens()).logits.detach()
+    def logits(step: int, temperature: float | None = 5.0) -> Tensor:
+        policy = RoutingPolicy(support_temperature=temperature, noise_step=step)
+        logits: Tensor = model(tokens(), policy=policy).logits
+        return logits.detach()
 
     model.eval()
     assert torch.equal(logits(0), logits(1))
@@ -156,8 +157,7 @@ def test_noise_is_drawn_in_training_alone(scope: str, granularity: str) -> None:
     model.train()
     assert torch.equal(logits(0), logits(0))
     assert not torch.equal(logits(0), logits(1)) and not torch.equal(logits(0), without_noise)
-    model.routing.support_temperature = None
-    assert torch.equal(logits(0), without_noise)
+    assert torch.equal(logits(0, temperature=None), without_noise)
 
 
 def learning(*, dtype: torch.dtype = torch.float32, **options: Any) -> SRDEModel:
@@ -171,11 +171,10 @@ def test_recomputed_activations_draw_the_same_mask(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = learning(support_scope="per_expert").train()
-        model.routing.support_temperature, model.routing.support_noise = 1.0, 3
-        model.routing.support_overlap_weight = 0.5
+        policy = RoutingPolicy(support_temperature=1.0, noise_step=3, loss_weights=LossWeights(support_overlap=0.5))
         if checkpointing:
             model.enable_gradient_checkpointing(use_reentrant=reentrant)
-        model(tokens(), labels=tokens()).loss_sum.backward()
+        model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()
         gradients.append([parameter.grad for _, parameter in model.trainable_parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
@@ -275,8 +274,7 @@ def test_scores_find_the_planted_candidates(granularity: str, scope: str) -> Non
         size=candidates,
         seed=0,
         layer=0,
-        dtype=torch.float32,
-        device=torch.device("cpu"),
+        storage=Storage(torch.float32, torch.device("cpu")),
         keep=keep,
     )
     generator = torch.Generator().manual_seed(0)

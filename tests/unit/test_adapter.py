@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter, parameter_table
+from srde_ds.model.base import Sharding
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.weights.file import read_metadata, save_weights
 from srde_ds.weights.schema import support_hash
 from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
@@ -56,7 +59,7 @@ def test_parameters_say_what_they_are(form: dict[str, object]) -> None:
         kind = "router" if "router" in name else name.split(".")[-1]
         axis = None if kind in ("router", "atoms") else 1 if kind == "free" and form["granularity"] == "neuron" else 0
         assert (parameter.srde_kind, parameter.srde_expert_axis) == (kind, axis)
-        assert parameter.srde_shape == tuple(parameter.shape) and parameter.srde_rows == parameter.shape[0]
+        assert parameter.srde_shape == tuple(parameter.shape)
         if axis is not None:
             assert parameter.shape[axis] == (3 * E if axis == 1 else E)
 
@@ -65,7 +68,7 @@ def test_parameters_say_what_they_are(form: dict[str, object]) -> None:
 def test_padding_rows_change_nothing_and_get_no_gradient(form: dict[str, object]) -> None:
     config = adapter_config(**form)
     plain, padded = (
-        add_experts(tiny_llama(), config, expert_names=["a", "b", "c"], seed=0, row_multiple=multiple)
+        add_experts(tiny_llama(), config, expert_names=["a", "b", "c"], seed=0, sharding=Sharding(pad_to=multiple))
         for multiple in (1, 7)
     )
     for model in (randomize(plain), randomize(padded)):
@@ -76,8 +79,8 @@ def test_padding_rows_change_nothing_and_get_no_gradient(form: dict[str, object]
         padded_kind = parameter.srde_kind == "atoms" or (parameter.dim() == 3 and parameter.srde_kind == "free")
         assert other.shape[0] == (-(-parameter.shape[0] // 7) * 7 if padded_kind else parameter.shape[0])
         assert other.srde_shape == parameter.shape
-        assert torch.equal(other.grad[: other.srde_rows], parameter.grad)
-        assert (other.grad[other.srde_rows :] == 0).all() and (other[other.srde_rows :] == 0).all()
+        assert torch.equal(other.grad[: other.srde_shape[0]], parameter.grad)
+        assert (other.grad[other.srde_shape[0] :] == 0).all() and (other[other.srde_shape[0] :] == 0).all()
     pairs = zip(plain.adapter_tensors().items(), padded.adapter_tensors().items(), strict=True)
     assert all(a == b and torch.equal(s, t) for (a, s), (b, t) in pairs)
 
@@ -93,8 +96,9 @@ def test_generation_with_a_cache_equals_generation_without() -> None:
     model = randomize(tiny_srde())
     arguments = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        model.routing.collect_statistics = True
-        model(tokens(), token_mask=torch.ones(2, 16, dtype=torch.bool))  # its mask must not reach generate
+        policy = RoutingPolicy(statistics=RoutingStatistics(2, E))
+        # Its mask must not reach generate.
+        model(tokens(), token_mask=torch.ones(2, 16, dtype=torch.bool), policy=policy)
         cached, recomputed = (model.generate(tokens(2, 5), use_cache=cache, **arguments) for cache in (True, False))
         assert torch.equal(cached, recomputed) and cached.shape == (2, 11)
         with model.no_experts():
@@ -124,9 +128,9 @@ def test_a_batch_without_labels_still_runs_backward(length: int) -> None:
 
 def test_all_experts_locked_is_refused() -> None:
     model = tiny_srde()
-    model.routing.allowed_experts = torch.zeros(E, dtype=torch.bool)
+    policy = RoutingPolicy(allowed_experts=torch.zeros(E, dtype=torch.bool))
     with pytest.raises(SRDEError, match="all experts are locked"):
-        model(tokens())
+        model(tokens(), policy=policy)
 
 
 def test_the_config_must_fit_the_names() -> None:

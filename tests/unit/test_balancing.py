@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.training.balancing import delta_size_factor, domain_target, update_biases
+from srde_ds.model.policy import LossWeights
+from srde_ds.training.balancing import domain_target, loss_weights, update_biases
 from tests.helpers import tiny_srde
 
 
@@ -49,4 +50,6 @@ def test_biases_move_by_the_rate_towards_the_target() -> None:
 
 
 def test_the_micro_steps_share_the_delta_size() -> None:
-    assert delta_size_factor(resolve({}, {"gradient_accumulation_steps": 4})) == 0.25
+    optimizer = resolve({}, {"delta_size_weight": 2.0, "load_balancing_weight": 0.5, "router_z_weight": 0.25}).optimizer
+    found = loss_weights(optimizer, micro_steps=4)
+    assert found == LossWeights(load_balancing=0.5, router_z=0.25, delta_size=0.5)

@@ -13,7 +13,7 @@ from torch import nn
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from srde_ds.model.base import base_identity, find_feed_forward, load_base, verify_block
+from srde_ds.model.base import Sharding, base_identity, find_feed_forward, load_base, verify_block
 from tests.helpers import adapter_config, tiny_llama, tiny_srde, tokens
 
 
@@ -89,7 +89,7 @@ def test_sharded_weights_are_read_inside_gather_only() -> None:
         for parameter in parameters:
             parameter.data = torch.empty(0)
 
-    model = add_experts(base, adapter_config(), expert_names=["a", "b", "c"], seed=0, gather=gather)
+    model = add_experts(base, adapter_config(), expert_names=["a", "b", "c"], seed=0, sharding=Sharding(gather))
     assert all(parameter.numel() == 0 for parameter in values)
     assert largest <= 9  # the parameters of one decoder layer
     for parameter, value in values.items():

@@ -17,6 +17,7 @@ from srde_ds.evaluation.compare import evaluate, evenly_by_domain
 from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.evaluation.table import format_tables
 from srde_ds.inference import batches
+from srde_ds.model.policy import RoutingPolicy
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import records, tiny_model
 
@@ -28,14 +29,14 @@ def test_losses_equal_a_direct_computation_for_each_item() -> None:
     found = response_losses(model, tokenizer, items, max_length=256, batch_size=4, count_experts=True)
     for document, item in zip(tokenize(items, tokenizer), found, strict=True):
         ids = torch.from_numpy(document.input_ids).long()
-        model.routing.record_choices = True
+        choices: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            logits = model(ids[None]).logits[0]
+            logits = model(ids[None], policy=RoutingPolicy(choices=choices)).logits[0]
         chosen = torch.from_numpy(document.is_response)[1:]
         direct = -logits[:-1].log_softmax(-1).gather(1, ids[1:, None])[chosen]
         assert item.tokens == int(chosen.sum())
         assert item.loss_sum == pytest.approx(direct.sum().item(), rel=1e-5)
-        taken = [torch.bincount(choices_TK.flatten(), minlength=3) for choices_TK in model.routing.choices.values()]
+        taken = [torch.bincount(choices_TK.flatten(), minlength=3) for choices_TK in choices.values()]
         assert item.assignments is not None and item.assignments.equal(torch.stack(taken))
 
 

@@ -10,6 +10,7 @@ from srde_ds.data.packing import prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.inference.generate import format_routing, generate
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import RoutingPolicy
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, tiny_model
 
@@ -79,13 +80,12 @@ def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     answer = generate(model, tokenizer, MESSAGES, max_tokens=10, temperature=0, show_routing=True)
     assert answer.experts is not None and answer.experts.shape == (len(answer.tokens) - 1, 3)
-    assert not model.routing.record_choices
     ids = _uncached(model, tokenizer, len(answer.tokens))
-    model.routing.record_choices = True
+    recorded: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        model(torch.tensor([ids[:-1]]))
+        model(torch.tensor([ids[:-1]]), policy=RoutingPolicy(choices=recorded))
     for position, row in enumerate(answer.experts):
-        chosen = [int(e) for choices in model.routing.choices.values() for e in choices[position]]
+        chosen = [int(e) for choices in recorded.values() for e in choices[position]]
         assert row.tolist() == pytest.approx([chosen.count(e) / len(chosen) for e in range(3)])
 
 

@@ -12,7 +12,8 @@ from benchmarks.learning.variants import VARIANTS, neurons_by_depth, patched, ra
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts
-from srde_ds.optim.gram_muon import GramMuonAdamW, Piece
+from srde_ds.optim.gram_muon import GramMuonAdamW
+from srde_ds.optim.shards import MatrixShard
 from tests.helpers import tiny_llama
 
 CONFIG = AdapterConfig(num_experts=3, density=0.1)
@@ -70,7 +71,7 @@ def test_a_temperature_divides_the_logits() -> None:
     assert torch.equal(router(x_TD), logits_TE)
 
 
-def step(piece: Piece, gradient: torch.Tensor) -> torch.Tensor:
+def step(piece: MatrixShard, gradient: torch.Tensor) -> torch.Tensor:
     """What one update adds to a flat parameter that holds this piece."""
     flat = torch.nn.Parameter(torch.zeros(gradient.numel()))
     optimizer = GramMuonAdamW([{"params": [flat], "rule": "muon", "lr": 1.0, "name": "deltas"}])
@@ -84,7 +85,7 @@ def step(piece: Piece, gradient: torch.Tensor) -> torch.Tensor:
 def test_the_rate_of_down_is_that_of_every_third_matrix() -> None:
     rows, experts, neurons = 12, 2, 4
     gradient = torch.randn(rows, 3 * experts, neurons, generator=torch.Generator().manual_seed(0))
-    piece = Piece("free", 0, rows, 3 * experts, neurons, rows)
+    piece = MatrixShard("free", 0, rows, 3 * experts, neurons, rows)
     plain = step(piece, gradient)
     with rate_of_down(3.0):
         changed = step(piece, gradient)
@@ -96,10 +97,12 @@ def test_one_matrix_an_expert_orthogonalises_its_projections_together() -> None:
     rows, experts, neurons = 24, 2, 3
     gradient = torch.randn(rows, 3 * experts, neurons, generator=torch.Generator().manual_seed(0))
     with patched("one matrix an expert"):
-        changed = step(Piece("free", 0, rows, 3 * experts, neurons, rows, 0, 3 * experts), gradient)
+        changed = step(MatrixShard("free", 0, rows, 3 * experts, neurons, rows, 0, 3 * experts), gradient)
     joined = gradient.reshape(rows, experts, 3 * neurons)
-    assert torch.equal(changed.reshape(joined.shape), step(Piece("free", 0, rows, experts, 9, rows), joined))
-    assert not torch.allclose(changed, step(Piece("free", 0, rows, 3 * experts, neurons, rows), gradient), atol=1e-2)
+    assert torch.equal(changed.reshape(joined.shape), step(MatrixShard("free", 0, rows, experts, 9, rows), joined))
+    assert not torch.allclose(
+        changed, step(MatrixShard("free", 0, rows, 3 * experts, neurons, rows), gradient), atol=1e-2
+    )
 
 
 def test_random_first_deltas_are_small_and_differ_between_experts() -> None:

@@ -17,7 +17,7 @@ from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GB, GIB, Machines, Plan, make_plan, step_times
 from srde_ds.planner.shapes import base_shape
 from srde_ds.planner.traffic import Traffic
-from srde_ds.training.schedule import prunings
+from srde_ds.training.schedule import Schedule
 from tests.cli_helpers import fails
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
@@ -27,7 +27,7 @@ RUN = {"model_name": str(MINISTRAL), "max_length": 4096, "gradient_checkpointing
 
 def planned(machines: dict[str, Any] | None = None, **options: Any) -> Plan:
     config = resolve({}, RUN | options)
-    return make_plan(config, Machines(**{"gpus": 8, "nodes": 2} | (machines or {})), prunings(config))
+    return make_plan(config, Machines(**{"gpus": 8, "nodes": 2} | (machines or {})), Schedule.of(config).prunings)
 
 
 def test_links_by_hand() -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from srde_ds.model.router import Router, Routing, RoutingContext, RoutingStatistics, route
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.router import Router, Routing, route
+from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import randomize, tiny_srde, tokens
 
 
-def make(*, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Router, RoutingContext, Tensor]:
+def make(*, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Router, Tensor]:
     router = Router(16, 4, top_k, seed=0, layer=0, dtype=dtype, device=torch.device("cpu"))
     x = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
-    return router, RoutingContext(RoutingStatistics(1, 4)), x
+    return router, x
 
 
-def routed(router: Router, x: Tensor, context: RoutingContext) -> Routing:
-    return route(router(x), router.selection_bias, router.top_k, 0, context)
+def routed(router: Router, x: Tensor, **policy: Any) -> Routing:
+    return route(router(x), router.selection_bias, router.top_k, RoutingPolicy(**policy))
 
 
 def test_weights_are_the_softmax_over_the_chosen() -> None:
-    router, context, x = make()
-    routing = routed(router, x, context)
+    router, x = make()
+    routing = routed(router, x)
     logits = x @ router.weight.T
     for token in range(10):
         best = logits[token].argsort(descending=True)[:2]
@@ -42,40 +46,38 @@ def test_initial_weights_depend_on_seed_and_layer_alone() -> None:
 
 
 def test_logits_are_fp32_also_under_autocast() -> None:
-    router, context, x = make(dtype=torch.bfloat16)
+    router, x = make(dtype=torch.bfloat16)
     expected = x.float() @ router.weight.float().T
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = routed(router, x, context).logits_TE
+        logits = routed(router, x).logits_TE
     assert logits.dtype == torch.float32 and torch.equal(logits, expected)
 
 
 def test_locked_experts_get_nothing_and_k_shrinks() -> None:
-    router, context, x = make(top_k=3)
-    context.record_choices = True
-    context.allowed_experts = torch.tensor([True, False, True, False])
-    routing = routed(router, x, context)
+    router, x = make(top_k=3)
+    routing = routed(router, x, allowed_experts=torch.tensor([True, False, True, False]))
     assert routing.chosen_TE.tolist() == [[True, False, True, False]] * 10
     expected = (x @ router.weight[[0, 2]].T).softmax(1)
     torch.testing.assert_close(routing.weights_TE[:, [0, 2]], expected)
-    assert (context.choices[0][:, 2] == -1).all() and set(context.choices[0][:, :2].flatten().tolist()) == {0, 2}
+    choices = routing.choices_TK
+    assert (choices[:, 2] == -1).all() and set(choices[:, :2].flatten().tolist()) == {0, 2}
     routing.weights_TE.square().sum().backward()
     assert router.weight.grad is not None and router.weight.grad.isfinite().all()
     assert (router.weight.grad[[1, 3]] == 0).all() and (router.weight.grad[[0, 2]] != 0).any()
 
 
 def test_forced_tokens_go_to_their_expert_with_weight_one() -> None:
-    router, context, x = make()
-    context.forced_experts = torch.arange(10).view(2, 5) % 4
-    routing = routed(router, x, context)
+    router, x = make()
+    routing = routed(router, x, forced_experts=torch.arange(10).view(2, 5) % 4)
     assert torch.equal(routing.weights_TE, torch.nn.functional.one_hot(torch.arange(10) % 4, 4).float())
     assert torch.equal(routing.chosen_TE, routing.weights_TE > 0)
 
 
 def test_statistics_are_sums_over_real_tokens() -> None:
-    router, context, x = make()
-    routing = routed(router, x, context)
+    router, x = make()
+    routing = routed(router, x)
     mask = torch.arange(10) < 7
-    statistics = context.statistics
+    statistics = RoutingStatistics(1, 4)
     for _ in range(2):
         statistics.add_routing(0, routing.logits_TE.detach(), routing.chosen_TE, mask)
     sums = statistics.pop()
@@ -97,17 +99,17 @@ def test_statistics_are_sums_over_real_tokens() -> None:
 def test_forwards_without_gradient_are_recorded_on_request_in_eval_mode(training: bool) -> None:
     model = randomize(tiny_srde()).train(training)
     with torch.no_grad():
+        statistics = RoutingStatistics(2, 3)
         model(tokens())
-        assert model.routing.statistics.pop()["tokens"].sum() == 0
-        model.routing.collect_statistics = True
-        model(tokens())
+        assert statistics.pop()["tokens"].sum() == 0
+        model(tokens(), policy=RoutingPolicy(statistics=statistics))
     # In train mode a reentrant checkpoint runs the forward without gradient first: it must not count.
-    assert model.routing.statistics.pop()["tokens"].tolist() == ([0, 0] if training else [32, 32])
+    assert statistics.pop()["tokens"].tolist() == ([0, 0] if training else [32, 32])
 
 
 def test_choices_of_the_last_forward() -> None:
     model = randomize(tiny_srde())
-    model.routing.record_choices = True
-    model(tokens())
-    assert sorted(model.routing.choices) == [0, 1]
-    assert all(c.shape == (32, 2) and (c >= 0).all() and (c < 3).all() for c in model.routing.choices.values())
+    choices: dict[int, Tensor] = {}
+    model(tokens(), policy=RoutingPolicy(choices=choices))
+    assert sorted(choices) == [0, 1]
+    assert all(c.shape == (32, 2) and (c >= 0).all() and (c < 3).all() for c in choices.values())

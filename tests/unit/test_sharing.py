@@ -23,6 +23,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import load_base
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.weights.locate import WEIGHTS
 from tests.cli_helpers import DOMAINS, save_base, write_records
 from tests.convert_helpers import NAMES, Trained, reload, trained
@@ -87,16 +88,15 @@ def test_active_experts_restrict_routing_through_generate(made: Trained) -> None
     everyone = model.generate(ids, **options)
     assert model.active_experts == NAMES
     model.set_active_experts(["blue", "red"])
-    model.routing.record_choices = True
-    model.generate(ids, **options)
-    for chosen in model.routing.choices.values():
+    choices: dict[int, torch.Tensor] = {}
+    model.generate(ids, policy=RoutingPolicy(choices=choices), **options)
+    for chosen in choices.values():
         assert set(chosen.flatten().tolist()) == {0, 2}
     assert model.active_experts == ["red", "blue"]
     model.set_active_experts("green")
     alone = model.generate(ids, **options)
-    model.routing.forced_experts = torch.ones(2, 10, dtype=torch.long)
-    logits = model(alone[:, :-1]).logits[:, 5:]
-    model.routing.forced_experts = None
+    policy = RoutingPolicy(forced_experts=torch.ones(2, 10, dtype=torch.long))
+    logits = model(alone[:, :-1], policy=policy).logits[:, 5:]
     assert torch.equal(logits.argmax(-1), alone[:, 6:]) and not torch.equal(alone, everyone)
     model.set_active_experts(None)
     assert torch.equal(model.generate(ids, **options), everyone)

@@ -1,1 +1,1 @@
-"""Supports: which weights the experts may change, and how that choice is made."""
+"""Supports: which weights the experts may change, and how they are chosen. See docs/design.md, "Supports"."""

@@ -1,11 +1,13 @@
-"""Supports that are learned: the choice among more candidates than may stay is trained with the rest.
+"""Supports that are learned: there are more candidates than may stay, and scores for them are trained with the rest.
 
-Every candidate has a score: a neuron, or for element granularity a block of consecutive entries of the support. The
-candidates with the largest scores + temperature * Gumbel noise are kept, the effective deltas of the others are zero:
-Gumbel top-k, a draw without replacement (Kool et al., arXiv 1903.06059). Backwards the hard mask counts as its
-relaxation sigmoid((noisy score - threshold) / temperature), with the threshold, half-way between the last kept and the
-first dropped noisy score (straight-through, Bengio et al., arXiv 1308.3432). Without noise the candidates with the
-largest scores are kept, the lower index first among equal ones.
+A candidate is a neuron, or for element granularity a block of consecutive entries of the support. Those with the
+largest score + temperature * Gumbel noise are kept, and the effective deltas of the others are zero: Gumbel top-k, a
+draw without replacement (Kool et al., arXiv 1903.06059). The backward treats the hard mask as the relaxation
+sigmoid((noisy score - threshold) / temperature), where the threshold lies half-way between the last kept and the first
+dropped noisy score (straight-through, Bengio et al., arXiv 1308.3432). Without noise the largest scores decide, and of
+equal ones the lower index.
+
+Shapes: S rows of scores, one for all experts or one for each, of B blocks.
 """
 
 from __future__ import annotations
@@ -24,11 +26,11 @@ BLOCK_SIZE = {"neuron": 1, "element": 64}
 
 
 def kept_entries(scores_SB: Tensor, *, entries: int, keep: int, block: int) -> Tensor:
-    """`[S, entries]` bool with exactly `keep` True in each row: the entries of the best blocks.
+    """`[S, entries]` bool with exactly `keep` True in each of the S masks: the entries of the best blocks.
 
     Args:
-        scores_SB: one score a block of `block` consecutive entries; the last block may be shorter. The worst block
-            that stays keeps only as many of its first entries as there is room for.
+        scores_SB: one score for each block of `block` consecutive entries; the last block may be shorter. The worst
+            block that stays keeps only as many of its first entries as there is room for.
     """
     kept_SB, _ = _kept_of_blocks(scores_SB, entries, keep, block)
     return _entry_masks(kept_SB, block).flatten(1)[:, :entries]
@@ -38,11 +40,12 @@ class SupportGate:
     """From the scores of one layer to masks over its candidates. Holds no parameters.
 
     Args:
-        entries: candidates: neurons, or single weights.
-        keep: of them, how many stay.
-        seed: the noise depends on it, on the layer and on the step alone, so that all ranks, all micro-steps and the
+        entries: number of candidates: neurons, or single weights.
+        keep: how many of them stay.
+        block: consecutive entries that share a score.
+        seed: the noise depends only on it, on the layer and on the step, so all ranks, all micro-steps and the
             recomputation of activations draw the same.
-        layer: see seed.
+        layer: number of the decoder layer.
     """
 
     def __init__(self, *, entries: int, keep: int, block: int, seed: int, layer: int) -> None:
@@ -59,7 +62,9 @@ class SupportGate:
         """`[S, entries]`, zeros and ones: what is kept in a training step. Differentiable in the scores.
 
         Args:
-            overlap_weight: factor of the overlap of the rows' relaxed masks, see `OverlapLoss`.
+            temperature: of the noise and of the relaxation.
+            step: which the noise is drawn from.
+            overlap_weight: factor of the overlap between the S relaxed masks, see `OverlapLoss`.
         """
         precise_SB = scores_SB.to(torch.promote_types(scores_SB.dtype, torch.float32))
         noisy_SB = precise_SB + temperature * self._gumbel(precise_SB, step)
@@ -72,7 +77,7 @@ class SupportGate:
         return (hard_SBb + zero_SB[:, :, None]).flatten(1)[:, : self.entries]
 
     def _gumbel(self, scores_SB: Tensor, step: int) -> Tensor:
-        """Noise of a step, drawn on the CPU (the same for all kinds of GPU) and kept until the next step's."""
+        """Noise of a step, drawn on the CPU, so that all kinds of GPU get the same; kept until another step's."""
         if self._noise is None or self._noise[0] != step or self._noise[1].shape != scores_SB.shape:
             generator = seeded_generator(self.seed, "gumbel", self.layer, step)
             uniform = torch.rand(scores_SB.shape, dtype=torch.float64, generator=generator)
@@ -81,15 +86,16 @@ class SupportGate:
 
 
 class RelaxedTopK(torch.autograd.Function):
-    """s = sigmoid((score - threshold) / temperature), `[S, B]`; backwards each row keeps its sum.
+    """s = sigmoid((score - threshold) / temperature), `[S, B]`, whose backward keeps the sum of each mask.
 
-    There the threshold moves with the scores such that sum_b s_b stays: a candidate gains what others lose. If it were
-    constant, all scores would rise while everything that is kept helps, and AdamW, which scales each gradient by its
-    size, would raise all alike; docs/decisions.md has the measurement.
+    In the backward the threshold moves with the scores so that sum_b s_b stays: a candidate gains what others lose. If
+    it were constant, all scores would rise as long as everything that is kept helps, and AdamW, which scales each
+    gradient by its size, would raise them all alike (measured: docs/decisions.md).
     """
 
     @staticmethod
     def forward(ctx: Any, scores_SB: Tensor, threshold_S1: Tensor, temperature: float) -> Tensor:
+        """The relaxed masks `[S, B]`."""
         soft_SB = ((scores_SB - threshold_S1) / temperature).sigmoid()
         ctx.save_for_backward(soft_SB)
         ctx.temperature = temperature
@@ -98,6 +104,7 @@ class RelaxedTopK(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient of the scores."""
         (soft_SB,) = ctx.saved_tensors
         slope_SB = soft_SB * (1 - soft_SB)
         mean_S1 = (slope_SB * gradient).sum(1, keepdim=True) / slope_SB.sum(1, keepdim=True).clamp(min=1e-30)
@@ -109,12 +116,13 @@ class OverlapLoss(torch.autograd.Function):
 
         weight * mean over pairs e < f of <s_e, s_f> / kept blocks
 
-    which is 1 for hard masks that are all the same, and 0 for disjoint ones. The gradient is added whole in every
-    backward: where gradients of micro-steps are summed, `weight` is a step's weight divided by their number.
+    which is 1 for hard masks that are all the same, and 0 for disjoint ones. Every backward adds the whole gradient, so
+    where the gradients of micro-steps are summed, `weight` is a step's weight divided by their number.
     """
 
     @staticmethod
     def forward(ctx: Any, soft_EB: Tensor, weight: float, kept_blocks: float) -> Tensor:
+        """The masks themselves, in a new view."""
         ctx.save_for_backward(soft_EB)
         experts = len(soft_EB)
         ctx.factor = weight * 2 / (experts * (experts - 1)) / kept_blocks
@@ -123,6 +131,7 @@ class OverlapLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """The masks' gradient plus that of the overlap."""
         (soft_EB,) = ctx.saved_tensors
         return gradient + ctx.factor * (soft_EB.sum(0, keepdim=True) - soft_EB), None, None
 
@@ -143,5 +152,5 @@ def _kept_of_blocks(scores_SB: Tensor, entries: int, keep: int, block: int) -> t
 
 
 def _entry_masks(kept_SB: Tensor, block: int) -> Tensor:
-    """`[S, B, block]` bool; behind the last entry False."""
+    """`[S, B, block]` bool; False behind the last entry."""
     return torch.arange(block, device=kept_SB.device) < kept_SB[:, :, None]

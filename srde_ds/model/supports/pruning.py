@@ -1,7 +1,7 @@
-"""Which entries of a layer's supports stay when they shrink, and the layer's tensors cut down to these.
+"""Shrinking supports: which entries of a layer's supports stay, and its tensors cut down to these.
 
-Works on stored tensors ("deltas.free", "deltas.atoms", ...; see `deltas.py`) and on anything of the same shape, such as
-optimizer state.
+It works on stored tensors ("deltas.free", "deltas.atoms", ...; see `deltas.py`) and on anything of the same shape, such
+as optimizer state.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
-from srde_ds.model.deltas import build_deltas
+from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.supports.learned import BLOCK_SIZE, kept_entries
 from srde_ds.model.supports.selection import ranking
 
@@ -20,16 +20,16 @@ from srde_ds.model.supports.selection import ranking
 def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: int, keep: int) -> Tensor:
     """Positions in the support that stay, `[S, keep]` int64, ascending; S = E if each expert keeps its own, else 1.
 
-    Scores that were learned decide. Otherwise what counts is the effective delta, which holds the importance as a
-    factor: of a neuron the norm over its gate row, up row and down column, of a single weight the absolute value;
-    of equal ones the lower position stays. Experts with one support keep the same positions, those with the largest
-    root of the sum of squares over the experts. So do experts with supports of their own that share atoms: an atom
-    has one value for each position.
+    If scores were learned, they decide. Otherwise the size of the effective delta does: the norm of a neuron's gate, up
+    and down values, or a single weight's absolute value; of equal ones the lower position stays. Experts that share a
+    support keep the same positions, by the root of the sum of squares over the experts. So do experts that have
+    supports of their own but share atoms, since an atom has one value for each position.
 
     Args:
-        values: the layer's tensors without padding, by the last part of their name: "free", or "atoms", "importance"
+        values: the layer's tensors without padding, by the last part of their names: "free", or "atoms", "importance"
             and "mixing"; "scores" if the support was learned.
-        size: entries of the support; keep: how many stay.
+        size: entries of the support.
+        keep: how many stay.
     """
     if "scores" in values:
         kept = kept_entries(values["scores"], entries=size, keep=keep, block=BLOCK_SIZE[config.granularity])
@@ -37,11 +37,11 @@ def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: in
     strength_Em = _strength(config, values, size)
     if config.support_scope == "shared" or config.num_atoms:
         strength_Em = torch.linalg.vector_norm(strength_Em, dim=0, keepdim=True)
-    return torch.stack([ranking(row, keep).sort().values for row in strength_Em])
+    return torch.stack([ranking(strength, keep).sort().values for strength in strength_Em])
 
 
 def at_positions(config: AdapterConfig, name: str, tensor: Tensor, positions: Tensor) -> Tensor:
-    """The entries of a stored tensor that stay; one without entries of the support (router, mixing) stays whole.
+    """The entries of a stored tensor that stay; one that has none of the support's entries (router, mixing) is kept.
 
     Args:
         name: "layers.{i}.support", "layers.{i}.deltas.free", ...
@@ -49,8 +49,8 @@ def at_positions(config: AdapterConfig, name: str, tensor: Tensor, positions: Te
     """
     kind = name.rpartition(".")[2]
     if kind == "support":
-        rows = tensor.view(-1, tensor.shape[-1])
-        return rows.gather(1, positions.expand(len(rows), -1)).view(*tensor.shape[:-1], -1)
+        supports_Sm = tensor.view(-1, tensor.shape[-1])
+        return supports_Sm.gather(1, positions.expand(len(supports_Sm), -1)).view(*tensor.shape[:-1], -1)
     if kind == "free":  # [D, 3*E, m] or [E, n]
         if len(positions) == 1:
             return tensor.index_select(-1, positions[0])
@@ -67,8 +67,7 @@ def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) ->
     """`[E, m]` or `[E, n]` float64: norm of each entry's effective delta."""
     neuron, kind = config.granularity == "neuron", "free" if config.num_atoms == 0 else "atoms"
     hidden = values[kind].shape[0] if neuron else 0
-    meta = torch.device("meta")
-    bank = build_deltas(config, hidden=hidden, size=size, seed=0, layer=0, dtype=torch.float32, device=meta)
+    bank = empty_deltas(config, hidden=hidden, size=size)
     bank.load_state_dict({name: values[name] for name in bank.state_dict()}, assign=True)
     with torch.no_grad():
         deltas = bank()

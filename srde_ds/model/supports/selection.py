@@ -38,8 +38,12 @@ def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tupl
 
 
 def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None:
-    """Raises SRDEError if the experts' disjoint slices do not fit into a layer, or its indices into int32, or if
-    experts are to learn supports of their own although they share atoms."""
+    """Check that a layer can hold the supports.
+
+    Raises:
+        SRDEError: the experts' disjoint slices do not fit into it, its indices do not fit into int32, or experts are
+            to learn supports of their own although they share atoms.
+    """
     candidates = _candidates(config, hidden, intermediate)
     if candidates > 2**31 - 1:
         raise SRDEError(
@@ -49,16 +53,16 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
     if config.support_strategy == "learned" and config.support_scope == "per_expert" and config.num_atoms:
         raise SRDEError(
             f"support_strategy=learned, support_scope=per_expert, num_atoms={config.num_atoms}: experts that share "
-            "atoms share the positions that stay, so they cannot learn supports of their own; use support_scope=shared "
+            "atoms share their positions, so they cannot learn supports of their own; use support_scope=shared "
             "or num_atoms=0."
         )
     disjoint = config.support_scope == "per_expert" and config.support_strategy == "magnitude"
-    rows, size = config.num_experts, support_size(config, hidden, intermediate)
-    if disjoint and rows * size > candidates:
+    experts, size = config.num_experts, support_size(config, hidden, intermediate)
+    if disjoint and experts * size > candidates:
         raise SRDEError(
-            f"density={config.density} for {rows} experts with support_scope=per_expert: {rows} disjoint slices "
+            f"density={config.density} for {experts} experts with support_scope=per_expert: {experts} disjoint slices "
             f"of {size} do not fit into {candidates} {config.granularity}s; lower density to "
-            f"{1 / rows:.4g} or less, or use support_scope=shared."
+            f"{1 / experts:.4g} or less, or use support_scope=shared."
         )
 
 
@@ -71,30 +75,30 @@ def select_support(
     seed: int,
     layer: int,
 ) -> Tensor:
-    """The support of one layer, int32 on the CPU, each row in ascending order, of shape `support_shape`.
+    """The support of one layer, int32 on the CPU, of shape `support_shape`, each expert's in ascending order.
 
-    Neuron granularity: indices into F. Element granularity: flat indices into the concatenation of the three
-    weight matrices. The result depends on the weights' values (not on their dtype or device), on the seed and
-    on the layer; never on the number of processes.
+    Neuron granularity: indices into F. Element granularity: flat indices into the concatenation of the three weight
+    matrices. The result depends on the values of the weights (not on their dtype or device), on the seed and on the
+    layer, never on the number of processes.
 
     Args:
         weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`; not read for `random`.
 
     Raises:
-        SRDEError: see `check_support`.
+        SRDEError: as `check_support`.
     """
     check_support(config, hidden, intermediate)
     candidates = _candidates(config, hidden, intermediate)
     size = support_size(config, hidden, intermediate)
-    rows = 1 if config.support_scope == "shared" else config.num_experts
+    count = 1 if config.support_scope == "shared" else config.num_experts
     if config.support_strategy == "random":
         support = torch.stack(
-            [random_subset(candidates, size, seeded_generator(seed, "support", layer, row)) for row in range(rows)]
+            [random_subset(candidates, size, seeded_generator(seed, "support", layer, e)) for e in range(count)]
         )
     elif config.support_strategy == "magnitude":
-        support = ranking(magnitude_scores(config.granularity, *weights), rows * size).view(rows, size)
-    else:  # the same for all experts, which learn what to keep of it; or until data are looked at, see `calibration`
-        support = ranking(magnitude_scores(config.granularity, *weights), size).expand(rows, size)
+        support = ranking(magnitude_scores(config.granularity, *weights), count * size).view(count, size)
+    else:  # learned: the candidates, the same for all experts; by data: a placeholder until `training.calibration`
+        support = ranking(magnitude_scores(config.granularity, *weights), size).expand(count, size)
     support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)
     return support[0] if config.support_scope == "shared" else support
 
@@ -102,8 +106,8 @@ def select_support(
 def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`[F]` norms of the neurons, or `[3*F*D]` absolute values of the weights.
 
-    A neuron is row j of gate and up and column j of down. Its norm is taken in float64, so that a bf16 and an
-    fp32 load of one checkpoint rank alike.
+    Neuron j is row j of gate and up, and column j of down. Its norm is taken in float64, so that a checkpoint loaded in
+    bf16 and in fp32 gives one ranking.
     """
     if granularity == "element":
         return torch.cat([w.detach().flatten().abs().float() for w in (gate, up, down)])
@@ -116,13 +120,13 @@ def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -
 def activation_scores(
     granularity: str, gate: Tensor, up: Tensor, down: Tensor, input_norm_D: Tensor, hidden_norm_F: Tensor
 ) -> Tensor:
-    """`[F]` or `[3*F*D]` as `magnitude_scores`, of the weights times the norm of what they are multiplied with.
+    """`magnitude_scores`, `[F]` or `[3*F*D]`, of the weights times the norm of what they are multiplied with.
 
-    That is |W| * |x| of Wanda (arXiv 2306.11695), without its comparison within each output.
+    That is |W| * |x| of Wanda (arXiv 2306.11695), but ranked over the layer instead of within each output.
 
     Args:
         input_norm_D: norm over tokens of each input of gate and up.
-        hidden_norm_F: of each input of down.
+        hidden_norm_F: norm over tokens of each input of down.
     """
     norms = (input_norm_D, input_norm_D, hidden_norm_F)
     scaled = [
@@ -140,8 +144,8 @@ def best_entries(scores: Tensor, count: int) -> Tensor:
 def ranking(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores, largest first; of equal ones the lower index first.
 
-    bf16 weights have few distinct magnitudes, and `topk` leaves the order of equal values open: cut at the
-    threshold first, then fill up from the values that equal it.
+    bf16 weights have few distinct magnitudes, and `topk` leaves the order of equal values open. So take what is above
+    the threshold first, then fill up from the values that equal it.
     """
     threshold = scores.topk(count, sorted=False).values.min()
     above = (scores > threshold).nonzero().squeeze(1)
@@ -150,7 +154,7 @@ def ranking(scores: Tensor, count: int) -> Tensor:
 
 
 def random_subset(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `total`, every subset equally likely, without a permutation of all."""
+    """`count` different numbers below `total`, every subset equally likely; never permutes all of them."""
     if 2 * count > total:
         left_out = random_subset(total, total - count, generator) if count < total else torch.empty(0, dtype=torch.long)
         keep = torch.ones(total, dtype=torch.bool)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,25 +12,27 @@ from torch import Tensor
 from srde_ds.data.loader import validation_batches
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, all_reduce_sum
+from srde_ds.model.policy import RoutingPolicy
 
-# Rows of each domain for the table of all experts on all domains, which costs as many forwards as there are experts.
+# Rows of each domain in the table of all experts on all domains, which runs each of them once for every expert.
 TABLE_ROWS = 8
 
 Batch = dict[str, Tensor]
 
 
 def forced_experts(batch: Batch, expert: int | Literal["domain"]) -> Tensor:
-    """[B, S] for RoutingContext: one expert for all tokens, or each row's domain."""
+    """`[B, S]` for `RoutingPolicy.forced_experts`: one expert for all tokens, or that of each row's domain."""
     chosen = batch["domain"] if expert == "domain" else torch.full_like(batch["domain"], expert)
     return chosen[:, None].expand_as(batch["input_ids"])
 
 
 class HeldOut:
-    """The validation rows, a list of batches for each domain.
+    """The validation rows of each domain.
 
     Args:
         dataset: rows as written by `build_dataset`.
         domains: names in the order of the dataset's `domain` column.
+        batch_size: rows that a process runs at once.
     """
 
     def __init__(self, dataset: Any, domains: list[str], batch_size: int, topology: Topology) -> None:
@@ -45,6 +48,7 @@ class HeldOut:
         interrupted: Callable[[], bool],
         *,
         expert: int | Literal["domain"] | None = None,
+        allowed: Tensor | None = None,
         max_rows: int | None = None,
     ) -> dict[str, float] | None:
         """Mean cross entropy of the response tokens by domain, or None when `interrupted` became true.
@@ -52,22 +56,22 @@ class HeldOut:
         Every rank runs the same number of batches: under ZeRO-3 a forward is a collective.
 
         Args:
-            expert: this expert for all tokens, or each row's domain's; default: as routed.
-            max_rows: of each domain, the first ones.
+            expert: this expert for all tokens, or that of each row's domain; default: as the router says.
+            allowed: `[E]` bool, the experts that the router may choose; default: all.
+            max_rows: only the first ones of each domain.
         """
         engine.deepspeed.eval()
         try:
-            return self._losses(engine, interrupted, expert, max_rows)
+            return self._losses(engine, interrupted, expert, RoutingPolicy(allowed_experts=allowed), max_rows)
         finally:
-            engine.model.routing.forced_experts = None
             engine.deepspeed.train()
 
     def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]] | None:
-        """Each expert's loss on TABLE_ROWS rows of every domain: `losses` with one expert after the other."""
+        """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; None when interrupted."""
         norms = engine.delta_norms()
         result: list[dict[str, float]] = []
         for expert, norm in enumerate(norms.tolist()):
-            if norm == 0 and 0 in norms[:expert]:  # experts whose deltas are zero are all the base, bit for bit
+            if norm == 0 and 0 in norms[:expert]:  # an expert whose deltas are zero is the base, bit for bit
                 result.append(result[norms.tolist().index(0)])
                 continue
             losses = self.losses(engine, interrupted, expert=expert, max_rows=TABLE_ROWS)
@@ -81,6 +85,7 @@ class HeldOut:
         engine: Engine,
         interrupted: Callable[[], bool],
         expert: int | Literal["domain"] | None,
+        policy: RoutingPolicy,
         max_rows: int | None,
     ) -> dict[str, float] | None:
         result = {}
@@ -94,8 +99,9 @@ class HeldOut:
                     if interrupted():
                         return None
                     batch = {key: value.to(self.topology.device) for key, value in batch.items()}
-                    engine.model.routing.forced_experts = None if expert is None else forced_experts(batch, expert)
-                    sums += torch.stack([value.double() for value in engine.forward(batch)])
+                    if expert is not None:
+                        policy = replace(policy, forced_experts=forced_experts(batch, expert))
+                    sums += torch.stack([value.double() for value in engine.forward(batch, policy)])
                 total, count = all_reduce_sum(sums).tolist()
                 result[name] = total / count
         return result

@@ -1,1 +1,1 @@
-"""Set the routers from a sample of their inputs before routed training begins."""
+"""Setting the routers from a sample of their inputs, before routed training begins."""

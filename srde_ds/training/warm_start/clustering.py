@@ -1,7 +1,7 @@
-"""From a sample of one layer's router inputs to router weights: one direction an expert, and a scale for all.
+"""From a sample of one layer's router inputs to router weights: a direction for each expert, and one scale for all.
 
-The router is linear and has no bias, and so is all that is done here: the expert of an input x is the one whose unit
-direction c_e is nearest to A·x in angle, with a diagonal A, so w_e = A·c_e routes each input to its cluster.
+The router is linear and has no bias, so the clustering is, too: an input x belongs to the expert whose unit direction
+c_e is nearest to A x in angle, with a diagonal A. Then w_e = A c_e routes each input to its cluster.
 
 scikit-learn is imported where it is used: that takes a while, and only rank 0 of a run with a warm start needs it.
 """
@@ -19,16 +19,16 @@ from srde_ds.errors import SRDEError
 
 Method = Literal["kmeans", "domain_means", "random"]
 
-# Median distance, in nats, between a token's best and second logit: of these two the best weighs sigmoid(2) = 88 %.
+# Median gap, in nats, between a token's best and second logit. Of these two experts the best weighs sigmoid(2) = 88 %.
 TARGET_GAP = 2.0
-# From so many rows on mini-batches; before it k-means over all rows fits the memory and is the better one.
+# From so many inputs on, k-means works on mini-batches. Below, all inputs fit into memory, and the fit is better.
 LARGE_SAMPLE = 16_384
 _MINI_BATCH = 4096
-# Real inputs settle in 12 to 40 iterations; a cloud without clusters would go on, for nothing.
+# Real inputs settle in 12 to 40 iterations. A cloud without clusters would go on for nothing.
 _MOST_ITERATIONS = 40
-# How often starting points are drawn for experts that have no domain.
+# How many times starting points are drawn for experts that have no domain; the best fit is kept.
 DRAWS = 5
-# A smaller gap, as a share of the inputs' length, is rounding.
+# A smaller gap, relative to the length of the inputs, is rounding.
 _SMALLEST_GAP = 1e-5
 
 
@@ -37,10 +37,10 @@ class RouterFit:
     """One layer.
 
     Attributes:
-        weights: [E, D] fp32.
-        cluster_sizes: [E] sampled tokens by best expert.
+        weights: `[E, D]` fp32.
+        cluster_sizes: `[E]` sampled tokens by best expert.
         normalized_mutual_information: between best expert and domain; 0: independent, 1: the same partition.
-        own_domain_share: of the sampled tokens, those whose best expert is their domain's.
+        own_domain_share: share of the sampled tokens whose best expert is their domain's.
     """
 
     weights: np.ndarray
@@ -55,9 +55,12 @@ def fit_router(
     """Router weights of one layer.
 
     Args:
-        inputs: [N, D] fp32, what enters the router.
-        domain: [N] index of each token's domain. Expert e is the expert of domain e; further experts have none.
+        inputs: `[N, D]` fp32, what enters the router.
+        domain: `[N]` index of each token's domain. Domain d belongs to expert d; further experts have none.
         num_experts: E, at least 2.
+        method: as `warm_start_method` in the options.
+        seed: random numbers are drawn from it and the layer.
+        layer: number of the decoder layer.
 
     Raises:
         SRDEError: the inputs do not tell the experts apart.
@@ -73,7 +76,7 @@ def fit_router(
         directions = np.concatenate([means, common])
     else:
         directions = align(_clusters(points, means, num_experts, generator), points, domain)
-    # A part that all experts share changes no choice, and would drown the differences in bfloat16.
+    # A part that all experts have in common changes no choice, and in bfloat16 it would drown the differences.
     weights = (directions - directions.mean(0)) * scale
     logits = inputs @ weights.T
     best = np.partition(logits, num_experts - 2, axis=1)
@@ -98,10 +101,12 @@ def align(directions: np.ndarray, points: np.ndarray, domain: np.ndarray) -> np.
     """Order clusters by expert, so that as many points as possible go to the expert of their domain.
 
     Args:
-        directions: [E, D] unit vectors; points: [N, D]; domain: [N].
+        directions: `[E, D]` unit vectors, one for each cluster.
+        points: `[N, D]`.
+        domain: `[N]` index of each point's domain.
 
     Returns:
-        [E, D]. Experts without a domain get the clusters that are left, the largest first.
+        `[E, D]`. Experts without a domain get the clusters that are left, the largest first.
     """
     experts = len(directions)
     cluster = (points @ directions.T).argmax(1)
@@ -114,9 +119,9 @@ def align(directions: np.ndarray, points: np.ndarray, domain: np.ndarray) -> np.
 
 
 def _even_points(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`scale` [D] and unit rows [N, D] of inputs * scale, where no dimension is louder than the median one.
+    """`scale` `[D]` and the unit vectors `[N, D]` of inputs * scale, where no dimension is louder than the median one.
 
-    A few dimensions of hidden states carry a large part of their length and say little about the domain.
+    A few dimensions of hidden states make up much of their length and say little about the domain.
     """
     loudness = np.sqrt(np.einsum("nd,nd->d", inputs, inputs) / len(inputs))
     median = np.median(loudness[loudness > 0]) if loudness.any() else 0.0
@@ -127,14 +132,14 @@ def _even_points(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _domain_means(points: np.ndarray, domain: np.ndarray, count: int) -> np.ndarray:
-    """[count, D] unit vectors."""
+    """`[count, D]` unit vectors."""
     return _unit(np.stack([points[domain == index].mean(0) for index in range(count)]))
 
 
 def _clusters(points: np.ndarray, means: np.ndarray, experts: int, generator: np.random.Generator) -> np.ndarray:
-    """[E, D] directions of the clusters of spherical k-means, which starts at the domains' means.
+    """`[E, D]` directions of the clusters of spherical k-means, which starts at the domains' means.
 
-    With more experts than domains the other starting points are drawn, and the best of several draws is kept.
+    If there are more experts than domains, further starting points are drawn, and the best of several draws is kept.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -157,7 +162,7 @@ def _clusters(points: np.ndarray, means: np.ndarray, experts: int, generator: np
 
 
 def _draw_starts(points: np.ndarray, starts: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
-    """`starts` and `count` more by the rule of k-means++: drawn by the squared distance to the nearest one."""
+    """`starts` and `count` more, drawn as k-means++ does: in proportion to the squared distance from the nearest."""
     for _ in range(count):
         # Not zero, so that identical inputs can be drawn from; the gap of their logits refuses them later.
         distance = np.maximum(1 - (points @ starts.T).max(1).astype(np.float64), 1e-12)
@@ -166,10 +171,10 @@ def _draw_starts(points: np.ndarray, starts: np.ndarray, count: int, generator: 
     return starts
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(_lengths(rows), np.finfo(rows.dtype).tiny)
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(_lengths(vectors), np.finfo(vectors.dtype).tiny)
 
 
-def _lengths(rows: np.ndarray) -> np.ndarray:
-    """Of each row, without a copy of them all, which would cost more than what it is for."""
-    return np.sqrt(np.einsum("...d,...d->...", rows, rows))[..., None]
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    """`[..., 1]`. `np.linalg.norm` would copy all vectors, which takes longer than the sums."""
+    return np.sqrt(np.einsum("...d,...d->...", vectors, vectors))[..., None]

@@ -1,6 +1,6 @@
-"""Set the routers from what enters them: sample their inputs, cluster them on rank 0 layer by layer, write the weights.
+"""Setting the routers: sample their inputs, cluster these on rank 0 layer by layer, write the weights.
 
-See docs/curriculum.md for what each method gives.
+docs/curriculum.md shows what each method gives.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from srde_ds.distributed.processes import Topology, on_main_rank
 from srde_ds.distributed.write_trainables import write_trainables
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
-from srde_ds.training.warm_start.clustering import RouterFit, fit_router
+from srde_ds.training.warm_start.clustering import Method, RouterFit, fit_router
 from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens, special_token_ids
 
 
 @dataclass(frozen=True)
 class WarmStartReport:
-    """What came out, by layer; figures are those of the sample.
+    """What the warm start gave, by layer, on the sample.
 
     Attributes:
-        samples: domain -> tokens looked at; fewer than `warm_start_samples` where a domain has no more.
+        method: as in `WarmStart`.
+        samples: domain -> tokens in the sample; fewer than were asked for where a domain has no more.
         normalized_mutual_information: `[L]` between a token's best expert and its domain.
-        own_domain_share: `[L]` tokens whose best expert is their domain's.
+        own_domain_share: `[L]` share of the tokens whose best expert is their domain's.
         cluster_sizes: `[L][E]` tokens by best expert.
     """
 
@@ -46,33 +48,71 @@ class WarmStartReport:
     cluster_sizes: list[list[int]]
 
 
-def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> WarmStartReport:
-    """Replace all routers' weights as `warm_start_method` says; a collective of all ranks.
+@dataclass(frozen=True)
+class WarmStart:
+    """How the routers are set.
+
+    Attributes:
+        samples: tokens of each domain that are looked at in each layer.
+        domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
+        forced: run each row through its domain's expert: the experts were trained on their domains. Otherwise all
+            deltas are zero, and any routing gives the same inputs.
+        batch_size: rows that a process runs at once.
+        model_name, revision: of the base, whose tokenizer says which tokens are special.
+    """
+
+    method: Method
+    samples: int
+    num_experts: int
+    domains: tuple[str, ...]
+    forced: bool
+    batch_size: int
+    seed: int
+    model_name: str
+    revision: str | None
+
+    @classmethod
+    def of(cls, config: Config) -> WarmStart:
+        """As the options of a run say."""
+        curriculum = config.curriculum
+        return cls(
+            method=curriculum.warm_start_method,
+            samples=curriculum.warm_start_samples,
+            num_experts=config.adapter.num_experts,
+            domains=tuple(config.data.domains),
+            forced=curriculum.supervised_experts,
+            batch_size=config.training.batch_size,
+            seed=config.training.seed,
+            model_name=str(config.model.model_name),
+            revision=config.model.model_revision,
+        )
+
+
+def warm_start_routers(
+    engine: Engine, options: WarmStart, topology: Topology, rows: datasets.Dataset
+) -> WarmStartReport:
+    """Replace the weights of all routers; a collective of all ranks.
 
     Args:
         rows: training rows as written by `build_dataset`, the same on all ranks.
 
     Raises:
-        SRDEError: on every rank: a domain without usable tokens, or inputs that do not tell the experts apart.
+        SRDEError: on every rank: a domain has no usable tokens, or the inputs do not tell the experts apart.
     """
-    curriculum, domains = config.curriculum, config.data.domains
-    name, revision = str(config.model.model_name), config.model.model_revision
-    special = on_main_rank(lambda: special_token_ids(load_tokenizer(name, revision=revision)), topology)
-    sample = choose_tokens(
-        rows,
-        domains=domains,
-        per_domain=curriculum.warm_start_samples,
-        special_ids=special,
-        seed=config.training.seed,
+    special = on_main_rank(
+        lambda: special_token_ids(load_tokenizer(options.model_name, revision=options.revision)), topology
     )
-    fits = fit_layers(_own_inputs(engine, config, topology, rows, sample), sample, config, topology)
+    sample = choose_tokens(
+        rows, domains=options.domains, per_domain=options.samples, special_ids=special, seed=options.seed
+    )
+    fits = fit_layers(_own_inputs(engine, options, topology, rows, sample), sample, options, topology)
     write_trainables(
         engine, {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
     )
-    counts = np.bincount(sample.domain, minlength=len(domains)).tolist()
+    counts = np.bincount(sample.domain, minlength=len(options.domains)).tolist()
     return WarmStartReport(
-        method=curriculum.warm_start_method,
-        samples=dict(zip(domains, counts, strict=True)),
+        method=options.method,
+        samples=dict(zip(options.domains, counts, strict=True)),
         normalized_mutual_information=[fit.normalized_mutual_information for fit in fits],
         own_domain_share=[fit.own_domain_share for fit in fits],
         cluster_sizes=[fit.cluster_sizes for fit in fits],
@@ -80,42 +120,37 @@ def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows:
 
 
 def _own_inputs(
-    engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset, sample: TokenSample
+    engine: Engine, options: WarmStart, topology: Topology, rows: datasets.Dataset, sample: TokenSample
 ) -> list[Tensor]:
-    """By layer [n, D] in host memory: inputs of this rank's tokens of the sample."""
+    """By layer `[n, D]` in host memory: inputs of this rank's tokens of the sample."""
     batches = validation_batches(
-        rows.select(sample.rows), config.training.batch_size, rank=topology.rank, world_size=topology.world_size
+        rows.select(sample.rows), options.batch_size, rank=topology.rank, world_size=topology.world_size
     )
-    routing = engine.model.routing
-    forced_before = routing.forced_experts
 
     def forward(batch: Batch) -> None:
         batch = {key: value.to(topology.device) for key, value in batch.items()}
-        # After pretraining, each expert as it was trained; without it all deltas are zero and any routing does.
-        if config.curriculum.supervised_experts:
-            routing.forced_experts = forced_experts(batch, "domain")
+        policy = RoutingPolicy(forced_experts=forced_experts(batch, "domain") if options.forced else None)
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        engine.deepspeed(**inputs, logits_to_keep=1)
+        engine.deepspeed(**inputs, logits_to_keep=1, policy=policy)
 
     engine.deepspeed.eval()
     try:
         with torch.no_grad():
             return capture_inputs(engine.model, forward, batches, sample)
     finally:
-        routing.forced_experts = forced_before
         engine.deepspeed.train()
 
 
 def capture_inputs(
     model: SRDEModel, forward: Callable[[Batch], object], batches: Iterable[Batch], sample: TokenSample
 ) -> list[Tensor]:
-    """Run `batches` and keep what enters each layer's router for the tokens of the sample in them.
+    """Run `batches` and keep what enters each layer's router for those of their tokens that are in the sample.
 
     Args:
         batches: as `validation_batches` cuts the rows of the sample; dummy rows are run, too.
 
     Returns:
-        By layer [n, D] in host memory, in the sample's order.
+        By layer `[n, D]` in host memory, in the sample's order.
     """
     chunks: list[list[Tensor]] = [[] for _ in model.layers]
     flat = torch.empty(0, dtype=torch.int64)
@@ -137,22 +172,22 @@ def capture_inputs(
     return [torch.cat(chunks.pop(0)) for _ in model.layers]
 
 
-def fit_layers(own: list[Tensor], sample: TokenSample, config: Config, topology: Topology) -> list[RouterFit]:
+def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topology: Topology) -> list[RouterFit]:
     """Cluster one layer after the other on rank 0, which holds the whole sample of one layer at a time.
 
     Args:
-        own: by layer [n, D], this rank's tokens in the sample's order.
+        own: by layer `[n, D]`, this rank's tokens in the sample's order.
 
     Returns:
-        The same on every rank.
+        One fit for each layer, the same on every rank.
     """
-    return [_fit_layer(inputs, layer, sample, config, topology) for layer, inputs in enumerate(own)]
+    return [_fit_layer(inputs, layer, sample, options, topology) for layer, inputs in enumerate(own)]
 
 
-def _fit_layer(own: Tensor, layer: int, sample: TokenSample, config: Config, topology: Topology) -> RouterFit:
-    owner = sample.owners(config.training.batch_size, topology.world_size)
+def _fit_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
+    owner = sample.owners(options.batch_size, topology.world_size)
     gathered = gather_rows(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
-    inputs = np.empty((0, 0), np.float32)  # of rank 0 alone
+    inputs = np.empty((0, 0), np.float32)  # only rank 0 has some
     if gathered is not None:
         arrived = np.argsort(np.argsort(owner, kind="stable"))  # rank by rank, and in the sample's order from each
         inputs = gathered[torch.from_numpy(arrived)].float().cpu().numpy()
@@ -162,9 +197,9 @@ def _fit_layer(own: Tensor, layer: int, sample: TokenSample, config: Config, top
         return fit_router(
             inputs,
             sample.domain,
-            num_experts=config.adapter.num_experts,
-            method=config.curriculum.warm_start_method,
-            seed=config.training.seed,
+            num_experts=options.num_experts,
+            method=options.method,
+            seed=options.seed,
             layer=layer,
         )
 

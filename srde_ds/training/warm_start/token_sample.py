@@ -1,8 +1,8 @@
 """Which tokens of the training rows the routers' warm start looks at.
 
-The draw depends on the rows, the seed and nothing else, and is made before the first forward. Every rank makes the same
-one and keeps the inputs of its own rows' tokens: what a reservoir on every rank would end with after merging, the same
-for any number of ranks, and no rank ever holds a token that is dropped later.
+The draw depends only on the rows and the seed, and is made before the first forward. Every rank makes the same draw and
+keeps the inputs of those tokens that lie in its own rows. So the sample is the same for any number of ranks, and no
+rank ever holds a token that is dropped later.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.errors import SRDEError
 
-# Tokens of one row resemble each other: a domain's sample comes from as many rows as give it with so many each.
+# Tokens of one row resemble each other, so a domain's sample takes at most this many from each.
 TOKENS_A_ROW = 32
-_STREAM = 0x77A7  # apart from the generators that draw the order of the rows from the same seed
+_STREAM = 0x77A7  # keeps this generator apart from those that draw the order of the rows from the same seed
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,10 @@ class TokenSample:
     """N tokens in R rows, in the order of the rows and of the positions within them.
 
     Attributes:
-        rows: [R] indices into the dataset, in the order in which they are to be run.
-        row: [N] index into `rows`; position: [N] in the row; domain: [N].
+        rows: `[R]` indices into the dataset, in the order in which the rows are run.
+        row: `[N]` index into `rows` of each token.
+        position: `[N]` of each token in its row.
+        domain: `[N]` index of each token's domain.
     """
 
     rows: np.ndarray
@@ -37,7 +39,7 @@ class TokenSample:
     domain: np.ndarray
 
     def owners(self, batch_size: int, world_size: int) -> np.ndarray:
-        """[N] rank that runs each token when `rows` are cut as `validation_batches` cuts them."""
+        """`[N]` the rank that runs each token when `validation_batches` cuts `rows` into batches."""
         return self.row // batch_size % world_size
 
 
@@ -52,15 +54,16 @@ def choose_tokens(
 ) -> TokenSample:
     """Draw up to `per_domain` tokens of each domain, evenly from the usable tokens of some of its rows.
 
-    Left out are padding, special tokens, and tokens whose document up to and including them also begins a document of
-    another domain, as a chat template's system message does: their inputs are the same in both domains.
+    Padding and special tokens are not usable. Nor is a token if its document up to this token also begins a document of
+    another domain, as a chat template's system message does: its router inputs are the same in both.
 
     Args:
         rows: as written by `build_dataset`.
         domains: names in the order of the `domain` column.
+        special_ids: the tokenizer's special tokens.
 
     Raises:
-        SRDEError: a domain without rows or usable tokens.
+        SRDEError: a domain has no rows or no usable tokens.
     """
     dataset = rows.with_format("numpy")
     domain_of_row = np.asarray(dataset["domain"][:])
@@ -99,7 +102,7 @@ def choose_tokens(
 
 
 def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> np.ndarray:
-    """[R, S] bool for the rows of `pool`."""
+    """`[R, S]` bool for the rows of `pool`."""
     columns = dataset[pool.tolist()]
     ids, position = np.asarray(columns["input_ids"]), np.asarray(columns["position_ids"])
     real = np.arange(ids.shape[1]) < np.asarray(columns["length"])[:, None]

@@ -1,4 +1,4 @@
-"""The plan's count of trained values at each stage is that of the models that are built."""
+"""The count of trained values at each density is that of the models that are built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
 from srde_ds.planner.shapes import base_shape
-from srde_ds.training.trained_values import describe_stages, stage_sizes
+from srde_ds.planner.trained_values import describe_trained_values, trained_values
+from srde_ds.training.schedule import Schedule
 from tests.helpers import tiny_llama, tiny_srde
 
 BLOCKS = [(32, 96)] * 2  # tiny_llama's
@@ -25,18 +26,18 @@ BLOCKS = [(32, 96)] * 2  # tiny_llama's
         {"support_strategy": "learned", "granularity": "element", "num_atoms": 4},
     ],
 )
-def test_values_of_each_stage(form: dict[str, Any]) -> None:
+def test_values_at_each_density(form: dict[str, Any]) -> None:
     annealing = {"initial_density": 0.2, "density": 0.05, "density_warmup_steps": 40, "density_prunings": 2}
     config = resolve({}, annealing | {"max_steps": 100, "num_experts": 3} | form)
     learned = form.get("support_strategy") == "learned"
     densities = [0.2, 0.05] if learned else [0.2, 0.1, 0.05]
-    stages = stage_sizes(config, BLOCKS)
-    assert [stage.first_step for stage in stages] == ([0, 40] if learned else [0, 20, 40])
-    assert [stage.density for stage in stages] == pytest.approx(densities)
-    for stage in stages:
-        target = 0.05 if learned and stage.first_step == 0 else None
-        model = tiny_srde(density=stage.density, target_density=target, **form)
-        assert stage.values == sum(parameter.numel() for _, parameter in model.trainable_parameters())
+    spans = trained_values(config.adapter, Schedule.of(config).densities, BLOCKS)
+    assert [span.first_step for span in spans] == ([0, 40] if learned else [0, 20, 40])
+    assert [span.density for span in spans] == pytest.approx(densities)
+    for span in spans:
+        target = 0.05 if learned and span.first_step == 0 else None
+        model = tiny_srde(density=span.density, target_density=target, **form)
+        assert span.values == sum(parameter.numel() for _, parameter in model.trainable_parameters())
 
 
 def test_supports_must_fit_at_the_initial_density(tmp_path: Path) -> None:
@@ -48,9 +49,10 @@ def test_supports_must_fit_at_the_initial_density(tmp_path: Path) -> None:
         base_shape(resolve({}, options | annealing))
 
 
-def test_without_annealing_there_is_one_stage() -> None:
+def test_without_annealing_there_is_one_density() -> None:
     config = resolve({}, {"density": 0.05, "num_experts": 3, "max_steps": 100})
-    assert describe_stages(config, BLOCKS).splitlines() == [
+    spans = trained_values(config.adapter, Schedule.of(config).densities, BLOCKS)
+    assert describe_trained_values(spans, max_steps=100).splitlines() == [
         "steps  density  trained values",
         f"1-100     0.05{2 * (32 * 9 * 5 + 3 * 32):>16,}",
     ]

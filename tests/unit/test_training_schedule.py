@@ -13,13 +13,8 @@ from srde_ds.training.schedule import (
     ALL_KINDS,
     DELTA_VALUES,
     ROUTERS,
-    check_schedule,
-    density_at,
-    describe_timeline,
-    plan_of_step,
-    prunings,
-    timeline,
-    warm_start_step,
+    Schedule,
+    ScheduledStep,
 )
 
 
@@ -27,31 +22,32 @@ def config(**changes: Any) -> Config:
     return resolve({}, {"num_experts": 6, "max_steps": 200, "warmup_steps": 0} | changes)
 
 
-def plans(settings: Config) -> list[Any]:
-    return [plan_of_step(settings, step) for step in range(settings.training.max_steps)]
+def steps_of(settings: Config) -> list[ScheduledStep]:
+    schedule = Schedule.of(settings)
+    return [schedule.step(number) for number in range(settings.training.max_steps)]
 
 
 def test_without_options_there_is_one_phase() -> None:
-    ((first, last, plan),) = timeline(config())
+    ((first, last, step),) = Schedule.of(config()).timeline()
     assert (first, last) == (0, 199)
-    assert (plan.phase, plan.forced, plan.unlocked, plan.trained) == ("routed", False, 6, ALL_KINDS)
-    assert warm_start_step(config()) is None
+    assert (step.phase, step.forced, step.unlocked, step.trained) == ("routed", False, 6, ALL_KINDS)
+    assert Schedule.of(config()).warm_start_step is None
 
 
 def test_pretraining_gives_each_expert_its_steps_and_leaves_the_router_alone() -> None:
     settings = config(supervised_experts=True, expert_pretrain_steps=10, warm_start=True)
-    forced = [plan.forced for plan in plans(settings)]
+    forced = [step.forced for step in steps_of(settings)]
     assert forced == [True] * 60 + [False] * 140
-    assert all(plan.trained == ALL_KINDS - ROUTERS for plan in plans(settings)[:60])
-    assert warm_start_step(settings) == 60
+    assert all(step.trained == ALL_KINDS - ROUTERS for step in steps_of(settings)[:60])
+    assert Schedule.of(settings).warm_start_step == 60
 
 
 def test_sequential_pretraining_takes_one_domain_after_the_other() -> None:
     settings = config(supervised_experts=True, expert_pretrain_steps=10, pretrain_objective="sequential")
-    assert [plan.only_domain for plan in plans(settings)[:60:10]] == list(range(6))
-    assert [plan.only_domain for plan in plans(settings)].count(3) == 10
-    assert plans(settings)[60].only_domain is None
-    assert [plan.unlocked for plan in plans(settings)] == [1] * 60 + [6] * 140
+    assert [step.only_domain for step in steps_of(settings)[:60:10]] == list(range(6))
+    assert [step.only_domain for step in steps_of(settings)].count(3) == 10
+    assert steps_of(settings)[60].only_domain is None
+    assert [step.unlocked for step in steps_of(settings)] == [1] * 60 + [6] * 140
 
 
 @pytest.mark.parametrize("objective", ["parallel", "sequential"])
@@ -59,9 +55,9 @@ def test_experts_without_a_domain_make_pretraining_no_longer(objective: str) -> 
     settings = config(
         supervised_experts=True, expert_pretrain_steps=10, pretrain_objective=objective, domains="a,b,c", num_experts=5
     )
-    assert [plan.forced for plan in plans(settings)] == [True] * 30 + [False] * 170
+    assert [step.forced for step in steps_of(settings)] == [True] * 30 + [False] * 170
     if objective == "sequential":
-        assert [plan.only_domain for plan in plans(settings)[:30]] == [0] * 10 + [1] * 10 + [2] * 10
+        assert [step.only_domain for step in steps_of(settings)[:30]] == [0] * 10 + [1] * 10 + [2] * 10
 
 
 @pytest.mark.parametrize(
@@ -73,41 +69,41 @@ def test_experts_without_a_domain_make_pretraining_no_longer(objective: str) -> 
     ],
 )
 def test_unlocking(unlock: str, expected: list[int]) -> None:
-    assert [plan.unlocked for plan in plans(config(progressive_unlock=unlock))] == expected
+    assert [step.unlocked for step in steps_of(config(progressive_unlock=unlock))] == expected
 
 
 def test_unlocking_starts_after_pretraining() -> None:
     settings = config(supervised_experts=True, expert_pretrain_steps=10, progressive_unlock="warmup")
-    unlocked = [plan.unlocked for plan in plans(settings)]
+    unlocked = [step.unlocked for step in steps_of(settings)]
     assert unlocked == [6] * 60 + [1] * 14 + [6] * 126
 
 
 def test_four_phases() -> None:
-    found = [(plan.phase, plan.trained) for plan in plans(config(training_phases="four"))]
+    found = [(step.phase, step.trained) for step in steps_of(config(training_phases="four"))]
     assert [phase for phase, _ in found] == ["warm-up"] * 20 + ["mask"] * 40 + ["delta"] * 80 + ["joint"] * 60
     assert found[59][1].isdisjoint(DELTA_VALUES) and found[60][1] == DELTA_VALUES and found[-1][1] == ALL_KINDS
 
 
 def test_density_falls_by_equal_factors_to_its_target() -> None:
     settings = config(initial_density=0.16, density=0.01, density_warmup_steps=80, density_prunings=4)
-    assert [step for step, _ in prunings(settings)] == [20, 40, 60, 80]
-    assert [density_at(settings, step) for step in (0, 19, 20, 40, 60, 79, 80, 199)] == pytest.approx(
+    assert [step for step, _ in Schedule.of(settings).prunings] == [20, 40, 60, 80]
+    assert [Schedule.of(settings).density_at(step) for step in (0, 19, 20, 40, 60, 79, 80, 199)] == pytest.approx(
         [0.16, 0.16, 0.08, 0.04, 0.02, 0.02, 0.01, 0.01]
     )
-    assert prunings(config()) == [] and density_at(config(), 0) == 0.01
+    assert Schedule.of(config()).densities == [(0, 0.01)]
 
 
 def test_more_prunings_than_steps_are_one_a_step() -> None:
     settings = config(initial_density=0.08, density=0.01, density_warmup_steps=3, density_prunings=10)
-    assert [step for step, _ in prunings(settings)] == [1, 2, 3]
+    assert [step for step, _ in Schedule.of(settings).prunings] == [1, 2, 3]
 
 
 def test_a_learned_support_cools_down_and_is_frozen_by_one_pruning() -> None:
     settings = config(
         support_strategy="learned", initial_density=0.08, density_warmup_steps=50, support_temperature=2.0
     )
-    assert prunings(settings) == [(50, 0.01)]
-    temperatures = [plan.temperature for plan in plans(settings)]
+    assert Schedule.of(settings).prunings == [(50, 0.01)]
+    temperatures = [step.temperature for step in steps_of(settings)]
     assert temperatures[0] == 2.0 and temperatures[50:] == [None] * 150
     assert all(a > b for a, b in zip(temperatures[:49], temperatures[1:50], strict=True))
     assert temperatures[49] == pytest.approx(0.2, rel=0.06)
@@ -123,16 +119,16 @@ def test_the_timeline_covers_every_step_once_and_says_what_happens() -> None:
         density_warmup_steps=100,
         training_phases="four",
     )
-    runs = list(timeline(settings))
+    runs = list(Schedule.of(settings).timeline())
     assert [step for first, last, _ in runs for step in range(first, last + 1)] == list(range(200))
-    table = describe_timeline(settings)
+    table = Schedule.of(settings).describe()
     assert "61-74" in table and "routers warm-started before" in table and "pruned before" in table
     assert table.count("pruned before") == 4
 
 
 def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
     learned = {"support_strategy": "learned", "initial_density": 0.08, "density_warmup_steps": 50}
-    _, *rows = describe_timeline(config(training_phases="four", **learned)).splitlines()
+    _, *rows = Schedule.of(config(training_phases="four", **learned)).describe().splitlines()
     mask = [row.split()[:5] for row in rows if " mask " in row]
     assert mask == [["21-50", "mask", "router", "6", "router+scores"], ["51-60", "mask", "router", "6", "router"]]
 
@@ -180,6 +176,6 @@ def test_scores_that_no_phase_trains_are_refused() -> None:
     """The warm-up of 20 steps trains none."""
     learned = {"support_strategy": "learned", "initial_density": 0.08, "training_phases": "four"}
     with pytest.raises(SRDEError, match="density_warmup_steps=20 steps trains the scores. Raise"):
-        check_schedule(config(**learned, density_warmup_steps=20))
-    check_schedule(config(**learned, density_warmup_steps=21))
-    check_schedule(config(training_phases="four"))
+        Schedule.of(config(**learned, density_warmup_steps=20)).check()
+    Schedule.of(config(**learned, density_warmup_steps=21)).check()
+    Schedule.of(config(training_phases="four")).check()

@@ -1,0 +1,151 @@
+"""What one forward is told about its routing, and how the layers get to know it.
+
+The decoder layers between `SRDEModel.forward` and `SRDEFeedForward.forward` are transformers' own and pass no arguments
+of ours on. So the model puts the policy in force for as long as its forward runs (`PolicyControl.running`), and each
+layer reads it in its first line.
+
+Why that is right however a forward is run:
+
+* A policy is immutable, and what a backward needs of it is kept in the forward's own graph. Several forwards before one
+  backward, each with its own policy, do not disturb each other, and nobody has anything to reset.
+* Activation checkpointing runs decoder layers again in the backward, when the forward is long over.
+  `PolicyKeepingCheckpoint` remembers the policy of the first run and puts it in force for the second, so both compute
+  the same.
+* The policy in force is a plain attribute of an object that the layers share. torch.compile guards such a read and
+  compiles anew for another policy; it cannot trace a context variable, and a thread-local it would read only once.
+  A model on one device is run by one thread at a time: autograd's threads recompute while the caller waits in
+  `backward`.
+* Outside of a forward of this model (when `model.base` is called by `generate` or a pipeline) the layers follow the
+  standing policy, which `set_active_experts` and `no_experts` change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from srde_ds.model.statistics import RoutingStatistics
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the auxiliary losses of a training run; 0 leaves a loss out.
+
+    Attributes:
+        load_balancing, router_z: of the router's losses, see `router.RouterLosses`; `RoutingPolicy.loss_scale`
+            multiplies both.
+        delta_size: of the squared size of the unlocked experts' effective deltas.
+        support_overlap: of the overlap between the experts' learned supports.
+
+    Every backward adds the whole gradient of the last two, so their weights are a step's divided by its micro-steps.
+    """
+
+    load_balancing: float = 0.0
+    router_z: float = 0.0
+    delta_size: float = 0.0
+    support_overlap: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingPolicy:
+    """How one forward routes its tokens, and what it records. Hand it to `SRDEModel.forward` or `generate`:
+
+        choices: dict[int, Tensor] = {}
+        model(input_ids, policy=RoutingPolicy(choices=choices))
+        choices[0]  # the experts that each token used in the first layer
+
+    Attributes:
+        active: False gives the base's own output.
+        allowed_experts: `[E]` bool, False for locked experts: they get no tokens. With fewer allowed than top_k, a
+            token uses only those. None: those of `set_active_experts`, by default all.
+        forced_experts: `[B, S]` int64: each token goes to this expert alone with weight 1; the router and its losses
+            are left out.
+        token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding is in no statistic and no loss.
+        loss_weights: of the auxiliary losses, whose gradients the backward adds.
+        loss_scale: factor of the router's losses, which are sums over tokens. For a mean over the tokens of an
+            optimizer step under data-parallel averaging: number of ranks / tokens of the step on all ranks.
+        expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: not known
+            yet, no load balancing.
+        target_share: `[E]` the shares that load balancing aims at, see `training.balancing`; None: equal ones.
+        support_temperature: of the noise on a support that is being learned; None: there is no noise and its scores
+            get no gradient. In eval mode there is never any.
+        noise_step: number of the optimizer step, which the noise is drawn from.
+        statistics: what the forward's routing is added to. A forward with gradients is counted by its backward: once,
+            however often it is recomputed. One without gradients is counted at once, but only in eval mode.
+        choices: filled by the forward: layer -> `[T, K]` int64, best first, -1 where fewer than K experts are allowed.
+    """
+
+    active: bool = True
+    allowed_experts: Tensor | None = None
+    forced_experts: Tensor | None = None
+    token_mask: Tensor | None = None
+    loss_weights: LossWeights = LossWeights()
+    loss_scale: float = 0.0
+    expert_share: Tensor | None = None
+    target_share: Tensor | None = None
+    support_temperature: float | None = None
+    noise_step: int = 0
+    statistics: RoutingStatistics | None = None
+    choices: dict[int, Tensor] | None = None
+
+
+class PolicyControl:
+    """Tells all layers of one model which policy they follow at the moment.
+
+    Attributes:
+        standing: what holds outside of `running`, and inside for what a policy leaves open: `active=False` here
+            switches all experts off, and `allowed_experts` are those of a policy that names none.
+    """
+
+    def __init__(self) -> None:
+        self.standing = RoutingPolicy()
+        self._running: RoutingPolicy | None = None
+
+    @property
+    def policy(self) -> RoutingPolicy:
+        """The one in force."""
+        return self.standing if self._running is None else self._running
+
+    @contextmanager
+    def running(self, policy: RoutingPolicy) -> Iterator[None]:
+        """Put a policy, completed by the standing one, in force."""
+        allowed = self.standing.allowed_experts if policy.allowed_experts is None else policy.allowed_experts
+        with self._exactly(replace(policy, active=policy.active and self.standing.active, allowed_experts=allowed)):
+            yield
+
+    def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` under the policy that is in force now, whenever it is called."""
+        policy = self.policy
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self._exactly(policy):
+                return function(*args, **kwargs)
+
+        return run
+
+    @contextmanager
+    def _exactly(self, policy: RoutingPolicy) -> Iterator[None]:
+        before, self._running = self._running, policy
+        try:
+            yield
+        finally:
+            self._running = before
+
+
+class PolicyKeepingCheckpoint:
+    """A checkpointing function of transformers whose second run follows the policy of the first.
+
+    Args:
+        checkpoint: `torch.utils.checkpoint.checkpoint` with its options.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], control: PolicyControl) -> None:
+        self.checkpoint, self.control = checkpoint, control
+
+    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The result of `function(*args)`, whose activations are recomputed in the backward."""
+        return self.checkpoint(self.control.bound(function), *args, **kwargs)
