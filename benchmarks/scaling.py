@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.tables import ROOT, markdown, put_into
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.plan import DAY, GB, GIB, Machines, Plan, make_plan
-from srde_ds.planner.shapes import base_shape
 from srde_ds.utils.environment import environment
 
 BASE = Path(__file__).resolve().parent / "ministral_3_14b"

@@ -18,7 +18,6 @@ from srde_ds.checkpoint.layout import (
     NAME,
     RUN_STATE,
     file_hash,
-    io_reason,
     rank_name,
     read_json,
     read_latest,
@@ -27,7 +26,7 @@ from srde_ds.checkpoint.layout import (
     saved_checkpoints,
 )
 from srde_ds.checkpoint.shards import FileRecord, open_tensors
-from srde_ds.errors import SRDEError
+from srde_ds.errors import SRDEError, io_reason
 
 
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:

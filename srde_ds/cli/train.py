@@ -26,17 +26,17 @@ def train_config(arguments: Sequence[str]) -> tuple[Config, bool]:
 def train(arguments: Sequence[str]) -> None:
     config, dry_run = train_config(arguments)
     if dry_run:
+        from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run
-        from srde_ds.planner.shapes import base_shape
         from srde_ds.training.run_folder import check_dry_run
         from srde_ds.training.schedule import describe_timeline
         from srde_ds.training.trained_values import describe_stages
 
-        base_shape(config)  # first: it knows what is wrong with a base
+        shape = base_shape(config)  # first: it knows what is wrong with a base
         check_dry_run(config)
-        parts = [describe_run(config, world_size=launched_world_size()), describe_timeline(config)]
+        parts = [describe_run(config, shape, world_size=launched_world_size()), describe_timeline(config)]
         if config.curriculum.initial_density:
-            parts.insert(1, describe_stages(config, base_shape(config).blocks))
+            parts.insert(1, describe_stages(config, shape.blocks))
         if launched_rank() == 0:
             print("\n\n".join(parts))
     else:

@@ -124,8 +124,9 @@ def check_locks(folder: Path) -> Iterator[Finding]:
 
 def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: int) -> Iterator[Finding]:
     """Memory plan and room for checkpoints. `gpu_bytes` is 0 without a GPU."""
+    from srde_ds.model.base_shape import base_shape
     from srde_ds.planner.memory import memory
-    from srde_ds.planner.shapes import base_shape, trainable_values
+    from srde_ds.planner.trainables import trainable_values
 
     try:
         shape = base_shape(config)

@@ -10,7 +10,7 @@ from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 
 # Why each of these ZeRO options is refused: expert shards and per-parameter groups do not survive them
-# in deepspeed 0.19.8 (DESIGN §3).
+# in deepspeed 0.19.8 (docs/design.md, "Placement").
 _REFUSED_ZERO_OPTIONS = {
     "zero_hpz_partition_size": "hierarchical partitioning cannot hold per-parameter groups",
     "zero_quantized_gradients": "quantised gradients cannot hold per-parameter groups",

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srde_ds.checkpoint.layout import io_reason, sync_folder
+from srde_ds.checkpoint.layout import sync_folder
 from srde_ds.checkpoint.shards import safetensors_header, tensor_bytes
-from srde_ds.errors import SRDEError
+from srde_ds.errors import SRDEError, io_reason
 from srde_ds.model.base_files import INDEX, LazyTensor
 
 # A weights file per shard; loaders of transformers want this in its header.

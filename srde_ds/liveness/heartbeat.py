@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from srde_ds.config import Config
-
 logger = logging.getLogger(__name__)
 
 FILE = "heartbeat.json"
@@ -36,12 +34,12 @@ class Heartbeat:
         enabled: True on rank 0; other ranks write `failed` only.
     """
 
-    def __init__(self, config: Config, *, world_size: int, enabled: bool) -> None:
-        self.path, self.enabled = Path(config.training.output_dir) / FILE, enabled
+    def __init__(self, output_dir: str | Path, max_steps: int, *, world_size: int, enabled: bool) -> None:
+        self.path, self.enabled = Path(output_dir) / FILE, enabled
         self._content: dict[str, Any] = {
             "state": "running",
             "step": 0,
-            "max_steps": config.training.max_steps,
+            "max_steps": max_steps,
             "world_size": world_size,
             "host": socket.gethostname(),
             "pid": os.getpid(),

@@ -20,7 +20,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.hub.card import is_run
 from srde_ds.hub.sharing import find_adapter, push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import FeedForward, Gather, load_base, no_gather
+from srde_ds.model.base import FeedForward, Gather, load_base, no_gather, whole_shape
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
@@ -392,7 +392,7 @@ def parameter_table(model: SRDEModel) -> str:
         row[1] += math.prod(parameter.srde_shape)
     trainable = [sum(column) for column in zip(*rows.values(), strict=True)]
     frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
-    base_values = sum(int(getattr(p, "ds_numel", p.numel())) for p in frozen)
+    base_values = sum(math.prod(whole_shape(p)) for p in frozen)
     rows |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
     lines = [f"{'kind':<12} {'tensors':>8} {'values':>15} {'of base':>9}"]
     lines += [f"{kind:<12} {n:>8} {values:>15,} {values / base_values:>9.3%}" for kind, (n, values) in rows.items()]

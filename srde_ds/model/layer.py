@@ -1,6 +1,6 @@
 """A feed-forward block with routed experts:
 
-    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]          (DESIGN 2)
+    y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]          (docs/design.md)
 
 computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts.
 """
@@ -65,6 +65,9 @@ class SRDEFeedForward(nn.Module):
         self.layer = layer
         self.context = context
         self.dispatch: ExpertDispatch = LocalDispatch()
+        # In the experts' arithmetic hooks on the activation, a module without parameters, would do nothing but split
+        # what torch.compile sees and have it compiled anew for each layer.
+        self.skip_activation_hooks = False
         self.preparation = Preparation()
         for module in (self, deltas, router):  # with assign=True, their tensors become others
             module.register_load_state_dict_post_hook(self._after_loading)
@@ -93,7 +96,9 @@ class SRDEFeedForward(nn.Module):
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
-        hidden_TF, act = act(gate_TF) * up_TF, _without_deepspeeds_hooks(act)
+        hidden_TF = act(gate_TF) * up_TF
+        if self.skip_activation_hooks:
+            act = cast("Activation", act.forward)  # type: ignore[attr-defined]
         weights_TE, deltas = routing.weights_TE.to(gate_TF.dtype), self._effective_deltas().to(gate_TF.dtype)
         if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
@@ -147,7 +152,9 @@ class SRDEFeedForward(nn.Module):
         parameters = cast("list[Tensor]", list(self.deltas._parameters.values()))
         base = self._readable_weights(gate_TF)
         made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias, *base]
-        held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
+        held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(
+            hasattr(t, "srde_whole_shape") for t in made_of
+        )
         if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
             return None
         deltas = self.deltas().to(arithmetic_dtype(gate_TF))
@@ -205,16 +212,6 @@ class SRDEFeedForward(nn.Module):
             return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, self.context, self.layer)
         self.context.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
-
-
-def _without_deepspeeds_hooks(act: Activation) -> Activation:
-    """For the experts' arithmetic: the hooks split what torch.compile sees and have it compiled anew for each layer.
-
-    DeepSpeed numbers every module that it gives hooks. They gather parameters, of which an activation has none.
-    """
-    if isinstance(act, nn.Module) and hasattr(act, "ds_id") and next(act.parameters(), None) is None:
-        return cast("Activation", act.forward)
-    return act
 
 
 def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_kÂ
 from __future__ import annotations
 
 from srde_ds.config import Config
+from srde_ds.distributed.expert_traffic import shards_atoms, slots
+from srde_ds.model.base_shape import LayerShape
 from srde_ds.model.supports.selection import support_size, value_count
-from srde_ds.planner.shapes import LayerShape, exchanges_rows, slots
 
 FP32, INT64 = 4, 8
 
@@ -71,7 +72,7 @@ def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
     adapter, t, width = config.adapter, tokens(config), 2 if config.model.bf16 else 4
     n, size = (f(adapter, layer.hidden, layer.intermediate) for f in (value_count, support_size))
     if adapter.granularity == "neuron":
-        # Gradients on their way through the experts' values, and of all deltas in three stages of theirs.
+        # Gradients on their way through the experts' values, and of all deltas at three points of theirs.
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
     else:  # of one expert's rows, and one of its matrices beside the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
@@ -112,9 +113,9 @@ def _atoms(config: Config, layer: LayerShape, world_size: int, width: int) -> fl
     adapter = config.adapter
     if not adapter.num_atoms:
         return 0
-    by_rows = exchanges_rows(config, world_size)
-    n = value_count(adapter, layer.hidden, layer.intermediate) / (world_size if by_rows else 1)
-    experts = adapter.num_experts if by_rows else slots(config)
+    sharded = shards_atoms(config, world_size)
+    n = value_count(adapter, layer.hidden, layer.intermediate) / (world_size if sharded else 1)
+    experts = adapter.num_experts if sharded else slots(adapter.num_experts, config.parallel.expert_parallel_size)
     copied = adapter.num_atoms if adapter.granularity == "neuron" else 0
     return (copied + 2 * experts) * n * width
 
@@ -147,7 +148,7 @@ def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remo
     """Each expert on its rows, and a copy of the deltas."""
     adapter = config.adapter
     rows, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
-    experts = slots(config) if remote else adapter.num_experts
+    experts = slots(config.adapter.num_experts, config.parallel.expert_parallel_size) if remote else adapter.num_experts
     # Of a row: x, the output and its product with the weight; gate, up and hidden values with and without the delta.
     hidden, intermediate, indices = (4, 10, 3) if remote else (3, 6 if first else 9, 1)
     values = hidden * layer.hidden + intermediate * layer.intermediate + 2

@@ -24,7 +24,8 @@ from itertools import accumulate
 from typing import Any
 
 from srde_ds.config import Config
-from srde_ds.planner.shapes import BaseShape, LayerShape, layer_trainables
+from srde_ds.model.base_shape import BaseShape, LayerShape
+from srde_ds.planner.trainables import layer_trainables
 
 # DeepSpeed's own defaults of its `stage3_` options.
 ZERO_DEFAULTS = {

@@ -1,4 +1,4 @@
-"""What a run must remember to go on, and its way into and out of checkpoints."""
+"""What a run must remember to go on, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from srde_ds.checkpoint.resume import (
     load_rank_state,
     load_run_state,
 )
-from srde_ds.checkpoint.save import CheckpointSaver, Collectives, SaveFailed
-from srde_ds.checkpoint.shards import read_pieces
+from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
+from srde_ds.checkpoint.shards import read_slices
 from srde_ds.config import AdapterConfig, Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.manifest import Manifest
+from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.processes import Topology, all_reduce_max, gather_objects, on_main_rank
+from srde_ds.distributed.processes import Topology
+from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import SRDEError
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
@@ -82,7 +84,7 @@ class RunState:
         tokens: tokens seen, padding excluded.
         warm_started: the routers were set by the warm start.
         unlock_order: experts in the order in which they are unlocked.
-        engine: the one at work; `Stages` sets it.
+        engine: the one at work; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
 
@@ -95,10 +97,7 @@ class RunState:
         self.warm_started = False
         self.unlock_order = list(range(config.adapter.num_experts))
         training = config.training
-        self.collectives = Collectives(
-            topology.rank, topology.world_size, lambda value: all_reduce_max(value, topology.device), gather_objects
-        )
-        self.saver = CheckpointSaver(training.output_dir, self.collectives, keep=training.save_total_limit)
+        self.saver = CheckpointSaver(training.output_dir, topology, keep=training.save_total_limit)
 
     @property
     def folder(self) -> Path:
@@ -154,7 +153,7 @@ class RunState:
         with self._as_configured(always_stop=final):
             self.saver.start(
                 self.step,
-                pieces=placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer),
+                slices=placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer),
                 rank_state={"random_state": random_state()},
                 run_state=run_state,
                 common_tensors=common,
@@ -164,7 +163,7 @@ class RunState:
                 self.saver.wait()
 
     def look_after_save(self) -> None:
-        """Let the save in flight, if any, go on to its next phase, without waiting for files. To be called each step.
+        """Let the save in flight, if any, go on to its next part, without waiting for files. To be called each step.
 
         Raises:
             SRDEError: on every rank, if it failed and `on_save_failure` is stop.
@@ -191,7 +190,8 @@ class RunState:
         resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
         if not resume_from:
             return None
-        saved = self.saved_at(on_main_rank(lambda: find_checkpoint(resume_from, output_dir), self.topology))
+        folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology)
+        saved = self.saved_at(Path(folder))
         self._check_same_options(saved)
         self._check_warm_start(saved)
         return saved
@@ -212,9 +212,8 @@ class RunState:
         """
         model, values, folder = self.engine.model, saved.values, saved.folder
         self._check_same_model(saved)
-        pieces = placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer)
-        read_pieces(folder, pieces)
-        placement.publish_masters(self.engine.deepspeed)
+        read_slices(folder, placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer))
+        internals.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
         model.load_selection_biases(common)
         for name in BALANCING_TENSORS:

@@ -46,7 +46,7 @@ def group_timeouts() -> set[float]:
 
     dist.destroy_process_group()  # the harness's
     topology.start_processes(33)
-    topology.deepspeed.utils.groups._clone_world_group()
+    topology.internals.deepspeed.utils.groups._clone_world_group()
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     assert len(groups) == 2
     return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}

@@ -9,7 +9,7 @@ import pytest
 
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.planner.shapes import base_shape
+from srde_ds.model.base_shape import base_shape
 from srde_ds.training.trained_values import describe_stages, stage_sizes
 from tests.helpers import tiny_llama, tiny_srde
 

@@ -105,8 +105,16 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close(complete=exception == (None, None, None))
+
+    def close(self, *, complete: bool) -> None:
+        """Close the file and the trackers.
+
+        Args:
+            complete: no error has ended the run: lines that still wait for room on the disk must be written.
+        """
         with self._closing:
-            if self.enabled and exception == (None, None, None):
+            if self.enabled and complete:
                 self._write_lines()
 
 
@@ -159,6 +167,9 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
