@@ -17,9 +17,9 @@ from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, 
 from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
-from srde_ds.liveness.contact import VERDICT_SECONDS, contact
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.launcher_watch import LauncherWatch
+from srde_ds.liveness.meeting import VERDICT_SECONDS, contact
 from srde_ds.liveness.status import doing
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.consistency import facts
@@ -58,7 +58,7 @@ def train(config: Config) -> None:
     launchers = LauncherWatch()
     doing("checking the inputs", step=0)
     try:
-        with contact(timeout, config.parallel.start_timeout) as others:
+        with contact(training.output_dir, timeout, config.parallel.start_timeout) as others:
             others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
             check_inputs(config)
             if rank == 0:

@@ -1,0 +1,163 @@
+"""The launched processes gather before torch's group exists, and are in touch from then on.
+
+Rank 0 makes torch's store, or finds that of torchrun's agent, and puts its port and the run's id there. Whoever starts
+another run on the same port finds it taken, or another id: it fails at once, and the first run does not notice.
+"""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import itertools
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from srde_ds.errors import LostContact, SRDEError
+from srde_ds.liveness.contact import Contact, Hub, Link
+from srde_ds.liveness.handshake import SecretFile, run_id
+from srde_ds.utils.launcher import launched_rank, launched_world_size
+
+# A rank whose collective failed because another one is lost waits so long for the verdict that names it.
+VERDICT_SECONDS = 15.0
+_OTHER_PORT = "Another run may use it: give this one another port (--master_port of deepspeed and torchrun)."
+# All ranks of a process count their runs alike; tests have many in one process.
+_runs = itertools.count()
+
+
+@contextmanager
+def contact(output_dir: str, timeout: float, start_timeout: float) -> Iterator[Contact]:
+    """Gather the launched processes, and stay in touch until the block ends.
+
+    Args:
+        output_dir: the run's folder, on storage that all ranks see.
+        timeout: seconds that ranks wait for others in a collective.
+        start_timeout: seconds that they wait for others to come. Long work at the start belongs into the block.
+
+    Raises:
+        LostContact: rank 0 did not answer in time, or the port belongs to another run.
+        SRDEError: rank 0 cannot write where `output_dir` is to be.
+    """
+    rank, world_size = launched_rank(), launched_world_size()
+    ours = Contact() if world_size == 1 else _meet(rank, world_size, output_dir, timeout, start_timeout)
+    error = ""
+    try:
+        yield ours
+    except SRDEError as failure:
+        error = str(failure)
+        raise
+    except BaseException as failure:
+        error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        if _another_rank_is_lost(failure):
+            time.sleep(0 if world_size == 1 else VERDICT_SECONDS)  # the verdict ends this process
+        raise
+    finally:
+        ours.leave(error)
+
+
+def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_timeout: float) -> Contact:
+    """Rank 0 opens its port and tells the others over the store through which torch's processes meet, too."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # torchrun's agent holds the store itself; and after a restart the store is still the old one.
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    key = f"srde_ds/contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
+    is_master = rank == 0 and not by_agent
+    run = run_id(output_dir, world_size)
+    file = SecretFile(output_dir, run)
+    try:
+        if not is_master:
+            _wait_for_port(address, port, start_timeout)
+        store = TCPStore(
+            address,
+            port,
+            None,
+            is_master=is_master,
+            timeout=datetime.timedelta(seconds=start_timeout),
+            wait_for_workers=False,
+            multi_tenant=True,  # init_process_group finds the same one
+        )
+        if rank == 0:
+            hub = Hub(
+                world_size,
+                timeout,
+                start_timeout,
+                file.create(),
+                address=listening_address(address),
+                all_have_come=file.remove,
+            )
+            hub.store = store  # held until the group has it
+            store.set(key, f"{run} {hub.port}")
+            return hub
+        found, hub_port = store.get(key).decode().split()
+        if found != run:
+            raise LostContact(f"port {port} of {address} belongs to another run. {_OTHER_PORT}")
+        try:
+            connection = socket.create_connection((address, int(hub_port)), timeout=start_timeout)
+        except ConnectionRefusedError:
+            raise LostContact(f"the run at port {port} of {address} has all its ranks. {_OTHER_PORT}") from None
+        return Link(rank, connection, _secret(file, output_dir, start_timeout), timeout)
+    except (dist.DistError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        if is_master:
+            raise LostContact(f"port {port} cannot be opened ({reason}). {_OTHER_PORT}") from None
+        raise LostContact(
+            f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Did it start, can "
+            "this host reach it, and is the port free?"
+        ) from None
+
+
+def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
+    """What rank 0 has written; network storage may show it a little later."""
+    deadline = time.monotonic() + seconds
+    while (secret := file.read()) is None:
+        if time.monotonic() > deadline:
+            raise LostContact(
+                f"output_dir={output_dir}: this host does not see what rank 0 has written beside it. It must be on "
+                "storage that all hosts share."
+            )
+        time.sleep(0.1)
+    return secret
+
+
+def listening_address(master: str) -> str:
+    """Where rank 0 listens: at the address under which the launcher makes it known, hence on the group's interface.
+
+    "" stands for all addresses: where that one is not this host's own (behind a translation of addresses), and where a
+    name stands for the loopback here but surely not on the other hosts, as Debian's /etc/hosts has it.
+    """
+    try:
+        address = str(socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)[0][4][0])
+        loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+        if loopback and master not in ("localhost", address):
+            return ""
+        socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET).close()
+    except OSError:
+        return ""
+    return address
+
+
+def _wait_for_port(address: str, port: int, seconds: float) -> None:
+    """Until something listens there. Torch's store waits by itself, but up to three times as long as it is told to.
+
+    Raises:
+        OSError: nothing did.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _another_rank_is_lost(error: BaseException) -> bool:
+    """gloo raises a plain RuntimeError."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
