@@ -86,7 +86,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
-    """Time and folder of each checkpoint with a readable manifest; one without is left alone for its owner to see."""
+    """Time and folder of each checkpoint with a readable manifest; others are left for their owner to look at."""
     found = []
     for path in run.glob("checkpoint-*"):
         if NAME.fullmatch(path.name):
@@ -96,7 +96,7 @@ def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
 
 
 def write_latest(run: Path, name: str) -> None:
-    """Point `latest` to a checkpoint: a kill leaves the former pointer or the new one."""
+    """Point `latest` to a checkpoint; a kill leaves either the old pointer or the new one."""
     pointer = run / f"{LATEST}.tmp"
     with open(pointer, "w", encoding="utf-8") as file:
         file.write(f"{name}\n")

@@ -1,4 +1,4 @@
-"""A checkpoint with smaller supports in the place of a checkpoint (docs/curriculum.md). Needs no deepspeed."""
+"""Replaces a checkpoint by one with smaller supports (docs/curriculum.md). Needs no deepspeed."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def prune_checkpoint(
     """Replace `checkpoint-<step>` by one of the same step whose supports have `density`. Called by every rank.
 
     `model.pruning.kept_positions` says which entries stay. Deltas, atoms, importance and all optimizer state keep the
-    values of these; the scores of a learned support are dropped. All else stays as it was, except that the run state's
-    adapter has the new density and support_hash, and that its `probe_loss` is None: the pruned model has another one.
+    values of these; the scores of a learned support are dropped. Everything else stays as it was, except that the run
+    state's adapter has the new density and support_hash, and that its `probe_loss` is None: that of the
+    pruned model was not measured.
 
     Ranks that are as many as saved the checkpoint share the layers; otherwise rank 0 does it all, so that one process
     may prune any checkpoint. A rank's memory holds one layer as it was, and its share of what stays.

@@ -1,4 +1,4 @@
-"""Writing checkpoints: a folder appears complete or not at all (docs/checkpoints.md).
+"""Writes checkpoints: a folder appears complete or not at all (docs/checkpoints.md).
 
 No torch.distributed here: the caller passes the collectives. Threads only write files. What the ranks must agree on,
 they agree on in the calling thread, so that it never runs beside the collectives of training.
@@ -51,7 +51,7 @@ _LOOK_AGAIN_SECONDS = 0.1
 
 
 class SaveFailed(SRDEError):
-    """A checkpoint could not be written; the former ones stand. Raised on all ranks alike."""
+    """A checkpoint could not be written; the earlier ones remain. All ranks raise it together."""
 
 
 class _Content(NamedTuple):
@@ -154,7 +154,7 @@ class CheckpointSaver:
 
         Raises:
             SaveFailed: on every rank, if any rank failed, with that rank's reason. Until `latest` is moved, the
-                previous checkpoint stands untouched.
+                previous checkpoint stays as it is.
         """
         if self._running is None:
             return True
@@ -217,7 +217,7 @@ class CheckpointSaver:
 
 
 class _HostCopies:
-    """Tensors in host memory, pinned for those of a GPU; the next save's go where the last one's were."""
+    """Copies of tensors in host memory, pinned for those of a GPU; each save reuses the buffers of the last one."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
@@ -277,7 +277,7 @@ def _publish(run: Path, name: str, step: int, world_size: int, records: Mapping[
     every = dict(records)
     for rank in range(world_size):
         every |= _rank_records(partial, rank)
-    ShardIndex(partial)  # every element is there once, or the checkpoint is not worth its name
+    ShardIndex(partial)  # refuses a checkpoint that lacks an element, or holds one more than once
     write_manifest(partial, step, world_size, every)
     if final.exists():
         os.rename(final, run / f"{name}.old")

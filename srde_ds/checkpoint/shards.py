@@ -1,4 +1,4 @@
-"""Parts of tensors in one safetensors file a rank, read back by global offset at any number of ranks."""
+"""Slices of tensors, in one safetensors file for each rank, read back by global offset at any number of ranks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FileRecord(TypedDict):
 
 
 def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
-    """Write a new file, fsync it, and hash what was meant to be written (so a later check also finds a lying disk)."""
+    """Write a new file, fsync it, and hash what was meant to be written, so that a check also finds a faulty disk."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb") as file:
         for chunk in chunks:
@@ -54,7 +54,7 @@ def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
 
 
 def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """What stands before the tensors in a safetensors file, and the names in the order of the tensors behind it.
+    """The header of a safetensors file, and the tensors' names in the order in which they follow it.
 
     Args:
         tensors: by name; of each only dtype and shape are read.

@@ -122,7 +122,7 @@ class Engine:
 
 
 def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
-    """The frozen base; each rank keeps 1 / world_size of its weights from the first byte on."""
+    """The frozen base; from the start each rank keeps only its share of the weights, 1 / world_size."""
     # from_pretrained finds the object through a weak reference: it must live until loading is done.
     keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
     base = load_base(

@@ -55,7 +55,7 @@ def expert_groups(expert_parallel_size: int) -> ExpertGroups:
 
 
 def place_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
-    """Keep this rank's experts of a model that has them all, and let its layers reach the others.
+    """Keep this rank's experts of a model that has them all, and let its layers reach the others' experts.
 
     Args:
         transport: "tokens" or "deltas".

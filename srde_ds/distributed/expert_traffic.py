@@ -25,7 +25,7 @@ class Traffic:
     Attributes:
         kind: what they carry.
         operation: "all_gather" and "reduce_scatter" of `size` bytes in all, "all_reduce" of `size` bytes on each
-            process, "all_to_all" of `size` bytes from each process, its own part included.
+            process, "all_to_all" of `size` bytes from each process, including what it sends to itself.
         ranks: processes that take part.
         stride: distance between their numbers: 1 for neighbours.
     """
@@ -38,15 +38,15 @@ class Traffic:
 
     @property
     def received(self) -> float:
-        """Bytes that a process gets from others; the least that the operation can do with."""
+        """Bytes that a process gets from others, at the least."""
         rounds = 2 if self.operation == "all_reduce" else 1
         return rounds * self.size * (self.ranks - 1) / self.ranks
 
     def between_nodes(self, gpus: int) -> float:
         """Bytes of `received`, a process, that must come from other nodes of `gpus` processes each.
 
-        A gather or sum enters a node once, whatever the number of its processes that take part; a row of an
-        all-to-all enters for the one process that wants it.
+        A gather or sum enters a node once, however many of its processes take part; what an all-to-all sends enters for
+        the one process that it is meant for.
         """
         local = max(1, min(self.ranks, gpus // self.stride))  # of the group's processes, on one node
         nodes = self.ranks / local

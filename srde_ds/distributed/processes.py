@@ -16,7 +16,7 @@ from torch import Tensor
 
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.gathering import gather_json
-from srde_ds.errors import SRDEError
+from srde_ds.errors import LostContact, SRDEError
 from srde_ds.utils.launcher import launched_rank as launched_rank
 
 
@@ -44,7 +44,7 @@ class Topology:
 
 
 def adopt_launcher() -> None:
-    """Put what the launcher says of the processes into torch's environment variables, if it has not done so itself."""
+    """Put what the launcher says about the processes into torch's environment variables, unless they are there."""
     if "RANK" in os.environ:
         return
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
@@ -60,12 +60,19 @@ def start_processes(timeout_seconds: float) -> Topology:
     The timeout also bounds every later collective, so that a lost rank ends the run instead of hanging it.
     """
     limit = datetime.timedelta(seconds=timeout_seconds)
-    # A line for each collective at its first use, about names that torch has deprecated and deepspeed still calls.
+    # Otherwise each collective warns at its first use of names that torch has deprecated and deepspeed still calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     internals.deepspeed.utils.logger.setLevel(logging.WARNING)
     internals.avoid_jit_builds()
     adopt_launcher()
-    internals.deepspeed.init_distributed(timeout=limit, verbose=False)
+    try:
+        internals.deepspeed.init_distributed(timeout=limit, verbose=False)
+    except dist.DistNetworkError as error:
+        port, reason = os.environ["MASTER_PORT"], str(error).splitlines()[0]
+        raise LostContact(
+            f"port {port} cannot be opened or reached ({reason}). Another run may use it: give this one another port "
+            "(--master_port of deepspeed and torchrun)."
+        ) from None
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():

@@ -2,7 +2,7 @@
 
 The reasons are in docs/design.md, "Placement".
 
-A transport stands where `LocalDispatch` stands in a layer. The deltas that the layer hands over are those of the
+A transport takes the place of `LocalDispatch` in a layer. The deltas that the layer passes to it are those of the
 experts that this rank holds: E_l of them, E_l · P ≥ E slots in all; slots from E on are padding that no token chooses.
 
 Collectives run in the same order on every rank, forwards and backwards: the graph of a layer has the same nodes

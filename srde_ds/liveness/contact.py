@@ -2,7 +2,7 @@
 
 Every rank holds a connection to rank 0 and reports over it. A connection that ends, silence, and a rank that is late
 for a collective lead to a verdict, which all ranks print or pass on, and which ends them: torch itself would wait for
-its timeout, in NCCL's case without a Python exception, and would not say for whom.
+its timeout, in NCCL's case end without a Python exception, and would not name the rank.
 
 The connections are made while the ranks gather, see `meeting.py` and `handshake.py`: each rank proves that it knows the
 run's secret, and once all have come rank 0 closes its port. What comes over a connection is data alone, of bounded
@@ -46,7 +46,7 @@ class Contact:
 
     Attributes:
         on_verdict: called once with the verdict before it ends the process.
-        store: torch's, held until the process group has it, too.
+        store: torch's; kept until the process group also holds it.
     """
 
     store: TCPStore | None = None
@@ -58,14 +58,14 @@ class Contact:
         self._thread = threading.Thread(target=self._run_safely, name="contact", daemon=True)
 
     def release_others(self) -> None:
-        """On rank 0: the others, which wait for its preparations, may go on."""
+        """On rank 0: let the others go on, which wait for its preparations."""
         self.others_may_go.set()
 
     def wait_for_main(self) -> None:
-        """On the other ranks: wait until rank 0 has called `release_others`, as long as it lives."""
+        """On the other ranks: wait until rank 0 has called `release_others`."""
 
     def leave(self, error: str) -> None:
-        """Say goodbye; `error` is empty in good order. The others end if it is not."""
+        """Say goodbye. `error` is empty if all is well; otherwise the others end, too."""
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -77,10 +77,10 @@ class Contact:
             logger.exception("The contact between the ranks has ended; a lost rank trips collective_timeout only.")
 
     def _end(self, verdict: Verdict, *, say: bool) -> None:
-        """Act on a verdict: the main thread may be in a collective that never ends, so the process goes from here."""
+        """Act on a verdict: the main thread may be in a collective that never ends, so this thread ends the process."""
         if self._ending.is_set():
             return
-        with contextlib.suppress(Exception):  # whatever it is, the process must end
+        with contextlib.suppress(Exception):  # whatever happens there, the process must end
             self.on_verdict(verdict)
         if say:
             print(f"srde-ds: error: {verdict.text}", file=sys.stderr)
@@ -142,7 +142,7 @@ class Hub(Contact):
     def leave(self, error: str) -> None:
         deadline = time.monotonic() + _LATECOMER_SECONDS
         while error and len(self._peers) < self.world_size and time.monotonic() < deadline:
-            time.sleep(_TICK_SECONDS)  # who comes later would find nobody, and say only that
+            time.sleep(_TICK_SECONDS)  # a rank that came later would find nobody, and could say only that
         self._ending.set()
         self._thread.join(5 * _TICK_SECONDS)
         for connection in self._ranks():

@@ -61,7 +61,7 @@ def contact(output_dir: str, timeout: float, start_timeout: float) -> Iterator[C
 
 
 def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_timeout: float) -> Contact:
-    """Rank 0 opens its port and tells the others over the store through which torch's processes meet, too."""
+    """Rank 0 opens its port and publishes it in the store that torch's own group will use."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # torchrun's agent holds the store itself; and after a restart the store is still the old one.
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -127,8 +127,8 @@ def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
 def listening_address(master: str) -> str:
     """Where rank 0 listens: at the address under which the launcher makes it known, hence on the group's interface.
 
-    "" stands for all addresses: where that one is not this host's own (behind a translation of addresses), and where a
-    name stands for the loopback here but surely not on the other hosts, as Debian's /etc/hosts has it.
+    "" means all addresses: needed where that address is not one of this host (behind network address translation), and
+    where a name means the loopback on this host alone, as in Debian's /etc/hosts.
     """
     try:
         address = str(socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)[0][4][0])
@@ -142,7 +142,7 @@ def listening_address(master: str) -> str:
 
 
 def _wait_for_port(address: str, port: int, seconds: float) -> None:
-    """Until something listens there. Torch's store waits by itself, but up to three times as long as it is told to.
+    """Wait until something listens there. Torch's store would wait, too, but up to three times as long as it is told.
 
     Raises:
         OSError: nothing did.

@@ -1,4 +1,4 @@
-"""Memory of a process, by kind and at each moment of a step, computed from a configuration."""
+"""Memory of a process by kind and at each moment of a step, computed from a configuration."""
 
 from __future__ import annotations
 

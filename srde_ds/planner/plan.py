@@ -1,4 +1,4 @@
-"""What a run takes on given machines, computed before anything is loaded."""
+"""What a run needs on given machines, computed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srde_ds.planner.trainables import trainable_values
 
 GIB, GB = 2**30, 1e9
 DAY = 86_400  # seconds
-# Run on a stream of their own beside the computation; all other collectives are waited for where they stand.
+# They run on a stream of their own beside the computation, which waits for all other collectives.
 OVERLAPPED = ("base gathered", "trainables gathered", "gradients")
 MOST_ROWS = 4096  # the search for the largest micro-batch ends there
 
@@ -103,7 +103,7 @@ class Plan:
             else empty.
         traffic: of a process in an optimizer step.
         moved: bytes of the transports that were compared; empty without expert parallelism.
-        largest_micro_batch: rows; 0: not even one fits.
+        largest_micro_batch: rows that fit; 0: not even one.
     """
 
     config: Config

@@ -39,12 +39,12 @@ logger = logging.getLogger(__name__)
 # Of the routing context: what the last step leaves to the next one's load balancing.
 BALANCING_TENSORS = ("expert_share", "target_share")
 
-# A resumed model that is the saved one gives the saved probe loss; the sum over a row differs in its last bits
-# between machines, and in bf16 by about 2^-8 of a token's loss.
+# How far a restored model's probe loss may be from the saved one: the sum over a row differs in its last bits between
+# machines, and in bf16 by about 2^-8 of a token's loss.
 _PROBE_TOLERANCE = {True: 2e-2, False: 1e-4}
 
 
-# What a run state holds, by its path in run.json; what came later has a default instead.
+# What every run state holds, by its path in run.json. Entries that were added later have defaults instead.
 _SAVED: dict[str, Any] = {
     "step": int,
     "tokens": int,
@@ -63,10 +63,11 @@ _SAVED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A checkpoint to go on from: what must be known before the model is built, and where the rest lies.
+    """A checkpoint to resume from: what must be known before the model is built, and where the rest is.
 
     Attributes:
-        density: of `supports`, those of all layers.
+        density: of `supports`.
+        supports: of all layers, top to bottom.
         values: the run state as it was saved.
     """
 
@@ -77,14 +78,14 @@ class SavedRun:
 
 
 class RunState:
-    """Position of the run, and the checkpoint that holds it.
+    """How far the run has come, and its checkpoints.
 
     Attributes:
         step: finished optimizer steps; also the position in the data, which is a pure function of it.
         tokens: tokens seen, padding excluded.
         warm_started: the routers were set by the warm start.
         unlock_order: experts in the order in which they are unlocked.
-        engine: the one at work; `Engines` sets it.
+        engine: the current one; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
 
@@ -105,7 +106,7 @@ class RunState:
         return Path(self.config.training.output_dir) / f"checkpoint-{self.saver.saved_step}"
 
     def remedy(self) -> str:
-        """What to do after a step whose numbers are not finite. Collective: it finishes the save in flight."""
+        """Advice after a step whose numbers are not finite. A collective: it finishes the save in flight."""
         failure = ""
         try:
             self.saver.wait()
@@ -182,7 +183,7 @@ class RunState:
                 logger.warning("%s Training goes on (on_save_failure=continue).", error)
 
     def find_saved(self) -> SavedRun | None:
-        """The checkpoint that `resume_from` means; None without it.
+        """The checkpoint that `resume_from` names; None if the run does not resume.
 
         Raises:
             SRDEError: no good checkpoint, or one of another adapter, seed, dataset or batch.
@@ -257,10 +258,10 @@ class RunState:
 
     def _check_same_options(self, saved: SavedRun) -> None:
         before, folder = saved.values, saved.folder
-        # An older checkpoint lacks newer options: their defaults.
+        # An older checkpoint lacks newer options, which then have their defaults.
         options = AdapterConfig().__dict__ | before["config"]["adapter"]
         same = {key: (options[key], value) for key, value in self.config.adapter.__dict__.items()}
-        del same["preset"]  # only stands for other options
+        del same["preset"]  # it only sets other options
         same["domains"] = before["config"]["data"]["domains"], self.config.data.domains
         same["seed"] = before["config"]["training"]["seed"], self.config.training.seed
         _refuse_difference(folder, same)
@@ -278,7 +279,7 @@ class RunState:
             )
 
     def _check_warm_start(self, saved: SavedRun) -> None:
-        """A warm start whose step is past would be left out in silence."""
+        """Refuse a warm start whose step has passed: it would be skipped without a word."""
         step, due = saved.values["step"], warm_start_step(self.config)
         if due is not None and due < step and not saved.values.get("warm_started", False):
             raise SRDEError(
@@ -287,7 +288,7 @@ class RunState:
             )
 
     def _check_same_mixing(self, saved: SavedRun) -> None:
-        """The rows up to the saved step must be those that were read; later ones may come in other shares."""
+        """The rows up to the saved step must be those that were read; later rows may be drawn in other shares."""
         keys = ("domain_weights", "mixing_temperature")
         given = {key: getattr(self.config.data, key) for key in keys}
         before = {key: saved.values["config"]["data"].get(key, getattr(DataConfig(), key)) for key in keys}
@@ -310,7 +311,7 @@ class RunState:
 
 
 def check_saved(values: dict[str, Any], common: dict[str, torch.Tensor], folder: Path) -> None:
-    """Refuse a checkpoint whose files are whole but hold something else than a run's state.
+    """Refuse a checkpoint whose files are intact but do not hold the state of a run.
 
     Raises:
         SRDEError: names what is missing or of another type.

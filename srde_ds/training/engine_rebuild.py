@@ -1,4 +1,4 @@
-"""Which engine a step needs: built for the supports of the moment, and built anew when they shrink."""
+"""Builds the engine for the supports of the moment, and builds another one when they shrink."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from srde_ds.training.schedule import density_at
 
 
 class Engines:
-    """Between two prunings one engine trains; a pruning goes through a checkpoint, like a change of machines.
+    """One engine trains between two prunings. Each pruning goes through a checkpoint, as a change of machines does.
 
-    The engine at work is `state.engine`.
+    `state.engine` is always the current one.
     """
 
     def __init__(self, config: Config, topology: Topology, state: RunState) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds a run: its inputs checked, its folder opened, its origin written down."""
+"""Before a run: check its inputs, open its folder, and record where it comes from."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def check_dry_run(config: Config) -> None:
 
 
 def prepare_data(config: Config) -> Path:
-    """The dataset folder; with `jsonl_data` it is built first, unless it is there already.
+    """The dataset folder; with `jsonl_data` the dataset is built first, unless it exists.
 
     Runs on rank 0 before the process group exists, so that no collective waits for it.
 
@@ -112,7 +112,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Check that `pretokenized_dir` fits the run. Reads no more than the manifest and the rows' headers.
 
     Raises:
-        SRDEError: it is damaged, was made for another base, length or set of domains, or lacks rows that are asked for.
+        SRDEError: it is damaged, was made for another base, length or set of domains, or lacks rows that are needed.
     """
     data = config.data
     folder = Path(str(data.pretokenized_dir))
@@ -149,7 +149,7 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:
-    """The shares of the domains among the rows, if the options ask for any.
+    """The shares of the domains among the rows; None if the options set none.
 
     Raises:
         SRDEError: they do not fit the dataset.
@@ -193,7 +193,7 @@ def open_run_folder(config: Config) -> None:
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "completed.json").unlink(missing_ok=True)
-    for name in ("evaluation.json", "evaluation_items.jsonl"):  # of weights that this run will replace
+    for name in ("evaluation.json", "evaluation_items.jsonl"):  # they belong to weights that this run will replace
         if (folder / name).exists():
             os.replace(folder / name, folder / f"earlier_{name}")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))

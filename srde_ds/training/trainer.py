@@ -22,7 +22,7 @@ from srde_ds.liveness.launcher_watch import LauncherWatch
 from srde_ds.liveness.meeting import VERDICT_SECONDS, contact
 from srde_ds.liveness.status import doing
 from srde_ds.training.checkpointing import RunState
-from srde_ds.training.consistency import facts
+from srde_ds.training.consistency import compared_facts
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.engine_rebuild import Engines
 from srde_ds.training.observers import observers
@@ -49,7 +49,7 @@ def train(config: Config) -> None:
     Raises:
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
             with the step's number; ranks that differ in software, options or data.
-        LostContact: rank 0 was not there. Later a lost rank ends this process (liveness/contact.py).
+        LostContact: rank 0 did not answer. A rank that is lost later ends this process (liveness/contact.py).
     """
     adopt_launcher()
     rank, timeout = launched_rank(), config.parallel.collective_timeout
@@ -85,7 +85,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     """The run on this rank, once all ranks have met. Returns the signal that stopped it, if one did."""
     folder = data_folder(config)
     manifest = load_manifest(folder)
-    check_same(facts(config, manifest), topology)
+    check_same(compared_facts(config, manifest), topology)
     doing("loading the base")
     torch.manual_seed(config.training.seed)
     stream = training_rows(config, topology, folder, manifest)

@@ -174,7 +174,7 @@ def test_owners_that_compute_send_only_effective_deltas(ministral: Path) -> None
 
 
 def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
-    """Few experts travel rather than thousands of tokens, many experts do not (DESIGN 4)."""
+    """Few experts travel rather than thousands of tokens, many experts do not (docs/design.md)."""
 
     def chosen(**options: Any) -> str:
         config = run_config(ministral, expert_parallel_size=8, **options)
