@@ -128,7 +128,7 @@ class Hub(Contact):
         self._secret, self._all_have_come = secret, all_have_come
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         self._listener: socket.socket | None = socket.create_server((address, 0), family=family, backlog=1024)
-        self.port = int(self._listener.getsockname()[1])
+        self.address, self.port = address, int(self._listener.getsockname()[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._visitors: dict[socket.socket, _Visitor] = {}

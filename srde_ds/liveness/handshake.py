@@ -23,15 +23,15 @@ from typing import Any
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.liveness.messages import Lines, send
 
-# Where a launcher names what it has started, it does so in one of these.
-_LAUNCH_VARIABLES = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "PMIX_NAMESPACE", "PYTHON_SRDE_DS_SUPERVISOR")
 _SECRET_BYTES = 32
 
 
 def run_id(output_dir: str, world_size: int) -> str:
-    """The same on all ranks of a run; another one for a run into another folder, of another size or launch."""
-    launch = [os.environ.get(name) for name in _LAUNCH_VARIABLES]
-    return hashlib.sha256(json.dumps([output_dir, world_size, launch]).encode()).hexdigest()[:16]
+    """The same on all ranks of a run; another one for a run into another folder or of another size.
+
+    Nothing from the environment: no variable reaches all ranks under every launcher.
+    """
+    return hashlib.sha256(json.dumps([output_dir, world_size]).encode()).hexdigest()[:16]
 
 
 class SecretFile:
@@ -65,8 +65,8 @@ class SecretFile:
     def read(self) -> str | None:
         """What rank 0 wrote, on another rank; None if it is not there."""
         for path in self._places:
-            with suppress(OSError):
-                return path.read_text()
+            with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+                return file.read(2 * _SECRET_BYTES)
         return None
 
     def remove(self) -> None:

@@ -6,11 +6,14 @@ another run on the same port finds it taken, or another id: it fails at once, an
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import ipaddress
 import itertools
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from srde_ds.utils.launcher import launched_rank, launched_world_size
 # A rank whose collective failed because another one is lost waits so long for the verdict that names it.
 VERDICT_SECONDS = 15.0
 _OTHER_PORT = "Another run may use it: give this one another port (--master_port of deepspeed and torchrun)."
+_SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 # All ranks of a process count their runs alike; tests have many in one process.
 _runs = itertools.count()
 
@@ -82,22 +86,18 @@ def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_tim
             multi_tenant=True,  # init_process_group finds the same one
         )
         if rank == 0:
-            hub = Hub(
-                world_size,
-                timeout,
-                start_timeout,
-                file.create(),
-                address=listening_address(address),
-                all_have_come=file.remove,
-            )
+            hub = _open_hub(world_size, timeout, start_timeout, file, listening_address(address))
             hub.store = store  # held until the group has it
-            store.set(key, f"{run} {hub.port}")
+            store.set(key, f"{run} {hub.port} {hub.address}")
             return hub
-        found, hub_port = store.get(key).decode().split()
+        found, hub_port, hub_address = store.get(key).decode().split(" ")
         if found != run:
-            raise LostContact(f"port {port} of {address} belongs to another run. {_OTHER_PORT}")
+            raise LostContact(
+                f"port {port} of {address} belongs to another run, or --output_dir is not the same on all ranks. "
+                f"{_OTHER_PORT}"
+            )
         try:
-            connection = socket.create_connection((address, int(hub_port)), timeout=start_timeout)
+            connection = socket.create_connection((hub_address or address, int(hub_port)), start_timeout)
         except ConnectionRefusedError:
             raise LostContact(f"the run at port {port} of {address} has all its ranks. {_OTHER_PORT}") from None
         return Link(rank, connection, _secret(file, output_dir, start_timeout), timeout)
@@ -109,6 +109,15 @@ def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_tim
             f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Did it start, can "
             "this host reach it, and is the port free?"
         ) from None
+
+
+def _open_hub(world_size: int, timeout: float, start_timeout: float, file: SecretFile, address: str) -> Hub:
+    secret = file.create()
+    try:
+        return Hub(world_size, timeout, start_timeout, secret, address=address, all_have_come=file.remove)
+    except OSError:
+        file.remove()
+        raise
 
 
 def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
@@ -125,11 +134,17 @@ def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
 
 
 def listening_address(master: str) -> str:
-    """Where rank 0 listens: at the address under which the launcher makes it known, hence on the group's interface.
+    """The address of this host at which the other ranks reach rank 0, on the interface that the group uses.
 
-    "" means all addresses: needed where that address is not one of this host (behind network address translation), and
-    where a name means the loopback on this host alone, as in Debian's /etc/hosts.
+    It is that of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else the one that MASTER_ADDR
+    means. "" means all addresses: needed where MASTER_ADDR is not an address of this host (behind network address
+    translation), and where a name means the loopback on this host alone, as in Debian's /etc/hosts.
     """
+    interfaces = {name for _, name in socket.if_nameindex()}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        if (interface := os.environ.get(variable, "")) in interfaces:
+            with contextlib.suppress(OSError):  # without an IPv4 address
+                return _address_of(interface)
     try:
         address = str(socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)[0][4][0])
         loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
@@ -139,6 +154,13 @@ def listening_address(master: str) -> str:
     except OSError:
         return ""
     return address
+
+
+def _address_of(interface: str) -> str:
+    """Its IPv4 address, from the kernel."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        request = struct.pack("256s", interface.encode())
+        return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
 
 
 def _wait_for_port(address: str, port: int, seconds: float) -> None:
