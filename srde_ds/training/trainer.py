@@ -97,25 +97,25 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     on_main_rank(lambda: open_run_folder(config), topology)
     heartbeat.start(state.step)
     curriculum = Curriculum(config, topology, stream, state)
-    run = Run(config, topology, state, curriculum, held_out, stop)
+    current = Run(config, topology, state, curriculum, held_out, stop)
     stopped: str | None = None
     watching = observers(heartbeat)
-    with observed(run, watching):
+    with observed(current, watching):
         while state.step < config.training.max_steps:
             doing("preparing the step", step=state.step + 1)
             engines.prune_if_due()
-            run.line = {}
+            current.line = {}
             for observer in watching:
-                observer.before_step(run)
-            run.line |= curriculum.between_steps(run.engine, held_out, run.interrupted)
+                observer.before_step(current)
+            current.line |= curriculum.between_steps(current.engine, held_out, current.interrupted)
             started = time.monotonic()
-            sums = optimizer_step(config, topology, run.engine, curriculum, state, run.interrupted)
+            sums = optimizer_step(config, topology, current.engine, curriculum, state, current.interrupted)
             if sums is None:
-                stopped = run.stopped_by()
+                stopped = current.stopped_by()
                 break  # the unfinished step is done anew after resuming
-            run.finish_step(sums, time.monotonic() - started)
+            current.finish_step(sums, time.monotonic() - started)
             for observer in watching:
-                observer.after_step(run)
+                observer.after_step(current)
     if stopped:
         if topology.is_main:
             print(f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.", flush=True)
