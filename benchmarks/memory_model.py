@@ -18,8 +18,8 @@ from benchmarks.tables import measured_on
 from srde_ds.config import resolve
 from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.memory import memory
-from srde_ds.planner.shapes import base_shape
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import run_distributed
 from tests.distributed.measures import Allocated, allocated, train_measuring

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.config import resolve
-from srde_ds.planner.shapes import base_shape
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.traffic import step_traffic
 from srde_ds.utils.environment import environment
 

@@ -15,9 +15,9 @@ from typing import Any
 from benchmarks.tables import ROOT, markdown, put_into
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.plan import DAY, GB, GIB, Machines, Plan, make_plan
-from srde_ds.planner.shapes import base_shape
 from srde_ds.utils.environment import environment
 
 BASE = Path(__file__).resolve().parent / "ministral_3_14b"
@@ -35,7 +35,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "atoms gathered": {"num_atoms": 16, "owner_computes": False},
 }
 NETWORKS = {"3200": 3200.0, "400": 400.0, "100": 100.0}
-# DESIGN §8: forward and backward on one H100, sequence 4096 x 2, full activation checkpointing, tokens a second.
+# Tokens a second on one H100, measured before this package existed (docs/scaling.md): forward and backward, sequence
+# 4096 x 2, full activation checkpointing.
 MEASURED = {"frozen base alone": 6160, "with neuron experts": 5193}
 
 
@@ -68,7 +69,7 @@ def row(gpus: int, adapter: str, network: str) -> dict[str, Any]:
 
 
 def utilisation() -> dict[str, float]:
-    """Share of 989 TFLOP/s that DESIGN §8's measured tokens a second come to, by the model's count of operations."""
+    """Share of 989 TFLOP/s that those measured tokens a second come to, by the model's count of operations."""
     config = resolve({}, RUN | {"gradient_accumulation_steps": 1})
     flops = step_flops(config, base_shape(config), 1)
     a_token = {"frozen base alone": sum(flops.values()) - flops["experts"], "with neuron experts": sum(flops.values())}

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srde_ds.checkpoint.save import CheckpointSaver, Collectives
-from srde_ds.checkpoint.shards import KINDS, TensorPiece, read_pieces
+from srde_ds.checkpoint.save import CheckpointSaver
+from srde_ds.checkpoint.shards import KINDS, TensorSlice, read_slices
+from srde_ds.distributed.together import Collectives
 
 SHAPES = {
     "layers.0.deltas.free": (7, 6, 3),
@@ -33,23 +34,23 @@ def make_tensors(shift: float = 0.0) -> Tensors:
     }
 
 
-def cut(tensors: Tensors, world_size: int, seed: int = 0) -> list[list[TensorPiece]]:
+def cut(tensors: Tensors, world_size: int, seed: int = 0) -> list[list[TensorSlice]]:
     """Uneven flat runs, several a rank and tensor, as expert parallelism makes them; some are empty."""
     draw = random.Random(seed)
-    ranks: list[list[TensorPiece]] = [[] for _ in range(world_size)]
+    ranks: list[list[TensorSlice]] = [[] for _ in range(world_size)]
     for (kind, name), tensor in tensors.items():
         flat = tensor.flatten()
         inner = sorted(draw.randint(0, flat.numel()) for _ in range(2 * world_size - 1))
         ends = [0, *inner, flat.numel()]
         for index, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
             ranks[index % world_size].append(
-                TensorPiece(name, kind, tuple(tensor.shape), start, flat[start:stop].clone())
+                TensorSlice(name, kind, tuple(tensor.shape), start, flat[start:stop].clone())
             )
     return ranks
 
 
-def blank(pieces: list[TensorPiece]) -> list[TensorPiece]:
-    return [TensorPiece(p.name, p.kind, p.global_shape, p.offset, torch.full_like(p.data, torch.nan)) for p in pieces]
+def blank(pieces: list[TensorSlice]) -> list[TensorSlice]:
+    return [TensorSlice(p.name, p.kind, p.global_shape, p.offset, torch.full_like(p.data, torch.nan)) for p in pieces]
 
 
 def thread_collectives(world_size: int) -> list[Collectives]:
@@ -91,7 +92,7 @@ def on_ranks(world_size: int, work: Callable[[Collectives], Any]) -> list[Any]:
 def contents(step: int, collectives: Collectives = ALONE) -> dict[str, Any]:
     """What one rank saves: tensors whose values tell the step."""
     return {
-        "pieces": cut(make_tensors(float(step)), collectives.world_size)[collectives.rank],
+        "slices": cut(make_tensors(float(step)), collectives.world_size)[collectives.rank],
         "rank_state": {"rng": [step, collectives.rank]},
         "run_state": {"tokens": step},
         "common_tensors": SUPPORT,
@@ -117,7 +118,7 @@ def save_on_ranks(
 def value_of(folder: Path) -> float:
     """The step that the tensors in a checkpoint tell; every element must say the same."""
     wanted = blank(cut(make_tensors(), 1)[0])
-    read_pieces(folder, wanted)
+    read_slices(folder, wanted)
     shifts = [
         found.data - piece.data
         for found, piece in zip(wanted, cut(make_tensors(), 1)[0], strict=True)

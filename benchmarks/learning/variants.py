@@ -27,7 +27,7 @@ from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import select_support
 from srde_ds.optim import gram_muon
 from srde_ds.optim.shards import MatrixShard
-from srde_ds.training.engine_rebuild import Stages
+from srde_ds.training.engine_rebuild import Engines
 
 Patch = AbstractContextManager[Any]
 LAYERS = 30  # of SmolLM2-135M
@@ -68,7 +68,7 @@ def neurons_by_depth(sizes: Sequence[int]) -> Patch:
     stored = cycle(sizes)  # loading asks once for each layer, from the first on
     patches.enter_context(mock.patch("srde_ds.model.adapter.support_shape", lambda *_: (next(stored),)))
     # A layer with more neurons than the config says would be pruned.
-    patches.enter_context(mock.patch.object(Stages, "_must_shrink", lambda *_: False))
+    patches.enter_context(mock.patch.object(Engines, "_must_shrink", lambda *_: False))
     return patches
 
 

@@ -85,7 +85,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
-    """Time and folder of each checkpoint with a readable manifest; one without is left alone for its owner to see."""
+    """Time and folder of each checkpoint with a readable manifest; others are left for their owner to look at."""
     found = []
     for path in run.glob("checkpoint-*"):
         if CHECKPOINT_NAME.fullmatch(path.name):

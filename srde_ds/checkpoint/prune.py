@@ -1,52 +1,49 @@
-"""A checkpoint with smaller supports in the place of a checkpoint (docs/curriculum.md). Needs no deepspeed."""
+"""Replaces a checkpoint by one with smaller supports (docs/curriculum.md). Needs no deepspeed."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
 from srde_ds.checkpoint.layout import COMMON, read_manifest
 from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
-from srde_ds.checkpoint.save import CheckpointSaver, Collectives
+from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
 from srde_ds.config.values import checked
-from srde_ds.distributed.tensor_shard import KINDS, TensorPiece
+from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
+from srde_ds.distributed.together import Collectives, Ranks, together
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, empty_base
 from srde_ds.model.supports.pruning import at_positions, kept_positions
 from srde_ds.model.supports.selection import support_size
-from srde_ds.utils.files import io_reason
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.schema import support_hash
 
-Result = TypeVar("Result")
-
-# Waiting ranks look again so often that no collective of theirs comes near its timeout.
-_LOOK_AGAIN_SECONDS = 0.1
 # Ranks that are threads of one process take turns: its memory holds one layer at a time.
 _one_layer = threading.Lock()
 
 
 def prune_checkpoint(
-    folder: str | Path, density: float, *, collectives: Collectives, keep: int, base: str | Path | None = None
+    folder: str | Path, density: float, *, ranks: Ranks, keep: int, base: str | Path | None = None
 ) -> Path:
     """Replace `checkpoint-<step>` by one of the same step whose supports have `density`. Called by every rank.
 
     `model.pruning.kept_positions` says which entries stay. Deltas, atoms, importance and all optimizer state keep the
-    values of these; the scores of a learned support are dropped. All else stays as it was, except that the run state's
-    adapter has the new density and support_hash, and that its `probe_loss` is None: the pruned model has another one.
+    values of these; the scores of a learned support are dropped. Everything else stays as it was, except that the run
+    state's adapter has the new density and support_hash, and that its `probe_loss` is None: that of the
+    pruned model was not measured.
 
     Ranks that are as many as saved the checkpoint share the layers; otherwise rank 0 does it all, so that one process
     may prune any checkpoint. A rank's memory holds one layer as it was, and its share of what stays.
 
     Args:
-        collectives: of the ranks that call; see `checkpoint.save`.
+        ranks: those that call.
         keep: checkpoints to keep in the run's folder, this one included; it becomes the latest.
         base: id or folder of the base, whose configuration gives the supports' sizes; default: the one that the
             checkpoint names.
@@ -60,19 +57,19 @@ def prune_checkpoint(
             at any point, leaves the old checkpoint or the new one, complete.
     """
     source = Path(folder)
-    step, ranks = _together(collectives, lambda: _step_and_ranks(source))
+    step, saved_by = together(lambda: _step_and_ranks(source), ranks, long=True)
     target = source.parent / f"checkpoint-{step}"
-    if ranks == collectives.world_size:
-        content = _together(collectives, lambda: _content(source, density, base, collectives.rank, ranks))
-        with CheckpointSaver(source.parent, collectives, keep=keep) as saver:
+    if saved_by == ranks.world_size:
+        content = together(lambda: _content(source, density, base, ranks.rank, saved_by), ranks, long=True)
+        with CheckpointSaver(source.parent, ranks, keep=keep) as saver:
             saver.start(step, **content, copy_first=False)
         return target
 
     def as_it_was_saved() -> None:
-        if collectives.rank == 0:
-            _on_threads(ranks, lambda other: prune_checkpoint(source, density, collectives=other, keep=keep, base=base))
+        if ranks.rank == 0:
+            _on_threads(saved_by, lambda thread: prune_checkpoint(source, density, ranks=thread, keep=keep, base=base))
 
-    _together(collectives, as_it_was_saved)
+    together(as_it_was_saved, ranks, long=True)
     return target
 
 
@@ -165,7 +162,7 @@ def _content(source: Path, density: float, base: str | Path | None, rank: int, r
             f"density={density}: supports of {pruned.sizes[0]} entries, where '{source}' has {pruned.old_sizes[0]}; "
             "pruning makes them smaller. Give a lower density."
         )
-    pieces, supports = [], []
+    slices, supports = [], []
     for layer in range(len(pruned.sizes)):
         if rank not in (0, layer % ranks):
             continue
@@ -175,30 +172,13 @@ def _content(source: Path, density: float, base: str | Path | None, rank: int, r
                 supports.append(pruned.support(layer, positions))
             if rank == layer % ranks:
                 for (kind, name), tensor in pruned.tensors(layer, positions).items():
-                    pieces.append(TensorPiece(name, kind, tuple(tensor.shape), 0, tensor.flatten()))
-    content = {"pieces": pieces, "rank_state": load_rank_state(source, rank), "run_state": {}, "common_tensors": {}}
+                    slices.append(TensorSlice(name, kind, tuple(tensor.shape), 0, tensor.flatten()))
+    content = {"slices": slices, "rank_state": load_rank_state(source, rank), "run_state": {}, "common_tensors": {}}
     if rank == 0:
         adapter = replace(pruned.metadata, support_hash=support_hash(supports))
         content["run_state"] = load_run_state(source) | {"adapter": adapter.to_dict(), "probe_loss": None}
         content["common_tensors"] = pruned.common_tensors(supports)
     return content
-
-
-def _together(collectives: Collectives, work: Callable[[], Result]) -> Result:
-    """Each rank's result of its `work`, or on all ranks the first failing one's reason. Takes as long as it takes."""
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(work)
-        while collectives.all_reduce_max(int(not running.done())):
-            wait([running], _LOOK_AGAIN_SECONDS)
-    error = running.exception()
-    reason = io_reason(error) if isinstance(error, OSError) else str(error or "")
-    foreseen = error is None or isinstance(error, SRDEError | OSError)
-    reasons: list[str] = collectives.gather(reason if foreseen else "an unforeseen error, see its traceback")
-    failures = [(rank, why) for rank, why in enumerate(reasons) if why]
-    if failures and foreseen:
-        rank, why = failures[0]
-        raise SRDEError(why if rank == collectives.rank else f"rank {rank}: {why}") from None
-    return running.result()
 
 
 def _on_threads(ranks: int, work: Callable[[Collectives], Any]) -> None:

@@ -1,4 +1,4 @@
-"""Finding a checkpoint, checking every byte of it, and reading what it holds (docs/checkpoints.md)."""
+"""Finds a checkpoint, checks every byte of it, and reads its contents (docs/checkpoints.md)."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
-    """The verified checkpoint that `resume_from` means. Call it on rank 0: it reads all files once.
+    """The checkpoint that `resume_from` names, verified. Call it on rank 0: it reads all files once.
 
     Args:
         resume_from: a checkpoint folder, a run folder (its `latest` counts), or "latest" for `output_dir`'s.
-        field: the option that it came from, for messages.
+        field: the option that `resume_from` came from, for messages.
 
     Raises:
         SRDEError: there is none, or it is damaged; the message names it and offers the newest good one. Nothing is
@@ -129,7 +129,7 @@ def load_common_tensors(folder: str | Path) -> dict[str, Tensor]:
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """A file that the disk or its permissions withhold is as good as damaged."""
+    """A file that cannot be read counts as damaged."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Writing checkpoints: a folder appears complete or not at all (docs/checkpoints.md).
+"""Writes checkpoints: a folder appears complete or not at all (docs/checkpoints.md).
 
-No torch.distributed here: the caller passes the two collectives. Threads only write files. What the ranks must agree
-on, they agree on in the calling thread, so that it never runs beside the collectives of training.
+No torch.distributed here: the caller passes the collectives. Threads only write files. What the ranks must agree on,
+they agree on in the calling thread, so that it never runs beside the collectives of training.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,44 +34,42 @@ from srde_ds.checkpoint.layout import (
     write_manifest,
 )
 from srde_ds.checkpoint.shards import FileRecord, ShardIndex, shard_name, write_shard, write_tensors
-from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.distributed.tensor_slice import TensorSlice
+from srde_ds.distributed.together import Ranks, attempt
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import io_reason, sync
+from srde_ds.utils.files import sync
 from srde_ds.weights.locate import read_latest
 
 logger = logging.getLogger(__name__)
 
-# What a rank says of its part of a phase; the largest counts. One that fails waits for those that still write.
+Result = TypeVar("Result")
+
+# How far a rank is with a part; the largest counts. One that fails waits for those that still write.
 _DONE, _FAILED, _RUNNING = 0, 1, 2
 # Waiting ranks look again so often that no collective of theirs comes near its timeout.
 _LOOK_AGAIN_SECONDS = 0.1
 
 
 class SaveFailed(SRDEError):
-    """A checkpoint could not be written; the former ones stand. Raised on all ranks alike."""
+    """A checkpoint could not be written; the earlier ones remain. All ranks raise it together."""
 
 
-class Collectives(NamedTuple):
-    """This rank among those that save together.
+class _Content(NamedTuple):
+    """What a rank writes; see `CheckpointSaver.start`."""
 
-    Attributes:
-        all_reduce_max: the largest of the ranks' integers.
-        gather: every rank's (small) object, by rank.
-    """
-
-    rank: int
-    world_size: int
-    all_reduce_max: Callable[[int], int]
-    gather: Callable[[Any], list[Any]]
+    slices: Sequence[TensorSlice]
+    rank_state: Mapping[str, Any]
+    run_state: Mapping[str, Any]
+    common_tensors: Mapping[str, Tensor]
 
 
-class _Phase(NamedTuple):
-    """A part of a save that all ranks must have done before the next one begins."""
+class _Part(NamedTuple):
+    """A part of a save that all ranks must have finished before the next one begins."""
 
     work: Callable[[], None]
     problem: str
     saved_step: int | None
-    """what is saved once the phase is done"""
+    """what is saved once this part is done"""
 
 
 class CheckpointSaver:
@@ -89,11 +87,11 @@ class CheckpointSaver:
         saved_step: of the last checkpoint that is complete; the caller may set it after resuming.
     """
 
-    def __init__(self, output_dir: str | Path, collectives: Collectives, *, keep: int) -> None:
-        self.run, self.collectives, self.keep = Path(output_dir), collectives, keep
+    def __init__(self, output_dir: str | Path, ranks: Ranks, *, keep: int) -> None:
+        self.run, self.ranks, self.keep = Path(output_dir), ranks, keep
         self.saved_step: int | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._phases: deque[_Phase] = deque()
+        self._parts: deque[_Part] = deque()
         self._running: Future[None] | None = None
         self._host = _HostCopies()
 
@@ -101,7 +99,7 @@ class CheckpointSaver:
         self,
         step: int,
         *,
-        pieces: Sequence[TensorPiece],
+        slices: Sequence[TensorSlice],
         rank_state: Mapping[str, Any],
         run_state: Mapping[str, Any],
         common_tensors: Mapping[str, Tensor],
@@ -110,7 +108,7 @@ class CheckpointSaver:
         """Begin to write `checkpoint-<step>`, after the save in flight, if any, is done.
 
         Args:
-            pieces: this rank's runs; over all ranks each element of each tensor exactly once.
+            slices: what this rank holds; over all ranks each element of each tensor exactly once.
             rank_state: JSON-able state of this rank (random number generators).
             run_state: JSON-able state of the run, written by rank 0 (config, data position, adapter metadata, ...).
             common_tensors: tensors that all ranks share (supports, ...), written by rank 0.
@@ -121,33 +119,33 @@ class CheckpointSaver:
             SaveFailed: this or the former checkpoint cannot be written.
         """
         self.wait()
-        rank, run, name = self.collectives.rank, self.run, f"checkpoint-{step}"
+        rank, run, name = self.ranks.rank, self.run, f"checkpoint-{step}"
         problem = f"{name} was not saved"
-        with self._together(problem):
+
+        def prepare() -> _Content:
             if rank == 0:
                 _prepare(run, name)
-            else:
-                common_tensors = {}
-            if copy_first:
-                pieces, common_tensors = self._host.copies(pieces, common_tensors)
-                rank_state, run_state = copy.deepcopy((rank_state, run_state))
+            content = _Content(slices, rank_state, run_state, common_tensors if rank == 0 else {})
+            return self._host.copy(content) if copy_first else content
+
+        content = self._together(prepare, problem)
 
         records: dict[str, FileRecord] = {}
 
         def write() -> None:
-            records.update(_write_files(run / f"{name}.tmp", rank, pieces, rank_state, run_state, common_tensors))
+            records.update(_write_files(run / f"{name}.tmp", rank, content))
 
         def publish() -> None:
             if rank == 0:
-                _publish(run, name, step, self.collectives.world_size, records)
+                _publish(run, name, step, self.ranks.world_size, records)
 
         def remove_older() -> None:
             if rank == 0:
                 _remove_older(run, self.keep, newest=name)
 
         older = f"{name} was saved, but an older checkpoint could not be removed"
-        self._phases.extend(
-            [_Phase(write, problem, None), _Phase(publish, problem, step), _Phase(remove_older, older, None)]
+        self._parts.extend(
+            [_Part(write, problem, None), _Part(publish, problem, step), _Part(remove_older, older, None)]
         )
         self._running = self._thread.submit(write)
 
@@ -156,24 +154,23 @@ class CheckpointSaver:
 
         Raises:
             SaveFailed: on every rank, if any rank failed, with that rank's reason. Until `latest` is moved, the
-                previous checkpoint stands untouched.
+                previous checkpoint stays as it is.
         """
         if self._running is None:
             return True
         running = self._running
         state = _RUNNING if not running.done() else _FAILED if running.exception() else _DONE
-        state = self.collectives.all_reduce_max(state)
+        state = self.ranks.all_reduce_max(state)
         if state == _RUNNING:
             return False
-        phase, self._running = self._phases.popleft(), None
+        part, self._running = self._parts.popleft(), None
         if state == _FAILED:
-            self._phases.clear()
-            with self._together(phase.problem):
-                running.result()
-        if phase.saved_step is not None:
-            self.saved_step = phase.saved_step
-        if self._phases:
-            self._running = self._thread.submit(self._phases[0].work)
+            self._parts.clear()
+            self._together(running.result, part.problem)
+        if part.saved_step is not None:
+            self.saved_step = part.saved_step
+        if self._parts:
+            self._running = self._thread.submit(self._parts[0].work)
         return self._running is None
 
     def wait(self) -> None:
@@ -188,6 +185,10 @@ class CheckpointSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None) -> None:
+        """What the end of its context does after `error`, or in good order."""
         if error is None:
             self.wait()
         elif isinstance(error, SRDEError):
@@ -198,45 +199,31 @@ class CheckpointSaver:
         elif self._running is not None:
             wait([self._running])
 
-    @contextmanager
-    def _together(self, problem: str) -> Iterator[None]:
-        """Run the block on all ranks: it succeeds on all, or raises on all, with the first failing rank's reason."""
-        rank = self.collectives.rank
-        foreseen, reason = False, "an unforeseen error, see its traceback"
-        try:
-            yield
-            foreseen, reason = True, ""
-        except SRDEError as error:
-            foreseen, reason = True, str(error)
-        except OSError as error:
-            foreseen, reason = True, io_reason(error)
-        finally:  # also on the way out of an unforeseen exception: no rank may wait for this one
-            reports: list[tuple[bool, str]] = self.collectives.gather((foreseen, reason))
-        failures = [(number, why) for number, (_, why) in enumerate(reports) if why]
-        if not failures:
-            return
-        if rank == 0:
+    def _together(self, work: Callable[[], Result], problem: str) -> Result:
+        """What `work` returns, once it has succeeded on all ranks; else SaveFailed on all, with the reason."""
+        outcome = attempt(work, self.ranks)
+        failure, error = outcome.failure, outcome.own.exception()
+        if failure is None or (error is not None and not isinstance(error, SRDEError | OSError)):
+            return outcome.own.result()
+        if self.ranks.rank == 0:
             with suppress(OSError):  # what cannot be removed now is removed by the next save
                 _clear_leftovers(self.run)
         standing = None
         with suppress(OSError):
             standing = read_latest(self.run)
         stays = f" '{standing}' stays the latest checkpoint." if standing else ""
-        number, why = failures[0]
-        message = f"'{self.run}': {problem}: rank {number}: {why.rstrip('.')}.{stays}"
-        raise SaveFailed(message) if all(known for known, _ in reports) else SRDEError(message)
+        message = f"'{self.run}': {problem}: rank {failure.rank}: {failure.reason.rstrip('.')}.{stays}"
+        raise SaveFailed(message) if failure.foreseen else SRDEError(message)
 
 
 class _HostCopies:
-    """Tensors in host memory, pinned for those of a GPU; the next save's go where the last one's were."""
+    """Copies of tensors in host memory, pinned for those of a GPU; each save reuses the buffers of the last one."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
 
-    def copies(
-        self, pieces: Sequence[TensorPiece], tensors: Mapping[str, Tensor]
-    ) -> tuple[list[TensorPiece], dict[str, Tensor]]:
-        sources = [piece.data for piece in pieces] + list(tensors.values())
+    def copy(self, content: _Content) -> _Content:
+        sources = [part.data for part in content.slices] + list(content.common_tensors.values())
         if [_kind(buffer) for buffer in self._buffers] != [_kind(source) for source in sources]:
             self._buffers = []  # freed before the new ones are made
             self._buffers = [
@@ -247,7 +234,11 @@ class _HostCopies:
         if any(source.is_cuda for source in sources):
             torch.cuda.current_stream().synchronize()
         data = iter(self._buffers)
-        return [replace(piece, data=next(data)) for piece in pieces], {name: next(data) for name in tensors}
+        return _Content(
+            [replace(part, data=next(data)) for part in content.slices],
+            *copy.deepcopy((content.rank_state, content.run_state)),
+            {name: next(data) for name in content.common_tensors},
+        )
 
 
 def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
@@ -261,23 +252,16 @@ def _prepare(run: Path, name: str) -> None:
     (run / f"{name}.tmp").mkdir()
 
 
-def _write_files(
-    partial: Path,
-    rank: int,
-    pieces: Sequence[TensorPiece],
-    rank_state: Mapping[str, Any],
-    run_state: Mapping[str, Any],
-    common_tensors: Mapping[str, Tensor],
-) -> dict[str, FileRecord]:
+def _write_files(partial: Path, rank: int, content: _Content) -> dict[str, FileRecord]:
     """Write this rank's files, and return what the manifest says of those that only rank 0 writes."""
     records: dict[str, FileRecord] = {}
     try:
-        shard = write_shard(partial, rank, pieces)
+        shard = write_shard(partial, rank, content.slices)
         # The shard's hash travels in the rank's small file: no rank reads another's gigabytes.
-        write_json(partial / rank_name(rank), {"shard": shard, "state": dict(rank_state)})
+        write_json(partial / rank_name(rank), {"shard": shard, "state": dict(content.rank_state)})
         if rank == 0:
-            records[RUN_STATE] = write_json(partial / RUN_STATE, run_state)
-            records[COMMON] = write_tensors(partial / COMMON, common_tensors, {})
+            records[RUN_STATE] = write_json(partial / RUN_STATE, content.run_state)
+            records[COMMON] = write_tensors(partial / COMMON, content.common_tensors, {})
     except OSError:
         # At once, not when the ranks have agreed: what else the run writes needs room on a full disk.
         for name in (shard_name(rank), rank_name(rank)):
@@ -293,7 +277,7 @@ def _publish(run: Path, name: str, step: int, world_size: int, records: Mapping[
     every = dict(records)
     for rank in range(world_size):
         every |= _rank_records(partial, rank)
-    ShardIndex(partial)  # every element is there once, or the checkpoint is not worth its name
+    ShardIndex(partial)  # refuses a checkpoint that lacks an element, or holds one more than once
     write_manifest(partial, step, world_size, every)
     if final.exists():
         os.rename(final, run / f"{name}.old")

@@ -1,4 +1,4 @@
-"""Parts of tensors in one safetensors file a rank, read back by global offset at any number of ranks."""
+"""Slices of tensors, in one safetensors file for each rank, read back by global offset at any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from srde_ds.distributed.tensor_shard import KINDS, TensorPiece
+from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.dtypes import SAFETENSORS_NAMES
 
@@ -32,7 +32,7 @@ class FileRecord(TypedDict):
 
 
 def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
-    """Write a new file, fsync it, and hash what was meant to be written (so a later check also finds a lying disk)."""
+    """Write a new file, fsync it, and hash what was meant to be written, so that a check also finds a faulty disk."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb") as file:
         for chunk in chunks:
@@ -45,7 +45,7 @@ def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
 
 
 def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """What stands before the tensors in a safetensors file, and the names in the order of the tensors behind it.
+    """The header of a safetensors file, and the tensors' names in the order in which they follow it.
 
     Args:
         tensors: by name; of each only dtype and shape are read.
@@ -90,28 +90,28 @@ def shard_name(rank: int) -> str:
     return f"shard-{rank:05d}.safetensors"
 
 
-def write_shard(folder: str | Path, rank: int, pieces: Sequence[TensorPiece]) -> FileRecord:
+def write_shard(folder: str | Path, rank: int, slices: Sequence[TensorSlice]) -> FileRecord:
     """Write `shard-<rank>.safetensors` with keys `{kind}/{name}/{offset}`, fsynced. The file must not exist yet.
 
     Raises:
         OSError: the file cannot be written.
-        SRDEError: two pieces start at the same element.
+        SRDEError: two slices start at the same element.
     """
     tensors: dict[str, Tensor] = {}
     places: dict[str, dict[str, Any]] = {}
-    for piece in pieces:
-        if piece.data.numel() == 0:
+    for part in slices:
+        if part.data.numel() == 0:
             continue
-        key = f"{piece.kind}/{piece.name}/{piece.offset}"
+        key = f"{part.kind}/{part.name}/{part.offset}"
         if key in tensors:
-            raise SRDEError(f"rank {rank} gave two pieces '{key}'.")
-        tensors[key] = piece.data
-        places[key] = {"global_shape": list(piece.global_shape), "offset": piece.offset, "stride": piece.stride}
+            raise SRDEError(f"rank {rank} gave two slices '{key}'.")
+        tensors[key] = part.data
+        places[key] = {"global_shape": list(part.global_shape), "offset": part.offset, "stride": part.stride}
     return write_tensors(Path(folder) / shard_name(rank), tensors, {"pieces": json.dumps(places)})
 
 
 class _Stored(NamedTuple):
-    """A piece in a file: `runs` runs of `length` elements, `stride` apart from `start` on."""
+    """A slice in a file: `runs` runs of `length` elements, `stride` apart from `start` on."""
 
     start: int
     stop: int
@@ -145,9 +145,9 @@ class ShardIndex:
 
     def _check_coverage(self, kind: str, name: str, stored: list[_Stored]) -> None:
         total = math.prod(self.shapes[kind, name])
-        if all(piece.runs == 1 for piece in stored):
+        if all(item.runs == 1 for item in stored):
             reached = 0
-            for start, stop in [*((piece.start, piece.stop) for piece in stored), (total, total)]:
+            for start, stop in [*((item.start, item.stop) for item in stored), (total, total)]:
                 if start != reached:
                     fault = "is missing" if start > reached else "holds more than once"
                     raise SRDEError(
@@ -156,15 +156,15 @@ class ShardIndex:
                     )
                 reached = stop
             return
-        held = sum(piece.runs * piece.length for piece in stored)
+        held = sum(item.runs * item.length for item in stored)
         if held != total:  # also keeps a forged shape from taking memory
             raise SRDEError(
                 f"checkpoint '{self.folder}': holds {held} of the elements of '{name}' ({kind}), "
                 f"shape {self.shapes[kind, name]}."
             )
         count = torch.zeros(total, dtype=torch.uint8)
-        for piece in stored:
-            piece.view(count).add_(1)
+        for item in stored:
+            item.view(count).add_(1)
         wrong = (count != 1).nonzero()
         if len(wrong):
             first = int(wrong[0])
@@ -205,59 +205,59 @@ class ShardIndex:
     def tensor(self, kind: str, name: str) -> Tensor:
         """One whole tensor, on the CPU; errors as `read`."""
         shape = self.shapes.get((kind, name), ())
-        piece = TensorPiece(name, kind, shape, 0, torch.empty(math.prod(shape)))
-        self.read([piece])
-        return piece.data.view(shape)
+        item = TensorSlice(name, kind, shape, 0, torch.empty(math.prod(shape)))
+        self.read([item])
+        return item.data.view(shape)
 
-    def read(self, wanted: Sequence[TensorPiece]) -> None:
-        """Fill each piece's `data` in place, reading only the bytes that overlap.
+    def read(self, wanted: Sequence[TensorSlice]) -> None:
+        """Fill each slice's `data` in place, reading only the bytes that overlap.
 
         Raises:
             SRDEError: a tensor is missing or has another shape.
         """
         copies: dict[Path, list[tuple[str, int, int, Tensor]]] = defaultdict(list)
-        strided: dict[tuple[str, str], list[TensorPiece]] = defaultdict(list)
-        for piece in wanted:
-            shape = self.shapes.get((piece.kind, piece.name))
-            if shape != tuple(piece.global_shape):
+        strided: dict[tuple[str, str], list[TensorSlice]] = defaultdict(list)
+        for item in wanted:
+            shape = self.shapes.get((item.kind, item.name))
+            if shape != tuple(item.global_shape):
                 found = f"has shape {shape}" if shape is not None else "is not in it"
-                similar = nearest(piece.name, (name for kind, name in self.shapes if kind == piece.kind))
+                similar = nearest(item.name, (name for kind, name in self.shapes if kind == item.kind))
                 raise SRDEError(
-                    f"checkpoint '{self.folder}': '{piece.name}' ({piece.kind}) {found}, "
-                    f"but shape {tuple(piece.global_shape)} is wanted.{similar if shape is None else ''}"
+                    f"checkpoint '{self.folder}': '{item.name}' ({item.kind}) {found}, "
+                    f"but shape {tuple(item.global_shape)} is wanted.{similar if shape is None else ''}"
                 )
-            stored = self._stored[piece.kind, piece.name]
-            if piece.data.dim() == 2 or any(part.runs > 1 for part in stored):
-                strided[piece.kind, piece.name].append(piece)
+            stored = self._stored[item.kind, item.name]
+            if item.data.dim() == 2 or any(part.runs > 1 for part in stored):
+                strided[item.kind, item.name].append(item)
                 continue
-            first, last = piece.offset, piece.offset + piece.data.numel()
+            first, last = item.offset, item.offset + item.data.numel()
             for part in stored[max(0, bisect_right(stored, first, key=lambda part: part.start) - 1) :]:
                 if part.start >= last:
                     break
                 start, stop = max(part.start, first), min(part.stop, last)
-                target = piece.data[start - first : stop - first]
+                target = item.data[start - first : stop - first]
                 copies[part.path].append((part.key, start - part.start, stop - part.start, target))
-        for tensor, pieces in strided.items():
-            self._read_strided(tensor, pieces)
+        for tensor, slices in strided.items():
+            self._read_strided(tensor, slices)
         for path, parts in copies.items():
             with open_tensors(path) as file, torch.no_grad():
                 for key, start, stop, target in parts:
                     target.copy_(file.get_slice(key)[start:stop])
 
-    def _read_strided(self, key: tuple[str, str], pieces: Sequence[TensorPiece]) -> None:
-        """Put one tensor together, in host memory, and cut the pieces out of it."""
+    def _read_strided(self, key: tuple[str, str], slices: Sequence[TensorSlice]) -> None:
+        """Put one tensor together, in host memory, and cut the slices out of it."""
         flat = torch.empty(math.prod(self.shapes[key]))
         for part in self._stored[key]:
             with open_tensors(part.path) as file:
                 part.view(flat).copy_(file.get_tensor(part.key).view(part.runs, part.length))
-        for piece in pieces:
-            size = piece.data.shape if piece.data.dim() == 2 else (1, piece.data.numel())
+        for item in slices:
+            size = item.data.shape if item.data.dim() == 2 else (1, item.data.numel())
             with torch.no_grad():
-                piece.data.view(size).copy_(flat.as_strided(tuple(size), (piece.stride, 1), piece.offset))
+                item.data.view(size).copy_(flat.as_strided(tuple(size), (item.stride, 1), item.offset))
 
 
-def read_pieces(folder: str | Path, wanted: Sequence[TensorPiece]) -> None:
-    """Fill each piece's `data` in place from whichever shards hold its elements; see ShardIndex for errors."""
+def read_slices(folder: str | Path, wanted: Sequence[TensorSlice]) -> None:
+    """Fill each slice's `data` in place from whichever shards hold its elements; see ShardIndex for errors."""
     ShardIndex(folder).read(wanted)
 
 

@@ -26,18 +26,18 @@ def train_config(arguments: Sequence[str]) -> tuple[Config, bool]:
 def train(arguments: Sequence[str]) -> None:
     config, dry_run = train_config(arguments)
     if dry_run:
+        from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run
-        from srde_ds.planner.shapes import base_shape
         from srde_ds.planner.trained_values import describe_trained_values, trained_values
         from srde_ds.training.run_folder import check_dry_run
         from srde_ds.training.schedule import Schedule
 
-        base_shape(config)  # first: it knows what is wrong with a base
+        shape = base_shape(config)  # first: it knows what is wrong with a base
         check_dry_run(config)
         schedule = Schedule.of(config)
-        parts = [describe_run(config, world_size=launched_world_size()), schedule.describe()]
+        parts = [describe_run(config, shape, world_size=launched_world_size()), schedule.describe()]
         if config.curriculum.initial_density:
-            spans = trained_values(config.adapter, schedule.densities, base_shape(config).blocks)
+            spans = trained_values(config.adapter, schedule.densities, shape.blocks)
             parts.insert(1, describe_trained_values(spans, schedule.max_steps))
         if launched_rank() == 0:
             print("\n\n".join(parts))

@@ -1,4 +1,4 @@
-"""Find out before a run what would end it later."""
+"""Finds out before a run what would end it later."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 @dataclass(frozen=True)
 class Finding:
-    """`remedy` is empty for what is in order, or if the text has it."""
+    """`remedy` is empty if nothing is wrong, or if the text includes it."""
 
     level: Level
     text: str
@@ -50,7 +50,7 @@ class Finding:
 def check(
     config: Config, hosts: Sequence[Host], port: int, *, processes: int | None = None, nodes: int = 1
 ) -> Iterator[Finding]:
-    """All of it.
+    """All checks.
 
     Args:
         hosts: of a hostfile; without them this host alone is looked at.
@@ -66,7 +66,7 @@ def check(
 
 
 def check_here(config: Config, processes: int, *, processes_here: int = 1) -> Iterator[Finding]:
-    """What can be told on this host in seconds: packages, GPUs, base, memory, disk.
+    """Checks that take seconds on this host: packages, GPUs, base, memory, disk.
 
     Args:
         processes: of the whole run.
@@ -86,7 +86,7 @@ def check_here(config: Config, processes: int, *, processes_here: int = 1) -> It
 
 
 def check_packages() -> Iterator[Finding]:
-    """The versions that this package was made for."""
+    """Whether the installed versions are those that this package needs."""
     wrong = False
     for text in requires("srde-ds") or []:
         needed = Requirement(text)
@@ -117,15 +117,16 @@ def check_gpus(gpus: Sequence[dict[str, Any]], processes: int, host: str = "this
 
 
 def check_locks(folder: Path) -> Iterator[Finding]:
-    """A build of an extension that was killed leaves a lock, and the next one waits for it for ever, silently."""
+    """A killed build of an extension leaves a lock, for which the next build waits for ever, without a word."""
     for lock in folder.glob("**/lock"):
         yield Finding("warning", f"'{lock}' may be left from a killed build", "remove it if nothing compiles right now")
 
 
 def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: int) -> Iterator[Finding]:
-    """Memory plan and room for checkpoints. `gpu_bytes` is 0 without a GPU."""
+    """Whether memory and disk suffice. `gpu_bytes` is 0 without a GPU."""
+    from srde_ds.model.base_shape import base_shape
     from srde_ds.planner.memory import memory
-    from srde_ds.planner.shapes import base_shape, trainable_values
+    from srde_ds.planner.trainables import trainable_values
 
     try:
         shape = base_shape(config)
@@ -153,7 +154,7 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
 
 
 def check_hosts(config: Config, hosts: Sequence[Host], port: int, variables: dict[str, str]) -> Iterator[Finding]:
-    """Whether the hosts can work together.
+    """Whether the hosts can run together.
 
     Args:
         port: the rendezvous port.
@@ -208,7 +209,7 @@ def compare(found: dict[str, dict[str, Any]]) -> Iterator[Finding]:
 
 
 def check_interfaces(found: dict[str, dict[str, Any]], variables: dict[str, str]) -> Iterator[Finding]:
-    """Which network interface the ranks will use. A wrong one fails on one side and hangs the other."""
+    """Whether the network interface that the ranks will use exists. A wrong one makes one side fail, the other hang."""
     for library in ("GLOO", "NCCL"):
         name = variables.get(f"{library}_SOCKET_IFNAME", "")
         plain = re.fullmatch(r"[\w.]+", name) is not None  # NCCL also takes prefixes and exclusions

@@ -26,7 +26,7 @@ CONNECT_SECONDS = 5.0
 
 
 def facts(base: str | None, output_dir: str) -> dict[str, Any]:
-    """What must or should be alike on all hosts."""
+    """What must or should be the same on all hosts."""
     there = next(path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists())
     return {
         "host": socket.gethostname(),
@@ -41,7 +41,7 @@ def facts(base: str | None, output_dir: str) -> dict[str, Any]:
 
 
 def writable(folder: Path) -> bool:
-    """By writing: root may, says the kernel, also where nothing can be written."""
+    """Found out by writing: for root, access rights say yes even where nothing can be written."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")

@@ -1,8 +1,8 @@
-"""Nothing of an attempt may live on beside the next one: neither here nor on the other hosts.
+"""Ends what is left of an attempt before the next one begins, here and on the other hosts.
 
-Here, what an attempt starts is in one session. On other hosts it has no session in common, and what a launcher there
-leaves is nobody's: seen with a frozen rank, which outlives the run with its launcher (deepspeed 0.19.8). So it is found
-by a variable in its environment.
+On this host all processes of an attempt are in one session. On other hosts they are not, and those that a launcher
+leaves behind have no parent to end them: a frozen rank outlives the run and its launcher (seen with deepspeed 0.19.8).
+There they are found by a variable in their environment.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from srde_ds.cluster.hosts import Host
 # deepspeed 0.19.8 gives the ranks on other hosts the variables whose names begin so.
 VARIABLE = "PYTHON_SRDE_DS_SUPERVISOR"
 _HOST_SECONDS = 30.0
-# The shell and its programs have not got the variable themselves: ssh carries none.
+# The shell and its programs do not have the variable themselves: ssh passes none on.
 _SCRIPT = """
 processes=
 for environment in $(grep -alsF '{assignment}' /proc/[0-9]*/environ); do
@@ -52,7 +52,7 @@ def end_on_hosts(hosts: Sequence[Host], value: str) -> dict[str, list[int]]:
     def end(host: Host) -> list[int]:
         with suppress(subprocess.TimeoutExpired):
             done = subprocess.run([*SSH, host.name, command], capture_output=True, text=True, timeout=_HOST_SECONDS)
-            # A host's profile may print something, too.
+            # A host's profile may also print something.
             return [int(word) for word in done.stdout.split() if word.isdecimal()]
         return []
 

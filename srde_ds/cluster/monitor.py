@@ -1,4 +1,4 @@
-"""Watch a run by its heartbeat, and tell a webhook when its state changes."""
+"""Watches a run through its heartbeat, and tells a webhook when its state changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GOOD: tuple[State, ...] = ("waiting", "running", "finished")
 # A step that evaluates or saves takes longer than the usual one.
 USUAL_STEPS = 10.0
 SHORTEST_STALL_SECONDS = 120.0
-# Without a finished step nothing is known of a usual one: loading a base and the first compilation.
+# Before the first finished step: the base is loaded and kernels are compiled.
 FIRST_STEP_SECONDS = 1800.0
 # A supervisor starts again in seconds.
 GIVE_UP_SECONDS = 300.0

@@ -1,4 +1,4 @@
-"""Run a training command until the run is finished, through failures of ranks, launchers and hosts."""
+"""Runs a training command until the run is finished, through failures of ranks, launchers and hosts."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ class Supervisor:
         return None
 
     def _run(self, words: Sequence[str]) -> int:
-        """The command's exit status; nothing of it is left, on the hosts that answer."""
+        """The command's exit status, once it has ended and none of its processes is left on the hosts that answer."""
         try:
             # A session of its own, so that all of it can be ended and nothing else is.
             self._process = process = subprocess.Popen(
@@ -277,7 +277,7 @@ class Supervisor:
         return left
 
     def _heartbeat(self) -> dict[str, Any]:
-        """What the run of this attempt says of itself; empty while it has said nothing."""
+        """The heartbeat of this attempt; empty until there is one."""
         try:
             text = (self.run / HEARTBEAT).read_text()
             content: dict[str, Any] = {} if text == self._earlier_heartbeat else json.loads(text)
@@ -330,7 +330,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def answering(hosts: Sequence[Host]) -> list[Host]:
-    """Those that run a command over ssh within half a minute: a host that computes answers slowly."""
+    """The hosts that run a command over ssh within half a minute, which a busy host may need."""
 
     def answers(host: Host) -> bool:
         with suppress(subprocess.TimeoutExpired):

@@ -9,8 +9,8 @@ from typing import Any
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 
-# Why each of these ZeRO options is refused: expert shards and per-parameter groups do not survive them
-# in deepspeed 0.19.8 (DESIGN §3).
+# Why each of these ZeRO options is refused: expert shards and per-parameter groups do not work with them
+# in deepspeed 0.19.8 (docs/design.md, "Placement").
 _REFUSED_ZERO_OPTIONS = {
     "zero_hpz_partition_size": "hierarchical partitioning cannot hold per-parameter groups",
     "zero_quantized_gradients": "quantised gradients cannot hold per-parameter groups",
@@ -87,7 +87,7 @@ def _refuse_auto(node: Any, path: str | None, where: str = "") -> None:
 
 
 def _own(target: dict[str, Any], key: str, value: Any, path: str | None, where: str = "") -> None:
-    """Set a value that srde_ds owns; typed in the JSON as well, it must agree."""
+    """Set a value that srde_ds owns; if the JSON has it, too, it must agree."""
     name = f"{where}.{key}".lstrip(".")
     if isinstance(value, dict):
         inner = target.setdefault(key, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,18 +15,20 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from srde_ds.config import AdapterConfig, Config
+from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
+from srde_ds.distributed.deepspeed_internals import deepspeed
 from srde_ds.distributed.ds_config import derive_ds_config
-from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts, cut_rows, expert_groups
-from srde_ds.distributed.processes import Topology, deepspeed
+from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
+from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
+from srde_ds.distributed.processes import Topology
+from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
 from srde_ds.model.base import Sharding, load_base
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
-from srde_ds.planner.shapes import base_shape
-from srde_ds.planner.traffic import choose_transport
 
 
 def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -60,7 +62,7 @@ class Engine:
             self.trained_kinds, self.locked_experts = trained, locked
 
     def _zero_if_frozen(self, kind: str, gradient: torch.Tensor) -> torch.Tensor | None:
-        """Zero, not absent: DeepSpeed would take the last step's; and it counts in the norm that clips the others."""
+        """Zero, not absent: DeepSpeed would use the last step's, and count it in the norm that clips the others."""
         return None if kind in self.trained_kinds else torch.zeros_like(gradient)
 
     def forward(
@@ -87,8 +89,37 @@ class Engine:
         dist.all_reduce(norms, group=self.groups.expert_parallel)
         return norms
 
+    @torch.no_grad()
+    def set_trainables(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set trainables to whole tensors: fp32 masters and parameters. Their optimizer state starts again at zero.
+
+        Args:
+            tensors: by stable name (`layers.0.router.weight`), of all experts and without padding, equal on all ranks.
+
+        Raises:
+            SRDEError: no such trainable, or another shape.
+        """
+        slices = placement.state_slices(self.deepspeed, self.model, self.optimizer)
+        known = {name for name, _ in self.model.trainable_parameters()}
+        unknown = sorted(set(tensors) - known)
+        if unknown:
+            raise SRDEError(f"'{unknown[0]}' is no trainable of this model; known are {min(known)} to {max(known)}.")
+        for part in slices:
+            if part.name not in tensors:
+                continue
+            tensor = tensors[part.name]
+            if tuple(tensor.shape) != part.global_shape:
+                raise SRDEError(f"'{part.name}': shape {list(tensor.shape)}, expected {list(part.global_shape)}.")
+            if part.kind != "master":
+                part.data.zero_()
+                continue
+            strides = (1,) if part.data.dim() == 1 else (part.stride, 1)
+            values = tensor.to(part.data).contiguous()
+            part.data.copy_(values.as_strided(part.data.shape, strides, part.offset))
+        internals.publish_masters(self.deepspeed)
+
     def close(self) -> None:
-        """Free what deepspeed hangs on the model, so that another engine may follow."""
+        """Free what DeepSpeed has attached to the model, so that another engine may follow."""
         self.deepspeed.destroy()
 
     @property
@@ -98,7 +129,7 @@ class Engine:
 
 
 def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
-    """The frozen base; each rank keeps 1 / world_size of its weights from the first byte on."""
+    """The frozen base; from the start each rank keeps only its share of the weights, 1 / world_size."""
     # from_pretrained finds the object through a weak reference: it must live until loading is done.
     keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
     base = load_base(
@@ -108,6 +139,7 @@ def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
         attn_implementation="flash_attention_2" if config.model.flash_attention else "sdpa",
     )
     del keep_alive
+    internals.note_whole_shapes(base)
     return base
 
 
@@ -142,25 +174,29 @@ def build_model(
         for layer in model.layers:
             layer.dispatch = LocalDispatch(compiled=True)
     if config.model.gradient_checkpointing:
-        # The kind whose equality with plain training is tested under ZeRO-3; see docs/decisions.md.
+        # The kind that is tested to equal plain training under ZeRO-3; see docs/decisions.md.
         model.enable_gradient_checkpointing(use_reentrant=True)
     return model.train()
 
 
 def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine:
-    """Partition everything, create the optimizer, and check that each piece is where it must be."""
+    """Partition everything, create the optimizer, and check that each part is where it must be."""
     groups, transport = None, ""
     if config.parallel.expert_parallel_size > 1:
         groups = expert_groups(config.parallel.expert_parallel_size)
-        transport = choose_transport(config, base_shape(config), topology.world_size)
-    if config.adapter.num_atoms and config.parallel.owner_computes and topology.world_size > 1:
-        cut_rows(model, expert_groups(topology.world_size), groups, transport)
+        blocks = [(layer.hidden, layer.intermediate) for layer in model.layers]
+        transport = choose_transport(config, blocks, topology.world_size)
+    if shards_atoms(config, topology.world_size):
+        shard_atoms(model, expert_groups(topology.world_size), groups, transport)
     elif groups is not None:
-        cut_experts(model, groups, transport)
+        place_experts(model, groups, transport)
     placement.mark_placement(model)
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
     ds_config = derive_ds_config(config, topology.world_size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    internals.note_whole_shapes(model)
+    for layer in model.layers:
+        layer.skip_activation_hooks = internals.is_hooked_for_nothing(getattr(layer.block, layer.roles["act"]))
     placement.verify_placement(engine, model)
     return Engine(engine, model, optimizer, groups)

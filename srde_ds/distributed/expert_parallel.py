@@ -1,4 +1,4 @@
-"""Which rank holds which experts (DESIGN §4).
+"""Which rank holds which experts (docs/design.md, "Placement").
 
 With expert-parallel size P, ranks i·P … i·P + P − 1 form an expert-parallel group and share the experts among them:
 its rank r holds slots r·E_l … (r + 1)·E_l − 1, E_l = ⌈E / P⌉. Slots from E on are padding: every rank must hold
@@ -8,7 +8,6 @@ the same experts, and ZeRO partitions these over that group alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,8 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from srde_ds.distributed.owner_exchange import GatherRows, SendRows
-from srde_ds.distributed.processes import deepspeed
+from srde_ds.distributed import deepspeed_internals as internals
+from srde_ds.distributed.delta_exchange import GatherShards, SendShards
+from srde_ds.distributed.expert_traffic import slots
 from srde_ds.distributed.transport import DeltaTransport, TokenTransport
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.deltas import AtomDeltas, tagged
@@ -51,21 +51,18 @@ class ExpertGroups:
 
 def expert_groups(expert_parallel_size: int) -> ExpertGroups:
     """Create DeepSpeed's groups for this size, or find them; a collective of all ranks."""
-    groups = deepspeed.utils.groups
-    groups._create_expert_and_data_parallel(expert_parallel_size)
-    name = f"ep_size_{expert_parallel_size}"
-    return ExpertGroups(name, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name))
+    return ExpertGroups(*internals.expert_and_data_groups(expert_parallel_size))
 
 
-def cut_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
-    """Keep this rank's experts of a model that has them all, and let its layers reach the others.
+def place_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
+    """Keep this rank's experts of a model that has them all, and let its layers reach the others' experts.
 
     Args:
         transport: "tokens" or "deltas".
     """
     experts, size = model.config.num_experts, dist.get_world_size(groups.expert_parallel)
-    slots = math.ceil(experts / size)
-    first = dist.get_rank(groups.expert_parallel) * slots
+    held = slots(experts, size)
+    first = dist.get_rank(groups.expert_parallel) * held
     kinds: dict[str, type[TokenTransport | DeltaTransport]] = {"tokens": TokenTransport, "deltas": DeltaTransport}
     dispatch = kinds[transport](groups.expert_parallel, experts)
     for layer in model.layers:
@@ -74,40 +71,41 @@ def cut_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
             if parameter.srde_expert_axis is not None and parameter.srde_kind != "scores":
                 axis = parameter.srde_expert_axis
                 each = parameter.srde_shape[axis] // experts  # 3 matrices of an expert for neuron deltas
-                setattr(layer.deltas, key, _part_of(parameter, axis, first * each, slots * each, groups))
+                setattr(layer.deltas, key, _part_of(parameter, axis, first * each, held * each, groups))
         layer.deltas.first_expert, layer.deltas.ranks_per_copy = first, size
         layer.dispatch = dispatch
         layer.preparation.drop()
 
 
-def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None, transport: str) -> None:
-    """Keep this rank's rows of atoms and importance, and exchange the rows of effective deltas that they give.
+def shard_atoms(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None, transport: str) -> None:
+    """Keep this rank's shard of atoms and importance, and exchange the shards of effective deltas that they give.
 
     Plain ZeRO-3 gathers atoms and importance, (A + E)·n values a layer, where the layer needs the E·n effective deltas
-    alone. Here each rank mixes its own rows, and these travel; backwards their gradients do, summed over ranks.
+    alone. Here each rank mixes its own shard, and the results travel; backwards their gradients do, summed over ranks.
 
     Args:
-        owners: groups in which every rank is alone with its rows.
-        groups: of expert parallelism, if any; with `transport` "tokens" a rank receives the rows of its experts only.
+        owners: groups in which every rank is alone with its shard.
+        groups: of expert parallelism, if any; with `transport` "tokens" a rank receives the deltas of its experts only.
     """
     world, rank, experts = dist.get_world_size(), dist.get_rank(), model.config.num_experts
     dispatch, first, size = None, 0, 1
-    exchange: GatherRows | SendRows = GatherRows()
+    exchange: GatherShards | SendShards = GatherShards()
     if groups is not None and transport == "tokens":
         size = dist.get_world_size(groups.expert_parallel)
-        slots = math.ceil(experts / size)
-        first = dist.get_rank(groups.expert_parallel) * slots
-        dispatch, exchange = TokenTransport(groups.expert_parallel, experts), SendRows(size, slots)
+        held = slots(experts, size)
+        first = dist.get_rank(groups.expert_parallel) * held
+        dispatch, exchange = TokenTransport(groups.expert_parallel, experts), SendShards(size, held)
     for layer in model.layers:
         bank = layer.deltas
         assert isinstance(bank, AtomDeltas)
-        total = bank.atoms.shape[0]  # padded to a multiple of the world size
+        shard = bank.atoms.shape[0] // world  # the whole is padded to a multiple of the world size
         for key, parameter in _parameters(layer):
             if parameter.srde_kind in ("atoms", "importance"):
                 axis = bank.long_axis[parameter.srde_kind]
-                setattr(bank, key, _part_of(parameter, axis, rank * (total // world), total // world, owners))
-        bank.exchange = partial(exchange, rows=bank.length, axis=bank.long_axis["values"], expert_axis=bank.expert_axis)
-        bank.length = total // world
+                setattr(bank, key, _part_of(parameter, axis, rank * shard, shard, owners))
+        axis = bank.long_axis["values"]
+        bank.exchange = partial(exchange, length=bank.length, axis=axis, expert_axis=bank.expert_axis)
+        bank.length = shard
         bank.first_expert, bank.ranks_per_copy = first, size
         if dispatch is not None:
             layer.dispatch = dispatch
@@ -115,18 +113,18 @@ def cut_rows(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None
 
 
 def _parameters(layer: SRDEFeedForward) -> list[tuple[str, Any]]:
-    """Any, for the attributes that the floors hang on them."""
+    """Any, for the attributes that we and deepspeed give them."""
     return list(layer.deltas.named_parameters(recurse=False))
 
 
 def _part_of(parameter: Any, axis: int, first: int, entries: int, groups: ExpertGroups) -> Any:
-    """`entries` of a parameter from `first` on; those behind its end are zero."""
+    """`entries` of a parameter along `axis` from `first` on; those beyond its end are zero."""
     whole = parameter.srde_shape
     cut = TensorCut(axis, whole, first, max(0, min(entries, whole[axis] - first)))
     shape = list(whole)
     shape[axis] = entries
     if axis != 0:
-        shape[0] = parameter.shape[0]  # with its padding rows
+        shape[0] = parameter.shape[0]  # with its padding
     values = torch.zeros(shape, dtype=parameter.dtype, device=parameter.device)
     if cut.entries:
         values.narrow(axis, 0, cut.entries).copy_(parameter.detach().narrow(axis, cut.first, cut.entries))

@@ -1,4 +1,4 @@
-"""Processes: who takes part, on which device, and the few collectives that the trainer needs."""
+"""The processes of a run: who takes part, on which device, and the few collectives that the trainer needs."""
 
 from __future__ import annotations
 
@@ -7,27 +7,22 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from srde_ds.errors import SRDEError
+from srde_ds.distributed import deepspeed_internals as internals
+from srde_ds.distributed.gathering import gather_json
+from srde_ds.errors import LostContact, SRDEError
 from srde_ds.utils.launcher import launched_rank as launched_rank
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
-
-import deepspeed as deepspeed
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among the others."""
+    """This process among the others; a `together.Ranks`."""
 
     rank: int
     world_size: int
@@ -37,13 +32,23 @@ class Topology:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def all_reduce_max(self, value: int) -> int:
+        """The largest of the ranks' integers; a collective."""
+        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank; a collective. It travels as JSON and should be small."""
+        return gather_json(value, self.device)
+
 
 def adopt_launcher() -> None:
-    """Put what the launcher says of the processes into torch's environment variables, if it has not done so itself."""
+    """Put what the launcher says about the processes into torch's environment variables, unless they are there."""
     if "RANK" in os.environ:
         return
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
-        deepspeed.comm.comm.mpi_discovery(verbose=False)
+        internals.adopt_mpi_launcher()
     else:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
@@ -55,13 +60,19 @@ def start_processes(timeout_seconds: float) -> Topology:
     The timeout also bounds every later collective, so that a lost rank ends the run instead of hanging it.
     """
     limit = datetime.timedelta(seconds=timeout_seconds)
-    # A line for each collective at its first use, about names that torch has deprecated and deepspeed still calls.
+    # Otherwise each collective warns at its first use of names that torch has deprecated and deepspeed still calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    deepspeed.utils.logger.setLevel(logging.WARNING)
-    # The shared-memory collectives of DeepSpeed's CPU backend would be compiled for 80 s at this point.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    internals.deepspeed.utils.logger.setLevel(logging.WARNING)
+    internals.avoid_jit_builds()
     adopt_launcher()
-    deepspeed.init_distributed(timeout=limit, verbose=False)
+    try:
+        internals.deepspeed.init_distributed(timeout=limit, verbose=False)
+    except dist.DistNetworkError as error:
+        port, reason = os.environ["MASTER_PORT"], str(error).splitlines()[0]
+        raise LostContact(
+            f"port {port} cannot be opened or reached ({reason}). Another run may use it: give this one another port "
+            "(--master_port of deepspeed and torchrun)."
+        ) from None
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -72,9 +83,7 @@ def start_processes(timeout_seconds: float) -> Topology:
         device = torch.device("cuda", local_rank)
     else:
         device = torch.device("cpu")
-    # DeepSpeed 0.19.8 makes its groups with torch's default timeout: half an hour on gloo, ten minutes on NCCL, also
-    # for connecting, so that a rank killed between two groups left its partner waiting.
-    deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=limit)
+    internals.limit_new_groups(limit)
     return Topology(dist.get_rank(), dist.get_world_size(), device)
 
 
@@ -84,21 +93,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def barrier() -> None:
-    dist.barrier()
-
-
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over all ranks, in place."""
     dist.all_reduce(tensor)
     return tensor
-
-
-def all_reduce_max(value: int, device: torch.device) -> int:
-    """Largest value of all ranks."""
-    tensor = torch.tensor(value, dtype=torch.int64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return int(tensor)
 
 
 def broadcast_from_main(tensor: torch.Tensor) -> None:
@@ -106,20 +104,26 @@ def broadcast_from_main(tensor: torch.Tensor) -> None:
     dist.broadcast(tensor, src=0)
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, by rank; pickled, so for small ones."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def gather_to_main(own: Tensor, counts: list[int], topology: Topology) -> Tensor | None:
+    """`[sum(counts), D]` on rank 0: every rank's vectors, rank by rank; None on the others.
+
+    Args:
+        own: `[counts[rank], D]`, on any device.
+    """
+    padded = torch.zeros(max(counts), own.shape[1], dtype=own.dtype, device=topology.device)
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in counts] if topology.is_main else None
+    dist.gather(padded, parts, dst=0)
+    return None if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def check_same(facts: dict[str, Any], topology: Topology) -> None:
     """Refuse ranks that differ in what must be the same on all of them.
 
     Raises:
-        SRDEError: on every rank, naming the first fact that differs, its two values and their ranks.
+        SRDEError: on every rank, naming the first fact that differs, its two values, and the ranks that have them.
     """
-    everywhere = gather_objects((socket.gethostname(), facts))
+    everywhere = topology.gather([socket.gethostname(), facts])
     host, expected = everywhere[0]
     for rank, (other_host, found) in enumerate(everywhere):
         for name, value in expected.items():
@@ -128,18 +132,3 @@ def check_same(facts: dict[str, Any], topology: Topology) -> None:
                     f"{name} differs: {found.get(name)} on rank {rank} (host {other_host}), {value} on rank 0 (host "
                     f"{host}). Make it the same on all hosts."
                 )
-
-
-def on_main_rank(function: Callable[[], Result], topology: Topology) -> Result:
-    """Run on rank 0; every rank gets its result, or raises its SRDEError."""
-    box: list[Any] = [None, None]
-    if topology.is_main:
-        try:
-            box[0] = function()
-        except SRDEError as error:
-            box[1] = str(error)
-    dist.broadcast_object_list(box, src=0, device=topology.device)
-    if box[1] is not None:
-        raise SRDEError(box[1])
-    result: Result = box[0]
-    return result

@@ -1,4 +1,4 @@
-"""Sums over rows of data that are the same, bit for bit, on any number of ranks.
+"""Sums over rows of training data that are the same, bit for bit, on any number of ranks.
 
 In each round every rank has one row; rows are counted by round, then rank. They are added one after the other in this
 order, so that the additions are those of one process that goes through all rows.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class RowSum:
+class ReproducibleSum:
     """The sum of a vector, whole on every rank; float64."""
 
     def __init__(self, size: int, device: torch.device) -> None:
@@ -28,12 +28,12 @@ class RowSum:
         for row in rows.view(world, -1):
             self.total += row
 
-    def merge(self, other: RowSum) -> None:
+    def merge(self, other: ReproducibleSum) -> None:
         """Add another sum of the same size."""
         self.total += other.total
 
 
-class ShardedRowSum:
+class ShardedReproducibleSum:
     """The sum of a large vector; each rank keeps an equal part of it, float32, in host memory."""
 
     def __init__(self, size: int) -> None:
@@ -51,7 +51,7 @@ class ShardedRowSum:
             total += row
         self.part.copy_(total)
 
-    def merge(self, other: ShardedRowSum) -> None:
+    def merge(self, other: ShardedReproducibleSum) -> None:
         """Add another sum of the same size."""
         self.part += other.part
 

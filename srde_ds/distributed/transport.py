@@ -1,10 +1,14 @@
-"""Experts on other ranks: bring their deltas here, or send the tokens there. Two ways, one result (DESIGN §4).
+"""Experts on other ranks: bring their deltas here, or send the tokens there. Two ways, one result.
 
-A transport stands where `LocalDispatch` stands in a layer. The deltas that the layer hands over are those of the
+The reasons are in docs/design.md, "Placement".
+
+A transport takes the place of `LocalDispatch` in a layer. The deltas that the layer passes to it are those of the
 experts that this rank holds: E_l of them, E_l · P ≥ E slots in all; slots from E on are padding that no token chooses.
 
 Collectives run in the same order on every rank, forwards and backwards: the graph of a layer has the same nodes
-everywhere, whatever the routing, and an expert without tokens computes on zero rows.
+everywhere, whatever the routing, and an expert without tokens computes on none.
+
+A token that is routed to an expert is an assignment; R of them leave a rank, `top_k` for each of its T tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from torch import Tensor
 
 from srde_ds.model.dispatch import Activation, element_experts, neuron_experts
 
-Expert = Callable[[int, Tensor], Tensor]
+ComputeSlot = Callable[[int, Tensor], Tensor]
+"""From a slot and the inputs `[R, width]` of its assignments to the results"""
 
 
 class DeltaTransport:
@@ -59,16 +64,16 @@ class TokenTransport:
         expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
         support_R = torch.zeros_like(expert_R) if gate_TSm.shape[1] == 1 else expert_R
         neurons = gate_TSm.shape[2]
-        rows = torch.cat([x_TD[token_R], gate_TSm[token_R, support_R], up_TSm[token_R, support_R]], dim=1)
+        inputs = torch.cat([x_TD[token_R], gate_TSm[token_R, support_R], up_TSm[token_R, support_R]], dim=1)
 
-        def compute(slot: int, rows: Tensor) -> Tensor:
-            x, gate, up = rows.split([rows.shape[1] - 2 * neurons, neurons, neurons], dim=1)
+        def compute(slot: int, inputs: Tensor) -> Tensor:
+            x, gate, up = inputs.split([inputs.shape[1] - 2 * neurons, neurons, neurons], dim=1)
             change, extra = neuron_experts(
-                act, x, gate[:, None], up[:, None], rows.new_ones(len(rows), 1), deltas_DE3m[:, slot : slot + 1]
+                act, x, gate[:, None], up[:, None], inputs.new_ones(len(inputs), 1), deltas_DE3m[:, slot : slot + 1]
             )
             return torch.cat([change[:, 0], extra], dim=1)
 
-        results = self._at_owners(rows, expert_R, deltas_DE3m.shape[1], compute)
+        results = self._at_owners(inputs, expert_R, deltas_DE3m.shape[1], compute)
         change, extra = results.split([neurons, x_TD.shape[1]], dim=1)
         p_R1 = weights_TE[token_R, expert_R][:, None]
         change_TSm = torch.zeros_like(gate_TSm).index_put((token_R, support_R), p_R1 * change, accumulate=True)
@@ -87,27 +92,28 @@ class TokenTransport:
         expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
         width = gate_TF.shape[1]
         first_expert = dist.get_rank(self.group) * len(deltas_En)
-        rows = torch.cat([x_TD[token_R], gate_TF[token_R], up_TF[token_R]], dim=1)
+        inputs = torch.cat([x_TD[token_R], gate_TF[token_R], up_TF[token_R]], dim=1)
 
-        def compute(slot: int, rows: Tensor) -> Tensor:
-            x, gate, up = rows.split([rows.shape[1] - 2 * width, width, width], dim=1)
-            # A padding slot computes on zero rows; any support does.
+        def compute(slot: int, inputs: Tensor) -> Tensor:
+            x, gate, up = inputs.split([inputs.shape[1] - 2 * width, width, width], dim=1)
+            # A padding slot has no assignments; any support does.
             own = support if support.dim() == 1 else support[min(first_expert + slot, len(support) - 1)]
-            weights = rows.new_ones(len(rows), 1)
+            weights = inputs.new_ones(len(inputs), 1)
             change, extra = element_experts(act, x, gate, up, weights, deltas_En[slot : slot + 1], own)
             return torch.cat([change, extra], dim=1)
 
-        change, extra = self._at_owners(rows, expert_R, len(deltas_En), compute).split([width, x_TD.shape[1]], dim=1)
+        results = self._at_owners(inputs, expert_R, len(deltas_En), compute)
+        change, extra = results.split([width, x_TD.shape[1]], dim=1)
         p_R1 = weights_TE[token_R, expert_R][:, None]
         change_TF = torch.zeros_like(gate_TF).index_add(0, token_R, p_R1 * change)
         return change_TF, torch.zeros_like(x_TD).index_add(0, token_R, p_R1 * extra)
 
-    def _at_owners(self, rows_R: Tensor, expert_R: Tensor, slots: int, compute: Expert) -> Tensor:
-        """`compute(slot, rows)` of each row at its expert's rank, in the order of the rows.
+    def _at_owners(self, inputs_R: Tensor, expert_R: Tensor, slots: int, compute: ComputeSlot) -> Tensor:
+        """The result of each assignment, computed at its expert's rank, in the order of the assignments.
 
         Args:
-            rows_R: `[R, width]`, sorted by expert, so that the rows for one rank and one of its slots are neighbours.
-            expert_R: `[R]` the rows' experts.
+            inputs_R: `[R, width]`, sorted by expert, so that those for one rank and one of its slots are neighbours.
+            expert_R: `[R]`.
             slots: experts that each rank holds.
         """
         size = dist.get_world_size(self.group)
@@ -116,15 +122,15 @@ class TokenTransport:
         dist.all_to_all_single(received, sent, group=self.group)
         sent_PS, received_PS = sent.view(size, slots).tolist(), received.view(size, slots).tolist()
         send_splits, receive_splits = [sum(s) for s in sent_PS], [sum(r) for r in received_PS]
-        arrived = ExchangeRows.apply(rows_R, send_splits, receive_splits, self.group)
-        # Rows lie by sender, then slot; each slot's rows are brought together, computed and put back.
-        pieces = arrived.split([count for counts in received_PS for count in counts])
-        results: list[Tensor] = [arrived] * len(pieces)
+        arrived = ExchangeTokens.apply(inputs_R, send_splits, receive_splits, self.group)
+        # They lie by sender, then slot; what each slot has is brought together, computed and put back.
+        parts = arrived.split([count for counts in received_PS for count in counts])
+        results: list[Tensor] = [arrived] * len(parts)
         for slot in range(slots):
-            mine = pieces[slot::slots]
-            done = compute(slot, torch.cat(mine)).split([len(piece) for piece in mine])
+            own = parts[slot::slots]
+            done = compute(slot, torch.cat(own)).split([len(part) for part in own])
             results[slot::slots] = done
-        return ExchangeRows.apply(torch.cat(results), receive_splits, send_splits, self.group)
+        return ExchangeTokens.apply(torch.cat(results), receive_splits, send_splits, self.group)
 
 
 class GatherParts(torch.autograd.Function):
@@ -149,22 +155,22 @@ class GatherParts(torch.autograd.Function):
         return own.to(ctx.dtype), None
 
 
-class ExchangeRows(torch.autograd.Function):
-    """All-to-all of rows; backwards, the gradients take the same way back."""
+class ExchangeTokens(torch.autograd.Function):
+    """All-to-all of what belongs to tokens, `[R, width]`; backwards, the gradients go the same way back."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
+        ctx: Any, values: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
     ) -> Tensor:
         ctx.send_splits, ctx.receive_splits, ctx.group = send_splits, receive_splits, group
-        return _exchange(rows, send_splits, receive_splits, group)
+        return _exchange(values, send_splits, receive_splits, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return _exchange(gradient, ctx.receive_splits, ctx.send_splits, ctx.group), None, None, None
 
 
-def _exchange(rows: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup) -> Tensor:
-    arrived = rows.new_empty(sum(receive_splits), rows.shape[1])
-    dist.all_to_all_single(arrived, rows.contiguous(), receive_splits, send_splits, group=group)
+def _exchange(values: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup) -> Tensor:
+    arrived = values.new_empty(sum(receive_splits), values.shape[1])
+    dist.all_to_all_single(arrived, values.contiguous(), receive_splits, send_splits, group=group)
     return arrived

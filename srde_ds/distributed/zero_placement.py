@@ -1,8 +1,7 @@
-"""Which part of which trainable this rank owns. The only file that knows DeepSpeed's private attributes.
+"""Which part of which trainable this rank owns.
 
-ZeRO stage 3 cuts each parameter, flattened row-major, into equal pieces over its process group and
-concatenates the pieces of several parameters to one flat fp32 master tensor, a "sub-group".
-Verified on deepspeed 0.19.8.
+ZeRO stage 3 cuts each parameter, flattened row-major, into equal parts over its process group and concatenates the
+parts of several parameters to one flat fp32 master tensor, a "sub-group".
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.expert_parallel import ExpertGroups, TensorCut
-from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -25,17 +25,17 @@ from srde_ds.optim.shards import MatrixShard, UpdatedBlock
 
 @dataclass(frozen=True)
 class Partition:
-    """This rank's piece of one trainable.
+    """This rank's part of one trainable.
 
     Attributes:
-        name: the tensor's global name (DESIGN §6).
+        name: the tensor's stable name, as in files (docs/design.md, "Files").
         kind: its `srde_kind`.
-        shape: of the rank's tensor, without row padding.
+        shape: of the rank's tensor, without padding.
         cut: where the rank's tensor lies in the global one; None: the rank's tensor is the global one.
         expert_axis: axis of the experts' own entries; None: all experts share all values.
-        start: flat index of the piece's first value in the rank's tensor.
-        numel: values in the piece, padding included.
-        offset: where the piece starts in the sub-group's flat master.
+        start: flat index of the part's first value in the rank's tensor.
+        numel: values in the part, padding included.
+        offset: where the part starts in the sub-group's flat master.
     """
 
     name: str
@@ -49,35 +49,36 @@ class Partition:
 
     @classmethod
     def of(cls, name: str, parameter: Any, index: int, numel: int, offset: int) -> Partition:
-        """Piece number `index` of a parameter that is cut into pieces of `numel` values."""
-        # All ranks hold the whole router, but each of its rows belongs to an expert.
+        """Part number `index` of a parameter that is cut into parts of `numel` values."""
+        # All ranks hold the whole router, but each expert has a vector of its own in it.
         axis = 0 if parameter.srde_kind == "router" else parameter.srde_expert_axis
         cut = getattr(parameter, "srde_cut", None)
         return cls(name, parameter.srde_kind, parameter.srde_shape, cut, axis, index * numel, numel, offset)
 
-    def piece(self, kind: str, flat: Tensor) -> TensorPiece | None:
-        """The part of a sub-group's flat tensor that is no padding, as checkpoints name it; None if there is none."""
-        # Padding rows stand at the end of a tensor, padding of a cut at the end of the cut's axis.
+    def slice(self, kind: str, flat: Tensor) -> TensorSlice | None:
+        """Its values in a sub-group's flat tensor, as checkpoints name them; None if all of them are padding."""
+        # A tensor is padded at its end, a cut at the end of its axis.
         real = max(0, min(self.numel, prod(self.shape) - self.start))
         data = flat[self.offset : self.offset + real]
         if self.cut is None:
-            return TensorPiece(self.name, kind, self.shape, self.start, data) if real else None
+            return TensorSlice(self.name, kind, self.shape, self.start, data) if real else None
         shape, axis = self.cut.global_shape, self.cut.axis
         inner = prod(shape[axis + 1 :])
-        first, columns = self.cut.first * inner, self.cut.entries * inner
+        first, run = self.cut.first * inner, self.cut.entries * inner
         if axis == 0:
-            real = max(0, min(real, columns - self.start))
-            return TensorPiece(self.name, kind, shape, first + self.start, data[:real]) if real else None
-        if not real or not columns:
+            real = max(0, min(real, run - self.start))
+            return TensorSlice(self.name, kind, shape, first + self.start, data[:real]) if real else None
+        if not real or not run:
             return None
-        # Pieces are whole rows: GramMuon's, those of AdamW's row-padded tensors, and tensors that one rank holds.
-        row, global_row = self.shape[axis] * inner, shape[axis] * inner
-        block = data.view(-1, row)[:, :columns]
-        offset = self.start // row * global_row + first
-        return TensorPiece(self.name, kind, shape, offset, block, stride=global_row)
+        # The part is made of whole lines of the tensor as a matrix: true for GramMuon's tensors, for AdamW's, which are
+        # padded for it, and for those that one rank holds alone.
+        line, global_line = self.shape[axis] * inner, shape[axis] * inner
+        block = data.view(-1, line)[:, :run]
+        offset = self.start // line * global_line + first
+        return TensorSlice(self.name, kind, shape, offset, block, stride=global_line)
 
     def blocks(self, active: Callable[[int], bool], num_experts: int) -> list[UpdatedBlock]:
-        """The piece's values that belong to active experts, as blocks of the sub-group's flat tensor."""
+        """The part's values that belong to active experts, as blocks of the sub-group's flat tensor."""
         if self.expert_axis is None:
             return [UpdatedBlock(self.offset, 1, self.numel, 0, self.numel)]
         whole = self.shape if self.cut is None else self.cut.global_shape
@@ -87,11 +88,11 @@ class Partition:
         cut_by_expert = self.cut is not None and self.cut.axis == self.expert_axis
         first = self.cut.first // each if self.cut is not None and cut_by_expert else 0
         runs = _runs([active(first + slot) for slot in range(slots)])
-        if self.expert_axis == 0:  # a run of slots is contiguous, but the piece may begin and end within one
+        if self.expert_axis == 0:  # a run of slots is contiguous, but the part may begin and end within one
             ends = [(max(a * inner, self.start), min(b * inner, self.start + self.numel)) for a, b in runs]
             return [UpdatedBlock(self.offset + a - self.start, 1, b - a, 0, b - a) for a, b in ends if a < b]
-        row = slots * inner
-        return [UpdatedBlock(self.offset, self.numel // row, row, a * inner, b * inner) for a, b in runs]
+        line = slots * inner
+        return [UpdatedBlock(self.offset, self.numel // line, line, a * inner, b * inner) for a, b in runs]
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
@@ -111,35 +112,23 @@ class SubGroup:
 
 
 def mark_placement(model: SRDEModel) -> None:
-    """Have ZeRO cut parameters that hold a part of a tensor over their own group; before `deepspeed.initialize`.
-
-    All five attributes are needed: with only some of them, gradients are silently too large or values are silently
-    broadcast (DESIGN §3).
-    """
+    """Have ZeRO cut parameters that hold a part of a tensor over their own group; before `deepspeed.initialize`."""
     for _, parameter in _trainables(model):
         groups: ExpertGroups | None = getattr(parameter, "srde_groups", None)
         if groups is not None:
-            parameter.ds_zero_partition_process_group = groups.expert_data_parallel
-            parameter.ds_zero_placement_family = "autoep_expert"
-            parameter.ds_zero_partition_group_name = groups.name
-            parameter.group_name = groups.name
-            parameter.allreduce = False
+            internals.partition_over(parameter, groups.expert_data_parallel, groups.name)
 
 
 def sub_groups(engine: Any, model: SRDEModel) -> Iterator[SubGroup]:
     """The engine's flat masters, in the order of its optimizer calls; the same order on every rank."""
-    zero = engine.optimizer
     names = {id(parameter): name for name, parameter in _trainables(model)}
-    for index, parameters in enumerate(zero.fp16_groups):
-        process_group = zero.sub_group_process_groups[index]
-        rank = dist.get_rank(process_group)
+    for flat in internals.flat_masters(engine):
+        rank = dist.get_rank(flat.process_group)
         partitions, offset = [], 0
-        for parameter in parameters:
-            numel = parameter.partition_numel()
+        for parameter, numel in flat.parameters:
             partitions.append(Partition.of(names[id(parameter)], parameter, rank, numel, offset))
             offset += numel
-        group = zero.optimizer.param_groups[zero.sub_group_to_group_id[index]]
-        yield SubGroup(zero.fp32_partitioned_groups_flat[index], group, process_group, partitions)
+        yield SubGroup(flat.tensor, flat.param_group, flat.process_group, partitions)
 
 
 def verify_placement(engine: Any, model: SRDEModel) -> None:
@@ -157,10 +146,10 @@ def verify_placement(engine: Any, model: SRDEModel) -> None:
             raise SRDEError(f"placement: rank {rank}: '{name}' is trainable but has no fp32 master.")
         groups: ExpertGroups | None = getattr(parameter, "srde_groups", None)
         expected = dist.get_process_group_ranks(groups.expert_data_parallel) if groups else everyone
-        ranks = dist.get_process_group_ranks(parameter.ds_process_group)
+        ranks = dist.get_process_group_ranks(internals.partition_group(parameter))
         if ranks != expected:
             raise SRDEError(f"placement: rank {rank}: '{name}' is cut over ranks {ranks}, expected {expected}.")
-        values = -(-prod(parameter.ds_shape) // len(expected))
+        values = -(-prod(parameter.srde_whole_shape) // len(expected))
         if owned[name].numel != values:
             raise SRDEError(f"placement: rank {rank}: '{name}' holds {owned[name].numel} values, expected {values}.")
 
@@ -171,10 +160,10 @@ def restrict_updates(
     """Tell the optimizer what it may change: trainables of the kinds in `trained`, but nothing of `locked` experts.
 
     What is left out keeps its values and its optimizer state. GramMuon learns here how each of its flat partitions is
-    cut into blocks of rows; call it once before the first step.
+    cut into matrices; call it once before the first step.
 
     Raises:
-        SRDEError: a Muon partition does not fall on row boundaries.
+        SRDEError: a Muon partition is not made of whole lines of its matrices.
     """
     experts = model.config.num_experts
 
@@ -192,9 +181,9 @@ def restrict_updates(
             else:
                 windows += blocks
         if muon:
-            # Atoms cut by rows: the other rows are on all ranks, each alone in its group.
-            cut_by_rows = any(part.kind == "atoms" and part.cut is not None for part in sub_group.partitions)
-            group = dist.group.WORLD if cut_by_rows else sub_group.process_group
+            # Shards of the atoms lie on all ranks, each of which is alone in its group.
+            sharded = any(part.kind == "atoms" and part.cut is not None for part in sub_group.partitions)
+            group = dist.group.WORLD if sharded else sub_group.process_group
             optimizer.register_layout(sub_group.master, pieces, group)
         else:
             unrestricted = not locked and all(part.kind in trained for part in sub_group.partitions)
@@ -202,49 +191,35 @@ def restrict_updates(
 
 
 def _muon_pieces(part: Partition, blocks: list[UpdatedBlock]) -> list[MatrixShard]:
-    full_rows, batch, cols = part.shape if part.cut is None else (part.cut.global_shape[0], *part.shape[1:])
+    whole_height, batch, cols = part.shape if part.cut is None else (part.cut.global_shape[0], *part.shape[1:])
     if part.numel % (batch * cols):
         raise SRDEError(
             f"'{part.name}': {part.numel} values a rank are no whole rows of {batch} x {cols}. "
             "Pad its rows to a multiple of the world size (pad_to of its Sharding)."
         )
-    rows = part.numel // (batch * cols)
+    height = part.numel // (batch * cols)
     if part.expert_axis is None:
         ranges = [(0, batch)] if blocks else []
     else:
         ranges = [(block.first // cols, block.stop // cols) for block in blocks]
     # A tensor of which nothing is updated is an empty range: its name and place are still known.
-    return [MatrixShard(part.name, part.offset, rows, batch, cols, full_rows, a, b) for a, b in ranges or [(0, 0)]]
+    return [MatrixShard(part.name, part.offset, height, batch, cols, whole_height, a, b) for a, b in ranges or [(0, 0)]]
 
 
-def state_pieces(engine: Any, model: SRDEModel, optimizer: GramMuonAdamW) -> list[TensorPiece]:
+def state_slices(engine: Any, model: SRDEModel, optimizer: GramMuonAdamW) -> list[TensorSlice]:
     """Views of this rank's masters and optimizer states, as the checkpoint writes and fills them.
 
-    Of ranks that hold the same values, one gives them: replicas never exist, ZeRO cuts every trainable.
+    No value is on two ranks: ZeRO cuts every trainable.
     """
-    pieces = []
+    slices = []
     for sub_group in sub_groups(engine, model):
         optimizer.allocate_state(sub_group.master, sub_group.param_group["rule"])
         kinds = {"master": sub_group.master.data} | dict(optimizer.state[sub_group.master])
         for kind, flat in kinds.items():
-            pieces += [piece for part in sub_group.partitions if (piece := part.piece(kind, flat)) is not None]
-    return pieces
-
-
-def publish_masters(engine: Any) -> None:
-    """Copy the fp32 masters into the parameters, after something else than a step has changed them."""
-    zero = engine.optimizer
-    zero.checkpoint_event_prologue()  # drops whole copies, which a gather would otherwise take for valid
-    for index in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(index)
-    zero.checkpoint_event_epilogue()  # gathers what stays whole
-
-
-def step_was_skipped(engine: Any) -> bool:
-    """True when DeepSpeed skipped the last update because the gradient norm was not finite."""
-    return bool(engine.optimizer.overflow)
+            slices += [part.slice(kind, flat) for part in sub_group.partitions]
+    return [found for found in slices if found is not None]
 
 
 def _trainables(model: SRDEModel) -> Iterator[tuple[str, Any]]:
-    """Names and parameters; Any, for the attributes that DeepSpeed and the other floors hang on them."""
+    """Names and parameters; Any, for the attributes that we and deepspeed give them."""
     yield from model.trainable_parameters()

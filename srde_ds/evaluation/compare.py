@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.records import Record
@@ -29,6 +30,25 @@ class _Measured:
 
     results: dict[str, ItemResult]
     alone: list[ItemLoss]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it travels between processes."""
+        content = asdict(self)
+        for loss in [*(result["loss"] for result in content["results"].values()), *content["alone"]]:
+            if loss["assignments"] is not None:
+                loss["assignments"] = loss["assignments"].tolist()
+        return content
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> _Measured:
+        def loss(values: dict[str, Any]) -> ItemLoss:
+            counts = values["assignments"]
+            return ItemLoss(**values | {"assignments": None if counts is None else torch.tensor(counts)})
+
+        results = {
+            name: ItemResult(**values | {"loss": loss(values["loss"])}) for name, values in content["results"].items()
+        }
+        return cls(results, [loss(values) for values in content["alone"]])
 
 
 def evaluate(
@@ -71,7 +91,7 @@ def evaluate(
     records = evenly_by_domain(records, max_samples)
     own = processes.share([sum(len(message["content"]) for message in record.messages) for record in records])
 
-    def work() -> list[tuple[int, _Measured]]:
+    def work() -> list[tuple[int, dict[str, Any]]]:
         own_records = [records[index] for index in own]
         results: dict[str, list[ItemResult]] = {}
         for name in ("srde", "base") if compare_baseline else ("srde",):
@@ -88,12 +108,12 @@ def evaluate(
                 )
         alone = _losses_of_each_expert(model, tokenizer, own_records, batch_size) if each_expert else []
         return [
-            (index, _Measured({name: results[name][i] for name in results}, [losses[i] for losses in alone]))
+            (index, _Measured({name: results[name][i] for name in results}, [losses[i] for losses in alone]).to_json())
             for i, index in enumerate(own)
         ]
 
     measured = dict(chain.from_iterable(processes.together(work)))
-    in_order = [measured[index] for index in range(len(records))]
+    in_order = [_Measured.from_json(measured[index]) for index in range(len(records))]
     results = {name: [item.results[name] for item in in_order] for name in in_order[0].results}
     domains = _domains(records, model.expert_names)
     figures = {

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from srde_ds.distributed.gathering import gather_json
+from srde_ds.distributed.together import attempt
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.utils.launcher import launched_rank, launched_world_size, stop_processes
 
@@ -25,10 +27,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the work; by default it is alone.
+    """This process among those that share the work, a `together.Ranks`; by default it is alone.
 
     Attributes:
-        group: what they talk by; None: torch's default group.
+        group: the group that they form; None: torch's default group.
     """
 
     rank: int = 0
@@ -43,38 +45,40 @@ class Processes:
         """The indices of this process's items: all are dealt out, the costliest first."""
         return sorted(range(len(costs)), key=lambda index: -costs[index])[self.rank :: self.world_size]
 
-    def own(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns here, once it has returned on every process; errors as in `together`."""
-        kept: list[Result] = []
-        self.together(lambda: kept.append(function()))
-        return kept[0]
+    def all_reduce_max(self, value: int) -> int:
+        """The largest of the processes' integers."""
+        return max(self.gather(value))
 
-    def together(self, function: Callable[[], Result]) -> list[Result]:
-        """What `function` returns on each process, by rank; picklable.
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank, as JSON gives it back.
+
+        Raises:
+            LostContact: another process has ended.
+        """
+        if self.world_size == 1:
+            return [value]
+        try:
+            return gather_json(value, torch.device("cpu"), self.group)
+        except RuntimeError:
+            raise LostContact("another process has ended before its time, see its output.") from None
+
+    def own(self, function: Callable[[], Result]) -> Result:
+        """What `function` returns here, once it has returned on every process.
 
         Raises:
             SRDEError: on the first process that raised it. The others end without a word (SystemExit), so that it is
                 printed once.
             LostContact: another process has ended.
         """
-        if self.world_size == 1:
-            return [function()]
-        result, failure = None, None
-        try:
-            result = function()
-        except SRDEError as error:
-            failure = error
-        reports: list[Any] = [None] * self.world_size
-        try:
-            dist.all_gather_object(reports, (result, failure is not None), group=self.group)
-        except RuntimeError:
-            raise LostContact("another process has ended before its time, see its output.") from None
-        failed = [rank for rank, (_, raised) in enumerate(reports) if raised]
-        if failed and failed[0] != self.rank:
-            raise SystemExit(2)
-        if failure is not None:
-            raise failure
-        return [value for value, _ in reports]
+        outcome = attempt(function, self)
+        failure = outcome.failure
+        if failure is not None and failure.rank != self.rank:
+            raise SystemExit(2 if failure.foreseen else 1)
+        return outcome.own.result()
+
+    def together(self, function: Callable[[], Result]) -> list[Result]:
+        """What `function` returns on each process, by rank, as JSON gives it back; errors as in `own`."""
+        return self.gather(self.own(function))
 
 
 ALONE = Processes()

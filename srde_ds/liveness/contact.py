@@ -2,48 +2,43 @@
 
 Every rank holds a connection to rank 0 and reports over it. A connection that ends, silence, and a rank that is late
 for a collective lead to a verdict, which all ranks print or pass on, and which ends them: torch itself would wait for
-its timeout, in NCCL's case without a Python exception, and would not say for whom.
+its timeout, in NCCL's case end without a Python exception, and would not name the rank.
 
-One JSON object a line. The messages carry no code, and are refused without the run's token.
+The connections are made while the ranks gather, see `meeting.py` and `handshake.py`: each rank proves that it knows the
+run's secret, and once all have come rank 0 closes its port. What comes over a connection is data alone, of bounded
+size, see `messages.py`; an error on a connection ends that one, and the run only if it was a rank's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import itertools
-import json
+import errno
 import logging
 import os
-import secrets
 import selectors
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from srde_ds.errors import LostContact, SRDEError
+from srde_ds.liveness.handshake import challenge, introduce, proof, proves
+from srde_ds.liveness.messages import Lines, send
 from srde_ds.liveness.status import Report, Reporter
 from srde_ds.liveness.verdict import GRACE_SECONDS, SILENT_SECONDS, Peer, Verdict, judge
-from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _TICK_SECONDS = 0.5
-_LONGEST_LINE = 1 << 16
-# A rank whose collective failed because another one is lost waits so long for the verdict that names it.
-VERDICT_SECONDS = 15.0
+# Connections that have not proved to be a rank's: how many are kept, and for how long.
+_MOST_STRANGERS = 256
+_HANDSHAKE_SECONDS = 30.0
 _LATECOMER_SECONDS = 5.0
-# All ranks of a process count their runs alike; tests have many in one process.
-_runs = itertools.count()
 
 
 class Contact:
@@ -51,7 +46,7 @@ class Contact:
 
     Attributes:
         on_verdict: called once with the verdict before it ends the process.
-        store: torch's, held until the process group has it, too.
+        store: torch's; kept until the process group also holds it.
     """
 
     store: TCPStore | None = None
@@ -63,14 +58,14 @@ class Contact:
         self._thread = threading.Thread(target=self._run_safely, name="contact", daemon=True)
 
     def release_others(self) -> None:
-        """On rank 0: the others, which wait for its preparations, may go on."""
+        """On rank 0: let the others go on, which wait for its preparations."""
         self.others_may_go.set()
 
     def wait_for_main(self) -> None:
-        """On the other ranks: wait until rank 0 has called `release_others`, as long as it lives."""
+        """On the other ranks: wait until rank 0 has called `release_others`."""
 
     def leave(self, error: str) -> None:
-        """Say goodbye; `error` is empty in good order. The others end if it is not."""
+        """Say goodbye. `error` is empty if all is well; otherwise the others end, too."""
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -82,10 +77,10 @@ class Contact:
             logger.exception("The contact between the ranks has ended; a lost rank trips collective_timeout only.")
 
     def _end(self, verdict: Verdict, *, say: bool) -> None:
-        """Act on a verdict: the main thread may be in a collective that never ends, so the process goes from here."""
+        """Act on a verdict: the main thread may be in a collective that never ends, so this thread ends the process."""
         if self._ending.is_set():
             return
-        with contextlib.suppress(Exception):  # whatever it is, the process must end
+        with contextlib.suppress(Exception):  # whatever happens there, the process must end
             self.on_verdict(verdict)
         if say:
             print(f"srde-ds: error: {verdict.text}", file=sys.stderr)
@@ -94,20 +89,50 @@ class Contact:
         os._exit(1)
 
 
-class _Hub(Contact):
-    """Rank 0: hears all ranks and judges."""
+@dataclass
+class _Visitor:
+    """What rank 0 knows of a connection.
 
-    def __init__(self, world_size: int, timeout: float, start_timeout: float, token: str) -> None:
+    Attributes:
+        challenge: what the other side must prove itself on.
+        rank: None until it has.
+    """
+
+    challenge: str
+    lines: Lines = field(default_factory=Lines)
+    came: float = field(default_factory=time.monotonic)
+    rank: int | None = None
+
+
+class Hub(Contact):
+    """Rank 0: hears all ranks and judges.
+
+    Args:
+        secret: of the run, see `handshake.py`.
+        address: to listen at; "": at all addresses of this host.
+        all_have_come: called when the last rank has come, or when this ends before.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        timeout: float,
+        start_timeout: float,
+        secret: str,
+        *,
+        address: str = "127.0.0.1",
+        all_have_come: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
-        self.world_size, self.timeout, self.start_timeout, self.token = world_size, timeout, start_timeout, token
-        # All interfaces, as torch's own store does: which of them the others use is theirs to know.
-        local = os.environ["MASTER_ADDR"] in ("127.0.0.1", "localhost")
-        self._listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=1024)
-        self.port = int(self._listener.getsockname()[1])
+        self.world_size, self.timeout, self.start_timeout = world_size, timeout, start_timeout
+        self._secret, self._all_have_come = secret, all_have_come
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self._listener: socket.socket | None = socket.create_server((address, 0), family=family, backlog=1024)
+        self.address, self.port = address, int(self._listener.getsockname()[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
-        self._lines: dict[socket.socket, _Lines] = {}
-        self._rank_of: dict[socket.socket, int] = {}
+        self._visitors: dict[socket.socket, _Visitor] = {}
+        self._came: set[int] = set()
         self._peers: dict[int, Peer] = {}
         self._heard: dict[int, float] = {}
         self._began = time.monotonic()
@@ -117,15 +142,27 @@ class _Hub(Contact):
     def leave(self, error: str) -> None:
         deadline = time.monotonic() + _LATECOMER_SECONDS
         while error and len(self._peers) < self.world_size and time.monotonic() < deadline:
-            time.sleep(_TICK_SECONDS)  # who comes later would find nobody, and say only that
+            time.sleep(_TICK_SECONDS)  # a rank that came later would find nobody, and could say only that
         self._ending.set()
         self._thread.join(5 * _TICK_SECONDS)
-        for connection in list(self._rank_of):
+        for connection in self._ranks():
             with contextlib.suppress(OSError):
-                connection.sendall(_line({"bye": error, **asdict(self._reporter.report())}))
-        for connection in [*self._lines, self._listener]:
+                send(connection, {"bye": error, **asdict(self._reporter.report())})
+        for connection in list(self._visitors):
             connection.close()
+        self._stop_listening()
         self._selector.close()
+
+    def _ranks(self) -> list[socket.socket]:
+        return [connection for connection, visitor in self._visitors.items() if visitor.rank is not None]
+
+    def _stop_listening(self) -> None:
+        if self._listener is None:
+            return
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = None
+        self._all_have_come()
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -135,6 +172,9 @@ class _Hub(Contact):
                 else:
                     assert isinstance(key.fileobj, socket.socket)
                     self._read(key.fileobj)
+            for connection, visitor in list(self._visitors.items()):
+                if visitor.rank is None and time.monotonic() - visitor.came > _HANDSHAKE_SECONDS:
+                    self._drop(connection)
             self._hear(0, self._reporter.report())
             now = time.monotonic()
             peers = {
@@ -150,28 +190,64 @@ class _Hub(Contact):
                 self._end(verdict, say=True)
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        assert self._listener is not None
+        strangers = [connection for connection, visitor in self._visitors.items() if visitor.rank is None]
+        if len(strangers) >= _MOST_STRANGERS:
+            self._drop(strangers[0])  # the oldest: a rank proves itself within milliseconds
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # it is gone already, or this process has no descriptor left for it
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                if strangers:
+                    self._drop(strangers[0])
+                else:
+                    self._ending.wait(_TICK_SECONDS)
+            return
         connection.settimeout(_TICK_SECONDS)
-        self._lines[connection] = _Lines()
+        visitor = self._visitors[connection] = _Visitor(challenge())
         self._selector.register(connection, selectors.EVENT_READ)
+        try:
+            send(connection, {"challenge": visitor.challenge})
+        except OSError:
+            self._drop(connection)
 
     def _read(self, connection: socket.socket) -> None:
         try:
-            messages = self._lines[connection].read(connection)
-            for message in messages:
-                self._take(connection, message)
+            visitor = self._visitors[connection]
+            for message in visitor.lines.read(connection):
+                if visitor.rank is None:
+                    self._admit(connection, visitor, message)
+                else:
+                    self._take(connection, visitor.rank, message)
         except (OSError, ValueError, KeyError, TypeError):  # it ended, or is none of ours
             self._drop(connection)
 
-    def _take(self, connection: socket.socket, message: dict[str, Any]) -> None:
-        if message.pop("token") != self.token:
+    def _admit(self, connection: socket.socket, visitor: _Visitor, message: dict[str, Any]) -> None:
+        """Let a rank in that proves itself; ValueError for anyone else."""
+        rank, asked = message["rank"], message["challenge"]
+        if type(rank) is not int or not 0 < rank < self.world_size or not isinstance(asked, str):
+            raise ValueError("no rank of this run")
+        if not proves(message["proof"], self._secret, visitor.challenge, rank, "rank"):
             raise ValueError("of another run")
+        if rank in self._came:
+            send(
+                connection, {"refused": f"rank {rank} is there already: another run with the same folder uses the port"}
+            )
+            raise ValueError("came twice")
+        visitor.rank = rank
+        self._came.add(rank)
+        send(connection, {"proof": proof(self._secret, asked, rank, "hub")})
+        if len(self._came) == self.world_size - 1:
+            self._stop_listening()
+
+    def _take(self, connection: socket.socket, rank: int, message: dict[str, Any]) -> None:
         error = message.pop("bye", None)
         report = Report(**message)
-        self._rank_of[connection] = report.rank
-        self._hear(report.rank, report, error)
+        if report.rank != rank:
+            raise ValueError("speaks for another rank")
+        self._hear(rank, report, error)
         own = asdict(self._peers[0].report if 0 in self._peers else self._reporter.report())
-        connection.sendall(_line({"go": self.others_may_go.is_set(), **own}))
+        send(connection, {"go": self.others_may_go.is_set(), **own})
 
     def _hear(self, rank: int, report: Report, error: str | None = None) -> None:
         self._peers[rank], self._heard[rank] = Peer(report, 0.0, error=error), time.monotonic()
@@ -179,27 +255,33 @@ class _Hub(Contact):
     def _drop(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
         connection.close()
-        del self._lines[connection]
-        rank = self._rank_of.pop(connection, None)
-        if rank is not None:
-            peer = self._peers[rank]
-            self._peers[rank] = Peer(peer.report, 0.0, connected=False, error=peer.error)
+        rank = self._visitors.pop(connection).rank
+        if rank is None:
+            return
+        if rank not in self._peers:  # it came and ended before it had reported
+            self._came.discard(rank)
+            return
+        peer = self._peers[rank]
+        self._peers[rank] = Peer(peer.report, 0.0, connected=False, error=peer.error)
 
     def _tell(self, verdict: Verdict) -> None:
-        for connection in self._rank_of:
+        for connection in self._ranks():
             with contextlib.suppress(OSError):
-                connection.sendall(_line({"verdict": asdict(verdict)}))
+                send(connection, {"verdict": asdict(verdict)})
 
 
-class _Link(Contact):
+class Link(Contact):
     """Any other rank: reports to rank 0, and notices when that is gone."""
 
-    def __init__(self, rank: int, address: str, port: int, token: str, timeout: float) -> None:
+    def __init__(self, rank: int, connection: socket.socket, secret: str, timeout: float) -> None:
+        """Introduce this rank; errors as in `handshake.introduce`."""
         super().__init__()
-        self.token, self.silent = token, min(SILENT_SECONDS, timeout)
+        self.silent = min(SILENT_SECONDS, timeout)
         self._reporter = Reporter(rank)
         self._main: Report | None = None
-        self._connection = socket.create_connection((address, port), timeout=self.silent)
+        self._connection = connection
+        connection.settimeout(self.silent)
+        self._lines = introduce(connection, secret, rank)
         self._sending = threading.Lock()
         self._thread.start()
 
@@ -214,10 +296,10 @@ class _Link(Contact):
 
     def _send(self, **more: Any) -> None:
         with self._sending:
-            self._connection.sendall(_line({"token": self.token, **asdict(self._reporter.report()), **more}))
+            send(self._connection, {**asdict(self._reporter.report()), **more})
 
     def _run(self) -> None:
-        lines, heard, reported = _Lines(), time.monotonic(), 0.0
+        heard, reported = time.monotonic(), 0.0
         self._connection.settimeout(_TICK_SECONDS)
         while not self._ending.is_set():
             now = time.monotonic()
@@ -225,12 +307,12 @@ class _Link(Contact):
                 if now - reported > REPORT_SECONDS:
                     self._send()
                     reported = now
-                for message in lines.read(self._connection):
+                for message in self._lines.read(self._connection):
                     heard = time.monotonic()
                     self._take(message)
             except TimeoutError:
                 pass
-            except (OSError, ValueError):
+            except (OSError, ValueError, KeyError, TypeError):
                 self._end(self._about_main("ended without a word: killed, or crashed"), say=True)
                 return
             if time.monotonic() - heard > self.silent:
@@ -255,112 +337,3 @@ class _Link(Contact):
         if self._main is None:
             return Verdict(0, f"rank 0 {what}, before it had reported.")
         return Verdict(0, f"{self._main.name} {what}. It was at {self._main.doing}.")
-
-
-class _Lines:
-    """Cuts what a connection brings into JSON objects."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def read(self, connection: socket.socket) -> Iterator[dict[str, Any]]:
-        """What has come. ConnectionError at the connection's end, ValueError for what is no message."""
-        received = connection.recv(_LONGEST_LINE)
-        if not received:
-            raise ConnectionError("the connection has ended")
-        *lines, self._rest = (self._rest + received).split(b"\n")
-        if len(self._rest) > _LONGEST_LINE:
-            raise ValueError("a line without end")
-        for line in lines:
-            message = json.loads(line)
-            if not isinstance(message, dict):
-                raise ValueError("no object")
-            yield message
-
-
-def _line(message: dict[str, Any]) -> bytes:
-    return json.dumps(message).encode() + b"\n"
-
-
-@contextmanager
-def contact(timeout: float, start_timeout: float) -> Iterator[Contact]:
-    """Gather the launched processes, and stay in touch until the block ends.
-
-    Args:
-        timeout: seconds that ranks wait for others in a collective.
-        start_timeout: seconds that they wait for others to come. Long work at the start belongs into the block.
-
-    Raises:
-        LostContact: rank 0 did not answer in time.
-    """
-    rank, world_size = launched_rank(), launched_world_size()
-    ours = Contact() if world_size == 1 else _meet(rank, world_size, timeout, start_timeout)
-    error = ""
-    try:
-        yield ours
-    except SRDEError as failure:
-        error = str(failure)
-        raise
-    except BaseException as failure:
-        error = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        if _another_rank_is_lost(failure):
-            time.sleep(0 if world_size == 1 else VERDICT_SECONDS)  # the verdict ends this process
-        raise
-    finally:
-        ours.leave(error)
-
-
-def _meet(rank: int, world_size: int, timeout: float, start_timeout: float) -> Contact:
-    """Rank 0 opens its port and tells the others over the store through which torch's processes meet, too."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent holds the store itself; and after a restart the store is still the old one.
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    key = f"srde_ds/contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
-    is_master = rank == 0 and not by_agent
-    try:
-        if not is_master:
-            _wait_for_port(address, port, start_timeout)
-        store = TCPStore(
-            address,
-            port,
-            None,
-            is_master=is_master,
-            timeout=datetime.timedelta(seconds=start_timeout),
-            wait_for_workers=False,
-            multi_tenant=True,  # init_process_group finds the same one
-        )
-        if rank == 0:
-            hub = _Hub(world_size, timeout, start_timeout, secrets.token_hex(8))
-            hub.store = store  # held until the group has it
-            store.set(key, f"{hub.port} {hub.token}")
-            return hub
-        text = store.get(key).decode().split()
-        return _Link(rank, address, int(text[0]), text[1], timeout)
-    except (dist.DistError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise LostContact(
-            f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Did it start, can "
-            "this host reach it, and is the port free?"
-        ) from None
-
-
-def _wait_for_port(address: str, port: int, seconds: float) -> None:
-    """Until something listens there. Torch's store waits by itself, but up to three times as long as it is told to.
-
-    Raises:
-        OSError: nothing did.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            socket.create_connection((address, port), timeout=max(deadline - time.monotonic(), 0.1)).close()
-            return
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def _another_rank_is_lost(error: BaseException) -> bool:
-    """gloo raises a plain RuntimeError."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,4 +1,4 @@
-"""`heartbeat.json` in the run's folder: where a run stands, for `srde-ds monitor` and the supervisor."""
+"""`heartbeat.json` in the run's folder: how far a run has come, for `srde-ds monitor` and the supervisor."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from srde_ds.config import Config
 from srde_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
 
 FILE = "heartbeat.json"
-# A file system that all hosts share need not take one file a step from a run with short steps.
+# A run with short steps does not write a file a step to storage that all hosts share.
 SHORTEST_SECONDS = 1.0
 # Other ranks let rank 0 speak first.
 RANK_0_SECONDS = 2.0
@@ -28,7 +27,7 @@ State = Literal["running", "stopped", "failed", "finished"]
 
 
 class Heartbeat:
-    """Writes the file from rank 0 after steps, and from whichever rank has to say why the run ended.
+    """Writes the file: rank 0 after steps, and any rank to say why the run ended.
 
     `completed.json` alone says that a run finished; a heartbeat in state "finished" comes just before it.
     A file that cannot be written is a warning: training goes on.
@@ -37,12 +36,12 @@ class Heartbeat:
         enabled: True on rank 0; other ranks write `failed` only.
     """
 
-    def __init__(self, config: Config, *, world_size: int, enabled: bool) -> None:
-        self.path, self.enabled = Path(config.training.output_dir) / FILE, enabled
+    def __init__(self, output_dir: str | Path, max_steps: int, *, world_size: int, enabled: bool) -> None:
+        self.path, self.enabled = Path(output_dir) / FILE, enabled
         self._content: dict[str, Any] = {
             "state": "running",
             "step": 0,
-            "max_steps": config.training.max_steps,
+            "max_steps": max_steps,
             "world_size": world_size,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -79,11 +78,11 @@ class Heartbeat:
         self._write("finished")
 
     def failed(self, reason: str, rank: int, *, bad_input: bool = False) -> None:
-        """The run ends with an error; any rank may call it, which does nothing before `start`: a run that
-        was refused leaves the folder, maybe another run's, as it was.
+        """The run ends with an error; any rank may say so. Before `start` nothing is written: a refused run leaves the
+        folder, which may be another run's, as it was.
 
         Args:
-            bad_input: starting again would fail again.
+            bad_input: another start would fail in the same way.
         """
         if not self._started:
             return
@@ -92,7 +91,7 @@ class Heartbeat:
             time.sleep(RANK_0_SECONDS)
             with suppress(OSError, ValueError):
                 before = json.loads(self.path.read_text())
-            # Rank 0 has said it, and knows more.
+            # Rank 0 has reported the failure, and knows more.
             if before.get("state") == "failed" and before["time"] > self._content["started"]:
                 return
         self.enabled = True

@@ -1,4 +1,4 @@
-"""A process of a run ends with its launcher: nobody else would end it, and its GPU would stay taken.
+"""Ends a process of a run together with its launcher: nobody else would end it, and its GPU would stay occupied.
 
 Seen with deepspeed 0.19.8: after SIGKILL of the launcher of a host its ranks train on, and the runner waits for ever.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 1.0
-# For a checkpoint. After it the process ends as if it had been killed.
+# Time for a checkpoint; after it the process is killed.
 SAVE_SECONDS = 75.0
 
 # In the command line of a process that starts ranks and waits for them.
@@ -61,12 +61,12 @@ def launchers() -> list[Launcher]:
 
 
 class LauncherWatch:
-    """Watches them in a thread: once one is gone, this process gets SIGTERM, and SIGKILL if that does not end it.
+    """Watches the launchers in a thread: once one is gone, this process gets SIGTERM, and SIGKILL if it does not end.
 
     SIGTERM lets the run save and stop on all ranks, where that is possible.
 
     Attributes:
-        gone: the launcher that ended first, in words.
+        gone: a sentence about the launcher that ended first; None while all live.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class LauncherWatch:
             pause.wait(POLL_SECONDS)
         gone = next(launcher for launcher in self._watched if not launcher.lives())
         self.gone = f"its launcher (process {gone.pid}: {gone.command[:60]}) is gone"
-        with contextlib.suppress(OSError):  # the pipe may be gone, too
+        with contextlib.suppress(OSError):  # the pipe may also be gone
             print(f"srde-ds: {self.gone}: saving and stopping.", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
         pause.wait(SAVE_SECONDS)

@@ -1,4 +1,4 @@
-"""What this process is doing, in words, for the messages that name a rank that failed or did not arrive."""
+"""What this process is doing, for the messages that name a rank that failed or did not arrive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Report:
     """A rank's view of itself. Times are durations, so that the hosts' clocks need not agree.
 
     Attributes:
-        step: the optimizer step at work, from 1; 0 before the first.
+        step: the current optimizer step, from 1; 0 before the first.
         activity: such as "forward of micro-step 3", for `activity_seconds`.
         place: source line of the main thread.
         collectives: number of collectives begun; equal on ranks that wait in the same one.
@@ -55,14 +55,14 @@ class _Current:
 
 
 def doing(activity: str, step: int | None = None) -> None:
-    """Note what this process does from now on; `step` stays if it is not given."""
+    """Note what this process does from now on; without `step` that stays the same."""
     _Current.activity, _Current.since = activity, time.monotonic()
     if step is not None:
         _Current.step = step
 
 
 class Reporter:
-    """Makes this rank's reports; to be asked regularly, as it notices the collectives' progress by itself."""
+    """Makes this rank's reports. Ask it regularly: it measures progress from one report to the next."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.host, self.pid = rank, socket.gethostname(), os.getpid()

@@ -1,4 +1,4 @@
-"""Which rank is at fault when a run cannot go on: told from the ranks' last reports."""
+"""Decides from the ranks' last reports which one is at fault when a run cannot go on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from srde_ds.liveness.status import Report
 
 SILENT_SECONDS = 60.0  # or `timeout`, if that is shorter
-# Between a rank's error and the end of the others: where all raise alike, each reports its own.
+# Between a rank's error and the end of the others: if all of them raise, each reports its own error.
 GRACE_SECONDS = 10.0
 
 
@@ -39,7 +39,7 @@ class Verdict:
 def judge(
     peers: Mapping[int, Peer], world_size: int, *, waited: float, timeout: float, start_timeout: float
 ) -> Verdict | None:
-    """The reason for which the run must end now; None while there is none.
+    """Why the run must end now; None if it may go on.
 
     Args:
         peers: of the ranks that have come; those that ended in good order are blamed for nothing.

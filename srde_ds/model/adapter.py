@@ -19,7 +19,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.hub.sharing import push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather
+from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather, whole_shape
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
@@ -409,7 +409,7 @@ def parameter_table(model: SRDEModel) -> str:
         count[1] += math.prod(parameter.srde_shape)
     trainable = [sum(column) for column in zip(*counts.values(), strict=True)]
     frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
-    base_values = sum(int(getattr(p, "ds_numel", p.numel())) for p in frozen)
+    base_values = sum(math.prod(whole_shape(p)) for p in frozen)
     counts |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
     cells = [[kind, f"{n}", f"{values:,}", f"{values / base_values:.3%}"] for kind, (n, values) in counts.items()]
     return aligned_table([["kind", "tensors", "values", "of base"], *cells], right=1)

@@ -199,6 +199,11 @@ def refuse_experts(model: nn.Module) -> None:
         raise SRDEError("base: it already carries experts; load a fresh base.")
 
 
+def whole_shape(tensor: Tensor) -> tuple[Any, ...]:
+    """Its shape; of a parameter that ZeRO-3 holds in parts, what `distributed` has noted."""
+    return tuple(getattr(tensor, "srde_whole_shape", tensor.shape))
+
+
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     """The layers of the text decoder; of a multimodal model, those of the language model in it."""
     expected = base.config.get_text_config().num_hidden_layers
@@ -323,7 +328,7 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.Embedding) or not isinstance(weight, Tensor):
         return None
-    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    shape = whole_shape(weight)
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
 

@@ -74,6 +74,9 @@ class SRDEFeedForward(nn.Module):
         self.layer = layer
         self.control = control
         self.dispatch: ExpertDispatch = LocalDispatch()
+        # In the experts' arithmetic hooks on the activation, a module without parameters, would do nothing but split
+        # what torch.compile sees and have it compiled anew for each layer.
+        self.skip_activation_hooks = False
         self.preparation = Preparation()
         for module in (self, deltas, router):  # load_state_dict(assign=True) replaces their tensors
             module.register_load_state_dict_post_hook(self._after_loading)
@@ -111,7 +114,9 @@ class SRDEFeedForward(nn.Module):
         policy: RoutingPolicy,
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
-        hidden_TF, act = act(gate_TF) * up_TF, _without_deepspeeds_hooks(act)
+        hidden_TF = act(gate_TF) * up_TF
+        if self.skip_activation_hooks:
+            act = cast("Activation", act.forward)  # type: ignore[attr-defined]
         weights_TE, deltas = weights_TE.to(gate_TF.dtype), self._effective_deltas(policy).to(gate_TF.dtype)
         if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
@@ -167,8 +172,10 @@ class SRDEFeedForward(nn.Module):
         parameters = cast("list[Tensor]", list(self.deltas._parameters.values()))
         base = self._readable_weights(gate_TF)
         made_of = [*parameters, self.support, self.router.weight, self.router.selection_bias, *base]
-        held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(hasattr(t, "ds_id") for t in made_of)
-        if held_elsewhere or any(t.is_inference() for t in made_of):  # changes of inference tensors go unnoticed
+        held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(
+            hasattr(t, "srde_whole_shape") for t in made_of
+        )
+        if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
             return None
         deltas = self.deltas().to(arithmetic_dtype(gate_TF))
         experts: PreparedDeltas
@@ -227,16 +234,6 @@ class SRDEFeedForward(nn.Module):
         assert policy.statistics is not None
         policy.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
         return output
-
-
-def _without_deepspeeds_hooks(act: Activation) -> Activation:
-    """The activation for the experts' arithmetic. Hooks would break up the compiled graph, one layer at a time.
-
-    DeepSpeed's hooks gather parameters, of which an activation has none; `ds_id` marks the modules that carry them.
-    """
-    if isinstance(act, nn.Module) and hasattr(act, "ds_id") and next(act.parameters(), None) is None:
-        return cast("Activation", act.forward)
-    return act
 
 
 def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:

@@ -1,17 +1,19 @@
 """What autograd keeps of a micro-batch, by layer; the tests count it in a real backward.
 
-In a training process DeepSpeed's linear function stands in for torch's and keeps its input, also when the weight is
-frozen. Attention is torch's scaled_dot_product_attention with the mask that packed documents need; keys and values are
-repeated for every head. `flash_attention` needs neither mask nor repetition.
+In a training process DeepSpeed's linear function replaces torch's and keeps its input even if the weight is frozen.
+Attention is torch's scaled_dot_product_attention with the mask that packed documents need; keys and values are repeated
+for every head. `flash_attention` needs neither mask nor repetition.
 
-Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T rows, m neurons or n entries.
+Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T assignments of a token to an expert,
+m neurons or n entries.
 """
 
 from __future__ import annotations
 
 from srde_ds.config import Config
+from srde_ds.distributed.expert_traffic import shards_atoms, slots
+from srde_ds.model.base_shape import LayerShape
 from srde_ds.model.supports.selection import support_size, value_count
-from srde_ds.planner.shapes import LayerShape, exchanges_rows, slots
 
 FP32, INT64 = 4, 8
 
@@ -27,7 +29,7 @@ def layer_activations(
     """Bytes that are kept of one layer's forward, by part.
 
     Args:
-        transport: "tokens" or "deltas"; of no account without expert parallelism.
+        transport: "tokens" or "deltas"; ignored without expert parallelism.
         first: the first layer without checkpointing, before whose experts nothing needs a gradient.
     """
     width, t = (2 if config.model.bf16 else 4), tokens(config)
@@ -44,7 +46,7 @@ def layer_activations(
     remote = transport == "tokens" and config.parallel.expert_parallel_size > 1
     experts = _atoms(config, layer, world_size, width)
     if adapter.granularity == "neuron":
-        experts += _neuron_rows(config, layer, width) if remote else _neuron(config, layer, width, first)
+        experts += _neuron_remote(config, layer, width) if remote else _neuron(config, layer, width, first)
     else:
         experts += _element(config, layer, width, first=first, remote=remote)
     return {"attention": attention, "feed-forward": feed_forward, "router": router, "experts": experts}
@@ -71,9 +73,9 @@ def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
     adapter, t, width = config.adapter, tokens(config), 2 if config.model.bf16 else 4
     n, size = (f(adapter, layer.hidden, layer.intermediate) for f in (value_count, support_size))
     if adapter.granularity == "neuron":
-        # Gradients on their way through the experts' values, and of all deltas in three stages of theirs.
+        # Gradients on their way through the experts' values, and of all deltas at three points of theirs.
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
-    else:  # of one expert's rows, and one of its matrices beside the matrix itself
+    else:  # of one expert's assignments, and one of its matrices beside the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
     # Of the hidden values, their two factors, and the base's gate and up values that went to the experts; the hidden
     # values themselves are gone.
@@ -112,9 +114,9 @@ def _atoms(config: Config, layer: LayerShape, world_size: int, width: int) -> fl
     adapter = config.adapter
     if not adapter.num_atoms:
         return 0
-    by_rows = exchanges_rows(config, world_size)
-    n = value_count(adapter, layer.hidden, layer.intermediate) / (world_size if by_rows else 1)
-    experts = adapter.num_experts if by_rows else slots(config)
+    sharded = shards_atoms(config, world_size)
+    n = value_count(adapter, layer.hidden, layer.intermediate) / (world_size if sharded else 1)
+    experts = adapter.num_experts if sharded else slots(adapter.num_experts, config.parallel.expert_parallel_size)
     copied = adapter.num_atoms if adapter.granularity == "neuron" else 0
     return (copied + 2 * experts) * n * width
 
@@ -133,22 +135,22 @@ def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float
     return (values + matrices) * width
 
 
-def _neuron_rows(config: Config, layer: LayerShape, width: int) -> float:
-    """Each expert on the rows that are sent to it; as many as leave, on average."""
+def _neuron_remote(config: Config, layer: LayerShape, width: int) -> float:
+    """Each expert on the assignments that are sent to it; on average as many arrive as leave."""
     adapter, t = config.adapter, tokens(config)
-    size, rows = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
+    size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
     supports = 1 if adapter.support_scope == "shared" else adapter.num_experts
     computed = layer.hidden + 2 * size + 5 * size + 1
     returned = size + 2 * layer.hidden + 1
-    return (rows * (computed + returned) + t * supports * size) * width + 3 * rows * INT64
+    return (assignments * (computed + returned) + t * supports * size) * width + 3 * assignments * INT64
 
 
 def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:
-    """Each expert on its rows, and a copy of the deltas."""
+    """Each expert on its assignments, and a copy of the deltas."""
     adapter = config.adapter
-    rows, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
-    experts = slots(config) if remote else adapter.num_experts
-    # Of a row: x, the output and its product with the weight; gate, up and hidden values with and without the delta.
+    assignments, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
+    experts = slots(adapter.num_experts, config.parallel.expert_parallel_size) if remote else adapter.num_experts
+    # Of each: x, the output and its product with the weight; gate, up and hidden values with and without the delta.
     hidden, intermediate, indices = (4, 10, 3) if remote else (3, 6 if first else 9, 1)
     values = hidden * layer.hidden + intermediate * layer.intermediate + 2
-    return experts * n * width + rows * (values * width + indices * INT64)
+    return experts * n * width + assignments * (values * width + indices * INT64)

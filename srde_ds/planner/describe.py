@@ -7,9 +7,10 @@ from collections import Counter
 import yaml
 
 from srde_ds.config import Config
+from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GB, GIB, Plan
-from srde_ds.planner.shapes import base_shape, trainable_values
+from srde_ds.planner.trainables import trainable_values
 
 
 def describe_plan(plan: Plan) -> str:
@@ -59,8 +60,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
     lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
     lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
-    for first, density, of_stage in plan.stages:
-        lines.append(f"{f'sum from step {first + 1} on, density {density:.3g}':<36}{of_stage.total / GIB:>10.2f}")
+    for first, density, memory_then in plan.densities:
+        lines.append(f"{f'sum from step {first + 1} on, density {density:.3g}':<36}{memory_then.total / GIB:>10.2f}")
     if plan.largest_micro_batch:
         lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
     else:
@@ -70,9 +71,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def describe_run(config: Config, world_size: int) -> str:
+def describe_run(config: Config, shape: BaseShape, world_size: int) -> str:
     """The resolved config with the parameter and memory tables, for `--dry_run`."""
-    shape = base_shape(config)
     values = trainable_values(config.adapter, shape)
     values["all trainables"] = sum(values.values())
     lines = [yaml.safe_dump(config.to_dict(), sort_keys=False)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from srde_ds.config import Config
+from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
+from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.supports.selection import support_size, value_count
 from srde_ds.planner.activations import tokens
-from srde_ds.planner.shapes import BaseShape, LayerShape, exchanges_rows
-from srde_ds.planner.traffic import choose_transport
 
 
 def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> dict[str, float]:
@@ -22,7 +22,7 @@ def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: f
     again = 1 if config.model.gradient_checkpointing else 0
     t, micro_steps = tokens(config), config.training.gradient_accumulation_steps
     remote = config.parallel.expert_parallel_size > 1
-    transport = choose_transport(config, shape, world_size) if remote else "deltas"
+    transport = choose_transport(config, shape.blocks, world_size) if remote else "deltas"
     frozen = attention = experts = 0.0
     for layer in shape.layers:
         projections = sum(n for module in layer.attention for n in module)
@@ -43,7 +43,7 @@ def _experts(config: Config, layer: LayerShape, world_size: int, transport: str)
     adapter, t = config.adapter, tokens(config)
     n = value_count(adapter, layer.hidden, layer.intermediate)
     mixing = 2 * adapter.num_atoms * adapter.num_experts * n
-    if exchanges_rows(config, world_size):
+    if shards_atoms(config, world_size):
         mixing = round(mixing / world_size)
     if adapter.granularity == "element":
         return 2 * t * adapter.top_k * 3 * layer.matrix + mixing

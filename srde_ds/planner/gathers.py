@@ -1,8 +1,8 @@
-"""When ZeRO-3 gathers and releases weights in a micro-step, followed on paper (deepspeed 0.19.8).
+"""Simulates when ZeRO-3 gathers and releases weights in a micro-step (deepspeed 0.19.8).
 
 DeepSpeed fetches a module's weights before its forward and before its backward, and releases them after each unless
 they are used again within `stage3_max_reuse_distance` values of its recorded trace. Three things cost more than one
-would think, and are modelled as they are:
+might expect, and are modelled:
 
 * The deltas' module has no input with a gradient, so its backward never "ends": its gathered weights stay until the
   whole backward is over. The same holds for the embedding and for what lies before the first trainable.
@@ -24,7 +24,8 @@ from itertools import accumulate
 from typing import Any
 
 from srde_ds.config import Config
-from srde_ds.planner.shapes import BaseShape, LayerShape, layer_trainables
+from srde_ds.model.base_shape import BaseShape, LayerShape
+from srde_ds.planner.trainables import layer_trainables
 
 # DeepSpeed's own defaults of its `stage3_` options.
 ZERO_DEFAULTS = {

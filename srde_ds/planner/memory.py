@@ -1,4 +1,4 @@
-"""Memory of a process, by kind and at each moment of a step, computed from a configuration."""
+"""Memory of a process by kind and at each moment of a step, computed from a configuration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from srde_ds.config import Config
 from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.model.base_shape import BaseShape
 from srde_ds.model.supports.selection import support_shape
 from srde_ds.optim.groups import group_of_tensor
 from srde_ds.planner.activations import (
@@ -20,8 +22,7 @@ from srde_ds.planner.activations import (
     shared_activations,
 )
 from srde_ds.planner.gathers import ZERO_DEFAULTS, Schedule, gather_schedule
-from srde_ds.planner.shapes import BaseShape, layer_trainables
-from srde_ds.planner.traffic import choose_transport
+from srde_ds.planner.trainables import layer_trainables
 
 FP32, INT32 = 4, 4
 SUB_GROUP_SIZE = 1_000_000_000  # deepspeed's default: values of a process that one call of the optimizer updates
@@ -56,7 +57,7 @@ class Memory:
 def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> Memory:
     """Memory of a process with full rows.
 
-    For a stage of the curriculum with another density give a config with that density.
+    For the part of a curriculum with another density give a config with that density.
 
     Args:
         labelled: share of positions that carry a label in any row of a micro-batch; 1 is an upper bound.
@@ -118,7 +119,7 @@ def _moments(
 ) -> dict[str, dict[str, float]]:
     """The loss, and the backward of each layer, from the last to the first."""
     width = 2 if config.model.bf16 else 4
-    transport = choose_transport(config, shape, world_size)
+    transport = choose_transport(config, shape.blocks, world_size)
     checkpointing = config.model.gradient_checkpointing
     bucket = int(zero.get("stage3_prefetch_bucket_size", ZERO_DEFAULTS["prefetch_bucket_size"]))
 

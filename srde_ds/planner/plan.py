@@ -1,4 +1,4 @@
-"""What a run takes on given machines, computed before anything is loaded."""
+"""What a run needs on given machines, computed before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.config import Config
+from srde_ds.distributed.expert_traffic import Traffic, choose_transport, transport_bytes
 from srde_ds.errors import SRDEError
+from srde_ds.model.base_shape import BaseShape, base_shape
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import Memory, memory
-from srde_ds.planner.shapes import BaseShape, base_shape, trainable_values
-from srde_ds.planner.traffic import Traffic, choose_transport, step_traffic, transport_bytes
+from srde_ds.planner.traffic import step_traffic
+from srde_ds.planner.trainables import trainable_values
 
 GIB, GB = 2**30, 1e9
 DAY = 86_400  # seconds
-# Run on a stream of their own beside the computation; all other collectives are waited for where they stand.
+# They run on a stream of their own beside the computation, which waits for all other collectives.
 OVERLAPPED = ("base gathered", "trainables gathered", "gradients")
 MOST_ROWS = 4096  # the search for the largest micro-batch ends there
 
@@ -97,17 +99,18 @@ class Plan:
     """A run on machines.
 
     Attributes:
-        stages: first step (from 0), density and memory of each stage of a run whose supports are pruned; else empty.
+        densities: first step (from 0), density and memory between the prunings of a run whose supports are pruned;
+            else empty.
         traffic: of a process in an optimizer step.
         moved: bytes of the transports that were compared; empty without expert parallelism.
-        largest_micro_batch: rows; 0: not even one fits.
+        largest_micro_batch: rows that fit; 0: not even one.
     """
 
     config: Config
     shape: BaseShape
     machines: Machines
     memory: Memory
-    stages: list[tuple[int, float, Memory]]
+    densities: list[tuple[int, float, Memory]]
     traffic: list[Traffic]
     transport: str
     moved: dict[str, float]
@@ -159,9 +162,9 @@ class Plan:
                 "moments": self.memory.moments,
                 "peak_moment": self.memory.peak_moment,
                 "peak": self.memory.total,
-                "peak_of_stages": [
+                "peak_by_density": [
                     {"first_step": first + 1, "density": density, "peak": of.total}
-                    for first, density, of in self.stages
+                    for first, density, of in self.densities
                 ],
             },
             "largest_micro_batch": self.largest_micro_batch,
@@ -210,13 +213,13 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
         shape=shape,
         machines=machines,
         memory=memory(config, shape, processes, labelled=machines.labelled_share),
-        stages=[
+        densities=[
             (first, density, memory(at(density), shape, processes, labelled=machines.labelled_share))
             for first, density in starts
         ],
         traffic=traffic,
-        transport=choose_transport(config, shape, processes) if size > 1 else "",
-        moved=transport_bytes(config, shape, processes) if size > 1 else {},
+        transport=choose_transport(config, shape.blocks, processes) if size > 1 else "",
+        moved=transport_bytes(config, shape.blocks, processes) if size > 1 else {},
         flops=flops,
         times=step_times(machines, traffic, sum(flops.values())),
         largest_micro_batch=largest_micro_batch(at(largest), shape, machines),

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from srde_ds.config import AdapterConfig, Config
 from srde_ds.data.loader import validation_batches
-from srde_ds.distributed.base_pass import backward_base, base_alone, forward_base
 from srde_ds.distributed.engine import Engine, gather
+from srde_ds.distributed.frozen_base import backward_base, base_alone, forward_base
 from srde_ds.distributed.processes import Topology, broadcast_from_main
-from srde_ds.distributed.reproducible_sums import RowSum, ShardedRowSum
+from srde_ds.distributed.reproducible_sums import ReproducibleSum, ShardedReproducibleSum
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.base import ROLES
+from srde_ds.model.base import ROLES, whole_shape
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
@@ -146,7 +146,7 @@ def _scores(model: SRDEModel, adapter: AdapterConfig, device: torch.device) -> _
 def _block_shapes(model: SRDEModel) -> list[tuple[int, int]]:
     """(D, F) of each layer, also while ZeRO-3 keeps the weights in parts."""
     weights = [getattr(layer.block, layer.roles["down"]).weight for layer in model.layers]
-    return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
+    return [whole_shape(weight) for weight in weights]
 
 
 def _measure(engine: Engine, topology: Topology, rows: datasets.Dataset, scores: _Scores) -> None:
@@ -187,7 +187,7 @@ class _LayerSums:
     def __init__(self, sizes: list[int], device: torch.device) -> None:
         self._row = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
         self.row_of_layer = self._row.split(sizes)
-        self._sum = RowSum(sum(sizes), device)
+        self._sum = ReproducibleSum(sum(sizes), device)
         self.of_layer = self._sum.total.split(sizes)
 
     def end_row(self) -> None:
@@ -282,7 +282,7 @@ class _ElementGradientScores(_GradientScores):
     def __init__(self, model: SRDEModel, device: torch.device) -> None:
         self._device = device
         sizes = [hidden * intermediate for hidden, intermediate in _block_shapes(model)]
-        self._sums = [{role: ShardedRowSum(size) for role in ROLES} for size in sizes]
+        self._sums = [{role: ShardedReproducibleSum(size) for role in ROLES} for size in sizes]
 
     def _add(self, layer: int, role: str, squares: Tensor) -> None:
         self._sums[layer][role].add(squares.flatten().float())  # a collective, in the order of the backward

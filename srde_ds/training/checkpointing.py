@@ -1,4 +1,4 @@
-"""What a run must remember to go on, and its way into and out of checkpoints."""
+"""What a run must remember to go on, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ from srde_ds.checkpoint.resume import (
     load_rank_state,
     load_run_state,
 )
-from srde_ds.checkpoint.save import CheckpointSaver, Collectives, SaveFailed
-from srde_ds.checkpoint.shards import read_pieces
+from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
+from srde_ds.checkpoint.shards import read_slices
 from srde_ds.config import AdapterConfig, Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.manifest import Manifest
+from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.processes import Topology, all_reduce_max, gather_objects, on_main_rank
+from srde_ds.distributed.processes import Topology
+from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import SRDEError
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
@@ -37,12 +39,12 @@ logger = logging.getLogger(__name__)
 # What the last step leaves to the next one's load balancing.
 BALANCING_TENSORS = ("expert_share", "target_share")
 
-# A resumed model that is the saved one gives the saved probe loss; the sum over a row differs in its last bits
-# between machines, and in bf16 by about 2^-8 of a token's loss.
+# How far a restored model's probe loss may be from the saved one: the sum over a row differs in its last bits between
+# machines, and in bf16 by about 2^-8 of a token's loss.
 _PROBE_TOLERANCE = {True: 2e-2, False: 1e-4}
 
 
-# What a run state holds, by its path in run.json; what came later has a default instead.
+# What every run state holds, by its path in run.json. Entries that were added later have defaults instead.
 _SAVED: dict[str, Any] = {
     "step": int,
     "tokens": int,
@@ -61,10 +63,11 @@ _SAVED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A checkpoint to go on from: what must be known before the model is built, and where the rest lies.
+    """A checkpoint to resume from: what must be known before the model is built, and where the rest is.
 
     Attributes:
-        density: of `supports`, those of all layers.
+        density: of `supports`.
+        supports: of all layers, top to bottom.
         values: the run state as it was saved.
     """
 
@@ -75,7 +78,7 @@ class SavedRun:
 
 
 class RunState:
-    """Position of the run, and the checkpoint that holds it.
+    """How far the run has come, and its checkpoints.
 
     Attributes:
         step: finished optimizer steps; also the position in the data, which is a pure function of it.
@@ -84,7 +87,7 @@ class RunState:
         unlock_order: experts in the order in which they are unlocked.
         expert_share, target_share: `[L, E]` and `[E]`, of the last step's assignments, for the next one's load
             balancing, see `model.policy.RoutingPolicy`; None: not known.
-        engine: the one at work; `Stages` sets it.
+        engine: the current one; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
 
@@ -99,10 +102,7 @@ class RunState:
         self.target_share: torch.Tensor | None = None
         self.unlock_order = list(range(config.adapter.num_experts))
         training = config.training
-        self.collectives = Collectives(
-            topology.rank, topology.world_size, lambda value: all_reduce_max(value, topology.device), gather_objects
-        )
-        self.saver = CheckpointSaver(training.output_dir, self.collectives, keep=training.save_total_limit)
+        self.saver = CheckpointSaver(training.output_dir, topology, keep=training.save_total_limit)
 
     @property
     def folder(self) -> Path:
@@ -110,7 +110,7 @@ class RunState:
         return Path(self.config.training.output_dir) / f"checkpoint-{self.saver.saved_step}"
 
     def remedy(self) -> str:
-        """What to do after a step whose numbers are not finite. Collective: it finishes the save in flight."""
+        """Advice after a step whose numbers are not finite. A collective: it finishes the save in flight."""
         failure = ""
         try:
             self.saver.wait()
@@ -158,7 +158,7 @@ class RunState:
         with self._as_configured(always_stop=final):
             self.saver.start(
                 self.step,
-                pieces=placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer),
+                slices=placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer),
                 rank_state={"random_state": random_state()},
                 run_state=run_state,
                 common_tensors=common,
@@ -168,7 +168,7 @@ class RunState:
                 self.saver.wait()
 
     def look_after_save(self) -> None:
-        """Let the save in flight, if any, go on to its next phase, without waiting for files. To be called each step.
+        """Let the save in flight, if any, go on to its next part, without waiting for files. To be called each step.
 
         Raises:
             SRDEError: on every rank, if it failed and `on_save_failure` is stop.
@@ -187,7 +187,7 @@ class RunState:
                 logger.warning("%s Training goes on (on_save_failure=continue).", error)
 
     def find_saved(self) -> SavedRun | None:
-        """The checkpoint that `resume_from` means; None without it.
+        """The checkpoint that `resume_from` names; None if the run does not resume.
 
         Raises:
             SRDEError: no good checkpoint, or one of another adapter, seed, dataset or batch.
@@ -195,7 +195,8 @@ class RunState:
         resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
         if not resume_from:
             return None
-        saved = self.saved_at(on_main_rank(lambda: find_checkpoint(resume_from, output_dir), self.topology))
+        folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology)
+        saved = self.saved_at(Path(folder))
         self._check_same_options(saved)
         self._check_warm_start(saved)
         return saved
@@ -216,9 +217,8 @@ class RunState:
         """
         model, values, folder = self.engine.model, saved.values, saved.folder
         self._check_same_model(saved)
-        pieces = placement.state_pieces(self.engine.deepspeed, model, self.engine.optimizer)
-        read_pieces(folder, pieces)
-        placement.publish_masters(self.engine.deepspeed)
+        read_slices(folder, placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer))
+        internals.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
         model.load_selection_biases(common)
         for name in BALANCING_TENSORS:
@@ -259,10 +259,10 @@ class RunState:
 
     def _check_same_options(self, saved: SavedRun) -> None:
         before, folder = saved.values, saved.folder
-        # An older checkpoint lacks newer options: their defaults.
+        # An older checkpoint lacks newer options, which then have their defaults.
         options = AdapterConfig().__dict__ | before["config"]["adapter"]
         same = {key: (options[key], value) for key, value in self.config.adapter.__dict__.items()}
-        del same["preset"]  # only stands for other options
+        del same["preset"]  # it only sets other options
         same["domains"] = before["config"]["data"]["domains"], self.config.data.domains
         same["seed"] = before["config"]["training"]["seed"], self.config.training.seed
         _refuse_difference(folder, same)
@@ -280,7 +280,7 @@ class RunState:
             )
 
     def _check_warm_start(self, saved: SavedRun) -> None:
-        """A warm start whose step is past would be left out in silence."""
+        """Refuse a warm start whose step has passed: it would be skipped without a word."""
         step, due = saved.values["step"], Schedule.of(self.config).warm_start_step
         if due is not None and due < step and not saved.values.get("warm_started", False):
             raise SRDEError(
@@ -289,7 +289,7 @@ class RunState:
             )
 
     def _check_same_mixing(self, saved: SavedRun) -> None:
-        """The rows up to the saved step must be those that were read; later ones may come in other shares."""
+        """The rows up to the saved step must be those that were read; later rows may be drawn in other shares."""
         keys = ("domain_weights", "mixing_temperature")
         given = {key: getattr(self.config.data, key) for key in keys}
         before = {key: saved.values["config"]["data"].get(key, getattr(DataConfig(), key)) for key in keys}
@@ -312,7 +312,7 @@ class RunState:
 
 
 def check_saved(values: dict[str, Any], common: dict[str, torch.Tensor], folder: Path) -> None:
-    """Refuse a checkpoint whose files are whole but hold something else than a run's state.
+    """Refuse a checkpoint whose files are intact but do not hold the state of a run.
 
     Raises:
         SRDEError: names what is missing or of another type.

@@ -1,4 +1,4 @@
-"""Which engine a step needs: built for the supports of the moment, and built anew when they shrink."""
+"""Builds the engine for the supports of the moment, and builds another one when they shrink."""
 
 from __future__ import annotations
 
@@ -7,66 +7,64 @@ import gc
 
 from srde_ds.checkpoint.prune import prune_checkpoint
 from srde_ds.config import Config
-from srde_ds.distributed.engine import Engine, build_engine, build_model
+from srde_ds.distributed.engine import build_engine, build_model
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.adapter import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
-from srde_ds.planner.shapes import base_shape
 from srde_ds.training.calibration import Calibration, calibrate_supports, choose_rows
 from srde_ds.training.checkpointing import RunState, SavedRun
 from srde_ds.training.schedule import Schedule
 
 
-class Stages:
-    """Between two prunings one engine trains; a pruning goes through a checkpoint, like a change of machines."""
+class Engines:
+    """One engine trains between two prunings. Each pruning goes through a checkpoint, as a change of machines does.
+
+    `state.engine` is always the current one.
+    """
 
     def __init__(self, config: Config, topology: Topology, state: RunState) -> None:
         self.config, self.topology, self.state = config, topology, state
-        self._blocks = base_shape(config).blocks
 
-    def first_engine(self) -> Engine:
-        """For a new run, or restored from `resume_from`."""
+    def build_first(self) -> None:
+        """The engine of a new run, or of one restored from `resume_from`."""
         saved = self.state.find_saved()
         calibrated = self.config.adapter.support_strategy in ("activation", "gradient")
         if calibrated and not saved:
-            choose_rows(
-                Calibration.of(self.config), self.state.stream.rows
-            )  # a domain without rows is refused before the base is read
-        engine = self._build(saved)
+            # A domain without rows is refused before the base is read.
+            choose_rows(Calibration.of(self.config), self.state.stream.rows)
+        self._build(saved)
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
         elif calibrated:
+            engine = self.state.engine
             calibration = Calibration.of(self.config, engine.model.config)
             calibrate_supports(engine, calibration, self.topology, self.state.stream.rows)
-        return engine
 
-    def engine_of_step(self, engine: Engine) -> Engine:
-        """`engine`, or one with smaller supports if they are to be pruned before the coming step."""
+    def prune_if_due(self) -> None:
+        """Replace the engine by one with smaller supports if they are to be pruned before the coming step."""
         density = Schedule.of(self.config).density_at(self.state.step)
-        if not self._must_shrink(engine, density):
-            return engine
-        self._say(
-            f"Step {self.state.step}: pruning the supports from density {engine.model.config.density:g} to {density:g}."
-        )
+        if not self._must_shrink(density):
+            return
+        before = self.state.engine.model.config.density
+        self._say(f"Step {self.state.step}: pruning the supports from density {before:g} to {density:g}.")
         self.state.save(final=True)
         folder = prune_checkpoint(
             self.state.folder,
             density,
-            collectives=self.state.collectives,
+            ranks=self.topology,
             keep=self.config.training.save_total_limit,
             base=self.config.model.model_name,
         )
-        engine.close()
-        del engine, self.state.engine
+        self.state.engine.close()
+        del self.state.engine
         gc.collect()  # engines hold cycles
         saved = self.state.saved_at(folder)
-        engine = self._build(saved)
+        self._build(saved)
         self.state.restore(saved)
-        return engine
 
-    def _build(self, saved: SavedRun | None) -> Engine:
+    def _build(self, saved: SavedRun | None) -> None:
         density = saved.density if saved else Schedule.of(self.config).density_at(0)
         adapter = dataclasses.replace(self.config.adapter, density=density)
         supports = saved.supports if saved else None
@@ -83,14 +81,13 @@ class Stages:
         groups = build_groups(model.trainable_parameters(), self.config.optimizer, adapter.granularity)
         self._say(rule_table(groups))
         self.state.engine = build_engine(model, self.config, self.topology)
-        return self.state.engine
 
-    def _must_shrink(self, engine: Engine, density: float) -> bool:
+    def _must_shrink(self, density: float) -> bool:
         adapter = dataclasses.replace(self.config.adapter, density=density)
-        sizes = [support_size(adapter, hidden, intermediate) for hidden, intermediate in self._blocks]
         return any(
-            len(layer.support.flatten()) > 0 and layer.support.shape[-1] > size
-            for layer, size in zip(engine.model.layers, sizes, strict=True)
+            len(layer.support.flatten()) > 0
+            and layer.support.shape[-1] > support_size(adapter, layer.hidden, layer.intermediate)
+            for layer in self.state.engine.model.layers
         )
 
     def _say(self, text: str) -> None:

@@ -18,10 +18,10 @@ def random_state() -> dict[str, str]:
 
 
 def set_random_state(states: Any) -> None:
-    """Put the generators where `random_state` found them; one that this machine does not have is passed over.
+    """Set the generators to saved states; that of a device which this machine lacks is skipped.
 
     Raises:
-        SRDEError: this is no such state.
+        SRDEError: the value is no such state.
     """
     try:
         tensors = {name: torch.tensor(list(bytes.fromhex(states[name])), dtype=torch.uint8) for name in states}

@@ -1,4 +1,4 @@
-"""What surrounds a run: its inputs checked, its folder opened, its origin written down."""
+"""Before a run: check its inputs, open its folder, and record where it comes from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
-from srde_ds.planner.shapes import base_shape
+from srde_ds.model.base_shape import base_shape
 from srde_ds.training.reporting.metrics import load_trackers
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
@@ -29,7 +29,7 @@ def check_inputs(config: Config) -> None:
     """Refuse what cannot work before anything long starts. Runs on every rank, so that all of them exit.
 
     Raises:
-        SRDEError: a required field or package is missing, the base is none, or what is asked of it does not fit.
+        SRDEError: a required option or package is missing, there is no such base, or the options do not fit it.
     """
     data = config.data
     base_shape(config)
@@ -43,29 +43,30 @@ def check_inputs(config: Config) -> None:
             f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
             "held-out rows. Hand the file to build_dataset instead."
         )
-    check_groups(config)
+    check_groups(config.parallel.expert_parallel_size, launched_world_size())
     load_trackers(config.tracking)
     derive_ds_config(config, launched_world_size())
 
 
-def check_groups(config: Config) -> None:
-    """Refuse an expert-parallel size that the processes cannot be cut into.
+def check_groups(expert_parallel_size: int, processes: int) -> None:
+    """Check that the processes can be divided into expert-parallel groups.
 
     Raises:
-        SRDEError: then.
+        SRDEError: they cannot.
     """
-    size = config.parallel.expert_parallel_size
-    if launched_world_size() % size:
-        raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {launched_world_size()}.")
+    if processes % expert_parallel_size:
+        raise SRDEError(
+            f"expert_parallel_size={expert_parallel_size}: must divide the number of processes, {processes}."
+        )
 
 
 def check_dry_run(config: Config) -> None:
-    """Of what a run refuses, what can be told without building, loading or writing anything.
+    """Check what can be checked of a run without building, loading or writing anything.
 
     Raises:
-        SRDEError: then.
+        SRDEError: the run would be refused.
     """
-    check_groups(config)
+    check_groups(config.parallel.expert_parallel_size, launched_world_size())
     Schedule.of(config).check()
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
@@ -77,7 +78,7 @@ def check_dry_run(config: Config) -> None:
 
 
 def prepare_data(config: Config) -> Path:
-    """The dataset folder; with `jsonl_data` it is built first, unless it is there already.
+    """The dataset folder; with `jsonl_data` the dataset is built first, unless it exists.
 
     Runs on rank 0 before the process group exists, so that no collective waits for it.
 
@@ -108,10 +109,10 @@ def prepare_data(config: Config) -> Path:
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a `pretokenized_dir` that does not fit the run. Reads no more than the manifest and the rows' headers.
+    """Check that `pretokenized_dir` fits the run. Reads no more than the manifest and the rows' headers.
 
     Raises:
-        SRDEError: it is damaged, was made for another base, length or set of domains, or lacks rows that are asked for.
+        SRDEError: it is damaged, was made for another base, length or set of domains, or lacks rows that are needed.
     """
     data = config.data
     folder = Path(str(data.pretokenized_dir))
@@ -132,10 +133,10 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_manifest(config: Config, manifest: Manifest) -> None:
-    """Refuse a dataset that lacks rows of a domain that the options need.
+    """Check that a dataset has the rows that the options need.
 
     Raises:
-        SRDEError: then, or if the domains cannot be mixed as the options say.
+        SRDEError: it lacks rows of a domain, or its domains cannot be mixed as the options say.
     """
     row_mixing(config.data, manifest)
     train = manifest.splits["train"].domains
@@ -148,7 +149,7 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:
-    """The shares of the domains among the rows, if the options ask for any.
+    """The shares of the domains among the rows; None if the options set none.
 
     Raises:
         SRDEError: they do not fit the dataset.
@@ -165,20 +166,19 @@ def data_folder(config: Config) -> Path:
     return Path(config.training.output_dir) / "tokenized"
 
 
-def check_run_folder(config: Config) -> None:
-    """Refuse an output folder that cannot be written or holds a run, unless `resume_from` names a good checkpoint.
+def check_run_folder(output_dir: str, resume_from: str | None) -> None:
+    """Check that a run may write into a folder.
 
     Raises:
-        SRDEError: in these cases.
+        SRDEError: it cannot be written, or holds an earlier run and `resume_from` names no good checkpoint.
     """
-    training = config.training
-    folder = Path(training.output_dir)
+    folder = Path(output_dir)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "not writable" if there.is_dir() else "not a folder"
         raise SRDEError(f"output_dir={folder}: '{there}' is {reason}. Choose another --output_dir.")
-    if training.resume_from:
-        find_checkpoint(training.resume_from, folder)
+    if resume_from:
+        find_checkpoint(resume_from, folder)
         return
     earlier = [name for name in ("metrics.jsonl", "completed.json", "latest") if (folder / name).exists()]
     if earlier:
@@ -193,7 +193,7 @@ def open_run_folder(config: Config) -> None:
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "completed.json").unlink(missing_ok=True)
-    for name in ("evaluation.json", "evaluation_items.jsonl"):  # of weights that this run will replace
+    for name in ("evaluation.json", "evaluation_items.jsonl"):  # they belong to weights that this run will replace
         if (folder / name).exists():
             os.replace(folder / name, folder / f"earlier_{name}")
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))

@@ -19,7 +19,7 @@ class StopRequest:
     A handler only sets a flag, so a signal never interrupts a collective or a save. Further signals change nothing
     (schedulers repeat SIGTERM; launchers pass one signal on in several ways), with one exception: a SIGINT more than
     SAME_PRESS_SECONDS after the first SIGINT raises KeyboardInterrupt, for the person who does not want to wait.
-    Enter it in the main thread; the former handlers come back at exit.
+    Enter it in the main thread; the former handlers are restored at exit.
     """
 
     def __init__(self) -> None:
@@ -58,4 +58,4 @@ class StopRequest:
 
     def __exit__(self, *exception: object) -> None:
         for number, former in self._former.items():
-            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: set by C code, out of reach
+            signal.signal(number, signal.SIG_DFL if former is None else former)  # None: set by C code

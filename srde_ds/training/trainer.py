@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 import socket
 import time
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
-from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.distributed import zero_placement as placement
-from srde_ds.distributed.processes import (
-    Topology,
-    adopt_launcher,
-    all_reduce_max,
-    check_same,
-    gather_objects,
-    launched_rank,
-    on_main_rank,
-    start_processes,
-)
+from srde_ds.data.manifest import Manifest, load_manifest, load_rows
+from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, launched_rank, start_processes
+from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
-from srde_ds.liveness.contact import VERDICT_SECONDS, contact
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.launcher_watch import LauncherWatch
+from srde_ds.liveness.meeting import VERDICT_SECONDS, contact
 from srde_ds.liveness.status import doing
 from srde_ds.training.checkpointing import RunState
-from srde_ds.training.consistency import facts
+from srde_ds.training.consistency import compared_facts
 from srde_ds.training.curriculum import Curriculum
-from srde_ds.training.engine_rebuild import Stages
+from srde_ds.training.engine_rebuild import Engines
+from srde_ds.training.observers import observers
 from srde_ds.training.reporting.held_out import HeldOut
-from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine, memory_gib
-from srde_ds.training.reporting.step_metrics import ExpertWatch, expert_metrics
+from srde_ds.training.run import Run, observed
 from srde_ds.training.run_folder import (
     check_inputs,
     check_run_folder,
@@ -47,7 +36,7 @@ from srde_ds.training.run_folder import (
     row_mixing,
 )
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.step import optimizer_step, scheduled_factor
+from srde_ds.training.step import optimizer_step
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 
@@ -60,20 +49,21 @@ def train(config: Config) -> None:
     Raises:
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
             with the step's number; ranks that differ in software, options or data.
-        LostContact: rank 0 was not there. Later a lost rank ends this process (liveness/contact.py).
+        LostContact: rank 0 did not answer. A rank that is lost later ends this process (liveness/contact.py).
     """
     adopt_launcher()
     rank, timeout = launched_rank(), config.parallel.collective_timeout
-    heartbeat = Heartbeat(config, world_size=launched_world_size(), enabled=rank == 0)
+    training = config.training
+    heartbeat = Heartbeat(training.output_dir, training.max_steps, world_size=launched_world_size(), enabled=rank == 0)
     launchers = LauncherWatch()
     doing("checking the inputs", step=0)
     try:
-        with contact(timeout, config.parallel.start_timeout) as others:
+        with contact(training.output_dir, timeout, config.parallel.start_timeout) as others:
             others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
             check_inputs(config)
             if rank == 0:
                 # Before the collectives begin, so that none waits for tokenising.
-                check_run_folder(config)
+                check_run_folder(training.output_dir, training.resume_from)
                 doing("preparing the data")
                 prepare_data(config)
                 others.release_others()
@@ -83,7 +73,7 @@ def train(config: Config) -> None:
             topology = start_processes(timeout + VERDICT_SECONDS)  # torch's own end comes after the verdict
             with StopRequest() as stop:
                 if stopped := run(config, topology, stop, heartbeat):
-                    heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers)}")
+                    heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
             doing("leaving")
             stop_processes()
     except Exception as error:
@@ -93,124 +83,65 @@ def train(config: Config) -> None:
 
 def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
     """The run on this rank, once all ranks have met. Returns the signal that stopped it, if one did."""
-    training = config.training
     folder = data_folder(config)
     manifest = load_manifest(folder)
-    check_same(facts(config, manifest), topology)
+    check_same(compared_facts(config, manifest), topology)
     doing("loading the base")
-    torch.manual_seed(training.seed)
-    stream = RowStream(
-        load_rows(folder, "train", manifest),
-        seed=training.seed,
-        global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
-        phases=row_mixing(config.data, manifest),
-    )
-    held_out = None
-    if "validation" in manifest.splits:
-        rows = load_rows(folder, "validation", manifest)
-        held_out = HeldOut(rows, config.data.domains, training.batch_size, topology)
+    torch.manual_seed(config.training.seed)
+    stream = training_rows(config, topology, folder, manifest)
+    held_out = held_out_rows(config, topology, folder, manifest)
     state = RunState(config, topology, stream, manifest)
-    stages = Stages(config, topology, state)
-    engine = stages.first_engine()
+    engines = Engines(config, topology, state)
+    engines.build_first()
     # Not earlier: a run that may not resume leaves the folder as it was.
     on_main_rank(lambda: open_run_folder(config), topology)
     heartbeat.start(state.step)
     curriculum = Curriculum(config, topology, stream, state)
-    watch = ExpertWatch(engine.model.expert_names)
-
-    def signal() -> str | None:
-        return stop.agreed(lambda value: all_reduce_max(value, topology.device))
-
-    def interrupted() -> bool:
-        return signal() is not None
-
-    metrics = MetricsWriter(
-        training.output_dir,
-        config.tracking,
-        enabled=topology.is_main,
-        resume_step=state.step,
-        run_config=config.to_dict(),
-    )
-    progress = ProgressLine(training.max_steps, training.log_steps, start_step=state.step, enabled=topology.is_main)
+    current = Run(config, topology, state, curriculum, held_out, stop)
     stopped: str | None = None
-    with metrics, progress, state.saver:
-        while state.step < training.max_steps:
+    watching = observers(heartbeat)
+    with observed(current, watching):
+        while state.step < config.training.max_steps:
             doing("preparing the step", step=state.step + 1)
-            engine = stages.engine_of_step(engine)
-            before: dict[str, Any] = {}
-            if held_out and state.step == 0 and training.eval_steps:
-                doing("held-out loss")
-                before = measured("held_out_at_start", held_out.losses(engine, interrupted))
-            before |= curriculum.between_steps(engine, held_out, interrupted)
+            engines.prune_if_due()
+            current.line = {}
+            for observer in watching:
+                observer.before_step(current)
+            current.line |= curriculum.between_steps(current.engine, held_out, current.interrupted)
             started = time.monotonic()
-            sums = optimizer_step(config, topology, engine, curriculum, state, interrupted)
-            stopped = signal() if sums is None else None
+            sums = optimizer_step(config, topology, current.engine, curriculum, state, current.interrupted)
             if sums is None:
+                stopped = current.stopped_by()
                 break  # the unfinished step is done anew after resuming
-
-            loss = float(sums["loss"] / sums["labels"].clamp(min=1))
-            if not math.isfinite(loss) or placement.step_was_skipped(engine.deepspeed):
-                raise SRDEError(not_finite(state, loss))
-            experts = expert_metrics(sums)
-            watch.check(state.step + 1, sums["assignments"].sum(0).tolist(), experts["expert_gradient_norm"])
-            scheduled, unlocked = curriculum.scheduled, curriculum.unlocked_experts()
-            allowed = curriculum.policy.allowed_experts
-            curriculum.end_step(engine, sums)
-            state.step += 1
-            state.tokens += int(sums["real_tokens"])
-            line: dict[str, Any] = {
-                "step": state.step,
-                "phase": scheduled.phase,
-                "unlocked_experts": unlocked,
-                "density": engine.model.config.density,
-                "loss": loss,
-                "learning_rate": scheduled_factor(config.optimizer, training.max_steps, state.step - 1)
-                * config.optimizer.learning_rate,
-                "learning_rates": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
-                "grad_norm": engine.global_grad_norm,
-                "tokens": state.tokens,
-                "tokens_per_second": float(sums["real_tokens"]) / (time.monotonic() - started),
-                **experts,
-                "memory_gib": memory_gib(),
-                **before,
-            }
-            doing("statistics of the step")
-            last = state.step == training.max_steps
-            if last or state.step % training.log_steps == 0:
-                line["delta_norm"] = engine.delta_norms().tolist()
-                if scheduled.only_domain is None:
-                    line["epochs"] = stream.epochs(state.step)
-            if held_out and (last or (training.eval_steps and state.step % training.eval_steps == 0)):
-                doing("held-out loss")
-                expert: Literal["domain"] | None = "domain" if scheduled.forced else None
-                line |= measured("held_out", held_out.losses(engine, interrupted, expert=expert, allowed=allowed))
-            metrics.write(line)
-            progress.update(line)
-            heartbeat.update(line)
-            state.look_after_save()
-            if not last and training.save_steps and state.step % training.save_steps == 0:
-                doing(f"saving checkpoint-{state.step}")
-                state.save()
-        doing(f"saving checkpoint-{state.step}, the last one")
-        state.save(final=True)
+            current.finish_step(sums, time.monotonic() - started)
+            for observer in watching:
+                observer.after_step(current)
     if stopped:
-        say(topology, f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.")
+        if topology.is_main:
+            print(f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.", flush=True)
         return stopped
     doing("exporting the weights")
     on_main_rank(lambda: finish(config, state, heartbeat), topology)
     return None
 
 
-def measured(key: str, losses: dict[str, float] | None) -> dict[str, Any]:
-    """Part of a metrics line; empty when a signal cut the measurement off."""
-    return {} if losses is None else {key: losses}
-
-
-def not_finite(state: RunState, loss: float) -> str:
-    return (
-        f"step {state.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. "
-        f"{state.remedy()}"
+def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:
+    """The rows that are trained on, in the order that the seed gives."""
+    training = config.training
+    return RowStream(
+        load_rows(folder, "train", manifest),
+        seed=training.seed,
+        global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
+        phases=row_mixing(config.data, manifest),
     )
+
+
+def held_out_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> HeldOut | None:
+    """The validation rows, if the dataset has any."""
+    if "validation" not in manifest.splits:
+        return None
+    rows = load_rows(folder, "validation", manifest)
+    return HeldOut(rows, config.data.domains, config.training.batch_size, topology)
 
 
 def finish(config: Config, state: RunState, heartbeat: Heartbeat) -> None:
@@ -226,20 +157,15 @@ def finish(config: Config, state: RunState, heartbeat: Heartbeat) -> None:
     print(f"Finished: {weights}", flush=True)
 
 
-def launchers_gone(launchers: LauncherWatch) -> str:
-    """The ranks whose launcher is gone, for which the run has stopped. A collective."""
-    reasons = enumerate(gather_objects(launchers.gone and f"host {socket.gethostname()}: {launchers.gone}"))
+def launchers_gone(launchers: LauncherWatch, topology: Topology) -> str:
+    """Which ranks have lost their launcher, if that is why the run stopped. A collective."""
+    reasons = enumerate(topology.gather(launchers.gone and f"host {socket.gethostname()}: {launchers.gone}"))
     return "".join(f"; rank {rank}, {reason}" for rank, reason in reasons if reason)
 
 
 def describe(error: Exception) -> str:
-    """In one line."""
+    """An error in one line."""
     if isinstance(error, BrokenPipeError):
-        return "what read the output of this rank is gone: its launcher or supervisor was killed"
+        return "the process that read this rank's output is gone: its launcher or supervisor was killed"
     text = (str(error).splitlines() or [""])[0]
     return text if isinstance(error, SRDEError | LostContact) else f"{type(error).__name__}: {text}"
-
-
-def say(topology: Topology, text: str) -> None:
-    if topology.is_main:
-        print(text, flush=True)

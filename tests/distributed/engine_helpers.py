@@ -11,7 +11,7 @@ import torch
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.model.policy import RoutingPolicy
 
 
@@ -39,14 +39,14 @@ def run_steps(engine: Any, config: Config, topology: Any, steps: int = 1, policy
             engine.deepspeed.step()
 
 
-def state(engine: Any) -> list[TensorPiece]:
+def state(engine: Any) -> list[TensorSlice]:
     """This rank's masters and optimizer states."""
-    from srde_ds.distributed.zero_placement import state_pieces
+    from srde_ds.distributed.zero_placement import state_slices
 
-    return state_pieces(engine.deepspeed, engine.model, engine.optimizer)
+    return state_slices(engine.deepspeed, engine.model, engine.optimizer)
 
 
-def whole(ranks: list[list[TensorPiece]], kind: str) -> dict[str, torch.Tensor]:
+def whole(ranks: list[list[TensorSlice]], kind: str) -> dict[str, torch.Tensor]:
     """Global tensors of one kind from the pieces of all ranks."""
     tensors: dict[str, torch.Tensor] = {}
     for piece in (piece for pieces in ranks for piece in pieces if piece.kind == kind):

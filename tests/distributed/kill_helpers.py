@@ -109,16 +109,22 @@ def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) ->
 
 @contextmanager
 def ranks(
-    flags: dict[str, Any], world_size: int, log: Path, *, target: Callable[..., None] = train_rank
+    flags: dict[str, Any],
+    world_size: int,
+    log: Path,
+    *,
+    target: Callable[..., None] = train_rank,
+    port: int | None = None,
 ) -> Iterator[list[BaseProcess]]:
     """`srde-ds train` as forks of a process that has done the imports; none outlives the context.
 
     Args:
         target: what a rank does with the arguments of `train_rank`.
+        port: where they meet; None: a free one.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["tests.distributed.preload"])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port()), "WORLD_SIZE": str(world_size)}
     shared |= {"GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     processes: list[BaseProcess] = []
     log.write_text("")

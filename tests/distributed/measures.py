@@ -153,8 +153,8 @@ Measure = Callable[[], AbstractContextManager[Any]]
 
 def train_measuring(flags: dict[str, Any], number: int, measure: Measure) -> Any:
     """Train here, with step `number` (from 1) inside `measure()`; what that yields. Its parts are marked."""
+    from srde_ds.distributed.deepspeed_internals import deepspeed
     from srde_ds.distributed.engine import Engine
-    from srde_ds.distributed.processes import deepspeed
     from srde_ds.training import trainer
 
     step, forward, update = trainer.optimizer_step, Engine.forward, deepspeed.DeepSpeedEngine.step

@@ -63,7 +63,7 @@ def calibrated(options: dict[str, Any]) -> dict[str, list[Tensor]]:
     """The supports of all layers by each strategy."""
     from srde_ds.distributed.engine import build_engine, build_model
     from srde_ds.distributed.processes import start_processes
-    from srde_ds.planner.shapes import base_shape
+    from srde_ds.model.base_shape import base_shape
     from srde_ds.training.calibration import calibrate_supports
 
     config = resolve({}, options)
@@ -224,10 +224,10 @@ def row_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Both kinds of sums of `rows` and once more of the first half, on this rank."""
     import torch.distributed as dist
 
-    from srde_ds.distributed.reproducible_sums import RowSum, ShardedRowSum
+    from srde_ds.distributed.reproducible_sums import ReproducibleSum, ShardedReproducibleSum
 
     rank, world_size, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-    sums = [(RowSum(rows.shape[1], cpu), ShardedRowSum(rows.shape[1])) for _ in range(2)]
+    sums = [(ReproducibleSum(rows.shape[1], cpu), ShardedReproducibleSum(rows.shape[1])) for _ in range(2)]
     for (plain, sharded), part in zip(sums, (rows, rows[: len(rows) // 2]), strict=True):
         for mine in part[rank::world_size]:
             plain.add(mine)

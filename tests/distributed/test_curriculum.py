@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.shards import ShardIndex
-from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.training.schedule import ALL_KINDS, DELTA_MASKS, DELTA_VALUES, ROUTERS
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
@@ -74,7 +74,7 @@ def stored(folder: Path, step: int, kind: str = "master") -> dict[str, Tensor]:
     found = {}
     for (of_kind, name), shape in index.shapes.items():
         if of_kind == kind:
-            piece = TensorPiece(name, kind, shape, 0, torch.empty(torch.Size(shape).numel()))
+            piece = TensorSlice(name, kind, shape, 0, torch.empty(torch.Size(shape).numel()))
             index.read([piece])
             found[name] = piece.data.view(shape)
     return found

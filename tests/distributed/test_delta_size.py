@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from srde_ds.config import resolve
-from srde_ds.distributed.tensor_shard import TensorPiece
+from srde_ds.distributed.tensor_slice import TensorSlice
 from tests.distributed.engine_helpers import run_steps, state, whole
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, assert_close, cut
@@ -17,7 +17,7 @@ from tests.helpers import randomize
 ROWS = 4
 
 
-def state_after_a_step(flags: dict[str, Any], size_weight: float) -> list[TensorPiece]:
+def state_after_a_step(flags: dict[str, Any], size_weight: float) -> list[TensorSlice]:
     """From random deltas."""
     from srde_ds.distributed.engine import build_engine, build_model
     from srde_ds.distributed.processes import start_processes

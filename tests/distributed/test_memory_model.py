@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
+from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.activations import checkpointed_input, head_activations, layer_activations, shared_activations
 from srde_ds.planner.memory import memory
-from srde_ds.planner.shapes import base_shape
-from srde_ds.planner.traffic import choose_transport
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import Allocated, allocated, count_saved, train_measuring
 from tests.distributed.training_helpers import MAX_LENGTH, Inputs
@@ -80,7 +80,7 @@ def test_saved_activations_are_those_of_the_model(
     config = resolve({}, flags)
     shape, ranks = base_shape(config), one_rank if processes == 1 else two_ranks
     for measured, labelled in ranks(saved, flags):
-        transport = choose_transport(config, shape, processes)
+        transport = choose_transport(config, shape.blocks, processes)
         checkpointing = config.model.gradient_checkpointing
         head = head_activations(config, shape.layers[-1].hidden, shape.vocabulary, labelled)
         expected = head["head"] + head["logits"] / 3  # before the backward only the log-softmax is there

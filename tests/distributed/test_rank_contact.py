@@ -12,8 +12,8 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from tests.distributed.harness import Ranks, run_distributed
-from tests.distributed.kill_helpers import ended, ranks, train_rank
+from tests.distributed.harness import Ranks, free_port, run_distributed
+from tests.distributed.kill_helpers import ended, ranks, train_rank, wait_until
 from tests.distributed.training_helpers import Inputs, train_here
 
 
@@ -46,7 +46,7 @@ def group_timeouts() -> set[float]:
 
     dist.destroy_process_group()  # the harness's
     topology.start_processes(33)
-    topology.deepspeed.utils.groups._clone_world_group()
+    topology.internals.deepspeed.utils.groups._clone_world_group()
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     assert len(groups) == 2
     return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}
@@ -108,3 +108,24 @@ def test_an_exception_on_one_rank_ends_all_and_is_named(inputs: Inputs, tmp_path
     with ranks(flags | {"resume_from": "latest"}, 2, log) as processes:
         assert ended(processes) == [0, 0], log.read_text()
     assert f"Resumed at step {saved}" in log.read_text() and (run / "completed.json").exists()
+
+
+def test_a_second_run_on_the_port_fails_at_once_and_the_first_lives_on(inputs: Inputs, tmp_path: Path) -> None:
+    """With a folder of its own, and with the first one's: neither may reach the first run."""
+    first, port = tmp_path / "first", free_port()
+    flags = inputs.flags(first, max_steps=60, save_steps=1, eval_steps=0, warmup_steps=0, start_timeout=60)
+    with ranks(flags, 2, tmp_path / "log", port=port) as processes:
+        wait_until(lambda: (first / "latest").exists(), processes, tmp_path / "log")
+        for name, seconds in (("second", 40), ("first", 40)):
+            log, began = tmp_path / f"{name}-again", time.monotonic()
+            with ranks(flags | {"output_dir": str(tmp_path / name)}, 2, log, port=port) as newcomers:
+                assert ended(newcomers) == [1, 1]
+            assert time.monotonic() - began < seconds
+            found = log.read_text()
+            assert f"LostContact: port {port} cannot be opened" in found
+            assert f"LostContact: port {port} of 127.0.0.1 belongs to another run" in found or name == "first"
+            assert f"LostContact: the run at port {port} of 127.0.0.1 has all its ranks" in found or name == "second"
+        assert not (tmp_path / "second").exists()
+        assert ended(processes) == [0, 0], (tmp_path / "log").read_text()
+    assert len((first / "metrics.jsonl").read_text().splitlines()) == 60
+    assert not list(tmp_path.glob(".srde-ds-*"))

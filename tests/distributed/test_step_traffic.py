@@ -11,7 +11,7 @@ import pytest
 
 from srde_ds.config import resolve
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.planner.shapes import base_shape
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.traffic import step_traffic
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import Received, count_collectives, train_measuring

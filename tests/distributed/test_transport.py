@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.config import Config, resolve
-from srde_ds.distributed.expert_parallel import ExpertGroups, cut_experts
+from srde_ds.distributed.expert_parallel import ExpertGroups, place_experts
+from srde_ds.distributed.expert_traffic import transport_bytes
 from srde_ds.distributed.transport import DeltaTransport, TokenTransport
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import element_experts, neuron_experts
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.supports.selection import support_size, value_count
-from srde_ds.planner.shapes import BaseShape, LayerShape
-from srde_ds.planner.traffic import transport_bytes
 from tests.distributed.harness import Ranks
 from tests.helpers import randomize, tiny_srde
 
@@ -149,7 +148,7 @@ def check_masks(transport: str, granularity: str, kind: str) -> None:
     options = {"granularity": granularity, "num_experts": EXPERTS, "dtype": torch.float64}
     whole = randomize(tiny_srde(**options)).train()
     spread = randomize(tiny_srde(**options)).train()
-    cut_experts(spread, ExpertGroups("all", dist.group.WORLD, dist.group.WORLD), transport)
+    place_experts(spread, ExpertGroups("all", dist.group.WORLD, dist.group.WORLD), transport)
 
     def run(model: SRDEModel, whose: int) -> list[Tensor]:
         """Output, and gradients of the input and of the router."""
@@ -240,7 +239,6 @@ def test_cost_model_equals_counted_bytes(ranks: Ranks, transport: str, granulari
     }
     config = resolve({}, flags)
     # The second of two equal layers: the first one's tokens need no gradient.
-    layer = LayerShape(hidden, intermediate)
-    one, two = (transport_bytes(config, BaseShape((layer,) * count), size)[transport] for count in (1, 2))
+    one, two = (transport_bytes(config, [(hidden, intermediate)] * count, size)[transport] for count in (1, 2))
     expected = two - one
     assert ranks(received_bytes, transport, granularity, config, hidden, intermediate) == [expected] * size

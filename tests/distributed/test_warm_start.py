@@ -106,12 +106,11 @@ def flags_of(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
 def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
     """Warm start of an engine whose trainables are random: report, routers before and after, and the whole state."""
     from srde_ds.distributed import zero_placement as placement
-    from srde_ds.distributed.write_trainables import write_trainables
     from srde_ds.training.warm_start.routers import WarmStart, warm_start_routers
 
     with running_engine(flags) as (engine, config, topology):
-        write_trainables(engine, random_trainables(engine))
-        pieces = placement.state_pieces(engine.deepspeed, engine.model, engine.optimizer)
+        engine.set_trainables(random_trainables(engine))
+        pieces = placement.state_slices(engine.deepspeed, engine.model, engine.optimizer)
         for piece in pieces:
             if piece.kind != "master":
                 piece.data.fill_(0.5)
@@ -205,7 +204,6 @@ def test_other_configurations(inputs: Inputs, two_ranks: Ranks, tmp_path: Path, 
 
 def inputs_under_routing(flags: dict[str, Any]) -> dict[str, Any]:
     """What the second layer's router gets in a warm start with these flags; every expert's deltas are large."""
-    from srde_ds.distributed.write_trainables import write_trainables
     from srde_ds.training.warm_start import routers as warm_start
 
     seen: list[np.ndarray] = []
@@ -215,7 +213,7 @@ def inputs_under_routing(flags: dict[str, Any]) -> dict[str, Any]:
         return fit_router(inputs, *args, **kwargs)
 
     with running_engine(flags) as (engine, config, topology), patch.object(warm_start, "fit_router", keep):
-        write_trainables(engine, random_trainables(engine))
+        engine.set_trainables(random_trainables(engine))
         warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
     return {"seen": seen}
 
@@ -288,7 +286,7 @@ def test_planted_domains_are_recovered(inputs: Inputs, two_ranks: Ranks, tmp_pat
 
 def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:
     """How many layers' inputs this rank still holds when the next ones are gathered, and how many rows come."""
-    from srde_ds.distributed.main_rank import gather_rows
+    from srde_ds.distributed.processes import gather_to_main
     from srde_ds.training.warm_start import routers as warm_start
 
     alive: list[int] = []
@@ -297,7 +295,7 @@ def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:
 
     def gather(*args: Any) -> Tensor | None:
         alive.append(sum(reference() is not None for reference in held))
-        rows = gather_rows(*args)
+        rows = gather_to_main(*args)
         gathered.append(None if rows is None else len(rows))
         held.extend([] if rows is None else [weakref.ref(rows)])
         return rows
@@ -308,7 +306,7 @@ def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:
 
     with (
         running_engine(flags) as (engine, config, topology),
-        patch.object(warm_start, "gather_rows", gather),
+        patch.object(warm_start, "gather_to_main", gather),
         patch.object(warm_start, "fit_router", fit),
     ):
         warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
@@ -340,7 +338,7 @@ def test_errors_on_rank_0_reach_all_ranks(inputs: Inputs, two_ranks: Ranks, tmp_
     assert two_ranks(warm_start_with_failure, flags, "user") == ["SRDEError: planted"] * 2
     main, other = two_ranks(warm_start_with_failure, flags, "bug")
     assert main == "RuntimeError: planted bug"
-    assert other == "SRDEError: rank 0 failed; its error stands in its output."
+    assert other == "SRDEError: rank 0: an unforeseen error, see its traceback (RuntimeError)"
 
 
 TIMEOUT, SLOW = 3, 5  # seconds
@@ -379,7 +377,8 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
 
 def slow_main_rank() -> str:
     """What a rank sees that waits in one collective; rank 0 does not communicate before it must."""
-    from srde_ds.distributed.processes import on_main_rank, start_processes
+    from srde_ds.distributed.processes import start_processes
+    from srde_ds.distributed.together import on_main_rank
 
     topology = start_processes(60)
     set_timeout(TIMEOUT)
@@ -398,15 +397,14 @@ def test_clustering_may_take_longer_than_a_collective_waits(inputs: Inputs, tmp_
 
 
 def written(flags: dict[str, Any]) -> dict[str, Any]:
-    """Every trainable set to given values: what state_pieces and the gathered parameters hold then."""
+    """Every trainable set to given values: what state_slices and the gathered parameters hold then."""
     from srde_ds.distributed import zero_placement as placement
     from srde_ds.distributed.engine import gather
-    from srde_ds.distributed.write_trainables import write_trainables
 
     with running_engine(flags) as (engine, _, _):
         values = random_trainables(engine)
-        write_trainables(engine, values)
-        pieces = placement.state_pieces(engine.deepspeed, engine.model, engine.optimizer)
+        engine.set_trainables(values)
+        pieces = placement.state_slices(engine.deepspeed, engine.model, engine.optimizer)
         masters = {name: torch.full(value.shape, torch.nan) for name, value in values.items()}
         for piece in pieces:
             if piece.kind == "master":
@@ -415,7 +413,7 @@ def written(flags: dict[str, Any]) -> dict[str, Any]:
         errors = []
         for bad in ({"layers.0.router.bias": torch.zeros(3)}, {"layers.0.router.weight": torch.zeros(3, 2)}):
             with pytest.raises(SRDEError) as caught:
-                write_trainables(engine, bad)
+                engine.set_trainables(bad)
             errors.append(str(caught.value))
         parameters = {}
         for name, parameter in engine.model.trainable_parameters():
@@ -431,7 +429,7 @@ def written(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"expert_parallel_size": 2}, {"num_atoms": 4, "expert_parallel_size": 2}])
-def test_write_trainables_reaches_masters_and_parameters(
+def test_set_trainables_reaches_masters_and_parameters(
     inputs: Inputs, four_ranks: Ranks, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     results = four_ranks(written, inputs.flags(tmp_path, **changes))

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -124,11 +125,10 @@ def make_inputs(folder: Path) -> Inputs:
 
 def train_here(flags: dict[str, Any]) -> str | None:
     """`srde-ds train` on this process of a group, which stays usable; the message of its SRDEError, if any."""
-    from srde_ds.distributed.processes import barrier
     from srde_ds.training import trainer
 
     try:
-        with patch.object(trainer, "stop_processes", barrier):
+        with patch.object(trainer, "stop_processes", dist.barrier):
             trainer.train(resolve({}, flags))
     except SRDEError as error:
         return str(error)

@@ -15,7 +15,7 @@ from torch import Tensor
 from tests.distributed.training_helpers import metrics, train_here
 
 Piece = tuple[str, tuple[int, ...], int, int, Tensor]
-"""name, shape of the whole tensor, offset, stride, values: as in parallel.pieces.TensorPiece"""
+"""name, shape of the whole tensor, offset, stride, values: as in tensor_slice.TensorSlice"""
 Trace = dict[tuple[int, str], list[Piece]]
 """(step, "gradient" | "clipped" | "weights") -> this rank's pieces"""
 Whole = dict[tuple[int, str], dict[str, Tensor]]
@@ -24,7 +24,8 @@ Whole = dict[tuple[int, str], dict[str, Tensor]]
 def train_tracing(flags: dict[str, Any], steps: Iterable[int]) -> Trace:
     """Train here; the pieces of this rank in these steps (from 1)."""
     from srde_ds.distributed import zero_placement as placement
-    from srde_ds.distributed.processes import deepspeed
+    from srde_ds.distributed.deepspeed_internals import deepspeed
+    from srde_ds.distributed.engine import Engine
     from srde_ds.training import trainer
 
     zero = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
@@ -36,12 +37,12 @@ def train_tracing(flags: dict[str, Any], steps: Iterable[int]) -> Trace:
         entry = trace.setdefault((len(done) + 1, kind), [])
         for number, group in enumerate(placement.sub_groups(engines[0].deepspeed, engines[0].model)):
             for part in group.partitions if index in (None, number) else ():
-                piece = part.piece("master", values(group.master))
+                piece = part.slice("master", values(group.master))
                 if piece is not None:
                     entry.append((piece.name, piece.global_shape, piece.offset, piece.stride, piece.data.clone()))
 
     def traced_step(*args: Any) -> Any:
-        engines[:] = [next(arg for arg in args if isinstance(arg, trainer.Engine))]
+        engines[:] = [next(arg for arg in args if isinstance(arg, Engine))]
         result = step(*args)
         if len(done) + 1 in wanted:
             keep("weights", lambda master: master.detach())

@@ -13,8 +13,8 @@ import torch
 
 from srde_ds.config import resolve
 from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.memory import memory
-from srde_ds.planner.shapes import base_shape
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.distributed.harness import Ranks
 from tests.distributed.measures import train_measuring

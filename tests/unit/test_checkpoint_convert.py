@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srde_ds.checkpoint.shards import TensorPiece
+from srde_ds.checkpoint.shards import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
@@ -33,13 +33,13 @@ def save_model(model: SRDEModel, run: Path, **given: object) -> Path:
     common = model.common_tensors()
     masters = {("master", name): tensor for name, tensor in model.adapter_tensors().items() if name not in common}
     momenta = {("momentum_buffer", name): torch.ones_like(tensor) for (_, name), tensor in masters.items()}
-    pieces: list[TensorPiece] = cut(masters | momenta, 1)[0]
+    pieces: list[TensorSlice] = cut(masters | momenta, 1)[0]
     share = torch.full((2, 3), 1 / 3)
     contents = {
         "run_state": {"adapter": model.metadata().to_dict()},
         "common_tensors": common | {"expert_share": share},
     }
-    return save(run, 5, pieces=pieces, **(contents | given))
+    return save(run, 5, slices=pieces, **(contents | given))
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "element", "num_atoms": 2, "support_scope": "per_expert"}])

@@ -21,7 +21,7 @@ from srde_ds.checkpoint.resume import (
     load_run_state,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.shards import read_pieces
+from srde_ds.checkpoint.shards import read_slices
 from srde_ds.errors import SRDEError
 from srde_ds.training.checkpointing import check_saved
 from srde_ds.training.random_state import random_state, set_random_state
@@ -85,7 +85,7 @@ def read_all(folder: Path) -> None:
     values, common = load_run_state(found), load_common_tensors(found)
     check_saved(values, common, found)
     set_random_state(load_rank_state(found, 0).get("random_state"))
-    read_pieces(found, blank(cut(make_tensors(), 1)[0]))
+    read_slices(found, blank(cut(make_tensors(), 1)[0]))
 
 
 @pytest.fixture

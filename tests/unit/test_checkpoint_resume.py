@@ -20,7 +20,7 @@ from srde_ds.checkpoint.resume import (
     load_common_tensors,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.shards import TensorPiece, read_pieces
+from srde_ds.checkpoint.shards import TensorSlice, read_slices
 from srde_ds.errors import SRDEError
 from tests.checkpoint_helpers import save, save_on_ranks
 
@@ -208,4 +208,4 @@ def test_a_disk_that_cannot_read_counts_as_damage(tmp_path: Path, monkeypatch: p
 
 def test_a_piece_of_another_model_is_refused_on_reading(folder: Path) -> None:
     with pytest.raises(SRDEError, match=r"'layers.9.router.weight' \(master\) is not in it"):
-        read_pieces(folder, [TensorPiece("layers.9.router.weight", "master", (2, 7), 0, torch.zeros(3))])
+        read_slices(folder, [TensorSlice("layers.9.router.weight", "master", (2, 7), 0, torch.zeros(3))])

@@ -24,7 +24,8 @@ from srde_ds.checkpoint.resume import (
     load_run_state,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.save import CheckpointSaver, Collectives, SaveFailed
+from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
+from srde_ds.distributed.together import Collectives
 from srde_ds.errors import SRDEError
 from tests.checkpoint_helpers import (
     ALONE,
@@ -72,7 +73,7 @@ def test_retention_keeps_the_last_saved_and_ignores_what_it_cannot_read(tmp_path
 
 def test_the_same_step_again_replaces_the_former_one(tmp_path: Path) -> None:
     save(tmp_path, 2)
-    save(tmp_path, 2, run_state={"tokens": 99}, pieces=cut(make_tensors(8.0), 1)[0])
+    save(tmp_path, 2, run_state={"tokens": 99}, slices=cut(make_tensors(8.0), 1)[0])
     folder = find_checkpoint("latest", tmp_path)
     assert load_run_state(folder) == {"tokens": 99} and value_of(folder) == 8
     assert names(tmp_path) == ["checkpoint-2", "latest"]
@@ -110,7 +111,7 @@ def test_a_kill_before_any_file_operation_leaves_a_complete_latest(tmp_path: Pat
     with pytest.MonkeyPatch.context() as patch:
         save(tmp_path / "count", 1)
         counter = Kill(patch, math.inf)
-        save(tmp_path / "count", step, keep=keep, pieces=cut(make_tensors(5.0), 1)[0])
+        save(tmp_path / "count", step, keep=keep, slices=cut(make_tensors(5.0), 1)[0])
     assert counter.count > 12
     seen = set()
     for at in range(1, counter.count + 1):
@@ -119,7 +120,7 @@ def test_a_kill_before_any_file_operation_leaves_a_complete_latest(tmp_path: Pat
         with pytest.MonkeyPatch.context() as patch:
             Kill(patch, at)
             with pytest.raises(Killed):
-                save(run, step, keep=keep, pieces=cut(make_tensors(5.0), 1)[0])
+                save(run, step, keep=keep, slices=cut(make_tensors(5.0), 1)[0])
         seen.add(value_of(find_checkpoint("latest", run)))
         for path in run.glob("checkpoint-?"):
             verify_checkpoint(path)  # no folder only looks like a checkpoint
@@ -201,7 +202,7 @@ def test_an_unforeseen_error_on_one_rank_does_not_leave_the_others_waiting(tmp_p
 
 
 def test_missing_elements_are_found_when_saving(tmp_path: Path) -> None:
-    results = save_on_ranks(tmp_path, 1, 2, {1: {"pieces": cut(make_tensors(), 2)[1][:-1]}})
+    results = save_on_ranks(tmp_path, 1, 2, {1: {"slices": cut(make_tensors(), 2)[1][:-1]}})
     assert "is missing elements" in str(results[0]) and str(results[1]) == str(results[0])
     assert not (tmp_path / "checkpoint-1").exists() and not (tmp_path / "latest").exists()
 
@@ -243,7 +244,7 @@ def test_what_is_saved_is_what_was_there_at_the_start(tmp_path: Path, monkeypatc
     saver = CheckpointSaver(tmp_path, ALONE, keep=2)
     saver.start(3, **given)
     assert not saver.poll() and saver.saved_step is None
-    for piece in given["pieces"]:
+    for piece in given["slices"]:
         piece.data.add_(100)  # training goes on
     given["common_tensors"]["layers.0.support"].zero_()
     given["rank_state"]["rng"].append("later")
@@ -366,7 +367,7 @@ def test_host_memory_is_used_again(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         given = contents(step)
         if step == 3:  # other shapes, as when a support shrinks
-            given["pieces"] = cut(make_tensors(3.0), 1, seed=4)[0]
+            given["slices"] = cut(make_tensors(3.0), 1, seed=4)[0]
         saver.start(step, **given)
         places.append([buffer.data_ptr() for buffer in saver._host._buffers])
         saver.wait()

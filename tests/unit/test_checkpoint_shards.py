@@ -13,8 +13,8 @@ from torch import Tensor
 
 from srde_ds.checkpoint.shards import (
     ShardIndex,
-    TensorPiece,
-    read_pieces,
+    TensorSlice,
+    read_slices,
     shard_name,
     write_shard,
     write_tensors,
@@ -35,7 +35,7 @@ def test_any_world_size_reads_any_other(tmp_path: Path, written_by: int, read_by
     write_all(tmp_path, tensors, written_by)
     for expected in cut(tensors, read_by, seed=9):
         wanted = blank(expected)
-        read_pieces(tmp_path, wanted)
+        read_slices(tmp_path, wanted)
         for found, piece in zip(wanted, expected, strict=True):
             assert torch.equal(found.data, piece.data), piece.name
 
@@ -45,7 +45,7 @@ def test_reads_into_a_view_without_touching_its_neighbours(tmp_path: Path) -> No
     write_all(tmp_path, tensors, 3)
     flat_partition = torch.zeros(50, requires_grad=True)
     name = "layers.1.deltas.importance"
-    read_pieces(tmp_path, [TensorPiece(name, "exp_avg", SHAPES[name], 5, flat_partition.data[10:30])])
+    read_slices(tmp_path, [TensorSlice(name, "exp_avg", SHAPES[name], 5, flat_partition.data[10:30])])
     assert torch.equal(flat_partition[10:30], tensors["exp_avg", name].flatten()[5:25])
     assert not flat_partition[:10].any() and not flat_partition[30:].any()
 
@@ -77,25 +77,25 @@ def test_a_rank_without_pieces_writes_a_shard_too(tmp_path: Path) -> None:
 def test_a_missing_tensor_and_another_shape_are_named(tmp_path: Path) -> None:
     write_all(tmp_path, make_tensors(), 2)
     with pytest.raises(SRDEError, match=r"'layers.0.deltas.fre' .* is not in it.*\(7, 6, 3\).*'layers.0.deltas.free'"):
-        read_pieces(tmp_path, [TensorPiece("layers.0.deltas.fre", "master", (7, 6, 3), 0, torch.zeros(4))])
+        read_slices(tmp_path, [TensorSlice("layers.0.deltas.fre", "master", (7, 6, 3), 0, torch.zeros(4))])
     with pytest.raises(SRDEError, match=r"'layers.0.deltas.free' .*\(7, 6, 3\).*\(7, 9, 3\)"):
-        read_pieces(tmp_path, [TensorPiece("layers.0.deltas.free", "master", (7, 9, 3), 0, torch.zeros(4))])
+        read_slices(tmp_path, [TensorSlice("layers.0.deltas.free", "master", (7, 9, 3), 0, torch.zeros(4))])
 
 
 @pytest.mark.parametrize(
     ("second_start", "fault"), [(8, r"is missing elements 6:8"), (5, r"holds more than once elements 5:6")]
 )
 def test_gaps_and_overlaps_are_refused(tmp_path: Path, second_start: int, fault: str) -> None:
-    write_shard(tmp_path, 0, [TensorPiece("w", "master", (3, 4), 0, torch.zeros(6))])
-    write_shard(tmp_path, 1, [TensorPiece("w", "master", (3, 4), second_start, torch.zeros(12 - second_start))])
+    write_shard(tmp_path, 0, [TensorSlice("w", "master", (3, 4), 0, torch.zeros(6))])
+    write_shard(tmp_path, 1, [TensorSlice("w", "master", (3, 4), second_start, torch.zeros(12 - second_start))])
     with pytest.raises(SRDEError, match=fault + r" of 'w'"):
         ShardIndex(tmp_path)
 
 
 def test_a_lost_tail_is_refused(tmp_path: Path) -> None:
-    write_shard(tmp_path, 0, [TensorPiece("w", "master", (3, 4), 0, torch.zeros(6))])
+    write_shard(tmp_path, 0, [TensorSlice("w", "master", (3, 4), 0, torch.zeros(6))])
     with pytest.raises(SRDEError, match="is missing elements 6:12 of 'w'"):
-        read_pieces(tmp_path, [TensorPiece("w", "master", (3, 4), 0, torch.zeros(2))])
+        read_slices(tmp_path, [TensorSlice("w", "master", (3, 4), 0, torch.zeros(2))])
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_lost_tail_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_impossible_pieces_are_refused(kind: str, offset: int, data: Tensor) -> None:
-    with pytest.raises(SRDEError, match="piece of 'w'"):
-        TensorPiece("w", kind, (3, 4), offset, data)
+    with pytest.raises(SRDEError, match="slice of 'w'"):
+        TensorSlice("w", kind, (3, 4), offset, data)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +167,13 @@ def test_a_claimed_header_of_exabytes_is_refused(tmp_path: Path) -> None:
 ROWS, COLUMNS = 6, 10
 
 
-def column_pieces(cuts: list[int], row_blocks: int, matrix: Tensor) -> list[list[TensorPiece]]:
+def column_pieces(cuts: list[int], row_blocks: int, matrix: Tensor) -> list[list[TensorSlice]]:
     """A [ROWS, COLUMNS] matrix as blocks of rows and columns, one list a rank: experts over ranks, rows over ranks."""
     shards = []
     for first, last in zip([0, *cuts], [*cuts, COLUMNS], strict=True):
         for rows in range(0, ROWS, ROWS // row_blocks):
             block = matrix[rows : rows + ROWS // row_blocks, first:last].contiguous()
-            shards.append([TensorPiece("w", "master", (ROWS, COLUMNS), rows * COLUMNS + first, block, stride=COLUMNS)])
+            shards.append([TensorSlice("w", "master", (ROWS, COLUMNS), rows * COLUMNS + first, block, stride=COLUMNS)])
     return shards
 
 
@@ -186,18 +186,18 @@ def test_pieces_of_columns_are_read_as_others_and_as_runs(tmp_path: Path, cuts: 
     for other_cuts, blocks in (([], 1), ([4], 2), (cuts, row_blocks)):
         empty = torch.full((ROWS, COLUMNS), -1.0)
         wanted = [piece for shard in column_pieces(other_cuts, blocks, empty) for piece in shard]
-        read_pieces(tmp_path, wanted)
+        read_slices(tmp_path, wanted)
         for got, expected in zip(wanted, column_pieces(other_cuts, blocks, matrix), strict=True):
             assert torch.equal(got.data, expected[0].data)
-    run = TensorPiece("w", "master", (ROWS, COLUMNS), 7, torch.zeros(25))
-    read_pieces(tmp_path, [run])
+    run = TensorSlice("w", "master", (ROWS, COLUMNS), 7, torch.zeros(25))
+    read_slices(tmp_path, [run])
     assert torch.equal(run.data, matrix.flatten()[7:32])
 
 
 def test_overlapping_and_missing_columns_are_named(tmp_path: Path) -> None:
     matrix = torch.zeros(ROWS, COLUMNS)
-    left = TensorPiece("w", "master", (ROWS, COLUMNS), 0, matrix[:, :5].contiguous(), stride=COLUMNS)
-    again = TensorPiece("w", "master", (ROWS, COLUMNS), 4, matrix[:, :5].contiguous(), stride=COLUMNS)
+    left = TensorSlice("w", "master", (ROWS, COLUMNS), 0, matrix[:, :5].contiguous(), stride=COLUMNS)
+    again = TensorSlice("w", "master", (ROWS, COLUMNS), 4, matrix[:, :5].contiguous(), stride=COLUMNS)
     write_shard(tmp_path, 0, [left])
     with pytest.raises(SRDEError, match="holds 30 of the elements of 'w'"):
         ShardIndex(tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -15,8 +17,12 @@ from pathlib import Path
 
 import pytest
 
+from srde_ds.errors import LostContact, SRDEError
 from srde_ds.liveness import contact
-from srde_ds.liveness.contact import Contact, _Hub, _Link
+from srde_ds.liveness.contact import Contact, Hub, Link
+from srde_ds.liveness.handshake import SecretFile, proof, run_id
+from srde_ds.liveness.meeting import listening_address
+from srde_ds.liveness.messages import LONGEST_MESSAGE, Lines
 from srde_ds.liveness.status import Report, Reporter, doing
 from srde_ds.liveness.verdict import Peer, Verdict, judge
 
@@ -91,11 +97,15 @@ def verdicts(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, Verdict]]:
 
     def end(self: Contact, verdict: Verdict, *, say: bool) -> None:
         if not self._ending.is_set():
-            found[0 if isinstance(self, _Hub) else self._reporter.rank] = verdict  # type: ignore[attr-defined]
+            found[0 if isinstance(self, Hub) else self._reporter.rank] = verdict  # type: ignore[attr-defined]
             self._ending.set()
 
     monkeypatch.setattr(Contact, "_end", end)
     yield found
+
+
+def link_to(hub: Hub, rank: int, secret: str = "secret") -> Link:
+    return Link(rank, socket.create_connection(("127.0.0.1", hub.port), timeout=10), secret, 100)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -106,8 +116,8 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_verdict_reaches_all_ranks(verdicts: dict[int, Verdict]) -> None:
-    hub = _Hub(3, 100, 100, "token")
-    links = [_Link(rank, "127.0.0.1", hub.port, "token", 100) for rank in (1, 2)]
+    hub = Hub(3, 100, 100, "secret")
+    links = [link_to(hub, rank) for rank in (1, 2)]
     waiting = threading.Thread(target=links[1].wait_for_main)
     waiting.start()
     until(lambda: len(hub._peers) == 3)
@@ -125,15 +135,15 @@ def test_a_verdict_reaches_all_ranks(verdicts: dict[int, Verdict]) -> None:
 
 def test_rank_0_is_missed_too_unless_it_said_goodbye(verdicts: dict[int, Verdict]) -> None:
     for goodbye in (True, False):
-        hub = _Hub(2, 100, 100, "token")
-        link = _Link(1, "127.0.0.1", hub.port, "token", 100)
+        hub = Hub(2, 100, 100, "secret")
+        link = link_to(hub, 1)
         until(lambda: 1 in hub._peers and link._main is not None)  # noqa: B023
         if goodbye:
             hub.leave("")
             until(link._ending.is_set)
             assert not verdicts
         else:
-            for connection in list(hub._rank_of):
+            for connection in hub._ranks():
                 connection.shutdown(socket.SHUT_RDWR)
             until(lambda: 1 in verdicts)
             assert "rank 0 (host" in verdicts[1].text and "ended without a word" in verdicts[1].text
@@ -143,8 +153,8 @@ def test_rank_0_is_missed_too_unless_it_said_goodbye(verdicts: dict[int, Verdict
 
 def test_an_error_is_passed_on_after_the_grace(verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srde_ds.liveness.verdict.GRACE_SECONDS", 0.1)
-    hub = _Hub(2, 100, 100, "token")
-    link = _Link(1, "127.0.0.1", hub.port, "token", 100)
+    hub = Hub(2, 100, 100, "secret")
+    link = link_to(hub, 1)
     until(lambda: 1 in hub._peers)
     link.leave("ValueError: no")
     until(lambda: 0 in verdicts)
@@ -152,18 +162,186 @@ def test_an_error_is_passed_on_after_the_grace(verdicts: dict[int, Verdict], mon
     hub.leave("")
 
 
-def test_strangers_change_nothing(verdicts: dict[int, Verdict]) -> None:
-    hub = _Hub(2, 100, 100, "token")
-    message = json.dumps({"token": "wrong", **report(1).__dict__}).encode() + b"\n"
-    for sent in (b"GET / HTTP/1.0\r\n\r\n", b"\xff\n", b"[]\n", b"{}\n", message, b"x" * (1 << 17)):
-        with socket.create_connection(("127.0.0.1", hub.port), timeout=10) as stranger:
-            try:
-                stranger.sendall(sent)
-                assert stranger.recv(10) == b""  # it hangs up
-            except ConnectionError:
-                pass
-    assert set(hub._peers) == {0} and hub._thread.is_alive() and not verdicts
+def connected(hub: Hub) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", hub.port), timeout=10)
+
+
+def rest_of(stranger: socket.socket) -> bytes:
+    """What still comes until the hub hangs up."""
+    received = b""
+    try:
+        while more := stranger.recv(1 << 16):
+            received += more
+    except ConnectionError:
+        pass
+    return received
+
+
+HELLO = {"rank": 1, "proof": "0" * 64, "challenge": "x"}
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.0\r\n\r\n",
+        b"\xff\n",
+        b"[]\n",
+        b"{}\n",
+        b"[" * (LONGEST_MESSAGE - 10) + b"\n",
+        b'{"a":' * 3000 + b"\n",
+        b'{"rank": [[1]], "proof": "", "challenge": ""}\n',
+        b'{"rank": ' + b"9" * 5000 + b', "proof": "", "challenge": ""}\n',
+        b"x" * (8 * LONGEST_MESSAGE),
+        json.dumps(HELLO).encode() + b"\n",
+        json.dumps(HELLO | {"rank": 0}).encode() + b"\n",
+        json.dumps(HELLO | {"rank": "1"}).encode() + b"\n",
+        json.dumps(HELLO | {"proof": {"a": 1}}).encode() + b"\n",
+        json.dumps(report(1).__dict__ | {"token": "secret"}).encode() + b"\n",
+    ],
+    ids=lambda sent: repr(sent[:24]),
+)
+def test_strangers_change_nothing(verdicts: dict[int, Verdict], sent: bytes) -> None:
+    hub = Hub(3, 100, 100, "secret")
+    link = link_to(hub, 2)
+    with connected(hub) as stranger:
+        with contextlib.suppress(ConnectionError):
+            stranger.sendall(sent)
+        assert b"proof" not in rest_of(stranger)  # it hangs up
+    until(lambda: set(hub._peers) == {0, 2})
+    assert hub._thread.is_alive() and link._thread.is_alive() and not verdicts
+    link.leave("")
     hub.leave("")
+
+
+def test_a_proof_is_good_for_one_connection_and_one_rank(verdicts: dict[int, Verdict]) -> None:
+    hub = Hub(3, 100, 100, "secret")
+    with connected(hub) as one, connected(hub) as other:
+        asked = [str(Lines().next(connection)["challenge"]) for connection in (one, other)]
+        good = proof("secret", asked[0], 1, "rank")
+        for connection, changes in ((other, {}), (one, {"rank": 2})):
+            connection.sendall(json.dumps(HELLO | {"proof": good} | changes).encode() + b"\n")
+            assert rest_of(connection) == b""
+    with pytest.raises((LostContact, OSError)):
+        link_to(hub, 1, "another secret")
+    link = link_to(hub, 1)
+    until(lambda: 1 in hub._peers)
+    link.leave("")
+    hub.leave("")
+
+
+def test_a_rank_does_not_trust_what_cannot_prove_itself() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(b'{"challenge": "x"}\n')
+                connection.recv(1 << 12)
+                connection.sendall(json.dumps({"proof": "0" * 64}).encode() + b"\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(LostContact, match="not rank 0 of this run"):
+            Link(1, socket.create_connection(server.getsockname(), timeout=10), "secret", 100)
+
+
+def test_a_rank_comes_once_and_the_port_closes_when_all_have_come(verdicts: dict[int, Verdict]) -> None:
+    came = threading.Event()
+    hub = Hub(3, 100, 100, "secret", all_have_come=came.set)
+    first = link_to(hub, 1)
+    with pytest.raises(LostContact, match="rank 1 is there already: another run with the same folder uses the port"):
+        link_to(hub, 1)
+    assert not came.is_set()
+    second = link_to(hub, 2)
+    until(came.is_set)
+    until(lambda: hub._listener is None)
+    with pytest.raises(ConnectionRefusedError):
+        connected(hub)
+    until(lambda: len(hub._peers) == 3)
+    assert not verdicts
+    for each in (first, second, hub):
+        each.leave("")
+
+
+def test_a_rank_speaks_for_itself_alone(verdicts: dict[int, Verdict]) -> None:
+    hub = Hub(3, 100, 100, "secret")
+    link = link_to(hub, 1)
+    until(lambda: 1 in hub._peers)
+    link._connection.sendall(json.dumps(report(2).__dict__).encode() + b"\n")
+    until(lambda: 0 in verdicts)
+    assert verdicts[0].rank == 1 and 2 not in hub._peers
+    hub.leave("")
+    link.leave("")
+
+
+FEW_DESCRIPTORS = """
+import os, resource, sys
+from srde_ds.liveness import contact
+contact._MOST_STRANGERS = int(sys.argv[1])
+if int(sys.argv[2]):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + int(sys.argv[2]),) * 2)
+hub = contact.Hub(2, 100, 100, "secret")
+print(hub.port, flush=True)
+while 1 not in hub._peers:
+    hub._ending.wait(0.05)
+print("rank 1 came beside", len(hub._visitors) - 1, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("most", "descriptors"), [(20, 0), (256, 40)])
+def test_a_rank_comes_through_a_crowd(most: int, descriptors: int) -> None:
+    command = [sys.executable, "-c", FEW_DESCRIPTORS, str(most), str(descriptors)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process, contextlib.ExitStack() as crowd:
+        assert process.stdout is not None
+        port = int(process.stdout.readline())
+        for _ in range(100):
+            crowd.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+        link = Link(1, socket.create_connection(("127.0.0.1", port), timeout=10), "secret", 100)
+        text, _, strangers = process.stdout.readline().rpartition(" ")
+        assert text == "rank 1 came beside" and int(strangers) <= min(most, descriptors or most)
+        link.leave("")
+
+
+def test_the_secret_lies_beside_the_output_folder_for_the_user_alone(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    written, read = (SecretFile(str(run), run_id(str(run), 2)) for _ in range(2))
+    assert read.read() is None
+    secret = written.create()
+    [path] = tmp_path.iterdir()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and path.read_text() == secret == read.read()
+    run.mkdir(parents=True)
+    assert read.read() == secret  # also when the folder has come to be meanwhile
+    assert SecretFile(str(run), run_id(str(run), 4)).read() is None
+    assert SecretFile(str(tmp_path / "runs"), run_id(str(tmp_path / "runs"), 2)).read() is None
+    written.remove()
+    assert read.read() is None and list(tmp_path.iterdir()) == [tmp_path / "runs"]
+    with pytest.raises(SRDEError, match=r"output_dir=/proc/nothing/run: '/proc' cannot be written"):
+        SecretFile("/proc/nothing/run", "x").create()
+
+
+def test_a_secret_that_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
+    files = [SecretFile(str(tmp_path), "x") for _ in range(2)]
+    secrets = [file.create() for file in files]
+    assert secrets[0] != secrets[1] == files[0].read()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_runs_are_told_apart() -> None:
+    assert len({run_id("a", 2), run_id("b", 2), run_id("a", 4)}) == 3
+
+
+def test_rank_0_listens_on_the_interface_that_the_group_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(variable, raising=False)
+    assert listening_address("127.0.0.1") == listening_address("localhost") == "127.0.0.1"
+    assert listening_address("192.0.2.1") == ""  # not one of this host's
+    assert listening_address("no.such.host.invalid") == ""
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")  # no plain name
+    assert listening_address("192.0.2.1") == ""
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
+    assert listening_address("192.0.2.1") == "127.0.0.1"
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 0))])
+    assert listening_address("node0") == ""  # the other hosts know it by another address
 
 
 def test_a_report_says_what_the_process_does() -> None:

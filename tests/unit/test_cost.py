@@ -10,12 +10,14 @@ import pytest
 from transformers import BertConfig, GPT2Config, LlamaConfig, Mistral3Config, MistralConfig
 
 from srde_ds.config import Config, resolve
+from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.errors import SRDEError
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.describe import describe_run
 from srde_ds.planner.gathers import ZERO_DEFAULTS
 from srde_ds.planner.memory import Memory, memory
-from srde_ds.planner.shapes import base_shape, layer_trainables, trainable_values
-from srde_ds.planner.traffic import choose_transport, step_traffic
+from srde_ds.planner.traffic import step_traffic
+from srde_ds.planner.trainables import layer_trainables, trainable_values
 from tests.helpers import tiny_llama, tiny_srde
 
 D, F, LAYERS, VOCABULARY = 5120, 16384, 40, 131072  # Ministral-3-14B
@@ -67,7 +69,7 @@ def test_the_seed_configuration_has_the_values_of_the_design(ministral: Path) ->
 
 
 def test_deepspeeds_defaults_are_the_ones_assumed() -> None:
-    from srde_ds.distributed.processes import deepspeed
+    from srde_ds.distributed.deepspeed_internals import deepspeed
 
     zero = deepspeed.runtime.zero.config.DeepSpeedZeroConfig()
     assert {key: getattr(zero, key) for key in ZERO_DEFAULTS} == ZERO_DEFAULTS
@@ -164,7 +166,7 @@ def test_processes_hold_their_own_parts(ministral: Path) -> None:
 def test_owners_that_compute_send_only_effective_deltas(ministral: Path) -> None:
     def deltas(**options: Any) -> float:
         config = run_config(ministral, num_atoms=16, gradient_checkpointing=True, **options)
-        kinds = ("trainables gathered", "gradients", "rows of deltas")
+        kinds = ("trainables gathered", "gradients", "delta shards")
         return sum(t.received for t in step_traffic(config, base_shape(config), 8) if t.kind in kinds)
 
     # 6 of 16 + 6 times as many values; routers and mixing travel as before.
@@ -172,11 +174,11 @@ def test_owners_that_compute_send_only_effective_deltas(ministral: Path) -> None
 
 
 def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
-    """Few experts travel rather than thousands of tokens, many experts do not (DESIGN 4)."""
+    """Few experts travel rather than thousands of tokens, many experts do not (docs/design.md)."""
 
     def chosen(**options: Any) -> str:
         config = run_config(ministral, expert_parallel_size=8, **options)
-        return choose_transport(config, base_shape(config), 8)
+        return choose_transport(config, base_shape(config).blocks, 8)
 
     assert chosen(max_length=2048) == "deltas"
     assert chosen(max_length=128) == "tokens"
@@ -235,7 +237,8 @@ def test_a_multimodal_base_is_measured_by_its_text_model(tmp_path: Path) -> None
 
 
 def test_a_page_shows_the_config_and_both_tables(ministral: Path) -> None:
-    page = describe_run(run_config(ministral, muon_lr=0.125), world_size=2)
+    config = run_config(ministral, muon_lr=0.125)
+    page = describe_run(config, base_shape(config), world_size=2)
     assert "muon_lr: 0.125" in page
     for line in ("deltas.free", "router.weight", "all trainables", "frozen base", "gathered base", "sum"):
         assert f"\n{line} " in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -22,13 +23,26 @@ FLOORS = [
     {"hub"},
     {"model"},
     {"liveness"},
-    {"planner", "distributed"},
+    {"distributed"},
     {"checkpoint"},
     {"export", "inference"},
     {"evaluation", "training"},
+    {"planner"},
     {"cluster"},
     {"cli"},
 ]
+INTERNALS = "srde_ds.distributed.deepspeed_internals"
+# What deepspeed documents: of the package, and of its engine, which is an attribute of that name.
+PUBLIC = {
+    *("initialize", "init_distributed", "zero", "zero.GatheredParameters", "utils", "utils.logger"),
+    "utils.logger.setLevel",
+    *("train", "eval", "training", "backward", "step", "destroy", "get_global_grad_norm"),
+}
+# Of its ZeRO optimizer, which bears no telling name where it is used.
+PRIVATE = {
+    *("fp16_groups", "fp32_partitioned_groups_flat", "sub_group_process_groups", "sub_group_to_group_id"),
+    *("partition_numel", "parameter_offload", "overflow", "checkpoint_event_prologue", "checkpoint_event_epilogue"),
+}
 LONGEST_FILE = 450
 SLOWEST_IMPORT = 0.3  # seconds
 
@@ -81,16 +95,58 @@ def test_no_file_imports_in_a_circle() -> None:
         pytest.fail(f"circle of imports: {' <- '.join(error.args[1])}")
 
 
-def test_only_distributed_imports_deepspeed() -> None:
+def test_one_file_imports_deepspeed() -> None:
     users = {module for module, names in MODULES.items() if any(name.split(".")[0] == "deepspeed" for name in names)}
-    assert users
-    assert {part(module) for module in users} == {"distributed"}
+    assert users == {INTERNALS}
+
+
+def test_the_cost_model_serves_the_command_line_and_the_cluster_alone() -> None:
+    users = {part(module) for module, names in OWN.items() if any(part(name) == "planner" for name in names)}
+    assert users == {"planner", "cli", "cluster"}
+
+
+def uses_of_deepspeed(source: str) -> set[str]:
+    """Attributes that deepspeed gives parameters and modules, and what is taken of the package and of its engine."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            path = ast.unparse(node)
+            below = re.match(r"(?:.*[.]|)deepspeed[.]([A-Za-z_.]+)$", path)
+            found |= {below[1]} if below else set()
+            found |= {node.attr} if node.attr.startswith("ds_") or node.attr in PRIVATE else set()
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} if re.fullmatch("ds_[a-z_]+", node.value) else set()
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_one_file_knows_the_inside_of_deepspeed(path: Path) -> None:
+    used = uses_of_deepspeed(path.read_text())
+    if module_name(path) == INTERNALS:
+        assert {"ds_shape", "ds_process_group", "utils.groups"} | PRIVATE <= used
+    else:
+        assert used <= PUBLIC | {"ds_config"}
+
+
+def test_nothing_is_pickled_between_ranks() -> None:
+    """What one rank sends, another would execute. A plain search, which also finds a name in a text."""
+    pickled = re.compile(
+        r"all_gather_object|broadcast_object|gather_object|scatter_object|(send|recv)_object|pickle[.]"
+    )
+    found = {module_name(path) for path in FILES if pickled.search(path.read_text())}
+    assert not found
+    assert pickled.search("dist.all_gather_object(values, value)")
 
 
 def test_the_checks_see_what_they_forbid() -> None:
     names = imported_modules("from srde_ds import cli\ndef f():\n    import deepspeed.ops\n")
     assert names == {"srde_ds", "srde_ds.cli", "deepspeed.ops"}
-    assert floor("srde_ds.cli") > floor("srde_ds.training.trainer") > floor("srde_ds.planner.plan")
+    assert uses_of_deepspeed("x.deepspeed.optimizer.a\ngetattr(w, 'ds_id', 0)\n") == {
+        "optimizer",
+        "optimizer.a",
+        "ds_id",
+    }
+    assert floor("srde_ds.cli") > floor("srde_ds.planner.plan") > floor("srde_ds.training.trainer")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

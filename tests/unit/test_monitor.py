@@ -16,7 +16,6 @@ import pytest
 
 from srde_ds.cli.main import main
 from srde_ds.cluster.monitor import monitor, observe
-from srde_ds.config import resolve
 from srde_ds.liveness.heartbeat import FILE, Heartbeat
 from tests.cli_helpers import fails
 
@@ -64,20 +63,19 @@ def test_a_given_limit_replaces_the_usual_one(tmp_path: Path) -> None:
 
 def test_what_training_writes_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srde_ds.liveness.heartbeat.RANK_0_SECONDS", 0)
-    config = resolve({}, {"model_name": "x", "output_dir": str(tmp_path), "max_steps": 20, "warmup_steps": 0})
-    beat = Heartbeat(config, world_size=2, enabled=True)
+    beat = Heartbeat(tmp_path, 20, world_size=2, enabled=True)
     beat.start(6)
     beat.update(LINE)
     content = json.loads((tmp_path / FILE).read_text())
     assert observe(tmp_path, now=content["time"]).state == "running"
-    other = Heartbeat(config, world_size=2, enabled=False)
+    other = Heartbeat(tmp_path, 20, world_size=2, enabled=False)
     other.start(6)
     other.update(LINE | {"step": 9})
     assert json.loads((tmp_path / FILE).read_text()) == content  # rank 1 writes nothing
     other.failed("rank 0 is lost", 0)  # but this
     seen = observe(tmp_path, now=NOW)
     assert seen.state == "failed" and "step 6/20" in seen.text and "rank 0 is lost" in seen.text
-    later = [Heartbeat(config, world_size=2, enabled=False) for _ in range(2)]
+    later = [Heartbeat(tmp_path, 20, world_size=2, enabled=False) for _ in range(2)]
     for rank, text in enumerate(("said of a later attempt", "not heard: it has been said")):
         later[rank].start(6)
         later[rank].failed(text, 1)
@@ -85,14 +83,12 @@ def test_what_training_writes_is_understood(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_run_whose_folder_is_not_open_leaves_no_heartbeat(tmp_path: Path) -> None:
-    config = resolve({}, {"model_name": "x", "output_dir": str(tmp_path), "max_steps": 20, "warmup_steps": 0})
-    Heartbeat(config, world_size=1, enabled=True).failed("bad input", 0)
+    Heartbeat(tmp_path, 20, world_size=1, enabled=True).failed("bad input", 0)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = resolve({}, {"model_name": "x", "output_dir": "/dev/full/run", "max_steps": 20, "warmup_steps": 0})
-    Heartbeat(config, world_size=1, enabled=True).start(0)
+    Heartbeat("/dev/full/run", 20, world_size=1, enabled=True).start(0)
     assert "heartbeat.json" in caplog.text
 
 

@@ -10,13 +10,13 @@ import pytest
 
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
+from srde_ds.distributed.expert_traffic import Traffic
 from srde_ds.errors import SRDEError
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GB, GIB, Machines, Plan, make_plan, step_times
-from srde_ds.planner.shapes import base_shape
-from srde_ds.planner.traffic import Traffic
 from srde_ds.training.schedule import Schedule
 from tests.cli_helpers import fails
 
@@ -115,13 +115,13 @@ def test_price_and_tokens_follow_from_the_time() -> None:
 
 def test_a_run_that_starts_denser_is_measured_at_every_stage() -> None:
     plan = planned(initial_density=0.04, density_warmup_steps=100, density_prunings=2)
-    assert [(first, round(density, 6)) for first, density, _ in plan.stages] == [(0, 0.04), (50, 0.02), (100, 0.01)]
-    gradients = [memory.states["gradients"] / plan.memory.states["gradients"] for _, _, memory in plan.stages]
+    assert [(first, round(density, 6)) for first, density, _ in plan.densities] == [(0, 0.04), (50, 0.02), (100, 0.01)]
+    gradients = [memory.states["gradients"] / plan.memory.states["gradients"] for _, _, memory in plan.densities]
     assert gradients == pytest.approx([4, 2, 1], rel=0.01)
     assert "sum from step 51 on, density 0.02 " in describe_plan(plan)
-    assert [stage["first_step"] for stage in plan.to_dict()["memory_bytes"]["peak_of_stages"]] == [1, 51, 101]
+    assert [part["first_step"] for part in plan.to_dict()["memory_bytes"]["peak_by_density"]] == [1, 51, 101]
     assert plan.largest_micro_batch <= planned().largest_micro_batch
-    assert planned().stages == []
+    assert planned().densities == []
 
 
 def test_expert_parallelism_names_the_transport_and_why() -> None:

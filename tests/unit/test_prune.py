@@ -20,8 +20,8 @@ from srde_ds.checkpoint.resume import (
     load_run_state,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.save import Collectives
 from srde_ds.checkpoint.shards import ShardIndex
+from srde_ds.distributed.together import Collectives
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
@@ -79,11 +79,11 @@ def save_run(model: SRDEModel, run: Path, ranks: Collectives = ALONE, *, density
     }
     supports = {name: tensor for name, tensor in model.adapter_tensors().items() if name.endswith(".support")}
     common = supports | {"expert_share": torch.full((2, E), 1 / 3), "layers.0.router_bias": torch.ones(E)}
-    return save(run, 5, ranks, pieces=pieces, rank_state={"rng": ranks.rank}, run_state=state, common_tensors=common)
+    return save(run, 5, ranks, slices=pieces, rank_state={"rng": ranks.rank}, run_state=state, common_tensors=common)
 
 
-def prune(folder: Path, density: float = NEW, collectives: Collectives = ALONE, **options: Any) -> Path:
-    return prune_checkpoint(folder, density, collectives=collectives, keep=2, **options)
+def prune(folder: Path, density: float = NEW, ranks: Collectives = ALONE, **options: Any) -> Path:
+    return prune_checkpoint(folder, density, ranks=ranks, keep=2, **options)
 
 
 def loaded_state(folder: Path) -> Tensors:
@@ -228,7 +228,7 @@ def test_any_number_of_ranks_prunes_what_any_other_saved(base: Path, tmp_path: P
     model = unpruned(base, support_scope="per_expert")
     expected = prune(save_run(model, tmp_path / "one"))
     [folder] = set(on_ranks(3, lambda ranks: save_run(model, tmp_path / "three", ranks)))
-    assert on_ranks(pruned_by, lambda ranks: prune(folder, collectives=ranks)) == [folder] * pruned_by
+    assert on_ranks(pruned_by, lambda ranks: prune(folder, ranks=ranks)) == [folder] * pruned_by
     assert verify_checkpoint(folder)["world_size"] == 3
     assert [load_rank_state(folder, rank) for rank in range(3)] == [{"rng": rank} for rank in range(3)]
     assert load_run_state(folder) == load_run_state(expected)
@@ -305,7 +305,7 @@ def test_a_flipped_bit_stops_every_rank(base: Path, tmp_path: Path) -> None:
     damaged[-1] ^= 1
     shard.write_bytes(damaged)
     listing = {path.name: path.read_bytes() for path in folder.iterdir()}
-    errors = on_ranks(2, lambda ranks: prune(folder, collectives=ranks))
+    errors = on_ranks(2, lambda ranks: prune(folder, ranks=ranks))
     assert [type(error) for error in errors] == [SRDEError, SRDEError]
     assert all("'shard-00001.safetensors' does not match its sha256" in str(error) for error in errors)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == listing

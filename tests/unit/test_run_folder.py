@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -208,11 +209,21 @@ def test_a_checkpoint_that_is_not_there_leaves_the_run_as_it_was(refused: Refusa
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setattr(topology.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(topology.internals.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process a GPU"):
         topology.start_processes(60)
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    program = "from srde_ds.distributed.processes import start_processes; start_processes(60)"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, cwd=ROOT, env=os.environ | alone, capture_output=True, text=True)
+    assert result.returncode == 1 and f"LostContact: port {port} cannot be opened or reached" in result.stderr
 
 
 def test_the_script_ends_with_status_2_and_one_line(inputs: dict[str, str], tmp_path: Path) -> None:

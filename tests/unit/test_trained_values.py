@@ -9,7 +9,7 @@ import pytest
 
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.planner.shapes import base_shape
+from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.trained_values import describe_trained_values, trained_values
 from srde_ds.training.schedule import Schedule
 from tests.helpers import tiny_llama, tiny_srde

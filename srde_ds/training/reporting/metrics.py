@@ -1,4 +1,4 @@
-"""Where a step's numbers go: metrics.jsonl, the trackers asked for, and the console."""
+"""Writes a step's numbers to metrics.jsonl, the trackers and the console."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _TRACKERS = (
 
 
 class MetricsWriter:
-    """Appends one JSON object a step to `output_dir/metrics.jsonl` and hands its numbers to the trackers.
+    """Appends one JSON object a step to `output_dir/metrics.jsonl` and passes its numbers to the trackers.
 
     Args:
-        enabled: True on rank 0. Other ranks write nothing, but fail alike when a tracker's package is missing.
-        resume_step: steps done before this process began. Lines of later steps come from work that was lost with its
-            process: they are cut off, so that the file has each step once. So is a line that a kill tore.
+        enabled: True on rank 0. Other ranks write nothing, but also fail if a tracker's package is missing.
+        resume_step: steps done before this process began. Lines of later steps, whose work was lost with its process,
+            are cut off, so that the file has each step once; so is a line that a kill left incomplete.
         run_config: the resolved config, shown by W&B and trackio.
 
     Raises:
-        SRDEError: a tracker was asked for whose package is not installed.
+        SRDEError: the package of a chosen tracker is not installed.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class MetricsWriter:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step. `metrics` holds `step` and plain numbers, text, lists or nested dicts of these.
 
-        A number that is not finite becomes null in the file, which stays valid JSON. On a full disk lines wait for
-        room: whether the run goes on is for the checkpoints to decide.
+        A number that is not finite becomes null in the file, which stays valid JSON. On a full disk lines wait until
+        there is room; whether the run goes on depends on its checkpoints.
         """
         if not self.enabled:
             return
@@ -105,8 +105,16 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close(complete=exception == (None, None, None))
+
+    def close(self, *, complete: bool) -> None:
+        """Close the file and the trackers.
+
+        Args:
+            complete: no error has ended the run: lines that still wait for room on the disk must be written.
+        """
         with self._closing:
-            if self.enabled and exception == (None, None, None):
+            if self.enabled and complete:
                 self._write_lines()
 
 
@@ -159,6 +167,9 @@ class ProgressLine:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
 
@@ -171,7 +182,7 @@ def memory_gib() -> float:
 
 
 def load_trackers(tracking: TrackingConfig) -> dict[str, Any]:
-    """The modules of the trackers asked for, by flag; SRDEError if a package is not installed."""
+    """The modules of the chosen trackers, by flag; SRDEError if a package is not installed."""
     return {flag: _load(flag, module, package) for flag, module, package in _TRACKERS if getattr(tracking, flag)}
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from srde_ds.distributed.processes import all_reduce_sum
 from srde_ds.errors import SRDEError
 
-# An expert may by chance get a few tokens that carry no loss (prompt ends, padding neighbours): its gradient must
-# be missing over this many assignments before the run is stopped.
+# By chance an expert may get a few tokens that carry no loss, such as the ends of prompts: the run is stopped only if
+# its gradient is missing over this many assignments.
 SILENT_ASSIGNMENTS = 10_000
 
 

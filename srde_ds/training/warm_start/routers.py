@@ -6,8 +6,8 @@ docs/curriculum.md shows what each method gives.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -18,9 +18,8 @@ from srde_ds.config import Config
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.main_rank import gather_rows, in_thread_on_main_rank
-from srde_ds.distributed.processes import Topology, on_main_rank
-from srde_ds.distributed.write_trainables import write_trainables
+from srde_ds.distributed.processes import Topology, broadcast_from_main, gather_to_main
+from srde_ds.distributed.together import on_main_rank
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
@@ -106,8 +105,8 @@ def warm_start_routers(
         rows, domains=options.domains, per_domain=options.samples, special_ids=special, seed=options.seed
     )
     fits = fit_layers(_own_inputs(engine, options, topology, rows, sample), sample, options, topology)
-    write_trainables(
-        engine, {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
+    engine.set_trainables(
+        {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
     )
     counts = np.bincount(sample.domain, minlength=len(options.domains)).tolist()
     return WarmStartReport(
@@ -186,15 +185,17 @@ def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topol
 
 def _fit_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
     owner = sample.owners(options.batch_size, topology.world_size)
-    gathered = gather_rows(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
+    gathered = gather_to_main(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
     inputs = np.empty((0, 0), np.float32)  # only rank 0 has some
     if gathered is not None:
         arrived = np.argsort(np.argsort(owner, kind="stable"))  # rank by rank, and in the sample's order from each
         inputs = gathered[torch.from_numpy(arrived)].float().cpu().numpy()
         del gathered
 
-    def fit() -> RouterFit:
-        return fit_router(
+    weights = torch.empty(options.num_experts, own.shape[1])
+
+    def fit() -> dict[str, Any]:
+        found = fit_router(
             inputs,
             sample.domain,
             num_experts=options.num_experts,
@@ -202,5 +203,10 @@ def _fit_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart,
             seed=options.seed,
             layer=layer,
         )
+        weights.copy_(torch.from_numpy(found.weights))
+        return {field.name: getattr(found, field.name) for field in fields(found) if field.name != "weights"}
 
-    return in_thread_on_main_rank(fit, topology)
+    figures = on_main_rank(fit, topology, long=True)
+    weights = weights.to(topology.device)
+    broadcast_from_main(weights)
+    return RouterFit(weights.cpu().numpy(), **figures)

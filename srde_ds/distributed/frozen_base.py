@@ -1,4 +1,4 @@
-"""Passes through the sharded base alone, without its experts and behind the back of DeepSpeed's training."""
+"""Forward and backward of the frozen base alone, without its experts and unseen by DeepSpeed's training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.engine import Engine
 
 
@@ -33,8 +34,8 @@ def base_alone(engine: Engine) -> Iterator[None]:
 def forward_base(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     """The summed loss of the labels of a batch from the loader.
 
-    It goes by DeepSpeed's engine, whose hooks on the loss would count a backward as a micro-step; the hooks on the
-    modules, which gather their weights, remain.
+    It calls the model, not DeepSpeed's engine, whose hooks on the loss would count a backward as a micro-step. The
+    hooks on the modules, which gather their weights, still run.
     """
     inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
     loss: Tensor = engine.model(**inputs).loss_sum
@@ -44,8 +45,7 @@ def forward_base(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
 def backward_base(engine: Engine, loss: Tensor) -> None:
     """Backward of a loss of `forward_base`: no trainable takes part, so no gradient is kept or reduced."""
     loss.backward()
-    # What the engine's own backward does at its end for modules whose input has no gradient, here the embedding.
-    engine.deepspeed.optimizer.parameter_offload.release_backward_leftovers()
+    internals.release_gathered(engine.deepspeed)
 
 
 def _with_gradient(module: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:

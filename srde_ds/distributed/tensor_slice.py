@@ -1,4 +1,4 @@
-"""What a rank holds of a tensor, in words that do not depend on the number of ranks. Needs no deepspeed."""
+"""The part of a tensor that a rank holds, described without regard to the number of ranks. Needs no deepspeed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
-class TensorPiece:
+class TensorSlice:
     """A part of one global tensor, held by one rank: a contiguous run, or several of equal length at equal distances.
 
     Args:
@@ -22,11 +22,11 @@ class TensorPiece:
         kind: one of KINDS: the fp32 master weights or one of the optimizer's states of the same shape.
         global_shape: shape of the whole tensor over all ranks, without padding.
         offset: index of the first element in the row-major flattened global tensor.
-        data: fp32; 1-D: the run; 2-D: a run in each row (some experts' columns of a matrix that holds all experts').
-        stride: elements of the global tensor from the start of one run to the next; of use for 2-D data only.
+        data: fp32; 1-D: one run; 2-D: several, one a line (some experts' columns of a matrix that holds all experts').
+        stride: elements of the global tensor from the start of one run to the next; for 2-D data only.
 
     Raises:
-        SRDEError: the kind is unknown, the data is not 1-D or 2-D fp32, or the piece leaves the tensor.
+        SRDEError: the kind is unknown, the data is not 1-D or 2-D fp32, or the slice leaves the tensor.
     """
 
     name: str
@@ -37,7 +37,7 @@ class TensorPiece:
     stride: int = 0
 
     def __post_init__(self) -> None:
-        where = f"piece of '{self.name}' ({self.kind})"
+        where = f"slice of '{self.name}' ({self.kind})"
         if self.kind not in KINDS:
             raise SRDEError(f"{where}: kind must be one of {', '.join(KINDS)}.")
         if self.data.dim() not in (1, 2) or self.data.dtype != torch.float32:
@@ -50,7 +50,7 @@ class TensorPiece:
 
     @property
     def span(self) -> int:
-        """Elements of the global tensor from the first to the last one of the piece."""
+        """Elements of the global tensor from the first to the last one of the slice."""
         if self.data.dim() == 1 or self.data.numel() == 0:
             return self.data.numel()
         runs, length = self.data.shape

@@ -1,4 +1,8 @@
-"""Rows of effective deltas from the ranks that own them to the ranks that use them (`expert_parallel.cut_rows`)."""
+"""Shards of effective deltas, from the ranks that mix them to the ranks that use them.
+
+See `expert_parallel.shard_atoms`: each rank holds a shard of the atoms and importance and mixes it into a shard of the
+effective deltas of all experts.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,16 @@ from torch import Tensor
 from srde_ds.distributed.transport import GatherParts
 
 
-class GatherRows:
-    """Every rank gets all rows of all experts: an all-gather, and a reduce-scatter of gradients in fp32."""
+class GatherShards:
+    """Every rank gets the whole deltas of all experts: an all-gather, and a reduce-scatter of gradients in fp32."""
 
-    def __call__(self, own: Tensor, *, rows: int, axis: int, expert_axis: int) -> Tensor:
-        """All `rows` along `axis`, from each rank's own, which are padded to equal numbers."""
-        return GatherParts.apply(own.movedim(axis, 0), None)[:rows].movedim(0, axis)
+    def __call__(self, own: Tensor, *, length: int, axis: int, expert_axis: int) -> Tensor:
+        """The whole deltas, of `length` along `axis`, from each rank's own shard; shards are padded to equal sizes."""
+        return GatherParts.apply(own.movedim(axis, 0), None)[:length].movedim(0, axis)
 
 
-class SendRows:
-    """Every rank gets all rows of the experts in its slot of the expert-parallel group: an all-to-all.
+class SendShards:
+    """Every rank gets the whole deltas of the experts in its slot of the expert-parallel group: an all-to-all.
 
     Args:
         size: expert-parallel size; rank r has slot r % size.
@@ -31,13 +35,13 @@ class SendRows:
     def __init__(self, size: int, slots: int) -> None:
         self.size, self.slots = size, slots
 
-    def __call__(self, own: Tensor, *, rows: int, axis: int, expert_axis: int) -> Tensor:
-        """All `rows` along `axis` for this rank's experts along `expert_axis`."""
+    def __call__(self, own: Tensor, *, length: int, axis: int, expert_axis: int) -> Tensor:
+        """The whole deltas, of `length` along `axis`, of this rank's experts along `expert_axis`."""
         experts_first = own.movedim((expert_axis, axis), (0, 1))
         padding = [0, 0] * (own.dim() - 1) + [0, self.size * self.slots - own.shape[expert_axis]]
         by_slot = F.pad(experts_first, padding).unflatten(0, (self.size, self.slots))
-        arrived = _ToSlots.apply(by_slot)  # [W, slots, own rows, ...]
-        return arrived.transpose(0, 1).flatten(1, 2)[:, :rows].movedim((0, 1), (expert_axis, axis))
+        arrived = _ToSlots.apply(by_slot)  # [W, slots, length of a shard, ...]
+        return arrived.transpose(0, 1).flatten(1, 2)[:, :length].movedim((0, 1), (expert_axis, axis))
 
 
 class _ToSlots(torch.autograd.Function):

@@ -1,20 +1,16 @@
-"""Sizes of a base and of its trainables, from a configuration alone: what the cost model counts."""
+"""Sizes of a base from its configuration alone: what checks and the cost model count."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from dataclasses import astuple, dataclass, replace
-from functools import cache, cached_property
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 
-from srde_ds.config import AdapterConfig, Config
+from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, decoder_layers, empty_base
-from srde_ds.model.deltas import AtomDeltas, empty_deltas
-from srde_ds.model.supports.selection import check_support, support_size
+from srde_ds.model.supports.selection import check_support
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class BaseShape:
 
 
 def base_shape(config: Config) -> BaseShape:
-    """Build the base without storage, check that the run can be had with it, and measure it.
+    """Build the base without storage, check that it can serve the run, and measure it.
 
     Raises:
         SRDEError: no `model_name`, no base there, no gated feed-forward blocks in it, no room for the supports, or
@@ -127,74 +123,3 @@ def _attention(child: nn.Module) -> list[tuple[int, ...]]:
         return []
     own = [tuple(p.numel() for p in module.parameters(recurse=False)) for module in child.modules()]
     return [values for values in own if values]
-
-
-@dataclass(frozen=True)
-class TrainableShape:
-    """A trainable of one layer as a process sees it when it is gathered, padding included.
-
-    Attributes:
-        kind: the end of its name ("deltas.free", ..., "router.weight").
-        shape: of what ZeRO cuts: the whole tensor, the experts that the process holds, or its own rows.
-        ranks: processes over which ZeRO cuts it; 1: no other process has any of it.
-        stride: distance between their numbers.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    ranks: int
-    stride: int = 1
-
-    @property
-    def values(self) -> int:
-        return math.prod(self.shape)
-
-
-def slots(config: Config) -> int:
-    """Experts that a process holds, padding included."""
-    return math.ceil(config.adapter.num_experts / config.parallel.expert_parallel_size)
-
-
-def exchanges_rows(config: Config, world_size: int) -> bool:
-    """Whether each process mixes its own rows of atoms, as `expert_parallel.cut_rows` has it."""
-    return config.adapter.num_atoms > 0 and config.parallel.owner_computes and world_size > 1
-
-
-def layer_trainables(config: Config, layer: LayerShape, world_size: int) -> list[TrainableShape]:
-    """The trainables of one layer, without the scores of a support that is being learned: few values."""
-    adapter, size = config.adapter, config.parallel.expert_parallel_size
-    by_rows = exchanges_rows(config, world_size)
-    result = []
-    for name, whole, expert_axis, row_axis in _bank_shape(astuple(adapter), layer, world_size):
-        shape, ranks, stride = list(whole), world_size, 1
-        if by_rows and row_axis is not None:
-            shape[row_axis] = math.ceil(shape[row_axis] / world_size)
-            ranks = 1
-        elif expert_axis is not None and not by_rows and size > 1:
-            shape[expert_axis] = shape[expert_axis] // adapter.num_experts * slots(config)
-            ranks, stride = world_size // size, size
-        result.append(TrainableShape(name, tuple(shape), ranks, stride))
-    result.append(TrainableShape("router.weight", (adapter.num_experts, layer.hidden), world_size))
-    return result
-
-
-@cache
-def _bank_shape(
-    adapter: tuple[Any, ...], layer: LayerShape, world_size: int
-) -> list[tuple[str, tuple[int, ...], int | None, int | None]]:
-    """Name, shape, axis of the experts and axis of the atoms' rows of each parameter of a layer's deltas."""
-    config = AdapterConfig(*adapter)
-    size = support_size(config, layer.hidden, layer.intermediate)
-    bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size)
-    long_axis = bank.long_axis if isinstance(bank, AtomDeltas) else {}
-    named: list[tuple[str, Any]] = list(bank.named_parameters())
-    return [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, long_axis.get(p.srde_kind)) for name, p in named]
-
-
-def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:
-    """Values of each trainable by the end of its name, over all layers, without padding."""
-    values: Counter[str] = Counter()
-    for layer, count in Counter(shape.layers).items():
-        for trainable in layer_trainables(Config(adapter=adapter), layer, world_size=1):
-            values[trainable.kind] += trainable.values * count
-    return dict(values)

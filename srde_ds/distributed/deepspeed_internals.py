@@ -1,0 +1,129 @@
+"""All that this package uses of deepspeed beyond its public interface. Verified on deepspeed 0.19.8.
+
+No other file may touch it, see tests/unit/test_imports.py: a new release of deepspeed is read against this one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
+
+import deepspeed as deepspeed
+
+
+def adopt_mpi_launcher() -> None:
+    """Put what Open MPI says of the processes into torch's environment variables."""
+    deepspeed.comm.comm.mpi_discovery(verbose=False)
+
+
+def avoid_jit_builds() -> None:
+    """The shared-memory collectives of deepspeed's CPU backend would be compiled for 80 s when a process starts."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def limit_new_groups(limit: datetime.timedelta) -> None:
+    """Give groups that deepspeed makes this timeout.
+
+    Torch's default is half an hour on gloo and ten minutes on NCCL, also for connecting: a rank that was killed between
+    two groups left its partner waiting.
+    """
+    deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=limit)
+
+
+def expert_and_data_groups(size: int) -> tuple[str, dist.ProcessGroup, dist.ProcessGroup]:
+    """Name, expert-parallel and expert-data-parallel group of this rank for expert-parallel size `size`.
+
+    A collective of all ranks, which creates the groups if they are not there yet.
+    """
+    groups, name = deepspeed.utils.groups, f"ep_size_{size}"
+    groups._create_expert_and_data_parallel(size)
+    return name, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)
+
+
+def partition_over(parameter: Any, group: dist.ProcessGroup, name: str) -> None:
+    """Have ZeRO cut a parameter over `group` instead of all ranks; before `deepspeed.initialize`.
+
+    All five attributes are needed. With only some of them, gradients are silently too large or values are silently
+    broadcast.
+    """
+    parameter.ds_zero_partition_process_group = group
+    parameter.ds_zero_placement_family = "autoep_expert"
+    parameter.ds_zero_partition_group_name = name
+    parameter.group_name = name
+    parameter.allreduce = False
+
+
+def partition_group(parameter: Any) -> dist.ProcessGroup:
+    """The group over which ZeRO has cut a parameter."""
+    group: dist.ProcessGroup = parameter.ds_process_group
+    return group
+
+
+def note_whole_shapes(model: nn.Module) -> None:
+    """Write the shape of each parameter that ZeRO holds into its attribute `srde_whole_shape`, for model code."""
+    parameter: Any
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_shape"):
+            parameter.srde_whole_shape = tuple(parameter.ds_shape)
+
+
+def is_hooked_for_nothing(module: object) -> bool:
+    """Whether this is a module without parameters that deepspeed has given its hooks, which gather parameters."""
+    return isinstance(module, nn.Module) and hasattr(module, "ds_id") and next(module.parameters(), None) is None
+
+
+@dataclass(frozen=True)
+class FlatMaster:
+    """A flat fp32 master tensor of this rank, in deepspeed's words a "sub-group".
+
+    Attributes:
+        process_group: the group over which its parameters are cut.
+        parameters: each parameter of which it holds a part, in their order, with the values in that part, padding
+            included.
+    """
+
+    tensor: Tensor
+    param_group: dict[str, Any]
+    process_group: dist.ProcessGroup | None
+    parameters: list[tuple[Any, int]]
+
+
+def flat_masters(engine: Any) -> Iterator[FlatMaster]:
+    """The engine's flat masters in the order of its optimizer calls, the same on every rank."""
+    zero = engine.optimizer
+    for index, parameters in enumerate(zero.fp16_groups):
+        yield FlatMaster(
+            zero.fp32_partitioned_groups_flat[index],
+            zero.optimizer.param_groups[zero.sub_group_to_group_id[index]],
+            zero.sub_group_process_groups[index],
+            [(parameter, parameter.partition_numel()) for parameter in parameters],
+        )
+
+
+def publish_masters(engine: Any) -> None:
+    """Copy the fp32 masters into the parameters, after something else than a step has changed them."""
+    zero = engine.optimizer
+    zero.checkpoint_event_prologue()  # drops whole copies, which a gather would otherwise take for valid
+    for index in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(index)
+    zero.checkpoint_event_epilogue()  # gathers what stays whole
+
+
+def step_was_skipped(engine: Any) -> bool:
+    """True if deepspeed skipped the last update because the gradient norm was not finite."""
+    return bool(engine.optimizer.overflow)
+
+
+def release_gathered(engine: Any) -> None:
+    """After a backward that was not the engine's own: release modules whose input has no gradient (the embedding)."""
+    engine.optimizer.parameter_offload.release_backward_leftovers()

@@ -1,0 +1,133 @@
+"""Bytes that bring tokens and experts together, and which transport moves fewer. Needs no deepspeed.
+
+Tested against counted bytes. The equations are in docs/design.md, "Placement".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from srde_ds.config import Config
+from srde_ds.model.supports.selection import support_size, value_count
+
+FP32 = 4
+Blocks = Sequence[tuple[int, int]]
+"""(D, F) of each layer's feed-forward block"""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in one optimizer step.
+
+    Attributes:
+        kind: what they carry.
+        operation: "all_gather" and "reduce_scatter" of `size` bytes in all, "all_reduce" of `size` bytes on each
+            process, "all_to_all" of `size` bytes from each process, including what it sends to itself.
+        ranks: processes that take part.
+        stride: distance between their numbers: 1 for neighbours.
+    """
+
+    kind: str
+    operation: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    size: float
+    ranks: int
+    stride: int = 1
+
+    @property
+    def received(self) -> float:
+        """Bytes that a process gets from others, at the least."""
+        rounds = 2 if self.operation == "all_reduce" else 1
+        return rounds * self.size * (self.ranks - 1) / self.ranks
+
+    def between_nodes(self, gpus: int) -> float:
+        """Bytes of `received`, a process, that must come from other nodes of `gpus` processes each.
+
+        A gather or sum enters a node once, however many of its processes take part; what an all-to-all sends enters for
+        the one process that it is meant for.
+        """
+        local = max(1, min(self.ranks, gpus // self.stride))  # of the group's processes, on one node
+        nodes = self.ranks / local
+        if self.operation == "all_to_all":
+            return self.size * (self.ranks - local) / self.ranks
+        rounds = 2 if self.operation == "all_reduce" else 1
+        return rounds * self.size * (nodes - 1) / nodes / local
+
+
+def slots(num_experts: int, expert_parallel_size: int) -> int:
+    """Experts that a process holds, padding included."""
+    return math.ceil(num_experts / expert_parallel_size)
+
+
+def shards_atoms(config: Config, world_size: int) -> bool:
+    """Whether each process mixes a shard of the atoms of its own, see `expert_parallel.shard_atoms`."""
+    return config.adapter.num_atoms > 0 and config.parallel.owner_computes and world_size > 1
+
+
+def merged(found: Iterable[Traffic]) -> list[Traffic]:
+    """Traffic of the same kind, operation and group as one entry."""
+    sizes: dict[tuple[str, str, int, int], float] = {}
+    for t in found:
+        if t.ranks > 1:
+            key = (t.kind, t.operation, t.ranks, t.stride)
+            sizes[key] = sizes.get(key, 0.0) + t.size
+    return [Traffic(kind, operation, size, ranks, stride) for (kind, operation, ranks, stride), size in sizes.items()]  # type: ignore[arg-type]
+
+
+def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: str) -> list[Traffic]:
+    """What brings tokens and experts' deltas together in an optimizer step, ZeRO's gathers left out.
+
+    With "tokens" each token goes to `top_k` experts, which are spread evenly over the processes, and rows are full.
+    """
+    size, micro_steps = config.parallel.expert_parallel_size, config.training.gradient_accumulation_steps
+    width, experts = (2 if config.model.bf16 else 4), config.adapter.num_experts
+    sharded = shards_atoms(config, world_size)
+    checkpointing = config.model.gradient_checkpointing
+    forwards = 2 if checkpointing else 1
+    assignments = config.adapter.top_k * config.training.batch_size * config.data.max_length * micro_steps
+    found = []
+    for number, (hidden, intermediate) in enumerate(blocks):
+        touched = support_size(config.adapter, hidden, intermediate)
+        neurons = config.adapter.granularity == "neuron"
+        long_side = hidden if neurons else touched  # of a delta; padded so that each process has an equal shard
+        padding = math.ceil(long_side / world_size) * world_size / long_side
+        values = value_count(config.adapter, hidden, intermediate) * micro_steps  # of one expert
+        if transport == "tokens" and size > 1:
+            changed = touched if neurons else intermediate
+            there = hidden + 2 * changed  # the token, and its gate and up values
+            back = changed + hidden  # the change of the hidden values, and the output
+            # Without checkpointing the first experts' input needs no gradient.
+            gradients = back + (there if number > 0 or checkpointing else 0)
+            sent = assignments * (forwards * (there + back) + gradients) * width
+            found.append(Traffic("experts' tokens", "all_to_all", sent, size))
+            if sharded:  # the deltas of a slot's experts to all its ranks; their gradients in the training dtype
+                of_slot = padding * values * slots(experts, size)
+                found.append(Traffic("delta shards", "all_to_all", of_slot * (forwards + 1) * width, world_size))
+        elif sharded:
+            padded = round(values * experts * padding)
+            found.append(Traffic("delta shards", "all_gather", padded * width * forwards, world_size))
+            found.append(Traffic("delta shards", "reduce_scatter", padded * FP32, world_size))
+        else:
+            # Effective deltas come in the training dtype, their gradients are summed in fp32.
+            values *= slots(experts, size) * size
+            found.append(Traffic("experts' deltas", "all_gather", values * width * forwards, size))
+            found.append(Traffic("experts' deltas", "reduce_scatter", values * FP32, size))
+    return merged(found)
+
+
+def transport_bytes(config: Config, blocks: Blocks, world_size: int) -> dict[str, float]:
+    """Bytes that a process receives in an optimizer step for its experts, by transport."""
+    return {
+        transport: sum(t.received for t in expert_traffic(config, blocks, world_size, transport))
+        for transport in ("tokens", "deltas")
+    }
+
+
+def choose_transport(config: Config, blocks: Blocks, world_size: int) -> str:
+    """`expert_transport`, or for "auto" the one that moves fewer bytes for full rows."""
+    if config.parallel.expert_transport != "auto":
+        return config.parallel.expert_transport
+    moved = transport_bytes(config, blocks, world_size)
+    return min(moved, key=lambda transport: moved[transport])

@@ -1,0 +1,133 @@
+"""Work that all ranks do, or rank 0 for all of them: it succeeds on all, or raises the same error on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+from srde_ds.errors import SRDEError
+from srde_ds.utils.files import io_reason
+
+SIGN_OF_LIFE_SECONDS = 1.0  # far below any collective_timeout
+
+Result = TypeVar("Result")
+
+
+class Ranks(Protocol):
+    """This rank among those that work together."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce_max(self, value: int, /) -> int:
+        """The largest of the ranks' integers; a collective."""
+        ...
+
+    def gather(self, value: Any, /) -> list[Any]:
+        """Every rank's value, by rank; a collective. Values are small and can be written as JSON."""
+        ...
+
+
+class Collectives(NamedTuple):
+    """Ranks that are not those of torch.distributed, such as threads of one process."""
+
+    rank: int
+    world_size: int
+    all_reduce_max: Callable[[int], int]
+    gather: Callable[[Any], list[Any]]
+
+
+class Failure(NamedTuple):
+    """The failure that is reported of those that happened, the same on all ranks.
+
+    Attributes:
+        foreseen: bad input or a file that cannot be read or written, not a bug.
+    """
+
+    rank: int
+    reason: str
+    foreseen: bool
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What became of a piece of work.
+
+    Attributes:
+        own: this rank's result or error.
+        failure: None if all ranks succeeded.
+    """
+
+    own: Future[Result]
+    failure: Failure | None
+
+
+def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Outcome[Result]:
+    """Run `work` on every rank and tell all of them what became of it; a collective.
+
+    Args:
+        long: it may take longer than a collective waits. It runs in a thread and must not communicate; meanwhile the
+            ranks tell each other that they are still there, so that only a lost one trips the timeout.
+    """
+    if long:
+        with ThreadPoolExecutor(1) as executor:
+            own = executor.submit(work)
+            while ranks.all_reduce_max(int(not own.done())):
+                wait([own], SIGN_OF_LIFE_SECONDS)
+    else:
+        own = Future()
+        try:
+            own.set_result(work())
+        except BaseException as raised:  # no rank may wait for this one, whatever has happened to it
+            own.set_exception(raised)
+    error = own.exception()
+    foreseen, reason = error is None or isinstance(error, SRDEError | OSError), ""
+    if isinstance(error, OSError):
+        reason = io_reason(error)
+    elif isinstance(error, SRDEError):
+        reason = str(error)
+    elif error is not None:
+        reason = f"an unforeseen error, see its traceback ({type(error).__name__})"
+    reports = ranks.gather([foreseen, reason])
+    failures = [Failure(rank, why, known) for rank, (known, why) in enumerate(reports) if why]
+    # A bug comes first: it may be what made the others fail.
+    return Outcome(own, min(failures, key=lambda failure: (failure.foreseen, failure.rank), default=None))
+
+
+def together(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Result:
+    """What `work` returns on this rank, once it has returned on all of them.
+
+    Args:
+        long: see `attempt`.
+
+    Raises:
+        SRDEError: on every rank, if it failed on any of them. A rank with an unforeseen error raises that one instead.
+    """
+    outcome = attempt(work, ranks, long=long)
+    failure, error = outcome.failure, outcome.own.exception()
+    if failure is None:
+        return outcome.own.result()
+    if error is not None and not isinstance(error, SRDEError | OSError):
+        raise error
+    if isinstance(error, SRDEError) and failure.rank == ranks.rank:
+        raise error
+    plain = failure.foreseen and failure.rank in (0, ranks.rank)
+    raise SRDEError(failure.reason if plain else f"rank {failure.rank}: {failure.reason}") from error
+
+
+def on_main_rank(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Result:
+    """Run `work` on rank 0; every rank gets its result as JSON gives it back (a tuple becomes a list).
+
+    Args and errors as in `together`.
+    """
+
+    def on_rank_0() -> Result | None:
+        return work() if ranks.rank == 0 else None
+
+    result: Result = ranks.gather(together(on_rank_0, ranks, long=long))[0]
+    return result

@@ -1,0 +1,67 @@
+"""JSON objects on a socket, one a line, of bounded size and nesting."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+LONGEST_MESSAGE = 1 << 14  # bytes; a report takes some 300
+_LONGEST_TEXT = 1000  # characters of an error or of a verdict that are passed on
+
+
+class Lines:
+    """Cuts what a connection brings into messages.
+
+    Its methods raise OSError when the connection has ended (ConnectionError) or nothing has come in time
+    (TimeoutError), and ValueError for what is no message: not JSON, too long, or nested too deeply.
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._messages: deque[dict[str, Any]] = deque()
+
+    def next(self, connection: socket.socket) -> dict[str, Any]:
+        """The next message, waiting for it."""
+        while not self._messages:
+            self._receive(connection)
+        return self._messages.popleft()
+
+    def read(self, connection: socket.socket) -> Iterator[dict[str, Any]]:
+        """The messages that have come; waits for something to come if there are none yet."""
+        if not self._messages:
+            self._receive(connection)
+        while self._messages:
+            yield self._messages.popleft()
+
+    def _receive(self, connection: socket.socket) -> None:
+        received = connection.recv(LONGEST_MESSAGE)
+        if not received:
+            raise ConnectionError("the connection has ended")
+        *lines, self._rest = (self._rest + received).split(b"\n")
+        if len(self._rest) > LONGEST_MESSAGE:
+            raise ValueError("a line without end")
+        self._messages.extend(map(_message, lines))
+
+
+def _message(line: bytes) -> dict[str, Any]:
+    """An object of plain values and of objects of plain values."""
+    try:
+        message = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(message, dict):
+        raise ValueError("no object")
+    for value in message.values():
+        inner = value.values() if isinstance(value, dict) else [value]
+        if any(isinstance(one, dict | list) for one in inner):
+            raise ValueError("nested too deeply")
+    return message
+
+
+def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
+    """Send one message; its texts are cut so that the other side takes it."""
+    short = {key: value[:_LONGEST_TEXT] if isinstance(value, str) else value for key, value in message.items()}
+    connection.sendall(json.dumps(short).encode() + b"\n")

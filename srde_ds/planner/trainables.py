@@ -1,0 +1,76 @@
+"""Sizes of the trainables, from a configuration alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import astuple, dataclass
+from functools import cache
+from typing import Any
+
+from srde_ds.config import AdapterConfig, Config
+from srde_ds.distributed.expert_traffic import shards_atoms, slots
+from srde_ds.model.base_shape import BaseShape, LayerShape
+from srde_ds.model.deltas import AtomDeltas, empty_deltas
+from srde_ds.model.supports.selection import support_size
+
+
+@dataclass(frozen=True)
+class TrainableShape:
+    """A trainable of one layer as a process sees it when it is gathered, padding included.
+
+    Attributes:
+        kind: the end of its name ("deltas.free", ..., "router.weight").
+        shape: of what ZeRO cuts: the whole tensor, the experts that the process holds, or its own shard of the atoms.
+        ranks: processes over which ZeRO cuts it; 1: no other process has any of it.
+        stride: distance between their numbers.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    ranks: int
+    stride: int = 1
+
+    @property
+    def values(self) -> int:
+        return math.prod(self.shape)
+
+
+def layer_trainables(config: Config, layer: LayerShape, world_size: int) -> list[TrainableShape]:
+    """The trainables of one layer, without the scores of a support that is being learned: few values."""
+    adapter, size = config.adapter, config.parallel.expert_parallel_size
+    sharded = shards_atoms(config, world_size)
+    result = []
+    for name, whole, expert_axis, shard_axis in _bank_shape(astuple(adapter), layer, world_size):
+        shape, ranks, stride = list(whole), world_size, 1
+        if sharded and shard_axis is not None:
+            shape[shard_axis] = math.ceil(shape[shard_axis] / world_size)
+            ranks = 1
+        elif expert_axis is not None and not sharded and size > 1:
+            shape[expert_axis] = shape[expert_axis] // adapter.num_experts * slots(adapter.num_experts, size)
+            ranks, stride = world_size // size, size
+        result.append(TrainableShape(name, tuple(shape), ranks, stride))
+    result.append(TrainableShape("router.weight", (adapter.num_experts, layer.hidden), world_size))
+    return result
+
+
+@cache
+def _bank_shape(
+    adapter: tuple[Any, ...], layer: LayerShape, world_size: int
+) -> list[tuple[str, tuple[int, ...], int | None, int | None]]:
+    """Name, shape, axis of the experts and axis along which atoms are sharded of each parameter of a layer's deltas."""
+    config = AdapterConfig(*adapter)
+    size = support_size(config, layer.hidden, layer.intermediate)
+    bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size)
+    shard_axis = bank.long_axis if isinstance(bank, AtomDeltas) else {}
+    named: list[tuple[str, Any]] = list(bank.named_parameters())
+    return [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, shard_axis.get(p.srde_kind)) for name, p in named]
+
+
+def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:
+    """Values of each trainable by the end of its name, over all layers, without padding."""
+    values: Counter[str] = Counter()
+    for layer, count in Counter(shape.layers).items():
+        for trainable in layer_trainables(Config(adapter=adapter), layer, world_size=1):
+            values[trainable.kind] += trainable.values * count
+    return dict(values)

@@ -1,0 +1,134 @@
+"""What hangs on the training loop: reporting, held-out losses and checkpoints."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from srde_ds.liveness.heartbeat import Heartbeat
+from srde_ds.liveness.status import doing
+from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
+from srde_ds.training.reporting.step_metrics import ExpertWatch
+from srde_ds.training.run import Observer, Run
+
+
+def observers(heartbeat: Heartbeat) -> list[Observer]:
+    """All of a run, in the order in which they see a step."""
+    return [
+        SilentExperts(),
+        Statistics(),
+        HeldOutLosses(),
+        MetricsLines(),
+        Console(),
+        HeartbeatUpdates(heartbeat),
+        Checkpoints(),
+    ]
+
+
+class SilentExperts(Observer):
+    """Ends a run in which an expert gets tokens but no gradient."""
+
+    def on_start(self, run: Run) -> None:
+        self._watch = ExpertWatch(run.engine.model.expert_names)
+
+    def after_step(self, run: Run) -> None:
+        layers = len(run.engine.model.layers)
+        assignments = [tokens * layers for tokens in run.line["tokens_per_expert"]]
+        self._watch.check(run.step, assignments, run.line["expert_gradient_norm"])
+
+
+class Statistics(Observer):
+    """Numbers that are worth their time every `log_steps` steps only."""
+
+    def after_step(self, run: Run) -> None:
+        doing("statistics of the step")
+        if run.is_last_step or run.is_due(run.config.training.log_steps):
+            run.line["delta_norm"] = run.engine.delta_norms().tolist()
+            if run.scheduled.only_domain is None:
+                run.line["epochs"] = run.state.stream.epochs(run.step)
+
+
+class HeldOutLosses(Observer):
+    """Losses on held-out rows: of the base, every `eval_steps` steps, and at the end."""
+
+    def before_step(self, run: Run) -> None:
+        if run.step == 0 and run.config.training.eval_steps:
+            self._measure(run, "held_out_at_start")
+
+    def after_step(self, run: Run) -> None:
+        if run.is_last_step or run.is_due(run.config.training.eval_steps):
+            self._measure(run, "held_out", "domain" if run.scheduled.forced else None, run.allowed_experts)
+
+    def _measure(
+        self, run: Run, key: str, expert: Literal["domain"] | None = None, allowed: Tensor | None = None
+    ) -> None:
+        if run.held_out is None:
+            return
+        doing("held-out loss")
+        losses = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
+        if losses is not None:  # None: a signal cut the measurement off
+            run.line[key] = losses
+
+
+class MetricsLines(Observer):
+    """A line of metrics a step: `metrics.jsonl` and the trackers."""
+
+    def on_start(self, run: Run) -> None:
+        self._writer = MetricsWriter(
+            run.config.training.output_dir,
+            run.config.tracking,
+            enabled=run.topology.is_main,
+            resume_step=run.step,
+            run_config=run.config.to_dict(),
+        )
+
+    def after_step(self, run: Run) -> None:
+        self._writer.write(run.line)
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        self._writer.close(complete=error is None)
+
+
+class Console(Observer):
+    """A progress bar, or a line every `log_steps` steps."""
+
+    def on_start(self, run: Run) -> None:
+        training = run.config.training
+        self._progress = ProgressLine(
+            training.max_steps, training.log_steps, start_step=run.step, enabled=run.topology.is_main
+        )
+
+    def after_step(self, run: Run) -> None:
+        self._progress.update(run.line)
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        self._progress.close()
+
+
+class HeartbeatUpdates(Observer):
+    """`heartbeat.json` after each step. How the run ended is written by who knows, see `trainer.train`."""
+
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat = heartbeat
+
+    def after_step(self, run: Run) -> None:
+        self._heartbeat.update(run.line)
+
+
+class Checkpoints(Observer):
+    """A checkpoint every `save_steps` steps, and one where the run ends in good order."""
+
+    def after_step(self, run: Run) -> None:
+        run.state.look_after_save()
+        if not run.is_last_step and run.is_due(run.config.training.save_steps):
+            doing(f"saving checkpoint-{run.step}")
+            run.state.save()
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        if error is not None:
+            run.state.saver.close(error)
+            return
+        with run.state.saver:
+            doing(f"saving checkpoint-{run.step}, the last one")
+            run.state.save(final=True)

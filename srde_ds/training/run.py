@@ -1,0 +1,143 @@
+"""A run at work, and the interface through which everything beside the training itself hangs on its loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from srde_ds.config import Config
+from srde_ds.distributed import deepspeed_internals as internals
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology
+from srde_ds.errors import SRDEError
+from srde_ds.training.checkpointing import RunState
+from srde_ds.training.curriculum import Curriculum
+from srde_ds.training.reporting.held_out import HeldOut
+from srde_ds.training.reporting.metrics import memory_gib
+from srde_ds.training.reporting.step_metrics import expert_metrics
+from srde_ds.training.schedule import ScheduledStep
+from srde_ds.training.signals import StopRequest
+from srde_ds.training.step import scheduled_factor
+
+
+@dataclass
+class Run:
+    """A run at work, as its observers see it.
+
+    Attributes:
+        held_out: None without validation rows.
+        line: before a step, what is found for its line of metrics; after it, the line.
+        allowed_experts: of the last finished step, see `model.policy.RoutingPolicy`.
+        scheduled: the last finished step.
+    """
+
+    config: Config
+    topology: Topology
+    state: RunState
+    curriculum: Curriculum
+    held_out: HeldOut | None
+    stop: StopRequest
+    line: dict[str, Any] = field(default_factory=dict)
+    allowed_experts: Tensor | None = field(init=False)
+    scheduled: ScheduledStep = field(init=False)
+
+    @property
+    def engine(self) -> Engine:
+        return self.state.engine
+
+    @property
+    def step(self) -> int:
+        """Finished optimizer steps."""
+        return self.state.step
+
+    @property
+    def is_last_step(self) -> bool:
+        """Whether no step is to follow."""
+        return self.step == self.config.training.max_steps
+
+    def is_due(self, every: int) -> bool:
+        """Whether what happens every so many steps (0: never) happens after the last finished step."""
+        return bool(every) and self.step % every == 0
+
+    def stopped_by(self) -> str | None:
+        """Name of the signal that all ranks stop for; a collective."""
+        return self.stop.agreed(self.topology.all_reduce_max)
+
+    def interrupted(self) -> bool:
+        """`stopped_by` as a truth value."""
+        return self.stopped_by() is not None
+
+    def finish_step(self, sums: dict[str, Tensor], seconds: float) -> None:
+        """Count a step whose update is done, and make its line of metrics.
+
+        Args:
+            sums: of `optimizer_step`.
+
+        Raises:
+            SRDEError: the loss or its gradient is not finite.
+        """
+        state, engine = self.state, self.engine
+        loss = float(sums["loss"] / sums["labels"].clamp(min=1))
+        if not math.isfinite(loss) or internals.step_was_skipped(engine.deepspeed):
+            raise SRDEError(
+                f"step {self.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. "
+                f"{state.remedy()}"
+            )
+        curriculum, optimizer = self.curriculum, self.config.optimizer
+        self.scheduled, unlocked = curriculum.scheduled, curriculum.unlocked_experts()
+        self.allowed_experts = curriculum.policy.allowed_experts
+        curriculum.end_step(engine, sums)
+        state.step += 1
+        state.tokens += int(sums["real_tokens"])
+        factor = scheduled_factor(optimizer, self.config.training.max_steps, state.step - 1)
+        self.line = {
+            "step": state.step,
+            "phase": self.scheduled.phase,
+            "unlocked_experts": unlocked,
+            "density": engine.model.config.density,
+            "loss": loss,
+            "learning_rate": factor * optimizer.learning_rate,
+            "learning_rates": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
+            "grad_norm": engine.global_grad_norm,
+            "tokens": state.tokens,
+            "tokens_per_second": float(sums["real_tokens"]) / seconds,
+            **expert_metrics(sums),
+            "memory_gib": memory_gib(),
+            **self.line,
+        }
+
+
+class Observer:
+    """What hangs on the training loop. Every method is called on every rank and does nothing here."""
+
+    def on_start(self, run: Run) -> None:
+        """The engine is there, restored if the run resumes; the run's folder is open."""
+
+    def before_step(self, run: Run) -> None:
+        """The coming step is about to be prepared. May add to `run.line`."""
+
+    def after_step(self, run: Run) -> None:
+        """A step is finished and counted. May add to `run.line`."""
+
+    def on_end(self, run: Run, error: BaseException | None) -> None:
+        """The loop has ended: all steps are done, a signal has stopped it, or `error` was raised."""
+
+
+@contextmanager
+def observed(run: Run, observers: Sequence[Observer]) -> Iterator[None]:
+    """Start the observers in their order; at the block's end, end them in the reverse order."""
+
+    def end(observer: Observer, kind: object, error: BaseException | None, traceback: object) -> None:
+        observer.on_end(run, error)
+
+    with ExitStack() as stack:
+        for observer in observers:
+            observer.on_start(run)
+            stack.push(partial(end, observer))
+        yield
