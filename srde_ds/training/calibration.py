@@ -70,7 +70,7 @@ def choose_rows(config: Config, rows: datasets.Dataset) -> list[datasets.Dataset
     Raises:
         SRDEError: a domain with an expert has no rows.
     """
-    count, seed = config.curriculum.calibration_rows, config.training.seed
+    count, seed = config.support.calibration_rows, config.training.seed
     if config.adapter.support_scope == "shared":
         return [_draw(rows, range(len(rows)), count, seed, "all")]
     domain_of_row = torch.as_tensor(rows.with_format("numpy")["domain"][:])

@@ -57,16 +57,16 @@ class Curriculum:
 
         Shares and the target they are held against are of the same step: the mix of domains varies.
         """
-        routing, assignments, optimizer = engine.model.routing, sums["assignments"], self.config.optimizer
+        routing, assignments, losses = engine.model.routing, sums["assignments"], self.config.losses
         if self.plan.forced:
             return
         share = assignments / assignments.sum(dim=1, keepdim=True).clamp(min=1)
         routing.expert_share = share.float().to(self.topology.device)
-        if optimizer.load_balancing_target == "domains":
+        if losses.load_balancing_target == "domains":
             adapter, tokens = self.config.adapter, sums["domain_tokens"]
             target = domain_target(tokens, adapter.num_experts, adapter.top_k, routing.allowed_experts)
             routing.target_share = target.to(self.topology.device)
-        rate = optimizer.balancing_bias_rate
+        rate = losses.balancing_bias_rate
         if rate and "router" in self.plan.trained:
             update_biases(engine.model, assignments, rate, allowed=routing.allowed_experts, target=routing.target_share)
 

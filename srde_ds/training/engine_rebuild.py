@@ -82,12 +82,12 @@ class Stages:
         self._say(rule_table(groups))
         self.state.engine = build_engine(model, self.config, self.topology)
         routing = model.routing
-        routing.load_balancing_weight = self.config.optimizer.load_balancing_weight
-        routing.router_z_weight = self.config.optimizer.router_z_weight
-        routing.delta_size_weight = self.config.optimizer.delta_size_weight * delta_size_factor(self.config)
+        routing.load_balancing_weight = self.config.losses.load_balancing_weight
+        routing.router_z_weight = self.config.losses.router_z_weight
+        routing.delta_size_weight = self.config.losses.delta_size_weight * delta_size_factor(self.config)
         # OverlapLoss adds its gradient whole in each micro-step.
         micro_steps = self.config.training.gradient_accumulation_steps
-        routing.support_overlap_weight = self.config.optimizer.support_overlap_weight / micro_steps
+        routing.support_overlap_weight = self.config.losses.support_overlap_weight / micro_steps
         return self.state.engine
 
     def _must_shrink(self, engine: Engine, density: float) -> bool:

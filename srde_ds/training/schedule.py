@@ -121,7 +121,7 @@ def _temperature(config: Config, step: int) -> float | None:
     steps = config.curriculum.density_warmup_steps
     if config.adapter.support_strategy != "learned" or step >= steps:
         return None
-    return config.curriculum.support_temperature * FINAL_TEMPERATURE_SHARE ** (step / steps)
+    return config.support.support_temperature * FINAL_TEMPERATURE_SHARE ** (step / steps)
 
 
 def check_schedule(config: Config) -> None:
