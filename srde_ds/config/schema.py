@@ -33,7 +33,13 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """Which weights the experts change, and how. Saved with the weights."""
+    """Which weights the experts change, and how. Saved with the weights.
+
+    Example:
+        >>> from srde_ds import AdapterConfig
+        >>> AdapterConfig(num_experts=4, density=0.02).top_k
+        2
+    """
 
     preset: Literal["default", "reference"] = option(
         "default", "reference: the predecessor's form (element granularity, 16 atoms, softmax mixing)"

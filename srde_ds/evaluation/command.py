@@ -21,11 +21,14 @@ from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.sandbox import protections
 from srde_ds.evaluation.table import format_tables
 from srde_ds.evaluation.weights import resolve_weights
+from srde_ds.inference.generate import answer_length
 from srde_ds.inference.load import load_model
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.environment import environment
 from srde_ds.weights.file import read_metadata
+
+MAX_NEW_TOKENS = 64
 
 _log = logging.getLogger(__name__)
 
@@ -67,13 +70,16 @@ def evaluate_weights(options: EvaluateOptions) -> tuple[dict[str, Any], Path | N
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
         if processes.is_main:
             _tell_about_code(records, options.run_code)
+        max_new_tokens = options.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = answer_length(model, MAX_NEW_TOKENS)
         result, items = evaluate(
             model,
             tokenizer,
             records,
             compare_baseline=options.compare_baseline,
             batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             max_samples=options.max_samples,
             seed=options.seed,
             each_expert=options.each_expert,
@@ -86,7 +92,7 @@ def evaluate_weights(options: EvaluateOptions) -> tuple[dict[str, Any], Path | N
         "base": str(model.base_identity["name"]),
         "dtype": "bfloat16" if bf16 else "float32",
         "batch_size": options.batch_size,
-        "max_new_tokens": options.max_new_tokens,
+        "max_new_tokens": max_new_tokens,
         "seed": options.seed,
         "sandbox": protections() if options.run_code else None,
         "seconds": time.monotonic() - started,

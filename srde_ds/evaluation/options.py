@@ -24,8 +24,13 @@ class EvaluateOptions:
     each_expert: bool = option(False, "also measure the loss of every domain with each expert alone")
     run_code: bool = option(False, "score items with tests: run the programs that the model writes, in a sandbox")
     max_samples: int = option(1000, "most items, taken evenly from the domains", metavar="ITEMS", minimum=1)
-    max_new_tokens: int = option(
-        64, "longest generated answer, in tokens", metavar="TOKENS", aliases=("max_tokens",), minimum=1
+    max_new_tokens: int | None = option(
+        None,
+        "longest generated answer, in tokens",
+        metavar="TOKENS",
+        aliases=("max_tokens",),
+        minimum=1,
+        derived="64, at most half of the base's context",
     )
     batch_size: int = option(32, "items in a batch", metavar="ITEMS", minimum=1)
     bf16: bool = option(True, "compute in bfloat16; false: in fp32")

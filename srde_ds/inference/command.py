@@ -14,13 +14,15 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
-from srde_ds.inference.generate import format_routing, generate
+from srde_ds.inference.generate import answer_length, format_routing, generate
 from srde_ds.inference.load import find_weights, load_model
 from srde_ds.inference.many import Answer, answer_many
 from srde_ds.inference.options import InferenceOptions
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import read_prompts
 from srde_ds.model.adapter import SRDEModel
+
+MAX_TOKENS = 256
 
 
 def inference_command(options: InferenceOptions) -> None:
@@ -35,7 +37,8 @@ def inference_command(options: InferenceOptions) -> None:
     if options.expert is not None:
         model.set_active_experts(options.expert)
     torch.manual_seed(options.seed)
-    sampling = {"max_tokens": options.max_tokens, "temperature": options.temperature, "top_p": options.top_p}
+    longest = answer_length(model, MAX_TOKENS) if options.max_tokens is None else options.max_tokens
+    sampling = {"max_tokens": longest, "temperature": options.temperature, "top_p": options.top_p}
     several = {
         "batch_size": options.batch_size,
         "best_of_n": options.best_of_n,

@@ -34,7 +34,14 @@ class InferenceOptions:
     best_of_n: int = option(1, "samples, of which the most frequent answer is given", metavar="N", minimum=1)
     self_refine: int = option(0, "rounds in which the model checks its own answer", metavar="N", minimum=0)
     batch_size: int = option(16, "prompts of prompts_file in a batch", metavar="N", minimum=1)
-    max_tokens: int = option(256, "longest answer, in tokens", metavar="TOKENS", aliases=("max_new_tokens",), minimum=1)
+    max_tokens: int | None = option(
+        None,
+        "longest answer, in tokens",
+        metavar="TOKENS",
+        aliases=("max_new_tokens",),
+        minimum=1,
+        derived="256, at most half of the base's context",
+    )
     temperature: float = option(0.7, "temperature of the sampling; 0: always the likeliest token", minimum=0.0)
     top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
     stream: bool = option(False, "print tokens as they come")

@@ -52,6 +52,12 @@ class SRDEModel(nn.Module):
         routing: the context that all layers read, see `router.RoutingContext`.
         base_identity: `base.base_identity` of the base before the experts were added.
         run_folder: of the training run that the weights were loaded from; None: of no run.
+
+    Example:
+        >>> from srde_ds import SRDEModel
+        >>> model = SRDEModel.from_pretrained("base", "trained")
+        >>> model.expert_names
+        ['red', 'green']
     """
 
     run_folder: Path | None = None
@@ -301,8 +307,16 @@ def add_experts(
     Raises:
         SRDEError: names do not fit the config, the base has no fitting blocks or carries experts already, no
             support can be chosen, or those given do not fit.
-    """
 
+    Example:
+        >>> from srde_ds import AdapterConfig, add_experts
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained("base").requires_grad_(False)
+        >>> config = AdapterConfig(num_experts=2, density=0.05)
+        >>> model = add_experts(base, config, expert_names=["red", "green"], seed=0)
+        >>> model.active_experts
+        ['red', 'green']
+    """
     return _with_experts(
         base,
         config,
@@ -338,6 +352,12 @@ def load_adapter(
 
     Raises:
         SRDEError: another base than the experts were trained on; missing, unknown, misshapen or NaN tensors.
+
+    Example:
+        >>> from srde_ds import load_adapter
+        >>> model = load_adapter("trained/srde_weights.safetensors", base="base")
+        >>> model.config.density
+        0.05
     """
     metadata = read_metadata(weights)
     with open_weights(weights) as file:

@@ -120,6 +120,16 @@ class GramMuonAdamW(torch.optim.Optimizer):
 
     Raises:
         SRDEError: a group without a known rule or without a learning rate.
+
+    Example:
+        >>> import torch
+        >>> from srde_ds import GramMuonAdamW
+        >>> matrices = torch.nn.Parameter(torch.zeros(8, 2, 4))  # two matrices of 8 x 4
+        >>> optimizer = GramMuonAdamW([{"params": [matrices], "rule": "muon", "lr": 0.02, "step": 1}])
+        >>> matrices.sum().backward()
+        >>> optimizer.step()
+        >>> bool((matrices != 0).all())
+        True
     """
 
     def __init__(self, params: Iterable[dict[str, Any]]) -> None:

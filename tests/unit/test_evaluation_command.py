@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -71,6 +72,13 @@ def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytes
     printed = capsys.readouterr().out
     assert "overall" in printed and "evaluation.json" in printed
     assert not list(run_folder.glob("*.tmp"))
+
+
+def test_the_longest_answer_follows_from_the_context(run_folder: Path) -> None:
+    result = evaluate_command(_options(run_folder, max_new_tokens=None, max_samples=1))
+    assert result["run"]["max_new_tokens"] == 64  # the context is 256
+    with patch("srde_ds.evaluation.command.answer_length", lambda model, most: most // 16):
+        assert evaluate_command(_options(run_folder, max_new_tokens=None))["run"]["max_new_tokens"] == 4
 
 
 def test_report_is_made_of_the_run(run_folder: Path) -> None:

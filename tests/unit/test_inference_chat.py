@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -13,7 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference import chat as chat_module
 from srde_ds.inference.chat import Chat, side_by_side
 from srde_ds.inference.command import inference_command
-from srde_ds.inference.generate import Generation, generate
+from srde_ds.inference.generate import Generation, answer_length, generate
 from srde_ds.inference.options import InferenceOptions
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import save_model, tiny_model
@@ -172,6 +173,15 @@ def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     files = {"prompts_file": str(tmp_path / "p.txt"), "output_file": str(tmp_path / "out.jsonl")}
     inference_command(_options(weights=str(weights), **files))
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().strip().split("\n")] == printed
+
+
+def test_the_longest_answer_follows_from_the_context(tmp_path: Path) -> None:
+    weights, seen = str(save_model(tmp_path)), []
+    for given, expected in ((None, 128), (3, 3)):  # the context is 256
+        with patch("srde_ds.inference.command.generate", lambda *_, **options: seen.append(options) or Mock(text="")):
+            inference_command(_options(weights=weights, prompt="hi", max_tokens=given))
+        assert seen.pop()["max_tokens"] == expected
+    assert answer_length(tiny_model(context=4096), 256) == 256
 
 
 def test_interactive_reads_standard_input(

@@ -15,9 +15,7 @@ class BuildRequest:
     examples_per_domain: int | None = option(
         None, "build from sources: documents of each domain, over all splits", metavar="N", minimum=1
     )
-    work_dir: str = option(
-        "data", "folder to write: data.jsonl, tokenized/, README.md and report/", metavar="FOLDER"
-    )
+    work_dir: str = option("data", "folder to write: data.jsonl, tokenized/, README.md and report/", metavar="FOLDER")
     sources_file: str | None = option(
         None, "YAML with domains and sources (default: the six domains that come with the package)", metavar="FILE"
     )
