@@ -20,6 +20,7 @@ class Listing:
 
 
 def build_dataset(arguments: Sequence[str]) -> None:
+    """Build a dataset as the command line says."""
     parser = Parser(
         "srde-ds build_dataset",
         "Build a dataset from sources, or pack the records of a JSONL file into rows as they are.",

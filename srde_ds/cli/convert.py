@@ -9,6 +9,7 @@ from srde_ds.export.options import ConvertOptions
 
 
 def convert(arguments: Sequence[str]) -> None:
+    """Convert weights as the command line says, and print the path that was written."""
     parser = Parser(
         "srde-ds convert",
         "Write trained experts as files that other programs load.",

@@ -26,6 +26,7 @@ class DoctorOptions:
 
 
 def doctor(arguments: Sequence[str]) -> int:
+    """Print what was found. Returns 1 if something has to be repaired before training."""
     parser = Parser(
         "srde-ds doctor",
         "Look for what would end a run later: on this host, or on all hosts of a hostfile. It takes the options of a "

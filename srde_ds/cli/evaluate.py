@@ -9,6 +9,7 @@ from srde_ds.evaluation.options import EvaluateOptions
 
 
 def evaluate(arguments: Sequence[str]) -> None:
+    """Evaluate weights as the command line says."""
     parser = Parser(
         "srde-ds evaluate",
         "Measure loss and accuracy on held-out items, by domain.",

@@ -43,6 +43,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help-all", **how, help="show all options and their other names, and stop")
 
     def error(self, message: str) -> Any:
+        """What argparse cannot read, as an SRDEError."""
         raise SRDEError(f"{message} (see {self.prog} --help)")
 
     def add_options(
@@ -113,6 +114,7 @@ class Parser(argparse.ArgumentParser):
         return kind(**values)
 
     def format_help(self) -> str:
+        """The text of --help, or of --help-all if that was given."""
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, (), ())
         formatter.add_text(self.description)

@@ -43,6 +43,7 @@ class RankVariables:
 
 
 def hosts(arguments: Sequence[str]) -> None:
+    """Write or print a hostfile, and what the ranks need besides."""
     parser = Parser(
         "srde-ds hosts",
         "Write a hostfile for `deepspeed --hostfile`, and .deepspeed_env, the variables of its ranks.",

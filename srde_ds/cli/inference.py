@@ -9,6 +9,7 @@ from srde_ds.inference.options import InferenceOptions
 
 
 def inference(arguments: Sequence[str]) -> None:
+    """Answer as the command line says."""
     parser = Parser(
         "srde-ds inference",
         "Ask a trained model: one question, a file of questions, or a conversation.",

@@ -27,6 +27,7 @@ class MonitorOptions:
 
 
 def monitor(arguments: Sequence[str]) -> int:
+    """Watch a run. Returns 1 for one that is not well."""
     parser = Parser(
         "srde-ds monitor",
         "Watch the progress of a run, and tell a webhook when its state changes.",

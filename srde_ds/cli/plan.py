@@ -33,6 +33,7 @@ class MachineOptions:
 
 
 def plan(arguments: Sequence[str]) -> None:
+    """Print the plan of a run, and write it if asked to."""
     parser = Parser(
         "srde-ds plan",
         "Estimate memory, traffic, time and price of a run from the config.json of its base alone. It takes the "

@@ -23,6 +23,7 @@ class ReportOptions:
 
 
 def report(arguments: Sequence[str]) -> None:
+    """Write the page of a run and print its answers."""
     parser = Parser(
         "srde-ds report", "Describe a run on one page: report.md and its plots.", usage="RUN", positional="run"
     )

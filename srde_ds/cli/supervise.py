@@ -23,6 +23,7 @@ class SuperviseOptions:
 
 
 def supervise(arguments: Sequence[str]) -> int:
+    """Run a training command until its run is finished. Returns its exit status."""
     parser = Parser(
         "srde-ds supervise",
         "Run a training command, and start it again after a failure, until the run is finished. The command follows "

@@ -51,6 +51,7 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
 
 
 def train(arguments: Sequence[str]) -> None:
+    """Train, or print what a run would be, as the command line says."""
     from srde_ds.training.run_inputs import read_run_inputs
 
     config, dry_run = train_config(arguments, read_run_inputs)

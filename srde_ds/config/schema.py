@@ -401,6 +401,7 @@ class Config:
         self.derived: dict[str, str] = {}
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
+        """`{section: {option: value}}`."""
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:

@@ -48,4 +48,5 @@ class BuildRequest:
 
     @property
     def from_sources(self) -> bool:
+        """Whether sources are read, rather than one file taken as it is."""
         return self.examples_per_domain is not None and not self.skip_download
