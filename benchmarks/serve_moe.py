@@ -33,6 +33,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.tables import markdown, measured_on, put_into
 from srde_ds.export.command import convert_command
+from srde_ds.export.options import ConvertOptions
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from tests.convert_helpers import trained  # random experts, as the tests have them
 
@@ -116,16 +117,15 @@ def main() -> None:
         checkpoint = options.checkpoint or str(trained(options.base, folder, density=0.01, scale=0.05).weights)
         model = load_adapter(_weights(checkpoint, folder), base=str(options.base))
         tokenizer = AutoTokenizer.from_pretrained(options.base)
-        to = "gguf" if options.gguf_converter else "moe"
         target = convert_command(
-            checkpoint=checkpoint,
-            to=to,
-            output=str(folder / "served"),
-            dtype="float32",
-            experts=None,
-            expert=None,
-            base=str(options.base),
-            gguf_converter=options.gguf_converter,
+            ConvertOptions(
+                checkpoint,
+                to="gguf" if options.gguf_converter else "moe",
+                output=str(folder / "served"),
+                dtype="float32",
+                base=str(options.base),
+                gguf_converter=options.gguf_converter,
+            )
         )
         port, rows = free_port(), []
         command = [part.format(model=target, port=port) for part in shlex.split(options.start)]
@@ -175,8 +175,7 @@ def _weights(checkpoint: str, folder: Path) -> Path:
     path = Path(checkpoint)
     if path.is_file():
         return path
-    options: dict[str, Any] = dict.fromkeys(("dtype", "experts", "expert", "base", "gguf_converter"))
-    return convert_command(checkpoint=checkpoint, to="weights", output=str(folder / "weights"), **options)
+    return convert_command(ConvertOptions(checkpoint, output=str(folder / "weights")))
 
 
 if __name__ == "__main__":

@@ -3,58 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from srde_ds.cli.flags import Parser, add_config_flags
-from srde_ds.config import resolve
+from srde_ds.cli.flags import Parser, resolved
+from srde_ds.config.values import option
+from srde_ds.data.build.request import BuildRequest
+
+RUN_OPTIONS = ("model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed")
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What to show instead of building."""
+
+    list_sources: bool = option(False, "print the sources with licence, size and columns, and stop")
 
 
 def build_dataset(arguments: Sequence[str]) -> None:
+    """Build a dataset as the command line says."""
     parser = Parser(
-        prog="srde-ds build_dataset", description="Make a dataset from sources, or rows from a JSONL file as it is."
+        "srde-ds build_dataset",
+        "Build a dataset from sources, or pack the records of a JSONL file into rows as they are.",
+        usage="(--examples_per_domain N | --jsonl_data FILE) [options]",
     )
-    parser.add_argument(
-        "--examples_per_domain", type=int, help="build from sources: documents of each domain, all splits"
-    )
-    parser.add_argument("--work_dir", default="data", help="folder; gets data.jsonl, tokenized/, README.md, report/")
-    parser.add_argument(
-        "--sources_file", metavar="FILE", help="YAML with domains and sources (default: the six domains)"
-    )
-    parser.boolean("--list_sources", False, "print the sources with licence, size and columns, and stop")
-    parser.add_argument(
-        "--on_missing_source", choices=["fail", "skip"], default="fail", help="a source that cannot be had"
-    )
-    parser.add_argument(
-        "--on_shortfall",
-        choices=["fail", "trim", "keep"],
-        default="fail",
-        help="a domain without enough clean documents: fail, as many of each domain, or unbalanced",
-    )
-    parser.add_argument("--validation_fraction", type=float, default=0.01, help="share of the documents held out")
-    parser.add_argument("--test_fraction", type=float, default=0.01, help="share of the documents held out for the end")
-    parser.add_argument("--near_duplicate_threshold", type=float, default=0.8, help="similarity that makes a duplicate")
-    parser.add_argument(
-        "--decontaminate_against",
-        default="",
-        metavar="SET,...",
-        help="JSONL files, or source:split, to keep out of training",
-    )
-    parser.boolean("--skip_download", False, "read no sources: tokenise work_dir/data.jsonl as it is")
-    parser.boolean("--skip_tokenize", False, "stop after data.jsonl; needs no base")
-    parser.boolean("--overwrite", False, "replace what work_dir holds if it is another dataset")
-    parser.add_argument("--push_to_hub", "--repo_name", metavar="REPO", help="upload to the Hub, token from HF_TOKEN")
-    parser.boolean("--private", True, "of --push_to_hub")
-    parser.add_argument("--num_processes", type=int, help="default: one a core for sources, one for a JSONL file")
-    names = ("model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed")
-    add_config_flags(parser, only=names)
-    given = vars(parser.parse(arguments))
-    own = {key: given.pop(key) for key in list(given) if key not in names}
-    config = resolve({}, given)
-    domains = config.data.domains if "domains" in given else None
-    if own.pop("list_sources"):
+    parser.add_options(Listing)
+    parser.add_options(BuildRequest)
+    parser.add_config_options(only=RUN_OPTIONS)
+    given = parser.parse(arguments)
+    listing, request = parser.options(Listing, given), parser.options(BuildRequest, given)
+    by_name = "domains" in given
+    if listing.list_sources:
         from srde_ds.data.sources.registry import choose_domains, load_sources, print_sources
 
-        return print_sources(choose_domains(load_sources(own["sources_file"]), domains))
+        domains = resolved(given).data.domains if by_name else None
+        return print_sources(choose_domains(load_sources(request.sources_file), domains))
 
-    from srde_ds.data.build.command import build_dataset_command
+    from srde_ds.data.build.command import build_dataset_command, check_request
+    from srde_ds.training.run_inputs import read_base_inputs
 
-    build_dataset_command(config, domains=domains, **own)
+    check_request(resolved(dict(given)), request)  # before the base is asked for
+    config = resolved(given, read_base_inputs)
+    build_dataset_command(config, request, domains=config.data.domains if by_name else None)

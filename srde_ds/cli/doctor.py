@@ -4,38 +4,62 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from srde_ds.cli.flags import Parser, add_config_flags, resolved
+from srde_ds.cli.flags import Parser, resolved
+from srde_ds.cli.train import ConfigFile, TrainOptions
+from srde_ds.config import Config
+from srde_ds.config.values import option
+from srde_ds.errors import SRDEError
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Where to look."""
+
+    hostfile: str | None = option(None, "hosts to look at, over ssh (default: this host alone)", metavar="FILE")
+    master_port: int = option(29500, "port at which the ranks meet", metavar="PORT", minimum=1, maximum=65535)
+    processes: int | None = option(
+        None, "without a hostfile: processes on this host (default: one for each GPU)", metavar="N", minimum=1
+    )
+    nodes: int = option(1, "without a hostfile: hosts with as many processes", metavar="N", minimum=1)
 
 
 def doctor(arguments: Sequence[str]) -> int:
+    """Print what was found. Returns 1 if something has to be repaired before training."""
     parser = Parser(
-        prog="srde-ds doctor", description="Look for what would end a run later: on this host, or on all of a hostfile."
+        "srde-ds doctor",
+        "Look for what would end a run later: on this host, or on all hosts of a hostfile. It takes the options of a "
+        "run, such as --model_name and --batch_size, as well; --help-all lists them.",
     )
-    parser.add_argument("--hostfile", metavar="FILE", help="hosts to look at, over ssh (default: this one alone)")
-    parser.add_argument("--master_port", type=int, default=29500, help="rendezvous port")
-    alone = parser.add_argument_group("the run, without a hostfile")
-    alone.add_argument("--processes", type=int, help="on this host (default: one a GPU)")
-    alone.add_argument("--nodes", type=int, default=1, help="hosts with as many processes")
-    parser.add_argument("--config", metavar="FILE", help="YAML of the run; flags take precedence")
-    # Launchers give a run's flags as they are.
-    parser.boolean("--dry_run", False, "of the run: a dry run's hosts are looked at, too")
-    add_config_flags(parser)
-    given = vars(parser.parse(arguments))
-    del given["dry_run"]
-    hostfile, port = given.pop("hostfile"), given.pop("master_port")
-    processes, nodes = given.pop("processes"), given.pop("nodes")
+    parser.add_options(DoctorOptions)
+    parser.add_options(ConfigFile)
+    parser.add_options(TrainOptions, rare=True)  # launchers hand on the flags of a run as they are
+    parser.add_config_options(rare=True)
+    given = parser.parse(arguments)
+    options = parser.options(DoctorOptions, given)
+    parser.options(TrainOptions, given)
 
     from srde_ds.cluster.doctor import check
     from srde_ds.cluster.hosts import read_hostfile
 
-    config = resolved(given)
-    hosts = read_hostfile(hostfile) if hostfile else []
+    config = _config(given)
+    hosts = read_hostfile(options.hostfile) if options.hostfile else []
     fatal = []
-    for finding in check(config, hosts, port, processes=processes, nodes=nodes):
+    for finding in check(config, hosts, options.master_port, processes=options.processes, nodes=options.nodes):
         print(finding, flush=True)
         if finding.level == "fatal":
             fatal.append(finding.text)
     host = socket.gethostname()
     print(f"{host}: {len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else f"{host}: fit to train")
     return int(bool(fatal))
+
+
+def _config(given: dict[str, str]) -> Config:
+    """As a run would resolve it; where the base or the rows cannot be read, as it is: `check` tells of that."""
+    from srde_ds.training.run_inputs import read_run_inputs
+
+    try:
+        return resolved(dict(given), read_run_inputs)
+    except SRDEError:
+        return resolved(given)

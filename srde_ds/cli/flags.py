@@ -1,71 +1,187 @@
-"""Reading command lines: one line for bad input, and one flag for each field of the config."""
+"""Reading command lines: a flag for each option of a dataclass, one line for bad input, help that is short first."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, fields
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from srde_ds.config import Config, resolve
-from srde_ds.config.values import BOOLEANS, load_yaml
+from srde_ds.config.resolve import ReadInputs
+from srde_ds.config.values import BOOLEANS, checked, load_yaml
 from srde_ds.errors import SRDEError, nearest
+
+Options = TypeVar("Options")
+HELP_POSITION = 34  # column in which the texts begin
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors become SRDEError: one line, and the nearest known flag for an unknown one."""
+    """Flags as texts, by option name; `options` and `resolved` convert and check them.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+    Args:
+        usage: what follows the program's name.
+        positional: the option that may also be given as a word without a flag.
+    """
+
+    def __init__(self, prog: str, description: str, *, usage: str = "[options]", positional: str | None = None) -> None:
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {usage}",
+            description=description,
+            allow_abbrev=False,
+            add_help=False,
+            formatter_class=_Formatter,
+        )
+        self._positional = positional
+        self._rare: set[str] = set()
+        self._everything = False
+        self._booleans: set[str] = set()
+        how: dict[str, Any] = {"action": _Help, "nargs": 0, "default": argparse.SUPPRESS}
+        self.add_argument("-h", "--help", **how, help="show the usual options and stop")
+        self.add_argument("--help-all", **how, help="show all options and their other names, and stop")
 
     def error(self, message: str) -> Any:
+        """What argparse cannot read, as an SRDEError."""
         raise SRDEError(f"{message} (see {self.prog} --help)")
 
-    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-        namespace, unknown = self.parse_known_args(arguments)
-        if unknown:
+    def add_options(
+        self, kind: Any, *, title: str | None = None, only: Sequence[str] | None = None, rare: bool | None = False
+    ) -> None:
+        """A flag for each option of a dataclass.
+
+        Args:
+            title: of the options as a group of the help text.
+            only: the names of those to add; None: all.
+            rare: list them with --help-all alone; None: all but the common ones.
+        """
+        hints = get_type_hints(kind)
+        chosen = [field for field in fields(kind) if only is None or field.name in only]
+        group = self.add_argument_group(title) if title and chosen else self
+        for field in chosen:
+            flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
+            how: dict[str, Any] = {"metavar": _metavar(field, hints[field.name])}
+            if hints[field.name] is bool:
+                how |= {"nargs": "?", "const": "true"}
+                self._booleans.update(flags)
+            group.add_argument(*flags, dest=field.name, default=argparse.SUPPRESS, help=_help(field), **how)
+            if rare or (rare is None and not field.metadata["common"]):
+                self._rare.add(field.name)
+
+    def add_config_options(self, *, only: Sequence[str] | None = None, rare: bool | None = False) -> None:
+        """A flag for each option of a run, a group for each section; arguments as of `add_options`."""
+        for section in fields(Config):
+            kind = section.default_factory
+            self.add_options(kind, title=section.name, only=only, rare=rare)
+
+    def add_launcher_flag(self) -> None:
+        """The deepspeed launcher adds a rank to the command line, which the environment holds, too."""
+        self.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The flags that were given, as texts by option name."""
+        namespace, others = self.parse_known_args(list(self._separated(arguments)))
+        given = vars(namespace)
+        given.pop("local_rank", None)
+        unknown = [word for word in others if word.startswith("-")] or others
+        if unknown and others == unknown[:1] and self._positional and not unknown[0].startswith("-"):
+            if self._positional in given:
+                raise SRDEError(
+                    f"{self._positional} is given twice: '{unknown[0]}' and '{given[self._positional]}'. Keep one."
+                )
+            given[self._positional] = unknown[0]
+        elif unknown:
             name = unknown[0].split("=")[0]
             known = [flag for action in self._actions for flag in action.option_strings]
             raise SRDEError(f"unknown argument '{name}'.{nearest(name, known)} (see {self.prog} --help)")
-        return namespace
+        return given
 
-    def boolean(self, flag: str, default: bool, help: str) -> None:
-        self.add_argument(flag, nargs="?", const=True, default=default, type=_boolean, metavar="true|false", help=help)
+    def options(self, kind: type[Options], given: dict[str, Any]) -> Options:
+        """An instance of a dataclass of options; takes them out of what `parse` gave.
+
+        Raises:
+            SRDEError: a value that does not fit its option, or a required option that is missing.
+        """
+        values = {}
+        for field in fields(kind):  # type: ignore[arg-type]
+            if field.name in given:
+                values[field.name] = checked(kind, field.name, given.pop(field.name))
+            elif field.metadata["required"]:
+                flag = f"--{field.name} {field.metadata['metavar']}"
+                word = f"{field.metadata['metavar']} or {flag}" if field.name == self._positional else flag
+                raise SRDEError(f"{field.name} is missing: give {word} (see {self.prog} --help)")
+        return kind(**values)
+
+    def format_help(self) -> str:
+        """The text of --help, or of --help-all if that was given."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, (), ())
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            shown = [a for a in group._group_actions if self._everything or a.dest not in self._rare]
+            if shown:
+                formatter.start_section(group.title)
+                formatter.add_arguments([_with_aliases(action) if self._everything else action for action in shown])
+                formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def _separated(self, arguments: Sequence[str]) -> Iterator[str]:
+        """A boolean flag takes the next word only where that is a truth value, or nothing else may stand there."""
+        for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+            alone = self._positional and not following.startswith("-") and following.lower() not in BOOLEANS
+            yield f"{word}=true" if alone and word in self._booleans else word
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() not in BOOLEANS:
-        raise argparse.ArgumentTypeError(f"'{text}': must be true or false")
-    return BOOLEANS[text.lower()]
+class _Help(argparse.Action):
+    """-h and --help, or --help-all."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        parser._everything = option_string == "--help-all"
+        parser.print_help()
+        parser.exit()
 
 
-def add_config_flags(parser: Parser, only: Sequence[str] | None = None) -> None:
-    """One flag for each field of the config, or for those in `only`; just the given ones end up in the namespace."""
-    config = Config()
-    for section in fields(config):
-        values = getattr(config, section.name)
-        hints = get_type_hints(type(values))
-        chosen = [field for field in fields(values) if only is None or field.name in only]
-        group = parser.add_argument_group(section.name) if chosen else parser
-        for field in chosen:
-            hint, default = hints[field.name], getattr(values, field.name)
-            flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
-            shown = ",".join(default) if isinstance(default, list) else default
-            text = field.metadata["help"] + ("" if default is None else f" (default: {shown})")
-            options: dict[str, Any] = {
-                "dest": field.name,
-                "default": argparse.SUPPRESS,
-                "help": text.replace("%", "%%"),
-            }
-            if hint is bool:
-                options.update(nargs="?", const="true", metavar="true|false")
-            else:
-                choices = "|".join(get_args(hint)) if get_origin(hint) is Literal else None
-                options.update(metavar=choices or "VALUE")
-            group.add_argument(*flags, **options)
+class _Formatter(argparse.HelpFormatter):
+    """Flags without their aliases."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=HELP_POSITION)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == 0:
+            return ", ".join(action.option_strings)
+        return f"{action.option_strings[0]} {action.metavar}"
 
 
-def resolved(given: dict[str, Any]) -> Config:
+def _metavar(field: Field[Any], hint: Any) -> str:
+    if field.metadata["metavar"]:
+        return str(field.metadata["metavar"])
+    if get_origin(hint) is Literal:
+        return "|".join(get_args(hint))
+    return "[true|false]" if hint is bool else "VALUE"
+
+
+def _help(field: Field[Any]) -> str:
+    default = field.default if field.default is not MISSING else None
+    shown = field.metadata["derived"] or (str(default).lower() if isinstance(default, bool) else default)
+    text = field.metadata["help"]
+    if shown is not None and shown != "" and not field.metadata["required"]:
+        text += f" (default: {shown})"
+    return text.replace("%", "%%")
+
+
+def _with_aliases(action: argparse.Action) -> argparse.Action:
+    others = [flag for flag in action.option_strings[1:] if action.nargs != 0]
+    if not others:
+        return action
+    shown = copy.copy(action)
+    shown.help = f"{action.help} (also {', '.join(others)})"
+    return shown
+
+
+def resolved(given: dict[str, Any], read_inputs: ReadInputs | None = None) -> Config:
     """The config of the flags, with `config` naming the YAML file that they take precedence over."""
-    path = given.pop("config")
-    return resolve(load_yaml(path) if path else {}, given)
+    path = given.pop("config", None)
+    return resolve(load_yaml(path) if path else {}, given, read_inputs=read_inputs)

@@ -5,31 +5,57 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from srde_ds.cli.flags import Parser
+from srde_ds.config.values import option
 from srde_ds.errors import SRDEError
 
 
+@dataclass(frozen=True)
+class HostsOptions:
+    """Where the hosts come from, and where the hostfile goes."""
+
+    list: str | None = option(None, "hosts by name", metavar="NAME[:SLOTS],...")
+    slurm: bool = option(False, "the nodes of the Slurm job that this runs in")
+    vastai: str | None = option(
+        None, "what `vastai show instances --raw` printed; '-' reads standard input", metavar="FILE"
+    )
+    slots: int | None = option(
+        None, "processes on each host, one for each GPU (default: as the source says)", metavar="N"
+    )
+    output_file: str | None = option(None, "hostfile to write (default: print it)", metavar="FILE", aliases=("output",))
+    ssh_config: str | None = option(None, "with vastai: entries for ~/.ssh/config to write", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class RankVariables:
+    """The environment of the ranks."""
+
+    interface: str | None = option(
+        None, "network interface between the hosts, such as eth0, for gloo and NCCL", metavar="NAME"
+    )
+    variables: str | None = option(
+        None, "further variables; NAME alone takes the value it has here", metavar="NAME[=VALUE],..."
+    )
+    environment_file: str = option(".deepspeed_env", "file to write them to, where deepspeed looks", metavar="FILE")
+
+
 def hosts(arguments: Sequence[str]) -> None:
+    """Write or print a hostfile, and what the ranks need besides."""
     parser = Parser(
-        prog="srde-ds hosts",
-        description="Write a hostfile for `deepspeed --hostfile`, and .deepspeed_env, the variables of its ranks.",
+        "srde-ds hosts",
+        "Write a hostfile for `deepspeed --hostfile`, and .deepspeed_env, the variables of its ranks.",
+        usage="(--list NAMES | --slurm | --vastai FILE) [options]",
     )
-    source = parser.add_argument_group("hosts", "one of these").add_mutually_exclusive_group()
-    source.add_argument("--list", metavar="NAME[:SLOTS],...", help="hosts by name")
-    source.add_argument("--slurm", action="store_true", help="the nodes of the Slurm job that this runs in")
-    source.add_argument(
-        "--vastai", metavar="FILE", help="what `vastai show instances --raw` printed; '-' reads standard input"
-    )
-    parser.add_argument("--slots", type=int, help="processes on each host, one a GPU (default: as the source says)")
-    parser.add_argument("--output_file", metavar="FILE", help="hostfile to write (default: print it)")
-    parser.add_argument("--ssh_config", metavar="FILE", help="vastai: entries for ~/.ssh/config to write")
-    ranks = parser.add_argument_group("variables of the ranks")
-    ranks.add_argument("--interface", help="network interface between the hosts, such as eth0, for gloo and NCCL")
-    ranks.add_argument("--variables", metavar="NAME[=VALUE],...", help="more; NAME alone takes the value it has here")
-    ranks.add_argument("--environment_file", metavar="FILE", default=".deepspeed_env", help="where deepspeed looks")
-    options = parser.parse(arguments)
+    parser.add_options(HostsOptions)
+    parser.add_options(RankVariables, title="variables of the ranks")
+    given = parser.parse(arguments)
+    options, ranks = parser.options(HostsOptions, given), parser.options(RankVariables, given)
+    sources = [name for name in ("list", "slurm", "vastai") if getattr(options, name)]
+    if len(sources) > 1:
+        raise SRDEError(f"--{sources[0]} and --{sources[1]} both say where the hosts are: leave one out.")
 
     from srde_ds.cluster import hosts as cluster_hosts
     from srde_ds.cluster.rank_environment import format_rank_environment, rank_environment
@@ -53,10 +79,10 @@ def hosts(arguments: Sequence[str]) -> None:
         if ssh_config is None:
             raise SRDEError("ssh_config: only --vastai tells ports. Leave it out.")
         written[options.ssh_config] = ssh_config
-    if options.interface or options.variables:
-        names = options.variables.split(",") if options.variables else []
-        variables = rank_environment(names, options.interface, os.environ)
-        written[options.environment_file] = format_rank_environment(variables)
+    if ranks.interface or ranks.variables:
+        names = ranks.variables.split(",") if ranks.variables else []
+        variables = rank_environment(names, ranks.interface, os.environ)
+        written[ranks.environment_file] = format_rank_environment(variables)
     for path, text in written.items():
         try:
             Path(path).write_text(text)

@@ -3,40 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 
-from srde_ds.cli.flags import Parser, add_config_flags, resolved
+from srde_ds.cli.flags import Parser, resolved
+from srde_ds.cli.train import ConfigFile
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Where the plan goes."""
+
+    output_file: str | None = option(None, "JSON to write", metavar="FILE", aliases=("output",))
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """The machines of `planner.plan.Machines`."""
+
+    gpus: int = option(1, "GPUs in each node", metavar="N")
+    nodes: int = option(1, "nodes that share a network", metavar="N")
+    gpu_memory_gib: float = option(72.0, "memory of a GPU that tensors may take, in GiB", metavar="GIB")
+    peak_tflops: float = option(989.0, "dense TFLOP/s of a GPU in the training dtype", metavar="TFLOPS")
+    utilisation: float = option(0.4, "share of that peak which computation reaches", metavar="SHARE")
+    intra_node_gb_s: float = option(450.0, "GB/s into a GPU from its node", metavar="GB_S")
+    inter_node_gbit_s: float = option(400.0, "Gbit/s into a node from the others", metavar="GBIT_S")
+    labelled_share: float = option(1.0, "share of the positions that carry a label", metavar="SHARE")
+    hourly_price: float | None = option(None, "price of a GPU for an hour, in any currency", metavar="PRICE")
 
 
 def plan(arguments: Sequence[str]) -> None:
+    """Print the plan of a run, and write it if asked to."""
     parser = Parser(
-        prog="srde-ds plan", description="Memory, traffic, time and price of a run; needs a base's config.json alone."
+        "srde-ds plan",
+        "Estimate memory, traffic, time and price of a run from the config.json of its base alone. It takes the "
+        "options of a run, such as --model_name and --batch_size, as well; --help-all lists them.",
+        usage="--model_name BASE [options]",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML of the run; flags take precedence")
-    parser.add_argument("--output_file", help="JSON to write")
-    machines = parser.add_argument_group("machines")
-    machines.add_argument("--gpus", type=int, default=1, help="in each node")
-    machines.add_argument("--nodes", type=int, default=1, help="that share a network")
-    machines.add_argument("--gpu_memory_gib", type=float, default=72.0, help="of a GPU that tensors may take")
-    machines.add_argument("--peak_tflops", type=float, default=989.0, help="of a GPU in the training dtype, dense")
-    machines.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that computation reaches")
-    machines.add_argument("--intra_node_gb_s", type=float, default=450.0, help="GB/s into a GPU from its node")
-    machines.add_argument("--inter_node_gbit_s", type=float, default=400.0, help="Gbit/s into a node from the others")
-    machines.add_argument("--labelled_share", type=float, default=1.0, help="share of positions that carry a label")
-    machines.add_argument("--hourly_price", type=float, help="of one GPU")
-    add_config_flags(parser)
-    given = vars(parser.parse(arguments))
-
-    output_file = given.pop("output_file")
+    parser.add_options(ConfigFile)
+    parser.add_options(PlanOptions)
+    parser.add_options(MachineOptions, title="machines")
+    parser.add_config_options(rare=True)
+    given = parser.parse(arguments)
+    options, machines = parser.options(PlanOptions, given), parser.options(MachineOptions, given)
 
     from srde_ds.planner.describe import describe_plan
     from srde_ds.planner.plan import Machines, make_plan, write_plan
+    from srde_ds.training.run_inputs import read_run_inputs
     from srde_ds.training.schedule import Schedule
 
-    own = {field.name: given.pop(field.name) for field in fields(Machines)}
-    config = resolved(given)
-    made = make_plan(config, Machines(**own), Schedule.of(config).prunings)
+    config = resolved(given, read_run_inputs)
+    made = make_plan(config, Machines(**asdict(machines)), Schedule.of(config).prunings)
     print(describe_plan(made))
-    if output_file:
-        write_plan(made, output_file)
-        print(f"Plan: {output_file}")
+    if options.output_file:
+        write_plan(made, options.output_file)
+        print(f"Plan: {options.output_file}")

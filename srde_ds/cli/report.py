@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from srde_ds.cli.flags import Parser
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Which run."""
+
+    run: str = option(
+        "",
+        "folder of a run that was trained and evaluated",
+        metavar="RUN",
+        aliases=("weights", "checkpoint", "srde_weights"),
+        required=True,
+    )
 
 
 def report(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="srde-ds report", description="A run as one page: report.md and its plots.")
-    parser.add_argument("--run", required=True, help="folder of a run that was trained and evaluated")
-    options = parser.parse(arguments)
+    """Write the page of a run and print its answers."""
+    parser = Parser(
+        "srde-ds report", "Describe a run on one page: report.md and its plots.", usage="RUN", positional="run"
+    )
+    parser.add_options(ReportOptions)
+    options = parser.options(ReportOptions, parser.parse(arguments))
 
     from srde_ds.evaluation.report import examples, write_report
 

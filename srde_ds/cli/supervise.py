@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from srde_ds.cli.flags import Parser
+from srde_ds.config.values import option
 from srde_ds.errors import SRDEError
 
 
+@dataclass(frozen=True)
+class SuperviseOptions:
+    """How often, and with how many hosts, the command is started again."""
+
+    max_restarts: int = option(3, "attempts after the first one", metavar="N", minimum=0)
+    min_nodes: int | None = option(
+        None, "hosts of the hostfile that are enough to go on with (default: all)", metavar="N", minimum=1
+    )
+    host_timeout: float = option(60.0, "seconds to wait for hosts that do not answer", metavar="SECONDS", minimum=0.0)
+    preflight: bool = option(True, "look first for what would end the run, as `srde-ds doctor` does")
+
+
 def supervise(arguments: Sequence[str]) -> int:
+    """Run a training command until its run is finished. Returns its exit status."""
     parser = Parser(
-        prog="srde-ds supervise",
-        description="Run a training command, and start it again after a failure, until the run is finished.",
-        epilog="The command follows --: srde-ds supervise --max_restarts 3 -- deepspeed ... launch/train.py ...",
+        "srde-ds supervise",
+        "Run a training command, and start it again after a failure, until the run is finished. The command follows "
+        "--, as in: srde-ds supervise --max_restarts 3 -- deepspeed launch/train.py --config run.yaml",
+        usage="[options] -- COMMAND",
     )
-    parser.add_argument("--max_restarts", type=int, default=3, help="attempts after the first one")
-    parser.add_argument("--min_nodes", type=int, help="hosts of the hostfile to go on with (default: all)")
-    parser.add_argument(
-        "--host_timeout", type=float, default=60.0, help="seconds to wait for hosts that do not answer (default: 60)"
-    )
-    parser.boolean("--preflight", True, "look first for what would end the run (`srde-ds doctor`)")
+    parser.add_options(SuperviseOptions)
     words = list(arguments)
     separator = words.index("--") if "--" in words else len(words)
-    options = parser.parse(words[:separator])
-    for name, least in (("max_restarts", 0), ("min_nodes", 1), ("host_timeout", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise SRDEError(f"{name}={value}: must be at least {least}.")
+    options = parser.options(SuperviseOptions, parser.parse(words[:separator]))
 
     from srde_ds.cli.train import train_config
     from srde_ds.cluster.supervisor import Command, Supervisor
 
     command = Command.parse(words[separator + 1 :])
+    # This host need not hold the base: the ranks look at it.
     config, dry_run = train_config(command.train_arguments)
     if dry_run:
         raise SRDEError("dry_run=true: there is nothing to supervise. Leave --dry_run out, or `supervise` out.")
-    return Supervisor(command, config, **vars(options)).supervise()
+    return Supervisor(command, config, **asdict(options)).supervise()

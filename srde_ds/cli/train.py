@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from srde_ds.cli.flags import Parser, add_config_flags, resolved
+from srde_ds.cli.flags import Parser, resolved
 from srde_ds.config import Config
+from srde_ds.config.resolve import ReadInputs
+from srde_ds.config.values import option
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 
-def train_config(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """The resolved config of a `train` command line, and whether it is a dry run."""
-    parser = Parser(prog="srde-ds train", description="Train experts on a frozen base.")
-    parser.add_argument("--config", metavar="FILE", help="YAML with sections and keys; flags take precedence")
-    parser.boolean("--dry_run", False, "print the resolved config, parameters, memory and time line, and stop")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    add_config_flags(parser)
-    given = vars(parser.parse(arguments))
-    dry_run = given.pop("dry_run")
-    given.pop("local_rank")
-    return resolved(given), dry_run
+@dataclass(frozen=True)
+class TrainOptions:
+    """What is no option of the run itself."""
+
+    dry_run: bool = option(
+        False, "print the resolved options, parameters, memory and time line, and stop; nothing is written"
+    )
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """Where the options of a run come from besides the flags."""
+
+    config: str | None = option(
+        None, "YAML file with the options below by section; flags take precedence", metavar="FILE"
+    )
+
+
+def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None) -> tuple[Config, bool]:
+    """The resolved config of a `train` command line, and whether it is a dry run.
+
+    Args:
+        read_inputs: as of `config.resolve`.
+    """
+    parser = Parser(
+        "srde-ds train",
+        "Train experts on a frozen base. These are the common options; --help-all lists all of them.",
+        usage="--model_name BASE (--jsonl_data FILE | --pretokenized_dir FOLDER) [options]",
+    )
+    parser.add_options(ConfigFile)
+    parser.add_options(TrainOptions)
+    parser.add_launcher_flag()
+    parser.add_config_options(rare=None)
+    given = parser.parse(arguments)
+    options = parser.options(TrainOptions, given)
+    return resolved(given, read_inputs), options.dry_run
 
 
 def train(arguments: Sequence[str]) -> None:
-    config, dry_run = train_config(arguments)
+    """Train, or print what a run would be, as the command line says."""
+    from srde_ds.training.run_inputs import read_run_inputs
+
+    config, dry_run = train_config(arguments, read_run_inputs)
     if dry_run:
         from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run

@@ -1,5 +1,6 @@
 """What a run is: one dataclass a section, read from YAML and flags, without side effects."""
 
+from srde_ds.config.derive import RunInputs
 from srde_ds.config.resolve import resolve
 from srde_ds.config.schema import (
     DOMAINS,
@@ -8,9 +9,11 @@ from srde_ds.config.schema import (
     Config,
     CurriculumConfig,
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    SupportConfig,
     TrackingConfig,
     TrainingConfig,
 )
@@ -21,10 +24,13 @@ __all__ = [
     "CurriculumConfig",
     "DOMAINS",
     "DataConfig",
+    "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "PRESETS",
     "ParallelConfig",
+    "RunInputs",
+    "SupportConfig",
     "TrackingConfig",
     "TrainingConfig",
     "resolve",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from srde_ds.config.schema import Config, CurriculumConfig
+from srde_ds.config.schema import Config, CurriculumConfig, SupportConfig
 from srde_ds.errors import SRDEError
 
 # Keys of the curriculum that say how to do what another of its keys switches on.
@@ -21,7 +21,7 @@ def check_relations(config: Config) -> None:
     Raises:
         SRDEError: names the options, their values and the remedy.
     """
-    adapter, data, optimizer = config.adapter, config.data, config.optimizer
+    adapter, data, optimizer, losses = config.adapter, config.data, config.optimizer, config.losses
     if adapter.top_k > adapter.num_experts:
         raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}. Lower --top_k.")
     if 0 < optimizer.warmup_steps >= config.training.max_steps:
@@ -52,9 +52,7 @@ def check_relations(config: Config) -> None:
             "use_muon=true with granularity=element and num_atoms=0: free element deltas are no matrices, Muon would "
             "have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
         )
-    if optimizer.load_balancing_target == "domains" and not (
-        optimizer.load_balancing_weight or optimizer.balancing_bias_rate
-    ):
+    if losses.load_balancing_target == "domains" and not (losses.load_balancing_weight or losses.balancing_bias_rate):
         raise SRDEError(
             "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: nothing balances. "
             "Give one of them, or leave --load_balancing_target out."
@@ -64,6 +62,7 @@ def check_relations(config: Config) -> None:
 
 def _check_curriculum(config: Config) -> None:
     adapter, data, curriculum, max_steps = config.adapter, config.data, config.curriculum, config.training.max_steps
+    support = config.support
     steps = len(data.domains) * curriculum.expert_pretrain_steps
     if curriculum.supervised_experts:
         if steps >= max_steps:
@@ -87,14 +86,14 @@ def _check_curriculum(config: Config) -> None:
         if value != getattr(CurriculumConfig, key) and not getattr(curriculum, needed):
             raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
     strategy, calibrated = adapter.support_strategy, ("activation", "gradient")
-    if curriculum.calibration_rows != CurriculumConfig.calibration_rows and strategy not in calibrated:
+    if support.calibration_rows != SupportConfig.calibration_rows and strategy not in calibrated:
         raise SRDEError(
-            f"calibration_rows={curriculum.calibration_rows} with support_strategy={strategy}: only activation and "
+            f"calibration_rows={support.calibration_rows} with support_strategy={strategy}: only activation and "
             "gradient look at rows. Give --support_strategy, or leave --calibration_rows out."
         )
-    if curriculum.support_temperature != CurriculumConfig.support_temperature and strategy != "learned":
+    if support.support_temperature != SupportConfig.support_temperature and strategy != "learned":
         raise SRDEError(
-            f"support_temperature={curriculum.support_temperature} with support_strategy={strategy}: give "
+            f"support_temperature={support.support_temperature} with support_strategy={strategy}: give "
             "--support_strategy learned, or leave --support_temperature out."
         )
     if curriculum.warm_start and adapter.num_experts == 1:
@@ -130,10 +129,10 @@ def _check_curriculum(config: Config) -> None:
             f"{curriculum.initial_density}: give --density_warmup_steps, the steps in which it falls to density="
             f"{adapter.density}, from 1 to max_steps - 1 = {max_steps - 1}."
         )
-    if config.optimizer.support_overlap_weight and not (
+    if config.losses.support_overlap_weight and not (
         adapter.support_strategy == "learned" and adapter.support_scope == "per_expert"
     ):
         raise SRDEError(
-            f"support_overlap_weight={config.optimizer.support_overlap_weight}: only supports that are learned for "
+            f"support_overlap_weight={config.losses.support_overlap_weight}: only supports that are learned for "
             "each expert can move apart. Give --support_strategy learned --support_scope per_expert, or 0."
         )

@@ -2,29 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
 from srde_ds.config.checks import check_relations
-from srde_ds.config.schema import PRESETS, Config
+from srde_ds.config.derive import RunInputs, derive
+from srde_ds.config.schema import FORMER_SECTIONS, PRESETS, Config
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError, nearest
 
+ReadInputs = Callable[[Config, Collection[str]], RunInputs]
 
-def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> Config:
+
+def resolve(
+    file_values: Mapping[str, Any], flag_values: Mapping[str, Any], *, read_inputs: ReadInputs | None = None
+) -> Config:
     """Merge defaults, preset, YAML and flags, in rising order of precedence, and check every value.
 
     Args:
         file_values: `{section: {key: value}}` as read from YAML.
         flag_values: `{key: value}` of the flags that were given.
+        read_inputs: looks into the files that the config names, for the defaults that follow from them; it gets the
+            config and the names of the options that were given. None: nothing is read.
 
     Raises:
-        SRDEError: an unknown section or key (with the nearest known one), or a value out of range.
+        SRDEError: an unknown section or key (with the nearest known one), a value out of range, or values that
+            contradict each other.
     """
     config = Config()
     sections = {f.name: getattr(config, f.name) for f in fields(config)}
     owner = {f.name: section for section, values in sections.items() for f in fields(values)}
+    given = _file_values(file_values, sections, owner)
+    for key, value in flag_values.items():
+        if key not in owner:
+            raise SRDEError(f"unknown option '{key}'.{nearest(key, owner)}")
+        given[key] = value
+    preset = checked(config.adapter, "preset", given.get("preset", "default"))
+    for key, value in (PRESETS[preset] | given).items():
+        target = sections[owner[key]]
+        setattr(target, key, checked(target, key, value))
+    derive(config, given.keys(), read_inputs(config, given.keys()) if read_inputs else RunInputs())
+    check_relations(config)
+    return config
+
+
+def _file_values(
+    file_values: Mapping[str, Any], sections: Mapping[str, Any], owner: Mapping[str, str]
+) -> dict[str, Any]:
+    """`{key: value}` of what a file holds by section."""
     given: dict[str, Any] = {}
     for section, values in file_values.items():
         if section not in sections:
@@ -35,22 +61,15 @@ def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> C
         if not isinstance(values, Mapping):
             raise SRDEError(f"config: section '{section}' must hold keys and values, not {values!r}.")
         known = {f.name for f in fields(sections[section])}
+        former = {key for key, old_section in FORMER_SECTIONS.items() if old_section == section}
         for key, value in values.items():
-            if key not in known:
+            if key not in known | former:
                 where = f" '{key}' belongs to section '{owner[key]}'." if key in owner else nearest(str(key), known)
                 raise SRDEError(f"config: unknown key '{key}' in section '{section}'.{where}")
+            if key in given:
+                raise SRDEError(
+                    f"config: '{key}' is given in section '{owner[key]}' and in its former section "
+                    f"'{FORMER_SECTIONS[key]}'. Keep the one in '{owner[key]}'."
+                )
             given[key] = value
-    for key, value in flag_values.items():
-        if key not in owner:
-            raise SRDEError(f"unknown option '{key}'.{nearest(key, owner)}")
-        given[key] = value
-    preset = checked(config.adapter, "preset", given.get("preset", "default"))
-    for key, value in (PRESETS[preset] | given).items():
-        target = sections[owner[key]]
-        setattr(target, key, checked(target, key, value))
-    if "num_experts" not in given:
-        config.adapter.num_experts = len(config.data.domains)
-    if "top_k" not in given:
-        config.adapter.top_k = min(config.adapter.top_k, config.adapter.num_experts)
-    check_relations(config)
-    return config
+    return given

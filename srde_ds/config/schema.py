@@ -19,43 +19,84 @@ DOMAINS = ("math", "logic", "code", "science", "planning", "abstract")
 class ModelConfig:
     """The frozen base."""
 
-    model_name: str | None = option(None, "Hugging Face id or local folder of the frozen base (required)")
-    model_revision: str | None = option(None, "Hub revision of the base")
-    bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in float32")
-    flash_attention: bool = option(False, "attention by the flash-attn package instead of torch's sdpa")
-    compile: bool = option(False, "torch.compile for the neuron experts: faster steps after a slow first one")
+    model_name: str | None = option(
+        None, "Hugging Face id or local folder of the frozen base (required)", metavar="BASE", common=True
+    )
+    model_revision: str | None = option(None, "revision of the base on the Hub: a branch, tag or commit")
+    bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)
+    flash_attention: bool = option(False, "compute attention with the flash-attn package instead of torch's sdpa")
+    compile: bool = option(False, "use torch.compile for neuron experts: faster steps after a slow first one")
     gradient_checkpointing: bool = option(
-        False, "recompute activations in backward: less memory, about 30 % more compute"
+        False, "recompute activations in the backward pass: less memory, about 30 % more compute", common=True
     )
 
 
 @dataclass
 class AdapterConfig:
-    """Which weights the experts change, and how. Saved with the weights."""
+    """Which weights the experts change, and how. Saved with the weights.
+
+    Example:
+        >>> from srde_ds import AdapterConfig
+        >>> AdapterConfig(num_experts=4, density=0.02).top_k
+        2
+    """
 
     preset: Literal["default", "reference"] = option(
         "default", "reference: the predecessor's form (element granularity, 16 atoms, softmax mixing)"
     )
-    num_experts: int = option(6, "experts in each layer; follows from domains where it is not given", minimum=1)
-    top_k: int = option(2, "experts that a token uses", minimum=1)
+    num_experts: int = option(
+        6,
+        "experts in each layer",
+        metavar="N",
+        minimum=1,
+        derived="one for each domain, at least top_k",
+        common=True,
+    )
+    top_k: int = option(
+        2, "experts that each token uses", metavar="N", minimum=1, derived="2, at most num_experts", common=True
+    )
     density: float = option(
         0.01,
         "share of the feed-forward weights that an expert may change",
+        metavar="SHARE",
         aliases=("target_sparsity",),
         minimum=1e-9,
         maximum=1.0,
+        common=True,
     )
-    granularity: Literal["neuron", "element"] = option("neuron", "support of whole neurons or of single weights")
+    granularity: Literal["neuron", "element"] = option(
+        "neuron", "what an expert changes: whole neurons or single weights", common=True
+    )
     support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = option(
         "magnitude",
-        "how the support is chosen: by |W|, at random, by |W| x |input| or |W x gradient| on calibration_rows, or "
-        "learned among the candidates of initial_density",
+        "how the weights that may change are chosen: by |W|, at random, by |W| x |input| or |W x gradient| on "
+        "calibration_rows, or learned among the candidates of initial_density",
+        common=True,
     )
     support_scope: Literal["shared", "per_expert"] = option(
         "shared", "one support for all experts of a layer, or one each (by magnitude: disjoint slices of the ranking)"
     )
-    num_atoms: int = option(0, "atoms that the experts share; 0: each expert's delta is a free parameter", minimum=0)
-    atom_mixing: Literal["linear", "softmax"] = option("linear", "how an expert mixes the atoms")
+    num_atoms: int = option(
+        0, "atoms that the experts share; 0: each expert's delta is a free parameter", metavar="N", minimum=0
+    )
+    atom_mixing: Literal["linear", "softmax"] = option("linear", "how an expert weights the atoms")
+
+
+@dataclass
+class SupportConfig:
+    """How the support is found, where `adapter.support_strategy` needs data or learning."""
+
+    calibration_rows: int = option(
+        64,
+        "rows that support_strategy activation or gradient looks at; of each domain with support_scope per_expert",
+        metavar="ROWS",
+        minimum=1,
+    )
+    support_temperature: float = option(
+        1.0,
+        "temperature of support_strategy learned at the start; it falls to a tenth until the support is frozen",
+        minimum=1e-6,
+    )
 
 
 @dataclass
@@ -63,12 +104,36 @@ class DataConfig:
     """Where the rows come from."""
 
     jsonl_data: str | None = option(
-        None, "training JSONL: prompt, response, domain or messages, domain a line", aliases=("train_file",)
+        None,
+        "training data as JSONL: prompt, response and domain, or messages and domain, on each line",
+        metavar="FILE",
+        aliases=("train_file",),
+        common=True,
     )
-    eval_file: str | None = option(None, "held-out JSONL in the same form, for loss during training and for evaluation")
-    pretokenized_dir: str | None = option(None, "folder written by build_dataset (instead of jsonl_data)")
-    domains: list[str] = option(list(DOMAINS), "domain names, in the order of the experts")
-    max_length: int = option(2048, "tokens in a packed row", minimum=8)
+    eval_file: str | None = option(
+        None,
+        "held-out JSONL in the same form, for the loss during training and for the evaluation",
+        metavar="FILE",
+        common=True,
+    )
+    pretokenized_dir: str | None = option(
+        None, "folder written by build_dataset, instead of jsonl_data", metavar="FOLDER", common=True
+    )
+    domains: list[str] = option(
+        list(DOMAINS),
+        "domain names, in the order of the experts",
+        metavar="NAME,...",
+        derived="those of pretokenized_dir, otherwise " + ",".join(DOMAINS),
+        common=True,
+    )
+    max_length: int = option(
+        2048,
+        "length of a packed row, in tokens",
+        metavar="TOKENS",
+        minimum=8,
+        derived="that of pretokenized_dir, otherwise 2048, at most the base's context",
+        common=True,
+    )
     too_long: Literal["error", "drop", "truncate"] = option(
         "drop", "what happens to a document longer than max_length; it is counted and reported in any case"
     )
@@ -76,9 +141,12 @@ class DataConfig:
         None,
         "shares of the domains among the rows, with changes by step: 'math=2,code=1; 500: math=1,code=1' "
         "(default: each row once an epoch)",
+        metavar="SHARES",
     )
     mixing_temperature: float = option(
-        1.0, "T of shares by rows ** (1/T), instead of domain_weights: above 1, small domains come up more", minimum=0.1
+        1.0,
+        "T of shares proportional to rows ** (1/T), instead of domain_weights; above 1, small domains are seen more",
+        minimum=0.1,
     )
 
 
@@ -86,32 +154,67 @@ class DataConfig:
 class OptimizerConfig:
     """Update rules and learning rates."""
 
-    use_muon: bool = option(True, "GramMuon for delta matrices; false: AdamW for everything")
-    muon_lr: float = option(0.02, "GramMuon's learning rate, on AdamW's scale", minimum=0.0)
-    muon_momentum: float = option(0.95, "GramMuon's Nesterov momentum", minimum=0.0, maximum=0.9999)
-    learning_rate: float = option(1e-3, "AdamW's learning rate: deltas without Muon, importance, mixing", minimum=0.0)
-    router_lr: float = option(1e-3, "AdamW's learning rate of the routers", minimum=0.0)
-    weight_decay: float = option(0.0, "decoupled weight decay of the deltas", minimum=0.0)
-    adam_beta1: float = option(0.9, "AdamW's first moment decay", minimum=0.0, maximum=0.9999)
-    adam_beta2: float = option(0.95, "AdamW's second moment decay", minimum=0.0, maximum=0.999999)
-    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
-        "cosine", "wsd: warm-up, stable, then linear decay over the last decay_ratio"
+    use_muon: bool = option(
+        True,
+        "update delta matrices with GramMuon; false: AdamW for everything",
+        derived="true; false for free element deltas, which are not matrices",
+        common=True,
     )
-    warmup_steps: int = option(50, "steps of linear warm-up", minimum=0)
-    decay_ratio: float = option(0.2, "wsd: share of the steps that decay", minimum=0.0, maximum=1.0)
-    min_lr_ratio: float = option(0.0, "learning rate at the end, as a share of its peak", minimum=0.0, maximum=1.0)
-    max_grad_norm: float = option(1.0, "clip the gradient's global norm; 0: off", minimum=0.0)
+    muon_lr: float = option(
+        0.02, "GramMuon's learning rate, on AdamW's scale", metavar="RATE", minimum=0.0, common=True
+    )
+    muon_momentum: float = option(0.95, "GramMuon's Nesterov momentum", minimum=0.0, maximum=0.9999)
+    learning_rate: float = option(
+        1e-3,
+        "AdamW's learning rate of deltas without Muon, importance and mixing",
+        metavar="RATE",
+        minimum=0.0,
+        common=True,
+    )
+    router_lr: float = option(1e-3, "AdamW's learning rate of the routers", metavar="RATE", minimum=0.0, common=True)
+    weight_decay: float = option(0.0, "decoupled weight decay of the deltas", minimum=0.0)
+    adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0.0, maximum=0.9999)
+    adam_beta2: float = option(0.95, "AdamW's decay of the second moment", minimum=0.0, maximum=0.999999)
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
+        "cosine", "course of the learning rates; wsd: warm-up, stable, then linear decay over the last decay_ratio"
+    )
+    warmup_steps: int = option(
+        50,
+        "linear warm-up of the learning rates, in steps; 0: none",
+        metavar="STEPS",
+        minimum=0,
+        derived="5 % of max_steps",
+        common=True,
+    )
+    decay_ratio: float = option(
+        0.2, "share of the steps in which wsd decays", metavar="SHARE", minimum=0.0, maximum=1.0
+    )
+    min_lr_ratio: float = option(
+        0.0, "learning rate at the end, as a share of its peak", metavar="SHARE", minimum=0.0, maximum=1.0
+    )
+    max_grad_norm: float = option(
+        1.0, "largest global norm of the gradient, clipped beyond; 0: no clipping", minimum=0.0
+    )
+
+
+@dataclass
+class LossConfig:
+    """What is added to the loss on the labels, and load balancing that needs no loss."""
+
     load_balancing_weight: float = option(0.01, "weight of the load-balancing loss", minimum=0.0)
-    router_z_weight: float = option(0.001, "weight of the router z-loss", minimum=0.0)
     load_balancing_target: Literal["uniform", "domains"] = option(
-        "uniform", "shares that load balancing aims at: equal ones, or those of the domains among the step's tokens"
+        "uniform", "shares that balancing aims at: equal ones, or those of the domains among the tokens of the step"
     )
     balancing_bias_rate: float = option(
-        0.0, "loss-free balancing: change of each expert's selection bias per step; 0: off", minimum=0.0
+        0.0, "loss-free balancing: change of each expert's selection bias per step, in logits; 0: off", minimum=0.0
     )
-    delta_size_weight: float = option(0.0, "weight of the squared size of the effective deltas", minimum=0.0)
+    router_z_weight: float = option(0.001, "weight of the router z-loss", minimum=0.0)
+    delta_size_weight: float = option(0.0, "weight of the squared norm of the effective deltas", minimum=0.0)
     support_overlap_weight: float = option(
-        0.0, "support_strategy learned, per_expert: weight of the overlap between the experts' supports", minimum=0.0
+        0.0,
+        "weight of the overlap between the experts' supports, with support_strategy learned and support_scope "
+        "per_expert",
+        minimum=0.0,
     )
 
 
@@ -119,22 +222,44 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop."""
 
-    output_dir: str = option("runs/srde", "folder of the run")
-    max_steps: int = option(1000, "optimizer steps", minimum=1)
-    batch_size: int = option(1, "rows a process in one micro-step", aliases=("micro_batch_size",), minimum=1)
-    gradient_accumulation_steps: int = option(16, "micro-steps in an optimizer step", minimum=1)
-    seed: int = option(42, "seed of supports, routers and data order", minimum=0, maximum=2**32 - 1)
-    resume_from: str | None = option(None, "checkpoint folder, run folder, or 'latest' for output_dir's newest")
-    save_steps: int = option(500, "steps between checkpoints; 0: only at the end", minimum=0)
-    save_total_limit: int = option(2, "checkpoints to keep", minimum=1)
+    output_dir: str = option("runs/srde", "folder of the run", metavar="FOLDER", common=True)
+    max_steps: int = option(1000, "length of the training, in optimizer steps", metavar="STEPS", minimum=1, common=True)
+    batch_size: int = option(
+        1,
+        "rows of each process in a micro-step",
+        metavar="ROWS",
+        aliases=("micro_batch_size",),
+        minimum=1,
+        common=True,
+    )
+    gradient_accumulation_steps: int = option(
+        16, "micro-steps in an optimizer step", metavar="N", minimum=1, common=True
+    )
+    seed: int = option(
+        42, "seed of supports, routers and data order", metavar="N", minimum=0, maximum=2**32 - 1, common=True
+    )
+    resume_from: str | None = option(
+        None,
+        "checkpoint or run folder to continue from; latest: the newest checkpoint of output_dir",
+        metavar="FOLDER",
+        common=True,
+    )
+    save_steps: int = option(
+        500, "steps between checkpoints; 0: one at the end", metavar="STEPS", minimum=0, common=True
+    )
+    save_total_limit: int = option(2, "checkpoints to keep", metavar="N", minimum=1)
     save_in_background: bool = option(
         True, "write checkpoints while training goes on, from a copy in host memory; false: training waits"
     )
     on_save_failure: Literal["stop", "continue"] = option(
-        "stop", "when a checkpoint cannot be written; continue: warn, try again at the next one; the last must succeed"
+        "stop",
+        "what happens when a checkpoint cannot be written; continue: warn and try again at the next one (the last one "
+        "has to succeed)",
     )
-    eval_steps: int = option(500, "steps between held-out losses by domain; 0: only at the end", minimum=0)
-    log_steps: int = option(10, "steps between lines on the console", minimum=1)
+    eval_steps: int = option(
+        500, "steps between held-out losses by domain; 0: one at the end", metavar="STEPS", minimum=0, common=True
+    )
+    log_steps: int = option(10, "steps between lines on the console", metavar="STEPS", minimum=1)
 
 
 @dataclass
@@ -142,44 +267,60 @@ class CurriculumConfig:
     """The order in which things are learned. All steps count towards max_steps."""
 
     supervised_experts: bool = option(
-        False, "begin with each expert on its own domain alone: rows are routed by their domain, the router waits"
+        False,
+        "begin by training each expert on its own domain alone: rows are routed by their domain, the router waits",
+        common=True,
     )
     expert_pretrain_steps: int = option(
         500,
-        "with supervised_experts: steps' worth of tokens for each expert, so as many steps for each domain",
+        "length of that beginning for each domain, in steps' worth of tokens",
+        metavar="STEPS",
         minimum=1,
+        derived="30 % of max_steps divided by the domains",
     )
     pretrain_objective: Literal["parallel", "sequential"] = option(
-        "parallel", "all experts in mixed batches, or one after the other on its own domain's rows"
+        "parallel", "pretrain all experts in mixed batches, or one after the other on the rows of its own domain"
     )
-    warm_start: bool = option(False, "set the routers from their inputs, after pretraining or at the start")
+    warm_start: bool = option(
+        False, "set the routers from their inputs, after pretraining or at the start", common=True
+    )
     warm_start_method: Literal["kmeans", "domain_means", "random"] = option(
-        "domain_means", "from clusters aligned with the domains, from each domain's mean, or at random"
+        "domain_means",
+        "set them from clusters aligned with the domains, from the mean of each domain, or at random",
+        derived="domain_means; kmeans where there are more experts than means, or with unlock_order cluster_size",
     )
-    warm_start_samples: int = option(512, "tokens of each domain that warm_start looks at in each layer", minimum=8)
+    warm_start_samples: int = option(
+        512, "tokens of each domain that warm_start looks at in each layer", metavar="TOKENS", minimum=8
+    )
     progressive_unlock: Literal["all", "linear", "warmup"] = option(
-        "all", "experts in use after pretraining: all at once, one more each max_steps/num_experts, or one until 10 %"
+        "all",
+        "experts in use after pretraining: all at once, one more each max_steps/num_experts, or one until 10 % of the "
+        "steps",
     )
     unlock_order: Literal["domain", "cluster_size"] = option(
-        "domain", "experts unlock in the order of the domains, or the one with the largest warm-start cluster first"
+        "domain", "unlock experts in the order of the domains, or the one with the largest warm-start cluster first"
     )
     initial_density: float | None = option(
         None,
-        "density at the start; pruned to density within density_warmup_steps",
+        "density at the start; it is pruned to density within density_warmup_steps",
+        metavar="SHARE",
         aliases=("initial_sparsity",),
         minimum=1e-9,
         maximum=1.0,
+        derived="none; 5 times density with support_strategy learned",
     )
-    density_warmup_steps: int = option(0, "steps until density is reached", minimum=0)
-    density_prunings: int = option(4, "prunings on the way from initial_density to density", minimum=1)
+    density_warmup_steps: int = option(
+        0,
+        "steps until density is reached",
+        metavar="STEPS",
+        minimum=0,
+        derived="0; half of max_steps with initial_density",
+    )
+    density_prunings: int = option(4, "prunings on the way from initial_density to density", metavar="N", minimum=1)
     training_phases: Literal["joint", "four"] = option(
-        "joint", "after pretraining: all trainables together, or the predecessor's warm-up, mask, delta, joint"
-    )
-    calibration_rows: int = option(
-        64, "rows that support_strategy activation or gradient looks at (of each domain if per_expert)", minimum=1
-    )
-    support_temperature: float = option(
-        1.0, "support_strategy learned: temperature at the start; falls to a tenth until it is frozen", minimum=1e-6
+        "joint",
+        "after pretraining, train all trainables together, or in the predecessor's four phases: warm-up, mask, delta, "
+        "joint",
     )
 
 
@@ -189,8 +330,10 @@ class TrackingConfig:
 
     use_tensorboard: bool = option(False, "write TensorBoard events to output_dir/tensorboard")
     use_wandb: bool = option(False, "log to Weights & Biases (WANDB_API_KEY from the environment)")
-    wandb_project: str = option("srde-ds", "W&B or trackio project")
-    wandb_run_name: str | None = option(None, "W&B or trackio run name; default: the output folder's name")
+    wandb_project: str = option("srde-ds", "project of W&B or trackio", metavar="NAME")
+    wandb_run_name: str | None = option(
+        None, "run name in W&B or trackio (default: the name of the output folder)", metavar="NAME"
+    )
     use_trackio: bool = option(False, "log to trackio, a local dashboard")
 
 
@@ -200,41 +343,89 @@ class ParallelConfig:
 
     deepspeed_config: str | None = option(
         None,
-        "JSON with what only DeepSpeed owns, as in ds_configs/; default: DeepSpeed's own values",
+        "JSON with what only DeepSpeed owns, as in ds_configs/ (default: DeepSpeed's own values)",
+        metavar="FILE",
         aliases=("deepspeed", "ds_config"),
+        common=True,
     )
     expert_parallel_size: int = option(
-        1, "processes that share the experts of a layer among them; must divide the number of processes", minimum=1
+        1,
+        "processes that share the experts of a layer among them; must divide the number of processes",
+        metavar="N",
+        minimum=1,
     )
     expert_transport: Literal["auto", "tokens", "deltas"] = option(
-        "auto", "what travels between them: routed tokens, effective deltas, or what moves fewer bytes"
+        "auto", "what these processes send: routed tokens, effective deltas, or whichever moves fewer bytes"
     )
     owner_computes: bool = option(
         True,
-        "with atoms: each process mixes its rows of them and sends these; false: ZeRO gathers atoms and importance",
+        "with atoms, each process mixes its own rows of them and sends the result; false: ZeRO gathers atoms and "
+        "importance",
     )
     collective_timeout: int = option(
-        600, "seconds after which a collective that waits for a lost rank fails", minimum=10
+        600, "seconds after which a collective that waits for a lost rank fails", metavar="SECONDS", minimum=10
     )
-    start_timeout: int = option(80, "seconds that a process waits at the start for all others to be there", minimum=10)
+    start_timeout: int = option(
+        80, "seconds that a process waits for the others at the start", metavar="SECONDS", minimum=10
+    )
 
 
 @dataclass
 class Config:
-    """All sections of a run."""
+    """All options of a run, by section. `config.resolve` makes one whose values are checked and fit each other.
+
+    Attributes:
+        derived: option -> what its value follows from; holds the options that were not given.
+
+    Example:
+        >>> from srde_ds.config import resolve
+        >>> config = resolve({"adapter": {"density": 0.02}}, {"max_steps": 40})
+        >>> config.adapter.density, config.optimizer.warmup_steps
+        (0.02, 2)
+        >>> config.derived["warmup_steps"]
+        '5 % of max_steps'
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    support: SupportConfig = field(default_factory=SupportConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    losses: LossConfig = field(default_factory=LossConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def __post_init__(self) -> None:
+        self.derived: dict[str, str] = {}
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
+        """`{section: {option: value}}`."""
         return dataclasses.asdict(self)
 
+    def to_yaml(self) -> str:
+        """The options as a YAML file; a comment stands beside each value that was derived."""
+        import yaml
+
+        lines = []
+        for line in yaml.safe_dump(self.to_dict(), sort_keys=False).splitlines():
+            reason = self.derived.get(line.partition(":")[0].strip())
+            lines.append(f"{line}  # derived: {reason}" if reason else line)
+        return "\n".join(lines) + "\n"
+
+
+# Options that stood in another section before, and that section: files from then still load.
+FORMER_SECTIONS = {
+    "load_balancing_weight": "optimizer",
+    "load_balancing_target": "optimizer",
+    "balancing_bias_rate": "optimizer",
+    "router_z_weight": "optimizer",
+    "delta_size_weight": "optimizer",
+    "support_overlap_weight": "optimizer",
+    "calibration_rows": "curriculum",
+    "support_temperature": "curriculum",
+}
 
 # What `preset: reference` changes, unless a field is given explicitly.
 PRESETS: dict[str, dict[str, Any]] = {

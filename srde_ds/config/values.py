@@ -18,12 +18,35 @@ def option(
     default: Any,
     help: str,
     *,
+    metavar: str | None = None,
     aliases: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    derived: str | None = None,
+    common: bool = False,
+    required: bool = False,
 ) -> Any:
-    """A dataclass field with its help text, older flag names and the range of its values."""
-    metadata = {"help": help, "aliases": aliases, "minimum": minimum, "maximum": maximum}
+    """A dataclass field that is an option: of the config, or of a verb of the command line.
+
+    Args:
+        help: a phrase with the unit; the default is added to it.
+        metavar: what stands for the value in the help text, such as STEPS or FILE.
+        aliases: other names of the flag.
+        minimum, maximum: the range of its values, both included.
+        derived: what the default follows from, where it is not `default` in every run.
+        common: `--help` lists the option; the others come with `--help-all`.
+        required: the command line has to give it.
+    """
+    metadata = {
+        "help": help,
+        "metavar": metavar,
+        "aliases": aliases,
+        "minimum": minimum,
+        "maximum": maximum,
+        "derived": derived,
+        "common": common,
+        "required": required,
+    }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -65,8 +88,8 @@ def refuse_repeated_keys(node: Any, place: str) -> None:
 
 
 def checked(section: Any, key: str, value: Any) -> Any:
-    """`value` converted to the type of field `key`, or an SRDEError that names both."""
-    hint = typing.get_type_hints(type(section))[key]
+    """`value` converted to the type of field `key` of a dataclass or its instance, or an SRDEError that names both."""
+    hint = typing.get_type_hints(section if isinstance(section, type) else type(section))[key]
     metadata = next(f.metadata for f in fields(section) if f.name == key)
     value = _convert(key, hint, value)
     minimum, maximum = metadata["minimum"], metadata["maximum"]
@@ -93,7 +116,7 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     if origin is list:
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list) or not items or not all(isinstance(i, str) and i.strip() for i in items):
-            raise SRDEError(f"{key}={value!r}: give a list of names (YAML) or names joined by commas (flag).")
+            raise SRDEError(f"{key}={value!r}: give a list of names (YAML), or names joined by commas (flag).")
         return [i.strip() for i in items]
     if hint is bool:
         if isinstance(value, bool):

@@ -15,10 +15,12 @@ from srde_ds.config import DOMAINS, resolve
 from srde_ds.config.values import load_yaml
 from srde_ds.data.records import Record, read_jsonl
 from srde_ds.evaluation.compare import evaluate, items_file
+from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.sandbox import protections
 from srde_ds.evaluation.table import format_tables
 from srde_ds.export.weights import weights_file
+from srde_ds.inference.generate import answer_length
 from srde_ds.inference.load import load_model
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
@@ -26,38 +28,35 @@ from srde_ds.utils.environment import environment
 from srde_ds.weights.file import read_metadata
 from srde_ds.weights.locate import CHECKPOINT_NAME, run_folder
 
+MAX_NEW_TOKENS = 64
+
 _log = logging.getLogger(__name__)
 
 
-def evaluate_command(
-    *,
-    checkpoint: str,
-    eval_file: str,
-    base: str | None,
-    compare_baseline: bool,
-    each_expert: bool,
-    run_code: bool,
-    max_samples: int,
-    max_new_tokens: int,
-    batch_size: int,
-    bf16: bool,
-    seed: int,
-    output_file: str | None,
-) -> dict[str, Any]:
-    """Evaluate, print the tables, write `output_file` and the items beside it; returns the JSON's content.
+def evaluate_command(options: EvaluateOptions) -> dict[str, Any]:
+    """Evaluate as `evaluate_weights` does, and print the tables."""
+    result, target = evaluate_weights(options)
+    if target is not None:
+        print(format_tables(result))
+        print(f"Written: {target}")
+    return result
 
-    Several processes under a launcher share the items; the first one prints and writes.
 
-    Args:
-        checkpoint: see `locate_weights`.
-        output_file: None: see `default_output`.
+def evaluate_weights(options: EvaluateOptions) -> tuple[dict[str, Any], Path | None]:
+    """Evaluate, and write the JSON and the items beside it (`default_output` where the options name no file).
+
+    Several processes under a launcher share the items; the first one writes.
+
+    Returns:
+        The JSON's content and its path; no path on a process that does not write.
 
     Raises:
         SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range, or `output_file`
             cannot be written.
     """
     started = time.monotonic()
-    target = Path(output_file) if output_file else default_output(checkpoint)
+    checkpoint, eval_file, base, bf16 = options.weights, options.eval_file, options.base, options.bf16
+    target = Path(options.output_file) if options.output_file else default_output(checkpoint)
 
     def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
         with weights_file(checkpoint) as weights:
@@ -69,18 +68,21 @@ def evaluate_command(
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
         if processes.is_main:
-            _tell_about_code(records, run_code)
+            _tell_about_code(records, options.run_code)
+        max_new_tokens = options.max_new_tokens
+        if max_new_tokens is None:
+            max_new_tokens = answer_length(model, MAX_NEW_TOKENS)
         result, items = evaluate(
             model,
             tokenizer,
             records,
-            compare_baseline=compare_baseline,
-            batch_size=batch_size,
+            compare_baseline=options.compare_baseline,
+            batch_size=options.batch_size,
             max_new_tokens=max_new_tokens,
-            max_samples=max_samples,
-            seed=seed,
-            each_expert=each_expert,
-            run_code=run_code,
+            max_samples=options.max_samples,
+            seed=options.seed,
+            each_expert=options.each_expert,
+            run_code=options.run_code,
             processes=processes,
         )
     result["run"] = {
@@ -88,20 +90,18 @@ def evaluate_command(
         "eval_file": eval_file,
         "base": str(model.base_identity["name"]),
         "dtype": "bfloat16" if bf16 else "float32",
-        "batch_size": batch_size,
+        "batch_size": options.batch_size,
         "max_new_tokens": max_new_tokens,
-        "seed": seed,
-        "sandbox": protections() if run_code else None,
+        "seed": options.seed,
+        "sandbox": protections() if options.run_code else None,
         "seconds": time.monotonic() - started,
         "environment": environment(),
     }
     if not processes.is_main:
-        return result
+        return result, None
     write_lines(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
     write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
-    print(format_tables(result))
-    print(f"Written: {target}")
-    return result
+    return result, target
 
 
 def default_output(checkpoint: str) -> Path:

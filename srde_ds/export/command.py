@@ -10,6 +10,7 @@ from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.export.dense import write_dense
 from srde_ds.export.gguf import write_gguf
 from srde_ds.export.moe import write_moe
+from srde_ds.export.options import ConvertOptions
 from srde_ds.export.weights import DTYPES, write_weights
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.weights.locate import WEIGHTS
@@ -17,44 +18,28 @@ from srde_ds.weights.locate import WEIGHTS
 OUTPUTS = {"weights": WEIGHTS, "dense": "dense", "moe": "moe", "gguf": "model.gguf"}
 
 
-def convert_command(
-    *,
-    checkpoint: str,
-    to: str,
-    output: str | None,
-    dtype: str | None,
-    experts: list[str] | None,
-    expert: str | None,
-    base: str | None,
-    gguf_converter: str | None,
-) -> Path:
-    """Write what `to` says and return where it is.
-
-    Args:
-        to: one of OUTPUTS, which also gives the default of `output`.
-        dtype: of DTYPES; default: float32 for weights, the base's for the rest.
-        experts: leave out all others; not for dense.
-        expert: the one to merge; for dense alone.
-        base: id or folder; default: the one named in the weights; not for weights.
+def convert_command(options: ConvertOptions) -> Path:
+    """Write what `options.to` says (one of OUTPUTS) and return where it is.
 
     Raises:
         SRDEError: an option that has no effect, or as `open_adapter` and the function that writes.
     """
+    to, dtype, expert, experts, base = options.to, options.dtype, options.expert, options.experts, options.base
     idle = {
         "expert": expert is not None and to != "dense",
         "experts": experts is not None and to == "dense",
         "base": base is not None and to == "weights",
-        "gguf_converter": gguf_converter is not None and to != "gguf",
+        "gguf_converter": options.gguf_converter is not None and to != "gguf",
     }
     for name in (name for name, given in idle.items() if given):
         raise SRDEError(f"{name} has no effect with to={to}: leave out --{name}.")
-    adapter = open_adapter(checkpoint)
+    adapter = open_adapter(options.weights)
     names = adapter.metadata.expert_names
     if experts is not None:
         adapter = select_experts(adapter, experts)
     if to == "dense" and expert is None and len(names) > 1:
         raise SRDEError(f"to=dense merges one expert: give --expert with one of {', '.join(names)}.")
-    target, torch_dtype = Path(output or OUTPUTS[to]), DTYPES[dtype] if dtype else None
+    target, torch_dtype = Path(options.output or OUTPUTS[to]), DTYPES[dtype] if dtype else None
     if to == "weights":
         written = write_weights(adapter, target, dtype=torch_dtype or DTYPES["float32"])
     else:
@@ -64,6 +49,6 @@ def convert_command(
         elif to == "moe":
             written = write_moe(adapter, files, target, dtype=torch_dtype)
         else:
-            written = write_gguf(adapter, files, target, dtype=torch_dtype, converter=gguf_converter)
+            written = write_gguf(adapter, files, target, dtype=torch_dtype, converter=options.gguf_converter)
     print(f"Made from {adapter.place}", file=sys.stderr)  # standard output gets the written path alone
     return written

@@ -14,65 +14,56 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
-from srde_ds.inference.generate import format_routing, generate
+from srde_ds.inference.generate import answer_length, format_routing, generate
 from srde_ds.inference.load import load_model
 from srde_ds.inference.many import Answer, answer_many
+from srde_ds.inference.options import InferenceOptions
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import read_prompts
 from srde_ds.model.adapter import SRDEModel
 
+MAX_TOKENS = 256
 
-def inference_command(
-    *,
-    srde_weights: str,
-    base: str | None,
-    prompt: str | None,
-    prompts_file: str | None,
-    output_file: str | None,
-    interactive: bool,
-    expert: str | None,
-    best_of_n: int,
-    self_refine: int,
-    batch_size: int,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
-    stream: bool,
-    show_routing: bool,
-    bf16: bool,
-    seed: int,
-) -> None:
+
+def inference_command(options: InferenceOptions) -> None:
     """Answer on standard output or in `output_file`, or hold a conversation over standard input and output.
 
     Raises:
         SRDEError: options that contradict each other, an empty prompt, missing weights, a wrong base.
     """
-    check_options(locals())
-    conversations = read_prompts(prompts_file) if prompts_file is not None else []
-    model, tokenizer = load_model(srde_weights, base=base, bf16=bf16)
-    if expert is not None:
-        model.set_active_experts(expert)
-    torch.manual_seed(seed)
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
-    several = {"batch_size": batch_size, "best_of_n": best_of_n, "self_refine": self_refine}
-    if interactive:
-        streams = {"source": sys.stdin, "target": sys.stdout}
-        Chat(model, tokenizer, **streams, stream=stream, show_routing=show_routing, **sampling).run()  # type: ignore[arg-type]
-    elif prompts_file is not None:
+    check_options(vars(options))
+    conversations = read_prompts(options.prompts_file) if options.prompts_file is not None else []
+    model, tokenizer = load_model(options.weights, base=options.base, bf16=options.bf16)
+    if options.expert is not None:
+        model.set_active_experts(options.expert)
+    torch.manual_seed(options.seed)
+    longest = answer_length(model, MAX_TOKENS) if options.max_tokens is None else options.max_tokens
+    sampling = {"max_tokens": longest, "temperature": options.temperature, "top_p": options.top_p}
+    several = {
+        "batch_size": options.batch_size,
+        "best_of_n": options.best_of_n,
+        "self_refine": options.self_refine,
+    }
+    if options.interactive:
+        how: dict[str, Any] = {"source": sys.stdin, "target": sys.stdout, "stream": options.stream}
+        Chat(model, tokenizer, **how, show_routing=options.show_routing, **sampling).run()  # type: ignore[arg-type]
+    elif options.prompts_file is not None:
         places, messages = zip(*conversations, strict=True)
         answers = answer_many(model, tokenizer, messages, places=places, **sampling, **several)  # type: ignore[arg-type]
         items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
-        if output_file is None:
+        if options.output_file is None:
             print("\n".join(lines))
         else:
-            write_lines(Path(output_file), lines)
+            write_lines(Path(options.output_file), lines)
     else:
-        question = [{"role": "user", "content": str(prompt)}]
-        if best_of_n > 1 or self_refine:
+        question = [{"role": "user", "content": str(options.prompt)}]
+        if options.best_of_n > 1 or options.self_refine:
             print(_shown(answer_many(model, tokenizer, [question], **sampling, **several)[0]))  # type: ignore[arg-type]
         else:
-            _answer_one(model, tokenizer, question, stream=stream, show_routing=show_routing, **sampling)
+            _answer_one(
+                model, tokenizer, question, stream=options.stream, show_routing=options.show_routing, **sampling
+            )
 
 
 def check_options(options: Mapping[str, Any]) -> None:

@@ -110,6 +110,11 @@ def context_length(model: SRDEModel) -> int:
     return int(model.base.config.get_text_config().max_position_embeddings)
 
 
+def answer_length(model: SRDEModel, most: int) -> int:
+    """Tokens of the longest answer where none were asked for: `most`, at most half of the base's context."""
+    return min(most, context_length(model) // 2)
+
+
 def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> None:
     """Raise SRDEError if `prompt` + `answer` tokens exceed the positions that the base knows."""
     limit = context_length(model)

@@ -58,6 +58,12 @@ class SRDEModel(nn.Module):
         routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
+
+    Example:
+        >>> from srde_ds import SRDEModel
+        >>> model = SRDEModel.from_pretrained("base", "trained")
+        >>> model.expert_names
+        ['red', 'green']
     """
 
     run_folder: Path | None = None
@@ -339,6 +345,15 @@ def add_experts(
     Raises:
         SRDEError: the names do not fit the config, the base has no fitting blocks or carries experts already, no
             support can be chosen, or those given do not fit.
+
+    Example:
+        >>> from srde_ds import AdapterConfig, add_experts
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained("base").requires_grad_(False)
+        >>> config = AdapterConfig(num_experts=2, density=0.05)
+        >>> model = add_experts(base, config, expert_names=["red", "green"], seed=0)
+        >>> model.active_experts
+        ['red', 'green']
     """
     return _with_experts(
         base,
@@ -378,6 +393,12 @@ def load_adapter(
     Raises:
         SRDEError: no such weights or base, damaged weights (see `weights.schema`), or another base than the experts
             were trained on.
+
+    Example:
+        >>> from srde_ds import load_adapter
+        >>> model = load_adapter("trained/srde_weights.safetensors", base="base")
+        >>> model.config.density
+        0.05
     """
     location = locate_weights(weights, revision=revision)
     path = location.file()

@@ -79,6 +79,8 @@ class GramMuonAdamW(torch.optim.Optimizer):
 
     On one process it is an ordinary optimizer; its results do not depend on how matrices are spread over processes:
 
+    >>> import torch
+    >>> from srde_ds import GramMuonAdamW
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     >>> optimizer = GramMuonAdamW.from_named_parameters(model.named_parameters(), muon_lr=0.02, lr=1e-3)
     >>> [(group["name"], group["rule"], len(group["params"])) for group in optimizer.param_groups]

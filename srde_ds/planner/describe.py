@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import yaml
-
 from srde_ds.config import Config
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import memory
@@ -75,7 +73,7 @@ def describe_run(config: Config, shape: BaseShape, world_size: int) -> str:
     """The resolved config with the parameter and memory tables, for `--dry_run`."""
     values = trainable_values(config.adapter, shape)
     values["all trainables"] = sum(values.values())
-    lines = [yaml.safe_dump(config.to_dict(), sort_keys=False)]
+    lines = [config.to_yaml()]
     lines.append(f"{'parameters':<20}{'values':>18}{'of base':>10}")
     lines += [f"{name:<20}{count:>18,}{count / shape.parameters:>10.3%}" for name, count in values.items()]
     lines.append(f"{'frozen base':<20}{shape.parameters:>18,}")

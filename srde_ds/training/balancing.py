@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from srde_ds.config import OptimizerConfig
+from srde_ds.config import LossConfig
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import LossWeights
 
@@ -72,7 +72,7 @@ def update_biases(
         layer.router.selection_bias += rate * missing.sign().to(layer.router.selection_bias)
 
 
-def loss_weights(optimizer: OptimizerConfig, micro_steps: int) -> LossWeights:
+def loss_weights(losses: LossConfig, micro_steps: int) -> LossWeights:
     """Weights of the auxiliary losses in each of the backwards of an optimizer step.
 
     DeepSpeed averages gradients over micro-steps by scaling the loss. Gradients that arise within the backward are not
@@ -80,8 +80,8 @@ def loss_weights(optimizer: OptimizerConfig, micro_steps: int) -> LossWeights:
     """
     share = 1 / micro_steps
     return LossWeights(
-        load_balancing=optimizer.load_balancing_weight,
-        router_z=optimizer.router_z_weight,
-        delta_size=optimizer.delta_size_weight * share,
-        support_overlap=optimizer.support_overlap_weight / micro_steps,
+        load_balancing=losses.load_balancing_weight,
+        router_z=losses.router_z_weight,
+        delta_size=losses.delta_size_weight * share,
+        support_overlap=losses.support_overlap_weight / micro_steps,
     )

@@ -54,7 +54,7 @@ class Calibration:
     @classmethod
     def of(cls, config: Config, adapter: AdapterConfig | None = None) -> Calibration:
         """As the options say; `adapter`: instead of theirs, with the density of the moment."""
-        rows, seed = config.curriculum.calibration_rows, config.training.seed
+        rows, seed = config.support.calibration_rows, config.training.seed
         return cls(adapter or config.adapter, rows, seed, tuple(config.data.domains))
 
 

@@ -35,8 +35,8 @@ class Curriculum:
         self.topology, self.stream, self.state = topology, stream, state
         self.schedule = Schedule.of(config)
         self.policy = RoutingPolicy()
-        self._balancing = config.optimizer
-        self._loss_weights = loss_weights(config.optimizer, config.training.gradient_accumulation_steps)
+        self._balancing = config.losses
+        self._loss_weights = loss_weights(config.losses, config.training.gradient_accumulation_steps)
         self._warm_start = WarmStart.of(config)
         self._streams: dict[int, RowStream] = {}
 

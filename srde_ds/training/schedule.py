@@ -64,19 +64,22 @@ class Schedule:
     """The steps of a run, numbered from 0.
 
     Attributes:
+        support_temperature: at the start of a support that is learned.
         domains: names of the domains, in the order of their experts.
         max_steps: optimizer steps of the whole run.
     """
 
     curriculum: CurriculumConfig
     adapter: AdapterConfig
+    support_temperature: float
     domains: tuple[str, ...]
     max_steps: int
 
     @classmethod
     def of(cls, config: Config) -> Schedule:
         """The schedule of a run."""
-        return cls(config.curriculum, config.adapter, tuple(config.data.domains), config.training.max_steps)
+        domains, temperature = tuple(config.data.domains), config.support.support_temperature
+        return cls(config.curriculum, config.adapter, temperature, domains, config.training.max_steps)
 
     def step(self, number: int) -> ScheduledStep:
         """What step `number` trains."""
@@ -203,7 +206,7 @@ class Schedule:
         steps = self.curriculum.density_warmup_steps
         if not self._learned or number >= steps:
             return None
-        return self.curriculum.support_temperature * FINAL_TEMPERATURE_SHARE ** (number / steps)
+        return self.support_temperature * FINAL_TEMPERATURE_SHARE ** (number / steps)
 
     def _present_kinds(self, step: ScheduledStep) -> frozenset[str]:
         values = {"atoms", "mixing", "importance"} if self.adapter.num_atoms else {"free"}

@@ -41,10 +41,13 @@ from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 
 
-def train(config: Config) -> None:
+def train(config: Config, *, leave: bool = True) -> None:
     """Train until `max_steps`, a signal or an error.
 
     Writes the run folder that docs/guide.md describes; `completed.json` is its last file and the only sign of success.
+
+    Args:
+        leave: the process group, at the end. DeepSpeed cannot join another one: a process that trains again keeps it.
 
     Raises:
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
@@ -75,7 +78,8 @@ def train(config: Config) -> None:
                 if stopped := run(config, topology, stop, heartbeat):
                     heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
             doing("leaving")
-            stop_processes()
+            if leave:
+                stop_processes()
     except Exception as error:
         heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError))
         raise

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.command import evaluate_command
+from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import Processes, launched_processes
 from tests.distributed.harness import Ranks
 from tests.evaluation_helpers import save_model, scored_records, write_jsonl
@@ -21,7 +22,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("evaluated")
     write_jsonl(folder / "held_out.jsonl", scored_records())
     run = save_model(folder).parent
-    given = {"checkpoint": str(run), "eval_file": str(folder / "held_out.jsonl"), "base": str(folder / "base")}
+    given = {"weights": str(run), "eval_file": str(folder / "held_out.jsonl"), "base": str(folder / "base")}
     given |= {"compare_baseline": True, "each_expert": True, "run_code": True, "max_samples": 100, "seed": 1}
     return given | {"max_new_tokens": 4, "batch_size": 4, "bf16": False, "output_file": None}
 
@@ -36,11 +37,11 @@ def _approximately(value: Any) -> Any:
 
 def _evaluate_on_rank(options: dict[str, Any]) -> dict[str, Any]:
     folder = Path(options["output_file"]).parent / f"rank{dist.get_rank()}"
-    return evaluate_command(**options | {"output_file": str(folder / "evaluation.json")})
+    return evaluate_command(EvaluateOptions(**options | {"output_file": str(folder / "evaluation.json")}))
 
 
 def test_two_processes_give_the_figures_of_one(options: dict[str, Any], two_ranks: Ranks, tmp_path: Path) -> None:
-    alone = evaluate_command(**options | {"output_file": str(tmp_path / "alone.json")})
+    alone = evaluate_command(EvaluateOptions(**options | {"output_file": str(tmp_path / "alone.json")}))
     shared = two_ranks(_evaluate_on_rank, options | {"output_file": str(tmp_path / "any.json")})
     assert sorted(path.name for path in (tmp_path / "rank0").iterdir()) == ["evaluation.json", "evaluation_items.jsonl"]
     assert not (tmp_path / "rank1").exists()
@@ -57,7 +58,7 @@ def test_two_processes_give_the_figures_of_one(options: dict[str, Any], two_rank
 
 
 def _fewer_items_than_processes(options: dict[str, Any]) -> int:
-    result = evaluate_command(**options | {"max_samples": 1})
+    result = evaluate_command(EvaluateOptions(**options | {"max_samples": 1}))
     return int(result["overall"]["srde"]["items"])
 
 
@@ -70,7 +71,7 @@ def _other_items(options: dict[str, Any]) -> str:
     mine = target.with_name(f"items{dist.get_rank()}.jsonl")
     write_jsonl(mine, scored_records()[dist.get_rank() :])
     with pytest.raises(SRDEError) as caught:
-        evaluate_command(**options | {"eval_file": str(mine)})
+        evaluate_command(EvaluateOptions(**options | {"eval_file": str(mine)}))
     return str(caught.value)
 
 

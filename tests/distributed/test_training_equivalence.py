@@ -96,7 +96,7 @@ def test_engine_equals_a_plain_loop_in_double_precision(inputs: Inputs, referenc
 def plain_run(inputs: Inputs, *, steps: int) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
     """Losses and gradient norms, and the weights after `steps` steps of `inputs.flags`."""
     config = inputs.config(Path("unused"))
-    optimizer, adapter = config.optimizer, config.adapter
+    optimizer, adapter, losses = config.optimizer, config.adapter, config.losses
     model = add_experts(load_base(inputs.base, dtype=torch.float32), adapter, expert_names=DOMAINS, seed=SEED).train()
     logits: list[Tensor] = []
     for layer in model.layers:
@@ -119,8 +119,8 @@ def plain_run(inputs: Inputs, *, steps: int) -> tuple[list[dict[str, float]], di
         for number, layer_logits in enumerate(logits):
             layer_logits = layer_logits[real]
             balancing = adapter.num_experts * (shares[number] * layer_logits.softmax(1).mean(0)).sum()
-            auxiliary += optimizer.load_balancing_weight * balancing
-            auxiliary += optimizer.router_z_weight * layer_logits.logsumexp(1).square().mean()
+            auxiliary += losses.load_balancing_weight * balancing
+            auxiliary += losses.router_z_weight * layer_logits.logsumexp(1).square().mean()
             chosen = layer_logits.topk(adapter.top_k, dim=1).indices
             shares[number] = chosen.flatten().bincount(minlength=adapter.num_experts) / chosen.numel()
         model.zero_grad()

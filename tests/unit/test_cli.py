@@ -34,11 +34,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def help_of(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
+def help_of(verb: str, capsys: pytest.CaptureFixture[str], flag: str = "--help-all") -> str:
     with pytest.raises(SystemExit) as ended:
-        main([verb, "--help"])
+        main([verb, flag])
     assert ended.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -59,10 +59,54 @@ def test_boolean_flags_take_an_optional_value(arguments: list[str], expected: bo
 
 def test_boolean_flags_of_other_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
-    with patch("srde_ds.inference.command.inference_command", lambda **options: seen.update(options)):
+    with patch("srde_ds.inference.command.inference_command", lambda options: seen.update(vars(options))):
         assert main(["inference", "--srde_weights", "w", "--prompt", "x", "--stream", "--bf16", "false"]) == 0
-    assert (seen["stream"], seen["bf16"], seen["interactive"]) == (True, False, False)
-    fails(capsys, ["inference", "--srde_weights", "w", "--stream", "maybe"], "--stream", "'maybe'", "true or false")
+        assert (seen["stream"], seen["bf16"], seen["interactive"]) == (True, False, False)
+        assert main(["inference", "--stream", "w", "--prompt", "x"]) == 0  # the word after it is the weights
+        assert (seen["stream"], seen["weights"]) == (True, "w")
+    fails(capsys, ["inference", "w", "--stream=maybe"], "stream='maybe'", "true or false")
+    fails(capsys, ["train", "--bf16", "maybe"], "bf16='maybe'", "true or false")
+
+
+def test_every_verb_takes_weights_by_the_same_names(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+    commands = {
+        ("evaluate", "--eval_file", "e"): "srde_ds.evaluation.command.evaluate_command",
+        ("inference", "--prompt", "x"): "srde_ds.inference.command.inference_command",
+        ("convert",): "srde_ds.export.command.convert_command",
+    }
+    for (verb, *others), function in commands.items():
+        with patch(function, seen.append):
+            for words in (["w"], *([flag, "w"] for flag in ("--weights", "--checkpoint", "--srde_weights", "--run"))):
+                for arguments in ([*words, *others], [*others, *words]):
+                    assert main([verb, *arguments]) == 0
+                    assert seen.pop().weights == "w"
+        fails(capsys, [verb, *others], "weights is missing: give WEIGHTS or --weights", f"{verb} --help")
+        fails(capsys, [verb, "v", *others, "--weights", "w"], "weights is given twice: 'v' and 'w'")
+        fails(capsys, [verb, "v", "w", *others], "unknown argument 'v'")
+    with (
+        patch("srde_ds.evaluation.report.write_report", lambda run: seen.append(run)),
+        patch("srde_ds.evaluation.report.examples", str),
+    ):
+        for words in (["w"], *([flag, "w"] for flag in ("--run", "--weights", "--checkpoint", "--srde_weights"))):
+            assert main(["report", *words]) == 0
+            assert seen.pop() == "w"
+
+
+def test_two_names_of_one_option(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+    with patch("srde_ds.evaluation.command.evaluate_command", seen.append):
+        for tokens, output in (("--max_tokens", "--output"), ("--max_new_tokens", "--output_file")):
+            assert main(["evaluate", "w", "--eval_file", "e", tokens, "7", output, "o"]) == 0
+            assert (seen[-1].max_new_tokens, seen[-1].output_file) == (7, "o")
+    with patch("srde_ds.inference.command.inference_command", seen.append):
+        for tokens, output in (("--max_tokens", "--output"), ("--max_new_tokens", "--output_file")):
+            assert main(["inference", "w", tokens, "7", output, "o"]) == 0
+            assert (seen[-1].max_tokens, seen[-1].output_file) == (7, "o")
+    with patch("srde_ds.export.command.convert_command", seen.append):
+        for output in ("--output", "--output_file"):
+            assert main(["convert", "w", output, "o"]) == 0
+            assert seen[-1].output == "o"
 
 
 def test_flags_of_the_predecessor_are_understood() -> None:
@@ -125,19 +169,16 @@ OTHER_VALUES = {
     "collective_timeout": "20",
     "start_timeout": "20",
 }
-LEARNED = ["--support_strategy", "learned", "--initial_density", "0.1", "--density_warmup_steps", "5"]
+LEARNED = ["--support_strategy", "learned"]
 NEEDED = {
     "granularity": ["--num_atoms", "4"],
-    "max_steps": ["--warmup_steps", "0"],
-    "supervised_experts": ["--expert_pretrain_steps", "10"],
     "expert_pretrain_steps": ["--supervised_experts"],
-    "pretrain_objective": ["--supervised_experts", "--expert_pretrain_steps", "10"],
+    "pretrain_objective": ["--supervised_experts"],
     "warm_start_method": ["--warm_start"],
     "warm_start_samples": ["--warm_start"],
-    "density_prunings": ["--initial_density", "0.1", "--density_warmup_steps", "5"],
+    "density_prunings": ["--initial_density", "0.1"],
     "calibration_rows": ["--support_strategy", "gradient"],
     "unlock_order": ["--warm_start", "--warm_start_method", "kmeans", "--progressive_unlock", "linear"],
-    "initial_density": ["--density_warmup_steps", "5"],
     "density_warmup_steps": ["--initial_density", "0.1"],
     "support_overlap_weight": [*LEARNED, "--support_scope", "per_expert"],
     "support_temperature": LEARNED,
@@ -154,7 +195,7 @@ def test_every_flag_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         return original(self, arguments)
 
     with patch.object(Parser, "parse", keep):
-        text = help_of(verb, capsys)
+        text = " ".join(help_of(verb, capsys).split())
     for action in parsers[0]._actions:
         assert action.help
         if action.help != "==SUPPRESS==":
@@ -163,8 +204,29 @@ def test_every_flag_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
     assert "==SUPPRESS==" not in text
 
 
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_the_first_help_is_short(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = help_of(verb, capsys, "--help").splitlines()
+    assert len(lines) <= 100 and max(map(len, lines)) <= 100  # two screens of 50 lines
+    assert not any("(also --" in line for line in lines)
+
+
+def test_the_common_options_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    first, everything = help_of("train", capsys, "--help"), help_of("train", capsys)
+    for field in FIELDS:
+        assert (f"  --{field.name} " in first) == field.metadata["common"]
+        assert f"  --{field.name} " in everything
+    assert "(also --target_sparsity)" in " ".join(everything.split())
+    for verb in ("plan", "doctor"):
+        assert "  --top_k " not in help_of(verb, capsys, "--help")
+        assert "  --top_k " in help_of(verb, capsys)
+
+
 def test_help_lists_every_option_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
-    text = help_of("train", capsys)
+    text = " ".join(help_of("train", capsys).split())
     for field in FIELDS:
         assert f"--{field.name} " in text or f"--{field.name}," in text
         assert " ".join(field.metadata["help"].split()[:3]) in text.replace("- ", "-")
@@ -183,7 +245,11 @@ def test_unknown_names_come_with_the_nearest_known_one(capsys: pytest.CaptureFix
 def test_a_flag_without_its_value_and_a_missing_flag(capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, ["train", "--max_steps"], "--max_steps", "expected one argument")
     fails(capsys, ["evaluate", "--checkpoint", "c"], "--eval_file", "evaluate --help")
-    fails(capsys, ["evaluate", "--checkpoint", "c", "--eval_file", "e", "--seed", "x"], "--seed", "'x'")
+    fails(capsys, ["evaluate", "--checkpoint", "c", "--eval_file", "e", "--seed", "x"], "seed='x'", "whole number")
+    fails(capsys, ["convert", "c", "--to", "onnx"], "to='onnx'", "weights, dense, moe, gguf")
+    fails(capsys, ["convert", "c", "--dtype", "int8"], "dtype='int8'", "float32, bfloat16")
+    fails(capsys, ["hosts", "--list", "a", "--slurm"], "--list and --slurm", "leave one out")
+    fails(capsys, ["supervise", "--max_restarts", "-1", "--", "x"], "max_restarts=-1", "at least 0")
     fails(capsys, ["build_dataset", "--jsonl_data", "x"], "model_name is missing", "--model_name")
     fails(capsys, ["build_dataset", "--model_name", "x"], "jsonl_data is missing", "--jsonl_data")
     options = {"model_name": "x", "jsonl_data": "y"}
@@ -284,12 +350,36 @@ def test_a_dry_run_refuses_what_a_run_would(base: str, tmp_path: Path, capsys: p
     fails(capsys, dry_run, "model_name is missing")
     fails(capsys, [*dry_run, "--model_name", str(tmp_path / "none")], "model_name=")
     fails(capsys, [*dry_run, "--model_name", base, "--ds_config", "none.json"], "deepspeed_config=none.json")
-    fails(capsys, ["train", "--dry_run", "--model_name", base], "max_length=2048", f"--max_length {POSITIONS}")
+    too_long = [*dry_run[:-1], str(POSITIONS + 1), "--model_name", base]
+    fails(capsys, too_long, f"max_length={POSITIONS + 1}", f"--max_length {POSITIONS}")
     dry_run += ["--model_name", base]
     fails(capsys, [*dry_run, "--expert_parallel_size", "2"], "expert_parallel_size=2: must divide the number of proc")
     fails(capsys, [*dry_run, "--domain_weights", "maths=1"], "unknown domain 'maths'. Did you mean 'math'?")
     fails(capsys, [*dry_run, "--resume_from", str(tmp_path)], f"resume_from={tmp_path}")
-    fails(capsys, [*dry_run, "--initial_sparsity", "0.05"], "give --density_warmup_steps", "max_steps - 1 = 999")
+    annealing = ["--initial_sparsity", "0.05", "--density_warmup_steps", "1000"]
+    fails(capsys, [*dry_run, *annealing], "give --density_warmup_steps", "max_steps - 1 = 999")
+
+
+def test_a_dry_run_shows_what_is_derived(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry_run", "--model_name", base, "--max_steps", "40", "--supervised_experts"]) == 0
+    shown = capsys.readouterr().out
+    config = yaml.safe_load(shown.split("\n\n", 1)[0])
+    assert (config["optimizer"]["warmup_steps"], config["data"]["max_length"]) == (2, POSITIONS)
+    assert config["curriculum"]["expert_pretrain_steps"] == 2
+    assert "  warmup_steps: 2  # derived: 5 % of max_steps\n" in shown
+    assert f"  max_length: {POSITIONS}  # derived: the context of the base\n" in shown
+    assert "  expert_pretrain_steps: 2  # derived: 30 % of max_steps divided by the domains\n" in shown
+    assert main(["train", "--dry_run", "--model_name", base, "--max_steps", "40", "--warmup_steps", "3"]) == 0
+    assert "  warmup_steps: 3\n" in capsys.readouterr().out
+
+
+def test_a_plan_and_a_doctor_take_the_length_from_the_base(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model_name", base, "--num_experts", "3"]) == 0
+    assert f"rows of {POSITIONS} tokens" in capsys.readouterr().out
+    main(["doctor", "--model_name", base])
+    assert "max_length" not in capsys.readouterr().out
+    main(["doctor", "--model_name", "/none"])
+    assert "model_name=" in capsys.readouterr().out
 
 
 def test_report_prints_the_answers_and_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from srde_ds.config import PRESETS, Config, resolve
+from srde_ds.config import PRESETS, Config, RunInputs, resolve
+from srde_ds.config.schema import FORMER_SECTIONS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 
@@ -98,7 +99,7 @@ def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(key: str, value
     [
         (["top_k=3", "num_experts=2", "--top_k"], {"top_k": 3, "num_experts": 2}),
         (["warmup_steps=50", "max_steps=50", "--warmup_steps"], {"max_steps": 50, "warmup_steps": 50}),
-        (["use_muon=true", "num_atoms=0", "--use_muon false"], {"granularity": "element", "num_atoms": 0}),
+        (["use_muon=true", "num_atoms=0", "--use_muon false"], {"granularity": "element", "use_muon": True}),
         (["jsonl_data=a", "pretokenized_dir=b", "Keep one"], {"jsonl_data": "a", "pretokenized_dir": "b"}),
         (["batch_size=2", "flash_attention=true", "--batch_size 1"], {"flash_attention": True, "batch_size": 2}),
         (["domains=a,b,a", "'a'", "twice"], {"domains": "a,b,a"}),
@@ -118,6 +119,90 @@ def test_the_neighbours_of_refused_relations_pass() -> None:
     resolve({}, {"granularity": "element", "num_atoms": 0, "use_muon": "false"})
     resolve({}, {"flash_attention": True, "batch_size": 1})
     resolve({}, {"load_balancing_target": "domains", "load_balancing_weight": 0, "balancing_bias_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("given", "derived"),
+    [
+        ({}, {"warmup_steps": 50, "num_experts": 6}),
+        ({"max_steps": 40}, {"warmup_steps": 2}),
+        ({"max_steps": 1}, {"warmup_steps": 0}),
+        ({"max_steps": 40, "warmup_steps": 39}, {"warmup_steps": None}),
+        ({"domains": "a,b"}, {"num_experts": 2, "top_k": None}),
+        ({"domains": "a"}, {"num_experts": 1, "top_k": 1}),
+        ({"top_k": 8}, {"num_experts": 8}),
+        ({"num_experts": 1}, {"num_experts": None, "top_k": 1}),
+        ({"granularity": "element"}, {"use_muon": False}),
+        ({"granularity": "element", "num_atoms": 4}, {"use_muon": None}),
+        ({"preset": "reference"}, {"use_muon": None}),
+        ({"supervised_experts": True, "max_steps": 10000}, {"expert_pretrain_steps": 500}),
+        ({"supervised_experts": True, "max_steps": 7}, {"expert_pretrain_steps": 1}),
+        ({"supervised_experts": True, "max_steps": 40, "domains": "a,b"}, {"expert_pretrain_steps": 6}),
+        ({"max_steps": 40}, {"expert_pretrain_steps": None, "density_warmup_steps": None}),
+        ({"initial_density": 0.05}, {"density_warmup_steps": 500}),
+        ({"initial_density": 0.05, "max_steps": 2}, {"density_warmup_steps": 1}),
+        ({"support_strategy": "learned", "density": 0.02}, {"initial_density": 0.1, "density_warmup_steps": 500}),
+        ({"support_strategy": "learned", "density": 0.5}, {"initial_density": 1.0}),
+        ({"support_strategy": "learned", "initial_density": 0.03}, {"initial_density": None}),
+        ({"warm_start": True}, {"warm_start_method": None}),
+        ({"warm_start": True, "num_experts": 8}, {"warm_start_method": "kmeans"}),
+        (
+            {"warm_start": True, "unlock_order": "cluster_size", "progressive_unlock": "linear"},
+            {"warm_start_method": "kmeans"},
+        ),
+    ],
+)
+def test_a_default_does_not_contradict_what_was_given(given: dict[str, Any], derived: dict[str, Any]) -> None:
+    """None: the option has its own default, or what was given."""
+    config = resolve({}, given)
+    values = {key: value for section in config.to_dict().values() for key, value in section.items()}
+    for key, value in derived.items():
+        assert (key in config.derived) == (value is not None), key
+        assert values[key] == value if value is not None else True
+    assert resolve(yaml.safe_load(config.to_yaml()), {}) == config  # the file that a run keeps holds the numbers
+
+
+def test_defaults_from_the_files_of_a_run() -> None:
+    def read(config: Config, given: Any) -> RunInputs:
+        assert config.training.max_steps == 40 and set(given) >= {"max_steps"}
+        return RunInputs(context=512, resumed={"warmup_steps": 7})
+
+    config = resolve({}, {"max_steps": 40}, read_inputs=read)
+    assert (config.data.max_length, config.optimizer.warmup_steps) == (512, 7)
+    assert config.derived["warmup_steps"] == "as in the run that goes on"
+    assert resolve({}, {"max_steps": 40, "max_length": 64}, read_inputs=read).data.max_length == 64
+    long = resolve({}, {}, read_inputs=lambda config, given: RunInputs(context=10**6))
+    assert long.data.max_length == 2048 and "max_length" not in long.derived
+    rows = RunInputs(context=512, row_length=96, domains=["a", "b", "c"])
+    config = resolve({}, {}, read_inputs=lambda config, given: rows)
+    assert (config.data.max_length, config.data.domains, config.adapter.num_experts) == (96, ["a", "b", "c"], 3)
+
+
+def test_a_file_may_name_the_former_section_of_an_option() -> None:
+    old = {
+        "optimizer": {"load_balancing_weight": 0.5, "load_balancing_target": "domains", "router_z_weight": 0.25},
+        "curriculum": {"calibration_rows": 8},
+        "adapter": {"support_strategy": "gradient"},
+    }
+    config = resolve(old, {})
+    assert (config.losses.load_balancing_weight, config.losses.router_z_weight) == (0.5, 0.25)
+    assert (config.losses.load_balancing_target, config.support.calibration_rows) == ("domains", 8)
+    twice = {"optimizer": {"router_z_weight": 0.5}, "losses": {"router_z_weight": 0.25}}
+    fails("'router_z_weight'", "'losses'", "former section 'optimizer'", file=twice)
+    fails("'router_z_weight' belongs to section 'losses'", file={"training": {"router_z_weight": 0.5}})
+
+
+def test_the_options_of_a_run_before_the_move_load() -> None:
+    """The quick start's, as it was kept."""
+    stored = load_yaml(PACKAGE.parent / "docs/quickstart/config.yaml")
+    config = resolve(stored, {})
+    assert config.losses.load_balancing_weight == stored["optimizer"]["load_balancing_weight"]
+    assert config.support.calibration_rows == stored["curriculum"]["calibration_rows"]
+
+
+def test_every_former_section_is_another_section_than_todays() -> None:
+    today = {field.name: section for section, field in FIELDS}
+    assert all(today[key] != section and section in SECTIONS for key, section in FORMER_SECTIONS.items())
 
 
 def test_unknown_names_come_with_the_nearest_known_one() -> None:

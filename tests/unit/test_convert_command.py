@@ -106,8 +106,8 @@ def test_a_checkpoint_will_do(made: Trained, tmp_path: Path, capsys: pytest.Capt
         (["--to", "moe", "--gguf_converter", "x"], ["gguf_converter has no effect with to=moe"]),
         (["--experts", "red,red"], ["experts=red,red: give each expert once"]),
         (["--to", "gguf"], ["gguf_converter=None: no such file", "llama.cpp"]),
-        (["--to", "dance"], ["--to", "'dance'", "dense"]),
-        (["--dtype", "fp16"], ["--dtype", "float32"]),
+        (["--to", "dance"], ["to='dance'", "dense"]),
+        (["--dtype", "fp16"], ["dtype='fp16'", "float32"]),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_written(

@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -15,6 +16,7 @@ from srde_ds.cli.main import main
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.command import default_output, evaluate_command
+from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.report import examples, write_report
 from srde_ds.evaluation.sandbox import protections
 from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
@@ -38,8 +40,13 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def _options(run: Path, **changes: Any) -> dict[str, Any]:
-    options = {"checkpoint": str(run), "eval_file": str(run.parent / "held_out.jsonl"), "base": None, "seed": 1}
+def _options(run: Path, **changes: Any) -> EvaluateOptions:
+    options: dict[str, Any] = {
+        "weights": str(run),
+        "eval_file": str(run.parent / "held_out.jsonl"),
+        "base": None,
+        "seed": 1,
+    }
     options |= {
         "compare_baseline": True,
         "each_expert": False,
@@ -49,11 +56,11 @@ def _options(run: Path, **changes: Any) -> dict[str, Any]:
         "batch_size": 4,
         "bf16": False,
     }
-    return options | {"output_file": None} | changes
+    return EvaluateOptions(**options | {"output_file": None} | changes)
 
 
 def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = evaluate_command(**_options(run_folder))
+    result = evaluate_command(_options(run_folder))
     assert json.loads((run_folder / "evaluation.json").read_text()) == result
     items = (run_folder / "evaluation_items.jsonl").read_text().splitlines()
     assert len(items) == result["overall"]["srde"]["items"] == 8
@@ -64,8 +71,15 @@ def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytes
     assert not list(run_folder.glob("*.tmp"))
 
 
+def test_the_longest_answer_follows_from_the_context(run_folder: Path) -> None:
+    result = evaluate_command(_options(run_folder, max_new_tokens=None, max_samples=1))
+    assert result["run"]["max_new_tokens"] == 64  # the context is 256
+    with patch("srde_ds.evaluation.command.answer_length", lambda model, most: most // 16):
+        assert evaluate_command(_options(run_folder, max_new_tokens=None))["run"]["max_new_tokens"] == 4
+
+
 def test_report_is_made_of_the_run(run_folder: Path) -> None:
-    result = evaluate_command(**_options(run_folder, each_expert=True))
+    result = evaluate_command(_options(run_folder, each_expert=True))
     page = write_report(run_folder)
     text = page.read_text()
     for name in ("loss.png", "expert_usage.png", "expert_usage_by_layer.png", "speed.png"):
@@ -129,7 +143,7 @@ def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpoint": "/nowhere"}, "no such file or folder"),
+        ({"weights": "/nowhere"}, "no such file or folder"),
         ({"eval_file": "/nowhere.jsonl"}, "no such file"),
         ({"base": "/nowhere"}, "/nowhere"),
         ({"output_file": f"{__file__}/evaluation.json"}, "is not a folder"),
@@ -141,7 +155,7 @@ def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:
 def test_bad_input_is_one_line(run_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     output = tmp_path / "out" / "evaluation.json"
     with pytest.raises(SRDEError, match=message) as error:
-        evaluate_command(**_options(run_folder, **{"output_file": str(output)} | changes))
+        evaluate_command(_options(run_folder, **{"output_file": str(output)} | changes))
     assert "\n" not in str(error.value)
     assert not output.parent.exists()
 
@@ -150,4 +164,4 @@ def test_an_unknown_domain_is_named(run_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "held_out.jsonl"
     path.write_text('{"domain": "maths", "prompt": "a", "response": "b"}\n')
     with pytest.raises(SRDEError, match="unknown domain 'maths'"):
-        evaluate_command(**_options(run_folder, eval_file=str(path)))
+        evaluate_command(_options(run_folder, eval_file=str(path)))

@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import pytest
 
@@ -13,7 +14,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference import chat as chat_module
 from srde_ds.inference.chat import Chat, side_by_side
 from srde_ds.inference.command import inference_command
-from srde_ds.inference.generate import Generation, generate
+from srde_ds.inference.generate import Generation, answer_length, generate
+from srde_ds.inference.options import InferenceOptions
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import save_model, tiny_model
 
@@ -142,12 +144,12 @@ def test_a_conversation_that_grew_too_long_goes_on() -> None:
     assert printed.rstrip().endswith(">")
 
 
-def _options(**changes: Any) -> dict[str, Any]:
-    options = {"srde_weights": "", "base": None, "prompt": None, "interactive": False, "max_tokens": 5}
+def _options(**changes: Any) -> InferenceOptions:
+    options: dict[str, Any] = {"weights": "", "base": None, "prompt": None, "interactive": False, "max_tokens": 5}
     options |= {"prompts_file": None, "output_file": None, "expert": None, "best_of_n": 1, "self_refine": 0}
     options |= {"batch_size": 2}
     options |= {"temperature": 0.0, "top_p": 1.0, "stream": False, "show_routing": False, "bf16": False, "seed": 0}
-    return options | changes
+    return InferenceOptions(**options | changes)
 
 
 def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,29 +157,38 @@ def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], max_tokens=5, temperature=0)
     capsys.readouterr()  # what libraries said when they were imported
     for path, stream in ((weights, False), (weights.parent, True)):
-        inference_command(**_options(srde_weights=str(path), prompt="hi", stream=stream))
+        inference_command(_options(weights=str(path), prompt="hi", stream=stream))
         assert capsys.readouterr().out == said.text + "\n"
-    inference_command(**_options(srde_weights=str(weights), prompt="hi", show_routing=True, expert="code"))
+    inference_command(_options(weights=str(weights), prompt="hi", show_routing=True, expert="code"))
     routing = capsys.readouterr().out
     assert "prompt:" in routing and "answer, mean: code 100%" in routing
-    inference_command(**_options(srde_weights=str(weights), prompt="hi", self_refine=1, best_of_n=2, temperature=2.0))
+    inference_command(_options(weights=str(weights), prompt="hi", self_refine=1, best_of_n=2, temperature=2.0))
     lines = capsys.readouterr().out
     for part in ("sample 1: ", "sample 2: ", " of 2 agree.", "first answer: ", "refined, round 1: "):
         assert part in lines
     (tmp_path / "p.txt").write_text("hello there\nhi\n")
-    inference_command(**_options(srde_weights=str(weights), prompts_file=str(tmp_path / "p.txt")))
+    inference_command(_options(weights=str(weights), prompts_file=str(tmp_path / "p.txt")))
     printed = [json.loads(line) for line in capsys.readouterr().out.strip().split("\n")]
     assert [item["prompt"] for item in printed] == ["hello there", "hi"] and printed[1]["answer"] == said.text
     files = {"prompts_file": str(tmp_path / "p.txt"), "output_file": str(tmp_path / "out.jsonl")}
-    inference_command(**_options(srde_weights=str(weights), **files))
+    inference_command(_options(weights=str(weights), **files))
     assert [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().strip().split("\n")] == printed
+
+
+def test_the_longest_answer_follows_from_the_context(tmp_path: Path) -> None:
+    weights, seen = str(save_model(tmp_path)), []
+    for given, expected in ((None, 128), (3, 3)):  # the context is 256
+        with patch("srde_ds.inference.command.generate", lambda *_, **options: seen.append(options) or Mock(text="")):
+            inference_command(_options(weights=weights, prompt="hi", max_tokens=given))
+        assert seen.pop()["max_tokens"] == expected
+    assert answer_length(tiny_model(context=4096), 256) == 256
 
 
 def test_interactive_reads_standard_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("/experts\n"))
-    inference_command(**_options(srde_weights=str(save_model(tmp_path)), interactive=True))
+    inference_command(_options(weights=str(save_model(tmp_path)), interactive=True))
     assert "Experts are shown" in capsys.readouterr().out
 
 
@@ -200,14 +211,14 @@ def test_interactive_reads_standard_input(
         ({"prompts_file": "a", "output_file": str(Path(__file__).parent)}, "it is a folder"),
         ({"prompts_file": "/no/such"}, "cannot be read"),
         ({"prompt": " "}, "prompt=''"),
-        ({"prompt": "a", "srde_weights": "/nowhere"}, "no such file or folder"),
+        ({"prompt": "a", "weights": "/nowhere"}, "no such file or folder"),
     ],
 )
 def test_bad_input_is_refused_before_anything_loads(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SRDEError, match=message):
-        inference_command(**_options(**changes))
+        inference_command(_options(**changes))
 
 
 def test_a_folder_without_weights_says_how_to_make_them(tmp_path: Path) -> None:
     with pytest.raises(SRDEError, match="srde-ds convert"):
-        inference_command(**_options(srde_weights=str(tmp_path), prompt="a"))
+        inference_command(_options(weights=str(tmp_path), prompt="a"))

@@ -136,10 +136,10 @@ def test_one_expert_needs_no_name() -> None:
 
 def test_merging_in_memory_equals_merging_in_files(made: Trained, tmp_path: Path) -> None:
     from srde_ds.export.command import convert_command
+    from srde_ds.export.options import ConvertOptions
 
-    none: dict[str, Any] = dict.fromkeys(("dtype", "experts", "base", "gguf_converter"))
     folder = convert_command(
-        checkpoint=str(made.weights), to="dense", expert="blue", output=str(tmp_path / "dense"), **none
+        ConvertOptions(str(made.weights), to="dense", expert="blue", output=str(tmp_path / "dense"))
     )
     plain, files = reload(made).merge_and_unload("blue"), AutoModelForCausalLM.from_pretrained(folder)
     for (name, ours), theirs in zip(plain.state_dict().items(), files.state_dict().values(), strict=True):

@@ -153,7 +153,10 @@ def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
             "kmeans",
         ),
         ({"density_warmup_steps": 10}, "without initial_density"),
-        ({"initial_density": 0.05}, "density_warmup_steps=0 with initial_density=0.05: give --density_warmup_steps"),
+        (
+            {"initial_density": 0.05, "density_warmup_steps": 0},
+            "density_warmup_steps=0 with initial_density=0.05: give --density_warmup_steps",
+        ),
         ({"expert_pretrain_steps": 10}, "expert_pretrain_steps=10 without supervised_experts: give --supervised_exp"),
         ({"pretrain_objective": "sequential"}, "pretrain_objective=sequential without supervised_experts"),
         ({"warm_start_method": "random"}, "warm_start_method=random without warm_start"),
@@ -163,7 +166,7 @@ def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
         ({"support_temperature": 2.0, "support_strategy": "random"}, "support_temperature=2.0 with support_strat"),
         ({"initial_density": 0.005, "density_warmup_steps": 10}, "above density=0.01"),
         ({"initial_density": 0.05, "density_warmup_steps": 200}, "max_steps - 1 = 199"),
-        ({"support_strategy": "learned"}, "--initial_density"),
+        ({"support_strategy": "learned", "initial_density": None}, "--initial_density"),
         ({"support_overlap_weight": 0.1}, "--support_strategy learned"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from srde_ds.config import Config
 from srde_ds.data.build.from_jsonl import build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
+from srde_ds.data.build.request import BuildRequest
 from srde_ds.data.build.writing import JSONL, ROWS
 from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.data.sources.hub import check_upload, push_to_hub
@@ -30,32 +30,7 @@ SOURCES_ONLY = (
 )
 
 
-@dataclass(frozen=True)
-class _Request:
-    """The verb's own options; see `srde-ds build_dataset --help`."""
-
-    examples_per_domain: int | None
-    work_dir: str
-    sources_file: str | None
-    on_missing_source: str
-    on_shortfall: str
-    validation_fraction: float
-    test_fraction: float
-    near_duplicate_threshold: float
-    decontaminate_against: str
-    skip_download: bool
-    skip_tokenize: bool
-    overwrite: bool
-    push_to_hub: str | None
-    private: bool
-    num_processes: int | None
-
-    @property
-    def from_sources(self) -> bool:
-        return self.examples_per_domain is not None and not self.skip_download
-
-
-def build_dataset_command(config: Config, *, domains: list[str] | None, **options: Any) -> None:
+def build_dataset_command(config: Config, request: BuildRequest, *, domains: list[str] | None) -> None:
     """Build, report and upload as the options say.
 
     Args:
@@ -64,8 +39,7 @@ def build_dataset_command(config: Config, *, domains: list[str] | None, **option
     Raises:
         SRDEError: options that do not go together, or what a build raises.
     """
-    request = _Request(**options)
-    _check(config, request)
+    check_request(config, request)
     work_dir = Path(request.work_dir)
     tokenizer = None
     if not request.skip_tokenize:
@@ -92,7 +66,12 @@ def build_dataset_command(config: Config, *, domains: list[str] | None, **option
     print(f"Dataset: {work_dir / ROWS}")
 
 
-def _check(config: Config, request: _Request) -> None:
+def check_request(config: Config, request: BuildRequest) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        SRDEError: names them and the remedy.
+    """
     jsonl_data, model_name = config.data.jsonl_data, config.model.model_name
     if not model_name and not request.skip_tokenize:
         raise SRDEError("model_name is missing: give --model_name, whose tokenizer is used, or --skip_tokenize.")
@@ -136,7 +115,7 @@ def _check(config: Config, request: _Request) -> None:
 
 def _from_sources(
     config: Config,
-    request: _Request,
+    request: BuildRequest,
     domains: list[str] | None,
     tokenizer: PreTrainedTokenizerBase | None,
     work_dir: Path,

@@ -1,0 +1,217 @@
+"""The front door for Python: train, build a dataset, evaluate and generate, each as one function."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.config import Config, resolve
+from srde_ds.config.checks import check_relations
+from srde_ds.config.values import checked
+from srde_ds.data.build.from_jsonl import build_dataset as pack_jsonl
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.errors import SRDEError, nearest
+from srde_ds.evaluation.command import evaluate_weights
+from srde_ds.evaluation.options import EvaluateOptions
+from srde_ds.inference.generate import answer_length
+from srde_ds.inference.generate import generate as generate_answer
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.training.run_inputs import read_base_inputs, read_run_inputs
+from srde_ds.training.trainer import train as train_experts
+from srde_ds.utils.launcher import stop_processes
+
+ANSWER_TOKENS = 256
+
+
+def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """Train experts on a frozen base, in this process or, under a launcher, in all of its processes.
+
+    Args:
+        config: a checked config (see `srde_ds.config.resolve`), or options by section as in a YAML file, or options
+            without sections. None: defaults.
+        options: options of a run by name, which take precedence over a mapping; `srde-ds train --help-all` lists them.
+
+    Returns:
+        The path of the trained weights, in the run folder `output_dir`.
+
+    Raises:
+        SRDEError: bad options or data, named before anything long starts; a loss that is not finite; a run that a
+            signal stopped before its last step.
+
+    Example:
+        >>> from srde_ds import train
+        >>> weights = train(
+        ...     model_name="base", jsonl_data="train.jsonl", domains=["red", "green"],
+        ...     max_steps=2, gradient_accumulation_steps=1, density=0.05, bf16=False, output_dir="run",
+        ... )
+        >>> weights.name
+        'srde_weights.safetensors'
+    """
+    if isinstance(config, Config):
+        if options:
+            raise SRDEError(f"{min(options)} is given beside a Config: set it in the config, or give a mapping.")
+        check_relations(config)
+        resolved = config
+    else:
+        given = dict(config or {})
+        sections = {key: value for key, value in given.items() if isinstance(value, Mapping)}
+        flat = {key: value for key, value in given.items() if key not in sections}
+        resolved = resolve(sections, flat | options, read_inputs=read_run_inputs)
+    train_experts(resolved, leave=False)  # this process may train again
+    atexit.register(stop_processes)
+    folder = Path(resolved.training.output_dir)
+    if not (folder / "completed.json").exists():
+        raise SRDEError(f"output_dir={folder}: the run was stopped. Continue it with resume_from='latest'.")
+    return folder / "srde_weights.safetensors"
+
+
+def build_dataset(
+    files: str | Path | Sequence[str | Path],
+    *,
+    model_name: str | Path,
+    output: str | Path,
+    eval_file: str | Path | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Pack the records of JSONL files into rows of tokens, once for all runs with the same tokenizer.
+
+    Args:
+        files: one or more files with prompt, response and domain, or messages and domain, on each line.
+        model_name: Hub id or folder of the base, whose tokenizer and chat template are used.
+        output: folder to write. One that was built from the same input is used as it is.
+        eval_file: held-out records in the same form.
+        overwrite: replace a folder that holds something else.
+        options: `domains`, `max_length` (tokens in a row; default: 2048, at most the base's context), `too_long`,
+            `seed` and `model_revision`, as of `train`.
+
+    Returns:
+        The folder, for `train(pretokenized_dir=...)`.
+
+    Raises:
+        SRDEError: a bad record, named as file:line, a domain without records, or a folder that holds something else.
+
+    Example:
+        >>> from srde_ds import build_dataset
+        >>> rows = build_dataset(
+        ...     ["train.jsonl"], model_name="base", output="rows", domains=["red", "green"], max_length=64
+        ... )
+        >>> sorted(path.name for path in rows.iterdir())
+        ['manifest.json', 'train']
+    """
+    known = ("domains", "max_length", "too_long", "seed", "model_revision")
+    for name in options:
+        if name not in known:
+            raise SRDEError(f"unknown option '{name}' of build_dataset.{nearest(name, known)}")
+    config = resolve({}, {"model_name": str(model_name)} | options, read_inputs=read_base_inputs)
+    paths = [Path(files)] if isinstance(files, str | Path) else [Path(path) for path in files]
+    if not paths:
+        raise SRDEError("files=[]: give at least one JSONL file.")
+    with TemporaryDirectory(prefix="srde-") as scratch:
+        pack_jsonl(
+            tokenizer=load_tokenizer(str(model_name), revision=config.model.model_revision),
+            jsonl_data=paths[0] if len(paths) == 1 else _joined(paths, Path(scratch)),
+            eval_file=eval_file,
+            output_dir=output,
+            domains=config.data.domains,
+            max_length=config.data.max_length,
+            too_long=config.data.too_long,
+            seed=config.training.seed,
+            overwrite=overwrite,
+        )
+    return Path(output)
+
+
+def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict[str, Any]:
+    """Loss and accuracy of trained weights on held-out items, by domain.
+
+    Args:
+        weights: a run folder, a checkpoint, a weights file or a repository of the Hub.
+        eval_file: JSONL in the form of the training data; accuracy needs an answer on each line.
+        options: `base`, `compare_baseline`, `each_expert`, `run_code`, `max_samples`, `max_new_tokens`, `batch_size`,
+            `bf16`, `seed` and `output_file`; `srde-ds evaluate --help` describes them.
+
+    Returns:
+        The figures, as written to `output_file` (evaluation.json beside the weights). `docs/evaluation.md` describes
+        them.
+
+    Raises:
+        SRDEError: missing or damaged weights, a bad file, or a value out of range.
+
+    Example:
+        >>> from srde_ds import evaluate
+        >>> figures = evaluate("trained", "held_out.jsonl", max_new_tokens=4, bf16=False)
+        >>> sorted(figures["domains"])
+        ['green', 'red']
+        >>> figures["overall"]["srde"]["items"]
+        12
+    """
+    known = EvaluateOptions.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise SRDEError(f"unknown option '{name}' of evaluate.{nearest(name, known)}")
+    values = {name: checked(EvaluateOptions, name, value) for name, value in options.items()}
+    return evaluate_weights(EvaluateOptions(str(weights), str(eval_file), **values))[0]
+
+
+def generate(
+    model: SRDEModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    max_tokens: int | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    seed: int | None = None,
+) -> str:
+    """The answer of a base with experts to a prompt, written by the tokenizer's chat template.
+
+    Args:
+        model: as `load_adapter` or `SRDEModel.from_pretrained` gives it.
+        prompt: a question, or a conversation as messages with role and content.
+        max_tokens: longest answer, in tokens; default: 256, at most half of the base's context.
+        temperature: of the sampling; 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens that together have this probability.
+        seed: of the sampling; None: torch's own state of the random numbers.
+
+    Returns:
+        The answer without special tokens.
+
+    Raises:
+        SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
+
+    Example:
+        >>> from srde_ds import generate, load_adapter
+        >>> from transformers import AutoTokenizer
+        >>> model = load_adapter("trained/srde_weights.safetensors").eval()
+        >>> answer = generate(model, AutoTokenizer.from_pretrained("base"), "red: 1 + 1?", max_tokens=4, temperature=0)
+        >>> isinstance(answer, str)
+        True
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+    if seed is not None:
+        torch.manual_seed(seed)
+    longest = answer_length(model, ANSWER_TOKENS) if max_tokens is None else max_tokens
+    answer = generate_answer(model, tokenizer, messages, max_tokens=longest, temperature=temperature, top_p=top_p)
+    return answer.text
+
+
+def _joined(paths: Sequence[Path], folder: Path) -> Path:
+    """One file with the lines of all."""
+    whole = folder / "records.jsonl"
+    with whole.open("wb") as target:
+        for path in paths:
+            try:
+                with path.open("rb") as source:
+                    shutil.copyfileobj(source, target)
+            except OSError as error:
+                raise SRDEError(f"'{path}' cannot be read: {error.strerror}. Give existing JSONL files.") from None
+            target.write(b"\n")
+    return whole

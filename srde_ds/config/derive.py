@@ -1,0 +1,75 @@
+"""Defaults that follow from other options, from the base or from the rows, so that none contradicts what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from srde_ds.config.schema import Config
+from srde_ds.config.values import checked
+
+WARMUP_PERCENT = 5  # of max_steps
+PRETRAINING_PERCENT = 30  # of max_steps, for all domains together
+LEARNED_CANDIDATES = 5  # times density
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What the files that a run names say about its options; None: they do not say.
+
+    Attributes:
+        context: tokens that the base can read at once.
+        row_length: tokens in a row of `pretokenized_dir`.
+        domains: those of `pretokenized_dir`, in its order.
+        resumed: options of the run that goes on: a schedule does not change in its middle because a default does.
+    """
+
+    context: int | None = None
+    row_length: int | None = None
+    domains: list[str] | None = None
+    resumed: dict[str, Any] = field(default_factory=dict)
+
+
+def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
+    """Set the options that were not `given` and depend on others, in place; `config.derived` says from what."""
+    sections = [getattr(config, section.name) for section in fields(config)]
+    owner = {option.name: section for section in sections for option in fields(section)}
+    adapter, data, curriculum, max_steps = config.adapter, config.data, config.curriculum, config.training.max_steps
+
+    def default(key: str, value: Any, reason: str) -> None:
+        if key in given:
+            return
+        if key in inputs.resumed:
+            value, reason = inputs.resumed[key], "as in the run that goes on"
+        setattr(owner[key], key, checked(owner[key], key, value))
+        config.derived[key] = reason
+
+    if inputs.domains is not None:
+        default("domains", list(inputs.domains), "those of pretokenized_dir")
+    least = adapter.top_k if "top_k" in given else 1
+    reason = "one for each domain" if len(data.domains) >= least else "as many as top_k"
+    default("num_experts", max(len(data.domains), least), reason)
+    if adapter.top_k > adapter.num_experts:
+        default("top_k", adapter.num_experts, "at most num_experts")
+    if inputs.row_length is not None:
+        default("max_length", inputs.row_length, "the rows of pretokenized_dir")
+    elif inputs.context is not None and inputs.context < data.max_length:
+        default("max_length", inputs.context, "the context of the base")
+    if adapter.granularity == "element" and adapter.num_atoms == 0:
+        default("use_muon", False, "free element deltas are not matrices")
+    default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
+    if curriculum.supervised_experts:
+        steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))
+        default("expert_pretrain_steps", steps, f"{PRETRAINING_PERCENT} % of max_steps divided by the domains")
+    means = len(data.domains) + (len(data.domains) > 1)
+    if curriculum.warm_start and (adapter.num_experts > means or curriculum.unlock_order == "cluster_size"):
+        reason = (
+            "more experts than means" if adapter.num_experts > means else "unlock_order=cluster_size needs clusters"
+        )
+        default("warm_start_method", "kmeans", reason)
+    if adapter.support_strategy == "learned":
+        candidates = min(1.0, LEARNED_CANDIDATES * adapter.density)
+        default("initial_density", candidates, f"{LEARNED_CANDIDATES} times density")
+    if curriculum.initial_density is not None:
+        default("density_warmup_steps", max(1, max_steps // 2), "half of max_steps")

@@ -1,0 +1,43 @@
+"""The options of `srde-ds evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is evaluated, on which items, and how much of it."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    eval_file: str = option("", "held-out items with answers, as JSONL", metavar="FILE", required=True)
+    base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
+    compare_baseline: bool = option(False, "also run the bare base on the same items")
+    each_expert: bool = option(False, "also measure the loss of every domain with each expert alone")
+    run_code: bool = option(False, "score items with tests: run the programs that the model writes, in a sandbox")
+    max_samples: int = option(1000, "most items, taken evenly from the domains", metavar="ITEMS", minimum=1)
+    max_new_tokens: int | None = option(
+        None,
+        "longest generated answer, in tokens",
+        metavar="TOKENS",
+        aliases=("max_tokens",),
+        minimum=1,
+        derived="64, at most half of the base's context",
+    )
+    batch_size: int = option(32, "items in a batch", metavar="ITEMS", minimum=1)
+    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
+    seed: int = option(42, "seed of the bootstrap", metavar="N", minimum=0)
+    output_file: str | None = option(
+        None,
+        "JSON to write (default: evaluation.json in the run folder or beside the weights)",
+        metavar="FILE",
+        aliases=("output",),
+    )

@@ -1,0 +1,41 @@
+"""The options of `srde-ds convert`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What is converted, into what, and where it goes."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    to: Literal["weights", "dense", "moe", "gguf"] = option(
+        "weights",
+        "weights: the adapter in one file; dense: the base with one expert merged; moe: a stock mixture of experts for "
+        "transformers and vLLM; gguf: the same for llama.cpp",
+    )
+    output: str | None = option(
+        None,
+        "file to write, or folder for dense and moe (default: srde_weights.safetensors, dense, moe or model.gguf)",
+        metavar="PATH",
+        aliases=("output_file",),
+    )
+    dtype: Literal["float32", "bfloat16"] | None = option(
+        None,
+        "type of the written values (default: float32 for weights, otherwise the base's)",
+        metavar="float32|bfloat16",
+    )
+    experts: list[str] | None = option(None, "keep these experts alone (default: all)", metavar="NAME,...")
+    expert: str | None = option(None, "dense: the expert to merge", metavar="NAME")
+    base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
+    gguf_converter: str | None = option(None, "gguf: llama.cpp's convert_hf_to_gguf.py", metavar="FILE")

@@ -1,0 +1,50 @@
+"""The options of `srde-ds inference`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    """Which weights answer, what they are asked, and how."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
+    prompt: str | None = option(None, "ask one question", metavar="TEXT")
+    prompts_file: str | None = option(
+        None, "ask many questions: JSONL with prompt or messages, or one question on each line", metavar="FILE"
+    )
+    interactive: bool = option(False, "hold a conversation; /help lists its commands")
+    output_file: str | None = option(
+        None,
+        "JSONL to write the answers to prompts_file to (default: standard output)",
+        metavar="FILE",
+        aliases=("output",),
+    )
+    expert: str | None = option(None, "use this expert alone", metavar="NAME")
+    best_of_n: int = option(1, "samples, of which the most frequent answer is given", metavar="N", minimum=1)
+    self_refine: int = option(0, "rounds in which the model checks its own answer", metavar="N", minimum=0)
+    batch_size: int = option(16, "prompts of prompts_file in a batch", metavar="N", minimum=1)
+    max_tokens: int | None = option(
+        None,
+        "longest answer, in tokens",
+        metavar="TOKENS",
+        aliases=("max_new_tokens",),
+        minimum=1,
+        derived="256, at most half of the base's context",
+    )
+    temperature: float = option(0.7, "temperature of the sampling; 0: always the likeliest token", minimum=0.0)
+    top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
+    stream: bool = option(False, "print tokens as they come")
+    show_routing: bool = option(False, "print the experts that each token used")
+    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
+    seed: int = option(42, "seed of the sampling", metavar="N", minimum=0)
