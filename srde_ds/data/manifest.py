@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import template_kind, template_text
+from srde_ds.data.template import template_kind, template_text
 from srde_ds.errors import SRDEError
 
 FORMAT_VERSION = 1

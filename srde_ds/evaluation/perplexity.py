@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import IGNORED, prompt_ids, tokenize
+from srde_ds.data.packing import IGNORED, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
@@ -52,7 +52,7 @@ def response_losses(
     """
     if not records:
         return []
-    documents = tokenize(records, tokenizer)
+    documents = tokenize(records, tokenizer, "last" if last_response else "all")
     for document in documents:
         if len(document) > max_length:
             raise SRDEError(
@@ -60,9 +60,6 @@ def response_losses(
                 "shorten or remove the item."
             )
     labelled = [torch.from_numpy(document.is_response) for document in documents]
-    if last_response:
-        for record, chosen in zip(records, labelled, strict=True):
-            chosen[: len(prompt_ids(tokenizer, record.prompt))] = False
     device, pad = model.base.device, pad_id(tokenizer)
     losses: dict[int, ItemLoss] = {}
     model.routing.record_choices = count_experts

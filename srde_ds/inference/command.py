@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.conversation import Message
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
 from srde_ds.inference.generate import format_routing, generate
@@ -59,8 +60,8 @@ def inference_command(
         streams = {"source": sys.stdin, "target": sys.stdout}
         Chat(model, tokenizer, **streams, stream=stream, show_routing=show_routing, **sampling).run()  # type: ignore[arg-type]
     elif prompts_file is not None:
-        places, messages = zip(*conversations, strict=True)
-        answers = answer_many(model, tokenizer, messages, places=places, **sampling, **several)  # type: ignore[arg-type]
+        places, messages, tools = zip(*conversations, strict=True)
+        answers = answer_many(model, tokenizer, messages, places=places, tools=tools, **sampling, **several)  # type: ignore[arg-type]
         items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
         if output_file is None:
@@ -109,7 +110,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _answer_one(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     *,
     stream: bool,
     show_routing: bool,
@@ -122,7 +123,7 @@ def _answer_one(
         print(format_routing(generation, model.expert_names))
 
 
-def _item(messages: list[dict[str, str]], answer: Answer) -> dict[str, Any]:
+def _item(messages: list[Message], answer: Answer) -> dict[str, Any]:
     """An answer's line in the output file: of a conversation with one message the prompt is its text."""
     item: dict[str, Any] = {"prompt": messages[0]["content"] if len(messages) == 1 else messages, "answer": answer.text}
     if len(answer.samples) > 1:
