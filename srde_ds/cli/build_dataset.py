@@ -44,7 +44,8 @@ def build_dataset(arguments: Sequence[str]) -> None:
     parser.add_argument("--push_to_hub", "--repo_name", metavar="REPO", help="upload to the Hub, token from HF_TOKEN")
     parser.boolean("--private", True, "of --push_to_hub")
     parser.add_argument("--num_processes", type=int, help="default: one a core for sources, one for a JSONL file")
-    names = ("model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed")
+    names = ["model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed"]
+    names += ["train_on", "packing"]
     add_config_flags(parser, only=names)
     given = vars(parser.parse(arguments))
     own = {key: given.pop(key) for key in list(given) if key not in names}

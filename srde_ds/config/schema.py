@@ -72,6 +72,13 @@ class DataConfig:
     too_long: Literal["error", "drop", "truncate"] = option(
         "drop", "what happens to a document longer than max_length; it is counted and reported in any case"
     )
+    train_on: Literal["all", "last"] = option(
+        "all", "turns of the assistant that carry labels, of those not marked with weight 0 or train false"
+    )
+    packing: bool = option(
+        True,
+        "several documents in a row; false: one in each, as bases with linear attention, Mamba or convolutions need it",
+    )
     domain_weights: str | None = option(
         None,
         "shares of the domains among the rows, with changes by step: 'math=2,code=1; 500: math=1,code=1' "

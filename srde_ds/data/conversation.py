@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from srde_ds.errors import SRDEError, nearest
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
+TrainOn = Literal["all", "last"]
+"""Which of the assistant's turns carry labels, of those that are not marked to carry none"""
 
 ROLES = {
     "system": "system",
@@ -65,6 +67,12 @@ def with_system(messages: list[Message], system: Any, place: str) -> list[Messag
     if messages and messages[0]["role"] == "system":
         raise SRDEError(f"{place}: has both 'system' and a system message in 'messages': keep one of them.")
     return [{"role": "system", "content": check_text(system, "system", place)}, *messages]
+
+
+def only_last_trained(messages: list[Message]) -> list[Message]:
+    """The messages with labels on the last of the turns that have any."""
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
+    return [message | {"train": False} if index in turns[:-1] else message for index, message in enumerate(messages)]
 
 
 def parse_tools(value: Any, place: str) -> Tools | None:

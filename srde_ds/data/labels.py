@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +21,6 @@ from srde_ds.data.template import CHANGE_TEMPLATE, TEMPLATE_ERRORS, render, rend
 from srde_ds.errors import SRDEError
 
 CLOSE_OF_THOUGHT = ("</think>", "[/THINK]")
-TrainOn = Literal["all", "last"]
 Part = tuple[str, bool]
 """text, and whether it is labelled"""
 
@@ -39,14 +38,12 @@ def prompt_text(
     return text
 
 
-def split_all(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn
-) -> list[list[Part] | SRDEError]:
+def split_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[Part] | SRDEError]:
     """Each conversation's text cut into parts, prompt and response in turn; or why it cannot be.
 
     A conversation ends with the last turn that is trained on: nothing behind it has an effect.
     """
-    jobs = [_Job(record, _trained(record, train_on)) for record in records]
+    jobs = [_Job(record, _trained(record)) for record in records]
     wholes = _render_each(tokenizer, [(job, job.messages) for job in jobs], False)
     prompts = _render_each(tokenizer, [(job, job.messages[:turn]) for job in jobs for turn in job.trained], True)
     # An earlier turn as it was written when it was the last.
@@ -77,9 +74,8 @@ class _Job:
         return self.record.messages[: self.trained[-1] + 1]
 
 
-def _trained(record: Record, train_on: TrainOn) -> list[int]:
-    turns = [i for i, m in enumerate(record.messages) if m["role"] == "assistant" and m.get("train") is not False]
-    return turns[-1:] if train_on == "last" else turns
+def _trained(record: Record) -> list[int]:
+    return [i for i, m in enumerate(record.messages) if m["role"] == "assistant" and m.get("train", True)]
 
 
 def _render_each(

@@ -67,6 +67,10 @@ class Manifest:
     """fingerprint of the build from sources that made it; empty for rows of a JSONL file"""
     sources: list[dict[str, str | None]] = field(default_factory=list)
     """name, domain, location, revision, license, redistributable of each source of such a build"""
+    train_on: str = "all"
+    """which turns of the assistant carry labels, of those that are not marked to carry none: all, or the last"""
+    packing: bool = True
+    """whether a row holds several documents"""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.conversation import Message, Tools
-from srde_ds.data.labels import Part, TrainOn, prompt_text, split_all
+from srde_ds.data.labels import Part, prompt_text, split_all
 from srde_ds.data.records import Record
 from srde_ds.data.template import turn_ends
 from srde_ds.errors import SRDEError
@@ -79,34 +79,30 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:
             raise SRDEError(f"{record.where}: a response holds the tokenizer's {what} '{found}': remove it.")
 
 
-def tokenize(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all"
-) -> list[Document]:
+def tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
     """`tokenize_each`, all or none.
 
     Raises:
         SRDEError: of the first record that is refused.
     """
     documents = []
-    for document in tokenize_each(records, tokenizer, train_on):
+    for document in tokenize_each(records, tokenizer):
         if isinstance(document, SRDEError):
             raise document
         documents.append(document)
     return documents
 
 
-def tokenize_each(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, train_on: TrainOn = "all"
-) -> list[Document | SRDEError]:
+def tokenize_each(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document | SRDEError]:
     """Tokens of each record, or why it is refused.
 
-    Labelled are the assistant's turns (`train_on` last: the last one alone) as the chat template writes them, with
+    Labelled are the assistant's turns as the chat template writes them, but for those marked to carry no labels, with
     what closes them, and one EOS at the end.
 
     The text up to a turn must give the first tokens of the whole text; where it does not (a merge across
     the border), the parts are tokenised one by one, as they are at inference.
     """
-    split = split_all(records, tokenizer, train_on)
+    split = split_all(records, tokenizer)
     refused = {index: parts for index, parts in enumerate(split) if isinstance(parts, SRDEError)}
     parts_of = [parts for parts in split if not isinstance(parts, SRDEError)]
     kept = iter(_documents([r for i, r in enumerate(records) if i not in refused], parts_of, tokenizer))
@@ -247,15 +243,22 @@ def _fill(longest_first: Sequence[int], waiting: Mapping[int, Sized], capacity: 
 
 
 def pack(
-    documents: Sequence[Document], max_length: int, pad_id: int, generator: np.random.Generator
+    documents: Sequence[Document],
+    max_length: int,
+    pad_id: int,
+    generator: np.random.Generator,
+    *,
+    packing: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Packed rows of one domain's documents, in an order that `generator` fixes.
+    """Rows of one domain's documents, in an order that `generator` fixes; without `packing` one document each.
 
     Each row: `input_ids`, `labels`, `position_ids` int32 [max_length] and `length`, its number of real tokens.
     Positions restart at 0 at each document and at the padding tail, so that no attention crosses a border.
     """
     documents = [documents[i] for i in generator.permutation(len(documents))]
-    rows = best_fit([len(document) for document in documents], max_length)
+    rows = [[index] for index in range(len(documents))]
+    if packing:
+        rows = best_fit([len(document) for document in documents], max_length)
     for row in generator.permutation(len(rows)):
         members = [documents[i] for i in rows[row]]
         ids = np.concatenate([document.input_ids for document in members])

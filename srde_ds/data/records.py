@@ -12,8 +12,10 @@ from srde_ds.data.conversation import (
     REASONING,
     Message,
     Tools,
+    TrainOn,
     check_text,
     kind,
+    only_last_trained,
     parse_messages,
     parse_tools,
     with_system,
@@ -48,7 +50,7 @@ class Record:
         return self.messages[:-1]
 
 
-def read_jsonl(path: str | Path, domains: Sequence[str]) -> Iterator[Record]:
+def read_jsonl(path: str | Path, domains: Sequence[str], train_on: TrainOn = "all") -> Iterator[Record]:
     """The records of a JSONL file. Blank lines are skipped, unknown keys ignored, `null` counts as absent.
 
     Raises:
@@ -61,7 +63,7 @@ def read_jsonl(path: str | Path, domains: Sequence[str]) -> Iterator[Record]:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     found = True
-                    yield _parse(line, f"{path}:{number}", domains)
+                    yield _parse(line, f"{path}:{number}", domains, train_on)
     except FileNotFoundError:
         raise SRDEError(f"no such file '{path}': give an existing JSONL file.") from None
     except OSError as error:
@@ -70,21 +72,22 @@ def read_jsonl(path: str | Path, domains: Sequence[str]) -> Iterator[Record]:
         raise SRDEError(f"'{path}' is empty: it must hold one JSON object a line.")
 
 
-def _parse(line: bytes, where: str, domains: Sequence[str]) -> Record:
+def _parse(line: bytes, where: str, domains: Sequence[str], train_on: TrainOn) -> Record:
     try:
         content = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise SRDEError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
-    return parse_record(content, where, domains)
+    return parse_record(content, where, domains, train_on)
 
 
-def parse_record(values: Any, place: str, domains: Sequence[str]) -> Record:
+def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:
     """The record that an object with `prompt` and `response`, or with `messages`, stands for.
 
     `null` counts as absent. Where there is one domain only, a record need not name it.
 
     Args:
         place: where it comes from, such as `file:line`; errors and `Record.where` say it.
+        train_on: last: of the turns that would carry labels, the last one does alone.
 
     Raises:
         SRDEError: a field that is missing or is not understood.
@@ -99,6 +102,8 @@ def parse_record(values: Any, place: str, domains: Sequence[str]) -> Record:
         )
     messages, tools = _conversation(fields, place, ("prompt", "response"))
     _check_turns(messages, place)
+    if train_on == "last":
+        messages = only_last_trained(messages)
     choices = _choices(fields["choices"], place) if "choices" in fields else None
     if choices is not None:
         answer: str | None = _right_choice(fields, choices, place)

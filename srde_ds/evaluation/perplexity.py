@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.conversation import only_last_trained
 from srde_ds.data.packing import IGNORED, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
@@ -52,7 +53,9 @@ def response_losses(
     """
     if not records:
         return []
-    documents = tokenize(records, tokenizer, "last" if last_response else "all")
+    if last_response:
+        records = [replace(record, messages=only_last_trained(record.messages)) for record in records]
+    documents = tokenize(records, tokenizer)
     for document in documents:
         if len(document) > max_length:
             raise SRDEError(

@@ -18,6 +18,7 @@ from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
+from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.planner.shapes import base_shape
 from srde_ds.training.reporting.metrics import load_trackers
 from srde_ds.training.schedule import check_schedule
@@ -69,9 +70,13 @@ def check_dry_run(config: Config) -> None:
     check_schedule(config)
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
-    if config.data.pretokenized_dir:
+    data = config.data
+    if data.pretokenized_dir or data.jsonl_data:
         tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
-        check_rows(config, tokenizer)
+        if data.pretokenized_dir:
+            check_rows(config, tokenizer)
+        else:
+            check_base(config, tokenizer, packed=data.packing)
     if config.training.resume_from:
         find_checkpoint(config.training.resume_from, config.training.output_dir)
 
@@ -90,6 +95,7 @@ def prepare_data(config: Config) -> Path:
         if value and not Path(value).is_file():
             raise SRDEError(f"{name}={value}: no such file. Give an existing JSONL file.")
     if data.jsonl_data:
+        check_base(config, tokenizer, packed=data.packing)
         folder = Path(config.training.output_dir) / "tokenized"
         manifest = build_dataset(
             tokenizer=tokenizer,
@@ -100,11 +106,36 @@ def prepare_data(config: Config) -> Path:
             max_length=data.max_length,
             too_long=data.too_long,
             seed=config.training.seed,
+            train_on=data.train_on,
+            packing=data.packing,
         )
         check_manifest(config, manifest)
         return folder
     check_rows(config, tokenizer)
     return Path(str(data.pretokenized_dir))
+
+
+def check_base(config: Config, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:
+    """Refuse a base that does not fit its tokenizer, or rows of several documents.
+
+    Raises:
+        SRDEError: the tokenizer has tokens that the base has no embedding of, or documents in one row would be seen
+            from each other.
+    """
+    name = str(config.model.model_name)
+    base = base_configuration(name, revision=config.model.model_revision)
+    known, tokens = base.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
+    if tokens > known:
+        raise SRDEError(
+            f"model_name={name!r}: its tokenizer has {tokens} tokens, its embedding {known} (vocab_size): take the "
+            "added tokens out of the tokenizer, or enlarge the base with resize_token_embeddings and save it."
+        )
+    if packed and carries_state(base):
+        raise SRDEError(
+            f"model_name={name!r}: documents in a packed row would be seen from each other, because layers of "
+            f"{base.model_type} carry a state from token to token (linear attention, Mamba or a convolution): give "
+            "--packing false, and rows that were built so."
+        )
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -123,6 +154,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
+    check_base(config, tokenizer, packed=manifest.packing)
     check_manifest(config, manifest)
     if manifest.max_length != data.max_length:
         raise SRDEError(

@@ -110,6 +110,7 @@ OTHER_VALUES = {
     "support_scope": "per_expert",
     "atom_mixing": "softmax",
     "too_long": "error",
+    "train_on": "last",
     "expert_transport": "tokens",
     "on_save_failure": "continue",
     "lr_schedule": "wsd",

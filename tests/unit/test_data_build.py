@@ -212,3 +212,21 @@ def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Path], tmp_p
     tokenizer.save_pretrained(tmp_path / "saved")
     check_tokenizer(manifest, tokenizer)
     check_tokenizer(manifest, type(tokenizer).from_pretrained(tmp_path / "saved"))
+
+
+def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Path], tmp_path: Path) -> None:
+    several = [
+        {"messages": [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]}
+        for _ in range(3)
+    ]
+    data = write_jsonl(tmp_path / "several.jsonl", [item | {"domain": "math"} for item in several])
+    options: dict[str, Any] = {"jsonl_data": data, "eval_file": None, "domains": ["math"]}
+    every = build(files, **options)
+    last = build(files, **options, train_on="last", output_dir=tmp_path / "last")
+    alone = build(files, **options, packing=False, output_dir=tmp_path / "alone")
+    counts = [manifest.splits["train"].domains["math"] for manifest in (every, last, alone)]
+    assert counts[0].tokens == counts[1].tokens == counts[2].tokens
+    assert 2 * counts[1].response_tokens == counts[0].response_tokens == counts[2].response_tokens
+    assert [count.rows for count in counts] == [1, 1, 3]
+    fails(files, "built with train_on=all, not last", **options, train_on="last")
+    fails(files, "built with packing=True, not False", **options, packing=False)

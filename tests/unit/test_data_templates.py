@@ -195,7 +195,7 @@ def tokenizer_of(family: str) -> PreTrainedTokenizerBase:
 def runs(family: str, record: dict[str, Any], **options: Any) -> list[str]:
     """The text of each labelled run."""
     tokenizer = tokenizer_of(family)
-    (document,) = tokenize_each([parse_record(record, "x.jsonl:7", ["math"])], tokenizer, **options)
+    (document,) = tokenize_each([parse_record(record, "x.jsonl:7", ["math"], **options)], tokenizer)
     if isinstance(document, SRDEError):
         raise document
     found: list[list[int]] = []
@@ -229,8 +229,8 @@ def test_labelled_is_what_the_template_has_the_model_say(family: str, conversati
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_labelled_text_goes_on_from_the_prompt_as_rendered(family: str, conversation: str) -> None:
     tokenizer = tokenizer_of(family)
-    record = parse_record(CONVERSATIONS[conversation], "x.jsonl:7", ["math"])
-    (document,) = tokenize_each([record], tokenizer, "last")
+    record = parse_record(CONVERSATIONS[conversation], "x.jsonl:7", ["math"], "last")
+    (document,) = tokenize_each([record], tokenizer)
     if isinstance(document, SRDEError):
         return
     prompt = prompt_ids(tokenizer, record.prompt, tools=record.tools)

@@ -14,16 +14,19 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.data.manifest import load_manifest
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed import processes as topology
 from srde_ds.errors import SRDEError
 from srde_ds.training import run_folder
 from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder
 from srde_ds.utils.environment import environment
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
+from tests.hybrids import qwen3_5
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +97,40 @@ def test_two_sources_of_data(refused: Refusal, inputs: dict[str, str]) -> None:
     refused("jsonl_data=", "pretokenized_dir=", "Keep one", pretokenized_dir=inputs["rows"])
     both = {"jsonl_data": None, "pretokenized_dir": inputs["rows"], "eval_file": inputs["held_out"]}
     refused("eval_file=", "pretokenized_dir=", "build_dataset", **both)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_embeds(
+    refused: Refusal, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    base = tmp_path / "larger"
+    shutil.copytree(inputs["base"], base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<one_more>"])
+    tokenizer.save_pretrained(base)
+    count = len(tokenizer)
+    for more in ({}, {"dry_run": "true"}):
+        refused(f"its tokenizer has {count} tokens, its embedding {count - 1}", model_name=str(base), **more)
+
+
+def test_a_base_that_sees_earlier_documents_wants_one_in_a_row(
+    refused: Refusal, inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "hybrid"
+    tokenizer = load_tokenizer(inputs["base"])
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_config(qwen3_5(vocab_size=len(tokenizer))).save_pretrained(base)
+    asked = {"model_name": str(base)}
+    for more in ({}, {"dry_run": "true"}, {"jsonl_data": None, "pretokenized_dir": inputs["rows"]}):
+        refused("documents in a packed row would be seen from each other", "qwen3_5", "--packing false", **asked | more)
+    options = {"jsonl_data": inputs["train"], "domains": DOMAINS, "max_length": POSITIONS, "packing": "false"}
+    assert main(["build_dataset", *flags(options | asked | {"work_dir": str(tmp_path)})]) == 0
+    manifest = load_manifest(tmp_path / "tokenized")
+    assert not manifest.packing
+    assert all(count.rows == count.documents == 6 for count in manifest.splits["train"].domains.values())
+    given = {"pretokenized_dir": str(tmp_path / "tokenized"), "num_experts": 2, "output_dir": str(tmp_path / "run")}
+    common = {"domains": DOMAINS, "max_length": POSITIONS, "dry_run": "true"}
+    assert main(["train", *flags(common | asked | given)]) == 0
+    capsys.readouterr()
 
 
 def test_missing_files(refused: Refusal, tmp_path: Path) -> None:

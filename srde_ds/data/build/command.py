@@ -87,6 +87,8 @@ def build_dataset_command(config: Config, *, domains: list[str] | None, **option
         seed=config.training.seed,
         num_processes=request.num_processes or 1,
         overwrite=request.overwrite,
+        train_on=config.data.train_on,
+        packing=config.data.packing,
     )
     _print_rows(manifest)
     print(f"Dataset: {work_dir / ROWS}")
@@ -117,6 +119,11 @@ def _check(config: Config, request: _Request) -> None:
         raise SRDEError(
             f"eval_file={config.data.eval_file}: goes with jsonl_data. A build from sources holds out splits of its "
             "own; give --decontaminate_against to keep the file's questions out of it."
+        )
+    if config.data.train_on != "all" and request.from_sources:
+        raise SRDEError(
+            f"train_on={config.data.train_on}: goes with jsonl_data. A source says itself which turns count: mark the "
+            'others with "train": false there.'
         )
     if request.skip_tokenize and not request.from_sources:
         raise SRDEError("skip_tokenize=true leaves nothing to do without --examples_per_domain: leave it out.")
@@ -158,6 +165,7 @@ def _from_sources(
         tuple(name.strip() for name in request.decontaminate_against.split(",") if name.strip()),
         request.on_missing_source,
         request.on_shortfall,
+        config.data.packing,
     )
     build = build_from_sources(
         options,

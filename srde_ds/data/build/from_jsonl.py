@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.build.artifacts import process_died, worker_pool
+from srde_ds.data.conversation import TrainOn
 from srde_ds.data.manifest import (
     FILE_NAME,
     FORMAT_VERSION,
@@ -55,6 +56,8 @@ def build_dataset(
     seed: int,
     num_processes: int = 1,
     overwrite: bool = False,
+    train_on: TrainOn = "all",
+    packing: bool = True,
 ) -> Manifest:
     """Write `output_dir/train/`, the held-out splits and `output_dir/manifest.json`.
 
@@ -69,7 +72,8 @@ def build_dataset(
     output_dir = Path(output_dir)
     hashes = {Path(path): file_hash(Path(path)) for path in (jsonl_data, eval_file) if path}
     manifest = Manifest(FORMAT_VERSION, max_length, too_long, seed, list(domains), tokenizer_identity(tokenizer), {})
-    inputs = _Inputs(Path(jsonl_data), Path(eval_file) if eval_file else None, list(domains))
+    manifest.train_on, manifest.packing = train_on, packing
+    inputs = _Inputs(Path(jsonl_data), Path(eval_file) if eval_file else None, list(domains), train_on)
     if not overwrite and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         existing = load_manifest(output_dir)
         _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
@@ -104,12 +108,13 @@ class _Inputs:
     jsonl_data: Path
     eval_file: Path | None
     domains: list[str]
+    train_on: TrainOn
 
     def path(self, split: str) -> Path:
         return self.eval_file if self.eval_file and split == "validation" else self.jsonl_data
 
     def records(self, split: str) -> Iterator[Record]:
-        for record in read_jsonl(self.path(split), self.domains):
+        for record in read_jsonl(self.path(split), self.domains, self.train_on):
             if record.split == split or self.path(split) == self.eval_file:
                 yield record
 
@@ -128,7 +133,7 @@ def _check_same(
         check_tokenizer(existing, tokenizer)
     except SRDEError as error:
         raise SRDEError(f"{remedy}. {error}") from None
-    for key in ("max_length", "too_long", "seed"):
+    for key in ("max_length", "too_long", "seed", "train_on", "packing"):
         built, asked = getattr(existing, key), getattr(wanted, key)
         if built != asked:
             raise SRDEError(f"{remedy}. It was built with {key}={built}, not {asked}.")
@@ -203,7 +208,7 @@ def _write_split(
     parts = folder / "parts"
     parts.mkdir()
     options: dict[str, Any] = {"domains": manifest.domains, "max_length": manifest.max_length, "pad_id": pad_id}
-    options |= {"too_long": manifest.too_long, "seed": manifest.seed}
+    options |= {"too_long": manifest.too_long, "seed": manifest.seed, "packing": manifest.packing}
     with ExitStack() as stack:
         rows = {
             domain: stack.enter_context(DomainRows(parts / f"{number}.arrow", domain=domain, **options))

@@ -24,6 +24,7 @@ class BuildOptions:
     decontaminate_against: tuple[str, ...] = ()
     on_missing_source: str = "fail"
     on_shortfall: str = "fail"
+    packing: bool = True
 
     @property
     def domains(self) -> list[str]:

@@ -161,7 +161,7 @@ def _tokenizing(
     used, part_of = np.unique(pool.part[documents], return_inverse=True)
     index_of = pool.index[documents].tolist()
     keys = [parts[number].key for number in used]
-    code = code_fingerprint("srde_ds.data.packing", "srde_ds.data.build.tokens")
+    code = code_fingerprint(*(f"srde_ds.data.{name}" for name in ("packing", "labels", "template", "build.tokens")))
     arguments = {
         "parts": [str(parts[number].path) for number in used],
         "part_of": part_of.tolist(),

@@ -94,6 +94,7 @@ def write_rows(
     """`tokenized/`, in place of what was there."""
     how: dict[str, Any] = {"domains": options.domains, "max_length": options.max_length}
     how |= {"too_long": options.too_long, "seed": options.seed, "pad_id": pad_token_id(tokenizer)}
+    how["packing"] = options.packing
     work = [
         _packing(domain, number, selection, pool, how) for number in range(len(SPLITS)) for domain in options.domains
     ]
@@ -109,6 +110,7 @@ def write_rows(
         {},
         build.fingerprint,
         licences,
+        packing=options.packing,
     )
     with stages.timed("write"):
         building = work_dir / f"{ROWS}.tmp"
