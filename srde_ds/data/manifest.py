@@ -17,6 +17,8 @@ from srde_ds.errors import SRDEError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+UNEVEN = 10
+"""how many times the smallest domain's response tokens the largest one's are before it is said"""
 
 
 @dataclass
@@ -88,6 +90,25 @@ class Manifest:
         if not (isinstance(names, list) and isinstance(manifest.tokenizer, dict)):
             raise TypeError
         return manifest
+
+
+def response_shares(split: Split) -> dict[str, float]:
+    """Each domain's share of the tokens that carry loss, of the domains that have any; the largest first."""
+    tokens = {domain: counts.response_tokens for domain, counts in split.domains.items() if counts.response_tokens}
+    total = sum(tokens.values())
+    return {domain: count / total for domain, count in sorted(tokens.items(), key=lambda pair: -pair[1])}
+
+
+def uneven_responses(split: Split) -> str | None:
+    """What to say of domains so uneven that the loss is one domain's; None where they are not."""
+    shares = response_shares(split)
+    if not shares or max(shares.values()) < UNEVEN * min(shares.values()):
+        return None
+    told = ", ".join(f"{domain} {share:.1%}" for domain, share in shares.items())
+    return (
+        f"the response tokens, each of which counts alike in the loss, are very unevenly shared: {told}. To give the small "
+        "domains more weight, set --domain_weights or --mixing_temperature."
+    )
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
 from srde_ds.data.build.from_jsonl import build_dataset
-from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import derive_ds_config
@@ -24,6 +25,8 @@ from srde_ds.training.reporting.metrics import load_trackers
 from srde_ds.training.schedule import check_schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.launcher import launched_world_size
+
+log = logging.getLogger(__name__)
 
 
 def check_inputs(config: Config) -> None:
@@ -110,9 +113,13 @@ def prepare_data(config: Config) -> Path:
             packing=data.packing,
         )
         check_manifest(config, manifest)
-        return folder
-    check_rows(config, tokenizer)
-    return Path(str(data.pretokenized_dir))
+    else:
+        folder = Path(str(data.pretokenized_dir))
+        check_rows(config, tokenizer)
+        manifest = load_manifest(folder)
+    if told := uneven_responses(manifest.splits["train"]):
+        log.warning("%s", told)
+    return folder
 
 
 def check_base(config: Config, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:

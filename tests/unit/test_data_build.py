@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from srde_ds.data.build.from_jsonl import build_dataset
-from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.data.manifest import (
+    DomainCounts,
+    Manifest,
+    Split,
+    check_domains,
+    check_tokenizer,
+    load_manifest,
+    load_rows,
+    uneven_responses,
+)
 from srde_ds.errors import SRDEError
 from tests.data_helpers import CHATML, sums, tiny_tokenizer, write_jsonl
 
@@ -230,3 +239,12 @@ def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Path], tmp_p
     assert [count.rows for count in counts] == [1, 1, 3]
     fails(files, "built with train_on=all, not last", **options, train_on="last")
     fails(files, "built with packing=True, not False", **options, packing=False)
+
+
+def test_very_uneven_domains_are_told_with_their_shares() -> None:
+    def split(**tokens: int) -> Split:
+        return Split("", "", 0, 0.0, "", {domain: DomainCounts(response_tokens=n) for domain, n in tokens.items()})
+
+    assert uneven_responses(split(math=900, logic=100, code=0)) is None
+    told = uneven_responses(split(logic=20, math=900, code=80, science=0))
+    assert told is not None and "math 90.0%, code 8.0%, logic 2.0%. " in told and "--domain_weights" in told

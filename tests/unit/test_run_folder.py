@@ -23,7 +23,7 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed import processes as topology
 from srde_ds.errors import SRDEError
 from srde_ds.training import run_folder
-from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder
+from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder, prepare_data
 from srde_ds.utils.environment import environment
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 from tests.hybrids import qwen3_5
@@ -319,3 +319,18 @@ def test_a_dry_run_refuses_rows_that_a_run_would(
     ):
         fails(capsys, ["train", "--dry_run", *flags(good | change)], message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_warns_of_very_uneven_domains(
+    inputs: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "".join(
+        json.dumps({"prompt": f"say {n}", "response": "a b c " * 6, "domain": "red"}) + "\n" for n in range(20)
+    )
+    records = tmp_path / "uneven.jsonl"
+    records.write_text(Path(inputs["train"]).read_text() + long)
+    given = {"model_name": inputs["base"], "domains": DOMAINS, "max_length": POSITIONS}
+    for number, (path, warned) in enumerate(((inputs["train"], False), (str(records), True))):
+        caplog.clear()
+        prepare_data(resolve({}, given | {"jsonl_data": path, "output_dir": str(tmp_path / str(number))}))
+        assert ("unevenly shared: red 9" in caplog.text) == warned
