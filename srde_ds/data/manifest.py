@@ -106,8 +106,8 @@ def uneven_responses(split: Split) -> str | None:
         return None
     told = ", ".join(f"{domain} {share:.1%}" for domain, share in shares.items())
     return (
-        f"the response tokens, each of which counts alike in the loss, are very unevenly shared: {told}. To give the small "
-        "domains more weight, set --domain_weights or --mixing_temperature."
+        "the response tokens, each of which counts alike in the loss, are very unevenly shared: "
+        f"{told}. To give the small domains more weight, set --domain_weights or --mixing_temperature."
     )
 
 
