@@ -159,10 +159,10 @@ def _does_not_go_on(whole: str, prompt: str, *, earlier: bool) -> str:
             f"the chat template writes an earlier turn otherwise ({written!r}) than it asks for it ({asked!r}): give "
             '--train_on last, or mark the earlier turns with "train": false.'
         )
+    thought = "give what the prompt opens, a thought ('reasoning_content', or the beginning of 'content'), or "
     return (
         f"what the chat template writes for the response ({written!r}) does not go on from its generation prompt, "
-        f"which ends in {asked!r}: give what the prompt opens, a thought ('reasoning_content', or the beginning of "
-        f"'content' as the template writes thoughts), or {CHANGE_TEMPLATE}."
+        f"which ends in {asked!r}: {thought if 'think' in prompt[-20:].lower() else ''}{CHANGE_TEMPLATE}."
     )
 
 
