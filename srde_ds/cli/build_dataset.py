@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from srde_ds.cli.flags import Parser, add_config_flags
+from srde_ds.cli.flags import READING, Parser, add_config_flags
 from srde_ds.config import resolve
 
 
 def build_dataset(arguments: Sequence[str]) -> None:
     parser = Parser(
-        prog="srde-ds build_dataset", description="Make a dataset from sources, or rows from a JSONL file as it is."
+        prog="srde-ds build_dataset", description="Make a dataset from sources, or rows from files as they are."
     )
     parser.add_argument(
         "--examples_per_domain", type=int, help="build from sources: documents of each domain, all splits"
@@ -36,21 +36,21 @@ def build_dataset(arguments: Sequence[str]) -> None:
         "--decontaminate_against",
         default="",
         metavar="SET,...",
-        help="JSONL files, or source:split, to keep out of training",
+        help="files of questions, or source:split, to keep out of training",
     )
     parser.boolean("--skip_download", False, "read no sources: tokenise work_dir/data.jsonl as it is")
     parser.boolean("--skip_tokenize", False, "stop after data.jsonl; needs no base")
     parser.boolean("--overwrite", False, "replace what work_dir holds if it is another dataset")
     parser.add_argument("--push_to_hub", "--repo_name", metavar="REPO", help="upload to the Hub, token from HF_TOKEN")
     parser.boolean("--private", True, "of --push_to_hub")
-    parser.add_argument("--num_processes", type=int, help="default: one a core for sources, one for a JSONL file")
-    names = ["model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed"]
-    names += ["train_on", "packing"]
+    parser.add_argument("--num_processes", type=int, help="default: one a core for sources, one for files")
+    files = ("jsonl_data", "eval_file", *READING, "train_on")
+    names = ("model_name", "model_revision", *files, "domains", "max_length", "too_long", "packing", "seed")
     add_config_flags(parser, only=names)
     given = vars(parser.parse(arguments))
     own = {key: given.pop(key) for key in list(given) if key not in names}
     config = resolve({}, given)
-    domains = config.data.domains if "domains" in given else None
+    domains = config.data.domains if "domains" in given or "domain" in given else None
     if own.pop("list_sources"):
         from srde_ds.data.sources.registry import choose_domains, load_sources, print_sources
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from srde_ds.cli.flags import Parser
+from srde_ds.cli.flags import READING, Parser, add_config_flags
+from srde_ds.config import resolve
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     parser = Parser(prog="srde-ds evaluate", description="Loss and accuracy on held-out items, by domain.")
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint-<step> or srde_weights.safetensors")
-    parser.add_argument("--eval_file", required=True, help="held-out JSONL with answers")
+    parser.add_argument("--eval_file", required=True, help="held-out records with answers: a file, folder or pattern")
     parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
     parser.boolean("--compare_baseline", False, "also run the bare base on the same items")
     parser.boolean("--each_expert", False, "also the loss of every domain with each expert alone")
@@ -23,9 +24,11 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=42, help="seed of the bootstrap")
     parser.add_argument("--output_file", help="JSON; default: evaluation.json beside the weights")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_config_flags(parser, only=READING)
     options = vars(parser.parse(arguments))
     options.pop("local_rank")
+    reading = resolve({}, {key: options.pop(key) for key in READING if key in options}).data
 
     from srde_ds.evaluation.command import evaluate_command
 
-    evaluate_command(**options)
+    evaluate_command(reading=reading, **options)

@@ -11,6 +11,9 @@ from srde_ds.config import Config, resolve
 from srde_ds.config.values import BOOLEANS, load_yaml
 from srde_ds.errors import SRDEError, nearest
 
+READING = ("format", "columns", "ignore_columns", "domain", "encoding", "on_bad_record")
+"""Fields of the config that say how files of records are read"""
+
 
 class Parser(argparse.ArgumentParser):
     """Errors become SRDEError: one line, and the nearest known flag for an unknown one."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from srde_ds.cli.flags import Parser
+from srde_ds.cli.flags import READING, Parser, add_config_flags
+from srde_ds.config import resolve
+
+READING_PROMPTS = tuple(name for name in READING if name != "domain")
 
 
 def inference(arguments: Sequence[str]) -> None:
@@ -12,7 +15,9 @@ def inference(arguments: Sequence[str]) -> None:
     parser.add_argument("--srde_weights", required=True, help="srde_weights.safetensors, or a finished run's folder")
     parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
     parser.add_argument("--prompt", help="one question")
-    parser.add_argument("--prompts_file", metavar="FILE", help="many: JSONL with prompt or messages, or one a line")
+    parser.add_argument(
+        "--prompts_file", metavar="FILE", help="many: records, read like training data, or a text file with one a line"
+    )
     parser.add_argument("--output_file", metavar="FILE", help="of prompts_file: JSONL (default: standard output)")
     parser.boolean("--interactive", False, "chat; /help lists its commands")
     parser.add_argument("--expert", metavar="NAME", help="use this expert alone")
@@ -26,8 +31,10 @@ def inference(arguments: Sequence[str]) -> None:
     parser.boolean("--show_routing", False, "print the experts that each token used")
     parser.boolean("--bf16", True, "compute in bfloat16")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
-    options = parser.parse(arguments)
+    add_config_flags(parser, only=READING_PROMPTS)
+    options = vars(parser.parse(arguments))
+    reading = resolve({}, {key: options.pop(key) for key in READING_PROMPTS if key in options}).data
 
     from srde_ds.inference.command import inference_command
 
-    inference_command(**vars(options))
+    inference_command(reading=reading, **options)

@@ -48,6 +48,8 @@ def resolve(file_values: Mapping[str, Any], flag_values: Mapping[str, Any]) -> C
     for key, value in (PRESETS[preset] | given).items():
         target = sections[owner[key]]
         setattr(target, key, checked(target, key, value))
+    if "domains" not in given and config.data.domain is not None:
+        config.data.domains = [config.data.domain]
     if "num_experts" not in given:
         config.adapter.num_experts = len(config.data.domains)
     if "top_k" not in given:

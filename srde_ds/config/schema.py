@@ -63,9 +63,37 @@ class DataConfig:
     """Where the rows come from."""
 
     jsonl_data: str | None = option(
-        None, "training JSONL: prompt, response, domain or messages, domain a line", aliases=("train_file",)
+        None,
+        "training records: a file, a folder or a pattern in quotes; JSON lines or array, Parquet, CSV or TSV, "
+        "also .gz or .zst (docs/data.md lists the forms)",
+        aliases=("train_file",),
     )
-    eval_file: str | None = option(None, "held-out JSONL in the same form, for loss during training and for evaluation")
+    eval_file: str | None = option(
+        None, "held-out records, read like jsonl_data, for loss during training and for evaluation"
+    )
+    format: (
+        Literal[
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "prompt_completion",
+            "prompt_response",
+            "multiple_choice",
+            "question_answer",
+        ]
+        | None
+    ) = option(None, "form of the records (default: told by their keys)")
+    columns: str | None = option(None, "names that the files have for a form's keys: prompt=question,response=reply")
+    ignore_columns: list[str] | None = option(
+        None, "keys of the records to leave out, joined by commas; *: all that their form does not know"
+    )
+    domain: str | None = option(
+        None, "domain of the records that name none (default: the one of domains, if there is only one)"
+    )
+    encoding: str | None = option(None, "encoding of text files that are neither UTF-8 nor marked, such as gbk")
+    on_bad_record: Literal["fail", "skip"] = option(
+        "fail", "what happens if records are bad: stop and list them, or leave them out and count them"
+    )
     pretokenized_dir: str | None = option(None, "folder written by build_dataset (instead of jsonl_data)")
     domains: list[str] = option(list(DOMAINS), "domain names, in the order of the experts")
     max_length: int = option(2048, "tokens in a packed row", minimum=8)

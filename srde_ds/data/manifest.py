@@ -26,7 +26,7 @@ class DomainCounts:
     """One domain in one split."""
 
     documents: int = 0
-    """records in the JSONL file"""
+    """records in the files"""
     too_long: int = 0
     """documents longer than max_length"""
     dropped: int = 0
@@ -38,6 +38,8 @@ class DomainCounts:
     """real tokens in the rows"""
     response_tokens: int = 0
     """tokens that carry loss"""
+    longest: int = 0
+    """tokens of the longest document, before it was cut or left out"""
 
 
 @dataclass
@@ -66,13 +68,17 @@ class Manifest:
     tokenizer: dict[str, str | int]
     splits: dict[str, Split]
     build: str = ""
-    """fingerprint of the build from sources that made it; empty for rows of a JSONL file"""
+    """fingerprint of the build from sources that made it; empty for rows of files that were taken as they are"""
     sources: list[dict[str, str | None]] = field(default_factory=list)
     """name, domain, location, revision, license, redistributable of each source of such a build"""
     train_on: str = "all"
     """which turns of the assistant carry labels, of those that are not marked to carry none: all, or the last"""
     packing: bool = True
     """whether a row holds several documents"""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """how the files were read, where not by default: format, columns, domain, encoding, ..."""
+    bad_records: int = 0
+    """left out, with on_bad_record=skip"""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

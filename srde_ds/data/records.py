@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from srde_ds.data.conversation import (
@@ -48,36 +47,6 @@ class Record:
     def prompt(self) -> list[Message]:
         """Everything before the last response."""
         return self.messages[:-1]
-
-
-def read_jsonl(path: str | Path, domains: Sequence[str], train_on: TrainOn = "all") -> Iterator[Record]:
-    """The records of a JSONL file. Blank lines are skipped, unknown keys ignored, `null` counts as absent.
-
-    Raises:
-        SRDEError: a missing or empty file, or a bad line, named as `file:line`.
-    """
-    path = Path(path)
-    found = False
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    found = True
-                    yield _parse(line, f"{path}:{number}", domains, train_on)
-    except FileNotFoundError:
-        raise SRDEError(f"no such file '{path}': give an existing JSONL file.") from None
-    except OSError as error:
-        raise SRDEError(f"'{path}' cannot be read: {error.strerror}.") from None
-    if not found:
-        raise SRDEError(f"'{path}' is empty: it must hold one JSON object a line.")
-
-
-def _parse(line: bytes, where: str, domains: Sequence[str], train_on: TrainOn) -> Record:
-    try:
-        content = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise SRDEError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
-    return parse_record(content, where, domains, train_on)
 
 
 def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:

@@ -79,6 +79,7 @@ class DomainRows:
         self.counts.documents += 1
         self.counts.by_parts += document.by_parts
         self.counts.too_long += len(document) > self.max_length
+        self.counts.longest = max(self.counts.longest, len(document))
         kept = fit(document, self.max_length, self.too_long)
         if kept is None:
             self.counts.dropped += 1

@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.config import DOMAINS, resolve
+from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
-from srde_ds.data.records import Record, read_jsonl
+from srde_ds.data.inputs import ReadOptions, read_records
+from srde_ds.data.records import Record
 from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.sandbox import protections
@@ -43,6 +44,7 @@ def evaluate_command(
     bf16: bool,
     seed: int,
     output_file: str | None,
+    reading: DataConfig | None = None,
 ) -> dict[str, Any]:
     """Evaluate, print the tables, write `output_file` and the items beside it; returns the JSON's content.
 
@@ -51,6 +53,7 @@ def evaluate_command(
     Args:
         checkpoint: see `resolve_weights`.
         output_file: None: see `default_output`.
+        reading: how `eval_file` is read.
 
     Raises:
         SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range, or `output_file`
@@ -64,7 +67,9 @@ def evaluate_command(
             weights = resolve_weights(checkpoint, scratch)
             if is_main:
                 check_output(target)
-            records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
+            domains = _domains(checkpoint, read_metadata(weights).expert_names)
+            options = ReadOptions.of(reading) if reading else None
+            records = list(read_records(eval_file, domains, options, option="eval_file"))
             return *load_model(weights, base=base, bf16=bf16), records
 
     with launched_processes() as processes:

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.config import DataConfig
 from srde_ds.data.conversation import Message
+from srde_ds.data.inputs import ReadOptions
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
 from srde_ds.inference.generate import format_routing, generate
@@ -42,6 +44,7 @@ def inference_command(
     show_routing: bool,
     bf16: bool,
     seed: int,
+    reading: DataConfig | None = None,
 ) -> None:
     """Answer on standard output or in `output_file`, or hold a conversation over standard input and output.
 
@@ -49,7 +52,8 @@ def inference_command(
         SRDEError: options that contradict each other, an empty prompt, missing weights, a wrong base.
     """
     check_options(locals())
-    conversations = read_prompts(prompts_file) if prompts_file is not None else []
+    options = ReadOptions.of(reading) if reading else None
+    conversations = read_prompts(prompts_file, options) if prompts_file is not None else []
     model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=bf16)
     if expert is not None:
         model.set_active_experts(expert)

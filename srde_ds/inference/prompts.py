@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import NamedTuple
 
 from srde_ds.data.conversation import Message, Tools
+from srde_ds.data.inputs import BadRecords, ReadOptions, read_fields
 from srde_ds.data.records import parse_prompt
 from srde_ds.errors import SRDEError
 
-Prompt = tuple[str, list[Message], Tools | None]
-"""Place (file:line), conversation, and descriptions of the functions that the answer may call"""
+
+class Prompt(NamedTuple):
+    """A conversation to be answered."""
+
+    place: str
+    """`file:line`, for error messages"""
+    messages: list[Message]
+    tools: Tools | None
+    """functions that the answer may call"""
 
 
-def read_prompts(path: str | Path) -> list[Prompt]:
-    """The prompts of a `.jsonl` file, see `parse_prompt`, or of another file, each line one. Empty lines are left out.
+def read_prompts(path: str | Path, options: ReadOptions | None = None) -> list[Prompt]:
+    """The prompts of a file, of the files in a folder, or of those that a pattern matches.
+
+    They are read like training records, of which what stands before the last answer counts; a file of another ending,
+    such as .txt, holds a prompt in each line. Blank lines are skipped.
 
     Raises:
-        SRDEError: no such file, no prompt in it, or a line that is not understood.
+        SRDEError: no such file, no prompt in it, or prompts that are not understood.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SRDEError(f"prompts_file='{path}': cannot be read ({error}). Give a text or JSONL file.") from None
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        place = f"{path}:{number}"
-        if line.strip():
-            values = _object(line, place) if path.suffix.lower() == ".jsonl" else {"prompt": line.strip()}
-            prompts.append((place, *parse_prompt(values, place)))
+    options = options or ReadOptions()
+    bad, prompts = BadRecords(), []
+    for place, fields in read_fields(path, options, bad, option="prompts_file", answered=False):
+        try:
+            prompts.append(Prompt(place, *parse_prompt(fields, place)))
+        except SRDEError as error:
+            bad.add(error)
+    bad.settle(options.on_bad_record)
     if not prompts:
         raise SRDEError(f"prompts_file='{path}': holds no prompt; give one a line.")
     return prompts
-
-
-def _object(line: str, place: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise SRDEError(f"{place}: not valid JSON ({error}).") from None

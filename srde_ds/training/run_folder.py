@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.from_files import InputFiles, build_dataset, check_files
+from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
@@ -80,6 +82,10 @@ def check_dry_run(config: Config) -> None:
             check_rows(config, tokenizer)
         else:
             check_base(config, tokenizer, packed=data.packing)
+            reading = ReadOptions.of(data)
+            check_files(
+                InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on), tokenizer
+            )
     if config.training.resume_from:
         find_checkpoint(config.training.resume_from, config.training.output_dir)
 
@@ -94,9 +100,6 @@ def prepare_data(config: Config) -> Path:
     """
     tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
     data = config.data
-    for name, value in (("jsonl_data", data.jsonl_data), ("eval_file", data.eval_file)):
-        if value and not Path(value).is_file():
-            raise SRDEError(f"{name}={value}: no such file. Give an existing JSONL file.")
     if data.jsonl_data:
         check_base(config, tokenizer, packed=data.packing)
         folder = Path(config.training.output_dir) / "tokenized"
@@ -111,7 +114,9 @@ def prepare_data(config: Config) -> Path:
             seed=config.training.seed,
             train_on=data.train_on,
             packing=data.packing,
+            reading=ReadOptions.of(data),
         )
+        tell_dropped(manifest)
         check_manifest(config, manifest)
     else:
         folder = Path(str(data.pretokenized_dir))

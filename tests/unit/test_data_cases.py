@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from srde_ds.data.inputs import read_records
 from srde_ds.data.packing import check_markers, prompt_ids, tokenize
-from srde_ds.data.records import read_jsonl
 from srde_ds.errors import SRDEError
 from srde_ds.inference.prompts import read_prompts
 from tests.templates import FAMILIES
@@ -21,7 +21,7 @@ FINAL = "<|channel|>final<|message|>"
 def labelled(file: str, family: str) -> tuple[str, list[str]]:
     """The whole text of the file's document, and what of it is labelled, run by run."""
     tokenizer = FAMILIES[family].tokenizer()
-    (record,) = read_jsonl(CASES / file, ["math"])
+    (record,) = read_records(CASES / file, ["math"])
     check_markers(tokenizer, record)
     (document,) = tokenize([record], tokenizer)
     runs: list[list[int]] = []
@@ -99,7 +99,7 @@ def test_refusals(file: str, family: str, message: str) -> None:
 
 def test_an_earlier_thought_that_the_template_drops_leaves_the_last_turn() -> None:
     tokenizer = FAMILIES["qwen, thinking"].tokenizer()
-    (record,) = read_jsonl(CASES / "think_multi_turn.jsonl", ["math"], "last")
+    (record,) = read_records(CASES / "think_multi_turn.jsonl", ["math"], train_on="last")
     (document,) = tokenize([record], tokenizer)
     assert tokenizer.decode(document.input_ids[document.is_response]) == "\n</think>\n\n6<|im_end|>"
     assert "<|im_start|>assistant\n4<|im_end|>" in tokenizer.decode(document.input_ids)
@@ -118,7 +118,7 @@ def test_prompts() -> None:
 
 def test_calls_in_prompts_are_written_as_in_training() -> None:
     tokenizer = FAMILIES[CHATML_TOOLS].tokenizer()
-    (record,) = read_jsonl(CASES / "tool_1.jsonl", ["math"])
+    (record,) = read_records(CASES / "tool_1.jsonl", ["math"])
     asked_for = record.messages[:3]
     text = tokenizer.decode(prompt_ids(tokenizer, asked_for, tools=record.tools))
     assert text.endswith(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from srde_ds.data.records import Record, parse_prompt, parse_record, read_jsonl
+from srde_ds.data.inputs import read_records
+from srde_ds.data.records import Record, parse_prompt, parse_record
 from srde_ds.errors import SRDEError
 
 DOMAINS = ("math", "logic")
@@ -24,33 +25,27 @@ def test_both_forms_are_read(tmp_path: Path) -> None:
     system = {"role": "system", "content": "Be brief."}
     path = write(
         tmp_path / "data.jsonl",
-        GOOD | {"answer": "2", "source": "hand", "difficulty": 3, "messages": None},
+        GOOD | {"answer": "2", "source": "hand", "id": 3, "messages": None},
         "",
         {"messages": [system, *TURNS, *TURNS], "domain": "logic"},
     )
-    first, second = read_jsonl(path, DOMAINS)
+    first, second = read_records(path, DOMAINS)
     assert first.messages == [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
     assert (first.domain, first.answer, first.source, first.where) == ("math", "2", "hand", f"{path}:1")
     assert second.messages == [system, *TURNS, *TURNS] and second.prompt == [system, *TURNS, TURNS[0]]
     assert (second.domain, second.answer, second.source, second.where) == ("logic", None, "", f"{path}:3")
 
 
-def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n")
-    assert [record.domain for record in read_jsonl(path, DOMAINS)] == ["math"]
-
-
 @pytest.mark.parametrize("answer", ["red", "B", " b", 1])
 def test_choices_are_named_by_text_letter_or_number(tmp_path: Path, answer: object) -> None:
     path = write(tmp_path / "data.jsonl", GOOD | {"choices": ["a", "red"], "answer": answer})
-    (record,) = read_jsonl(path, DOMAINS)
+    (record,) = read_records(path, DOMAINS)
     assert (record.choices, record.answer, record.tests) == (["a", "red"], "red", None)
 
 
 def test_a_choice_that_is_a_letter_is_itself(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", GOOD | {"choices": ["B", "A"], "answer": "A"}, GOOD | {"tests": "assert 1"})
-    chosen, program = read_jsonl(path, DOMAINS)
+    chosen, program = read_records(path, DOMAINS)
     assert chosen.answer == "A" and (program.choices, program.tests) == (None, "assert 1")
 
 
@@ -78,9 +73,9 @@ def test_a_choice_that_is_a_letter_is_itself(tmp_path: Path) -> None:
         (GOOD | {"tests": 1}, "field 'tests' must be text"),
         (GOOD | {"source": {}}, "field 'source' must be text, not an object"),
         (GOOD | {"domain": "maths"}, "unknown domain 'maths', must be one of math, logic. Did you mean 'math'?"),
-        (GOOD | {"messages": TURNS}, "has both 'messages' and 'prompt'"),
+        (GOOD | {"messages": TURNS}, "unknown key 'prompt' in a record of the form messages"),
         (GOOD | {"prompt": "\ud800"}, "half a surrogate pair"),
-        ({"messages": "a", "domain": "math"}, "must be a list of objects"),
+        ({"messages": "a", "domain": "math"}, "must be a list, not text"),
         ({"messages": [], "domain": "math"}, "must be from the assistant"),
         ({"messages": TURNS[:1], "domain": "math"}, "must be from the assistant"),
         ({"messages": TURNS[1:], "domain": "math"}, "must hold a user message before"),
@@ -93,25 +88,9 @@ def test_a_choice_that_is_a_letter_is_itself(tmp_path: Path) -> None:
 def test_faults_name_file_and_line(tmp_path: Path, line: object, message: str) -> None:
     path = write(tmp_path / "data.jsonl", GOOD, line)
     with pytest.raises(SRDEError) as caught:
-        list(read_jsonl(path, DOMAINS))
+        list(read_records(path, DOMAINS))
     text = str(caught.value)
     assert text.startswith(f"{path}:2: ") and message in text and "\n" not in text
-
-
-def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "data.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(SRDEError, match=r"data.jsonl:2: not valid JSON in UTF-8"):
-        list(read_jsonl(path, DOMAINS))
-
-
-def test_missing_empty_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(SRDEError, match="no such file"):
-        list(read_jsonl(tmp_path / "none.jsonl", DOMAINS))
-    with pytest.raises(SRDEError, match="is empty"):
-        list(read_jsonl(write(tmp_path / "empty.jsonl", "", "  "), DOMAINS))
-    with pytest.raises(SRDEError, match="cannot be read: Is a directory"):
-        list(read_jsonl(tmp_path, DOMAINS))
 
 
 # -- messages in every common spelling --------------------------------------------------------------------------------

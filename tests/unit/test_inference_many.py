@@ -112,7 +112,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         + "\n"
         + json.dumps({"messages": messages})
     )
-    assert [found for _, found, _ in read_prompts(objects)] == asked("a\u2028a", "b")
+    assert [prompt.messages for prompt in read_prompts(objects)] == asked("a\u2028a", "b")
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompt"),
+        ("", "is empty"),
         ("{", r"p\.jsonl:1: not valid JSON"),
         ('{"prompt": "a"}\n{"prompt": 1}', r"p\.jsonl:2: field 'prompt' must be text, not a number"),
-        ('{"answer": "a"}', "needs 'prompt', or 'messages'"),
+        ('{"answer": "a"}', "needs 'prompt' and 'response', or 'messages'"),
         ('{"prompt": "x \\ud83d y"}', r"p\.jsonl:1: field 'prompt' holds half a surrogate pair"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "ask nothing"),
         ('{"messages": [1]}', "'messages' must be a list of objects"),
@@ -144,5 +144,5 @@ def test_files_that_are_not_understood(content: str, message: str, tmp_path: Pat
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(SRDEError, match=message):
         read_prompts(tmp_path / "p.jsonl")
-    with pytest.raises(SRDEError, match="cannot be read"):
+    with pytest.raises(SRDEError, match="no such file"):
         read_prompts(tmp_path / "none.txt")

@@ -32,7 +32,7 @@ class BuildOptions:
 
 
 @dataclass
-class Build:
+class BuildSummary:
     """`build.json`: all that the report says."""
 
     fingerprint: str
@@ -45,8 +45,8 @@ class Build:
     """`documents`, `by_split`, `by_source`, `missing`, `tokens`, `lengths` as a histogram"""
     forms_of_words: int = 0
     """evaluation n-grams that too many documents share to be a leak"""
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    """`wall_seconds`, `cpu_seconds` and `parts_made` (those that no earlier build left)"""
+    passes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`wall_seconds`, `cpu_seconds` and `artifacts_made` (those that no earlier build left)"""
     wall_seconds: float = 0.0
     num_processes: int = 1
 
