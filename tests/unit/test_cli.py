@@ -103,6 +103,8 @@ def test_every_option_has_a_flag_that_sets_it(field: Any) -> None:
 
 
 OTHER_VALUES = {
+    "format": "alpaca",
+    "on_bad_record": "skip",
     "preset": "reference",
     "top_k": "1",
     "granularity": "element",
