@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import re
+import shlex
+import textwrap
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -32,6 +38,31 @@ def test_a_file_is_built_in_one_command(base: Path, tmp_path: Path, name: str) -
     assert main(command(base, tmp_path, jsonl_data=CASES / name)) == 0
     counts = load_manifest(tmp_path / "tokenized").splits["train"].domains
     assert counts["math"].documents == (1 if name in ("plain.jsonl.gz", "sharegpt.jsonl") else 2)
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "bring_your_own_data.md"
+SECTIONS = [part for part in PAGE.read_text(encoding="utf-8").split("\n## ") if "build_dataset --jsonl_data" in part]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
+def test_the_commands_of_the_page_work(
+    base: Path, tmp_path: Path, section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = re.search("`(.+?)`", section)[1].replace("*", "part")
+    blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n?)+", section, re.MULTILINE)]
+    command = next(block for block in blocks if block.startswith("srde-ds"))
+    Path(name).parent.mkdir(exist_ok=True)
+    if name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist([json.loads(blocks[0])]), name)
+    elif name.endswith(".gz"):
+        Path(name).write_bytes(gzip.compress(blocks[0].encode()))
+    else:
+        Path(name).write_text(blocks[0], encoding="cp1252" if "cp1252" in command else "utf-8")
+    arguments = shlex.split(command.replace("\\\n", "").replace("BASE", str(base)))[1:]
+    assert main([*arguments, "--max_length", "128"]) == 0
+    documents = sum(c.documents for c in load_manifest("data/tokenized").splits["train"].domains.values())
+    assert documents == (2 if name == "faq.csv" else 1)
 
 
 def test_other_names_another_encoding_and_a_domain_are_given_by_flags(base: Path, tmp_path: Path) -> None:
