@@ -49,9 +49,13 @@ class Form:
         """The keys that stay as they are."""
         return frozenset(COMMON_KEYS).difference(self.keys, UNUSED)
 
+    @cached_property
+    def _marks(self) -> list[frozenset[str]]:
+        return [frozenset(mark) for mark in self.marks]
+
     def fits(self, fields: Mapping[str, Any]) -> bool:
         """Whether a record's keys tell this form."""
-        return any(all(key in fields for key in mark) for mark in self.marks)
+        return any(mark.issubset(fields) for mark in self._marks)
 
 
 class BadForm(ValueError):
@@ -77,13 +81,12 @@ def convert(content: Fields, place: str, *, form: str | None = None, answered: b
             f"{'; '.join(' and '.join(one.marks[0]) for one in FORMS.values())}. It has "
             f"{', '.join(map(repr, fields)) or 'no key'}: give --columns, such as prompt=question,response=reply."
         )
-    for key in fields:
-        if key not in chosen.known:
-            raise SRDEError(
-                f"{place}: unknown key '{key}' in a record of the form {chosen.name}, which has "
-                f"{', '.join(chosen.known)}.{nearest(key, chosen.known)} Name the key it "
-                f"stands for with --columns KEY={key}, or leave it out with --ignore_columns {key}."
-            )
+    if unknown := [key for key in fields if key not in chosen.known]:
+        raise SRDEError(
+            f"{place}: unknown key '{unknown[0]}' in a record of the form {chosen.name}, which has "
+            f"{', '.join(chosen.known)}.{nearest(unknown[0], chosen.known)} Name the key it stands for with --columns "
+            f"KEY={unknown[0]}, or leave it out with --ignore_columns {','.join(unknown)}."
+        )
     try:
         converted = chosen.convert(fields, answered)
     except (BadForm, BrokenRow) as error:
