@@ -116,12 +116,12 @@ def prepare_data(config: Config) -> Path:
             packing=data.packing,
             reading=ReadOptions.of(data),
         )
-        tell_dropped(manifest)
         check_manifest(config, manifest)
     else:
         folder = Path(str(data.pretokenized_dir))
         check_rows(config, tokenizer)
         manifest = load_manifest(folder)
+    tell_dropped(manifest)
     if told := uneven_responses(manifest.splits["train"]):
         log.warning("%s", told)
     return folder
