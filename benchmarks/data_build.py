@@ -28,9 +28,8 @@ from srde_ds.data.build.artifacts import slices
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.report import write_report
-from srde_ds.data.build.row_rules import write_table
-from srde_ds.data.build.selection import DOCUMENTS_A_FILE
-from srde_ds.data.build.tokens import set_tokenizer, tokenize_records
+from srde_ds.data.build.tables import write_table
+from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, set_tokenizer, tokenize_records
 from srde_ds.data.manifest import load_manifest
 from srde_ds.data.sources.registry import load_sources
 from srde_ds.data.synthetic.tasks import generate
@@ -169,13 +168,13 @@ def main() -> None:
 
     documents = sum(figures["documents"] for figures in build.domains.values())
     tokens = sum(figures["tokens"] for figures in build.domains.values())
-    cpu = {name: stage["cpu_seconds"] for name, stage in build.stages.items()}
+    cpu = {name: figures["cpu_seconds"] for name, figures in build.passes.items()}
     total = sum(cpu.values())
     result = {
         "documents": documents,
         "tokens": tokens,
         "wall_seconds": build.wall_seconds,
-        "stages": build.stages,
+        "passes": build.passes,
         "documents_per_second_and_core": documents / total,
         "tokens_per_second_and_core": tokens / total,
         "documents_per_second_and_core_without_making_items": documents / (total - cpu["records"]),

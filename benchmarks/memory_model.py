@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.tables import measured_on
 from srde_ds.config import resolve
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.memory import memory

@@ -23,7 +23,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from benchmarks.tables import measured_on
 from srde_ds.config import DOMAINS, AdapterConfig
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.model.adapter import SRDEModel, add_experts

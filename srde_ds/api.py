@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import atexit
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.config import Config, resolve
+from srde_ds.config import Config, DataConfig, resolve
 from srde_ds.config.checks import check_relations
 from srde_ds.config.values import checked
-from srde_ds.data.build.from_jsonl import build_dataset as pack_jsonl
+from srde_ds.data.build.from_files import build_dataset as pack_files
+from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.evaluation.command import evaluate_weights
@@ -73,7 +73,7 @@ def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> P
 
 
 def build_dataset(
-    files: str | Path | Sequence[str | Path],
+    files: str | Path,
     *,
     model_name: str | Path,
     output: str | Path,
@@ -81,16 +81,16 @@ def build_dataset(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Pack the records of JSONL files into rows of tokens, once for all runs with the same tokenizer.
+    """Pack records into rows of tokens, once for all runs with the same tokenizer.
 
     Args:
-        files: one or more files with prompt, response and domain, or messages and domain, on each line.
+        files: a file, a folder or a pattern: JSON lines or arrays, Parquet, CSV or TSV (docs/data.md lists the forms).
         model_name: Hub id or folder of the base, whose tokenizer and chat template are used.
         output: folder to write. One that was built from the same input is used as it is.
-        eval_file: held-out records in the same form.
+        eval_file: held-out records, read in the same way.
         overwrite: replace a folder that holds something else.
-        options: `domains`, `max_length` (tokens in a row; default: 2048, at most the base's context), `too_long`,
-            `seed` and `model_revision`, as of `train`.
+        options: of the section `data` and `seed` and `model_revision`, as of `train`: `domains`, `max_length` (tokens
+            in a row; default: 2048, at most the base's context), `format`, `columns`, `on_bad_record`, ...
 
     Returns:
         The folder, for `train(pretokenized_dir=...)`.
@@ -101,31 +101,32 @@ def build_dataset(
     Example:
         >>> from srde_ds import build_dataset
         >>> rows = build_dataset(
-        ...     ["train.jsonl"], model_name="base", output="rows", domains=["red", "green"], max_length=64
+        ...     "train.jsonl", model_name="base", output="rows", domains=["red", "green"], max_length=64
         ... )
         >>> sorted(path.name for path in rows.iterdir())
         ['manifest.json', 'train']
     """
-    known = ("domains", "max_length", "too_long", "seed", "model_revision")
+    training_only = ("jsonl_data", "eval_file", "pretokenized_dir", "domain_weights", "mixing_temperature")
+    known = [field.name for field in fields(DataConfig) if field.name not in training_only]
+    known += ["seed", "model_revision"]
     for name in options:
         if name not in known:
             raise SRDEError(f"unknown option '{name}' of build_dataset.{nearest(name, known)}")
     config = resolve({}, {"model_name": str(model_name)} | options, read_inputs=read_base_inputs)
-    paths = [Path(files)] if isinstance(files, str | Path) else [Path(path) for path in files]
-    if not paths:
-        raise SRDEError("files=[]: give at least one JSONL file.")
-    with TemporaryDirectory(prefix="srde-") as scratch:
-        pack_jsonl(
-            tokenizer=load_tokenizer(str(model_name), revision=config.model.model_revision),
-            jsonl_data=paths[0] if len(paths) == 1 else _joined(paths, Path(scratch)),
-            eval_file=eval_file,
-            output_dir=output,
-            domains=config.data.domains,
-            max_length=config.data.max_length,
-            too_long=config.data.too_long,
-            seed=config.training.seed,
-            overwrite=overwrite,
-        )
+    pack_files(
+        tokenizer=load_tokenizer(str(model_name), revision=config.model.model_revision),
+        jsonl_data=files,
+        eval_file=eval_file,
+        output_dir=output,
+        domains=config.data.domains,
+        max_length=config.data.max_length,
+        too_long=config.data.too_long,
+        seed=config.training.seed,
+        overwrite=overwrite,
+        train_on=config.data.train_on,
+        packing=config.data.packing,
+        reading=ReadOptions.of(config.data),
+    )
     return Path(output)
 
 
@@ -134,7 +135,7 @@ def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict
 
     Args:
         weights: a run folder, a checkpoint, a weights file or a repository of the Hub.
-        eval_file: JSONL in the form of the training data; accuracy needs an answer on each line.
+        eval_file: held-out records, read like training data; accuracy needs an answer in each.
         options: `base`, `compare_baseline`, `each_expert`, `run_code`, `max_samples`, `max_new_tokens`, `batch_size`,
             `bf16`, `seed` and `output_file`; `srde-ds evaluate --help` describes them.
 
@@ -201,17 +202,3 @@ def generate(
     longest = answer_length(model, ANSWER_TOKENS) if max_tokens is None else max_tokens
     answer = generate_answer(model, tokenizer, messages, max_tokens=longest, temperature=temperature, top_p=top_p)
     return answer.text
-
-
-def _joined(paths: Sequence[Path], folder: Path) -> Path:
-    """One file with the lines of all."""
-    whole = folder / "records.jsonl"
-    with whole.open("wb") as target:
-        for path in paths:
-            try:
-                with path.open("rb") as source:
-                    shutil.copyfileobj(source, target)
-            except OSError as error:
-                raise SRDEError(f"'{path}' cannot be read: {error.strerror}. Give existing JSONL files.") from None
-            target.write(b"\n")
-    return whole

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.learning.plan import Budget, Plan
 from srde_ds.config import DOMAINS
-from srde_ds.data.build.from_jsonl import build_dataset, file_hash
+from srde_ds.data.build.from_files import build_dataset, file_hash
+from srde_ds.data.inputs import read_records
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.data.records import Record, read_jsonl
+from srde_ds.data.records import Record
 from srde_ds.data.synthetic.tasks import generate
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
@@ -50,7 +51,7 @@ class Inputs:
         return rows
 
     def test_records(self) -> list[Record]:
-        return [record for record in read_jsonl(self.items, DOMAINS) if record.split == "test"]
+        return [record for record in read_records(self.items, DOMAINS) if record.split == "test"]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.base)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srde_ds.cli.flags import Parser, resolved
+from srde_ds.cli.flags import READING, Parser, resolved
 from srde_ds.config.values import option
 from srde_ds.data.build.request import BuildRequest
 
-RUN_OPTIONS = ("model_name", "model_revision", "jsonl_data", "eval_file", "domains", "max_length", "too_long", "seed")
+FILES = ("jsonl_data", "eval_file", *READING, "train_on")
+RUN_OPTIONS = ("model_name", "model_revision", *FILES, "domains", "max_length", "too_long", "packing", "seed")
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ def build_dataset(arguments: Sequence[str]) -> None:
     """Build a dataset as the command line says."""
     parser = Parser(
         "srde-ds build_dataset",
-        "Build a dataset from sources, or pack the records of a JSONL file into rows as they are.",
-        usage="(--examples_per_domain N | --jsonl_data FILE) [options]",
+        "Build a dataset from sources, or pack the records of files into rows as they are.",
+        usage="(--examples_per_domain N | --jsonl_data FILES) [options]",
     )
     parser.add_options(Listing)
     parser.add_options(BuildRequest)
     parser.add_config_options(only=RUN_OPTIONS)
     given = parser.parse(arguments)
     listing, request = parser.options(Listing, given), parser.options(BuildRequest, given)
-    by_name = "domains" in given
+    by_name = "domains" in given or "domain" in given
     if listing.list_sources:
         from srde_ds.data.sources.registry import choose_domains, load_sources, print_sources
 

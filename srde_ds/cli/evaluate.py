@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from srde_ds.cli.flags import Parser
+from srde_ds.cli.flags import READING, Parser
+from srde_ds.config import resolve
 from srde_ds.evaluation.options import EvaluateOptions
 
 
@@ -17,9 +18,12 @@ def evaluate(arguments: Sequence[str]) -> None:
         positional="weights",
     )
     parser.add_options(EvaluateOptions)
+    parser.add_config_options(only=READING)
     parser.add_launcher_flag()
-    options = parser.options(EvaluateOptions, parser.parse(arguments))
+    given = parser.parse(arguments)
+    options = parser.options(EvaluateOptions, given)
+    reading = resolve({}, given).data
 
     from srde_ds.evaluation.command import evaluate_command
 
-    evaluate_command(options)
+    evaluate_command(options, reading)

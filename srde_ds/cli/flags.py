@@ -13,6 +13,8 @@ from srde_ds.config.resolve import ReadInputs
 from srde_ds.config.values import BOOLEANS, checked, load_yaml
 from srde_ds.errors import SRDEError, nearest
 
+READING = ("format", "columns", "ignore_columns", "domain", "encoding", "on_bad_record")
+"""Fields of the config that say how files of records are read"""
 Options = TypeVar("Options")
 HELP_POSITION = 34  # column in which the texts begin
 

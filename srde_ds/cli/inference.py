@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from srde_ds.cli.flags import Parser
+from srde_ds.cli.flags import READING, Parser
+from srde_ds.config import resolve
 from srde_ds.inference.options import InferenceOptions
+
+READING_PROMPTS = tuple(name for name in READING if name != "domain")
 
 
 def inference(arguments: Sequence[str]) -> None:
@@ -17,8 +20,11 @@ def inference(arguments: Sequence[str]) -> None:
         positional="weights",
     )
     parser.add_options(InferenceOptions)
-    options = parser.options(InferenceOptions, parser.parse(arguments))
+    parser.add_config_options(only=READING_PROMPTS)
+    given = parser.parse(arguments)
+    options = parser.options(InferenceOptions, given)
+    reading = resolve({}, given).data
 
     from srde_ds.inference.command import inference_command
 
-    inference_command(options)
+    inference_command(options, reading)

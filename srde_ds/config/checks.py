@@ -42,6 +42,10 @@ def check_relations(config: Config) -> None:
     repeated = sorted({d for d in data.domains if data.domains.count(d) > 1})
     if repeated:
         raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice. Name each once.")
+    if data.domain is not None and data.domain not in data.domains:
+        raise SRDEError(
+            f"domain={data.domain}: must be one of domains={','.join(data.domains)}. Name it in --domains, too."
+        )
     if data.jsonl_data and data.pretokenized_dir:
         raise SRDEError(
             f"jsonl_data={data.jsonl_data} and pretokenized_dir={data.pretokenized_dir}: "

@@ -47,6 +47,8 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
 
     if inputs.domains is not None:
         default("domains", list(inputs.domains), "those of pretokenized_dir")
+    elif data.domain is not None:
+        default("domains", [data.domain], "the one of domain")
     least = adapter.top_k if "top_k" in given else 1
     reason = "one for each domain" if len(data.domains) >= least else "as many as top_k"
     default("num_experts", max(len(data.domains), least), reason)

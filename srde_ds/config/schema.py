@@ -105,16 +105,47 @@ class DataConfig:
 
     jsonl_data: str | None = option(
         None,
-        "training data as JSONL: prompt, response and domain, or messages and domain, on each line",
-        metavar="FILE",
+        "training records: a file, a folder or a pattern in quotes; JSON lines or array, Parquet, CSV or TSV, "
+        "also .gz or .zst (docs/data.md lists the forms)",
+        metavar="FILES",
         aliases=("train_file",),
         common=True,
     )
     eval_file: str | None = option(
         None,
-        "held-out JSONL in the same form, for the loss during training and for the evaluation",
-        metavar="FILE",
+        "held-out records, read like jsonl_data, for the loss during training and for the evaluation",
+        metavar="FILES",
         common=True,
+    )
+    format: (
+        Literal[
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "prompt_completion",
+            "prompt_response",
+            "multiple_choice",
+            "question_answer",
+        ]
+        | None
+    ) = option(None, "form of the records", metavar="FORM", derived="told by their keys")
+    columns: str | None = option(
+        None, "names that the files have for a form's keys: prompt=question,response=reply", metavar="KEY=NAME,..."
+    )
+    ignore_columns: list[str] | None = option(
+        None, "keys of the records to leave out; *: all that their form does not know", metavar="KEY,..."
+    )
+    domain: str | None = option(
+        None,
+        "domain of the records that name none",
+        metavar="NAME",
+        derived="the one of domains, if there is only one",
+    )
+    encoding: str | None = option(
+        None, "encoding of text files that are neither UTF-8 nor marked, such as gbk", metavar="NAME"
+    )
+    on_bad_record: Literal["fail", "skip"] = option(
+        "fail", "what happens if records are bad: stop and list them, or leave them out and count them"
     )
     pretokenized_dir: str | None = option(
         None, "folder written by build_dataset, instead of jsonl_data", metavar="FOLDER", common=True
@@ -123,7 +154,7 @@ class DataConfig:
         list(DOMAINS),
         "domain names, in the order of the experts",
         metavar="NAME,...",
-        derived="those of pretokenized_dir, otherwise " + ",".join(DOMAINS),
+        derived="those of pretokenized_dir, otherwise domain if that is given, otherwise " + ",".join(DOMAINS),
         common=True,
     )
     max_length: int = option(
@@ -136,6 +167,13 @@ class DataConfig:
     )
     too_long: Literal["error", "drop", "truncate"] = option(
         "drop", "what happens to a document longer than max_length; it is counted and reported in any case"
+    )
+    train_on: Literal["all", "last"] = option(
+        "all", "turns of the assistant that carry labels, of those not marked with weight 0 or train false"
+    )
+    packing: bool = option(
+        True,
+        "several documents in a row; false: one in each, as bases with linear attention, Mamba or convolutions need it",
     )
     domain_weights: str | None = option(
         None,

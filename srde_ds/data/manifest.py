@@ -12,11 +12,13 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import template_kind, template_text
+from srde_ds.data.template import template_kind, template_text
 from srde_ds.errors import SRDEError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+UNEVEN = 10
+"""how many times the smallest domain's response tokens the largest one's are before it is said"""
 
 
 @dataclass
@@ -24,7 +26,7 @@ class DomainCounts:
     """One domain in one split."""
 
     documents: int = 0
-    """records in the JSONL file"""
+    """records in the files"""
     too_long: int = 0
     """documents longer than max_length"""
     dropped: int = 0
@@ -36,6 +38,8 @@ class DomainCounts:
     """real tokens in the rows"""
     response_tokens: int = 0
     """tokens that carry loss"""
+    longest: int = 0
+    """tokens of the longest document, before it was cut or left out"""
 
 
 @dataclass
@@ -64,9 +68,17 @@ class Manifest:
     tokenizer: dict[str, str | int]
     splits: dict[str, Split]
     build: str = ""
-    """fingerprint of the build from sources that made it; empty for rows of a JSONL file"""
+    """fingerprint of the build from sources that made it; empty for rows of files that were taken as they are"""
     sources: list[dict[str, str | None]] = field(default_factory=list)
     """name, domain, location, revision, license, redistributable of each source of such a build"""
+    train_on: str = "all"
+    """which turns of the assistant carry labels, of those that are not marked to carry none: all, or the last"""
+    packing: bool = True
+    """whether a row holds several documents"""
+    reading: dict[str, Any] = field(default_factory=dict)
+    """how the files were read, where not by default: format, columns, domain, encoding, ..."""
+    bad_records: int = 0
+    """left out, with on_bad_record=skip"""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,6 +96,25 @@ class Manifest:
         if not (isinstance(names, list) and isinstance(manifest.tokenizer, dict)):
             raise TypeError
         return manifest
+
+
+def response_shares(split: Split) -> dict[str, float]:
+    """Each domain's share of the tokens that carry loss, of the domains that have any; the largest first."""
+    tokens = {domain: counts.response_tokens for domain, counts in split.domains.items() if counts.response_tokens}
+    total = sum(tokens.values())
+    return {domain: count / total for domain, count in sorted(tokens.items(), key=lambda pair: -pair[1])}
+
+
+def uneven_responses(split: Split) -> str | None:
+    """What to say of domains so uneven that the loss is one domain's; None where they are not."""
+    shares = response_shares(split)
+    if not shares or max(shares.values()) < UNEVEN * min(shares.values()):
+        return None
+    told = ", ".join(f"{domain} {share:.1%}" for domain, share in shares.items())
+    return (
+        "the response tokens, each of which counts alike in the loss, are very unevenly shared: "
+        f"{told}. To give the small domains more weight, set --domain_weights or --mixing_temperature."
+    )
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:

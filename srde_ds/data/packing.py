@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.conversation import Message, Tools
+from srde_ds.data.labels import Part, prompt_text, split_all
 from srde_ds.data.records import Record
+from srde_ds.data.template import turn_ends
 from srde_ds.errors import SRDEError
 
 IGNORED = -100
 """Label of tokens that carry no loss: prompts and padding."""
-
-# For tokenizers without a chat template: each message on a line of its own, each response closed by EOS.
-FALLBACK_TEMPLATE = (
-    "{% if with_bos %}{{ bos_token }}{% endif %}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
-)
-
-
-Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -43,50 +37,19 @@ class Document:
         return len(self.input_ids)
 
 
-def template_kind(tokenizer: PreTrainedTokenizerBase) -> Literal["tokenizer", "fallback"]:
-    """Whether conversations are written by the tokenizer's own chat template or by FALLBACK_TEMPLATE."""
-    return "tokenizer" if tokenizer.chat_template else "fallback"
-
-
-def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template in use."""
-    return tokenizer.get_chat_template() if tokenizer.chat_template else FALLBACK_TEMPLATE
-
-
-def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation: bool, where: str) -> str:
-    """The conversation as text; `generation`: up to where the assistant starts to write.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    tools: Tools | None = None,
+    where: str = "prompt",
+) -> list[int]:
+    """The tokens that generation starts from: the same that training saw before the response.
 
     Raises:
-        SRDEError: the template refuses the conversation (some know no system role).
+        SRDEError: the chat template refuses the messages or leaves out a part of them; it begins with `where`.
     """
-    try:
-        return _render(tokenizer, [messages], generation)[0]
-    except jinja2.TemplateError as error:
-        reason = " ".join(str(error).split())
-        raise SRDEError(f"{where}: the tokenizer's chat template refuses these messages: {reason}") from None
-
-
-def _render_each(
-    tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], generation: bool, places: list[str]
-) -> list[str]:
-    """`render` for many, which takes half of the time; `places` name them in errors."""
-    try:
-        return _render(tokenizer, conversations, generation)
-    except jinja2.TemplateError:  # which one it is shows one by one
-        pairs = zip(conversations, places, strict=True)
-        return [render(tokenizer, messages, generation=generation, where=where) for messages, where in pairs]
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, conversations: list[Messages], generation: bool) -> list[str]:
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation}
-    if template_kind(tokenizer) == "fallback":
-        options |= {"chat_template": FALLBACK_TEMPLATE, "with_bos": _starts_with_bos(tokenizer)}
-    return list(tokenizer.apply_chat_template(conversations, **options))
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Messages) -> list[int]:
-    """The tokens that generation starts from: the same that training saw before the response."""
-    return _encode(tokenizer, [render(tokenizer, messages, generation=True, where="prompt")])[0]
+    return _encode(tokenizer, [prompt_text(tokenizer, messages, tools=tools, where=where)])[0]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -94,23 +57,61 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
+def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a response: EOS, and the one by which the chat template closes it."""
+    tokens = (tokenizer.eos_token, turn_ends(tokenizer).stop)
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(tokens) if token is not None]
+
+
 def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:
-    """Refuse a response that holds the text of the EOS token: the model would learn to stop there."""
+    """Refuse a response that holds the text of a token that ends a turn: the model would learn to stop there."""
     eos = _eos_token(tokenizer)
     if eos is None:
         raise SRDEError(f"tokenizer '{tokenizer.name_or_path}' has no EOS token: a response could never end.")
+    markers = turn_ends(tokenizer).markers
     for message in record.messages:
-        if message["role"] == "assistant" and eos in message["content"]:
-            raise SRDEError(f"{record.where}: a response holds the tokenizer's EOS token '{eos}': remove it.")
+        if message["role"] != "assistant":
+            continue
+        text = message["content"] if len(message) == 2 else json.dumps(message, ensure_ascii=False)
+        found = next((marker for marker in markers if marker in text), None)
+        if found is not None:
+            what = "EOS token" if found == eos else "end of turn"
+            raise SRDEError(f"{record.where}: a response holds the tokenizer's {what} '{found}': remove it.")
 
 
 def tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """Tokens of each record, labelled on every assistant turn, with one EOS at the end, which is labelled too.
+    """`tokenize_each`, all or none.
+
+    Raises:
+        SRDEError: of the first record that is refused.
+    """
+    documents = []
+    for document in tokenize_each(records, tokenizer):
+        if isinstance(document, SRDEError):
+            raise document
+        documents.append(document)
+    return documents
+
+
+def tokenize_each(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document | SRDEError]:
+    """Tokens of each record, or why it is refused.
+
+    Labelled are the assistant's turns as the chat template writes them, but for those marked to carry no labels, with
+    what closes them, and one EOS at the end.
 
     The text up to a turn must give the first tokens of the whole text; where it does not (a merge across
     the border), the parts are tokenised one by one, as they are at inference.
     """
-    parts_of = _split_all(records, tokenizer)
+    split = split_all(records, tokenizer)
+    refused = {index: parts for index, parts in enumerate(split) if isinstance(parts, SRDEError)}
+    parts_of = [parts for parts in split if not isinstance(parts, SRDEError)]
+    kept = iter(_documents([r for i, r in enumerate(records) if i not in refused], parts_of, tokenizer))
+    return [refused[index] if index in refused else next(kept) for index in range(len(records))]
+
+
+def _documents(
+    records: Sequence[Record], parts_of: Sequence[list[Part]], tokenizer: PreTrainedTokenizerBase
+) -> list[Document]:
     pieces_of: list[list[list[str]]] = []
     for parts in parts_of:
         # The beginnings of the text up to each border, the whole text last.
@@ -162,58 +163,10 @@ def _borders(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     return re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
 
 
-def _split_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
-    """Each conversation's text cut into (text, labelled) parts: prompt, response, prompt, response."""
-    turns_of = [[i for i, m in enumerate(record.messages) if m["role"] == "assistant"] for record in records]
-    beginnings = [r.messages[:turn] for r, turns in zip(records, turns_of, strict=True) for turn in turns]
-    places = [r.where for r, turns in zip(records, turns_of, strict=True) for _ in turns]
-    wholes = _render_each(tokenizer, [r.messages for r in records], False, [r.where for r in records])
-    prompts = iter(_render_each(tokenizer, beginnings, True, places))
-    return [
-        _split(record, tokenizer, whole, dict(zip(turns, prompts, strict=False)))
-        for record, turns, whole in zip(records, turns_of, wholes, strict=True)
-    ]
-
-
-def _split(
-    record: Record, tokenizer: PreTrainedTokenizerBase, whole: str, prompts: dict[int, str]
-) -> list[tuple[str, bool]]:
-    """One conversation's parts; `prompts`: the text before each assistant turn."""
-    messages, closing = record.messages, _closing(tokenizer)
-    last_turn = len(messages) - 1
-    parts: list[tuple[str, bool]] = []
-    position = 0
-    for turn, prompt in prompts.items():
-        content, start = messages[turn]["content"].strip(), len(prompt)
-        found = whole.find(content, start)
-        if turn != last_turn:
-            regular = found >= 0 and not whole[start:found].strip()
-            end = found + len(content)
-            end += len(closing) if whole.startswith(closing, end) else 0
-        else:
-            regular = found >= 0 and closing in whole[found:]
-            end = whole.rindex(closing) + len(closing) if regular and closing else len(whole.rstrip())
-        if not regular or not whole.startswith(prompt):
-            # The template writes the history otherwise than it prompts: keep what inference sees, the last turn.
-            return [(prompts[last_turn], False), (messages[-1]["content"] + closing, True)]
-        parts += [(whole[position:start], False), (whole[start:end], True)]
-        position = end
-    return parts
-
-
 @cache
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
     # The tokenizer's own attribute is slow, and this is asked for each record.
     return tokenizer.eos_token
-
-
-@cache
-def _closing(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What the template writes after a response, up to and including EOS where it writes that."""
-    probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "PROBE"}]
-    tail = render(tokenizer, probe, generation=False, where="chat template").rpartition("PROBE")[2]
-    eos = str(tokenizer.eos_token)
-    return tail[: tail.index(eos) + len(eos)] if eos in tail else tail.rstrip()
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
@@ -225,11 +178,6 @@ def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[i
     # `verbose` off: long documents are dealt with by `too_long`, not by the tokenizer's warning.
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return list(batch["input_ids"])
-
-
-@cache
-def _starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def fit(document: Document, max_length: int, too_long: str) -> Document | None:
@@ -295,15 +243,22 @@ def _fill(longest_first: Sequence[int], waiting: Mapping[int, Sized], capacity: 
 
 
 def pack(
-    documents: Sequence[Document], max_length: int, pad_id: int, generator: np.random.Generator
+    documents: Sequence[Document],
+    max_length: int,
+    pad_id: int,
+    generator: np.random.Generator,
+    *,
+    packing: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Packed rows of one domain's documents, in an order that `generator` fixes.
+    """Rows of one domain's documents, in an order that `generator` fixes; without `packing` one document each.
 
     Each row: `input_ids`, `labels`, `position_ids` int32 [max_length] and `length`, its number of real tokens.
     Positions restart at 0 at each document and at the padding tail, so that no attention crosses a border.
     """
     documents = [documents[i] for i in generator.permutation(len(documents))]
-    rows = best_fit([len(document) for document in documents], max_length)
+    rows = [[index] for index in range(len(documents))]
+    if packing:
+        rows = best_fit([len(document) for document in documents], max_length)
     for row in generator.permutation(len(rows)):
         members = [documents[i] for i in rows[row]]
         ids = np.concatenate([document.input_ids for document in members])

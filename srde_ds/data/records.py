@@ -1,16 +1,26 @@
-"""Read training and held-out records from JSONL, one checked record a line."""
+"""What one record of training or held-out data means, and what one prompt does."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from srde_ds.data.conversation import (
+    REASONING,
+    Message,
+    Tools,
+    TrainOn,
+    check_text,
+    kind,
+    only_last_trained,
+    parse_messages,
+    parse_tools,
+    with_system,
+)
 from srde_ds.errors import SRDEError, nearest
 
-ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "validation", "test")
 
 
@@ -19,7 +29,8 @@ class Record:
     """One document: a conversation that ends with the assistant, and the domain it belongs to."""
 
     domain: str
-    messages: list[dict[str, str]]
+    messages: list[Message]
+    """in the one form of `data.conversation`"""
     answer: str | None
     source: str
     where: str = ""
@@ -29,78 +40,124 @@ class Record:
     """Of a multiple-choice item: the texts to choose from; `answer` is one of them."""
     tests: str | None = None
     """Of a programming item: Python that fails unless the program before it is right."""
+    tools: Tools | None = None
+    """Functions that the assistant may call."""
 
     @property
-    def prompt(self) -> list[dict[str, str]]:
+    def prompt(self) -> list[Message]:
         """Everything before the last response."""
         return self.messages[:-1]
 
 
-def read_jsonl(path: str | Path, domains: Sequence[str]) -> Iterator[Record]:
-    """The records of a JSONL file. Blank lines are skipped, unknown keys ignored, `null` counts as absent.
+def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:
+    """The record that an object with `prompt` and `response`, or with `messages`, stands for.
+
+    `null` counts as absent. Where there is one domain only, a record need not name it.
+
+    Args:
+        place: where it comes from, such as `file:line`; errors and `Record.where` say it.
+        train_on: last: of the turns that would carry labels, the last one does alone.
 
     Raises:
-        SRDEError: a missing or empty file, or a bad line, named as `file:line`.
+        SRDEError: a field that is missing or is not understood.
     """
-    path = Path(path)
-    found = False
-    try:
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    found = True
-                    yield _parse(line, f"{path}:{number}", domains)
-    except FileNotFoundError:
-        raise SRDEError(f"no such file '{path}': give an existing JSONL file.") from None
-    except OSError as error:
-        raise SRDEError(f"'{path}' cannot be read: {error.strerror}.") from None
-    if not found:
-        raise SRDEError(f"'{path}' is empty: it must hold one JSON object a line.")
-
-
-def _parse(line: bytes, where: str, domains: Sequence[str]) -> Record:
-    try:
-        content = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise SRDEError(f"{where}: not valid JSON in UTF-8 ({error}).") from None
-    if not isinstance(content, dict):
-        raise SRDEError(f"{where}: must be a JSON object, not {_kind(content)}.")
-    fields = {key: value for key, value in content.items() if value is not None}
-    domain = _text(fields, "domain", where)
+    fields = _fields(values, place)
+    if "domain" not in fields and len(domains) == 1:
+        fields["domain"] = domains[0]
+    domain = check_text(fields.get("domain"), "domain", place)
     if domain not in domains:
         raise SRDEError(
-            f"{where}: unknown domain '{domain}', must be one of {', '.join(domains)}.{nearest(domain, domains)}"
+            f"{place}: unknown domain '{domain}', must be one of {', '.join(domains)}.{nearest(domain, domains)}"
         )
-    if "messages" in fields and ("prompt" in fields or "response" in fields):
-        raise SRDEError(f"{where}: has both 'messages' and 'prompt'/'response': keep one form.")
-    if "messages" in fields:
-        messages = _messages(fields["messages"], where)
-    elif "prompt" in fields or "response" in fields:
-        prompt, response = _text(fields, "prompt", where), _text(fields, "response", where)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-    else:
-        raise SRDEError(f"{where}: needs 'prompt' and 'response', or 'messages'.")
-    choices = _choices(fields["choices"], where) if "choices" in fields else None
+    messages, tools = _conversation(fields, place, ("prompt", "response"))
+    _check_turns(messages, place)
+    if train_on == "last":
+        messages = only_last_trained(messages)
+    choices = _choices(fields["choices"], place) if "choices" in fields else None
     if choices is not None:
-        answer: str | None = _right_choice(fields, choices, where)
+        answer: str | None = _right_choice(fields, choices, place)
     else:
-        answer = _text(fields, "answer", where) if "answer" in fields else None
-    tests = _text(fields, "tests", where) if "tests" in fields else None
+        answer = check_text(fields["answer"], "answer", place) if "answer" in fields else None
+    tests = check_text(fields["tests"], "tests", place) if "tests" in fields else None
     if choices is not None and tests is not None:
-        raise SRDEError(f"{where}: has both 'choices' and 'tests': keep the one that the item is scored by.")
-    source = _text(fields, "source", where) if fields.get("source", "") != "" else ""
-    split = _text(fields, "split", where) if "split" in fields else "train"
+        raise SRDEError(f"{place}: has both 'choices' and 'tests': keep the one that the item is scored by.")
+    source = check_text(fields["source"], "source", place) if fields.get("source", "") != "" else ""
+    split = check_text(fields["split"], "split", place) if "split" in fields else "train"
     if split not in SPLITS:
         raise SRDEError(
-            f"{where}: unknown split '{split}', must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
+            f"{place}: unknown split '{split}', must be one of {', '.join(SPLITS)}.{nearest(split, SPLITS)}"
         )
-    return Record(domain, messages, answer, source, where, split, choices, tests)
+    return Record(domain, messages, answer, source, place, split, choices, tests, tools)
+
+
+def parse_prompt(values: Any, place: str) -> tuple[list[Message], Tools | None]:
+    """The conversation that is to be answered, and the functions that its answer may call.
+
+    Args:
+        values: an object with `prompt`, or with `messages`, of which those before the last answer count.
+        place: as of `parse_record`.
+
+    Raises:
+        SRDEError: a field that is not understood, or nothing is asked.
+    """
+    fields = _fields(values, place)
+    messages, tools = _conversation(fields, place, ("prompt",))
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not any(message["role"] != "system" for message in messages):
+        raise SRDEError(f"{place}: 'messages' ask nothing: there is none before the answer.")
+    return messages, tools
+
+
+def _fields(values: Any, place: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise SRDEError(f"{place}: must be a JSON object, not {kind(values)}.")
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _conversation(fields: dict[str, Any], place: str, pair: tuple[str, ...]) -> tuple[list[Message], Tools | None]:
+    """Messages and tools.
+
+    Args:
+        pair: the fields that stand for the messages where there are none: the user's and the assistant's.
+    """
+    present = [key for key in pair if key in fields]
+    if "messages" in fields and present:
+        raise SRDEError(f"{place}: has both 'messages' and '{present[0]}': keep one form.")
+    if "messages" in fields:
+        messages = parse_messages(fields["messages"], place)
+    elif present:
+        messages = [
+            {"role": role, "content": check_text(fields.get(key), key, place)}
+            for key, role in zip(pair, ("user", "assistant"), strict=False)
+        ]
+        thought = {key: fields[key] for key in REASONING if key in fields}
+        if thought and "response" in pair:
+            messages = [messages[0], *parse_messages([messages[1] | thought], place)]
+    else:
+        raise SRDEError(f"{place}: needs {' and '.join(map(repr, pair))}, or 'messages'.")
+    if "system" in fields:
+        messages = with_system(messages, fields["system"], place)
+    described = [key for key in ("tools", "functions") if key in fields]
+    if len(described) > 1:
+        raise SRDEError(f"{place}: has both 'tools' and 'functions': keep one of them.")
+    return messages, parse_tools(fields[described[0]], place) if described else None
+
+
+def _check_turns(messages: list[Message], place: str) -> None:
+    roles = [message["role"] for message in messages]
+    if not roles or roles[-1] != "assistant":
+        raise SRDEError(f"{place}: the last of 'messages' must be from the assistant.")
+    if roles[:2] == ["system", "assistant"] or roles[0] not in ("system", "user"):
+        raise SRDEError(f"{place}: 'messages' must hold a user message before the first from the assistant.")
+    if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
+        raise SRDEError(f"{place}: no turn is trained on (weight 0 or train false on all): leave the record out.")
 
 
 def _choices(value: Any, where: str) -> list[str]:
     if not isinstance(value, list) or len(value) < 2:
         raise SRDEError(f"{where}: field 'choices' must be a list of at least two texts.")
-    choices = [_text({"choices": choice}, "choices", where) for choice in value]
+    choices = [check_text(choice, "choices", where) for choice in value]
     if len(set(choices)) < len(choices):
         raise SRDEError(f"{where}: field 'choices' holds the same text twice: keep one of them.")
     return choices
@@ -122,44 +179,3 @@ def _right_choice(fields: dict[str, Any], choices: list[str], where: str) -> str
             f"one (A to {chr(ord('A') + last)}) or its number (0 to {last})."
         )
     return choices[number]
-
-
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise SRDEError(f"{where}: field 'messages' must be a list of objects with 'role' and 'content'.")
-    messages = []
-    for index, message in enumerate(value):
-        place = f"{where}: messages[{index}]"
-        role = _text(message, "role", place)
-        if role not in ROLES:
-            raise SRDEError(f"{place}: unknown role '{role}', must be one of {', '.join(ROLES)}.{nearest(role, ROLES)}")
-        messages.append({"role": role, "content": _text(message, "content", place)})
-    roles = [message["role"] for message in messages]
-    if not roles or roles[-1] != "assistant":
-        raise SRDEError(f"{where}: the last of 'messages' must be from the assistant.")
-    if "system" in roles[1:]:
-        raise SRDEError(f"{where}: a system message must be the first of 'messages'.")
-    turns = roles[1:] if roles[0] == "system" else roles
-    if turns[0] != "user":
-        raise SRDEError(f"{where}: 'messages' must hold a user message before the first from the assistant.")
-    return messages
-
-
-def _text(fields: dict[str, Any], key: str, where: str) -> str:
-    value = fields.get(key)
-    if value is None:
-        raise SRDEError(f"{where}: field '{key}' is missing.")
-    if not isinstance(value, str):
-        raise SRDEError(f"{where}: field '{key}' must be text, not {_kind(value)}.")
-    if not value.strip():
-        raise SRDEError(f"{where}: field '{key}' is empty.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise SRDEError(f"{where}: field '{key}' holds half a surrogate pair: write the whole character.") from None
-    return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")

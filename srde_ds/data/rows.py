@@ -40,10 +40,20 @@ class DomainRows:
     """
 
     def __init__(
-        self, path: Path, *, domains: Sequence[str], domain: str, max_length: int, too_long: str, seed: int, pad_id: int
+        self,
+        path: Path,
+        *,
+        domains: Sequence[str],
+        domain: str,
+        max_length: int,
+        too_long: str,
+        seed: int,
+        pad_id: int,
+        packing: bool = True,
     ) -> None:
         self.index = list(domains).index(domain)
         self.max_length, self.too_long, self.seed, self.pad_id = max_length, too_long, seed, pad_id
+        self.packing = packing
         self.counts = DomainCounts()
         self.digest = hashlib.sha256()
         """of domain, length, input_ids and labels of each row, in order"""
@@ -69,6 +79,7 @@ class DomainRows:
         self.counts.documents += 1
         self.counts.by_parts += document.by_parts
         self.counts.too_long += len(document) > self.max_length
+        self.counts.longest = max(self.counts.longest, len(document))
         kept = fit(document, self.max_length, self.too_long)
         if kept is None:
             self.counts.dropped += 1
@@ -81,7 +92,7 @@ class DomainRows:
         documents, self._documents = self._documents, []
         waiting: list[dict[str, Any]] = []
         generator = np.random.default_rng([self.seed, self.index, self._packed])
-        for row in pack(documents, self.max_length, self.pad_id, generator):
+        for row in pack(documents, self.max_length, self.pad_id, generator, packing=self.packing):
             self.counts.rows += 1
             self.counts.tokens += row["length"]
             self.counts.response_tokens += int((row["labels"] >= 0).sum())

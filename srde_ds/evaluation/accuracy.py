@@ -34,5 +34,6 @@ def generated_answers(
         top_p=1.0,
         batch_size=batch_size,
         places=[record.where for record in records],
+        tools=[record.tools for record in records],
         title=title,
     )

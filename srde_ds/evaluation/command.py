@@ -11,9 +11,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.config import DOMAINS, resolve
+from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
-from srde_ds.data.records import Record, read_jsonl
+from srde_ds.data.inputs import ReadOptions, read_records
+from srde_ds.data.records import Record
 from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
@@ -33,19 +34,22 @@ MAX_NEW_TOKENS = 64
 _log = logging.getLogger(__name__)
 
 
-def evaluate_command(options: EvaluateOptions) -> dict[str, Any]:
+def evaluate_command(options: EvaluateOptions, reading: DataConfig | None = None) -> dict[str, Any]:
     """Evaluate as `evaluate_weights` does, and print the tables."""
-    result, target = evaluate_weights(options)
+    result, target = evaluate_weights(options, reading)
     if target is not None:
         print(format_tables(result))
         print(f"Written: {target}")
     return result
 
 
-def evaluate_weights(options: EvaluateOptions) -> tuple[dict[str, Any], Path | None]:
+def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None) -> tuple[dict[str, Any], Path | None]:
     """Evaluate, and write the JSON and the items beside it (`default_output` where the options name no file).
 
     Several processes under a launcher share the items; the first one writes.
+
+    Args:
+        reading: how `eval_file` is read.
 
     Returns:
         The JSON's content and its path; no path on a process that does not write.
@@ -62,7 +66,9 @@ def evaluate_weights(options: EvaluateOptions) -> tuple[dict[str, Any], Path | N
         with weights_file(checkpoint) as weights:
             if is_main:
                 check_output(target)
-            records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
+            domains = _domains(checkpoint, read_metadata(weights).expert_names)
+            options = ReadOptions.of(reading) if reading else None
+            records = list(read_records(eval_file, domains, options, option="eval_file"))
             return *load_model(weights, base=base, bf16=bf16), records
 
     with launched_processes() as processes:

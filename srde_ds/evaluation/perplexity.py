@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import IGNORED, pad_token_id, prompt_ids, tokenize
+from srde_ds.data.conversation import only_last_trained
+from srde_ds.data.packing import IGNORED, pad_token_id, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
@@ -52,6 +53,8 @@ def response_losses(
     """
     if not records:
         return []
+    if last_response:
+        records = [replace(record, messages=only_last_trained(record.messages)) for record in records]
     documents = tokenize(records, tokenizer)
     for document in documents:
         if len(document) > max_length:
@@ -60,9 +63,6 @@ def response_losses(
                 "shorten or remove the item."
             )
     labelled = [torch.from_numpy(document.is_response) for document in documents]
-    if last_response:
-        for record, chosen in zip(records, labelled, strict=True):
-            chosen[: len(prompt_ids(tokenizer, record.prompt))] = False
     device, pad = model.base.device, pad_token_id(tokenizer)
     losses: dict[int, ItemLoss] = {}
     for batch in batches_by_length([len(document) for document in documents], batch_size, title):

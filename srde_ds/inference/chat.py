@@ -10,6 +10,7 @@ from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.conversation import Message
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.inference.generate import format_routing, generate
 from srde_ds.model.adapter import SRDEModel
@@ -48,7 +49,7 @@ class Chat:
         self.model = model
         self.source, self.target = source, target
         self.stream, self.show_routing, self.compare = stream, show_routing, False
-        self.history: list[dict[str, str]] = []
+        self.history: list[Message] = []
         self.say = partial(print, file=target, flush=True)
         self.generate = partial(generate, model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
 

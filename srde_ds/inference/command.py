@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.config import DataConfig
+from srde_ds.data.conversation import Message
+from srde_ds.data.inputs import ReadOptions
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
 from srde_ds.inference.generate import answer_length, format_routing, generate
@@ -25,14 +28,15 @@ from srde_ds.model.adapter import SRDEModel
 MAX_TOKENS = 256
 
 
-def inference_command(options: InferenceOptions) -> None:
+def inference_command(options: InferenceOptions, reading: DataConfig | None = None) -> None:
     """Answer on standard output or in `output_file`, or hold a conversation over standard input and output.
 
     Raises:
         SRDEError: options that contradict each other, an empty prompt, missing weights, a wrong base.
     """
     check_options(vars(options))
-    conversations = read_prompts(options.prompts_file) if options.prompts_file is not None else []
+    how_read = ReadOptions.of(reading) if reading else None
+    conversations = read_prompts(options.prompts_file, how_read) if options.prompts_file is not None else []
     model, tokenizer = load_model(options.weights, base=options.base, bf16=options.bf16)
     if options.expert is not None:
         model.set_active_experts(options.expert)
@@ -48,8 +52,8 @@ def inference_command(options: InferenceOptions) -> None:
         how: dict[str, Any] = {"source": sys.stdin, "target": sys.stdout, "stream": options.stream}
         Chat(model, tokenizer, **how, show_routing=options.show_routing, **sampling).run()  # type: ignore[arg-type]
     elif options.prompts_file is not None:
-        places, messages = zip(*conversations, strict=True)
-        answers = answer_many(model, tokenizer, messages, places=places, **sampling, **several)  # type: ignore[arg-type]
+        places, messages, tools = zip(*conversations, strict=True)
+        answers = answer_many(model, tokenizer, messages, places=places, tools=tools, **sampling, **several)  # type: ignore[arg-type]
         items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
         if options.output_file is None:
@@ -100,7 +104,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 def _answer_one(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     *,
     stream: bool,
     show_routing: bool,
@@ -113,7 +117,7 @@ def _answer_one(
         print(format_routing(generation, model.expert_names))
 
 
-def _item(messages: list[dict[str, str]], answer: Answer) -> dict[str, Any]:
+def _item(messages: list[Message], answer: Answer) -> dict[str, Any]:
     """An answer's line in the output file: of a conversation with one message the prompt is its text."""
     item: dict[str, Any] = {"prompt": messages[0]["content"] if len(messages) == 1 else messages, "answer": answer.text}
     if len(answer.samples) > 1:

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from srde_ds.data.packing import pad_token_id, prompt_ids
+from srde_ds.data.conversation import Message, Tools
+from srde_ds.data.packing import pad_token_id, prompt_ids, stop_ids
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
@@ -39,8 +40,9 @@ class Generation:
 def generate(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
+    messages: list[Message],
     *,
+    tools: Tools | None = None,
     max_tokens: int = 256,
     temperature: float = 0.7,
     top_p: float = 0.9,
@@ -51,6 +53,8 @@ def generate(
     stands in for a missing one).
 
     Args:
+        messages: in the one form of `data.conversation`; thoughts and tool calls as its template writes them.
+        tools: descriptions of functions that the answer may call.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that together have this probability.
         stream: called with each new piece of text; the pieces joined are `text`.
@@ -60,7 +64,7 @@ def generate(
         SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
     """
     settings = generation_settings(model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    prompt = prompt_ids(tokenizer, messages)
+    prompt = prompt_ids(tokenizer, messages, tools=tools)
     check_context(model, len(prompt), max_tokens, where="prompt")
     input_ids = torch.tensor([prompt], device=model.base.device)
     streamer = _Streamer(tokenizer, stream) if stream else None
@@ -170,7 +174,7 @@ def _shares(shares_E: Tensor, names: list[str]) -> str:
 def _stop_ids(model: SRDEModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     known = model.base.generation_config.eos_token_id if model.base.generation_config else None
     stops = known if isinstance(known, list) else [known]
-    return sorted({int(stop) for stop in [*stops, tokenizer.eos_token_id] if stop is not None})
+    return sorted({int(stop) for stop in [*stops, *stop_ids(tokenizer)] if stop is not None})
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.conversation import Message, Tools
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.batches import batches_by_length
 from srde_ds.inference.generate import check_context, decode, generation_settings
 from srde_ds.model.adapter import SRDEModel
 
-Messages = list[dict[str, str]]
+Messages = list[Message]
 
 REFINE_PROMPT = (
     "Check your answer step by step. If you find a mistake, correct it; if the answer can be clearer, improve it. "
@@ -52,6 +54,7 @@ def answer_many(
     best_of_n: int = 1,
     self_refine: int = 0,
     places: Sequence[str] | None = None,
+    tools: Sequence[Tools | None] | None = None,
 ) -> list[Answer]:
     """One answer a conversation, in their order.
 
@@ -60,6 +63,7 @@ def answer_many(
         best_of_n: samples a conversation; the answer that most of them give is taken, of equals the first seen.
         self_refine: rounds in which the model is asked to check and improve its answer (REFINE_PROMPT).
         places: what errors call each conversation.
+        tools: descriptions of the functions that each answer may call.
 
     Raises:
         SRDEError: a value out of range, or a conversation does not fit into the base's context.
@@ -68,7 +72,9 @@ def answer_many(
     places = places or ["prompt"] * len(conversations)
     repeated = [messages for messages in conversations for _ in range(best_of_n)]
     where = [place for place in places for _ in range(best_of_n)]
-    texts = write(repeated, batch_size=batch_size * best_of_n, places=where)
+    tools = tools or [None] * len(conversations)
+    described_of = [described for described in tools for _ in range(best_of_n)]
+    texts = write(repeated, batch_size=batch_size * best_of_n, places=where, tools=described_of)
     answers = []
     for first in range(0, len(texts), best_of_n):
         samples = texts[first : first + best_of_n]
@@ -77,7 +83,7 @@ def answer_many(
     for number in range(self_refine):
         asked = [refinement(messages, answer.text) for messages, answer in zip(conversations, answers, strict=True)]
         where = [f"{place}, refinement {number + 1}" for place in places]
-        for answer, text in zip(answers, write(asked, batch_size=batch_size, places=where), strict=True):
+        for answer, text in zip(answers, write(asked, batch_size=batch_size, places=where, tools=tools), strict=True):
             answer.drafts.append(answer.text)
             answer.text = text
     return answers
@@ -114,15 +120,20 @@ def generate_many(
     top_p: float,
     batch_size: int,
     places: Sequence[str],
+    tools: Sequence[Tools | None] | None = None,
     title: str = "answers",
 ) -> list[str]:
     """The answer to each conversation up to a stop token, in their order; in batches by length, padded on the left.
 
     Raises:
-        SRDEError: a value out of range, or a conversation (named by `places`) does not fit into the base's context.
+        SRDEError: a value out of range, or a conversation (named by `places`) that the chat template refuses or that
+            does not fit into the base's context.
     """
     settings = generation_settings(model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    prompts = [prompt_ids(tokenizer, messages) for messages in conversations]
+    prompts = [
+        prompt_ids(tokenizer, messages, tools=described, where=place)
+        for messages, described, place in zip(conversations, tools or repeat(None), places, strict=False)
+    ]
     for place, prompt in zip(places, prompts, strict=True):
         check_context(model, len(prompt), max_tokens, where=place)
     answers: dict[int, str] = {}

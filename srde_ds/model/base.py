@@ -20,7 +20,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
 
 from srde_ds.errors import SRDEError
 from srde_ds.utils.pretrained import load_pretrained
@@ -40,6 +43,8 @@ IDENTITY_FIELDS = (
     "head_dim",
     "hidden_act",
 )
+# transformers' names of layers through which tokens reach later ones otherwise than by attention.
+STATE_LAYERS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
 IDENTITY_SAMPLES = 4096  # values of each weight that are hashed
 
 
@@ -122,6 +127,17 @@ def base_configuration(model_name: str | Path, *, revision: str | None = None) -
     """
     config: PretrainedConfig = load_pretrained(AutoConfig, "model", model_name, revision=revision)
     return config
+
+
+def carries_state(config: PretrainedConfig) -> bool:
+    """Whether the base of a configuration has layers that go on from token to token without regard to positions.
+
+    Linear attention, Mamba and convolutions do: in a packed row each document would see those before it.
+    """
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    kind = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
+    layers = getattr(config.get_text_config(), "layer_types", None) or ()
+    return bool(getattr(kind, "_is_stateful", False) or STATE_LAYERS.intersection(layers))
 
 
 def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,17 +13,22 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
-from srde_ds.data.build.from_jsonl import build_dataset
-from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.from_files import InputFiles, build_dataset, check_files
+from srde_ds.data.inputs import ReadOptions
+from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
+from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import base_shape
 from srde_ds.training.reporting.metrics import load_trackers
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.launcher import launched_world_size
+
+log = logging.getLogger(__name__)
 
 
 def check_inputs(config: Config) -> None:
@@ -70,9 +76,17 @@ def check_dry_run(config: Config) -> None:
     Schedule.of(config).check()
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
-    if config.data.pretokenized_dir:
+    data = config.data
+    if data.pretokenized_dir or data.jsonl_data:
         tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
-        check_rows(config, tokenizer)
+        if data.pretokenized_dir:
+            check_rows(config, tokenizer)
+        else:
+            check_base(config, tokenizer, packed=data.packing)
+            reading = ReadOptions.of(data)
+            check_files(
+                InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on), tokenizer
+            )
     if config.training.resume_from:
         find_checkpoint(config.training.resume_from, config.training.output_dir)
 
@@ -87,10 +101,8 @@ def prepare_data(config: Config) -> Path:
     """
     tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
     data = config.data
-    for name, value in (("jsonl_data", data.jsonl_data), ("eval_file", data.eval_file)):
-        if value and not Path(value).is_file():
-            raise SRDEError(f"{name}={value}: no such file. Give an existing JSONL file.")
     if data.jsonl_data:
+        check_base(config, tokenizer, packed=data.packing)
         folder = Path(config.training.output_dir) / "tokenized"
         manifest = build_dataset(
             tokenizer=tokenizer,
@@ -101,11 +113,42 @@ def prepare_data(config: Config) -> Path:
             max_length=data.max_length,
             too_long=data.too_long,
             seed=config.training.seed,
+            train_on=data.train_on,
+            packing=data.packing,
+            reading=ReadOptions.of(data),
         )
         check_manifest(config, manifest)
-        return folder
-    check_rows(config, tokenizer)
-    return Path(str(data.pretokenized_dir))
+    else:
+        folder = Path(str(data.pretokenized_dir))
+        check_rows(config, tokenizer)
+        manifest = load_manifest(folder)
+    tell_dropped(manifest)
+    if told := uneven_responses(manifest.splits["train"]):
+        log.warning("%s", told)
+    return folder
+
+
+def check_base(config: Config, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:
+    """Refuse a base that does not fit its tokenizer, or rows of several documents.
+
+    Raises:
+        SRDEError: the tokenizer has tokens that the base has no embedding of, or documents in one row would be seen
+            from each other.
+    """
+    name = str(config.model.model_name)
+    base = base_configuration(name, revision=config.model.model_revision)
+    known, tokens = base.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
+    if tokens > known:
+        raise SRDEError(
+            f"model_name={name!r}: its tokenizer has {tokens} tokens, its embedding {known} (vocab_size): take the "
+            "added tokens out of the tokenizer, or enlarge the base with resize_token_embeddings and save it."
+        )
+    if packed and carries_state(base):
+        raise SRDEError(
+            f"model_name={name!r}: documents in a packed row would be seen from each other, because layers of "
+            f"{base.model_type} carry a state from token to token (linear attention, Mamba or a convolution): give "
+            "--packing false, and rows that were built so."
+        )
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -124,6 +167,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
+    check_base(config, tokenizer, packed=manifest.packing)
     check_manifest(config, manifest)
     if manifest.max_length != data.max_length:
         raise SRDEError(

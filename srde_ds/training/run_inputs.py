@@ -6,11 +6,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from srde_ds.checkpoint.layout import NAME, RUN_STATE, read_json, read_latest
+from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.config import Config, RunInputs, TrainingConfig
 from srde_ds.data.manifest import load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration
+from srde_ds.weights.locate import CHECKPOINT_NAME, read_latest
 
 # An option whose default follows from max_steps or density, and the one that has to be on for it to mean anything.
 _SCHEDULE = {

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from srde_ds.config import Config, resolve
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.memory import memory
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl

@@ -1,13 +1,15 @@
-"""No attention across documents of a packed row: position ids alone keep them apart."""
+"""No attention across documents of a packed row: position ids alone keep them apart, or the base is refused for it."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from srde_ds.data.packing import Document, pack
+from srde_ds.model.base import carries_state
+from tests.hybrids import HYBRIDS
 
 ROW = 24
 
@@ -26,15 +28,15 @@ def model(attention: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def packed(documents: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+def packed(documents: list[np.ndarray], packing: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """One row's input ids and position ids, [1, ROW], padded, as the data folder has them."""
     made = [Document(ids, np.ones(len(ids), bool), "", False) for ids in documents]
-    (row,) = pack(made, ROW, 2, np.random.default_rng(0))
+    (row,) = pack(made, ROW, 2, np.random.default_rng(0), packing=packing)
     return (torch.from_numpy(row[key]).long()[None] for key in ("input_ids", "position_ids"))
 
 
 @torch.no_grad()
-def logits(base: LlamaForCausalLM, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+def logits(base: PreTrainedModel, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
     return base(input_ids=ids, position_ids=positions, use_cache=False).logits
 
 
@@ -77,3 +79,26 @@ def test_changing_one_document_leaves_the_others_bit_for_bit(attention: str) -> 
         same[start:end] = False
         assert torch.equal(after[0, same], before[0, same])
         assert (after[0, ~same] - before[0, ~same]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", [*HYBRIDS, "llama"])
+def test_bases_that_see_earlier_documents_are_known(name: str) -> None:
+    torch.manual_seed(0)
+    base = model("sdpa") if name == "llama" else AutoModelForCausalLM.from_config(HYBRIDS[name]()).eval()
+    generator = np.random.default_rng(2)
+    ids, positions = packed([generator.integers(3, 64, size=n).astype(np.int32) for n in (9, 11)])
+    second = int((positions[0] == 0).nonzero().flatten()[1])
+    changed = ids.clone()
+    changed[0, :second] = (changed[0, :second] + 5) % 64
+    before, after = (logits(base, row, positions)[0, second:20] for row in (ids, changed))
+    assert torch.equal(before, after) != carries_state(base.config)
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_document_alone_in_its_row_has_the_logits_that_it_has_without_padding(name: str) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(HYBRIDS[name]()).eval()
+    document = np.random.default_rng(2).integers(3, 64, size=9).astype(np.int32)
+    ids, positions = packed([document], packing=False)
+    alone = logits(base, ids[:, : len(document)])
+    torch.testing.assert_close(logits(base, ids, positions)[:, : len(document)], alone, atol=1e-5, rtol=0)

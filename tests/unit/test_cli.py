@@ -147,6 +147,8 @@ def test_every_option_has_a_flag_that_sets_it(field: Any) -> None:
 
 
 OTHER_VALUES = {
+    "format": "alpaca",
+    "on_bad_record": "skip",
     "preset": "reference",
     "top_k": "1",
     "granularity": "element",
@@ -154,6 +156,7 @@ OTHER_VALUES = {
     "support_scope": "per_expert",
     "atom_mixing": "softmax",
     "too_long": "error",
+    "train_on": "last",
     "expert_transport": "tokens",
     "on_save_failure": "continue",
     "lr_schedule": "wsd",

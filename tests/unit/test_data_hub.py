@@ -107,7 +107,7 @@ def test_sources_are_loaded_retried_skipped_refilled_and_pushed(hub: Hub, tmp_pa
     assert hub.private == {"me/sums": True} and hub.tokens == {"Bearer hf_secret"}
     uploaded = hub.files["me/sums"]
     kept = {str(path.relative_to(work)): path for path in work.rglob("*") if path.is_file()}
-    assert {name for name in kept if not name.startswith("stages/")} == set(uploaded) - {".gitattributes"}
+    assert {name for name in kept if not name.startswith("artifacts/")} == set(uploaded) - {".gitattributes"}
     for name, content in uploaded.items():
         assert name == ".gitattributes" or content == kept[name].read_bytes()
         assert b"hf_secret" not in content

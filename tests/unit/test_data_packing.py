@@ -11,8 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DOMAINS
-from srde_ds.data.packing import Document, best_fit, check_markers, fit, pack, prompt_ids, template_kind, tokenize
+from srde_ds.data.packing import Document, best_fit, check_markers, fit, pack, prompt_ids, tokenize
 from srde_ds.data.records import Record
+from srde_ds.data.template import template_kind
 from srde_ds.errors import SRDEError
 from tests.data_helpers import CHATML, tiny_tokenizer
 
@@ -26,8 +27,6 @@ THINKING = CHATML.replace(
     "\n{{ m['content'] }}",
     "\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
 )
-# A template whose generation prompt opens a thought that the history does not show, as DeepSeek-R1's.
-OPENS_THOUGHT = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>\n{% endif %}")
 
 
 def record(*texts: str, system: str | None = None) -> Record:
@@ -66,7 +65,7 @@ def test_every_assistant_turn_is_labelled() -> None:
     assert text.startswith("<|im_start|>system\nS<|im_end|>") and "Be brief" not in text
 
 
-@pytest.mark.parametrize("template", [CHATML, GEMMA_LIKE, THINKING, OPENS_THOUGHT, None])
+@pytest.mark.parametrize("template", [CHATML, GEMMA_LIKE, THINKING, None])
 @pytest.mark.parametrize("response", ["4", "\n\nthe answer", "  4", "i"])
 def test_training_sees_the_prompt_that_generation_starts_from(template: str | None, response: str) -> None:
     tokenizer = tiny_tokenizer(template)
@@ -99,12 +98,6 @@ def test_a_thought_in_the_last_turn_leaves_the_earlier_turns_labelled() -> None:
     # "i" also occurs inside "<think>": the label must not start there.
     runs = shown(tokenizer, tokenize([record("a", "b", "c", "i")], tokenizer)[0])[1]
     assert runs == ["b<|im_end|>", "<think>\n\n</think>\n\ni<|im_end|>"]
-
-
-def test_a_history_unlike_the_prompt_keeps_the_last_turn() -> None:
-    tokenizer = tiny_tokenizer(OPENS_THOUGHT)
-    text, runs = shown(tokenizer, tokenize([record("a", "b", "c", "d")], tokenizer)[0])
-    assert runs == ["d<|im_end|>"] and text.endswith("<|im_start|>assistant\n<think>\nd<|im_end|>")
 
 
 @pytest.mark.parametrize("writes_bos", [False, True])

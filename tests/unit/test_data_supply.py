@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from srde_ds.data.build.from_sources import build_from_sources
-from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.build.options import BuildOptions, BuildSummary
 from srde_ds.data.sources.registry import Source
 from srde_ds.data.sources.supply import Supply
 from srde_ds.errors import SRDEError
@@ -25,7 +25,7 @@ def options(tmp_path: Path) -> BuildOptions:
     return BuildOptions([source], 10, 256, "drop", 1)
 
 
-def build(options: BuildOptions, work_dir: Path, **changes: Any) -> Build:
+def build(options: BuildOptions, work_dir: Path, **changes: Any) -> BuildSummary:
     return build_from_sources(replace(options, **changes), work_dir=work_dir, tokenizer=None)
 
 
@@ -75,7 +75,7 @@ def test_few_examples_of_several_generated_sources(options: BuildOptions, tmp_pa
 
 def test_evaluation_sets_without_questions_are_refused(options: BuildOptions, tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
-    refused = {"math_tasks": "its items are made", str(empty): "no question", "sum": "Did you mean 'sums'"}
+    refused = {"math_tasks": "its items are made", str(empty): "is empty", "sum": "Did you mean 'sums'"}
     for name, message in refused.items():
         with pytest.raises(SRDEError, match=f"decontaminate_against={name}: .*{message}"):
             build(options, tmp_path / "data", decontaminate_against=(name,))

@@ -14,7 +14,7 @@ import periodictable
 import pytest
 
 from srde_ds.config import DOMAINS
-from srde_ds.data.records import read_jsonl
+from srde_ds.data.inputs import read_records
 from srde_ds.data.synthetic import tasks
 from srde_ds.errors import SRDEError
 
@@ -108,7 +108,7 @@ def shortest(grid: list[str]) -> int:
 def test_files_are_readable_and_share_no_prompt(tmp_path: Path) -> None:
     train, held_out = tasks.write_quickstart_data(tmp_path, 60, 10, seed=5)
     for path, count in ((train, 60), (held_out, 10)):
-        assert Counter(record.domain for record in read_jsonl(path, DOMAINS)) == dict.fromkeys(DOMAINS, count)
+        assert Counter(record.domain for record in read_records(path, DOMAINS)) == dict.fromkeys(DOMAINS, count)
     prompts = [{key(json.loads(line)) for line in path.read_text().splitlines()} for path in (train, held_out)]
     assert len(prompts[0]) == 360 and len(prompts[1]) == 60 and not prompts[0] & prompts[1]
 

@@ -103,7 +103,7 @@ def test_samples_are_one_batch_and_refinement_asks_about_the_winner(monkeypatch:
 def test_files_of_prompts(tmp_path: Path) -> None:
     lines = tmp_path / "prompts.txt"
     lines.write_text("one\n\n two \n", encoding="utf-8")
-    assert read_prompts(lines) == [(f"{lines}:1", *asked("one")), (f"{lines}:3", *asked("two"))]
+    assert read_prompts(lines) == [(f"{lines}:1", *asked("one"), None), (f"{lines}:3", *asked("two"), None)]
     objects = tmp_path / "prompts.jsonl"
     messages = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     objects.write_text(
@@ -111,7 +111,7 @@ def test_files_of_prompts(tmp_path: Path) -> None:
         + "\n"
         + json.dumps({"messages": messages})
     )
-    assert [found for _, found in read_prompts(objects)] == asked("a\u2028a", "b")
+    assert [prompt.messages for prompt in read_prompts(objects)] == asked("a\u2028a", "b")
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -130,16 +130,18 @@ def test_results_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompt"),
+        ("", "is empty"),
         ("{", r"p\.jsonl:1: not valid JSON"),
-        ('{"prompt": "a"}\n{"prompt": 1}', r"p\.jsonl:2: needs 'prompt'"),
+        ('{"prompt": "a"}\n{"prompt": 1}', r"p\.jsonl:2: field 'prompt' must be text, not a number"),
+        ('{"answer": "a"}', "needs 'prompt' and 'response', or 'messages'"),
+        ('{"prompt": "x \\ud83d y"}', r"p\.jsonl:1: field 'prompt' holds half a surrogate pair"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "ask nothing"),
-        ('{"messages": [1]}', "needs 'prompt'"),
+        ('{"messages": [1]}', "'messages' must be a list of objects"),
     ],
 )
 def test_files_that_are_not_understood(content: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(SRDEError, match=message):
         read_prompts(tmp_path / "p.jsonl")
-    with pytest.raises(SRDEError, match="cannot be read"):
+    with pytest.raises(SRDEError, match="no such file"):
         read_prompts(tmp_path / "none.txt")

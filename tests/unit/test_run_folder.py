@@ -15,16 +15,19 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.data.manifest import load_manifest
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed import processes as topology
 from srde_ds.errors import SRDEError
 from srde_ds.training import run_folder
-from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder
+from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder, prepare_data
 from srde_ds.utils.environment import environment
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
+from tests.hybrids import qwen3_5
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +98,40 @@ def test_two_sources_of_data(refused: Refusal, inputs: dict[str, str]) -> None:
     refused("jsonl_data=", "pretokenized_dir=", "Keep one", pretokenized_dir=inputs["rows"])
     both = {"jsonl_data": None, "pretokenized_dir": inputs["rows"], "eval_file": inputs["held_out"]}
     refused("eval_file=", "pretokenized_dir=", "build_dataset", **both)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_embeds(
+    refused: Refusal, inputs: dict[str, str], tmp_path: Path
+) -> None:
+    base = tmp_path / "larger"
+    shutil.copytree(inputs["base"], base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<one_more>"])
+    tokenizer.save_pretrained(base)
+    count = len(tokenizer)
+    for more in ({}, {"dry_run": "true"}):
+        refused(f"its tokenizer has {count} tokens, its embedding {count - 1}", model_name=str(base), **more)
+
+
+def test_a_base_that_sees_earlier_documents_wants_one_in_a_row(
+    refused: Refusal, inputs: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "hybrid"
+    tokenizer = load_tokenizer(inputs["base"])
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_config(qwen3_5(vocab_size=len(tokenizer))).save_pretrained(base)
+    asked = {"model_name": str(base)}
+    for more in ({}, {"dry_run": "true"}, {"jsonl_data": None, "pretokenized_dir": inputs["rows"]}):
+        refused("documents in a packed row would be seen from each other", "qwen3_5", "--packing false", **asked | more)
+    options = {"jsonl_data": inputs["train"], "domains": DOMAINS, "max_length": POSITIONS, "packing": "false"}
+    assert main(["build_dataset", *flags(options | asked | {"work_dir": str(tmp_path)})]) == 0
+    manifest = load_manifest(tmp_path / "tokenized")
+    assert not manifest.packing
+    assert all(count.rows == count.documents == 6 for count in manifest.splits["train"].domains.values())
+    given = {"pretokenized_dir": str(tmp_path / "tokenized"), "num_experts": 2, "output_dir": str(tmp_path / "run")}
+    common = {"domains": DOMAINS, "max_length": POSITIONS, "dry_run": "true"}
+    assert main(["train", *flags(common | asked | given)]) == 0
+    capsys.readouterr()
 
 
 def test_missing_files(refused: Refusal, tmp_path: Path) -> None:
@@ -273,9 +310,12 @@ def test_rows_are_built_once_without_progress_bars_and_used_again(inputs: dict[s
     first, second = result.stdout.split(f"Dataset: {tmp_path}/tokenized\n")[:2]
     assert first == second
     assert first.startswith("train: ")
-    assert result.stderr == (
-        f"srde-ds: '{tmp_path}/tokenized' was built from the same files and options: it is used as it is\n"
-    )
+    assert result.stderr.splitlines() == [
+        f"srde-ds: {inputs['train']}: 12 records, prompts and responses",
+        "srde-ds: domains with fewer than 100 training records: red has 6, green has 6. An expert learns little from "
+        "so few.",
+        f"srde-ds: '{tmp_path}/tokenized' was built from the same files and options: it is used as it is",
+    ]
 
 
 def test_a_dry_run_refuses_rows_that_a_run_would(
@@ -293,3 +333,18 @@ def test_a_dry_run_refuses_rows_that_a_run_would(
     ):
         fails(capsys, ["train", "--dry_run", *flags(good | change)], message)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_warns_of_very_uneven_domains(
+    inputs: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = "".join(
+        json.dumps({"prompt": f"say {n}", "response": "a b c " * 6, "domain": "red"}) + "\n" for n in range(20)
+    )
+    records = tmp_path / "uneven.jsonl"
+    records.write_text(Path(inputs["train"]).read_text() + long)
+    given = {"model_name": inputs["base"], "domains": DOMAINS, "max_length": POSITIONS}
+    for number, (path, warned) in enumerate(((inputs["train"], False), (str(records), True))):
+        caplog.clear()
+        prepare_data(resolve({}, given | {"jsonl_data": path, "output_dir": str(tmp_path / str(number))}))
+        assert ("unevenly shared: red 9" in caplog.text) == warned

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from srde_ds import SRDEModel
 from srde_ds.config import Config
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
 from srde_ds.training.warm_start.routers import capture_inputs

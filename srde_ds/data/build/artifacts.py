@@ -1,8 +1,8 @@
-"""Stages of a build as files that are named by what they were made from, so that none is made twice.
+"""What the passes of a build make, as files that are named by what they were made from, so that none is made twice.
 
-A part is one file. Its name is a fingerprint of the work's code and of everything that goes into it; a part that
-depends on another one counts that one's name among its inputs. A killed build finds its finished parts again, and a
-changed option changes the names of those parts only that depend on it.
+An artifact is one file. Its name is a fingerprint of the work's code and of everything that goes into it; an artifact
+that depends on another one counts that one's name among its inputs. A killed build finds its finished artifacts again,
+and a changed option changes the names of those only that depend on it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Work = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Made:
-    """A finished part."""
+class Artifact:
+    """A finished file."""
 
     path: Path
     key: str
@@ -48,12 +48,12 @@ def fingerprint(*parts: Any) -> str:
 
 @cache
 def code_fingerprint(*modules: str) -> str:
-    """Of the source of `modules`, so that a new release does not take an older one's parts for its own."""
+    """Of the source of `modules`, so that a new release does not take an older one's artifacts for its own."""
     return fingerprint(*(inspect.getsource(sys.modules[name]) for name in modules))
 
 
-class Stages:
-    """The folder of parts, which one build at a time may use, and the processes that make them.
+class ArtifactStore:
+    """The folder of artifacts, which one build at a time may use, and the processes that make them.
 
     Raises:
         SRDEError: on entering it, if another build is at work.
@@ -64,13 +64,13 @@ class Stages:
         self.num_processes = num_processes
         self.wall_seconds: defaultdict[str, float] = defaultdict(float)
         self.cpu_seconds: defaultdict[str, float] = defaultdict(float)
-        """of all processes; both by stage"""
+        """of all processes; both by pass"""
         self.made: dict[str, int] = {}
-        """parts that were not there yet, by stage"""
+        """artifacts that were not there yet, by pass"""
         self._initialize = initialize
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> ArtifactStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -91,25 +91,25 @@ class Stages:
             self._pool = None
         self._lock.close()
 
-    def run(self, stage: str, work: Work, parts: Sequence[tuple[str, dict[str, Any]]]) -> list[Made]:
-        """The parts (key, arguments of `work`) of a stage, in their order; those that are there are not made again.
+    def run(self, name: str, work: Work, parts: Sequence[tuple[str, dict[str, Any]]]) -> list[Artifact]:
+        """The artifacts (key, arguments of `work`) of the pass `name`, in their order; none is made a second time.
 
         Raises:
             SRDEError: what `work` raised, or a process that died.
         """
         started = time.perf_counter()
-        paths = [self.folder / stage / f"{key}.arrow" for key, _ in parts]
+        paths = [self.folder / name / f"{key}.arrow" for key, _ in parts]
         missing = {path: arguments for path, (_, arguments) in zip(paths, parts, strict=True) if not _done(path)}
-        self.made[stage] = self.made.get(stage, 0) + len(missing)
-        (self.folder / stage).mkdir(parents=True, exist_ok=True)
+        self.made[name] = self.made.get(name, 0) + len(missing)
+        (self.folder / name).mkdir(parents=True, exist_ok=True)
         if self.num_processes == 1 or len(missing) == 1:
             for path, arguments in missing.items():
                 _make(work, path, arguments)
         elif missing:
             self._make_in_pool(work, missing)
-        made = [Made(p, k, json.loads(_figures(p).read_text())) for p, (k, _) in zip(paths, parts, strict=True)]
-        self.wall_seconds[stage] += time.perf_counter() - started
-        self.cpu_seconds[stage] += sum(part.figures["cpu_seconds"] for part in made if part.path in missing)
+        made = [Artifact(p, k, json.loads(_figures(p).read_text())) for p, (k, _) in zip(paths, parts, strict=True)]
+        self.wall_seconds[name] += time.perf_counter() - started
+        self.cpu_seconds[name] += sum(part.figures["cpu_seconds"] for part in made if part.path in missing)
         return made
 
     def _make_in_pool(self, work: Work, missing: dict[Path, dict[str, Any]]) -> None:
@@ -134,14 +134,14 @@ class Stages:
             half.unlink()
 
     @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the block's time to that of `stage`."""
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the block's time to that of the pass `name`."""
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.wall_seconds[stage] += time.perf_counter() - wall
-            self.cpu_seconds[stage] += time.process_time() - cpu
+            self.wall_seconds[name] += time.perf_counter() - wall
+            self.cpu_seconds[name] += time.process_time() - cpu
 
 
 def worker_pool(num_processes: int, initialize: Callable[[], None] | None) -> ProcessPoolExecutor:

@@ -9,11 +9,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import Config
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
+from srde_ds.data.build.outputs import JSONL, ROWS
 from srde_ds.data.build.request import BuildRequest
-from srde_ds.data.build.writing import JSONL, ROWS
+from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.data.sources.hub import check_upload, push_to_hub
 from srde_ds.data.sources.registry import Source, choose_domains, load_sources
@@ -61,7 +63,11 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
         seed=config.training.seed,
         num_processes=request.num_processes or 1,
         overwrite=request.overwrite,
+        train_on=config.data.train_on,
+        packing=config.data.packing,
+        reading=ReadOptions.of(config.data),
     )
+    tell_dropped(manifest)
     _print_rows(manifest)
     print(f"Dataset: {work_dir / ROWS}")
 
@@ -88,14 +94,21 @@ def check_request(config: Config, request: BuildRequest) -> None:
         value = getattr(request, key)
         if value and value != getattr(BuildOptions, key):
             raise SRDEError(
-                f"{key}={value}: goes with --examples_per_domain only; a JSONL file is taken as it is. Leave it out."
+                f"{key}={value}: goes with --examples_per_domain only; files are taken as they are. Leave it out."
             )
     if request.sources_file and jsonl_data:
         raise SRDEError(f"sources_file={request.sources_file}: does not go with jsonl_data={jsonl_data}. Keep one.")
+    for key, value in ReadOptions.of(config.data).to_dict().items() if not jsonl_data else ():
+        raise SRDEError(f"{key}={value}: goes with jsonl_data only. Leave it out.")
     if config.data.eval_file and not jsonl_data:
         raise SRDEError(
             f"eval_file={config.data.eval_file}: goes with jsonl_data. A build from sources holds out splits of its "
             "own; give --decontaminate_against to keep the file's questions out of it."
+        )
+    if config.data.train_on != "all" and request.from_sources:
+        raise SRDEError(
+            f"train_on={config.data.train_on}: goes with jsonl_data. A source says itself which turns count: mark the "
+            'others with "train": false there.'
         )
     if request.skip_tokenize and not request.from_sources:
         raise SRDEError("skip_tokenize=true leaves nothing to do without --examples_per_domain: leave it out.")
@@ -137,6 +150,7 @@ def _from_sources(
         tuple(name.strip() for name in request.decontaminate_against.split(",") if name.strip()),
         request.on_missing_source,
         request.on_shortfall,
+        config.data.packing,
     )
     build = build_from_sources(
         options,
@@ -148,7 +162,9 @@ def _from_sources(
     manifest = load_manifest(work_dir / ROWS) if tokenizer is not None else None
     report = write_report(work_dir, build, manifest)
     for domain, figures in build.domains.items():
-        print(f"{domain}: {figures['documents']:,} documents")
+        long = sum(s["counts"].get("too long", 0) for s in build.sources if s["domain"] == domain)
+        told = f", {long:,} longer than max_length={config.data.max_length} left out" if long else ""
+        print(f"{domain}: {figures['documents']:,} documents{told}")
     if manifest:
         _print_rows(manifest)
     print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}\nReport: {report}")

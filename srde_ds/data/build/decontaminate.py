@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from srde_ds.data.build.row_rules import hashed, ngram_hashes, read_table, words, write_table
+from srde_ds.data.build.row_rules import hashed, ngram_hashes, words
+from srde_ds.data.build.tables import read_table, write_table
+from srde_ds.data.files import find_files, read_items
 from srde_ds.errors import SRDEError
 
 NGRAM = 13
@@ -29,30 +31,33 @@ def evaluation_ngrams(texts: Iterable[str]) -> np.ndarray:
     return np.array(sorted(found), np.uint64)
 
 
-def read_evaluation_file(path: str | Path) -> Iterator[str]:
-    """What is asked in each line of a JSONL file: the user's turns, or the first field that holds a question.
+def read_evaluation_file(name: str | Path) -> Iterator[str]:
+    """What is asked in each record of a file, a folder or a pattern: the user's turns, or the first field that holds a
+    question.
 
     Raises:
-        SRDEError: the file is missing, or a line has neither.
+        SRDEError: there is no such file, or a record has neither.
     """
-    try:
-        with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _question(line, f"decontaminate_against={path}: line {number}")
-    except OSError as error:
-        raise SRDEError(f"decontaminate_against={path}: cannot be read: {error.strerror}.") from None
+    for path in find_files(name, "decontaminate_against"):
+        try:
+            for place, item in read_items(path):
+                if isinstance(item, SRDEError):
+                    raise item
+                yield _question(item, place)
+        except SRDEError as error:
+            raise SRDEError(f"decontaminate_against={name}: {error}") from None
 
 
-def _question(line: bytes, place: str) -> str:
-    try:
-        item = json.loads(line)
-        if "messages" in item:
-            return " ".join(message["content"] for message in item["messages"] if message["role"] == "user")
-        return str(next(item[name] for name in _QUESTIONS if item.get(name)))
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-        fields = ", ".join(_QUESTIONS)
-        raise SRDEError(f"{place} holds no question: give JSON lines with messages or one of {fields}.") from None
+def _question(item: dict[str, Any], place: str) -> str:
+    for key, role, text in (("messages", "role", "content"), ("conversations", "from", "value")):
+        if isinstance(item.get(key), list):
+            turns = [turn for turn in item[key] if isinstance(turn, dict) and turn.get(role) in ("user", "human")]
+            if asked := " ".join(turn[text] for turn in turns if isinstance(turn.get(text), str)):
+                return asked
+    found = next((item[name] for name in _QUESTIONS if item.get(name)), None)
+    if found is None:
+        raise SRDEError(f"{place} holds no question: give records with messages or one of {', '.join(_QUESTIONS)}.")
+    return str(found)
 
 
 def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:

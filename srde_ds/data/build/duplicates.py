@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from srde_ds.data.build.row_rules import NUM_PERM, read_table
+from srde_ds.data.build.row_rules import NUM_PERM
+from srde_ds.data.build.tables import read_table
 
 BANDS = 16
 """of 8 hashes each: a pair of similarity 0.8 is looked at with probability 0.95, one of 0.9 with 0.9999"""

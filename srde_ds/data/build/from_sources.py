@@ -1,4 +1,4 @@
-"""From sources to a clean, balanced, tokenised dataset: reads from top to bottom, stage by stage."""
+"""From sources to a clean, balanced, tokenised dataset: reads from top to bottom, pass by pass."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.build.artifacts import Stages, fingerprint
-from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.build.artifacts import ArtifactStore, fingerprint
+from srde_ds.data.build.options import BuildOptions, BuildSummary
+from srde_ds.data.build.outputs import ARTIFACTS, JSONL, ROWS, check_free, check_ours, write_jsonl, write_selection
 from srde_ds.data.build.selection import Pool, Selection, select
-from srde_ds.data.build.source_records import Records, clean, ngrams_of, records_of
+from srde_ds.data.build.source_records import Records, apply_rules, ngrams_of, records_of
 from srde_ds.data.build.tokens import read_lines, set_tokenizer
-from srde_ds.data.build.writing import JSONL, ROWS, check_free, check_ours, write_jsonl, write_rows
 from srde_ds.data.manifest import tokenizer_identity
 from srde_ds.data.records import SPLITS
 from srde_ds.data.sources.supply import Supply
@@ -42,10 +42,10 @@ def build_from_sources(
     tokenizer: PreTrainedTokenizerBase | None,
     num_processes: int = 1,
     overwrite: bool = False,
-) -> Build:
+) -> BuildSummary:
     """Write `data.jsonl`, `build.json` and, with a tokenizer, `tokenized/` into `work_dir`.
 
-    What a stage made is kept in `work_dir/stages`, so that a build that was stopped goes on, and one with other
+    What a pass made is kept in `work_dir/artifacts`, so that a build that was stopped goes on, and one with other
     options makes only what they change.
 
     Raises:
@@ -60,14 +60,14 @@ def build_from_sources(
     except OSError as error:
         raise SRDEError(f"work_dir={work_dir}: cannot be made: {error.strerror}. Choose another one.") from None
     initialize = partial(set_tokenizer, tokenizer) if tokenizer is not None else None
-    with Stages(work_dir / "stages", num_processes, initialize) as stages:
-        with stages.timed("open"):
+    with ArtifactStore(work_dir / ARTIFACTS, num_processes, initialize) as store:
+        with store.timed("open"):
             supply = Supply(options, work_dir)
-            ngrams = ngrams_of(options, work_dir / "stages" / "ngrams")
+            ngrams = ngrams_of(options, work_dir / ARTIFACTS / "ngrams")
         while True:
             opened = list(supply.opened.values())
-            records = records_of(opened, stages)
-            pool = clean(records, opened, options, ngrams, stages)
+            records = records_of(opened, store)
+            pool = apply_rules(records, opened, options, ngrams, store)
             selection = select(
                 pool,
                 records.parts,
@@ -75,7 +75,7 @@ def build_from_sources(
                 domains=options.domains,
                 examples=options.examples_per_domain,
                 seed=options.seed,
-                stages=stages,
+                store=store,
                 tokenizer_key=_tokenizer_key(tokenizer),
                 max_length=options.max_length,
                 too_long=options.too_long,
@@ -89,16 +89,16 @@ def build_from_sources(
         build = _describe(options, supply, records, pool, selection, _tokenizer_key(tokenizer), counts, reasons)
         if not overwrite:
             check_free(work_dir, build)
-        with stages.timed("write"):
+        with store.timed("write"):
             data_hash = write_jsonl(work_dir / JSONL, selection, pool, records.parts)
         if tokenizer is None:
             shutil.rmtree(work_dir / ROWS, ignore_errors=True)  # rows of other records
         else:
-            write_rows(work_dir, selection, pool, options, build, data_hash, tokenizer, stages)
-    build.stages = {
-        name: {"wall_seconds": round(wall, 2), "cpu_seconds": round(stages.cpu_seconds[name], 2)}
-        | {"parts_made": stages.made.get(name, 0)}
-        for name, wall in stages.wall_seconds.items()
+            write_selection(work_dir, selection, pool, options, build, data_hash, tokenizer, store)
+    build.passes = {
+        name: {"wall_seconds": round(wall, 2), "cpu_seconds": round(store.cpu_seconds[name], 2)}
+        | {"artifacts_made": store.made.get(name, 0)}
+        for name, wall in store.wall_seconds.items()
     }
     build.wall_seconds, build.num_processes = round(time.perf_counter() - started, 2), num_processes
     write_text(work_dir / BUILD, json.dumps(asdict(build), indent=2) + "\n")
@@ -174,7 +174,7 @@ def _describe(
     tokenizer_key: str | None,
     counts: dict[str, Counter[str]],
     reasons: dict[str, Counter[str]],
-) -> Build:
+) -> BuildSummary:
     names = list(supply.opened)
     domains: dict[str, dict[str, Any]] = {}
     chosen_of: Counter[str] = Counter()
@@ -216,4 +216,4 @@ def _describe(
     keys = [made.key for made in (*records.parts, *selection.files)]
     chosen_keys = [fingerprint(c.documents, c.file_of, c.index_of) for c in selection.domains.values()]
     identity = fingerprint(given, options.domains, tokenizer_key, keys, chosen_keys)
-    return Build(identity, given, sources, supply.skipped, domains, pool.forms_of_words)
+    return BuildSummary(identity, given, sources, supply.skipped, domains, pool.forms_of_words)

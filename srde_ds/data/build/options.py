@@ -23,6 +23,7 @@ class BuildOptions:
     decontaminate_against: tuple[str, ...] = ()
     on_missing_source: str = "fail"
     on_shortfall: str = "fail"
+    packing: bool = True
 
     @property
     def domains(self) -> list[str]:
@@ -30,7 +31,7 @@ class BuildOptions:
 
 
 @dataclass
-class Build:
+class BuildSummary:
     """`build.json`: all that the report says."""
 
     fingerprint: str
@@ -43,7 +44,7 @@ class Build:
     """`documents`, `by_split`, `by_source`, `missing`, `tokens`, `lengths` as a histogram"""
     forms_of_words: int = 0
     """evaluation n-grams that too many documents share to be a leak"""
-    stages: dict[str, dict[str, float]] = field(default_factory=dict)
-    """`wall_seconds`, `cpu_seconds` and `parts_made` (those that no earlier build left)"""
+    passes: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`wall_seconds`, `cpu_seconds` and `artifacts_made` (those that no earlier build left)"""
     wall_seconds: float = 0.0
     num_processes: int = 1

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from srde_ds.data.build.options import Build
+from srde_ds.data.build.options import BuildSummary
 from srde_ds.errors import SRDEError
 
 try:
@@ -15,7 +15,7 @@ except ImportError:
     raise SRDEError("package 'matplotlib' is missing, plots need it. Install it: pip install matplotlib") from None
 
 
-def plot_lengths(build: Build, path: Path) -> None:
+def plot_lengths(build: BuildSummary, path: Path) -> None:
     """How many documents of each domain have how many tokens."""
     figure, axes = _figure()
     for domain, figures in build.domains.items():
@@ -25,7 +25,7 @@ def plot_lengths(build: Build, path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_domains(build: Build, path: Path) -> None:
+def plot_domains(build: BuildSummary, path: Path) -> None:
     """Documents of each domain, by source."""
     sources = {source["name"]: source["domain"] for source in build.sources}
     counts = {
@@ -36,7 +36,7 @@ def plot_domains(build: Build, path: Path) -> None:
     _stacked(list(build.domains), counts, "documents", path)
 
 
-def plot_removals(build: Build, rules: Sequence[str], path: Path) -> None:
+def plot_removals(build: BuildSummary, rules: Sequence[str], path: Path) -> None:
     """Rows of each source that each rule left out, as shares of those read."""
     names = [source["name"] for source in build.sources]
     shares = {

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from srde_ds.data.build.options import Build
+from srde_ds.data.build.options import BuildSummary
+from srde_ds.data.build.outputs import CARD, JSONL
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
-from srde_ds.data.build.writing import CARD, JSONL
 from srde_ds.data.manifest import Manifest
 from srde_ds.data.records import SPLITS
 from srde_ds.utils.files import write_text
@@ -23,7 +23,7 @@ RULES = (
 _LONGEST_QUOTE = 600
 
 
-def write_report(work_dir: Path, build: Build, manifest: Manifest | None) -> Path:
+def write_report(work_dir: Path, build: BuildSummary, manifest: Manifest | None) -> Path:
     """`report/report.md` with its plots, and the dataset card `README.md`; returns the report's path."""
     folder = work_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def write_report(work_dir: Path, build: Build, manifest: Manifest | None) -> Pat
     return folder / "report.md"
 
 
-def _report(build: Build, manifest: Manifest | None) -> str:
+def _report(build: BuildSummary, manifest: Manifest | None) -> str:
     options = {key: value for key, value in build.options.items() if value not in ((), None)}
     sections = [
         "# Dataset report",
@@ -57,13 +57,13 @@ def _report(build: Build, manifest: Manifest | None) -> str:
         "## Settings",
         markdown_table([["option", "value"], *([key, _shown(value)] for key, value in options.items())]),
         "## Time",
-        f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Parts that an earlier build left are "
-        "not made again.",
+        f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Artifacts that an earlier build left "
+        "are not made again.",
         markdown_table(
-            [["stage", "seconds", "CPU seconds", "parts made"]]
+            [["pass", "seconds", "CPU seconds", "artifacts made"]]
             + [
-                [name, f"{t['wall_seconds']:.1f}", f"{t['cpu_seconds']:.1f}", str(t["parts_made"] or "")]
-                for name, t in build.stages.items()
+                [name, f"{t['wall_seconds']:.1f}", f"{t['cpu_seconds']:.1f}", str(t["artifacts_made"] or "")]
+                for name, t in build.passes.items()
             ]
         ),
     ]
@@ -72,7 +72,7 @@ def _report(build: Build, manifest: Manifest | None) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _card(build: Build, manifest: Manifest | None) -> str:
+def _card(build: BuildSummary, manifest: Manifest | None) -> str:
     documents = sum(figures["documents"] for figures in build.domains.values())
     header = {
         "license": "other",
@@ -109,7 +109,7 @@ def _card(build: Build, manifest: Manifest | None) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _domains(build: Build) -> list[list[str]]:
+def _domains(build: BuildSummary) -> list[list[str]]:
     rows = [["domain", "documents", *SPLITS, "tokens", "missing"]]
     for domain, figures in build.domains.items():
         splits = [f"{figures['by_split'][split]:,}" for split in SPLITS]
@@ -118,7 +118,7 @@ def _domains(build: Build) -> list[list[str]]:
     return rows
 
 
-def _removals(build: Build) -> list[list[str]]:
+def _removals(build: BuildSummary) -> list[list[str]]:
     rules = [rule for rule in RULES if any(source["counts"].get(rule) for source in build.sources)]
     rows = [["source", "domain", "read", "normalised", *rules, "chosen"]]
     for source in build.sources:
@@ -128,7 +128,7 @@ def _removals(build: Build) -> list[list[str]]:
     return rows
 
 
-def _sources(build: Build) -> list[list[str]]:
+def _sources(build: BuildSummary) -> list[list[str]]:
     rows = [["source", "domain", "from", "revision", "rows used", "licence", "redistributable"]]
     for source in build.sources:
         place = ":".join(filter(None, [source["location"], source["config"]]))
@@ -150,7 +150,7 @@ def _rows(manifest: Manifest) -> list[list[str]]:
     return rows
 
 
-def _troubles(build: Build) -> str:
+def _troubles(build: BuildSummary) -> str:
     lines = [f"* Source {name} is missing: {reason}" for name, reason in build.skipped.items()]
     for domain, figures in build.domains.items():
         if figures["missing"]:
@@ -163,7 +163,7 @@ def _troubles(build: Build) -> str:
     return "\n".join(lines)
 
 
-def _reasons(build: Build) -> str:
+def _reasons(build: BuildSummary) -> str:
     lines = [
         f"* {source['name']}: " + ", ".join(f"{reason} ({count:,})" for reason, count in source["reasons"].items())
         for source in build.sources

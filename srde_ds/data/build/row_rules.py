@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import rensa
 
+from srde_ds.data.build.tables import write_table
 from srde_ds.data.sources.formatters import BrokenRow, Example
 from srde_ds.data.sources.reading import Reader
 
@@ -58,9 +59,12 @@ def make_records(
             reasons[str(example)] += 1
             continue
         cleaned, changed = normalise(example)
-        fault = _fault(cleaned)
-        if fault:
-            counts[fault] += 1
+        if _is_empty(cleaned):
+            counts["empty"] += 1
+            continue
+        if _lost_characters(cleaned):
+            counts["broken"] += 1
+            reasons["lost characters"] += 1
             continue
         counts["normalised"] += changed
         turns = [m["content"] for m in cleaned.messages if m["role"] != "system"]
@@ -82,17 +86,6 @@ def make_records(
     return {"kept": len(rows), "counts": dict(counts), "reasons": dict(reasons.most_common(3))}
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    """An Arrow file that can be memory-mapped."""
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def read_table(path: Path | str) -> pa.Table:
-    """The memory-mapped table of `write_table`."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-
-
 def normalise(example: Example) -> tuple[Example, bool]:
     """Composed Unicode (NFC), line feeds, no control characters, no space around; and whether that changed anything."""
     messages = [{"role": m["role"], "content": _normal(m["content"])} for m in example.messages]
@@ -105,14 +98,15 @@ def _normal(text: str) -> str:
     return _CONTROL.sub("", text).strip()
 
 
-def _fault(example: Example) -> str | None:
+def _is_empty(example: Example) -> bool:
     texts = [message["content"] for message in example.messages]
-    if not all(texts) or texts[-1].casefold() in _PLACEHOLDERS:
-        return "empty"
-    # U+FFFD and lone halves of a surrogate pair are what is left of characters that were lost.
-    if any("\ufffd" in text or not text.isascii() and _has_surrogates(text) for text in texts):
-        return "broken"
-    return None
+    return not all(texts) or texts[-1].casefold() in _PLACEHOLDERS
+
+
+def _lost_characters(example: Example) -> bool:
+    """U+FFFD and lone halves of a surrogate pair are what is left of characters that were lost."""
+    texts = [*(message["content"] for message in example.messages), example.answer or "", example.group or ""]
+    return any("\ufffd" in text or not text.isascii() and _has_surrogates(text) for text in texts)
 
 
 def _has_surrogates(text: str) -> bool:
@@ -130,7 +124,7 @@ def _plain(text: str) -> str:
 
 def hashed(text: str) -> int:
     """64 bits of a text."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def words(text: str) -> list[str]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
-from srde_ds.data.build.tokens import Tokens, tokenize_records
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore, code_fingerprint, fingerprint
+from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, tokenize_records
 from srde_ds.data.packing import fit
 from srde_ds.data.sources.registry import Source
-
-DOCUMENTS_A_FILE = 2000
+from srde_ds.errors import SRDEError
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Chosen:
 @dataclass
 class Selection:
     domains: dict[str, Chosen]
-    files: list[Made]
+    files: list[Artifact]
     """of tokens"""
     removed: dict[str, Counter[str]]
     """by source and rule"""
@@ -86,13 +85,13 @@ def shares(wanted: int, available: Sequence[int], weights: Sequence[float]) -> l
 
 def select(
     pool: Pool,
-    parts: Sequence[Made],
+    parts: Sequence[Artifact],
     sources: Sequence[Source],
     *,
     domains: Sequence[str],
     examples: int,
     seed: int,
-    stages: Stages,
+    store: ArtifactStore,
     tokenizer_key: str | None,
     max_length: int,
     too_long: str,
@@ -103,7 +102,7 @@ def select(
     changes little. Without `tokenizer_key` nothing is tokenised and nothing is too long.
 
     Raises:
-        SRDEError: a document is too long and `too_long` is error.
+        SRDEError: a document is too long and `too_long` is error, or the chat template refuses one.
     """
     chosen = {domain: Chosen(missing=examples) for domain in domains}
     queues = [_order(pool, number, seed) for number in range(len(sources))]
@@ -123,7 +122,7 @@ def select(
                 domain.missing -= len(documents)
             continue
         work = [_tokenizing(pool, parts, documents, tokenizer_key) for _, documents in batches]
-        for (number, documents), made in zip(batches, stages.run("tokens", tokenize_records, work), strict=True):
+        for (number, documents), made in zip(batches, store.run("tokens", tokenize_records, work), strict=True):
             _keep(documents, made, sources[number], result, max_length, too_long)
 
 
@@ -156,12 +155,12 @@ def _take(
 
 
 def _tokenizing(
-    pool: Pool, parts: Sequence[Made], documents: np.ndarray, tokenizer_key: str
+    pool: Pool, parts: Sequence[Artifact], documents: np.ndarray, tokenizer_key: str
 ) -> tuple[str, dict[str, object]]:
     used, part_of = np.unique(pool.part[documents], return_inverse=True)
     index_of = pool.index[documents].tolist()
     keys = [parts[number].key for number in used]
-    code = code_fingerprint("srde_ds.data.packing", "srde_ds.data.build.tokens")
+    code = code_fingerprint(*(f"srde_ds.data.{name}" for name in ("packing", "labels", "template", "build.tokens")))
     arguments = {
         "parts": [str(parts[number].path) for number in used],
         "part_of": part_of.tolist(),
@@ -170,18 +169,22 @@ def _tokenizing(
     return fingerprint(tokenizer_key, code, keys, part_of.tolist(), index_of), arguments
 
 
-def _keep(documents: np.ndarray, made: Made, source: Source, result: Selection, max_length: int, too_long: str) -> None:
+def _keep(
+    documents: np.ndarray, artifact: Artifact, source: Source, result: Selection, max_length: int, too_long: str
+) -> None:
     """Add a file's documents to their domain, but for those that cannot be used."""
-    tokens, domain, removed = Tokens(made.path), result.domains[source.domain], result.removed[source.name]
-    result.files.append(made)
-    for index, (document, length, usable) in enumerate(
-        zip(documents.tolist(), tokens.lengths.tolist(), tokens.usable.tolist(), strict=True)
+    tokens, domain, removed = Tokens(artifact.path), result.domains[source.domain], result.removed[source.name]
+    result.files.append(artifact)
+    if refusal := next(filter(None, tokens.refusals), None):
+        raise SRDEError(refusal)
+    for index, (document, length, marker) in enumerate(
+        zip(documents.tolist(), tokens.lengths.tolist(), tokens.markers, strict=True)
     ):
-        if not usable:
+        if marker:
             removed["end marker in a response"] += 1
             continue
         if length > max_length:
-            if fit(replace(tokens[index], where=f"source {source.name}"), max_length, too_long) is None:
+            if fit(tokens[index], max_length, too_long) is None:
                 removed["too long"] += 1
                 continue
             length = max_length

@@ -1,7 +1,8 @@
-"""The stages before the choice: records of every source, and the rules that compare them with each other."""
+"""The passes before the choice: records of every source, and the rules that compare them with each other."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections import Counter
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint, slices
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore, code_fingerprint, fingerprint, slices
 from srde_ds.data.build.decontaminate import contaminated, evaluation_ngrams, find_ngrams, read_evaluation_file
 from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
 from srde_ds.data.build.options import BuildOptions
-from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records, read_table
+from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records
 from srde_ds.data.build.selection import Pool, mixed
+from srde_ds.data.build.tables import read_table
 from srde_ds.data.sources.formatters import Example
 from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
 from srde_ds.data.sources.registry import Source, load_sources
@@ -29,7 +31,7 @@ from srde_ds.utils.retry import SourceError
 class Records:
     """The files of records of all sources."""
 
-    parts: list[Made]
+    parts: list[Artifact]
     source_of: list[int]
     """number of the source of each part"""
 
@@ -41,7 +43,7 @@ class Records:
         return np.concatenate([read_table(made.path)[name].to_numpy() for made in self.parts])
 
 
-def records_of(opened: Sequence[OpenSource], stages: Stages) -> Records:
+def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
     """Read, format and clean the rows of every source, part by part."""
     modules = ("build.row_rules", "sources.formatters", "sources.reading", "synthetic.tasks", "synthetic.science")
     code = code_fingerprint(*(f"srde_ds.data.{name}" for name in modules))
@@ -55,11 +57,11 @@ def records_of(opened: Sequence[OpenSource], stages: Stages) -> Records:
             arguments = {"reader": one.reader, "start": start, "stop": stop, "labels": labels}
             work.append((key, arguments | {"near_duplicates": source.near_duplicates}))
             source_of.append(number)
-    return Records(stages.run("records", make_records, work), source_of)
+    return Records(store.run("records", make_records, work), source_of)
 
 
-def clean(
-    records: Records, opened: Sequence[OpenSource], options: BuildOptions, ngrams: Path | None, stages: Stages
+def apply_rules(
+    records: Records, opened: Sequence[OpenSource], options: BuildOptions, ngrams: Path | None, store: ArtifactStore
 ) -> Pool:
     """Leave out duplicates, what evaluation sets hold, and questions of a held-out split that stand elsewhere too.
 
@@ -77,12 +79,12 @@ def clean(
             removed[one.source.name][rule] += count
         keep[which] = False
 
-    with stages.timed("duplicates"):
+    with store.timed("duplicates"):
         content = records.column("content")
         remove("exact duplicate", exact_duplicates(content))
         candidates = keep & np.array([one.source.near_duplicates for one in opened], bool)[source]
         if candidates.any():
-            file = stages.folder / f"signatures.{os.getpid()}.tmp"
+            file = store.folder / f"signatures.{os.getpid()}.tmp"
             try:
                 signatures = gather_signatures([made.path for made in records.parts], lengths, file)
                 remove("near duplicate", near_duplicates(signatures, candidates, options.near_duplicate_threshold))
@@ -90,7 +92,7 @@ def clean(
                 file.unlink(missing_ok=True)
     forms_of_words = 0
     if ngrams is not None:
-        index, ngram = _matches(records, ngrams, stages)
+        index, ngram = _matches(records, ngrams, store)
         flagged, forms_of_words = contaminated(index, ngram, keep)
         remove("in an evaluation set", flagged)
     split, question = split_of(records.column("group"), options), records.column("question")
@@ -128,8 +130,8 @@ def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
 
 
 def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
-    """Of a JSONL file, or of `source` or `source:split` of the sources file or the registry."""
-    if Path(name).is_file():
+    """Of files, or of `source` or `source:split` of the sources file or the registry."""
+    if Path(name).exists() or glob.has_magic(name):
         yield from read_evaluation_file(name)
         return
     known = {source.name: source for source in (*load_sources(), *options.sources)}
@@ -151,13 +153,13 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
             yield " ".join(message["content"] for message in example.messages if message["role"] == "user")
 
 
-def _matches(records: Records, ngrams: Path, stages: Stages) -> tuple[np.ndarray, np.ndarray]:
+def _matches(records: Records, ngrams: Path, store: ArtifactStore) -> tuple[np.ndarray, np.ndarray]:
     """Document and n-gram of each match."""
     code = code_fingerprint("srde_ds.data.build.decontaminate", "srde_ds.data.build.row_rules")
     work = [
         (fingerprint(code, made.key, ngrams.stem), {"records": made.path, "ngrams": ngrams}) for made in records.parts
     ]
-    tables = [read_table(made.path) for made in stages.run("decontaminate", find_ngrams, work)]
+    tables = [read_table(made.path) for made in store.run("decontaminate", find_ngrams, work)]
     starts = np.cumsum([0, *records.lengths])
     index = [table["index"].to_numpy() + start for table, start in zip(tables, starts, strict=False)]
     return np.concatenate(index), np.concatenate([table["ngram"].to_numpy() for table in tables])

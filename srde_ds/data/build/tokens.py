@@ -1,10 +1,10 @@
-"""Tokenised documents on disk, between the stages that tokenise and pack."""
+"""Tokenised documents on disk, between the passes that tokenise and pack."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.build.row_rules import read_table, write_table
-from srde_ds.data.packing import Document, check_markers, tokenize
+from srde_ds.data.build.tables import read_table, write_table
+from srde_ds.data.packing import Document, check_markers, tokenize_each
 from srde_ds.data.records import Record
 from srde_ds.data.rows import DomainRows
 from srde_ds.errors import SRDEError
 
+DOCUMENTS_A_FILE = 2000
+_RECORD_FIELDS = {field.name for field in fields(Record)}
 _tokenizer: PreTrainedTokenizerBase
 
 
@@ -30,22 +32,27 @@ def set_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def tokenize_records(
     path: Path, *, parts: Sequence[str], part_of: Sequence[int], index_of: Sequence[int]
 ) -> dict[str, Any]:
-    """Tokenise records of the files `parts` (written by make_records), in the order given.
+    """Tokenise records of the files `parts` (column `line`: a record as JSON), in the order given.
 
-    Columns: `input_ids` list of int32, `is_response` list of bool, `by_parts`, and `usable`: False where a
-    response holds the text of the EOS token.
+    Columns: `input_ids` list of int32, `is_response` list of bool, `by_parts`, `where` (the record's place), and what
+    stands in the way of a document, which then has no tokens: `marker`, a response holds the text of EOS; `refusal`,
+    the chat template refuses it. Both are empty for a document that can be used.
     """
-    records, usable = [], []
-    for line in read_lines([Path(part) for part in parts], part_of, index_of):
-        content = json.loads(line)
-        record = Record(content["domain"], content["messages"], None, content["source"], _place(content))
-        try:
-            check_markers(_tokenizer, record)
-            usable.append(True)
-        except SRDEError:
-            usable.append(False)
-        records.append(record)
-    documents = tokenize(records, _tokenizer)
+    records = [_record(line) for line in read_lines([Path(part) for part in parts], part_of, index_of)]
+    markers = [_fault(check_markers, _tokenizer, record) for record in records]
+    usable = [record for record, marker in zip(records, markers, strict=True) if not marker]
+    tokenized = iter(tokenize_each(usable, _tokenizer) if usable else [])
+    outcomes = [SRDEError(marker) if marker else next(tokenized) for marker in markers]
+    refusals = [
+        str(outcome) if isinstance(outcome, SRDEError) and not marker else ""
+        for outcome, marker in zip(outcomes, markers, strict=True)
+    ]
+    documents = [
+        Document(np.empty(0, np.int32), np.empty(0, bool), record.where, False)
+        if isinstance(outcome, SRDEError)
+        else outcome
+        for record, outcome in zip(records, outcomes, strict=True)
+    ]
     offsets = pa.array(np.cumsum([0, *map(len, documents)]), pa.int32())
     ids = np.concatenate([document.input_ids for document in documents])
     responses = np.concatenate([document.is_response for document in documents])
@@ -53,14 +60,27 @@ def tokenize_records(
         "input_ids": pa.ListArray.from_arrays(offsets, pa.array(ids)),
         "is_response": pa.ListArray.from_arrays(offsets, pa.array(responses)),
         "by_parts": pa.array([document.by_parts for document in documents]),
-        "usable": pa.array(usable),
+        "where": pa.array([record.where for record in records], pa.string()),
+        "marker": pa.array(markers, pa.string()),
+        "refusal": pa.array(refusals, pa.string()),
     }
     write_table(path, pa.table(columns))
     return {"documents": len(documents), "tokens": len(ids)}
 
 
-def _place(content: dict[str, Any]) -> str:
-    return f"source {content['source']}, row {content['row']}"
+def _record(line: str) -> Record:
+    """Of `vars` of a record as JSON, or of a line of data.jsonl, whose place is its source and row."""
+    content = json.loads(line)
+    place = {"where": f"source {content['source']}, row {content['row']}"} if "row" in content else {}
+    return Record(**{"answer": None} | place | {key: content[key] for key in content if key in _RECORD_FIELDS})
+
+
+def _fault(check: Callable[..., object], *arguments: Any) -> str:
+    try:
+        check(*arguments)
+    except SRDEError as error:
+        return str(error)
+    return ""
 
 
 def read_lines(parts: Sequence[Path], part_of: Sequence[int], index_of: Sequence[int]) -> Iterator[str]:
@@ -80,12 +100,15 @@ class Tokens:
         self._responses = responses.values.to_numpy(zero_copy_only=False)
         self._offsets = ids.offsets.to_numpy()
         self._by_parts = table["by_parts"].to_numpy()
-        self.usable: np.ndarray = table["usable"].to_numpy()
+        self._where = table["where"]
+        self.markers: list[str] = table["marker"].to_pylist()
+        self.refusals: list[str] = table["refusal"].to_pylist()
         self.lengths: np.ndarray = np.diff(self._offsets)
 
     def __getitem__(self, index: int) -> Document:
         part = slice(self._offsets[index], self._offsets[index + 1])
-        return Document(self._ids[part], self._responses[part], "", bool(self._by_parts[index]))
+        where = self._where[index].as_py()
+        return Document(self._ids[part], self._responses[part], where, bool(self._by_parts[index]))
 
 
 def pack_documents(

@@ -75,7 +75,7 @@ def _solved(question: str, reasoning: str, answer: str, *, group: str | None = N
     return Example(_ask(question, response), answer, group)
 
 
-def _choice(
+def lettered_choice(
     question: str,
     options: Sequence[Any],
     right: int,
@@ -142,12 +142,12 @@ def orca_math(row: Row) -> Example:
 
 @formatter("context", "query", "options", "correct_option")
 def logiqa(row: Row) -> Example:
-    return _choice(text(row, "query"), row["options"], int(row["correct_option"]), context=text(row, "context"))
+    return lettered_choice(text(row, "query"), row["options"], int(row["correct_option"]), context=text(row, "context"))
 
 
 @formatter("context", "question", "answers", "label")
 def reclor(row: Row) -> Example:
-    return _choice(text(row, "question"), row["answers"], int(row["label"]), context=text(row, "context"))
+    return lettered_choice(text(row, "question"), row["answers"], int(row["label"]), context=text(row, "context"))
 
 
 @formatter("ctx", "endings", "label", optional=("activity_label", "source_id"))
@@ -162,7 +162,7 @@ def hellaswag(row: Row) -> Example | None:
 
     label = _maybe(row, "activity_label")
     context = plain(text(row, "ctx"))
-    return _choice(
+    return lettered_choice(
         "Which continuation makes the most sense?",
         [plain(str(ending)) for ending in row["endings"]],
         int(row["label"]),
@@ -196,7 +196,7 @@ def sciq(row: Row) -> Example:
     if len(set(options)) < len(options):
         raise BrokenRow("two options are the same")
     random.Random(question).shuffle(options)
-    return _choice(question, options, options.index(right), reasoning=_maybe(row, "support"))
+    return lettered_choice(question, options, options.index(right), reasoning=_maybe(row, "support"))
 
 
 @formatter("question", "choices", "answerKey")
@@ -207,7 +207,7 @@ def arc(row: Row) -> Example | None:
     labels = [str(label) for label in row["choices"]["label"]]
     if row["answerKey"] not in labels:
         raise BrokenRow(f"'{row['answerKey']}' is no option")
-    return _choice(text(row, "question"), row["choices"]["text"], labels.index(row["answerKey"]))
+    return lettered_choice(text(row, "question"), row["choices"]["text"], labels.index(row["answerKey"]))
 
 
 @formatter("problem_text", "answer_number", optional=("unit", "solution"))
@@ -225,7 +225,9 @@ def scibench(row: Row) -> Example:
 def aqua_rat(row: Row) -> Example:
     """Options come as `A)21`."""
     options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", str(option)) for option in row["options"]]
-    return _choice(text(row, "question"), options, _index(text(row, "correct")), reasoning=text(row, "rationale"))
+    return lettered_choice(
+        text(row, "question"), options, _index(text(row, "correct")), reasoning=text(row, "rationale")
+    )
 
 
 @formatter("example", "proof", "label")
@@ -247,7 +249,7 @@ def piqa(row: Row) -> Example | None:
     if int(row["label"]) < 0:
         return None
     question = f"Which way is better to reach this goal?\n{text(row, 'goal')}"
-    return _choice(question, [row["sol1"], row["sol2"]], int(row["label"]), group=text(row, "goal"))
+    return lettered_choice(question, [row["sol1"], row["sol2"]], int(row["label"]), group=text(row, "goal"))
 
 
 @formatter("sentence", "option1", "option2", "answer")
@@ -259,7 +261,9 @@ def winogrande(row: Row) -> Example | None:
     sentence = text(row, "sentence")
     if "_" not in sentence:
         raise BrokenRow("no blank in the sentence")
-    return _choice(f"Which option fits the blank?\n{sentence}", [row["option1"], row["option2"]], _index(answer))
+    return lettered_choice(
+        f"Which option fits the blank?\n{sentence}", [row["option1"], row["option2"]], _index(answer)
+    )
 
 
 # -- for sources of your own: `columns` in the sources file says which of its columns is which -------------------------
@@ -295,7 +299,7 @@ def multiple_choice(row: Row) -> Example:
     """`label`: the right option's index from 0, or its letter."""
     label = row["label"]
     right = label if isinstance(label, int) else _index(str(label))
-    return _choice(
+    return lettered_choice(
         text(row, "question"),
         row["options"],
         right,

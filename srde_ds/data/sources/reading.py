@@ -121,7 +121,7 @@ class JsonlReader:
             for _, line in zip(range(stop - start), lines, strict=False):
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     yield BrokenRow("not valid JSON")
                     continue
                 yield _formatted(self.source, row) if isinstance(row, dict) else BrokenRow("not a JSON object")
@@ -242,7 +242,7 @@ def _columns_of(path: Path) -> list[str]:
         for line in islice(filter(bytes.strip, file), ROWS_LOOKED_AT):
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             columns |= dict.fromkeys(row if isinstance(row, dict) else ())
     return list(columns)

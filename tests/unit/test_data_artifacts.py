@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from srde_ds.data.build import artifacts as module
-from srde_ds.data.build.artifacts import Stages, code_fingerprint, fingerprint, slices
+from srde_ds.data.build.artifacts import ArtifactStore, code_fingerprint, fingerprint, slices
 from srde_ds.errors import SRDEError
 
 
@@ -36,25 +36,25 @@ def parts(*texts: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def test_parts_come_in_order_and_are_made_once(tmp_path: Path) -> None:
-    with Stages(tmp_path) as stages:
-        made = stages.run("a", work, parts("one", "three"))
+    with ArtifactStore(tmp_path) as store:
+        made = store.run("a", work, parts("one", "three"))
         assert [part.figures["length"] for part in made] == [3, 5]
-        assert stages.made == {"a": 2}
+        assert store.made == {"a": 2}
     stamps = {part.path: part.path.stat().st_mtime_ns for part in made}
-    with Stages(tmp_path) as stages:
-        again = stages.run("a", work, parts("three", "two", "one"))
-        assert stages.made == {"a": 1} and stages.wall_seconds["a"] > stages.cpu_seconds["a"] > 0
+    with ArtifactStore(tmp_path) as store:
+        again = store.run("a", work, parts("three", "two", "one"))
+        assert store.made == {"a": 1} and store.wall_seconds["a"] > store.cpu_seconds["a"] > 0
     assert [part.key for part in again] == [key for key, _ in parts("three", "two", "one")]
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 
 
 def test_a_part_that_fails_leaves_nothing_and_keeps_the_others(tmp_path: Path) -> None:
-    with Stages(tmp_path) as stages, pytest.raises(SRDEError, match="bad input"):
-        stages.run("a", work, parts("one", "bad", "two"))
+    with ArtifactStore(tmp_path) as store, pytest.raises(SRDEError, match="bad input"):
+        store.run("a", work, parts("one", "bad", "two"))
     assert len(list((tmp_path / "a").iterdir())) == 2  # one part and its figures
-    with Stages(tmp_path) as stages:
-        stages.run("a", work, parts("one", "two"))
-        assert stages.made == {"a": 1}
+    with ArtifactStore(tmp_path) as store:
+        store.run("a", work, parts("one", "two"))
+        assert store.made == {"a": 1}
 
 
 @pytest.mark.parametrize(
@@ -67,34 +67,34 @@ def test_a_part_that_fails_leaves_nothing_and_keeps_the_others(tmp_path: Path) -
     ],
 )
 def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path, harm: Callable[[Path], None]) -> None:
-    with Stages(tmp_path) as stages:
-        (made,) = stages.run("a", work, parts("one"))
+    with ArtifactStore(tmp_path) as store:
+        (made,) = store.run("a", work, parts("one"))
         content = made.path.read_text()
         harm(made.path)
-        stages.run("a", work, parts("one"))
-        assert stages.made == {"a": 2} and made.path.read_text() == content
+        store.run("a", work, parts("one"))
+        assert store.made == {"a": 2} and made.path.read_text() == content
 
 
 def test_one_build_at_a_time(tmp_path: Path) -> None:
-    with Stages(tmp_path), pytest.raises(SRDEError, match="another build is at work there"):
-        Stages(tmp_path).__enter__()
-    with Stages(tmp_path):
+    with ArtifactStore(tmp_path), pytest.raises(SRDEError, match="another build is at work there"):
+        ArtifactStore(tmp_path).__enter__()
+    with ArtifactStore(tmp_path):
         pass
 
 
 def test_processes_share_the_work_and_report_errors_and_deaths(tmp_path: Path) -> None:
-    with Stages(tmp_path, num_processes=2) as stages:
-        made = stages.run("a", work, parts(*map(str, range(6))))
+    with ArtifactStore(tmp_path, num_processes=2) as store:
+        made = store.run("a", work, parts(*map(str, range(6))))
         makers = {part.path.read_text().split()[-1] for part in made}
         assert str(os.getpid()) not in makers and 1 <= len(makers) <= 2
         with pytest.raises(SRDEError, match="bad input"):
-            stages.run("b", work, parts("one", "bad"))
+            store.run("b", work, parts("one", "bad"))
         started = time.monotonic()
         with pytest.raises(SRDEError, match="num_processes=2: a process was killed"):
-            stages.run("c", work, parts("slow", "killed"))
+            store.run("c", work, parts("slow", "killed"))
         assert time.monotonic() - started < 50
         assert not list((tmp_path / "c").iterdir())
-        stages.run("c", work, parts("one", "two"))  # with processes of its own
+        store.run("c", work, parts("one", "two"))  # with processes of its own
         assert len(list((tmp_path / "c").iterdir())) == 4  # two parts and their figures
 
 
@@ -102,7 +102,7 @@ def test_what_a_killed_build_left_half_done_goes(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     for half in (tmp_path / "a" / "key.123.tmp", tmp_path / "signatures.123.tmp"):
         half.write_text("x")
-    with Stages(tmp_path):
+    with ArtifactStore(tmp_path):
         assert not list(tmp_path.rglob("*.tmp"))
 
 

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from srde_ds.cli.main import main
-from srde_ds.data.build.from_jsonl import build_dataset
+from srde_ds.data.build.from_files import build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
-from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.build.options import BuildOptions, BuildSummary
 from srde_ds.data.build.report import write_report
 from srde_ds.data.build.selection import shares
 from srde_ds.data.build.source_records import split_of
@@ -61,7 +61,7 @@ def options(tmp_path: Path) -> BuildOptions:
     return BuildOptions(sources, 80, 256, "drop", 1, 0.1, 0.1)
 
 
-def build(options: BuildOptions, work_dir: Path, **values: Any) -> Build:
+def build(options: BuildOptions, work_dir: Path, **values: Any) -> BuildSummary:
     return build_from_sources(options, work_dir=work_dir, **({"tokenizer": tiny_tokenizer()} | values))
 
 
@@ -73,12 +73,12 @@ def prompt(line: dict[str, Any]) -> str:
     return str(line["messages"][0]["content"])
 
 
-def counts(result: Build, name: str) -> dict[str, int]:
+def counts(result: BuildSummary, name: str) -> dict[str, int]:
     return next(source["counts"] for source in result.sources if source["name"] == name)
 
 
-def records_made(result: Build) -> float:
-    return result.stages["records"]["parts_made"]
+def records_made(result: BuildSummary) -> float:
+    return result.passes["records"]["artifacts_made"]
 
 
 def test_records_and_rows_hold_the_same_balanced_documents(options: BuildOptions, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_changed_option_makes_only_what_depends_on_it(
 ) -> None:
     build(options, tmp_path / "data")
     result = build(replace(options, **changes), tmp_path / "data", overwrite=True)
-    assert {name for name, stage in result.stages.items() if stage["parts_made"]} == made
+    assert {name for name, figures in result.passes.items() if figures["artifacts_made"]} == made
 
 
 def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
 def test_too_long_is_a_policy(options: BuildOptions, tmp_path: Path) -> None:
     rows = [*items("logic", range(40)), *items("logic", range(40, 60), answer="word " * 300 + "{}")]
     one = replace(options, sources=[source(tmp_path / "p.jsonl", "logic", rows)], examples_per_domain=60)
-    with pytest.raises(SRDEError, match="source p: .* tokens exceed max_length=256"):
+    with pytest.raises(SRDEError, match=r"source p, row \d+: \d+ tokens exceed max_length=256"):
         build(replace(one, too_long="error"), tmp_path / "data")
     result = build(replace(one, too_long="truncate"), tmp_path / "data")
     split = load_manifest(tmp_path / "data" / "tokenized").splits["train"]
@@ -310,7 +310,7 @@ def test_too_long_is_a_policy(options: BuildOptions, tmp_path: Path) -> None:
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = [sys.executable, "-m", "tests.killable_build", str(tmp_path / "killed"), "2"]
     job = subprocess.Popen(command, cwd=ROOT)
-    parts = tmp_path / "killed" / "stages" / "records"
+    parts = tmp_path / "killed" / "artifacts" / "records"
     try:
         deadline = time.monotonic() + 120
         while len(list(parts.glob("*.json"))) < 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +10,23 @@ from typing import Any
 
 import pytest
 
-from srde_ds.data.build.from_jsonl import build_dataset
-from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows
+from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.from_files import InputFiles, build_dataset, check_files
+from srde_ds.data.inputs import ReadOptions
+from srde_ds.data.manifest import (
+    DomainCounts,
+    Manifest,
+    Split,
+    check_domains,
+    check_tokenizer,
+    load_manifest,
+    load_rows,
+    uneven_responses,
+)
 from srde_ds.errors import SRDEError
 from tests.data_helpers import CHATML, sums, tiny_tokenizer, write_jsonl
 
+CASES = Path(__file__).parents[1] / "fixtures" / "data_cases"
 DOMAINS = ["math", "logic"]
 
 
@@ -38,7 +51,7 @@ def fails(files: dict[str, Path], message: str, **changes: Any) -> None:
         build(files, **changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     folder = Path(changes.get("output_dir", files["output_dir"]))
-    assert not folder.with_name(folder.name + ".tmp").exists()
+    assert not any(folder.with_name(folder.name + ending).exists() for ending in (".tmp", ".building"))
 
 
 def test_folder_manifest_and_rows_agree(files: dict[str, Path]) -> None:
@@ -80,7 +93,7 @@ def test_two_processes_give_the_same_rows(files: dict[str, Path]) -> None:
 
 def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srde_ds.data.rows.DOCUMENTS_A_BUFFER", 7)
-    monkeypatch.setattr("srde_ds.data.build.from_jsonl.RECORDS_A_BATCH", 11)
+    monkeypatch.setattr("srde_ds.data.build.from_files.DOCUMENTS_A_FILE", 11)
     small = build(files)
     monkeypatch.undo()
     whole = build(files, output_dir=files["output_dir"].with_name("whole"))
@@ -212,3 +225,114 @@ def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Path], tmp_p
     tokenizer.save_pretrained(tmp_path / "saved")
     check_tokenizer(manifest, tokenizer)
     check_tokenizer(manifest, type(tokenizer).from_pretrained(tmp_path / "saved"))
+
+
+def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Path], tmp_path: Path) -> None:
+    several = [
+        {"messages": [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]}
+        for _ in range(3)
+    ]
+    data = write_jsonl(tmp_path / "several.jsonl", [item | {"domain": "math"} for item in several])
+    options: dict[str, Any] = {"jsonl_data": data, "eval_file": None, "domains": ["math"]}
+    every = build(files, **options)
+    last = build(files, **options, train_on="last", output_dir=tmp_path / "last")
+    alone = build(files, **options, packing=False, output_dir=tmp_path / "alone")
+    counts = [manifest.splits["train"].domains["math"] for manifest in (every, last, alone)]
+    assert counts[0].tokens == counts[1].tokens == counts[2].tokens
+    assert 2 * counts[1].response_tokens == counts[0].response_tokens == counts[2].response_tokens
+    assert [count.rows for count in counts] == [1, 1, 3]
+    fails(files, "built with train_on=all, not last", **options, train_on="last")
+    fails(files, "built with packing=True, not False", **options, packing=False)
+
+
+def test_very_uneven_domains_are_told_with_their_shares() -> None:
+    def split(**tokens: int) -> Split:
+        return Split("", "", 0, 0.0, "", {domain: DomainCounts(response_tokens=n) for domain, n in tokens.items()})
+
+    assert uneven_responses(split(math=900, logic=100, code=0)) is None
+    told = uneven_responses(split(logic=20, math=900, code=80, science=0))
+    assert told is not None and "math 90.0%, code 8.0%, logic 2.0%. " in told and "--domain_weights" in told
+
+
+def test_records_of_many_files_make_one_dataset(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", sums("math", range(30)))
+    test = [record | {"split": "test"} for record in sums("logic", range(40, 45))]
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in [*sums("logic", range(30)), *test])
+    files = {"jsonl_data": Path(f"{tmp_path}/*.jsonl*"), "eval_file": None, "output_dir": tmp_path / "rows"}
+    manifest = build(files)
+    counts = {name: {d: c.documents for d, c in split.domains.items()} for name, split in manifest.splits.items()}
+    assert counts == {"train": {"math": 30, "logic": 30}, "test": {"math": 0, "logic": 5}}
+    assert build(files) == manifest
+    write_jsonl(tmp_path / "a.jsonl", sums("math", range(31)))
+    fails(files, "It was built from other files or other content")
+
+
+def test_how_files_are_read_is_part_of_what_a_folder_is(files: dict[str, Path], tmp_path: Path) -> None:
+    renamed = [{"q": r["prompt"], "response": r["response"]} for r in sums("math", range(20))]
+    write_jsonl(files["jsonl_data"], renamed)
+    reading = ReadOptions(columns={"prompt": "q"}, domain="math")
+    given = {"eval_file": None, "domains": ["math"], "reading": reading}
+    manifest = build(files, **given)
+    assert manifest.reading == {"columns": {"prompt": "q"}, "domain": "math"}
+    assert load_manifest(files["output_dir"]) == build(files, **given) == manifest
+    fails(files, "It was built with reading=", **given | {"reading": ReadOptions(columns={"prompt": "q"})})
+
+
+def test_bad_records_are_all_told_or_left_out_and_counted(
+    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}" + CHATML
+    bad = ['{"prompt": 1', json.dumps({"prompt": "no", "response": "b", "domain": "math"})]
+    bad.append(json.dumps({"prompt": "a", "response": "b<|im_end|>", "domain": "math"}))
+    with files["jsonl_data"].open("a") as file:
+        file.writelines(f"{line}\n" for line in bad)
+    with pytest.raises(SRDEError, match="2 bad records(?s:.*):61: not valid JSON(?s:.*):63: a response holds"):
+        build(files, tokenizer=tiny_tokenizer(template))
+    skipped = build(files, tokenizer=tiny_tokenizer(template), reading=ReadOptions(on_bad_record="skip"))
+    assert skipped.bad_records == 3 and load_manifest(files["output_dir"]) == skipped
+    assert skipped.splits["train"].domains["math"].documents == 30
+    assert ":62: the tokenizer's chat template refuses these messages: not this" in caplog.text
+
+
+def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files: dict[str, Path]) -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    turns = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    with files["jsonl_data"].open("a") as file:
+        file.write(json.dumps({"messages": turns, "domain": "math"}) + "\n")
+    inputs = InputFiles(files["jsonl_data"], None, DOMAINS)
+    with pytest.raises(SRDEError, match="train.jsonl:61: .*no system"):
+        check_files(inputs, tiny_tokenizer(template))
+    assert check_files(inputs, tiny_tokenizer()) == 0
+
+
+def test_questions_that_are_held_out_but_for_case_and_spaces_are_told(
+    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with files["eval_file"].open("a") as file:
+        file.write(json.dumps({"prompt": "MATH:  3 + 1? ", "response": "4", "domain": "math"}) + "\n")
+    build(files)
+    assert "but for case and spaces: 1 of 9, the first is" in caplog.text and "held_out.jsonl:9." in caplog.text
+    assert "domains with fewer than 100 training records: math has 30, logic has 30." in caplog.text
+
+
+def test_dropped_documents_are_told_by_domain_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = {"jsonl_data": CASES / "half_too_long.jsonl", "eval_file": None, "output_dir": tmp_path / "rows"}
+    manifest = build(files, domains=["math", "code"], max_length=128)
+    tell_dropped(manifest)
+    for domain in ("math", "code"):
+        counts = manifest.splits["train"].domains[domain]
+        assert (counts.documents, counts.dropped) == (8, 4) and counts.longest > 128
+        told = f"train, {domain}: 4 of 8 documents are longer than max_length=128: 4 left out. To keep them whole, "
+        assert (
+            told + f"raise --max_length (the longest has {counts.longest:,} tokens), or give --too_long" in caplog.text
+        )
+    caplog.clear()
+    tell_dropped(
+        build(files | {"output_dir": tmp_path / "b"}, domains=["math", "code"], max_length=128, too_long="truncate")
+    )
+    assert "4 of 8 documents are longer than max_length=128: 4 cut at their end." in caplog.text

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.build.artifacts import Made, Stages, code_fingerprint, fingerprint
-from srde_ds.data.build.options import Build, BuildOptions
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore
+from srde_ds.data.build.options import BuildOptions, BuildSummary
+from srde_ds.data.build.rows_folder import Documents, write_rows
 from srde_ds.data.build.selection import Pool, Selection
-from srde_ds.data.build.tokens import pack_documents, read_lines
-from srde_ds.data.manifest import FILE_NAME, FORMAT_VERSION, DomainCounts, Manifest, load_manifest, tokenizer_identity
+from srde_ds.data.build.tokens import read_lines
+from srde_ds.data.manifest import FORMAT_VERSION, Manifest, load_manifest, tokenizer_identity
 from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS
-from srde_ds.data.rows import write_split
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import replacement
 
 ROWS = "tokenized"
 JSONL = "data.jsonl"
 CARD = "README.md"
+ARTIFACTS = "artifacts"
 
 
 def check_ours(work_dir: Path) -> None:
@@ -34,8 +32,8 @@ def check_ours(work_dir: Path) -> None:
     Raises:
         SRDEError: then.
     """
-    if any((work_dir / name).exists() for name in ("stages", "build.json")):
-        return  # of an earlier build, finished or not
+    if any((work_dir / name).exists() for name in (ARTIFACTS, "stages", "build.json")):
+        return  # of an earlier build, finished or not; `stages` is the older name of `artifacts`
     for name in (JSONL, CARD):
         if (work_dir / name).exists():
             raise SRDEError(
@@ -44,7 +42,7 @@ def check_ours(work_dir: Path) -> None:
             )
 
 
-def check_free(work_dir: Path, build: Build) -> None:
+def check_free(work_dir: Path, build: BuildSummary) -> None:
     """Refuse to replace rows that were made of something else.
 
     Raises:
@@ -58,7 +56,7 @@ def check_free(work_dir: Path, build: Build) -> None:
         )
 
 
-def write_jsonl(path: Path, selection: Selection, pool: Pool, parts: Sequence[Made]) -> str:
+def write_jsonl(path: Path, selection: Selection, pool: Pool, parts: Sequence[Artifact]) -> str:
     """The chosen records, domain by domain and split by split; returns the file's SHA-256."""
     digest = hashlib.sha256()
     with replacement(path) as partial, partial.open("wb") as file:
@@ -69,7 +67,7 @@ def write_jsonl(path: Path, selection: Selection, pool: Pool, parts: Sequence[Ma
     return digest.hexdigest()
 
 
-def _lines(selection: Selection, pool: Pool, parts: Sequence[Made]) -> Iterator[str]:
+def _lines(selection: Selection, pool: Pool, parts: Sequence[Artifact]) -> Iterator[str]:
     for chosen in selection.domains.values():
         documents = np.array(chosen.documents, int)
         for number, split in enumerate(SPLITS):
@@ -80,24 +78,22 @@ def _lines(selection: Selection, pool: Pool, parts: Sequence[Made]) -> Iterator[
                 yield f'{{"split": "{split}", {line[1:]}'  # a record is a JSON object
 
 
-def write_rows(
+def write_selection(
     work_dir: Path,
     selection: Selection,
     pool: Pool,
     options: BuildOptions,
-    build: Build,
+    build: BuildSummary,
     data_hash: str,
     tokenizer: PreTrainedTokenizerBase,
-    stages: Stages,
+    store: ArtifactStore,
 ) -> Manifest:
     """`tokenized/`, in place of what was there."""
-    how: dict[str, Any] = {"domains": options.domains, "max_length": options.max_length}
-    how |= {"too_long": options.too_long, "seed": options.seed, "pad_id": pad_token_id(tokenizer)}
-    work = [
-        _packing(domain, number, selection, pool, how) for number in range(len(SPLITS)) for domain in options.domains
-    ]
-    packed = iter(stages.run("rows", pack_documents, work))
-    licences = [{key: source[key] for key in _ORIGIN} for source in build.sources]
+    documents = {
+        (split, domain): _documents(number, domain, selection, pool, options)
+        for number, split in enumerate(SPLITS)
+        for domain in options.domains
+    }
     manifest = Manifest(
         FORMAT_VERSION,
         options.max_length,
@@ -107,42 +103,22 @@ def write_rows(
         tokenizer_identity(tokenizer),
         {},
         build.fingerprint,
-        licences,
+        [{key: source[key] for key in _ORIGIN} for source in build.sources],
+        packing=options.packing,
     )
-    with stages.timed("write"):
-        building = work_dir / f"{ROWS}.tmp"
-        shutil.rmtree(building, ignore_errors=True)
-        for split in SPLITS:
-            files = [next(packed) for _ in options.domains]
-            counts = {d: DomainCounts(**made.figures["counts"]) for d, made in zip(options.domains, files, strict=True)}
-            if any(count.rows for count in counts.values()):
-                manifest.splits[split] = write_split(
-                    building / split,
-                    [made.path for made in files],
-                    made_from=(JSONL, data_hash),
-                    counts=counts,
-                    digests=[made.figures["digest"] for made in files],
-                    max_length=options.max_length,
-                )
-        (building / FILE_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(work_dir / ROWS, ignore_errors=True)
-        building.rename(work_dir / ROWS)
+    made_from = dict.fromkeys(SPLITS, (JSONL, data_hash))
+    write_rows(work_dir / ROWS, manifest, documents, made_from, pad_token_id(tokenizer), store)
     return manifest
 
 
 _ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable")
 
 
-def _packing(
-    domain: str, split: int, selection: Selection, pool: Pool, how: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """The part of one domain in one split; its documents are shuffled, so that each buffer holds all sources."""
+def _documents(split: int, domain: str, selection: Selection, pool: Pool, options: BuildOptions) -> Documents:
+    """Those of one domain in one split, shuffled, so that each buffer holds all sources."""
     chosen = selection.domains[domain]
     members = np.flatnonzero(pool.split[np.array(chosen.documents, int)] == split)
-    members = np.random.default_rng([how["seed"], split, how["domains"].index(domain)]).permutation(members)
+    members = np.random.default_rng([options.seed, split, options.domains.index(domain)]).permutation(members)
     used, file_of = np.unique(np.array(chosen.file_of, int)[members], return_inverse=True)
     files = [selection.files[number] for number in used]
-    places = {"file_of": file_of.tolist(), "index_of": np.array(chosen.index_of, int)[members].tolist()}
-    code = code_fingerprint("srde_ds.data.packing", "srde_ds.data.build.tokens", "srde_ds.data.rows")
-    key = fingerprint(code, how, domain, [made.key for made in files], places)
-    return key, {"files": [str(made.path) for made in files], "domain": domain} | places | how
+    return Documents(files, file_of.tolist(), np.array(chosen.index_of, int)[members].tolist())

@@ -1,0 +1,273 @@
+"""Build a folder of packed rows from files of records that are taken as they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore
+from srde_ds.data.build.input_checks import InputChecks
+from srde_ds.data.build.rows_folder import Documents, write_rows
+from srde_ds.data.build.tables import write_table
+from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, set_tokenizer, tokenize_records
+from srde_ds.data.conversation import TrainOn
+from srde_ds.data.files import find_files
+from srde_ds.data.inputs import BadRecords, ReadOptions, read_records
+from srde_ds.data.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    check_domains,
+    check_tokenizer,
+    load_manifest,
+    tokenizer_identity,
+)
+from srde_ds.data.packing import pad_token_id
+from srde_ds.data.records import SPLITS, Record
+from srde_ds.errors import SRDEError
+
+__all__ = ["InputFiles", "build_dataset", "check_files", "load_manifest"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """The files of a build, each a path, a folder or a pattern, and how they are read."""
+
+    jsonl_data: str | Path
+    eval_file: str | Path | None
+    domains: list[str]
+    reading: ReadOptions = field(default_factory=ReadOptions)
+    train_on: TrainOn = "all"
+
+    def name(self, split: str) -> str:
+        """What the records of a split come from."""
+        return str(self.eval_file if self.eval_file and split == "validation" else self.jsonl_data)
+
+    def records(self, bad: BadRecords) -> Iterator[tuple[str, Record]]:
+        """Split and record of all of them. Those of `eval_file` make up the split validation.
+
+        Raises:
+            SRDEError: `jsonl_data` holds a validation record, too.
+        """
+        how: dict[str, Any] = {"options": self.reading, "bad": bad, "train_on": self.train_on}
+        for record in read_records(self.jsonl_data, self.domains, **how):
+            if record.split == "validation" and self.eval_file:
+                raise SRDEError(f"{record.where}: a validation record, with eval_file={self.eval_file}: keep one.")
+            yield record.split, record
+        if self.eval_file:
+            for record in read_records(self.eval_file, self.domains, option="eval_file", **how):
+                yield "validation", record
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of what each name stands for: of the file, or of the hashes of the files in their order."""
+        options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
+        return {name: files_hash(find_files(name, option)) for name, option in options.items()}
+
+
+def build_dataset(
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    jsonl_data: str | Path,
+    eval_file: str | Path | None,
+    output_dir: str | Path,
+    domains: Sequence[str],
+    max_length: int,
+    too_long: str,
+    seed: int,
+    num_processes: int = 1,
+    overwrite: bool = False,
+    train_on: TrainOn = "all",
+    packing: bool = True,
+    reading: ReadOptions | None = None,
+) -> Manifest:
+    """Write `output_dir/train/`, the held-out splits and `output_dir/manifest.json`.
+
+    Held out are the records of `eval_file` (split validation), and those of `jsonl_data` that name their split. The
+    folder appears complete or not at all. One that was built from the same files, tokenizer and options is used as it
+    is. All input is checked before the first record is tokenised.
+
+    Raises:
+        SRDEError: bad input, a domain without records, held-out prompts in the training files, or a folder that exists
+            and holds something else (without `overwrite`).
+    """
+    output_dir = Path(output_dir)
+    inputs = InputFiles(jsonl_data, eval_file, list(domains), reading or ReadOptions(), train_on)
+    hashes = inputs.hashes()
+    manifest = Manifest(FORMAT_VERSION, max_length, too_long, seed, list(domains), tokenizer_identity(tokenizer), {})
+    manifest.reading, manifest.train_on, manifest.packing = inputs.reading.to_dict(), train_on, packing
+    if not overwrite and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        existing = load_manifest(output_dir)
+        _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
+        log.info("'%s' was built from the same files and options: it is used as it is", output_dir)
+        return existing
+    scratch = output_dir.with_name(f"{output_dir.name}.building")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+    except OSError as error:
+        raise SRDEError(f"'{output_dir}' cannot be made: {error.strerror}. Choose another folder.") from None
+    try:
+        with ArtifactStore(scratch / "artifacts", num_processes, partial(set_tokenizer, tokenizer)) as store:
+            records = _RecordFiles(scratch)
+            manifest.bad_records = check_files(inputs, tokenizer, records.add)
+            documents, refused = _tokenize(records.close(), inputs, store)
+            manifest.bad_records += refused
+            made_from = {split: (inputs.name(split), hashes[inputs.name(split)]) for split in SPLITS}
+            write_rows(output_dir, manifest, documents, made_from, pad_token_id(tokenizer), store)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return manifest
+
+
+def check_files(
+    inputs: InputFiles, tokenizer: PreTrainedTokenizerBase, keep: Callable[[str, Record], None] | None = None
+) -> int:
+    """Read all records and refuse what cannot be trained on, before anything is tokenised.
+
+    Args:
+        keep: takes split and record of each good one.
+
+    Returns:
+        how many bad records were left out.
+
+    Raises:
+        SRDEError: bad records, a domain without training records, held-out prompts in the training files.
+    """
+    bad, checks = BadRecords(), InputChecks(inputs.domains, tokenizer)
+    for split, record in inputs.records(bad):
+        try:
+            checks.add(split, record)
+        except SRDEError as error:
+            bad.add(error)
+            continue
+        if keep is not None:
+            keep(split, record)
+    bad.settle(inputs.reading.on_bad_record)
+    checks.settle(str(inputs.jsonl_data), str(inputs.eval_file or inputs.jsonl_data))
+    return bad.count
+
+
+def _check_same(
+    existing: Manifest,
+    wanted: Manifest,
+    inputs: InputFiles,
+    hashes: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    remedy = f"'{folder}' exists already: choose another output folder or delete it"
+    try:
+        check_domains(existing, wanted.domains)
+        check_tokenizer(existing, tokenizer)
+    except SRDEError as error:
+        raise SRDEError(f"{remedy}. {error}") from None
+    for key in ("max_length", "too_long", "seed", "train_on", "packing", "reading"):
+        built, asked = getattr(existing, key), getattr(wanted, key)
+        if built != asked:
+            raise SRDEError(f"{remedy}. It was built with {key}={built}, not {asked}.")
+    needed = ["train", *(["validation"] if inputs.eval_file else []), *existing.splits]
+    made_from = {split: entry.file_sha256 for split, entry in existing.splits.items()}
+    if any(made_from.get(split) != hashes[inputs.name(split)] for split in needed):
+        raise SRDEError(f"{remedy}. It was built from other files or other content.")
+
+
+class _RecordFiles:
+    """Records on disk, by split and domain, in files that are tokenised one at a time: memory does not grow."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[tuple[str, str], list[tuple[Path, int]]] = defaultdict(list)
+        self._lines: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def add(self, split: str, record: Record) -> None:
+        lines = self._lines[split, record.domain]
+        lines.append(json.dumps(vars(record), ensure_ascii=False))
+        if len(lines) == DOCUMENTS_A_FILE:
+            self._write((split, record.domain))
+
+    def close(self) -> dict[tuple[str, str], list[tuple[Path, int]]]:
+        """The files and how many records each holds, by split and domain."""
+        for place in [place for place, lines in self._lines.items() if lines]:
+            self._write(place)
+        return self._files
+
+    def _write(self, place: tuple[str, str]) -> None:
+        lines = self._lines.pop(place)
+        path = self._folder / f"{sum(map(len, self._files.values()))}.arrow"
+        write_table(path, pa.table({"line": pa.array(lines, pa.large_string())}))
+        self._files[place].append((path, len(lines)))
+
+
+def _tokenize(
+    files: dict[tuple[str, str], list[tuple[Path, int]]], inputs: InputFiles, store: ArtifactStore
+) -> tuple[dict[tuple[str, str], Documents], int]:
+    """The documents of each split and domain, in the order of the records; and how many records were left out."""
+    work = [_tokenizing(path, count) for of_place in files.values() for path, count in of_place]
+    tokenized = iter(store.run("tokens", tokenize_records, work))
+    bad = BadRecords()
+    documents = {place: Documents([], [], []) for place in _places(files, inputs.domains)}
+    for place, of_place in files.items():
+        for artifact in (next(tokenized) for _ in of_place):
+            _add(documents[place], artifact, bad)
+    bad.settle(inputs.reading.on_bad_record)
+    return documents, bad.count
+
+
+def _places(files: dict[tuple[str, str], Any], domains: Sequence[str]) -> list[tuple[str, str]]:
+    """All domains of each split that has records."""
+    splits = {split for split, _ in files}
+    return [(split, domain) for split in SPLITS if split in splits for domain in domains]
+
+
+def _tokenizing(path: Path, count: int) -> tuple[str, dict[str, Any]]:
+    return path.stem, {"parts": [str(path)], "part_of": [0] * count, "index_of": list(range(count))}
+
+
+def _add(documents: Documents, artifact: Artifact, bad: BadRecords) -> None:
+    """Add the documents of a file of tokens, but for those that cannot be used."""
+    number = len(documents.files)
+    documents.files.append(artifact)
+    tokens = Tokens(artifact.path)
+    for index, fault in enumerate(map(str.__add__, tokens.markers, tokens.refusals)):
+        if fault:
+            bad.add(SRDEError(fault))
+        else:
+            documents.file_of.append(number)
+            documents.index_of.append(index)
+
+
+def files_hash(paths: Sequence[Path]) -> str:
+    """SHA-256 of a file, or of the hashes of several.
+
+    Raises:
+        SRDEError: one cannot be read.
+    """
+    hashes = [file_hash(path) for path in paths]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        SRDEError: it is not there or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise SRDEError(f"no such file '{path}': give an existing file.") from None
+    except OSError as error:
+        raise SRDEError(f"'{path}' cannot be read: {error.strerror}.") from None

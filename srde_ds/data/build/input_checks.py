@@ -1,0 +1,103 @@
+"""What is looked for in all records of a build from files, before anything is tokenised."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.packing import check_markers, tokenize
+from srde_ds.data.records import Record
+from srde_ds.errors import SRDEError
+
+log = logging.getLogger(__name__)
+
+FEW_RECORDS = 100
+"""training records of a domain below which there is a warning"""
+_MOST_SHAPES = 1000
+
+
+class InputChecks:
+    """Sees every record of every split once."""
+
+    def __init__(self, domains: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        self._domains, self._tokenizer = list(domains), tokenizer
+        self._counts: Counter[str] = Counter()
+        self._trained: dict[int, str] = {}
+        """place of the first record that asks it, by hash of what is asked"""
+        self._held_out: dict[int, str] = {}
+        self._trained_plain: set[int] = set()
+        self._held_out_plain: dict[int, str] = {}
+        """the same without case and spaces"""
+        self._shapes: set[Any] = set()
+
+    def add(self, split: str, record: Record) -> None:
+        """Note a record.
+
+        Raises:
+            SRDEError: it holds the EOS token, or the chat template refuses its kind of conversation.
+        """
+        check_markers(self._tokenizer, record)
+        shape = tuple((message["role"], *sorted(message)) for message in record.messages)
+        if shape not in self._shapes and len(self._shapes) < _MOST_SHAPES:
+            tokenize([record], self._tokenizer)
+            self._shapes.add(shape)
+        asked = _asked(record)
+        if split == "train":
+            self._counts[record.domain] += 1
+            for turns in asked:
+                self._trained.setdefault(hash(turns), record.where)
+                self._trained_plain.add(_plain_hash(turns))
+        else:
+            self._held_out.setdefault(hash(asked[-1]), record.where)
+            self._held_out_plain.setdefault(_plain_hash(asked[-1]), record.where)
+
+    def settle(self, training: str, held_out: str) -> None:
+        """Judge them together, after the last one.
+
+        Args:
+            training, held_out: what the user called the files.
+
+        Raises:
+            SRDEError: a domain without training records, or held-out prompts that training would see.
+        """
+        empty = [domain for domain in self._domains if not self._counts[domain]]
+        if empty:
+            raise SRDEError(f"'{training}' has no record of domain '{empty[0]}': add some, or leave it out of domains.")
+        leaked = [asked for asked in self._held_out if asked in self._trained]
+        if leaked:
+            first = f"{self._held_out[leaked[0]]} = {self._trained[leaked[0]]}"
+            raise SRDEError(
+                f"'{held_out}': {len(leaked)} held-out prompts occur in the training file too, the first is {first}: "
+                "remove them from one of the files."
+            )
+        alike = [place for plain, place in self._held_out_plain.items() if plain in self._trained_plain]
+        if alike:
+            log.warning(
+                "%s: held-out questions that equal a training question but for case and spaces: %d of %d, the first "
+                "is %s. Remove them from one of the files: their scores would be too good.",
+                held_out,
+                len(alike),
+                len(self._held_out_plain),
+                alike[0],
+            )
+        few = {domain: self._counts[domain] for domain in self._domains if self._counts[domain] < FEW_RECORDS}
+        if few:
+            log.warning(
+                "domains with fewer than %d training records: %s. An expert learns little from so few.",
+                FEW_RECORDS,
+                ", ".join(f"{domain} has {count}" for domain, count in few.items()),
+            )
+
+
+def _asked(record: Record) -> list[tuple[Any, ...]]:
+    """What stands before each response, without the system message."""
+    turns = [(m["role"], str(m.get("content"))) for m in record.messages if m["role"] != "system"]
+    return [tuple(turns[:i]) for i, (role, _) in enumerate(turns) if role == "assistant"]
+
+
+def _plain_hash(turns: tuple[Any, ...]) -> int:
+    return hash(tuple((role, " ".join(content.casefold().split())) for role, content in turns))

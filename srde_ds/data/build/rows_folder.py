@@ -1,0 +1,87 @@
+"""The last pass of every build: pack tokenised documents and write the folder of rows that training reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore, code_fingerprint, fingerprint
+from srde_ds.data.build.tokens import pack_documents
+from srde_ds.data.manifest import FILE_NAME, DomainCounts, Manifest
+from srde_ds.data.records import SPLITS
+from srde_ds.data.rows import write_split
+from srde_ds.errors import SRDEError
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents of files of `tokenize_records`, in order."""
+
+    files: list[Artifact]
+    file_of: list[int]
+    """position in `files`, of each document"""
+    index_of: list[int]
+    """position in that file"""
+
+
+def write_rows(
+    folder: Path,
+    manifest: Manifest,
+    documents: Mapping[tuple[str, str], Documents],
+    made_from: Mapping[str, tuple[str, str]],
+    pad_id: int,
+    store: ArtifactStore,
+) -> None:
+    """Write `folder`, complete or not at all, in place of what was there; fills in `manifest.splits`.
+
+    Args:
+        documents: by split and domain; each domain's are packed in their order.
+        made_from: path and SHA-256 of the records' file, by split.
+
+    Raises:
+        SRDEError: all documents of a domain in a split are too long.
+    """
+    options: dict[str, Any] = {"domains": manifest.domains, "max_length": manifest.max_length, "pad_id": pad_id}
+    options |= {"too_long": manifest.too_long, "seed": manifest.seed, "packing": manifest.packing}
+    places = [(split, domain) for split in SPLITS for domain in manifest.domains if (split, domain) in documents]
+    work = [_packing(domain, documents[split, domain], options) for split, domain in places]
+    packed = dict(zip(places, store.run("rows", pack_documents, work), strict=True))
+    counts = {place: DomainCounts(**artifact.figures["counts"]) for place, artifact in packed.items()}
+    for (split, domain), count in counts.items():
+        if count.documents and not count.rows:
+            raise SRDEError(
+                f"'{made_from[split][0]}': all {count.documents} documents of domain '{domain}' are longer than "
+                f"max_length={manifest.max_length}: raise max_length, or give --too_long truncate."
+            )
+    with store.timed("write"):
+        building = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            for split in SPLITS:
+                files = [packed[place] for place in places if place[0] == split]
+                if any(count.rows for place, count in counts.items() if place[0] == split):
+                    manifest.splits[split] = write_split(
+                        building / split,
+                        [artifact.path for artifact in files],
+                        made_from=made_from[split],
+                        counts={domain: count for (of, domain), count in counts.items() if of == split},
+                        digests=[artifact.figures["digest"] for artifact in files],
+                        max_length=manifest.max_length,
+                    )
+            (building / FILE_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def _packing(domain: str, documents: Documents, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Key and arguments of the rows of one domain in one split."""
+    places = {"file_of": documents.file_of, "index_of": documents.index_of}
+    code = code_fingerprint("srde_ds.data.packing", "srde_ds.data.build.tokens", "srde_ds.data.rows")
+    key = fingerprint(code, options, domain, [artifact.key for artifact in documents.files], places)
+    return key, {"files": [str(artifact.path) for artifact in documents.files], "domain": domain} | places | options

@@ -1,0 +1,284 @@
+"""Read files of JSON lines, a JSON array, Parquet, CSV, TSV or plain text, each also with gzip or Zstandard.
+
+A record comes with its place, `file:line` where the file has lines. What is wrong with one record does not stop the
+reading: it comes in the record's stead, as the error that names it.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import io
+import json
+import logging
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import charset_normalizer
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from srde_ds.data.conversation import kind
+from srde_ds.errors import SRDEError
+
+log = logging.getLogger(__name__)
+
+Item = tuple[str, Any]
+"""Place, and the record: a dict, or the SRDEError that says why there is none"""
+
+KINDS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+"""What a file holds, by its ending in small letters; `.txt` and others are JSON, or prompts in a file of prompts."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""Byte order marks"""
+JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "functions", "weight")
+"""Columns of a CSV file whose cells hold JSON"""
+LONGEST_CELL = 2**27
+"""bytes of a CSV cell"""
+_HEAD = 65_536
+_ROWS_A_BATCH = 1000
+
+
+def find_files(name: str | Path, option: str) -> list[Path]:
+    """The file `name`, the files of records in the folder `name`, or those that the pattern `name` matches; sorted.
+
+    Raises:
+        SRDEError: there is none, or it cannot be read twice, like a pipe.
+    """
+    path = Path(name)
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        found = [p for p in inside if ending(p)[0] in KINDS]
+        if not found:
+            raise SRDEError(f"{option}={name}: the folder holds no file of records ({', '.join(KINDS)}).")
+        if others := [p.name for p in inside if p not in found]:
+            log.info("%s: not read: %s", name, ", ".join(others))
+        return found
+    if path.exists():
+        if not path.is_file():
+            raise SRDEError(f"{option}={name}: is a pipe or a device, which can be read only once. Save it to a file.")
+        return [path]
+    matched = sorted(p for p in map(Path, glob.glob(str(name), recursive=True)) if p.is_file())
+    if not matched:
+        raise SRDEError(f"{option}={name}: no such file. Give an existing file, a folder, or a pattern in quotes.")
+    return matched
+
+
+def ending(path: Path) -> tuple[str, str | None]:
+    """The ending in small letters without that of the compression, and the compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else "", compression
+
+
+def read_items(path: Path, *, encoding: str | None = None, prompts: bool = False) -> Iterator[Item]:
+    """Every record of a file. Blank lines are skipped.
+
+    Args:
+        encoding: of its text; None: what its byte order mark says, else UTF-8.
+        prompts: a file of another ending than those of KINDS holds a prompt in each line.
+
+    Raises:
+        SRDEError: the file as a whole cannot be read, or is empty.
+    """
+    suffix, compression = ending(path)
+    holds = KINDS.get(suffix, "text" if prompts else "json")
+    if encoding is not None:
+        _check_encoding(encoding)
+    readers = {"parquet": _parquet, "csv": _table, "tsv": _table, "text": _text_lines, "json": _json}
+    empty = True
+    with _errors(path):
+        for item in readers[holds](path, compression, encoding):
+            empty = False
+            yield item
+    if empty:
+        raise SRDEError(f"'{path}' is empty: it must hold at least one record.")
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        codecs.lookup(encoding)
+    except LookupError:
+        raise SRDEError(f"encoding={encoding}: no such encoding. Give one such as utf-8, gbk or cp1252.") from None
+
+
+@contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeError as error:
+        raise SRDEError(f"'{path}' {_not_text(error)}.") from None
+    except OSError as error:
+        raise SRDEError(f"'{path}' cannot be read: {error.strerror or ' '.join(str(error).split())}.") from None
+    except (EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
+        raise SRDEError(f"'{path}' cannot be read: {' '.join(str(error).split())}.") from None
+
+
+def _open(path: Path, compression: str | None) -> BinaryIO:
+    return io.BufferedReader(pa.input_stream(str(path), compression=compression))
+
+
+def _head(path: Path, compression: str | None) -> bytes:
+    with _open(path, compression) as file:
+        return file.read(_HEAD)
+
+
+def _encoding(head: bytes, given: str | None) -> str:
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
+    return marked or given or "utf-8"
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def _json(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:
+    head = _head(path, compression)
+    encoding = _encoding(head, given)
+    start = head.decode(encoding, "ignore").lstrip()
+    if start.startswith("[") or _is_spread(start, ending(path)[0]):
+        yield from _whole(path, compression, encoding)
+        return
+    for number, line in enumerate(_lines(path, compression, encoding), 1):
+        place = f"{path}:{number}"
+        if isinstance(line, UnicodeError):
+            yield place, SRDEError(f"{place}: {_not_text(line)}.")
+        elif line.strip():
+            yield place, _parsed(line, place)
+
+
+def _is_spread(start: str, suffix: str) -> bool:
+    """Whether a .json file holds one object over many lines."""
+    first, _, rest = start.partition("\n")
+    return suffix == ".json" and first.strip() == "{" and bool(rest)
+
+
+def _whole(path: Path, compression: str | None, encoding: str) -> Iterator[Item]:
+    """An array of records, or one record."""
+    with _open(path, compression) as file:
+        content = _parsed(file.read().decode(encoding), str(path), array=True)
+    if isinstance(content, SRDEError):
+        raise content
+    for number, record in enumerate(content if isinstance(content, list) else [content], 1):
+        place = f"{path}: record {number}"
+        yield place, record if isinstance(record, dict) else _no_object(record, place)
+
+
+def _parsed(text: str, place: str, *, array: bool = False) -> Any:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return SRDEError(f"{place}: not valid JSON ({error}).")
+    return content if array or isinstance(content, dict) else _no_object(content, place)
+
+
+def _no_object(value: Any, place: str) -> SRDEError:
+    return SRDEError(f"{place}: must be a JSON object, not {kind(value)}.")
+
+
+def _lines(path: Path, compression: str | None, encoding: str) -> Iterable[str | UnicodeError]:
+    """Each line, or why it is no text. Only a line feed ends one."""
+    with _open(path, compression) as file:
+        if encoding in ("utf-16", "utf-32"):  # a line feed's byte is part of other characters, too
+            yield from io.TextIOWrapper(file, encoding, newline="\n")
+            return
+        for line in file:
+            try:
+                # Files that were joined may hold a mark in their midst.
+                yield line.decode("utf-8-sig" if encoding == "utf-8" else encoding)
+            except UnicodeError as error:
+                yield error
+
+
+def _not_text(error: UnicodeError) -> str:
+    """`not UTF-8, looks like GBK: give --encoding gbk`"""
+    if not isinstance(error, UnicodeDecodeError):
+        return f"not text: {error}"
+    name = error.encoding.upper()
+    guess = charset_normalizer.from_bytes(error.object).best()
+    if guess is None or guess.encoding in ("ascii", "utf_8") or error.encoding not in ("utf-8", "utf8"):
+        return f"not {name}: give its encoding, such as --encoding cp1252"
+    found = guess.encoding
+    if found == "gb18030":  # the name that people know, where it is enough
+        found = "gbk" if _decodes(error.object, "gbk") else found
+    return f"not {name}, looks like {found.replace('_', '-').upper()}: give --encoding {found}"
+
+
+def _decodes(data: bytes, encoding: str) -> bool:
+    try:
+        data.decode(encoding)
+    except UnicodeError:
+        return False
+    return True
+
+
+# -- tables and text -------------------------------------------------------------------------------------------------
+
+
+def _parquet(path: Path, compression: str | None, _: str | None) -> Iterator[Item]:
+    if compression:  # Parquet is read from its end
+        with _open(path, compression) as file:
+            source: Any = pa.BufferReader(file.read())
+    else:
+        source = str(path)
+    number = 0
+    with pq.ParquetFile(source) as table:
+        for batch in table.iter_batches(_ROWS_A_BATCH):
+            for record in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", record
+
+
+def _table(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:
+    """Rows of a CSV or TSV file with a header. An empty cell counts as absent."""
+    csv.field_size_limit(LONGEST_CELL)
+    encoding = _encoding(_head(path, compression), given)
+    with io.TextIOWrapper(_open(path, compression), encoding, newline="") as text:
+        rows = csv.reader(text, delimiter="\t" if ending(path)[0] == ".tsv" else ",", strict=True)
+        header = [name.strip() for name in next(rows, [])]
+        if header and (not all(header) or len(set(header)) < len(header)):
+            raise SRDEError(f"'{path}': its first line must name each column, each once: {', '.join(header)}.")
+        for cells in rows:
+            place = f"{path}:{rows.line_num}"
+            if len(cells) > len(header) or (cells and len(cells) < len(header)):
+                yield place, SRDEError(f"{place}: has {len(cells)} cells, the first line names {len(header)} columns.")
+            elif cells:
+                yield place, _row({name: cell for name, cell in zip(header, cells, strict=True) if cell}, place)
+
+
+def _row(cells: dict[str, Any], place: str) -> Any:
+    for name in JSON_COLUMNS:
+        if name in cells:
+            try:
+                cells[name] = json.loads(cells[name])
+            except (ValueError, RecursionError) as error:
+                return SRDEError(f"{place}: field '{name}' must hold JSON ({error}).")
+    return cells
+
+
+def _text_lines(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:
+    encoding = _encoding(_head(path, compression), given)
+    for number, line in enumerate(_lines(path, compression, encoding), 1):
+        place = f"{path}:{number}"
+        if isinstance(line, UnicodeError):
+            yield place, SRDEError(f"{place}: {_not_text(line)}.")
+        elif line.strip():
+            yield place, {"prompt": line.strip()}

@@ -1,0 +1,257 @@
+"""The forms in which people keep training data, each recognised by its keys and brought to one: `messages`, or
+`prompt` and `response`, beside the keys that every record may have.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from srde_ds.data.conversation import REASONING, kind
+from srde_ds.data.sources.formatters import BrokenRow, lettered_choice
+from srde_ds.errors import SRDEError, nearest
+
+Fields = dict[str, Any]
+
+COMMON_KEYS = (
+    "domain", "answer", "choices", "tests", "source", "split", "system", "tools", "functions",
+    "id", "revision", "row", "parallel_tool_calls",
+)  # fmt: skip
+"""Keys that a record of any form may have"""
+UNUSED = ("id", "revision", "row", "parallel_tool_calls")
+"""Of these, the ones that change nothing here"""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of records."""
+
+    name: str
+    title: str
+    """what its records are, for the line that tells what was read"""
+    marks: tuple[tuple[str, ...], ...]
+    """sets of keys, one of which tells the form"""
+    keys: tuple[str, ...]
+    """all keys of its own"""
+    convert: Callable[[Fields, bool], Fields]
+    """to messages, or prompt and response; False: the response may be missing, or is left out"""
+
+    @cached_property
+    def known(self) -> dict[str, None]:
+        """All keys that its records may have, in order."""
+        return dict.fromkeys((*self.keys, *COMMON_KEYS))
+
+    @cached_property
+    def copied(self) -> frozenset[str]:
+        """The keys that stay as they are."""
+        return frozenset(COMMON_KEYS).difference(self.keys, UNUSED)
+
+    @cached_property
+    def _marks(self) -> list[frozenset[str]]:
+        return [frozenset(mark) for mark in self.marks]
+
+    def fits(self, fields: Mapping[str, Any]) -> bool:
+        """Whether a record's keys tell this form."""
+        return any(mark.issubset(fields) for mark in self._marks)
+
+
+class BadForm(ValueError):
+    """What is wrong with a record, without its place."""
+
+
+def convert(content: Fields, place: str, *, form: str | None = None, answered: bool = True) -> tuple[Form, Fields]:
+    """A record of any form as messages, or prompt and response, with the other keys as they are; and the form.
+
+    Args:
+        content: keys with the value null count as absent.
+        form: name in FORMS; None: the one that the keys tell.
+        answered: False: a prompt, whose answer may be missing.
+
+    Raises:
+        SRDEError: no form has these keys, or a value is not what the form says.
+    """
+    fields = {key: value for key, value in content.items() if value is not None}
+    chosen = FORMS[form] if form is not None else next((one for one in FORMS.values() if one.fits(fields)), None)
+    if chosen is None:
+        raise SRDEError(
+            f"{place}: needs 'prompt' and 'response', or 'messages', or the keys of another form: "
+            f"{'; '.join(' and '.join(one.marks[0]) for one in FORMS.values())}. It has "
+            f"{', '.join(map(repr, fields)) or 'no key'}: give --columns, such as prompt=question,response=reply."
+        )
+    if unknown := [key for key in fields if key not in chosen.known]:
+        raise SRDEError(
+            f"{place}: unknown key '{unknown[0]}' in a record of the form {chosen.name}, which has "
+            f"{', '.join(chosen.known)}.{nearest(unknown[0], chosen.known)} Name the key it stands for with --columns "
+            f"KEY={unknown[0]}, or leave it out with --ignore_columns {','.join(unknown)}."
+        )
+    try:
+        converted = chosen.convert(fields, answered)
+    except (BadForm, BrokenRow) as error:
+        raise SRDEError(f"{place}: {error}.") from None
+    return chosen, converted | {key: fields[key] for key in fields if key in chosen.copied}
+
+
+def _turns(prompt: Any, response: Any) -> list[Fields]:
+    """Messages of a prompt and a response; each may be text or a list of messages."""
+    asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if response is None:
+        return asked
+    return [*asked, *(response if isinstance(response, list) else [{"role": "assistant", "content": response}])]
+
+
+def _pair(fields: Fields, asked: str, answer: str, answered: bool) -> Fields:
+    for key in (asked, answer) if answered else (asked,):
+        if key not in fields:
+            raise BadForm(f"field '{key}' is missing")
+    prompt, response = fields[asked], fields.get(answer) if answered else None
+    if isinstance(prompt, list) or isinstance(response, list):
+        return {"messages": _turns(prompt, response)}
+    return {"prompt": prompt} | ({"response": response} if response is not None else {})
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    """A list, or the JSON of one: some tables hold it as text."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadForm(f"field '{key}' is not valid JSON ({error})") from None
+    if not isinstance(value, list):
+        raise BadForm(f"field '{key}' must be a list, not {kind(value)}")
+    return value
+
+
+# -- the forms -------------------------------------------------------------------------------------------------------
+
+
+def _messages(fields: Fields, _: bool) -> Fields:
+    return {"messages": _list(fields.get("messages"), "messages")}
+
+
+def _sharegpt(fields: Fields, _: bool) -> Fields:
+    """Turns of `from` and `value`; some files have `role` and `content`."""
+    turns = _list(fields.get("conversations"), "conversations")
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise BadForm("field 'conversations' must be a list of objects with 'from' and 'value'")
+    names = {"from": "role", "value": "content"}
+    return {"messages": [{names.get(key, key): value for key, value in turn.items()} for turn in turns]}
+
+
+def _alpaca(fields: Fields, answered: bool) -> Fields:
+    instruction, given = fields.get("instruction"), fields.get("input", "")
+    if isinstance(instruction, str) and isinstance(given, str) and given.strip():
+        instruction = f"{instruction}\n\n{given}"
+    elif not isinstance(given, str):
+        raise BadForm(f"field 'input' must be text, not {kind(given)}")
+    pair = _pair(fields | {"instruction": instruction}, "instruction", "output", answered)
+    history = fields.get("history", [])
+    if not history:
+        return pair
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise BadForm("field 'history' must be a list of pairs of an instruction and its answer")
+    before = [message for asked, answer in history for message in _turns(asked, answer)]
+    return {"messages": [*before, *_turns(pair["prompt"], pair.get("response"))]}
+
+
+def _prompt_completion(fields: Fields, answered: bool) -> Fields:
+    return _pair(fields, "prompt", "completion", answered)
+
+
+def _prompt_response(fields: Fields, answered: bool) -> Fields:
+    pair = _pair(fields, "prompt", "response", answered)
+    thoughts = {key: fields[key] for key in REASONING if key in fields}
+    if thoughts and "prompt" not in pair:
+        raise BadForm(f"field '{min(thoughts)}' goes with a response that is text: put it into the message")
+    return pair | (thoughts if answered else {})
+
+
+def _question_answer(fields: Fields, answered: bool) -> Fields:
+    return _pair(fields, "question", "answer", answered)
+
+
+def _multiple_choice(fields: Fields, answered: bool) -> Fields:
+    for key, others in (("choices", ("choices", "options")), ("answer", ("answer", "answerKey", "label"))):
+        if (found := sum(name in fields for name in others)) > 1:
+            raise BadForm(f"has several of {', '.join(others)}: keep one")
+        if not found and (answered or key == "choices"):
+            raise BadForm(f"field '{key}' is missing")
+    question = fields.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise BadForm("field 'question' must be text, and not empty")
+    given = fields.get("choices", fields.get("options"))
+    if isinstance(given, dict) and isinstance(given.get("text"), list) and isinstance(given.get("label"), list):
+        labels, options = [str(label) for label in given["label"]], given["text"]
+    elif isinstance(given, dict):
+        labels, options = list(given), list(given.values())
+    else:
+        options = _list(given, "choices")
+        labels = [chr(ord("A") + number) for number in range(len(options))]
+    if not all(isinstance(option, str) for option in options):
+        raise BadForm("field 'choices' must hold texts")
+    answer = next((fields[name] for name in ("answer", "answerKey", "label") if name in fields), None)
+    right = _number_of(answer, options, labels) if answered else 0
+    context, rationale = fields.get("context", ""), fields.get("rationale", "")
+    example = lettered_choice(question.strip(), options, right, context=context, reasoning=rationale)
+    if not answered:
+        return {"prompt": example.messages[0]["content"]}
+    return {"messages": example.messages, "answer": example.answer}
+
+
+def _number_of(answer: Any, options: list[str], labels: list[str]) -> int:
+    """Which option an answer means: its text, its letter or label, or its number from 0."""
+    if isinstance(answer, str):
+        for names in (options, labels, [label.upper() for label in labels]):
+            wanted = answer if names is options else answer.strip() if names is labels else answer.strip().upper()
+            if wanted in names:
+                return names.index(wanted)
+        answer = int(answer) if answer.strip().isdecimal() else answer
+    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
+        return answer
+    raise BadForm(
+        f"field 'answer' is {json.dumps(answer)}: it must be one of the choices, its letter ({labels[0]} to "
+        f"{labels[-1]}) or its number (0 to {len(options) - 1})"
+        if labels
+        else "field 'choices' is empty"
+    )
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("messages", "chat messages", (("messages",),), ("messages",), _messages),
+        Form("sharegpt", "ShareGPT conversations", (("conversations",),), ("conversations",), _sharegpt),
+        Form(
+            "alpaca",
+            "Alpaca instructions",
+            (("instruction", "output"), ("instruction",)),
+            ("instruction", "input", "output", "history"),
+            _alpaca,
+        ),
+        Form(
+            "prompt_completion",
+            "prompts and completions",
+            (("prompt", "completion"), ("completion",)),
+            ("prompt", "completion"),
+            _prompt_completion,
+        ),
+        Form(
+            "prompt_response",
+            "prompts and responses",
+            (("prompt", "response"), ("prompt",), ("response",)),
+            ("prompt", "response", *REASONING),
+            _prompt_response,
+        ),
+        Form(
+            "multiple_choice",
+            "multiple choice",
+            (("question", "choices"), ("question", "options")),
+            ("question", "choices", "options", "answer", "answerKey", "label", "context", "rationale"),
+            _multiple_choice,
+        ),
+        Form("question_answer", "questions and answers", (("question",),), ("question", "answer"), _question_answer),
+    )
+}
+"""By name, in the order in which they are tried"""

@@ -1,0 +1,264 @@
+"""Conversations written by the chat template: what it reads, what it writes, and how it closes a turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.data.conversation import REASONING, Message, Tools
+from srde_ds.errors import SRDEError
+
+# For tokenizers without a chat template: each message on a line of its own, each response closed by EOS.
+FALLBACK_TEMPLATE = (
+    "{% if with_bos %}{{ bos_token }}{% endif %}{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+)
+# What a template can raise: it is a program in a sandbox, run on messages that its author did not think of.
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
+CHANGE_TEMPLATE = "change the chat template in a copy of the base's folder"
+
+
+@dataclass(frozen=True)
+class TurnEnds:
+    """What the template writes after a response, found by writing two short conversations.
+
+    Attributes:
+        last: after the last one, up to and including EOS where it writes that.
+        rest: what follows `last`, which no turn needs: white space.
+        earlier: between an earlier response and the next message's text.
+        earlier_end: the beginning of `earlier` that closes the response.
+        markers: tokens that close a turn: no response may hold their text.
+        stop: the token by which the last response ends.
+    """
+
+    last: str
+    rest: str
+    earlier: str
+    earlier_end: str
+    markers: tuple[str, ...]
+    stop: str | None
+
+
+def template_kind(tokenizer: PreTrainedTokenizerBase) -> Literal["tokenizer", "fallback"]:
+    """Whether conversations are written by the tokenizer's own chat template or by FALLBACK_TEMPLATE."""
+    return "tokenizer" if tokenizer.chat_template else "fallback"
+
+
+def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The chat template in use."""
+    return tokenizer.get_chat_template() if tokenizer.chat_template else FALLBACK_TEMPLATE
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    generation: bool,
+    where: str,
+    tools: Tools | None = None,
+) -> str:
+    """The conversation as text; `generation`: up to where the assistant starts to write.
+
+    Raises:
+        SRDEError: the template refuses the conversation (some know no system role), or fails on it.
+    """
+    messages = _as_template_wants(tokenizer, messages, where)
+    try:
+        return render_batch(tokenizer, [messages], generation, tools)[0]
+    except TEMPLATE_ERRORS as error:
+        raise SRDEError(f"{where}: {_refusal(tokenizer, messages, generation, tools, error)}") from None
+
+
+def _refusal(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    generation: bool,
+    tools: Tools | None,
+    error: Exception,
+) -> str:
+    """What is wrong and what helps."""
+    raised = "" if isinstance(error, jinja2.TemplateError) else f" ({type(error).__name__})"
+    reason = f"the tokenizer's chat template refuses these messages: {' '.join(str(error).split())}{raised}. "
+    roles = {message["role"] for message in messages}
+    if any("tool_calls" in message for message in messages) or "tool" in roles:
+        return f"{reason}They hold tool calls ('tool_calls'): leave them out, or {CHANGE_TEMPLATE}."
+    if "system" in roles:
+        try:
+            render_batch(tokenizer, [messages[1:]], generation, tools)
+        except TEMPLATE_ERRORS:
+            pass
+        else:
+            return f"{reason}It takes them without the system message: write that into the first user message."
+    return f"{reason}Change the record, or {CHANGE_TEMPLATE}."
+
+
+def render_batch(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Message]],
+    generation: bool,
+    tools: Tools | None = None,
+) -> list[str]:
+    """`render` for several conversations that hold no more than roles and texts; raises what the template raises."""
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation}
+    if template_kind(tokenizer) == "fallback":
+        options |= {"chat_template": FALLBACK_TEMPLATE, "with_bos": starts_with_bos(tokenizer)}
+    return list(tokenizer.apply_chat_template(conversations, tools=tools, **options))
+
+
+@cache
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts BOS before a text."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+# --- which form the template wants its messages in
+
+
+def _as_template_wants(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> list[Message]:
+    """The messages with their thoughts and tool calls as this template reads them."""
+    return [_message(tokenizer, message, where) if len(message) > 2 else message for message in messages]
+
+
+def _message(tokenizer: PreTrainedTokenizerBase, message: Message, where: str) -> Message:
+    message = {key: value for key, value in message.items() if key != "train"}
+    if "reasoning_content" in message:
+        write = reasoning_form(tokenizer)
+        if write is None:
+            raise SRDEError(
+                f"{where}: the tokenizer's chat template does not write a thought ('reasoning_content'): put it into "
+                f"'content' as this base writes thoughts, leave it out, or {CHANGE_TEMPLATE}."
+            )
+        message = write(message)
+    if "tool_calls" in message:
+        write = tool_call_form(tokenizer)
+        if write is None:
+            raise SRDEError(
+                f"{where}: the tokenizer's chat template does not write tool calls ('tool_calls'): leave them out, or "
+                f"{CHANGE_TEMPLATE}."
+            )
+        message = write(message)
+    return message
+
+
+Form = Callable[[Message], Message]
+
+
+@cache
+def reasoning_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
+    """How a message holds its thought so that the template writes it; None where the template knows no thoughts."""
+
+    def by_key(key: str) -> Form:
+        return lambda message: {
+            **{name: value for name, value in message.items() if name != "reasoning_content"},
+            key: message["reasoning_content"],
+        }
+
+    def by_part(message: Message) -> Message:
+        parts = [{"type": "thinking", "thinking": message["reasoning_content"]}]
+        parts += [{"type": "text", "text": message["content"]}] if message["content"] else []
+        kept = {name: value for name, value in message.items() if name != "reasoning_content"}
+        return {**kept, "content": parts}
+
+    probe = {"role": "assistant", "content": "ANSWER", "reasoning_content": "THOUGHT"}
+    for form in (*map(by_key, REASONING), by_part):
+        # A template that does not know parts writes the list itself.
+        text = _try(tokenizer, [{"role": "user", "content": "a"}, form(probe)])
+        if text.count("THOUGHT") == text.count("ANSWER") == 1 and "'thinking'" not in text and '"thinking"' not in text:
+            return form
+    return None
+
+
+@cache
+def tool_call_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
+    """How a message holds its tool calls so that the template writes them; None where it knows none."""
+
+    def as_text(message: Message) -> Message:
+        calls = [
+            call | {"function": call["function"] | {"arguments": json.dumps(arguments, ensure_ascii=False)}}
+            for call in message["tool_calls"]
+            for arguments in [call["function"]["arguments"]]
+        ]
+        return {**message, "tool_calls": calls}
+
+    call = {"type": "function", "id": "call00000", "function": {"name": "NAME", "arguments": {"KEY": "VALUE"}}}
+    probe = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for form in (dict, as_text):
+        text = _try(tokenizer, [{"role": "user", "content": "a"}, form(probe)])
+        # A template that joins the arguments as text writes an object as Python does, not as JSON.
+        if all(name in text for name in ("NAME", "KEY", "VALUE")) and "'KEY'" not in text and '\\"KEY' not in text:
+            return form
+    return None
+
+
+def _try(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
+    """A probe's text, empty where the template refuses it."""
+    try:
+        return render_batch(tokenizer, [messages], generation=False)[0]
+    except TEMPLATE_ERRORS:
+        return ""
+
+
+@cache
+def writes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template writes the descriptions of the functions that the assistant may call."""
+    described = {"name": "NAME", "description": "WHAT", "parameters": {"type": "object", "properties": {}}}
+    question: list[Message] = [{"role": "user", "content": "a"}]
+    try:
+        text = render_batch(tokenizer, [question], True, [{"type": "function", "function": described}])[0]
+    except TEMPLATE_ERRORS:
+        return False
+    return "NAME" in text
+
+
+# --- where turns end
+
+
+@cache
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> TurnEnds:
+    """What closes the template's turns.
+
+    Raises:
+        SRDEError: it refuses a question with an answer.
+    """
+    question = {"role": "user", "content": "QUESTION"}
+    answer = {"role": "assistant", "content": "PROBE"}
+    tail = render(tokenizer, [question, answer], generation=False, where="chat template").rpartition("PROBE")[2]
+    eos = str(tokenizer.eos_token)
+    last = tail[: tail.index(eos) + len(eos)] if eos in tail else tail.rstrip()
+    head, _, going_on = _try(tokenizer, [question, answer, question | {"content": "NEXT"}]).rpartition("PROBE")
+    earlier = going_on.partition("NEXT")[0]
+    added = sorted((token.content for token in tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
+    first, opens = _first(added, earlier), _last(added, head.partition("QUESTION")[0])
+    if last and earlier.startswith(last):
+        earlier_end = last
+    elif last and first and first != opens and not earlier[: earlier.index(first)].strip():
+        # Earlier turns are closed by another token than the last one, which EOS may follow.
+        earlier_end = earlier[: earlier.index(first) + len(first)]
+    else:
+        earlier_end = ""
+    stop = _first(added, last)
+    markers = [eos, stop or last.strip(), first if earlier_end and first else ""]
+    distinct = tuple(dict.fromkeys(marker for marker in markers if marker))
+    return TurnEnds(last, tail[len(last) :], earlier, earlier_end, distinct, stop)
+
+
+def _first(tokens: list[str], text: str) -> str | None:
+    return min((token for token in tokens if token in text), key=text.index, default=None)
+
+
+def _last(tokens: list[str], text: str) -> str | None:
+    return max((token for token in tokens if token in text), key=text.rindex, default=None)

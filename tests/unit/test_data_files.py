@@ -1,0 +1,350 @@
+"""Files of every kind and form are read rightly, or refused by name, place and remedy."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from srde_ds.data.files import find_files, read_items
+from srde_ds.data.inputs import ReadOptions, read_records
+from srde_ds.data.records import Record
+from srde_ds.errors import SRDEError
+from srde_ds.inference.prompts import read_prompts
+
+CASES = Path(__file__).parents[1] / "fixtures" / "data_cases"
+GOOD = {"prompt": "7*8?", "response": "56", "domain": "math"}
+TURNS = [{"role": "user", "content": "7*8?"}, {"role": "assistant", "content": "56"}]
+JAPANESE = [("日本語 7*8?", "五十六"), ("日本語 7*9?", "六十三")]
+
+
+def read(path: str | Path, *domains: str, **options: Any) -> list[Record]:
+    return list(read_records(path, domains or ("math",), ReadOptions(**options)))
+
+
+def pairs(records: list[Record]) -> list[tuple[str, str]]:
+    """What is asked and answered last."""
+    return [(record.messages[-2]["content"], record.messages[-1]["content"]) for record in records]
+
+
+def write(path: Path, *records: Any) -> Path:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def refused(path: str | Path, *fragments: str, domains: tuple[str, ...] = ("math",), **options: Any) -> str:
+    with pytest.raises(SRDEError) as caught:
+        read(path, *domains, **options)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+    return str(caught.value)
+
+
+# -- kinds of files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("bom_crlf.jsonl", JAPANESE),
+        ("utf16.jsonl", JAPANESE),
+        ("table.csv", JAPANESE),
+        ("plain.jsonl.gz", JAPANESE[:1]),
+        ("pretty_array.json", [("7*8?", "56"), ("7*9?", "63")]),
+        ("array_one_line.json", [("7*8?", "56"), ("7*9?", "63")]),
+        ("sharegpt.jsonl", [("7*8?", "56")]),
+    ],
+)
+def test_common_files_are_read(name: str, expected: list[tuple[str, str]]) -> None:
+    assert pairs(read(CASES / name)) == expected
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".tsv", ".parquet", ".JSONL", ".Csv"])
+def test_each_kind_is_read_plain_and_compressed(tmp_path: Path, kind: str, compression: str) -> None:
+    plain = tmp_path / f"plain{kind}"
+    records = [{"prompt": q, "response": f'{a},\n"x"', "domain": "math"} for q, a in JAPANESE]
+    if kind == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), plain)
+    elif kind == ".json":
+        plain.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    elif kind.lower() in (".csv", ".tsv"):
+        with plain.open("w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, list(records[0]), delimiter="\t" if kind == ".tsv" else ",")
+            table.writeheader()
+            table.writerows(records)
+    else:
+        write(plain, *records)
+    path = plain.with_name(f"data{kind}{compression}")
+    how = {"": None, ".gz": "gzip", ".zst": "zstd"}[compression.lower()]
+    with pa.output_stream(str(path), compression=how) as file:
+        file.write(plain.read_bytes())
+    found = read(path)
+    assert pairs(found) == [(q, f'{a},\n"x"') for q, a in JAPANESE]
+    assert all(record.where.startswith(str(path)) for record in found)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, kind: str, encoding: str) -> None:
+    text = "prompt,response\n日本語 7*8?,五十六\n"
+    if kind != ".csv":
+        record = {"prompt": "日本語 7*8?", "response": "五十六"}
+        text = json.dumps([record] if kind == ".json" else record, ensure_ascii=False)
+    (tmp_path / f"data{kind}").write_text(text, encoding=encoding)
+    assert pairs(read(tmp_path / f"data{kind}")) == JAPANESE[:1]
+
+
+def test_another_encoding_is_guessed_and_read_where_it_is_given(tmp_path: Path) -> None:
+    message = "gbk.jsonl:1: not UTF-8, looks like GBK: give --encoding gbk."
+    assert refused(CASES / "gbk.jsonl").endswith(message)
+    assert read(CASES / "gbk.jsonl", encoding="gbk")[0].messages[0]["content"].startswith("中文")
+    refused(CASES / "gbk.jsonl", "encoding=gbq: no such encoding", encoding="gbq")
+    for kind, text in ((".csv", "prompt,response\nÀ côté de la fenêtre ?,près\n"), (".json", '["é à è ê ç"]')):
+        (tmp_path / f"french{kind}").write_bytes(text.encode("cp1252"))
+        refused(tmp_path / f"french{kind}", f"french{kind}' not UTF-8, looks like", "--encoding")
+    (tmp_path / "noise.jsonl").write_bytes(b'{"prompt": "\xff\xfe\x9d"}\n')
+    refused(tmp_path / "noise.jsonl", "noise.jsonl:1: not UTF-8")
+
+
+def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "b.jsonl", GOOD)
+    write(tmp_path / "A.JSON", [GOOD | {"response": "first"}][0])
+    write(tmp_path / ".hidden.jsonl", "{")
+    (tmp_path / "README.md").write_text("# read me")
+    (tmp_path / "more").mkdir()
+    with caplog.at_level("INFO"):
+        assert [answer for _, answer in pairs(read(tmp_path))] == ["first", "56"]
+    assert "not read: README.md" in caplog.text
+    assert len(read(f"{tmp_path}/*.jsonl")) == 1
+    assert find_files(f"{tmp_path}/**/*.jsonl", "x") == [tmp_path / "b.jsonl"]
+    refused(tmp_path / "more", "more: the folder holds no file of records (.jsonl, ")
+    refused(f"{tmp_path}/*.csv", "*.csv: no such file. Give an existing file, a folder, or a pattern in quotes.")
+
+
+def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    refused(tmp_path / "pipe.jsonl", "is a pipe or a device, which can be read only once. Save it to a file.")
+    refused("/dev/null", "is a pipe or a device")
+
+
+def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
+    data = gzip.compress(json.dumps(GOOD).encode() * 50)
+    for name, content in (
+        ("cut.jsonl.gz", data[:-9]),
+        ("no.jsonl.gz", b"plain text"),
+        ("no.jsonl.zst", b"plain text"),
+        ("no.parquet", b"plain text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        message = refused(tmp_path / name, f"{name}' cannot be read: ")
+        assert "\n" not in message
+    for name in ("empty.jsonl", "empty.csv", "empty.json"):
+        refused(write(tmp_path / name, " \n" if name != "empty.csv" else "prompt,response"), f"{name}' is empty")
+    refused(write(tmp_path / "bad.json", "[{]"), "bad.json: not valid JSON")
+    refused(write(tmp_path / "list.json", "[1]"), "list.json: record 1: must be a JSON object, not a number")
+
+
+def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
+    refused(write(tmp_path / "a.csv", "prompt,prompt", "a,b"), "a.csv': its first line must name each column")
+    refused(write(tmp_path / "b.csv", "prompt,response", "a,b,c"), "b.csv:2: has 3 cells, the first line names 2")
+    refused(write(tmp_path / "c.csv", "messages", "[1"), "c.csv:2: field 'messages' must hold JSON")
+    chat = json.dumps(TURNS).replace('"', '""')
+    write(tmp_path / "d.csv", "messages,answer,source", f'"{chat}",,hand', "", f'"{chat}",56,')
+    first, second = read(tmp_path / "d.csv")
+    assert (first.messages, first.answer, first.source) == (TURNS, None, "hand")
+    assert (second.answer, second.source) == ("56", "")
+
+
+def test_large_files_are_not_held_in_memory(tmp_path: Path) -> None:
+    path = write(tmp_path / "many.jsonl.gz")
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(GOOD | {"prompt": "x" * 1000}) + "\n" for _ in range(3000))
+        file.write("{")
+    items = read_items(path)
+    assert next(items)[1]["response"] == "56"  # before the last line was looked at
+    assert sum(isinstance(item, dict) for _, item in items) == 2999
+
+
+# -- forms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("title", "record", "asked", "answer"),
+    [
+        ("chat messages", {"messages": TURNS}, "7*8?", "56"),
+        ("chat messages", {"messages": json.dumps(TURNS)}, "7*8?", "56"),
+        ("prompts and responses", {"prompt": "7*8?", "response": "56"}, "7*8?", "56"),
+        ("prompts and responses", {"prompt": TURNS[:1], "response": "56"}, "7*8?", "56"),
+        ("Alpaca instructions", {"instruction": "Add.", "input": "7, 8", "output": "15"}, "Add.\n\n7, 8", "15"),
+        ("Alpaca instructions", {"instruction": "Add.", "input": "", "output": "15"}, "Add.", "15"),
+        (
+            "ShareGPT conversations",
+            {"conversations": [{"from": "human", "value": "7*8?"}, {"from": "gpt", "value": "56"}], "id": "3"},
+            "7*8?",
+            "56",
+        ),
+        ("ShareGPT conversations", {"conversations": TURNS}, "7*8?", "56"),
+        ("prompts and completions", {"prompt": "7*8?", "completion": "56"}, "7*8?", "56"),
+        ("prompts and completions", {"prompt": TURNS[:1], "completion": TURNS[1:]}, "7*8?", "56"),
+        ("questions and answers", {"question": "7*8?", "answer": "56"}, "7*8?", "56"),
+        (
+            "multiple choice",
+            {"question": "Red?", "choices": ["a", "b"], "answer": 1},
+            "Red?\nA. a\nB. b",
+            "B. b\nAnswer: B",
+        ),
+    ],
+)
+def test_forms_are_told_by_their_keys(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, title: str, record: dict[str, Any], asked: str, answer: str
+) -> None:
+    path = write(tmp_path / "train.jsonl", record, record)
+    with caplog.at_level("INFO"):
+        assert pairs(read(path)) == [(asked, answer)] * 2
+    assert caplog.messages == [f"{path}: 2 records, {title}"]
+
+
+def test_an_alpaca_history_comes_before(tmp_path: Path) -> None:
+    record = {"instruction": "c", "output": "d", "history": [["a", "b"]]}
+    (found,) = read(write(tmp_path / "train.jsonl", record))
+    assert [message["content"] for message in found.messages] == ["a", "b", "c", "d"]
+    refused(write(tmp_path / "train.jsonl", record | {"history": ["a"]}), "field 'history' must be a list of pairs")
+
+
+@pytest.mark.parametrize(
+    ("changes", "letter"),
+    [
+        ({"answer": "b"}, "A"),
+        ({"answer": "B"}, "B"),
+        ({"answer": 1}, "B"),
+        ({"answer": "1"}, "B"),
+        ({"answerKey": "b "}, "B"),
+        ({"label": 0}, "A"),
+        ({"choices": {"text": ["b", "a"], "label": ["1", "2"]}, "answerKey": "1"}, "A"),
+        ({"choices": {"X": "b", "Y": "a"}, "answer": "Y"}, "B"),
+    ],
+)
+def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dict[str, Any], letter: str) -> None:
+    record = {"question": "Red?", "choices": ["b", "a"]} | changes
+    (found,) = read(write(tmp_path / "data.jsonl", record))
+    assert found.answer == letter and found.messages[-1]["content"].endswith(f"Answer: {letter}")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"question": "a", "choices": ["b", "c"], "answer": "z"},
+            "field 'answer' is \"z\": it must be one of the ch",
+        ),
+        ({"question": "a", "choices": ["b", "c"], "answer": 2}, "its letter (A to B) or its number (0 to 1)"),
+        ({"question": "a", "choices": ["b", "c"]}, "field 'answer' is missing"),
+        ({"question": "a", "choices": ["b", 1], "answer": 1}, "field 'choices' must hold texts"),
+        ({"question": "a", "choices": ["b"], "answer": 0}, "an option is missing"),
+        ({"question": "a", "choices": ["b", "c"], "options": [], "answer": 0}, "has several of choices, options"),
+        ({"question": "a"}, "field 'answer' is missing"),
+        ({"instruction": "a"}, "field 'output' is missing"),
+        ({"instruction": "a", "input": 1, "output": "b"}, "field 'input' must be text, not a number"),
+        ({"conversations": ["a"]}, "field 'conversations' must be a list of objects with 'from' and 'value'"),
+        ({"messages": "[{"}, "field 'messages' is not valid JSON"),
+        ({"text": "a"}, "It has 'text': give --columns, such as prompt=question,response=reply."),
+        ({"text": "a"}, "needs 'prompt' and 'response', or 'messages', or the keys of another form: messages; conv"),
+        (GOOD | {"respnse": 1}, "unknown key 'respnse' in a record of the form prompt_response, which has prompt, res"),
+        (GOOD | {"respnse": 1}, "Did you mean 'response'? Name the key it stands for with --columns KEY=respnse, or"),
+        (GOOD | {"respnse": 1}, "leave it out with --ignore_columns respnse."),
+        (GOOD | {"prompt": "\ud83d"}, "field 'prompt' holds half a surrogate pair"),
+    ],
+)
+def test_what_a_form_does_not_know_is_refused_by_name(tmp_path: Path, record: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "data.jsonl", record)
+    assert refused(path, message).startswith(f"{path}:1: ")
+
+
+def test_columns_are_renamed_and_left_out(tmp_path: Path) -> None:
+    record = {"q": "7*8?", "response": "long", "reply": "56", "topic": "math", "id": 3, "note": "x", "extra": None}
+    path = write(tmp_path / "data.jsonl", record)
+    names = {"prompt": "q", "response": "reply", "domain": "topic"}
+    refused(path, "'reply' is to be 'response', but the record has a 'response' of its own", columns=names)
+    refused(path, "unknown key 'note'", columns=names, ignore_columns=("response",))
+    for ignored in (("response", "note"), ("response", "*")):
+        (found,) = read(path, "math", "code", columns=names, ignore_columns=ignored)
+        assert pairs([found]) == [("7*8?", "56")] and found.domain == "math"
+    refused(path, "columns: no record of", "has 'qq'", columns=names | {"prompt": "qq"}, ignore_columns=("*",))
+
+
+def test_a_form_can_be_named(tmp_path: Path) -> None:
+    both = {"question": "a", "answer": "b", "prompt": "c", "response": "d"}
+    path = write(tmp_path / "data.jsonl", both)
+    (found,) = read(path, format="question_answer", ignore_columns=("*",))
+    assert pairs([found]) == [("a", "b")]
+    refused(path, "unknown key 'question' in a record of the form prompt_response")
+    refused(path, "format=alpacca: choose one of messages, ", format="alpacca")
+
+
+def test_records_of_one_domain_need_not_name_it(tmp_path: Path) -> None:
+    unnamed = {"prompt": "a", "response": "b"}
+    path = write(tmp_path / "data.jsonl", unnamed, GOOD | {"domain": "code"})
+    assert [record.domain for record in read(path, "math", "code", domain="math")] == ["math", "code"]
+    refused(path, ":1: field 'domain' is missing. For records of one domain, give --domain.", domains=("math", "code"))
+    refused(path, ":2: unknown domain 'code', must be one of math")
+    assert read(write(tmp_path / "data.jsonl", unnamed))[0].domain == "math"
+
+
+# -- bad records -----------------------------------------------------------------------------------------------------
+
+
+def test_all_bad_records_are_told_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [GOOD, *("{" if number % 2 else GOOD | {"response": ""} for number in range(25)), "[" * 100_000, GOOD]
+    path = write(tmp_path / "data.jsonl", *lines)
+    report = refused(path).splitlines()
+    assert report[0] == "26 bad records. Correct them, or give --on_bad_record skip to leave them out:"
+    assert report[1] == f"  {path}:2: field 'response' is empty." and f"{path}:3: not valid JSON" in report[2]
+    assert len(report) == 22 and report[-1] == "  and 6 more"
+    assert pairs(read(path, on_bad_record="skip")) == [("7*8?", "56")] * 2
+    assert "26 bad records are left out:" in caplog.text and "and 6 more" in caplog.text
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prompts_bom.txt", "prompts_array.json", "PROMPTS_UPPER.JSONL"])
+def test_prompts_are_read_as_what_they_are(name: str) -> None:
+    prompts = read_prompts(CASES / name)
+    assert prompts[0].messages == [{"role": "user", "content": "What is 7*8?"}]
+    assert len(prompts) == (1 if name == "PROMPTS_UPPER.JSONL" else 2)
+
+
+def test_prompts_of_each_form_are_asked_without_their_answer(tmp_path: Path) -> None:
+    records = [
+        {"prompt": "a", "response": "no", "answer": "no"},
+        {"instruction": "b", "input": "c"},
+        {"conversations": [{"from": "human", "value": "d"}, {"from": "gpt", "value": "no"}]},
+        {"question": "e"},
+        {"question": "f", "choices": ["g", "h"]},
+        {"prompt": "i", "completion": "no"},
+    ]
+    found = [prompt.messages for prompt in read_prompts(write(tmp_path / "p.jsonl", *records))]
+    assert [turn["content"] for (turn,) in found] == ["a", "b\n\nc", "d", "e", "f\nA. g\nB. h", "i"]
+
+
+def test_bad_prompts_are_told_with_their_place(tmp_path: Path) -> None:
+    with pytest.raises(SRDEError, match=r"prompts_surrogate.jsonl:1: field 'prompt' holds half a surrogate pair"):
+        read_prompts(CASES / "prompts_surrogate.jsonl")
+    path = write(tmp_path / "p.jsonl", {"prompt": 1}, "{", {"prompt": "a"})
+    with pytest.raises(SRDEError, match="2 bad records"):
+        read_prompts(path)
+    assert len(read_prompts(path, ReadOptions(on_bad_record="skip"))) == 1
+    (tmp_path / "gbk.txt").write_bytes("七乘以八等于多少？这个问题的答案是什么？".encode("gbk"))
+    with pytest.raises(SRDEError, match="gbk.txt:1: not UTF-8, looks like GBK: give --encoding gbk"):
+        read_prompts(tmp_path / "gbk.txt")
+    shutil.copy(tmp_path / "gbk.txt", tmp_path / "again.txt")
+    assert read_prompts(tmp_path / "again.txt", ReadOptions(encoding="gbk"))[0].messages[0]["content"][:2] == "七乘"
