@@ -68,15 +68,17 @@ def test_what_train_refuses(tmp_path: Path) -> None:
 
 
 def test_several_files_make_one_dataset(base: Path, tmp_path: Path) -> None:
-    files = [write_records(tmp_path / f"{first}.jsonl", first=first) for first in (0, 50)]
+    folder = tmp_path / "files"
+    folder.mkdir()
+    files = [write_records(folder / f"{first}.jsonl", first=first) for first in (0, 50)]
     files[0].write_text(files[0].read_text().rstrip("\n"))  # a last line without an end
     options: dict[str, Any] = {"model_name": base, "domains": DOMAINS}
-    rows = build_dataset(files, output=tmp_path / "rows", **options)
+    rows = build_dataset(folder, output=tmp_path / "rows", **options)
     manifest = load_manifest(rows)
     assert manifest.max_length == POSITIONS
     assert sum(counts.documents for counts in manifest.splits["train"].domains.values()) == 24
     before = (rows / "manifest.json").stat().st_mtime_ns
-    build_dataset(files, output=rows, **options)  # used as it is
+    build_dataset(folder / "*.jsonl", output=rows, **options)  # the same files: used as it is
     assert (rows / "manifest.json").stat().st_mtime_ns == before
     with pytest.raises(SRDEError, match="exists already"):
         build_dataset(files[0], output=rows, **options)
@@ -86,8 +88,8 @@ def test_several_files_make_one_dataset(base: Path, tmp_path: Path) -> None:
 
 def test_what_build_dataset_refuses(base: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "train.jsonl")
-    with pytest.raises(SRDEError, match="'domain'.*'domains'"):
-        build_dataset(data, model_name=base, output=tmp_path / "rows", domain="red")
+    with pytest.raises(SRDEError, match="'domainz'.*'domains'"):
+        build_dataset(data, model_name=base, output=tmp_path / "rows", domainz="red")
     with pytest.raises(SRDEError, match="none.jsonl"):
         build_dataset(tmp_path / "none.jsonl", model_name=base, output=tmp_path / "rows", domains=DOMAINS)
     assert not (tmp_path / "rows").exists()
