@@ -16,6 +16,12 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.boolean("--compare_baseline", False, "also run the bare base on the same items")
     parser.boolean("--each_expert", False, "also the loss of every domain with each expert alone")
     parser.boolean("--run_code", False, "score items with tests: run the programs that the model writes, in a sandbox")
+    parser.add_argument(
+        "--sandbox",
+        choices=["bubblewrap", "none"],
+        default="bubblewrap",
+        help="of run_code; none: programs can do all that you can",
+    )
     parser.add_argument("--max_samples", type=int, default=1000, help="items, taken evenly from the domains")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest generated answer")
     parser.add_argument("--batch_size", type=int, default=32, help="items in a batch")

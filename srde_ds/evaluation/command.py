@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import DOMAINS, resolve
 from srde_ds.config.values import load_yaml
 from srde_ds.data.records import Record, read_jsonl
+from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.processes import launched_processes
-from srde_ds.evaluation.sandbox import protections
+from srde_ds.evaluation.results import ItemResult
+from srde_ds.evaluation.sandbox import Sandbox, check_sandbox
 from srde_ds.evaluation.table import format_tables
 from srde_ds.evaluation.weights import resolve_weights
 from srde_ds.inference.load import load_model
@@ -37,6 +39,7 @@ def evaluate_command(
     compare_baseline: bool,
     each_expert: bool,
     run_code: bool,
+    sandbox: Sandbox,
     max_samples: int,
     max_new_tokens: int,
     batch_size: int,
@@ -50,13 +53,16 @@ def evaluate_command(
 
     Args:
         checkpoint: see `resolve_weights`.
+        sandbox: where `run_code` runs the programs that the model writes.
         output_file: None: see `default_output`.
 
     Raises:
         SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range, or `output_file`
-            cannot be written.
+            cannot be written, or the sandbox does not start here.
     """
     started = time.monotonic()
+    if run_code:
+        check_sandbox(sandbox)
     target = Path(output_file) if output_file else default_output(checkpoint)
 
     def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
@@ -70,7 +76,8 @@ def evaluate_command(
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
         if processes.is_main:
-            _tell_about_code(records, run_code)
+            _tell_about_code(records, sandbox if run_code else None)
+        so_far = _ResultsSoFar(target, processes.rank)
         result, items = evaluate(
             model,
             tokenizer,
@@ -81,8 +88,9 @@ def evaluate_command(
             max_samples=max_samples,
             seed=seed,
             each_expert=each_expert,
-            run_code=run_code,
+            run_code=sandbox if run_code else None,
             processes=processes,
+            on_result=so_far.add,
         )
     result["run"] = {
         "checkpoint": checkpoint,
@@ -92,17 +100,41 @@ def evaluate_command(
         "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
-        "sandbox": protections() if run_code else None,
+        "sandbox": sandbox if run_code else None,
         "seconds": time.monotonic() - started,
         "environment": environment(),
     }
-    if not processes.is_main:
-        return result
+    if processes.is_main:
+        _write(target, result, items)
+    so_far.remove()
+    return result
+
+
+def _write(target: Path, result: dict[str, Any], items: list[dict[str, Any]]) -> None:
     write_lines(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
     write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
     print(format_tables(result))
     print(f"Written: {target}")
-    return result
+
+
+class _ResultsSoFar:
+    """A file of results as they come, for the case that the evaluation does not reach its end."""
+
+    def __init__(self, target: Path, rank: int) -> None:
+        self.path = items_file(target).with_suffix(f".part{rank}.jsonl")
+        self._started = False
+
+    def add(self, model: str, record: Record, result: ItemResult) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self._started else "w", encoding="utf-8", errors="replace") as file:
+                file.write(json.dumps({"item": record.where, "model": model, **result.as_json()}) + "\n")
+        except OSError as error:
+            raise SRDEError(f"output_file={self.path}: cannot be written: {error.strerror}.") from None
+        self._started = True
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
 
 
 def default_output(checkpoint: str) -> Path:
@@ -123,10 +155,9 @@ def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*expert_names, *DOMAINS]))
 
 
-def _tell_about_code(records: Sequence[Record], run_code: bool) -> None:
+def _tell_about_code(records: Sequence[Record], sandbox: Sandbox | None) -> None:
     programs = sum(record.tests is not None for record in records)
-    if programs and not run_code:
+    if programs and sandbox is None:
         _log.info("items with tests, not scored: %d. --run_code runs the programs that the model writes.", programs)
-    missing = [name for name, there in protections().items() if not there] if run_code else []
-    if programs and missing:
-        _log.warning("programs that the model writes are run without protection of: %s.", ", ".join(missing))
+    if programs and sandbox == "none":
+        _log.warning("--sandbox none: programs that the model writes can read, change and send all that you can.")
