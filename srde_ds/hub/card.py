@@ -11,6 +11,7 @@ import yaml
 
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
+from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
 
 CARD = "README.md"
@@ -72,8 +73,8 @@ def base_license(base: str) -> str | None:
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
-        header = yaml.safe_load(parts[1])
-    except yaml.YAMLError:  # a page of somebody else's: what it does not say is unknown
+        header = parse_yaml(parts[1], f"'{path}'")
+    except SRDEError:  # a page of somebody else's: what it does not say is unknown
         return None
     license = header.get("license") if isinstance(header, dict) else None
     return str(license) if license else None
