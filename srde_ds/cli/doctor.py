@@ -28,14 +28,16 @@ def doctor(arguments: Sequence[str]) -> int:
 
     from srde_ds.cluster.doctor import check
     from srde_ds.cluster.hosts import read_hostfile
+    from srde_ds.utils.escape import one_line, terminal
 
     config = resolved(given)
     hosts = read_hostfile(hostfile) if hostfile else []
     fatal = []
     for finding in check(config, hosts, port, processes=processes, nodes=nodes):
-        print(finding, flush=True)
+        print(terminal(str(finding)), flush=True)
         if finding.level == "fatal":
             fatal.append(finding.text)
     host = socket.gethostname()
-    print(f"{host}: {len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else f"{host}: fit to train")
+    verdict = f"{len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else "fit to train"
+    print(one_line(f"{host}: {verdict}"))
     return int(bool(fatal))

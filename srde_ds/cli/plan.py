@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from srde_ds.cli.flags import Parser, add_config_flags, resolved
+from srde_ds.utils.escape import terminal
 
 
 def plan(arguments: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def plan(arguments: Sequence[str]) -> None:
     own = {field.name: given.pop(field.name) for field in fields(Machines)}
     config = resolved(given)
     made = make_plan(config, Machines(**own), prunings(config))
-    print(describe_plan(made))
+    print(terminal(describe_plan(made)))
     if output_file:
         write_plan(made, output_file)
         print(f"Plan: {output_file}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from srde_ds.cli.flags import Parser
+from srde_ds.utils.escape import terminal
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -15,4 +16,4 @@ def report(arguments: Sequence[str]) -> None:
     from srde_ds.evaluation.report import examples, write_report
 
     page = write_report(options.run)
-    print(f"{examples(page)}\n\nReport: {page}")
+    print(terminal(f"{examples(page)}\n\nReport: {page}"))

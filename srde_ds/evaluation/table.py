@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from srde_ds.utils.escape import one_line
+
 HEADER = ["items", "loss", "difference", "perplexity", "accuracy", "difference", "McNemar p"]
 
 
@@ -38,6 +40,7 @@ def format_tables(result: dict[str, Any]) -> str:
 
 
 def _format(rows: list[list[str]], *, last_apart: bool = False) -> str:
+    rows = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     rule = "-" * (sum(widths) + 2 * (len(widths) - 1))

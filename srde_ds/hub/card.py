@@ -11,6 +11,7 @@ import yaml
 
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import markdown, markdown_code, markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
 
@@ -108,11 +109,11 @@ def _summary(metadata: AdapterMetadata) -> str:
         ["experts of a token", str(config.top_k)],
         ["an expert changes", f"{config.density:.2%} of the feed-forward weights: {what}, {scope}"],
         ["its values", form],
-        ["base", f"{_shown(metadata.model_name)}, {base['architecture']}, hash `{str(base['hash'])[:12]}`"],
+        ["base", f"{_shown(metadata.model_name)}, {base['architecture']}, hash {str(base['hash'])[:12]}"],
     ]
     return (
-        f"Experts for `{_shown(metadata.model_name)}`, which stays as it is: each expert is a sparse change of its "
-        "feed-forward weights, and in every layer a router picks the experts of each token.\n\n"
+        f"Experts for {markdown_code(_shown(metadata.model_name))}, which stays as it is: each expert is a sparse "
+        "change of its feed-forward weights, and in every layer a router picks the experts of each token.\n\n"
         f"{_table(rows, ['', ''])}"
     )
 
@@ -126,7 +127,8 @@ def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
     expert, base = metadata.expert_names[0], _shown(metadata.model_name)
     if not _on_the_hub(metadata.model_name):
         place = (
-            f"\n\n`{base}` was a folder where this was trained: give your own; another model is refused by its hash."
+            f"\n\n{markdown_code(base)} was a folder where this was trained: give your own; another model is refused "
+            "by its hash."
         )
     else:
         place = ""
@@ -156,7 +158,8 @@ def _training(run: Path) -> str:
     if (run / "environment.json").is_file():
         environment = _json(run / "environment.json")
         versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-        text += f" {environment['world_size']} processes on {environment['machine']}; {versions}."
+        machine = markdown(f"{environment['machine']}; {versions}")
+        text += f" {environment['world_size']} processes on {machine}."
     return f"## Training\n\n{text}\n\n{_table(rows, ['setting', 'value'])}"
 
 
@@ -224,11 +227,12 @@ def _result_row(name: str, group: dict[str, Any]) -> list[str]:
 
 def _licence(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
     base = base_license(metadata.model_name) or "not known here: see its own page"
-    lines = [f"## Licence\n\nThe base's licence ({base}) holds for what is made of it."]
+    lines = [f"## Licence\n\nThe base's licence ({markdown(base)}) holds for what is made of it."]
     closed = sorted({str(source["name"]) for source in sources if source["redistributable"] != "yes"})
     if closed:
         lines.append(
-            f"Of the training data, {', '.join(closed)} may not be passed on, or it is not known that they may."
+            f"Of the training data, {', '.join(map(markdown, closed))} may not be passed on, or it is not known that "
+            "they may."
         )
     return " ".join(lines)
 
@@ -242,8 +246,7 @@ def _share(value: float | None) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+    return markdown_table([header, *rows])
 
 
 def _json(path: Path) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from srde_ds.inference.many import Answer, answer_many
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import read_prompts
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.utils.escape import json_line, terminal
 
 
 def inference_command(
@@ -64,13 +64,14 @@ def inference_command(
         items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
         if output_file is None:
-            print("\n".join(lines))
+            print("\n".join(map(json_line, lines)))
         else:
             write_lines(Path(output_file), lines)
     else:
         question = [{"role": "user", "content": str(prompt)}]
         if best_of_n > 1 or self_refine:
-            print(_shown(answer_many(model, tokenizer, [question], **sampling, **several)[0]))  # type: ignore[arg-type]
+            answer = answer_many(model, tokenizer, [question], **sampling, **several)[0]  # type: ignore[arg-type]
+            print(terminal(_shown(answer)))
         else:
             _answer_one(model, tokenizer, question, stream=stream, show_routing=show_routing, **sampling)
 
@@ -115,11 +116,11 @@ def _answer_one(
     show_routing: bool,
     **sampling: Any,
 ) -> None:
-    show = partial(print, end="", flush=True) if stream else None
+    show = (lambda piece: print(terminal(piece), end="", flush=True)) if stream else None
     generation = generate(model, tokenizer, messages, stream=show, show_routing=show_routing, **sampling)
-    print("" if stream else generation.text)
+    print("" if stream else terminal(generation.text))
     if show_routing:
-        print(format_routing(generation, model.expert_names))
+        print(terminal(format_routing(generation, model.expert_names)))
 
 
 def _item(messages: list[dict[str, str]], answer: Answer) -> dict[str, Any]:

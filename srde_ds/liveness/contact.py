@@ -32,6 +32,7 @@ from torch._C._distributed_c10d import TCPStore
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.liveness.status import Report, Reporter
 from srde_ds.liveness.verdict import GRACE_SECONDS, SILENT_SECONDS, Peer, Verdict, judge
+from srde_ds.utils.escape import one_line
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 logger = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class Contact:
         with contextlib.suppress(Exception):  # whatever it is, the process must end
             self.on_verdict(verdict)
         if say:
-            print(f"srde-ds: error: {verdict.text}", file=sys.stderr)
+            print(f"srde-ds: error: {one_line(verdict.text)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

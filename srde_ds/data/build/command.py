@@ -19,6 +19,7 @@ from srde_ds.data.sources.hub import check_upload, push_to_hub
 from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import one_line
 
 SOURCES_ONLY = (
     "on_missing_source",
@@ -169,7 +170,7 @@ def _from_sources(
     manifest = load_manifest(work_dir / ROWS) if tokenizer is not None else None
     report = write_report(work_dir, build, manifest)
     for domain, figures in build.domains.items():
-        print(f"{domain}: {figures['documents']:,} documents")
+        print(f"{one_line(domain)}: {figures['documents']:,} documents")
     if manifest:
         _print_rows(manifest)
     print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}\nReport: {report}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
 from srde_ds.data.build.writing import CARD, JSONL
 from srde_ds.data.manifest import Manifest
 from srde_ds.data.records import SPLITS
+from srde_ds.utils.escape import markdown, markdown_code, markdown_table, terminal
 
 RULES = (
     "no answer", "broken", "empty", "exact duplicate", "near duplicate", "in an evaluation set", "held-out question",
@@ -40,25 +40,25 @@ def _report(build: Build, manifest: Manifest | None) -> str:
     sections = [
         "# Dataset report",
         "## Domains",
-        table(_domains(build)),
+        markdown_table(_domains(build)),
         _troubles(build),
         "![documents by domain and source](domains.png)",
         "## What was left out",
         "Rules apply in this order; each counts rows that the earlier ones left. What is neither left out nor chosen "
         "was not needed.",
-        table(_removals(build)),
+        markdown_table(_removals(build)),
         "![rows left out by rule](removals.png)",
         _reasons(build),
         "## Sources",
-        table(_sources(build)),
+        markdown_table(_sources(build)),
         "## An example of each domain",
         *(_example(domain, figures) for domain, figures in build.domains.items()),
         "## Settings",
-        table([["option", "value"], *([key, _shown(value)] for key, value in options.items())]),
+        markdown_table([["option", "value"], *([key, _shown(value)] for key, value in options.items())]),
         "## Time",
         f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Parts that an earlier build left are "
         "not made again.",
-        table(
+        markdown_table(
             [["stage", "seconds", "CPU seconds", "parts made"]]
             + [
                 [name, f"{t['wall_seconds']:.1f}", f"{t['cpu_seconds']:.1f}", str(t["parts_made"] or "")]
@@ -67,7 +67,7 @@ def _report(build: Build, manifest: Manifest | None) -> str:
         ),
     ]
     if manifest is not None:
-        sections[4:4] = ["## Rows", table(_rows(manifest)), "![tokens of a document](lengths.png)"]
+        sections[4:4] = ["## Rows", markdown_table(_rows(manifest)), "![tokens of a document](lengths.png)"]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -85,11 +85,11 @@ def _card(build: Build, manifest: Manifest | None) -> str:
         f"{documents:,} conversations in {len(build.domains)} domains, made by `srde-ds build_dataset`. Each line of "
         f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (where it comes from), and "
         "`answer` where the answer can be checked.",
-        table(_domains(build)),
+        markdown_table(_domains(build)),
         "## Sources and licences",
         "The licence of each row is that of its source. Where the last column is not `yes`, the licence does not "
         "allow, or does not say, that the data may be passed on.",
-        table(_sources(build)),
+        markdown_table(_sources(build)),
         "## Splits",
         "Rows are split by a hash of their question (of the original question or passage where several rows share "
         "one), so a row keeps its split as the dataset grows. Exact and near duplicates were removed across all "
@@ -100,10 +100,10 @@ def _card(build: Build, manifest: Manifest | None) -> str:
         sections += [
             "## Tokenised rows",
             f"`tokenized/` holds the conversations in rows of {manifest.max_length} tokens, packed within a domain, "
-            f"with labels on the responses only. Tokenizer: `{tokenizer['name']}`, sha256 "
+            f"with labels on the responses only. Tokenizer: {markdown_code(str(tokenizer['name']))}, sha256 "
             f"`{str(tokenizer['sha256'])[:16]}`, chat template sha256 "
             f"`{str(tokenizer['chat_template_sha256'])[:16]}`.",
-            table(_rows(manifest)),
+            markdown_table(_rows(manifest)),
         ]
     return "\n\n".join(sections) + "\n"
 
@@ -150,10 +150,12 @@ def _rows(manifest: Manifest) -> list[list[str]]:
 
 
 def _troubles(build: Build) -> str:
-    lines = [f"* Source {name} is missing: {reason}" for name, reason in build.skipped.items()]
+    lines = [f"* Source {markdown(name)} is missing: {markdown(reason)}" for name, reason in build.skipped.items()]
     for domain, figures in build.domains.items():
         if figures["missing"]:
-            lines.append(f"* Domain {domain} lacks {figures['missing']:,} examples: its sources have no more.")
+            lines.append(
+                f"* Domain {markdown(domain)} lacks {figures['missing']:,} examples: its sources have no more."
+            )
     if build.forms_of_words:
         lines.append(
             f"* {build.forms_of_words} n-grams of the evaluation sets stand in so many documents that they were taken "
@@ -164,7 +166,8 @@ def _troubles(build: Build) -> str:
 
 def _reasons(build: Build) -> str:
     lines = [
-        f"* {source['name']}: " + ", ".join(f"{reason} ({count:,})" for reason, count in source["reasons"].items())
+        f"* {markdown(source['name'])}: "
+        + ", ".join(f"{markdown(reason)} ({count:,})" for reason, count in source["reasons"].items())
         for source in build.sources
         if source["reasons"]
     ]
@@ -172,20 +175,15 @@ def _reasons(build: Build) -> str:
 
 
 def _example(domain: str, figures: dict[str, Any]) -> str:
-    lines = [f"**{domain}** ({figures['example']['source']})"]
+    lines = [f"**{markdown(domain)}** ({markdown(figures['example']['source'])})"]
     for message in figures["example"]["messages"]:
         content = message["content"]
         quote = content if len(content) <= _LONGEST_QUOTE else content[:_LONGEST_QUOTE] + " …"
-        lines.append(f"{message['role']}:\n\n" + "\n".join(f"    {line}" for line in quote.splitlines()))
+        lines.append(
+            f"{markdown(message['role'])}:\n\n" + "\n".join(f"    {terminal(line)}" for line in quote.splitlines())
+        )
     return "\n\n".join(lines)
 
 
 def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first row is its header."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

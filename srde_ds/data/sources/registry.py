@@ -9,6 +9,7 @@ from typing import Any
 
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.escape import one_line
 from srde_ds.utils.yaml_files import read_yaml
 
 REGISTRY = Path(__file__).with_name("registry.yaml")
@@ -121,6 +122,7 @@ def print_sources(sources: Sequence[Source]) -> None:
         columns = ", ".join(source.real_columns()) or "-"
         origin = f"{source.kind} {place}{commit}"
         table.append([source.name, source.domain, origin, rows, source.license, source.redistributable, columns])
+    table = [[one_line(cell) for cell in row] for row in table]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
