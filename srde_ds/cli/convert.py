@@ -29,6 +29,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser.add_argument("--experts", metavar="NAME,...", help="leave out all other experts")
     parser.add_argument("--expert", metavar="NAME", help="dense: the expert to merge")
     parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
+    parser.boolean("--allow_download", False, "fetch the base that the weights name from the Hub, if it is not here")
     parser.add_argument("--gguf_converter", metavar="FILE", help="gguf: llama.cpp's convert_hf_to_gguf.py")
     options = vars(parser.parse(arguments))
     experts = options.pop("experts")

@@ -13,6 +13,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", required=True, help="run folder, checkpoint-<step> or srde_weights.safetensors")
     parser.add_argument("--eval_file", required=True, help="held-out JSONL with answers")
     parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
+    parser.boolean("--allow_download", False, "fetch the base that the weights name from the Hub, if it is not here")
     parser.boolean("--compare_baseline", False, "also run the bare base on the same items")
     parser.boolean("--each_expert", False, "also the loss of every domain with each expert alone")
     parser.boolean("--run_code", False, "score items with tests: run the programs that the model writes, in a sandbox")

@@ -11,6 +11,7 @@ def inference(arguments: Sequence[str]) -> None:
     parser = Parser(prog="srde-ds inference", description="Ask a trained model.")
     parser.add_argument("--srde_weights", required=True, help="srde_weights.safetensors, or a finished run's folder")
     parser.add_argument("--base", help="folder or id of the base, if it is not where it was in training")
+    parser.boolean("--allow_download", False, "fetch the base that the weights name from the Hub, if it is not here")
     parser.add_argument("--prompt", help="one question")
     parser.add_argument("--prompts_file", metavar="FILE", help="many: JSONL with prompt or messages, or one a line")
     parser.add_argument("--output_file", metavar="FILE", help="of prompts_file: JSONL (default: standard output)")

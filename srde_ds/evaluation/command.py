@@ -36,6 +36,7 @@ def evaluate_command(
     checkpoint: str,
     eval_file: str,
     base: str | None,
+    allow_download: bool,
     compare_baseline: bool,
     each_expert: bool,
     run_code: bool,
@@ -53,6 +54,7 @@ def evaluate_command(
 
     Args:
         checkpoint: see `resolve_weights`.
+        allow_download: without `base`: the one named in the weights may be fetched from the Hub.
         sandbox: where `run_code` runs the programs that the model writes.
         output_file: None: see `default_output`.
 
@@ -71,7 +73,7 @@ def evaluate_command(
             if is_main:
                 check_output(target)
             records = list(read_jsonl(eval_file, _domains(checkpoint, read_metadata(weights).expert_names)))
-            return *load_model(weights, base=base, bf16=bf16), records
+            return *load_model(weights, base=base, bf16=bf16, allow_download=allow_download), records
 
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))

@@ -12,6 +12,7 @@ from srde_ds.export.gguf import write_gguf
 from srde_ds.export.moe import write_moe
 from srde_ds.export.weights import DTYPES, write_weights
 from srde_ds.model.base_files import BaseFiles
+from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.file import WEIGHTS
 
 OUTPUTS = {"weights": WEIGHTS, "dense": "dense", "moe": "moe", "gguf": "model.gguf"}
@@ -27,6 +28,7 @@ def convert_command(
     expert: str | None,
     base: str | None,
     gguf_converter: str | None,
+    allow_download: bool = False,
 ) -> Path:
     """Write what `to` says and return where it is.
 
@@ -36,6 +38,7 @@ def convert_command(
         experts: leave out all others; not for dense.
         expert: the one to merge; for dense alone.
         base: id or folder; default: the one named in the weights; not for weights.
+        allow_download: without `base`: the one named in the weights may be fetched from the Hub.
 
     Raises:
         SRDEError: an option that has no effect, or as `open_adapter` and the function that writes.
@@ -58,7 +61,8 @@ def convert_command(
     if to == "weights":
         written = write_weights(adapter, target, dtype=torch_dtype or DTYPES["float32"])
     else:
-        files = BaseFiles(base or adapter.metadata.model_name)
+        chosen, local = base_to_load(base, adapter.metadata.model_name, allow_download=allow_download)
+        files = BaseFiles(chosen, local_files_only=local)
         if to == "dense":
             written = write_dense(adapter, files, target, expert=expert or names[0], dtype=torch_dtype)
         elif to == "moe":

@@ -26,6 +26,7 @@ def inference_command(
     *,
     srde_weights: str,
     base: str | None,
+    allow_download: bool,
     prompt: str | None,
     prompts_file: str | None,
     output_file: str | None,
@@ -49,7 +50,7 @@ def inference_command(
     """
     check_options(locals())
     conversations = read_prompts(prompts_file) if prompts_file is not None else []
-    model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=bf16)
+    model, tokenizer = load_model(find_weights(srde_weights), base=base, bf16=bf16, allow_download=allow_download)
     if expert is not None:
         model.set_active_experts(expert)
     torch.manual_seed(seed)

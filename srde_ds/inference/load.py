@@ -33,9 +33,17 @@ def find_weights(path: str | Path) -> Path:
     return weights
 
 
-def load_model(weights: Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
-    """Base with experts in eval mode, on the GPU if there is one; `base` None: the base named in the weights."""
-    tokenizer = load_tokenizer(base or read_metadata(weights).model_name)
-    model = load_adapter(weights, base=base, dtype=torch.bfloat16 if bf16 else torch.float32)
+def load_model(
+    weights: Path, *, base: str | None, bf16: bool, allow_download: bool = False
+) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
+    """Base with experts in eval mode, on the GPU if there is one.
+
+    Args:
+        base: None: the base named in the weights, which is fetched from the Hub only with `allow_download`.
+    """
+    local = base is None and not allow_download
+    tokenizer = load_tokenizer(base or read_metadata(weights).model_name, local_files_only=local)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    model = load_adapter(weights, base=base, dtype=dtype, allow_download=allow_download)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer

@@ -26,6 +26,7 @@ from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.router import RoutingContext
 from srde_ds.model.supports.selection import support_hash, support_shape
+from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.file import AdapterMetadata, expert_index, open_weights, read_metadata
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class SRDEModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
         revision: str | None = None,
+        allow_download: bool = False,
     ) -> SRDEModel:
         """A base with trained experts, in eval mode.
 
@@ -88,12 +90,15 @@ class SRDEModel(nn.Module):
             adapter: a weights file, a folder of `save_pretrained` or of a finished run, or a repository of the Hub.
             dtype: of the experts, and of the base if it is loaded here.
             revision: of the repository.
+            allow_download: without `base`: the one named in the weights may be fetched from the Hub.
 
         Raises:
             SRDEError: no such adapter or base, or the experts were trained on another base.
         """
         weights = find_adapter(adapter, revision=revision)
-        return load_adapter(weights, base=base, dtype=dtype, attn_implementation=attn_implementation)
+        return load_adapter(
+            weights, base=base, dtype=dtype, attn_implementation=attn_implementation, allow_download=allow_download
+        )
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
@@ -329,12 +334,14 @@ def load_adapter(
     base: str | Path | PreTrainedModel | None = None,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
+    allow_download: bool = False,
 ) -> SRDEModel:
     """A base with the experts of a weights file.
 
     Args:
         base: a fresh model, or the id or folder to load it from; default: the one named in the file.
         dtype: of the experts, and of the base if it is loaded here.
+        allow_download: without `base`: the one named in the file may be fetched from the Hub.
 
     Raises:
         SRDEError: another base than the experts were trained on; missing, unknown, misshapen or NaN tensors.
@@ -343,7 +350,8 @@ def load_adapter(
     with open_weights(weights) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if base is None or isinstance(base, str | Path):
-        base = load_base(base or metadata.model_name, dtype=dtype, attn_implementation=attn_implementation)
+        name, local = base_to_load(base, metadata.model_name, allow_download=allow_download)
+        base = load_base(name, dtype=dtype, attn_implementation=attn_implementation, local_files_only=local)
     identity = check_base(base, metadata.base, weights)
 
     def stored_support(layer: int, block: FeedForward) -> Tensor:

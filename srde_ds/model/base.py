@@ -72,15 +72,22 @@ class FeedForward:
 
 
 def load_base(
-    model_name: str | Path, *, dtype: torch.dtype, revision: str | None = None, attn_implementation: str = "sdpa"
+    model_name: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    local_files_only: bool = False,
 ) -> PreTrainedModel:
     """The model of a Hugging Face id or local folder, frozen and in eval mode.
+
+    With `local_files_only` nothing is fetched.
 
     Raises:
         SRDEError: no such folder or id, no language model for its configuration, or weights that are missing
             (transformers alone would fill them with random values).
     """
-    config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
+    config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
     model, report = load_pretrained(
         _auto_class(config),
         "model",
@@ -88,6 +95,7 @@ def load_base(
         revision=revision,
         dtype=dtype,
         attn_implementation=attn_implementation,
+        local_files_only=local_files_only,
         output_loading_info=True,
     )
     if report["missing_keys"]:
@@ -108,16 +116,18 @@ def base_configuration(model_name: str | Path, *, revision: str | None = None) -
     return config
 
 
-def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+def empty_base(
+    model_name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> PreTrainedModel:
     """The model of an id or folder without its weights, on the meta device: shapes alone, in seconds for any size.
 
     Raises:
         SRDEError: no such folder or id, or no language model for its configuration.
     """
-    config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
+    config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
     try:
         with torch.device("meta"):
-            return _auto_class(config).from_config(config)
+            return _auto_class(config).from_config(config, trust_remote_code=False)
     except ValueError as error:  # a configuration of something else than a language model
         reason = " ".join(str(error).split()).partition(". Model type should be")[0]
         raise SRDEError(f"model_name={str(model_name)!r}: no language model ({reason}); give a decoder.") from None

@@ -27,6 +27,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "each_expert": True,
         "run_code": True,
         "sandbox": "bubblewrap",
+        "allow_download": False,
         "max_samples": 100,
         "seed": 1,
     }

@@ -49,6 +49,7 @@ def _options(run: Path, **changes: Any) -> dict[str, Any]:
         "each_expert": False,
         "run_code": False,
         "sandbox": "bubblewrap",
+        "allow_download": False,
         "max_samples": 8,
         "max_new_tokens": 4,
         "batch_size": 4,

@@ -144,7 +144,14 @@ def test_a_conversation_that_grew_too_long_goes_on() -> None:
 
 
 def _options(**changes: Any) -> dict[str, Any]:
-    options = {"srde_weights": "", "base": None, "prompt": None, "interactive": False, "max_tokens": 5}
+    options = {
+        "srde_weights": "",
+        "base": None,
+        "allow_download": False,
+        "prompt": None,
+        "interactive": False,
+        "max_tokens": 5,
+    }
     options |= {"prompts_file": None, "output_file": None, "expert": None, "best_of_n": 1, "self_refine": 0}
     options |= {"batch_size": 2}
     options |= {"temperature": 0.0, "top_p": 1.0, "stream": False, "show_routing": False, "bf16": False, "seed": 0}
