@@ -96,6 +96,7 @@ def load_base(
         dtype=dtype,
         attn_implementation=attn_implementation,
         local_files_only=local_files_only,
+        adapter_kwargs={"local_files_only": local_files_only},  # it looks for a PEFT adapter, too
         output_loading_info=True,
     )
     if report["missing_keys"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from srde_ds.errors import SRDEError
 
 _log = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def base_to_load(base: str | Path | None, named: str, *, allow_download: bool) -> tuple[str | Path, bool]:
@@ -40,7 +42,7 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
         return auto.from_pretrained(str(model_name), trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        if options.get("local_files_only") and not Path(model_name).exists():
+        if options.get("local_files_only") and _HUB_ID.fullmatch(str(model_name)) and not Path(model_name).exists():
             raise SRDEError(
                 f"base '{model_name}', named by the adapter, is not on this machine. If you trust it, fetch it from "
                 f"the Hub with --base {model_name} or --allow_download; else give your own as --base."
