@@ -124,10 +124,11 @@ class _ResultsSoFar:
 
     def __init__(self, target: Path, rank: int) -> None:
         self.path = items_file(target).with_suffix(f".part{rank}.jsonl")
-        self._started = False
+        self._started = self._made_folder = False
 
     def add(self, model: str, record: Record, result: ItemResult) -> None:
         try:
+            self._made_folder |= not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a" if self._started else "w", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps({"item": record.where, "model": model, **result.as_json()}) + "\n")
@@ -137,6 +138,8 @@ class _ResultsSoFar:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        if self._made_folder and not any(self.path.parent.iterdir()):  # of a process that writes no other results
+            self.path.parent.rmdir()
 
 
 def default_output(checkpoint: str) -> Path:
