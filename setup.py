@@ -58,7 +58,15 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "mypy>=1.15", "types-PyYAML", "tensorboard"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "mypy>=1.15",
+            "types-PyYAML",
+            "tensorboard",
+            "markdown-it-py>=3.0",
+        ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
         "quantized": ["bitsandbytes>=0.48"],  # bases in 4 and 8 bits

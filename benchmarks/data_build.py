@@ -157,7 +157,7 @@ def main() -> None:
     datasets.disable_progress_bars()
     given.work_dir.mkdir(parents=True, exist_ok=True)
     sources = make_sources(given.work_dir, given.examples_per_domain // 3)
-    tokenizer = AutoTokenizer.from_pretrained(given.model_name)
+    tokenizer = AutoTokenizer.from_pretrained(given.model_name, trust_remote_code=False)
     options = BuildOptions(load_sources(sources), given.examples_per_domain, given.max_length, "drop", 0)
     data = given.work_dir / "data"
     shutil.rmtree(data, ignore_errors=True)

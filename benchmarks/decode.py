@@ -80,7 +80,7 @@ def base_of(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     if options.shape is None:
         return load_base(options.base, dtype=dtype)
     torch.manual_seed(0)
-    vocabulary = AutoTokenizer.from_pretrained(options.base).vocab_size
+    vocabulary = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False).vocab_size
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, dtype=dtype, **SHAPES[options.shape])
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -147,7 +147,7 @@ def main() -> None:
     if options.shape and options.adapter:
         parser.error("--adapter: belongs to a trained base, not to a --shape")
     torch.set_num_threads(1)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     rows: list[dict[str, Any]] = []
     for name in options.dtypes:
         dtype = getattr(torch, name)

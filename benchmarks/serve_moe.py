@@ -116,7 +116,7 @@ def main() -> None:
         folder = Path(scratch)
         checkpoint = options.checkpoint or str(trained(options.base, folder, density=0.01, scale=0.05).weights)
         model = load_adapter(_weights(checkpoint, folder), base=str(options.base))
-        tokenizer = AutoTokenizer.from_pretrained(options.base)
+        tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
         target = convert_command(
             ConvertOptions(
                 checkpoint,

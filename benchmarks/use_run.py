@@ -47,7 +47,7 @@ metric_list: [{metric: exact_match}]
 PREAMBLE = f"""import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("runs/quickstart-inputs/base")
+tokenizer = AutoTokenizer.from_pretrained("runs/quickstart-inputs/base", trust_remote_code=False)
 chat = [{{"role": "user", "content": "{QUESTION}"}}]
 inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 
@@ -80,7 +80,7 @@ print("merged:", type(merged).__name__, answer(merged))
 STOCK = """import sys
 
 for folder in ("$WORK/moe", "$WORK/planning"):
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
     print(folder, type(model).__name__, model.dtype, answer(model))
 print("srde_ds is loaded:", "srde_ds" in sys.modules)
 """

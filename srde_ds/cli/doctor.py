@@ -42,16 +42,18 @@ def doctor(arguments: Sequence[str]) -> int:
 
     from srde_ds.cluster.doctor import check
     from srde_ds.cluster.hosts import read_hostfile
+    from srde_ds.utils.escape import one_line, terminal
 
     config = _config(given)
     hosts = read_hostfile(options.hostfile) if options.hostfile else []
     fatal = []
     for finding in check(config, hosts, options.master_port, processes=options.processes, nodes=options.nodes):
-        print(finding, flush=True)
+        print(terminal(str(finding)), flush=True)
         if finding.level == "fatal":
             fatal.append(finding.text)
     host = socket.gethostname()
-    print(f"{host}: {len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else f"{host}: fit to train")
+    verdict = f"{len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else "fit to train"
+    print(one_line(f"{host}: {verdict}"))
     return int(bool(fatal))
 
 

@@ -21,6 +21,7 @@ from srde_ds.cli.report import report
 from srde_ds.cli.supervise import supervise
 from srde_ds.cli.train import train
 from srde_ds.errors import LostContact, SRDEError, nearest
+from srde_ds.utils.escape import one_line, terminal
 from srde_ds.utils.launcher import launched_rank
 
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
@@ -38,6 +39,13 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
+class _Escaped(logging.Formatter):
+    """Messages may quote anybody's text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal(super().format(record))
+
+
 @contextmanager
 def _console() -> Iterator[None]:
     """On rank 0 the package's messages go to stderr, and progress bars only if that is a terminal."""
@@ -46,7 +54,7 @@ def _console() -> Iterator[None]:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logger, handler = logging.getLogger("srde_ds"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("srde-ds: %(message)s"))
+    handler.setFormatter(_Escaped("srde-ds: %(message)s"))
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if launched_rank() == 0 else logging.WARNING)
@@ -75,10 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return VERBS[verb](arguments[1:]) or 0
     except SRDEError as error:
         place = f"rank {launched_rank()}: " if launched_rank() else ""
-        print(f"srde-ds: error: {place}{error}", file=sys.stderr, flush=True)
+        print(f"srde-ds: error: {place}{one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
     except LostContact as error:
-        print(f"srde-ds: error: rank {launched_rank()}: {error}", file=sys.stderr, flush=True)
+        print(f"srde-ds: error: rank {launched_rank()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
     return 0
 

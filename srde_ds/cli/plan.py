@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from srde_ds.cli.flags import Parser, resolved
 from srde_ds.cli.train import ConfigFile
 from srde_ds.config.values import option
+from srde_ds.utils.escape import terminal
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def plan(arguments: Sequence[str]) -> None:
 
     config = resolved(given, read_run_inputs)
     made = make_plan(config, Machines(**asdict(machines)), Schedule.of(config).prunings)
-    print(describe_plan(made))
+    print(terminal(describe_plan(made)))
     if options.output_file:
         write_plan(made, options.output_file)
         print(f"Plan: {options.output_file}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from srde_ds.cli.flags import Parser
 from srde_ds.config.values import option
+from srde_ds.utils.escape import terminal
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,4 @@ def report(arguments: Sequence[str]) -> None:
     from srde_ds.evaluation.report import examples, write_report
 
     page = write_report(options.run)
-    print(f"{examples(page)}\n\nReport: {page}")
+    print(terminal(f"{examples(page)}\n\nReport: {page}"))

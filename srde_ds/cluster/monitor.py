@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import FILE
+from srde_ds.utils.escape import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ def monitor(
     while True:
         seen = observe(run, now=time.time(), stall_seconds=stall_seconds)
         if seen.state != last:
-            print(seen.text, flush=True)
+            print(one_line(seen.text), flush=True)
             if webhook and seen.state != "waiting":
                 notify(webhook, seen)
             last, since = seen.state, time.monotonic()

@@ -56,35 +56,16 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        SRDEError: the file cannot be read, is not YAML or not a mapping, or names a key twice.
+        SRDEError: the file is refused by `read_yaml`, or holds no mapping.
     """
-    import yaml
+    from srde_ds.utils.yaml_files import read_yaml  # late: most commands have no such file
 
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise SRDEError(f"config: '{path}' cannot be read: {error.strerror}. Give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SRDEError(f"config: '{path}' is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, f"config: '{path}'")
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise SRDEError(f"config: '{path}' must hold a mapping of sections, not a {type(content).__name__}.")
-    refuse_repeated_keys(yaml.compose(text), f"config: '{path}'")
     return content
-
-
-def refuse_repeated_keys(node: Any, place: str) -> None:
-    """Of what yaml.compose gives: YAML itself would silently keep the last of them."""
-    seen = set()
-    for key, value in node.value if node.id == "mapping" else []:
-        if key.value in seen:
-            raise SRDEError(f"{place}, line {key.start_mark.line + 1}: '{key.value}' is there twice. Keep one.")
-        seen.add(key.value)
-        refuse_repeated_keys(value, place)
-    for value in node.value if node.id == "sequence" else []:
-        refuse_repeated_keys(value, place)
 
 
 def checked(section: Any, key: str, value: Any) -> Any:

@@ -9,11 +9,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from srde_ds.utils.pretrained import load_pretrained
 
 
-def load_tokenizer(model_name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face id or local folder.
+def load_tokenizer(
+    model_name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face id or local folder; with `local_files_only` nothing is fetched.
 
     Raises:
         SRDEError: there is none.
     """
-    tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, "tokenizer", model_name, revision=revision)
+    tokenizer: PreTrainedTokenizerBase = load_pretrained(
+        AutoTokenizer, "tokenizer", model_name, revision=revision, local_files_only=local_files_only
+    )
     return tokenizer

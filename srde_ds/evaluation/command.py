@@ -15,10 +15,12 @@ from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
 from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.records import Record
+from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import evaluate, items_file
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
-from srde_ds.evaluation.sandbox import protections
+from srde_ds.evaluation.results import ItemResult
+from srde_ds.evaluation.sandbox import Sandbox, check_sandbox
 from srde_ds.evaluation.table import format_tables
 from srde_ds.export.weights import weights_file
 from srde_ds.inference.generate import answer_length
@@ -56,9 +58,12 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
 
     Raises:
         SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range, or `output_file`
-            cannot be written.
+            cannot be written, or the sandbox does not start here.
     """
     started = time.monotonic()
+    sandbox = options.sandbox if options.run_code else None
+    if sandbox is not None:
+        check_sandbox(sandbox)
     checkpoint, eval_file, base, bf16 = options.weights, options.eval_file, options.base, options.bf16
     target = Path(options.output_file) if options.output_file else default_output(checkpoint)
 
@@ -67,17 +72,18 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
             if is_main:
                 check_output(target)
             domains = _domains(checkpoint, read_metadata(weights).expert_names)
-            options = ReadOptions.of(reading) if reading else None
-            records = list(read_records(eval_file, domains, options, option="eval_file"))
-            return *load_model(weights, base=base, bf16=bf16), records
+            how_read = ReadOptions.of(reading) if reading else None
+            records = list(read_records(eval_file, domains, how_read, option="eval_file"))
+            return *load_model(weights, base=base, bf16=bf16, allow_download=options.allow_download), records
 
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
         if processes.is_main:
-            _tell_about_code(records, options.run_code)
+            _tell_about_code(records, sandbox)
         max_new_tokens = options.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = answer_length(model, MAX_NEW_TOKENS)
+        so_far = _ResultsSoFar(target, processes.rank)
         result, items = evaluate(
             model,
             tokenizer,
@@ -88,8 +94,9 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
             max_samples=options.max_samples,
             seed=options.seed,
             each_expert=options.each_expert,
-            run_code=options.run_code,
+            run_code=sandbox,
             processes=processes,
+            on_result=so_far.add,
         )
     result["run"] = {
         "checkpoint": checkpoint,
@@ -99,15 +106,38 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         "batch_size": options.batch_size,
         "max_new_tokens": max_new_tokens,
         "seed": options.seed,
-        "sandbox": protections() if options.run_code else None,
+        "sandbox": sandbox,
         "seconds": time.monotonic() - started,
         "environment": environment(),
     }
-    if not processes.is_main:
-        return result, None
-    write_lines(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
-    write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
-    return result, target
+    if processes.is_main:
+        write_lines(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
+        write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
+    so_far.remove()
+    return result, target if processes.is_main else None
+
+
+class _ResultsSoFar:
+    """A file of results as they come, for the case that the evaluation does not reach its end."""
+
+    def __init__(self, target: Path, rank: int) -> None:
+        self.path = items_file(target).with_suffix(f".part{rank}.jsonl")
+        self._started = self._made_folder = False
+
+    def add(self, model: str, record: Record, result: ItemResult) -> None:
+        try:
+            self._made_folder |= not self.path.parent.exists()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a" if self._started else "w", encoding="utf-8", errors="replace") as file:
+                file.write(json.dumps({"item": record.where, "model": model, **result.as_json()}) + "\n")
+        except OSError as error:
+            raise SRDEError(f"output_file={self.path}: cannot be written: {error.strerror}.") from None
+        self._started = True
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+        if self._made_folder and not any(self.path.parent.iterdir()):  # of a process that writes no other results
+            self.path.parent.rmdir()
 
 
 def default_output(checkpoint: str) -> Path:
@@ -127,10 +157,9 @@ def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([*expert_names, *DOMAINS]))
 
 
-def _tell_about_code(records: Sequence[Record], run_code: bool) -> None:
+def _tell_about_code(records: Sequence[Record], sandbox: Sandbox | None) -> None:
     programs = sum(record.tests is not None for record in records)
-    if programs and not run_code:
+    if programs and sandbox is None:
         _log.info("items with tests, not scored: %d. --run_code runs the programs that the model writes.", programs)
-    missing = [name for name, there in protections().items() if not there] if run_code else []
-    if programs and missing:
-        _log.warning("programs that the model writes are run without protection of: %s.", ", ".join(missing))
+    if programs and sandbox == "none":
+        _log.warning("--sandbox none: programs that the model writes can read, change and send all that you can.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -19,6 +19,7 @@ from srde_ds.evaluation.figures import Groups, expert_usage, figures_by_group, m
 from srde_ds.evaluation.perplexity import ItemLoss, response_losses
 from srde_ds.evaluation.processes import ALONE, Processes
 from srde_ds.evaluation.results import ItemResult, results_of
+from srde_ds.evaluation.sandbox import Sandbox
 from srde_ds.evaluation.scoring import scoring_of
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
@@ -62,8 +63,9 @@ def evaluate(
     max_samples: int,
     seed: int,
     each_expert: bool = False,
-    run_code: bool = False,
+    run_code: Sandbox | None = None,
     processes: Processes = ALONE,
+    on_result: Callable[[str, Record, ItemResult], None] = lambda model, record, result: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and items, both plain JSON, as docs/evaluation.md describes them.
 
@@ -72,8 +74,9 @@ def evaluate(
         max_samples: most items, see `evenly_by_domain`.
         seed: of the bootstrap.
         each_expert: the loss of every domain with all tokens sent to one expert, too, one after the other.
-        run_code: run generated programs with their items' tests, see `sandbox`.
+        run_code: where to run generated programs with their items' tests, see `sandbox`; None: they are not run.
         processes: share the items; each passes the same model and records, and gets the same result.
+        on_result: gets each result of this process as it comes: "srde" or "base", the item and what was found.
 
     Raises:
         SRDEError: a value out of range, or an item that does not fit into the base's context.
@@ -96,16 +99,23 @@ def evaluate(
         results: dict[str, list[ItemResult]] = {}
         for name in ("srde", "base") if compare_baseline else ("srde",):
             with model.no_experts() if name == "base" else nullcontext():
-                results[name] = results_of(
-                    model,
-                    tokenizer,
+                results[name] = []
+                for record, result in zip(
                     own_records,
-                    batch_size=batch_size,
-                    max_new_tokens=max_new_tokens,
-                    run_code=run_code,
-                    count_experts=name == "srde",
-                    title=name,
-                )
+                    results_of(
+                        model,
+                        tokenizer,
+                        own_records,
+                        batch_size=batch_size,
+                        max_new_tokens=max_new_tokens,
+                        run_code=run_code,
+                        count_experts=name == "srde",
+                        title=name,
+                    ),
+                    strict=True,
+                ):
+                    on_result(name, record, result)
+                    results[name].append(result)
         alone = _losses_of_each_expert(model, tokenizer, own_records, batch_size) if each_expert else []
         return [
             (index, _Measured({name: results[name][i] for name in results}, [losses[i] for losses in alone]).to_json())
@@ -131,7 +141,7 @@ def evaluate(
                 for expert in range(len(model.expert_names))
             ],
         }
-    return figures, _items(records, results, run_code)
+    return figures, _items(records, results, run_code is not None)
 
 
 def items_file(evaluation: Path) -> Path:
@@ -190,11 +200,6 @@ def _items(records: Sequence[Record], results: dict[str, list[ItemResult]], run_
         line["scoring"] = scoring_of(record, run_code=run_code)
         for name, of_model in results.items():
             result = of_model[i]
-            line[name] = {
-                "loss": result.loss.loss_sum / result.loss.tokens,
-                "tokens": result.loss.tokens,
-                "prediction": result.prediction,
-                "correct": result.correct,
-            }
+            line[name] = result.as_json()
         lines.append(line)
     return lines

@@ -33,6 +33,7 @@ class SRDEHarnessModel(HFLM):
         base: folder or id of the base; default: the one named in the weights.
         dtype: bfloat16 or float32.
         device: default: the GPU if there is one; cuda where there is none means the CPU, as for HFLM.
+        allow_download: without `base`: fetch the one named in the weights from the Hub, if it is not here.
         options: for HFLM, such as batch_size and max_length.
 
     Raises:
@@ -45,13 +46,15 @@ class SRDEHarnessModel(HFLM):
         base: str | None = None,
         dtype: str = "bfloat16",
         device: str | None = None,
+        allow_download: bool = False,
         **options: Any,
     ) -> None:
         if dtype not in DTYPES:
             raise SRDEError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
         if launched_world_size() > 1:
             raise SRDEError("the harness runs in one process: start it without a launcher.")
-        model, tokenizer = load_model(srde_weights, base=base, bf16=dtype == "bfloat16")
+        bf16 = dtype == "bfloat16"
+        model, tokenizer = load_model(srde_weights, base=base, bf16=bf16, allow_download=allow_download)
         # The command line asks for cuda:0 unless it is told otherwise, also where there is no GPU.
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)

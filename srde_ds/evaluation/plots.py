@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import plot_label
 
 try:
     from matplotlib.figure import Figure
@@ -25,7 +26,7 @@ def plot_loss(metrics: Lines, path: Path) -> None:
     measured += [(line["step"], line["held_out"]) for line in metrics if "held_out" in line]
     for domain in dict.fromkeys(name for _, losses in measured for name in losses):
         points = [(step, losses[domain]) for step, losses in measured if domain in losses]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held out: {domain}")
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=f"held out: {plot_label(domain)}")
     axes.set(xlabel="step", ylabel="cross entropy of response tokens (nats)")
     axes.legend(fontsize="small")
     figure.savefig(path)
@@ -45,8 +46,8 @@ def plot_usage(usage: dict[str, Any], path: Path) -> None:
     figure, axes = _figure()
     share = usage["share"]
     picture = axes.imshow(share, cmap="viridis", vmin=0, aspect="auto")
-    axes.set_xticks(range(len(usage["experts"])), usage["experts"], rotation=30, ha="right")
-    axes.set_yticks(range(len(usage["domains"])), usage["domains"])
+    axes.set_xticks(range(len(usage["experts"])), [*map(plot_label, usage["experts"])], rotation=30, ha="right")
+    axes.set_yticks(range(len(usage["domains"])), [*map(plot_label, usage["domains"])])
     axes.set(xlabel="expert", ylabel="domain of the held-out items")
     highest = max(max(row) for row in share)
     for row, values in enumerate(share):
@@ -65,8 +66,8 @@ def plot_usage_by_layer(usage: dict[str, Any], path: Path) -> None:
     panels = figure.subplots(1, domains, sharey=True, squeeze=False)[0]
     for axes, domain, share_LE in zip(panels, usage["domains"], share_LDE.transpose(1, 0, 2), strict=True):
         picture = axes.imshow(share_LE, cmap="viridis", vmin=0, vmax=share_LDE.max(), aspect="auto")
-        axes.set_title(domain, fontsize="medium")
-        axes.set_xticks(range(len(usage["experts"])), usage["experts"], rotation=90)
+        axes.set_title(plot_label(domain), fontsize="medium")
+        axes.set_xticks(range(len(usage["experts"])), [*map(plot_label, usage["experts"])], rotation=90)
     panels[0].set_ylabel("layer")
     figure.supxlabel("expert", fontsize="medium")
     figure.colorbar(picture, ax=list(panels), label="share of the domain's choices")

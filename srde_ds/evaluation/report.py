@@ -12,6 +12,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
+from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
 from srde_ds.utils.tables import markdown_table
 from srde_ds.weights.locate import run_folder
 
@@ -51,7 +52,7 @@ def write_report(run: str | Path) -> Path:
     plot_speed(metrics, folder / "speed.png")
     page = folder / "report.md"
     sections = [
-        f"# {folder.resolve().name}",
+        f"# {markdown(folder.resolve().name)}",
         _summary(metrics, result),
         "## Held-out items, base → srde\n\n"
         "Loss and perplexity are of the response tokens, accuracy is the share of scored items that are right. "
@@ -59,11 +60,7 @@ def write_report(run: str | Path) -> Path:
         "McNemar's exact test.",
         markdown_table(table_rows(result)),
         *(["## By source", markdown_table(source_rows(result))] if len(result["sources"]) > 1 else []),
-        *(
-            ["## Each expert alone, held-out loss", markdown_table(expert_rows(result))]
-            if "each_expert" in result
-            else []
-        ),
+        *(_each_expert(result) if "each_expert" in result else []),
         "## Loss\n\n![training and held-out loss](loss.png)",
         "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)\n\n"
         "By layer:\n\n![expert usage by domain and layer](expert_usage_by_layer.png)",
@@ -89,18 +86,23 @@ def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:
     speed = median(line["tokens_per_second"] for line in metrics)
     return (
         f"{last['step']} steps, {last['tokens']:,} tokens, {speed:,.0f} tokens/s (median), last training loss "
-        f"{last['loss']:.3f}. Evaluated on {result['overall']['srde']['items']} items of `{run['eval_file']}` "
+        f"{last['loss']:.3f}. Evaluated on {result['overall']['srde']['items']} items of "
+        f"{markdown_code(run['eval_file'])} "
         f"in {run['dtype']}, {run['seconds']:.0f} s."
     )
+
+
+def _each_expert(result: dict[str, Any]) -> list[str]:
+    return ["## Each expert alone, held-out loss", markdown_table(expert_rows(result))]
 
 
 def _example(items: list[dict[str, Any]], domain: str) -> str:
     """The domain's first scored item: a fixed choice, not the best."""
     item = next((item for item in items if item["domain"] == domain and item["scoring"] is not None), None)
     if item is None:
-        return f"**{domain}**: no item has an answer to compare with."
+        return f"**{markdown(domain)}**: no item has an answer to compare with."
     expected = item["response"] if item["answer"] is None else item["answer"]
-    lines = [f"**{domain}**", _quote(item["prompt"][-1]["content"]), f"- expected: {_inline(expected)}"]
+    lines = [f"**{markdown(domain)}**", _quote(item["prompt"][-1]["content"]), f"- expected: {_inline(expected)}"]
     for name in ("base", "srde"):
         if name in item:
             verdict = "right" if item[name]["correct"] else "wrong"
@@ -110,13 +112,13 @@ def _example(items: list[dict[str, Any]], domain: str) -> str:
 
 def _quote(text: str) -> str:
     shown = text if len(text) <= _LONGEST_QUOTE else text[:_LONGEST_QUOTE] + " …"
-    return "\n".join(f"> {line}".rstrip() for line in shown.splitlines())
+    return markdown_quote(shown)
 
 
 def _inline(text: str) -> str:
     shown = " ".join(text.split())
     shown = shown if len(shown) <= _LONGEST_QUOTE else shown[:_LONGEST_QUOTE] + " …"
-    return f"`{shown.replace('`', chr(39))}`" if shown else "(nothing)"
+    return markdown_code(shown) if shown else "(nothing)"
 
 
 def _settings(config: dict[str, Any]) -> list[list[str]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +12,7 @@ from srde_ds.data.records import Record
 from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.evaluation.choices import likeliest_choices
 from srde_ds.evaluation.perplexity import ItemLoss, response_losses
+from srde_ds.evaluation.sandbox import Sandbox
 from srde_ds.evaluation.scoring import is_right, scoring_of
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
@@ -24,6 +26,14 @@ class ItemResult:
     prediction: str | None
     correct: bool | None
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "loss": self.loss.loss_sum / self.loss.tokens,
+            "tokens": self.loss.tokens,
+            "prediction": self.prediction,
+            "correct": self.correct,
+        }
+
 
 def results_of(
     model: SRDEModel,
@@ -32,11 +42,11 @@ def results_of(
     *,
     batch_size: int,
     max_new_tokens: int,
-    run_code: bool,
+    run_code: Sandbox | None,
     count_experts: bool,
     title: str,
-) -> list[ItemResult]:
-    """The model's results on `records`, in their order."""
+) -> Iterator[ItemResult]:
+    """The model's results on `records`, in their order; each comes once its answer is judged."""
     losses = response_losses(
         model,
         tokenizer,
@@ -46,7 +56,7 @@ def results_of(
         count_experts=count_experts,
         title=f"{title}: loss",
     )
-    scorings = [scoring_of(record, run_code=run_code) for record in records]
+    scorings = [scoring_of(record, run_code=run_code is not None) for record in records]
     chosen = [i for i, scoring in enumerate(scorings) if scoring == "choice"]
     asked = [i for i, scoring in enumerate(scorings) if scoring not in (None, "choice")]
     taken = likeliest_choices(
@@ -61,9 +71,7 @@ def results_of(
         title=f"{title}: answers",
     )
     predictions = dict(zip([*chosen, *asked], [*taken, *answers], strict=True))
-    results = []
     for i, (record, loss, scoring) in enumerate(zip(records, losses, scorings, strict=True)):
         prediction = predictions.get(i)
-        correct = None if prediction is None or scoring is None else is_right(prediction, record, scoring)
-        results.append(ItemResult(loss, prediction, correct))
-    return results
+        correct = None if prediction is None or scoring is None else is_right(prediction, record, scoring, run_code)
+        yield ItemResult(loss, prediction, correct)

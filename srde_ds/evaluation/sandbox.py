@@ -1,30 +1,61 @@
-"""Run generated programs with their tests in a limited process. docs/evaluation.md says what it does not stop."""
+"""Run generated programs against their tests in a sandbox. docs/security.md says what it stops and what it does not."""
 
 from __future__ import annotations
 
+import errno
 import os
+import platform
 import re
-import secrets
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
-from contextlib import suppress
-from functools import cache
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Literal, get_args
 
+from srde_ds.errors import SRDEError
 from srde_ds.evaluation import run_limited
+
+Sandbox = Literal["bubblewrap", "none"]
+SANDBOXES: tuple[Sandbox, ...] = get_args(Sandbox)
 
 WALL_SECONDS = 20
 CPU_SECONDS = 10
 MEMORY_BYTES = 2 << 30
 FILE_BYTES = 16 << 20
-# With user namespaces those of the program alone are counted, without all of the user's.
-PROCESSES, PROCESSES_OF_USER = 32, 4096
+ALL_FILES_BYTES = 64 << 20
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-_UNSHARE = ["unshare", "--user", "--map-current-user", "--net", "--pid", "--fork", "--kill-child", "--"]
+_HARNESS = "/harness.py"
+# What Python needs; nothing of anybody's data. Paths that are not there are left out.
+_READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
+_REMEDY = (
+    "Install bubblewrap 0.8 or later (Debian: apt-get install bubblewrap) on a machine that allows user namespaces, "
+    "leave --run_code out, or run the programs unprotected with --sandbox none"
+)
+
+# Numbers of system calls that a program cannot use: new processes and namespaces, tracing, mounts, and parts of the
+# kernel that namespaces do not divide (keys) or that are known for holes (io_uring, bpf).
+_DENIED = {
+    "x86_64": {"fork": 57, "vfork": 58, "ptrace": 101, "add_key": 248, "request_key": 249, "keyctl": 250,
+               "unshare": 272, "perf_event_open": 298, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
+               "bpf": 321, "userfaultfd": 323},
+    "aarch64": {"unshare": 97, "ptrace": 117, "add_key": 217, "request_key": 218, "keyctl": 219, "perf_event_open": 241,
+                "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271, "bpf": 280, "userfaultfd": 282},
+}  # fmt: skip
+_DENIED_EVERYWHERE = {
+    "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428, "move_mount": 429,
+    "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433, "pidfd_getfd": 438, "mount_setattr": 442,
+}  # fmt: skip
+_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_CLONE = {"x86_64": 56, "aarch64": 220}
+_CLONE3, _CLONE_THREAD = 435, 0x10000
 
 
 def program_in(text: str) -> str:
@@ -33,51 +64,147 @@ def program_in(text: str) -> str:
     return found[1] if found else text
 
 
-@cache
-def has_namespaces() -> bool:
-    """Whether a process may be given its own network (none) and process numbers here."""
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run([*_UNSHARE, "true"], capture_output=True).returncode == 0
+def check_sandbox(sandbox: Sandbox) -> None:
+    """Raise SRDEError, naming what is missing and the remedy, if programs cannot be run in this sandbox here."""
+    if sandbox == "none":
+        return
+    if shutil.which("bwrap") is None:
+        raise SRDEError(f"run_code: the program 'bwrap' is missing. {_REMEDY}.")
+    if platform.machine() not in _ARCHITECTURE:
+        known = ", ".join(_ARCHITECTURE)
+        raise SRDEError(f"run_code: no filter of system calls for {platform.machine()}, only for {known}. {_REMEDY}.")
+    with _system_call_filter() as descriptor:
+        tried = subprocess.run(
+            [*_bubblewrap(descriptor), "-c", ""],
+            pass_fds=[descriptor],
+            env={},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+        )
+    if tried.returncode:
+        reason = " ".join(tried.stderr.decode(errors="replace").split()) or f"exit status {tried.returncode}"
+        raise SRDEError(f"run_code: the sandbox does not start here ({reason}). {_REMEDY}.")
 
 
-def protections() -> dict[str, bool]:
-    """What this machine offers besides limits: `network` cut off, `files` elsewhere read-only."""
-    return {"network": has_namespaces(), "files": run_limited.landlock_version() > 0}
+def passes_tests(program: str, tests: str, sandbox: Sandbox = "bubblewrap") -> bool:
+    """Whether `tests` run to their end with the names that `program` defines, all within the limits.
+
+    Program and tests are processes, each in a sandbox of its own, see `run_limited`.
+
+    Raises:
+        SRDEError: the sandbox did not start.
+    """
+    with ExitStack() as stack:
+        of_program, of_tests = (stack.enter_context(end) for end in socket.socketpair())
+        read, write = os.pipe2(os.O_CLOEXEC)
+        verdict, report = stack.enter_context(open(read, "rb", 0)), stack.enter_context(open(write, "wb", 0))
+        stack.enter_context(_process("program", program, sandbox, [of_program.fileno()]))
+        judge = stack.enter_context(_process("tests", tests, sandbox, [of_tests.fileno(), report.fileno()]))
+        # The ends of the processes alone are left: when one of them ends, the other sees it.
+        for end in (of_program, of_tests, report):
+            end.close()
+        try:
+            judge.wait(WALL_SECONDS)
+        except subprocess.TimeoutExpired:
+            return False
+        os.set_blocking(verdict.fileno(), False)
+        said = verdict.read(len(run_limited.READY + run_limited.PASSED) + 1) or b""
+        if not said.startswith(run_limited.READY):
+            raise SRDEError(f"run_code: the sandbox did not start (exit status {judge.returncode}). {_REMEDY}.")
+        return said == run_limited.READY + run_limited.PASSED
 
 
-def passes_tests(program: str, tests: str) -> bool:
-    """Whether `program` followed by `tests` runs to its end within the limits, in an empty folder and environment."""
-    with TemporaryDirectory(prefix="srde-code-") as folder:
-        token = secrets.token_hex(16)
-        # Reaching the end is what counts: a program may call exit(0) before its tests.
-        end = f"with open('passed', 'w') as _file:\n    _file.write({token!r})\n"
-        source, passed = Path(folder, "program.py"), Path(folder, "passed")
-        source.write_text(f"{program}\n\n{tests}\n\n{end}", encoding="utf-8", errors="replace")
-        isolated = has_namespaces()
-        command = [*(_UNSHARE if isolated else []), sys.executable, "-I", "-B", str(Path(run_limited.__file__))]
-        limits = [CPU_SECONDS, MEMORY_BYTES, FILE_BYTES, PROCESSES if isolated else PROCESSES_OF_USER]
-        nothing = subprocess.DEVNULL
+@contextmanager
+def _process(role: str, source: str, sandbox: Sandbox, descriptors: list[int]) -> Iterator[subprocess.Popen[bytes]]:
+    """Inside, a process of `run_limited` with its source; outside, nothing of it is left."""
+    link, *report = map(str, descriptors)
+    arguments = [role, link, str(CPU_SECONDS), str(MEMORY_BYTES), str(FILE_BYTES), _LIBRARIES, *report]
+    with ExitStack() as stack:
+        if sandbox == "bubblewrap":
+            descriptors = [*descriptors, stack.enter_context(_system_call_filter())]
+            command, folder = [*_bubblewrap(descriptors[-1]), _HARNESS], "/"
+        else:
+            command, folder = [*_PYTHON, str(Path(run_limited.__file__))], stack.enter_context(_empty_folder())
         process = subprocess.Popen(
-            [*command, str(source), *map(str, limits)],
+            [*command, *arguments],
+            pass_fds=descriptors,
             cwd=folder,
             env={},
-            stdin=nothing,
-            stdout=nothing,
-            stderr=nothing,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        try:
-            status = process.wait(WALL_SECONDS)
-        except subprocess.TimeoutExpired:
-            status = -signal.SIGKILL
-        finally:
-            # Its children, too, as far as they are still in its session; a namespace of processes ends whole.
-            _kill_group(process)
-        return status == 0 and passed.is_file() and passed.read_text(encoding="utf-8", errors="replace") == token
+        stack.callback(_kill, process)
+        assert process.stdin is not None
+        # If it did not start, the verdict will tell.
+        with suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(source.encode(errors="replace"))
+        yield process
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its group. With bwrap its namespace of processes ends, too, and with it all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@contextmanager
+def _empty_folder() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="srde-code-")
+    try:
+        yield folder
+    finally:
+        # It copes with folders nested thousands deep.
+        subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL)
+
+
+def _python() -> list[str]:
+    """This interpreter under its real path, without the user's settings."""
+    executable = Path(sys.executable)
+    return [str(executable.parent.resolve() / executable.name), "-I", "-S", "-B"]
+
+
+_PYTHON = _python()
+_LIBRARIES = os.path.realpath(sysconfig.get_path("purelib"))
+
+
+def _bubblewrap(system_call_filter: int) -> list[str]:
+    """The command that runs this Python in a sandbox; its arguments follow."""
+    readable = [*_READABLE, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix)]
+    return [
+        *(
+            shutil.which("bwrap") or "bwrap",
+            "--unshare-all",
+            "--unshare-user",
+            "--die-with-parent",
+            "--new-session",
+            "--clearenv",
+        ),
+        *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL"),
+        *(part for path in readable for part in ("--ro-bind-try", path, path)),
+        *("--ro-bind", str(Path(run_limited.__file__)), _HARNESS, "--dev", "/dev"),
+        *("--size", str(ALL_FILES_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"),
+        *("--chdir", "/tmp", "--seccomp", str(system_call_filter), "--", *_PYTHON),
+    ]
+
+
+@contextmanager
+def _system_call_filter() -> Iterator[int]:
+    """A descriptor that holds a program for seccomp: one process, which may have threads."""
+    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, kill, no_permission, not_there = 0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
+    machine = platform.machine()
+    steps = [(load, 0, 0, 4), (equal, 1, 0, _ARCHITECTURE[machine]), (answer, 0, 0, kill), (load, 0, 0, 0)]
+    if machine == "x86_64":  # the same calls under other numbers
+        steps += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
+    for number in (_DENIED[machine] | _DENIED_EVERYWHERE).values():
+        steps += [(equal, 0, 1, number), (answer, 0, 0, no_permission)]
+    # Its flags lie in memory, where no filter can look; without it the C library takes clone.
+    steps += [(equal, 0, 1, _CLONE3), (answer, 0, 0, not_there), (equal, 0, 3, _CLONE[machine])]
+    steps += [(load, 0, 0, 16), (any_bit, 1, 0, _CLONE_THREAD), (answer, 0, 0, no_permission), (answer, 0, 0, allow)]
+    with tempfile.TemporaryFile() as file:
+        file.write(b"".join(struct.pack("=HBBI", *step) for step in steps))
+        file.seek(0)
+        yield file.fileno()

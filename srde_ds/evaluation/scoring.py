@@ -6,7 +6,7 @@ from typing import Literal
 
 from srde_ds.data.records import Record
 from srde_ds.evaluation.equivalence import equivalent, is_mathematical
-from srde_ds.evaluation.sandbox import passes_tests, program_in
+from srde_ds.evaluation.sandbox import Sandbox, passes_tests, program_in
 from srde_ds.inference.answers import exact_match
 
 Scoring = Literal["choice", "code", "math", "exact"]
@@ -24,10 +24,11 @@ def scoring_of(record: Record, *, run_code: bool) -> Scoring | None:
     return "math" if is_mathematical(record.answer) else "exact"
 
 
-def is_right(prediction: str, record: Record, scoring: Scoring) -> bool:
-    """Whether a generated answer, or the choice taken, is right."""
+def is_right(prediction: str, record: Record, scoring: Scoring, sandbox: Sandbox | None = None) -> bool:
+    """Whether a generated answer, or the choice taken, is right. Programs need a sandbox to run in."""
     if scoring == "code":
-        return passes_tests(program_in(prediction), str(record.tests))
+        assert sandbox is not None, "scoring_of gives 'code' only if programs may be run"
+        return passes_tests(program_in(prediction), str(record.tests), sandbox)
     answer = str(record.answer)
     if scoring == "choice":
         return prediction == answer

@@ -13,6 +13,7 @@ from srde_ds.export.moe import write_moe
 from srde_ds.export.options import ConvertOptions
 from srde_ds.export.weights import DTYPES, write_weights
 from srde_ds.model.base_files import BaseFiles
+from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.locate import WEIGHTS
 
 OUTPUTS = {"weights": WEIGHTS, "dense": "dense", "moe": "moe", "gguf": "model.gguf"}
@@ -43,7 +44,8 @@ def convert_command(options: ConvertOptions) -> Path:
     if to == "weights":
         written = write_weights(adapter, target, dtype=torch_dtype or DTYPES["float32"])
     else:
-        files = BaseFiles(base or adapter.metadata.model_name)
+        chosen, local = base_to_load(base, adapter.metadata.model_name, allow_download=options.allow_download)
+        files = BaseFiles(chosen, local_files_only=local)
         if to == "dense":
             written = write_dense(adapter, files, target, expert=expert or names[0], dtype=torch_dtype)
         elif to == "moe":

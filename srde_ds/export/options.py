@@ -38,4 +38,7 @@ class ConvertOptions:
     experts: list[str] | None = option(None, "keep these experts alone (default: all)", metavar="NAME,...")
     expert: str | None = option(None, "dense: the expert to merge", metavar="NAME")
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
+    allow_download: bool = option(
+        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+    )
     gguf_converter: str | None = option(None, "gguf: llama.cpp's convert_hf_to_gguf.py", metavar="FILE")

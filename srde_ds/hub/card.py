@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub import ModelCardData, try_to_load_from_cache
 
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import markdown, markdown_code
 from srde_ds.utils.tables import markdown_table
+from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.locate import is_run
 
@@ -66,10 +67,14 @@ def base_license(base: str) -> str | None:
         path = Path(cached)
     if not path.is_file():
         return None
-    try:
-        license = (metadata_load(path) or {}).get("license")
-    except (ValueError, yaml.YAMLError):  # a page of somebody else's: what it does not say is unknown
+    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    if len(parts) < 3 or parts[0].strip():
         return None
+    try:
+        header = parse_yaml(parts[1], f"'{path}'")
+    except SRDEError:  # a page of somebody else's: what it does not say is unknown
+        return None
+    license = header.get("license") if isinstance(header, dict) else None
     return str(license) if license else None
 
 
@@ -100,11 +105,11 @@ def _summary(metadata: AdapterMetadata) -> str:
         ["experts of a token", str(config.top_k)],
         ["an expert changes", f"{config.density:.2%} of the feed-forward weights: {what}, {scope}"],
         ["its values", form],
-        ["base", f"{_shown(metadata.model_name)}, {base['architecture']}, hash `{str(base['hash'])[:12]}`"],
+        ["base", f"{_shown(metadata.model_name)}, {base['architecture']}, hash {str(base['hash'])[:12]}"],
     ]
     return (
-        f"Experts for `{_shown(metadata.model_name)}`, which stays as it is: each expert is a sparse change of its "
-        "feed-forward weights, and in every layer a router picks the experts of each token.\n\n"
+        f"Experts for {markdown_code(_shown(metadata.model_name))}, which stays as it is: each expert is a sparse "
+        "change of its feed-forward weights, and in every layer a router picks the experts of each token.\n\n"
         f"{markdown_table([['', ''], *rows])}"
     )
 
@@ -118,7 +123,8 @@ def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
     expert, base = metadata.expert_names[0], _shown(metadata.model_name)
     if not _on_the_hub(metadata.model_name):
         place = (
-            f"\n\n`{base}` was a folder where this was trained: give your own; another model is refused by its hash."
+            f"\n\n{markdown_code(base)} was a folder where this was trained: give your own; another model is refused "
+            "by its hash."
         )
     else:
         place = ""
@@ -148,7 +154,8 @@ def _training(run: Path) -> str:
     if (run / "environment.json").is_file():
         environment = _json(run / "environment.json")
         versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-        text += f" {environment['world_size']} processes on {environment['machine']}; {versions}."
+        machine = markdown(f"{environment['machine']}; {versions}")
+        text += f" {environment['world_size']} processes on {machine}."
     return f"## Training\n\n{text}\n\n{markdown_table([['setting', 'value'], *rows])}"
 
 
@@ -217,11 +224,12 @@ def _result_row(name: str, group: dict[str, Any]) -> list[str]:
 
 def _licence(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
     base = base_license(metadata.model_name) or "not known here: see its own page"
-    lines = [f"## Licence\n\nThe base's licence ({base}) holds for what is made of it."]
+    lines = [f"## Licence\n\nThe base's licence ({markdown(base)}) holds for what is made of it."]
     closed = sorted({str(source["name"]) for source in sources if source["redistributable"] != "yes"})
     if closed:
         lines.append(
-            f"Of the training data, {', '.join(closed)} may not be passed on, or it is not known that they may."
+            f"Of the training data, {', '.join(map(markdown, closed))} may not be passed on, or it is not known that "
+            "they may."
         )
     return " ".join(lines)
 

@@ -14,6 +14,7 @@ from srde_ds.data.conversation import Message
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.inference.generate import format_routing, generate
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.utils.escape import terminal
 
 COMMANDS = {
     "/experts": "show or hide the experts of each token",
@@ -50,7 +51,6 @@ class Chat:
         self.source, self.target = source, target
         self.stream, self.show_routing, self.compare = stream, show_routing, False
         self.history: list[Message] = []
-        self.say = partial(print, file=target, flush=True)
         self.generate = partial(generate, model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
 
     def run(self) -> None:
@@ -74,6 +74,9 @@ class Chat:
                 self.say(f"{error}" if text.startswith("/") else f"{error} (/reset forgets the conversation)")
             except RuntimeError as error:  # torch's: above all a lack of memory, which a shorter conversation may mend
                 self.say(f"\nThe answer failed ({error}); the question is forgotten. /reset forgets all before it.")
+
+    def say(self, text: str, end: str = "\n") -> None:
+        print(terminal(text), end=end, file=self.target, flush=True)
 
     def _command(self, text: str) -> None:
         name, *rest = text.split(maxsplit=1)
@@ -104,7 +107,7 @@ class Chat:
         if self.compare:
             with self.model.no_experts():
                 base = self.generate(messages)
-            self.say(side_by_side(generation.text, base.text, titles=("with experts", "base")))
+            self.say(side_by_side(terminal(generation.text), terminal(base.text), titles=("with experts", "base")))
         else:
             self.say("" if stream else generation.text)
         if self.show_routing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from srde_ds.inference.options import InferenceOptions
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import read_prompts
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.utils.escape import json_line, terminal
 
 MAX_TOKENS = 256
 
@@ -37,7 +37,8 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     check_options(vars(options))
     how_read = ReadOptions.of(reading) if reading else None
     conversations = read_prompts(options.prompts_file, how_read) if options.prompts_file is not None else []
-    model, tokenizer = load_model(options.weights, base=options.base, bf16=options.bf16)
+    base = {"base": options.base, "allow_download": options.allow_download}
+    model, tokenizer = load_model(options.weights, bf16=options.bf16, **base)  # type: ignore[arg-type]
     if options.expert is not None:
         model.set_active_experts(options.expert)
     torch.manual_seed(options.seed)
@@ -57,13 +58,14 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
         items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
         if options.output_file is None:
-            print("\n".join(lines))
+            print("\n".join(map(json_line, lines)))
         else:
             write_lines(Path(options.output_file), lines)
     else:
         question = [{"role": "user", "content": str(options.prompt)}]
         if options.best_of_n > 1 or options.self_refine:
-            print(_shown(answer_many(model, tokenizer, [question], **sampling, **several)[0]))  # type: ignore[arg-type]
+            answer = answer_many(model, tokenizer, [question], **sampling, **several)[0]  # type: ignore[arg-type]
+            print(terminal(_shown(answer)))
         else:
             _answer_one(
                 model, tokenizer, question, stream=options.stream, show_routing=options.show_routing, **sampling
@@ -110,11 +112,11 @@ def _answer_one(
     show_routing: bool,
     **sampling: Any,
 ) -> None:
-    show = partial(print, end="", flush=True) if stream else None
+    show = (lambda piece: print(terminal(piece), end="", flush=True)) if stream else None
     generation = generate(model, tokenizer, messages, stream=show, show_routing=show_routing, **sampling)
-    print("" if stream else generation.text)
+    print("" if stream else terminal(generation.text))
     if show_routing:
-        print(format_routing(generation, model.expert_names))
+        print(terminal(format_routing(generation, model.expert_names)))
 
 
 def _item(messages: list[Message], answer: Answer) -> dict[str, Any]:

@@ -13,18 +13,22 @@ from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.weights.file import read_metadata
 
 
-def load_model(weights: str | Path, *, base: str | None, bf16: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
+def load_model(
+    weights: str | Path, *, base: str | None, bf16: bool, allow_download: bool = False
+) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
     """Base with experts in eval mode, on the GPU if there is one.
 
     Args:
         weights: as `locate_weights` takes them; a checkpoint is converted.
-        base: its id or folder; None: the one named in the weights.
+        base: its id or folder; None: the one named in the weights, fetched from the Hub only with `allow_download`.
 
     Raises:
         SRDEError: as `weights_file` and `load_adapter`.
     """
+    local = base is None and not allow_download
+    dtype = torch.bfloat16 if bf16 else torch.float32
     with weights_file(weights) as path:
-        tokenizer = load_tokenizer(base or read_metadata(path).model_name)
-        model = load_adapter(path, base=base, dtype=torch.bfloat16 if bf16 else torch.float32)
+        tokenizer = load_tokenizer(base or read_metadata(path).model_name, local_files_only=local)
+        model = load_adapter(path, base=base, dtype=dtype, allow_download=allow_download)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer

@@ -19,6 +19,9 @@ class InferenceOptions:
         required=True,
     )
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
+    allow_download: bool = option(
+        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+    )
     prompt: str | None = option(None, "ask one question", metavar="TEXT")
     prompts_file: str | None = option(
         None, "ask many questions: JSONL with prompt or messages, or one question on each line", metavar="FILE"

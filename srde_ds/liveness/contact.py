@@ -30,6 +30,7 @@ from srde_ds.liveness.handshake import challenge, introduce, proof, proves
 from srde_ds.liveness.messages import Lines, send
 from srde_ds.liveness.status import Report, Reporter
 from srde_ds.liveness.verdict import GRACE_SECONDS, SILENT_SECONDS, Peer, Verdict, judge
+from srde_ds.utils.escape import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class Contact:
         with contextlib.suppress(Exception):  # whatever happens there, the process must end
             self.on_verdict(verdict)
         if say:
-            print(f"srde-ds: error: {verdict.text}", file=sys.stderr)
+            print(f"srde-ds: error: {one_line(verdict.text)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

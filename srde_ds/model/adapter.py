@@ -24,6 +24,7 @@ from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.policy import PolicyControl, PolicyKeepingCheckpoint, RoutingPolicy
+from srde_ds.utils.pretrained import base_to_load
 from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
 from srde_ds.weights.locate import locate_weights
@@ -92,6 +93,7 @@ class SRDEModel(nn.Module):
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
         revision: str | None = None,
+        allow_download: bool = False,
     ) -> SRDEModel:
         """A base with trained experts, in eval mode.
 
@@ -101,11 +103,19 @@ class SRDEModel(nn.Module):
             dtype: of the experts, and of the base if it is loaded here.
             attn_implementation: of the base if it is loaded here, as transformers names them.
             revision: branch, tag or commit of the repository.
+            allow_download: without `base`: the one named in the weights may be fetched from the Hub.
 
         Raises:
             SRDEError: as `load_adapter`.
         """
-        return load_adapter(adapter, base=base, dtype=dtype, attn_implementation=attn_implementation, revision=revision)
+        return load_adapter(
+            adapter,
+            base=base,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            allow_download=allow_download,
+        )
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
@@ -381,6 +391,7 @@ def load_adapter(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     revision: str | None = None,
+    allow_download: bool = False,
 ) -> SRDEModel:
     """A base with trained experts, in the mode of the base.
 
@@ -389,6 +400,7 @@ def load_adapter(
         base: a fresh model, or the id or folder to load it from; default: the one named in the weights.
         dtype: of the experts, and of the base if it is loaded here.
         revision: of a repository of the Hub.
+        allow_download: without `base`: the one named in the file may be fetched from the Hub.
 
     Raises:
         SRDEError: no such weights or base, damaged weights (see `weights.schema`), or another base than the experts
@@ -405,7 +417,8 @@ def load_adapter(
     file = read_weights(path)
     metadata, tensors = file.metadata, file.tensors
     if base is None or isinstance(base, str | Path):
-        base = load_base(base or metadata.model_name, dtype=dtype, attn_implementation=attn_implementation)
+        name, local = base_to_load(base, metadata.model_name, allow_download=allow_download)
+        base = load_base(name, dtype=dtype, attn_implementation=attn_implementation, local_files_only=local)
     identity = check_base(base, metadata.base, path)
     check_fits_base(metadata.config, tensors, block_shapes(base), path)
     supports = [tensors[f"layers.{layer}.support"].load() for layer in range(len(block_shapes(base)))]

@@ -93,15 +93,22 @@ class FeedForward:
 
 
 def load_base(
-    model_name: str | Path, *, dtype: torch.dtype, revision: str | None = None, attn_implementation: str = "sdpa"
+    model_name: str | Path,
+    *,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    attn_implementation: str = "sdpa",
+    local_files_only: bool = False,
 ) -> PreTrainedModel:
     """The model of a Hugging Face id or local folder, frozen and in eval mode.
+
+    With `local_files_only` nothing is fetched.
 
     Raises:
         SRDEError: there is no such folder or id, it holds no language model, or weights are missing (transformers
             alone would fill them with random values).
     """
-    config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
+    config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
     model, report = load_pretrained(
         _auto_class(config),
         "model",
@@ -109,6 +116,8 @@ def load_base(
         revision=revision,
         dtype=dtype,
         attn_implementation=attn_implementation,
+        local_files_only=local_files_only,
+        adapter_kwargs={"local_files_only": local_files_only},  # it looks for a PEFT adapter, too
         output_loading_info=True,
     )
     if report["missing_keys"]:
@@ -140,16 +149,18 @@ def carries_state(config: PretrainedConfig) -> bool:
     return bool(getattr(kind, "_is_stateful", False) or STATE_LAYERS.intersection(layers))
 
 
-def empty_base(model_name: str | Path, *, revision: str | None = None) -> PreTrainedModel:
+def empty_base(
+    model_name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> PreTrainedModel:
     """The model of an id or folder without its weights, on the meta device: only shapes, in seconds for any size.
 
     Raises:
         SRDEError: there is no such folder or id, or it holds no language model.
     """
-    config = load_pretrained(AutoConfig, "model", model_name, revision=revision)
+    config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
     try:
         with torch.device("meta"):
-            return _auto_class(config).from_config(config)
+            return _auto_class(config).from_config(config, trust_remote_code=False)
     except ValueError as error:  # the configuration of something other than a language model
         reason = " ".join(str(error).split()).partition(". Model type should be")[0]
         raise SRDEError(f"model_name={str(model_name)!r}: is no language model ({reason}); give a decoder.") from None

@@ -47,10 +47,10 @@ class BaseFiles:
         SRDEError: there is no such base, it has no safetensors files, or they are quantised.
     """
 
-    def __init__(self, model_name: str | Path) -> None:
+    def __init__(self, model_name: str | Path, *, local_files_only: bool = False) -> None:
         self.name = str(model_name)
-        self.empty: PreTrainedModel = empty_base(model_name)
-        self.folder = Path(model_name) if Path(model_name).is_dir() else self._download()
+        self.empty: PreTrainedModel = empty_base(model_name, local_files_only=local_files_only)
+        self.folder = Path(model_name) if Path(model_name).is_dir() else self._download(local_files_only)
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if self.config.get("quantization_config"):
             raise self._error("its weights are quantised; give the unquantised checkpoint")
@@ -61,10 +61,10 @@ class BaseFiles:
     def _error(self, reason: str) -> SRDEError:
         return SRDEError(f"base '{self.name}': {reason}.")
 
-    def _download(self) -> Path:
+    def _download(self, local_files_only: bool) -> Path:
         patterns = [*COMPANIONS, "model*.safetensors"]
         try:
-            return Path(snapshot_download(self.name, allow_patterns=patterns))
+            return Path(snapshot_download(self.name, allow_patterns=patterns, local_files_only=local_files_only))
         except (OSError, ValueError) as error:
             raise self._error(f"its files cannot be downloaded from the Hub ({' '.join(str(error).split())})") from None
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from srde_ds.errors import SRDEError
+
+_log = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def base_to_load(base: str | Path | None, named: str, *, allow_download: bool) -> tuple[str | Path, bool]:
+    """The base of an adapter, and whether it has to be on this machine already.
+
+    Args:
+        base: what the user named; it may be fetched from the Hub.
+        named: what the adapter names, which is anybody's choice; it is said, and fetched only with `allow_download`.
+    """
+    if base is not None:
+        return base, False
+    _log.info("base: %s, named by the adapter", named)
+    return named, not allow_download
 
 
 def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any) -> Any:
@@ -24,6 +42,11 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
         return auto.from_pretrained(str(model_name), trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
+        if options.get("local_files_only") and _HUB_ID.fullmatch(str(model_name)) and not Path(model_name).exists():
+            raise SRDEError(
+                f"base '{model_name}', named by the adapter, is not on this machine. If you trust it, fetch it from "
+                f"the Hub with --base {model_name} or --allow_download; else give your own as --base."
+            ) from error
         raise SRDEError(
             f"model_name={str(model_name)!r}: cannot load the {what}; give a Hugging Face id or a folder written by "
             f"save_pretrained ({reason})"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from srde_ds.utils.escape import markdown, one_line
+
 Rows = Sequence[Sequence[str]]
 
 
@@ -18,10 +20,11 @@ def aligned_table(rows: Rows, *, right: int | None = None) -> str:
     columns = len(rows[0])
     left = columns if right is None else right
     sides = ["left"] * left + ["right"] * (columns - left)
+    rows = [[one_line(cell) for cell in row] for row in rows]
     return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def markdown_table(rows: Rows) -> str:
-    """In Markdown, with each | in a cell escaped."""
-    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    """In Markdown; cells are text, whose marks mean nothing."""
+    lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -14,11 +14,12 @@ import yaml
 
 from srde_ds.cli.main import main
 from srde_ds.config import Config
+from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
+from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.report import examples, write_report
-from srde_ds.evaluation.sandbox import protections
 from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
 
 
@@ -51,6 +52,8 @@ def _options(run: Path, **changes: Any) -> EvaluateOptions:
         "compare_baseline": True,
         "each_expert": False,
         "run_code": False,
+        "sandbox": "bubblewrap",
+        "allow_download": False,
         "max_samples": 8,
         "max_new_tokens": 4,
         "batch_size": 4,
@@ -123,13 +126,47 @@ def test_programs_are_run_only_if_that_is_asked_for(run_folder: Path, tmp_path: 
     write_jsonl(eval_file, scored_records()[-4:])
     flags = [f"--checkpoint={run_folder}", f"--eval_file={eval_file}", "--max_new_tokens=2", "--local_rank=0"]
     flags += ["--bf16=false", f"--output_file={tmp_path / 'evaluation.json'}"]
-    for more, scored in (([], 3), (["--run_code"], 4)):
+    for more, scored in (([], 3), (["--run_code"], 4), (["--run_code", "--sandbox", "none"], 4)):
         caplog.clear()
         assert main(["evaluate", *flags, *more]) == 0
         result = json.loads((tmp_path / "evaluation.json").read_text())
         assert result["overall"]["srde"]["scored"] == scored
-        assert result["run"]["sandbox"] == (protections() if more else None)
+        assert result["run"]["sandbox"] == (None if not more else "none" if "none" in more else "bubblewrap")
         assert ("items with tests, not scored: 1." in caplog.text) == (not more)
+        assert ("can read, change and send all that you can" in caplog.text) == ("none" in more)
+
+
+def test_without_a_sandbox_programs_are_refused_before_anything_loads(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    options = _options(run_folder, checkpoint="/nowhere", run_code=True)
+    with pytest.raises(SRDEError, match=r"'bwrap' is missing.*--sandbox none"):
+        evaluate_command(**options)
+    with pytest.raises(SRDEError, match="there is no folder"):
+        evaluate_command(**options | {"sandbox": "none"})
+
+
+def test_results_are_written_as_they_come(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = 0
+
+    def judge(prediction: str, record: Record, scoring: str, sandbox: str | None = None) -> bool:
+        nonlocal judged
+        judged += 1
+        if judged == 3:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(results_module, "is_right", judge)
+    options = _options(run_folder, output_file=str(tmp_path / "out/evaluation.json"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_command(**options)
+    part = tmp_path / "out/evaluation_items.part0.jsonl"
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    assert len(lines) >= 2 and all(line["model"] == "srde" for line in lines)
+    assert {"item", "loss", "prediction", "correct"} <= set(lines[0])
+    evaluate_command(**options)
+    assert sorted(path.name for path in part.parent.iterdir()) == ["evaluation.json", "evaluation_items.jsonl"]
 
 
 def test_output_goes_beside_what_was_evaluated(run_folder: Path) -> None:

@@ -78,8 +78,8 @@ def test_what_an_item_carries_says_how_it_is_scored() -> None:
         "4", replace(number, answer="3"), "math"
     )
     assert is_right("Two words.", text, "exact") and not is_right("words", text, "exact")
-    assert is_right("```python\ndef add(a, b):\n    return a + b\n```", program, "code")
-    assert not is_right("def add(a, b):\n    return a - b", program, "code")
+    assert is_right("```python\ndef add(a, b):\n    return a + b\n```", program, "code", "bubblewrap")
+    assert not is_right("def add(a, b):\n    return a - b", program, "code", "bubblewrap")
 
 
 def _mean_loss_of_last(record: Record, choice: str) -> float:
@@ -121,7 +121,7 @@ def test_all_kinds_of_items_in_one_evaluation(monkeypatch: pytest.MonkeyPatch) -
         lambda model, tokenizer, asked, **_: [right.get(r.where, "") for r in asked],
     )
     result, lines = evaluate(
-        tiny_model(), tiny_tokenizer(), items, compare_baseline=True, run_code=True, each_expert=True, **OPTIONS
+        tiny_model(), tiny_tokenizer(), items, compare_baseline=True, run_code="bubblewrap", each_expert=True, **OPTIONS
     )
     assert [line["scoring"] for line in lines[9:]] == ["choice", "choice", "code", "exact"]
     assert [line["srde"]["correct"] for line in lines[11:]] == [True, True]

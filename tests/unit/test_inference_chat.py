@@ -16,6 +16,7 @@ from srde_ds.inference.chat import Chat, side_by_side
 from srde_ds.inference.command import inference_command
 from srde_ds.inference.generate import Generation, answer_length, generate
 from srde_ds.inference.options import InferenceOptions
+from srde_ds.utils.escape import terminal
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import save_model, tiny_model
 
@@ -76,8 +77,8 @@ def test_an_expert_is_pinned_and_unpinned() -> None:
     alone = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
     printed = _chat("/expert logic\nhi\n/reset\n/expert\nhi\n")
     assert alone != everyone
-    assert f"From now on: logic.\n> {alone}\n" in printed
-    assert f"From now on: math, logic, code.\n> {everyone}\n" in printed
+    assert f"From now on: logic.\n> {terminal(alone)}\n" in printed
+    assert f"From now on: math, logic, code.\n> {terminal(everyone)}\n" in printed
 
 
 def test_the_base_answers_beside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,7 @@ def test_the_base_answers_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
     with model.no_experts():
         theirs = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
-    shown = side_by_side(ours, theirs, titles=("with experts", "base"))
+    shown = side_by_side(terminal(ours), terminal(theirs), titles=("with experts", "base"))
     assert ours != theirs and shown in _chat("/base\nhi\n", stream=True)
     assert "with experts" not in _chat("/base\n/base\nhi\n")
     columns = side_by_side("one two\nthree", "four", titles=("a", "b"), width=11)
@@ -128,7 +129,7 @@ def test_unknown_commands_are_answered_and_not_sent(heard: list[list[str]]) -> N
 @pytest.mark.parametrize("stream", [False, True])
 def test_real_answers_streamed_or_not(stream: bool) -> None:
     said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], max_tokens=6, temperature=0)
-    assert f"> {said.text}\n> " in _chat("hi\n", stream=stream)
+    assert f"> {terminal(said.text)}\n> " in _chat("hi\n", stream=stream)
 
 
 def test_experts_are_shown_on_request() -> None:
@@ -158,7 +159,7 @@ def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()  # what libraries said when they were imported
     for path, stream in ((weights, False), (weights.parent, True)):
         inference_command(_options(weights=str(path), prompt="hi", stream=stream))
-        assert capsys.readouterr().out == said.text + "\n"
+        assert capsys.readouterr().out == terminal(said.text) + "\n"
     inference_command(_options(weights=str(weights), prompt="hi", show_routing=True, expert="code"))
     routing = capsys.readouterr().out
     assert "prompt:" in routing and "answer, mean: code 100%" in routing

@@ -21,6 +21,7 @@ from srde_ds.data.sources.hub import check_upload, push_to_hub
 from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import one_line
 
 SOURCES_ONLY = (
     "on_missing_source",
@@ -164,7 +165,7 @@ def _from_sources(
     for domain, figures in build.domains.items():
         long = sum(s["counts"].get("too long", 0) for s in build.sources if s["domain"] == domain)
         told = f", {long:,} longer than max_length={config.data.max_length} left out" if long else ""
-        print(f"{domain}: {figures['documents']:,} documents{told}")
+        print(f"{one_line(domain)}: {figures['documents']:,} documents{told}")
     if manifest:
         _print_rows(manifest)
     print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}\nReport: {report}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from srde_ds.data.build.options import BuildSummary
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import plot_label
 
 try:
     from matplotlib.figure import Figure
@@ -19,7 +20,7 @@ def plot_lengths(build: BuildSummary, path: Path) -> None:
     """How many documents of each domain have how many tokens."""
     figure, axes = _figure()
     for domain, figures in build.domains.items():
-        axes.stairs(figures["lengths"]["counts"], figures["lengths"]["edges"], label=domain)
+        axes.stairs(figures["lengths"]["counts"], figures["lengths"]["edges"], label=plot_label(domain))
     axes.set(xlabel="tokens of a document", ylabel="documents", xscale="log")
     axes.legend(fontsize="small")
     figure.savefig(path)
@@ -51,7 +52,7 @@ def _stacked(names: list[str], layers: dict[str, Any], label: str, path: Path) -
     figure, axes = _figure()
     bottom = [0.0] * len(names)
     for layer, values in layers.items():
-        axes.bar(names, values, bottom=bottom, label=layer)
+        axes.bar([*map(plot_label, names)], values, bottom=bottom, label=plot_label(layer))
         bottom = [low + value for low, value in zip(bottom, values, strict=True)]
     axes.set_ylabel(label)
     axes.tick_params(axis="x", rotation=30 if len(names) <= 8 else 90)

@@ -12,6 +12,7 @@ from srde_ds.data.build.outputs import CARD, JSONL
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
 from srde_ds.data.manifest import Manifest
 from srde_ds.data.records import SPLITS
+from srde_ds.utils.escape import markdown, markdown_code, terminal
 from srde_ds.utils.files import write_text
 from srde_ds.utils.tables import markdown_table
 
@@ -101,7 +102,7 @@ def _card(build: BuildSummary, manifest: Manifest | None) -> str:
         sections += [
             "## Tokenised rows",
             f"`tokenized/` holds the conversations in rows of {manifest.max_length} tokens, packed within a domain, "
-            f"with labels on the responses only. Tokenizer: `{tokenizer['name']}`, sha256 "
+            f"with labels on the responses only. Tokenizer: {markdown_code(str(tokenizer['name']))}, sha256 "
             f"`{str(tokenizer['sha256'])[:16]}`, chat template sha256 "
             f"`{str(tokenizer['chat_template_sha256'])[:16]}`.",
             markdown_table(_rows(manifest)),
@@ -151,10 +152,12 @@ def _rows(manifest: Manifest) -> list[list[str]]:
 
 
 def _troubles(build: BuildSummary) -> str:
-    lines = [f"* Source {name} is missing: {reason}" for name, reason in build.skipped.items()]
+    lines = [f"* Source {markdown(name)} is missing: {markdown(reason)}" for name, reason in build.skipped.items()]
     for domain, figures in build.domains.items():
         if figures["missing"]:
-            lines.append(f"* Domain {domain} lacks {figures['missing']:,} examples: its sources have no more.")
+            lines.append(
+                f"* Domain {markdown(domain)} lacks {figures['missing']:,} examples: its sources have no more."
+            )
     if build.forms_of_words:
         lines.append(
             f"* {build.forms_of_words} n-grams of the evaluation sets stand in so many documents that they were taken "
@@ -165,7 +168,8 @@ def _troubles(build: BuildSummary) -> str:
 
 def _reasons(build: BuildSummary) -> str:
     lines = [
-        f"* {source['name']}: " + ", ".join(f"{reason} ({count:,})" for reason, count in source["reasons"].items())
+        f"* {markdown(source['name'])}: "
+        + ", ".join(f"{markdown(reason)} ({count:,})" for reason, count in source["reasons"].items())
         for source in build.sources
         if source["reasons"]
     ]
@@ -173,11 +177,13 @@ def _reasons(build: BuildSummary) -> str:
 
 
 def _example(domain: str, figures: dict[str, Any]) -> str:
-    lines = [f"**{domain}** ({figures['example']['source']})"]
+    lines = [f"**{markdown(domain)}** ({markdown(figures['example']['source'])})"]
     for message in figures["example"]["messages"]:
         content = message["content"]
         quote = content if len(content) <= _LONGEST_QUOTE else content[:_LONGEST_QUOTE] + " …"
-        lines.append(f"{message['role']}:\n\n" + "\n".join(f"    {line}" for line in quote.splitlines()))
+        lines.append(
+            f"{markdown(message['role'])}:\n\n" + "\n".join(f"    {terminal(line)}" for line in quote.splitlines())
+        )
     return "\n\n".join(lines)
 
 

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from srde_ds.config.values import refuse_repeated_keys
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.tables import aligned_table
+from srde_ds.utils.yaml_files import read_yaml
 
 REGISTRY = Path(__file__).with_name("registry.yaml")
 KINDS = ("hub", "folder", "jsonl", "parquet", "reasoning_gym", "tasks")
@@ -128,16 +126,9 @@ def print_sources(sources: Sequence[Source]) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except OSError as error:
-        raise SRDEError(f"sources_file={path}: cannot be read: {error.strerror}. Give a YAML file.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SRDEError(f"sources_file={path}: not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path, f"sources_file={path}")
     if not isinstance(content, dict) or not content:
         raise SRDEError(f"sources_file={path}: must map each domain to a list of sources.")
-    refuse_repeated_keys(yaml.compose(text), f"sources_file={path}")
     return content
 
 
