@@ -153,7 +153,8 @@ Measure = Callable[[], AbstractContextManager[Any]]
 
 def train_measuring(flags: dict[str, Any], number: int, measure: Measure) -> Any:
     """Train here, with step `number` (from 1) inside `measure()`; what that yields. Its parts are marked."""
-    from srde_ds.distributed.deepspeed_internals import deepspeed
+    from srde_ds.model.policy import RoutingPolicy
+from srde_ds.distributed.deepspeed_internals import deepspeed
     from srde_ds.distributed.engine import Engine
     from srde_ds.training import trainer
 
@@ -167,11 +168,11 @@ def train_measuring(flags: dict[str, Any], number: int, measure: Measure) -> Any
             results.append(result)
             return step(*args)
 
-    def marked_forward(engine: Engine, batch: dict[str, Tensor]) -> Any:
+    def marked_forward(engine: Engine, batch: dict[str, Tensor], policy: RoutingPolicy) -> Any:
         mark("forward")
         if results and isinstance(results[-1], Allocated):
             results[-1].labelled.append(float((batch["labels"][:, 1:] != -100).any(0).sum()) / batch["labels"].shape[1])
-        output = forward(engine, batch)
+        output = forward(engine, batch, policy)
         mark("backward")
         return output
 

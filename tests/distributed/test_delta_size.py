@@ -29,7 +29,7 @@ def state_after_a_step(flags: dict[str, Any], size_weight: float) -> list[Tensor
     model = randomize(build_model(config, topology))
     engine = build_engine(model, config, topology)
     # The router's losses have no scale here, so only the size's counts.
-    weights = loss_weights(config.optimizer, config.training.gradient_accumulation_steps)
+    weights = loss_weights(config.losses, config.training.gradient_accumulation_steps)
     run_steps(engine, config, topology, policy=RoutingPolicy(loss_weights=weights))
     return state(engine)
 

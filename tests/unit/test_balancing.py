@@ -50,6 +50,6 @@ def test_biases_move_by_the_rate_towards_the_target() -> None:
 
 
 def test_the_micro_steps_share_the_delta_size() -> None:
-    optimizer = resolve({}, {"delta_size_weight": 2.0, "load_balancing_weight": 0.5, "router_z_weight": 0.25}).optimizer
-    found = loss_weights(optimizer, micro_steps=4)
+    losses = resolve({}, {"delta_size_weight": 2.0, "load_balancing_weight": 0.5, "router_z_weight": 0.25}).losses
+    found = loss_weights(losses, micro_steps=4)
     assert found == LossWeights(load_balancing=0.5, router_z=0.25, delta_size=0.5)

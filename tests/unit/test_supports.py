@@ -13,10 +13,10 @@ from srde_ds.model.supports.selection import (
     random_subset,
     ranking,
     select_support,
-    support_hash,
     support_size,
     value_count,
 )
+from srde_ds.weights.schema import support_hash
 from tests.helpers import adapter_config
 
 D, F = 8, 24
