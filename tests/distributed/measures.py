@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import ProcessGroup
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from srde_ds.model.policy import RoutingPolicy
 from tests.distributed.training_helpers import train_here
 
 Entry = tuple[str, int, str]
@@ -153,8 +154,7 @@ Measure = Callable[[], AbstractContextManager[Any]]
 
 def train_measuring(flags: dict[str, Any], number: int, measure: Measure) -> Any:
     """Train here, with step `number` (from 1) inside `measure()`; what that yields. Its parts are marked."""
-    from srde_ds.model.policy import RoutingPolicy
-from srde_ds.distributed.deepspeed_internals import deepspeed
+    from srde_ds.distributed.deepspeed_internals import deepspeed
     from srde_ds.distributed.engine import Engine
     from srde_ds.training import trainer
 
