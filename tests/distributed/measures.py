@@ -168,11 +168,11 @@ def train_measuring(flags: dict[str, Any], number: int, measure: Measure) -> Any
             results.append(result)
             return step(*args)
 
-    def marked_forward(engine: Engine, batch: dict[str, Tensor], policy: RoutingPolicy) -> Any:
+    def marked_forward(engine: Engine, batch: dict[str, Tensor], *policy: RoutingPolicy) -> Any:
         mark("forward")
         if results and isinstance(results[-1], Allocated):
             results[-1].labelled.append(float((batch["labels"][:, 1:] != -100).any(0).sum()) / batch["labels"].shape[1])
-        output = forward(engine, batch, policy)
+        output = forward(engine, batch, *policy)
         mark("backward")
         return output
 

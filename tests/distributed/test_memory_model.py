@@ -14,6 +14,7 @@ import torch
 from srde_ds.config import resolve
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.model.base_shape import base_shape
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.planner.activations import checkpointed_input, head_activations, layer_activations, shared_activations
 from srde_ds.planner.memory import memory
 from tests.distributed.harness import Ranks
@@ -35,9 +36,9 @@ def saved(flags: dict[str, Any]) -> tuple[int, float]:
 
     forward, found = Engine.forward, []
 
-    def counted(engine: Engine, batch: dict[str, torch.Tensor]) -> Any:
+    def counted(engine: Engine, batch: dict[str, torch.Tensor], *policy: RoutingPolicy) -> Any:
         with count_saved(list(engine.model.parameters())) as kept:
-            output = forward(engine, batch)
+            output = forward(engine, batch, *policy)
         labelled = (batch["labels"][:, 1:] != -100).any(0).sum() / MAX_LENGTH
         found.append((kept(), float(labelled)))
         return output

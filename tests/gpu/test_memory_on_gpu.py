@@ -14,6 +14,7 @@ import torch
 from srde_ds.config import resolve
 from srde_ds.data.build.from_files import build_dataset
 from srde_ds.model.base_shape import base_shape
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.planner.memory import memory
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.distributed.harness import Ranks
@@ -34,9 +35,9 @@ def peak(flags: dict[str, Any]) -> tuple[int, float]:
 
     forward, labelled = Engine.forward, []
 
-    def seen(engine: Engine, batch: dict[str, torch.Tensor]) -> Any:
+    def seen(engine: Engine, batch: dict[str, torch.Tensor], *policy: RoutingPolicy) -> Any:
         labelled.append(float((batch["labels"][:, 1:] != -100).any(0).sum()) / LENGTH)
-        return forward(engine, batch)
+        return forward(engine, batch, *policy)
 
     @contextmanager
     def watched() -> Iterator[list[float]]:
