@@ -1,11 +1,11 @@
 """SIGKILL to training processes at random moments: what each kill leaves, and whether the runs end as if unkilled.
 
-python -m benchmarks.kills      # some 25 minutes; prints a table, writes benchmarks/results/kills.json
+python -m benchmarks.kills      # hours; goes on where it was stopped; prints a table, writes results/kills.json
 
 The checks are those of tests/distributed/kill_helpers.py: after each kill `latest` names a complete checkpoint whose
 hashes are right, and so is the one before it; the next process goes on from it; no half-written folder is left from
 earlier kills. A run that got to its end has the weights, optimizer states and metrics of an unkilled one, bit for bit.
-A failed check ends this script without a result.
+A failed check ends this script with an error; what earlier runs gave stays in the record.
 """
 
 import argparse
@@ -17,58 +17,81 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.tables import measured_on
-from tests.distributed.kill_helpers import OTHER, SAVING, STEPS, Kill, killed_run
+from srde_ds.errors import SRDEError
+from tests.distributed.kill_helpers import OTHER, SAVING, STEPS, Case, killed_run
 from tests.distributed.training_helpers import make_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# World size and whether saves go on in the background; gone through again and again.
-RUNS = [(1, True), (2, True), (1, False), (1, True), (2, True), (2, False)]
+RESULTS = Path(__file__).resolve().parent / "results/kills.json"
+# Gone through again and again: ranks, saves in the background or not, both placements of experts, prunings.
+CASES = [
+    Case(1),
+    Case(2),
+    Case(1, prunings=True),
+    Case(4, expert_parallel_size=2),
+    Case(1, in_background=False),
+    Case(2, expert_parallel_size=2),
+    Case(2, prunings=True),
+    Case(4),
+    Case(2, in_background=False, expert_parallel_size=2, prunings=True),
+]
 KILLS_A_RUN = 15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    draw = random.Random(options.seed)
-    kills: list[Kill] = []
-    runs: list[dict[str, object]] = []
+    runs: list[dict[str, Any]] = []
+    if options.results.exists():
+        runs = json.loads(options.results.read_text())["runs"]
+        if any(set(run) != {"case", "seed", "seconds", "moments", "measured_on"} for run in runs):
+            raise SRDEError(
+                f"results={options.results}: a record of an older form. Move it, or give another --results."
+            )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         inputs = make_inputs(folder / "inputs")
-        while len(kills) < options.kills:
-            world_size, in_background = RUNS[len(runs) % len(RUNS)]
+        while sum(len(run["moments"]) for run in runs) < options.kills:
+            case, seed = CASES[len(runs) % len(CASES)], len(runs)
             shutil.rmtree(folder / "killed", ignore_errors=True)
-            started, before = time.monotonic(), len(kills)
-            for kill in killed_run(
-                inputs, folder, draw, world_size=world_size, in_background=in_background, most_kills=KILLS_A_RUN
-            ):
-                kills.append(kill)
-                print(len(kills), kill, flush=True)
-            seconds = round(time.monotonic() - started, 1)
-            runs.append({"world_size": world_size, "in_background": in_background, "kills": len(kills) - before})
-            runs[-1] |= {"steps": STEPS, "equal_to_the_unkilled_run": True, "seconds": seconds}
-    phases = Counter(kill.phase for kill in kills)
-    for phase in (*SAVING, *OTHER):
-        print(f"{phase:<52}{phases[phase]:>5}")
-    kept = measured_on()
+            started, moments = time.monotonic(), []
+            for kill in killed_run(inputs, folder, random.Random(seed), case, most_kills=KILLS_A_RUN):
+                moments.append(list(asdict(kill).values()))
+                print(len(runs), kill, flush=True)
+            runs.append({"case": asdict(case), "seed": seed, "seconds": round(time.monotonic() - started, 1)})
+            runs[-1] |= {"moments": moments, "measured_on": measured_on()}
+            write(options.results, runs)
+    print(table(json.loads(options.results.read_text())))
+
+
+def write(path: Path, runs: list[dict[str, Any]]) -> None:
+    """The record: sums first, then each run with its kills, which all passed every check."""
+    phases = Counter(moment[2] for run in runs for moment in run["moments"])
+    by_ranks: Counter[str] = Counter()
+    for run in runs:
+        by_ranks[str(run["case"]["world_size"])] += len(run["moments"])
     record = {
-        "kills": len(kills),
+        "kills": sum(phases.values()),
         "during_a_save": sum(phases[phase] for phase in SAVING),
         "phases": {phase: phases[phase] for phase in (*SAVING, *OTHER)},
-        "latest_complete_and_run_resumed": len(kills),
+        "by_ranks": dict(by_ranks),
+        "with_prunings": sum(len(run["moments"]) for run in runs if run["case"]["prunings"]),
+        "with_expert_parallelism": sum(len(run["moments"]) for run in runs if run["case"]["expert_parallel_size"] > 1),
         "runs_equal_to_the_unkilled_one_bit_for_bit": f"{len(runs)} of {len(runs)}",
-        "seed": options.seed,
+        "steps_of_a_run": STEPS,
         "runs": runs,
-        "environment": kept,
-        "moments": [list(asdict(kill).values()) for kill in kills],
     }
-    target = ROOT / "benchmarks/results/kills.json"
-    target.write_text(json.dumps(record) + "\n")
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(json.dumps(record) + "\n")
+    partial.replace(path)
+
+
+def table(record: dict[str, Any]) -> str:
+    return "\n".join(f"{phase:<52}{count:>5}" for phase, count in record["phases"].items())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""What the runs read: items of the quick start's six domains, new for each seed, and a text of no domain.
+"""What the runs read: items of six domains, and a text of no domain.
+
+The items are the quick start's generated tasks, new for each seed; or real ones, the files of `REAL_FOLDER`, whose
+validation items are drawn from the training split by the seed and whose test items are the same for every seed.
 
 python -m benchmarks.learning.data --budget full     # only the items, to be carried where there is no reasoning-gym
 """
@@ -6,7 +9,9 @@ python -m benchmarks.learning.data --budget full     # only the items, to be car
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +30,9 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import write_text
 
+ROOT = Path(__file__).resolve().parents[2]
+# One <domain>.jsonl.gz a domain with prompt, response, answer, domain and split.
+REAL_FOLDER = Path(os.environ.get("SRDE_REAL_DATA", ROOT.parent / "shared/real"))
 # Jules and Michel Verne, "In the Year 2889" (1889): public domain, Project Gutenberg 19362, shipped by reasoning-gym.
 # Single words of it occur in prompts of the domain `code`; prompts carry no loss.
 TEXT = "in_the_year_2889.txt"
@@ -74,7 +82,7 @@ def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
         items=folder / "items" / f"{name}.jsonl",
         text=folder / "items/text.txt",
     )
-    make_items(budget, seed, inputs.items)
+    (make_items if budget.data == "generated" else make_real_items)(budget, seed, inputs.items)
     make_text(inputs.text)
     manifest = build_dataset(
         tokenizer=inputs.tokenizer(),
@@ -87,7 +95,7 @@ def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
         seed=seed,
     )
     rows, needed = manifest.splits["train"].rows, budget.steps * budget.rows_per_step
-    if rows < needed:
+    if rows < needed and budget.data == "generated":  # real items are few: small domains come up more than once
         raise SRDEError(
             f"train_items={budget.train_items}: {rows} rows, {needed} are needed to see each once. Raise it."
         )
@@ -95,7 +103,8 @@ def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
 
 
 def item_set(budget: Budget, seed: int) -> str:
-    return f"{budget.train_items}-{budget.validation_items}-{budget.test_items}-seed{seed}"
+    prefix = "" if budget.data == "generated" else f"{budget.data}-"
+    return f"{prefix}{budget.train_items}-{budget.validation_items}-{budget.test_items}-seed{seed}"
 
 
 def make_items(budget: Budget, seed: int, path: Path) -> None:
@@ -107,6 +116,37 @@ def make_items(budget: Budget, seed: int, path: Path) -> None:
     for domain in DOMAINS:
         items = generate(domain, len(parts), seed)
         made += [item | {"split": split} for item, split in zip(items, parts, strict=True)]
+    random.Random(f"{seed}/items").shuffle(made)
+    _write(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in made))
+
+
+def make_real_items(budget: Budget, seed: int, path: Path) -> None:
+    """All splits in one file, if it is not there: at most `train_items`, `validation_items` and `test_items` a domain.
+
+    Raises:
+        SRDEError: a file of `REAL_FOLDER` is missing.
+    """
+    if path.exists():
+        return
+    made = []
+    for domain in DOMAINS:
+        source = REAL_FOLDER / f"{domain}.jsonl.gz"
+        if not source.exists():
+            raise SRDEError(f"SRDE_REAL_DATA={REAL_FOLDER}: has no {source.name}. Name the folder of the real items.")
+        with gzip.open(source, "rt", encoding="utf-8") as lines:
+            items = [json.loads(line) for line in lines]
+        # A seed of its own, so that every run is judged on the same test items.
+        test = [item for item in items if item["split"] == "test"]
+        random.Random(f"{domain}/test").shuffle(test)
+        rest = [item for item in items if item["split"] == "train"]
+        random.Random(f"{seed}/{domain}").shuffle(rest)
+        validation, train = rest[: budget.validation_items], rest[budget.validation_items :]
+        parts = {
+            "test": test[: budget.test_items],
+            "validation": validation,
+            "train": train[: budget.train_items],
+        }
+        made += [item | {"split": split} for split, own in parts.items() for item in own]
     random.Random(f"{seed}/items").shuffle(made)
     _write(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in made))
 
@@ -142,7 +182,8 @@ def main() -> None:
     budget = Plan(options.budget, lambda run: None).budget
     make_text(options.folder / "items/text.txt")
     for seed in (*budget.sweep_seeds, *budget.seeds):
-        make_items(budget, seed, options.folder / "items" / f"{item_set(budget, seed)}.jsonl")
+        make = make_items if budget.data == "generated" else make_real_items
+        make(budget, seed, options.folder / "items" / f"{item_set(budget, seed)}.jsonl")
     print(f"Written: {options.folder / 'items'}")
 
 

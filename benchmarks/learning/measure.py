@@ -17,6 +17,7 @@ from srde_ds.data.loader import validation_batches
 from srde_ds.data.records import Record
 from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.evaluation.perplexity import response_losses
+from srde_ds.evaluation.scoring import is_right, scoring_of
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
@@ -60,8 +61,13 @@ def item_figures(
     *,
     batch_size: int,
     max_new_tokens: int,
+    scored: bool,
 ) -> ItemFigures:
-    """Losses, greedy answers and, where the model has experts, routing of items."""
+    """Losses, greedy answers and, where the model has experts, routing of items.
+
+    Args:
+        scored: answers are right as `srde-ds evaluate` has it, numbers as mathematics; else if they are the same text.
+    """
     losses = response_losses(
         model,
         tokenizer,
@@ -75,13 +81,18 @@ def item_figures(
     for domain in DOMAINS:
         own = [index for index, record in enumerate(records) if record.domain == domain]
         figures.loss[domain] = sum(losses[i].loss_sum for i in own) / sum(losses[i].tokens for i in own)
-        right = [exact_match(answers[i], str(records[i].answer)) for i in own]
+        right = [_is_right(answers[i], records[i], scored=scored) for i in own]
         figures.accuracy[domain] = sum(right) / len(right)
         if figures.usage is not None:
             counts_NLE = torch.stack([losses[i].assignments for i in own]).double()  # type: ignore[misc]
             counts_LE = counts_NLE.sum(0)
             figures.usage[domain] = (counts_LE / counts_LE.sum(1, keepdim=True)).mean(0).tolist()
     return figures
+
+
+def _is_right(answer: str, record: Record, *, scored: bool) -> bool:
+    scoring = scoring_of(record, run_code=False) if scored else None
+    return exact_match(answer, str(record.answer)) if scoring is None else is_right(answer, record, scoring)
 
 
 def text_perplexity(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -19,29 +18,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from benchmarks.learning import rivals
 from benchmarks.learning.data import Inputs
 from benchmarks.learning.measure import ByDomain, row_losses
 from benchmarks.learning.plan import Flags, Run
 from srde_ds.config import DOMAINS, AdapterConfig, Config, resolve
 from srde_ds.data.loader import RowStream
+from srde_ds.data.manifest import load_manifest
 from srde_ds.distributed.processes import Topology, start_processes
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.model.adapter import SRDEModel, load_adapter
-from srde_ds.model.base import ROLES, FeedForward, find_feed_forward, load_base
-from srde_ds.model.deltas import empty_deltas
+from srde_ds.model.base import load_base
 from srde_ds.model.policy import PolicyControl
-from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.schedule import set_learning_rates
-from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data
+from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data, row_mixing
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import count_tokens, scheduled_factor, to_device
 from srde_ds.training.trainer import run as run_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-NO_FLAGS = ("values_of", "variant")  # of this benchmark, not of the trainer
+NO_FLAGS = ("values_of", "variant", "target", "rslora")  # of this benchmark, not of the trainer
 INPUTS = ("input_ids", "position_ids", "labels", "token_mask")
 
 
@@ -95,7 +93,7 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
         raise SRDEError(f"rows_at_once={budget.rows_at_once}: must divide rows_per_step={budget.rows_per_step}.")
     fixed: Flags = {
         "model_name": str(inputs.base),
-        "bf16": False,  # one precision for all methods
+        "bf16": budget.bf16,  # one precision for all methods
         "pretokenized_dir": str(inputs.rows),
         "domains": list(DOMAINS),
         "max_length": budget.max_length,
@@ -108,6 +106,8 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
         "log_steps": 10**6,
         "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
     }
+    if budget.data == "real":  # domains of very different size
+        fixed["domain_weights"] = ",".join(f"{domain}=1" for domain in DOMAINS)
     if run.flags.get("warm_start"):
         fixed["warm_start_method"] = "kmeans"  # of rows that name none
     own = {key: value for key, value in run.flags.items() if key not in NO_FLAGS}
@@ -146,7 +146,8 @@ def train_srde(config: Config) -> Trained:
     if not (folder / "completed.json").exists():
         raise KeyboardInterrupt
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    model = load_adapter(folder / "srde_weights.safetensors", base=str(config.model.model_name))
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    model = load_adapter(folder / "srde_weights.safetensors", base=str(config.model.model_name), dtype=dtype)
     model.to(device).eval()
     tokens = [line["tokens"] for line in lines]
     new = [after - before for before, after in zip([0, *tokens], tokens, strict=False)]
@@ -167,24 +168,30 @@ def train_baseline(run: Run, config: Config, inputs: Inputs) -> Trained:
     """LoRA, SHiRA, all of the feed-forward weights, or nothing (`base`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.training.seed)
-    base = load_base(inputs.base, dtype=torch.float32).to(device)
-    parameters = PARAMETERS[run.kind](base, run) if run.kind != "base" else []
+    base = load_base(inputs.base, dtype=torch.bfloat16 if config.model.bf16 else torch.float32).to(device)
+    parameters = rivals.PARAMETERS[run.kind](base, run, inputs) if run.kind != "base" else []
     model = SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(inputs.base)})
-    losses, seconds, tokens = _fit(model, parameters, config, inputs) if parameters else ([], [], 0)
+    muon = "muon_lr" in run.flags
+    losses, seconds, tokens = _fit(model, parameters, config, inputs, muon=muon) if parameters else ([], [], 0)
     model.eval()
     validation = row_losses(model, inputs.split("validation"), config.training.batch_size)
     return Trained(model, validation, [], losses, seconds, tokens, sum(p.numel() for p in parameters))
 
 
 def _fit(
-    model: SRDEModel, parameters: list[nn.Parameter], config: Config, inputs: Inputs
+    model: SRDEModel, parameters: list[nn.Parameter], config: Config, inputs: Inputs, *, muon: bool
 ) -> tuple[list[float], list[float], int]:
     """The steps of the trainer without its distribution: losses, seconds and tokens."""
     training, settings = config.training, config.optimizer
     micro_steps = training.gradient_accumulation_steps
-    stream = RowStream(inputs.split("train"), seed=training.seed, global_batch_rows=training.batch_size * micro_steps)
-    group = {"params": parameters, "peak_lr": settings.learning_rate, "weight_decay": settings.weight_decay}
-    optimizer = torch.optim.AdamW([group], betas=(settings.adam_beta1, settings.adam_beta2), eps=1e-8)
+    stream = RowStream(
+        inputs.split("train"),
+        seed=training.seed,
+        global_batch_rows=training.batch_size * micro_steps,
+        phases=row_mixing(config.data, load_manifest(inputs.rows)),
+    )
+    masters = rivals.Masters(parameters)
+    optimizer = rivals.optimizer_of(masters.values, settings, muon=muon)
     losses, seconds, tokens = [], [], 0
     model.train()
     for step in range(training.max_steps):
@@ -199,68 +206,19 @@ def _fit(
             moved = to_device(batch, model.base.device)
             loss_sum = model(**{key: moved[key] for key in INPUTS}).loss_sum
             (loss_sum / counts["labels"].to(loss_sum.device)).backward()
+            masters.take_gradients()
             total += loss_sum.detach()
-        norm = nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(masters.values, settings.max_grad_norm)
         losses.append(float(total) / int(counts["labels"]))
         if not (math.isfinite(losses[-1]) and math.isfinite(float(norm))):
             raise Diverged(f"step {step + 1}: the loss is {losses[-1]}, the gradient's norm {float(norm)}.")
         set_learning_rates(optimizer, scheduled_factor(settings, training.max_steps, step))
         optimizer.step()
         optimizer.zero_grad()
+        masters.publish()
         seconds.append(time.monotonic() - started)
         tokens += int(counts["real_tokens"])
     return losses, seconds, tokens
-
-
-def lora_parameters(base: PreTrainedModel, run: Run) -> list[nn.Parameter]:
-    """PEFT's LoRA on the three projections. alpha = rank: the swept rate stands for any other scale."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    blocks = find_feed_forward(base)
-    rank = equal_rank(blocks, run.flags["values_of"])
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=_projections(blocks)), base)
-    return [parameter for parameter in base.parameters() if parameter.requires_grad]
-
-
-def shira_parameters(base: PreTrainedModel, run: Run) -> list[nn.Parameter]:
-    """PEFT's SHiRA on the three projections: random single weights, as many as LoRA of the same rank has values."""
-    from peft import ShiraConfig, inject_adapter_in_model
-
-    blocks = find_feed_forward(base)
-    rank = equal_rank(blocks, run.flags["values_of"])
-    config = ShiraConfig(r=rank, random_seed=run.seed, target_modules=_projections(blocks))
-    inject_adapter_in_model(config, base)
-    return [parameter for parameter in base.parameters() if parameter.requires_grad]
-
-
-def all_parameters(base: PreTrainedModel, run: Run) -> list[nn.Parameter]:
-    """The weights of all feed-forward blocks."""
-    parameters = [weight for block in find_feed_forward(base) for weight in block.weights()]
-    return [parameter.requires_grad_() for parameter in parameters]  # type: ignore[misc]
-
-
-PARAMETERS: dict[str, Callable[[PreTrainedModel, Run], list[nn.Parameter]]] = {
-    "lora": lora_parameters,
-    "shira": shira_parameters,
-    "full": all_parameters,
-}
-
-
-def equal_rank(blocks: list[FeedForward], flags: Flags) -> int:
-    """The rank at which adapters of the projections have as many values as SRDE with these flags has trainables."""
-    adapter = resolve({}, flags).adapter
-    values = sum(_srde_values(adapter, block.hidden, block.intermediate) for block in blocks)
-    return max(1, round(values / sum(len(ROLES) * (block.hidden + block.intermediate) for block in blocks)))
-
-
-def _srde_values(adapter: AdapterConfig, hidden: int, intermediate: int) -> int:
-    size = support_size(adapter, hidden, intermediate)
-    bank = empty_deltas(adapter, hidden=hidden, size=size)
-    return sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
-
-
-def _projections(blocks: list[FeedForward]) -> list[str]:
-    return sorted({block.roles[role] for block in blocks for role in ROLES})
 
 
 def figures(trained: Trained) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,8 @@ SUITES = Path(__file__).with_name("suites.yaml")
 STEP_FLAGS = ("warmup_steps", "expert_pretrain_steps", "density_warmup_steps", "eval_steps")
 WARMUP = "10%"
 
-Kind = Literal["base", "srde", "lora", "shira", "full"]
+Kind = Literal["base", "srde", "lora", "routed_lora", "shira", "full"]
+Data = Literal["generated", "real"]
 Flags = dict[str, Any]
 Record = dict[str, Any]
 """A line of the results file; see run.py."""
@@ -45,6 +46,11 @@ class Budget:
         curve: steps between two points of a validation curve, in percent of all.
         sweep_seeds, seeds: of the sweep, and of the reported runs. A seed draws items, order, supports and routers.
         flags: of all SRDE runs.
+        data: generated tasks, new for each seed; or the real items of `data.REAL_FOLDER`, the same test items for all
+            seeds.
+        bf16: bfloat16 with fp32 masters for all methods, else float32.
+        short_steps: successive halving (Jamieson and Talwalkar 2016): all rates are swept at this length, and the best
+            `finalists` of them at full length. None: all at full length.
     """
 
     name: str
@@ -64,11 +70,20 @@ class Budget:
     sweep_seeds: list[int]
     seeds: list[int]
     flags: Flags
+    data: Data = "generated"
+    bf16: bool = False
+    short_steps: int | None = None
+    finalists: int = 2
 
     def sizes(self) -> dict[str, Any]:
         """What a run's result depends on."""
-        no_part = ("eval_batch", "rates", "curve", "sweep_seeds", "seeds", "flags")
-        return {key: value for key, value in asdict(self).items() if key not in no_part}
+        no_part = ("eval_batch", "rates", "curve", "sweep_seeds", "seeds", "flags", "short_steps", "finalists")
+        later = {"data": "generated", "bf16": False}  # older records lack these fields
+        return {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in no_part and not (key in later and value == later[key])
+        }
 
 
 @dataclass(frozen=True)
@@ -163,12 +178,29 @@ class Plan:
         return [row for row in rows.values() if (row.core or not core) and (only is None or row.name in only)]
 
     def sweep(self, row: Row) -> list[Run]:
-        """The runs that choose the row's rate."""
-        source = self.source(row)
-        return [run for rates in source.grid[: self.budget.rates] for run in self._at_rate(source, rates)]
+        """The runs that choose the row's rate, as far as they are known."""
+        source, budget = self.source(row), self.budget
+        grid = source.grid[: budget.rates]
+        if budget.short_steps is None:
+            return [run for rates in grid for run in self._at_rate(source, rates, budget)]
+        short = replace(budget, steps=budget.short_steps)
+        runs = [run for rates in grid for run in self._at_rate(source, rates, short)]
+        finalists = self._finalists(source) or []
+        return runs + [run for rates in finalists for run in self._at_rate(source, rates, budget)]
 
-    def _at_rate(self, source: Row, rates: Flags) -> list[Run]:
-        return [self._run(source, rates, seed, report=False) for seed in self.budget.sweep_seeds]
+    def _at_rate(self, source: Row, rates: Flags, budget: Budget) -> list[Run]:
+        return [self._run(source, rates, seed, budget, report=False) for seed in self.budget.sweep_seeds]
+
+    def _finalists(self, source: Row) -> list[Flags] | None:
+        """The rates that are swept at full length; None as long as the short sweep is not done."""
+        budget = self.budget
+        if budget.short_steps is None:
+            return source.grid[: budget.rates]
+        points = self._losses(source, source.grid[: budget.rates], replace(budget, steps=budget.short_steps))
+        if any(loss is None for _, loss in points):
+            return None
+        finite = [point for point in points if point[1] != float("inf")]
+        return [rates for rates, _ in sorted(finite, key=lambda point: point[1] or 0.0)[: budget.finalists]]
 
     def source(self, row: Row) -> Row:
         """The row whose grid its rate comes from: itself or another one; the base needs none."""
@@ -180,23 +212,29 @@ class Plan:
         Raises:
             SweepDiverged: every rate does.
         """
+        if not self.source(row).grid:
+            return {}
         swept = self.sweep_losses(row)
         if not swept:
-            return {}
+            return None if self._finalists(self.source(row)) is None else self._diverged(row)
         if any(loss is None for _, loss in swept):
             return None
         rates, loss = min(swept, key=lambda point: point[1] or 0.0)
-        if loss == float("inf"):
-            raise SweepDiverged(f"{row.name}: every rate of its sweep diverges: lower those of its grid.")
-        return rates
+        return self._diverged(row) if loss == float("inf") else rates
+
+    def _diverged(self, row: Row) -> Flags:
+        raise SweepDiverged(f"{row.name}: every rate of its sweep diverges: lower those of its grid.")
 
     def sweep_losses(self, row: Row) -> list[tuple[Flags, float | None]]:
         """Rates with their mean `late_loss` over the sweep's seeds: infinite where one diverged, None as long as one
-        was not run."""
+        was not run. With successive halving those of the finalists, once they are known."""
         source = self.source(row)
+        return self._losses(source, self._finalists(source) or [], self.budget)
+
+    def _losses(self, source: Row, grid: Sequence[Flags], budget: Budget) -> list[tuple[Flags, float | None]]:
         points: list[tuple[Flags, float | None]] = []
-        for rates in source.grid[: self.budget.rates]:
-            found = [self.find(run) for run in self._at_rate(source, rates)]
+        for rates in grid:
+            found = [self.find(run) for run in self._at_rate(source, rates, budget)]
             losses = [late_loss(record) for record in found if record is not None]
             points.append((rates, sum(losses) / len(losses) if len(losses) == len(found) else None))
         return points
@@ -204,11 +242,13 @@ class Plan:
     def reported(self, row: Row) -> list[Run] | None:
         """The runs that the table shows; None as long as their rate is not known."""
         rates = self.rates(row)
-        return None if rates is None else [self._run(row, rates, seed, report=True) for seed in self.budget.seeds]
+        if rates is None:
+            return None
+        return [self._run(row, rates, seed, self.budget, report=True) for seed in self.budget.seeds]
 
     def example(self, row: Row) -> Run:
         """A run of the row as it would be with the first rate of its grid."""
-        return self._run(row, (self.source(row).grid or [{}])[0], self.budget.sweep_seeds[0], report=True)
+        return self._run(row, (self.source(row).grid or [{}])[0], self.budget.sweep_seeds[0], self.budget, report=True)
 
     def missing(self, rows: Sequence[Row]) -> tuple[list[Run], int]:
         """The runs that can be started now, sweeps first, and how many more will follow from them.
@@ -228,19 +268,19 @@ class Plan:
             ready += [run for run in reported or [] if self.find(run) is None]
         return list({run.key(""): run for run in ready}.values()), later
 
-    def _run(self, row: Row, rates: Flags, seed: int, *, report: bool) -> Run:
+    def _run(self, row: Row, rates: Flags, seed: int, budget: Budget, *, report: bool) -> Run:
         flags = row.flags | rates
         if row.kind == "srde":
-            flags = self.budget.flags | flags
+            flags = budget.flags | flags
         if row.curve and report:
-            flags = flags | {"eval_steps": self.budget.curve}
-        flags = in_steps(flags, self.budget.steps)
+            flags = flags | {"eval_steps": budget.curve}
+        flags = in_steps(flags, budget.steps)
         if row.equal_to:
             flags["values_of"] = self.rows[row.equal_to].flags
         if row.variant:
             flags["variant"] = row.variant
         table = row.expert_table and report
-        return Run(row.name, row.kind, flags, seed, report, table, self.budget)
+        return Run(row.name, row.kind, flags, seed, report, table, budget)
 
 
 def late_loss(record: Record) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
-from itertools import cycle
 from typing import Any
 from unittest import mock
 
@@ -65,8 +64,6 @@ def neurons_by_depth(sizes: Sequence[int]) -> Patch:
     patches = ExitStack()
     patches.enter_context(mock.patch("srde_ds.model.adapter.support_chooser", chooser))
     patches.enter_context(mock.patch.object(attach, "build_deltas", build))
-    stored = cycle(sizes)  # loading asks once for each layer, from the first on
-    patches.enter_context(mock.patch("srde_ds.model.adapter.support_shape", lambda *_: (next(stored),)))
     # A layer with more neurons than the config says would be pruned.
     patches.enter_context(mock.patch.object(Engines, "_must_shrink", lambda *_: False))
     return patches

@@ -68,6 +68,7 @@ class Worker:
             inputs.test_records(),
             batch_size=budget.eval_batch,
             max_new_tokens=budget.new_tokens,
+            scored=budget.data == "real",
         )
         perplexity = measure.text_perplexity(
             model,

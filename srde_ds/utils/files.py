@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -32,6 +32,21 @@ def replacement(target: Path, *, durable: bool = False, many_writers: bool = Fal
             sync(target.parent)
     finally:
         remove(partial)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """An empty folder for as long as the block runs. Folders made above it go too, if they are empty then."""
+    remove(path)
+    made = [parent for parent in path.parents if not parent.exists()]
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        remove(path)
+        for parent in made:
+            with suppress(OSError):  # it holds the result
+                parent.rmdir()
 
 
 def write_text(target: Path, text: str, *, durable: bool = False, many_writers: bool = False) -> None:

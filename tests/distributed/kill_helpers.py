@@ -34,28 +34,41 @@ SAVING = (
     "save: older checkpoint being removed",
 )
 OTHER = ("starting or resuming", "training", "exporting")
-ANY_MOMENT, A_SAVE, PUBLISHING = "any moment", "a save", "the publishing of a save"
+ANY_MOMENT, A_SAVE, PUBLISHING, EXPORT = "any moment", "a save", "the publishing of a save", "the export"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run that is killed: ranks, whether saves go on in the background, ranks that share the experts, and whether
+    its supports are pruned on the way, so that checkpoints change their shapes."""
+
+    world_size: int
+    in_background: bool = True
+    expert_parallel_size: int = 1
+    prunings: bool = False
+
+    def flags(self) -> dict[str, Any]:
+        own = {"expert_parallel_size": self.expert_parallel_size, "save_in_background": self.in_background}
+        if self.prunings:
+            own |= {"initial_density": 0.8, "density_warmup_steps": STEPS // 2, "density_prunings": 3}
+        return own | {"batch_size": 8 // self.world_size, "gradient_accumulation_steps": 1}
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: how many ranks there were and which got the signal, where it was aimed at, and where it landed."""
+    """One kill: which ranks got the signal, what it was aimed at, and where it landed."""
 
-    world_size: int
-    in_background: bool
     ranks: str
     aim: str
     phase: str
     latest: str
 
 
-def killed_run(
-    inputs: Inputs, folder: Path, draw: random.Random, *, world_size: int, in_background: bool, most_kills: int
-) -> Iterator[Kill]:
+def killed_run(inputs: Inputs, folder: Path, draw: random.Random, case: Case, *, most_kills: int) -> Iterator[Kill]:
     """Train a run to its end through at most `most_kills` kills, each checked; then compare it with an unkilled one.
 
     Args:
-        folder: for the runs; the unkilled one is kept there for the next call with as many ranks.
+        folder: for the runs; the unkilled one is kept there for the next call with a case like this one.
     """
     flags = inputs.flags(
         folder / "killed",
@@ -64,13 +77,12 @@ def killed_run(
         save_total_limit=KEEP,
         eval_steps=0,
         density=0.5,  # some 200 KB a checkpoint: time to be killed in
-        batch_size=8 // world_size,
-        gradient_accumulation_steps=1,
-        save_in_background=in_background,
         collective_timeout=30,
         start_timeout=30,
+        **case.flags(),
     )
-    unkilled = folder / f"unkilled-{world_size}"
+    world_size = case.world_size
+    unkilled = unkilled_folder(folder, case)
     if not unkilled.exists():
         with ranks(flags | {"output_dir": str(unkilled)}, world_size, folder / "log") as processes:
             assert ended(processes) == [0] * world_size, (folder / "log").read_text()
@@ -90,10 +102,15 @@ def killed_run(
         assert resumed is None or int(resumed[1]) == first
         if -9 in status:
             kills += 1
-            yield Kill(world_size, in_background, signalled, str(aim), *state_after_kill(run, log, before, world_size))
+            yield Kill(signalled, str(aim), *state_after_kill(run, log, before, world_size))
         else:
             assert status == [0] * world_size, log.read_text()
     assert_equal_runs(run, unkilled)
+
+
+def unkilled_folder(folder: Path, case: Case) -> Path:
+    pruned = "-pruned" if case.prunings else ""
+    return folder / f"unkilled-{case.world_size}-{case.expert_parallel_size}{pruned}"
 
 
 def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
@@ -166,13 +183,18 @@ def goes_on_from(run: Path, draw: random.Random) -> str | None:
 
 def wait_to_kill(run: Path, draw: random.Random) -> str:
     """Wait for a random moment, in most cases one of a save that is then going on; what it was aimed at."""
-    aim = draw.choices((ANY_MOMENT, A_SAVE, PUBLISHING), (2, 4, 4))[0]
+    aim = draw.choices((ANY_MOMENT, A_SAVE, PUBLISHING, EXPORT), (4, 8, 8, 1))[0]
     if aim == ANY_MOMENT:
         time.sleep(draw.uniform(0, 3))
         return aim
+    deadline = time.monotonic() + LAST_SECONDS
+    if aim == EXPORT:
+        while not (run / f"checkpoint-{STEPS}").exists() and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        time.sleep(draw.uniform(0, 0.15))
+        return aim
     sign, longest = ("checkpoint-*", 0.06) if aim == A_SAVE else ("checkpoint-*/manifest.json", 0.03)
     seen = saves(run, "checkpoint-*") | saves(run, "checkpoint-*/manifest.json")
-    deadline = time.monotonic() + LAST_SECONDS
     for _ in range(draw.choice([1, 1, 2, 3])):
         while not (new := saves(run, sign) - seen):
             if (run / "completed.json").exists() or time.monotonic() > deadline:

@@ -374,4 +374,4 @@ def test_from_named_parameters_of_experts() -> None:
 
 def test_the_documented_example() -> None:
     results = doctest.testmod(gram_muon)
-    assert results.attempted == 6 and results.failed == 0
+    assert results.attempted == 8 and results.failed == 0

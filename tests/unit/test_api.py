@@ -88,7 +88,7 @@ def test_several_files_make_one_dataset(base: Path, tmp_path: Path) -> None:
 
 def test_what_build_dataset_refuses(base: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "train.jsonl")
-    with pytest.raises(SRDEError, match="'domainz'.*'domains'"):
+    with pytest.raises(SRDEError, match="'domainz'.*'domain'"):
         build_dataset(data, model_name=base, output=tmp_path / "rows", domainz="red")
     with pytest.raises(SRDEError, match="none.jsonl"):
         build_dataset(tmp_path / "none.jsonl", model_name=base, output=tmp_path / "rows", domains=DOMAINS)

@@ -59,7 +59,7 @@ def test_boolean_flags_take_an_optional_value(arguments: list[str], expected: bo
 
 def test_boolean_flags_of_other_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, Any] = {}
-    with patch("srde_ds.inference.command.inference_command", lambda options: seen.update(vars(options))):
+    with patch("srde_ds.inference.command.inference_command", lambda options, _: seen.update(vars(options))):
         assert main(["inference", "--srde_weights", "w", "--prompt", "x", "--stream", "--bf16", "false"]) == 0
         assert (seen["stream"], seen["bf16"], seen["interactive"]) == (True, False, False)
         assert main(["inference", "--stream", "w", "--prompt", "x"]) == 0  # the word after it is the weights
@@ -76,7 +76,7 @@ def test_every_verb_takes_weights_by_the_same_names(capsys: pytest.CaptureFixtur
         ("convert",): "srde_ds.export.command.convert_command",
     }
     for (verb, *others), function in commands.items():
-        with patch(function, seen.append):
+        with patch(function, lambda options, *_: seen.append(options)):
             for words in (["w"], *([flag, "w"] for flag in ("--weights", "--checkpoint", "--srde_weights", "--run"))):
                 for arguments in ([*words, *others], [*others, *words]):
                     assert main([verb, *arguments]) == 0
@@ -95,11 +95,11 @@ def test_every_verb_takes_weights_by_the_same_names(capsys: pytest.CaptureFixtur
 
 def test_two_names_of_one_option(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
-    with patch("srde_ds.evaluation.command.evaluate_command", seen.append):
+    with patch("srde_ds.evaluation.command.evaluate_command", lambda options, _: seen.append(options)):
         for tokens, output in (("--max_tokens", "--output"), ("--max_new_tokens", "--output_file")):
             assert main(["evaluate", "w", "--eval_file", "e", tokens, "7", output, "o"]) == 0
             assert (seen[-1].max_new_tokens, seen[-1].output_file) == (7, "o")
-    with patch("srde_ds.inference.command.inference_command", seen.append):
+    with patch("srde_ds.inference.command.inference_command", lambda options, _: seen.append(options)):
         for tokens, output in (("--max_tokens", "--output"), ("--max_new_tokens", "--output_file")):
             assert main(["inference", "w", tokens, "7", output, "o"]) == 0
             assert (seen[-1].max_tokens, seen[-1].output_file) == (7, "o")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import json
 import math
 import os
@@ -9,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.learning import methods, run, tables, worker
+from benchmarks.learning import data, methods, rivals, run, tables, worker
 from benchmarks.learning.data import Inputs
 from benchmarks.learning.plan import Plan, Record, Run, in_steps, late_loss
 from benchmarks.learning.store import Store, read_records
@@ -22,6 +26,7 @@ from benchmarks.learning.summary import first_crossing, result_of, sweep_of
 from srde_ds.config import DOMAINS
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
+from srde_ds.model.base import ROLES, find_feed_forward
 from tests.data_helpers import tiny_tokenizer
 from tests.helpers import tiny_llama
 
@@ -30,6 +35,15 @@ TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Of two layers: A and B of three projections; of seven; router and three experts' A and B; one tensor a projection.
+PARAMETERS = {
+    "LoRA": 12,
+    "LoRA on all linear layers": 28,
+    "rsLoRA": 12,
+    "LoRA with Muon": 12,
+    "routed LoRA": 14,
+    "SHiRA": 6,
+}
 Judge = Callable[[Run], float]
 
 
@@ -63,7 +77,7 @@ def plan(store: Store) -> Plan:
     return Plan("small", store.find)
 
 
-@pytest.mark.parametrize("budget", ["toy", "small", "full"])
+@pytest.mark.parametrize("budget", ["toy", "small", "medium", "full"])
 def test_the_trainer_knows_the_flags_of_every_row(budget: str, tmp_path: Path) -> None:
     plan = Plan(budget, lambda run: None)
     inputs = Inputs(tmp_path, tmp_path, tmp_path, tmp_path)
@@ -210,11 +224,12 @@ def test_the_page_shows_means_spreads_and_what_is_missing(plan: Plan, store: Sto
 
 
 @pytest.mark.parametrize(
-    ("row", "like"), [("LoRA", "SRDE neuron"), ("SHiRA", "SRDE neuron"), ("one delta", "SRDE neuron")]
+    "row", ["LoRA", "LoRA on all linear layers", "rsLoRA", "LoRA with Muon", "routed LoRA", "SHiRA", "one delta"]
 )
-def test_methods_of_equal_size_are_of_equal_size(row: str, like: str, plan: Plan) -> None:
+def test_methods_of_equal_size_are_of_equal_size(row: str, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rivals, "domain_routers", lambda *_: [torch.zeros(len(DOMAINS), 128)] * 2)
     sizes = {}
-    for name in (row, like):
+    for name in (row, "SRDE neuron"):
         run = plan.example(plan.rows[name])
         base = tiny_llama(hidden_size=128, intermediate_size=1600)
         if run.kind == "srde":
@@ -223,10 +238,100 @@ def test_methods_of_equal_size_are_of_equal_size(row: str, like: str, plan: Plan
             model = add_experts(base, config.adapter, expert_names=names, seed=0)
             sizes[name] = sum(math.prod(p.srde_shape) for _, p in model.trainable_parameters())
         else:
-            parameters = methods.PARAMETERS[run.kind](base, run)
-            assert len(parameters) == 2 * 3 * (2 if run.kind == "lora" else 1)  # layers, projections, A and B
+            parameters = rivals.PARAMETERS[run.kind](base, run, Inputs(*[Path()] * 4))
+            assert len(parameters) == PARAMETERS[row]
             sizes[name] = sum(p.numel() for p in parameters)
-    assert abs(sizes[row] / sizes["SRDE neuron"] - 1) < 0.05
+    # Six experts of a whole rank each come less close on so narrow a base.
+    assert abs(sizes[row] / sizes["SRDE neuron"] - 1) < (0.2 if row == "routed LoRA" else 0.05)
+
+
+def test_short_sweeps_choose_what_is_swept_at_full_length(store: Store) -> None:
+    plan = Plan("medium", store.find)
+    short, full = plan.budget.short_steps, plan.budget.steps
+    losses = {0.02: 1.3, 0.06: 1.2, 0.006: 1.4, 0.2: math.inf, 0.002: 1.6}
+    done = finish(
+        plan,
+        store,
+        "SRDE neuron",
+        # At full length the order is another one.
+        lambda run: losses[run.flags["muon_lr"]] if run.budget.steps == short else 2 - losses[run.flags["muon_lr"]],
+    )
+    swept = [(run.flags["muon_lr"], run.budget.steps) for run in done if not run.report]
+    assert swept == [*((rate, short) for rate in losses), (0.06, full), (0.02, full)]
+    assert {run.flags["muon_lr"] for run in done if run.report} == {0.02}
+    assert all(run.budget.steps == full for run in done if run.report)
+
+
+def test_rates_that_all_diverge_in_the_short_sweep_are_a_result(store: Store) -> None:
+    plan = Plan("medium", store.find)
+    done = finish(plan, store, "LoRA", lambda run: math.inf)
+    assert len(done) == plan.budget.rates and result_of(plan, plan.rows["LoRA"]) is None
+
+
+def test_masters_keep_what_bfloat16_would_lose() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    masters = rivals.Masters([parameter])
+    optimizer = torch.optim.SGD(masters.values, lr=1e-3)
+    for _ in range(8):
+        parameter.sum().backward()
+        masters.take_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        masters.publish()
+    assert parameter.grad is None
+    torch.testing.assert_close(masters.values[0].data, torch.full((3,), 1 - 8e-3))
+    assert parameter.data.tolist() == torch.full((3,), 1 - 8e-3).bfloat16().tolist()
+
+
+def test_routed_lora_is_the_mixture_of_merged_blocks() -> None:
+    torch.manual_seed(0)
+    base = tiny_llama().double()
+    feed_forward = find_feed_forward(base)[0]
+    hidden, block = feed_forward.hidden, feed_forward.block
+    routed = rivals.RoutedLoRA(feed_forward, experts=3, top_k=2, rank=2, router=torch.randn(3, hidden))
+    x = torch.randn(5, hidden, dtype=torch.float64)
+    torch.testing.assert_close(routed(x), block(x))  # B starts at zero
+    for second in routed.second.values():
+        torch.nn.init.normal_(second)
+    outputs = []
+    for expert in range(3):
+        merged = copy.deepcopy(block)
+        for role in ROLES:
+            weight = getattr(merged, feed_forward.roles[role]).weight
+            weight.data += routed.second[role][expert] @ routed.first[role][expert]
+        outputs.append(merged(x))
+    chosen, index = (x.float() @ routed.router.float().T).topk(2, dim=1)
+    expected = torch.stack(
+        [
+            sum(weight * outputs[expert][token] for weight, expert in zip(weights, experts, strict=True))
+            for token, (weights, experts) in enumerate(zip(chosen.softmax(1).double(), index.tolist(), strict=True))
+        ]
+    )
+    torch.testing.assert_close(routed(x), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_real_items_are_drawn_by_seed_but_for_the_test_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for domain in DOMAINS:
+        items = [
+            {"prompt": f"{domain} {n}", "response": "r", "answer": "r", "domain": domain, "split": split}
+            for split, count in (("train", 9), ("test", 5))
+            for n in range(count)
+        ]
+        with gzip.open(tmp_path / f"{domain}.jsonl.gz", "wt") as file:
+            file.writelines(json.dumps(item) + "\n" for item in items)
+    monkeypatch.setattr(data, "REAL_FOLDER", tmp_path)
+    budget = replace(Plan("medium", lambda run: None).budget, validation_items=2, test_items=3)
+    drawn = {}
+    for seed in (1, 2):
+        data.make_real_items(budget, seed, tmp_path / f"{seed}.jsonl")
+        drawn[seed] = [json.loads(line) for line in (tmp_path / f"{seed}.jsonl").open()]
+    prompts = {
+        seed: {split: {i["prompt"] for i in items if i["split"] == split} for split in ("train", "validation", "test")}
+        for seed, items in drawn.items()
+    }
+    assert prompts[1]["test"] == prompts[2]["test"] and prompts[1]["validation"] != prompts[2]["validation"]
+    assert [len(prompts[1][split]) for split in ("train", "validation", "test")] == [42, 12, 18]
+    assert not prompts[1]["train"] & prompts[1]["validation"]
 
 
 def test_where_a_curve_comes_down_to_a_loss() -> None:

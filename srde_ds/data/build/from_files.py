@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from srde_ds.data.manifest import (
 from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS, Record
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import scratch_folder
 
 __all__ = ["InputFiles", "build_dataset", "check_files", "load_manifest"]
 
@@ -112,13 +113,11 @@ def build_dataset(
         _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
         log.info("'%s' was built from the same files and options: it is used as it is", output_dir)
         return existing
-    scratch = output_dir.with_name(f"{output_dir.name}.building")
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise SRDEError(f"'{output_dir}' cannot be made: {error.strerror}. Choose another folder.") from None
-    try:
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(scratch_folder(output_dir.with_name(f"{output_dir.name}.building")))
+        except OSError as error:
+            raise SRDEError(f"'{output_dir}' cannot be made: {error.strerror}. Choose another folder.") from None
         with ArtifactStore(scratch / "artifacts", num_processes, partial(set_tokenizer, tokenizer)) as store:
             records = _RecordFiles(scratch)
             manifest.bad_records = check_files(inputs, tokenizer, records.add)
@@ -126,8 +125,6 @@ def build_dataset(
             manifest.bad_records += refused
             made_from = {split: (inputs.name(split), hashes[inputs.name(split)]) for split in SPLITS}
             write_rows(output_dir, manifest, documents, made_from, pad_token_id(tokenizer), store)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return manifest
 
 
