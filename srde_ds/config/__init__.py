@@ -1,14 +1,13 @@
 """What a run is: one dataclass a section, read from YAML and flags, without side effects."""
 
+from srde_ds.config.data_section import DOMAINS, DataConfig
 from srde_ds.config.derive import RunInputs
 from srde_ds.config.resolve import resolve
 from srde_ds.config.schema import (
-    DOMAINS,
     PRESETS,
     AdapterConfig,
     Config,
     CurriculumConfig,
-    DataConfig,
     LossConfig,
     ModelConfig,
     OptimizerConfig,

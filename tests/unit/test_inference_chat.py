@@ -210,7 +210,7 @@ def test_interactive_reads_standard_input(
         ({"prompt": "a", "output_file": "b"}, "--output_file is for the answers to --prompts_file"),
         ({"prompts_file": "a", "output_file": f"{__file__}/b"}, "is not a folder"),
         ({"prompts_file": "a", "output_file": str(Path(__file__).parent)}, "it is a folder"),
-        ({"prompts_file": "/no/such"}, "cannot be read"),
+        ({"prompts_file": "/no/such"}, "no such file"),
         ({"prompt": " "}, "prompt=''"),
         ({"prompt": "a", "weights": "/nowhere"}, "no such file or folder"),
     ],
@@ -220,6 +220,6 @@ def test_bad_input_is_refused_before_anything_loads(changes: dict[str, Any], mes
         inference_command(_options(**changes))
 
 
-def test_a_folder_without_weights_says_how_to_make_them(tmp_path: Path) -> None:
-    with pytest.raises(SRDEError, match="srde-ds convert"):
+def test_a_folder_without_weights_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(SRDEError, match="folder of a run that has saved a checkpoint"):
         inference_command(_options(weights=str(tmp_path), prompt="a"))

@@ -1,0 +1,99 @@
+"""The section `data` of a run's options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from srde_ds.config.values import option
+
+DOMAINS = ("math", "logic", "code", "science", "planning", "abstract")
+
+
+@dataclass
+class DataConfig:
+    """Where the rows come from."""
+
+    jsonl_data: str | None = option(
+        None,
+        "training records: a file, a folder or a pattern in quotes; JSON lines or array, Parquet, CSV or TSV, "
+        "also .gz or .zst (docs/data.md lists the forms)",
+        metavar="FILES",
+        aliases=("train_file",),
+        common=True,
+    )
+    eval_file: str | None = option(
+        None,
+        "held-out records, read like jsonl_data, for the loss during training and for the evaluation",
+        metavar="FILES",
+        common=True,
+    )
+    format: (
+        Literal[
+            "messages",
+            "sharegpt",
+            "alpaca",
+            "prompt_completion",
+            "prompt_response",
+            "multiple_choice",
+            "question_answer",
+        ]
+        | None
+    ) = option(None, "form of the records", metavar="FORM", derived="told by their keys")
+    columns: str | None = option(
+        None, "names that the files have for a form's keys: prompt=question,response=reply", metavar="KEY=NAME,..."
+    )
+    ignore_columns: list[str] | None = option(
+        None, "keys of the records to leave out; *: all that their form does not know", metavar="KEY,..."
+    )
+    domain: str | None = option(
+        None,
+        "domain of the records that name none",
+        metavar="NAME",
+        derived="the one of domains, if there is only one",
+    )
+    encoding: str | None = option(
+        None, "encoding of text files that are neither UTF-8 nor marked, such as gbk", metavar="NAME"
+    )
+    on_bad_record: Literal["fail", "skip"] = option(
+        "fail", "what happens if records are bad: stop and list them, or leave them out and count them"
+    )
+    pretokenized_dir: str | None = option(
+        None, "folder written by build_dataset, instead of jsonl_data", metavar="FOLDER", common=True
+    )
+    domains: list[str] = option(
+        list(DOMAINS),
+        "domain names, in the order of the experts",
+        metavar="NAME,...",
+        derived="those of pretokenized_dir, otherwise domain if that is given, otherwise " + ",".join(DOMAINS),
+        common=True,
+    )
+    max_length: int = option(
+        2048,
+        "length of a packed row, in tokens",
+        metavar="TOKENS",
+        minimum=8,
+        derived="that of pretokenized_dir, otherwise 2048, at most the base's context",
+        common=True,
+    )
+    too_long: Literal["error", "drop", "truncate"] = option(
+        "drop", "what happens to a document longer than max_length; it is counted and reported in any case"
+    )
+    train_on: Literal["all", "last"] = option(
+        "all", "turns of the assistant that carry labels, of those not marked with weight 0 or train false"
+    )
+    packing: bool = option(
+        True,
+        "several documents in a row; false: one in each, as bases with linear attention, Mamba or convolutions need it",
+    )
+    domain_weights: str | None = option(
+        None,
+        "shares of the domains among the rows, with changes by step: 'math=2,code=1; 500: math=1,code=1' "
+        "(default: each row once an epoch)",
+        metavar="SHARES",
+    )
+    mixing_temperature: float = option(
+        1.0,
+        "T of shares proportional to rows ** (1/T), instead of domain_weights; above 1, small domains are seen more",
+        minimum=0.1,
+    )
