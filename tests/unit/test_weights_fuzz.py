@@ -102,7 +102,13 @@ def odd_tensors(draw: random.Random, whole: Whole, path: Path) -> None:
             )
         elif action < 0.35:
             tensor = draw.choice(
-                (tensor[:-1], tensor.flatten(), tensor[..., None], tensor[..., :0], tensor.flatten()[:1].view(()))
+                (
+                    tensor[:-1] if tensor.dim() else tensor[None],
+                    tensor.flatten(),
+                    tensor[..., None],
+                    tensor[..., :0],
+                    tensor.flatten()[:1].view(()),
+                )
             )
         elif action < 0.5:
             tensor = tensor.to(draw.choice(DTYPES))
