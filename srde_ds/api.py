@@ -45,7 +45,7 @@ def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> P
         SRDEError: bad options or data, named before anything long starts; a loss that is not finite; a run that a
             signal stopped before its last step.
 
-    Example:
+    Examples:
         >>> from srde_ds import train
         >>> weights = train(
         ...     model_name="base", jsonl_data="train.jsonl", domains=["red", "green"],
@@ -98,7 +98,7 @@ def build_dataset(
     Raises:
         SRDEError: a bad record, named as file:line, a domain without records, or a folder that holds something else.
 
-    Example:
+    Examples:
         >>> from srde_ds import build_dataset
         >>> rows = build_dataset(
         ...     "train.jsonl", model_name="base", output="rows", domains=["red", "green"], max_length=64
@@ -146,7 +146,7 @@ def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict
     Raises:
         SRDEError: missing or damaged weights, a bad file, or a value out of range.
 
-    Example:
+    Examples:
         >>> from srde_ds import evaluate
         >>> figures = evaluate("trained", "held_out.jsonl", max_new_tokens=4, bf16=False)
         >>> sorted(figures["domains"])
@@ -188,7 +188,7 @@ def generate(
     Raises:
         SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
 
-    Example:
+    Examples:
         >>> from srde_ds import generate, load_adapter
         >>> from transformers import AutoTokenizer
         >>> model = load_adapter("trained/srde_weights.safetensors").eval()

@@ -34,7 +34,7 @@ class ModelConfig:
 class AdapterConfig:
     """Which weights the experts change, and how. Saved with the weights.
 
-    Example:
+    Examples:
         >>> from srde_ds import AdapterConfig
         >>> AdapterConfig(num_experts=4, density=0.02).top_k
         2
@@ -325,7 +325,7 @@ class Config:
     Attributes:
         derived: option -> what its value follows from; holds the options that were not given.
 
-    Example:
+    Examples:
         >>> from srde_ds.config import resolve
         >>> config = resolve({"adapter": {"density": 0.02}}, {"max_steps": 40})
         >>> config.adapter.density, config.optimizer.warmup_steps

@@ -60,7 +60,7 @@ class SRDEModel(nn.Module):
         base_identity: `base.base_identity` of the base before the experts were added.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
 
-    Example:
+    Examples:
         >>> from srde_ds import SRDEModel
         >>> model = SRDEModel.from_pretrained("base", "trained")
         >>> model.expert_names
@@ -356,7 +356,7 @@ def add_experts(
         SRDEError: the names do not fit the config, the base has no fitting blocks or carries experts already, no
             support can be chosen, or those given do not fit.
 
-    Example:
+    Examples:
         >>> from srde_ds import AdapterConfig, add_experts
         >>> from transformers import AutoModelForCausalLM
         >>> base = AutoModelForCausalLM.from_pretrained("base").requires_grad_(False)
@@ -406,7 +406,7 @@ def load_adapter(
         SRDEError: no such weights or base, damaged weights (see `weights.schema`), or another base than the experts
             were trained on.
 
-    Example:
+    Examples:
         >>> from srde_ds import load_adapter
         >>> model = load_adapter("trained/srde_weights.safetensors", base="base")
         >>> model.config.density

@@ -77,18 +77,7 @@ class _MuonUpdate:
 class GramMuonAdamW(torch.optim.Optimizer):
     """Muon for parameter groups with rule "muon", AdamW for groups with rule "adamw".
 
-    On one process it is an ordinary optimizer; its results do not depend on how matrices are spread over processes:
-
-    >>> import torch
-    >>> from srde_ds import GramMuonAdamW
-    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-    >>> optimizer = GramMuonAdamW.from_named_parameters(model.named_parameters(), muon_lr=0.02, lr=1e-3)
-    >>> [(group["name"], group["rule"], len(group["params"])) for group in optimizer.param_groups]
-    [('matrices', 'muon', 2), ('vectors', 'adamw', 2)]
-    >>> loss = model(torch.ones(3, 8)).square().sum()
-    >>> loss.backward()
-    >>> optimizer.step()
-
+    On one process it is an ordinary optimizer; its results do not depend on how matrices are spread over processes.
     Under ZeRO-3 `step` sees flat partitions; `register_layout` says which matrices lie in them.
 
     Args:
@@ -115,6 +104,17 @@ class GramMuonAdamW(torch.optim.Optimizer):
 
     Raises:
         SRDEError: a group has no known rule or no learning rate.
+
+    Examples:
+        >>> import torch
+        >>> from srde_ds import GramMuonAdamW
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> optimizer = GramMuonAdamW.from_named_parameters(model.named_parameters(), muon_lr=0.02, lr=1e-3)
+        >>> [(group["name"], group["rule"], len(group["params"])) for group in optimizer.param_groups]
+        [('matrices', 'muon', 2), ('vectors', 'adamw', 2)]
+        >>> loss = model(torch.ones(3, 8)).square().sum()
+        >>> loss.backward()
+        >>> optimizer.step()
     """
 
     def __init__(self, params: Iterable[dict[str, Any]], *, count_steps: bool = False) -> None:
