@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
@@ -102,7 +103,8 @@ def base_shape(config: Config) -> BaseShape:
             norms.remove(values)
         sizes = heads, heads * size, key_value_heads * size
         layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes))
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    embedding = cast("Tensor", base.get_input_embeddings().weight)
+    head = cast("Tensor", base.get_output_embeddings().weight)
     known = {id(embedding), id(head)} | {id(p) for p in decoder_layers(base).parameters()}
     last = {id(p): p.numel() for p in base.get_decoder().parameters() if id(p) not in known}
     unused = [p.numel() for p in base.parameters() if id(p) not in known | last.keys()]

@@ -17,6 +17,7 @@ from srde_ds.evaluation.plots import plot_usage
 from srde_ds.evaluation.table import format_tables
 from srde_ds.inference.chat import Chat
 from srde_ds.utils import escape
+from srde_ds.utils.tables import markdown_table
 
 PARSER = MarkdownIt("gfm-like", {"linkify": False})
 HOSTILE = [
@@ -80,7 +81,7 @@ def _texts(markdown: str) -> list[str]:
 def test_markdown_is_text(text: str) -> None:
     expected = escape.one_line(text)
     assert _texts(f"Name: {escape.markdown(text)}") == [f"Name: {expected}"]
-    table = escape.markdown_table([["name", "value"], [text, "1"], ["2", text]])
+    table = markdown_table([["name", "value"], [text, "1"], ["2", text]])
     assert _texts(table) == ["name", "value", expected, "1", "2", expected]
     quoted = "\n".join(_texts(escape.markdown_quote(text)))
     assert quoted.split() == text.split()

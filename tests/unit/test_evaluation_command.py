@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -142,9 +143,9 @@ def test_without_a_sandbox_programs_are_refused_before_anything_loads(
     monkeypatch.setenv("PATH", str(tmp_path))
     options = _options(run_folder, checkpoint="/nowhere", run_code=True)
     with pytest.raises(SRDEError, match=r"'bwrap' is missing.*--sandbox none"):
-        evaluate_command(**options)
+        evaluate_command(options)
     with pytest.raises(SRDEError, match="there is no folder"):
-        evaluate_command(**options | {"sandbox": "none"})
+        evaluate_command(replace(options, sandbox="none"))
 
 
 def test_results_are_written_as_they_come(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,12 +161,12 @@ def test_results_are_written_as_they_come(run_folder: Path, tmp_path: Path, monk
     monkeypatch.setattr(results_module, "is_right", judge)
     options = _options(run_folder, output_file=str(tmp_path / "out/evaluation.json"))
     with pytest.raises(KeyboardInterrupt):
-        evaluate_command(**options)
+        evaluate_command(options)
     part = tmp_path / "out/evaluation_items.part0.jsonl"
     lines = [json.loads(line) for line in part.read_text().splitlines()]
     assert len(lines) >= 2 and all(line["model"] == "srde" for line in lines)
     assert {"item", "loss", "prediction", "correct"} <= set(lines[0])
-    evaluate_command(**options)
+    evaluate_command(options)
     assert sorted(path.name for path in part.parent.iterdir()) == ["evaluation.json", "evaluation_items.jsonl"]
 
 

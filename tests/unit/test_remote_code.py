@@ -15,9 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from srde_ds.cli.main import main
-from srde_ds.weights.file import open_weights, read_metadata, save_weights
+from srde_ds.weights.file import read_metadata, save_weights
 from tests.evaluation_helpers import save_model
 from tests.hub_standin import standin
 
@@ -98,7 +99,7 @@ def test_the_console_says_who_chose_the_base(
 
 def test_a_base_that_is_not_here_is_fetched_only_if_the_user_agrees(weights: Path, tmp_path: Path) -> None:
     metadata = read_metadata(weights)
-    with open_weights(weights) as file:
+    with safe_open(weights, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     far = tmp_path / "far.safetensors"
     save_weights(far, tensors, replace(metadata, model_name="someone/base"))
