@@ -40,6 +40,7 @@ class LayerShape:
 
     @property
     def parameters(self) -> tuple[int, ...]:
+        """Number of values of each parameter."""
         return (*(n for module in self.attention for n in module), *self.norms, *[self.matrix] * 3)
 
 
@@ -67,6 +68,7 @@ class BaseShape:
 
     @cached_property
     def parameters(self) -> int:
+        """Number of values of all parameters."""
         layers = sum(sum(layer.parameters) for layer in self.layers)
         return layers + self.embedding + self.head + sum(self.last + self.unused)
 
