@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: env packages quickstart test checks docs docstrings clean
+.PHONY: env packages quickstart test checks docs clean
 
 env: .venv/.installed
 
@@ -43,10 +43,6 @@ checks: env docs
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'docs: open site/index.html'
-
-# Every public module, class, method and function of the package says what it is; constructors are described by their class.
-docstrings: env
-	$(BIN)/ruff check --select D100,D101,D102,D103,D104,D106 srde_ds
 
 clean:
 	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache

@@ -40,7 +40,8 @@ def make_model(folder: Path, layers: int) -> None:
         num_key_value_heads=16,
     )
     torch.manual_seed(0)
-    base = LlamaForCausalLM(config).to(torch.bfloat16)
+    base: Any = LlamaForCausalLM(config)
+    base.to(torch.bfloat16)
     base.save_pretrained(folder / "base", max_shard_size="256MB")
     base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16).eval()
     model = add_experts(base, adapter_config(density=0.01), expert_names=NAMES, seed=0)

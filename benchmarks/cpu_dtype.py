@@ -4,17 +4,15 @@ python -m benchmarks.cpu_dtype      # prints a table, writes benchmarks/results/
 """
 
 import json
-import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks.tables import measured_on
+from launch.fastest_dtype import seconds  # what the quick start measures, not a copy of it
 from srde_ds.utils.dtypes import dtype_name
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "launch"))
-from fastest_dtype import seconds  # noqa: E402 - what the quick start measures, not a copy of it
 
 
 def main() -> None:

@@ -81,11 +81,12 @@ def base_of(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
         return load_base(options.base, dtype=dtype)
     torch.manual_seed(0)
     vocabulary = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False).vocab_size
-    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, dtype=dtype, **SHAPES[options.shape])
-    return LlamaForCausalLM(config).to(dtype).eval()
+    sizes: dict[str, Any] = SHAPES[options.shape]
+    base: Any = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, dtype=dtype, **sizes))
+    return base.to(dtype).eval()
 
 
-def with_random_experts(base: PreTrainedModel, granularity: str, scope: str) -> SRDEModel:
+def with_random_experts(base: PreTrainedModel, granularity: Any, scope: Any) -> SRDEModel:
     """Six experts of density 0.01 with random deltas."""
     config = AdapterConfig(
         num_experts=6, top_k=2, density=0.01, granularity=granularity, support_strategy="random", support_scope=scope

@@ -10,6 +10,7 @@ import json
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ def torch_optimizer(gradients: list[Tensor]) -> tuple[torch.optim.Optimizer, lis
     parameters = [torch.zeros_like(g, requires_grad=True) for g in gradients]
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
-    rate = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+    rate: dict[str, Any] = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
     return torch.optim.Muon(parameters, **rate), parameters
 
 

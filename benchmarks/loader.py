@@ -11,6 +11,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -28,12 +29,14 @@ PHASES = [Phase(0, (3, 2, 1, 1, 1, 1)), Phase(500_000, (1, 1, 1, 1, 1, 1))]
 
 def make_rows(folder: Path, rows: int, max_length: int) -> None:
     """`rows` full rows, in equal parts of each domain."""
-    parts, counts, digests = folder / "parts", {}, []
+    parts = folder / "parts"
+    counts: dict[str, Any] = {}
+    digests: list[Any] = []
     parts.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for domain in DOMAINS:
         file = parts / f"{domain}.arrow"
-        options = {"max_length": max_length, "too_long": "drop", "seed": 0, "pad_id": 0}
+        options: dict[str, Any] = {"max_length": max_length, "too_long": "drop", "seed": 0, "pad_id": 0}
         with DomainRows(file, domains=DOMAINS, domain=domain, **options) as writer:
             for _ in range(rows // len(DOMAINS)):
                 ids = generator.integers(0, 32_000, max_length, dtype=np.int32)

@@ -12,6 +12,7 @@ import argparse
 import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 from unittest.mock import patch
 
 import datasets
@@ -34,9 +35,10 @@ from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens,
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_DOMAIN, LAYERS_SHOWN = 512, 5
-METHODS = ("kmeans", "domain_means", "random")
+Method = Literal["kmeans", "domain_means", "random"]
+METHODS: tuple[Method, ...] = ("kmeans", "domain_means", "random")
 # name -> method, sample, what replaces a choice of the design
-VARIANTS = {
+VARIANTS: dict[str, tuple[Method, str, str | None]] = {
     "kmeans": ("kmeans", "usable", None),
     "kmeans, ten starts by k-means++": ("kmeans", "usable", "starts"),
     "kmeans, all tokens sampled": ("kmeans", "all", None),
@@ -157,11 +159,11 @@ def main() -> None:
     shown = [round(i * (layers - 1) / LAYERS_SHOWN) for i in range(LAYERS_SHOWN + 1)]
     print("\n| Layer | " + " | ".join(f"{method}: NMI, own first" for method in METHODS) + " |\n|---|---|---|---|")
     for layer in shown:
-        cells = []
+        texts = []
         for method in METHODS:
             nmi, own = (np.mean(found[method]["usable"][figure], axis=0)[layer] for figure in ("nmi", "own_first"))
-            cells.append(f"{nmi:.2f}, {own:.0%}")
-        print(f"| {layer + 1} | " + " | ".join(cells) + " |")
+            texts.append(f"{nmi:.2f}, {own:.0%}")
+        print(f"| {layer + 1} | " + " | ".join(texts) + " |")
     kept = measured_on()
     kept["versions"]["scikit-learn"] = sklearn.__version__
     record = {

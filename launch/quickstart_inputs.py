@@ -31,7 +31,7 @@ def convert_base(folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
     )
     # The weights are plain tensors from here on; both marks would make the saved folder look quantised.
-    model.hf_quantizer = None
+    vars(model)["hf_quantizer"] = None
     del model.config.quantization_config
     with replacement(folder) as partial:
         model.save_pretrained(partial)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.save import CheckpointSaver
-from srde_ds.checkpoint.shards import KINDS, TensorSlice, read_slices
+from srde_ds.checkpoint.shards import read_slices
+from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
 from srde_ds.distributed.together import Collectives
 
 SHAPES = {

@@ -22,7 +22,7 @@ from tests.helpers import adapter_config, randomize
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red", "green", "blue"]
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 96,
@@ -32,7 +32,7 @@ SIZES = {
     "max_position_embeddings": 128,
     "initializer_range": 0.2,  # at the default 0.02 a tiny model's logits hardly depend on its layers
 }
-YARN = {
+YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
     "factor": 4.0,
@@ -41,7 +41,7 @@ YARN = {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.5,
 }
-MULTIPLIERS = {
+MULTIPLIERS: dict[str, Any] = {
     "attention_multiplier": 0.3,
     "embedding_multiplier": 1.5,
     "residual_multiplier": 0.7,
@@ -123,7 +123,7 @@ class Trained(NamedTuple):
 def save_base(name: str, folder: Path, *, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB") -> Path:
     """A base with biases that are not zero, as `save_pretrained` writes it."""
     torch.manual_seed(0)
-    model = {**BASES, **OTHERS}[name]()
+    model: Any = {**BASES, **OTHERS}[name]()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if key.endswith(".bias") or "norm" in key:

@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,6 +23,7 @@ import srde_ds.api
 from srde_ds.config import AdapterConfig
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import load_base
+from srde_ds.training.trainer import train as train_experts
 from tests.cli_helpers import DOMAINS, save_base, write_records
 from tests.helpers import randomize
 
@@ -51,7 +53,7 @@ def quietly(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def run_examples() -> dict[str, tuple[int, int]]:
     """Public name -> examples that failed, and examples."""
-    srde_ds.api.train_experts = quietly(srde_ds.api.train_experts)
+    patch.object(srde_ds.api, "train_experts", quietly(train_experts)).start()
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
     results = {}
     for name in EXAMPLES:

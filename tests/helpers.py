@@ -13,7 +13,7 @@ from srde_ds.model.adapter import SRDEModel, add_experts
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Two layers, D 32, F 96, vocabulary 101; random weights, frozen, eval mode."""
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": 101,
         "hidden_size": 32,
         "intermediate_size": 96,
@@ -26,7 +26,8 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
         "attn_implementation": "sdpa",
     } | overrides
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**values)).to(dtype).requires_grad_(False).eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**values))
+    return model.to(dtype).requires_grad_(False).eval()
 
 
 def adapter_config(**overrides: Any) -> AdapterConfig:
@@ -61,3 +62,9 @@ def randomize(model: SRDEModel, *, seed: int = 1, scale: float = 0.3) -> SRDEMod
 
 def tokens(batch: int = 2, length: int = 16, *, vocabulary: int = 101, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def gradient_of(parameter: torch.Tensor) -> torch.Tensor:
+    """Its gradient, which must be there."""
+    assert parameter.grad is not None
+    return parameter.grad

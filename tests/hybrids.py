@@ -50,7 +50,7 @@ def falcon_h1() -> PretrainedConfig:
 
 
 def lfm2() -> PretrainedConfig:
-    return Lfm2Config(**SIZES, block_ff_dim=48, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"])
+    return Lfm2Config(**SIZES, block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"])
 
 
 HYBRIDS = {"qwen3_5": qwen3_5, "qwen3_next": qwen3_next, "bamba": bamba, "falcon_h1": falcon_h1, "lfm2": lfm2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 from srde_ds.data.build import source_records
 from srde_ds.data.build.from_sources import build_from_sources
@@ -17,5 +18,6 @@ SOURCES = [Source(f"{domain}_tasks", domain, tasks=domain, near_duplicates=False
 OPTIONS = BuildOptions(SOURCES, 400, 512, "drop", 3, 0.05, 0.05)
 
 if __name__ == "__main__":
-    supply.GENERATED_AT_ONCE = source_records.GENERATED_AT_ONCE = ROWS_A_PART
+    for module in (supply, source_records):
+        patch.object(module, "GENERATED_AT_ONCE", ROWS_A_PART).start()
     build_from_sources(OPTIONS, work_dir=Path(sys.argv[1]), tokenizer=tiny_tokenizer(), num_processes=int(sys.argv[2]))

@@ -168,7 +168,8 @@ def train_baseline(run: Run, config: Config, inputs: Inputs) -> Trained:
     """LoRA, SHiRA, all of the feed-forward weights, or nothing (`base`)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(config.training.seed)
-    base = load_base(inputs.base, dtype=torch.bfloat16 if config.model.bf16 else torch.float32).to(device)
+    base: Any = load_base(inputs.base, dtype=torch.bfloat16 if config.model.bf16 else torch.float32)
+    base.to(device)
     parameters = rivals.PARAMETERS[run.kind](base, run, inputs) if run.kind != "base" else []
     model = SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(inputs.base)})
     muon = "muon_lr" in run.flags

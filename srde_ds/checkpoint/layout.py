@@ -23,10 +23,12 @@ MAX_JSON_BYTES = 16 * 2**20
 
 
 def rank_name(rank: int) -> str:
+    """The name of a rank's record of what it wrote."""
     return f"rank-{rank:05d}.json"
 
 
 def write_manifest(folder: Path, step: int, world_size: int, records: Mapping[str, FileRecord]) -> None:
+    """Write the list of a checkpoint's files, with sizes and hashes, and a hash of itself."""
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -100,6 +102,7 @@ def write_latest(run: Path, name: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
+    """Write JSON; its size and hash."""
     return write_bytes(path, iter([json.dumps(dict(content), indent=1).encode()]))
 
 
@@ -128,5 +131,6 @@ def regular_size(path: Path) -> int:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 of the file's bytes, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

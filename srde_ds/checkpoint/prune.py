@@ -116,6 +116,7 @@ class PrunedLayers:
         return kept_positions(self.metadata.config, values, self.old_sizes[layer], self.sizes[layer])
 
     def support(self, layer: int, positions: Tensor) -> Tensor:
+        """The layer's support, int32, with the entries at `positions` alone."""
         name = _support_name(layer)
         with open_tensors(self.folder / COMMON) as file:
             return at_positions(self.metadata.config, name, file.get_tensor(name), positions)

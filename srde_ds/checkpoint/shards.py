@@ -87,6 +87,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def shard_name(rank: int) -> str:
+    """The name of a rank's file of tensor slices."""
     return f"shard-{rank:05d}.safetensors"
 
 

@@ -106,6 +106,7 @@ def check_packages() -> Iterator[Finding]:
 
 
 def check_gpus(gpus: Sequence[dict[str, Any]], processes: int, host: str = "this host") -> Finding:
+    """Whether the host has a GPU for each process; a warning where it has none at all."""
     if not gpus:
         return Finding(
             "warning", f"{host}: no GPU found (nvidia-smi)", "training runs on CPUs over gloo; else check the driver"

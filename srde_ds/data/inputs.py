@@ -69,6 +69,7 @@ class BadRecords:
         self._first: list[SRDEError] = []
 
     def add(self, fault: SRDEError) -> None:
+        """Count a fault; the first few are kept for the message."""
         self.count += 1
         if len(self._first) < BAD_RECORDS_TOLD:
             self._first.append(fault)

@@ -81,10 +81,16 @@ class Manifest:
     """left out, with on_bad_record=skip"""
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of `manifest.json`."""
         return asdict(self)
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> Manifest:
+        """The manifest of a `manifest.json`.
+
+        Raises:
+            KeyError, TypeError: a key is missing or unknown, or a value has another type.
+        """
         splits = {
             name: Split(**split | {"domains": {d: DomainCounts(**counts) for d, counts in split["domains"].items()}})
             for name, split in content["splits"].items()

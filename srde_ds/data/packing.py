@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -60,7 +60,8 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a response: EOS, and the one by which the chat template closes it."""
     tokens = (tokenizer.eos_token, turn_ends(tokenizer).stop)
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(tokens) if token is not None]
+    ids = tokenizer.convert_tokens_to_ids([token for token in dict.fromkeys(tokens) if token is not None])
+    return cast("list[int]", ids)
 
 
 def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -113,10 +113,11 @@ def render_batch(
     tools: Tools | None = None,
 ) -> list[str]:
     """`render` for several conversations that hold no more than roles and texts; raises what the template raises."""
-    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation, "tools": tools}
     if template_kind(tokenizer) == "fallback":
         options |= {"chat_template": FALLBACK_TEMPLATE, "with_bos": starts_with_bos(tokenizer)}
-    return list(tokenizer.apply_chat_template(conversations, tools=tools, **options))
+    texts: Any = tokenizer.apply_chat_template(cast("Any", conversations), **options)
+    return list(texts)
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from srde_ds.config import AdapterConfig, Config
 from srde_ds.distributed import deepspeed_internals as internals

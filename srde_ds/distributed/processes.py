@@ -30,6 +30,7 @@ class Topology:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def all_reduce_max(self, value: int) -> int:

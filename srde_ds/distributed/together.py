@@ -19,10 +19,14 @@ class Ranks(Protocol):
     """This rank among those that work together."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """Number of this rank, from 0."""
+        ...
 
     @property
-    def world_size(self) -> int: ...
+    def world_size(self) -> int:
+        """Number of ranks."""
+        ...
 
     def all_reduce_max(self, value: int, /) -> int:
         """The largest of the ranks' integers; a collective."""

@@ -35,6 +35,7 @@ class DeltaTransport:
     def neuron(
         self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """See `ExpertDispatch`: `neuron_experts` with the deltas of all ranks."""
         gathered = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)[: self.num_experts]
         return neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, gathered.transpose(0, 1))
 
@@ -48,6 +49,7 @@ class DeltaTransport:
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """See `ExpertDispatch`: `element_experts` with the deltas of all ranks."""
         gathered = GatherParts.apply(deltas_En, self.group)[: self.num_experts]
         return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, gathered, support)
 
@@ -61,6 +63,7 @@ class TokenTransport:
     def neuron(
         self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """See `ExpertDispatch`: each routed token is computed where its expert's deltas are."""
         expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
         support_R = torch.zeros_like(expert_R) if gate_TSm.shape[1] == 1 else expert_R
         neurons = gate_TSm.shape[2]
@@ -89,6 +92,7 @@ class TokenTransport:
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """See `ExpertDispatch`: each routed token is computed where its expert's deltas are."""
         expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
         width = gate_TF.shape[1]
         first_expert = dist.get_rank(self.group) * len(deltas_En)
@@ -141,6 +145,7 @@ class GatherParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """`[P, ...]` on each of R ranks to `[R*P, ...]`, in the order of the ranks."""
         ctx.group, ctx.dtype = group, tensor.dtype
         size = dist.get_world_size(group)
         gathered = tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:])
@@ -149,6 +154,7 @@ class GatherParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """`[R*P, ...]` to `[P, ...]`; the sum is in fp32."""
         size = dist.get_world_size(ctx.group)
         own = gradient.new_empty(gradient.shape[0] // size, *gradient.shape[1:], dtype=torch.float32)
         dist.reduce_scatter_tensor(own, gradient.float().contiguous(), group=ctx.group)
@@ -162,11 +168,13 @@ class ExchangeTokens(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, send_splits: list[int], receive_splits: list[int], group: dist.ProcessGroup
     ) -> Tensor:
+        """The rows that the other ranks sent to this one, in the order of the ranks."""
         ctx.send_splits, ctx.receive_splits, ctx.group = send_splits, receive_splits, group
         return _exchange(values, send_splits, receive_splits, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradients of the rows that this rank sent."""
         return _exchange(gradient, ctx.receive_splits, ctx.send_splits, ctx.group), None, None, None
 
 

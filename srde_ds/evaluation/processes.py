@@ -39,6 +39,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes."""
         return self.rank == 0
 
     def share(self, costs: Sequence[int]) -> list[int]:

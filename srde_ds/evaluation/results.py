@@ -27,6 +27,7 @@ class ItemResult:
     correct: bool | None
 
     def as_json(self) -> dict[str, Any]:
+        """The fields of its line in the file of items; `loss` is in nats a token."""
         return {
             "loss": self.loss.loss_sum / self.loss.tokens,
             "tokens": self.loss.tokens,

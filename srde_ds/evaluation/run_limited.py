@@ -70,6 +70,7 @@ class Remote:
         object.__setattr__(self, "_handle", handle)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """Call the other process's object."""
         return self._link.ask("call", self, arguments, named)
 
     def __enter__(self) -> Any:
@@ -126,6 +127,7 @@ class Link:
         self.closed = False
 
     def send(self, *message: Any) -> None:
+        """Send a message; without a reader, the link is closed."""
         try:
             self._outgoing.write(json.dumps(message).encode() + b"\n")
             self._outgoing.flush()
@@ -133,6 +135,7 @@ class Link:
             self._close()
 
     def receive(self) -> Any:
+        """Wait for a message; a cut or too long line closes the link."""
         try:
             line = self._incoming.readline(LONGEST_MESSAGE)
         except OSError:
@@ -196,9 +199,11 @@ class Link:
         return self._handles[id(value)]
 
     def exported(self, handle: int) -> Any:
+        """The own object that the other process knows by this number."""
         return self._exported[handle]
 
     def remote(self, handle: int) -> Any:
+        """What stands for the other process's object of this number."""
         return self._remotes.setdefault(handle, Remote(self, handle))
 
     def remote_exception(self, handle: int, name: str, base: type) -> Any:
@@ -413,6 +418,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def main() -> None:
+    """Set this process's limits and play its role; the arguments come from `sandbox.py`."""
     role, link, cpu_seconds, memory, file_size, libraries, *verdict = sys.argv[1:]
     source = sys.stdin.buffer.read().decode(errors="replace")
     for number, value in (

@@ -38,6 +38,7 @@ class AdapterSource:
 
     @property
     def num_layers(self) -> int:
+        """Number of layers with experts."""
         return sum(name.endswith(".support") for name in self.tensors)
 
     def support(self, layer: int, expert: int) -> Tensor:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GraniteMoeSharedConfig
@@ -75,10 +76,11 @@ def _make_up_for_yarn(path: Path) -> None:
     transformers multiplies them with the configuration's attention factor, llama.cpp with 1 + 0.1 ln(factor).
     """
     config = GraniteMoeSharedConfig.from_pretrained(path.parent)
-    if config.rope_parameters["rope_type"] != "yarn":
+    rope: Any = config.rope_parameters
+    if rope["rope_type"] != "yarn":
         return
     _, wanted = ROPE_INIT_FUNCTIONS["yarn"](config)
-    given = 1 + 0.1 * math.log(config.rope_parameters["factor"])
+    given = 1 + 0.1 * math.log(rope["factor"])
     content = json.loads(path.read_text(encoding="utf-8"))
     content["attention_multiplier"] *= (wanted / given) ** 2
     path.write_text(json.dumps(content), encoding="utf-8")

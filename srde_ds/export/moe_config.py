@@ -95,6 +95,7 @@ def context(base: BaseFiles) -> int:
 
 
 def multipliers(base: BaseFiles) -> Multipliers:
+    """The factors by which the base scales scores, embeddings, residuals and logits."""
     text = base.empty.config.get_text_config()
     if text.model_type == "granite":
         return Multipliers(
@@ -104,6 +105,7 @@ def multipliers(base: BaseFiles) -> Multipliers:
 
 
 def head_dim(base: BaseFiles) -> int:
+    """Width of one attention head."""
     text = base.empty.config.get_text_config()
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
@@ -170,4 +172,5 @@ def moe_config(
 
 
 def padded(width: int) -> int:
+    """The width, rounded up to a multiple of WIDTH_MULTIPLE."""
     return math.ceil(width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE

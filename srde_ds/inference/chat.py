@@ -76,6 +76,7 @@ class Chat:
                 self.say(f"\nThe answer failed ({error}); the question is forgotten. /reset forgets all before it.")
 
     def say(self, text: str, end: str = "\n") -> None:
+        """Print a text, made safe for a terminal."""
         print(terminal(text), end=end, file=self.target, flush=True)
 
     def _command(self, text: str) -> None:

@@ -79,7 +79,7 @@ def generate(
     ids = output[0].tolist()
     return Generation(
         text=decode(tokenizer, ids[len(prompt) :]),
-        tokens=[tokenizer.decode([token]) for token in ids],
+        tokens=[str(tokenizer.decode([token])) for token in ids],
         prompt_length=len(prompt),
         experts=torch.cat(forwards) if show_routing else None,
     )

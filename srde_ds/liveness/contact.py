@@ -141,6 +141,7 @@ class Hub(Contact):
         self._thread.start()
 
     def leave(self, error: str) -> None:
+        """See `Contact`: tell all ranks goodbye, and why if the run failed."""
         deadline = time.monotonic() + _LATECOMER_SECONDS
         while error and len(self._peers) < self.world_size and time.monotonic() < deadline:
             time.sleep(_TICK_SECONDS)  # a rank that came later would find nobody, and could say only that
@@ -287,9 +288,11 @@ class Link(Contact):
         self._thread.start()
 
     def wait_for_main(self) -> None:
+        """See `Contact`."""
         self.others_may_go.wait()
 
     def leave(self, error: str) -> None:
+        """See `Contact`: tell rank 0 goodbye, and why if this rank failed."""
         self._ending.set()
         with contextlib.suppress(OSError):
             self._send(bye=error)

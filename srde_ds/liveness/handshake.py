@@ -87,6 +87,7 @@ def proof(secret: str, asked: str, rank: int, side: str) -> str:
 
 
 def proves(given: Any, secret: str, asked: str, rank: int, side: str) -> bool:
+    """Whether `given` proves that the rank, on this side, knows the secret."""
     return isinstance(given, str) and hmac.compare_digest(given.encode(), proof(secret, asked, rank, side).encode())
 
 

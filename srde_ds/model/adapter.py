@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
@@ -195,14 +195,14 @@ class SRDEModel(nn.Module):
             policy: of all its forwards; default: the one in force.
         """
         with self.routing.running(self.routing.policy if policy is None else policy):
-            return self.base.generate(*args, **kwargs)
+            return cast("Any", self.base).generate(*args, **kwargs)
 
     def enable_gradient_checkpointing(self, *, use_reentrant: bool = False) -> None:
         """Recompute each decoder layer's activations in the backward (in train mode), under the forward's policy."""
         self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
         for module in self.base.modules():
             if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
-                module._gradient_checkpointing_func = PolicyKeepingCheckpoint(checkpoint, self.routing)
+                vars(module)["_gradient_checkpointing_func"] = PolicyKeepingCheckpoint(checkpoint, self.routing)
         if use_reentrant:  # it needs an input with a gradient, and the embedding is frozen
             self.base.enable_input_require_grads()
 

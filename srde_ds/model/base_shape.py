@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
@@ -39,6 +40,7 @@ class LayerShape:
 
     @property
     def parameters(self) -> tuple[int, ...]:
+        """Number of values of each parameter."""
         return (*(n for module in self.attention for n in module), *self.norms, *[self.matrix] * 3)
 
 
@@ -66,6 +68,7 @@ class BaseShape:
 
     @cached_property
     def parameters(self) -> int:
+        """Number of values of all parameters."""
         layers = sum(sum(layer.parameters) for layer in self.layers)
         return layers + self.embedding + self.head + sum(self.last + self.unused)
 
@@ -102,7 +105,8 @@ def base_shape(config: Config) -> BaseShape:
             norms.remove(values)
         sizes = heads, heads * size, key_value_heads * size
         layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes))
-    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    embedding = cast("Tensor", base.get_input_embeddings().weight)
+    head = cast("Tensor", base.get_output_embeddings().weight)
     known = {id(embedding), id(head)} | {id(p) for p in decoder_layers(base).parameters()}
     last = {id(p): p.numel() for p in base.get_decoder().parameters() if id(p) not in known}
     unused = [p.numel() for p in base.parameters() if id(p) not in known | last.keys()]

@@ -84,6 +84,11 @@ class DeltaBank(nn.Module):
     ranks_per_copy: int = 1  # one in so many ranks has an expert's effective deltas in a backward
     exchange: Callable[[Tensor], Tensor] | None = None  # from the values that this rank makes to all of them
     gate: SupportGate | None = None
+    # A bank has those of its form; the subclasses give their shapes.
+    free: nn.Parameter
+    atoms: nn.Parameter
+    importance: nn.Parameter
+    mixing: nn.Parameter
     scores: nn.Parameter
 
     def forward(self, *, temperature: float | None = None, step: int = 0, overlap_weight: float = 0.0) -> Tensor:

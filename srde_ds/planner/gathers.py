@@ -53,6 +53,7 @@ class Weight:
 
     @property
     def padded(self) -> int:
+        """Number of values, padded to a multiple of the ranks."""
         return math.ceil(self.values / self.ranks) * self.ranks
 
     @property

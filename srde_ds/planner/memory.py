@@ -42,6 +42,7 @@ class Memory:
 
     @property
     def peak_moment(self) -> str:
+        """The moment of a step that takes the most memory."""
         return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
 
     @property
@@ -51,6 +52,7 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """Bytes at the peak."""
         return sum(self.peak.values())
 
 

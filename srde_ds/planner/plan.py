@@ -61,6 +61,7 @@ class Machines:
 
     @property
     def processes(self) -> int:
+        """Number of processes, one a GPU."""
         return self.gpus * self.nodes
 
 
@@ -120,12 +121,14 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
+        """Tokens of a step of the optimizer, on all processes, padding included."""
         training = self.config.training
         rows = training.batch_size * training.gradient_accumulation_steps * self.machines.processes
         return rows * self.config.data.max_length
 
     @property
     def tokens_per_day(self) -> float:
+        """Tokens in 24 hours of training."""
         return self.tokens_per_step / self.times.step * DAY
 
     @property
@@ -135,6 +138,7 @@ class Plan:
 
     @property
     def price_per_day(self) -> float | None:
+        """Price of 24 hours of all GPUs; None where no price was given."""
         price = self.machines.hourly_price
         return None if price is None else price * 24 * self.machines.processes
 

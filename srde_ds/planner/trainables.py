@@ -33,6 +33,7 @@ class TrainableShape:
 
     @property
     def values(self) -> int:
+        """Number of values."""
         return math.prod(self.shape)
 
 

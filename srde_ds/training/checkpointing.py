@@ -240,6 +240,7 @@ class RunState:
 
     @property
     def rows_per_step(self) -> int:
+        """Rows of a step of the optimizer, on all ranks."""
         training = self.config.training
         return training.batch_size * self.topology.world_size * training.gradient_accumulation_steps
 

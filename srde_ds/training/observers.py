@@ -30,9 +30,11 @@ class SilentExperts(Observer):
     """Ends a run in which an expert gets tokens but no gradient."""
 
     def on_start(self, run: Run) -> None:
+        """Start watching."""
         self._watch = ExpertWatch(run.engine.model.expert_names)
 
     def after_step(self, run: Run) -> None:
+        """Look at the step's tokens and gradients."""
         layers = len(run.engine.model.layers)
         assignments = [tokens * layers for tokens in run.line["tokens_per_expert"]]
         self._watch.check(run.step, assignments, run.line["expert_gradient_norm"])
@@ -42,6 +44,7 @@ class Statistics(Observer):
     """Numbers that are worth their time every `log_steps` steps only."""
 
     def after_step(self, run: Run) -> None:
+        """Add the sizes of the deltas and the epochs of the data."""
         doing("statistics of the step")
         if run.is_last_step or run.is_due(run.config.training.log_steps):
             run.line["delta_norm"] = run.engine.delta_norms().tolist()
@@ -53,10 +56,12 @@ class HeldOutLosses(Observer):
     """Losses on held-out rows: of the base, every `eval_steps` steps, and at the end."""
 
     def before_step(self, run: Run) -> None:
+        """Measure the base, before the first step."""
         if run.step == 0 and run.config.training.eval_steps:
             self._measure(run, "held_out_at_start")
 
     def after_step(self, run: Run) -> None:
+        """Measure when it is due."""
         if run.is_last_step or run.is_due(run.config.training.eval_steps):
             self._measure(run, "held_out", "domain" if run.scheduled.forced else None, run.allowed_experts)
 
@@ -75,6 +80,7 @@ class MetricsLines(Observer):
     """A line of metrics a step: `metrics.jsonl` and the trackers."""
 
     def on_start(self, run: Run) -> None:
+        """Open the file and the trackers."""
         self._writer = MetricsWriter(
             run.config.training.output_dir,
             run.config.tracking,
@@ -84,9 +90,11 @@ class MetricsLines(Observer):
         )
 
     def after_step(self, run: Run) -> None:
+        """Write the step's line."""
         self._writer.write(run.line)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Close the file and the trackers."""
         self._writer.close(complete=error is None)
 
 
@@ -94,15 +102,18 @@ class Console(Observer):
     """A progress bar, or a line every `log_steps` steps."""
 
     def on_start(self, run: Run) -> None:
+        """Show the bar."""
         training = run.config.training
         self._progress = ProgressLine(
             training.max_steps, training.log_steps, start_step=run.step, enabled=run.topology.is_main
         )
 
     def after_step(self, run: Run) -> None:
+        """Show the step."""
         self._progress.update(run.line)
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Close the bar."""
         self._progress.close()
 
 
@@ -113,6 +124,7 @@ class HeartbeatUpdates(Observer):
         self._heartbeat = heartbeat
 
     def after_step(self, run: Run) -> None:
+        """Write the step."""
         self._heartbeat.update(run.line)
 
 
@@ -120,12 +132,14 @@ class Checkpoints(Observer):
     """A checkpoint every `save_steps` steps, and one where the run ends in good order."""
 
     def after_step(self, run: Run) -> None:
+        """Save when it is due; the last step is saved at the end."""
         run.state.look_after_save()
         if not run.is_last_step and run.is_due(run.config.training.save_steps):
             doing(f"saving checkpoint-{run.step}")
             run.state.save()
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
+        """Save the last step, or wait for a save that still writes where the run failed."""
         if error is not None:
             run.state.saver.close(error)
             return

@@ -49,6 +49,7 @@ class Run:
 
     @property
     def engine(self) -> Engine:
+        """The engine of the run's state."""
         return self.state.engine
 
     @property

@@ -48,6 +48,7 @@ class AdapterMetadata:
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, as they are written."""
         return dataclasses.asdict(self)
 
     @classmethod

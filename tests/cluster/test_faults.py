@@ -31,7 +31,7 @@ def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs,
     assert "step " in dead.message and "checkpoint" in dead.message and "going on without node2" in run.output()
     for seen in (cut, dead):
         assert seen.seconds < 120 and seen.left == []
-    assert 0 < cut.resumed_at < dead.resumed_at
+    assert cut.resumed_at and dead.resumed_at and 0 < cut.resumed_at < dead.resumed_at
     assert status == 128 + Signals.SIGTERM and ended.left == []
     assert ended.seconds < 30  # before a launcher's ladder of 30 seconds a rank would begin
     assert "stopped by SIGTERM; the latest checkpoint is checkpoint-" in ended.message

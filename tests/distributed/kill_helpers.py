@@ -48,7 +48,10 @@ class Case:
     prunings: bool = False
 
     def flags(self) -> dict[str, Any]:
-        own = {"expert_parallel_size": self.expert_parallel_size, "save_in_background": self.in_background}
+        own: dict[str, Any] = {
+            "expert_parallel_size": self.expert_parallel_size,
+            "save_in_background": self.in_background,
+        }
         if self.prunings:
             own |= {"initial_density": 0.8, "density_warmup_steps": STEPS // 2, "density_prunings": 3}
         return own | {"batch_size": 8 // self.world_size, "gradient_accumulation_steps": 1}

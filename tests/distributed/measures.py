@@ -80,7 +80,7 @@ def count_collectives() -> Iterator[Received]:
             if received.counting:
                 assert name in RECEIVED, f"{name} is not in the cost model"
                 dtype = first.dtype if isinstance(first, Tensor) else first[0].dtype
-                received.bytes[name, group.size(), str(dtype)] += RECEIVED[name](group, first, *rest)
+                received.bytes[name, group.size(), str(dtype)] += int(RECEIVED[name](group, first, *rest))
             return original(group, first, *rest, **options)
 
         return call
@@ -157,8 +157,9 @@ def train_measuring(flags: dict[str, Any], number: int, measure: Measure) -> Any
     from srde_ds.distributed.deepspeed_internals import deepspeed
     from srde_ds.distributed.engine import Engine
     from srde_ds.training import trainer
+    from srde_ds.training.step import optimizer_step
 
-    step, forward, update = trainer.optimizer_step, Engine.forward, deepspeed.DeepSpeedEngine.step
+    step, forward, update = optimizer_step, Engine.forward, deepspeed.DeepSpeedEngine.step
     steps: list[int] = []
     results: list[Any] = []
 

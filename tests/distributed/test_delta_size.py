@@ -62,8 +62,8 @@ def test_the_size_of_deltas_weighs_the_same_on_any_number_of_ranks(
     alone, without = gradients(1), gradients(1, weight=0.0)
     name = "layers.1.deltas." + ("atoms" if form else "free")
     assert float((alone[name] - without[name]).norm()) > 0.3 * float(without[name].norm())
-    for placement in [(2, 1), (2, 2, "tokens"), (4, 2, "tokens"), (4, 2, "deltas")]:
-        found = gradients(*placement)
+    for world_size, experts, transport in [(2, 1, "auto"), (2, 2, "tokens"), (4, 2, "tokens"), (4, 2, "deltas")]:
+        found = gradients(world_size, experts, transport)
         assert found.keys() == alone.keys()
         for name, tensor in found.items():
-            assert_close(tensor, alone[name], 1e-5, f"{placement}: {name}")
+            assert_close(tensor, alone[name], 1e-5, f"{world_size} ranks, {experts} of experts, {transport}: {name}")

@@ -22,7 +22,11 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("evaluated")
     write_jsonl(folder / "held_out.jsonl", scored_records())
     run = save_model(folder).parent
-    given = {"weights": str(run), "eval_file": str(folder / "held_out.jsonl"), "base": str(folder / "base")}
+    given: dict[str, Any] = {
+        "weights": str(run),
+        "eval_file": str(folder / "held_out.jsonl"),
+        "base": str(folder / "base"),
+    }
     given |= {"compare_baseline": True, "each_expert": True, "run_code": True, "max_samples": 100, "seed": 1}
     return given | {"max_new_tokens": 4, "batch_size": 4, "bf16": False, "output_file": None}
 

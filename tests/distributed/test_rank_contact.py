@@ -19,12 +19,13 @@ from tests.distributed.training_helpers import Inputs, train_here
 
 def train_otherwise(flags: dict[str, Any], rank_1: dict[str, Any], transformers: str) -> str | None:
     """`train_here`, with other options and another version of transformers on rank 1."""
-    from srde_ds.training import consistency as facts
+    from srde_ds.training import consistency
+    from srde_ds.utils.environment import package_versions
 
     if dist.get_rank() == 0:
         return train_here(flags)
-    versions = facts.package_versions() | ({"transformers": transformers} if transformers else {})
-    with patch.object(facts, "package_versions", lambda: versions):
+    versions = package_versions() | ({"transformers": transformers} if transformers else {})
+    with patch.object(consistency, "package_versions", lambda: versions):
         return train_here(flags | rank_1)
 
 
@@ -42,11 +43,11 @@ def test_ranks_that_differ_are_refused(inputs: Inputs, two_ranks: Ranks, tmp_pat
 
 def group_timeouts() -> set[float]:
     """Seconds of all process groups after DeepSpeed has made one of its own."""
-    from srde_ds.distributed import processes as topology
+    from srde_ds.distributed import deepspeed_internals, processes
 
     dist.destroy_process_group()  # the harness's
-    topology.start_processes(33)
-    topology.internals.deepspeed.utils.groups._clone_world_group()
+    processes.start_processes(33)
+    deepspeed_internals.deepspeed.utils.groups._clone_world_group()
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     assert len(groups) == 2
     return {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups}

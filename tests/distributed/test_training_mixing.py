@@ -30,7 +30,7 @@ def domains_seen(flags: dict[str, Any]) -> tuple[str | None, list[tuple[int, str
 def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
     first, second, third = DOMAINS
     weights = f"{first}=1; 2: {second}=1,{third}=3"
-    options = {"max_steps": 4, "warmup_steps": 1, "save_steps": 2, "eval_steps": 0}
+    options: dict[str, Any] = {"max_steps": 4, "warmup_steps": 1, "save_steps": 2, "eval_steps": 0}
     for error, seen in two_ranks(domains_seen, inputs.flags(tmp_path / "run", domain_weights=weights, **options)):
         assert error is None
         assert {domain for step, domain in seen if step < 2} == {first}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from srde_ds.checkpoint import save
 from srde_ds.checkpoint.resume import load_run_state, verify_checkpoint
-from srde_ds.checkpoint.shards import ShardIndex
+from srde_ds.checkpoint.shards import ShardIndex, write_shard
 from srde_ds.data import loader
 from srde_ds.data.loader import RowStream
 from srde_ds.model.adapter import SRDEOutput
@@ -80,12 +80,11 @@ def test_saving_in_the_background_changes_no_byte(
 def train_on_a_slow_disk(flags: dict[str, Any]) -> tuple[str | None, str]:
     """`train_here` where the save of step 3 cannot write before step 5 begins; also what was the latest by then."""
     there_is_step_5 = threading.Event()
-    latest_then = []
-    original = save.write_shard
+    latest_then: list[str] = []
 
-    def write_shard(*arguments: Any) -> Any:
+    def slow_write(*arguments: Any) -> Any:
         assert there_is_step_5.wait(60)
-        return original(*arguments)
+        return write_shard(*arguments)
 
     def begin(output: SRDEOutput) -> SRDEOutput:
         pointer = Path(flags["output_dir"]) / "latest"
@@ -93,8 +92,10 @@ def train_on_a_slow_disk(flags: dict[str, Any]) -> tuple[str | None, str]:
         there_is_step_5.set()
         return output
 
-    with patch.object(save, "write_shard", write_shard), at_training_forward(9, int(os.environ["RANK"]), begin):
-        return train_here(flags), *latest_then
+    with patch.object(save, "write_shard", slow_write), at_training_forward(9, int(os.environ["RANK"]), begin):
+        failure = train_here(flags)
+    (latest,) = latest_then
+    return failure, latest
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(

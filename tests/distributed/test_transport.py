@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
@@ -18,13 +18,14 @@ from srde_ds.distributed.expert_parallel import ExpertGroups, place_experts
 from srde_ds.distributed.expert_traffic import transport_bytes
 from srde_ds.distributed.transport import DeltaTransport, TokenTransport
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.dispatch import element_experts, neuron_experts
+from srde_ds.model.dispatch import ExpertDispatch, element_experts, neuron_experts
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.supports.selection import support_size, value_count
 from tests.distributed.harness import Ranks
-from tests.helpers import randomize, tiny_srde
+from tests.helpers import gradient_of, randomize, tiny_srde
 
 TOKENS, HIDDEN, WIDTH, NEURONS = 6, 8, 10, 3
+TRANSPORTS: dict[str, Callable[..., ExpertDispatch]] = {"tokens": TokenTransport, "deltas": DeltaTransport}
 EXPERTS = 5  # does not divide by 2 or 3: the last slots are padding
 
 
@@ -63,19 +64,22 @@ def check(transport: str, granularity: str, shared: bool, kind: str) -> None:
     entries = 3 * HIDDEN * WIDTH
     support = torch.stack([torch.randperm(entries, generator=generator)[:12] for _ in range(EXPERTS)]).int()
     support = support[0] if shared else support
-    dispatch = {"tokens": TokenTransport, "deltas": DeltaTransport}[transport](group, EXPERTS)
+    dispatch = TRANSPORTS[transport](group, EXPERTS)
 
     def run(deltas: Tensor, whose: int, local: bool) -> tuple[list[Tensor], list[Tensor]]:
         x, gate, up = (t.clone().requires_grad_() for t in tokens[whose])
         weights = routing(kind, whose).requires_grad_()
         if granularity == "neuron":
-            call = neuron_experts if local else dispatch.neuron
+            call: Any = neuron_experts if local else dispatch.neuron
             change, extra = call(F.silu, x, gate, up, weights, deltas.transpose(0, 1))
         else:
             call = element_experts if local else dispatch.element
             change, extra = call(F.silu, x, gate[:, 0], up[:, 0], weights, deltas, support)
         (change.square().sum() + extra.sin().sum()).backward()
-        return [change.detach(), extra.detach()], [x.grad, gate.grad, up.grad, weights.grad * (weights != 0)]
+        return [change.detach(), extra.detach()], [
+            *map(gradient_of, (x, gate, up)),
+            gradient_of(weights) * (weights != 0),
+        ]
 
     whole = deltas.clone().requires_grad_()
     expected = [run(whole, other, local=True) for other in range(size)][rank]
@@ -95,7 +99,7 @@ def check(transport: str, granularity: str, shared: bool, kind: str) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def ranks(request: pytest.FixtureRequest):
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     with Ranks(request.param) as group:
         yield group
 
@@ -144,11 +148,12 @@ def policy_of(kind: str, rank: int, size: int) -> RoutingPolicy:
 
 def check_masks(transport: str, granularity: str, kind: str) -> None:
     """On this rank: a layer whose experts are spread gives what one with all of them does."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    options = {"granularity": granularity, "num_experts": EXPERTS, "dtype": torch.float64}
+    group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert group is not None
+    options: dict[str, Any] = {"granularity": granularity, "num_experts": EXPERTS, "dtype": torch.float64}
     whole = randomize(tiny_srde(**options)).train()
     spread = randomize(tiny_srde(**options)).train()
-    place_experts(spread, ExpertGroups("all", dist.group.WORLD, dist.group.WORLD), transport)
+    place_experts(spread, ExpertGroups("all", group, group), transport)
 
     def run(model: SRDEModel, whose: int) -> list[Tensor]:
         """Output, and gradients of the input and of the router."""
@@ -165,11 +170,12 @@ def check_masks(transport: str, granularity: str, kind: str) -> None:
     expected = [run(whole, other) for other in range(size)][rank]
     for wanted, got in zip(expected, run(spread, rank), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-    gradient, own = whole.layers[0].deltas.free.grad, spread.layers[0].deltas.free
-    cut, axis = own.srde_cut, own.srde_cut.axis
-    mine = own.grad.narrow(axis, 0, cut.entries)
-    torch.testing.assert_close(mine, gradient.narrow(axis, cut.first, cut.entries), rtol=1e-5, atol=1e-5)
-    assert not own.grad.narrow(axis, cut.entries, own.shape[axis] - cut.entries).any()
+    expected_gradient, own = gradient_of(whole.layers[0].deltas.free), spread.layers[0].deltas.free
+    cut: Any = vars(own)["srde_cut"]
+    axis = cut.axis
+    mine = gradient_of(own).narrow(axis, 0, cut.entries)
+    torch.testing.assert_close(mine, expected_gradient.narrow(axis, cut.first, cut.entries), rtol=1e-5, atol=1e-5)
+    assert not gradient_of(own).narrow(axis, cut.entries, own.shape[axis] - cut.entries).any()
 
 
 @pytest.mark.parametrize("kind", MASKS)
@@ -204,7 +210,7 @@ def received_bytes(transport: str, granularity: str, config: Config, hidden: int
     weights = torch.zeros(tokens, experts)
     for choice in range(config.adapter.top_k):
         weights[torch.arange(tokens), (torch.arange(tokens) + choice) % experts] = 1 / config.adapter.top_k
-    dispatch = {"tokens": TokenTransport, "deltas": DeltaTransport}[transport](dist.group.WORLD, experts)
+    dispatch = TRANSPORTS[transport](dist.group.WORLD, experts)
     x = torch.randn(tokens, hidden, requires_grad=True)
     with ExitStack() as stack:
         for name, remote in remote_part.items():

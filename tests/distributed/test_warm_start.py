@@ -239,7 +239,7 @@ def planted_base(folder: Path, base: str) -> Path:
     generator = torch.Generator().manual_seed(0)
     centres = torch.linalg.qr(torch.randn(30, 3, generator=generator))[0].T
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         for domain, centre in enumerate(centres):
             first = 30 * (domain + 1)
             embedding[first : first + 30] = centre + 0.05 * torch.randn(30, 30, generator=generator)

@@ -27,10 +27,13 @@ def train_tracing(flags: dict[str, Any], steps: Iterable[int]) -> Trace:
     from srde_ds.distributed.deepspeed_internals import deepspeed
     from srde_ds.distributed.engine import Engine
     from srde_ds.training import trainer
+    from srde_ds.training.step import optimizer_step
 
     zero = deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
-    step, clip = trainer.optimizer_step, zero.unscale_and_clip_grads
-    wanted, trace, done = set(steps), {}, []
+    step, clip = optimizer_step, zero.unscale_and_clip_grads
+    wanted = set(steps)
+    trace: Trace = {}
+    done: list[None] = []
     engines: list[Any] = []
 
     def keep(kind: str, values: Callable[[Any], Tensor], index: int | None = None) -> None:

@@ -53,7 +53,12 @@ def peak(flags: dict[str, Any]) -> tuple[int, float]:
 def test_peak_is_that_of_the_model(tmp_path: Path, checkpointing: bool) -> None:
     """A random base of 60 M values in bf16, large enough that cuBLAS's workspaces are small beside it."""
     tokenizer = tiny_tokenizer()
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "num_attention_heads": 16}
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+    }
     base = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=LENGTH, num_key_value_heads=4, **sizes)
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

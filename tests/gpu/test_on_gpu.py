@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ pytestmark = [
 
 @pytest.mark.parametrize("granularity", ["neuron", "element"])
 def test_zero_deltas_give_the_bases_logits_in_bf16(granularity: str) -> None:
-    base = tiny_llama(dtype=torch.bfloat16).cuda()
+    base: Any = tiny_llama(dtype=torch.bfloat16)
+    base.cuda()
     ids = tokens().cuda()
     expected = base(ids).logits
     model = tiny_srde(dtype=torch.bfloat16, base=base, granularity=granularity).cuda()
@@ -40,7 +42,12 @@ def test_gpu_and_cpu_give_the_same_logits(granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["neuron", "element"])
 def test_gpu_and_cpu_draw_the_same_mask_of_a_learned_support(granularity: str) -> None:
-    form = {"support_strategy": "learned", "support_scope": "per_expert", "density": 0.2, "target_density": 0.05}
+    form: dict[str, Any] = {
+        "support_strategy": "learned",
+        "support_scope": "per_expert",
+        "density": 0.2,
+        "target_density": 0.05,
+    }
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, **form))
     bank = model.layers[0].deltas
     expected = bank(temperature=1.0, step=3)

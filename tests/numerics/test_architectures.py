@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import find_feed_forward, load_base
 from tests.helpers import adapter_config, randomize, tokens
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 96,
@@ -88,7 +90,7 @@ def test_supported(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral3"])
-def test_supported_from_a_folder(name: str, tmp_path: object) -> None:
+def test_supported_from_a_folder(name: str, tmp_path: Path) -> None:
     base = build(name)
     base.save_pretrained(tmp_path)
     loaded = load_base(str(tmp_path), dtype=torch.float32)

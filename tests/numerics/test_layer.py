@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch.func import functional_call
 
@@ -16,11 +17,11 @@ from srde_ds.model.merging import expert_delta
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.reference import element_support, merge_expert, reference_forward
 from srde_ds.model.statistics import RoutingStatistics
-from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 GRANULARITIES = ("neuron", "element")
 SCOPES = ("shared", "per_expert")
-ATOMS: tuple[dict[str, object], ...] = (
+ATOMS: tuple[dict[str, Any], ...] = (
     {"num_atoms": 0},
     {"num_atoms": 4, "atom_mixing": "linear"},
     {"num_atoms": 4, "atom_mixing": "softmax"},
@@ -79,7 +80,7 @@ def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) 
     layer.router.weight.neg_()
     sixth = prepared()
     assert sixth is not fifth
-    layer.block.up_proj.weight.mul_(1.5)
+    cast("nn.Linear", layer.block.up_proj).weight.mul_(1.5)
     assert granularity == "element" or prepared() is not sixth
     layer.double()
     x = x.double()
@@ -131,9 +132,9 @@ def test_deepspeeds_hooks_do_not_split_what_is_compiled() -> None:
         torch._dynamo.graph_break()
         calls.append(0)
 
-    act = layer.block.act_fn
+    act: Any = layer.block.act_fn
     act.register_forward_hook(hook)
-    layer.dispatch._neuron_experts = torch.compile(neuron_experts, backend="eager", fullgraph=True)
+    vars(layer.dispatch)["_neuron_experts"] = torch.compile(neuron_experts, backend="eager", fullgraph=True)
     x = torch.randn(1, 4, 32)
     with pytest.raises(Unsupported):
         layer(x)
@@ -163,7 +164,7 @@ def test_restricted_routing_decodes_as_it_trains(scope: str, allowed: list[int] 
 
 @pytest.mark.parametrize("atoms", ATOMS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_effective_deltas_follow_their_definition(granularity: str, atoms: dict[str, object]) -> None:
+def test_effective_deltas_follow_their_definition(granularity: str, atoms: dict[str, Any]) -> None:
     """delta_e = (c_e . atoms) * sigma(I_e), value by value, with the index order of the stored tensors."""
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, **atoms))
     bank = model.layers[1].deltas
@@ -195,7 +196,7 @@ def test_effective_deltas_follow_their_definition(granularity: str, atoms: dict[
 @pytest.mark.parametrize("atoms", ATOMS)
 @pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
 def test_the_fast_path_equals_the_reference(
-    granularity: str, scope: str, atoms: dict[str, object], top_k: int, bias: bool
+    granularity: str, scope: str, atoms: dict[str, Any], top_k: int, bias: bool
 ) -> None:
     base = tiny_llama(dtype=torch.float64, mlp_bias=bias, num_hidden_layers=1)
     with torch.no_grad():
@@ -216,7 +217,7 @@ def test_the_fast_path_equals_the_reference(
 
 @pytest.mark.parametrize("atoms", ATOMS)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_one_expert_with_weight_one_equals_the_merged_dense_model(granularity: str, atoms: dict[str, object]) -> None:
+def test_one_expert_with_weight_one_equals_the_merged_dense_model(granularity: str, atoms: dict[str, Any]) -> None:
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity, num_experts=1, top_k=1, **atoms))
     dense = tiny_llama(dtype=torch.float64)
     merge_into(dense, model, expert=0)
@@ -274,7 +275,7 @@ def test_locked_experts_do_not_take_part() -> None:
     assert sums["assignments"].tolist() == [[32, 0, 32]] * 2
     assert (sums["delta_gradient_square"][:, 1] == 0).all()
     assert (sums["delta_gradient_square"][:, [0, 2]] > 0).all()
-    assert all((layer.deltas.free.grad[:, 3:6] == 0).all() for layer in model.layers)
+    assert all((gradient_of(layer.deltas.free)[:, 3:6] == 0).all() for layer in model.layers)
 
 
 def test_forced_routing_leaves_the_router_alone() -> None:
@@ -289,9 +290,9 @@ def test_forced_routing_leaves_the_router_alone() -> None:
     )
     model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()
     for layer in model.layers:
-        assert (layer.router.weight.grad == 0).all()
-        assert (layer.deltas.free.grad[:, [0, 1, 2, 6, 7, 8]] == 0).all() and (
-            layer.deltas.free.grad[:, 3:6] != 0
+        assert (gradient_of(layer.router.weight) == 0).all()
+        assert (gradient_of(layer.deltas.free)[:, [0, 1, 2, 6, 7, 8]] == 0).all() and (
+            gradient_of(layer.deltas.free)[:, 3:6] != 0
         ).any()
     assert statistics.pop()["assignments"].tolist() == [[0, 32, 0]] * 2
 
@@ -307,7 +308,7 @@ def test_an_expert_without_tokens_still_gets_a_gradient_tensor(granularity: str)
 
 @pytest.mark.parametrize("atoms", ATOMS)
 @pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
-def test_gradients_equal_finite_differences(granularity: str, scope: str, atoms: dict[str, object]) -> None:
+def test_gradients_equal_finite_differences(granularity: str, scope: str, atoms: dict[str, Any]) -> None:
     base = tiny_llama(
         dtype=torch.float64, hidden_size=4, intermediate_size=6, num_attention_heads=2, num_hidden_layers=1
     )

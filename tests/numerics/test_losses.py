@@ -14,7 +14,7 @@ from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.reference import reference_forward
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.training.balancing import domain_target, update_biases
-from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 EXPERTS = 4
 WEIGHT = 0.2
@@ -134,7 +134,7 @@ def test_the_bias_changes_who_is_chosen_and_not_what_a_choice_weighs() -> None:
 
 
 def gradients(model: SRDEModel) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.trainable_parameters()}
+    found = {name: gradient_of(p).clone() for name, p in model.trainable_parameters()}
     model.zero_grad()
     return found
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -51,8 +51,8 @@ def assert_equal_logits(model: SRDEModel, stock: PreTrainedModel, ids: torch.Ten
 
 @torch.no_grad()
 def assert_equal_tokens(model: SRDEModel, stock: PreTrainedModel, ids: torch.Tensor, new: int = 12) -> None:
-    options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(stock.generate(ids, **options), model.generate(ids, **options))
+    options: dict[str, Any] = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(cast("Any", stock).generate(ids, **options), model.generate(ids, **options))
 
 
 @pytest.mark.parametrize("name", BASES)
@@ -97,7 +97,11 @@ def test_widths_and_zeros(bases: Path, tmp_path: Path) -> None:
 
 def test_heads_are_added_until_they_have_the_usual_width(tmp_path: Path) -> None:
     """Ministral-3-14B: 32 heads of 128 in 5120 dimensions, which are 40 heads of 128."""
-    expected = {"llama with narrow heads": (6, 3, None), "ministral3": (8, 4, None), "llama": (4, 2, None)}
+    expected: dict[str, tuple[int, int, int | None]] = {
+        "llama with narrow heads": (6, 3, None),
+        "ministral3": (8, 4, None),
+        "llama": (4, 2, None),
+    }
     expected["llama with biases and wide heads"] = (4, 2, 16)
     for name, (queries, keys, width) in expected.items():
         made = trained(save_base(name, tmp_path / name / "base"), tmp_path / name)
@@ -218,7 +222,7 @@ def test_what_it_cannot_express_is_refused_before_anything_is_written(
 def test_rotary_embeddings_that_depend_on_a_length_it_would_lower(tmp_path: Path) -> None:
     import transformers as t
 
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    rope: dict[str, Any] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     torch.manual_seed(0)
     base = t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=64, rope_parameters=rope))
     base.save_pretrained(tmp_path / "base")

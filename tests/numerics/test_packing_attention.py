@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -16,15 +18,9 @@ ROW = 24
 
 def model(attention: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attn_implementation=attention,
-    )
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": attention}
+    config = LlamaConfig(**sizes)
     return LlamaForCausalLM(config).eval()
 
 
@@ -32,7 +28,8 @@ def packed(documents: list[np.ndarray], packing: bool = True) -> tuple[torch.Ten
     """One row's input ids and position ids, [1, ROW], padded, as the data folder has them."""
     made = [Document(ids, np.ones(len(ids), bool), "", False) for ids in documents]
     (row,) = pack(made, ROW, 2, np.random.default_rng(0), packing=packing)
-    return (torch.from_numpy(row[key]).long()[None] for key in ("input_ids", "position_ids"))
+    ids, positions = (torch.from_numpy(row[key]).long()[None] for key in ("input_ids", "position_ids"))
+    return ids, positions
 
 
 @torch.no_grad()

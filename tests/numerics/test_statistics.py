@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
-from tests.helpers import randomize, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_srde, tokens
 
 SCALE, BALANCE, Z = 0.37, 0.5, 0.3
 SHARE = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
@@ -33,7 +34,7 @@ def with_statistics(policy: RoutingPolicy = WITH_LOSSES) -> tuple[RoutingPolicy,
 
 
 def gradients(model: SRDEModel) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.trainable_parameters()}
+    found = {name: gradient_of(p).clone() for name, p in model.trainable_parameters()}
     model.zero_grad()
     return found
 
@@ -41,7 +42,7 @@ def gradients(model: SRDEModel) -> dict[str, Tensor]:
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-10) -> None:
     assert set(a) == set(b)
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance, msg=partial("{}: {}".format, name))
 
 
 def explicit_losses(model: SRDEModel, mask: Tensor, target: Tensor | None, **inputs: Tensor) -> Tensor:
@@ -83,7 +84,8 @@ def test_checkpointing_changes_nothing(use_reentrant: bool, granularity: str) ->
         model, ids = trained_model(granularity=granularity, num_atoms=4), tokens()
         policy, statistics = with_statistics()
         calls: list[int] = []
-        model.layers[1].block.down_proj.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        down = cast("nn.Module", model.layers[1].block.down_proj)
+        down.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         if checkpointing:
             model.enable_gradient_checkpointing(use_reentrant=use_reentrant)
         losses = []
@@ -139,7 +141,7 @@ def test_delta_gradients_are_counted_by_expert(granularity: str) -> None:
     model(ids, labels=ids, policy=policy).loss_sum.backward()
     expected = []
     for layer in model.layers:
-        grad = layer.deltas.free.grad
+        grad = gradient_of(layer.deltas.free)
         per_expert = grad.unflatten(1, (3, 3)).transpose(0, 1) if granularity == "neuron" else grad
         expected.append(per_expert.flatten(1).double().square().sum(1))
     actual = statistics.pop()["delta_gradient_square"]

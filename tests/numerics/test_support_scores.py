@@ -17,7 +17,7 @@ from srde_ds.model.deltas import DeltaBank, Storage, build_deltas
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.supports.learned import OverlapLoss, RelaxedTopK, SupportGate, kept_entries
 from srde_ds.model.supports.selection import check_support, select_support
-from tests.helpers import adapter_config, randomize, tiny_srde, tokens
+from tests.helpers import adapter_config, gradient_of, randomize, tiny_srde, tokens
 
 D, E, C, KEEP = 4, 3, 150, 70  # for blocks of 64: two whole ones and one of 22
 FORMS = [
@@ -91,7 +91,7 @@ def test_the_straight_through_gradient_follows_its_formula(form: dict[str, Any])
     if form["num_atoms"] == 0:
         free = next(p for name, p in bank.named_parameters() if name == "free")
         masked = gradient * (hard[:, None] if block == 1 else hard)
-        assert torch.equal(free.grad, masked.flatten(1, 2) if block == 1 else masked)
+        assert torch.equal(gradient_of(free), masked.flatten(1, 2) if block == 1 else masked)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,7 +110,7 @@ def test_noise_is_a_gumbel_draw() -> None:
     """One of four: with the probabilities of a softmax of scores / temperature; two: without replacement."""
     scores, temperature, draws = torch.tensor([[1.0, 0.0, -0.5, 0.5]]), 0.8, 1500
     p = (scores[0] / temperature).softmax(0)
-    second = p + torch.stack([sum(p[j] * p[i] / (1 - p[j]) for j in range(4) if j != i) for i in range(4)])
+    second = p + torch.tensor([sum(float(p[j] * p[i] / (1 - p[j])) for j in range(4) if j != i) for i in range(4)])
     for keep, expected in ((1, p), (2, second)):
         gate = SupportGate(entries=4, keep=keep, block=1, seed=0, layer=0)
         kept = sum(gate.sample(scores, temperature=temperature, step=step)[0] for step in range(draws)) / draws
@@ -118,7 +118,7 @@ def test_noise_is_a_gumbel_draw() -> None:
 
 
 def test_noise_depends_on_seed_layer_and_step_alone() -> None:
-    form = {"granularity": "neuron", "support_scope": "per_expert"}
+    form: dict[str, Any] = {"granularity": "neuron", "support_scope": "per_expert"}
     options: dict[str, Any] = {"temperature": 5.0, "step": 3}
     first = bank_of(**form)(**options)
     assert torch.equal(first, bank_of(**form)(**options))
@@ -135,7 +135,7 @@ def test_a_bank_with_some_of_the_experts_uses_their_rows() -> None:
     """Experts 2 and, as padding, one behind the last, as on the second of two ranks."""
     whole, part = (bank_of(granularity="neuron", support_scope="per_expert") for _ in range(2))
     free = dict(part.named_parameters())["free"].detach()
-    part.free = torch.nn.Parameter(torch.cat([free[:, 6:9], torch.zeros_like(free[:, 6:9])], dim=1))  # type: ignore[assignment]
+    part.free = torch.nn.Parameter(torch.cat([free[:, 6:9], torch.zeros_like(free[:, 6:9])], dim=1))
     part.first_expert = 2
     for options in ({}, {"temperature": 1.0, "step": 0}):
         assert torch.equal(part(**options)[:, 0], whole(**options)[:, 2])
@@ -162,7 +162,7 @@ def test_noise_is_drawn_in_training_alone(scope: str, granularity: str) -> None:
 
 def learning(*, dtype: torch.dtype = torch.float32, **options: Any) -> SRDEModel:
     """Three experts, five of twelve candidates."""
-    form = {"support_strategy": "learned", "density": 12 / 96, "target_density": 5 / 96} | options
+    form: dict[str, Any] = {"support_strategy": "learned", "density": 12 / 96, "target_density": 5 / 96} | options
     return randomize(tiny_srde(dtype=dtype, **form))
 
 

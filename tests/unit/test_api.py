@@ -41,7 +41,7 @@ def trained(*args: Any, finishes: bool = True, **options: Any) -> Config:
 
 def test_options_come_with_sections_or_without(base: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "run")
-    flat = {"model_name": str(base), "max_steps": 40, "output_dir": output}
+    flat: dict[str, Any] = {"model_name": str(base), "max_steps": 40, "output_dir": output}
     by_section = {"model": {"model_name": str(base)}, "training": {"max_steps": 40, "output_dir": output}}
     configs = [
         trained(flat),

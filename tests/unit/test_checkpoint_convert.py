@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from srde_ds.checkpoint.shards import TensorSlice
+from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
@@ -29,13 +30,13 @@ print(export_weights(sys.argv[1], sys.argv[2]))
 """
 
 
-def save_model(model: SRDEModel, run: Path, **given: object) -> Path:
+def save_model(model: SRDEModel, run: Path, **given: Any) -> Path:
     common = model.common_tensors()
     masters = {("master", name): tensor for name, tensor in model.adapter_tensors().items() if name not in common}
     momenta = {("momentum_buffer", name): torch.ones_like(tensor) for (_, name), tensor in masters.items()}
     pieces: list[TensorSlice] = cut(masters | momenta, 1)[0]
     share = torch.full((2, 3), 1 / 3)
-    contents = {
+    contents: dict[str, Any] = {
         "run_state": {"adapter": model.metadata().to_dict()},
         "common_tensors": common | {"expert_share": share},
     }
@@ -43,7 +44,7 @@ def save_model(model: SRDEModel, run: Path, **given: object) -> Path:
 
 
 @pytest.mark.parametrize("options", [{}, {"granularity": "element", "num_atoms": 2, "support_scope": "per_expert"}])
-def test_the_exported_file_gives_the_saved_model(tmp_path: Path, options: dict[str, object]) -> None:
+def test_the_exported_file_gives_the_saved_model(tmp_path: Path, options: dict[str, Any]) -> None:
     model = randomize(tiny_srde(**options))
     model.layers[1].router.load_selection_bias(torch.tensor([1.0, -2.0, 0.3]))
     path = export_weights(save_model(model, tmp_path), tmp_path / "out" / "srde_weights.safetensors")

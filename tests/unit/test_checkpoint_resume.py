@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from srde_ds.checkpoint import resume
-from srde_ds.checkpoint.layout import content_hash
+from srde_ds.checkpoint.layout import content_hash, file_hash
 from srde_ds.checkpoint.resume import (
     find_checkpoint,
     load_common_tensors,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.shards import TensorSlice, read_slices
+from srde_ds.checkpoint.shards import read_slices
+from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from tests.checkpoint_helpers import save, save_on_ranks
 
@@ -194,7 +195,6 @@ def test_garbage_common_tensors_are_refused(folder: Path) -> None:
 def test_a_disk_that_cannot_read_counts_as_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)
-    file_hash = resume.file_hash
 
     def hash_on_a_dying_disk(path: Path) -> str:
         if "checkpoint-2" in str(path):

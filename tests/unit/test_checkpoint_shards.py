@@ -13,12 +13,12 @@ from torch import Tensor
 
 from srde_ds.checkpoint.shards import (
     ShardIndex,
-    TensorSlice,
     read_slices,
     shard_name,
     write_shard,
     write_tensors,
 )
+from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from tests.checkpoint_helpers import SHAPES, Tensors, blank, cut, make_tensors
 

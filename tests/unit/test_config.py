@@ -17,7 +17,7 @@ from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 
 PACKAGE = Path(__file__).parents[2] / "srde_ds"
-SECTIONS = {section.name: section.default_factory() for section in dataclasses.fields(Config)}  # type: ignore[misc]
+SECTIONS = {section.name: getattr(Config(), section.name) for section in dataclasses.fields(Config)}
 FIELDS = [(name, field) for name, section in SECTIONS.items() for field in dataclasses.fields(section)]
 
 

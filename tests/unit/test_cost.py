@@ -21,7 +21,7 @@ from srde_ds.planner.trainables import layer_trainables, trainable_values
 from tests.helpers import tiny_llama, tiny_srde
 
 D, F, LAYERS, VOCABULARY = 5120, 16384, 40, 131072  # Ministral-3-14B
-MINISTRAL = {
+MINISTRAL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": D,
     "intermediate_size": F,

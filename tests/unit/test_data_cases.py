@@ -30,7 +30,7 @@ def labelled(file: str, family: str) -> tuple[str, list[str]]:
             if not document.is_response[index - 1]:
                 runs.append([])
             runs[-1].append(token)
-    return tokenizer.decode(document.input_ids), [tokenizer.decode(run) for run in runs]
+    return str(tokenizer.decode(document.input_ids)), [str(tokenizer.decode(run)) for run in runs]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_calls_in_prompts_are_written_as_in_training() -> None:
     tokenizer = FAMILIES[CHATML_TOOLS].tokenizer()
     (record,) = read_records(CASES / "tool_1.jsonl", ["math"])
     asked_for = record.messages[:3]
-    text = tokenizer.decode(prompt_ids(tokenizer, asked_for, tools=record.tools))
+    text = str(tokenizer.decode(prompt_ids(tokenizer, asked_for, tools=record.tools)))
     assert text.endswith(
         f"{CALL}\n<|im_start|>user\n<tool_response>\n22C\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )

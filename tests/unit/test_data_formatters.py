@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
@@ -18,7 +19,7 @@ from tests.source_rows import FIXTURES, features
 HUB = [source for source in load_sources() if source.kind == "hub"]
 
 
-def local(source: Source, **place: str) -> Source:
+def local(source: Source, **place: Any) -> Source:
     """The source with its rows on this machine instead of on the Hub."""
     return dataclasses.replace(source, hub=None, config=None, data_files=None, **place)
 

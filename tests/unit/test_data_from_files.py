@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,12 @@ def files(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def build(files: dict[str, Path], **changes: Any) -> Manifest:
-    options = {"tokenizer": tiny_tokenizer(), "domains": DOMAINS, "max_length": 512, "too_long": "drop", "seed": 1}
-    return build_dataset(**(options | files | changes))
+def build(files: Mapping[str, Any], **changes: Any) -> Manifest:
+    options: dict[str, Any] = {"domains": DOMAINS, "max_length": 512, "too_long": "drop", "seed": 1}
+    return build_dataset(**({"tokenizer": tiny_tokenizer()} | options | dict(files) | changes))
 
 
-def fails(files: dict[str, Path], message: str, **changes: Any) -> None:
+def fails(files: Mapping[str, Any], message: str, **changes: Any) -> None:
     with pytest.raises(SRDEError) as caught:
         build(files, **changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
@@ -54,7 +55,7 @@ def fails(files: dict[str, Path], message: str, **changes: Any) -> None:
     assert not any(folder.with_name(folder.name + ending).exists() for ending in (".tmp", ".building"))
 
 
-def test_folder_manifest_and_rows_agree(files: dict[str, Path]) -> None:
+def test_folder_manifest_and_rows_agree(files: dict[str, Any]) -> None:
     manifest = build(files)
     folder = files["output_dir"]
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "train", "validation"]
@@ -78,20 +79,20 @@ def test_folder_manifest_and_rows_agree(files: dict[str, Path]) -> None:
     assert manifest.tokenizer["chat_template"] == "tokenizer"
 
 
-def test_the_same_input_gives_the_same_rows_and_another_seed_others(files: dict[str, Path]) -> None:
+def test_the_same_input_gives_the_same_rows_and_another_seed_others(files: dict[str, Any]) -> None:
     folders = [files["output_dir"].with_name(name) for name in "abc"]
     first, second, other = (build(files, output_dir=f, seed=s) for f, s in zip(folders, (1, 1, 2), strict=True))
     assert first == second
     assert first.splits["train"].content_sha256 != other.splits["train"].content_sha256
 
 
-def test_two_processes_give_the_same_rows(files: dict[str, Path]) -> None:
+def test_two_processes_give_the_same_rows(files: dict[str, Any]) -> None:
     one = build(files)
     two = build(files, output_dir=files["output_dir"].with_name("other"), num_processes=2)
     assert one == two
 
 
-def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("srde_ds.data.rows.DOCUMENTS_A_BUFFER", 7)
     monkeypatch.setattr("srde_ds.data.build.from_files.DOCUMENTS_A_FILE", 11)
     small = build(files)
@@ -102,7 +103,7 @@ def test_buffers_bound_memory_and_lose_nothing(files: dict[str, Path], monkeypat
         assert (ours.documents, ours.tokens, ours.response_tokens) == (30, theirs.tokens, theirs.response_tokens)
 
 
-def test_an_equal_folder_is_reused_untouched(files: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+def test_an_equal_folder_is_reused_untouched(files: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     manifest = build(files)
     stamps = {path: path.stat().st_mtime_ns for path in files["output_dir"].rglob("*")}
     with caplog.at_level("INFO"):
@@ -122,21 +123,21 @@ def test_an_equal_folder_is_reused_untouched(files: dict[str, Path], caplog: pyt
         ({"eval_file": None}, "It was built from other files or other content"),
     ],
 )
-def test_another_folder_is_never_overwritten(files: dict[str, Path], changes: dict[str, Any], message: str) -> None:
+def test_another_folder_is_never_overwritten(files: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     manifest = build(files)
     fails(files, message, **changes)
     fails(files, "exists already: choose another output folder or delete it", **changes)
     assert load_manifest(files["output_dir"]) == manifest
 
 
-def test_changed_content_is_noticed_and_foreign_folders_refused(files: dict[str, Path]) -> None:
+def test_changed_content_is_noticed_and_foreign_folders_refused(files: dict[str, Any]) -> None:
     build(files)
     write_jsonl(files["jsonl_data"], sums("math", [90]) + sums("logic", [91]))
     fails(files, "It was built from other files or other content")
     fails(files, "holds no manifest.json: it is no folder of build_dataset", output_dir=files["jsonl_data"].parent)
 
 
-def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Path]) -> None:
+def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Any]) -> None:
     building = files["output_dir"].with_name("rows.tmp")
     (building / "train").mkdir(parents=True)
     (building / "train" / "half").write_text("x")
@@ -145,7 +146,7 @@ def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Path
     assert not building.exists() and not list(files["output_dir"].rglob("half"))
 
 
-def test_bad_input_is_named_before_anything_is_written(files: dict[str, Path]) -> None:
+def test_bad_input_is_named_before_anything_is_written(files: dict[str, Any]) -> None:
     fails(files, "no such file", jsonl_data=Path("none.jsonl"))
     fails(files, "no such file", eval_file=Path("none.jsonl"))
     with pytest.raises(SRDEError, match=r"train.jsonl/rows' cannot be made: Not a directory. Choose another folder"):
@@ -156,7 +157,7 @@ def test_bad_input_is_named_before_anything_is_written(files: dict[str, Path]) -
     fails(files, "train.jsonl:61: unknown domain 'mat'")
 
 
-def test_held_out_prompts_in_training_are_refused(files: dict[str, Path]) -> None:
+def test_held_out_prompts_in_training_are_refused(files: dict[str, Any]) -> None:
     leaked = {"role": "user", "content": "math: 51 + 1?"}
     turns = [{"role": "system", "content": "S"}, leaked, *({"role": r, "content": "x"} for r in ("assistant", "user"))]
     with files["jsonl_data"].open("a") as file:
@@ -167,7 +168,7 @@ def test_held_out_prompts_in_training_are_refused(files: dict[str, Path]) -> Non
     fails(files, "train.jsonl:61: remove them from one of the files")
 
 
-def test_long_documents_are_counted_by_domain(files: dict[str, Path]) -> None:
+def test_long_documents_are_counted_by_domain(files: dict[str, Any]) -> None:
     long = [{"prompt": f"logic {i}", "response": "x1y2z3" * 100, "domain": "logic"} for i in range(3)]
     with files["jsonl_data"].open("a") as file:
         file.write("".join(json.dumps(item) + "\n" for item in long))
@@ -179,7 +180,7 @@ def test_long_documents_are_counted_by_domain(files: dict[str, Path]) -> None:
     fails(files, "all 30 documents of domain 'math' are longer than max_length=8", max_length=8)
 
 
-def test_manifest_checks(files: dict[str, Path]) -> None:
+def test_manifest_checks(files: dict[str, Any]) -> None:
     manifest = build(files, eval_file=None)
     folder = files["output_dir"]
     check_tokenizer(manifest, tiny_tokenizer())
@@ -217,7 +218,7 @@ def test_manifest_checks(files: dict[str, Path]) -> None:
         load_manifest(folder / "none")
 
 
-def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Path], tmp_path: Path) -> None:
+def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Any], tmp_path: Path) -> None:
     manifest = build(files)
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
@@ -227,7 +228,7 @@ def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Path], tmp_p
     check_tokenizer(manifest, type(tokenizer).from_pretrained(tmp_path / "saved"))
 
 
-def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Any], tmp_path: Path) -> None:
     several = [
         {"messages": [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]}
         for _ in range(3)
@@ -268,7 +269,7 @@ def test_records_of_many_files_make_one_dataset(tmp_path: Path) -> None:
     fails(files, "It was built from other files or other content")
 
 
-def test_how_files_are_read_is_part_of_what_a_folder_is(files: dict[str, Path], tmp_path: Path) -> None:
+def test_how_files_are_read_is_part_of_what_a_folder_is(files: dict[str, Any], tmp_path: Path) -> None:
     renamed = [{"q": r["prompt"], "response": r["response"]} for r in sums("math", range(20))]
     write_jsonl(files["jsonl_data"], renamed)
     reading = ReadOptions(columns={"prompt": "q"}, domain="math")
@@ -280,7 +281,7 @@ def test_how_files_are_read_is_part_of_what_a_folder_is(files: dict[str, Path], 
 
 
 def test_bad_records_are_all_told_or_left_out_and_counted(
-    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+    files: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     template = "{% if messages[0]['content'] == 'no' %}{{ raise_exception('not this') }}{% endif %}" + CHATML
     bad = ['{"prompt": 1', json.dumps({"prompt": "no", "response": "b", "domain": "math"})]
@@ -295,7 +296,7 @@ def test_bad_records_are_all_told_or_left_out_and_counted(
     assert ":62: the tokenizer's chat template refuses these messages: not this" in caplog.text
 
 
-def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files: dict[str, Path]) -> None:
+def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files: dict[str, Any]) -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     turns = [
         {"role": "system", "content": "S"},
@@ -311,7 +312,7 @@ def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files
 
 
 def test_questions_that_are_held_out_but_for_case_and_spaces_are_told(
-    files: dict[str, Path], caplog: pytest.LogCaptureFixture
+    files: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with files["eval_file"].open("a") as file:
         file.write(json.dumps({"prompt": "MATH:  3 + 1? ", "response": "4", "domain": "math"}) + "\n")

@@ -40,7 +40,7 @@ def question(domain: str, number: int) -> str:
     return f"{domain} {number}: " + " ".join(generator.choice(WORDS, 12)) + "?"
 
 
-def items(domain: str, numbers: range, answer: str = "{}") -> list[dict[str, str]]:
+def items(domain: str, numbers: range, answer: str = "{}") -> list[dict[str, Any]]:
     return [{"prompt": question(domain, n), "response": answer.format(n), "answer": str(n)} for n in numbers]
 
 

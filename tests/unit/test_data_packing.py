@@ -42,7 +42,7 @@ def shown(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[str, 
             if i == 0 or not document.is_response[i - 1]:
                 runs.append([])
             runs[-1].append(int(document.input_ids[i]))
-    return tokenizer.decode(document.input_ids), [tokenizer.decode(run) for run in runs]
+    return str(tokenizer.decode(document.input_ids)), [str(tokenizer.decode(run)) for run in runs]
 
 
 def test_only_the_response_is_labelled_and_ends_with_one_eos() -> None:

@@ -57,7 +57,7 @@ def test_math_answers_are_right(items: dict[str, list[dict[str, str]]]) -> None:
 
 
 def test_science_answers_are_right(items: dict[str, list[dict[str, str]]]) -> None:
-    checked = Counter()
+    checked: Counter[str] = Counter()
     for item in items["science"]:
         prompt, answer = item["prompt"], item["answer"]
         if match := re.search(r"nucleus of (\w+)-(\d+)", prompt):

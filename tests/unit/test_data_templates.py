@@ -204,7 +204,7 @@ def runs(family: str, record: dict[str, Any], **options: Any) -> list[str]:
             found.append([])
         if labelled:
             found[-1].append(int(token))
-    return [tokenizer.decode(run) for run in found]
+    return [str(tokenizer.decode(run)) for run in found]
 
 
 def test_all_forms_are_tried() -> None:
@@ -237,7 +237,7 @@ def test_the_labelled_text_goes_on_from_the_prompt_as_rendered(family: str, conv
     assert document.input_ids[: len(prompt)].tolist() == prompt
     assert not document.is_response[: len(prompt)].any() and document.is_response[len(prompt) :].all()
     whole = render(tokenizer, record.messages, generation=False, where="", tools=record.tools)
-    written, eos = tokenizer.decode(document.input_ids), str(tokenizer.eos_token)
+    written, eos = str(tokenizer.decode(document.input_ids)), str(tokenizer.eos_token)
     # White space behind the end is not said; EOS ends every document, where the template writes none, too.
     assert written.removesuffix(eos) == whole.rstrip().removesuffix(eos) or written == whole.rstrip() + eos
 
@@ -348,7 +348,7 @@ def test_generation_stops_where_the_template_ends_a_turn(family: str, stops: lis
 def test_prompts_take_the_same_forms() -> None:
     messages, tools = parse_prompt(CONVERSATIONS["tools"], "p.jsonl:1")
     assert messages[-1] == {"role": "tool", "content": '22 "C"', "tool_call_id": "c1"}
-    text = tokenizer_of("chatml, tools").decode(prompt_ids(tokenizer_of("chatml, tools"), messages, tools=tools))
+    text = str(tokenizer_of("chatml, tools").decode(prompt_ids(tokenizer_of("chatml, tools"), messages, tools=tools)))
     assert '"name": "weather", "parameters"' in text and '"arguments": {"city": "Rome"}' in text
     assert text.endswith('<tool_response>\n22 "C"\n</tool_response><|im_end|>\n<|im_start|>assistant\n')
     for given in ({"messages": messages}, {"messages": messages[:1], "tools": tools}):

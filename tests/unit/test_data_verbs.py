@@ -49,7 +49,8 @@ def test_the_commands_of_the_page_work(
     base: Path, tmp_path: Path, section: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    name = re.search("`(.+?)`", section)[1].replace("*", "part")
+    (name, *_) = re.findall("`(.+?)`", section)
+    name = name.replace("*", "part")
     blocks = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n?)+", section, re.MULTILINE)]
     command = next(block for block in blocks if block.startswith("srde-ds"))
     Path(name).parent.mkdir(exist_ok=True)

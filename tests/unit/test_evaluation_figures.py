@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from srde_ds.model.policy import RoutingPolicy
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import records, tiny_model
 
-OPTIONS = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+OPTIONS: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
 
 
 def test_losses_equal_a_direct_computation_for_each_item() -> None:
@@ -68,7 +69,7 @@ def test_a_batch_ends_at_eos_without_what_follows() -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
     free = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
     stop = next(letter for letter in free[0][1:] if letter.isascii() and letter != free[0][0])
-    model.base.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(tokenizer.tokenize(stop))[0]]
+    model.base.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(stop)[:1])
     stopped = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
     cut = [text[: text.index(stop) + 1] if stop in text else text for text in free]
     assert stopped == cut and cut != free

@@ -97,7 +97,7 @@ def test_the_harness_asks_the_model_with_its_experts(weights: Path, tasks: Path)
         ids = torch.tensor([tokens(question)])
         with torch.no_grad():
             output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
-        said = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        said = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
         assert sample["resps"][0][0] == said.split("\n\n\n")[0]
 
     start = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from srde_ds.evaluation.table import format_tables
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, records, scored_records, tiny_model
 
-OPTIONS = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+OPTIONS: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
 SAME = [
     ("1,000", "1000"),
     (r"\frac{1}{2}", "0.5"),
@@ -98,7 +99,7 @@ def _mean_loss_of_last(record: Record, choice: str) -> float:
 def test_the_choice_of_the_least_loss_per_token_is_taken() -> None:
     items = [record for record in scored_records() if record.choices]
     taken = likeliest_choices(tiny_model(), tiny_tokenizer(), items, batch_size=3, title="")
-    direct = [min(record.choices, key=lambda text: _mean_loss_of_last(record, text)) for record in items]
+    direct = [min(record.choices or [], key=lambda text: _mean_loss_of_last(record, text)) for record in items]
     assert taken == direct
 
 
@@ -159,8 +160,8 @@ def test_each_expert_alone_is_the_model_with_that_expert_alone() -> None:
     [(8, 1, 2 * (1 + 9) / 2**9), (1, 8, 2 * (1 + 9) / 2**9), (3, 3, 1.0), (5, 0, 2 / 2**5), (0, 0, 1.0)],
 )
 def test_mcnemar_is_the_exact_binomial_of_the_differing_items(only_srde: int, only_base: int, p: float) -> None:
-    verdicts = [(True, False)] * only_srde + [(False, True)] * only_base + [(True, True)] * 4 + [(False, False)] * 3
-    verdicts += [(None, None)]
+    verdicts: list[Any] = [(True, False)] * only_srde + [(False, True)] * only_base
+    verdicts += [(True, True)] * 4 + [(False, False)] * 3 + [(None, None)]
     loss = ItemLoss(1.0, 1, None)
     results = {
         name: [ItemResult(loss, None, pair[column]) for pair in verdicts]

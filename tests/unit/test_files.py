@@ -41,8 +41,17 @@ def test_what_is_durable_is_synced_before_and_after_it_gets_its_name(
 ) -> None:
     done: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr("os.fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
-    monkeypatch.setattr("os.replace", lambda a, b: (done.append("replace"), replace(a, b)))
+
+    def told_fsync(file: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def told_replace(source: Path, target: Path) -> None:
+        done.append("replace")
+        replace(source, target)
+
+    monkeypatch.setattr("os.fsync", told_fsync)
+    monkeypatch.setattr("os.replace", told_replace)
     write_text(tmp_path / "a", "text")
     assert done == ["replace"]
     write_text(tmp_path / "a", "text", durable=True)

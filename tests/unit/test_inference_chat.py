@@ -111,7 +111,7 @@ def test_a_stopped_answer_is_forgotten_with_its_question(heard: list[list[str]])
 
 def test_ctrl_c_at_the_prompt_ends() -> None:
     class Interrupted(io.StringIO):
-        def readline(self, *_: Any) -> str:
+        def readline(self, *_: Any) -> Any:
             raise KeyboardInterrupt
 
     target = io.StringIO()
@@ -177,9 +177,15 @@ def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_the_longest_answer_follows_from_the_context(tmp_path: Path) -> None:
-    weights, seen = str(save_model(tmp_path)), []
+    weights = str(save_model(tmp_path))
+    seen: list[dict[str, Any]] = []
+
+    def generate(*_: Any, **options: Any) -> Mock:
+        seen.append(options)
+        return Mock(text="")
+
     for given, expected in ((None, 128), (3, 3)):  # the context is 256
-        with patch("srde_ds.inference.command.generate", lambda *_, **options: seen.append(options) or Mock(text="")):
+        with patch("srde_ds.inference.command.generate", generate):
             inference_command(_options(weights=weights, prompt="hi", max_tokens=given))
         assert seen.pop()["max_tokens"] == expected
     assert answer_length(tiny_model(context=4096), 256) == 256

@@ -43,8 +43,8 @@ def test_a_padded_batch_with_a_cache_equals_single_prompts_without(granularity: 
     model = randomize(add_experts(tiny_llama(vocab_size=len(tokenizer)), config, expert_names=NAMES, seed=0))
     prompts = [prompt_ids(tokenizer, messages) for messages in asked("a", "what is é + ü?", "the answer is " * 3)]
     ids, mask = left_padded(prompts, pad_token_id(tokenizer))
-    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": pad_token_id(tokenizer)}
-    options["eos_token_id"] = None
+    options: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    options |= {"pad_token_id": pad_token_id(tokenizer), "eos_token_id": None}
     with torch.inference_mode():
         cached = model.generate(input_ids=ids, attention_mask=mask, **options)
         with model.no_experts():

@@ -6,6 +6,7 @@ import io
 import json
 import resource
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +16,6 @@ import torch
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
-from srde_ds.training.reporting import metrics
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine, flatten, memory_gib
 
 STEP = {
@@ -152,8 +152,9 @@ def test_a_missing_tracker_stops_every_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, module: str, package: str, enabled: bool
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
+    flags: dict[str, Any] = {flag: True}
     with pytest.raises(SRDEError, match=rf"{flag}=true: package '{package}' is missing.*pip install {package}"):
-        MetricsWriter(tmp_path / "run", TrackingConfig(**{flag: True}), enabled=enabled)
+        MetricsWriter(tmp_path / "run", TrackingConfig(**flags), enabled=enabled)
     assert not (tmp_path / "run").exists()
 
 
@@ -166,7 +167,7 @@ def show(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, *, enabled: bool 
     clock = iter(range(1000))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
-        patch.setattr(metrics.time, "monotonic", lambda: float(next(clock)) * 60)
+        patch.setattr(time, "monotonic", lambda: float(next(clock)) * 60)
         with ProgressLine(25, 10, start_step=4, enabled=enabled) as progress:
             for step in range(5, 26):
                 speed = {"tokens": step * 10**6, "tokens_per_second": 51_234.0, "memory_gib": 3.14}

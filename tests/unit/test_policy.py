@@ -12,7 +12,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
-from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 
 def forced(expert: int) -> RoutingPolicy:
@@ -20,7 +20,7 @@ def forced(expert: int) -> RoutingPolicy:
 
 
 def gradients(model: SRDEModel) -> dict[str, Tensor]:
-    found = {name: p.grad.clone() for name, p in model.trainable_parameters()}
+    found = {name: gradient_of(p).clone() for name, p in model.trainable_parameters()}
     model.zero_grad()
     return found
 
@@ -119,5 +119,5 @@ def test_recomputation_that_would_forget_the_policy_is_refused() -> None:
         loss(model, forced(1))
     model.enable_gradient_checkpointing()
     loss(model, forced(1)).backward()
-    free = model.layers[0].deltas.free.grad
+    free = gradient_of(model.layers[0].deltas.free)
     assert (free[:, [0, 1, 2, 6, 7, 8]] == 0).all() and (free[:, 3:6] != 0).any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +35,12 @@ from tests.unit.test_checkpoint_save import Kill, Killed
 D, F, E = 32, 96, 3
 OLD, NEW = 12 / F, 5 / F
 KINDS = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
+ATOMS: list[dict[str, Any]] = [{"num_atoms": 0}, {"num_atoms": 4}, {"num_atoms": 4, "atom_mixing": "softmax"}]
 FORMS = [
     {"granularity": granularity, "support_scope": scope} | atoms
-    for granularity, scope, atoms in itertools.product(
-        ("neuron", "element"),
-        ("shared", "per_expert"),
-        ({"num_atoms": 0}, {"num_atoms": 4}, {"num_atoms": 4, "atom_mixing": "softmax"}),
-    )
+    for granularity in ("neuron", "element")
+    for scope in ("shared", "per_expert")
+    for atoms in ATOMS
 ]
 Tensors = dict[tuple[str, str], Tensor]
 

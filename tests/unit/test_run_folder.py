@@ -21,6 +21,7 @@ from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.data.manifest import load_manifest
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed import deepspeed_internals
 from srde_ds.distributed import processes as topology
 from srde_ds.errors import SRDEError
 from srde_ds.training import run_folder
@@ -246,7 +247,7 @@ def test_a_checkpoint_that_is_not_there_leaves_the_run_as_it_was(refused: Refusa
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    monkeypatch.setattr(topology.internals.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process a GPU"):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from srde_ds.api import build_dataset
-from srde_ds.checkpoint.layout import LATEST, RUN_STATE
+from srde_ds.checkpoint.layout import RUN_STATE
 from srde_ds.config import Config, resolve
 from srde_ds.errors import SRDEError
 from srde_ds.training.run_inputs import read_base_inputs, read_run_inputs
+from srde_ds.weights.locate import LATEST
 from tests.cli_helpers import DOMAINS, POSITIONS, save_base, write_records
 
 

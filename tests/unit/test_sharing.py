@@ -49,7 +49,9 @@ def made(base: Path, tmp_path: Path) -> Trained:
 def test_from_pretrained_takes_files_folders_and_models(made: Trained) -> None:
     expected = made.model(tokens()).logits
     loaded = load_base(made.base, dtype=torch.float32)
-    for given, adapter in [(str(made.base), made.weights), (None, made.weights.parent), (loaded, str(made.weights))]:
+    bases: list[Any] = [str(made.base), None, loaded]
+    adapters: list[str | Path] = [made.weights, made.weights.parent, str(made.weights)]
+    for given, adapter in zip(bases, adapters, strict=True):
         model = SRDEModel.from_pretrained(given, adapter)
         assert torch.equal(model(tokens()).logits, expected) and not model.training
     assert SRDEModel.from_pretrained(None, made.weights, dtype=torch.bfloat16).base.dtype == torch.bfloat16
@@ -280,7 +282,7 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     }
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     card = model_card(model.metadata(), repo="me/experts", run=run)
-    name = Path(model.base_identity["name"]).name
+    name = Path(str(model.base_identity["name"])).name
     assert f"SRDEModel.from_pretrained({name!r}, 'me/experts')" in card
     assert f"`{name}` was a folder where this was trained: give your own; another model is refused by its hash" in card
     assert "On 40 held-out items" in card and "| red | – | 1.250 | – | – |" in card

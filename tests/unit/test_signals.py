@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_the_first_signal_names_the_stop_and_repeats_change_nothing() -> None:
 
 def test_a_second_ctrl_c_stops_at_once_but_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
-    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         now += signals.SAME_PRESS_SECONDS / 2

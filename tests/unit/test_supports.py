@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def weights(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     return gate, up, down
 
 
-def select(*, seed: int = 0, layer: int = 0, dtype: torch.dtype = torch.float32, **overrides: object) -> torch.Tensor:
+def select(*, seed: int = 0, layer: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.Tensor:
     config = adapter_config(**overrides)
     return select_support(config, weights(dtype), hidden=D, intermediate=F, seed=seed, layer=layer)
 
@@ -57,7 +59,7 @@ def test_equal_scores_go_to_the_lower_index() -> None:
 
 @pytest.mark.parametrize("granularity", ["neuron", "element"])
 def test_the_dtype_of_the_load_does_not_matter(granularity: str) -> None:
-    kwargs = {"granularity": granularity, "density": 0.25}
+    kwargs: dict[str, Any] = {"granularity": granularity, "density": 0.25}
     assert torch.equal(select(dtype=torch.bfloat16, **kwargs), select(dtype=torch.float32, **kwargs))
 
 
@@ -75,7 +77,7 @@ def test_slices_that_do_not_fit_are_refused() -> None:
 
 @pytest.mark.parametrize("granularity", ["neuron", "element"])
 def test_random_depends_on_seed_layer_and_expert_alone(granularity: str) -> None:
-    kwargs = {"granularity": granularity, "support_strategy": "random", "density": 0.4}
+    kwargs: dict[str, Any] = {"granularity": granularity, "support_strategy": "random", "density": 0.4}
     support = select(support_scope="per_expert", **kwargs)
     assert torch.equal(support, select(support_scope="per_expert", **kwargs))
     others = [select(seed=1, **kwargs), select(layer=1, **kwargs), support[1], support[2]]

@@ -61,7 +61,12 @@ def test_the_others_meet_while_one_works(monkeypatch: pytest.MonkeyPatch) -> Non
             return ranks.all_reduce_max(value)
 
         watched = ranks._replace(all_reduce_max=all_reduce_max)
-        return together(lambda: time.sleep(0.5 if ranks.rank == 0 else 0) or "done", watched, long=True)
+
+        def slow_on_rank_0() -> str:
+            time.sleep(0.5 if ranks.rank == 0 else 0)
+            return "done"
+
+        return together(slow_on_rank_0, watched, long=True)
 
     assert on_ranks(2, work) == ["done"] * 2
     assert meetings.count(1) > 3
@@ -71,7 +76,11 @@ def test_rank_0_works_for_all() -> None:
     worked: list[int] = []
 
     def work(ranks: Collectives) -> Any:
-        return on_main_rank(lambda: worked.append(ranks.rank) or {"steps": [3]}, ranks)
+        def read() -> dict[str, list[int]]:
+            worked.append(ranks.rank)
+            return {"steps": [3]}
+
+        return on_main_rank(read, ranks)
 
     assert on_ranks(3, work) == [{"steps": [3]}] * 3
     assert worked == [0]

@@ -85,7 +85,7 @@ def test_every_usable_token_of_the_rows_has_the_same_chance() -> None:
 def test_padding_and_special_tokens_are_never_sampled() -> None:
     rows = random_rows([20, 20, 20])
     special = tuple(range(1, 50))
-    found = tokens_of(choose(rows, 10_000, special_ids=special), rows)
+    found = tokens_of(choose(rows, 10_000, special_ids=tuple(special)), rows)
     ids = np.asarray(rows.with_format("numpy")["input_ids"][:])
     assert len(found) == (ids >= 50).sum() > 500
     assert found.min() >= 50
@@ -107,7 +107,7 @@ def test_rows_of_a_real_tokenizer(tmp_path: Path) -> None:
     rows = datasets.load_from_disk(str(tmp_path / "rows/train"))
     special = special_token_ids(tokenizer)
     assert tokenizer.convert_ids_to_tokens(special) == SPECIALS
-    sample = choose(rows, 100_000, special_ids=special)
+    sample = choose(rows, 100_000, special_ids=tuple(special))
     text = [tokenizer.decode([token]) for token in tokens_of(sample, rows)]
     assert not set(text) & set(SPECIALS)
     row = rows.with_format("numpy")[int(sample.rows[0])]

@@ -103,7 +103,7 @@ def test_a_learned_support_cools_down_and_is_frozen_by_one_pruning() -> None:
         support_strategy="learned", initial_density=0.08, density_warmup_steps=50, support_temperature=2.0
     )
     assert Schedule.of(settings).prunings == [(50, 0.01)]
-    temperatures = [step.temperature for step in steps_of(settings)]
+    temperatures: list[Any] = [step.temperature for step in steps_of(settings)]
     assert temperatures[0] == 2.0 and temperatures[50:] == [None] * 150
     assert all(a > b for a, b in zip(temperatures[:49], temperatures[1:50], strict=True))
     assert temperatures[49] == pytest.approx(0.2, rel=0.06)

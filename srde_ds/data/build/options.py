@@ -27,6 +27,7 @@ class BuildOptions:
 
     @property
     def domains(self) -> list[str]:
+        """The sources' domains, in the order of the sources file."""
         return list(dict.fromkeys(source.domain for source in self.sources))
 
 

@@ -56,6 +56,8 @@ class Chosen:
 
 @dataclass
 class Selection:
+    """The documents that go into the rows, and what the rules removed."""
+
     domains: dict[str, Chosen]
     files: list[Artifact]
     """of tokens"""

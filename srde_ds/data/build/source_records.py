@@ -37,9 +37,11 @@ class Records:
 
     @property
     def lengths(self) -> list[int]:
+        """Records of each file, in order."""
         return [made.figures["kept"] for made in self.parts]
 
     def column(self, name: str) -> np.ndarray:
+        """`[records]`: a column of all files, joined."""
         return np.concatenate([read_table(made.path)[name].to_numpy() for made in self.parts])
 
 

@@ -142,11 +142,13 @@ def orca_math(row: Row) -> Example:
 
 @formatter("context", "query", "options", "correct_option")
 def logiqa(row: Row) -> Example:
+    """LogiQA: a context, a question and its options."""
     return lettered_choice(text(row, "query"), row["options"], int(row["correct_option"]), context=text(row, "context"))
 
 
 @formatter("context", "question", "answers", "label")
 def reclor(row: Row) -> Example:
+    """ReClor: a context, a question and its answers."""
     return lettered_choice(text(row, "question"), row["answers"], int(row["label"]), context=text(row, "context"))
 
 
@@ -176,12 +178,14 @@ def hellaswag(row: Row) -> Example | None:
 
 @formatter("instruction", "output", optional=("input",))
 def code_alpaca(row: Row) -> Example:
+    """CodeAlpaca: an instruction, with or without an input."""
     prompt, given = text(row, "instruction"), _maybe(row, "input")
     return Example(_ask(f"{prompt}\n\n{given}" if given else prompt, text(row, "output")))
 
 
 @formatter("query", "answer", optional=("resource", "lang"))
 def code_feedback(row: Row) -> Example:
+    """Code-Feedback: a query and its answer."""
     return Example(_ask(text(row, "query"), text(row, "answer")))
 
 

@@ -35,7 +35,9 @@ class Reader(Protocol):
     """Can be sent to another process."""
 
     @property
-    def count(self) -> int: ...
+    def count(self) -> int:
+        """Number of rows."""
+        ...
 
     def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
         """What each row holds: an example, no answer, or what is wrong with it."""
@@ -99,6 +101,7 @@ class ArrowReader:
     source: Source
 
     def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+        """See `Reader`."""
         columns: dict[str, list[Any]] = _arrow(self.files)[start:stop]
         for index in range(stop - start):
             yield _formatted(self.source, {name: values[index] for name, values in columns.items()})
@@ -114,6 +117,7 @@ class JsonlReader:
     source: Source
 
     def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+        """See `Reader`; `start` is a multiple of ROWS_A_PART."""
         assert start % ROWS_A_PART == 0
         with open(self.path, "rb") as file:
             file.seek(self.starts[start // ROWS_A_PART])
@@ -138,6 +142,7 @@ class GymReader:
     count: int
 
     def examples(self, start: int, stop: int) -> Iterator[Example]:
+        """See `Reader`."""
         items = _gym(self.task, self.options, self.seed)
         for index in range(start, stop):
             item = items[index]
@@ -153,6 +158,7 @@ class TasksReader:
     count: int
 
     def examples(self, start: int, stop: int) -> Iterator[Example]:
+        """See `Reader`."""
         makers = _makers(self.domain, self.seed)
         for index in range(start, stop):
             place, task = divmod(index, len(makers))

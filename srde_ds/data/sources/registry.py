@@ -68,6 +68,7 @@ class Source:
 
     @property
     def kind(self) -> str:
+        """Where its rows come from: the one of `KINDS` that is given."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
@@ -77,6 +78,7 @@ class Source:
 
     @property
     def generated(self) -> bool:
+        """Whether its rows are made here, as many as are wanted."""
         return self.kind in GENERATED
 
     def real_columns(self) -> list[str]:

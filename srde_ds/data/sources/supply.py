@@ -47,6 +47,7 @@ class Supply:
 
     @property
     def sources(self) -> list[Source]:
+        """The entries of the sources file."""
         return [opened.source for opened in self.opened.values()]
 
     def _open_all(self, path: Path) -> None:

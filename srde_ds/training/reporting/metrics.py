@@ -170,6 +170,7 @@ class ProgressLine:
         self.close()
 
     def close(self) -> None:
+        """Leave the bar as it is."""
         if self._bar is not None:
             self._bar.close()
 

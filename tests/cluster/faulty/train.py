@@ -7,12 +7,14 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from srde_ds.cli.main import main
 from srde_ds.model.adapter import SRDEModel, SRDEOutput
-from srde_ds.training import consistency as facts
+from srde_ds.training import consistency
+from srde_ds.utils.environment import package_versions
 
 FAULT = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / f"fault-{os.environ['RANK']}"
 
@@ -41,6 +43,6 @@ def with_faults(forward: Any) -> Any:
 if __name__ == "__main__":
     SRDEModel.forward = with_faults(SRDEModel.forward)  # type: ignore[method-assign]
     if ordered("software"):
-        versions = facts.package_versions() | {"transformers": "0.0.1"}
-        facts.package_versions = lambda: versions
+        versions = package_versions() | {"transformers": "0.0.1"}
+        patch.object(consistency, "package_versions", lambda: versions).start()
     sys.exit(main(["train", *sys.argv[1:]]))
