@@ -22,8 +22,8 @@ from srde_ds.inference.answers import exact_match
 from srde_ds.inference.generate import context_length
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.targets import on_device
 from srde_ds.training.reporting.held_out import forced_experts
-from srde_ds.training.step import to_device
 
 ByDomain = dict[str, float]
 
@@ -45,7 +45,7 @@ def row_losses(model: SRDEModel, rows: datasets.Dataset, batch_size: int, *, exp
     for domain in range(len(DOMAINS)):
         own = rows.select((domain_of_row == domain).nonzero().squeeze(1).tolist())
         for batch in validation_batches(own, batch_size):
-            batch = to_device(batch, model.base.device)
+            batch = {key: on_device(value, model.base.device) for key, value in batch.items()}
             policy = RoutingPolicy(forced_experts=None if expert is None else forced_experts(batch, expert))
             inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
             with torch.inference_mode():

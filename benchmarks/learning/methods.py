@@ -32,10 +32,11 @@ from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import PolicyControl
+from srde_ds.model.targets import on_device
 from srde_ds.optim.schedule import set_learning_rates
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data, row_mixing
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.step import count_tokens, scheduled_factor, to_device
+from srde_ds.training.step import count_tokens, scheduled_factor
 from srde_ds.training.trainer import run as run_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -204,7 +205,7 @@ def _fit(
         counts = count_tokens(batches, len(DOMAINS))
         total = torch.zeros((), dtype=torch.float64, device=model.base.device)
         for batch in batches:
-            moved = to_device(batch, model.base.device)
+            moved = {key: on_device(value, model.base.device) for key, value in batch.items()}
             loss_sum = model(**{key: moved[key] for key in INPUTS}).loss_sum
             (loss_sum / counts["labels"].to(loss_sum.device)).backward()
             masters.take_gradients()

@@ -27,6 +27,7 @@ from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
 from srde_ds.model.base import Sharding, load_base
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.targets import Targets, on_device
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 
@@ -68,13 +69,12 @@ class Engine:
     def forward(
         self, batch: dict[str, torch.Tensor], policy: RoutingPolicy | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch from the loader: its sum over labels and their number (scalars on the device).
+        """Loss of a batch from the loader, on the CPU: its sum over labels and their number (scalars on the device).
 
         Args:
             policy: default: all experts, no auxiliary losses, nothing recorded.
         """
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
-        output: SRDEOutput = self.deepspeed(**inputs, policy=policy)
+        output: SRDEOutput = self.deepspeed(**model_inputs(batch, self.device), policy=policy)
         assert output.loss_sum is not None and output.label_count is not None
         return output.loss_sum, output.label_count
 
@@ -118,6 +118,11 @@ class Engine:
             part.data.copy_(values.as_strided(part.data.shape, strides, part.offset))
         internals.publish_masters(self.deepspeed)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the model and the losses."""
+        return self.model.layers[0].support.device
+
     def close(self) -> None:
         """Free what DeepSpeed has attached to the model, so that another engine may follow."""
         self.deepspeed.destroy()
@@ -126,6 +131,12 @@ class Engine:
     def global_grad_norm(self) -> float:
         """Norm of the last step's gradient before clipping."""
         return float(self.deepspeed.get_global_grad_norm())
+
+
+def model_inputs(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
+    """What the model takes of a batch from the loader. Labels are looked through on the CPU, before the copy."""
+    inputs = {key: on_device(batch[key], device) for key in ("input_ids", "position_ids", "token_mask")}
+    return inputs | {"labels": Targets.of(batch["labels"])}
 
 
 def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from srde_ds.distributed import deepspeed_internals as internals
-from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.engine import Engine, model_inputs
+from srde_ds.model.base import is_checkpointing
 
 
 @contextmanager
@@ -19,7 +20,7 @@ def base_alone(engine: Engine) -> Iterator[None]:
     The base stays in train mode only if its activations are recomputed in the backward, which needs it.
     """
     training = engine.deepspeed.training
-    engine.deepspeed.train(bool(engine.model.base.is_activation_checkpointing))
+    engine.deepspeed.train(is_checkpointing(engine.model.base))
     embedding = engine.model.base.get_input_embeddings()
     # With gradients from here on the backward reaches every block, although no parameter of the base has one.
     hook = embedding.register_forward_hook(_with_gradient)
@@ -32,13 +33,12 @@ def base_alone(engine: Engine) -> Iterator[None]:
 
 
 def forward_base(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
-    """The summed loss of the labels of a batch from the loader.
+    """The summed loss of the labels of a batch from the loader, on the CPU.
 
     It calls the model, not DeepSpeed's engine, whose hooks on the loss would count a backward as a micro-step. The
     hooks on the modules, which gather their weights, still run.
     """
-    inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
-    loss: Tensor = engine.model(**inputs).loss_sum
+    loss: Tensor = engine.model(**model_inputs(batch, engine.device)).loss_sum
     return loss
 
 

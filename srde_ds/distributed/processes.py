@@ -44,6 +44,31 @@ class Topology:
         return gather_json(value, self.device)
 
 
+class DelayedMax:
+    """The largest of the ranks' integers, which nobody waits for: a call tells the result of the one before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._result = torch.zeros((), dtype=torch.int64)
+        self._copied: torch.cuda.Event | None = None
+
+    def __call__(self, value: int) -> int:
+        """A collective. The largest of the integers that the ranks gave to the last call; 0 at the first.
+
+        A GPU may be behind the program. It is waited for until it has come to the last call, no further.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        before = int(self._result)
+        largest = torch.full((), value, dtype=torch.int64, device=self._device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        self._result = torch.empty((), dtype=torch.int64, pin_memory=largest.is_cuda).copy_(largest, non_blocking=True)
+        if largest.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return before
+
+
 def adopt_launcher() -> None:
     """Put what the launcher says about the processes into torch's environment variables, unless they are there."""
     if "RANK" in os.environ:

@@ -19,11 +19,26 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.hub.sharing import push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather, whole_shape
+from srde_ds.model.base import (
+    WHOLE,
+    Gather,
+    Sharding,
+    block_shapes,
+    enable_checkpointing,
+    load_base,
+    no_gather,
+    whole_shape,
+)
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
-from srde_ds.model.policy import PolicyControl, PolicyKeepingCheckpoint, RoutingPolicy
+from srde_ds.model.policy import (
+    PolicyControl,
+    RoutingPolicy,
+    keep_policy_when_recomputing,
+    refuse_foreign_checkpointing,
+)
+from srde_ds.model.targets import NO_LABEL, Targets
 from srde_ds.utils.pretrained import base_to_load
 from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
@@ -128,7 +143,7 @@ class SRDEModel(nn.Module):
         *,
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
+        labels: Tensor | Targets | None = None,
         token_mask: Tensor | None = None,
         policy: RoutingPolicy | None = None,
         **kwargs: Any,
@@ -138,7 +153,8 @@ class SRDEModel(nn.Module):
         Args:
             input_ids: `[B, S]`.
             position_ids: `[B, S]`; restarting positions separate documents when attention_mask is None.
-            labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1.
+            labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1. On the CPU, or as
+                `Targets`, they cost a GPU no wait.
             token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
                 attention_mask, else all.
             policy: how this forward routes its tokens and what it records; default: all experts, or those of
@@ -155,38 +171,23 @@ class SRDEModel(nn.Module):
         if token_mask is None and attention_mask is not None:
             token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask} | kwargs
-        with self.routing.running(replace(policy, token_mask=token_mask)):
-            self._check_policy()
-            return self._forward(inputs, labels)
+        targets = Targets.of(labels) if isinstance(labels, Tensor) else labels
+        with self.routing.running(replace(policy, token_mask=token_mask), input_ids.device):
+            if self.training and torch.is_grad_enabled():
+                refuse_foreign_checkpointing(self.base)
+            return self._forward(inputs, None if targets is None else targets.to(input_ids.device))
 
-    def _check_policy(self) -> None:
-        allowed = self.routing.policy.allowed_experts
-        if allowed is not None and not bool(allowed.any()):
-            raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
-        if torch.is_grad_enabled() and self.training:
-            for layer in self.base.modules():
-                checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-                ours = checkpoint is None or isinstance(checkpoint, PolicyKeepingCheckpoint)
-                if not ours and getattr(layer, "gradient_checkpointing", False):
-                    raise SRDEError(
-                        "base: it recomputes activations without this forward's policy; call "
-                        "enable_gradient_checkpointing of the SRDEModel instead of the base's."
-                    )
-
-    def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> SRDEOutput:
+    def _forward(self, inputs: dict[str, Any], targets: Targets | None) -> SRDEOutput:
         # A cache switches off the separation of packed documents.
         inputs.setdefault("use_cache", False)
-        if labels is None:
+        if targets is None:
             output = self.base(**inputs)
             return SRDEOutput(logits=output.logits, past_key_values=output.past_key_values)
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        labelled = (targets != -100).any(0).nonzero().squeeze(1)
-        if labelled.numel() == 0:  # the loss is 0, with a graph, so that every rank runs the same backward
-            labelled = targets.new_zeros(1)
-        logits = self.base(**inputs, logits_to_keep=labelled).logits
-        targets = targets.index_select(1, labelled).flatten()
-        loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
-        return SRDEOutput(loss_sum=loss_sum, label_count=(targets != -100).sum())
+        logits = self.base(**inputs, logits_to_keep=targets.columns).logits
+        loss_sum = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.tokens.flatten(), ignore_index=NO_LABEL, reduction="sum"
+        )
+        return SRDEOutput(loss_sum=loss_sum, label_count=targets.count)
 
     def generate(self, *args: Any, policy: RoutingPolicy | None = None, **kwargs: Any) -> Any:
         """The base's `generate`, with experts.
@@ -199,10 +200,8 @@ class SRDEModel(nn.Module):
 
     def enable_gradient_checkpointing(self, *, use_reentrant: bool = False) -> None:
         """Recompute each decoder layer's activations in the backward (in train mode), under the forward's policy."""
-        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": use_reentrant})
-        for module in self.base.modules():
-            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
-                vars(module)["_gradient_checkpointing_func"] = PolicyKeepingCheckpoint(checkpoint, self.routing)
+        enable_checkpointing(self.base, use_reentrant=use_reentrant)
+        keep_policy_when_recomputing(self.base, self.routing)
         if use_reentrant:  # it needs an input with a gradient, and the embedding is frozen
             self.base.enable_input_require_grads()
 

@@ -231,6 +231,21 @@ def whole_shape(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(getattr(tensor, "srde_whole_shape", tensor.shape))
 
 
+def enable_checkpointing(base: PreTrainedModel, *, use_reentrant: bool) -> None:
+    """Have each decoder layer compute its activations again in the backward."""
+    options = {"use_reentrant": use_reentrant}
+    if hasattr(base, "activation_checkpointing_enable"):
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:  # its name in older releases of transformers
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def is_checkpointing(base: PreTrainedModel) -> bool:
+    """Whether activations are computed again in the backward."""
+    new = hasattr(base, "activation_checkpointing_enable")
+    return bool(base.is_activation_checkpointing if new else base.is_gradient_checkpointing)
+
+
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
     """The layers of the text decoder; of a multimodal model, those of the language model in it."""
     expected = base.config.get_text_config().num_hidden_layers

@@ -26,9 +26,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from srde_ds.errors import SRDEError
 from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.model.targets import on_device
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class RoutingPolicy:
         model(input_ids, policy=RoutingPolicy(choices=choices))
         choices[0]  # the experts that each token used in the first layer
 
+    The model copies tensors to its device. Those on the CPU cost a GPU no wait.
+
     Attributes:
         active: False gives the base's own output.
         allowed_experts: `[E]` bool, False for locked experts: they get no tokens. With fewer allowed than top_k, a
@@ -66,7 +71,7 @@ class RoutingPolicy:
             are left out.
         token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding is in no statistic and no loss.
         loss_weights: of the auxiliary losses, whose gradients the backward adds.
-        loss_scale: factor of the router's losses, which are sums over tokens. For a mean over the tokens of an
+        loss_scale: factor of the router's losses, a scalar; they are sums over tokens. For a mean over the tokens of an
             optimizer step under data-parallel averaging: number of ranks / tokens of the step on all ranks.
         expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: not known
             yet, no load balancing.
@@ -84,13 +89,19 @@ class RoutingPolicy:
     forced_experts: Tensor | None = None
     token_mask: Tensor | None = None
     loss_weights: LossWeights = LossWeights()
-    loss_scale: float = 0.0
+    loss_scale: float | Tensor = 0.0
     expert_share: Tensor | None = None
     target_share: Tensor | None = None
     support_temperature: float | None = None
     noise_step: int = 0
     statistics: RoutingStatistics | None = None
     choices: dict[int, Tensor] | None = None
+
+    def to(self, device: torch.device) -> RoutingPolicy:
+        """The same policy with its tensors on a device."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: on_device(value, device) for name, value in tensors.items()}
+        return replace(self, **moved)
 
 
 class PolicyControl:
@@ -111,10 +122,20 @@ class PolicyControl:
         return self.standing if self._running is None else self._running
 
     @contextmanager
-    def running(self, policy: RoutingPolicy) -> Iterator[None]:
-        """Put a policy, completed by the standing one, in force."""
+    def running(self, policy: RoutingPolicy, device: torch.device | None = None) -> Iterator[None]:
+        """Put a policy, completed by the standing one, in force.
+
+        Args:
+            device: where its tensors go; None: they stay where they are.
+
+        Raises:
+            SRDEError: every expert is locked.
+        """
         allowed = self.standing.allowed_experts if policy.allowed_experts is None else policy.allowed_experts
-        with self._exactly(replace(policy, active=policy.active and self.standing.active, allowed_experts=allowed)):
+        if allowed is not None and not bool(allowed.any()):
+            raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
+        policy = replace(policy, active=policy.active and self.standing.active, allowed_experts=allowed)
+        with self._exactly(policy if device is None else policy.to(device)):
             yield
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,3 +170,23 @@ class PolicyKeepingCheckpoint:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The result of `function(*args)`, whose activations are recomputed in the backward."""
         return self.checkpoint(self.control.bound(function), *args, **kwargs)
+
+
+def keep_policy_when_recomputing(base: nn.Module, control: PolicyControl) -> None:
+    """Have all layers of a base that recomputes its activations follow the policy of their first run."""
+    module: Any
+    for module in base.modules():
+        if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
+            module._gradient_checkpointing_func = PolicyKeepingCheckpoint(checkpoint, control)
+
+
+def refuse_foreign_checkpointing(base: nn.Module) -> None:
+    """Raise SRDEError if a layer recomputes its activations without the policy of its first run."""
+    for layer in base.modules():
+        checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+        ours = checkpoint is None or isinstance(checkpoint, PolicyKeepingCheckpoint)
+        if not ours and getattr(layer, "gradient_checkpointing", False):
+            raise SRDEError(
+                "base: it recomputes activations without this forward's policy; call "
+                "enable_gradient_checkpointing of the SRDEModel instead of the base's."
+            )

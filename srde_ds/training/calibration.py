@@ -155,7 +155,6 @@ def _measure(engine: Engine, topology: Topology, rows: datasets.Dataset, scores:
             for role in ROLES:
                 hooks.callback(scores.hook(number, role, getattr(layer.block, layer.roles[role])).remove)
         for batch in validation_batches(rows, 1, rank=topology.rank, world_size=topology.world_size):
-            batch = {key: value.to(topology.device) for key, value in batch.items()}
             with torch.set_grad_enabled(scores.needs_backward):
                 loss = forward_base(engine, batch)
             if scores.needs_backward:

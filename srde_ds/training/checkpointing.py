@@ -250,7 +250,6 @@ class RunState:
         All experts are free to be chosen, whatever the phase.
         """
         batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
-        batch = {key: value.to(self.topology.device) for key, value in batch.items()}
         engine = self.engine.deepspeed
         engine.eval()
         with torch.no_grad():

@@ -56,7 +56,7 @@ class Curriculum:
         unlocked = self.unlocked_experts()
         locked = frozenset(range(experts)) - frozenset(unlocked)
         engine.restrict(step.trained, locked)
-        allowed = torch.zeros(experts, dtype=torch.bool, device=self.topology.device)
+        allowed = torch.zeros(experts, dtype=torch.bool)
         allowed[unlocked] = True
         if self._balancing.load_balancing_target == "uniform":
             self.state.target_share = None  # a checkpoint may hold one, from before the option was changed

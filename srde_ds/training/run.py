@@ -14,7 +14,7 @@ from torch import Tensor
 from srde_ds.config import Config
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.processes import Topology
+from srde_ds.distributed.processes import DelayedMax, Topology
 from srde_ds.errors import SRDEError
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.curriculum import Curriculum
@@ -47,6 +47,9 @@ class Run:
     allowed_experts: Tensor | None = field(init=False)
     scheduled: ScheduledStep = field(init=False)
 
+    def __post_init__(self) -> None:
+        self._largest_signal = DelayedMax(self.topology.device)
+
     @property
     def engine(self) -> Engine:
         """The engine of the run's state."""
@@ -67,8 +70,8 @@ class Run:
         return bool(every) and self.step % every == 0
 
     def stopped_by(self) -> str | None:
-        """Name of the signal that all ranks stop for; a collective."""
-        return self.stop.agreed(self.topology.all_reduce_max)
+        """Name of the signal that all ranks stop for, if one had come by the call before this; a collective."""
+        return self.stop.agreed(self._largest_signal)
 
     def interrupted(self) -> bool:
         """`stopped_by` as a truth value."""

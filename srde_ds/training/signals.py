@@ -36,8 +36,9 @@ class StopRequest:
         """Name of the signal that all ranks stop for, the same on each, or None. A collective: every rank calls it.
 
         Args:
-            all_reduce_max: the largest of the ranks' integers. Ranks may have different signals at that moment:
-                the largest number, SIGTERM before SIGUSR1 before SIGINT, is taken by all.
+            all_reduce_max: the largest of the ranks' integers, those of now or of the last call. Ranks may have
+                different signals at that moment: the largest number, SIGTERM before SIGUSR1 before SIGINT, is taken by
+                all.
         """
         number = all_reduce_max(self._signal)
         return signal.Signals(number).name if number else None

@@ -16,7 +16,7 @@ from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates, set
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.reporting.held_out import Batch
-from srde_ds.training.reporting.step_metrics import sum_over_ranks
+from srde_ds.training.reporting.step_metrics import sum_over_ranks, to_host
 
 
 def optimizer_step(
@@ -29,6 +29,8 @@ def optimizer_step(
 ) -> dict[str, torch.Tensor] | None:
     """One step of all ranks: its micro-batches forwards and backwards, and the update.
 
+    What a step waits for a GPU is DeepSpeed's update, and the sums at its end.
+
     Returns:
         Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
         None when `interrupted` became true: nothing was updated.
@@ -37,15 +39,8 @@ def optimizer_step(
     stream = curriculum.begin_step(engine)
     doing("reading rows")
     batches = [
-        to_device(
-            stream.micro_batch(
-                state.step,
-                micro,
-                rank=topology.rank,
-                world_size=topology.world_size,
-                batch_size=training.batch_size,
-            ),
-            topology.device,
+        stream.micro_batch(
+            state.step, micro, rank=topology.rank, world_size=topology.world_size, batch_size=training.batch_size
         )
         for micro in range(training.gradient_accumulation_steps)
     ]
@@ -55,8 +50,9 @@ def optimizer_step(
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
     # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
-    loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
-    router_loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
+    micro_steps = topology.world_size * training.gradient_accumulation_steps
+    loss_scale = (micro_steps / counts["labels"].clamp(min=1)).float()
+    router_loss_scale = topology.world_size / counts["real_tokens"].clamp(min=1)
     statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
     for number, batch in enumerate(batches, 1):
         if interrupted():
@@ -69,21 +65,15 @@ def optimizer_step(
         doing(f"update after micro-step {number}")
         engine.deepspeed.step()
         loss_sum += batch_loss.detach()
-    return counts | sum_over_ranks({"loss": loss_sum, **statistics.pop()}, topology.device)
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """A copy of the batch on a device."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return to_host(counts | sum_over_ranks({"loss": loss_sum, **statistics.pop()}, topology.device))
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
     """Of this rank's micro-batches: labels, and real tokens in all and by domain."""
     labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
-    by_domain = sum(
-        torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches
-    )
-    assert isinstance(by_domain, torch.Tensor)
+    by_domain = torch.zeros(domains, dtype=torch.float64)
+    for batch in batches:
+        by_domain.index_add_(0, batch["domain"], batch["token_mask"].sum(1).double())
     return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
 
 

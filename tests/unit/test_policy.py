@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.base import enable_checkpointing
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
@@ -112,7 +113,7 @@ def test_a_compiled_base_follows_another_policy() -> None:
 
 def test_recomputation_that_would_forget_the_policy_is_refused() -> None:
     model = randomize(tiny_srde()).train()
-    model.base.activation_checkpointing_enable()
+    enable_checkpointing(model.base, use_reentrant=False)
     with pytest.raises(SRDEError, match="call enable_gradient_checkpointing of the SRDEModel"):
         loss(model, forced(1))
     with torch.no_grad():

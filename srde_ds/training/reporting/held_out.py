@@ -98,7 +98,6 @@ class HeldOut:
                 ):
                     if interrupted():
                         return None
-                    batch = {key: value.to(self.topology.device) for key, value in batch.items()}
                     if expert is not None:
                         policy = replace(policy, forced_experts=forced_experts(batch, expert))
                     sums += torch.stack([value.double() for value in engine.forward(batch, policy)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from srde_ds.distributed.processes import all_reduce_sum
 from srde_ds.errors import SRDEError
+from srde_ds.model.targets import on_device
 
 # By chance an expert may get a few tokens that carry no loss, such as the ends of prompts: the run is stopped only if
 # its gradient is missing over this many assignments.
@@ -34,9 +35,18 @@ class ExpertWatch:
 
 
 def sum_over_ranks(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The sums of several tensors over all ranks, in one collective, as float64 on the CPU."""
-    flat = torch.cat([tensor.detach().to(device, torch.float64).flatten() for tensor in tensors.values()])
-    parts = all_reduce_sum(flat).cpu().split([tensor.numel() for tensor in tensors.values()])
+    """The sums of several tensors over all ranks, in one collective, as float64 on the device."""
+    flat = torch.cat([on_device(tensor.detach(), device).double().flatten() for tensor in tensors.values()])
+    return _as_before(all_reduce_sum(flat), tensors)
+
+
+def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of float64 tensors on the CPU, by one wait for the device."""
+    return _as_before(torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu(), tensors)
+
+
+def _as_before(flat: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 

@@ -1,0 +1,48 @@
+"""Which positions of a micro-batch predict which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NO_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss must know of `[B, S]` labels. Made where these are: on the CPU nothing waits for a GPU.
+
+    Attributes:
+        columns: `[N]` int64, the positions in a row from which any row predicts a label; at least one, so that there is
+            a graph, and every rank runs the same backward.
+        tokens: `[B, N]` int64, the tokens that are predicted from there; NO_LABEL where a row predicts none.
+        count: int64 scalar, how many labels there are.
+    """
+
+    columns: Tensor
+    tokens: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Targets:
+        """Those of `[B, S]` labels: label s is predicted from position s - 1, and NO_LABEL is none."""
+        following = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
+        columns = (following != NO_LABEL).any(0).nonzero().squeeze(1)
+        if columns.numel() == 0:
+            columns = following.new_zeros(1)
+        tokens = following.index_select(1, columns)
+        return cls(columns, tokens, (tokens != NO_LABEL).sum())
+
+    def to(self, device: torch.device) -> Targets:
+        """A copy on a device, which nothing waits for."""
+        return Targets(*(on_device(tensor, device) for tensor in (self.columns, self.tokens, self.count)))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on a device. From the CPU to a GPU it goes through pinned memory, or the CPU would wait for its end."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
