@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -30,6 +29,7 @@ from srde_ds.model.base import (
     whole_shape,
 )
 from srde_ds.model.base_files import check_base
+from srde_ds.model.head import has_plain_head, loss_of_logits, loss_without_logits
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.policy import (
@@ -38,7 +38,7 @@ from srde_ds.model.policy import (
     keep_policy_when_recomputing,
     refuse_foreign_checkpointing,
 )
-from srde_ds.model.targets import NO_LABEL, Targets
+from srde_ds.model.targets import Targets
 from srde_ds.utils.pretrained import base_to_load
 from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
@@ -73,6 +73,7 @@ class SRDEModel(nn.Module):
             such as `transformers.pipeline`.
         routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
+        has_plain_head: the loss is computed without logits, see `head.py`.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
 
     Examples:
@@ -98,6 +99,7 @@ class SRDEModel(nn.Module):
         self.expert_names = expert_names
         self.routing = routing
         self.base_identity = identity
+        self.has_plain_head = has_plain_head(base)
 
     @classmethod
     def from_pretrained(
@@ -183,11 +185,8 @@ class SRDEModel(nn.Module):
         if targets is None:
             output = self.base(**inputs)
             return SRDEOutput(logits=output.logits, past_key_values=output.past_key_values)
-        logits = self.base(**inputs, logits_to_keep=targets.columns).logits
-        loss_sum = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.tokens.flatten(), ignore_index=NO_LABEL, reduction="sum"
-        )
-        return SRDEOutput(loss_sum=loss_sum, label_count=targets.count)
+        loss = loss_without_logits if self.has_plain_head else loss_of_logits
+        return SRDEOutput(loss_sum=loss(self.base, inputs, targets), label_count=targets.count)
 
     def generate(self, *args: Any, policy: RoutingPolicy | None = None, **kwargs: Any) -> Any:
         """The base's `generate`, with experts.

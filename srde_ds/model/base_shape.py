@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes, decoder_layers, empty_base
+from srde_ds.model.head import has_plain_head
 from srde_ds.model.supports.selection import check_support
 
 
@@ -52,6 +53,7 @@ class BaseShape:
         head: values of the output projection; 0 if it is the embedding's own weight.
         last: values of each parameter between the layers and the head (the final norm).
         unused: values of each parameter that text never passes (a vision tower).
+        plain_head: the loss is computed without logits, see `head.py`.
     """
 
     layers: tuple[LayerShape, ...]
@@ -60,6 +62,7 @@ class BaseShape:
     last: tuple[int, ...] = ()
     unused: tuple[int, ...] = ()
     vocabulary: int = 0
+    plain_head: bool = True
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -117,6 +120,7 @@ def base_shape(config: Config) -> BaseShape:
         last=tuple(last.values()),
         unused=tuple(unused),
         vocabulary=head.shape[0],
+        plain_head=has_plain_head(base),
     )
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import shards_atoms, slots
-from srde_ds.model.base_shape import LayerShape
+from srde_ds.model.base_shape import BaseShape, LayerShape
+from srde_ds.model.head import chunk_rows
 from srde_ds.model.supports.selection import support_size, value_count
 
 FP32, INT64 = 4, 8
@@ -84,19 +85,25 @@ def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
     return max(within * width, behind * width - experts) + residual * width
 
 
-def head_activations(config: Config, hidden: int, vocabulary: int, labelled: float) -> dict[str, float]:
-    """Bytes for the loss: kept before it, and at the peak of its backward.
+def head_activations(config: Config, shape: BaseShape, labelled: float) -> dict[str, float]:
+    """Bytes for the loss: kept before it, and at its peak.
 
-    The model computes logits at the positions that carry a label in any row of the micro-batch.
+    It is computed at the positions that carry a label in any row of the micro-batch: of a chunk of them at a time, or,
+    where the base changes its logits, of all.
 
     Args:
         labelled: their share of all positions.
     """
-    t, width = tokens(config), 2 if config.model.bf16 else 4
+    t, width, hidden = tokens(config), 2 if config.model.bf16 else 4, shape.layers[-1].hidden
     positions = labelled * t
     kept = t * (hidden + 1) * FP32 + positions * hidden * width
+    if (
+        shape.plain_head
+    ):  # a chunk's logits, and in bf16 their gradient; what is kept is the gradient of the head's input
+        rows = min(positions, chunk_rows(shape.vocabulary, width))
+        return {"head": kept, "logits": rows * shape.vocabulary * (FP32 + (width if width < FP32 else 0))}
     # Backward: log-softmax, the loss's gradient with respect to it, and that of the logits.
-    return {"head": kept, "logits": 3 * positions * vocabulary * FP32}
+    return {"head": kept, "logits": 3 * positions * shape.vocabulary * FP32}
 
 
 def _attention(config: Config, layer: LayerShape, width: int) -> float:

@@ -139,7 +139,7 @@ def _moments(
         kept.update({"checkpoints": checkpointed_input(config, layer)} if checkpointing else whole)
         working = {"gradients at work": layer_gradients(config, layer, whole["experts"])}
         moments[f"backward of layer {number}"] = _sum(kept, whole if checkpointing else {}, working, gathered(number))
-    head = head_activations(config, shape.layers[-1].hidden, shape.vocabulary, labelled)
+    head = head_activations(config, shape, labelled)
     moments["loss"] = _sum(kept, head, gathered(len(shape.layers)))
     return dict(reversed(moments.items()))
 

@@ -47,12 +47,13 @@ def test_stopped_twice_by_a_signal_to_one_rank_equals_an_uninterrupted_run(
 ) -> None:
     run = tmp_path / "run"
     flags = inputs.flags(run, save_steps=0)
-    # Two forwards a step: the signals arrive within steps 2 and 4, and no rank starts another micro-step.
-    stopped = two_ranks(train_until_signal, flags, 3, 1, SIGUSR1)
+    # Two forwards a step. A signal in the last one of a step is told before the next forward and known before the one
+    # after it: the runs stop within steps 2 and 4.
+    stopped = two_ranks(train_until_signal, flags, 2, 1, SIGUSR1)
     assert stopped == [(None, 3), (None, 3)]
     assert latest(run) == "checkpoint-1" and [line["step"] for line in metrics(run)] == [1]
     flags["resume_from"] = "latest"
-    stopped = two_ranks(train_until_signal, flags, 5, 0, SIGTERM)
+    stopped = two_ranks(train_until_signal, flags, 4, 0, SIGTERM)
     assert stopped == [(None, 5), (None, 5)]
     assert latest(run) == "checkpoint-3" and [line["step"] for line in metrics(run)] == [1, 2, 3]
     assert not (run / "completed.json").exists() and not (run / "srde_weights.safetensors").exists()

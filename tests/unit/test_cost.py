@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from srde_ds.config import Config, resolve
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
+from srde_ds.model.head import CHUNK_BYTES
 from srde_ds.planner.describe import describe_run
 from srde_ds.planner.gathers import ZERO_DEFAULTS
 from srde_ds.planner.memory import Memory, memory
@@ -108,9 +110,14 @@ def test_gathered_weights_by_hand(ministral: Path) -> None:
 def test_logits_by_hand(ministral: Path) -> None:
     config = run_config(ministral, batch_size=3)
     shape = base_shape(config)
-    three_copies = 3 * 4 * 3 * 64 * VOCABULARY
-    assert memory(config, shape, 1).moments["loss"]["logits"] == three_copies
-    assert memory(config, shape, 1, labelled=0.25).moments["loss"]["logits"] == three_copies / 4
+    positions = 3 * 64
+    in_one_chunk = (4 + 2) * positions * VOCABULARY
+    assert memory(config, shape, 1).moments["loss"]["logits"] == in_one_chunk
+    assert memory(config, shape, 1, labelled=0.25).moments["loss"]["logits"] == in_one_chunk / 4
+    many = memory(run_config(ministral, batch_size=3000), shape, 1).moments["loss"]["logits"]
+    assert CHUNK_BYTES - 6 * VOCABULARY < many <= CHUNK_BYTES
+    changed = replace(shape, plain_head=False)  # then there are three copies of all
+    assert memory(config, changed, 1).moments["loss"]["logits"] == 3 * 4 * positions * VOCABULARY
 
 
 def test_what_changes_memory(ministral: Path, tmp_path: Path) -> None:

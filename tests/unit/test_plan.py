@@ -74,7 +74,7 @@ def test_operations_by_hand() -> None:
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
     plan = planned()
     rows = plan.largest_micro_batch
-    assert 4 <= rows <= 16
+    assert 16 <= rows <= 32
 
     def total(rows: int) -> float:
         config = resolve({}, RUN | {"batch_size": rows})
@@ -160,7 +160,7 @@ def test_the_verb_prints_the_plan_and_writes_it(tmp_path: Path, capsys: pytest.C
         "13,506,073,600 frozen values",
         "64 x 8 GPUs",
         "base shard",
-        "logits",
+        "gradients at work",
         "largest micro-batch that fits",
         "base gathered",
         "expert transport: deltas (fewest bytes",
