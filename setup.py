@@ -34,6 +34,7 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3 :: Only",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
@@ -41,21 +42,21 @@ setup(
     packages=find_packages(include=["srde_ds", "srde_ds.*"]),
     package_data={"srde_ds": ["py.typed"], "srde_ds.data.sources": ["registry.yaml"]},
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.11",
         "deepspeed==0.19.8",
-        "transformers>=5.10",
+        "transformers>=5.17",
         "charset-normalizer>=3.0",  # names the encoding of a file that is not UTF-8
-        "accelerate>=1.0",  # transformers needs it to load a base sharded
+        "accelerate>=1.10",  # transformers needs it to load a base sharded
         "datasets>=4.0",
         "math-verify>=0.9",
-        "packaging>=24",
+        "packaging>=24.2",
         "rensa>=0.5",  # MinHash
-        "safetensors>=0.5",
-        "scikit-learn>=1.5",
-        "scipy>=1.13",
+        "safetensors>=0.8",
+        "scikit-learn>=1.6",
+        "scipy>=1.14.1",
         "tabulate>=0.9",
-        "pyyaml>=6.0",
-        "tqdm>=4.66",
+        "pyyaml>=6.0.2",
+        "tqdm>=4.67.1",
     ],
     extras_require={
         "dev": [
