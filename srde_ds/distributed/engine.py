@@ -24,7 +24,8 @@ from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
 from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
-from srde_ds.model.base import Sharding, load_base
+from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documents
+from srde_ds.model.base import Sharding, empty_base, load_base
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.targets import Targets, on_device
@@ -74,7 +75,7 @@ class Engine:
         Args:
             policy: default: all experts, no auxiliary losses, nothing recorded.
         """
-        output: SRDEOutput = self.deepspeed(**model_inputs(batch, self.device), policy=policy)
+        output: SRDEOutput = self.deepspeed(**self.inputs(batch), policy=policy)
         assert output.loss_sum is not None and output.label_count is not None
         return output.loss_sum, output.label_count
 
@@ -118,6 +119,20 @@ class Engine:
             part.data.copy_(values.as_strided(part.data.shape, strides, part.offset))
         internals.publish_masters(self.deepspeed)
 
+    def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What the model takes of a batch from the loader.
+
+        Labels and the borders of documents are looked through on the CPU, before the copy.
+        """
+        inputs: dict[str, Any] = {}
+        for key in ("input_ids", "position_ids", "token_mask"):
+            inputs[key] = on_device(batch[key], self.device)
+        inputs["labels"] = Targets.of(batch["labels"])
+        if self.model.base.config.get_text_config()._attn_implementation == DOCUMENT_ATTENTION:
+            documents = Documents.of(batch["position_ids"]).to(self.device)
+            inputs |= {"documents": documents, "attention_mask": documents.no_mask}
+        return inputs
+
     @property
     def device(self) -> torch.device:
         """Of the model and the losses."""
@@ -133,25 +148,28 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm())
 
 
-def model_inputs(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    """What the model takes of a batch from the loader. Labels are looked through on the CPU, before the copy."""
-    inputs = {key: on_device(batch[key], device) for key in ("input_ids", "position_ids", "token_mask")}
-    return inputs | {"labels": Targets.of(batch["labels"])}
-
-
 def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
     """The frozen base; from the start each rank keeps only its share of the weights, 1 / world_size."""
+    attention = "flash_attention_2" if config.model.flash_attention else packed_attention(config)
     # from_pretrained finds the object through a weak reference: it must live until loading is done.
     keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
     base = load_base(
         str(config.model.model_name),
         dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
         revision=config.model.model_revision,
-        attn_implementation="flash_attention_2" if config.model.flash_attention else "sdpa",
+        attn_implementation=attention,
     )
     del keep_alive
     internals.note_whole_shapes(base)
     return base
+
+
+def packed_attention(config: Config) -> str:
+    """The base's attention, as transformers names it: of each document by itself, where it knows no other kind."""
+    empty = empty_base(
+        str(config.model.model_name), revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION
+    )
+    return DOCUMENT_ATTENTION if takes_documents(empty) else "sdpa"
 
 
 def build_model(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.distributed import deepspeed_internals as internals
-from srde_ds.distributed.engine import Engine, model_inputs
+from srde_ds.distributed.engine import Engine
 from srde_ds.model.base import is_checkpointing
 
 
@@ -38,7 +38,7 @@ def forward_base(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
     It calls the model, not DeepSpeed's engine, whose hooks on the loss would count a backward as a micro-step. The
     hooks on the modules, which gather their weights, still run.
     """
-    loss: Tensor = engine.model(**model_inputs(batch, engine.device)).loss_sum
+    loss: Tensor = engine.model(**engine.inputs(batch)).loss_sum
     return loss
 
 

@@ -150,7 +150,11 @@ def carries_state(config: PretrainedConfig) -> bool:
 
 
 def empty_base(
-    model_name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+    model_name: str | Path,
+    *,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
     """The model of an id or folder without its weights, on the meta device: only shapes, in seconds for any size.
 
@@ -160,7 +164,9 @@ def empty_base(
     config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
     try:
         with torch.device("meta"):
-            return _auto_class(config).from_config(config, trust_remote_code=False)
+            return _auto_class(config).from_config(
+                config, trust_remote_code=False, attn_implementation=attn_implementation
+            )
     except ValueError as error:  # the configuration of something other than a language model
         reason = " ".join(str(error).split()).partition(". Model type should be")[0]
         raise SRDEError(f"model_name={str(model_name)!r}: is no language model ({reason}); give a decoder.") from None

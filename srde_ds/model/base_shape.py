@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
+from srde_ds.model.attention import DOCUMENT_ATTENTION, takes_documents
 from srde_ds.model.base import block_shapes, decoder_layers, empty_base
 from srde_ds.model.head import has_plain_head
 from srde_ds.model.supports.selection import check_support
@@ -24,6 +25,7 @@ class LayerShape:
         attention: values of the parameters of each module of the attention.
         norms: values of each other parameter.
         heads, query, key_value: heads of the queries, their width, and that of the keys.
+        documents: packed documents are attended to by themselves, see `attention.py`.
     """
 
     hidden: int
@@ -33,6 +35,7 @@ class LayerShape:
     heads: int = 1
     query: int = 0
     key_value: int = 0
+    documents: bool = False
 
     @property
     def matrix(self) -> int:
@@ -85,7 +88,9 @@ def base_shape(config: Config) -> BaseShape:
     """
     if not config.model.model_name:
         raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
-    base = empty_base(str(config.model.model_name), revision=config.model.model_revision)
+    base = empty_base(
+        str(config.model.model_name), revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION
+    )
     blocks = block_shapes(base)
     largest = replace(config.adapter, density=config.curriculum.initial_density or config.adapter.density)
     for hidden, intermediate in set(blocks):
@@ -100,13 +105,14 @@ def base_shape(config: Config) -> BaseShape:
     heads = text.num_attention_heads
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    documents = takes_documents(base)
     layers = []
     for module, (hidden, intermediate) in zip(decoder_layers(base), blocks, strict=True):
         attention = [own for _, child in module.named_children() for own in _attention(child)]
         norms = [p.numel() for p in module.parameters()]
         for values in [hidden * intermediate] * 3 + [n for own in attention for n in own]:
             norms.remove(values)
-        sizes = heads, heads * size, key_value_heads * size
+        sizes = heads, heads * size, key_value_heads * size, documents
         layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes))
     embedding = cast("Tensor", base.get_input_embeddings().weight)
     head = cast("Tensor", base.get_output_embeddings().weight)

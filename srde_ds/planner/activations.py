@@ -1,8 +1,9 @@
 """What autograd keeps of a micro-batch, by layer; the tests count it in a real backward.
 
 In a training process DeepSpeed's linear function replaces torch's and keeps its input even if the weight is frozen.
-Attention is torch's scaled_dot_product_attention with the mask that packed documents need; keys and values are repeated
-for every head. `flash_attention` needs neither mask nor repetition.
+Attention is a kernel that knows packed documents, in bf16; in fp32 torch's scaled_dot_product_attention of one document
+after the other, with keys and values repeated for every head. A base that attends otherwise (`LayerShape.documents`)
+needs a mask, too. `flash_attention` needs neither mask nor repetition.
 
 Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T assignments of a token to an expert,
 m neurons or n entries.
@@ -56,7 +57,7 @@ def layer_activations(
 def shared_activations(config: Config, layer: LayerShape) -> dict[str, float]:
     """Bytes that all layers use alike: the rotation of the positions, and which positions may see each other."""
     t, width = tokens(config), 2 if config.model.bf16 else 4
-    mask = 0 if config.model.flash_attention else t * config.data.max_length
+    mask = 0 if config.model.flash_attention or layer.documents else t * config.data.max_length
     return {"attention": 2 * t * (layer.query // layer.heads) * width + mask}
 
 
@@ -110,8 +111,10 @@ def _attention(config: Config, layer: LayerShape, width: int) -> float:
     """Queries, keys, values, output, and the logarithm of each row's sum."""
     t = tokens(config)
     row = 2 * layer.query * width + layer.heads * FP32
-    if config.model.flash_attention:
+    if config.model.flash_attention or (layer.documents and config.model.bf16):
         return t * (row + 2 * layer.key_value * width)
+    if layer.documents:  # the output twice: of each document, and of all
+        return t * (row + 3 * layer.query * width)
     mask = t * config.data.max_length * width  # added to the scores
     return t * (row + 2 * layer.query * width) + mask
 

@@ -10,13 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor
-from transformers import masking_utils
 
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.attention import DOCUMENT_ATTENTION
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.training import step
 from srde_ds.training.reporting import step_metrics
@@ -38,7 +38,7 @@ class PlainEngine:
     def __call__(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
-    forward = Engine.forward
+    forward, inputs = Engine.forward, Engine.inputs
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -74,7 +74,11 @@ class StepCurriculum:
 )
 def test_a_step_waits_for_the_device_at_its_end_alone(form: dict[str, Any], forced: bool) -> None:
     target = 0.05 if "support_strategy" in form else None
-    model = tiny_srde(base=tiny_llama(), target_density=target, **form).to(META).train()
+    model = (
+        tiny_srde(base=tiny_llama(attn_implementation=DOCUMENT_ATTENTION), target_density=target, **form)
+        .to(META)
+        .train()
+    )
     model.enable_gradient_checkpointing()
     config = Config()
     config.training.batch_size, config.training.gradient_accumulation_steps = 2, 2
@@ -84,8 +88,6 @@ def test_a_step_waits_for_the_device_at_its_end_alone(form: dict[str, Any], forc
     waits: list[dict[str, Tensor]] = []
     with (
         patch.object(step_metrics, "all_reduce_sum", lambda tensor: tensor),
-        # Once a forward transformers asks whether there are several documents in a row.
-        patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: positions),
         patch.object(step, "to_host", lambda sums: waits.append(sums) or sums),
         patch.object(torch, "is_autocast_enabled", lambda device: False),  # there is no autocast on meta
         patch.object(step, "set_step"),

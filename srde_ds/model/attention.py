@@ -1,0 +1,153 @@
+"""Attention of rows that hold several documents: of each by itself, without a mask over all pairs of positions."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from srde_ds.model.targets import on_device
+
+DOCUMENT_ATTENTION = "srde_documents"
+"""What transformers calls it, as `attn_implementation`"""
+
+# Of attention functions of transformers: what changes the weights otherwise than by position in a document.
+_CHANGES = ("sliding_window", "softcap", "position_bias", "s_aux")
+# Rotations that depend on the longest document, which takes a look at the positions.
+_LOOKING_ROTATIONS = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a micro-batch `[B, S]` lie, its rows one behind the other.
+
+    Attributes:
+        lengths: in tokens; padding is a document, too.
+        borders: int32 `[documents + 1]`, where each begins, and the end.
+        no_mask: bool `[1, 1, 1, 1]`, for the base's forward: given a mask of four axes, it makes none.
+    """
+
+    lengths: tuple[int, ...]
+    borders: Tensor
+    no_mask: Tensor
+
+    @classmethod
+    def of(cls, position_ids: Tensor) -> Documents:
+        """A document begins wherever positions do not go on. To be asked on the CPU, since it reads the values."""
+        begins = torch.ones_like(position_ids, dtype=torch.bool)
+        begins[:, 1:] = position_ids.diff(dim=1) != 1
+        starts = begins.flatten().nonzero().squeeze(1)
+        borders = torch.cat([starts, starts.new_tensor([position_ids.numel()])])
+        return cls(tuple(borders.diff().tolist()), borders.int(), torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+    def to(self, device: torch.device) -> Documents:
+        """A copy on a device, which nothing waits for."""
+        return replace(self, borders=on_device(self.borders, device), no_mask=on_device(self.no_mask, device))
+
+
+def document_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    documents: Documents | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document; without `documents` torch's own, with the mask.
+
+    Args:
+        query, key, value: `[B, heads, S, width]`, the last two with heads of their own.
+        documents: of a base that `takes_documents`.
+
+    Returns:
+        `[B, S, heads, width]`, and no weights.
+    """
+    if documents is None:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+        return result
+    rows, heads, length, width = query.shape
+    flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and width <= 256 and not dropout:
+        output = _by_kernel(flat[0], flat[1], flat[2], documents, scaling)
+    else:
+        causal: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": True}
+        outputs = []
+        for part in zip(*(t.split(documents.lengths) for t in flat), strict=True):
+            q, k, v = (t.transpose(0, 1)[None] for t in part)
+            outputs.append(sdpa_attention_forward(module, q, k, v, None, **causal)[0][0])
+        output = torch.cat(outputs)
+    return output.view(rows, length, heads, -1), None
+
+
+def _by_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
+    """The same of `[tokens, heads, width]` by one kernel for all documents."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
+    if "enable_gqa" in _parameters(varlen_attn):  # older releases take fewer keys than queries without it
+        options["enable_gqa"] = True
+    borders, longest = documents.borders, max(documents.lengths)
+    output = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
+    assert isinstance(output, Tensor)
+    return output
+
+
+@cache
+def _parameters(function: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
+
+
+def takes_documents(empty: PreTrainedModel) -> bool:
+    """Whether all layers of a base attend as `document_attention` does: to all of a document, without a cap or sinks.
+
+    It is tried out: a forward must hand the documents on to every layer's attention, and nothing that changes it.
+
+    Args:
+        empty: the base without storage (`base.empty_base`), made with DOCUMENT_ATTENTION.
+    """
+    text = empty.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    rotation = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if kinds != {"full_attention"} or rotation in _LOOKING_ROTATIONS:
+        return False
+    asked: list[bool] = []
+
+    def look(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        plain = options.get("documents") is documents and not options.get("dropout")
+        asked.append(plain and all(options.get(name) is None for name in _CHANGES))
+        return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[3]), None
+
+    documents = Documents.of(torch.tensor([[0, 1, 0, 1]])).to(empty.device)
+    positions = torch.tensor([[0, 1, 0, 1]], device=empty.device)
+    AttentionInterface.register(DOCUMENT_ATTENTION, look)
+    try:
+        with torch.no_grad():
+            empty(
+                input_ids=torch.zeros_like(positions),
+                position_ids=positions,
+                attention_mask=documents.no_mask,
+                documents=documents,
+                use_cache=False,
+            )
+    finally:
+        AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+    return len(asked) == text.num_hidden_layers and all(asked)
+
+
+AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+AttentionMaskInterface.register(DOCUMENT_ATTENTION, sdpa_mask)
