@@ -195,11 +195,11 @@ def test_pruning_keeps_the_best_and_training_goes_on(inputs: Inputs, two_ranks: 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_stops_and_goes_on_in_the_middle(inputs: Inputs, two_ranks: Ranks, tmp_path: Path, name: str) -> None:
-    """From two processes, at step 3, to two processes: bit for bit."""
+    """From two processes, at step 4, to two processes: bit for bit."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     changes = SCHEDULES[name]
     run(two_ranks, inputs, whole, **changes)
-    # In the first of the fourth step's two micro-steps.
+    # A signal in the first of two micro-steps is known after the second: the fourth step is finished.
     stopped = two_ranks(train_until_signal, inputs.flags(parts, **cut(12, 2), **changes), 3 * 2 + 1, 1, SIGTERM)
     assert [error for error, _ in stopped] == [None, None]
     assert not (parts / "completed.json").exists()

@@ -47,15 +47,15 @@ def test_stopped_twice_by_a_signal_to_one_rank_equals_an_uninterrupted_run(
 ) -> None:
     run = tmp_path / "run"
     flags = inputs.flags(run, save_steps=0)
-    # Two forwards a step. A signal in the last one of a step is told before the next forward and known before the one
-    # after it: the runs stop within steps 2 and 4.
+    # Two forwards a step. A signal is told before the next forward and known before the one after it: the first run
+    # stops within step 2, the second finishes step 4.
     stopped = two_ranks(train_until_signal, flags, 2, 1, SIGUSR1)
     assert stopped == [(None, 3), (None, 3)]
     assert latest(run) == "checkpoint-1" and [line["step"] for line in metrics(run)] == [1]
     flags["resume_from"] = "latest"
-    stopped = two_ranks(train_until_signal, flags, 4, 0, SIGTERM)
-    assert stopped == [(None, 5), (None, 5)]
-    assert latest(run) == "checkpoint-3" and [line["step"] for line in metrics(run)] == [1, 2, 3]
+    stopped = two_ranks(train_until_signal, flags, 5, 0, SIGTERM)
+    assert stopped == [(None, 6), (None, 6)]
+    assert latest(run) == "checkpoint-4" and [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert not (run / "completed.json").exists() and not (run / "srde_weights.safetensors").exists()
     assert two_ranks(train_here, flags) == [None, None]
     assert (run / "completed.json").exists()

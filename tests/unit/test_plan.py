@@ -81,9 +81,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
         return memory(config, base_shape(config), 16).total
 
     assert total(rows) <= 72 * GIB < total(rows + 1)
-    assert planned({"gpu_memory_gib": 10.0}).largest_micro_batch == 0
+    assert planned({"gpu_memory_gib": 5.0}).largest_micro_batch == 0
     assert planned({"gpu_memory_gib": 30.0}).largest_micro_batch < rows
-    assert planned({"labelled_share": 0.1}).largest_micro_batch > rows
+    assert planned({"labelled_share": 0.1}).largest_micro_batch == rows  # no more logits than a chunk in either
     assert planned(flash_attention=True).largest_micro_batch == 1  # flash-attn takes one row at a time
 
 
