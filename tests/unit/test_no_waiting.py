@@ -84,17 +84,24 @@ def test_a_step_waits_for_the_device_at_its_end_alone(form: dict[str, Any], forc
     config.training.batch_size, config.training.gradient_accumulation_steps = 2, 2
     config.data.domains = NAMES
     stream = RowStream(rows(9), seed=0, global_batch_rows=4)
-    state, topology = SimpleNamespace(step=0), Topology(0, 1, META)
+    state: Any = SimpleNamespace(step=0)
+    topology = Topology(0, 1, META)
     waits: list[dict[str, Tensor]] = []
+
+    def wait(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        waits.append(sums)
+        return sums
+
     with (
         patch.object(step_metrics, "all_reduce_sum", lambda tensor: tensor),
-        patch.object(step, "to_host", lambda sums: waits.append(sums) or sums),
+        patch.object(step, "to_host", wait),
         patch.object(torch, "is_autocast_enabled", lambda device: False),  # there is no autocast on meta
         patch.object(step, "set_step"),
     ):
-        curriculum = StepCurriculum(stream, forced=forced)
-        sums = step.optimizer_step(config, topology, PlainEngine(model), curriculum, state, lambda: False)
-    assert len(waits) == 1 and sums is waits[0]
+        curriculum: Any = StepCurriculum(stream, forced=forced)
+        engine: Any = PlainEngine(model)
+        sums = step.optimizer_step(config, topology, engine, curriculum, state, lambda: False)
+    assert sums is not None and len(waits) == 1 and sums is waits[0]
     assert {name: value.device for name, value in sums.items()} == dict.fromkeys(sums, META)
     assert {"loss", "labels", "real_tokens", "domain_tokens", "assignments", "delta_gradient_square"} <= set(sums)
 
