@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
 from srde_ds.data.build.dropped import tell_dropped
-from srde_ds.data.build.from_files import InputFiles, build_dataset, check_files
+from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
@@ -104,19 +104,7 @@ def prepare_data(config: Config) -> Path:
     if data.jsonl_data:
         check_base(config, tokenizer, packed=data.packing)
         folder = Path(config.training.output_dir) / "tokenized"
-        manifest = build_dataset(
-            tokenizer=tokenizer,
-            jsonl_data=data.jsonl_data,
-            eval_file=data.eval_file,
-            output_dir=folder,
-            domains=data.domains,
-            max_length=data.max_length,
-            too_long=data.too_long,
-            seed=config.training.seed,
-            train_on=data.train_on,
-            packing=data.packing,
-            reading=ReadOptions.of(data),
-        )
+        manifest = build_dataset(RowsOfFiles.of(config, data.jsonl_data), folder, tokenizer)
         check_manifest(config, manifest)
     else:
         folder = Path(str(data.pretokenized_dir))

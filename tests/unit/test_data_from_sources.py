@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from srde_ds.cli.main import main
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions, BuildSummary
 from srde_ds.data.build.report import write_report
@@ -119,9 +119,10 @@ def test_data_jsonl_builds_the_same_documents_again(options: BuildOptions, tmp_p
     build(options, tmp_path / "data")
     manifest = load_manifest(tmp_path / "data" / "tokenized")
     again = build_dataset(
-        tokenizer=tiny_tokenizer(), jsonl_data=tmp_path / "data" / "data.jsonl", eval_file=None,
-        output_dir=tmp_path / "again", domains=["math", "logic"], max_length=256, too_long="drop", seed=1,
-    )  # fmt: skip
+        RowsOfFiles(tmp_path / "data" / "data.jsonl", None, ["math", "logic"], max_length=256, too_long="drop", seed=1),
+        tmp_path / "again",
+        tiny_tokenizer(),
+    )
     for split, entry in manifest.splits.items():
         for domain, count in entry.domains.items():
             other = again.splits[split].domains[domain]

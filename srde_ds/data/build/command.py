@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import Config
 from srde_ds.data.build.dropped import tell_dropped
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.outputs import JSONL, ROWS
@@ -53,20 +53,13 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
     assert tokenizer is not None
     if domains is None and request.skip_download:
         domains = list(dict.fromkeys(source.domain for source in load_sources(request.sources_file)))
+    jsonl = work_dir / JSONL if request.skip_download else str(config.data.jsonl_data)
     manifest = build_dataset(
-        tokenizer=tokenizer,
-        jsonl_data=work_dir / JSONL if request.skip_download else str(config.data.jsonl_data),
-        eval_file=config.data.eval_file,
-        output_dir=work_dir / ROWS,
-        domains=domains or config.data.domains,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-        seed=config.training.seed,
+        RowsOfFiles.of(config, jsonl, domains),
+        work_dir / ROWS,
+        tokenizer,
         num_processes=request.num_processes or 1,
         overwrite=request.overwrite,
-        train_on=config.data.train_on,
-        packing=config.data.packing,
-        reading=ReadOptions.of(config.data),
     )
     tell_dropped(manifest)
     _print_rows(manifest)

@@ -68,18 +68,7 @@ def build_from_sources(
             opened = list(supply.opened.values())
             records = records_of(opened, store)
             pool = apply_rules(records, opened, options, ngrams, store)
-            selection = select(
-                pool,
-                records.parts,
-                supply.sources,
-                domains=options.domains,
-                examples=options.examples_per_domain,
-                seed=options.seed,
-                store=store,
-                tokenizer_key=_tokenizer_key(tokenizer),
-                max_length=options.max_length,
-                too_long=options.too_long,
-            )
+            selection = select(pool, records.parts, supply.sources, options, store, _tokenizer_key(tokenizer))
             missing = {domain: chosen.missing for domain, chosen in selection.domains.items()}
             found = np.bincount(pool.source, minlength=len(opened)).tolist()
             if not supply.grow(missing, dict(zip(supply.opened, found, strict=True))):
