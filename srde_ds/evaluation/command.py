@@ -16,7 +16,7 @@ from srde_ds.config.values import load_yaml
 from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.compare import evaluate, items_file
+from srde_ds.evaluation.compare import EvaluationSettings, evaluate, items_file
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.results import ItemResult
@@ -88,13 +88,15 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
             model,
             tokenizer,
             records,
-            compare_baseline=options.compare_baseline,
-            batch_size=options.batch_size,
-            max_new_tokens=max_new_tokens,
-            max_samples=options.max_samples,
-            seed=options.seed,
-            each_expert=options.each_expert,
-            run_code=sandbox,
+            EvaluationSettings(
+                compare_baseline=options.compare_baseline,
+                batch_size=options.batch_size,
+                max_new_tokens=max_new_tokens,
+                max_samples=options.max_samples,
+                seed=options.seed,
+                each_expert=options.each_expert,
+                run_code=sandbox,
+            ),
             processes=processes,
             on_result=so_far.add,
         )
