@@ -161,7 +161,7 @@ def test_a_generated_source_that_has_no_more_ends_the_growth(options: BuildOptio
 def test_a_missing_source_is_fatal_or_skipped_by_name(options: BuildOptions, tmp_path: Path) -> None:
     gone = replace(options.sources[1], name="gone", jsonl=str(tmp_path / "none.jsonl"))
     with_gone = replace(options, sources=[options.sources[0], gone, *options.sources[2:]], examples_per_domain=50)
-    with pytest.raises(SRDEError, match=r"source 'gone' \(jsonl .*none.jsonl\) cannot be had: no such file"):
+    with pytest.raises(SRDEError, match=r"source 'gone' \(jsonl .*none.jsonl\) cannot be read: no such file"):
         build(with_gone, tmp_path / "data")
     result = build(replace(with_gone, on_missing_source="skip"), tmp_path / "data")
     assert result.skipped == {"gone": f"no such file '{tmp_path / 'none.jsonl'}'"}

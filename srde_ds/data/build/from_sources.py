@@ -49,7 +49,7 @@ def build_from_sources(
     options makes only what they change.
 
     Raises:
-        SRDEError: a source cannot be had, a domain comes out short (if the options say so), or `tokenized/` holds
+        SRDEError: a source cannot be read, a domain comes out short (if the options say so), or `tokenized/` holds
             something else (without `overwrite`).
     """
     started = time.perf_counter()

@@ -115,7 +115,7 @@ def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
     """The n-grams of all evaluation sets as a file that is named by its content; None without any.
 
     Raises:
-        SRDEError: an evaluation set is no file and no source, or cannot be had.
+        SRDEError: an evaluation set is neither a file nor a source, or cannot be read.
     """
     if not options.decontaminate_against:
         return None
@@ -149,7 +149,7 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
     try:
         opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)
     except SourceError as error:
-        raise SRDEError(f"decontaminate_against={name}: cannot be had: {error}.") from None
+        raise SRDEError(f"decontaminate_against={name}: cannot be read: {error}.") from None
     for example in opened.reader.examples(0, opened.reader.count):
         if isinstance(example, Example):
             yield " ".join(message["content"] for message in example.messages if message["role"] == "user")

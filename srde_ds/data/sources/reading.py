@@ -1,4 +1,4 @@
-"""Open a source, whatever it is, as rows that any process can read by number."""
+"""Open a source of any kind as rows that every process can read by number."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from srde_ds.utils.retry import SourceError, with_retries
 
 ROWS_A_PART = 5000
 ROWS_LOOKED_AT = 100
-"""lines of a JSONL file in which its columns are looked for"""
+"""lines of a JSONL file that are read to find its columns"""
 Maker = Callable[[int], tuple[str, str]]
 """Prompt and answer of an item, by its number"""
 
 
 class Reader(Protocol):
-    """Can be sent to another process."""
+    """Reads a source's rows by number; it can be pickled and sent to another process."""
 
     @property
     def count(self) -> int:
@@ -242,7 +242,7 @@ def _scan_lines(path: Path) -> tuple[tuple[int, ...], int, str]:
 
 
 def _columns_of(path: Path) -> list[str]:
-    """Keys that the first lines of a JSONL file have; a line that is no JSON object has none."""
+    """Keys that the first lines of a JSONL file have; a line that is not a JSON object has none."""
     columns: dict[str, None] = {}
     with path.open("rb") as file:
         for line in islice(filter(bytes.strip, file), ROWS_LOOKED_AT):
@@ -285,7 +285,7 @@ def _gym(task: str, options: str, seed: int) -> Any:
     # Any index can be asked for: the size bounds iteration only, which is not used.
     try:
         return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
-    except AssertionError as error:  # its way to refuse an option's value
+    except AssertionError as error:  # how reasoning-gym refuses an option's value
         raise ValueError(str(error)) from None
 
 
