@@ -82,8 +82,8 @@ class Supply:
         except SourceError as error:
             if self.options.on_missing_source == "fail":
                 raise SRDEError(
-                    f"source '{source.name}' ({source.kind} {source.location}) cannot be read: {error}. Correct the source, or "
-                    "give --on_missing_source skip: the domain's other sources make up for it."
+                    f"source '{source.name}' ({source.kind} {source.location}) cannot be read: {error}. "
+                    "Correct it, or give --on_missing_source skip: the domain's other sources make up for it."
                 ) from None
             log.warning("source %s is skipped: %s", source.name, error)
             self.skipped[source.name] = str(error)
