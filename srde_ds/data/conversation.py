@@ -260,6 +260,11 @@ def check_text(value: Any, field: str, place: str, *, may_be_empty: bool = False
     return value
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether it holds half a surrogate pair, what is left of a character that was lost."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def kind(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}

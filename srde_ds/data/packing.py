@@ -69,7 +69,10 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:
     eos = _eos_token(tokenizer)
     if eos is None:
         raise SRDEError(f"tokenizer '{tokenizer.name_or_path}' has no EOS token: a response could never end.")
-    markers = turn_ends(tokenizer).markers
+    try:
+        markers = turn_ends(tokenizer).markers
+    except SRDEError as error:
+        raise SRDEError(f"{record.where}: {str(error).removeprefix('chat template: ')}") from None
     for message in record.messages:
         if message["role"] != "assistant":
             continue

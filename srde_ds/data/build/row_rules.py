@@ -15,7 +15,7 @@ import pyarrow as pa
 import rensa
 
 from srde_ds.data.build.tables import write_table
-from srde_ds.data.conversation import said
+from srde_ds.data.conversation import has_surrogates, said
 from srde_ds.data.sources.examples import BrokenRow, Example
 from srde_ds.data.sources.reading import Reader
 
@@ -108,11 +108,7 @@ def _is_empty(example: Example) -> bool:
 def _lost_characters(example: Example) -> bool:
     """U+FFFD and lone halves of a surrogate pair are what is left of characters that were lost."""
     texts = [*map(said, example.messages), example.answer or "", example.group or ""]
-    return any("\ufffd" in text or not text.isascii() and _has_surrogates(text) for text in texts)
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    return any("\ufffd" in text or has_surrogates(text) for text in texts)
 
 
 def _record(example: Example, labels: dict[str, str], row: int) -> dict[str, Any]:

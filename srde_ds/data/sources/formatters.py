@@ -7,13 +7,14 @@ not what the source says it is.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from srde_ds.data.conversation import REASONING
+from srde_ds.data.conversation import REASONING, has_surrogates
 from srde_ds.data.forms import convert
 from srde_ds.data.records import parse_record
 from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved
@@ -268,6 +269,8 @@ def _conversation(fields: dict[str, Any], row: Row) -> Example:
     try:
         record = parse_record(fields, _ROW, [_ANY])
     except SRDEError as error:
+        if has_surrogates(json.dumps(fields, ensure_ascii=False, default=str)):
+            raise BrokenRow("lost characters") from None
         raise BrokenRow(str(error).removeprefix(f"{_ROW}: ").removesuffix(".")) from None
     more = {key: value for key in ("tools", "choices", "tests") if (value := getattr(record, key)) is not None}
     return Example(record.messages, record.answer, _maybe(row, "group") or None, more)

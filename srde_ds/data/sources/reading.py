@@ -238,6 +238,7 @@ def _local(source: Source) -> list[Path]:
 
 
 def _files(source: Source) -> list[Path]:
+    _local(source)  # what is not there is said as of all sources
     try:
         return find_files(source.location, source.kind)
     except SRDEError as error:
