@@ -147,8 +147,13 @@ class OptimizerConfig:
 
 @dataclass
 class LossConfig:
-    """What is added to the loss on the labels, and load balancing that needs no loss."""
+    """How labels count, what is added to the loss on them, and load balancing that needs no loss."""
 
+    loss_weighting: Literal["token", "document", "domain"] = option(
+        "token",
+        "what counts alike in the loss: each response token, each document, or each domain (with domain_weights or "
+        "mixing_temperature: each by its share)",
+    )
     load_balancing_weight: float = option(0.01, "weight of the load-balancing loss", minimum=0.0)
     load_balancing_target: Literal["uniform", "domains"] = option(
         "uniform", "shares that balancing aims at: equal ones, or those of the domains among the tokens of the step"

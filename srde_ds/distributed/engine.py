@@ -68,12 +68,13 @@ class Engine:
     def forward(
         self, batch: dict[str, torch.Tensor], policy: RoutingPolicy | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch from the loader: its sum over labels and their number (scalars on the device).
+        """Loss of a batch from the loader: its weighted sum over labels and their number (scalars on the device).
 
         Args:
             policy: default: all experts, no auxiliary losses, nothing recorded.
         """
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "labels", "token_mask")}
+        keys = ("input_ids", "position_ids", "labels", "label_weights", "token_mask")
+        inputs = {key: batch[key] for key in keys if key in batch}
         output: SRDEOutput = self.deepspeed(**inputs, policy=policy)
         assert output.loss_sum is not None and output.label_count is not None
         return output.loss_sum, output.label_count

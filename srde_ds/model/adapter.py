@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -22,6 +21,7 @@ from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
 from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather, whole_shape
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.model.loss import Targets
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.policy import PolicyControl, PolicyKeepingCheckpoint, RoutingPolicy
 from srde_ds.utils.pretrained import base_to_load
@@ -39,7 +39,8 @@ class SRDEOutput(ModelOutput):
     """What a forward gives.
 
     Attributes:
-        loss_sum, label_count: with labels: cross entropy in nats summed over them (fp32 scalar), and how many there are
+        loss_sum, label_count: with labels: cross entropy in nats summed over them, each by its weight if they have one
+            (fp32 scalar), and how many there are
             (int64 scalar).
         logits, past_key_values: without labels: the base's.
     """
@@ -129,6 +130,7 @@ class SRDEModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        label_weights: Tensor | None = None,
         token_mask: Tensor | None = None,
         policy: RoutingPolicy | None = None,
         **kwargs: Any,
@@ -139,6 +141,7 @@ class SRDEModel(nn.Module):
             input_ids: `[B, S]`.
             position_ids: `[B, S]`; restarting positions separate documents when attention_mask is None.
             labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1.
+            label_weights: `[B, S]`, how much each label counts in the sum of the loss; default: each 1.
             token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
                 attention_mask, else all.
             policy: how this forward routes its tokens and what it records; default: all experts, or those of
@@ -157,7 +160,7 @@ class SRDEModel(nn.Module):
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask} | kwargs
         with self.routing.running(replace(policy, token_mask=token_mask)):
             self._check_policy()
-            return self._forward(inputs, labels)
+            return self._forward(inputs, labels, label_weights)
 
     def _check_policy(self) -> None:
         allowed = self.routing.policy.allowed_experts
@@ -173,20 +176,15 @@ class SRDEModel(nn.Module):
                         "enable_gradient_checkpointing of the SRDEModel instead of the base's."
                     )
 
-    def _forward(self, inputs: dict[str, Any], labels: Tensor | None) -> SRDEOutput:
+    def _forward(self, inputs: dict[str, Any], labels: Tensor | None, label_weights: Tensor | None) -> SRDEOutput:
         # A cache switches off the separation of packed documents.
         inputs.setdefault("use_cache", False)
         if labels is None:
             output = self.base(**inputs)
             return SRDEOutput(logits=output.logits, past_key_values=output.past_key_values)
-        targets = F.pad(labels[:, 1:], (0, 1), value=-100)
-        labelled = (targets != -100).any(0).nonzero().squeeze(1)
-        if labelled.numel() == 0:  # the loss is 0, with a graph, so that every rank runs the same backward
-            labelled = targets.new_zeros(1)
-        logits = self.base(**inputs, logits_to_keep=labelled).logits
-        targets = targets.index_select(1, labelled).flatten()
-        loss_sum = F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=-100, reduction="sum")
-        return SRDEOutput(loss_sum=loss_sum, label_count=(targets != -100).sum())
+        targets = Targets.of(labels, label_weights)
+        logits = self.base(**inputs, logits_to_keep=targets.positions).logits
+        return SRDEOutput(loss_sum=targets.loss(logits), label_count=targets.count)
 
     def generate(self, *args: Any, policy: RoutingPolicy | None = None, **kwargs: Any) -> Any:
         """The base's `generate`, with experts.

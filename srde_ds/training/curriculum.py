@@ -124,6 +124,9 @@ class Curriculum:
             rows = self.stream.rows
             own = rows.select((rows["domain"][:] == domain).nonzero()[0])
             self._streams[domain] = RowStream(
-                own, seed=self.stream.seed, global_batch_rows=self.stream.global_batch_rows
+                own,
+                seed=self.stream.seed,
+                global_batch_rows=self.stream.global_batch_rows,
+                loss_weights=self.stream.loss_weights,
             )
         return self._streams[domain]

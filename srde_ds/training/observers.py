@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from srde_ds.data.manifest import counts_of
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.status import doing
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
@@ -17,6 +18,7 @@ def observers(heartbeat: Heartbeat) -> list[Observer]:
     """All of a run, in the order in which they see a step."""
     return [
         SilentExperts(),
+        DataCounts(),
         Statistics(),
         HeldOutLosses(),
         MetricsLines(),
@@ -38,6 +40,14 @@ class SilentExperts(Observer):
         layers = len(run.engine.model.layers)
         assignments = [tokens * layers for tokens in run.line["tokens_per_expert"]]
         self._watch.check(run.step, assignments, run.line["expert_gradient_norm"])
+
+
+class DataCounts(Observer):
+    """What the run is trained on, in its first line of metrics: documents, those left out, response tokens."""
+
+    def before_step(self, run: Run) -> None:
+        if run.step == 0:
+            run.line["data"] = counts_of(run.state.manifest)
 
 
 class Statistics(Observer):

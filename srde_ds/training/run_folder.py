@@ -111,7 +111,8 @@ def prepare_data(config: Config) -> Path:
         check_rows(config, tokenizer)
         manifest = load_manifest(folder)
     tell_dropped(manifest)
-    if told := uneven_responses(manifest.splits["train"]):
+    told = uneven_responses(manifest.splits["train"])
+    if told and config.losses.loss_weighting == "token":
         log.warning("%s", told)
     return folder
 

@@ -30,7 +30,8 @@ def optimizer_step(
     """One step of all ranks: its micro-batches forwards and backwards, and the update.
 
     Returns:
-        Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
+        Sums over all ranks: "loss" over "label_weight", "real_tokens", "domain_tokens" by domain, and the routing
+        statistics.
         None when `interrupted` became true: nothing was updated.
     """
     training = config.training
@@ -54,8 +55,8 @@ def optimizer_step(
     set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-    # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
-    loss_scale = topology.world_size * training.gradient_accumulation_steps / max(1.0, float(counts["labels"]))
+    # DeepSpeed averages over ranks and micro-steps; these factors make it the mean over the step's labels.
+    loss_scale = topology.world_size * training.gradient_accumulation_steps / (float(counts["label_weight"]) or 1.0)
     router_loss_scale = topology.world_size / max(1.0, float(counts["real_tokens"]))
     statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
     for number, batch in enumerate(batches, 1):
@@ -78,13 +79,19 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Of this rank's micro-batches: labels, and real tokens in all and by domain."""
-    labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+    """Of this rank's micro-batches: labels by their weights, and real tokens in all and by domain."""
+    label_weight = torch.stack([_label_weight(batch) for batch in batches]).sum()
     by_domain = sum(
         torch.bincount(batch["domain"], batch["token_mask"].sum(1).double(), minlength=domains) for batch in batches
     )
     assert isinstance(by_domain, torch.Tensor)
-    return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
+    return {"label_weight": label_weight, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
+
+
+def _label_weight(batch: Batch) -> torch.Tensor:
+    if "label_weights" in batch:
+        return batch["label_weights"][:, 1:].double().sum()
+    return (batch["labels"][:, 1:] != -100).sum()
 
 
 def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
+from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.manifest import Manifest, load_manifest, load_rows
 from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, launched_rank, start_processes
 from srde_ds.distributed.together import on_main_rank
@@ -131,12 +132,13 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
 
 def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:
     """The rows that are trained on, in the order that the seed gives."""
-    training = config.training
+    training, phases = config.training, row_mixing(config.data, manifest)
     return RowStream(
         load_rows(folder, "train", manifest),
         seed=training.seed,
         global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
-        phases=row_mixing(config.data, manifest),
+        phases=phases,
+        loss_weights=LossWeights.of(config.losses.loss_weighting, manifest.splits["train"], mixed=phases is not None),
     )
 
 

@@ -201,6 +201,8 @@ def test_rules_are_applied_across_sources_domains_and_splits(options: BuildOptio
     assert result.sources[2]["reasons"] == {"no text in 'response'": 1}
     assert all(question("logic", 5) not in prompt(line) for line in lines(tmp_path / "data"))
     page = write_report(tmp_path / "data", result, load_manifest(tmp_path / "data" / "tokenized")).read_text()
+    trained = load_manifest(tmp_path / "data" / "tokenized").splits["train"].domains["logic"]
+    assert f"| train | logic | {trained.documents} | 0 | 0 | {trained.response_tokens:,} | " in page
     assert "| puzzles | logic | 90 |" in page and "near duplicate" in page and "Domain logic lacks" in page
 
 

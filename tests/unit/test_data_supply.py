@@ -33,7 +33,7 @@ def build(options: BuildOptions, work_dir: Path, **changes: Any) -> BuildSummary
     ("values", "message"),
     [
         ({"columns": {"prompt": "q"}}, "its columns do not fit: no 'q', it has prompt, response, domain"),
-        ({"jsonl": "."}, "IsADirectoryError"),
+        ({"jsonl": "."}, "the folder holds no file of records"),
         (
             {"jsonl": None, "formatter": None, "reasoning_gym": "leg_counting", "options": {"min_animals": 0}},
             "min_animals must be positive",

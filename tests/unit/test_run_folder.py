@@ -349,3 +349,7 @@ def test_a_run_warns_of_very_uneven_domains(
         caplog.clear()
         prepare_data(resolve({}, given | {"jsonl_data": path, "output_dir": str(tmp_path / str(number))}))
         assert ("unevenly shared: red 9" in caplog.text) == warned
+    caplog.clear()
+    given |= {"jsonl_data": str(records), "output_dir": str(tmp_path / "1"), "loss_weighting": "domain"}
+    prepare_data(resolve({}, given))
+    assert "unevenly" not in caplog.text

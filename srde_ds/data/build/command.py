@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.outputs import JSONL, ROWS
 from srde_ds.data.build.request import BuildRequest
 from srde_ds.data.inputs import ReadOptions
-from srde_ds.data.manifest import Manifest, load_manifest
+from srde_ds.data.manifest import Manifest, counts_of, counts_table, load_manifest, uneven_responses
 from srde_ds.data.sources.hub import check_upload, push_to_hub
 from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import one_line
+from srde_ds.utils.tables import aligned_table
+
+log = logging.getLogger(__name__)
 
 SOURCES_ONLY = (
     "on_missing_source",
@@ -173,3 +177,6 @@ def _terms(source: Source) -> dict[str, Any]:
 def _print_rows(manifest: Manifest) -> None:
     for split, counts in manifest.splits.items():
         print(f"{split}: {counts.rows} rows, {counts.fill_rate:.1%} of their positions used")
+    print(aligned_table(counts_table(counts_of(manifest)), right=2))
+    if told := uneven_responses(manifest.splits["train"]):
+        log.warning("%s", told)

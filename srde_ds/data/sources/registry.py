@@ -183,7 +183,7 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
             raise SRDEError(f"{place}: {key} is for {', '.join(of)} only: leave it out.")
     for column, own in source.columns.items():
         read = FORMATTERS[str(source.formatter)]
-        if column not in (*read.columns, *read.optional):
+        if column not in (*read.columns, *read.optional) and source.formatter != "by_keys":
             known_columns = (*read.columns, *read.optional)
             raise SRDEError(
                 f"{place}: columns: the formatter {source.formatter} reads no '{column}', but "
