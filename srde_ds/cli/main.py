@@ -15,6 +15,7 @@ from srde_ds.cli.doctor import doctor
 from srde_ds.cli.evaluate import evaluate
 from srde_ds.cli.hosts import hosts
 from srde_ds.cli.inference import inference
+from srde_ds.cli.inspect import inspect
 from srde_ds.cli.monitor import monitor
 from srde_ds.cli.plan import plan
 from srde_ds.cli.report import report
@@ -31,6 +32,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "evaluate": evaluate,
     "inference": inference,
     "convert": convert,
+    "inspect": inspect,
     "report": report,
     "hosts": hosts,
     "supervise": supervise,

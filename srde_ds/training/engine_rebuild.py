@@ -9,7 +9,7 @@ from srde_ds.checkpoint.prune import prune_checkpoint
 from srde_ds.config import Config
 from srde_ds.distributed.engine import build_engine, build_model
 from srde_ds.distributed.processes import Topology
-from srde_ds.model.adapter import parameter_table
+from srde_ds.model.parameter_table import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.training.calibration import Calibration, calibrate_supports, choose_rows
