@@ -204,6 +204,13 @@ class TrainingConfig:
         "what happens when a checkpoint cannot be written; continue: warn and try again at the next one (the last one "
         "has to succeed)",
     )
+    domain_statistics_rows: int = option(
+        32,
+        "rows of each domain that are run at the end, for the weights to know their domains' inputs, from which "
+        "srde-ds combine makes routers; 0: none",
+        metavar="ROWS",
+        minimum=0,
+    )
     eval_steps: int = option(
         500, "steps between held-out losses by domain; 0: one at the end", metavar="STEPS", minimum=0, common=True
     )
