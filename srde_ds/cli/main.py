@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from srde_ds import __version__
 from srde_ds.cli.build_dataset import build_dataset
+from srde_ds.cli.combine import combine
 from srde_ds.cli.convert import convert
 from srde_ds.cli.doctor import doctor
 from srde_ds.cli.evaluate import evaluate
@@ -18,6 +19,8 @@ from srde_ds.cli.inference import inference
 from srde_ds.cli.inspect import inspect
 from srde_ds.cli.monitor import monitor
 from srde_ds.cli.plan import plan
+from srde_ds.cli.remove import remove
+from srde_ds.cli.rename import rename
 from srde_ds.cli.report import report
 from srde_ds.cli.supervise import supervise
 from srde_ds.cli.train import train
@@ -33,6 +36,9 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "inference": inference,
     "convert": convert,
     "inspect": inspect,
+    "combine": combine,
+    "rename": rename,
+    "remove": remove,
     "report": report,
     "hosts": hosts,
     "supervise": supervise,

@@ -65,7 +65,11 @@ class AdapterSource:
 
     def expert_delta(self, layer: int, expert: int) -> Tensor:
         """`[D, 3, m]` or `[n]`, fp32."""
-        return expert_delta(self.deltas(layer), expert, self.metadata.config.granularity)
+        return self.expert_part(self.deltas(layer), expert)
+
+    def expert_part(self, deltas: Tensor, expert: int) -> Tensor:
+        """One expert's part of what `deltas` gives, as of `expert_delta`."""
+        return expert_delta(deltas, expert, self.metadata.config.granularity)
 
     def check_fits(self, base: BaseFiles) -> None:
         """Raise SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
