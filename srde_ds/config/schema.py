@@ -192,6 +192,18 @@ class TrainingConfig:
         metavar="FOLDER",
         common=True,
     )
+    start_from: str | None = option(
+        None,
+        "weights whose experts a new run goes on with: a run folder, a checkpoint, a weights file or a repository of "
+        "the Hub; domains that they have no expert for get new ones",
+        metavar="WEIGHTS",
+    )
+    train_experts: list[str] | None = option(
+        None,
+        "with start_from: train these experts alone; the others and their rows of the router stay as they are "
+        "(default: all)",
+        metavar="NAME,...",
+    )
     save_steps: int = option(
         500, "steps between checkpoints; 0: one at the end", metavar="STEPS", minimum=0, common=True
     )
@@ -354,6 +366,12 @@ class Config:
 
     def __post_init__(self) -> None:
         self.derived: dict[str, str] = {}
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Those of the domains, in their order, and numbers for experts beyond."""
+        names = self.data.domains[: self.adapter.num_experts]
+        return names + [f"expert_{i}" for i in range(len(names), self.adapter.num_experts)]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{section: {option: value}}`."""

@@ -51,6 +51,8 @@ class InputFiles:
     domains: list[str]
     reading: ReadOptions = field(default_factory=ReadOptions)
     train_on: TrainOn = "all"
+    optional_domains: Sequence[str] = ()
+    """need no training records"""
 
     def name(self, split: str) -> str:
         """What the records of a split come from."""
@@ -92,6 +94,7 @@ def build_dataset(
     train_on: TrainOn = "all",
     packing: bool = True,
     reading: ReadOptions | None = None,
+    optional_domains: Sequence[str] = (),
 ) -> Manifest:
     """Write `output_dir/train/`, the held-out splits and `output_dir/manifest.json`.
 
@@ -99,12 +102,15 @@ def build_dataset(
     folder appears complete or not at all. One that was built from the same files, tokenizer and options is used as it
     is. All input is checked before the first record is tokenised.
 
+    Args:
+        optional_domains: those that need no training records.
+
     Raises:
         SRDEError: bad input, a domain without records, held-out prompts in the training files, or a folder that exists
             and holds something else (without `overwrite`).
     """
     output_dir = Path(output_dir)
-    inputs = InputFiles(jsonl_data, eval_file, list(domains), reading or ReadOptions(), train_on)
+    inputs = InputFiles(jsonl_data, eval_file, list(domains), reading or ReadOptions(), train_on, optional_domains)
     hashes = inputs.hashes()
     manifest = Manifest(FORMAT_VERSION, max_length, too_long, seed, list(domains), tokenizer_identity(tokenizer), {})
     manifest.reading, manifest.train_on, manifest.packing = inputs.reading.to_dict(), train_on, packing
@@ -152,7 +158,8 @@ def check_files(
         if keep is not None:
             keep(split, record)
     bad.settle(inputs.reading.on_bad_record)
-    checks.settle(str(inputs.jsonl_data), str(inputs.eval_file or inputs.jsonl_data))
+    held_out = str(inputs.eval_file or inputs.jsonl_data)
+    checks.settle(str(inputs.jsonl_data), held_out, optional=inputs.optional_domains)
     return bad.count
 
 
