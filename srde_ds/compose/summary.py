@@ -83,7 +83,7 @@ class AdapterSummary:
         layers = [str(layer) for layer in range(self.layers)]
         norms = [[layer, *(f"{norm:.4g}" for norm in row)] for layer, row in zip(layers, self.delta_norms, strict=True)]
         parts.append(f"Norm of the deltas\n{aligned_table([['layer', *names], *norms], right=1)}")
-        steps = [", ".join(f"{key} {value}" for key, value in entry.items()) for entry in self.history]
+        steps = [_step(entry) for entry in self.history]
         parts.append("History\n" + "\n".join(f"  {one_line(step)}" for step in steps or ["not recorded"]))
         return "\n\n".join(parts)
 
@@ -137,6 +137,12 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
         domain_distances=_distances(adapter),
         history=metadata.history,
     )
+
+
+def _step(entry: dict[str, str | int]) -> str:
+    """One entry of a history in words, its hash shortened."""
+    rest = {key: str(value)[:12] if key == "dataset" else value for key, value in entry.items() if key != "verb"}
+    return f"{entry.get('verb', 'unknown')}: " + "; ".join(f"{key} {value}" for key, value in rest.items())
 
 
 def _norm(values: Tensor) -> float:
