@@ -10,13 +10,17 @@ from contextlib import contextmanager
 
 from srde_ds import __version__
 from srde_ds.cli.build_dataset import build_dataset
+from srde_ds.cli.combine import combine
 from srde_ds.cli.convert import convert
 from srde_ds.cli.doctor import doctor
 from srde_ds.cli.evaluate import evaluate
 from srde_ds.cli.hosts import hosts
 from srde_ds.cli.inference import inference
+from srde_ds.cli.inspect import inspect
 from srde_ds.cli.monitor import monitor
 from srde_ds.cli.plan import plan
+from srde_ds.cli.remove import remove
+from srde_ds.cli.rename import rename
 from srde_ds.cli.report import report
 from srde_ds.cli.supervise import supervise
 from srde_ds.cli.train import train
@@ -31,6 +35,10 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "evaluate": evaluate,
     "inference": inference,
     "convert": convert,
+    "inspect": inspect,
+    "combine": combine,
+    "rename": rename,
+    "remove": remove,
     "report": report,
     "hosts": hosts,
     "supervise": supervise,

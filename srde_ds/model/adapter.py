@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,16 +17,16 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.hub.sharing import push_adapter, save_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather, whole_shape
+from srde_ds.model.base import WHOLE, Gather, Sharding, block_shapes, load_base, no_gather
 from srde_ds.model.base_files import check_base
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.loss import Targets
 from srde_ds.model.merging import merge_into_base
 from srde_ds.model.policy import PolicyControl, PolicyKeepingCheckpoint, RoutingPolicy
 from srde_ds.utils.pretrained import base_to_load
-from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
 from srde_ds.weights.locate import locate_weights
+from srde_ds.weights.origins import Origins
 from srde_ds.weights.schema import check_fits_base, support_hash
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ class SRDEModel(nn.Module):
             such as `transformers.pipeline`.
         routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
+        origins: how the weights came to be, and what they know about their domains.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
 
     Examples:
@@ -84,6 +84,7 @@ class SRDEModel(nn.Module):
         self.expert_names = expert_names
         self.routing = routing
         self.base_identity = identity
+        self.origins = Origins()
 
     @classmethod
     def from_pretrained(
@@ -298,10 +299,12 @@ class SRDEModel(nn.Module):
         return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """What every rank holds whole: the supports, and copies of the routers' selection biases that are not zero."""
+        """What every rank holds whole: the supports, copies of the routers' selection biases that are not zero, and the
+        domains' statistics, if there are any."""
         supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
         biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
-        return supports | {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
+        biases = {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
+        return supports | biases | self.origins.tensors()
 
     def load_selection_biases(self, tensors: dict[str, Tensor]) -> None:
         """Take each `layers.{i}.router_bias` out of `tensors`; a router without one gets zeros."""
@@ -317,6 +320,8 @@ class SRDEModel(nn.Module):
             base=self.base_identity,
             model_name=str(self.base_identity["name"]),
             support_hash=support_hash(supports),
+            domain_tokens=dict(self.origins.domain_tokens),
+            history=list(self.origins.history),
         )
 
     def delta_norms(self, *, gather: Gather = no_gather) -> Tensor:
@@ -429,19 +434,5 @@ def load_adapter(
             parameter.copy_(tensors[name].load())
     biases = {name: tensor.load() for name, tensor in tensors.items() if name.endswith(".router_bias")}
     model.load_selection_biases(biases)
+    model.origins = Origins.of(metadata, tensors)
     return model
-
-
-def parameter_table(model: SRDEModel) -> str:
-    """A table of the kinds of trainables: tensors, values, and their share of the base's weights."""
-    counts: dict[str, list[int]] = {}
-    for _, parameter in model.trainable_parameters():
-        count = counts.setdefault(parameter.srde_kind, [0, 0])
-        count[0] += 1
-        count[1] += math.prod(parameter.srde_shape)
-    trainable = [sum(column) for column in zip(*counts.values(), strict=True)]
-    frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
-    base_values = sum(math.prod(whole_shape(p)) for p in frozen)
-    counts |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
-    cells = [[kind, f"{n}", f"{values:,}", f"{values / base_values:.3%}"] for kind, (n, values) in counts.items()]
-    return aligned_table([["kind", "tensors", "values", "of base"], *cells], right=1)

@@ -33,6 +33,9 @@ from srde_ds.errors import SRDEError
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.schedule import Schedule
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.origins import Origins
+from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +142,7 @@ class RunState:
             remedy = self.remedy()
             raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {remedy}")
         metadata = model.metadata()
+        metadata.history.append(self._history_entry())
         common = model.common_tensors()
         for name in BALANCING_TENSORS:
             if (tensor := getattr(self, name)) is not None:
@@ -221,6 +225,9 @@ class RunState:
         internals.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
         model.load_selection_biases(common)
+        before = AdapterMetadata.from_dict(values["adapter"])
+        model.origins = Origins.of(before, {name: LazyTensor.of(tensor) for name, tensor in common.items()})
+        del model.origins.history[-1:]  # this run's own
         for name in BALANCING_TENSORS:
             setattr(self, name, common[name].to(self.topology.device) if name in common else None)
         self.step, self.tokens = values["step"], values["tokens"]
@@ -237,6 +244,19 @@ class RunState:
             raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
         if read_manifest(folder)["world_size"] == self.topology.world_size:
             set_random_state(load_rank_state(folder, self.topology.rank).get("random_state"))
+
+    def _history_entry(self) -> dict[str, str | int]:
+        """What the weights say of this run: the same wherever it takes place, without paths."""
+        split = self.manifest.splits["train"]
+        return {
+            "verb": "train",
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seed": self.config.training.seed,
+            "domains": ", ".join(self.manifest.domains),
+            "data": Path(split.file).name,
+            "dataset": split.content_sha256,
+        }
 
     @property
     def rows_per_step(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 from srde_ds.data.manifest import counts_of
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.status import doing
+from srde_ds.training.domain_statistics import measure_domains
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
 from srde_ds.training.reporting.step_metrics import ExpertWatch
 from srde_ds.training.run import Observer, Run
@@ -21,6 +22,7 @@ def observers(heartbeat: Heartbeat) -> list[Observer]:
         DataCounts(),
         Statistics(),
         HeldOutLosses(),
+        Domains(),
         MetricsLines(),
         Console(),
         HeartbeatUpdates(heartbeat),
@@ -46,6 +48,7 @@ class DataCounts(Observer):
     """What the run is trained on, in its first line of metrics: documents, those left out, response tokens."""
 
     def before_step(self, run: Run) -> None:
+        """Count before the first step."""
         if run.step == 0:
             run.line["data"] = counts_of(run.state.manifest)
 
@@ -84,6 +87,16 @@ class HeldOutLosses(Observer):
         losses = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
         if losses is not None:  # None: a signal cut the measurement off
             run.line[key] = losses
+
+
+class Domains(Observer):
+    """What the blocks get to see of each domain, measured after the last step."""
+
+    def after_step(self, run: Run) -> None:
+        """Measure after the last step."""
+        if run.is_last_step and run.config.training.domain_statistics_rows:
+            doing("statistics of the domains")
+            measure_domains(run.engine, run.config, run.topology, run.state.stream.rows)
 
 
 class MetricsLines(Observer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import base_shape
 from srde_ds.training.reporting.metrics import load_trackers
+from srde_ds.training.run_inputs import check_start, domains_without_records
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.launcher import launched_world_size
@@ -40,6 +42,7 @@ def check_inputs(config: Config) -> None:
     data = config.data
     base_shape(config)
     Schedule.of(config).check()
+    check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
         raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
     if not (data.jsonl_data or data.pretokenized_dir):
@@ -74,6 +77,7 @@ def check_dry_run(config: Config) -> None:
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     Schedule.of(config).check()
+    check_start(config)
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
     data = config.data
@@ -84,9 +88,9 @@ def check_dry_run(config: Config) -> None:
         else:
             check_base(config, tokenizer, packed=data.packing)
             reading = ReadOptions.of(data)
-            check_files(
-                InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on), tokenizer
-            )
+            names = domains_without_records(config)
+            files = InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on, names)
+            check_files(files, tokenizer)
     if config.training.resume_from:
         find_checkpoint(config.training.resume_from, config.training.output_dir)
 
@@ -104,7 +108,8 @@ def prepare_data(config: Config) -> Path:
     if data.jsonl_data:
         check_base(config, tokenizer, packed=data.packing)
         folder = Path(config.training.output_dir) / "tokenized"
-        manifest = build_dataset(RowsOfFiles.of(config, data.jsonl_data), folder, tokenizer)
+        rows = replace(RowsOfFiles.of(config, data.jsonl_data), optional_domains=domains_without_records(config))
+        manifest = build_dataset(rows, folder, tokenizer)
         check_manifest(config, manifest)
     else:
         folder = Path(str(data.pretokenized_dir))
@@ -173,7 +178,8 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
     """
     row_mixing(config.data, manifest)
     train = manifest.splits["train"].domains
-    empty = [domain for domain in manifest.domains if train[domain].rows == 0]
+    trained = config.training.train_experts or manifest.domains
+    empty = [domain for domain in manifest.domains if train[domain].rows == 0 and domain in trained]
     for key in ("supervised_experts", "warm_start"):
         if empty and getattr(config.curriculum, key):
             raise SRDEError(

@@ -289,7 +289,8 @@ def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_each_verb_has_a_script() -> None:
     for verb in VERBS:
-        text = (ROOT / "launch" / f"{verb}.py").read_text()
+        script = {"inspect": "inspect_weights"}.get(verb, verb)
+        text = (ROOT / "launch" / f"{script}.py").read_text()
         assert f'main(["{verb}", *sys.argv[1:]])' in text
 
 

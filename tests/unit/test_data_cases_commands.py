@@ -62,7 +62,7 @@ def labelled(base: Path, work_dir: Path) -> list[str]:
                     runs.append([])
                 runs[-1].append(label)
             before = label
-    return sorted(tokenizer.decode(run) for run in runs)
+    return sorted(str(tokenizer.decode(run)) for run in runs)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ FLOORS = [
     {"checkpoint"},
     {"export", "inference"},
     {"evaluation", "training"},
-    {"planner"},
+    {"planner", "compose"},
     {"cluster"},
     {"api"},
     {"cli"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import log_softmax
 
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.loss_weights import LossWeights, Weighting
 from srde_ds.data.manifest import DomainCounts, Manifest, Split, load_rows
@@ -26,10 +26,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Manifest]:
     long = [record | {"response": f"{record['response']} " * (2 + number % 5)} for number, record in
             enumerate(sums("long", range(12)))]  # fmt: skip
     jsonl = write_jsonl(folder / "train.jsonl", [*long, *sums("short", range(20, 30))])
-    manifest = build_dataset(
-        tokenizer=tiny_tokenizer(), jsonl_data=jsonl, eval_file=None, output_dir=folder / "rows", domains=DOMAINS,
-        max_length=256, too_long="error", seed=0,
-    )  # fmt: skip
+    files = RowsOfFiles(jsonl, None, DOMAINS, max_length=256, too_long="error", seed=0)
+    manifest = build_dataset(files, folder / "rows", tiny_tokenizer())
     return folder / "rows", manifest
 
 

@@ -52,6 +52,8 @@ class InputFiles:
     domains: list[str]
     reading: ReadOptions = field(default_factory=ReadOptions)
     train_on: TrainOn = "all"
+    optional_domains: Sequence[str] = ()
+    """need no training records"""
 
     def name(self, split: str) -> str:
         """What the records of a split come from."""
@@ -172,7 +174,8 @@ def check_files(
         if keep is not None:
             keep(split, record)
     bad.settle(inputs.reading.on_bad_record)
-    checks.settle(str(inputs.jsonl_data), str(inputs.eval_file or inputs.jsonl_data))
+    held_out = str(inputs.eval_file or inputs.jsonl_data)
+    checks.settle(str(inputs.jsonl_data), held_out, optional=inputs.optional_domains)
     return bad.count
 
 
