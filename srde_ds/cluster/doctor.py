@@ -273,7 +273,7 @@ def _check_ports(agents: dict[str, Agent], port: int) -> Iterator[Finding]:
             yield Finding("fatal", f"{name}: port {port}: {reason}", "end what uses it, or another --master_port")
     for one in agents:
         for other in agents:
-            if one != other and (reason := agents[one].ask("connect", host=other, port=port)):
+            if one != other and (reason := agents[one].ask("connect", host=Host(other, 1).address, port=port)):
                 failures += 1
                 yield Finding("fatal", f"{one} cannot reach {other}:{port}: {reason}", "firewall, routes, /etc/hosts")
     if len(agents) > 1 and not failures:

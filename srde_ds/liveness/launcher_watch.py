@@ -88,6 +88,12 @@ class LauncherWatch:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def start_time(pid: int) -> str | None:
+    """When a process started, in ticks since the machine did; None if there is no such process (any more)."""
+    process = _read(pid)
+    return None if process is None else process.started
+
+
 def _read(pid: int) -> Launcher | None:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()

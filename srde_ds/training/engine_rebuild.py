@@ -13,8 +13,10 @@ from srde_ds.model.adapter import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.training.calibration import Calibration, calibrate_supports, choose_rows
+from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import RunState, SavedRun
 from srde_ds.training.schedule import Schedule
+from srde_ds.utils.tables import aligned_table
 
 
 class Engines:
@@ -37,6 +39,8 @@ class Engines:
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
+            if rows := changes(saved.values["config"], self.config):
+                self._say(aligned_table(rows))
         elif calibrated:
             engine = self.state.engine
             calibration = Calibration.of(self.config, engine.model.config)
