@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from srde_ds import __version__
 from srde_ds.cli.build_dataset import build_dataset
@@ -120,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bad_input(reason: str) -> int:
-    place = f"rank {launched_rank()}: " if launched_rank() else ""
+    place = ""
+    with suppress(SRDEError):  # the environment's numbers may be what was bad
+        place = f"rank {launched_rank()}: " if launched_rank() else ""
     print(f"srde-ds: error: {place}{one_line(reason)}", file=sys.stderr, flush=True)
     return 2
 

@@ -84,7 +84,6 @@ def train(arguments: Sequence[str]) -> int:
     """
     with _ending_at_ctrl_c():
         from srde_ds.training.run_inputs import read_run_inputs
-        from srde_ds.training.trainer import train as train_experts
 
     config, dry_run = train_config(arguments, read_run_inputs)
     if dry_run:
@@ -104,6 +103,9 @@ def train(arguments: Sequence[str]) -> int:
         if launched_rank() == 0:
             print("\n\n".join(parts))
     else:
+        with _ending_at_ctrl_c():
+            from srde_ds.training.trainer import train as train_experts
+
         if stopped := train_experts(config):
             return 128 + signal.Signals[stopped]
     return 0

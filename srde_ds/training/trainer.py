@@ -18,7 +18,8 @@ from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.liveness.heartbeat import Heartbeat
-from srde_ds.liveness.launcher_watch import LauncherWatch
+from srde_ds.liveness.launch_check import check_launch
+from srde_ds.liveness.launcher_watch import LauncherWatch, launched_by_deepspeed
 from srde_ds.liveness.meeting import VERDICT_SECONDS, contact
 from srde_ds.liveness.status import doing
 from srde_ds.training.checkpointing import RunState
@@ -61,6 +62,8 @@ def train(config: Config, *, leave: bool = True) -> str | None:
         LostContact: rank 0 did not answer. A rank that is lost later ends this process (liveness/contact.py).
     """
     adopt_launcher()
+    if asked := launched_by_deepspeed():
+        check_launch(*asked, launched_world_size())
     rank, timeout = launched_rank(), config.parallel.collective_timeout
     training = config.training
     heartbeat = Heartbeat(training.output_dir, training.max_steps, world_size=launched_world_size(), enabled=rank == 0)
