@@ -2,9 +2,9 @@
 
     python benchmarks/long_run.py [--steps 3000] [--from_step 100]
 
-A tiny base trains with an evaluation, a save and a line on the console every few steps. Memory, descriptors, threads and
-the time of a step are taken from the first rank, by the heartbeat's process number, after every tenth step. The result
-goes to benchmarks/results/long_run.json.
+A tiny base trains, with an evaluation, a save and a line on the console every few steps. Memory, descriptors and
+threads are those of rank 0, looked at after each step that its heartbeat tells of; it also gives the time of a step.
+The result goes to benchmarks/results/long_run.json.
 """
 
 from __future__ import annotations
