@@ -99,12 +99,11 @@ class Parser(argparse.ArgumentParser):
         words = bool(others) and not any(word.startswith("-") for word in others)
         if words and self._positional and (self._many or len(others) == 1):
             if self._positional in given:
-                raise SRDEError(
-                    f"{self._positional} is given twice: '{unknown[0]}' and '{given[self._positional]}'. Keep one."
-                )
+                words = " and ".join(f"'{_without_secrets(word)}'" for word in (others[0], given[self._positional]))
+                raise SRDEError(f"{self._positional} is given twice: {words}. Keep one.")
             given[self._positional] = others if self._many else others[0]
         elif unknown:
-            name = unknown[0].split("=")[0]
+            name = _without_secrets(unknown[0].split("=")[0])
             known = [flag for action in self._actions for flag in action.option_strings]
             raise SRDEError(f"unknown argument '{name}'.{nearest(name, known)} (see {self.prog} --help)")
         return given
@@ -144,6 +143,11 @@ class Parser(argparse.ArgumentParser):
         for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
             alone = self._positional and not following.startswith("-") and following.lower() not in BOOLEANS
             yield f"{word}=true" if alone and word in self._booleans else word
+
+
+def _without_secrets(word: str) -> str:
+    """A webhook's URL is one, wherever it was put by mistake."""
+    return word.partition("://")[0] + "://…" if "://" in word else word
 
 
 class _Help(argparse.Action):

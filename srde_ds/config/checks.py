@@ -22,6 +22,8 @@ def check_relations(config: Config) -> None:
         SRDEError: names the options, their values and the remedy.
     """
     adapter, data, optimizer, losses = config.adapter, config.data, config.optimizer, config.losses
+    if not config.training.output_dir.strip():
+        raise SRDEError("output_dir='': is empty. Name a folder for the run, such as --output_dir runs/first.")
     if adapter.top_k > adapter.num_experts:
         raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}. Lower --top_k.")
     if 0 < optimizer.warmup_steps >= config.training.max_steps:

@@ -111,6 +111,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     try:
         if isinstance(value, bool):
             raise ValueError
+        if hint is int and isinstance(value, int | str) and str(value).strip().lstrip("+-").isdecimal():
+            return int(value)  # a float would change the digits beyond 2**53
         number = float(value)
         if hint is float:
             return number

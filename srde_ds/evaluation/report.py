@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from srde_ds.config.values import load_yaml
@@ -32,6 +34,7 @@ _MEANS = {
     "domain": "each domain counts alike, or by its share of the rows where these are drawn by shares",
 }
 _LONGEST_QUOTE = 600
+MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 EXAMPLES = "One answer from each domain"
 
 
@@ -45,7 +48,7 @@ def write_report(run: str | Path) -> Path:
         SRDEError: a file that the page is made of is missing or is not what it should be.
     """
     folder = run_folder(run)
-    metrics = _read_lines(folder / "metrics.jsonl", "train first")
+    metrics = read_metrics(folder / "metrics.jsonl")
     result = _read_json(folder / "evaluation.json", f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
     if "sources" not in result:
         raise SRDEError(f"'{folder / 'evaluation.json'}': was written by an earlier version: evaluate again.")
@@ -53,10 +56,6 @@ def write_report(run: str | Path) -> Path:
     environment = _read_json(folder / "environment.json", "it is written when training starts")
     config = load_yaml(folder / "config.yaml")
 
-    plot_loss(metrics, folder / "loss.png")
-    plot_usage(result["usage"], folder / "expert_usage.png")
-    plot_usage_by_layer(result["usage"], folder / "expert_usage_by_layer.png")
-    plot_speed(metrics, folder / "speed.png")
     page = folder / "report.md"
     sections = [
         f"# {markdown(folder.resolve().name)}",
@@ -83,8 +82,38 @@ def write_report(run: str | Path) -> Path:
         "## Machine and versions",
         markdown_table([["", ""], *_machine(environment)]),
     ]
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    with TemporaryDirectory(prefix=".report-", dir=folder) as partial:  # all of it, or nothing
+        plot_loss(metrics, Path(partial) / "loss.png")
+        plot_usage(result["usage"], Path(partial) / "expert_usage.png")
+        plot_usage_by_layer(result["usage"], Path(partial) / "expert_usage_by_layer.png")
+        plot_speed(metrics, Path(partial) / "speed.png")
+        (Path(partial) / page.name).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
     return page
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """At most MOST_LINES lines of metrics, evenly spread, those with held-out losses, and the last one.
+
+    Raises:
+        SRDEError: there is no such file, or it holds no lines of metrics.
+    """
+    try:
+        with open(path, "rb") as file:
+            count = sum(1 for _ in file)
+            file.seek(0)
+            every = -(-count // MOST_LINES) or 1
+            chosen = [
+                line
+                for number, line in enumerate(file, 1)
+                if line.strip() and (number % every == 1 % every or number == count or b'"held_out' in line)
+            ]
+    except FileNotFoundError:
+        raise SRDEError(f"report: no such file '{path}': train first.") from None
+    if not chosen:
+        raise SRDEError(f"'{path}' is empty: train first.")
+    return [_parsed(path, line.decode(errors="replace")) for line in chosen]
 
 
 def examples(page: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -20,7 +21,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.options import EvaluateOptions
-from srde_ds.evaluation.report import examples, write_report
+from srde_ds.evaluation.report import MOST_LINES, examples, read_metrics, write_report
 from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
 
 
@@ -220,3 +221,31 @@ def test_training_records_of_a_file_of_all_splits_are_left_out(
     result = evaluate_command(_options(run_folder, eval_file=str(path), output_file=str(tmp_path / "e.json")))
     assert result["overall"]["srde"]["items"] == 2
     assert f"{path}: 2 held-out items; those for training are left out: 1" in caplog.text
+
+
+def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:
+    path, count = tmp_path / "metrics.jsonl", 500_000
+    with open(path, "w") as file:
+        for step in range(1, count + 1):
+            more = ', "held_out": {"red": 1.0}' if step % 50_000 == 7 else ""
+            file.write(f'{{"step": {step}, "loss": 1.0{more}}}\n')
+    lines = read_metrics(path)
+    steps = [line["step"] for line in lines]
+    assert steps[0] == 1 and steps[-1] == count and steps == sorted(set(steps))
+    assert len(steps) <= MOST_LINES + 11 and sum("held_out" in line for line in lines) == 10
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 8))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_former_one(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(run_folder)
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("srde_ds.evaluation.report.plot_speed", full)
+    assert main(["report", "--run", str(run_folder)]) == 2
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
