@@ -96,8 +96,8 @@ class Parser(argparse.ArgumentParser):
         given = vars(namespace)
         given.pop("local_rank", None)
         unknown = [word for word in others if word.startswith("-")] or others
-        words = bool(others) and not any(word.startswith("-") for word in others)
-        if words and self._positional and (self._many or len(others) == 1):
+        all_words = bool(others) and not any(word.startswith("-") for word in others)
+        if all_words and self._positional and (self._many or len(others) == 1):
             if self._positional in given:
                 words = " and ".join(f"'{_without_secrets(word)}'" for word in (others[0], given[self._positional]))
                 raise SRDEError(f"{self._positional} is given twice: {words}. Keep one.")
