@@ -92,9 +92,11 @@ def test_a_run_starts_where_the_weights_are(
     one, other = (load_adapter(folder, base=inputs.base) for folder in (first, second))
     ids = tokens()
     for expert in DOMAINS:
-        one.set_active_experts([expert]), other.set_active_experts([expert])
+        for model in (one, other):
+            model.set_active_experts([expert])
         torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
-    one.set_active_experts(None), other.set_active_experts(DOMAINS)
+    one.set_active_experts(None)
+    other.set_active_experts(DOMAINS)
     torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
     assert torch.equal(other.layers[0].router.selection_bias[:3], one.layers[0].router.selection_bias)
     other.set_active_experts(["law"])
@@ -168,7 +170,7 @@ def test_another_base_is_refused(inputs: Inputs, one_rank: Ranks, started: Path,
     from tests.helpers import tiny_llama
 
     tokenizer, other = load_tokenizer(inputs.base), tmp_path / "base"
-    sizes = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3}
+    sizes: dict[str, Any] = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3}
     tiny_llama(seed=9, vocab_size=len(tokenizer), **sizes).save_pretrained(other)
     tokenizer.save_pretrained(other)
     flags = inputs.flags(tmp_path / "run", **SHORT, model_name=str(other), start_from=str(started))

@@ -122,7 +122,7 @@ def test_the_router_sends_each_domain_to_its_expert(tmp_path: Path) -> None:
 def test_the_verb_and_what_its_result_serves_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = save_base("llama", tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained
-    forms = [{"density": 0.02}, {"density": 0.05, "num_atoms": 2, "support_strategy": "random"}]
+    forms: list[dict[str, Any]] = [{"density": 0.02}, {"density": 0.05, "num_atoms": 2, "support_strategy": "random"}]
     places = [
         str(made(tmp_path, ["math", "code"][: 2 - i], seed=i + 1, base=model(base), **form)[0])
         for i, form in enumerate(forms)
