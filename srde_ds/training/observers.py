@@ -93,7 +93,7 @@ class Domains(Observer):
     """What the blocks get to see of each domain, measured after the last step."""
 
     def after_step(self, run: Run) -> None:
-        """Measure after the last step."""
+        """Measure, if this was the last step."""
         if run.is_last_step and run.config.training.domain_statistics_rows:
             doing("statistics of the domains")
             measure_domains(run.engine, run.config, run.topology, run.state.stream.rows)

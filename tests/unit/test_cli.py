@@ -157,6 +157,7 @@ OTHER_VALUES = {
     "atom_mixing": "softmax",
     "too_long": "error",
     "train_on": "last",
+    "train_experts": "math",
     "expert_transport": "tokens",
     "on_save_failure": "continue",
     "lr_schedule": "wsd",
@@ -185,6 +186,7 @@ NEEDED = {
     "density_warmup_steps": ["--initial_density", "0.1"],
     "support_overlap_weight": [*LEARNED, "--support_scope", "per_expert"],
     "support_temperature": LEARNED,
+    "train_experts": ["--start_from", "weights"],
 }
 
 
