@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.tables import measured_on
 from srde_ds.config import resolve
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.memory import memory
@@ -54,14 +54,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "data"
         build_dataset(
-            tokenizer=load_tokenizer(base),
-            jsonl_data=write_jsonl(Path(folder) / "train.jsonl", [r for d in DOMAINS for r in sums(d, range(600))]),
-            eval_file=None,
-            output_dir=data,
-            domains=DOMAINS,
-            max_length=LENGTH,
-            too_long="error",
-            seed=0,
+            RowsOfFiles(
+                write_jsonl(Path(folder) / "train.jsonl", [r for d in DOMAINS for r in sums(d, range(600))]),
+                None,
+                DOMAINS,
+                max_length=LENGTH,
+                too_long="error",
+                seed=0,
+            ),
+            data,
+            load_tokenizer(base),
         )
         for number, (processes, changes) in enumerate(CASES):
             flags = {

@@ -24,7 +24,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from benchmarks.tables import measured_on
 from srde_ds.config import DOMAINS, AdapterConfig
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.model.adapter import SRDEModel, add_experts
@@ -106,14 +106,16 @@ def main() -> None:
     base = options.inputs / "base"
     tokenizer = load_tokenizer(base)
     build_dataset(
-        tokenizer=tokenizer,
-        jsonl_data=options.inputs / "train.jsonl",
-        eval_file=options.inputs / "held_out.jsonl",
-        output_dir=options.rows,
-        domains=DOMAINS,
-        max_length=256,
-        too_long="drop",
-        seed=42,
+        RowsOfFiles(
+            options.inputs / "train.jsonl",
+            options.inputs / "held_out.jsonl",
+            list(DOMAINS),
+            max_length=256,
+            too_long="drop",
+            seed=42,
+        ),
+        options.rows,
+        tokenizer,
     )
     train, held_out = (datasets.load_from_disk(str(options.rows / split)) for split in ("train", "validation"))
     train, held_out = train.with_format("numpy"), held_out.with_format("numpy")

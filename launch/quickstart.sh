@@ -18,11 +18,7 @@ echo "quickstart: $processes processes, $([ "$bf16" = true ] && echo bfloat16 ||
 python launch/quickstart_inputs.py "$inputs"
 if [ ! -e "$run/completed.json" ]; then
     resume=()
-    if [ -e "$run/latest" ]; then
-        resume=(--resume_from latest)
-    else
-        rm -rf "$run" # a run that was stopped before its first checkpoint
-    fi
+    if [ -e "$run/latest" ]; then resume=(--resume_from latest); fi
     if [ "${PREFLIGHT:-true}" != false ]; then
         python launch/doctor.py --processes "$processes" --config launch/quickstart.yaml --output_dir "$run" --bf16 "$bf16"
     fi

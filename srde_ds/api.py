@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import Config, DataConfig, resolve
 from srde_ds.config.checks import check_relations
 from srde_ds.config.values import checked
+from srde_ds.data.build.from_files import RowsOfFiles
 from srde_ds.data.build.from_files import build_dataset as pack_files
-from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.evaluation.command import evaluate_weights
 from srde_ds.evaluation.options import EvaluateOptions
-from srde_ds.inference.generate import answer_length
+from srde_ds.inference.generate import Sampling, answer_length
 from srde_ds.inference.generate import generate as generate_answer
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.training.run_inputs import read_base_inputs, read_run_inputs
@@ -113,20 +114,9 @@ def build_dataset(
         if name not in known:
             raise SRDEError(f"unknown option '{name}' of build_dataset.{nearest(name, known)}")
     config = resolve({}, {"model_name": str(model_name)} | options, read_inputs=read_base_inputs)
-    pack_files(
-        tokenizer=load_tokenizer(str(model_name), revision=config.model.model_revision),
-        jsonl_data=files,
-        eval_file=eval_file,
-        output_dir=output,
-        domains=config.data.domains,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-        seed=config.training.seed,
-        overwrite=overwrite,
-        train_on=config.data.train_on,
-        packing=config.data.packing,
-        reading=ReadOptions.of(config.data),
-    )
+    tokenizer = load_tokenizer(str(model_name), revision=config.model.model_revision)
+    rows = dataclasses.replace(RowsOfFiles.of(config, files), eval_file=eval_file)
+    pack_files(rows, output, tokenizer, overwrite=overwrite)
     return Path(output)
 
 
@@ -200,5 +190,5 @@ def generate(
     if seed is not None:
         torch.manual_seed(seed)
     longest = answer_length(model, ANSWER_TOKENS) if max_tokens is None else max_tokens
-    answer = generate_answer(model, tokenizer, messages, max_tokens=longest, temperature=temperature, top_p=top_p)
+    answer = generate_answer(model, tokenizer, messages, Sampling(longest, temperature, top_p))
     return answer.text

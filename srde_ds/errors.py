@@ -1,8 +1,9 @@
-"""The one exception that a user's mistake raises: printed as one line, without a traceback."""
+"""The exceptions that are printed as one line, without a traceback."""
 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -12,6 +13,18 @@ class SRDEError(Exception):
 
 class LostContact(Exception):
     """Another rank cannot be reached. Printed as one line, too, but starting again may help."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended the work before there was anything to save.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.learning.plan import Budget, Plan
 from srde_ds.config import DOMAINS
-from srde_ds.data.build.from_files import build_dataset, file_hash
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, file_hash
 from srde_ds.data.inputs import read_records
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.records import Record
@@ -85,14 +85,9 @@ def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:
     (make_items if budget.data == "generated" else make_real_items)(budget, seed, inputs.items)
     make_text(inputs.text)
     manifest = build_dataset(
-        tokenizer=inputs.tokenizer(),
-        jsonl_data=inputs.items,
-        eval_file=None,
-        output_dir=inputs.rows,
-        domains=DOMAINS,
-        max_length=budget.max_length,
-        too_long="drop",
-        seed=seed,
+        RowsOfFiles(inputs.items, None, list(DOMAINS), max_length=budget.max_length, too_long="drop", seed=seed),
+        inputs.rows,
+        inputs.tokenizer(),
     )
     rows, needed = manifest.splits["train"].rows, budget.steps * budget.rows_per_step
     if rows < needed and budget.data == "generated":  # real items are few: small domains come up more than once

@@ -207,11 +207,11 @@ def _fit(
         for batch in batches:
             moved = {key: on_device(value, model.base.device) for key, value in batch.items()}
             loss_sum = model(**{key: moved[key] for key in INPUTS}).loss_sum
-            (loss_sum / counts["labels"].to(loss_sum.device)).backward()
+            (loss_sum / counts["label_weight"].to(loss_sum.device)).backward()
             masters.take_gradients()
             total += loss_sum.detach()
         norm = nn.utils.clip_grad_norm_(masters.values, settings.max_grad_norm)
-        losses.append(float(total) / int(counts["labels"]))
+        losses.append(float(total) / int(counts["label_weight"]))
         if not (math.isfinite(losses[-1]) and math.isfinite(float(norm))):
             raise Diverged(f"step {step + 1}: the loss is {losses[-1]}, the gradient's norm {float(norm)}.")
         set_learning_rates(optimizer, scheduled_factor(settings, training.max_steps, step))

@@ -6,7 +6,7 @@
 #
 # INTERFACE=eth0 is the network interface between the hosts, where they have several. The variables in .deepspeed_env
 # (`srde-ds hosts --variables`), in the home folder or here, go to all ranks. SIGTERM, SIGINT and SIGUSR1 to this script save
-# and stop the run. `srde-ds doctor` looks at all hosts first, over ssh, and what it finds fatal ends the script;
+# and stop the run; the status is then 128 + the signal. `srde-ds doctor` looks at all hosts first, over ssh, and what it finds fatal ends the script;
 # PREFLIGHT=false leaves that out.
 set -euo pipefail
 hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
@@ -25,10 +25,20 @@ done
 # mpirun kills the ranks a second after SIGTERM or Ctrl-C; USR1 it passes on. A session of its own: Ctrl-C ends here.
 setsid mpirun "${options[@]}" -x PATH python -u launch/train.py "$@" &
 mpirun=$!
-trap 'kill -USR1 "$mpirun" 2>/dev/null || true' USR1 TERM INT
+stopped=0
+stop() {
+    stopped=$((128 + $(kill -l "$1")))
+    kill -USR1 "$mpirun" 2>/dev/null || true
+}
+for signal in USR1 TERM INT; do
+    # shellcheck disable=SC2064  # the name that it has now
+    trap "stop $signal" "$signal"
+done
 status=0
 # A signal ends `wait` although mpirun still runs.
 while kill -0 "$mpirun" 2>/dev/null; do
     wait "$mpirun" && status=0 || status=$?
 done
+# A run that a signal has stopped does not end with 0, even where mpirun says so; one that came to its end does.
+if [ "$status" -ne 0 ] && [ "$stopped" -ne 0 ]; then status=$stopped; fi
 exit "$status"

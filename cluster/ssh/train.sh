@@ -7,13 +7,13 @@
 #
 # MASTER_ADDR: an address of the first host that all others reach (default: its name in the hostfile). MASTER_PORT: 29500.
 # The variables in .deepspeed_env (`srde-ds hosts --variables`) go to all ranks. When this script gets SIGTERM or SIGINT, or
-# is gone for whatever reason, the run saves and ends; when one host fails, the others end. `srde-ds doctor` looks at all hosts
-# first, and what it finds fatal ends the script; PREFLIGHT=false leaves that out.
+# is gone for whatever reason, the run saves and ends, and the status is 128 + the signal; when one host fails, the others end.
+# `srde-ds doctor` looks at all hosts first, and what it finds fatal ends the script; PREFLIGHT=false leaves that out.
 set -euo pipefail
 hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
 shift
-mapfile -t lines < <(sed -nE 's/^\s*([^#[:space:]]+)\s+slots=([0-9]+)\s*$/\1 \2/p' "$hostfile")
-[ "${#lines[@]}" -gt 0 ] || { echo "ssh/train.sh: '$hostfile' names no host" >&2; exit 2; }
+hosts=$(python -m srde_ds.cli hosts --hostfile "$hostfile") # the reader that doctor has, too
+mapfile -t lines <<<"${hosts// slots=/ }"
 variables=(PATH="$PATH")
 for file in ~/.deepspeed_env .deepspeed_env; do # the order in which deepspeed reads them
     [ -e "$file" ] || continue
@@ -28,8 +28,10 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkfifo "$folder/alive"
 exec {alive}<>"$folder/alive"
+stopped=0
 stop() { exec {alive}>&-; }
-trap stop TERM INT
+trap 'stopped=143; stop' TERM
+trap 'stopped=130; stop' INT
 # The ranks, which are torchrun's children, save and end at USR1. Where there are none yet, or they cannot, torchrun ends them.
 # shellcheck disable=SC2016  # for the shell of the host, which gets the command as its arguments
 watch='exec 3<&0
@@ -42,8 +44,9 @@ node=0
 for line in "${lines[@]}"; do
     read -r host slots <<<"$line"
     # As long as ranks wait for each other (--start_timeout).
+    first=${lines[0]% *}
     torchrun=(torchrun --nnodes "${#lines[@]}" --node_rank "$node" --nproc_per_node "$slots" --rdzv_conf timeout=80
-        --master_addr "${MASTER_ADDR:-${lines[0]% *}}" --master_port "${MASTER_PORT:-29500}")
+        --master_addr "${MASTER_ADDR:-${first#*@}}" --master_port "${MASTER_PORT:-29500}")
     command=(env -C "$PWD" "${variables[@]}" "${torchrun[@]}" launch/train.py "$@")
     ssh -o ServerAliveInterval=15 "$host" "$(printf '%q ' bash -c "$watch" watch "${command[@]}")" \
         <"$folder/alive" {alive}>&- &
@@ -58,9 +61,13 @@ while [ "${#host_of[@]}" -gt 0 ]; do
     [ -n "${ended:-}" ] || continue # a signal to this script ended `wait`
     if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
         status=$code
-        echo "ssh/train.sh: ${host_of[$ended]} ended with status $code" >&2
-        stop
+        if [ "$stopped" -eq 0 ]; then
+            echo "ssh/train.sh: ${host_of[$ended]} ended with status $code" >&2
+            stop
+        fi
     fi
     unset "host_of[$ended]"
 done
+# torchrun says 1 for ranks that a signal has stopped; those that came to their end all the same say 0.
+if [ "$status" -ne 0 ] && [ "$stopped" -ne 0 ]; then status=$stopped; fi
 exit "$status"

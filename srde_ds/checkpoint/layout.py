@@ -86,13 +86,13 @@ def content_hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def saved_checkpoints(run: Path) -> list[tuple[float, Path]]:
-    """Time and folder of each checkpoint with a readable manifest; others are left for their owner to look at."""
+def saved_checkpoints(run: Path) -> list[tuple[int, Path]]:
+    """Step and folder of each checkpoint with a readable manifest; others are left for their owner to look at."""
     found = []
     for path in run.glob("checkpoint-*"):
         if CHECKPOINT_NAME.fullmatch(path.name):
             with suppress(SRDEError, OSError):
-                found.append((read_manifest(path)["saved_at"], path))
+                found.append((read_manifest(path)["step"], path))
     return found
 
 

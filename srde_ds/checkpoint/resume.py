@@ -24,7 +24,7 @@ from srde_ds.checkpoint.layout import (
 from srde_ds.checkpoint.shards import FileRecord, open_tensors
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import io_reason
-from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest
+from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, saved_by_a_run
 
 
 def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -141,5 +141,10 @@ def _offer(run: Path, field: str) -> str:
         with suppress(SRDEError):
             verify_checkpoint(path)
             return f" The newest good checkpoint there is '{path}': give it as --{field}."
-    remedy = "leave out --resume_from to start anew" if field == "resume_from" else "train first"
+    if field != "resume_from":
+        remedy = "train first"
+    elif saved_by_a_run(run):
+        remedy = "choose another --output_dir, without --resume_from, to start anew"
+    else:
+        remedy = "leave out --resume_from to start anew"
     return f" There is no good checkpoint in '{run}': {remedy}."

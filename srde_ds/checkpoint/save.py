@@ -310,7 +310,7 @@ def _clear_leftovers(run: Path) -> None:
 
 def _remove_older(run: Path, keep: int, newest: str) -> None:
     _clear_leftovers(run)  # the former folder of this name
-    others = sorted((time, path) for time, path in saved_checkpoints(run) if path.name != newest)
+    others = sorted((step, path) for step, path in saved_checkpoints(run) if path.name != newest)
     for _, path in others[: max(0, len(others) - (keep - 1))]:
         # Renamed first: a kill while its files go leaves no checkpoint that only looks like one.
         partial = path.with_name(f"{path.name}.tmp")

@@ -25,9 +25,18 @@ class Parser(argparse.ArgumentParser):
     Args:
         usage: what follows the program's name.
         positional: the option that may also be given as a word without a flag.
+        many: that option is a list, and each of several words is one of its items.
     """
 
-    def __init__(self, prog: str, description: str, *, usage: str = "[options]", positional: str | None = None) -> None:
+    def __init__(
+        self,
+        prog: str,
+        description: str,
+        *,
+        usage: str = "[options]",
+        positional: str | None = None,
+        many: bool = False,
+    ) -> None:
         super().__init__(
             prog=prog,
             usage=f"{prog} {usage}",
@@ -36,7 +45,7 @@ class Parser(argparse.ArgumentParser):
             add_help=False,
             formatter_class=_Formatter,
         )
-        self._positional = positional
+        self._positional, self._many = positional, many
         self._rare: set[str] = set()
         self._everything = False
         self._booleans: set[str] = set()
@@ -87,14 +96,14 @@ class Parser(argparse.ArgumentParser):
         given = vars(namespace)
         given.pop("local_rank", None)
         unknown = [word for word in others if word.startswith("-")] or others
-        if unknown and others == unknown[:1] and self._positional and not unknown[0].startswith("-"):
+        all_words = bool(others) and not any(word.startswith("-") for word in others)
+        if all_words and self._positional and (self._many or len(others) == 1):
             if self._positional in given:
-                raise SRDEError(
-                    f"{self._positional} is given twice: '{unknown[0]}' and '{given[self._positional]}'. Keep one."
-                )
-            given[self._positional] = unknown[0]
+                words = " and ".join(f"'{_without_secrets(word)}'" for word in (others[0], given[self._positional]))
+                raise SRDEError(f"{self._positional} is given twice: {words}. Keep one.")
+            given[self._positional] = others if self._many else others[0]
         elif unknown:
-            name = unknown[0].split("=")[0]
+            name = _without_secrets(unknown[0].split("=")[0])
             known = [flag for action in self._actions for flag in action.option_strings]
             raise SRDEError(f"unknown argument '{name}'.{nearest(name, known)} (see {self.prog} --help)")
         return given
@@ -134,6 +143,11 @@ class Parser(argparse.ArgumentParser):
         for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
             alone = self._positional and not following.startswith("-") and following.lower() not in BOOLEANS
             yield f"{word}=true" if alone and word in self._booleans else word
+
+
+def _without_secrets(word: str) -> str:
+    """A webhook's URL is one, wherever it was put by mistake."""
+    return word.partition("://")[0] + "://…" if "://" in word else word
 
 
 class _Help(argparse.Action):

@@ -22,6 +22,7 @@ class HostsOptions:
     vastai: str | None = option(
         None, "what `vastai show instances --raw` printed; '-' reads standard input", metavar="FILE"
     )
+    hostfile: str | None = option(None, "a hostfile, to check and write anew", metavar="FILE")
     slots: int | None = option(
         None, "processes on each host, one for each GPU (default: as the source says)", metavar="N"
     )
@@ -47,13 +48,13 @@ def hosts(arguments: Sequence[str]) -> None:
     parser = Parser(
         "srde-ds hosts",
         "Write a hostfile for `deepspeed --hostfile`, and .deepspeed_env, the variables of its ranks.",
-        usage="(--list NAMES | --slurm | --vastai FILE) [options]",
+        usage="(--list NAMES | --slurm | --vastai FILE | --hostfile FILE) [options]",
     )
     parser.add_options(HostsOptions)
     parser.add_options(RankVariables, title="variables of the ranks")
     given = parser.parse(arguments)
     options, ranks = parser.options(HostsOptions, given), parser.options(RankVariables, given)
-    sources = [name for name in ("list", "slurm", "vastai") if getattr(options, name)]
+    sources = [name for name in ("list", "slurm", "vastai", "hostfile") if getattr(options, name)]
     if len(sources) > 1:
         raise SRDEError(f"--{sources[0]} and --{sources[1]} both say where the hosts are: leave one out.")
 
@@ -69,8 +70,14 @@ def hosts(arguments: Sequence[str]) -> None:
     elif options.vastai:
         instances = cluster_hosts.read_vastai(_text(options.vastai), options.slots)
         found, ssh_config = [instance.host for instance in instances], cluster_hosts.format_ssh_config(instances)
+    elif options.hostfile:
+        found = cluster_hosts.read_hostfile(options.hostfile)
+        if options.slots is not None:
+            raise SRDEError(
+                f"slots={options.slots} with hostfile={options.hostfile}: the file says them. Leave it out."
+            )
     else:
-        raise SRDEError(f"no hosts: give --list, --slurm or --vastai (see {parser.prog} --help)")
+        raise SRDEError(f"no hosts: give --list, --slurm, --vastai or --hostfile (see {parser.prog} --help)")
     if options.output_file:
         written[options.output_file] = cluster_hosts.format_hostfile(found)
     else:

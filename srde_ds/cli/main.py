@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from srde_ds import __version__
 from srde_ds.cli.build_dataset import build_dataset
+from srde_ds.cli.combine import combine
 from srde_ds.cli.convert import convert
 from srde_ds.cli.doctor import doctor
 from srde_ds.cli.evaluate import evaluate
 from srde_ds.cli.hosts import hosts
 from srde_ds.cli.inference import inference
+from srde_ds.cli.inspect import inspect
 from srde_ds.cli.monitor import monitor
 from srde_ds.cli.plan import plan
+from srde_ds.cli.remove import remove
+from srde_ds.cli.rename import rename
 from srde_ds.cli.report import report
 from srde_ds.cli.supervise import supervise
 from srde_ds.cli.train import train
-from srde_ds.errors import LostContact, SRDEError, nearest
+from srde_ds.errors import LostContact, SRDEError, Stopped, nearest
 from srde_ds.utils.escape import one_line, terminal
+from srde_ds.utils.files import io_reason
 from srde_ds.utils.launcher import launched_rank
 
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
@@ -31,11 +38,28 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "evaluate": evaluate,
     "inference": inference,
     "convert": convert,
+    "inspect": inspect,
+    "combine": combine,
+    "rename": rename,
+    "remove": remove,
     "report": report,
     "hosts": hosts,
     "supervise": supervise,
     "monitor": monitor,
     "doctor": doctor,
+}
+
+
+# What a disk, its rights or a path's name can do to any verb: no bug, so no traceback.
+_STORAGE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
 }
 
 
@@ -66,7 +90,12 @@ def _console() -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb. Returns its exit status: 0; 2 for bad input, 1 for a lost rank, which are printed as one line."""
+    """Run a verb.
+
+    Returns:
+        Its exit status: 0; 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank, 128 + the
+        signal if one stopped it. All but 0 are printed as one line.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -82,13 +111,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _console():
             return VERBS[verb](arguments[1:]) or 0
     except SRDEError as error:
-        place = f"rank {launched_rank()}: " if launched_rank() else ""
-        print(f"srde-ds: error: {place}{one_line(str(error))}", file=sys.stderr, flush=True)
-        return 2
+        return _bad_input(str(error))
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        return _bad_input(io_reason(error))
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        if launched_rank() == 0:
+            print(f"srde-ds: {stopped}.", file=sys.stderr, flush=True)
+        return 128 + stopped.number
     except LostContact as error:
         print(f"srde-ds: error: rank {launched_rank()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _bad_input(reason: str) -> int:
+    place = ""
+    with suppress(SRDEError):  # the environment's numbers may be what was bad
+        place = f"rank {launched_rank()}: " if launched_rank() else ""
+    print(f"srde-ds: error: {place}{one_line(reason)}", file=sys.stderr, flush=True)
+    return 2
 
 
 def entry_point() -> None:

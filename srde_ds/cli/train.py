@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 from srde_ds.cli.flags import Parser, resolved
 from srde_ds.config import Config
 from srde_ds.config.resolve import ReadInputs
 from srde_ds.config.values import option
+from srde_ds.errors import Stopped
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 
@@ -50,9 +57,33 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
     return resolved(given, read_inputs), options.dry_run
 
 
-def train(arguments: Sequence[str]) -> None:
-    """Train, or print what a run would be, as the command line says."""
-    from srde_ds.training.run_inputs import read_run_inputs
+@contextmanager
+def _ending_at_ctrl_c() -> Iterator[None]:
+    """End the process at SIGINT while libraries are loaded: they abort if Python raises an exception within C++."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if launched_rank() == 0:
+            os.write(sys.stderr.fileno(), f"srde-ds: {Stopped(number)}.\n".encode())
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train, or print what a run would be, as the command line says.
+
+    Returns:
+        The exit status: 128 + the signal that stopped the run, else 0.
+    """
+    with _ending_at_ctrl_c():
+        from srde_ds.training.run_inputs import read_run_inputs
 
     config, dry_run = train_config(arguments, read_run_inputs)
     if dry_run:
@@ -72,6 +103,9 @@ def train(arguments: Sequence[str]) -> None:
         if launched_rank() == 0:
             print("\n\n".join(parts))
     else:
-        from srde_ds.training.trainer import train as train_experts
+        with _ending_at_ctrl_c():
+            from srde_ds.training.trainer import train as train_experts
 
-        train_experts(config)
+        if stopped := train_experts(config):
+            return 128 + signal.Signals[stopped]
+    return 0

@@ -32,6 +32,8 @@ GIB = 2**30
 USABLE_MEMORY = 0.9
 CLOCK_SECONDS = 2.0
 ANSWER_SECONDS = 90.0
+_AGENT = "srde_ds.cluster.host_agent"
+_NO_FOLDER, _NO_PYTHON = 91, 92  # exit statuses of the command that starts it
 SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 
 
@@ -168,7 +170,7 @@ def check_hosts(config: Config, hosts: Sequence[Host], port: int, variables: dic
                 agents[host.name] = stack.enter_context(Agent(host.name))
                 agents[host.name].ask("clock")
             except AgentError as error:
-                yield Finding("fatal", f"{host.name}: {error}", f"try: {shlex.join([*SSH, host.name, 'true'])}")
+                yield Finding("fatal", f"{host.name}: {error}", f"try: {shlex.join([*SSH, host.name, error.test])}")
                 agents.pop(host.name, None)
         found = {
             name: agent.ask("facts", base=config.model.model_name, output_dir=config.training.output_dir)
@@ -273,7 +275,7 @@ def _check_ports(agents: dict[str, Agent], port: int) -> Iterator[Finding]:
             yield Finding("fatal", f"{name}: port {port}: {reason}", "end what uses it, or another --master_port")
     for one in agents:
         for other in agents:
-            if one != other and (reason := agents[one].ask("connect", host=other, port=port)):
+            if one != other and (reason := agents[one].ask("connect", host=Host(other, 1).address, port=port)):
                 failures += 1
                 yield Finding("fatal", f"{one} cannot reach {other}:{port}: {reason}", "firewall, routes, /etc/hosts")
     if len(agents) > 1 and not failures:
@@ -281,7 +283,15 @@ def _check_ports(agents: dict[str, Agent], port: int) -> Iterator[Finding]:
 
 
 class AgentError(Exception):
-    """A host did not answer."""
+    """A host did not answer.
+
+    Attributes:
+        test: what shows the reason when it is run there.
+    """
+
+    def __init__(self, reason: str, test: str = "true") -> None:
+        super().__init__(reason)
+        self.test = test
 
 
 class Agent:
@@ -289,7 +299,8 @@ class Agent:
 
     def __init__(self, host: str) -> None:
         self.host = host
-        remote = f"cd {shlex.quote(os.getcwd())} && {shlex.quote(sys.executable)} -m srde_ds.cluster.host_agent"
+        folder, python = shlex.quote(os.getcwd()), shlex.quote(sys.executable)
+        remote = f"cd {folder} || exit {_NO_FOLDER}; [ -x {python} ] || exit {_NO_PYTHON}; {python} -m {_AGENT}"
         pipe = subprocess.PIPE
         self._process = subprocess.Popen([*SSH, host, remote], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
         self._answers: Queue[str] = Queue()
@@ -308,6 +319,11 @@ class Agent:
             answer = ""
         if not answer:
             said = self._process.stderr.read().strip().splitlines()
+            status = self._process.wait()
+            if status == _NO_FOLDER:
+                raise AgentError(f"has no folder '{os.getcwd()}', in which this runs", f"ls -d {os.getcwd()}")
+            if status == _NO_PYTHON:
+                raise AgentError(f"has no '{sys.executable}', this Python", f"ls -l {sys.executable}")
             raise AgentError(said[-1] if said else "the connection ended")
         return json.loads(answer)
 

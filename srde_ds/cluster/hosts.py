@@ -1,16 +1,20 @@
 """Which hosts a run has: DeepSpeed's hostfile, and where its lines come from (a list, Slurm, Vast.ai).
 
 A hostfile has one line a host, `NAME slots=PROCESSES`; `#` begins a comment line
-(https://www.deepspeed.ai/getting-started/#resource-configuration-multi-node).
+(https://www.deepspeed.ai/getting-started/#resource-configuration-multi-node). DeepSpeed 0.19.8 ignores what follows
+the number. Here that may be a comment or Open MPI's `max_slots=N`; anything else is refused, as is all that DeepSpeed
+would read in another way than meant.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,20 @@ from srde_ds.errors import SRDEError
 
 # A name that pdsh and ssh take as it is: neither may see an option, a list or a word of the shell in it.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)(?:\s+max[_-]slots=\d+)?(?:\s+#.*)?")
 
 
 @dataclass(frozen=True)
 class Host:
-    """One line of a hostfile; `slots` is the number of processes."""
+    """One line of a hostfile; `name` is what ssh takes, `slots` the number of processes."""
 
     name: str
     slots: int
+
+    @property
+    def address(self) -> str:
+        """The name without a user's."""
+        return self.name.rpartition("@")[2]
 
 
 def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
@@ -35,11 +45,16 @@ def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
     Raises:
         SRDEError: a line is not `NAME slots=N`, or a host is listed twice.
     """
+    if text.startswith("\ufeff"):
+        raise SRDEError(
+            f"{source}: begins with a byte order mark, which DeepSpeed takes for a part of the first host's name. Save "
+            "it as UTF-8 without one."
+        )
     hosts = []
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.strip().startswith("#"):
             continue
-        match = re.fullmatch(rf"({NAME.pattern})\s+slots=(\d+)", line.strip())
+        match = _LINE.fullmatch(line.strip())
         if match is None:
             raise SRDEError(f"{source}: line {number}, '{line.strip()}', is not of the form 'NAME slots=PROCESSES'.")
         hosts.append(Host(match[1], int(match[2])))
@@ -53,9 +68,11 @@ def read_hostfile(path: str | Path) -> list[Host]:
         SRDEError: the file cannot be read, or as `parse_hostfile`.
     """
     try:
-        return parse_hostfile(Path(path).read_text(), f"hostfile={path}")
+        return parse_hostfile(Path(path).read_text(encoding="utf-8"), f"hostfile={path}")
     except OSError as error:
         raise SRDEError(f"hostfile={path}: {error.strerror}. Write one with `srde-ds hosts`.") from None
+    except UnicodeDecodeError:
+        raise SRDEError(f"hostfile={path}: is not UTF-8 text. Write one with `srde-ds hosts`.") from None
 
 
 def format_hostfile(hosts: Iterable[Host]) -> str:
@@ -195,15 +212,26 @@ def _slots(slots: int | None, entry: str) -> int:
     return slots
 
 
+def _is_name(text: str) -> bool:
+    """Whether it is NAME, also as `user@NAME`, or an address of IPv6."""
+    user, at, name = text.rpartition("@")
+    if ":" in name and not at:
+        with suppress(ValueError):
+            return bool(ipaddress.IPv6Address(name))
+    return NAME.fullmatch(name) is not None and (not at or NAME.fullmatch(user) is not None)
+
+
 def _checked(hosts: list[Host], source: str) -> list[Host]:
     """The hosts; SRDEError if there is none, or one is listed twice, has an impossible name or no slots."""
     if not hosts:
         raise SRDEError(f"{source}: lists no host.")
     for host in hosts:
-        if not NAME.fullmatch(host.name):
+        if not _is_name(host.name):
             raise SRDEError(f"{source}: '{host.name}' is not a host name.")
         if host.slots < 1:
-            raise SRDEError(f"{source}: slots={host.slots} of host '{host.name}': must be at least 1.")
+            raise SRDEError(
+                f"{source}: slots={host.slots} of host '{host.name}': must be at least 1. Take the line out."
+            )
     name, times = Counter(host.name for host in hosts).most_common(1)[0]
     if times > 1:
         raise SRDEError(f"{source}: host '{name}' is listed {times} times. Give it one line with all its slots.")

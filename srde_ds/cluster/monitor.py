@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -90,7 +91,7 @@ def monitor(
     Raises:
         SRDEError: a webhook that is no http(s) URL, or no folder.
     """
-    if webhook and urlsplit(webhook).scheme not in ("http", "https"):
+    if webhook and not _is_url(webhook):
         raise SRDEError("webhook: no http(s) URL. Give the whole URL, or leave it out.")
     if not Path(run).is_dir() and once:
         raise SRDEError(f"run={run}: no such folder. Give the --output_dir of a run.")
@@ -108,6 +109,14 @@ def monitor(
         time.sleep(interval)
 
 
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an address that is none
+        return False
+
+
 def notify(webhook: str, seen: Observation, post: Callable[..., Any] = urllib.request.urlopen) -> None:
     """Tell the webhook; failures are warnings without the URL."""
     text = f"[{seen.state}] {seen.text}"
@@ -119,7 +128,7 @@ def notify(webhook: str, seen: Observation, post: Callable[..., Any] = urllib.re
             pass
     except urllib.error.HTTPError as error:
         logger.warning("webhook: HTTP status %s; the state is not reported there.", error.code)
-    except (OSError, ValueError) as error:  # the text may hold the URL
+    except (OSError, ValueError, HTTPException) as error:  # the text may hold the URL
         logger.warning("webhook: %s; the state is not reported there.", type(error).__name__)
 
 

@@ -13,8 +13,13 @@ from collections.abc import Mapping, Sequence
 
 from srde_ds.errors import SRDEError
 
-SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_?KEY", re.IGNORECASE)
-HARMLESS = ("TOKENIZERS_PARALLELISM",)
+SECRET = re.compile(
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|(ACCESS|PRIVATE|SSH|_)_?KEY|WEBHOOK|COOKIE|(^|_)(AUTH|PAT|DSN|PWD)$",
+    re.IGNORECASE,
+)
+# A password within a URL.
+_LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]*@")
+HARMLESS = ("TOKENIZERS_PARALLELISM", "PWD")
 # Quotes end the runner's own; pdsh replaces %n and %h; the rest would be expanded by the remote shell.
 REFUSED = set('"\\$`%\n\r')
 
@@ -45,6 +50,8 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
             if name not in environment:
                 raise SRDEError(f"variables={name}: is not set here. Write {name}=VALUE.")
             value = environment[name]
+        if _LOGIN.search(value):
+            raise SRDEError(f"variables={name}: its value holds a password, and these values are logged. Leave it out.")
         chosen[name] = value
     for name, value in chosen.items():
         reason = "begins or ends with a space" if value != value.strip() else ""

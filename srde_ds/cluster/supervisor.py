@@ -29,6 +29,7 @@ from srde_ds.cluster.leftovers import VARIABLE, end_on_hosts, end_session
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import FILE as HEARTBEAT
+from srde_ds.weights.locate import completed_step, read_latest
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def preflight(config: Config, hosts: Sequence[Host], port: int) -> None:
 
 
 class Supervisor:
-    """Starts the command, watches its run folder, and starts it again until `completed.json` is there.
+    """Starts the command and watches its run folder, again and again until `completed.json` names all steps.
 
     Exit codes of launchers are not trusted: deepspeed's can be 0 although ranks died.
 
@@ -140,7 +141,7 @@ class Supervisor:
         former = {number: signal.signal(number, self._handle) for number in _STOPPING}
         try:
             for attempt in range(self.max_restarts + 1):
-                if (self.run / "completed.json").exists():
+                if self._finished():
                     self._say("the run is finished already")
                     return 0
                 status = self._attempt(attempt)
@@ -174,7 +175,7 @@ class Supervisor:
                 self._earlier_heartbeat = (self.run / HEARTBEAT).read_text()
             status = self._run(words)
         heartbeat = self._heartbeat()
-        if (self.run / "completed.json").exists():
+        if self._finished():
             self._say("the run is finished")
             return 0
         if self._signal:
@@ -185,6 +186,11 @@ class Supervisor:
         if status == BAD_INPUT or heartbeat.get("bad_input"):
             return BAD_INPUT
         return None
+
+    def _finished(self) -> bool:
+        """Whether the run has done its steps; one whose --max_steps has grown since then goes on."""
+        done = completed_step(self.run)
+        return done is not None and done >= self.config.training.max_steps
 
     def _run(self, words: Sequence[str]) -> int:
         """The command's exit status, once it has ended and none of its processes is left on the hosts that answer."""
@@ -229,12 +235,8 @@ class Supervisor:
     def _options(self, attempt: int, hosts: list[Host]) -> dict[str, str]:
         """What training is told besides the command's own options."""
         options: dict[str, str] = {}
-        if (self.run / "latest").exists():
-            if attempt or not self.config.training.resume_from:
-                options["resume_from"] = "latest"
-        elif attempt and (self.run / "metrics.jsonl").exists():
-            # Nothing was saved: the run begins anew, and what it wrote so far is kept aside.
-            os.replace(self.run / "metrics.jsonl", self.run / f"metrics.attempt-{attempt}.jsonl")
+        if (self.run / "latest").exists() and (attempt or not self.config.training.resume_from):
+            options["resume_from"] = "latest"
         if sum(host.slots for host in hosts) != sum(host.slots for host in self.hosts):
             options["gradient_accumulation_steps"] = str(self._accumulation(hosts))
         return options
@@ -295,9 +297,8 @@ class Supervisor:
         return f"the command ended with status {status} before training began; its output says why"
 
     def _position(self) -> str:
-        with suppress(OSError):
-            return f"the latest checkpoint is {(self.run / 'latest').read_text().strip()}"
-        return "no checkpoint was saved yet"
+        latest = read_latest(self.run)
+        return f"the latest checkpoint is {latest}" if latest else "no checkpoint was saved yet"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Ask the run to save and stop: one rank that gets the signal is enough, and the launchers would not wait.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from srde_ds.config.schema import Config, CurriculumConfig, SupportConfig
-from srde_ds.errors import SRDEError
+from srde_ds.errors import SRDEError, nearest
 
 # Keys of the curriculum that say how to do what another of its keys switches on.
 PARTS_OF = {
@@ -22,6 +22,8 @@ def check_relations(config: Config) -> None:
         SRDEError: names the options, their values and the remedy.
     """
     adapter, data, optimizer, losses = config.adapter, config.data, config.optimizer, config.losses
+    if not config.training.output_dir.strip():
+        raise SRDEError("output_dir='': is empty. Name a folder for the run, such as --output_dir runs/first.")
     if adapter.top_k > adapter.num_experts:
         raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}. Lower --top_k.")
     if 0 < optimizer.warmup_steps >= config.training.max_steps:
@@ -61,7 +63,44 @@ def check_relations(config: Config) -> None:
             "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: nothing balances. "
             "Give one of them, or leave --load_balancing_target out."
         )
+    _check_start(config)
     _check_curriculum(config)
+
+
+def _check_start(config: Config) -> None:
+    adapter, training = config.adapter, config.training
+    if training.train_experts and not training.start_from:
+        raise SRDEError(
+            f"train_experts={','.join(training.train_experts)} without start_from: all experts are new. Give "
+            "--start_from, or leave --train_experts out."
+        )
+    if not training.start_from:
+        return
+    idle = {
+        "preset": adapter.preset != "default",
+        "initial_density": config.curriculum.initial_density is not None,
+        "support_strategy": adapter.support_strategy not in ("magnitude", "random"),
+    }
+    for key in (key for key, given in idle.items() if given):
+        raise SRDEError(f"{key} with start_from={training.start_from}: its experts have supports. Leave --{key} out.")
+    if not training.train_experts:
+        return
+    names = ",".join(training.train_experts)
+    known = config.expert_names
+    for name in training.train_experts:
+        if name not in known:
+            raise SRDEError(f"train_experts={names}: no expert '{name}' in {', '.join(known)}.{nearest(name, known)}")
+    if adapter.num_atoms:
+        raise SRDEError(
+            f"train_experts={names} with num_atoms={adapter.num_atoms}: the others share the atoms and would change. "
+            "Make free deltas of them with srde-ds combine, or leave --train_experts out."
+        )
+    for key, given in {
+        "warm_start": config.curriculum.warm_start,
+        "balancing_bias_rate": config.losses.balancing_bias_rate > 0,
+    }.items():
+        if given:
+            raise SRDEError(f"{key} with train_experts={names}: would change the others' routers. Leave --{key} out.")
 
 
 def _check_curriculum(config: Config) -> None:

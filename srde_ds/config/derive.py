@@ -22,12 +22,14 @@ class RunInputs:
         context: tokens that the base can read at once.
         row_length: tokens in a row of `pretokenized_dir`.
         domains: those of `pretokenized_dir`, in its order.
+        started: options of the weights that a new run starts from.
         resumed: options of the run that goes on: a schedule does not change in its middle because a default does.
     """
 
     context: int | None = None
     row_length: int | None = None
     domains: list[str] | None = None
+    started: dict[str, Any] = field(default_factory=dict)
     resumed: dict[str, Any] = field(default_factory=dict)
 
 
@@ -45,8 +47,15 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         setattr(owner[key], key, checked(owner[key], key, value))
         config.derived[key] = reason
 
+    started = dict(inputs.started)
+    experts = started.pop("domains", [])
+    for key, value in started.items():
+        default(key, value, "as in the weights of start_from")
     if inputs.domains is not None:
         default("domains", list(inputs.domains), "those of pretokenized_dir")
+    elif experts:
+        new = [data.domain] if data.domain not in (None, *experts) else []
+        default("domains", experts + new, "the experts of start_from" + (", and domain" if new else ""))
     elif data.domain is not None:
         default("domains", [data.domain], "the one of domain")
     least = adapter.top_k if "top_k" in given else 1

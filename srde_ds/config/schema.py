@@ -147,8 +147,13 @@ class OptimizerConfig:
 
 @dataclass
 class LossConfig:
-    """What is added to the loss on the labels, and load balancing that needs no loss."""
+    """How labels count, what is added to the loss on them, and load balancing that needs no loss."""
 
+    loss_weighting: Literal["token", "document", "domain"] = option(
+        "token",
+        "what counts alike in the loss: each response token, each document, or each domain (with domain_weights or "
+        "mixing_temperature: each by its share)",
+    )
     load_balancing_weight: float = option(0.01, "weight of the load-balancing loss", minimum=0.0)
     load_balancing_target: Literal["uniform", "domains"] = option(
         "uniform", "shares that balancing aims at: equal ones, or those of the domains among the tokens of the step"
@@ -192,6 +197,18 @@ class TrainingConfig:
         metavar="FOLDER",
         common=True,
     )
+    start_from: str | None = option(
+        None,
+        "weights whose experts a new run goes on with: a run folder, a checkpoint, a weights file or a repository of "
+        "the Hub; domains that they have no expert for get new ones",
+        metavar="WEIGHTS",
+    )
+    train_experts: list[str] | None = option(
+        None,
+        "with start_from: train these experts alone; the others and their rows of the router stay as they are "
+        "(default: all)",
+        metavar="NAME,...",
+    )
     save_steps: int = option(
         500, "steps between checkpoints; 0: one at the end", metavar="STEPS", minimum=0, common=True
     )
@@ -203,6 +220,13 @@ class TrainingConfig:
         "stop",
         "what happens when a checkpoint cannot be written; continue: warn and try again at the next one (the last one "
         "has to succeed)",
+    )
+    domain_statistics_rows: int = option(
+        32,
+        "rows of each domain that are run at the end, for the weights to know their domains' inputs, from which "
+        "srde-ds combine makes routers; 0: none",
+        metavar="ROWS",
+        minimum=0,
     )
     eval_steps: int = option(
         500, "steps between held-out losses by domain; 0: one at the end", metavar="STEPS", minimum=0, common=True
@@ -347,6 +371,12 @@ class Config:
 
     def __post_init__(self) -> None:
         self.derived: dict[str, str] = {}
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Those of the domains, in their order, and numbers for experts beyond."""
+        names = self.data.domains[: self.adapter.num_experts]
+        return names + [f"expert_{i}" for i in range(len(names), self.adapter.num_experts)]
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """`{section: {option: value}}`."""

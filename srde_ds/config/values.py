@@ -7,29 +7,17 @@ import types
 import typing
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin
 
 from srde_ds.errors import SRDEError
 
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    metavar: str | None = None,
-    aliases: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float | None = None,
-    derived: str | None = None,
-    common: bool = False,
-    required: bool = False,
-) -> Any:
-    """A dataclass field that is an option: of the config, or of a verb of the command line.
+class OptionTraits(TypedDict, total=False):
+    """What an option is, besides its default and its help.
 
-    Args:
-        help: a phrase with the unit; the default is added to it.
+    Attributes:
         metavar: what stands for the value in the help text, such as STEPS or FILE.
         aliases: other names of the flag.
         minimum, maximum: the range of its values, both included.
@@ -37,16 +25,27 @@ def option(
         common: `--help` lists the option; the others come with `--help-all`.
         required: the command line has to give it.
     """
-    metadata = {
-        "help": help,
-        "metavar": metavar,
-        "aliases": aliases,
-        "minimum": minimum,
-        "maximum": maximum,
-        "derived": derived,
-        "common": common,
-        "required": required,
-    }
+
+    metavar: str | None
+    aliases: tuple[str, ...]
+    minimum: float | None
+    maximum: float | None
+    derived: str | None
+    common: bool
+    required: bool
+
+
+PLAIN = OptionTraits(metavar=None, aliases=(), minimum=None, maximum=None, derived=None, common=False, required=False)
+
+
+def option(default: Any, help: str, **traits: Unpack[OptionTraits]) -> Any:
+    """A dataclass field that is an option: of the config, or of a verb of the command line.
+
+    Args:
+        help: a phrase with the unit; the default is added to it.
+        traits: see `OptionTraits`.
+    """
+    metadata = {"help": help, **PLAIN, **traits}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -112,6 +111,8 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
     try:
         if isinstance(value, bool):
             raise ValueError
+        if hint is int and isinstance(value, int | str) and str(value).strip().lstrip("+-").isdecimal():
+            return int(value)  # a float would change the digits beyond 2**53
         number = float(value)
         if hint is float:
             return number

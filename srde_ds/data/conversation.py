@@ -75,6 +75,12 @@ def only_last_trained(messages: list[Message]) -> list[Message]:
     return [message | {"train": False} if index in turns[:-1] else message for index, message in enumerate(messages)]
 
 
+def said(message: Message) -> str:
+    """All that a message says: the thought, the text, the calls."""
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(filter(None, [message.get("reasoning_content"), message["content"], *calls]))
+
+
 def parse_tools(value: Any, place: str) -> Tools | None:
     """The functions that the assistant may call, as a list of objects; also of a list written as JSON text.
 
@@ -252,6 +258,11 @@ def check_text(value: Any, field: str, place: str, *, may_be_empty: bool = False
     except UnicodeEncodeError:
         raise SRDEError(f"{place}: field '{field}' holds half a surrogate pair: write the whole character.") from None
     return value
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether it holds half a surrogate pair, what is left of a character that was lost."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def kind(value: Any) -> str:

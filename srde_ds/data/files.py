@@ -114,6 +114,16 @@ def read_items(path: Path, *, encoding: str | None = None, prompts: bool = False
         raise SRDEError(f"'{path}' is empty: it must hold at least one record.")
 
 
+def has_plain_lines(path: Path) -> bool:
+    """Whether a file holds JSON lines in UTF-8 as they are, without a mark and without compression."""
+    suffix, compression = ending(path)
+    if compression or KINDS.get(suffix, "json") != "json":
+        return False
+    head = _head(path, compression)
+    start = head.decode("utf-8", "ignore").lstrip()
+    return not (head.startswith(tuple(MARKS)) or start.startswith("[") or _is_spread(start, suffix))
+
+
 def _check_encoding(encoding: str) -> None:
     try:
         codecs.lookup(encoding)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from srde_ds.data.conversation import REASONING, kind
-from srde_ds.data.sources.formatters import BrokenRow, lettered_choice
+from srde_ds.data.sources.examples import BrokenRow, lettered_choice
 from srde_ds.errors import SRDEError, nearest
 
 Fields = dict[str, Any]

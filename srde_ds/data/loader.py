@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.mixing import Mixture, Phase
 from srde_ds.errors import SRDEError
 
@@ -33,12 +34,14 @@ class RowStream:
         seed: int,
         global_batch_rows: int,
         phases: Sequence[Phase] | None = None,
+        loss_weights: LossWeights | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise SRDEError("the dataset has no rows: build it again.")
         self.rows = _as_numpy(dataset)
         self.seed = seed
         self.global_batch_rows = global_batch_rows
+        self.loss_weights = loss_weights or LossWeights()
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._mixture = None
         if phases is not None:
@@ -71,7 +74,8 @@ class RowStream:
 
         Returns:
             `input_ids`, `labels`, `position_ids` int64 [b, S]; `token_mask` bool [b, S], True on real tokens;
-            `domain` int64 [b]. No attention mask: transformers keeps packed documents apart by `position_ids`.
+            `domain` int64 [b]; unless all labels count alike, `label_weights` fp32 [b, S]. No attention mask:
+            transformers keeps packed documents apart by `position_ids`.
         """
         micro_rows = world_size * batch_size
         if self.global_batch_rows % micro_rows or not 0 <= micro < self.global_batch_rows // micro_rows:
@@ -80,7 +84,9 @@ class RowStream:
                 f"of {self.global_batch_rows} rows."
             )
         first = micro * micro_rows + rank * batch_size
-        return collate(self.rows, self.rows_of_step(step)[first : first + batch_size])
+        batch = collate(self.rows, self.rows_of_step(step)[first : first + batch_size])
+        weights = self.loss_weights.of_batch(batch)
+        return batch if weights is None else batch | {"label_weights": weights}
 
 
 def validation_batches(

@@ -119,8 +119,30 @@ def uneven_responses(split: Split) -> str | None:
     told = ", ".join(f"{domain} {share:.1%}" for domain, share in shares.items())
     return (
         "the response tokens, each of which counts alike in the loss, are very unevenly shared: "
-        f"{told}. To give the small domains more weight, set --domain_weights or --mixing_temperature."
+        f"{told}. To have each domain count alike, train with --loss_weighting domain; to see the small ones more "
+        "often, set --domain_weights or --mixing_temperature."
     )
+
+
+def counts_of(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
+    """What a run's metrics say of its data: documents and response tokens by split and domain."""
+    keys = ("documents", "too_long", "dropped", "response_tokens")
+    return {
+        name: {domain: {key: getattr(counts, key) for key in keys} for domain, counts in split.domains.items()}
+        for name, split in manifest.splits.items()
+    }
+
+
+def counts_table(counts: dict[str, dict[str, dict[str, int]]]) -> list[list[str]]:
+    """Those counts as a table, with each domain's share of its split's response tokens."""
+    table = [["split", "domain", "documents", "left out", "cut", "response tokens", "share"]]
+    for split, domains in counts.items():
+        total = sum(of["response_tokens"] for of in domains.values())
+        for domain, of in domains.items():
+            cells = [of["documents"], of["dropped"], of["too_long"] - of["dropped"], of["response_tokens"]]
+            share = f"{of['response_tokens'] / max(1, total):.1%}"
+            table.append([split, domain, *(f"{cell:,}" for cell in cells), share])
+    return table
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:

@@ -69,7 +69,10 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:
     eos = _eos_token(tokenizer)
     if eos is None:
         raise SRDEError(f"tokenizer '{tokenizer.name_or_path}' has no EOS token: a response could never end.")
-    markers = turn_ends(tokenizer).markers
+    try:
+        markers = turn_ends(tokenizer).markers
+    except SRDEError as error:
+        raise SRDEError(f"{record.where}: {str(error).removeprefix('chat template: ')}") from None
     for message in record.messages:
         if message["role"] != "assistant":
             continue
@@ -123,9 +126,15 @@ def _documents(
     eos = tokenizer.eos_token_id
     documents = []
     for record, parts, beginnings in zip(records, parts_of, pieces_of, strict=True):
-        *prefixes, ids = [list(chain.from_iterable(tokens[piece] for piece in pieces)) for pieces in beginnings]
-        lengths = [*map(len, prefixes), len(ids)]
-        by_parts = any(ids[: len(prefix)] != prefix for prefix in prefixes)
+        *prefixes, whole = beginnings
+        ids = list(chain.from_iterable(tokens[piece] for piece in whole))
+        lengths = [*(sum(len(tokens[piece]) for piece in pieces) for pieces in prefixes), len(ids)]
+        # Mostly a border of the pieces: then there is nothing to compare.
+        by_parts = any(
+            whole[: len(pieces)] != pieces
+            and ids[:length] != list(chain.from_iterable(tokens[piece] for piece in pieces))
+            for pieces, length in zip(prefixes, lengths, strict=False)
+        )
         if by_parts:
             encoded = _encode(tokenizer, [text for text, _ in parts])
             ids = [token for piece in encoded for token in piece]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,9 @@ from srde_ds.model.targets import Targets, on_device
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 
+if TYPE_CHECKING:
+    from srde_ds.model.deltas import Trainable
+
 
 def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """A context in which partitioned parameters are readable on every rank."""
@@ -52,9 +55,9 @@ class Engine:
 
     def __post_init__(self) -> None:
         kinds = set()
-        for _, parameter in self.model.trainable_parameters():
+        for name, parameter in self.model.trainable_parameters():
             kinds.add(parameter.srde_kind)
-            parameter.register_hook(partial(self._zero_if_frozen, parameter.srde_kind))
+            parameter.register_hook(partial(self._without_frozen, name, parameter))
         self.restrict(frozenset(kinds), frozenset())
 
     def restrict(self, trained: frozenset[str], locked: frozenset[int]) -> None:
@@ -63,14 +66,30 @@ class Engine:
             placement.restrict_updates(self.deepspeed, self.model, self.optimizer, trained, locked)
             self.trained_kinds, self.locked_experts = trained, locked
 
-    def _zero_if_frozen(self, kind: str, gradient: torch.Tensor) -> torch.Tensor | None:
+    def _without_frozen(self, name: str, parameter: Trainable, gradient: torch.Tensor) -> torch.Tensor | None:
         """Zero, not absent: DeepSpeed would use the last step's, and count it in the norm that clips the others."""
-        return None if kind in self.trained_kinds else torch.zeros_like(gradient)
+        kind = parameter.srde_kind
+        if kind not in self.trained_kinds:
+            return torch.zeros_like(gradient)
+        # The optimizer leaves locked deltas alone, and a router's row that never got a gradient; what is zeroed here
+        # must not count in the norm either. Atoms are shared: their experts are locked only while they get no tokens.
+        if not self.locked_experts or kind not in ("free", "router"):
+            return None
+        axis = parameter.srde_expert_axis or 0
+        layer = self.model.layers[int(name.split(".")[1])]
+        first = layer.deltas.first_expert if kind == "free" else 0
+        lines = 3 if kind == "free" and axis == 1 else 1  # a neuron expert's gate, up and down
+        gradient = gradient.clone()
+        for expert in range(gradient.shape[axis] // lines):
+            if first + expert in self.locked_experts:
+                gradient.narrow(axis, lines * expert, lines).zero_()
+        return gradient
 
     def forward(
         self, batch: dict[str, torch.Tensor], policy: RoutingPolicy | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch from the loader, on the CPU: its sum over labels and their number (scalars on the device).
+        """Loss of a batch from the loader, on the CPU: its weighted sum over labels, and their number (scalars on the
+        device).
 
         Args:
             policy: default: all experts, no auxiliary losses, nothing recorded.
@@ -127,7 +146,7 @@ class Engine:
         inputs: dict[str, Any] = {}
         for key in ("input_ids", "position_ids", "token_mask"):
             inputs[key] = on_device(batch[key], self.device)
-        inputs["labels"] = Targets.of(batch["labels"])
+        inputs["labels"] = Targets.of(batch["labels"], batch.get("label_weights"))
         if self.model.base.config.get_text_config()._attn_implementation == DOCUMENT_ATTENTION:
             documents = Documents.of(batch["position_ids"]).to(self.device)
             inputs |= {"documents": documents, "attention_mask": documents.no_mask}
@@ -188,12 +207,10 @@ def build_model(
         target_density: of a support that is being learned, see `add_experts`.
     """
     base = load_sharded_base(config, topology.world_size)
-    names = config.data.domains[: config.adapter.num_experts]
-    names += [f"expert_{i}" for i in range(len(names), config.adapter.num_experts)]
     model = add_experts(
         base,
         adapter or config.adapter,
-        expert_names=names,
+        expert_names=config.expert_names,
         seed=config.training.seed,
         supports=supports,
         target_density=target_density,

@@ -8,6 +8,7 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.gathering import gather_json
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.utils.launcher import launched_rank as launched_rank
+from srde_ds.utils.launcher import launched_world_size
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,29 @@ class DelayedMax:
 
 
 def adopt_launcher() -> None:
-    """Put what the launcher says about the processes into torch's environment variables, unless they are there."""
+    """Put what the launcher says about the processes into torch's environment variables, unless they are there.
+
+    Raises:
+        SRDEError: variables that no launcher has left so: they are of another program.
+    """
     if "RANK" in os.environ:
+        missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing or launched_rank() >= launched_world_size():
+            said = f"{missing[0]} is not" if missing else f"WORLD_SIZE={launched_world_size()} is not above it"
+            raise SRDEError(
+                f"RANK={os.environ['RANK']} is set in the environment, but {said}: no launcher says so. Start with "
+                "deepspeed, torchrun, mpirun or Slurm, or unset RANK to train on one process."
+            )
         return
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
+        size = launched_world_size()
+        stray = f"OMPI_COMM_WORLD_SIZE={size} is set in the environment, "
+        remedy = "Start with mpirun, or unset the variables OMPI_* to train on one process."
+        if find_spec("mpi4py") is None:
+            raise SRDEError(f"{stray}but package 'mpi4py' is missing: pip install mpi4py. {remedy}")
         internals.adopt_mpi_launcher()
+        if int(os.environ["WORLD_SIZE"]) != size:
+            raise SRDEError(f"{stray}but MPI has {os.environ['WORLD_SIZE']} processes. {remedy}")
     else:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))

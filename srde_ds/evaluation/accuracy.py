@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.records import Record
+from srde_ds.inference.generate import Sampling
 from srde_ds.inference.many import generate_many
+from srde_ds.inference.prompts import Prompt
 from srde_ds.model.adapter import SRDEModel
 
 
@@ -28,12 +30,8 @@ def generated_answers(
     return generate_many(
         model,
         tokenizer,
-        [record.prompt for record in records],
-        max_tokens=max_new_tokens,
-        temperature=0.0,
-        top_p=1.0,
+        [Prompt(record.where, record.prompt, record.tools) for record in records],
+        Sampling(max_new_tokens, temperature=0.0, top_p=1.0),
         batch_size=batch_size,
-        places=[record.where for record in records],
-        tools=[record.tools for record in records],
         title=title,
     )

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.conversation import only_last_trained
 from srde_ds.data.records import Record
 from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.inference.generate import context_length
@@ -25,7 +26,7 @@ def likeliest_choices(
     """
     choices = [record.choices or [] for record in records]
     responses = [
-        replace(record, messages=[*record.prompt, {"role": "assistant", "content": choice}])
+        replace(record, messages=only_last_trained([*record.prompt, {"role": "assistant", "content": choice}]))
         for record, texts in zip(records, choices, strict=True)
         for choice in texts
     ]
@@ -37,7 +38,6 @@ def likeliest_choices(
             responses,
             max_length=limit,
             batch_size=batch_size,
-            last_response=True,
             title=title,
         )
     )

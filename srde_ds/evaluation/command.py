@@ -16,7 +16,7 @@ from srde_ds.config.values import load_yaml
 from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.compare import evaluate, items_file
+from srde_ds.evaluation.compare import EvaluationSettings, evaluate, items_file
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.results import ItemResult
@@ -73,7 +73,9 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
                 check_output(target)
             domains = _domains(checkpoint, read_metadata(weights).expert_names)
             how_read = ReadOptions.of(reading) if reading else None
-            records = list(read_records(eval_file, domains, how_read, option="eval_file"))
+            records = _held_out(
+                list(read_records(eval_file, domains, how_read, option="eval_file")), eval_file, is_main
+            )
             return *load_model(weights, base=base, bf16=bf16, allow_download=options.allow_download), records
 
     with launched_processes() as processes:
@@ -88,13 +90,15 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
             model,
             tokenizer,
             records,
-            compare_baseline=options.compare_baseline,
-            batch_size=options.batch_size,
-            max_new_tokens=max_new_tokens,
-            max_samples=options.max_samples,
-            seed=options.seed,
-            each_expert=options.each_expert,
-            run_code=sandbox,
+            EvaluationSettings(
+                compare_baseline=options.compare_baseline,
+                batch_size=options.batch_size,
+                max_new_tokens=max_new_tokens,
+                max_samples=options.max_samples,
+                seed=options.seed,
+                each_expert=options.each_expert,
+                run_code=sandbox,
+            ),
             processes=processes,
             on_result=so_far.add,
         )
@@ -115,6 +119,17 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
     so_far.remove()
     return result, target if processes.is_main else None
+
+
+def _held_out(records: list[Record], eval_file: str, is_main: bool) -> list[Record]:
+    """The records whose `split` says that they are held out; all of them where none says so."""
+    held_out = [record for record in records if record.split != "train"]
+    if not held_out or len(held_out) == len(records):
+        return records
+    if is_main:
+        left_out = len(records) - len(held_out)
+        _log.info("%s: %d held-out items; those for training are left out: %d", eval_file, len(held_out), left_out)
+    return held_out
 
 
 class _ResultsSoFar:

@@ -52,29 +52,47 @@ class _Measured:
         return cls(results, [loss(values) for values in content["alone"]])
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is measured, and how.
+
+    Attributes:
+        compare_baseline: run the bare base, too, on the same items.
+        batch_size: items that are run at a time.
+        max_new_tokens: longest answer, in tokens.
+        max_samples: most items, see `evenly_by_domain`.
+        seed: of the bootstrap.
+        each_expert: the loss of every domain with all tokens sent to one expert, too, one after the other.
+        run_code: where to run generated programs with their items' tests, see `sandbox`; None: they are not run.
+    """
+
+    compare_baseline: bool
+    batch_size: int
+    max_new_tokens: int
+    max_samples: int
+    seed: int
+    each_expert: bool = False
+    run_code: Sandbox | None = None
+
+    def check(self) -> None:
+        """Raise SRDEError for a value out of range."""
+        for name in ("batch_size", "max_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise SRDEError(f"{name}={getattr(self, name)}: must be at least 1.")
+
+
 def evaluate(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
+    settings: EvaluationSettings,
     *,
-    compare_baseline: bool,
-    batch_size: int,
-    max_new_tokens: int,
-    max_samples: int,
-    seed: int,
-    each_expert: bool = False,
-    run_code: Sandbox | None = None,
     processes: Processes = ALONE,
     on_result: Callable[[str, Record, ItemResult], None] = lambda model, record, result: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and items, both plain JSON, as docs/evaluation.md describes them.
 
     Args:
-        compare_baseline: run the bare base, too, on the same items.
-        max_samples: most items, see `evenly_by_domain`.
-        seed: of the bootstrap.
-        each_expert: the loss of every domain with all tokens sent to one expert, too, one after the other.
-        run_code: where to run generated programs with their items' tests, see `sandbox`; None: they are not run.
         processes: share the items; each passes the same model and records, and gets the same result.
         on_result: gets each result of this process as it comes: "srde" or "base", the item and what was found.
 
@@ -83,21 +101,18 @@ def evaluate(
     """
 
     def check() -> str:
-        sizes = {"batch_size": batch_size, "max_samples": max_samples, "max_new_tokens": max_new_tokens}
-        for name, value in sizes.items():
-            if value < 1:
-                raise SRDEError(f"{name}={value}: must be at least 1.")
+        settings.check()
         return sha256(repr([record.messages for record in records]).encode()).hexdigest()
 
     if len(set(processes.together(check))) > 1:
         raise SRDEError("the held-out items differ between processes: give each the same file.")
-    records = evenly_by_domain(records, max_samples)
+    records = evenly_by_domain(records, settings.max_samples)
     own = processes.share([sum(len(message["content"]) for message in record.messages) for record in records])
 
     def work() -> list[tuple[int, dict[str, Any]]]:
         own_records = [records[index] for index in own]
         results: dict[str, list[ItemResult]] = {}
-        for name in ("srde", "base") if compare_baseline else ("srde",):
+        for name in ("srde", "base") if settings.compare_baseline else ("srde",):
             with model.no_experts() if name == "base" else nullcontext():
                 results[name] = []
                 for record, result in zip(
@@ -106,9 +121,9 @@ def evaluate(
                         model,
                         tokenizer,
                         own_records,
-                        batch_size=batch_size,
-                        max_new_tokens=max_new_tokens,
-                        run_code=run_code,
+                        batch_size=settings.batch_size,
+                        max_new_tokens=settings.max_new_tokens,
+                        run_code=settings.run_code,
                         count_experts=name == "srde",
                         title=name,
                     ),
@@ -116,7 +131,9 @@ def evaluate(
                 ):
                     on_result(name, record, result)
                     results[name].append(result)
-        alone = _losses_of_each_expert(model, tokenizer, own_records, batch_size) if each_expert else []
+        alone: list[list[ItemLoss]] = []
+        if settings.each_expert:
+            alone = _losses_of_each_expert(model, tokenizer, own_records, settings.batch_size)
         return [
             (index, _Measured({name: results[name][i] for name in results}, [losses[i] for losses in alone]).to_json())
             for i, index in enumerate(own)
@@ -127,12 +144,12 @@ def evaluate(
     results = {name: [item.results[name] for item in in_order] for name in in_order[0].results}
     domains = _domains(records, model.expert_names)
     figures = {
-        "overall": figures_by_group(results, {"overall": range(len(records))}, seed)["overall"],
-        "domains": figures_by_group(results, domains, seed),
-        "sources": figures_by_group(results, _groups([record.source for record in records]), seed),
+        "overall": figures_by_group(results, {"overall": range(len(records))}, settings.seed)["overall"],
+        "domains": figures_by_group(results, domains, settings.seed),
+        "sources": figures_by_group(results, _groups([record.source for record in records]), settings.seed),
         "usage": expert_usage([result.loss for result in results["srde"]], domains, model.expert_names),
     }
-    if each_expert:
+    if settings.each_expert:
         figures["each_expert"] = {
             "domains": list(domains),
             "experts": model.expert_names,
@@ -141,7 +158,7 @@ def evaluate(
                 for expert in range(len(model.expert_names))
             ],
         }
-    return figures, _items(records, results, run_code is not None)
+    return figures, _items(records, results, settings.run_code is not None)
 
 
 def items_file(evaluation: Path) -> Path:

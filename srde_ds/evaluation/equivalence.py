@@ -45,7 +45,7 @@ def equivalent(prediction: str, answer: str) -> bool:
 
 
 def _is_unevaluated(text: str) -> bool:
-    """Whether a sum or product stands there, or a quotient that can be reduced."""
+    """Whether the text holds a sum, a product or a quotient that can be reduced."""
     quotient = _QUOTIENT.search(text)
     reducible = quotient is not None and math.gcd(*(int(part) for part in quotient.groups() if part)) > 1
     return reducible or _UNEVALUATED.search(text) is not None

@@ -7,6 +7,7 @@ takes the options of `lm_eval`; importing this module registers the model for pr
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ImportError:
     raise SRDEError("package 'lm_eval' is missing. Install it: pip install 'srde-ds[lm-eval]'") from None
+
+
+log = logging.getLogger(__name__)
 
 
 @register_model("srde")
@@ -59,6 +63,26 @@ class SRDEHarnessModel(HFLM):
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)
         super().__init__(pretrained=model.base, tokenizer=tokenizer, backend="causal", **options)
+        self._template_is_told = not tokenizer.chat_template
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
+        """As of HFLM; the harness calls it for each item if it was asked to."""
+        self._template_is_told = True
+        return str(super().apply_chat_template(*arguments, **options))
+
+    def _model_call(self, *arguments: Any, **options: Any) -> Any:
+        self._tell_template()
+        return super()._model_call(*arguments, **options)
+
+    def _model_generate(self, *arguments: Any, **options: Any) -> Any:
+        self._tell_template()
+        return super()._model_generate(*arguments, **options)
+
+    def _tell_template(self) -> None:
+        """The experts were trained on the base's chat template and may answer nothing useful without it."""
+        if not self._template_is_told:
+            self._template_is_told = True
+            log.warning("The experts were trained with the base's chat template: give --apply_chat_template.")
 
 
 if __name__ == "__main__":

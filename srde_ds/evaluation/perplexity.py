@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.conversation import only_last_trained
 from srde_ds.data.packing import IGNORED, pad_token_id, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
@@ -39,22 +38,18 @@ def response_losses(
     batch_size: int,
     count_experts: bool = False,
     expert: int | None = None,
-    last_response: bool = False,
     title: str = "loss",
 ) -> list[ItemLoss]:
     """The losses of `records`, in their order. Batches are padded on the right and sorted by length.
 
     Args:
         expert: takes every token, with weight 1; default: as routed.
-        last_response: count the last response only, not all assistant turns.
 
     Raises:
         SRDEError: an item is longer than `max_length` tokens.
     """
     if not records:
         return []
-    if last_response:
-        records = [replace(record, messages=only_last_trained(record.messages)) for record in records]
     documents = tokenize(records, tokenizer)
     for document in documents:
         if len(document) > max_length:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from srde_ds.config.values import load_yaml
+from srde_ds.data.manifest import counts_table
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
@@ -21,10 +24,17 @@ _SETTINGS = {
     "model": ["model_name", "bf16"],
     "adapter": ["num_experts", "top_k", "granularity", "density", "num_atoms", "support_strategy", "support_scope"],
     "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
+    "losses": ["loss_weighting"],
     "training": ["max_steps", "batch_size", "gradient_accumulation_steps", "seed"],
     "data": ["max_length"],
 }
+_MEANS = {
+    "token": "the mean over the step's response tokens",
+    "document": "each document of the step counts alike, whatever its length",
+    "domain": "each domain counts alike, or by its share of the rows where these are drawn by shares",
+}
 _LONGEST_QUOTE = 600
+MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 EXAMPLES = "One answer from each domain"
 
 
@@ -38,7 +48,7 @@ def write_report(run: str | Path) -> Path:
         SRDEError: a file that the page is made of is missing or is not what it should be.
     """
     folder = run_folder(run)
-    metrics = _read_lines(folder / "metrics.jsonl", "train first")
+    metrics = read_metrics(folder / "metrics.jsonl")
     result = _read_json(folder / "evaluation.json", f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
     if "sources" not in result:
         raise SRDEError(f"'{folder / 'evaluation.json'}': was written by an earlier version: evaluate again.")
@@ -46,34 +56,64 @@ def write_report(run: str | Path) -> Path:
     environment = _read_json(folder / "environment.json", "it is written when training starts")
     config = load_yaml(folder / "config.yaml")
 
-    plot_loss(metrics, folder / "loss.png")
-    plot_usage(result["usage"], folder / "expert_usage.png")
-    plot_usage_by_layer(result["usage"], folder / "expert_usage_by_layer.png")
-    plot_speed(metrics, folder / "speed.png")
     page = folder / "report.md"
     sections = [
         f"# {markdown(folder.resolve().name)}",
         _summary(metrics, result),
         "## Held-out items, base → srde\n\n"
-        "Loss and perplexity are of the response tokens, accuracy is the share of scored items that are right. "
+        "Loss and perplexity are means over the response tokens of all items of a row, accuracy is the share of scored "
+        "items that are right. "
         "Differences are srde − base (accuracy: in points) with 95 % bootstrap intervals over items; p is that of "
         "McNemar's exact test.",
         markdown_table(table_rows(result)),
         *(["## By source", markdown_table(source_rows(result))] if len(result["sources"]) > 1 else []),
         *(_each_expert(result) if "each_expert" in result else []),
-        "## Loss\n\n![training and held-out loss](loss.png)",
+        "## Loss\n\nHeld out: the mean over the response tokens of each domain. "
+        f"Training: {_MEANS[_loss_weighting(config)]}.\n\n"
+        "![training and held-out loss](loss.png)",
         "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)\n\n"
         "By layer:\n\n![expert usage by domain and layer](expert_usage_by_layer.png)",
         f"## {EXAMPLES}",
         *(_example(items, name) for name in result["domains"]),
+        *_data(metrics[0]),
         "## Speed\n\n![tokens a second](speed.png)",
         "## Settings",
         markdown_table([["setting", "value"], *_settings(config)]),
         "## Machine and versions",
         markdown_table([["", ""], *_machine(environment)]),
     ]
-    page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    with TemporaryDirectory(prefix=".report-", dir=folder) as partial:  # all of it, or nothing
+        plot_loss(metrics, Path(partial) / "loss.png")
+        plot_usage(result["usage"], Path(partial) / "expert_usage.png")
+        plot_usage_by_layer(result["usage"], Path(partial) / "expert_usage_by_layer.png")
+        plot_speed(metrics, Path(partial) / "speed.png")
+        (Path(partial) / page.name).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
     return page
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """At most MOST_LINES lines of metrics, evenly spread, those with held-out losses, and the last one.
+
+    Raises:
+        SRDEError: there is no such file, or it holds no lines of metrics.
+    """
+    try:
+        with open(path, "rb") as file:
+            count = sum(1 for _ in file)
+            file.seek(0)
+            every = -(-count // MOST_LINES) or 1
+            chosen = [
+                line
+                for number, line in enumerate(file, 1)
+                if line.strip() and (number % every == 1 % every or number == count or b'"held_out' in line)
+            ]
+    except FileNotFoundError:
+        raise SRDEError(f"report: no such file '{path}': train first.") from None
+    if not chosen:
+        raise SRDEError(f"'{path}' is empty: train first.")
+    return [_parsed(path, line.decode(errors="replace")) for line in chosen]
 
 
 def examples(page: Path) -> str:
@@ -90,6 +130,11 @@ def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:
         f"{markdown_code(run['eval_file'])} "
         f"in {run['dtype']}, {run['seconds']:.0f} s."
     )
+
+
+def _data(first: dict[str, Any]) -> list[str]:
+    """What was trained on; runs of earlier versions do not say."""
+    return ["## Data", markdown_table(counts_table(first["data"]))] if "data" in first else []
 
 
 def _each_expert(result: dict[str, Any]) -> list[str]:
@@ -122,7 +167,16 @@ def _inline(text: str) -> str:
 
 
 def _settings(config: dict[str, Any]) -> list[list[str]]:
-    return [[key, str(config[section][key])] for section, keys in _SETTINGS.items() for key in keys]
+    return [
+        [key, str(config[section][key])]
+        for section, keys in _SETTINGS.items()
+        for key in keys
+        if key in config.get(section, {})  # an earlier version's run lacks the newer ones
+    ]
+
+
+def _loss_weighting(config: dict[str, Any]) -> str:
+    return str(config.get("losses", {}).get("loss_weighting", "token"))
 
 
 def _machine(environment: dict[str, Any]) -> list[list[str]]:

@@ -17,13 +17,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import run_limited
 
 Sandbox = Literal["bubblewrap", "none"]
-SANDBOXES: tuple[Sandbox, ...] = get_args(Sandbox)
 
 WALL_SECONDS = 20
 CPU_SECONDS = 10

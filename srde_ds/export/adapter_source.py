@@ -20,8 +20,10 @@ from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.merging import expert_delta
 from srde_ds.weights.file import AdapterMetadata, read_weights
 from srde_ds.weights.locate import locate_weights
-from srde_ds.weights.schema import check_fits_base, check_shapes, check_values, support_hash
+from srde_ds.weights.schema import SHARED_KINDS, check_fits_base, check_shapes, check_values, support_hash
 from srde_ds.weights.tensors import LazyTensor
+
+STATISTICS = (".domain_mean", ".domain_spread")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,11 @@ class AdapterSource:
 
     def expert_delta(self, layer: int, expert: int) -> Tensor:
         """`[D, 3, m]` or `[n]`, fp32."""
-        return expert_delta(self.deltas(layer), expert, self.metadata.config.granularity)
+        return self.expert_part(self.deltas(layer), expert)
+
+    def expert_part(self, deltas: Tensor, expert: int) -> Tensor:
+        """One expert's part of what `deltas` gives, as of `expert_delta`."""
+        return expert_delta(deltas, expert, self.metadata.config.granularity)
 
     def check_fits(self, base: BaseFiles) -> None:
         """Raise SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
@@ -109,11 +115,11 @@ def checkpoint_adapter(folder: Path) -> AdapterSource:
             if kind == "master"
         }
         common = load_common_tensors(folder)
-    kept = {name: tensor for name, tensor in common.items() if name.endswith((".support", ".router_bias"))}
-    if not masters or not kept:
+    kept = {name: tensor for name, tensor in common.items() if name.rpartition(".")[2] in SHARED_KINDS}
+    if not masters or not any(name.endswith(".support") for name in kept):
         raise SRDEError(f"checkpoint '{folder}': it holds no master weights or no supports: nothing to export.")
     tensors = masters | {name: LazyTensor.of(tensor) for name, tensor in kept.items()}
-    check_shapes(metadata.config, tensors, folder)
+    check_shapes(metadata.config, tensors, folder, domains=len(metadata.domain_tokens))
     check_values(tensors, metadata.support_hash, folder)
     return AdapterSource(folder, metadata, tensors)
 
@@ -135,7 +141,8 @@ def select_experts(adapter: AdapterSource, names: Sequence[str]) -> AdapterSourc
     """Only these experts, in this order.
 
     Atoms stay whole; routers, selection biases, importance, mixing weights, free deltas and supports of their own keep
-    the rows of these experts, and top_k becomes at most their number. The result is what `set_active_experts` gives:
+    the rows of these experts, and top_k becomes at most their number. The statistics of the domains of other experts
+    go with these. The result is what `set_active_experts` gives:
     the softmax runs over the chosen of those that are left.
 
     Raises:
@@ -145,13 +152,20 @@ def select_experts(adapter: AdapterSource, names: Sequence[str]) -> AdapterSourc
     if not names or len(set(names)) != len(names):
         raise SRDEError(f"experts={','.join(names)}: give each expert once, of {', '.join(old.expert_names)}.")
     rows = torch.tensor([old.expert_index(name) for name in names])
-    tensors = {name: _of_experts(name, tensor, rows, old) for name, tensor in adapter.tensors.items()}
+    gone = set(old.expert_names) - set(names)
+    domain_tokens = {domain: count for domain, count in old.domain_tokens.items() if domain not in gone}
+    tensors = {
+        name: _of_experts(name, tensor, rows, old)
+        for name, tensor in adapter.tensors.items()
+        if domain_tokens or not name.endswith(STATISTICS)
+    }
     supports = [tensors[f"layers.{layer}.support"].load() for layer in range(adapter.num_layers)]
     metadata = replace(
         old,
         config=replace(old.config, num_experts=len(names), top_k=min(old.config.top_k, len(names))),
         expert_names=list(names),
         support_hash=support_hash(supports),
+        domain_tokens=domain_tokens,
     )
     return AdapterSource(adapter.place, metadata, tensors)
 
@@ -161,6 +175,9 @@ def _of_experts(name: str, tensor: LazyTensor, rows: Tensor, metadata: AdapterMe
     if kind == "atoms" or (kind == "support" and config.support_scope == "shared"):
         return tensor
     axis = 0
+    if kind in ("domain_mean", "domain_spread"):
+        gone = set(metadata.expert_names) - {metadata.expert_names[row] for row in rows.tolist()}
+        rows = torch.tensor([row for row, domain in enumerate(metadata.domain_tokens) if domain not in gone])
     if kind == "free" and config.granularity == "neuron":  # [D, 3*E, m], an expert's three side by side
         axis, rows = 1, (3 * rows[:, None] + torch.arange(3)).flatten()
     shape = list(tensor.shape)

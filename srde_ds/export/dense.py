@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.merging import merged_weight
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.tensors import LazyTensor
+
+log = logging.getLogger(__name__)
 
 
 def write_dense(
@@ -38,10 +41,17 @@ def write_dense(
     def change(layer: int) -> tuple[Tensor, Tensor]:
         return adapter.support(layer, number), adapter.expert_delta(layer, number)
 
+    rounding = Rounding()
+
     def merged(weight: LazyTensor, role: str, layer: int) -> LazyTensor:
-        return LazyTensor(
-            weight.dtype, weight.shape, lambda: merged_weight(weight.load(), role, *change(layer), granularity)
-        )
+        def load() -> Tensor:
+            before = weight.load()
+            after = merged_weight(before, role, *change(layer), granularity)
+            if after.dtype != torch.float32:
+                rounding.add(before, after, merged_weight(torch.zeros(before.shape), role, *change(layer), granularity))
+            return after
+
+        return LazyTensor(weight.dtype, weight.shape, load)
 
     changed = {
         f"{base.prefix}layers.{layer}.{name}": (role, layer)
@@ -55,7 +65,45 @@ def write_dense(
     size = tensors_size(tensor for tensors in shards.values() for tensor in tensors.values())
     with complete_folder(Path(output), size) as folder:
         write_model(folder, shards, with_dtype(base.config, dtype), base.companions())
+    if rounding.changed:
+        log.info("%s", rounding)
     return Path(output)
+
+
+class Rounding:
+    """What is lost of the experts' changes when sums are rounded to the dtype of the weights.
+
+    Attributes:
+        changed: weights that the experts change.
+    """
+
+    def __init__(self) -> None:
+        self.changed = self._same = 0
+        self._error = self._size = 0.0
+
+    def add(self, before: Tensor, after: Tensor, change: Tensor) -> None:
+        """Count one matrix: before and after the merge, and the exact change in float32."""
+        moved = after.float() - before.float()
+        self.changed += int((change != 0).sum())
+        self._same += int(((change != 0) & (moved == 0)).sum())
+        self._error += float((moved - change).square().sum())
+        self._size += float(change.square().sum())
+
+    @property
+    def relative_error(self) -> float:
+        """Norm of the difference to the exact changes, as a share of their norm."""
+        return (self._error / self._size) ** 0.5 if self._size else 0.0
+
+    @property
+    def unchanged_share(self) -> float:
+        """Share of the weights to change that are what they were."""
+        return self._same / self.changed if self.changed else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"rounding: the merged changes have a relative error of {self.relative_error:.2g}, and "
+            f"{self.unchanged_share:.1%} of the changed weights stay what they were; --dtype float32 keeps them exactly"
+        )
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

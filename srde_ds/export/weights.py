@@ -15,6 +15,7 @@ from srde_ds.export.adapter_source import AdapterSource, checkpoint_adapter, sel
 from srde_ds.export.streaming import complete_file, tensors_size, write_lazily
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.locate import WEIGHTS, locate_weights
+from srde_ds.weights.schema import SHARED_KINDS
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 
@@ -56,7 +57,7 @@ def export_weights(
 
 def write_weights(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype | None) -> Path:
     """Write an adapter as one file: trained values in `dtype` (None: as they are), supports in int32, selection biases
-    in float32. A crash leaves the old file or the new one; memory holds one tensor.
+    and the domains' statistics in float32. A crash leaves the old file or the new one; memory holds one tensor.
 
     Raises:
         SRDEError: another dtype than DTYPES, or the file cannot be written.
@@ -65,7 +66,7 @@ def write_weights(adapter: AdapterSource, output: str | Path, *, dtype: torch.dt
         raise SRDEError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}.")
     target = Path(output)
     tensors = {
-        name: tensor if name.endswith((".support", ".router_bias")) else tensor.to(dtype)
+        name: tensor if name.rpartition(".")[2] in SHARED_KINDS else tensor.to(dtype)
         for name, tensor in adapter.tensors.items()
     }
     with complete_file(target, tensors_size(tensors.values())) as partial:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.conversation import Message
 from srde_ds.errors import SRDEError, nearest
-from srde_ds.inference.generate import format_routing, generate
+from srde_ds.inference.generate import Sampling, format_routing, generate
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.escape import terminal
 
@@ -38,12 +38,10 @@ class Chat:
         self,
         model: SRDEModel,
         tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
         *,
         source: TextIO,
         target: TextIO,
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
         stream: bool,
         show_routing: bool,
     ) -> None:
@@ -51,7 +49,7 @@ class Chat:
         self.source, self.target = source, target
         self.stream, self.show_routing, self.compare = stream, show_routing, False
         self.history: list[Message] = []
-        self.generate = partial(generate, model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+        self.generate = partial(generate, model, tokenizer, sampling=sampling)
 
     def run(self) -> None:
         """Go on until `/quit` or the end of `source`.

@@ -16,12 +16,12 @@ from srde_ds.data.conversation import Message
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
-from srde_ds.inference.generate import answer_length, format_routing, generate
+from srde_ds.inference.generate import Sampling, answer_length, format_routing, generate
 from srde_ds.inference.load import load_model
 from srde_ds.inference.many import Answer, answer_many
 from srde_ds.inference.options import InferenceOptions
 from srde_ds.inference.output import check_output, write_lines
-from srde_ds.inference.prompts import read_prompts
+from srde_ds.inference.prompts import Prompt, read_prompts
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.escape import json_line, terminal
 
@@ -43,19 +43,18 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
         model.set_active_experts(options.expert)
     torch.manual_seed(options.seed)
     longest = answer_length(model, MAX_TOKENS) if options.max_tokens is None else options.max_tokens
-    sampling = {"max_tokens": longest, "temperature": options.temperature, "top_p": options.top_p}
-    several = {
-        "batch_size": options.batch_size,
-        "best_of_n": options.best_of_n,
-        "self_refine": options.self_refine,
-    }
+    sampling = Sampling(longest, options.temperature, options.top_p)
+
+    def answers_to(prompts: list[Prompt]) -> list[Answer]:
+        several = {"batch_size": options.batch_size, "best_of_n": options.best_of_n, "self_refine": options.self_refine}
+        return answer_many(model, tokenizer, prompts, sampling, **several)
+
     if options.interactive:
-        how: dict[str, Any] = {"source": sys.stdin, "target": sys.stdout, "stream": options.stream}
-        Chat(model, tokenizer, **how, show_routing=options.show_routing, **sampling).run()  # type: ignore[arg-type]
+        shown = {"stream": options.stream, "show_routing": options.show_routing}
+        Chat(model, tokenizer, sampling, source=sys.stdin, target=sys.stdout, **shown).run()
     elif options.prompts_file is not None:
-        places, messages, tools = zip(*conversations, strict=True)
-        answers = answer_many(model, tokenizer, messages, places=places, tools=tools, **sampling, **several)  # type: ignore[arg-type]
-        items = [_item(question, answer) for question, answer in zip(messages, answers, strict=True)]
+        answers = answers_to(conversations)
+        items = [_item(prompt.messages, answer) for prompt, answer in zip(conversations, answers, strict=True)]
         lines = [json.dumps(item, ensure_ascii=False) for item in items]
         if options.output_file is None:
             print("\n".join(map(json_line, lines)))
@@ -64,12 +63,11 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     else:
         question = [{"role": "user", "content": str(options.prompt)}]
         if options.best_of_n > 1 or options.self_refine:
-            answer = answer_many(model, tokenizer, [question], **sampling, **several)[0]  # type: ignore[arg-type]
+            (answer,) = answers_to([Prompt("prompt", question, None)])
             print(terminal(_shown(answer)))
         else:
-            _answer_one(
-                model, tokenizer, question, stream=options.stream, show_routing=options.show_routing, **sampling
-            )
+            shown = {"stream": options.stream, "show_routing": options.show_routing}
+            _answer_one(model, tokenizer, question, sampling, **shown)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -107,13 +105,13 @@ def _answer_one(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
+    sampling: Sampling,
     *,
     stream: bool,
     show_routing: bool,
-    **sampling: Any,
 ) -> None:
     show = (lambda piece: print(terminal(piece), end="", flush=True)) if stream else None
-    generation = generate(model, tokenizer, messages, stream=show, show_routing=show_routing, **sampling)
+    generation = generate(model, tokenizer, messages, sampling, stream=show, show_routing=show_routing)
     print("" if stream else terminal(generation.text))
     if show_routing:
         print(terminal(format_routing(generation, model.expert_names)))

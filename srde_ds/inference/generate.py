@@ -37,15 +37,28 @@ class Generation:
     experts: Tensor | None
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen.
+
+    Attributes:
+        max_tokens: longest answer, in tokens.
+        temperature: 0 takes the likeliest token each time.
+        top_p: sample from the likeliest tokens that together have this probability.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.7
+    top_p: float = 0.9
+
+
 def generate(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
+    sampling: Sampling,
     *,
     tools: Tools | None = None,
-    max_tokens: int = 256,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
     stream: Callable[[str], None] | None = None,
     show_routing: bool = False,
 ) -> Generation:
@@ -55,17 +68,15 @@ def generate(
     Args:
         messages: in the one form of `data.conversation`; thoughts and tool calls as its template writes them.
         tools: descriptions of functions that the answer may call.
-        temperature: 0 takes the likeliest token each time.
-        top_p: sample from the likeliest tokens that together have this probability.
         stream: called with each new piece of text; the pieces joined are `text`.
         show_routing: fill `experts`.
 
     Raises:
         SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
     """
-    settings = generation_settings(model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
+    settings = generation_settings(model, tokenizer, sampling)
     prompt = prompt_ids(tokenizer, messages, tools=tools)
-    check_context(model, len(prompt), max_tokens, where="prompt")
+    check_context(model, len(prompt), sampling.max_tokens, where="prompt")
     input_ids = torch.tensor([prompt], device=model.base.device)
     streamer = _Streamer(tokenizer, stream) if stream else None
     forwards: list[Tensor] = []
@@ -85,27 +96,26 @@ def generate(
     )
 
 
-def generation_settings(
-    model: SRDEModel, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, temperature: float, top_p: float
-) -> GenerationConfig:
+def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
     """What transformers needs to know. Every value is set: the base's own generation config would fill gaps."""
-    if max_tokens < 1:
-        raise SRDEError(f"max_tokens={max_tokens}: must be at least 1.")
+    temperature, top_p = sampling.temperature, sampling.top_p
+    if sampling.max_tokens < 1:
+        raise SRDEError(f"max_tokens={sampling.max_tokens}: must be at least 1.")
     if not temperature >= 0:
         raise SRDEError(f"temperature={temperature}: must be 0 (greedy) or more.")
     if not 0 < top_p <= 1:
         raise SRDEError(f"top_p={top_p}: must be above 0 and at most 1.")
-    sampling: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    drawing: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=max_tokens,
+        max_new_tokens=sampling.max_tokens,
         eos_token_id=_stop_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
         num_beams=1,
         repetition_penalty=1.0,
         use_cache=True,
-        **sampling,
+        **drawing,
     )
 
 

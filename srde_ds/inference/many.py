@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import repeat
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.conversation import Message, Tools
+from srde_ds.data.conversation import Message
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.batches import batches_by_length
-from srde_ds.inference.generate import check_context, decode, generation_settings
+from srde_ds.inference.generate import Sampling, check_context, decode, generation_settings
+from srde_ds.inference.prompts import Prompt
 from srde_ds.model.adapter import SRDEModel
 
 Messages = list[Message]
@@ -45,16 +44,12 @@ class Answer:
 def answer_many(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Messages],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
     batch_size: int,
     best_of_n: int = 1,
     self_refine: int = 0,
-    places: Sequence[str] | None = None,
-    tools: Sequence[Tools | None] | None = None,
 ) -> list[Answer]:
     """One answer a conversation, in their order.
 
@@ -62,28 +57,24 @@ def answer_many(
         batch_size: conversations generated at a time; `best_of_n` multiplies it.
         best_of_n: samples a conversation; the answer that most of them give is taken, of equals the first seen.
         self_refine: rounds in which the model is asked to check and improve its answer (REFINE_PROMPT).
-        places: what errors call each conversation.
-        tools: descriptions of the functions that each answer may call.
 
     Raises:
         SRDEError: a value out of range, or a conversation does not fit into the base's context.
     """
-    write = partial(generate_many, model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    places = places or ["prompt"] * len(conversations)
-    repeated = [messages for messages in conversations for _ in range(best_of_n)]
-    where = [place for place in places for _ in range(best_of_n)]
-    tools = tools or [None] * len(conversations)
-    described_of = [described for described in tools for _ in range(best_of_n)]
-    texts = write(repeated, batch_size=batch_size * best_of_n, places=where, tools=described_of)
+    repeated = [prompt for prompt in prompts for _ in range(best_of_n)]
+    texts = generate_many(model, tokenizer, repeated, sampling, batch_size=batch_size * best_of_n)
     answers = []
     for first in range(0, len(texts), best_of_n):
         samples = texts[first : first + best_of_n]
         index, votes = majority(samples)
         answers.append(Answer(samples[index], samples, votes))
     for number in range(self_refine):
-        asked = [refinement(messages, answer.text) for messages, answer in zip(conversations, answers, strict=True)]
-        where = [f"{place}, refinement {number + 1}" for place in places]
-        for answer, text in zip(answers, write(asked, batch_size=batch_size, places=where, tools=tools), strict=True):
+        asked = [
+            Prompt(f"{prompt.place}, refinement {number + 1}", refinement(prompt.messages, answer.text), prompt.tools)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        texts = generate_many(model, tokenizer, asked, sampling, batch_size=batch_size)
+        for answer, text in zip(answers, texts, strict=True):
             answer.drafts.append(answer.text)
             answer.text = text
     return answers
@@ -113,32 +104,25 @@ def refinement(messages: Messages, answer: str) -> Messages:
 def generate_many(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
-    conversations: Sequence[Messages],
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
     *,
-    max_tokens: int,
-    temperature: float,
-    top_p: float,
     batch_size: int,
-    places: Sequence[str],
-    tools: Sequence[Tools | None] | None = None,
     title: str = "answers",
 ) -> list[str]:
     """The answer to each conversation up to a stop token, in their order; in batches by length, padded on the left.
 
     Raises:
-        SRDEError: a value out of range, or a conversation (named by `places`) that the chat template refuses or that
+        SRDEError: a value out of range, or a conversation (named by its place) that the chat template refuses or that
             does not fit into the base's context.
     """
-    settings = generation_settings(model, tokenizer, max_tokens=max_tokens, temperature=temperature, top_p=top_p)
-    prompts = [
-        prompt_ids(tokenizer, messages, tools=described, where=place)
-        for messages, described, place in zip(conversations, tools or repeat(None), places, strict=False)
-    ]
-    for place, prompt in zip(places, prompts, strict=True):
-        check_context(model, len(prompt), max_tokens, where=place)
+    settings = generation_settings(model, tokenizer, sampling)
+    written = [prompt_ids(tokenizer, messages, tools=tools, where=place) for place, messages, tools in prompts]
+    for prompt, ids in zip(prompts, written, strict=True):
+        check_context(model, len(ids), sampling.max_tokens, where=prompt.place)
     answers: dict[int, str] = {}
-    for batch in batches_by_length([len(prompt) + max_tokens for prompt in prompts], batch_size, title):
-        ids_BS, mask_BS = left_padded([prompts[i] for i in batch], pad_token_id(tokenizer))
+    for batch in batches_by_length([len(ids) + sampling.max_tokens for ids in written], batch_size, title):
+        ids_BS, mask_BS = left_padded([written[i] for i in batch], pad_token_id(tokenizer))
         with torch.inference_mode():
             output = model.generate(
                 input_ids=ids_BS.to(model.base.device),

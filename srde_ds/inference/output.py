@@ -24,7 +24,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file; a crash leaves the old one or the new one.
 
     Raises:
-        SRDEError: it cannot be written; nothing of it is left then.
+        SRDEError: it cannot be written; no part of it is left.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,22 @@ def launchers() -> list[Launcher]:
     return found
 
 
+def launched_by_deepspeed() -> tuple[list[str], Path] | None:
+    """The words of deepspeed's command above this process, and its folder; None if another launcher or host began."""
+    pid = os.getppid()
+    while pid > 1:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").rstrip("\0").split("\0")
+            folder = Path(os.readlink(f"/proc/{pid}/cwd"))
+        except OSError:
+            return None
+        for index, word in enumerate(words[:3]):
+            if Path(word).name == "deepspeed" or word == "deepspeed.launcher.runner":
+                return words[index + 1 :], folder
+        pid = _parent(pid)
+    return None
+
+
 class LauncherWatch:
     """Watches the launchers in a thread: once one is gone, this process gets SIGTERM, and SIGKILL if it does not end.
 
@@ -86,6 +102,12 @@ class LauncherWatch:
         os.kill(os.getpid(), signal.SIGTERM)
         pause.wait(SAVE_SECONDS)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def start_time(pid: int) -> str | None:
+    """When a process started, in ticks since the machine did; None if there is no such process (any more)."""
+    process = _read(pid)
+    return None if process is None else process.started
 
 
 def _read(pid: int) -> Launcher | None:

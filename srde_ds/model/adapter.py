@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,7 +25,6 @@ from srde_ds.model.base import (
     enable_checkpointing,
     load_base,
     no_gather,
-    whole_shape,
 )
 from srde_ds.model.base_files import check_base
 from srde_ds.model.head import has_plain_head, loss_of_logits, loss_without_logits
@@ -40,9 +38,9 @@ from srde_ds.model.policy import (
 )
 from srde_ds.model.targets import Targets
 from srde_ds.utils.pretrained import base_to_load
-from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
 from srde_ds.weights.locate import locate_weights
+from srde_ds.weights.origins import Origins
 from srde_ds.weights.schema import check_fits_base, support_hash
 
 if TYPE_CHECKING:
@@ -54,7 +52,8 @@ class SRDEOutput(ModelOutput):
     """What a forward gives.
 
     Attributes:
-        loss_sum, label_count: with labels: cross entropy in nats summed over them (fp32 scalar), and how many there are
+        loss_sum, label_count: with labels: cross entropy in nats summed over them, each by its weight if they have one
+            (fp32 scalar), and how many there are
             (int64 scalar).
         logits, past_key_values: without labels: the base's.
     """
@@ -74,6 +73,7 @@ class SRDEModel(nn.Module):
         routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
         has_plain_head: the loss is computed without logits, see `head.py`.
+        origins: how the weights came to be, and what they know about their domains.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
 
     Examples:
@@ -100,6 +100,7 @@ class SRDEModel(nn.Module):
         self.routing = routing
         self.base_identity = identity
         self.has_plain_head = has_plain_head(base)
+        self.origins = Origins()
 
     @classmethod
     def from_pretrained(
@@ -146,6 +147,7 @@ class SRDEModel(nn.Module):
         position_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | Targets | None = None,
+        label_weights: Tensor | None = None,
         token_mask: Tensor | None = None,
         policy: RoutingPolicy | None = None,
         **kwargs: Any,
@@ -157,6 +159,8 @@ class SRDEModel(nn.Module):
             position_ids: `[B, S]`; restarting positions separate documents when attention_mask is None.
             labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1. On the CPU, or as
                 `Targets`, they cost a GPU no wait.
+            label_weights: `[B, S]`, how much each label counts in the sum of the loss; default: each 1. `Targets` bring
+                theirs.
             token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
                 attention_mask, else all.
             policy: how this forward routes its tokens and what it records; default: all experts, or those of
@@ -173,7 +177,7 @@ class SRDEModel(nn.Module):
         if token_mask is None and attention_mask is not None:
             token_mask = attention_mask[:, -input_ids.shape[1] :].bool()
         inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask} | kwargs
-        targets = Targets.of(labels) if isinstance(labels, Tensor) else labels
+        targets = Targets.of(labels, label_weights) if isinstance(labels, Tensor) else labels
         with self.routing.running(replace(policy, token_mask=token_mask), input_ids.device):
             if self.training and torch.is_grad_enabled():
                 refuse_foreign_checkpointing(self.base)
@@ -298,10 +302,12 @@ class SRDEModel(nn.Module):
         return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """What every rank holds whole: the supports, and copies of the routers' selection biases that are not zero."""
+        """What every rank holds whole: the supports, copies of the routers' selection biases that are not zero, and the
+        domains' statistics, if there are any."""
         supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
         biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
-        return supports | {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
+        biases = {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
+        return supports | biases | self.origins.tensors()
 
     def load_selection_biases(self, tensors: dict[str, Tensor]) -> None:
         """Take each `layers.{i}.router_bias` out of `tensors`; a router without one gets zeros."""
@@ -317,6 +323,8 @@ class SRDEModel(nn.Module):
             base=self.base_identity,
             model_name=str(self.base_identity["name"]),
             support_hash=support_hash(supports),
+            domain_tokens=dict(self.origins.domain_tokens),
+            history=list(self.origins.history),
         )
 
     def delta_norms(self, *, gather: Gather = no_gather) -> Tensor:
@@ -429,19 +437,5 @@ def load_adapter(
             parameter.copy_(tensors[name].load())
     biases = {name: tensor.load() for name, tensor in tensors.items() if name.endswith(".router_bias")}
     model.load_selection_biases(biases)
+    model.origins = Origins.of(metadata, tensors)
     return model
-
-
-def parameter_table(model: SRDEModel) -> str:
-    """A table of the kinds of trainables: tensors, values, and their share of the base's weights."""
-    counts: dict[str, list[int]] = {}
-    for _, parameter in model.trainable_parameters():
-        count = counts.setdefault(parameter.srde_kind, [0, 0])
-        count[0] += 1
-        count[1] += math.prod(parameter.srde_shape)
-    trainable = [sum(column) for column in zip(*counts.values(), strict=True)]
-    frozen = [p for p in model.base.parameters() if not hasattr(p, "srde_kind")]
-    base_values = sum(math.prod(whole_shape(p)) for p in frozen)
-    counts |= {"trainable": trainable, "frozen base": [len(frozen), base_values]}
-    cells = [[kind, f"{n}", f"{values:,}", f"{values / base_values:.3%}"] for kind, (n, values) in counts.items()]
-    return aligned_table([["kind", "tensors", "values", "of base"], *cells], right=1)

@@ -20,13 +20,22 @@ CHUNK_BYTES = 2**30
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_N: Tensor, *, chunk_bytes: int = CHUNK_BYTES
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    tokens_N: Tensor,
+    weights_N: Tensor | None = None,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Cross entropy of x W^T + b in nats, summed over the tokens that are not NO_LABEL; a scalar, at least float32.
 
     W and b are frozen. No more than `chunk_bytes` of logits are there at a time; none are kept.
+
+    Args:
+        weights_N: how much each token counts in the sum; None: each 1.
     """
-    loss: Tensor = LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, tokens_N, chunk_bytes)
+    loss: Tensor = LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, tokens_N, weights_N, chunk_bytes)
     return loss
 
 
@@ -40,7 +49,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, tokens_N: Tensor, chunk_bytes: int
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        tokens_N: Tensor,
+        weights_N: Tensor | None,
+        chunk_bytes: int,
     ) -> Tensor:
         """The sum of the losses."""
         precision = torch.promote_types(x_ND.dtype, torch.float32)
@@ -55,11 +70,15 @@ class LinearCrossEntropy(torch.autograd.Function):
             target_n1 = values_nV.gather(1, token_n1)
             largest_n1 = values_nV.amax(1, keepdim=True)
             sum_n1 = values_nV.sub_(largest_n1).exp_().sum(1, keepdim=True)
-            losses.append((sum_n1.log() + largest_n1 - target_n1).masked_fill(ignored_n1, 0).sum())
+            loss_n1 = (sum_n1.log() + largest_n1 - target_n1).masked_fill(ignored_n1, 0)
+            counts_n1 = None if weights_N is None else weights_N[part].to(precision)[:, None]
+            losses.append((loss_n1 if counts_n1 is None else loss_n1 * counts_n1).sum())
             if gradient_ND is not None:  # softmax - onehot
                 values_nV.div_(sum_n1).scatter_add_(1, token_n1, torch.full_like(target_n1, -1)).masked_fill_(
                     ignored_n1, 0
                 )
+                if counts_n1 is not None:
+                    values_nV.mul_(counts_n1)
                 gradient_ND[part] = values_nV.to(weight_VD.dtype) @ weight_VD
         ctx.save_for_backward(gradient_ND)
         return torch.stack(losses).sum()
@@ -69,7 +88,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """That of x."""
         (gradient_ND,) = ctx.saved_tensors
-        return gradient_ND * gradient, None, None, None, None
+        return gradient_ND * gradient, None, None, None, None, None
 
 
 class _Anything(BaseModelOutputWithPast):
@@ -106,10 +125,12 @@ def loss_of_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: Targe
     Args:
         inputs: of the base's forward.
     """
-    logits = base(**inputs, logits_to_keep=targets.columns).logits
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.tokens.flatten(), ignore_index=NO_LABEL, reduction="sum"
-    )
+    logits = base(**inputs, logits_to_keep=targets.columns).logits.flatten(0, 1).float()
+    tokens = targets.tokens.flatten()
+    if targets.weights is None:
+        return F.cross_entropy(logits, tokens, ignore_index=NO_LABEL, reduction="sum")
+    losses = F.cross_entropy(logits, tokens, ignore_index=NO_LABEL, reduction="none")
+    return (losses * targets.weights.flatten()).sum()
 
 
 def loss_without_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> Tensor:
@@ -121,8 +142,10 @@ def loss_without_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: 
     if any(parameter.requires_grad for parameter in head.parameters()):
         return loss_of_logits(base, inputs, targets)
 
+    tokens, weights = targets.tokens.flatten(), None if targets.weights is None else targets.weights.flatten()
+
     def loss(x_BND: Tensor) -> Tensor:
-        found = linear_cross_entropy(x_BND.flatten(0, 1), head.weight, head.bias, targets.tokens.flatten())
+        found = linear_cross_entropy(x_BND.flatten(0, 1), head.weight, head.bias, tokens, weights)
         return found.view(1, 1, 1)  # it goes through the base in the place of logits
 
     with _replaced(head, loss):

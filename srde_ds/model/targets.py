@@ -20,25 +20,31 @@ class Targets:
             a graph, and every rank runs the same backward.
         tokens: `[B, N]` int64, the tokens that are predicted from there; NO_LABEL where a row predicts none.
         count: int64 scalar, how many labels there are.
+        weights: `[B, N]`, how much each counts in the loss; None: each 1.
     """
 
     columns: Tensor
     tokens: Tensor
     count: Tensor
+    weights: Tensor | None = None
 
     @classmethod
-    def of(cls, labels: Tensor) -> Targets:
-        """Those of `[B, S]` labels: label s is predicted from position s - 1, and NO_LABEL is none."""
+    def of(cls, labels: Tensor, weights: Tensor | None = None) -> Targets:
+        """Those of `[B, S]` labels and weights: label s is predicted from position s - 1, and NO_LABEL is none."""
         following = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
         columns = (following != NO_LABEL).any(0).nonzero().squeeze(1)
         if columns.numel() == 0:
             columns = following.new_zeros(1)
         tokens = following.index_select(1, columns)
-        return cls(columns, tokens, (tokens != NO_LABEL).sum())
+        if weights is not None:
+            weights = F.pad(weights[:, 1:], (0, 1)).index_select(1, columns)
+        return cls(columns, tokens, (tokens != NO_LABEL).sum(), weights)
 
     def to(self, device: torch.device) -> Targets:
         """A copy on a device, which nothing waits for."""
-        return Targets(*(on_device(tensor, device) for tensor in (self.columns, self.tokens, self.count)))
+        weights = None if self.weights is None else on_device(self.weights, device)
+        columns, tokens, count = (on_device(tensor, device) for tensor in (self.columns, self.tokens, self.count))
+        return Targets(columns, tokens, count, weights)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ from srde_ds.checkpoint.resume import (
 )
 from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
 from srde_ds.checkpoint.shards import read_slices
-from srde_ds.config import AdapterConfig, Config, DataConfig
+from srde_ds.config import Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.manifest import Manifest
 from srde_ds.distributed import deepspeed_internals as internals
@@ -30,9 +30,13 @@ from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import SRDEError
+from srde_ds.training.changed_options import check_changes, former_config
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.schedule import Schedule
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.origins import Origins
+from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +143,7 @@ class RunState:
             remedy = self.remedy()
             raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {remedy}")
         metadata = model.metadata()
+        metadata.history.append(self._history_entry())
         common = model.common_tensors()
         for name in BALANCING_TENSORS:
             if (tensor := getattr(self, name)) is not None:
@@ -197,6 +202,12 @@ class RunState:
             return None
         folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology)
         saved = self.saved_at(Path(folder))
+        done, max_steps = saved.values["step"], self.config.training.max_steps
+        if done > max_steps:
+            raise SRDEError(
+                f"max_steps={max_steps}: '{saved.folder}' has {done} steps already. Give --max_steps {done} or more, "
+                "or resume from an earlier checkpoint."
+            )
         self._check_same_options(saved)
         self._check_warm_start(saved)
         return saved
@@ -221,6 +232,9 @@ class RunState:
         internals.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
         model.load_selection_biases(common)
+        before = AdapterMetadata.from_dict(values["adapter"])
+        model.origins = Origins.of(before, {name: LazyTensor.of(tensor) for name, tensor in common.items()})
+        del model.origins.history[-1:]  # this run's own
         for name in BALANCING_TENSORS:
             setattr(self, name, common[name].to(self.topology.device) if name in common else None)
         self.step, self.tokens = values["step"], values["tokens"]
@@ -231,12 +245,24 @@ class RunState:
             self.saver.saved_step = self.step
         loss, expected = self.probe_loss(), values.get("probe_loss")
         # A pruned checkpoint holds none: its loss was never measured.
-        if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[self.config.model.bf16] * max(
-            1.0, abs(expected)
-        ):
+        rounded = self.config.model.bf16 or bool(former_config(values["config"])["bf16"])
+        if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[rounded] * max(1.0, abs(expected)):
             raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
         if read_manifest(folder)["world_size"] == self.topology.world_size:
             set_random_state(load_rank_state(folder, self.topology.rank).get("random_state"))
+
+    def _history_entry(self) -> dict[str, str | int]:
+        """What the weights say of this run: the same wherever it takes place, without paths."""
+        split = self.manifest.splits["train"]
+        return {
+            "verb": "train",
+            "steps": self.step,
+            "tokens": self.tokens,
+            "seed": self.config.training.seed,
+            "domains": ", ".join(self.manifest.domains),
+            "data": Path(split.file).name,
+            "dataset": split.content_sha256,
+        }
 
     @property
     def rows_per_step(self) -> int:
@@ -259,13 +285,7 @@ class RunState:
 
     def _check_same_options(self, saved: SavedRun) -> None:
         before, folder = saved.values, saved.folder
-        # An older checkpoint lacks newer options, which then have their defaults.
-        options = AdapterConfig().__dict__ | before["config"]["adapter"]
-        same = {key: (options[key], value) for key, value in self.config.adapter.__dict__.items()}
-        del same["preset"]  # it only sets other options
-        same["domains"] = before["config"]["data"]["domains"], self.config.data.domains
-        same["seed"] = before["config"]["training"]["seed"], self.config.training.seed
-        _refuse_difference(folder, same)
+        check_changes(folder, before["config"], self.config, before["step"])
         dataset = self.manifest.splits["train"].content_sha256
         if before["dataset"] != dataset:
             raise SRDEError(

@@ -39,6 +39,8 @@ class Curriculum:
         self._loss_weights = loss_weights(config.losses, config.training.gradient_accumulation_steps)
         self._warm_start = WarmStart.of(config)
         self._streams: dict[int, RowStream] = {}
+        names, trained = config.expert_names, config.training.train_experts
+        self._kept = frozenset(number for number, name in enumerate(names) if trained and name not in trained)
 
     @property
     def scheduled(self) -> ScheduledStep:
@@ -55,7 +57,7 @@ class Curriculum:
         step, experts = self.scheduled, self.schedule.adapter.num_experts
         unlocked = self.unlocked_experts()
         locked = frozenset(range(experts)) - frozenset(unlocked)
-        engine.restrict(step.trained, locked)
+        engine.restrict(step.trained, locked | self._kept)
         allowed = torch.zeros(experts, dtype=torch.bool)
         allowed[unlocked] = True
         if self._balancing.load_balancing_target == "uniform":
@@ -124,6 +126,9 @@ class Curriculum:
             rows = self.stream.rows
             own = rows.select((rows["domain"][:] == domain).nonzero()[0])
             self._streams[domain] = RowStream(
-                own, seed=self.stream.seed, global_batch_rows=self.stream.global_batch_rows
+                own,
+                seed=self.stream.seed,
+                global_batch_rows=self.stream.global_batch_rows,
+                loss_weights=self.stream.loss_weights,
             )
         return self._streams[domain]

@@ -9,12 +9,16 @@ from srde_ds.checkpoint.prune import prune_checkpoint
 from srde_ds.config import Config
 from srde_ds.distributed.engine import build_engine, build_model
 from srde_ds.distributed.processes import Topology
-from srde_ds.model.adapter import parameter_table
+from srde_ds.model.parameter_table import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.training.calibration import Calibration, calibrate_supports, choose_rows
+from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import RunState, SavedRun
+from srde_ds.training.run_inputs import check_start
 from srde_ds.training.schedule import Schedule
+from srde_ds.training.start_from import start_from
+from srde_ds.utils.tables import aligned_table
 
 
 class Engines:
@@ -37,6 +41,11 @@ class Engines:
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
+            if rows := changes(saved.values["config"], self.config):
+                self._say(aligned_table(rows))
+        elif adapter := check_start(self.config):
+            start_from(self.state.engine, adapter, self.config.training.seed)
+            self._say(f"Started from {adapter.place}: {', '.join(adapter.metadata.expert_names)}.")
         elif calibrated:
             engine = self.state.engine
             calibration = Calibration.of(self.config, engine.model.config)

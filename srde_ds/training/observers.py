@@ -6,8 +6,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from srde_ds.data.manifest import counts_of
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.status import doing
+from srde_ds.training.domain_statistics import measure_domains
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
 from srde_ds.training.reporting.step_metrics import ExpertWatch
 from srde_ds.training.run import Observer, Run
@@ -17,8 +19,10 @@ def observers(heartbeat: Heartbeat) -> list[Observer]:
     """All of a run, in the order in which they see a step."""
     return [
         SilentExperts(),
+        DataCounts(),
         Statistics(),
         HeldOutLosses(),
+        Domains(),
         MetricsLines(),
         Console(),
         HeartbeatUpdates(heartbeat),
@@ -38,6 +42,15 @@ class SilentExperts(Observer):
         layers = len(run.engine.model.layers)
         assignments = [tokens * layers for tokens in run.line["tokens_per_expert"]]
         self._watch.check(run.step, assignments, run.line["expert_gradient_norm"])
+
+
+class DataCounts(Observer):
+    """What the run is trained on, in its first line of metrics: documents, those left out, response tokens."""
+
+    def before_step(self, run: Run) -> None:
+        """Count before the first step."""
+        if run.step == 0:
+            run.line["data"] = counts_of(run.state.manifest)
 
 
 class Statistics(Observer):
@@ -74,6 +87,16 @@ class HeldOutLosses(Observer):
         losses = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
         if losses is not None:  # None: a signal cut the measurement off
             run.line[key] = losses
+
+
+class Domains(Observer):
+    """What the blocks get to see of each domain, measured after the last step."""
+
+    def after_step(self, run: Run) -> None:
+        """Measure, if this was the last step."""
+        if run.is_last_step and run.config.training.domain_statistics_rows:
+            doing("statistics of the domains")
+            measure_domains(run.engine, run.config, run.topology, run.state.stream.rows)
 
 
 class MetricsLines(Observer):

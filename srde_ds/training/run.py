@@ -87,7 +87,7 @@ class Run:
             SRDEError: the loss or its gradient is not finite.
         """
         state, engine = self.state, self.engine
-        loss = float(sums["loss"] / sums["labels"].clamp(min=1))
+        loss = float(sums["loss"]) / (float(sums["label_weight"]) or 1.0)
         if not math.isfinite(loss) or internals.step_was_skipped(engine.deepspeed):
             raise SRDEError(
                 f"step {self.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. "

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
+from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import tell_dropped
-from srde_ds.data.build.from_files import InputFiles, build_dataset, check_files
+from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
@@ -23,10 +26,15 @@ from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import base_shape
+from srde_ds.training.changed_options import changes
 from srde_ds.training.reporting.metrics import load_trackers
+from srde_ds.training.run_inputs import check_start, domains_without_records
+from srde_ds.training.run_lock import refuse_living_run
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
+from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size
+from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, saved_by_a_run
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +48,7 @@ def check_inputs(config: Config) -> None:
     data = config.data
     base_shape(config)
     Schedule.of(config).check()
+    check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
         raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
     if not (data.jsonl_data or data.pretokenized_dir):
@@ -74,6 +83,7 @@ def check_dry_run(config: Config) -> None:
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     Schedule.of(config).check()
+    check_start(config)
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
     data = config.data
@@ -84,11 +94,10 @@ def check_dry_run(config: Config) -> None:
         else:
             check_base(config, tokenizer, packed=data.packing)
             reading = ReadOptions.of(data)
-            check_files(
-                InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on), tokenizer
-            )
-    if config.training.resume_from:
-        find_checkpoint(config.training.resume_from, config.training.output_dir)
+            names = domains_without_records(config)
+            files = InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on, names)
+            check_files(files, tokenizer)
+    check_run_folder(config.training.output_dir, config.training.resume_from)
 
 
 def prepare_data(config: Config) -> Path:
@@ -104,26 +113,16 @@ def prepare_data(config: Config) -> Path:
     if data.jsonl_data:
         check_base(config, tokenizer, packed=data.packing)
         folder = Path(config.training.output_dir) / "tokenized"
-        manifest = build_dataset(
-            tokenizer=tokenizer,
-            jsonl_data=data.jsonl_data,
-            eval_file=data.eval_file,
-            output_dir=folder,
-            domains=data.domains,
-            max_length=data.max_length,
-            too_long=data.too_long,
-            seed=config.training.seed,
-            train_on=data.train_on,
-            packing=data.packing,
-            reading=ReadOptions.of(data),
-        )
+        rows = replace(RowsOfFiles.of(config, data.jsonl_data), optional_domains=domains_without_records(config))
+        manifest = build_dataset(rows, folder, tokenizer)
         check_manifest(config, manifest)
     else:
         folder = Path(str(data.pretokenized_dir))
         check_rows(config, tokenizer)
         manifest = load_manifest(folder)
     tell_dropped(manifest)
-    if told := uneven_responses(manifest.splits["train"]):
+    told = uneven_responses(manifest.splits["train"])
+    if told and config.losses.loss_weighting == "token":
         log.warning("%s", told)
     return folder
 
@@ -184,7 +183,8 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
     """
     row_mixing(config.data, manifest)
     train = manifest.splits["train"].domains
-    empty = [domain for domain in manifest.domains if train[domain].rows == 0]
+    trained = config.training.train_experts or manifest.domains
+    empty = [domain for domain in manifest.domains if train[domain].rows == 0 and domain in trained]
     for key in ("supervised_experts", "warm_start"):
         if empty and getattr(config.curriculum, key):
             raise SRDEError(
@@ -214,9 +214,23 @@ def check_run_folder(output_dir: str, resume_from: str | None) -> None:
     """Check that a run may write into a folder.
 
     Raises:
-        SRDEError: it cannot be written, or holds an earlier run and `resume_from` names no good checkpoint.
+        SRDEError: it cannot be written, another run is at work there, or it holds an earlier run and `resume_from`
+            names no good checkpoint.
     """
-    folder = Path(output_dir)
+    try:
+        _check_run_folder(Path(output_dir), resume_from)
+    except OSError as error:
+        raise SRDEError(f"output_dir={output_dir}: {error.strerror}. Choose another --output_dir.") from None
+
+
+def _check_run_folder(folder: Path, resume_from: str | None) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise SRDEError(
+            f"output_dir={folder}: is a link to '{os.readlink(folder)}', which is not there. Remove the link, or make "
+            "the folder that it names."
+        )
+    (folder / "metrics.jsonl").exists()  # raises OSError where the names would become too long
+    refuse_living_run(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "not writable" if there.is_dir() else "not a folder"
@@ -224,21 +238,43 @@ def check_run_folder(output_dir: str, resume_from: str | None) -> None:
     if resume_from:
         find_checkpoint(resume_from, folder)
         return
-    earlier = [name for name in ("metrics.jsonl", "completed.json", "latest") if (folder / name).exists()]
-    if earlier:
+    if earlier := saved_by_a_run(folder):
+        start = "latest" if (folder / LATEST).is_file() else earlier
+        start = str(folder / start) if CHECKPOINT_NAME.fullmatch(start) else "latest"
         raise SRDEError(
-            f"output_dir={folder}: holds an earlier run ({earlier[0]}). Continue it with --resume_from latest, or "
+            f"output_dir={folder}: holds an earlier run ({earlier}). Continue it with --resume_from {start}, or "
             "choose another --output_dir."
         )
 
 
-def open_run_folder(config: Config) -> None:
-    """Create the run's folder and write its config and environment."""
+def open_run_folder(config: Config, step: int = 0) -> None:
+    """Create the run's folder and write its config and environment.
+
+    Args:
+        step: finished steps. A config that differs from theirs leaves that one as `config-until-<step>.yaml`.
+    """
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "completed.json").unlink(missing_ok=True)
+    if not config.training.resume_from:
+        _keep_aside(folder / "metrics.jsonl")
     for name in ("evaluation.json", "evaluation_items.jsonl"):  # they belong to weights that this run will replace
         if (folder / name).exists():
             os.replace(folder / name, folder / f"earlier_{name}")
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    _keep_former_config(folder, config, step)
+    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+
+def _keep_former_config(folder: Path, config: Config, step: int) -> None:
+    former, kept = folder / "config.yaml", folder / f"config-until-{step}.yaml"
+    # One that is kept already did the steps; what was tried after them saved none.
+    if step and former.exists() and not kept.exists() and changes(load_yaml(former), config):
+        os.replace(former, kept)
+
+
+def _keep_aside(metrics: Path) -> None:
+    """Give another name to the metrics of a run that ended before its first checkpoint: nothing can continue them."""
+    if metrics.exists():
+        attempts = (metrics.with_name(f"metrics.attempt-{number}.jsonl") for number in itertools.count(1))
+        os.replace(metrics, next(path for path in attempts if not path.exists()))

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
+from srde_ds.checkpoint.resume import find_checkpoint, load_run_state
 from srde_ds.config import Config, RunInputs, TrainingConfig
 from srde_ds.data.manifest import load_manifest
 from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.model.base import base_configuration
-from srde_ds.weights.locate import CHECKPOINT_NAME, read_latest
+from srde_ds.weights.file import AdapterMetadata, read_metadata
+from srde_ds.weights.locate import CHECKPOINT_NAME, locate_weights, read_latest
 
 # An option whose default follows from max_steps or density, and the one that has to be on for it to mean anything.
 _SCHEDULE = {
@@ -20,6 +23,9 @@ _SCHEDULE = {
     "initial_density": "initial_density",
     "density_warmup_steps": "initial_density",
 }
+
+FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing")
+"""Options that say what the weights are"""
 
 
 def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
@@ -40,7 +46,8 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
         row_length, domains = manifest.max_length, manifest.domains
     elif config.model.model_name and "max_length" not in given:
         context = context_of(config.model.model_name, config.model.model_revision)
-    return RunInputs(context, row_length, domains, _resumed(config.training))
+    started = _started(config.training.start_from) if config.training.start_from else {}
+    return RunInputs(context, row_length, domains, started, _resumed(config.training))
 
 
 def read_base_inputs(config: Config, given: Collection[str]) -> RunInputs:
@@ -60,6 +67,54 @@ def context_of(model_name: str, revision: str | None) -> int | None:
     text = base_configuration(model_name, revision=revision).get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
     return None if positions is None else int(positions)
+
+
+def check_start(config: Config) -> AdapterSource | None:
+    """The adapter of `start_from`, which the options fit; None without that option.
+
+    Raises:
+        SRDEError: there is none, it is damaged, or the options ask for another one.
+    """
+    place = config.training.start_from
+    if not place:
+        return None
+    try:
+        adapter = open_adapter(place)
+    except SRDEError as error:
+        raise SRDEError(f"start_from={place}: {error}") from None
+    before = adapter.metadata
+    for key in FIXED:
+        now, then = getattr(config.adapter, key), getattr(before.config, key)
+        if now != then:
+            raise SRDEError(f"{key}={now}: the weights of start_from={place} have {key}={then}. Leave --{key} out.")
+    names = config.expert_names
+    if names[: len(before.expert_names)] != before.expert_names:
+        raise SRDEError(
+            f"domains={','.join(config.data.domains)}: must begin with the experts of start_from={place}, "
+            f"{','.join(before.expert_names)}, in this order; those after them are new. Give --domains so, and build "
+            "the rows with the same ones."
+        )
+    return adapter
+
+
+def domains_without_records(config: Config) -> list[str]:
+    """Domains that training needs no records of, since the weights that it starts from have experts for them."""
+    adapter = check_start(config)
+    return [] if adapter is None else adapter.metadata.expert_names
+
+
+def _started(place: str) -> dict[str, Any]:
+    """Options of the weights that a run starts from, and the names of their experts as domains."""
+    location = locate_weights(place)
+    if location.kind == "file":
+        metadata = read_metadata(location.path)
+    else:
+        folder = find_checkpoint(location.path, location.path, field="start_from")
+        metadata = AdapterMetadata.from_dict(load_run_state(folder).get("adapter"))
+    options = {key: getattr(metadata.config, key) for key in (*FIXED, "top_k", "support_strategy")}
+    if options["support_strategy"] not in ("magnitude", "random"):  # supports of new experts are not chosen by data
+        options["support_strategy"] = "magnitude"
+    return {"domains": metadata.expert_names} | options
 
 
 def _resumed(training: TrainingConfig) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+from srde_ds.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One Ctrl-C can arrive twice: from the terminal and forwarded by mpirun or the deepspeed runner.
 SAME_PRESS_SECONDS = 2.0
@@ -20,9 +22,13 @@ class StopRequest:
     (schedulers repeat SIGTERM; launchers pass one signal on in several ways), with one exception: a SIGINT more than
     SAME_PRESS_SECONDS after the first SIGINT raises KeyboardInterrupt, for the person who does not want to wait.
     Enter it in the main thread; the former handlers are restored at exit.
+
+    Args:
+        at_once: until this attribute is set to False the first signal raises Stopped: there is nothing to save yet.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.at_once = at_once
         self._signal = 0
         self._first_sigint: float | None = None
         self._former: dict[signal.Signals, Any] = {}
@@ -50,7 +56,9 @@ class StopRequest:
                 self._first_sigint = now
             elif now - self._first_sigint > SAME_PRESS_SECONDS:
                 raise KeyboardInterrupt
-        self._signal = self._signal or number
+        first, self._signal = not self._signal, self._signal or number
+        if first and self.at_once:
+            raise Stopped(number)
 
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:

@@ -32,7 +32,8 @@ def optimizer_step(
     What a step waits for a GPU is DeepSpeed's update, and the sums at its end.
 
     Returns:
-        Sums over all ranks: "loss" over "labels", "real_tokens", "domain_tokens" by domain, and the routing statistics.
+        Sums over all ranks: "loss" over "label_weight", "real_tokens", "domain_tokens" by domain, and the routing
+        statistics.
         None when `interrupted` became true: nothing was updated.
     """
     training = config.training
@@ -49,9 +50,10 @@ def optimizer_step(
     set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-    # DeepSpeed averages over ranks and micro-steps; these factors make it a mean over the step's tokens.
+    # DeepSpeed averages over ranks and micro-steps; these factors make it the mean over the step's labels.
     micro_steps = topology.world_size * training.gradient_accumulation_steps
-    loss_scale = (micro_steps / counts["labels"].clamp(min=1)).float()
+    weight = counts["label_weight"]
+    loss_scale = (micro_steps / torch.where(weight == 0, torch.ones_like(weight), weight)).float()
     router_loss_scale = topology.world_size / counts["real_tokens"].clamp(min=1)
     statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
     for number, batch in enumerate(batches, 1):
@@ -69,12 +71,18 @@ def optimizer_step(
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Of this rank's micro-batches: labels, and real tokens in all and by domain."""
-    labels = torch.stack([(batch["labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+    """Of this rank's micro-batches: labels by their weights, and real tokens in all and by domain."""
+    label_weight = torch.stack([_label_weight(batch) for batch in batches]).sum()
     by_domain = torch.zeros(domains, dtype=torch.float64)
     for batch in batches:
         by_domain.index_add_(0, batch["domain"], batch["token_mask"].sum(1).double())
-    return {"labels": labels, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
+    return {"label_weight": label_weight, "real_tokens": by_domain.sum(), "domain_tokens": by_domain}
+
+
+def _label_weight(batch: Batch) -> torch.Tensor:
+    if "label_weights" in batch:
+        return batch["label_weights"][:, 1:].double().sum()
+    return (batch["labels"][:, 1:] != -100).sum()
 
 
 def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:

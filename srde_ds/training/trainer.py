@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import socket
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
+from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.manifest import Manifest, load_manifest, load_rows
 from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, launched_rank, start_processes
 from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.liveness.heartbeat import Heartbeat
-from srde_ds.liveness.launcher_watch import LauncherWatch
+from srde_ds.liveness.launch_check import check_launch
+from srde_ds.liveness.launcher_watch import LauncherWatch, launched_by_deepspeed
 from srde_ds.liveness.meeting import VERDICT_SECONDS, contact
 from srde_ds.liveness.status import doing
 from srde_ds.training.checkpointing import RunState
@@ -35,13 +38,14 @@ from srde_ds.training.run_folder import (
     prepare_data,
     row_mixing,
 )
+from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 
 
-def train(config: Config, *, leave: bool = True) -> None:
+def train(config: Config, *, leave: bool = True) -> str | None:
     """Train until `max_steps`, a signal or an error.
 
     Writes the run folder that docs/guide.md describes; `completed.json` is its last file and the only sign of success.
@@ -49,40 +53,54 @@ def train(config: Config, *, leave: bool = True) -> None:
     Args:
         leave: the process group, at the end. DeepSpeed cannot join another one: a process that trains again keeps it.
 
+    Returns:
+        The name of the signal that stopped the run, after its last checkpoint; None: it has come to its end.
+
     Raises:
+        Stopped: a signal came before training began, so that there is nothing to save.
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
             with the step's number; ranks that differ in software, options or data.
         LostContact: rank 0 did not answer. A rank that is lost later ends this process (liveness/contact.py).
     """
     adopt_launcher()
+    if asked := launched_by_deepspeed():
+        check_launch(*asked, launched_world_size())
     rank, timeout = launched_rank(), config.parallel.collective_timeout
     training = config.training
     heartbeat = Heartbeat(training.output_dir, training.max_steps, world_size=launched_world_size(), enabled=rank == 0)
     launchers = LauncherWatch()
     doing("checking the inputs", step=0)
     try:
-        with contact(training.output_dir, timeout, config.parallel.start_timeout) as others:
+        # First of all, and to the end: a signal between two of these blocks would end the process without a word.
+        with (
+            StopRequest(at_once=True) as stop,
+            contact(training.output_dir, timeout, config.parallel.start_timeout) as others,
+        ):
             others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
             check_inputs(config)
-            if rank == 0:
-                # Before the collectives begin, so that none waits for tokenising.
-                check_run_folder(training.output_dir, training.resume_from)
-                doing("preparing the data")
-                prepare_data(config)
-                others.release_others()
-            else:
-                others.wait_for_main()
-            doing("joining the process group")
-            topology = start_processes(timeout + VERDICT_SECONDS)  # torch's own end comes after the verdict
-            with StopRequest() as stop:
+            with ExitStack() as until_the_end:
+                if rank == 0:
+                    # Before the collectives begin, so that none waits for tokenising.
+                    check_run_folder(training.output_dir, training.resume_from)
+                    until_the_end.enter_context(run_lock(training.output_dir))
+                    doing("preparing the data")
+                    prepare_data(config)
+                    others.release_others()
+                else:
+                    others.wait_for_main()
+                doing("joining the process group")
+                topology = start_processes(timeout + VERDICT_SECONDS)  # torch's own end comes after the verdict
                 if stopped := run(config, topology, stop, heartbeat):
                     heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
+                    # Launchers end the others when the first rank returns 128 + the signal.
+                    topology.all_reduce_max(0)
             doing("leaving")
             if leave:
                 stop_processes()
     except Exception as error:
         heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError))
         raise
+    return stopped
 
 
 def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
@@ -98,8 +116,9 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     engines = Engines(config, topology, state)
     engines.build_first()
     # Not earlier: a run that may not resume leaves the folder as it was.
-    on_main_rank(lambda: open_run_folder(config), topology)
+    on_main_rank(lambda: open_run_folder(config, state.step), topology)
     heartbeat.start(state.step)
+    stop.at_once = False
     curriculum = Curriculum(config, topology, stream, state)
     current = Run(config, topology, state, curriculum, held_out, stop)
     stopped: str | None = None
@@ -131,12 +150,13 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
 
 def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:
     """The rows that are trained on, in the order that the seed gives."""
-    training = config.training
+    training, phases = config.training, row_mixing(config.data, manifest)
     return RowStream(
         load_rows(folder, "train", manifest),
         seed=training.seed,
         global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
-        phases=row_mixing(config.data, manifest),
+        phases=phases,
+        loss_weights=LossWeights.of(config.losses.loss_weighting, manifest.splits["train"], mixed=phases is not None),
     )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 
+from srde_ds.errors import SRDEError
+
 LET_GO_SECONDS = 0.5
 
 
@@ -30,5 +32,15 @@ def stop_processes() -> None:
 
 
 def _number(*names: str, default: int) -> int:
-    """The first variable that is set: deepspeed's launcher (and torchrun), else Open MPI's."""
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+    """The first variable that is set: deepspeed's launcher (and torchrun), else Open MPI's.
+
+    Raises:
+        SRDEError: it is no number.
+    """
+    for name in names:
+        if name in os.environ:
+            value = os.environ[name]
+            if not (value.isascii() and value.isdigit()):
+                raise SRDEError(f"{name}={value!r} in the environment: is no number. Unset it: `unset {name}`.")
+            return int(value)
+    return default

@@ -25,7 +25,17 @@ def base_to_load(base: str | Path | None, named: str, *, allow_download: bool) -
     if base is not None:
         return base, False
     _log.info("base: %s, named by the adapter", named)
+    if not _HUB_ID.fullmatch(named) and not Path(named).exists():
+        raise moved_base(named)
     return named, not allow_download
+
+
+def moved_base(named: str | Path) -> SRDEError:
+    """The error for a folder that an adapter names and that is not there."""
+    return SRDEError(
+        f"base '{named}', named by the adapter, is not on this machine: there is no such folder. If it has moved, give "
+        "its place or its Hub id as --base."
+    )
 
 
 def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any) -> Any:
@@ -42,7 +52,10 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
         return auto.from_pretrained(str(model_name), trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())
-        if options.get("local_files_only") and _HUB_ID.fullmatch(str(model_name)) and not Path(model_name).exists():
+        named_by_adapter = options.get("local_files_only") and not Path(model_name).exists()
+        if named_by_adapter and not _HUB_ID.fullmatch(str(model_name)):
+            raise moved_base(model_name) from error
+        if named_by_adapter:
             raise SRDEError(
                 f"base '{model_name}', named by the adapter, is not on this machine. If you trust it, fetch it from "
                 f"the Hub with --base {model_name} or --allow_download; else give your own as --base."

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from srde_ds.utils.files import replacement
 from srde_ds.weights.schema import (
     adapter_config,
     check_base_identity,
+    check_domain_tokens,
+    check_history,
     check_names,
     check_shapes,
     check_values,
@@ -34,11 +36,19 @@ FORMAT_VERSION = 1
 METADATA_KEY = "srde"
 # 100 layers of 7 tensors take some 80 kB. Hostile JSON takes up to some 20 times its size in memory.
 LARGEST_HEADER = 4 * 2**20
+OPTIONAL = ("domain_tokens", "history")
+"""Keys of the metadata that are left out where they are empty; files from before there were such have none"""
 
 
 @dataclass
 class AdapterMetadata:
-    """What a weights file says about itself, as JSON under the header's key "srde"."""
+    """What a weights file says about itself, as JSON under the header's key "srde".
+
+    Attributes:
+        domain_tokens: domain -> tokens that its mean and its spread were taken over, in the order of the rows of
+            `layers.{i}.domain_mean` and `layers.{i}.domain_spread`; empty: the file holds no such tensors.
+        history: what was done to get these weights, the oldest first: training runs, combinations, other names.
+    """
 
     config: AdapterConfig
     expert_names: list[str]
@@ -46,10 +56,13 @@ class AdapterMetadata:
     model_name: str
     support_hash: str
     format_version: int = FORMAT_VERSION
+    domain_tokens: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, str | int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they are written."""
-        return dataclasses.asdict(self)
+        """The fields, as they are written; those of OPTIONAL only if they say something."""
+        values = dataclasses.asdict(self)
+        return {key: value for key, value in values.items() if value or key not in OPTIONAL}
 
     @classmethod
     def from_dict(cls, values: Any) -> AdapterMetadata:
@@ -66,7 +79,7 @@ class AdapterMetadata:
                 f"weights: format_version={shown(version)}, this program reads {FORMAT_VERSION}; use the srde_ds that "
                 "wrote them."
             )
-        for key in sorted(known - values.keys()):
+        for key in sorted(known - values.keys() - set(OPTIONAL)):
             raise SRDEError(f"weights: the metadata lack '{key}'; export the weights again.")
         for key in values.keys() - known:
             raise SRDEError(f"weights: unknown key {shown(key)} in the metadata; export the weights again.")
@@ -76,6 +89,8 @@ class AdapterMetadata:
         config = adapter_config(values["config"])
         check_names(values["expert_names"], config)
         check_base_identity(values["base"])
+        check_domain_tokens(values.get("domain_tokens", {}))
+        check_history(values.get("history", []))
         return cls(**(values | {"config": config}))
 
     def expert_index(self, name: str) -> int:
@@ -160,7 +175,7 @@ def read_header(path: str | Path) -> AdapterFile:
     tensors = {
         name: LazyTensor(DTYPES[dtype], shape, partial(_load, path, name)) for name, (dtype, shape) in kinds.items()
     }
-    check_shapes(metadata.config, tensors, path)
+    check_shapes(metadata.config, tensors, path, domains=len(metadata.domain_tokens))
     return AdapterFile(path, metadata, tensors)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from srde_ds.errors import SRDEError
 
@@ -83,12 +85,49 @@ def is_run(folder: Path) -> bool:
 
 
 def read_latest(run: Path) -> str | None:
-    """The text in `latest`, at most its first 100 characters; None without such a file."""
+    """The text in `latest`, at most its first 100 characters; None without such a file.
+
+    Raises:
+        SRDEError: it is a link, a pipe or the like, which could make a reader wait or read elsewhere.
+    """
     path = run / LATEST
-    if not path.is_file():
+    try:
+        plain = stat.S_ISREG(path.lstat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    with open(path, encoding="utf-8", errors="replace") as file:
+    if not plain:
+        raise SRDEError(f"'{path}' is not a plain file: links are not followed. Write a checkpoint's name into a file.")
+    with open(path, encoding="utf-8", errors="replace", opener=_not_a_link) as file:
         return file.read(100).strip()
+
+
+def saved_by_a_run(folder: Path) -> str | None:
+    """Name of something in a folder from which a training run can go on, or which it has made; None: there is none.
+
+    Metrics alone do not count: without a checkpoint nothing can continue them.
+    """
+    names = [name for name in (COMPLETED, LATEST) if os.path.lexists(folder / name)]
+    checkpoints = (path.name for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name))
+    return next(iter(names), None) or min(checkpoints, default=None)
+
+
+def completed_step(run: Path) -> int | None:
+    """The steps that a finished run has done; None for one that is not finished.
+
+    Raises:
+        SRDEError: its marker is damaged.
+    """
+    marker = _completed(run)
+    if marker is None:
+        return None
+    step = marker.get("step")
+    if type(step) is not int:
+        raise SRDEError(f"'{run / COMPLETED}' is damaged: it holds no step. Remove it to go on.")
+    return step
+
+
+def _not_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -109,16 +148,21 @@ def _in_folder(folder: Path) -> WeightsLocation:
 
 def _is_finished(run: Path, latest: str) -> bool:
     """Whether the run's weights file holds what its latest checkpoint does."""
+    marker = _completed(run)
+    return marker is not None and bool(marker.get("checkpoint", latest) == latest)
+
+
+def _completed(run: Path) -> dict[str, Any] | None:
     path = run / COMPLETED
     if not path.is_file():
-        return False
+        return None
     try:
         marker = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         marker = None
     if not isinstance(marker, dict):
         raise SRDEError(f"'{path}' is damaged: not a JSON object. Remove it to use the latest checkpoint.")
-    return bool(marker.get("checkpoint", latest) == latest)
+    return marker
 
 
 def _step(name: str) -> int | None:

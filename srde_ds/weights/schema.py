@@ -24,6 +24,9 @@ from srde_ds.weights.tensors import LazyTensor
 VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BASE_KEYS = ("name", "architecture", "hash")
 LONGEST_TEXT = 1000  # characters of a name; of what a message shows of a value, a tenth
+SHARED_KINDS = ("support", "router_bias", "domain_mean", "domain_spread")
+"""Kinds of a layer's tensors that no gradient trains: they keep their dtype, and every rank holds them whole"""
+LONGEST_HISTORY = 1000  # entries
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 
 
@@ -66,6 +69,34 @@ def check_base_identity(base: Any) -> None:
         raise SRDEError(f"weights: base={shown(base)} in the metadata must give {', '.join(BASE_KEYS)} as text.")
 
 
+def check_domain_tokens(counts: Any) -> None:
+    """Raise SRDEError unless this says of how many tokens each domain's statistics are."""
+    known = isinstance(counts, dict) and all(
+        is_printable(name) and name.strip() and type(count) is int and 0 < count < 2**63
+        for name, count in counts.items()
+    )
+    if not known:
+        raise SRDEError(
+            f"weights: domain_tokens={shown(counts)} in the metadata must give each domain's tokens, above 0. "
+            "Export the weights again."
+        )
+
+
+def check_history(history: Any) -> None:
+    """Raise SRDEError unless this is a list of mappings from names to printable texts or whole numbers."""
+    if not isinstance(history, list) or len(history) > LONGEST_HISTORY:
+        raise SRDEError(
+            f"weights: history={shown(history)} in the metadata must be a list of at most {LONGEST_HISTORY} entries."
+        )
+    for entry in history:
+        values = [*entry, *entry.values()] if isinstance(entry, dict) else [None]
+        if not all(is_printable(value) or (type(value) is int and abs(value) < 2**63) for value in values):
+            raise SRDEError(
+                f"weights: history: the entry {shown(entry)} must be a mapping to texts and whole numbers. "
+                "Export the weights again."
+            )
+
+
 def is_printable(value: Any) -> bool:
     """Whether it is text that a terminal shows as it is, of a reasonable length; empty text is."""
     return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
@@ -77,8 +108,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST_TEXT // 10 else f"{text[: LONGEST_TEXT // 10]}…"
 
 
-def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place: object) -> None:
+def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place: object, *, domains: int = 0) -> None:
     """Check names, dtypes and shapes of all tensors of an adapter against each other and its options.
+
+    Args:
+        domains: that there are statistics of.
 
     Raises:
         SRDEError: names the tensor that is missing, unknown, of another dtype or of another shape.
@@ -106,7 +140,7 @@ def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place
         if hidden is None and len(own["router.weight"].shape) == 2:
             hidden = own["router.weight"].shape[1]
         size = own["support"].shape[-1] if own["support"].shape else 0
-        expected = layer_shapes(config, hidden or 0, size)
+        expected = layer_shapes(config, hidden or 0, size, domains)
         for part in expected.keys() - own.keys() - {"router_bias"}:
             raise refuse(f"tensor layers.{number}.{part} is missing")
         for part, tensor in own.items():
@@ -120,15 +154,18 @@ def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place
                 raise refuse(f"{name} has shape {list(tensor.shape)}, expected {list(expected[part])}")
 
 
-def layer_shapes(config: AdapterConfig, hidden: int, size: int) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: AdapterConfig, hidden: int, size: int, domains: int) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's tensors by their names within the layer.
 
     Args:
         hidden: D.
         size: entries of one expert's support, m or n.
+        domains: that there are statistics of.
     """
     experts, atoms, neuron = config.num_experts, config.num_atoms, config.granularity == "neuron"
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (experts, hidden), "router_bias": (experts,)}
+    if domains:
+        shapes |= {"domain_mean": (domains, hidden), "domain_spread": (domains, hidden)}
     shapes["support"] = (size,) if config.support_scope == "shared" else (experts, size)
     if atoms == 0:
         return shapes | {"deltas.free": (hidden, 3 * experts, size) if neuron else (experts, size)}

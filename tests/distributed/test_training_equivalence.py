@@ -62,8 +62,10 @@ def test_world_size_and_accumulation_do_not_matter(
         # singular value, which is rounding alone.
         ({"num_atoms": 4, "atom_mixing": "softmax", "granularity": "element"}, 5e-3),
         ({"use_muon": False}, TOLERANCE),
+        ({"loss_weighting": "document"}, TOLERANCE),
+        ({"loss_weighting": "domain"}, TOLERANCE),
     ],
-    ids=["atoms", "element", "adamw"],
+    ids=["atoms", "element", "adamw", "documents alike", "domains alike"],
 )
 def test_one_and_two_ranks_agree(
     inputs: Inputs, changes: dict[str, Any], tolerance: float, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from srde_ds.config import Config, resolve
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
@@ -108,14 +108,9 @@ def make_inputs(folder: Path) -> Inputs:
     eval_file = write_jsonl(folder / "held_out.jsonl", [r for d in DOMAINS for r in sums(d, range(100, 106))])
     for name, seed in (("dataset", SEED), ("other_dataset", SEED + 1)):
         build_dataset(
-            tokenizer=tokenizer,
-            jsonl_data=jsonl,
-            eval_file=eval_file,
-            output_dir=folder / name,
-            domains=DOMAINS,
-            max_length=MAX_LENGTH,
-            too_long="error",
-            seed=seed,
+            RowsOfFiles(jsonl, eval_file, DOMAINS, max_length=MAX_LENGTH, too_long="error", seed=seed),
+            folder / name,
+            tokenizer,
         )
     deepspeed_config = folder / "zero3.json"
     deepspeed_config.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.planner.memory import memory
@@ -63,14 +63,16 @@ def test_peak_is_that_of_the_model(tmp_path: Path, checkpointing: bool) -> None:
     base.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     build_dataset(
-        tokenizer=tokenizer,
-        jsonl_data=write_jsonl(tmp_path / "train.jsonl", [r for d in DOMAINS for r in sums(d, range(400))]),
-        eval_file=None,
-        output_dir=tmp_path / "data",
-        domains=DOMAINS,
-        max_length=LENGTH,
-        too_long="error",
-        seed=0,
+        RowsOfFiles(
+            write_jsonl(tmp_path / "train.jsonl", [r for d in DOMAINS for r in sums(d, range(400))]),
+            None,
+            DOMAINS,
+            max_length=LENGTH,
+            too_long="error",
+            seed=0,
+        ),
+        tmp_path / "data",
+        tokenizer,
     )
     flags = {
         "model_name": str(tmp_path / "base"),

@@ -23,7 +23,7 @@ from transformers import (
 
 from srde_ds.model.head import chunk_rows, has_plain_head, linear_cross_entropy
 from srde_ds.model.targets import NO_LABEL, Targets
-from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 53
 SIZES: dict[str, Any] = {
@@ -128,6 +128,20 @@ def test_no_more_logits_are_there_than_a_chunk_holds_and_none_are_kept() -> None
         assert largest.values == max(most * VOCABULARY, weight.numel())
         saved.append(kept.values)
     assert saved[0] == x.numel() and saved[1] >= ROWS * VOCABULARY
+
+
+def test_tokens_count_by_their_weights() -> None:
+    x, weight, bias, targets = problem(torch.float64, bias=True)
+    weights = torch.rand(len(x), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    found = linear_cross_entropy(ours, weight, bias, targets, weights, chunk_bytes=8 * VOCABULARY * 8)
+    logits = torch.nn.functional.linear(theirs, weight, bias)
+    losses = torch.nn.functional.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="none")
+    expected = (losses * weights).sum()
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient_of(ours), gradient_of(theirs), rtol=1e-12, atol=1e-12)
 
 
 def test_without_gradients_none_is_made() -> None:

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter, parameter_table
+from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter
 from srde_ds.model.base import Sharding
+from srde_ds.model.parameter_table import parameter_table
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.weights.file import read_metadata, save_weights

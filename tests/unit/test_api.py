@@ -113,7 +113,7 @@ def test_generate_takes_a_question_or_a_conversation() -> None:
     assert sampled[0] == sampled[1] != sampled[2]
     with pytest.raises(SRDEError, match="max_tokens=0"):
         generate(model, tokenizer, "hi", max_tokens=0)
-    with patch("srde_ds.api.generate_answer", side_effect=lambda *_, **options: _Said(json.dumps(options))):
+    with patch("srde_ds.api.generate_answer", side_effect=lambda *given: _Said(json.dumps(vars(given[3])))):
         assert json.loads(generate(model, tokenizer, "hi"))["max_tokens"] == 100  # half of the context
         assert json.loads(generate(tiny_model(context=4096), tokenizer, "hi"))["max_tokens"] == 256
 

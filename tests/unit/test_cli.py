@@ -157,6 +157,7 @@ OTHER_VALUES = {
     "atom_mixing": "softmax",
     "too_long": "error",
     "train_on": "last",
+    "train_experts": "math",
     "expert_transport": "tokens",
     "on_save_failure": "continue",
     "lr_schedule": "wsd",
@@ -185,6 +186,7 @@ NEEDED = {
     "density_warmup_steps": ["--initial_density", "0.1"],
     "support_overlap_weight": [*LEARNED, "--support_scope", "per_expert"],
     "support_temperature": LEARNED,
+    "train_experts": ["--start_from", "weights"],
 }
 
 
@@ -289,7 +291,8 @@ def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_each_verb_has_a_script() -> None:
     for verb in VERBS:
-        text = (ROOT / "launch" / f"{verb}.py").read_text()
+        script = {"inspect": "inspect_weights"}.get(verb, verb)
+        text = (ROOT / "launch" / f"{script}.py").read_text()
         assert f'main(["{verb}", *sys.argv[1:]])' in text
 
 

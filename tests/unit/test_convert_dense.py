@@ -15,13 +15,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from srde_ds.cli.main import main
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import open_adapter
-from srde_ds.export.dense import write_dense
+from srde_ds.export.dense import Rounding, write_dense
 from srde_ds.export.moe import write_moe
+from srde_ds.model.adapter import load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.weights.tensors import LazyTensor
+from tests.cli_helpers import fails
 from tests.convert_helpers import BASES, NAMES, Trained, save_base, trained
 from tests.helpers import tokens
 from tests.unit.test_adapter import FORMS
@@ -214,3 +217,33 @@ def test_identity_of_files_is_that_of_the_loaded_model(name: str, tmp_path: Path
 
     folder = save_base(name, tmp_path, dtype=torch.bfloat16)
     assert BaseFiles(folder).identity() == base_identity(load_base(folder, dtype=torch.float32))
+
+
+def test_what_rounding_loses_is_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    before = torch.tensor([[1.0, 1.0, 2.0, 0.0]]).bfloat16()
+    change = torch.tensor([[1e-4, 0.5, 0.0, 1e-4]])
+    lost = Rounding()
+    lost.add(before, (before.float() + change).bfloat16(), change)
+    assert lost.changed == 3 and lost.unchanged_share == pytest.approx(1 / 3)
+    assert lost.relative_error == pytest.approx(1e-4 / change.norm().item(), rel=0.01)
+    made = trained(base, tmp_path)
+    with caplog.at_level("INFO"):
+        merged(made, tmp_path / "float32", "green", dtype=torch.float32)
+    assert "rounding" not in caplog.text
+    with caplog.at_level("INFO"):
+        merged(made, tmp_path / "bfloat16", "green", dtype=torch.bfloat16)
+    assert "rounding: the merged changes have a relative error of" in caplog.text
+    assert "of the changed weights stay what they were; --dtype float32 keeps them exactly" in caplog.text
+
+
+def test_a_base_that_has_moved_is_asked_for(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(base, tmp_path / "base")
+    made = trained(tmp_path / "base", tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    output = ["--to", "dense", "--expert", "green", "--output", str(tmp_path / "dense")]
+    told = f"base '{tmp_path}/base', named by the adapter, is not on this machine"
+    fails(capsys, ["convert", str(made.weights), *output], told, "--base")
+    with pytest.raises(SRDEError, match=f"{told}.*--base"):
+        load_adapter(made.weights)
+    assert main(["convert", str(made.weights), *output, "--base", str(tmp_path / "elsewhere")]) == 0
+    capsys.readouterr()

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, DatasetDict
 
-from srde_ds.data.sources.formatters import FORMATTERS, BrokenRow, Example
+from srde_ds.data.build.row_rules import normalise
+from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.data.sources.reading import open_source
 from srde_ds.data.sources.registry import Source, load_sources
 from srde_ds.inference.answers import exact_match
 from srde_ds.utils.retry import SourceError
+from tests.data_helpers import write_jsonl
 from tests.source_rows import FIXTURES, features
 
 HUB = [source for source in load_sources() if source.kind == "hub"]
@@ -94,9 +101,103 @@ def test_conversations_of_another_shape_are_broken(tmp_path: Path) -> None:
     turns = [
         [{"role": "assistant", "content": "a"}],
         [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}, {"role": "assistant", "content": "c"}],
         [{"role": "user", "content": " "}, {"role": "assistant", "content": "c"}],
     ]
     Dataset.from_list([{"messages": each} for each in turns]).save_to_disk(str(tmp_path / "data"))
     examples = read(Source("own", "math", folder=str(tmp_path / "data"), formatter="messages"))
-    assert all(isinstance(example, BrokenRow) for example in examples) and len(examples) == 4
+    assert all(isinstance(example, BrokenRow) for example in examples) and len(examples) == 3
+
+
+REAL = Path(__file__).parents[1] / "fixtures" / "real_items"
+
+
+def real_items(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (REAL / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("item", real_items("gsm8k"), ids=lambda item: item["prompt"][:20])
+def test_the_formatter_fits_what_gsm8k_really_holds(item: dict[str, str]) -> None:
+    example = FORMATTERS["gsm8k"].format({"question": item["prompt"], "answer": item["response"]})
+    assert example is not None and example.answer == item["answer"]
+    steps = item["response"].rpartition("####")[0].strip()
+    assert [message["content"] for message in example.messages] == [
+        item["prompt"].strip(),
+        f"{steps}\nAnswer: {item['answer']}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "item", [*real_items("arc_easy"), *real_items("openbookqa")], ids=lambda item: item["prompt"][:20]
+)
+def test_the_formatter_fits_what_multiple_choice_really_holds(item: dict[str, str]) -> None:
+    asked = item["prompt"].removesuffix("\nAnswer with the letter.")
+    question, *options = re.split(r"\n(?=[A-E]\. )", asked)
+    choices = {"label": [option[0] for option in options], "text": [option[3:] for option in options]}
+    example = FORMATTERS["arc"].format({"question": question, "choices": choices, "answerKey": item["answer"]})
+    assert example is not None and example.answer == item["answer"]
+    assert example.messages[0]["content"] == asked and example.messages[1]["content"].endswith(
+        f"Answer: {item['answer']}"
+    )
+
+
+CASES = Path(__file__).parents[1] / "fixtures" / "data_cases"
+
+
+def test_a_message_keeps_its_keys() -> None:
+    (weighed,) = read(Source("own", "math", jsonl=str(CASES / "source_weight.jsonl"), formatter="messages"))
+    assert isinstance(weighed, Example)
+    assert [message.get("train") for message in weighed.messages if message["role"] == "assistant"] == [False, None]
+    (called,) = read(Source("own", "math", jsonl=str(CASES / "tool_1.jsonl"), formatter="messages"))
+    assert isinstance(called, Example) and called.more["tools"][0]["function"]["name"] == "w"
+    assert [bool(message.get("tool_calls")) for message in called.messages] == [False, True, False, False]
+    (thought,) = read(Source("own", "math", jsonl=str(CASES / "reasoning_content.jsonl"), formatter="messages"))
+    assert isinstance(thought, Example) and thought.messages[-1]["reasoning_content"] == "7*8=56"
+    cleaned, changed = normalise(replace(thought, messages=[m | {"content": f"{m['content']} "}
+                                                            for m in thought.messages]))  # fmt: skip
+    assert changed and cleaned.messages == thought.messages and normalise(called)[0] == called
+
+
+def test_an_unknown_key_of_a_message_is_not_dropped(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "score": 0}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}])
+    (broken,) = read(Source("own", "math", jsonl=str(path), formatter="messages"))
+    assert isinstance(broken, BrokenRow) and str(broken).startswith("messages[1]: unknown key 'score'")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("plain.jsonl.gz", ["日本語 7*8?"]),
+        ("pretty_array.json", ["7*8?", "7*9?"]),
+        ("array_one_line.json", ["7*8?", "7*9?"]),
+        ("table.csv", ["日本語 7*8?", "日本語 7*9?"]),
+        ("utf16.jsonl", ["日本語 7*8?", "日本語 7*9?"]),
+        ("sharegpt.jsonl", ["7*8?"]),
+        ("turn_weight_0.jsonl", ["2+2?"]),
+    ],
+)
+def test_a_source_is_read_like_any_file_and_by_its_keys(name: str, prompts: list[str]) -> None:
+    examples = read(Source("own", "math", jsonl=str(CASES / name), formatter="by_keys"))
+    assert all(isinstance(example, Example) for example in examples), examples
+    assert [next(m["content"] for m in e.messages if m["role"] == "user") for e in examples] == prompts  # type: ignore
+
+
+def test_records_of_another_domain_or_held_out_ones_are_no_rows(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "response": "b"} | more for more in ({}, {"split": "test"}, {"domain": "law"}, {"x": 1})]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    kept, *broken = read(Source("own", "math", jsonl=str(path), formatter="by_keys"))
+    assert isinstance(kept, Example)
+    assert [str(row).partition(" in a record")[0] for row in broken] == [
+        "held out: its split is 'test'",
+        "its domain is 'law', not 'math'",
+        "unknown key 'x'",
+    ]
+
+
+def test_several_files_are_one_source_and_bad_lines_are_told(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1", "response": "b"}])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "2", "response": "b"}\n{"prompt"\n'))
+    source = Source("own", "math", jsonl=str(tmp_path / "*"), formatter="prompt_response")
+    first, second, broken = read(source)
+    assert isinstance(first, Example) and isinstance(second, Example)
+    assert isinstance(broken, BrokenRow) and str(broken).startswith("not valid JSON")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from srde_ds.data.build.dropped import tell_dropped
-from srde_ds.data.build.from_files import InputFiles, build_dataset, check_files
+from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import (
     DomainCounts,
@@ -43,8 +43,10 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 
 def build(files: Mapping[str, Any], **changes: Any) -> Manifest:
-    options: dict[str, Any] = {"domains": DOMAINS, "max_length": 512, "too_long": "drop", "seed": 1}
-    return build_dataset(**({"tokenizer": tiny_tokenizer()} | options | dict(files) | changes))
+    given: dict[str, Any] = {"domains": DOMAINS, "max_length": 512, "too_long": "drop", "seed": 1, **files, **changes}
+    how = {name: given.pop(name) for name in ("num_processes", "overwrite") if name in given}
+    tokenizer, output_dir = given.pop("tokenizer", None) or tiny_tokenizer(), given.pop("output_dir")
+    return build_dataset(RowsOfFiles(**given), output_dir, tokenizer, **how)
 
 
 def fails(files: Mapping[str, Any], message: str, **changes: Any) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from srde_ds.cli.main import main
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions, BuildSummary
 from srde_ds.data.build.report import write_report
@@ -119,9 +119,10 @@ def test_data_jsonl_builds_the_same_documents_again(options: BuildOptions, tmp_p
     build(options, tmp_path / "data")
     manifest = load_manifest(tmp_path / "data" / "tokenized")
     again = build_dataset(
-        tokenizer=tiny_tokenizer(), jsonl_data=tmp_path / "data" / "data.jsonl", eval_file=None,
-        output_dir=tmp_path / "again", domains=["math", "logic"], max_length=256, too_long="drop", seed=1,
-    )  # fmt: skip
+        RowsOfFiles(tmp_path / "data" / "data.jsonl", None, ["math", "logic"], max_length=256, too_long="drop", seed=1),
+        tmp_path / "again",
+        tiny_tokenizer(),
+    )
     for split, entry in manifest.splits.items():
         for domain, count in entry.domains.items():
             other = again.splits[split].domains[domain]
@@ -160,7 +161,7 @@ def test_a_generated_source_that_has_no_more_ends_the_growth(options: BuildOptio
 def test_a_missing_source_is_fatal_or_skipped_by_name(options: BuildOptions, tmp_path: Path) -> None:
     gone = replace(options.sources[1], name="gone", jsonl=str(tmp_path / "none.jsonl"))
     with_gone = replace(options, sources=[options.sources[0], gone, *options.sources[2:]], examples_per_domain=50)
-    with pytest.raises(SRDEError, match=r"source 'gone' \(jsonl .*none.jsonl\) cannot be had: no such file"):
+    with pytest.raises(SRDEError, match=r"source 'gone' \(jsonl .*none.jsonl\) cannot be read: no such file"):
         build(with_gone, tmp_path / "data")
     result = build(replace(with_gone, on_missing_source="skip"), tmp_path / "data")
     assert result.skipped == {"gone": f"no such file '{tmp_path / 'none.jsonl'}'"}
@@ -200,6 +201,8 @@ def test_rules_are_applied_across_sources_domains_and_splits(options: BuildOptio
     assert result.sources[2]["reasons"] == {"no text in 'response'": 1}
     assert all(question("logic", 5) not in prompt(line) for line in lines(tmp_path / "data"))
     page = write_report(tmp_path / "data", result, load_manifest(tmp_path / "data" / "tokenized")).read_text()
+    trained = load_manifest(tmp_path / "data" / "tokenized").splits["train"].domains["logic"]
+    assert f"| train | logic | {trained.documents} | 0 | 0 | {trained.response_tokens:,} | " in page
     assert "| puzzles | logic | 90 |" in page and "near duplicate" in page and "Domain logic lacks" in page
 
 

@@ -21,7 +21,7 @@ from srde_ds.data.build.decontaminate import (
 from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
 from srde_ds.data.build.row_rules import hashed, make_records, ngram_hashes, normalise, signatures, words
 from srde_ds.data.build.tables import read_table
-from srde_ds.data.sources.formatters import BrokenRow, Example
+from srde_ds.data.sources.examples import BrokenRow, Example
 from srde_ds.errors import SRDEError
 
 LABELS = {"domain": "math", "source": "own", "revision": "1"}

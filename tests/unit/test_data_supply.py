@@ -33,7 +33,7 @@ def build(options: BuildOptions, work_dir: Path, **changes: Any) -> BuildSummary
     ("values", "message"),
     [
         ({"columns": {"prompt": "q"}}, "its columns do not fit: no 'q', it has prompt, response, domain"),
-        ({"jsonl": "."}, "IsADirectoryError"),
+        ({"jsonl": "."}, "the folder holds no file of records"),
         (
             {"jsonl": None, "formatter": None, "reasoning_gym": "leg_counting", "options": {"min_animals": 0}},
             "min_animals must be positive",
@@ -44,7 +44,7 @@ def test_a_source_of_another_form_cannot_be_had(
     options: BuildOptions, tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     wrong = [replace(options.sources[0], **values)]
-    with pytest.raises(SRDEError, match="source 'sums' .* cannot be had: ") as caught:
+    with pytest.raises(SRDEError, match="source 'sums' .* cannot be read: ") as caught:
         build(options, tmp_path / "data", sources=wrong)
     assert message in str(caught.value)
 

@@ -80,7 +80,11 @@ def test_dropped_and_bad_records_are_told_on_the_console(
 ) -> None:
     long = {"jsonl_data": CASES / "half_too_long.jsonl", "domains": "math,code"}
     assert main(command(base, tmp_path / "long", **long)) == 0
-    errors = capsys.readouterr().err
+    printed, errors = capsys.readouterr()
+    tokens = load_manifest(tmp_path / "long" / "tokenized").splits["train"].domains["math"].response_tokens
+    assert [line.split() for line in printed.splitlines() if line.startswith("train  ")] == [
+        ["train", domain, "8", "4", "0", str(tokens), "50.0%"] for domain in ("math", "code")
+    ]
     for domain in ("math", "code"):
         assert f"srde-ds: train, {domain}: 4 of 8 documents are longer than max_length=128: 4 left out." in errors
     assert "half_too_long.jsonl: 16 records, prompts and responses" in errors

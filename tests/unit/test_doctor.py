@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from srde_ds.cluster.doctor import (
     check_sizes,
     compare,
 )
+from srde_ds.cluster.hosts import Host
 from srde_ds.config import resolve
 from tests.cli_helpers import fails, save_base
 
@@ -127,3 +129,21 @@ def test_the_verb_prints_findings_and_ends_with_1_if_one_is_fatal(
     printed = capsys.readouterr().out
     assert "2 to repair before training: output_dir=/proc/run is not writable; " in printed.splitlines()[-1]
     fails(capsys, ["doctor", "--hostfile", str(tmp_path / "none")], "hostfile=")
+
+
+@pytest.mark.parametrize("missing", ["folder", "interpreter"])
+def test_what_the_other_host_lacks_is_named_with_the_command_that_shows_it(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ssh").write_text('#!/bin/sh\nshift 5\nexec sh -c "$*"\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setattr(doctor, "SSH", (str(tmp_path / "ssh"), *doctor.SSH[1:]))
+    if missing == "folder":
+        monkeypatch.setattr(os, "getcwd", lambda: "/no/such/folder")
+        named, shows = "node2: has no folder '/no/such/folder'", "node2 'ls -d /no/such/folder'"
+    else:
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+        named, shows = "node2: has no '/no/such/python'", "node2 'ls -l /no/such/python'"
+    config = resolve({}, {"output_dir": str(tmp_path / "run")})
+    [finding] = doctor.check_hosts(config, [Host("node2", 1)], 29500, {})
+    assert finding.level == "fatal" and finding.text.startswith(named) and finding.remedy.endswith(shows)

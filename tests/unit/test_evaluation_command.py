@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import sys
@@ -14,13 +15,13 @@ import pytest
 import yaml
 
 from srde_ds.cli.main import main
-from srde_ds.config import Config
+from srde_ds.config import resolve
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.options import EvaluateOptions
-from srde_ds.evaluation.report import examples, write_report
+from srde_ds.evaluation.report import MOST_LINES, examples, read_metrics, write_report
 from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
 
 
@@ -29,12 +30,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     write_jsonl(folder / "held_out.jsonl", records())
     run = save_model(folder).parent
-    (run / "config.yaml").write_text(yaml.safe_dump(Config().to_dict()))
+    (run / "config.yaml").write_text(yaml.safe_dump(resolve({}, {"loss_weighting": "domain"}).to_dict()))
     lines = [
         {"step": s, "loss": 3.0 / s, "tokens": 100 * s, "tokens_per_second": 50.0, "tokens_per_expert": [1, 2, 3]}
         for s in range(1, 6)
     ]
     lines[0]["held_out_at_start"] = {"math": 4.0, "logic": 5.0}
+    counts = {"documents": 9, "too_long": 3, "dropped": 2, "response_tokens": 1200}
+    lines[0]["data"] = {"train": {"math": counts, "logic": counts | {"response_tokens": 400}}}
     lines[-1]["held_out"] = {"math": 1.0, "logic": 2.0}
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     environment = {"machine": "a box", "python": "3", "git_revision": None, "world_size": 2, "versions": {"torch": "9"}}
@@ -94,6 +97,8 @@ def test_report_is_made_of_the_run(run_folder: Path) -> None:
     assert "**logic**" in text and "- expected: `0`" in text and "- base (" in text and "- srde (" in text
     losses = " | ".join(f"{loss:.3f}" for loss in result["each_expert"]["loss"][2])
     assert f"| code alone | {losses} |" in text and "| as routed | " in text and "## By source" not in text
+    assert "| train | math | 9 | 2 | 1 | 1,200 | 75.0% |" in text and "| loss_weighting | domain |" in text
+    assert "each domain counts alike" in text and "Held out: the mean over the response tokens" in text
     assert "| machine | a box |" in text and "| torch | 9 |" in text
     assert "5 steps, 500 tokens, 50 tokens/s" in text
     assert examples(page).startswith("**math**") and "Speed" not in examples(page)
@@ -203,3 +208,44 @@ def test_an_unknown_domain_is_named(run_folder: Path, tmp_path: Path) -> None:
     path.write_text('{"domain": "maths", "prompt": "a", "response": "b"}\n')
     with pytest.raises(SRDEError, match="unknown domain 'maths'"):
         evaluate_command(_options(run_folder, eval_file=str(path)))
+
+
+def test_training_records_of_a_file_of_all_splits_are_left_out(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.loads(line) for line in (run_folder.parent / "held_out.jsonl").read_text().splitlines()]
+    marked = [line | {"split": split} for line, split in zip(lines[:3], ("train", "test", "validation"), strict=True)]
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in marked))
+    caplog.set_level("INFO")
+    result = evaluate_command(_options(run_folder, eval_file=str(path), output_file=str(tmp_path / "e.json")))
+    assert result["overall"]["srde"]["items"] == 2
+    assert f"{path}: 2 held-out items; those for training are left out: 1" in caplog.text
+
+
+def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:
+    path, count = tmp_path / "metrics.jsonl", 500_000
+    with open(path, "w") as file:
+        for step in range(1, count + 1):
+            more = ', "held_out": {"red": 1.0}' if step % 50_000 == 7 else ""
+            file.write(f'{{"step": {step}, "loss": 1.0{more}}}\n')
+    lines = read_metrics(path)
+    steps = [line["step"] for line in lines]
+    assert steps[0] == 1 and steps[-1] == count and steps == sorted(set(steps))
+    assert len(steps) <= MOST_LINES + 11 and sum("held_out" in line for line in lines) == 10
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 8))
+
+
+def test_a_report_that_cannot_be_written_leaves_the_former_one(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(run_folder)
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("srde_ds.evaluation.report.plot_speed", full)
+    assert main(["report", "--run", str(run_folder)]) == 2
+    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before

@@ -14,7 +14,7 @@ from srde_ds.data.packing import prompt_ids, tokenize
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.evaluation.bootstrap import interval, resampled_sums
-from srde_ds.evaluation.compare import evaluate, evenly_by_domain
+from srde_ds.evaluation.compare import EvaluationSettings, evaluate, evenly_by_domain
 from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.evaluation.table import format_tables
 from srde_ds.inference import batches
@@ -22,7 +22,10 @@ from srde_ds.model.policy import RoutingPolicy
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import records, tiny_model
 
-OPTIONS: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+
+def settings(**given: Any) -> EvaluationSettings:
+    values: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+    return EvaluationSettings(**values | {"compare_baseline": False} | given)
 
 
 def test_losses_equal_a_direct_computation_for_each_item() -> None:
@@ -113,7 +116,7 @@ def test_samples_are_taken_evenly_in_file_order() -> None:
 
 def test_shape_of_an_evaluation_and_its_sums() -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
-    result, lines = evaluate(model, tokenizer, items, compare_baseline=True, **OPTIONS)
+    result, lines = evaluate(model, tokenizer, items, settings(compare_baseline=True))
     json.dumps([result, lines], allow_nan=False)
     assert list(result["domains"]) == ["math", "logic"]  # the experts' order, not the file's
     for figures in [result["overall"], *result["domains"].values()]:
@@ -142,7 +145,7 @@ def test_shape_of_an_evaluation_and_its_sums() -> None:
 
 def test_the_base_is_run_without_experts() -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
-    result, _ = evaluate(model, tokenizer, items, compare_baseline=True, **OPTIONS)
+    result, _ = evaluate(model, tokenizer, items, settings(compare_baseline=True))
     with model.no_experts():
         bare = response_losses(model, tokenizer, items, max_length=256, batch_size=4)
     loss = sum(item.loss_sum for item in bare) / sum(item.tokens for item in bare)
@@ -157,7 +160,7 @@ def test_a_right_answer_counts_and_a_domain_without_answers_has_no_accuracy() ->
         replace(record, answer=text if record.domain == "math" else None)
         for record, text in zip(items, said, strict=True)
     ]
-    result, _ = evaluate(model, tokenizer, items, compare_baseline=False, **OPTIONS)
+    result, _ = evaluate(model, tokenizer, items, settings())
     assert result["domains"]["math"]["srde"]["accuracy"] == 1.0
     assert result["domains"]["logic"]["srde"]["accuracy"] is None
     assert "base" not in result["overall"] and "difference" not in result["overall"]
@@ -166,7 +169,7 @@ def test_a_right_answer_counts_and_a_domain_without_answers_has_no_accuracy() ->
 
 
 def test_table_shows_base_and_srde_with_intervals() -> None:
-    result, _ = evaluate(tiny_model(), tiny_tokenizer(), records(), compare_baseline=True, **OPTIONS)
+    result, _ = evaluate(tiny_model(), tiny_tokenizer(), records(), settings(compare_baseline=True))
     lines = format_tables(result).splitlines()
     math = result["domains"]["math"]
     row = next(line for line in lines if line.startswith("math"))
@@ -185,4 +188,9 @@ def test_an_item_that_is_too_long_is_named() -> None:
 
 def test_bad_values_are_refused() -> None:
     with pytest.raises(SRDEError, match="batch_size=0"):
-        evaluate(tiny_model(), tiny_tokenizer(), records(), compare_baseline=False, **(OPTIONS | {"batch_size": 0}))
+        evaluate(
+            tiny_model(),
+            tiny_tokenizer(),
+            records(),
+            settings(batch_size=0),
+        )

@@ -123,3 +123,17 @@ def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SRDEError, match="one process"):
         SRDEHarnessModel(str(weights))
+
+
+def test_a_missing_chat_template_is_told_once(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from srde_ds.evaluation.harness import SRDEHarnessModel
+
+    base, ids = str(weights.parents[1] / "base"), torch.tensor([[1, 2, 3]])
+    for applied in (False, True):
+        caplog.clear()
+        model = SRDEHarnessModel(str(weights), base=base, dtype="float32", device="cpu")
+        if applied:
+            model.apply_chat_template([{"role": "user", "content": "1 + 1?"}])
+        model._model_call(ids)
+        model._model_call(ids)
+        assert caplog.text.count("give --apply_chat_template") == (0 if applied else 1)

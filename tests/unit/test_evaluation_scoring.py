@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from srde_ds.data.conversation import only_last_trained
 from srde_ds.data.packing import tokenize
 from srde_ds.data.records import Record
 from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.choices import likeliest_choices
-from srde_ds.evaluation.compare import evaluate
+from srde_ds.evaluation.compare import EvaluationSettings, evaluate
 from srde_ds.evaluation.equivalence import equivalent, is_mathematical
 from srde_ds.evaluation.figures import figures_by_group
 from srde_ds.evaluation.perplexity import ItemLoss, response_losses
@@ -24,7 +25,12 @@ from srde_ds.evaluation.table import format_tables
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, records, scored_records, tiny_model
 
-OPTIONS: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+
+def settings(**given: Any) -> EvaluationSettings:
+    values: dict[str, Any] = {"batch_size": 4, "max_new_tokens": 4, "max_samples": 100, "seed": 0}
+    return EvaluationSettings(**values | {"compare_baseline": False} | given)
+
+
 SAME = [
     ("1,000", "1000"),
     (r"\frac{1}{2}", "0.5"),
@@ -107,7 +113,8 @@ def test_of_several_responses_the_last_alone_is_counted() -> None:
     whole = scored_records()[10]
     assert [message["role"] for message in whole.messages] == ["user", "assistant"] * 2
     model, tokenizer, said = tiny_model(), tiny_tokenizer(), whole.messages[-1]["content"]
-    (last,) = response_losses(model, tokenizer, [whole], max_length=256, batch_size=1, last_response=True)
+    only_last = replace(whole, messages=only_last_trained(whole.messages))
+    (last,) = response_losses(model, tokenizer, [only_last], max_length=256, batch_size=1)
     (both,) = response_losses(model, tokenizer, [whole], max_length=256, batch_size=1)
     assert last.tokens == len(tokenizer(said, add_special_tokens=False)["input_ids"]) + 1 < both.tokens
     assert last.loss_sum / last.tokens == pytest.approx(_mean_loss_of_last(whole, said), rel=1e-5)
@@ -122,7 +129,10 @@ def test_all_kinds_of_items_in_one_evaluation(monkeypatch: pytest.MonkeyPatch) -
         lambda model, tokenizer, asked, **_: [right.get(r.where, "") for r in asked],
     )
     result, lines = evaluate(
-        tiny_model(), tiny_tokenizer(), items, compare_baseline=True, run_code="bubblewrap", each_expert=True, **OPTIONS
+        tiny_model(),
+        tiny_tokenizer(),
+        items,
+        settings(compare_baseline=True, run_code="bubblewrap", each_expert=True),
     )
     assert [line["scoring"] for line in lines[9:]] == ["choice", "choice", "code", "exact"]
     assert [line["srde"]["correct"] for line in lines[11:]] == [True, True]
@@ -136,13 +146,13 @@ def test_all_kinds_of_items_in_one_evaluation(monkeypatch: pytest.MonkeyPatch) -
         assert line["srde"]["correct"] == (line["srde"]["prediction"] == line["answer"])
     tables = format_tables(result)
     assert "McNemar p" in tables and "\nprograms " in tables and "\nlogic alone " in tables and "\nas routed " in tables
-    left, lines = evaluate(tiny_model(), tiny_tokenizer(), items, compare_baseline=False, **OPTIONS)
+    left, lines = evaluate(tiny_model(), tiny_tokenizer(), items, settings())
     assert lines[11]["scoring"] is None and left["domains"]["code"]["srde"]["scored"] == 1
 
 
 def test_each_expert_alone_is_the_model_with_that_expert_alone() -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
-    result, _ = evaluate(model, tokenizer, items, compare_baseline=False, each_expert=True, **OPTIONS)
+    result, _ = evaluate(model, tokenizer, items, settings(each_expert=True))
     table = result["each_expert"]
     assert table["experts"] == NAMES and table["domains"] == ["math", "logic"]
     for name, losses in zip(NAMES, table["loss"], strict=True):

@@ -7,13 +7,21 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from srde_ds.cli.main import main
-from srde_ds.cluster.hosts import Host, expand_nodelist, format_hostfile, hosts_from_slurm, parse_hostfile
+from srde_ds.cluster.hosts import (
+    Host,
+    expand_nodelist,
+    format_hostfile,
+    hosts_from_slurm,
+    parse_hostfile,
+    read_hostfile,
+)
 from srde_ds.errors import SRDEError
 
 INSTANCES: list[dict[str, Any]] = [
@@ -94,7 +102,7 @@ def test_hostfiles_are_read_as_deepspeed_does(tmp_path: Path) -> None:
         ("node1", "line 1, 'node1'"),
         ("a slots=1\na slots=2", "'a' is listed 2 times"),
         ("a slots=0", "slots=0"),
-        ("-oProxyCommand=x slots=1", "line 1"),
+        ("-oProxyCommand=x slots=1", "not a host name"),
     ],
 )
 def test_bad_hostfiles_are_refused(text: str, named: str) -> None:
@@ -135,7 +143,7 @@ def test_vastai_instances_become_hosts_with_their_ports(
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "give --list, --slurm or --vastai"),
+        ([], "give --list, --slurm, --vastai or --hostfile"),
         (["--list", "a"], "slots"),
         (["--list", "a:x"], "'x' is not a number"),
         (["--list", "a;b:1"], "'a;b' is not a host name"),
@@ -145,6 +153,10 @@ def test_vastai_instances_become_hosts_with_their_ports(
         (["--list", "a:1", "--ssh_config", "x"], "only --vastai"),
         (["--list", "a:1", "--variables", "NOT_SET_ANYWHERE"], "is not set here"),
         (["--list", "a:1", "--variables", "HF_TOKEN=x"], "looks like a secret"),
+        (["--list", "a:1", "--variables", "WEBHOOK_URL=https://a/b"], "looks like a secret"),
+        (["--list", "a:1", "--variables", "AWS_ACCESS_KEY_ID=x"], "looks like a secret"),
+        (["--list", "a:1", "--variables", "PGPASSWD=x"], "looks like a secret"),
+        (["--list", "a:1", "--variables", "HTTPS_PROXY=http://me:word@proxy"], "its value holds a password"),
         (["--list", "a:1", "--variables", "A=$HOME"], "has '\\$'"),
         (["--list", "a:1", "--variables", "A= x"], "begins or ends with a space"),
         (["--list", "a:1", "--variables", "1A=x"], "no name of a variable"),
@@ -167,3 +179,52 @@ def test_what_would_not_work_is_refused(
 def test_other_json_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "instances.json").write_text(text)
     assert "vastai" in refusal(["--vastai", str(tmp_path / "instances.json")], capsys)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user@node1 slots=2\n",
+        "# all\n\nnode1 slots=2 # the first\n  node2   slots=4  \n",
+        "node1 slots=2 max_slots=4\n",
+        "node1 slots=2 max-slots=4 # of Open MPI\n",
+        "fe80::1 slots=2\n2001:db8::7 slots=1\n",
+        "10.0.0.1 slots=2\r\n10.0.0.2 slots=2\r\n",
+        "node1 slots=0\n",
+        "\ufeffnode1 slots=2\n",
+        "node1\n",
+        "node1 slots=2\nnode1 slots=2\n",
+        "node1 slots=2 node2 slots=2\n",
+        "slots=2\n",
+        "",
+    ],
+)
+def test_a_hostfile_is_read_as_deepspeed_reads_it_or_refused(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text(text, encoding="utf-8")
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    try:
+        expected = fetch_hostfile(str(tmp_path / "hosts"))
+    except ValueError:
+        expected = None
+    try:
+        found = {host.name: host.slots for host in read_hostfile(tmp_path / "hosts")}
+    except SRDEError as error:
+        doubtful = "slots=0" in text or "\ufeff" in text or "node2 slots=2" in text
+        assert (expected is None or doubtful) and str(error).startswith(f"hostfile={tmp_path / 'hosts'}: ")
+        assert main(["doctor", "--hostfile", str(tmp_path / "hosts")]) == 2
+    else:
+        assert found == expected
+        capsys.readouterr()
+        assert main(["hosts", "--hostfile", str(tmp_path / "hosts")]) == 0  # as cluster/ssh/train.sh reads it
+        assert parse_hostfile(capsys.readouterr().out) == read_hostfile(tmp_path / "hosts")
+
+
+def test_the_script_for_ssh_refuses_what_doctor_refuses(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slot=2\n")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PREFLIGHT": "false"}
+    command = ["cluster/ssh/train.sh", str(tmp_path / "hosts")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "line 2, 'node2 slot=2'" in done.stderr

@@ -27,7 +27,7 @@ FLOORS = [
     {"checkpoint"},
     {"export", "inference"},
     {"evaluation", "training"},
-    {"planner"},
+    {"planner", "compose"},
     {"cluster"},
     {"api"},
     {"cli"},
@@ -45,6 +45,7 @@ PRIVATE = {
     *("partition_numel", "parameter_offload", "overflow", "checkpoint_event_prologue", "checkpoint_event_epilogue"),
 }
 LONGEST_FILE = 450
+MOST_PARAMETERS = 8
 SLOWEST_IMPORT = 0.3  # seconds
 
 
@@ -95,6 +96,19 @@ def test_no_file_imports_in_a_circle() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_functions_have_few_parameters() -> None:
+    """More than that go into an options object."""
+    found = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                count = sum(parameter.arg not in ("self", "cls") for parameter in parameters)
+                if count > MOST_PARAMETERS:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {node.name}: {count}")
+    assert not found
 
 
 def test_one_file_imports_deepspeed() -> None:

@@ -14,17 +14,19 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference import chat as chat_module
 from srde_ds.inference.chat import Chat, side_by_side
 from srde_ds.inference.command import inference_command
-from srde_ds.inference.generate import Generation, answer_length, generate
+from srde_ds.inference.generate import Generation, Sampling, answer_length, generate
 from srde_ds.inference.options import InferenceOptions
 from srde_ds.utils.escape import terminal
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import save_model, tiny_model
 
+GREEDY = Sampling(6, temperature=0.0, top_p=1.0)
+
 
 def _chat(lines: str, **changes: Any) -> str:
     target = io.StringIO()
-    options = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0, "stream": False, "show_routing": False} | changes
-    Chat(tiny_model(), tiny_tokenizer(), source=io.StringIO(lines), target=target, **options).run()
+    shown = {"stream": False, "show_routing": False} | changes
+    Chat(tiny_model(), tiny_tokenizer(), GREEDY, source=io.StringIO(lines), target=target, **shown).run()
     return target.getvalue()
 
 
@@ -72,9 +74,9 @@ def test_messages_of_several_lines(lines: str, message: str, heard: list[list[st
 def test_an_expert_is_pinned_and_unpinned() -> None:
     hi = [{"role": "user", "content": "hi"}]
     model = tiny_model()
-    everyone = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    everyone = generate(model, tiny_tokenizer(), hi, Sampling(6, temperature=0)).text
     model.set_active_experts("logic")
-    alone = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    alone = generate(model, tiny_tokenizer(), hi, Sampling(6, temperature=0)).text
     printed = _chat("/expert logic\nhi\n/reset\n/expert\nhi\n")
     assert alone != everyone
     assert f"From now on: logic.\n> {terminal(alone)}\n" in printed
@@ -84,9 +86,9 @@ def test_an_expert_is_pinned_and_unpinned() -> None:
 def test_the_base_answers_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     model, hi = tiny_model(), [{"role": "user", "content": "hi"}]
-    ours = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+    ours = generate(model, tiny_tokenizer(), hi, Sampling(6, temperature=0)).text
     with model.no_experts():
-        theirs = generate(model, tiny_tokenizer(), hi, max_tokens=6, temperature=0).text
+        theirs = generate(model, tiny_tokenizer(), hi, Sampling(6, temperature=0)).text
     shown = side_by_side(terminal(ours), terminal(theirs), titles=("with experts", "base"))
     assert ours != theirs and shown in _chat("/base\nhi\n", stream=True)
     assert "with experts" not in _chat("/base\n/base\nhi\n")
@@ -115,9 +117,8 @@ def test_ctrl_c_at_the_prompt_ends() -> None:
             raise KeyboardInterrupt
 
     target = io.StringIO()
-    options: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0}
     shown = {"stream": False, "show_routing": False}
-    Chat(tiny_model(), tiny_tokenizer(), source=Interrupted(), target=target, **shown, **options).run()
+    Chat(tiny_model(), tiny_tokenizer(), GREEDY, source=Interrupted(), target=target, **shown).run()
     assert target.getvalue().endswith("> \n")
 
 
@@ -128,7 +129,7 @@ def test_unknown_commands_are_answered_and_not_sent(heard: list[list[str]]) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_real_answers_streamed_or_not(stream: bool) -> None:
-    said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], max_tokens=6, temperature=0)
+    said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], Sampling(6, temperature=0))
     assert f"> {terminal(said.text)}\n> " in _chat("hi\n", stream=stream)
 
 
@@ -155,7 +156,7 @@ def _options(**changes: Any) -> InferenceOptions:
 
 def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = save_model(tmp_path)
-    said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], max_tokens=5, temperature=0)
+    said = generate(tiny_model(), tiny_tokenizer(), [{"role": "user", "content": "hi"}], Sampling(5, temperature=0))
     capsys.readouterr()  # what libraries said when they were imported
     for path, stream in ((weights, False), (weights.parent, True)):
         inference_command(_options(weights=str(path), prompt="hi", stream=stream))
@@ -178,16 +179,16 @@ def test_one_prompt_from_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_the_longest_answer_follows_from_the_context(tmp_path: Path) -> None:
     weights = str(save_model(tmp_path))
-    seen: list[dict[str, Any]] = []
+    seen: list[Sampling] = []
 
-    def generate(*_: Any, **options: Any) -> Mock:
-        seen.append(options)
+    def generate(model: Any, tokenizer: Any, messages: Any, sampling: Sampling, **_: Any) -> Mock:
+        seen.append(sampling)
         return Mock(text="")
 
     for given, expected in ((None, 128), (3, 3)):  # the context is 256
         with patch("srde_ds.inference.command.generate", generate):
             inference_command(_options(weights=weights, prompt="hi", max_tokens=given))
-        assert seen.pop()["max_tokens"] == expected
+        assert seen.pop().max_tokens == expected
     assert answer_length(tiny_model(context=4096), 256) == 256
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.packing import prompt_ids
 from srde_ds.errors import SRDEError
-from srde_ds.inference.generate import format_routing, generate
+from srde_ds.inference.generate import Sampling, format_routing, generate
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 from tests.data_helpers import tiny_tokenizer
@@ -27,12 +29,12 @@ def _uncached(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, length: int)
 
 def test_cached_generation_equals_uncached_token_for_token() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    answer = generate(model, tokenizer, MESSAGES, max_tokens=40, temperature=0)
+    answer = generate(model, tokenizer, MESSAGES, Sampling(40, temperature=0))
     assert answer.prompt_length == len(prompt_ids(tokenizer, MESSAGES))
     ids = _uncached(model, tokenizer, len(answer.tokens))
     assert [tokenizer.decode([token]) for token in ids] == answer.tokens
     with model.no_experts():
-        bare = generate(model, tokenizer, MESSAGES, max_tokens=40, temperature=0)
+        bare = generate(model, tokenizer, MESSAGES, Sampling(40, temperature=0))
     assert bare.tokens != answer.tokens  # the deltas matter
 
 
@@ -40,13 +42,13 @@ def test_pieces_joined_are_the_text() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     pieces: list[str] = []
     torch.manual_seed(0)
-    streamed = generate(model, tokenizer, MESSAGES, max_tokens=60, temperature=2.0, top_p=1.0, stream=pieces.append)
+    streamed = generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0), stream=pieces.append)
     torch.manual_seed(0)
-    whole = generate(model, tokenizer, MESSAGES, max_tokens=60, temperature=2.0, top_p=1.0)
+    whole = generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0))
     assert "".join(pieces) == streamed.text == whole.text
     assert len(pieces) > 10
     torch.manual_seed(1)
-    assert generate(model, tokenizer, MESSAGES, max_tokens=60, temperature=2.0, top_p=1.0).text != whole.text
+    assert generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0)).text != whole.text
 
 
 def test_a_character_of_several_tokens_is_streamed_whole() -> None:
@@ -61,24 +63,24 @@ def test_a_character_of_several_tokens_is_streamed_whole() -> None:
 
     handle = model.base.register_forward_hook(forced)
     pieces: list[str] = []
-    answer = generate(model, tokenizer, MESSAGES, max_tokens=7, temperature=0, stream=pieces.append)
+    answer = generate(model, tokenizer, MESSAGES, Sampling(7, temperature=0), stream=pieces.append)
     handle.remove()
     assert pieces == ["é", "€", "é"] and answer.text == "é€é"
 
 
 def test_a_narrow_nucleus_is_greedy_despite_the_bases_own_settings() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    greedy = generate(model, tokenizer, MESSAGES, max_tokens=20, temperature=0)
-    narrow = generate(model, tokenizer, MESSAGES, max_tokens=20, temperature=1.0, top_p=1e-6)
+    greedy = generate(model, tokenizer, MESSAGES, Sampling(20, temperature=0))
+    narrow = generate(model, tokenizer, MESSAGES, Sampling(20, temperature=1.0, top_p=1e-6))
     assert narrow.tokens == greedy.tokens
     config = model.base.generation_config
     config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 9.0
-    assert generate(model, tokenizer, MESSAGES, max_tokens=20, temperature=0).tokens == greedy.tokens
+    assert generate(model, tokenizer, MESSAGES, Sampling(20, temperature=0)).tokens == greedy.tokens
 
 
 def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    answer = generate(model, tokenizer, MESSAGES, max_tokens=10, temperature=0, show_routing=True)
+    answer = generate(model, tokenizer, MESSAGES, Sampling(10, temperature=0), show_routing=True)
     assert answer.experts is not None and answer.experts.shape == (len(answer.tokens) - 1, 3)
     ids = _uncached(model, tokenizer, len(answer.tokens))
     recorded: dict[int, torch.Tensor] = {}
@@ -91,7 +93,7 @@ def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:
 
 def test_routing_is_shown_for_prompt_and_answer() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    answer = generate(model, tokenizer, MESSAGES, max_tokens=5, temperature=0, show_routing=True)
+    answer = generate(model, tokenizer, MESSAGES, Sampling(5, temperature=0), show_routing=True)
     lines = format_routing(answer, NAMES).splitlines()
     assert len(lines) == len(answer.tokens) - 1 + 3
     assert lines[0] == "prompt:" and lines[answer.prompt_length + 1] == "answer:"
@@ -108,11 +110,11 @@ def test_routing_is_shown_for_prompt_and_answer() -> None:
         ({"max_tokens": 250}, "context of 256"),
     ],
 )
-def test_bad_values_are_refused(options: dict[str, float], message: str) -> None:
+def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SRDEError, match=message):
-        generate(tiny_model(), tiny_tokenizer(), MESSAGES, **options)  # type: ignore[arg-type]
+        generate(tiny_model(), tiny_tokenizer(), MESSAGES, Sampling(**options))
 
 
 def test_answering_works_without_a_chat_template() -> None:
-    answer = generate(tiny_model(), tiny_tokenizer(template=None), MESSAGES, max_tokens=5, temperature=0)
+    answer = generate(tiny_model(), tiny_tokenizer(template=None), MESSAGES, Sampling(5, temperature=0))
     assert "".join(answer.tokens[: answer.prompt_length]).startswith("what is")

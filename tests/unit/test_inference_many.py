@@ -13,19 +13,24 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.inference import many
+from srde_ds.inference.generate import Sampling
 from srde_ds.inference.many import REFINE_PROMPT, answer_many, generate_many, left_padded, majority
 from srde_ds.inference.output import check_output, write_lines
-from srde_ds.inference.prompts import read_prompts
+from srde_ds.inference.prompts import Prompt, read_prompts
 from srde_ds.model.adapter import SRDEModel, add_experts
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, tiny_model
 from tests.helpers import adapter_config, randomize, tiny_llama
 
-GREEDY: dict[str, Any] = {"max_tokens": 6, "temperature": 0.0, "top_p": 1.0}
+GREEDY = Sampling(6, temperature=0.0, top_p=1.0)
 
 
 def asked(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": text}] for text in texts]
+
+
+def prompts_of(*texts: str) -> list[Prompt]:
+    return [Prompt(f"file:{number}", messages, None) for number, messages in enumerate(asked(*texts), start=1)]
 
 
 def alone(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], count: int) -> list[int]:
@@ -57,14 +62,11 @@ def test_a_padded_batch_with_a_cache_equals_single_prompts_without(granularity: 
 def test_answers_come_in_the_order_of_the_prompts() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     texts = ["a" * length for length in (3, 40, 1, 17, 9)]
-    write = {**GREEDY, "places": texts}
-    together = generate_many(model, tokenizer, asked(*texts), batch_size=2, **write)
-    single = [
-        generate_many(model, tokenizer, asked(text), batch_size=1, **{**write, "places": [text]}) for text in texts
-    ]
+    together = generate_many(model, tokenizer, prompts_of(*texts), GREEDY, batch_size=2)
+    single = [generate_many(model, tokenizer, prompts_of(text), GREEDY, batch_size=1) for text in texts]
     assert [[text] for text in together] == single and len(set(together)) > 1
     with pytest.raises(SRDEError, match="file:2: .* exceed the base's context"):
-        generate_many(model, tokenizer, asked("a", "b" * 300), batch_size=2, **GREEDY, places=["file:1", "file:2"])
+        generate_many(model, tokenizer, prompts_of("a", "b" * 300), GREEDY, batch_size=2)
 
 
 @pytest.mark.parametrize(
@@ -84,13 +86,13 @@ def test_samples_are_one_batch_and_refinement_asks_about_the_winner(monkeypatch:
     calls: list[tuple[list[list[str]], int]] = []
     replies = iter([["it is 1", "answer: 2", "the answer is 2", "7", "8", "8.0"], ["better 2", "better 8"], ["x", "y"]])
 
-    def fake(_: Any, __: Any, conversations: list[Any], *, batch_size: int, **options: Any) -> list[str]:
-        calls.append(([[m["content"] for m in messages] for messages in conversations], batch_size))
+    def fake(_: Any, __: Any, prompts: list[Prompt], *___: Any, batch_size: int) -> list[str]:
+        calls.append(([[m["content"] for m in prompt.messages] for prompt in prompts], batch_size))
         return next(replies)
 
     monkeypatch.setattr(many, "generate_many", fake)
     model: Any = None
-    made = answer_many(model, model, asked("p", "q"), **GREEDY, batch_size=4, best_of_n=3, self_refine=2)
+    made = answer_many(model, model, prompts_of("p", "q"), GREEDY, batch_size=4, best_of_n=3, self_refine=2)
     assert calls[0] == ([["p"]] * 3 + [["q"]] * 3, 12)
     assert calls[1] == ([["p", "answer: 2", REFINE_PROMPT], ["q", "8", REFINE_PROMPT]], 4)
     assert calls[2][0] == [["p", "better 2", REFINE_PROMPT], ["q", "better 8", REFINE_PROMPT]]

@@ -198,3 +198,35 @@ def test_memory_is_counted_in_gib() -> None:
     else:
         resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**30
         assert resident * 0.99 <= memory_gib() < resident + 8
+
+
+def bytes_read() -> int:
+    """By this process so far, from files of any kind."""
+    return int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
+
+
+def test_a_week_of_lines_slows_neither_a_resume_nor_a_step(tmp_path: Path) -> None:
+    path, count = tmp_path / "metrics.jsonl", 500_000
+    with open(path, "w") as file:
+        file.writelines(f'{{"step": {step}, "loss": 1.0, "tokens": 1}}\n' for step in range(1, count + 1))
+    before = bytes_read()
+    with MetricsWriter(tmp_path, TrackingConfig(), enabled=True, resume_step=count - 100) as writer:
+        writer.write({"step": count - 99} | STEP)
+    assert bytes_read() - before < 2**22 < path.stat().st_size / 4
+    with open(path, "rb") as file:
+        file.seek(-2000, 2)
+        *_, last, new = file.read().splitlines()
+    assert json.loads(last)["step"] == count - 100 and json.loads(new)["step"] == count - 99
+
+
+@pytest.mark.parametrize("block", [1, 7, 40, 2**20])
+def test_lines_are_cut_wherever_a_block_ends(tmp_path: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srde_ds.training.reporting.metrics._BLOCK_BYTES", block)
+    for resume_step, torn in ((0, ""), (3, ""), (7, '{"step": 8'), (7, ""), (9, "x\n\n"), (5, "\n")):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        write_steps(tmp_path, 1, 7)
+        with open(tmp_path / "metrics.jsonl", "a") as file:
+            file.write(torn)
+        write_steps(tmp_path, resume_step + 1, resume_step + 1, resume_step=resume_step)
+        expected = [*range(1, min(resume_step, 7) + 1), resume_step + 1]
+        assert [line["step"] for line in lines(tmp_path)] == expected

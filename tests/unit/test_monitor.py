@@ -162,3 +162,30 @@ def test_once_tells_by_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "no progress" in capsys.readouterr().out
     fails(capsys, ["monitor", str(tmp_path / "none"), "--once"], "no such folder")
     fails(capsys, ["monitor", str(tmp_path), "--once", "--webhook", "hooks.example/x"], "webhook: no http(s) URL")
+
+
+@pytest.mark.parametrize("reply", [b"nonsense\r\n\r\n", b"", b"HTTP/1.1 twohundred OK\r\n\r\n", b"\xff" * 70000])
+def test_a_garbage_reply_never_ends_the_monitor(reply: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(2**16)
+                connection.sendall(reply)
+
+        threading.Thread(target=answer, daemon=True).start()
+        (heartbeat(tmp_path) / "completed.json").write_text("{}")
+        assert monitor(tmp_path, webhook=f"http://127.0.0.1:{server.getsockname()[1]}/secret") == 0
+    assert "webhook: " in caplog.text and "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("url", ["https://[secret/x", "https://hooks.example:secret/x", "https://", "secret.example/x"])
+def test_a_bad_webhook_is_not_shown(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "secret" not in fails(capsys, ["monitor", str(tmp_path), "--webhook", url], "webhook: no http(s) URL")
+
+
+def test_a_webhook_in_the_wrong_place_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([str(tmp_path), "https://a/secret"], [str(tmp_path), "--webhok", "https://a/secret"]):
+        assert "secret" not in fails(capsys, ["monitor", *words], "")
+    assert "secret" not in fails(capsys, ["monitor", "--https://a/secret"], "unknown argument")

@@ -25,7 +25,8 @@ from srde_ds.distributed import deepspeed_internals
 from srde_ds.distributed import processes as topology
 from srde_ds.errors import SRDEError
 from srde_ds.training import run_folder
-from srde_ds.training.run_folder import check_inputs, check_manifest, open_run_folder, prepare_data
+from srde_ds.training.run_folder import check_inputs, check_manifest, check_run_folder, open_run_folder, prepare_data
+from srde_ds.training.run_lock import run_lock
 from srde_ds.utils.environment import environment
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 from tests.hybrids import qwen3_5
@@ -217,13 +218,62 @@ def test_a_support_that_does_not_fit_is_found_before_the_base_is_loaded(refused:
     refused("density=0.6", "lower density", density=0.6, support_scope="per_expert")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "completed.json", "latest"])
+@pytest.mark.parametrize("name", ["completed.json", "latest"])
 def test_an_earlier_run_is_not_overwritten(refused: Refusal, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "earlier"
     folder.mkdir()
     (folder / name).write_text("kept")
     refused(f"output_dir={folder}", name, "--resume_from latest", output_dir=str(folder))
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "kept")]
+
+
+def test_advice_leads_on(refused: Refusal, tmp_path: Path) -> None:
+    """Whoever follows a message meets another one at most, not the first one again."""
+    folder = tmp_path / "earlier"
+    (folder / "checkpoint-3").mkdir(parents=True)  # a kill before `latest` was written
+    refused(f"--resume_from {folder}/checkpoint-3", output_dir=str(folder))
+    refused("choose another --output_dir, without --resume_from", output_dir=str(folder), resume_from="latest")
+    (folder / "checkpoint-3").rmdir()
+    (folder / "metrics.jsonl").write_text("{}")
+    refused("leave out --resume_from to start anew", output_dir=str(folder), resume_from="latest")
+    check_run_folder(str(folder), None)  # as that says
+
+
+def test_metrics_without_a_checkpoint_are_kept_aside(tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        open_run_folder(resolve({}, {"output_dir": str(tmp_path)}))
+        assert not (tmp_path / "metrics.jsonl").exists()
+    assert [(tmp_path / f"metrics.attempt-{number}.jsonl").read_text() for number in (1, 2)] == ["first", "second"]
+    (tmp_path / "metrics.jsonl").write_text("third")
+    open_run_folder(resolve({}, {"output_dir": str(tmp_path), "resume_from": "latest"}))
+    assert (tmp_path / "metrics.jsonl").read_text() == "third"
+
+
+@pytest.mark.parametrize("more", [{}, {"dry_run": "true"}])
+def test_folders_that_the_run_would_refuse(refused: Refusal, tmp_path: Path, more: dict[str, str]) -> None:
+    refused("output_dir=''", "is empty", **more, output_dir=" ")
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "none")
+    refused("is a link to", "which is not there", **more, output_dir=str(link))
+    refused("File name too long", "--output_dir", **more, output_dir=str(tmp_path / ("x" * 300)))
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier/latest").write_text("checkpoint-3")
+    refused("holds an earlier run", **more, output_dir=str(tmp_path / "earlier"))
+    with run_lock(tmp_path / "busy"):
+        refused(f"process {os.getpid()} of host", "is training there", **more, output_dir=str(tmp_path / "busy"))
+        refused("is training there", **more, output_dir=str(tmp_path / "busy"), resume_from="latest")
+
+
+def test_a_latest_that_is_a_link_is_not_followed(refused: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "elsewhere").write_text("checkpoint-3")
+    (tmp_path / "earlier/latest").symlink_to(tmp_path / "elsewhere")
+    refused("links are not followed", output_dir=str(tmp_path / "earlier"), resume_from="latest")
+
+
+def test_a_seed_is_shown_as_it_was_given(refused: Refusal) -> None:
+    refused("seed=9007199254740993: must be at most", seed=2**53 + 1)
 
 
 def test_an_output_folder_that_cannot_be_one(refused: Refusal, inputs: dict[str, str]) -> None:
@@ -349,3 +399,7 @@ def test_a_run_warns_of_very_uneven_domains(
         caplog.clear()
         prepare_data(resolve({}, given | {"jsonl_data": path, "output_dir": str(tmp_path / str(number))}))
         assert ("unevenly shared: red 9" in caplog.text) == warned
+    caplog.clear()
+    given |= {"jsonl_data": str(records), "output_dir": str(tmp_path / "1"), "loss_weighting": "domain"}
+    prepare_data(resolve({}, given))
+    assert "unevenly" not in caplog.text

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, pipeline
 
 from srde_ds import SRDEModel
 from srde_ds.config import Config
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
@@ -221,14 +221,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     folder = tmp_path_factory.mktemp("run")
     data = write_records(folder / "train.jsonl")
     build_dataset(
-        tokenizer=tiny_tokenizer(),
-        jsonl_data=data,
-        eval_file=None,
-        output_dir=folder / "tokenized",
-        domains=DOMAINS,
-        max_length=64,
-        too_long="error",
-        seed=0,
+        RowsOfFiles(data, None, DOMAINS, max_length=64, too_long="error", seed=0),
+        folder / "tokenized",
+        tiny_tokenizer(),
     )
     manifest = json.loads((folder / "tokenized/manifest.json").read_text())
     source = {"name": "sums", "domain": "red", "location": "someone/sums", "revision": "abc", "license": "mit"}

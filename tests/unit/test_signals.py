@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from srde_ds.errors import Stopped
 from srde_ds.training import signals
 from srde_ds.training.signals import SIGNALS, StopRequest
 
@@ -30,6 +31,18 @@ def test_a_signal_only_sets_a_flag_and_the_former_handler_returns(number: signal
         assert received == [number]
     finally:
         signal.signal(number, former)
+
+
+def test_before_there_is_anything_to_save_the_first_signal_stops_at_once() -> None:
+    with StopRequest(at_once=True) as stop:
+        with pytest.raises(Stopped, match="stopped by SIGTERM") as raised:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert raised.value.number == signal.SIGTERM and stop.requested == "SIGTERM"
+        os.kill(os.getpid(), signal.SIGTERM)  # its echo does not disturb what cleans up
+    with StopRequest(at_once=True) as stop:
+        stop.at_once = False
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
 
 
 def test_handlers_return_after_an_error_too() -> None:

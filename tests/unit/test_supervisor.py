@@ -34,7 +34,7 @@ if "failed" in first: beat(state="failed", reason="rank 1 (host b) failed: X.")
 if "bad" in first: beat(state="failed", reason="the loss is nan", bad_input=True)
 if "error" in first: print("srde-ds: error: rank 1: no such folder", file=sys.stderr)
 if "orphan" in first: subprocess.Popen(["sleep", "300"])
-if "completed" in first: (run / "completed.json").write_text("{}")
+if "completed" in first: (run / "completed.json").write_text('{"step": 1000}')
 if "wait" in first: beat(); time.sleep(60)
 sys.exit(int(first.split()[0]))
 """
@@ -74,10 +74,17 @@ def test_a_checkpoint_that_is_there_is_used_at_once(script: Path) -> None:
     assert calls(script)[0].endswith("--resume_from latest")
 
 
-def test_without_a_checkpoint_a_restart_begins_anew_and_keeps_what_was_written(script: Path) -> None:
+def test_without_a_checkpoint_a_restart_begins_anew(script: Path) -> None:
     assert supervise(script, ["1", "0 completed"]) == 0
     assert "--resume_from" not in calls(script)[1]
-    assert (script.parent / "run/metrics.attempt-1.jsonl").exists()
+
+
+def test_a_finished_run_goes_on_when_it_is_to_have_more_steps(script: Path) -> None:
+    assert supervise(script, ["0 saved completed"]) == 0
+    assert supervise(script, ["1"], "--max_steps", "1000") == 0 and len(calls(script)) == 1
+    (script.parent / "run/heartbeat.json").unlink(missing_ok=True)
+    assert supervise(script, ["2"], "--max_steps", "1001") == 2  # the marker of the first 1000 steps is none of these
+    assert calls(script)[1].endswith("--resume_from latest")
 
 
 def test_causes_are_said_and_restarts_are_counted(script: Path, capfd: pytest.CaptureFixture[str]) -> None:

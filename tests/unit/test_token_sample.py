@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
 from srde_ds.training.warm_start.routers import capture_inputs
@@ -95,14 +95,16 @@ def test_rows_of_a_real_tokenizer(tmp_path: Path) -> None:
     """Template tokens, EOS as padding, and the system message that the template writes into every document."""
     tokenizer = tiny_tokenizer(CHATML)
     build_dataset(
-        tokenizer=tokenizer,
-        jsonl_data=write_jsonl(tmp_path / "train.jsonl", [r for d in DOMAINS for r in sums(d, range(30))]),
-        eval_file=None,
-        output_dir=tmp_path / "rows",
-        domains=DOMAINS,
-        max_length=128,
-        too_long="error",
-        seed=0,
+        RowsOfFiles(
+            write_jsonl(tmp_path / "train.jsonl", [r for d in DOMAINS for r in sums(d, range(30))]),
+            None,
+            DOMAINS,
+            max_length=128,
+            too_long="error",
+            seed=0,
+        ),
+        tmp_path / "rows",
+        tokenizer,
     )
     rows = datasets.load_from_disk(str(tmp_path / "rows/train"))
     special = special_token_ids(tokenizer)

@@ -1,4 +1,4 @@
-"""What the passes of a build make, as files that are named by what they were made from, so that none is made twice.
+"""The files that the passes of a build make, named by what they were made from, so that none is made twice.
 
 An artifact is one file. Its name is a fingerprint of the work's code and of everything that goes into it; an artifact
 that depends on another one counts that one's name among its inputs. A killed build finds its finished artifacts again,

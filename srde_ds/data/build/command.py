@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,21 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import Config
 from srde_ds.data.build.dropped import tell_dropped
-from srde_ds.data.build.from_files import build_dataset
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.outputs import JSONL, ROWS
 from srde_ds.data.build.request import BuildRequest
 from srde_ds.data.inputs import ReadOptions
-from srde_ds.data.manifest import Manifest, load_manifest
+from srde_ds.data.manifest import Manifest, counts_of, counts_table, load_manifest, uneven_responses
 from srde_ds.data.sources.hub import check_upload, push_to_hub
 from srde_ds.data.sources.registry import Source, choose_domains, load_sources
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import one_line
+from srde_ds.utils.tables import aligned_table
+
+log = logging.getLogger(__name__)
 
 SOURCES_ONLY = (
     "on_missing_source",
@@ -53,20 +57,13 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
     assert tokenizer is not None
     if domains is None and request.skip_download:
         domains = list(dict.fromkeys(source.domain for source in load_sources(request.sources_file)))
+    jsonl = work_dir / JSONL if request.skip_download else str(config.data.jsonl_data)
     manifest = build_dataset(
-        tokenizer=tokenizer,
-        jsonl_data=work_dir / JSONL if request.skip_download else str(config.data.jsonl_data),
-        eval_file=config.data.eval_file,
-        output_dir=work_dir / ROWS,
-        domains=domains or config.data.domains,
-        max_length=config.data.max_length,
-        too_long=config.data.too_long,
-        seed=config.training.seed,
+        RowsOfFiles.of(config, jsonl, domains),
+        work_dir / ROWS,
+        tokenizer,
         num_processes=request.num_processes or 1,
         overwrite=request.overwrite,
-        train_on=config.data.train_on,
-        packing=config.data.packing,
-        reading=ReadOptions.of(config.data),
     )
     tell_dropped(manifest)
     _print_rows(manifest)
@@ -180,3 +177,6 @@ def _terms(source: Source) -> dict[str, Any]:
 def _print_rows(manifest: Manifest) -> None:
     for split, counts in manifest.splits.items():
         print(f"{split}: {counts.rows} rows, {counts.fill_rate:.1%} of their positions used")
+    print(aligned_table(counts_table(counts_of(manifest)), right=2))
+    if told := uneven_responses(manifest.splits["train"]):
+        log.warning("%s", told)

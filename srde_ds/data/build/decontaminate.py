@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from srde_ds.data.build.row_rules import hashed, ngram_hashes, words
 from srde_ds.data.build.tables import read_table, write_table
+from srde_ds.data.conversation import said
 from srde_ds.data.files import find_files, read_items
 from srde_ds.errors import SRDEError
 
@@ -68,7 +69,7 @@ def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:
     matches: list[np.ndarray] = []
     for index, line in enumerate(read_table(records)["line"].to_pylist()):
         messages = json.loads(line)["messages"]
-        values = _hashes(words(" ".join(message["content"] for message in messages if message["role"] != "system")))
+        values = _hashes(words(" ".join(said(message) for message in messages if message["role"] != "system")))
         asked = _hashes(words(" ".join(message["content"] for message in messages[:-1] if message["role"] == "user")))
         runs = np.concatenate([ngram_hashes(values, NGRAM), ngram_hashes(asked, len(asked)) if len(asked) else asked])
         found = np.unique(runs[np.isin(runs, wanted)])

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.config import Config
 from srde_ds.data.build.artifacts import Artifact, ArtifactStore
 from srde_ds.data.build.input_checks import InputChecks
 from srde_ds.data.build.rows_folder import Documents, write_rows
@@ -37,7 +38,7 @@ from srde_ds.data.records import SPLITS, Record
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import scratch_folder
 
-__all__ = ["InputFiles", "build_dataset", "check_files", "load_manifest"]
+__all__ = ["InputFiles", "RowsOfFiles", "build_dataset", "check_files", "load_manifest"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ class InputFiles:
     domains: list[str]
     reading: ReadOptions = field(default_factory=ReadOptions)
     train_on: TrainOn = "all"
+    optional_domains: Sequence[str] = ()
+    """need no training records"""
 
     def name(self, split: str) -> str:
         """What the records of a split come from."""
@@ -77,21 +80,39 @@ class InputFiles:
         return {name: files_hash(find_files(name, option)) for name, option in options.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsOfFiles(InputFiles):
+    """The files of a build, and how their records become rows; see the options of the same names."""
+
+    max_length: int
+    too_long: str
+    seed: int
+    packing: bool = True
+
+    @classmethod
+    def of(cls, config: Config, jsonl_data: str | Path, domains: Sequence[str] | None = None) -> RowsOfFiles:
+        """The rows of these files for a run with `config`; `domains`: default, the run's."""
+        data = config.data
+        return cls(
+            jsonl_data=jsonl_data,
+            eval_file=data.eval_file,
+            domains=list(domains or data.domains),
+            reading=ReadOptions.of(data),
+            train_on=data.train_on,
+            max_length=data.max_length,
+            too_long=data.too_long,
+            seed=config.training.seed,
+            packing=data.packing,
+        )
+
+
 def build_dataset(
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    jsonl_data: str | Path,
-    eval_file: str | Path | None,
+    inputs: RowsOfFiles,
     output_dir: str | Path,
-    domains: Sequence[str],
-    max_length: int,
-    too_long: str,
-    seed: int,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
     num_processes: int = 1,
     overwrite: bool = False,
-    train_on: TrainOn = "all",
-    packing: bool = True,
-    reading: ReadOptions | None = None,
 ) -> Manifest:
     """Write `output_dir/train/`, the held-out splits and `output_dir/manifest.json`.
 
@@ -104,10 +125,11 @@ def build_dataset(
             and holds something else (without `overwrite`).
     """
     output_dir = Path(output_dir)
-    inputs = InputFiles(jsonl_data, eval_file, list(domains), reading or ReadOptions(), train_on)
     hashes = inputs.hashes()
-    manifest = Manifest(FORMAT_VERSION, max_length, too_long, seed, list(domains), tokenizer_identity(tokenizer), {})
-    manifest.reading, manifest.train_on, manifest.packing = inputs.reading.to_dict(), train_on, packing
+    made_for = inputs.max_length, inputs.too_long, inputs.seed, inputs.domains, tokenizer_identity(tokenizer)
+    manifest = Manifest(FORMAT_VERSION, *made_for, splits={})
+    manifest.reading, manifest.train_on = inputs.reading.to_dict(), inputs.train_on
+    manifest.packing = inputs.packing
     if not overwrite and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         existing = load_manifest(output_dir)
         _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
@@ -152,7 +174,8 @@ def check_files(
         if keep is not None:
             keep(split, record)
     bad.settle(inputs.reading.on_bad_record)
-    checks.settle(str(inputs.jsonl_data), str(inputs.eval_file or inputs.jsonl_data))
+    held_out = str(inputs.eval_file or inputs.jsonl_data)
+    checks.settle(str(inputs.jsonl_data), held_out, optional=inputs.optional_domains)
     return bad.count
 
 

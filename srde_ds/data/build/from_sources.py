@@ -49,7 +49,7 @@ def build_from_sources(
     options makes only what they change.
 
     Raises:
-        SRDEError: a source cannot be had, a domain comes out short (if the options say so), or `tokenized/` holds
+        SRDEError: a source cannot be read, a domain comes out short (if the options say so), or `tokenized/` holds
             something else (without `overwrite`).
     """
     started = time.perf_counter()
@@ -68,18 +68,7 @@ def build_from_sources(
             opened = list(supply.opened.values())
             records = records_of(opened, store)
             pool = apply_rules(records, opened, options, ngrams, store)
-            selection = select(
-                pool,
-                records.parts,
-                supply.sources,
-                domains=options.domains,
-                examples=options.examples_per_domain,
-                seed=options.seed,
-                store=store,
-                tokenizer_key=_tokenizer_key(tokenizer),
-                max_length=options.max_length,
-                too_long=options.too_long,
-            )
+            selection = select(pool, records.parts, supply.sources, options, store, _tokenizer_key(tokenizer))
             missing = {domain: chosen.missing for domain, chosen in selection.domains.items()}
             found = np.bincount(pool.source, minlength=len(opened)).tolist()
             if not supply.grow(missing, dict(zip(supply.opened, found, strict=True))):

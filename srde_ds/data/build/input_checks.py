@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -55,16 +55,17 @@ class InputChecks:
             self._held_out.setdefault(hash(asked[-1]), record.where)
             self._held_out_plain.setdefault(_plain_hash(asked[-1]), record.where)
 
-    def settle(self, training: str, held_out: str) -> None:
+    def settle(self, training: str, held_out: str, *, optional: Collection[str] = ()) -> None:
         """Judge them together, after the last one.
 
         Args:
             training, held_out: what the user called the files.
+            optional: domains that need no training records.
 
         Raises:
             SRDEError: a domain without training records, or held-out prompts that training would see.
         """
-        empty = [domain for domain in self._domains if not self._counts[domain]]
+        empty = [domain for domain in self._domains if not self._counts[domain] and domain not in optional]
         if empty:
             raise SRDEError(f"'{training}' has no record of domain '{empty[0]}': add some, or leave it out of domains.")
         leaked = [asked for asked in self._held_out if asked in self._trained]

@@ -40,7 +40,7 @@ class BuildSummary:
     sources: list[dict[str, Any]]
     """name, domain, revision, licence ..., `counts` by rule"""
     skipped: dict[str, str]
-    """sources that could not be had, and why"""
+    """sources that could not be read, and why"""
     domains: dict[str, dict[str, Any]]
     """`documents`, `by_split`, `by_source`, `missing`, `tokens`, `lengths` as a histogram"""
     forms_of_words: int = 0

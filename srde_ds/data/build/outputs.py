@@ -27,10 +27,10 @@ ARTIFACTS = "artifacts"
 
 
 def check_ours(work_dir: Path) -> None:
-    """Refuse a folder with files of somebody else's that a build would replace.
+    """Check that a build would replace no file that another program made.
 
     Raises:
-        SRDEError: then.
+        SRDEError: it would.
     """
     if any((work_dir / name).exists() for name in (ARTIFACTS, "stages", "build.json")):
         return  # of an earlier build, finished or not; `stages` is the older name of `artifacts`
@@ -43,10 +43,10 @@ def check_ours(work_dir: Path) -> None:
 
 
 def check_free(work_dir: Path, build: BuildSummary) -> None:
-    """Refuse to replace rows that were made of something else.
+    """Check that the folder's rows, if any, are those of this build.
 
     Raises:
-        SRDEError: then.
+        SRDEError: they were made from other data or options.
     """
     folder = work_dir / ROWS
     if folder.exists() and load_manifest(folder).build != build.fingerprint:

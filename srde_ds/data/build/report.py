@@ -10,7 +10,8 @@ import yaml
 from srde_ds.data.build.options import BuildSummary
 from srde_ds.data.build.outputs import CARD, JSONL
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
-from srde_ds.data.manifest import Manifest
+from srde_ds.data.conversation import said
+from srde_ds.data.manifest import Manifest, counts_of, counts_table, uneven_responses
 from srde_ds.data.records import SPLITS
 from srde_ds.utils.escape import markdown, markdown_code, terminal
 from srde_ds.utils.files import write_text
@@ -69,7 +70,12 @@ def _report(build: BuildSummary, manifest: Manifest | None) -> str:
         ),
     ]
     if manifest is not None:
-        sections[4:4] = ["## Rows", markdown_table(_rows(manifest)), "![tokens of a document](lengths.png)"]
+        sections[4:4] = [
+            "## Rows",
+            markdown_table(_rows(manifest)),
+            *_responses(manifest),
+            "![tokens of a document](lengths.png)",
+        ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
@@ -151,6 +157,12 @@ def _rows(manifest: Manifest) -> list[list[str]]:
     return rows
 
 
+def _responses(manifest: Manifest) -> list[str]:
+    """Response tokens by domain, and what to do where they are very uneven."""
+    told = uneven_responses(manifest.splits["train"])
+    return [markdown_table(counts_table(counts_of(manifest))), *([f"Note: {markdown(told)}"] if told else [])]
+
+
 def _troubles(build: BuildSummary) -> str:
     lines = [f"* Source {markdown(name)} is missing: {markdown(reason)}" for name, reason in build.skipped.items()]
     for domain, figures in build.domains.items():
@@ -179,7 +191,7 @@ def _reasons(build: BuildSummary) -> str:
 def _example(domain: str, figures: dict[str, Any]) -> str:
     lines = [f"**{markdown(domain)}** ({markdown(figures['example']['source'])})"]
     for message in figures["example"]["messages"]:
-        content = message["content"]
+        content = said(message)
         quote = content if len(content) <= _LONGEST_QUOTE else content[:_LONGEST_QUOTE] + " …"
         lines.append(
             f"{markdown(message['role'])}:\n\n" + "\n".join(f"    {terminal(line)}" for line in quote.splitlines())

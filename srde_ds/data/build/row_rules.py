@@ -15,7 +15,8 @@ import pyarrow as pa
 import rensa
 
 from srde_ds.data.build.tables import write_table
-from srde_ds.data.sources.formatters import BrokenRow, Example
+from srde_ds.data.conversation import has_surrogates, said
+from srde_ds.data.sources.examples import BrokenRow, Example
 from srde_ds.data.sources.reading import Reader
 
 NUM_PERM = 128
@@ -67,7 +68,7 @@ def make_records(
             reasons["lost characters"] += 1
             continue
         counts["normalised"] += changed
-        turns = [m["content"] for m in cleaned.messages if m["role"] != "system"]
+        turns = [said(m) for m in cleaned.messages if m["role"] != "system"]
         question = _plain(" ".join(turns[:-1]))
         rows.append(row)
         lines.append(json.dumps(_record(cleaned, labels, row), ensure_ascii=False))
@@ -88,9 +89,10 @@ def make_records(
 
 def normalise(example: Example) -> tuple[Example, bool]:
     """Composed Unicode (NFC), line feeds, no control characters, no space around; and whether that changed anything."""
-    messages = [{"role": m["role"], "content": _normal(m["content"])} for m in example.messages]
+    messages = [m | {key: _normal(m[key]) for key in ("content", "reasoning_content") if key in m}
+                for m in example.messages]  # fmt: skip
     answer = _normal(example.answer) if example.answer is not None else None
-    return Example(messages, answer or None, example.group), messages != example.messages
+    return Example(messages, answer or None, example.group, example.more), messages != example.messages
 
 
 def _normal(text: str) -> str:
@@ -99,23 +101,19 @@ def _normal(text: str) -> str:
 
 
 def _is_empty(example: Example) -> bool:
-    texts = [message["content"] for message in example.messages]
+    texts = [said(message) for message in example.messages if message["role"] != "tool"]
     return not all(texts) or texts[-1].casefold() in _PLACEHOLDERS
 
 
 def _lost_characters(example: Example) -> bool:
     """U+FFFD and lone halves of a surrogate pair are what is left of characters that were lost."""
-    texts = [*(message["content"] for message in example.messages), example.answer or "", example.group or ""]
-    return any("\ufffd" in text or not text.isascii() and _has_surrogates(text) for text in texts)
-
-
-def _has_surrogates(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
+    texts = [*map(said, example.messages), example.answer or "", example.group or ""]
+    return any("\ufffd" in text or has_surrogates(text) for text in texts)
 
 
 def _record(example: Example, labels: dict[str, str], row: int) -> dict[str, Any]:
     answer = {} if example.answer is None else {"answer": example.answer}
-    return {"messages": example.messages, **answer, **labels, "row": row}
+    return {"messages": example.messages, **example.more, **answer, **labels, "row": row}
 
 
 def _plain(text: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from srde_ds.data.build.artifacts import Artifact, ArtifactStore, code_fingerprint, fingerprint
+from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, tokenize_records
 from srde_ds.data.packing import fit
 from srde_ds.data.sources.registry import Source
@@ -89,16 +90,11 @@ def select(
     pool: Pool,
     parts: Sequence[Artifact],
     sources: Sequence[Source],
-    *,
-    domains: Sequence[str],
-    examples: int,
-    seed: int,
+    options: BuildOptions,
     store: ArtifactStore,
     tokenizer_key: str | None,
-    max_length: int,
-    too_long: str,
 ) -> Selection:
-    """Take `examples` documents of each domain, and tokenise them; what turns out too long is made up for.
+    """Take `examples_per_domain` documents of each domain, and tokenise them; what turns out too long is made up for.
 
     Each source's documents are taken in an order that their content and the seed decide, so that a source that grows
     changes little. Without `tokenizer_key` nothing is tokenised and nothing is too long.
@@ -106,8 +102,8 @@ def select(
     Raises:
         SRDEError: a document is too long and `too_long` is error, or the chat template refuses one.
     """
-    chosen = {domain: Chosen(missing=examples) for domain in domains}
-    queues = [_order(pool, number, seed) for number in range(len(sources))]
+    chosen = {domain: Chosen(missing=options.examples_per_domain) for domain in options.domains}
+    queues = [_order(pool, number, options.seed) for number in range(len(sources))]
     result = Selection(chosen, [], {source.name: Counter() for source in sources})
     while True:
         batches = [
@@ -125,7 +121,7 @@ def select(
             continue
         work = [_tokenizing(pool, parts, documents, tokenizer_key) for _, documents in batches]
         for (number, documents), made in zip(batches, store.run("tokens", tokenize_records, work), strict=True):
-            _keep(documents, made, sources[number], result, max_length, too_long)
+            _keep(documents, made, sources[number], result, options.max_length, options.too_long)
 
 
 def _order(pool: Pool, source: int, seed: int) -> np.ndarray:

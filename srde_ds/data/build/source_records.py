@@ -19,7 +19,7 @@ from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records
 from srde_ds.data.build.selection import Pool, mixed
 from srde_ds.data.build.tables import read_table
-from srde_ds.data.sources.formatters import Example
+from srde_ds.data.sources.examples import Example
 from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
 from srde_ds.data.sources.registry import Source, load_sources
 from srde_ds.data.sources.supply import GENERATED_AT_ONCE
@@ -47,7 +47,10 @@ class Records:
 
 def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
     """Read, format and clean the rows of every source, part by part."""
-    modules = ("build.row_rules", "sources.formatters", "sources.reading", "synthetic.tasks", "synthetic.science")
+    modules = (
+        "build.row_rules", "conversation", "files", "forms", "records", "sources.examples", "sources.formatters",
+        "sources.reading", "synthetic.tasks", "synthetic.science",
+    )  # fmt: skip
     code = code_fingerprint(*(f"srde_ds.data.{name}" for name in modules))
     work, source_of = [], []
     for number, one in enumerate(opened):
@@ -115,7 +118,7 @@ def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
     """The n-grams of all evaluation sets as a file that is named by its content; None without any.
 
     Raises:
-        SRDEError: an evaluation set is no file and no source, or cannot be had.
+        SRDEError: an evaluation set is neither a file nor a source, or cannot be read.
     """
     if not options.decontaminate_against:
         return None
@@ -149,7 +152,7 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
     try:
         opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)
     except SourceError as error:
-        raise SRDEError(f"decontaminate_against={name}: cannot be had: {error}.") from None
+        raise SRDEError(f"decontaminate_against={name}: cannot be read: {error}.") from None
     for example in opened.reader.examples(0, opened.reader.count):
         if isinstance(example, Example):
             yield " ".join(message["content"] for message in example.messages if message["role"] == "user")

@@ -34,9 +34,9 @@ def tokenize_records(
 ) -> dict[str, Any]:
     """Tokenise records of the files `parts` (column `line`: a record as JSON), in the order given.
 
-    Columns: `input_ids` list of int32, `is_response` list of bool, `by_parts`, `where` (the record's place), and what
-    stands in the way of a document, which then has no tokens: `marker`, a response holds the text of EOS; `refusal`,
-    the chat template refuses it. Both are empty for a document that can be used.
+    Columns: `input_ids` list of int32, `is_response` list of bool, `by_parts`, `where` (the record's place), and why a
+    document cannot be used: `marker`, a response holds the text of EOS; `refusal`, the chat template refuses it. Both
+    are empty for a document that can be used; the others have no tokens.
     """
     records = [_record(line) for line in read_lines([Path(part) for part in parts], part_of, index_of)]
     markers = [_fault(check_markers, _tokenizer, record) for record in records]

@@ -7,28 +7,20 @@ not what the source says it is.
 
 from __future__ import annotations
 
+import json
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from srde_ds.data.conversation import REASONING, has_surrogates
+from srde_ds.data.forms import convert
+from srde_ds.data.records import parse_record
+from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved
+from srde_ds.errors import SRDEError
+
 Row = Mapping[str, Any]
-Messages = list[dict[str, str]]
-
-
-class BrokenRow(ValueError):
-    """The row lacks something that the source promises."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row of a source as a conversation."""
-
-    messages: Messages
-    answer: str | None = None
-    group: str | None = None
-    """rows of one group go to the same split: the question that others are variants of, a shared passage"""
 
 
 @dataclass(frozen=True)
@@ -66,39 +58,6 @@ def _maybe(row: Row, column: str) -> str:
     return str(value).strip() if value is not None else ""
 
 
-def _ask(prompt: str, response: str) -> Messages:
-    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-
-
-def _solved(question: str, reasoning: str, answer: str, *, group: str | None = None) -> Example:
-    response = f"{reasoning}\nAnswer: {answer}" if reasoning else f"Answer: {answer}"
-    return Example(_ask(question, response), answer, group)
-
-
-def lettered_choice(
-    question: str,
-    options: Sequence[Any],
-    right: int,
-    *,
-    context: str = "",
-    reasoning: str = "",
-    group: str | None = None,
-) -> Example:
-    """A question with lettered options; the response names the option, or explains it where there is a rationale."""
-    options = [str(option).strip() for option in options]
-    if len(options) < 2 or not all(options):
-        raise BrokenRow("an option is missing")
-    if not 0 <= right < len(options):
-        raise BrokenRow(f"the right option is number {right} of {len(options)}")
-    lettered = [f"{_letter(index)}. {option}" for index, option in enumerate(options)]
-    prompt = "\n".join(filter(None, [context and f"{context}\n", question, *lettered]))
-    return _solved(prompt, reasoning or lettered[right], _letter(right), group=group or context or question)
-
-
-def _letter(index: int) -> str:
-    return chr(ord("A") + index)
-
-
 def _index(letter: str) -> int:
     """A, B, ... or 1, 2, ... as 0, 1, ..."""
     letter = letter.strip().upper()
@@ -118,7 +77,7 @@ def gsm8k(row: Row) -> Example:
         raise BrokenRow("no final number")
     question = text(row, "question")
     steps = re.sub(r"<<[^<>]*>>", "", steps).strip()
-    return _solved(question, steps, number.strip().replace(",", ""), group=question)
+    return solved(question, steps, number.strip().replace(",", ""), group=question)
 
 
 @formatter("query", "response", "original_question", optional=("type",))
@@ -128,13 +87,13 @@ def metamath(row: Row) -> Example:
     if not mark or not answer.strip():
         raise BrokenRow("no final answer")
     reasoning = re.sub(r"\n?####[^\n]*\s*$", "", reasoning.rstrip()).strip()
-    return _solved(text(row, "query"), reasoning, answer.strip(), group=text(row, "original_question"))
+    return solved(text(row, "query"), reasoning, answer.strip(), group=text(row, "original_question"))
 
 
 @formatter("question", "answer")
 def orca_math(row: Row) -> Example:
     """Free text: the final number is not marked, so there is no answer to check."""
-    return Example(_ask(text(row, "question"), text(row, "answer")))
+    return Example(ask(text(row, "question"), text(row, "answer")))
 
 
 # -- logic -----------------------------------------------------------------------------------------------------------
@@ -180,13 +139,13 @@ def hellaswag(row: Row) -> Example | None:
 def code_alpaca(row: Row) -> Example:
     """CodeAlpaca: an instruction, with or without an input."""
     prompt, given = text(row, "instruction"), _maybe(row, "input")
-    return Example(_ask(f"{prompt}\n\n{given}" if given else prompt, text(row, "output")))
+    return Example(ask(f"{prompt}\n\n{given}" if given else prompt, text(row, "output")))
 
 
 @formatter("query", "answer", optional=("resource", "lang"))
 def code_feedback(row: Row) -> Example:
     """Code-Feedback: a query and its answer."""
-    return Example(_ask(text(row, "query"), text(row, "answer")))
+    return Example(ask(text(row, "query"), text(row, "answer")))
 
 
 # -- science ---------------------------------------------------------------------------------------------------------
@@ -219,7 +178,7 @@ def scibench(row: Row) -> Example:
     """A textbook problem; few have a solution."""
     unit = _maybe(row, "unit")
     question = text(row, "problem_text") + (f"\nGive the answer in {unit}." if unit else "")
-    return _solved(question, _maybe(row, "solution"), text(row, "answer_number"))
+    return solved(question, _maybe(row, "solution"), text(row, "answer_number"))
 
 
 # -- planning --------------------------------------------------------------------------------------------------------
@@ -241,7 +200,7 @@ def boardgame_qa(row: Row) -> Example:
     if label not in ("proved", "disproved", "unknown"):
         raise BrokenRow(f"unknown label '{label}'")
     question = f"{text(row, 'example')}\nAnswer with proved, disproved or unknown."
-    return _solved(question, text(row, "proof"), label)
+    return solved(question, text(row, "proof"), label)
 
 
 # -- abstract --------------------------------------------------------------------------------------------------------
@@ -273,29 +232,48 @@ def winogrande(row: Row) -> Example | None:
 # -- for sources of your own: `columns` in the sources file says which of its columns is which -------------------------
 
 
-@formatter("prompt", "response", optional=("system", "answer", "group"))
+@formatter("prompt", "response", optional=("system", "answer", "group", *REASONING))
 def prompt_response(row: Row) -> Example:
-    """One question and its answer."""
-    messages = _ask(text(row, "prompt"), text(row, "response"))
-    system = _maybe(row, "system")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return Example(messages, _maybe(row, "answer") or None, _maybe(row, "group") or None)
+    """One question and its answer, with the thought before it where there is one."""
+    turns = ask(text(row, "prompt"), text(row, "response"))
+    turns[1] |= {key: row[key] for key in REASONING if row.get(key)}
+    return _conversation({"messages": turns, "system": row.get("system")}, row)
 
 
-@formatter("messages", optional=("answer", "group"))
+@formatter("messages", optional=("system", "tools", "functions", "answer", "group"))
 def messages(row: Row) -> Example:
-    """A conversation, as {role, content} or as {from, value} with human and gpt."""
-    names = {"human": "user", "gpt": "assistant"}
-    turns = []
-    for turn in row["messages"]:
-        role = turn.get("role") or names.get(turn.get("from"), turn.get("from"))
-        turns.append({"role": str(role), "content": text(turn, "content" if "content" in turn else "value")})
-    roles = [turn["role"] for turn in turns]
-    asked = roles[1:] if roles[:1] == ["system"] else roles
-    if asked[:1] != ["user"] or roles[-1] != "assistant" or not set(asked) <= {"user", "assistant"}:
-        raise BrokenRow(f"roles {', '.join(roles)}")
-    return Example(turns, _maybe(row, "answer") or None, _maybe(row, "group") or None)
+    """A conversation, as {role, content} or as {from, value}, with all that `data.conversation` knows."""
+    names = {"from": "role", "value": "content"}
+    turns = [{names.get(k, k): value for k, value in turn.items() if value is not None} for turn in row["messages"]]
+    return _conversation({"messages": turns} | {key: row.get(key) for key in ("system", "tools", "functions")}, row)
+
+
+@formatter(optional=("group",))
+def by_keys(row: Row) -> Example:
+    """A record of any form that files may have, told by its keys."""
+    try:
+        _, fields = convert({key: value for key, value in row.items() if key != "group"}, _ROW)
+    except SRDEError as error:
+        raise BrokenRow(str(error).removeprefix(f"{_ROW}: ").removesuffix(".")) from None
+    if (split := fields.pop("split", "train")) != "train":
+        raise BrokenRow(f"held out: its split is '{split}'")
+    return _conversation(fields, row)
+
+
+_ROW = "row"
+_ANY = "any"
+
+
+def _conversation(fields: dict[str, Any], row: Row) -> Example:
+    fields = {"answer": _maybe(row, "answer") or None} | fields | {"domain": _ANY}
+    try:
+        record = parse_record(fields, _ROW, [_ANY])
+    except SRDEError as error:
+        if has_surrogates(json.dumps(fields, ensure_ascii=False, default=str)):
+            raise BrokenRow("lost characters") from None
+        raise BrokenRow(str(error).removeprefix(f"{_ROW}: ").removesuffix(".")) from None
+    more = {key: value for key in ("tools", "choices", "tests") if (value := getattr(record, key)) is not None}
+    return Example(record.messages, record.answer, _maybe(row, "group") or None, more)
 
 
 @formatter("question", "options", "label", optional=("context", "rationale", "group"))

@@ -1,4 +1,4 @@
-"""Upload a built dataset. The token comes from the environment, never from an option or a file of ours."""
+"""Upload a built dataset. The token comes from the environment alone."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ UPLOADED = ("README.md", "data.jsonl", "build.json", "sources.lock.json", "repor
 
 
 def check_upload(repo: str, *, private: bool, sources: Iterable[dict[str, Any]]) -> None:
-    """Refuse an upload that cannot work or may not be: without a token, or in public without the sources' leave.
+    """Check that the upload can work, and that the sources' licences allow it.
 
     Args:
         sources: with `name` and `redistributable`.
 
     Raises:
-        SRDEError: then.
+        SRDEError: there is no token, the name is not one of a repository, or a public upload would pass on data whose
+            licence does not allow it.
     """
     if not os.environ.get("HF_TOKEN"):
         raise SRDEError(f"push_to_hub={repo}: no token. Set the environment variable HF_TOKEN.")

@@ -1,4 +1,4 @@
-"""Open a source, whatever it is, as rows that any process can read by number."""
+"""Open a source of any kind as rows that every process can read by number."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from functools import cache, lru_cache
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import datasets
 from huggingface_hub import HfApi
 
 from srde_ds.data.build.artifacts import fingerprint
-from srde_ds.data.sources.formatters import FORMATTERS, BrokenRow, Example
+from srde_ds.data.files import find_files, has_plain_lines, read_items
+from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.data.sources.registry import Source
 from srde_ds.data.synthetic import tasks
 from srde_ds.data.synthetic.science import SCIENCE
+from srde_ds.errors import SRDEError
 from srde_ds.utils.retry import SourceError, with_retries
 
 ROWS_A_PART = 5000
 ROWS_LOOKED_AT = 100
-"""lines of a JSONL file in which its columns are looked for"""
+"""lines of a JSONL file that are read to find its columns"""
 Maker = Callable[[int], tuple[str, str]]
 """Prompt and answer of an item, by its number"""
 
 
 class Reader(Protocol):
-    """Can be sent to another process."""
+    """Reads a source's rows by number; it can be pickled and sent to another process."""
 
     @property
     def count(self) -> int:
@@ -52,6 +56,8 @@ class OpenSource:
     revision: str
     """commit of the Hub, hash of the files, or the generator's version"""
     content: str
+    rewritten: TemporaryDirectory[str] | None = None
+    """holds the file's rows as plain lines, where it has another form: it lasts as long as this object"""
 
 
 def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -> OpenSource:
@@ -68,11 +74,16 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
     if source.generated:
         return _open_generated(source, seed, rows)
     reader: Reader
+    rewritten = None
     if source.kind == "jsonl":
-        path = _local(source)[0]
+        paths = _files(source)
+        path = paths[0]
+        if len(paths) > 1 or not has_plain_lines(path):
+            rewritten = with_retries(lambda: _rewrite(paths), source.name)
+            path = Path(rewritten.name) / "rows.jsonl"
         starts, count, revision = with_retries(lambda: _scan_lines(path), source.name)
         columns = _columns_of(path)
-        reader = JsonlReader(str(path), starts, count, source)
+        reader = JsonlReader(str(path), starts, count, source, rewritten is not None)
     else:
         if source.kind == "hub":
             revision = revision or source.revision or with_retries(lambda: _newest(source), source.name)
@@ -89,7 +100,7 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
     missing = [column for column in source.real_columns() if column not in columns]
     if missing:
         raise SourceError(f"its columns do not fit: no '{missing[0]}', it has {', '.join(columns) or 'none'}")
-    return OpenSource(source, reader, str(revision), fingerprint(source.location, source.config, revision))
+    return OpenSource(source, reader, str(revision), fingerprint(source.location, source.config, revision), rewritten)
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,8 @@ class JsonlReader:
     starts: tuple[int, ...]
     count: int
     source: Source
+    rewritten: bool = False
+    """a text in a row's stead says what is wrong with it"""
 
     def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
         """See `Reader`; `start` is a multiple of ROWS_A_PART."""
@@ -128,7 +141,10 @@ class JsonlReader:
                 except (ValueError, RecursionError):
                     yield BrokenRow("not valid JSON")
                     continue
-                yield _formatted(self.source, row) if isinstance(row, dict) else BrokenRow("not a JSON object")
+                if isinstance(row, dict):
+                    yield _formatted(self.source, row)
+                else:
+                    yield BrokenRow(row if self.rewritten else "not a JSON object")
 
 
 @dataclass(frozen=True)
@@ -172,6 +188,10 @@ def _task_example(prompt: str, answer: str) -> Example:
 
 def _formatted(source: Source, row: dict[str, Any]) -> Example | None | BrokenRow:
     renamed = row | {column: row.get(own) for column, own in source.columns.items()}
+    if source.formatter == "by_keys":
+        renamed = {key: value for key, value in renamed.items() if key not in source.columns.values()}
+        if row.get("domain") not in (None, source.domain):
+            return BrokenRow(f"its domain is '{row['domain']}', not '{source.domain}'")
     try:
         return FORMATTERS[str(source.formatter)].format(renamed)
     except BrokenRow as error:
@@ -214,9 +234,29 @@ def _local(source: Source) -> list[Path]:
         paths = [Path(path) for path in glob.glob(source.location, recursive=True)]
     if not paths:
         raise SourceError(f"no such {'folder' if source.kind == 'folder' else 'file'} '{source.location}'")
-    if source.kind == "jsonl" and len(paths) > 1:
-        raise SourceError(f"'{source.location}' means {len(paths)} files: give each a source of its own")
     return sorted(paths)
+
+
+def _files(source: Source) -> list[Path]:
+    _local(source)  # what is not there is said as of all sources
+    try:
+        return find_files(source.location, source.kind)
+    except SRDEError as error:
+        raise SourceError(str(error).removeprefix(f"{source.kind}={source.location}: ").removesuffix(".")) from None
+
+
+def _rewrite(paths: Sequence[Path]) -> TemporaryDirectory[str]:
+    """The records of files of any kind as plain lines, which can be read from any place on."""
+    folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="srde-source-")
+    try:
+        with (Path(folder.name) / "rows.jsonl").open("w", encoding="utf-8") as lines:
+            for path in paths:
+                for place, row in read_items(path):
+                    said = row if isinstance(row, dict) else str(row).removeprefix(f"{place}: ").removesuffix(".")
+                    lines.write(json.dumps(said, default=str) + "\n")
+    except SRDEError as error:
+        raise SourceError(str(error).removesuffix(".")) from None
+    return folder
 
 
 def _hash_files(paths: Sequence[Path]) -> str:
@@ -242,7 +282,7 @@ def _scan_lines(path: Path) -> tuple[tuple[int, ...], int, str]:
 
 
 def _columns_of(path: Path) -> list[str]:
-    """Keys that the first lines of a JSONL file have; a line that is no JSON object has none."""
+    """Keys that the first lines of a JSONL file have; a line that is not a JSON object has none."""
     columns: dict[str, None] = {}
     with path.open("rb") as file:
         for line in islice(filter(bytes.strip, file), ROWS_LOOKED_AT):
@@ -285,7 +325,7 @@ def _gym(task: str, options: str, seed: int) -> Any:
     # Any index can be asked for: the size bounds iteration only, which is not used.
     try:
         return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
-    except AssertionError as error:  # its way to refuse an option's value
+    except AssertionError as error:  # how reasoning-gym refuses an option's value
         raise ValueError(str(error)) from None
 
 

@@ -1,4 +1,4 @@
-"""Which sources make up which domain: the registry, registry.yaml, and files of the same form by users."""
+"""Which sources make up which domain: registry.yaml, and sources files of users, which have the same form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REGISTRY = Path(__file__).with_name("registry.yaml")
 KINDS = ("hub", "folder", "jsonl", "parquet", "reasoning_gym", "tasks")
 """Exactly one of them says where a source's rows come from."""
 GENERATED = ("reasoning_gym", "tasks")
-"""They have no columns, and can make more rows when a domain is short of them."""
+"""These have no columns, and can make more rows when a domain runs short."""
 KINDS_OF_KEY = {
     "config": ("hub",),
     "revision": ("hub",),
@@ -60,11 +60,11 @@ class Source:
     license: str = "unknown"
     redistributable: str = "unknown"
     rows: int | None = None
-    """size, as far as it is known beforehand; for a generated source: the most to make"""
+    """size, where it is known beforehand; for a generated source, the most to make"""
     weight: float = 1.0
-    """share of the domain's examples; 0: only to make up for what the others lack"""
+    """share of the domain's examples; 0: used only where the others are too few"""
     near_duplicates: bool = True
-    """whether to look for them"""
+    """whether near duplicates of its rows are removed"""
 
     @property
     def kind(self) -> str:
@@ -94,7 +94,7 @@ def load_sources(path: str | Path | None = None) -> list[Source]:
     fields of `Source`. The order of the domains is that of the experts.
 
     Raises:
-        SRDEError: the file cannot be read, or an entry is none; names file, domain and entry.
+        SRDEError: the file cannot be read, or an entry is not a source; names file, domain and entry.
     """
     entries = _read(REGISTRY)
     if path is None:
@@ -104,7 +104,7 @@ def load_sources(path: str | Path | None = None) -> list[Source]:
 
 
 def choose_domains(sources: Sequence[Source], domains: Sequence[str] | None) -> list[Source]:
-    """The sources of `domains`, in this order; all of them without it."""
+    """The sources of `domains`, in this order; None: all of them."""
     if domains is None:
         return list(sources)
     known = list(dict.fromkeys(source.domain for source in sources))
@@ -183,7 +183,7 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
             raise SRDEError(f"{place}: {key} is for {', '.join(of)} only: leave it out.")
     for column, own in source.columns.items():
         read = FORMATTERS[str(source.formatter)]
-        if column not in (*read.columns, *read.optional):
+        if column not in (*read.columns, *read.optional) and source.formatter != "by_keys":
             known_columns = (*read.columns, *read.optional)
             raise SRDEError(
                 f"{place}: columns: the formatter {source.formatter} reads no '{column}', but "

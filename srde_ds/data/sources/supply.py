@@ -1,4 +1,4 @@
-"""The sources of a build, opened: what cannot be had, which commits are used, how generated ones grow."""
+"""Open the sources of a build: skip those that are missing, keep their commits, grow the generated ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCK = "sources.lock.json"
 GENERATED_AT_ONCE = 1000
 """rows that a generated source makes as one part: it grows by such parts, and keeps those it has"""
 WORTHWHILE = 0.1
-"""a generated source whose rows are new less often than this has nothing more to give"""
+"""a generated source is exhausted when a smaller share of its rows than this is new"""
 
 
 def _read_lock(path: Path) -> dict[str, str]:
@@ -34,13 +34,13 @@ def _read_lock(path: Path) -> dict[str, str]:
 
 
 class Supply:
-    """The open sources by name, in the order of the sources file: of duplicates, the first is kept."""
+    """The open sources by name, in the order of the sources file; that order decides which duplicate is kept."""
 
     def __init__(self, options: BuildOptions, work_dir: Path) -> None:
         self.options = options
         self.opened: dict[str, OpenSource] = {}
         self.skipped: dict[str, str] = {}
-        """sources that could not be had, and why"""
+        """sources that could not be read, and why"""
         self._sizes: dict[str, int] = {}
         self._exhausted: set[str] = set()
         self._open_all(work_dir / LOCK)
@@ -82,8 +82,8 @@ class Supply:
         except SourceError as error:
             if self.options.on_missing_source == "fail":
                 raise SRDEError(
-                    f"source '{source.name}' ({source.kind} {source.location}) cannot be had: {error}. Mend it, or "
-                    "give --on_missing_source skip: the domain's other sources make up for it."
+                    f"source '{source.name}' ({source.kind} {source.location}) cannot be read: {error}. "
+                    "Correct it, or give --on_missing_source skip: the domain's other sources make up for it."
                 ) from None
             log.warning("source %s is skipped: %s", source.name, error)
             self.skipped[source.name] = str(error)
@@ -93,14 +93,14 @@ class Supply:
         self.opened = dict(sorted(self.opened.items(), key=lambda item: order.index(item[0])))
 
     def grow(self, missing: dict[str, int], found: dict[str, int]) -> bool:
-        """Have generated sources make what the domains lack.
+        """Let generated sources make what the domains lack.
 
         Args:
             missing: documents, by domain.
             found: documents that cleaning left, by source.
 
         Returns:
-            False when nothing lacks or no source has more to give.
+            False when nothing is missing or no source can make more.
         """
         grown = False
         for domain, lack in missing.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import resource
 import sys
 import time
@@ -19,9 +20,10 @@ from tqdm import tqdm
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import write_text
 
 logger = logging.getLogger(__name__)
+
+_BLOCK_BYTES = 2**20
 
 # flag, module, package to install
 _TRACKERS = (
@@ -195,16 +197,35 @@ def _load(flag: str, module: str, package: str) -> Any:
 
 
 def _cut_after(path: Path, step: int) -> None:
+    """Keep the lines up to a step. It reads from the end, so the length of the run does not matter."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_text(path, "".join(kept))
+    with open(path, "r+b") as file:
+        position, tail = file.seek(0, os.SEEK_END), b""
+        while position:
+            size = min(_BLOCK_BYTES, position)
+            position -= size
+            file.seek(position)
+            tail = file.read(size) + tail
+            # The first piece may begin in the middle of a line.
+            begin = 0 if position == 0 else tail.find(b"\n") + 1
+            end = tail.rfind(b"\n") + 1
+            while end > begin:
+                start = tail.rfind(b"\n", 0, end - 1) + 1
+                if _step_of(tail[start:end]) <= step:
+                    file.truncate(position + end)
+                    return
+                end = start
+            tail = tail[:begin]
+        file.truncate(0)
+
+
+def _step_of(line: bytes) -> float:
+    """Infinite for a line that is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _finite(value: Any) -> Any:

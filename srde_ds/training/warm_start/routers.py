@@ -145,20 +145,34 @@ def capture_inputs(
 ) -> list[Tensor]:
     """Run `batches` and keep what enters each layer's router for those of their tokens that are in the sample.
 
-    Args:
-        batches: as `validation_batches` cuts the rows of the sample; dummy rows are run, too.
-
     Returns:
         By layer `[n, D]` in host memory, in the sample's order.
     """
     chunks: list[list[Tensor]] = [[] for _ in model.layers]
-    flat = torch.empty(0, dtype=torch.int64)
+    visit_inputs(model, forward, batches, sample, lambda layer, x, _: chunks[layer].append(x.cpu()))
+    return [torch.cat(chunks.pop(0)) for _ in model.layers]
 
-    def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+
+def visit_inputs(
+    model: SRDEModel,
+    forward: Callable[[Batch], object],
+    batches: Iterable[Batch],
+    sample: TokenSample,
+    visit: Callable[[int, Tensor, np.ndarray], None],
+) -> None:
+    """Run `batches`, and hand over what enters each layer's router for those of their tokens that are in the sample.
+
+    Args:
+        batches: as `validation_batches` cuts the rows of the sample; dummy rows are run, too.
+        visit: gets a layer's number, `[n, D]` on the model's device, and which tokens of the sample these are.
+    """
+    flat, token = torch.empty(0, dtype=torch.int64), np.empty(0, dtype=bool)
+
+    def hand_over(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         x = args[0].flatten(0, -2)
-        chunks[cast("SRDEFeedForward", module).layer].append(x.index_select(0, flat.to(x.device)).cpu())
+        visit(cast("SRDEFeedForward", module).layer, x.index_select(0, flat.to(x.device)), np.flatnonzero(token))
 
-    hooks = [layer.register_forward_pre_hook(keep) for layer in model.layers]
+    hooks = [layer.register_forward_pre_hook(hand_over) for layer in model.layers]
     try:
         for batch in batches:
             row_index, length = batch["row_index"].numpy(), batch["input_ids"].shape[1]
@@ -168,7 +182,6 @@ def capture_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return [torch.cat(chunks.pop(0)) for _ in model.layers]
 
 
 def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topology: Topology) -> list[RouterFit]:

@@ -101,6 +101,21 @@ def choose_tokens(
     return TokenSample(pool[run], row, position, domain_of_row[pool[run]][row])
 
 
+def all_tokens(
+    rows: datasets.Dataset, *, domains: Sequence[str], rows_a_domain: int, special_ids: Collection[int], seed: int
+) -> TokenSample:
+    """All usable tokens of some rows of each domain, `choose_tokens` says which are; a domain may have none."""
+    dataset = rows.with_format("numpy")
+    domain_of_row = np.asarray(dataset["domain"][:])
+    generator = np.random.default_rng([seed, _STREAM])
+    orders = [generator.permutation(np.flatnonzero(domain_of_row == index)) for index in range(len(domains))]
+    pool = generator.permutation(np.concatenate([order[:rows_a_domain] for order in orders]))
+    usable = _usable(dataset, pool, special_ids)
+    pool, usable = pool[usable.any(1)], usable[usable.any(1)]
+    row, position = np.nonzero(usable)
+    return TokenSample(pool, row, position, domain_of_row[pool][row])
+
+
 def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> np.ndarray:
     """`[R, S]` bool for the rows of `pool`."""
     columns = dataset[pool.tolist()]

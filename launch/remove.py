@@ -1,0 +1,8 @@
+"""`srde-ds remove`, for launchers that want a script."""
+
+import sys
+
+from srde_ds.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["remove", *sys.argv[1:]]))

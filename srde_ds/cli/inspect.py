@@ -1,0 +1,43 @@
+"""`srde-ds inspect`: what is in trained weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from srde_ds.cli.flags import Parser
+from srde_ds.config.values import option
+from srde_ds.utils.escape import terminal
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """Which weights, and how they are described."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    json: bool = option(False, "print JSON instead of words")
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """Print what is in an adapter."""
+    parser = Parser(
+        "srde-ds inspect",
+        "Print what is in trained weights: base, experts, supports, norms, router, domains and history. The base is "
+        "not loaded.",
+        usage="WEIGHTS [--json]",
+        positional="weights",
+    )
+    parser.add_options(InspectOptions)
+    options = parser.options(InspectOptions, parser.parse(arguments))
+
+    from srde_ds.compose.summary import inspect_weights
+
+    summary = inspect_weights(options.weights)
+    print(json.dumps(summary.to_dict(), indent=2) if options.json else terminal(summary.describe()))

@@ -1,0 +1,230 @@
+"""All experts of several adapters of one base in one adapter.
+
+An expert computes what it did: its delta is copied, or mixed from its atoms once. If the adapters differ in their
+supports, each expert gets a support of its own. All supports of a layer have one length, so shorter ones are filled up
+with further entries whose deltas are zero, which change nothing.
+
+Routers are made anew from the statistics that each adapter holds of its domains. They need neither data nor the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srde_ds.compose.names import parse_renames, renamed, with_entry
+from srde_ds.compose.options import CombineOptions
+from srde_ds.config import AdapterConfig, CurriculumConfig
+from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import AdapterSource, open_adapter
+from srde_ds.export.weights import write_weights
+from srde_ds.training.warm_start.clustering import fit_router
+from srde_ds.weights.origins import DomainStatistics, Origins
+from srde_ds.weights.schema import check_history, support_hash
+from srde_ds.weights.tensors import LazyTensor
+
+# Tokens that are drawn for each domain from its mean and its spread: as many as the warm start looks at.
+DRAWN_TOKENS = CurriculumConfig.warm_start_samples
+
+
+def combine_command(options: CombineOptions) -> Path:
+    """Write the combined adapter, and return where it is.
+
+    Raises:
+        SRDEError: as `open_adapter` and `combine`, or the file cannot be written.
+    """
+    adapters = [open_adapter(place) for place in options.weights]
+    combined = combine(_renamed(adapters, options.rename or []), top_k=options.top_k, seed=options.seed)
+    return write_weights(combined, options.output, dtype=torch.float32)
+
+
+def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed: int = 0) -> AdapterSource:
+    """All experts of the adapters, in this order, with routers made from the statistics of their domains.
+
+    Args:
+        top_k: experts that each token uses; None: the most that one of the adapters used.
+        seed: of the tokens that are drawn from the statistics.
+
+    Raises:
+        SRDEError: fewer than two adapters, adapters of different bases or granularities, names that several have,
+            an expert without statistics of its domain, or domains that a router cannot tell apart.
+    """
+    _check_together(adapters)
+    names = [name for adapter in adapters for name in adapter.metadata.expert_names]
+    used = max(adapter.metadata.config.top_k for adapter in adapters)
+    if top_k is not None and top_k > len(names):
+        raise SRDEError(f"top_k={top_k}: must not exceed the number of experts, {len(names)}. Lower --top_k.")
+    origins = _origins(adapters)
+    layers = [_Layer(adapters, layer) for layer in range(adapters[0].num_layers)]
+    shared = all(layer.is_shared for layer in layers)
+    config = replace(
+        max((adapter.metadata.config for adapter in adapters), key=lambda config: config.density),
+        preset="default",
+        num_experts=len(names),
+        top_k=top_k or used,
+        num_atoms=0,
+        atom_mixing="linear",
+        support_scope="shared" if shared else "per_expert",
+    )
+    supports = [layer.supports[0] if shared else layer.supports for layer in layers]
+    tensors: dict[str, LazyTensor] = {}
+    for number, (layer, support) in enumerate(zip(layers, supports, strict=True)):
+        statistics = origins.statistics[number]
+        router = _router(statistics, list(origins.domain_tokens), names, seed=seed, layer=number)
+        tensors |= {
+            f"layers.{number}.router.weight": LazyTensor.of(router),
+            f"layers.{number}.support": LazyTensor.of(support.contiguous()),
+            f"layers.{number}.deltas.free": layer.free(config),
+        }
+    tensors |= {name: LazyTensor.of(tensor) for name, tensor in origins.tensors().items()}
+    metadata = replace(
+        adapters[0].metadata,
+        config=config,
+        expert_names=names,
+        support_hash=support_hash(supports),
+        domain_tokens=origins.domain_tokens,
+        history=origins.history,
+    )
+    combined = AdapterSource(adapters[0].place, metadata, tensors)
+    return with_entry(combined, {"verb": "combine", "experts": ", ".join(names)})
+
+
+class _Layer:
+    """The experts of all adapters in one layer.
+
+    Attributes:
+        supports: `[E, n]`, each row in ascending order.
+        is_shared: all experts have the same support.
+    """
+
+    def __init__(self, adapters: Sequence[AdapterSource], layer: int) -> None:
+        self.adapters, self.layer = adapters, layer
+        self.hidden = adapters[0].router(layer).shape[1]
+        own = [
+            adapter.support(layer, expert)
+            for adapter in adapters
+            for expert in range(adapter.metadata.config.num_experts)
+        ]
+        self.size = max(len(support) for support in own)
+        self.supports = torch.stack([_filled_up(support, self.size) for support in own])
+        self.is_shared = all(torch.equal(support, own[0]) for support in own)
+
+    def free(self, config: AdapterConfig) -> LazyTensor:
+        """`deltas.free` of all experts, fp32."""
+        experts, neuron = config.num_experts, config.granularity == "neuron"
+        shape = (self.hidden, 3 * experts, self.size) if neuron else (experts, self.size)
+        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron))
+
+    def _deltas(self, neuron: bool) -> Tensor:
+        found: list[Tensor] = []
+        for adapter in self.adapters:
+            deltas = adapter.deltas(self.layer)
+            for expert in range(adapter.metadata.config.num_experts):
+                delta, place = adapter.expert_part(deltas, expert), len(found)
+                values = delta.new_zeros(*delta.shape[:-1], self.size)
+                # Both ascend, so the places of the expert's own entries do, too.
+                kept = torch.isin(self.supports[place], adapter.support(self.layer, expert))
+                values[..., kept] = delta
+                found.append(values)
+        return torch.cat(found, dim=1) if neuron else torch.stack(found)
+
+
+def _filled_up(support: Tensor, size: int) -> Tensor:
+    """`support`, which ascends, and the lowest entries that it lacks, `size` in all and in ascending order."""
+    candidates = torch.arange(size, dtype=support.dtype)  # at least size - len(support) of these are not in it
+    further = candidates[~torch.isin(candidates, support)][: size - len(support)]
+    return torch.cat([support, further]).sort().values
+
+
+def _check_together(adapters: Sequence[AdapterSource]) -> None:
+    if len(adapters) < 2:
+        raise SRDEError("weights: one adapter alone cannot be combined. Give at least two.")
+    first, *others = adapters
+    for other in others:
+        one, two = first.metadata, other.metadata
+        if one.base["hash"] != two.base["hash"]:
+            raise SRDEError(
+                f"weights '{other.place}': trained on {_base(two.base)}, '{first.place}' on {_base(one.base)}. Give "
+                "adapters of one base."
+            )
+        if one.config.granularity != two.config.granularity:
+            raise SRDEError(
+                f"weights '{other.place}': granularity={two.config.granularity}, '{first.place}' has "
+                f"{one.config.granularity}. Give adapters of one granularity."
+            )
+        if (first.num_layers, first.router(0).shape[1]) != (other.num_layers, other.router(0).shape[1]):
+            raise SRDEError(f"weights '{other.place}': has other layers than '{first.place}'. Export them again.")
+    owners: dict[str, int] = {}
+    for number, adapter in enumerate(adapters, 1):
+        for name in {**dict.fromkeys(adapter.metadata.expert_names), **adapter.metadata.domain_tokens}:
+            if name in owners:
+                raise SRDEError(
+                    f"weights '{adapter.place}': the name '{name}' is also one of "
+                    f"'{adapters[owners[name] - 1].place}'. Give it another: --rename {number}:{name}=NAME"
+                )
+            owners[name] = number
+
+
+def _base(identity: dict[str, str | int]) -> str:
+    return f"{identity['name'] or 'an unnamed model'} ({identity['architecture']}, hash {str(identity['hash'])[:12]})"
+
+
+def _origins(adapters: Sequence[AdapterSource]) -> Origins:
+    """History and statistics of all adapters. SRDEError if an expert's domain is not known."""
+    together = Origins()
+    for adapter in adapters:
+        for name in adapter.metadata.expert_names:
+            if name not in adapter.metadata.domain_tokens:
+                raise SRDEError(
+                    f"weights '{adapter.place}': no statistics of a domain '{name}', from which the router would know "
+                    f"expert '{name}'. Train the adapter with --domain_statistics_rows above 0 and an expert for each "
+                    f"domain, or take the expert out: srde-ds remove {adapter.place} --experts {name}"
+                )
+        own = Origins.of(adapter.metadata, adapter.tensors)
+        together.update(own.domain_tokens, own.statistics)
+        together.history += [entry for entry in own.history if entry not in together.history]
+    check_history(together.history)
+    return together
+
+
+def _router(statistics: DomainStatistics, domains: list[str], names: list[str], *, seed: int, layer: int) -> Tensor:
+    """`[E, D]` fp32: the warm start's router by domain means, for tokens drawn from the statistics."""
+    order = [domains.index(name) for name in names]
+    generator = np.random.default_rng([seed, layer])
+    mean, spread = (part[order].numpy()[:, None] for part in (statistics.mean, statistics.spread))
+    noise = generator.standard_normal((len(names), DRAWN_TOKENS, mean.shape[-1]), dtype=np.float32)
+    inputs = (mean + spread * noise).reshape(-1, mean.shape[-1])
+    expert = np.repeat(np.arange(len(names)), DRAWN_TOKENS)
+    try:
+        fit = fit_router(inputs, expert, num_experts=len(names), method="domain_means", seed=seed, layer=layer)
+    except SRDEError:
+        raise SRDEError(
+            f"weights: layer {layer}: the statistics of the domains {', '.join(names)} are alike, a router cannot tell "
+            "them apart. Give adapters of different domains."
+        ) from None
+    return torch.from_numpy(fit.weights)
+
+
+def _renamed(adapters: Sequence[AdapterSource], texts: Sequence[str]) -> list[AdapterSource]:
+    """The adapters with the names that --rename gives; "2:old=new" is for the second alone."""
+    chosen: list[list[str]] = [[] for _ in adapters]
+    for text in texts:
+        number, sign, rest = text.partition(":")
+        if sign and number.strip().isdecimal():
+            if not 0 < int(number) <= len(adapters):
+                raise SRDEError(f"rename={text}: there are {len(adapters)} adapters, numbered from 1.")
+            chosen[int(number) - 1].append(rest)
+            continue
+        (old,) = parse_renames([text])
+        owners = [place for place, adapter in enumerate(adapters) if old in adapter.metadata.expert_names]
+        if len(owners) != 1:
+            numbers = " or ".join(f"{place + 1}:{text}" for place in owners) or "the name of an expert"
+            raise SRDEError(f"rename={text}: {len(owners)} of the adapters have an expert '{old}'. Give {numbers}.")
+        chosen[owners[0]].append(text)
+    return [renamed(adapter, parse_renames(own)) for adapter, own in zip(adapters, chosen, strict=True)]

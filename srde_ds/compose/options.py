@@ -1,0 +1,58 @@
+"""The options of `srde-ds combine`, `rename` and `remove`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class CombineOptions:
+    """What is combined, and how."""
+
+    weights: list[str] = option(
+        [], "adapters of one base, each a place as of inspect", metavar="WEIGHTS", required=True
+    )
+    output: str = option("", "weights file to write", metavar="FILE", aliases=("output_file",), required=True)
+    rename: list[str] | None = option(
+        None,
+        "other names for experts; 2:old=new for one of the second adapter, where several have the name",
+        metavar="OLD=NEW,...",
+    )
+    top_k: int | None = option(
+        None, "experts that each token uses (default: the most that an adapter used)", metavar="N", minimum=1
+    )
+    seed: int = option(0, "seed of the tokens drawn from the domains' statistics", metavar="N", minimum=0)
+
+
+@dataclass(frozen=True)
+class RenameOptions:
+    """Which experts get which names."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    names: list[str] = option(
+        [], "the old and the new name of each expert", metavar="OLD=NEW,...", aliases=("rename",), required=True
+    )
+    output: str = option("", "weights file to write", metavar="FILE", aliases=("output_file",), required=True)
+
+
+@dataclass(frozen=True)
+class RemoveOptions:
+    """Which experts are left out."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    experts: list[str] = option([], "experts to leave out", metavar="NAME,...", required=True)
+    output: str = option("", "weights file to write", metavar="FILE", aliases=("output_file",), required=True)

@@ -1,0 +1,62 @@
+"""How much each label counts in the loss, beside the others of its optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from srde_ds.data.manifest import Split
+from srde_ds.data.packing import IGNORED
+
+Weighting = Literal["token", "document", "domain"]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Makes the weights of a batch's labels; the loss of a step is the mean with these weights over all its labels.
+
+    Weights depend on nothing but a row and the dataset, so that the loss does not depend on how a step's rows are cut
+    into ranks and micro-steps.
+
+    Attributes:
+        weighting: what counts alike: each token, each document, or each domain.
+        of_domain: with domain: the weight of a label of each domain.
+    """
+
+    weighting: Weighting = "token"
+    of_domain: tuple[float, ...] = ()
+
+    @staticmethod
+    def of(weighting: Weighting, train: Split, *, mixed: bool) -> LossWeights:
+        """Those of a dataset.
+
+        Args:
+            train: counts of the training rows, in the order of the rows' column `domain`.
+            mixed: the domains' rows are drawn by shares that the user set: these shares are then those of the loss.
+        """
+        if weighting != "domain":
+            return LossWeights(weighting)
+        counts = [count for count in train.domains.values() if count.response_tokens]
+        mean = sum(count.response_tokens for count in counts) / (sum(c.rows for c in counts) if mixed else len(counts))
+        return LossWeights(
+            weighting,
+            tuple(
+                mean * (count.rows if mixed else 1) / count.response_tokens if count.response_tokens else 0.0
+                for count in train.domains.values()
+            ),
+        )
+
+    def of_batch(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Weights fp32 [B, S] beside the labels, 0 where there is none; None where all labels count alike."""
+        if self.weighting == "token":
+            return None
+        counted = (batch["labels"] != IGNORED).float()
+        if self.weighting == "domain":
+            return counted * torch.tensor(self.of_domain)[batch["domain"], None]
+        document = (batch["position_ids"] == 0).cumsum(1)
+        labels = torch.zeros(counted.shape[0], counted.shape[1] + 1).scatter_add(1, document, counted)
+        return counted / labels.gather(1, document).clamp(min=1)

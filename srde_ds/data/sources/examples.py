@@ -1,0 +1,61 @@
+"""What a formatter makes of a row: a conversation and an answer that can be checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from srde_ds.data.conversation import Message
+
+
+class BrokenRow(ValueError):
+    """The row lacks something that the source promises."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row of a source as a conversation."""
+
+    messages: list[Message]
+    answer: str | None = None
+    group: str | None = None
+    """rows of one group go to the same split: the question that others are variants of, a shared passage"""
+    more: dict[str, Any] = field(default_factory=dict)
+    """`tools`, `choices` and `tests`, as records have them"""
+
+
+def ask(prompt: str, response: str) -> list[Message]:
+    """A question and its answer as messages."""
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def solved(question: str, reasoning: str, answer: str, *, group: str | None = None) -> Example:
+    """A question whose response ends with the line `Answer: ...`."""
+    response = f"{reasoning}\nAnswer: {answer}" if reasoning else f"Answer: {answer}"
+    return Example(ask(question, response), answer, group)
+
+
+def lettered_choice(
+    question: str,
+    options: Sequence[Any],
+    right: int,
+    *,
+    context: str = "",
+    reasoning: str = "",
+    group: str | None = None,
+) -> Example:
+    """A question with lettered options; the response names the option, or explains it where there is a rationale."""
+    options = [str(option).strip() for option in options]
+    if len(options) < 2 or not all(options):
+        raise BrokenRow("an option is missing")
+    if not 0 <= right < len(options):
+        raise BrokenRow(f"the right option is number {right} of {len(options)}")
+    lettered = [f"{letter_of(index)}. {option}" for index, option in enumerate(options)]
+    prompt = "\n".join(filter(None, [context and f"{context}\n", question, *lettered]))
+    return solved(prompt, reasoning or lettered[right], letter_of(right), group=group or context or question)
+
+
+def letter_of(index: int) -> str:
+    """0, 1, ... as A, B, ..."""
+    return chr(ord("A") + index)

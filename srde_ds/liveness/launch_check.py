@@ -1,0 +1,60 @@
+"""Compares the processes that a launcher started with those that it was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from srde_ds.errors import SRDEError
+
+# Options of deepspeed 0.19.8 that take a part of the hosts or GPUs, so that fewer processes are right.
+_PARTS = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
+
+
+def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
+    """Refuse what deepspeed lets pass: without the hostfile that it was given it trains on this host alone.
+
+    Args:
+        words: deepspeed's arguments, training's script and arguments included.
+        folder: in which deepspeed was started.
+        processes: that it started.
+
+    Raises:
+        SRDEError: names the hostfile or the number that does not fit.
+    """
+    given = _options(words)
+    hostfile = given.get("--hostfile", given.get("-H"))
+    if hostfile is not None and not (folder / hostfile).is_file():
+        raise SRDEError(
+            f"hostfile={hostfile}: no such file, so deepspeed has started {processes} processes on this host alone. "
+            "Write one with `srde-ds hosts`, or leave --hostfile out."
+        )
+    if hostfile is None and given.get("--num_gpus", "").isdecimal() and int(given["--num_gpus"]) > 0:
+        nodes = int(given["--num_nodes"]) if given.get("--num_nodes", "").isdecimal() else 1
+        if nodes == 1 and int(given["--num_gpus"]) != processes:
+            raise SRDEError(f"num_gpus={given['--num_gpus']}: deepspeed has started {processes} processes.")
+    if hostfile is not None and not any(name in given for name in _PARTS):
+        asked = _slots((folder / hostfile).read_text(encoding="utf-8", errors="replace"))
+        if asked != processes:
+            raise SRDEError(
+                f"hostfile={hostfile}: lists {asked} processes, deepspeed has started {processes}. Was it changed?"
+            )
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Those in front of the script."""
+    found = {}
+    for index, word in enumerate(words):
+        name, has_value, value = word.partition("=")
+        if word.endswith(".py"):
+            break
+        if name.startswith("-"):
+            found[name] = value if has_value else (words[index + 1] if index + 1 < len(words) else "")
+    return found
+
+
+def _slots(text: str) -> int:
+    """As deepspeed counts them."""
+    lines = (line.split() for line in text.splitlines() if not line.strip().startswith("#"))
+    slots = [words[1].removeprefix("slots=") for words in lines if len(words) > 1]
+    return sum(int(number) for number in slots if number.isdecimal())

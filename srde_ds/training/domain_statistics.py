@@ -1,0 +1,74 @@
+"""At the end of training: what enters each layer's feed-forward block on each domain, for routers made without data."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from srde_ds.config import Config
+from srde_ds.data.loader import validation_batches
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology
+from srde_ds.distributed.together import on_main_rank
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.training.reporting.held_out import Batch
+from srde_ds.training.reporting.step_metrics import sum_over_ranks
+from srde_ds.training.warm_start.routers import visit_inputs
+from srde_ds.training.warm_start.token_sample import all_tokens, special_token_ids
+from srde_ds.weights.origins import DomainStatistics
+
+
+def measure_domains(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> None:
+    """Measure mean and spread of each block's input on each domain, and note them in the model; a collective.
+
+    It takes one forward of `domain_statistics_rows` rows of each domain, with experts as the router chooses them. A
+    domain without usable tokens is left out.
+
+    Args:
+        rows: training rows as written by `build_dataset`, the same on all ranks.
+    """
+    base, data, training = config.model, config.data, config.training
+    special = on_main_rank(
+        lambda: special_token_ids(load_tokenizer(str(base.model_name), revision=base.model_revision)), topology
+    )
+    sample = all_tokens(
+        rows,
+        domains=data.domains,
+        rows_a_domain=training.domain_statistics_rows,
+        special_ids=special,
+        seed=training.seed,
+    )
+    counts = np.bincount(sample.domain, minlength=len(data.domains))
+    if not counts.any():
+        return
+    layers, hidden = len(engine.model.layers), engine.model.layers[0].hidden
+    sums = torch.zeros(layers, 2, len(data.domains), hidden, dtype=torch.float64, device=topology.device)
+
+    def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
+        domain, inputs = torch.from_numpy(sample.domain[tokens]).to(inputs.device), inputs.double()
+        sums[layer, 0].index_add_(0, domain, inputs)
+        sums[layer, 1].index_add_(0, domain, inputs.square())
+
+    def forward(batch: Batch) -> None:
+        batch = {key: value.to(topology.device) for key, value in batch.items()}
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
+        engine.deepspeed(**inputs, logits_to_keep=1, policy=RoutingPolicy())
+
+    batches = validation_batches(
+        rows.select(sample.rows), training.batch_size, rank=topology.rank, world_size=topology.world_size
+    )
+    engine.deepspeed.eval()
+    try:
+        with torch.no_grad():
+            visit_inputs(engine.model, forward, batches, sample, add)
+    finally:
+        engine.deepspeed.train()
+    total, found = torch.from_numpy(counts), torch.from_numpy(counts > 0)
+    averages = sum_over_ranks({"sums": sums}, topology.device)["sums"][:, :, found] / total[found, None]
+    mean, spread = averages[:, 0], (averages[:, 1] - averages[:, 0].square()).clamp(min=0).sqrt()
+    tokens = {name: int(count) for name, count in zip(data.domains, counts, strict=True) if count}
+    layer_statistics = [DomainStatistics(m, s) for m, s in zip(mean.float(), spread.float(), strict=True)]
+    engine.model.origins.update(tokens, layer_statistics)

@@ -1,0 +1,159 @@
+"""`run.lock` in a run's folder: one training at a time writes there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from srde_ds.errors import SRDEError
+from srde_ds.liveness.launcher_watch import start_time
+from srde_ds.utils.files import write_text
+
+logger = logging.getLogger(__name__)
+
+FILE = "run.lock"
+TOUCH_SECONDS = 10.0
+# A lock of another host that is not touched for so long is one that a kill left. No clocks are compared.
+STALE_SECONDS = 60.0
+_LOOK_SECONDS = 1.0
+_MAX_BYTES = 2**12
+
+
+@contextmanager
+def run_lock(output_dir: str | Path) -> Iterator[None]:
+    """Hold the folder, which is made if it is not there, until the block ends. Called by rank 0 alone.
+
+    A lock whose process is gone is taken over. That of another host is watched until it is touched, or for
+    STALE_SECONDS.
+
+    Raises:
+        SRDEError: another training is at work there.
+    """
+    folder = Path(output_dir)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FILE
+    done = threading.Event()
+    try:
+        _take(path)
+        threading.Thread(target=_keep_touching, args=(path, done), name="run lock", daemon=True).start()
+        try:
+            yield
+        finally:
+            done.set()
+            path.unlink(missing_ok=True)
+    finally:
+        if made:
+            with suppress(OSError):  # it holds what the run has written
+                folder.rmdir()
+
+
+def refuse_living_run(output_dir: str | Path) -> None:
+    """Refuse a folder in which a process of this host is training, without waiting or writing anything.
+
+    Raises:
+        SRDEError: names the process.
+    """
+    owner = _read(Path(output_dir) / FILE)
+    if owner and _is_here(owner) and _lives(owner):
+        raise _refusal(Path(output_dir), owner)
+
+
+def _take(path: Path) -> None:
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine()}
+    with _one_at_a_time(path.parent):
+        if path.exists():
+            _refuse_unless_stale(path)
+            path.unlink(missing_ok=True)
+        try:
+            write_text(path, json.dumps(own))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def _refuse_unless_stale(path: Path) -> None:
+    owner = _read(path)
+    if not (owner and _is_here(owner)):
+        told = owner.get("host", "a host that it does not name")
+        logger.info("%s: is of %s; waiting up to %.0f s to see whether it is alive.", path, told, STALE_SECONDS)
+        if _is_touched(path):
+            raise _refusal(path.parent, owner)
+    elif _lives(owner):
+        raise _refusal(path.parent, owner)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Of those that take the lock at the same moment. Storage without such locks does not have that moment covered."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_touched(path: Path) -> bool:
+    """Whether somebody touches it within STALE_SECONDS; False as soon as it is gone."""
+    deadline, first = time.monotonic() + STALE_SECONDS, _touched(path)
+    while first is not None and time.monotonic() < deadline:
+        time.sleep(_LOOK_SECONDS)
+        if (now := _touched(path)) != first:
+            return now is not None
+    return False
+
+
+def _touched(path: Path) -> int | None:
+    try:
+        with open(path, "rb") as file:  # opened, so that network storage looks at its server
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def _keep_touching(path: Path, done: threading.Event) -> None:
+    while not done.wait(TOUCH_SECONDS):
+        with suppress(OSError):  # storage that does not answer now may do so later
+            os.utime(path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a lock says; empty if there is none, or it is not written yet."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.loads(file.read(_MAX_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    named = isinstance(content, dict) and isinstance(content.get("pid"), int)
+    return content if named else {}
+
+
+def _is_here(owner: dict[str, Any]) -> bool:
+    return bool(owner.get("machine") == _machine())
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    started = start_time(owner["pid"])
+    return started is not None and started == owner.get("started")
+
+
+def _machine() -> str:
+    """This machine since its start, and its process numbers: containers of one host have numbers of their own."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
+
+
+def _refusal(folder: Path, owner: dict[str, Any]) -> SRDEError:
+    who = f"process {owner['pid']} of host {owner.get('host')}" if owner else "another process"
+    remedy = "Wait for it or stop it, or choose another --output_dir"
+    return SRDEError(f"output_dir={folder}: {who} is training there ({FILE}). {remedy}.")

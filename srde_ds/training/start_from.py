@@ -1,0 +1,86 @@
+"""A new run that begins with trained experts: `start_from`. Optimizer, data and length are the new run's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from srde_ds.distributed.engine import Engine
+from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import AdapterSource
+from srde_ds.model.deltas import Storage, build_deltas
+from srde_ds.model.router import Router
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.origins import Origins
+
+if TYPE_CHECKING:
+    from srde_ds.model.deltas import Trainable
+
+
+def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
+    """Give a new engine the supports and the values of an adapter; a collective, with the same adapter on all ranks.
+
+    Experts that the adapter lacks keep their own supports, and begin as in a run of their own.
+
+    Args:
+        seed: of the new experts' beginnings.
+
+    Raises:
+        SRDEError: the adapter was trained on another base.
+    """
+    model, before = engine.model, adapter.metadata
+    _check_base(before, model.base_identity, adapter.place)
+    for number, layer in enumerate(model.layers):
+        prefix, config = f"layers.{number}.", model.config
+        old = {name.removeprefix(prefix): t for name, t in adapter.tensors.items() if name.startswith(prefix)}
+        support = old["support"].load().to(layer.support)
+        rows = layer.support if support.dim() == 1 else layer.support[: len(support)]
+        if rows.shape != support.shape:
+            raise SRDEError(
+                f"weights '{adapter.place}': supports of shape {list(support.shape)} in layer {number}, the base needs "
+                f"{list(rows.shape)}. Give the base that they were trained on."
+            )
+        rows.copy_(support)
+        storage = Storage(torch.float32, torch.device("cpu"))
+        bank = build_deltas(
+            config, hidden=layer.hidden, size=support.shape[-1], seed=seed, layer=number, storage=storage
+        )
+        router = Router(
+            layer.hidden,
+            config.num_experts,
+            config.top_k,
+            seed=seed,
+            layer=number,
+            dtype=storage.dtype,
+            device=storage.device,
+        )
+        fresh = {f"deltas.{name}": p for name, p in bank.named_parameters()} | {"router.weight": router.weight}
+        values = {}
+        for name, parameter in fresh.items():
+            values[prefix + name] = _continued(parameter, old[name].load().float())  # type: ignore[arg-type]
+        engine.set_trainables(values)
+        bias = torch.zeros(config.num_experts)
+        if "router_bias" in old:
+            bias[: len(before.expert_names)] = old["router_bias"].load()
+        layer.router.load_selection_bias(bias)
+    model.origins = Origins.of(before, adapter.tensors)
+
+
+def _continued(parameter: Trainable, old: torch.Tensor) -> torch.Tensor:
+    """The beginning of a trainable, with the old experts' values at the front."""
+    axis = 0 if parameter.srde_kind == "router" else parameter.srde_expert_axis
+    if axis is None:
+        return old
+    values = parameter.detach().clone()
+    values.narrow(axis, 0, old.shape[axis]).copy_(old)
+    return values
+
+
+def _check_base(before: AdapterMetadata, base: dict[str, str | int], place: object) -> None:
+    if before.base["hash"] != base["hash"]:
+        raise SRDEError(
+            f"start_from={place}: trained on {before.base['name']} (hash {str(before.base['hash'])[:12]}), the base "
+            f"is {base['name']} (hash {str(base['hash'])[:12]}). Give the base that they were trained on as "
+            "--model_name."
+        )

@@ -1,0 +1,66 @@
+"""The whole way of docs/combine.md in small: its commands run, and its output is theirs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from tests.cli_helpers import save_base
+from tests.data_helpers import sums, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "combine.md"
+SMALL = "--max_steps 4 --gradient_accumulation_steps 2 --bf16 false --max_length 128 --lr_schedule constant"
+NUMBER = re.compile(r"\d+\.\d+(e[-+]\d+)?|\b[0-9a-f]{12}\b")
+
+
+def commands(text: str) -> list[list[str]]:
+    return [shlex.split(line) for line in re.findall(r"^    srde-ds (.+)$", text, re.MULTILINE)]
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    options = shlex.split(SMALL) if arguments[0] == "train" else []
+    if arguments[0] == "train" and "--start_from" not in arguments:
+        options += ["--density", "0.05"]
+    done = subprocess.run(
+        [sys.executable, "-m", "srde_ds.cli", *arguments, *options],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def shape_of(text: str) -> list[str]:
+    """Lines without the numbers that rounding changes from machine to machine, nor the width of columns."""
+    return [" ".join(NUMBER.sub("#", line).split()) for line in text.splitlines() if line.strip()]
+
+
+def test_the_way_of_the_page(tmp_path: Path) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    save_base(tmp_path / "BASE")
+    for domain in ("math", "code", "law"):
+        write_jsonl(tmp_path / f"{domain}.jsonl", sums(domain, range(12)))
+    outputs = {" ".join(arguments): run(arguments, tmp_path) for arguments in commands(page)}
+    shown = [
+        re.sub(r"^    ?", "", block, flags=re.MULTILINE) for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    ]
+    assert shape_of(outputs["inspect both.safetensors"]) == shape_of(shown[0])
+    history = run(["inspect", "fewer.safetensors"], tmp_path).partition("History\n")[2]
+    assert shape_of(history) == shape_of(shown[1])
+    both, law = load_file(tmp_path / "both.safetensors"), load_file(tmp_path / "runs/law/srde_weights.safetensors")
+    for layer in range(2):
+        name = f"layers.{layer}.deltas.free"
+        assert torch.equal(law[name][:, :6], both[name])
+        assert bool(law[name][:, 6:].any())
+        name = f"layers.{layer}.router.weight"
+        assert torch.equal(law[name][:2], both[name])

@@ -1,0 +1,118 @@
+"""What weights know about their domains: measured at the end of training, by all ranks together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from srde_ds.data.loader import validation_batches
+from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.export.adapter_source import open_adapter
+from srde_ds.model.adapter import load_adapter
+from srde_ds.training.warm_start.token_sample import special_token_ids
+from srde_ds.weights.file import read_weights
+from srde_ds.weights.origins import DomainStatistics, Origins
+from srde_ds.weights.schema import support_hash
+from tests.distributed.harness import Ranks
+from tests.distributed.training_helpers import DOMAINS, ROWS_PER_STEP, Inputs, cut, latest, train_here
+
+STEPS = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
+
+
+def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]:
+    """Over all rows, in one go, from tokens that are neither padding, special nor the beginning of other domains."""
+    model = load_adapter(weights, base=inputs.base).eval()
+    rows = load_rows(inputs.dataset, "train", load_manifest(inputs.dataset))
+    special = torch.tensor(special_token_ids(load_tokenizer(inputs.base, revision=None)))
+    seen: list[list[Tensor]] = [[] for _ in model.layers]
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda layer, args: seen[layer.layer].append(args[0].flatten(0, 1).double()))
+    domains, usable, beginnings = [], [], []
+    for batch in validation_batches(rows, 4):
+        model(**{key: batch[key] for key in ("input_ids", "position_ids", "token_mask")})
+        real = batch["token_mask"] & ~torch.isin(batch["input_ids"], special) & (batch["row_index"] >= 0)[:, None]
+        domains.append(batch["domain"][:, None].expand_as(real).flatten())
+        usable.append(real.flatten())
+        ids, positions = batch["input_ids"].tolist(), batch["position_ids"].tolist()
+        for row, places in zip(ids, positions, strict=True):
+            beginnings += [tuple(row[s - place : s + 1]) for s, place in enumerate(places)]
+    domain, used = torch.cat(domains), torch.cat(usable)
+    owners: dict[tuple[int, ...], set[int]] = {}
+    for beginning, own, use in zip(beginnings, domain.tolist(), used.tolist(), strict=True):
+        if use:
+            owners.setdefault(beginning, set()).add(own)
+    used &= torch.tensor([len(owners.get(beginning, ())) == 1 for beginning in beginnings])
+    result = []
+    for chunks in seen:
+        x = torch.cat(chunks)
+        parts = [x[used & (domain == d)] for d in range(len(DOMAINS))]
+        mean, spread = (
+            torch.stack(values) for values in zip(*((p.mean(0), p.std(0, correction=0)) for p in parts), strict=True)
+        )
+        result.append(DomainStatistics(mean.float(), spread.float()))
+    return result
+
+
+def statistics(folder: Path) -> list[DomainStatistics]:
+    file = read_weights(folder / "srde_weights.safetensors")
+    return Origins.of(file.metadata, file.tensors).statistics
+
+
+def assert_close(found: list[DomainStatistics], expected: list[DomainStatistics], tolerance: float) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.mean, theirs.mean, rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours.spread, theirs.spread, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_they_are_those_of_the_trained_model_for_any_number_of_processes(
+    inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    flags: dict[str, Any] = STEPS | {"domain_statistics_rows": 1000}
+    assert one_rank(train_here, inputs.flags(alone, **flags, **cut(ROWS_PER_STEP, 1))) == [None]
+    assert two_ranks(train_here, inputs.flags(both, **flags)) == [None, None]
+    expected = expected_statistics(inputs, alone / "srde_weights.safetensors")
+    assert_close(statistics(alone), expected, 1e-5)
+    assert_close(statistics(both), statistics(alone), 1e-3)
+    metadata = read_weights(both / "srde_weights.safetensors").metadata
+    manifest = load_manifest(inputs.dataset).splits["train"]
+    (entry,) = metadata.history
+    assert list(metadata.domain_tokens) == DOMAINS and min(metadata.domain_tokens.values()) > 100
+    assert (entry["verb"], entry["steps"], entry["domains"]) == ("train", 2, "red, green, blue")
+    assert (entry["data"], entry["dataset"]) == ("train.jsonl", manifest.content_sha256)
+    checkpoint = open_adapter(both / latest(both))  # a checkpoint knows what its run's weights do
+    assert checkpoint.metadata == metadata
+    assert torch.equal(checkpoint.tensors["layers.1.domain_mean"].load(), statistics(both)[1].mean)
+
+
+@pytest.mark.parametrize(
+    ("rows", "form"), [(0, {}), (1, {"granularity": "element", "density": 0.002, "use_muon": False})]
+)
+def test_how_many_rows_are_run(
+    inputs: Inputs, two_ranks: Ranks, tmp_path: Path, rows: int, form: dict[str, Any]
+) -> None:
+    flags = inputs.flags(tmp_path / "run", **(STEPS | form | {"domain_statistics_rows": rows}))
+    assert two_ranks(train_here, flags) == [None, None]
+    file = read_weights(tmp_path / "run" / "srde_weights.safetensors")
+    assert list(file.metadata.domain_tokens) == (DOMAINS if rows else [])
+    assert all(count <= rows * 96 for count in file.metadata.domain_tokens.values())
+    assert ("layers.0.domain_mean" in file.tensors) == bool(rows)
+    assert file.metadata.support_hash == support_hash(
+        [file.tensors[f"layers.{layer}.support"].load() for layer in range(2)]
+    )
+
+
+def test_a_domain_without_rows_is_left_out(inputs: Inputs) -> None:
+    from srde_ds.training.warm_start.token_sample import all_tokens
+
+    rows = load_rows(inputs.dataset, "train", load_manifest(inputs.dataset))
+    sample = all_tokens(rows, domains=[*DOMAINS, "law"], rows_a_domain=2, special_ids=[], seed=0)
+    assert set(np.unique(sample.domain)) == {0, 1, 2}
+    assert len(sample.rows) <= 6 and len(np.unique(sample.rows)) == len(sample.rows)

@@ -1,0 +1,178 @@
+"""Runs that go on with trained experts: all of them, with new ones, or with some locked bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from srde_ds.config import Config, resolve
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import load_adapter
+from srde_ds.training.run_inputs import check_start, read_run_inputs
+from srde_ds.weights.file import read_metadata
+from tests.data_helpers import sums, write_jsonl
+from tests.distributed.harness import Ranks
+from tests.distributed.training_helpers import DOMAINS, Inputs, metrics, train_here, weights
+from tests.helpers import tokens
+
+SHORT: dict[str, Any] = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
+STANDSTILL: dict[str, Any] = {"muon_lr": 0, "learning_rate": 0, "router_lr": 0}
+FORMS: dict[str, dict[str, Any]] = {
+    "neuron": {},
+    "own supports": {"support_scope": "per_expert"},
+    "element": {"granularity": "element", "density": 0.005, "use_muon": False, "support_scope": "per_expert"},
+}
+
+
+@pytest.fixture(scope="module")
+def law(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Records of a fourth domain alone."""
+    return str(write_jsonl(tmp_path_factory.mktemp("law") / "law.jsonl", sums("law", range(24))))
+
+
+def with_law(records: str) -> dict[str, Any]:
+    return {"pretokenized_dir": None, "jsonl_data": records, "domains": [*DOMAINS, "law"], "num_experts": 4}
+
+
+def of_experts(tensors: dict[str, Tensor], experts: list[int]) -> dict[str, Tensor]:
+    """What belongs to these experts alone."""
+    found = {}
+    for name, tensor in tensors.items():
+        kind = name.rpartition(".")[2]
+        if kind == "free" and tensor.dim() == 3:
+            found[name] = tensor.unflatten(1, (-1, 3))[:, experts]
+        elif kind in ("free", "weight") or (kind == "support" and tensor.dim() == 2):
+            found[name] = tensor[experts]
+        elif kind == "support":
+            found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("form", list(FORMS))
+def test_experts_that_are_not_trained_stay_bit_for_bit(
+    inputs: Inputs, two_ranks: Ranks, law: str, tmp_path: Path, form: str
+) -> None:
+    first, second, options = tmp_path / "first", tmp_path / "second", SHORT | FORMS[form]
+    assert two_ranks(train_here, inputs.flags(first, **options)) == [None, None]
+    options |= with_law(law) | {"start_from": str(first), "train_experts": ["law"], "weight_decay": 0.5}
+    options |= {"supervised_experts": True, "expert_pretrain_steps": 1, "max_steps": 6, "expert_parallel_size": 2}
+    assert two_ranks(train_here, inputs.flags(second, **options)) == [None, None]
+    before, after = weights(first), weights(second)
+    old, kept = of_experts(before, [0, 1, 2]), of_experts(after, [0, 1, 2])
+    assert old.keys() == kept.keys() and len(old) == 6
+    assert all(torch.equal(old[name], kept[name]) for name in old)
+    new = of_experts(after, [3])
+    assert all(bool(new[f"layers.{layer}.deltas.free"].any()) for layer in range(2))
+    if form != "neuron":  # as many as the others', and places of its own
+        assert not any(torch.equal(new["layers.0.support"][0], own) for own in old["layers.0.support"])
+    metadata = read_metadata(second / "srde_weights.safetensors")
+    assert metadata.expert_names == list(metadata.domain_tokens) == [*DOMAINS, "law"]
+    assert [entry["domains"] for entry in metadata.history] == [", ".join(DOMAINS), ", ".join([*DOMAINS, "law"])]
+    for layer in range(2):
+        name = f"layers.{layer}.domain_mean"
+        assert torch.equal(after[name][:3], before[name])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", [{}, {"num_atoms": 4, "support_scope": "per_expert", "support_strategy": "random"}])
+def test_a_run_starts_where_the_weights_are(
+    inputs: Inputs, two_ranks: Ranks, law: str, tmp_path: Path, form: dict[str, Any]
+) -> None:
+    """A run that changes nothing gives the weights that it started from, and its new expert is the base, if it may."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert two_ranks(train_here, inputs.flags(first, **SHORT, **form, balancing_bias_rate=0.01)) == [None, None]
+    start = {"start_from": str(first / "srde_weights.safetensors")}
+    flags = inputs.flags(second, **SHORT, **form, **with_law(law), **start, **STANDSTILL)
+    assert two_ranks(train_here, flags) == [None, None]
+    one, other = (load_adapter(folder, base=inputs.base) for folder in (first, second))
+    ids = tokens()
+    for expert in DOMAINS:
+        for model in (one, other):
+            model.set_active_experts([expert])
+        torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
+    one.set_active_experts(None)
+    other.set_active_experts(DOMAINS)
+    torch.testing.assert_close(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(other.layers[0].router.selection_bias[:3], one.layers[0].router.selection_bias)
+    other.set_active_experts(["law"])
+    with one.no_experts():  # with atoms, a new expert mixes those that are trained
+        is_the_base = torch.allclose(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
+        assert is_the_base == (not form)
+
+
+def test_all_of_it_goes_on_and_resumes(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    first, whole, halves = tmp_path / "first", tmp_path / "whole", tmp_path / "halves"
+    assert two_ranks(train_here, inputs.flags(first, **SHORT)) == [None, None]
+    options: dict[str, Any] = SHORT | {"max_steps": 4, "start_from": str(first), "lr_schedule": "constant"}
+    assert two_ranks(train_here, inputs.flags(whole, **options)) == [None, None]
+    before, after = weights(first), weights(whole)
+    trained = [name for name in before if ".deltas." in name or name.endswith("router.weight")]
+    assert all(not torch.equal(before[name], after[name]) for name in trained)
+    assert metrics(whole)[0]["loss"] < metrics(first)[0]["loss"] and metrics(whole)[0]["step"] == 1
+    assert two_ranks(train_here, inputs.flags(halves, **(options | {"max_steps": 2}))) == [None, None]
+    assert two_ranks(train_here, inputs.flags(halves, **options, resume_from="latest")) == [None, None]
+    name = "srde_weights.safetensors"
+    assert (halves / name).read_bytes() == (whole / name).read_bytes()
+    assert [entry["steps"] for entry in read_metadata(whole / name).history] == [2, 4]
+
+
+@pytest.fixture(scope="module")
+def started(inputs: Inputs, two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("started") / "run"
+    assert two_ranks(train_here, inputs.flags(folder, **SHORT, support_strategy="random")) == [None, None]
+    return folder
+
+
+def resolved(started: Path, **options: Any) -> Config:
+    return resolve({}, {"start_from": str(started)} | options, read_inputs=read_run_inputs)
+
+
+@pytest.mark.parametrize("place", ["", "srde_weights.safetensors", "checkpoint-2"])
+def test_options_follow_from_the_weights(started: Path, place: str) -> None:
+    config = resolved(started / place)
+    adapter = config.adapter
+    assert (adapter.density, adapter.num_experts, adapter.top_k, adapter.support_strategy) == (0.05, 3, 2, "random")
+    assert config.data.domains == DOMAINS and config.derived["density"] == "as in the weights of start_from"
+    assert resolved(started, domain="law").data.domains == [*DOMAINS, "law"]
+    assert resolved(started, domain="law").adapter.num_experts == 4
+    source = check_start(config)
+    assert source is not None and source.metadata.expert_names == DOMAINS
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0.1}, "density=0.1: the weights of start_from=.* have density=0.05. Leave --density out"),
+        ({"granularity": "element"}, "granularity=element"),
+        ({"domains": ["red", "blue"]}, "must begin with the experts of start_from=.*, red,green,blue, in this order"),
+        ({"train_experts": ["lore"], "domain": "law"}, "no expert 'lore' in red, green, blue, law"),
+        ({"train_experts": ["red"], "warm_start": True}, "warm_start with train_experts=red"),
+        ({"train_experts": ["red"], "balancing_bias_rate": 0.1}, "balancing_bias_rate with train_experts=red"),
+        ({"train_experts": ["red"], "num_atoms": 2}, "train_experts=red with num_atoms=2: the others share the atoms"),
+        ({"train_experts": ["red"], "start_from": None}, "train_experts=red without start_from"),
+        ({"initial_density": 0.2}, "initial_density with start_from="),
+        ({"support_strategy": "gradient"}, "support_strategy with start_from="),
+        ({"preset": "reference"}, "preset with start_from="),
+        ({"start_from": "/none"}, "none"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(started: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SRDEError, match=message):
+        check_start(resolved(started, **options))
+
+
+def test_another_base_is_refused(inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path) -> None:
+    from tests.helpers import tiny_llama
+
+    tokenizer, other = load_tokenizer(inputs.base), tmp_path / "base"
+    sizes: dict[str, Any] = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3}
+    tiny_llama(seed=9, vocab_size=len(tokenizer), **sizes).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    flags = inputs.flags(tmp_path / "run", **SHORT, model_name=str(other), start_from=str(started))
+    (message,) = one_rank(train_here, flags)
+    assert "start_from=" in message and "Give the base that they were trained on" in message
