@@ -72,10 +72,12 @@ EFFECTS = {
     **dict.fromkeys(
         (
             *("load_balancing_weight", "load_balancing_target", "balancing_bias_rate", "router_z_weight"),
-            *("delta_size_weight", "support_overlap_weight"),
+            *("delta_size_weight", "support_overlap_weight", "loss_weighting", "train_experts"),
         ),
         _NEXT_STEP,
     ),
+    "start_from": "nothing: the run goes on from its checkpoint",
+    "domain_statistics_rows": "of the statistics that the end of training measures",
     "output_dir": "checkpoints and metrics go to another folder",
     "resume_from": "where this run goes on",
     **dict.fromkeys(
