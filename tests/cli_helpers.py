@@ -40,8 +40,8 @@ def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *fragments: 
     capsys.readouterr()
     assert main(arguments) == 2
     *told, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("srde-ds: error: ")
+    assert line.startswith("srde-ds: error: "), line
     assert all(other.startswith("srde-ds: ") and "error" not in other for other in told), told
     for fragment in fragments:
-        assert fragment in line
+        assert fragment in line, line
     return line

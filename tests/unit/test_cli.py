@@ -157,6 +157,7 @@ OTHER_VALUES = {
     "atom_mixing": "softmax",
     "too_long": "error",
     "train_on": "last",
+    "loss_weighting": "domain",
     "train_experts": "math",
     "expert_transport": "tokens",
     "on_save_failure": "continue",

@@ -70,7 +70,7 @@ def test_names_that_are_not_given(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made.base.rename(tmp_path / "moved")
-    fails(capsys, convert(made, "--to", "moe"), "model_name=", "cannot load the model")
+    fails(capsys, convert(made, "--to", "moe"), "named by the adapter, is not on this machine", "--base")
     assert main(convert(made)) == 0
     assert main(convert(made, "--to", "moe", "--base", "moved", "--experts", "blue")) == 0
     assert capsys.readouterr().out.splitlines() == [WEIGHTS, "moe"]

@@ -16,12 +16,13 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("clus
 # Where a page's short paths begin: `model/layer.py`, `results/parity.json`.
 STARTS = ("", "srde_ds", "benchmarks", "docs", "tests")
 FOLDERS = {path.name for start in STARTS for path in (ROOT / start).iterdir() if path.is_dir()}
+MADE = {"data", "runs", "site", "build", "dist"}  # by users and by builds
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|yml|json|jsonl|sh|sbatch|toml|md))`")
 
 
 def missing_files(text: str) -> list[str]:
     """Paths in backticks that begin at a folder of the repository and lead nowhere."""
-    paths = [path for path in PATH.findall(text) if path.split("/")[0] in FOLDERS - {"data"}]
+    paths = [path for path in PATH.findall(text) if path.split("/")[0] in FOLDERS - MADE]
     return [path for path in paths if not any((ROOT / start / path).is_file() for start in STARTS)]
 
 

@@ -240,12 +240,17 @@ def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:
 def test_a_report_that_cannot_be_written_leaves_the_former_one(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    evaluate_command(_options(run_folder))
     write_report(run_folder)
-    before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    before = _files(run_folder)
 
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("srde_ds.evaluation.report.plot_speed", full)
     assert main(["report", "--run", str(run_folder)]) == 2
-    assert {path.name: path.read_bytes() for path in run_folder.iterdir()} == before
+    assert _files(run_folder) == before
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
