@@ -74,7 +74,7 @@ def checked(section: Any, key: str, value: Any) -> Any:
     value = _convert(key, hint, value)
     minimum, maximum = metadata["minimum"], metadata["maximum"]
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise SRDEError(f"{key}={value}: must be finite.")
         if minimum is not None and not value >= minimum:
             raise SRDEError(f"{key}={value}: must be at least {minimum}.")

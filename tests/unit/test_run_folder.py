@@ -297,6 +297,7 @@ def test_a_checkpoint_that_is_not_there_leaves_the_run_as_it_was(refused: Refusa
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
