@@ -57,7 +57,7 @@ checks: env docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks docs/*.py
 	$(BIN)/mypy
-	if command -v shellcheck >/dev/null; then shellcheck .ci/run $$(find cluster launch tests -name '*.sh' -o -name '*.sbatch'); \
+	if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(find cluster launch tests -name '*.sh' -o -name '*.sbatch'); \
 	else echo 'checks: shell scripts are not checked, shellcheck is not installed'; fi
 
 # A broken link, a missing page or a wrong anchor fails. Some five seconds.

@@ -26,6 +26,7 @@ done
 setsid mpirun "${options[@]}" -x PATH python -u launch/train.py "$@" &
 mpirun=$!
 stopped=0
+# shellcheck disable=SC2317  # the traps call it
 stop() {
     stopped=$((128 + $(kill -l "$1")))
     kill -USR1 "$mpirun" 2>/dev/null || true
