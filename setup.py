@@ -69,6 +69,7 @@ setup(
             "types-tabulate",
             "tensorboard",
             "markdown-it-py>=3.0",
+            "playwright>=1.50",  # drives the browser of the distribution
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
@@ -76,6 +77,9 @@ setup(
         "lm-eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness
         "tracking": ["tensorboard", "wandb", "trackio"],
         "mpi": ["mpi4py>=4.0"],
+        "peft": ["peft>=0.18"],  # SRDE as a PEFT method
+        "trl": ["trl>=0.24", "peft>=0.18"],  # SFTTrainer, DPOTrainer, GRPOTrainer
+        "pages": ["plotly>=6", "gradio>=6"],  # report.html, `srde-ds chat`
         "benchmarks": ["peft>=0.18"],  # besides quickstart
     },
     entry_points={"console_scripts": ["srde-ds = srde_ds.cli.main:entry_point"]},

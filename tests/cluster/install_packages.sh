@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The Debian packages that tests/cluster, the sandbox's tests and the check of shell scripts need, if they are missing: part of `make test`.
+# The Debian packages that tests/cluster, the tests of the sandbox and of pages in a browser, and the check of shell scripts need, if they are missing: part of `make test`.
 # Where they cannot be installed, it says so, and those tests are skipped. They are not installed unasked on a machine that
 # runs systemd, unless in CI, since servers for ssh and Slurm would be running there from then on.
 set -euo pipefail
 declare -A package_of=(
     [ip]=iproute2 [ssh]=openssh-client [sshd]=openssh-server [pdsh]=pdsh [munged]=munge [slurmctld]=slurmctld
     [slurmd]=slurmd [sbatch]=slurm-client [mpirun]=openmpi-bin [shellcheck]=shellcheck
-    [bwrap]=bubblewrap
+    [bwrap]=bubblewrap [chromium]=chromium
 )
 PATH=$PATH:/usr/sbin:/sbin
 packages=()
