@@ -206,6 +206,25 @@ def test_rules_are_applied_across_sources_domains_and_splits(options: BuildOptio
     assert "| puzzles | logic | 90 |" in page and "near duplicate" in page and "Domain logic lacks" in page
 
 
+def test_documents_that_the_template_refuses_are_left_out_and_told(
+    options: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'math 7:' in m.content %}{{ raise_exception('no sevens') }}{% endif %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    small = replace(options, examples_per_domain=90, on_shortfall="keep")
+    result = build(small, tmp_path / "data", tokenizer=tokenizer)
+    assert counts(result, "sums")["refused by the chat template"] == 1
+    assert "source sums: 1 documents are refused by the chat template: source sums, row 7" in caplog.text
+    assert [reason for reason in result.sources[0]["reasons"] if "no sevens" in reason]
+    page = write_report(tmp_path / "data", result, load_manifest(tmp_path / "data" / "tokenized")).read_text()
+    assert "refused by the chat template" in page and "no sevens" in page
+    assert not any(question("math", 7) == prompt(line) for line in lines(tmp_path / "data"))
+
+
 def test_a_growing_source_keeps_its_splits(options: BuildOptions, tmp_path: Path) -> None:
     one = replace(options, sources=options.sources[2:3], examples_per_domain=50)
     build(one, tmp_path / "small")

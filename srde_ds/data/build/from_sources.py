@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.data.build.artifacts import ArtifactStore, fingerprint
 from srde_ds.data.build.options import BuildOptions, BuildSummary
 from srde_ds.data.build.outputs import ARTIFACTS, JSONL, ROWS, check_free, check_ours, write_jsonl, write_selection
-from srde_ds.data.build.selection import Pool, Selection, select
+from srde_ds.data.build.selection import REFUSED, Pool, Selection, select
 from srde_ds.data.build.source_records import Records, apply_rules, ngrams_of, records_of
 from srde_ds.data.build.tokens import read_lines, set_tokenizer
 from srde_ds.data.manifest import tokenizer_identity
@@ -110,6 +110,8 @@ def _left_out(
     for made, number in zip(records.parts, records.source_of, strict=True):
         counts[names[number]].update(made.figures["counts"])
         reasons[names[number]].update(made.figures["reasons"])
+    for name, refusal in selection.refusals.items():
+        log.warning("source %s: %d documents are %s: %s", name, counts[name][REFUSED], REFUSED, refusal)
     for name, rules in counts.items():
         if rules["broken"] > BROKEN_TO_WARN * rules["read"]:
             log.warning("source %s: %s", name, _faults(rules, reasons[name]))
@@ -198,7 +200,8 @@ def _describe(
                 "redistributable": source.redistributable,
                 "weight": source.weight,
                 "counts": dict(counts[name] + Counter(chosen=chosen_of[name])),
-                "reasons": dict(reasons[name].most_common(3)),
+                "reasons": dict(reasons[name].most_common(3))
+                | ({selection.refusals[name]: counts[name][REFUSED]} if name in selection.refusals else {}),
             }
         )
     given = {key: value for key, value in vars(options).items() if key != "sources"}

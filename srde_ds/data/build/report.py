@@ -10,6 +10,7 @@ import yaml
 from srde_ds.data.build.options import BuildSummary
 from srde_ds.data.build.outputs import CARD, JSONL
 from srde_ds.data.build.plots import plot_domains, plot_lengths, plot_removals
+from srde_ds.data.build.selection import REFUSED
 from srde_ds.data.conversation import said
 from srde_ds.data.manifest import Manifest, counts_of, counts_table, uneven_responses
 from srde_ds.data.records import SPLITS
@@ -19,7 +20,7 @@ from srde_ds.utils.tables import markdown_table
 
 RULES = (
     "no answer", "broken", "empty", "exact duplicate", "near duplicate", "in an evaluation set", "held-out question",
-    "end marker in a response", "too long",
+    "end marker in a response", REFUSED, "too long",
 )  # fmt: skip
 """what leaves rows out, in the order in which the rules are applied"""
 _LONGEST_QUOTE = 600

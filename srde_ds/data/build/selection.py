@@ -15,6 +15,8 @@ from srde_ds.data.packing import fit
 from srde_ds.data.sources.registry import Source
 from srde_ds.errors import SRDEError
 
+REFUSED = "refused by the chat template"
+
 
 @dataclass
 class Pool:
@@ -64,6 +66,8 @@ class Selection:
     """of tokens"""
     removed: dict[str, Counter[str]]
     """by source and rule"""
+    refusals: dict[str, str] = field(default_factory=dict)
+    """by source: why the chat template refused the first such document"""
 
 
 def shares(wanted: int, available: Sequence[int], weights: Sequence[float]) -> list[int]:
@@ -100,7 +104,7 @@ def select(
     changes little. Without `tokenizer_key` nothing is tokenised and nothing is too long.
 
     Raises:
-        SRDEError: a document is too long and `too_long` is error, or the chat template refuses one.
+        SRDEError: a document is too long and `too_long` is error.
     """
     chosen = {domain: Chosen(missing=options.examples_per_domain) for domain in options.domains}
     queues = [_order(pool, number, options.seed) for number in range(len(sources))]
@@ -173,13 +177,15 @@ def _keep(
     """Add a file's documents to their domain, but for those that cannot be used."""
     tokens, domain, removed = Tokens(artifact.path), result.domains[source.domain], result.removed[source.name]
     result.files.append(artifact)
-    if refusal := next(filter(None, tokens.refusals), None):
-        raise SRDEError(refusal)
-    for index, (document, length, marker) in enumerate(
-        zip(documents.tolist(), tokens.lengths.tolist(), tokens.markers, strict=True)
+    for index, (document, length, marker, refusal) in enumerate(
+        zip(documents.tolist(), tokens.lengths.tolist(), tokens.markers, tokens.refusals, strict=True)
     ):
         if marker:
             removed["end marker in a response"] += 1
+            continue
+        if refusal:
+            removed[REFUSED] += 1
+            result.refusals.setdefault(source.name, refusal)
             continue
         if length > max_length:
             if fit(tokens[index], max_length, too_long) is None:
