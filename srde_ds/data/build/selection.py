@@ -13,7 +13,6 @@ from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, tokenize_records
 from srde_ds.data.packing import fit
 from srde_ds.data.sources.registry import Source
-from srde_ds.errors import SRDEError
 
 REFUSED = "refused by the chat template"
 
