@@ -20,6 +20,7 @@ from torch import Tensor
 
 from srde_ds.compose.names import parse_renames, renamed, with_entry
 from srde_ds.compose.options import CombineOptions
+from srde_ds.compose.train_routers import train_routers
 from srde_ds.config import AdapterConfig, CurriculumConfig
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource, open_adapter
@@ -41,6 +42,10 @@ def combine_command(options: CombineOptions) -> Path:
     """
     adapters = [open_adapter(place) for place in options.weights]
     combined = combine(_renamed(adapters, options.rename or []), top_k=options.top_k, seed=options.seed)
+    if options.router_data is not None:
+        combined = train_routers(
+            combined, options.router_data, steps=options.router_steps, base=options.base, seed=options.seed
+        )
     return write_weights(combined, options.output, dtype=torch.float32)
 
 

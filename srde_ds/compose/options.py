@@ -23,7 +23,22 @@ class CombineOptions:
     top_k: int | None = option(
         None, "experts that each token uses (default: the most that an adapter used)", metavar="N", minimum=1
     )
-    seed: int = option(0, "seed of the tokens drawn from the domains' statistics", metavar="N", minimum=0)
+    router_data: str | None = option(
+        None,
+        "records of the experts' domains, on which the routers are trained further, with all experts as they are; "
+        "needs the base",
+        metavar="FILE",
+    )
+    router_steps: int = option(100, "with router_data: steps that the routers are trained", metavar="STEPS", minimum=1)
+    base: str | None = option(
+        None,
+        "with router_data: folder or Hub id of the base (default: the one that the weights name)",
+        metavar="BASE",
+        aliases=("model_name",),
+    )
+    seed: int = option(
+        0, "seed of the tokens drawn from the domains' statistics, and of the routers' training", metavar="N", minimum=0
+    )
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,11 @@ def _check_start(config: Config) -> None:
             "--start_from, or leave --train_experts out."
         )
     if not training.start_from:
+        if config.curriculum.training_phases == "routers":
+            raise SRDEError(
+                "training_phases=routers without start_from: the experts would stay as the base. Give --start_from, or "
+                "leave --training_phases out."
+            )
         return
     idle = {
         "preset": adapter.preset != "default",

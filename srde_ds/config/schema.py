@@ -289,10 +289,10 @@ class CurriculumConfig:
         derived="0; half of max_steps with initial_density",
     )
     density_prunings: int = option(4, "prunings on the way from initial_density to density", metavar="N", minimum=1)
-    training_phases: Literal["joint", "four"] = option(
+    training_phases: Literal["joint", "four", "routers"] = option(
         "joint",
         "after pretraining, train all trainables together, or in the predecessor's four phases: warm-up, mask, delta, "
-        "joint",
+        "joint; routers, with start_from: the routers alone",
     )
 
 

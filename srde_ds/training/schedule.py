@@ -188,6 +188,8 @@ class Schedule:
     def _phase(self, routed_step: int) -> tuple[str, frozenset[str]]:
         if self.curriculum.training_phases == "joint":
             return "routed", ALL_KINDS
+        if self.curriculum.training_phases == "routers":
+            return "routers", ROUTERS
         ends = accumulate(percent for _, percent, _ in FOUR_PHASES[:-1])
         index = sum(100 * routed_step >= end * self._routed_steps for end in ends)
         name, _, trained = FOUR_PHASES[index]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from srde_ds.cli.main import main
 from tests.cli_helpers import save_base
 from tests.data_helpers import sums, write_jsonl
+from tests.distributed.harness import run_distributed
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "combine.md"
@@ -26,18 +28,19 @@ def commands(text: str) -> list[list[str]]:
 
 
 def run(arguments: list[str], folder: Path) -> str:
+    """What a command prints; in a process of its own that has done the imports."""
     options = shlex.split(SMALL) if arguments[0] == "train" else []
     if arguments[0] == "train" and "--start_from" not in arguments:
         options += ["--density", "0.05"]
-    done = subprocess.run(
-        [sys.executable, "-m", "srde_ds.cli", *arguments, *options],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    (printed,) = run_distributed(printed_by, 1, [*arguments, *options], folder)
+    return str(printed)
+
+
+def printed_by(arguments: list[str], folder: Path) -> str:
+    os.chdir(folder)
+    with redirect_stdout(StringIO()) as printed:
+        main(arguments)
+    return printed.getvalue()
 
 
 def shape_of(text: str) -> list[str]:
@@ -50,6 +53,7 @@ def test_the_way_of_the_page(tmp_path: Path) -> None:
     save_base(tmp_path / "BASE")
     for domain in ("math", "code", "law"):
         write_jsonl(tmp_path / f"{domain}.jsonl", sums(domain, range(12)))
+    write_jsonl(tmp_path / "few.jsonl", [*sums("math", range(20, 26)), *sums("code", range(20, 26))])
     outputs = {" ".join(arguments): run(arguments, tmp_path) for arguments in commands(page)}
     shown = [
         re.sub(r"^    ?", "", block, flags=re.MULTILINE) for block in re.findall(r"```text\n(.*?)```", page, re.DOTALL)
@@ -64,3 +68,8 @@ def test_the_way_of_the_page(tmp_path: Path) -> None:
         assert bool(law[name][:, 6:].any())
         name = f"layers.{layer}.router.weight"
         assert torch.equal(law[name][:2], both[name])
+    tuned = load_file(tmp_path / "tuned.safetensors")
+    assert tuned.keys() == both.keys()
+    changed = {name for name in both if not torch.equal(both[name], tuned[name])}
+    assert changed == {f"layers.{layer}.router.weight" for layer in range(2)}
+    assert "train routers: steps 20; seed 0; data few.jsonl" in run(["inspect", "tuned.safetensors"], tmp_path)

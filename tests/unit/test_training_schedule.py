@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -82,6 +83,17 @@ def test_four_phases() -> None:
     found = [(step.phase, step.trained) for step in steps_of(config(training_phases="four"))]
     assert [phase for phase, _ in found] == ["warm-up"] * 20 + ["mask"] * 40 + ["delta"] * 80 + ["joint"] * 60
     assert found[59][1].isdisjoint(DELTA_VALUES) and found[60][1] == DELTA_VALUES and found[-1][1] == ALL_KINDS
+
+
+def test_routers_alone() -> None:
+    schedule = Schedule.of(config())
+    alone = replace(schedule, curriculum=replace(schedule.curriculum, training_phases="routers"))
+    found = {(alone.step(number).phase, alone.step(number).trained) for number in range(200)}
+    assert found == {("routers", ROUTERS)}
+    with pytest.raises(
+        SRDEError, match="training_phases=routers without start_from: the experts would stay as the base"
+    ):
+        config(training_phases="routers")
 
 
 def test_density_falls_by_equal_factors_to_its_target() -> None:

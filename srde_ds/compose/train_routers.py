@@ -1,0 +1,59 @@
+"""Routers of a combined adapter, trained further on a little data; no expert changes."""
+
+from __future__ import annotations
+
+import atexit
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from srde_ds.compose.names import with_entry
+from srde_ds.config import resolve
+from srde_ds.errors import SRDEError
+from srde_ds.export.adapter_source import AdapterSource
+from srde_ds.export.weights import write_weights
+from srde_ds.training.run_inputs import read_run_inputs
+from srde_ds.training.trainer import train
+from srde_ds.utils.launcher import stop_processes
+from srde_ds.weights.file import read_weights
+from srde_ds.weights.tensors import LazyTensor
+
+
+def train_routers(
+    adapter: AdapterSource, records: str | Path, *, steps: int, base: str | Path | None, seed: int
+) -> AdapterSource:
+    """Train the routers alone, by a run of their own (`training_phases=routers`) in a folder that does not stay.
+
+    Args:
+        records: of the experts' domains; a domain without records keeps what the others leave of its row.
+        steps: optimizer steps.
+        base: folder or Hub id; None: the one that the weights name.
+
+    Raises:
+        SRDEError: bad records, another base, or a signal stopped the run.
+    """
+    name = str(base or adapter.metadata.base["name"])
+    with tempfile.TemporaryDirectory(prefix="srde-routers-") as folder:
+        start = write_weights(adapter, Path(folder) / "start.safetensors", dtype=torch.float32)
+        run = Path(folder) / "run"
+        options = {
+            "model_name": name,
+            "start_from": str(start),
+            "training_phases": "routers",
+            "jsonl_data": str(records),
+            "max_steps": steps,
+            "save_steps": 0,
+            "seed": seed,
+            "output_dir": str(run),
+        }
+        stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # this process may train again
+        atexit.register(stop_processes)
+        if stopped:
+            raise SRDEError(f"router_data={records}: {stopped} stopped the routers' training. Nothing was written.")
+        trained = read_weights(run / "srde_weights.safetensors").tensors
+        routers = {key: LazyTensor.of(value.load()) for key, value in trained.items() if ".router" in key}
+    tensors = adapter.tensors | routers
+    entry: dict[str, str | int] = {"verb": "train routers", "steps": steps, "seed": seed, "data": Path(records).name}
+    return with_entry(replace(adapter, tensors=tensors), entry)
