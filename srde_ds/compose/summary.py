@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srde_ds.data.manifest import VOCABULARY
 from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.tables import aligned_table
@@ -140,8 +141,9 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
 
 
 def _step(entry: dict[str, str | int]) -> str:
-    """One entry of a history in words, its hash shortened."""
-    rest = {key: str(value)[:12] if key == "dataset" else value for key, value in entry.items() if key != "verb"}
+    """One entry of a history in words, its hash of the dataset shortened."""
+    shown = {key: value for key, value in entry.items() if key not in ("verb", VOCABULARY)}
+    rest = {key: str(value)[:12] if key == "dataset" else value for key, value in shown.items()}
     return f"{entry.get('verb', 'unknown')}: " + "; ".join(f"{key} {value}" for key, value in rest.items())
 
 

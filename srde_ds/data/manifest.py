@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from srde_ds.errors import SRDEError
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+VOCABULARY = "vocabulary_sha256"
 UNEVEN = 10
 """how many times the smallest domain's response tokens the largest one's are before it is said"""
 
@@ -155,15 +156,32 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | in
         content.pop("padding", None)
     else:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    serialisation = json.dumps(content, sort_keys=True)
+    serialisation, vocabulary = (json.dumps(part, sort_keys=True) for part in (content, tokenizer.get_vocab()))
     return {
         "name": str(tokenizer.name_or_path),
         "vocab_size": len(tokenizer),
         "eos_token": str(tokenizer.eos_token),
         "sha256": hashlib.sha256(serialisation.encode()).hexdigest(),
+        VOCABULARY: hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template": template_kind(tokenizer),
         "chat_template_sha256": hashlib.sha256(template_text(tokenizer).encode()).hexdigest(),
     }
+
+
+def check_trained_with(
+    history: Sequence[Mapping[str, str | int]], tokenizer: PreTrainedTokenizerBase, weights: object
+) -> None:
+    """Refuse a base's tokenizer whose tokens are not those that the weights were trained on.
+
+    Args:
+        history: of the weights; runs from before the vocabulary was recorded say nothing.
+    """
+    known = {entry[VOCABULARY] for entry in history if VOCABULARY in entry}
+    if known - {tokenizer_identity(tokenizer)[VOCABULARY]}:
+        raise SRDEError(
+            f"weights '{weights}': trained with another tokenizer than that of '{tokenizer.name_or_path}', whose "
+            "tokens have other numbers. Give the base with its own tokenizer files as --base."
+        )
 
 
 def load_manifest(folder: str | Path) -> Manifest:
@@ -213,6 +231,8 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
 def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse rows that another tokenizer made, or another chat template."""
     ours, theirs = tokenizer_identity(tokenizer), manifest.tokenizer
+    if VOCABULARY not in theirs:  # from before it was recorded
+        del ours[VOCABULARY]
     different = [key for key in ours if key != "name" and ours[key] != theirs.get(key)]
     if different:
         what = ", ".join(f"{key} ({theirs.get(key)} != {ours[key]})" for key in different)

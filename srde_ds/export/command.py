@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from srde_ds.data.manifest import check_trained_with
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter, select_experts
+from srde_ds.export.adapter_source import AdapterSource, open_adapter, select_experts
 from srde_ds.export.dense import write_dense
 from srde_ds.export.gguf import write_gguf
 from srde_ds.export.moe import write_moe
@@ -46,6 +48,7 @@ def convert_command(options: ConvertOptions) -> Path:
     else:
         chosen, local = base_to_load(base, adapter.metadata.model_name, allow_download=options.allow_download)
         files = BaseFiles(chosen, local_files_only=local)
+        _check_tokenizer(adapter, files)
         if to == "dense":
             written = write_dense(adapter, files, target, expert=expert or names[0], dtype=torch_dtype)
         elif to == "moe":
@@ -54,3 +57,9 @@ def convert_command(options: ConvertOptions) -> Path:
             written = write_gguf(adapter, files, target, dtype=torch_dtype, converter=options.gguf_converter)
     print(f"Made from {adapter.place}", file=sys.stderr)  # standard output gets the written path alone
     return written
+
+
+def _check_tokenizer(adapter: AdapterSource, base: BaseFiles) -> None:
+    """What is written gets the base's tokenizer, which must be that of the training."""
+    if any(path.name.startswith("tokenizer") for path in base.companions()):
+        check_trained_with(adapter.metadata.history, load_tokenizer(base.folder, local_files_only=True), adapter.place)

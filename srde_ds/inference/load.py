@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.manifest import check_trained_with
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.export.weights import weights_file
 from srde_ds.model.adapter import SRDEModel, load_adapter
@@ -28,7 +29,9 @@ def load_model(
     local = base is None and not allow_download
     dtype = torch.bfloat16 if bf16 else torch.float32
     with weights_file(weights) as path:
-        tokenizer = load_tokenizer(base or read_metadata(path).model_name, local_files_only=local)
+        metadata = read_metadata(path)
+        tokenizer = load_tokenizer(base or metadata.model_name, local_files_only=local)
+        check_trained_with(metadata.history, tokenizer, weights)
         model = load_adapter(path, base=base, dtype=dtype, allow_download=allow_download)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), tokenizer

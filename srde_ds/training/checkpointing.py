@@ -23,7 +23,7 @@ from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
 from srde_ds.checkpoint.shards import read_slices
 from srde_ds.config import Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
-from srde_ds.data.manifest import Manifest
+from srde_ds.data.manifest import VOCABULARY, Manifest
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.engine import Engine
@@ -254,7 +254,7 @@ class RunState:
     def _history_entry(self) -> dict[str, str | int]:
         """What the weights say of this run: the same wherever it takes place, without paths."""
         split = self.manifest.splits["train"]
-        return {
+        entry: dict[str, str | int] = {
             "verb": "train",
             "steps": self.step,
             "tokens": self.tokens,
@@ -263,6 +263,9 @@ class RunState:
             "data": Path(split.file).name,
             "dataset": split.content_sha256,
         }
+        if VOCABULARY in self.manifest.tokenizer:  # else it was built before that was recorded
+            entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
+        return entry
 
     @property
     def rows_per_step(self) -> int:

@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from srde_ds.cli.main import main
+from srde_ds.data.manifest import VOCABULARY, tokenizer_identity
 from srde_ds.model.adapter import load_adapter
-from srde_ds.weights.file import read_metadata
+from srde_ds.weights.file import read_metadata, save_weights
 from srde_ds.weights.locate import WEIGHTS
 from tests.cli_helpers import fails
+from tests.cli_helpers import save_base as save_base_with_tokenizer
 from tests.convert_helpers import Trained, save_base, trained
+from tests.data_helpers import tiny_tokenizer
 from tests.helpers import tokens
 from tests.unit.test_checkpoint_convert import save_model
 
@@ -136,3 +139,23 @@ def test_heads_that_the_converter_ignores_are_refused(tmp_path: Path, capsys: py
     options = ["--to", "gguf", "--gguf_converter", str(tmp_path / "converter.py"), "--output", str(tmp_path / "m.gguf")]
     fails(capsys, convert(made, *options), "heads have 16 dimensions", "converter ignores head_dim", "--to dense")
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_base_with_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Merged with other tokens the result would speak nonsense; weights from before say nothing and pass."""
+    base = save_base_with_tokenizer(tmp_path / "base")
+    made = trained(base, tmp_path / "old")
+    identity = tokenizer_identity(tiny_tokenizer())
+    made.model.origins.history = [{"verb": "train", VOCABULARY: identity[VOCABULARY]}]
+    weights = tmp_path / "new.safetensors"
+    save_weights(weights, made.model.adapter_tensors(), made.model.metadata())
+    others = tiny_tokenizer()
+    others.add_tokens(["<another>"])
+    to_dense = ["--to", "dense", "--expert", "red", "--base", str(base), "--output"]
+    assert main(["convert", str(weights), *to_dense, str(tmp_path / "same")]) == 0
+    others.save_pretrained(base)
+    assert main(["convert", str(made.weights), *to_dense, str(tmp_path / "unknown")]) == 0
+    told = f"weights '{weights}': trained with another tokenizer than that of '{base}'"
+    fails(capsys, ["convert", str(weights), *to_dense, str(tmp_path / "other")], told, "--base")
+    fails(capsys, ["inference", str(weights), "--base", str(base), "--prompt", "what is 1"], told)
+    assert not (tmp_path / "other").exists()
