@@ -1,0 +1,68 @@
+"""cluster/slurm/train.sbatch with programs that stand in for Slurm's: when a job counts as done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "cluster/slurm/train.sbatch"
+SRUN = """#!/bin/sh
+echo "$@" >> calls
+if [ "$STEPS" != none ]; then echo "{\\"checkpoint\\": \\"c\\", \\"step\\": $STEPS}" > run/completed.json; fi
+exit "$STATUS"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "run").mkdir()
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho localhost\n"}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def job(folder: Path, *flags: str, steps: int | None, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """A job whose ranks end with `status`, after they have finished `steps`."""
+    environment = {
+        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(folder),
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_ID": "7",
+        "SLURM_TASKS_PER_NODE": "1",
+        "PREFLIGHT": "false",
+        "STEPS": "none" if steps is None else str(steps),
+        "STATUS": str(status),
+    }
+    command = ["bash", str(SCRIPT), "--output_dir", "run", *flags]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+def test_a_run_that_ends_is_done(folder: Path) -> None:
+    assert job(folder, steps=5).returncode == 0
+
+
+def test_a_finished_run_is_left_alone(folder: Path) -> None:
+    job(folder, steps=5)
+    again = job(folder, "--max_steps", "5", steps=None)
+    assert (again.returncode, (folder / "calls").read_text().count("\n")) == (0, 1)
+    assert "'run' is a finished run of 5 steps; a larger --max_steps" in again.stderr
+
+
+@pytest.mark.parametrize("flags", [["--max_steps", "9"], ["--max_steps=9"]])
+def test_a_finished_run_is_extended(folder: Path, flags: list[str]) -> None:
+    job(folder, steps=5)
+    (folder / "run/latest").write_text("checkpoint-5")
+    assert job(folder, *flags, steps=9).returncode == 0
+    assert "--resume_from latest" in (folder / "calls").read_text()
+    failed = job(folder, "--max_steps", "12", steps=None, status=3)
+    assert failed.returncode == 3 and "left no new 'run/completed.json'" in failed.stderr
+
+
+def test_ranks_that_end_without_finishing_are_a_failure(folder: Path) -> None:
+    assert job(folder, steps=None).returncode == 1
+    assert job(folder, steps=None, status=4).returncode == 4
