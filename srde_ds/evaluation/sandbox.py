@@ -182,9 +182,11 @@ def _bubblewrap(system_call_filter: int) -> list[str]:
             "--clearenv",
         ),
         *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL"),
+        # First, since Python itself may lie under /tmp.
+        *("--size", str(ALL_FILES_BYTES), "--tmpfs", "/tmp"),
         *(part for path in readable for part in ("--ro-bind-try", path, path)),
         *("--ro-bind", str(Path(run_limited.__file__)), _HARNESS, "--dev", "/dev"),
-        *("--size", str(ALL_FILES_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/dev", "--remount-ro", "/"),
+        *("--remount-ro", "/dev", "--remount-ro", "/"),
         *("--chdir", "/tmp", "--seccomp", str(system_call_filter), "--", *_PYTHON),
     ]
 

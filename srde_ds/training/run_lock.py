@@ -26,6 +26,8 @@ TOUCH_SECONDS = 10.0
 STALE_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
 _MAX_BYTES = 2**12
+_held: set[Path] = set()
+"""locks of this process"""
 
 
 @contextmanager
@@ -45,12 +47,15 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
     done = threading.Event()
     try:
         _take(path)
+        _held.add(path.resolve())
         threading.Thread(target=_keep_touching, args=(path, done), name="run lock", daemon=True).start()
         try:
             yield
         finally:
             done.set()
-            path.unlink(missing_ok=True)
+            _held.discard(path.resolve())
+            with suppress(OSError):  # storage that has failed; the next run takes the lock over, since its process is gone
+                path.unlink(missing_ok=True)
     finally:
         if made:
             with suppress(OSError):  # it holds what the run has written
@@ -64,7 +69,7 @@ def refuse_living_run(output_dir: str | Path) -> None:
         SRDEError: names the process.
     """
     owner = _read(Path(output_dir) / FILE)
-    if owner and _is_here(owner) and _lives(owner):
+    if owner and _is_here(owner) and _lives(owner, Path(output_dir) / FILE):
         raise _refusal(Path(output_dir), owner)
 
 
@@ -88,7 +93,7 @@ def _refuse_unless_stale(path: Path) -> None:
         logger.info("%s: is of %s; waiting up to %.0f s to see whether it is alive.", path, told, STALE_SECONDS)
         if _is_touched(path):
             raise _refusal(path.parent, owner)
-    elif _lives(owner):
+    elif _lives(owner, path):
         raise _refusal(path.parent, owner)
 
 
@@ -143,7 +148,9 @@ def _is_here(owner: dict[str, Any]) -> bool:
     return bool(owner.get("machine") == _machine())
 
 
-def _lives(owner: dict[str, Any]) -> bool:
+def _lives(owner: dict[str, Any], path: Path) -> bool:
+    if owner["pid"] == os.getpid() and path.resolve() not in _held:
+        return False  # storage that failed kept this process from removing it
     started = start_time(owner["pid"])
     return started is not None and started == owner.get("started")
 

@@ -1,4 +1,4 @@
-"""A disk that is full while a checkpoint is written: the run says so, keeps what it has, and stops or goes on."""
+"""Storage that is full or turns read-only while a run trains: it says so, keeps what it has, and stops or goes on."""
 
 from __future__ import annotations
 
@@ -137,6 +137,35 @@ def test_the_run_ends_well_when_there_is_room_in_time(
     assert weights(run).keys() == weights(undisturbed).keys()
     assert (run / "srde_weights.safetensors").read_bytes() == (undisturbed / "srde_weights.safetensors").read_bytes()
     assert without_clocks(metrics(run)) == without_clocks(metrics(undisturbed))
+
+
+def train_until_it_is_read_only(flags: dict[str, Any]) -> str | None:
+    """`train_here` with an output folder that turns read-only at the beginning of step 4, after the first save."""
+
+    def harden(output: SRDEOutput) -> SRDEOutput:
+        mount_read_only(flags["output_dir"])
+        return output
+
+    with at_training_forward(7, 0, harden):
+        return train_here(flags)
+
+
+def mount_read_only(folder: Path) -> None:
+    """Over itself, since files are open in it; whoever opens one from now on cannot write."""
+    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
+
+
+def test_storage_that_turns_read_only(inputs: Inputs, two_ranks: Ranks, undisturbed: Path, small_disk: Path) -> None:
+    enlarge(small_disk)
+    run = small_disk / "run"
+    flags = inputs.flags(run, **LARGE)
+    errors = two_ranks(train_until_it_is_read_only, flags)
+    subprocess.run(["umount", "--lazy", str(run)], check=True)
+    assert errors[0] == errors[1]
+    assert errors[0] is not None and "Read-only file system" in errors[0] and "\n" not in errors[0]
+    assert_only_the_first_checkpoint(run)
+    assert_resumes(two_ranks, flags, undisturbed)
 
 
 def train_with_small_files(flags: dict[str, Any], most_bytes: int) -> str | None:

@@ -283,12 +283,16 @@ def test_the_program_cannot_reach_into_what_tests_give_it() -> None:
     assert not passes_tests(program, "class Node:\n    pass\nassert deeper(Node()) == 3")
 
 
+# An interpreter that lies under /tmp is seen there.
+OF_PYTHON = [Path(prefix).resolve().parts[2] for prefix in {sys.prefix, sys.base_prefix} if prefix.startswith("/tmp/")]
+
+
 def test_the_program_does_not_see_the_tests() -> None:
     program = (
         "import gc, os\nSEEN = [str(x) for x in gc.get_objects() if isinstance(x, str) and 'hid' + 'den' in x]\n"
         "def look(): return [*SEEN, *os.listdir('/tmp'), os.path.exists('/proc/self')]"
     )
-    assert passes_tests(program, "assert look() == [False], 'hidden'")
+    assert passes_tests(program, f"assert look() == [*{OF_PYTHON}, False], 'hidden'")
 
 
 @pytest.mark.parametrize(
@@ -442,7 +446,7 @@ def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     program = "import os\ndef look(): return dict(os.environ), os.listdir(), os.getppid()"
     assert passes_tests(
-        program, "names, files, parent = look()\nassert {*names} <= {'PWD', 'LC_CTYPE'}\nassert not files"
+        program, f"names, files, parent = look()\nassert {{*names}} <= {{'PWD', 'LC_CTYPE'}}\nassert files == {OF_PYTHON}"
     )
     assert not passes_tests("open('/proc/1/environ')", "") and not passes_tests("open('/proc/self/environ')", "")
 

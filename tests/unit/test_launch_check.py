@@ -83,7 +83,8 @@ def test_a_stray_rank(
 
 
 def test_stray_variables_of_open_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE"):  # other tests of this process may have been launched
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
     monkeypatch.setattr("srde_ds.distributed.processes.find_spec", lambda name: None)
     with pytest.raises(SRDEError, match="OMPI_COMM_WORLD_SIZE=4 is set in the environment, but package 'mpi4py'"):
