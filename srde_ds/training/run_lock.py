@@ -54,7 +54,9 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         finally:
             done.set()
             _held.discard(path.resolve())
-            with suppress(OSError):  # storage that has failed; the next run takes the lock over, since its process is gone
+            with suppress(
+                OSError
+            ):  # storage that has failed; the next run takes the lock over, since its process is gone
                 path.unlink(missing_ok=True)
     finally:
         if made:

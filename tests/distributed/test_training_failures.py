@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch import Tensor
 from srde_ds.checkpoint.resume import verify_checkpoint
 from srde_ds.model.adapter import SRDEOutput
 from tests.distributed.harness import Ranks
-from tests.distributed.training_helpers import Inputs, at_training_forward, latest, metrics, train_here
+from tests.distributed.training_helpers import Inputs, at_training_forward, latest, metrics, train_here, without_clocks
 
 
 def nan_loss(output: SRDEOutput) -> SRDEOutput:
@@ -55,6 +57,31 @@ def test_an_update_that_breaks_the_model_is_not_saved(inputs: Inputs, two_ranks:
     assert errors[0] == errors[1]
     assert errors[0].startswith("step 1: ") and "start anew" in errors[0]
     assert not (run / "latest").exists() and not list(run.glob("checkpoint-*"))
+
+
+def train_while_the_clock_jumps(flags: dict[str, Any]) -> str | None:
+    """`train_here`; at step 3 the clock goes back by a day on rank 0, and forward by a day on rank 1."""
+    clock, day = time.time, 86_400 if os.environ["RANK"] == "1" else -86_400
+
+    def jump(output: SRDEOutput) -> SRDEOutput:
+        time.time = lambda: clock() + day
+        return output
+
+    try:
+        with at_training_forward(5, int(os.environ["RANK"]), jump):
+            return train_here(flags)
+    finally:
+        time.time = clock
+
+
+def test_a_clock_that_jumps_changes_nothing(inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path) -> None:
+    """Neither which checkpoint is the newest, nor which of them stay, nor a byte of the result."""
+    run = tmp_path / "run"
+    assert two_ranks(train_while_the_clock_jumps, inputs.flags(run, save_steps=1)) == [None, None]
+    assert latest(run) == "checkpoint-6" and verify_checkpoint(run / "checkpoint-6")["step"] == 6
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+    assert (run / "srde_weights.safetensors").read_bytes() == (reference / "srde_weights.safetensors").read_bytes()
+    assert without_clocks(metrics(run)) == without_clocks(metrics(reference))
 
 
 def train_with_a_cut_expert(flags: dict[str, Any]) -> str | None:

@@ -445,9 +445,8 @@ for place in {places!r}:
 def test_the_environment_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "secret")
     program = "import os\ndef look(): return dict(os.environ), os.listdir(), os.getppid()"
-    assert passes_tests(
-        program, f"names, files, parent = look()\nassert {{*names}} <= {{'PWD', 'LC_CTYPE'}}\nassert files == {OF_PYTHON}"
-    )
+    tests = "names, files, parent = look()\nassert {*names} <= {'PWD', 'LC_CTYPE'}\n"
+    assert passes_tests(program, f"{tests}assert files == {OF_PYTHON}")
     assert not passes_tests("open('/proc/1/environ')", "") and not passes_tests("open('/proc/self/environ')", "")
 
 
