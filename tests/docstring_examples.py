@@ -21,13 +21,17 @@ import torch
 import srde_ds
 import srde_ds.api
 from srde_ds.config import AdapterConfig
+from srde_ds.evaluation import rewards
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import load_base
 from srde_ds.training.trainer import train as train_experts
 from tests.cli_helpers import DOMAINS, save_base, write_records
 from tests.helpers import randomize
 
-EXAMPLES = [name for name in srde_ds.__all__ if name not in ("SRDEError", "__version__")]
+EXAMPLES: dict[str, Any] = {
+    name: getattr(srde_ds, name) for name in srde_ds.__all__ if name not in ("SRDEError", "__version__")
+}
+EXAMPLES |= {made.__name__: made for made in (rewards.prompts_of, rewards.AnswerReward, rewards.FormatReward)}
 
 
 def make_files(folder: Path) -> None:
@@ -56,9 +60,9 @@ def run_examples() -> dict[str, tuple[int, int]]:
     patch.object(srde_ds.api, "train_experts", quietly(train_experts)).start()
     runner, finder = doctest.DocTestRunner(), doctest.DocTestFinder(recurse=False)
     results = {}
-    for name in EXAMPLES:
+    for name, public in EXAMPLES.items():
         failed = tried = 0
-        for test in finder.find(getattr(srde_ds, name), name, globs={}):
+        for test in finder.find(public, name, globs={}):
             outcome = runner.run(test)
             failed, tried = failed + outcome.failed, tried + outcome.attempted
         results[name] = failed, tried

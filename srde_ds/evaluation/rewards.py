@@ -1,0 +1,206 @@
+"""The scorers of evaluation as reward functions of TRL, for reinforcement learning with rewards that can be checked.
+
+The same file of items serves for training and for evaluation:
+
+    trainer = GRPOTrainer(
+        model=model,
+        train_dataset=prompts_of("train.jsonl"),
+        reward_funcs=[AnswerReward(), FormatReward()],
+    )
+
+TRL hands a reward function the completions and the dataset's columns, and takes a number for each completion.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from srde_ds.config import DOMAINS
+from srde_ds.data.inputs import read_records
+from srde_ds.data.records import Record
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.sandbox import Sandbox, check_sandbox
+from srde_ds.evaluation.scoring import is_right, scoring_of
+from srde_ds.inference.answers import exact_match, extract_answer
+
+Completion = str | Sequence[dict[str, Any]]
+"""Text, or for conversations the messages that were generated"""
+ANSWER_TAGS = r"(?s)\s*<think>.+?</think>\s*<answer>.+?</answer>\s*"
+_log = logging.getLogger(__name__)
+
+
+def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> datasets.Dataset:
+    """The items of a file, as of `srde-ds evaluate`, that can be scored.
+
+    Args:
+        files: a file, a folder or a pattern.
+        domains: that the items may name.
+
+    Returns:
+        Rows with `prompt` (messages before the last response), `domain`, and `item`, the record as JSON.
+
+    Raises:
+        SRDEError: a bad record, or no item that has an answer, choices or tests.
+
+    Examples:
+        >>> from pathlib import Path
+        >>> from srde_ds.evaluation.rewards import prompts_of
+        >>> written = Path("items.jsonl").write_text('{"prompt": "2 + 2?", "response": "4", "answer": "4"}')
+        >>> prompts_of("items.jsonl", domains=["math"])["prompt"][0]
+        [{'role': 'user', 'content': '2 + 2?'}]
+    """
+    records = list(read_records(files, domains, option="files"))
+    usable = [record for record in records if scoring_of(record, run_code=True) is not None]
+    if not usable:
+        raise SRDEError(f"files={files}: no item has an 'answer', 'choices' or 'tests' by which it could be scored.")
+    if left_out := len(records) - len(usable):
+        _log.warning("%s: items left out, since nothing says which answer is right: %d", files, left_out)
+    return _rows(usable, [{}] * len(usable))
+
+
+def gym_prompts(task: str, *, size: int, seed: int, domain: str, **options: Any) -> datasets.Dataset:
+    """Items of a reasoning-gym task, which its own verifier scores.
+
+    Args:
+        task: such as `chain_sum`.
+        size: number of items.
+        options: of the task.
+
+    Returns:
+        Rows as of `prompts_of`.
+
+    Raises:
+        SRDEError: no such task, or options that it does not take.
+    """
+    import reasoning_gym
+
+    try:
+        entries = list(reasoning_gym.create_dataset(task, size=size, seed=seed, **options))
+    except (ValueError, TypeError, AssertionError) as error:
+        raise SRDEError(f"task={task}: {error}. Give the name and the options of a reasoning-gym task.") from None
+    records, verifiers = [], []
+    for number, entry in enumerate(entries):
+        turns = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": str(entry["answer"])}]
+        records.append(Record(domain, turns, str(entry["answer"]), task, f"{task}, item {number}"))
+        verifiers.append({"verifier": task, "entry": json.loads(json.dumps(entry, default=str))})
+    return _rows(records, verifiers)
+
+
+def _rows(records: Sequence[Record], more: Sequence[dict[str, Any]]) -> datasets.Dataset:
+    def row(record: Record, verifier: dict[str, Any]) -> dict[str, Any]:
+        prompt = [{"role": turn["role"], "content": turn["content"]} for turn in record.prompt]
+        item = json.dumps({"record": asdict(record), **verifier})
+        return {"prompt": prompt, "domain": record.domain, "item": item}
+
+    return datasets.Dataset.from_list([row(*pair) for pair in zip(records, more, strict=True)])
+
+
+class AnswerReward:
+    """1 for a right answer, as evaluation would judge it, else 0; a reasoning-gym task's verifier may give parts of 1.
+
+    Choices are judged by the text or the letter that the answer gives. An item whose scorer fails gets 0, and is
+    counted.
+
+    Args:
+        sandbox: in which programs of items with tests run; None: such items are refused.
+
+    Attributes:
+        failures: how often which error ended a scorer.
+
+    Raises:
+        SRDEError: the sandbox does not start here.
+
+    Examples:
+        >>> import json
+        >>> from srde_ds.evaluation.rewards import AnswerReward
+        >>> item = {"record": {"domain": "math", "messages": [], "answer": "12", "source": ""}}
+        >>> AnswerReward()(completions=["The answer is 12.", "13"], item=[json.dumps(item)] * 2)
+        [1.0, 0.0]
+    """
+
+    def __init__(self, *, sandbox: Sandbox | None = None) -> None:
+        if sandbox is not None:
+            check_sandbox(sandbox)
+        self.sandbox = sandbox
+        self.failures: Counter[str] = Counter()
+        self.__name__ = "answer_reward"  # under which TRL logs it
+
+    def __call__(self, *, completions: Sequence[Completion], item: Sequence[str], **columns: Any) -> list[float]:
+        """Rewards of the completions; `item` as in the rows of `prompts_of`."""
+        return [self._reward(_text(answer), json.loads(own)) for answer, own in zip(completions, item, strict=True)]
+
+    def _reward(self, answer: str, item: dict[str, Any]) -> float:
+        record = Record(**item["record"])
+        if record.tests is not None and self.sandbox is None:
+            raise SRDEError(
+                f"{record.where}: the item is scored by running the program that the model writes. Give "
+                "AnswerReward(sandbox='bubblewrap'), or leave such items out."
+            )
+        try:
+            if "verifier" in item:
+                return float(_verifier(item["verifier"])(extract_answer(answer), item["entry"]))
+            return float(_is_right(answer, record, self.sandbox))
+        except Exception as error:  # of a library or of a sandbox that did not start: one item must not end a run
+            self.failures[f"{type(error).__name__}: {error}"[:200]] += 1
+            if self.failures.total() == 1:
+                _log.warning("%s: its scorer failed, the reward is 0: %s", record.where, error)
+            return 0.0
+
+
+class FormatReward:
+    """`weight` for a completion that has the form, else 0.
+
+    Args:
+        pattern: regular expression that the whole completion has to match.
+
+    Raises:
+        SRDEError: no regular expression.
+
+    Examples:
+        >>> from srde_ds.evaluation.rewards import FormatReward
+        >>> FormatReward(weight=0.2)(completions=["<think>2 + 2</think><answer>4</answer>", "4"])
+        [0.2, 0.0]
+    """
+
+    def __init__(self, pattern: str = ANSWER_TAGS, *, weight: float = 1.0) -> None:
+        try:
+            self._pattern = re.compile(pattern)
+        except re.error as error:
+            raise SRDEError(f"pattern={pattern!r}: {error}. Give a regular expression.") from None
+        self.weight = weight
+        self.__name__ = "format_reward"
+
+    def __call__(self, *, completions: Sequence[Completion], **columns: Any) -> list[float]:
+        """Rewards of the completions."""
+        return [self.weight * bool(self._pattern.fullmatch(_text(completion))) for completion in completions]
+
+
+def _text(completion: Completion) -> str:
+    """What the last of the messages says, which holds no text where it calls a tool."""
+    return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
+
+
+def _is_right(answer: str, record: Record, sandbox: Sandbox | None) -> bool:
+    if record.choices is not None and record.answer is not None:
+        letter = chr(ord("A") + record.choices.index(record.answer))
+        return exact_match(answer, record.answer) or exact_match(answer, letter)
+    scoring = scoring_of(record, run_code=sandbox is not None)
+    assert scoring is not None, "prompts_of leaves out what cannot be scored"
+    return is_right(answer, record, scoring, sandbox)
+
+
+@cache
+def _verifier(task: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.get_score_answer_fn(task)

@@ -1,0 +1,94 @@
+"""Scorers of evaluation as reward functions."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation import rewards
+from srde_ds.evaluation.rewards import AnswerReward, FormatReward, gym_prompts, prompts_of
+from tests.data_helpers import write_jsonl
+from tests.unit.test_evaluation_sandbox import ADD, TESTS, _starts
+
+SUM = {"domain": "math", "prompt": "What is 1/4 + 1/4?", "response": "1/2", "answer": "1/2"}
+COLOUR = {"domain": "science", "prompt": "Which?", "response": "red", "choices": ["blue", "red"], "answer": "red"}
+WORD = {"domain": "logic", "prompt": "Say yes.", "response": "yes", "answer": "yes"}
+OPEN = {"domain": "logic", "prompt": "Talk.", "response": "Hello there."}
+CODE = {"domain": "code", "prompt": "Write add.", "response": ADD, "tests": TESTS}
+
+
+def rewards_of(reward: AnswerReward, rows: Any, *answers: str) -> list[float]:
+    """Of a conversation's answers, one to each row."""
+    completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+    return reward(completions=completions, **rows[:])
+
+
+def test_rows_hold_what_is_asked_and_what_is_right(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM, COLOUR, WORD, OPEN]))
+    assert [row["prompt"] for row in rows] == [
+        [{"role": "user", "content": item["prompt"]}] for item in (SUM, COLOUR, WORD)
+    ]
+    assert rows["domain"] == ["math", "science", "logic"]
+    assert "items left out, since nothing says which answer is right: 1" in caplog.text
+    with pytest.raises(SRDEError, match="no item has an 'answer', 'choices' or 'tests'"):
+        prompts_of(write_jsonl(tmp_path / "open.jsonl", [OPEN]))
+
+
+def test_an_answer_is_judged_as_evaluation_judges_it(tmp_path: Path) -> None:
+    rows, reward = prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM, COLOUR, WORD])), AnswerReward()
+    assert rewards_of(reward, rows, "It is 1/4 more, so the answer is 0.5", "B", "Yes.") == [1, 1, 1]
+    assert rewards_of(reward, rows, "1/4 + 1/4", "The answer is red", "<answer>yes</answer>") == [0, 1, 1]
+    assert rewards_of(reward, rows, "", "A", "no") == [0, 0, 0]
+    assert not reward.failures
+    assert reward(completions=["yes"], item=[rows[2]["item"]]) == [1]  # not a conversation
+
+
+@pytest.mark.skipif(not _starts(), reason="bubblewrap does not start on this machine")
+def test_programs_run_in_the_sandbox(tmp_path: Path) -> None:
+    rows = prompts_of(write_jsonl(tmp_path / "items.jsonl", [CODE]))
+    assert rewards_of(AnswerReward(sandbox="bubblewrap"), rows, f"```python\n{ADD}```") == [1]
+    assert rewards_of(AnswerReward(sandbox="bubblewrap"), rows, "def add(a, b): return 0") == [0]
+    with pytest.raises(SRDEError, match=r"items.jsonl:1: the item is scored by running .* AnswerReward\(sandbox="):
+        rewards_of(AnswerReward(), rows, ADD)
+
+
+def test_tasks_are_scored_by_their_own_verifier() -> None:
+    rows = gym_prompts("chain_sum", size=3, seed=1, domain="math", max_terms=2, max_digits=1)
+    right = [json.loads(row["item"])["entry"]["answer"] for row in rows]
+    reward = AnswerReward()
+    assert rewards_of(reward, rows, *right) == [1, 1, 1]
+    assert rewards_of(reward, rows, f"So <answer>{right[0]}</answer>", "none", "") == [1, 0, 0]
+    assert not reward.failures
+    with pytest.raises(SRDEError, match="task=no_such_task: "):
+        gym_prompts("no_such_task", size=1, seed=1, domain="math")
+    with pytest.raises(SRDEError, match="task=chain_sum: "):
+        gym_prompts("chain_sum", size=1, seed=1, domain="math", terms=2)
+
+
+def test_a_scorer_that_fails_gives_nothing_and_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, reward = prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM, WORD])), AnswerReward()
+
+    def late(*_: Any) -> bool:
+        raise TimeoutError("took too long")
+
+    monkeypatch.setattr(rewards, "is_right", late)
+    with caplog.at_level(logging.WARNING):
+        assert rewards_of(reward, rows, "1/2", "yes") == [0, 0]
+    assert reward.failures == {"TimeoutError: took too long": 2}
+    assert caplog.text.count("its scorer failed, the reward is 0: took too long") == 1
+
+
+def test_form() -> None:
+    reward = FormatReward(r"[0-9]+", weight=0.5)
+    assert reward(completions=["12", [{"role": "assistant", "content": "7"}], "x1", ""]) == [0.5, 0.5, 0, 0]
+    assert FormatReward()(completions=["<think>so</think>\n<answer>4</answer>\n", "<answer>4</answer>"]) == [1, 0]
+    assert reward(completions=[[{"role": "assistant", "content": None, "tool_calls": []}]]) == [0]
+    with pytest.raises(SRDEError, match=r"pattern='\(': "):
+        FormatReward("(")
