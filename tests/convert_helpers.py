@@ -18,20 +18,10 @@ from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.weights.file import save_weights
 from srde_ds.weights.locate import WEIGHTS
-from tests.helpers import adapter_config, randomize
+from tests.helpers import SIZES, adapter_config, randomize, tiny_mistral3
 
 ROOT = Path(__file__).parents[1]
 NAMES = ["red", "green", "blue"]
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,  # at the default 0.02 a tiny model's logits hardly depend on its layers
-}
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -47,22 +37,6 @@ MULTIPLIERS: dict[str, Any] = {
     "residual_multiplier": 0.7,
     "logits_scaling": 2.0,
 }
-
-
-def mistral3() -> PreTrainedModel:
-    """An image encoder beside the text decoder, which the files keep under another name."""
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-        "image_size": 28,
-        "patch_size": 14,
-        "model_type": "pixtral",
-    }
-    text = SIZES | {"model_type": "ministral3", "head_dim": 8, "rope_parameters": dict(YARN)}
-    return t.Mistral3ForConditionalGeneration(t.Mistral3Config(vision_config=vision, text_config=text))
 
 
 BASES: dict[str, Callable[[], PreTrainedModel]] = {
@@ -89,7 +63,7 @@ BASES: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZES, sliding_window=64)),
     "ministral": lambda: t.MinistralForCausalLM(t.MinistralConfig(**SIZES, head_dim=8, sliding_window=64)),
     "ministral3": lambda: t.Ministral3ForCausalLM(t.Ministral3Config(**SIZES, head_dim=4, rope_parameters=dict(YARN))),
-    "mistral3": mistral3,
+    "mistral3": lambda: tiny_mistral3(rope_parameters=dict(YARN)),
     "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
     "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZES, **MULTIPLIERS)),
 }

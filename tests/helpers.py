@@ -5,26 +5,49 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from srde_ds.config import AdapterConfig
 from srde_ds.model.adapter import SRDEModel, add_experts
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,  # at the default 0.02 a tiny model's logits hardly depend on its layers
+}
+"""of a tiny base of any family"""
+
+
+def tiny_mistral3(**text: Any) -> PreTrainedModel:
+    """An image encoder beside the text decoder, which the files keep under another name."""
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+        "model_type": "pixtral",
+    }
+    decoder = SIZES | {"model_type": "ministral3", "head_dim": 8} | text
+    return Mistral3ForConditionalGeneration(Mistral3Config(vision_config=vision, text_config=decoder))
+
 
 def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Two layers, D 32, F 96, vocabulary 101; random weights, frozen, eval mode."""
-    values: dict[str, Any] = {
-        "vocab_size": 101,
-        "hidden_size": 32,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.2,  # at the default 0.02 a tiny model's logits hardly depend on its layers
-        "attn_implementation": "sdpa",
-    } | overrides
+    values = SIZES | {"tie_word_embeddings": True, "attn_implementation": "sdpa"} | overrides
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(LlamaConfig(**values))
     return model.to(dtype).requires_grad_(False).eval()

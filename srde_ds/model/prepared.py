@@ -238,6 +238,8 @@ class PreparedElementDeltas:
         weights_TE = routing.weights_TE.to(self.dtype)
         for expert in routing.index_TK.unique().tolist():
             tokens = weights_TE[:, expert].nonzero().squeeze(1)
+            if len(tokens) == 0:  # chosen with a weight of zero; with several threads embedding_bag fails on no tokens
+                continue
             own_x, own_gate, own_up, p = (t.index_select(0, tokens) for t in (x, gate, up, weights_TE[:, expert, None]))
             own_change, own_extra = self._expert(act, expert, own_x, own_gate, own_up, p)
             change.index_add_(0, tokens, own_change)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,49 +13,22 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import find_feed_forward, load_base
-from tests.helpers import adapter_config, randomize, tokens
+from tests.helpers import SIZES, adapter_config, randomize, tiny_mistral3, tokens
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
-
-
-def mistral3() -> PreTrainedModel:
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-        "image_size": 28,
-        "patch_size": 14,
-        "model_type": "pixtral",
-    }
-    config = t.Mistral3Config(
-        vision_config=vision, text_config=SIZES | {"model_type": "ministral3"}, image_token_index=5
-    )
-    return t.Mistral3ForConditionalGeneration(config)
-
+WITH_HEADS = SIZES | {"head_dim": 8}
 
 SUPPORTED: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**SIZES, mlp_bias=True)),
-    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**SIZES)),
-    "ministral": lambda: t.MinistralForCausalLM(t.MinistralConfig(**SIZES)),
-    "ministral3": lambda: t.Ministral3ForCausalLM(t.Ministral3Config(**SIZES)),
-    "mistral3": mistral3,
-    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**SIZES)),
-    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**SIZES)),
-    "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**SIZES, pad_token_id=0)),
-    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**SIZES, pad_token_id=0)),
-    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**SIZES, pad_token_id=0)),
-    "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**SIZES)),
+    "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**WITH_HEADS, mlp_bias=True)),
+    "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**WITH_HEADS)),
+    "ministral": lambda: t.MinistralForCausalLM(t.MinistralConfig(**WITH_HEADS)),
+    "ministral3": lambda: t.Ministral3ForCausalLM(t.Ministral3Config(**WITH_HEADS)),
+    "mistral3": tiny_mistral3,
+    "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**WITH_HEADS)),
+    "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**WITH_HEADS)),
+    "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**WITH_HEADS, pad_token_id=0)),
+    "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**WITH_HEADS, pad_token_id=0)),
+    "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**WITH_HEADS, pad_token_id=0)),
+    "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**WITH_HEADS)),
 }
 
 
@@ -100,7 +72,7 @@ def test_supported_from_a_folder(name: str, tmp_path: Path) -> None:
 
 UNSUPPORTED: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "mixtral": (
-        lambda: t.MixtralForCausalLM(t.MixtralConfig(**SIZES, num_local_experts=4)),
+        lambda: t.MixtralForCausalLM(t.MixtralConfig(**WITH_HEADS, num_local_experts=4)),
         r"layer 0 \(MixtralDecoderLayer\).*found 0 in:.*mlp MixtralSparseMoeBlock \(.*MixtralExperts",
     ),
     "phi3": (

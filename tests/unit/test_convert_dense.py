@@ -26,7 +26,7 @@ from srde_ds.model.base_files import BaseFiles
 from srde_ds.weights.tensors import LazyTensor
 from tests.cli_helpers import fails
 from tests.convert_helpers import BASES, NAMES, Trained, save_base, trained
-from tests.helpers import tokens
+from tests.helpers import randomize, tiny_srde, tokens
 from tests.unit.test_adapter import FORMS
 
 ROUNDING = 2e-6  # of the largest logit
@@ -247,3 +247,17 @@ def test_a_base_that_has_moved_is_asked_for(base: Path, tmp_path: Path, capsys: 
         load_adapter(made.weights)
     assert main(["convert", str(made.weights), *output, "--base", str(tmp_path / "elsewhere")]) == 0
     capsys.readouterr()
+
+
+@torch.no_grad()
+def test_an_expert_that_gets_no_token_on_several_threads() -> None:
+    """A switched off one is chosen with a weight of zero; on no tokens, threads of embedding_bag fail."""
+    model = randomize(tiny_srde(granularity="element")).eval()
+    model.set_active_experts(["expert1"])
+    expected, threads = model.train()(tokens()).logits, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = model.eval()(tokens()).logits
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
