@@ -21,8 +21,8 @@ from srde_ds.export.moe_config import WIDTH_MULTIPLE
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.weights.file import save_weights
-from tests.convert_helpers import BASES, SIZES, Trained, reload, save_base, smollm2, trained
-from tests.helpers import tokens
+from tests.convert_helpers import BASES, Trained, reload, save_base, smollm2, trained
+from tests.helpers import SIZES, tokens
 
 # Both models round in float32 alone, in another order: some units in the last place of the largest logit.
 ROUNDING = 2e-6
