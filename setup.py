@@ -77,10 +77,10 @@ setup(
         "lm-eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness
         "tracking": ["tensorboard", "wandb", "trackio"],
         "mpi": ["mpi4py>=4.0"],
-        "peft": ["peft>=0.18"],  # SRDE as a PEFT method
-        "trl": ["trl>=0.24", "peft>=0.18"],  # SFTTrainer, DPOTrainer, GRPOTrainer
+        "peft": ["peft>=0.21"],  # SRDE as a PEFT method
+        "trl": ["trl>=0.24", "peft>=0.21"],  # SFTTrainer, DPOTrainer, GRPOTrainer
         "pages": ["plotly>=6", "gradio>=6"],  # report.html, `srde-ds chat`
-        "benchmarks": ["peft>=0.18"],  # besides quickstart
+        "benchmarks": ["peft>=0.21"],  # besides quickstart
     },
     entry_points={"console_scripts": ["srde-ds = srde_ds.cli.main:entry_point"]},
 )

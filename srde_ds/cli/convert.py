@@ -13,7 +13,7 @@ def convert(arguments: Sequence[str]) -> None:
     parser = Parser(
         "srde-ds convert",
         "Write trained experts as files that other programs load.",
-        usage="WEIGHTS [--to weights|dense|moe|gguf] [--output PATH] [options]",
+        usage="WEIGHTS [--to weights|peft|dense|moe|gguf] [--output PATH] [options]",
         positional="weights",
     )
     parser.add_options(ConvertOptions)

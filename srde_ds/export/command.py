@@ -13,12 +13,12 @@ from srde_ds.export.dense import write_dense
 from srde_ds.export.gguf import write_gguf
 from srde_ds.export.moe import write_moe
 from srde_ds.export.options import ConvertOptions
-from srde_ds.export.weights import DTYPES, write_weights
+from srde_ds.export.weights import DTYPES, write_peft, write_weights
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.locate import WEIGHTS
 
-OUTPUTS = {"weights": WEIGHTS, "dense": "dense", "moe": "moe", "gguf": "model.gguf"}
+OUTPUTS = {"weights": WEIGHTS, "peft": "peft", "dense": "dense", "moe": "moe", "gguf": "model.gguf"}
 
 
 def convert_command(options: ConvertOptions) -> Path:
@@ -31,7 +31,7 @@ def convert_command(options: ConvertOptions) -> Path:
     idle = {
         "expert": expert is not None and to != "dense",
         "experts": experts is not None and to == "dense",
-        "base": base is not None and to == "weights",
+        "base": base is not None and to in ("weights", "peft"),
         "gguf_converter": options.gguf_converter is not None and to != "gguf",
     }
     for name in (name for name, given in idle.items() if given):
@@ -45,6 +45,8 @@ def convert_command(options: ConvertOptions) -> Path:
     target, torch_dtype = Path(options.output or OUTPUTS[to]), DTYPES[dtype] if dtype else None
     if to == "weights":
         written = write_weights(adapter, target, dtype=torch_dtype or DTYPES["float32"])
+    elif to == "peft":
+        written = write_peft(adapter, target, dtype=torch_dtype)
     else:
         chosen, local = base_to_load(base, adapter.metadata.model_name, allow_download=options.allow_download)
         files = BaseFiles(chosen, local_files_only=local)

@@ -14,25 +14,26 @@ class ConvertOptions:
 
     weights: str = option(
         "",
-        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        "trained experts: a run folder, a checkpoint, a weights file, a folder of PEFT or a repository of the Hub",
         metavar="WEIGHTS",
         aliases=("checkpoint", "srde_weights", "run"),
         required=True,
     )
-    to: Literal["weights", "dense", "moe", "gguf"] = option(
+    to: Literal["weights", "peft", "dense", "moe", "gguf"] = option(
         "weights",
-        "weights: the adapter in one file; dense: the base with one expert merged; moe: a stock mixture of experts for "
-        "transformers and vLLM; gguf: the same for llama.cpp",
+        "weights: the adapter in one file; peft: the adapter in a folder for PEFT; dense: the base with one expert "
+        "merged; moe: a stock mixture of experts for transformers and vLLM; gguf: the same for llama.cpp",
     )
     output: str | None = option(
         None,
-        "file to write, or folder for dense and moe (default: srde_weights.safetensors, dense, moe or model.gguf)",
+        "file to write, or folder for peft, dense and moe (default: srde_weights.safetensors, peft, dense, moe or "
+        "model.gguf)",
         metavar="PATH",
         aliases=("output_file",),
     )
     dtype: Literal["float32", "bfloat16"] | None = option(
         None,
-        "type of the written values (default: float32 for weights, otherwise the base's)",
+        "type of the written values (default: float32 for weights, as they are for peft, otherwise the base's)",
         metavar="float32|bfloat16",
     )
     experts: list[str] | None = option(None, "keep these experts alone (default: all)", metavar="NAME,...")

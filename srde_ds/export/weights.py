@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,12 @@ import torch
 from srde_ds.checkpoint.resume import find_checkpoint, verify_checkpoint
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource, checkpoint_adapter, select_experts
-from srde_ds.export.streaming import complete_file, tensors_size, write_lazily
+from srde_ds.export.streaming import METADATA, complete_file, complete_folder, tensors_size, write_lazily
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.locate import WEIGHTS, locate_weights
+from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, peft_config
 from srde_ds.weights.schema import SHARED_KINDS
+from srde_ds.weights.tensors import LazyTensor
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 
@@ -62,13 +65,31 @@ def write_weights(adapter: AdapterSource, output: str | Path, *, dtype: torch.dt
     Raises:
         SRDEError: another dtype than DTYPES, or the file cannot be written.
     """
-    if dtype is not None and dtype not in DTYPES.values():
-        raise SRDEError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}.")
-    target = Path(output)
-    tensors = {
-        name: tensor if name.rpartition(".")[2] in SHARED_KINDS else tensor.to(dtype)
-        for name, tensor in adapter.tensors.items()
-    }
+    target, tensors = Path(output), _as_written(adapter, dtype)
     with complete_file(target, tensors_size(tensors.values())) as partial:
         write_lazily(partial, tensors, adapter.metadata.header())
     return target
+
+
+def write_peft(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype | None) -> Path:
+    """Write an adapter as a folder that PEFT loads, with the same tensors and metadata as `write_weights`.
+
+    Raises:
+        SRDEError: another dtype than DTYPES, there is something at `output`, or it cannot be written.
+    """
+    target, tensors = Path(output), _as_written(adapter, dtype)
+    with complete_folder(target, tensors_size(tensors.values())) as folder:
+        named = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+        write_lazily(folder / PEFT_WEIGHTS, named, METADATA)
+        text = json.dumps(peft_config(adapter.metadata.to_dict()), indent=2, sort_keys=True)
+        (folder / PEFT_CONFIG).write_text(f"{text}\n", encoding="utf-8")
+    return target
+
+
+def _as_written(adapter: AdapterSource, dtype: torch.dtype | None) -> dict[str, LazyTensor]:
+    if dtype is not None and dtype not in DTYPES.values():
+        raise SRDEError(f"dtype={dtype}: choose one of {', '.join(DTYPES)}.")
+    return {
+        name: tensor if name.rpartition(".")[2] in SHARED_KINDS else tensor.to(dtype)
+        for name, tensor in adapter.tensors.items()
+    }

@@ -40,6 +40,24 @@ def attach_experts(
     Raises:
         SRDEError: the names do not fit the config, or the base has no fitting blocks or carries experts already.
     """
+    check_experts(config, expert_names)
+    blocks = find_feed_forward(base, gather=sharding.gather)
+    identity = base_identity(base, gather=sharding.gather)
+    routing = PolicyControl()
+    base.requires_grad_(False)
+    dtype = dtype or base.dtype
+    for number, block in enumerate(blocks):
+        storage = Storage(dtype, block.weights()[0].device, sharding.pad_to)
+        support = choose_support(number, block)
+        layer = block_with_experts(
+            block, number, config, support, control=routing, seed=seed, storage=storage, target_density=target_density
+        )
+        setattr(block.owner, block.name, layer.train(base.training))
+    return routing, identity
+
+
+def check_experts(config: AdapterConfig, expert_names: Sequence[str]) -> None:
+    """Raise SRDEError unless there is a name for each expert, and `top_k` of them."""
     if len(expert_names) != config.num_experts:
         raise SRDEError(
             f"num_experts={config.num_experts}, but {len(expert_names)} expert names ({', '.join(expert_names)}); "
@@ -47,31 +65,53 @@ def attach_experts(
         )
     if config.top_k > config.num_experts:
         raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
-    blocks = find_feed_forward(base, gather=sharding.gather)
-    identity = base_identity(base, gather=sharding.gather)
-    routing = PolicyControl()
-    base.requires_grad_(False)
-    dtype = dtype or base.dtype
-    for number, block in enumerate(blocks):
-        support = choose_support(number, block)
-        device = block.weights()[0].device
-        deltas = build_deltas(
-            config,
-            hidden=block.hidden,
-            size=support_size(config, block.hidden, block.intermediate),
-            seed=seed,
-            layer=number,
-            storage=Storage(dtype, device, sharding.pad_to),
-            keep=kept_size(config, target_density, block.hidden, block.intermediate),
-        )
-        router = Router(
-            block.hidden, config.num_experts, config.top_k, seed=seed, layer=number, dtype=dtype, device=device
-        )
-        layer = SRDEFeedForward(
-            block, deltas, router, support.to(device), granularity=config.granularity, layer=number, control=routing
-        )
-        setattr(block.owner, block.name, layer.train(base.training))
-    return routing, identity
+
+
+def block_with_experts(
+    block: FeedForward,
+    layer: int,
+    config: AdapterConfig,
+    support: Tensor,
+    *,
+    control: PolicyControl,
+    seed: int,
+    storage: Storage,
+    target_density: float | None = None,
+) -> SRDEFeedForward:
+    """One block with new experts, whose deltas are zero; the base is left as it is.
+
+    Args:
+        layer: number of the decoder layer.
+        control: tells the layers of a model which policy they follow.
+        seed, target_density: as of `adapter.add_experts`.
+    """
+    deltas = build_deltas(
+        config,
+        hidden=block.hidden,
+        size=support_size(config, block.hidden, block.intermediate),
+        seed=seed,
+        layer=layer,
+        storage=storage,
+        keep=kept_size(config, target_density, block.hidden, block.intermediate),
+    )
+    router = Router(
+        block.hidden,
+        config.num_experts,
+        config.top_k,
+        seed=seed,
+        layer=layer,
+        dtype=storage.dtype,
+        device=storage.device,
+    )
+    return SRDEFeedForward(
+        block,
+        deltas,
+        router,
+        support.to(storage.device),
+        granularity=config.granularity,
+        layer=layer,
+        control=control,
+    )
 
 
 def support_chooser(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -50,20 +52,30 @@ def merge_into_base(base: PreTrainedModel, expert: int) -> None:
         for name, child in owner.named_children()
         if isinstance(child, SRDEFeedForward)
     ]
-    for _, _, layer in found:
+    check_mergeable([layer for _, _, layer in found])
+    for owner, name, layer in found:
+        merge_into_block(layer, expert)
+        setattr(owner, name, layer.block)
+
+
+def check_mergeable(layers: Sequence[SRDEFeedForward]) -> None:
+    """Raise SRDEError if the weights of a layer's block are quantised."""
+    for layer in layers:
         for weight in _weights(layer).values():
             if weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
                 raise SRDEError(
                     f"expert cannot be merged: layer {layer.layer} of the base holds quantised weights "
                     f"({weight.dtype}, shape {list(weight.shape)}); load the base unquantised."
                 )
-    with torch.no_grad():
-        for owner, name, layer in found:
-            support = layer.support if layer.support.dim() == 1 else layer.support[expert]
-            delta = expert_delta(layer.deltas(), expert, layer.granularity)
-            for role, weight in _weights(layer).items():
-                weight.copy_(merged_weight(weight, role, support, delta, layer.granularity))
-            setattr(owner, name, layer.block)
+
+
+@torch.no_grad()
+def merge_into_block(layer: SRDEFeedForward, expert: int) -> None:
+    """Add one expert's deltas to the weights of the layer's block, in place."""
+    support = layer.support if layer.support.dim() == 1 else layer.support[expert]
+    delta = expert_delta(layer.deltas(), expert, layer.granularity)
+    for role, weight in _weights(layer).items():
+        weight.copy_(merged_weight(weight, role, support, delta, layer.granularity))
 
 
 def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:

@@ -173,10 +173,13 @@ class PolicyKeepingCheckpoint:
 
 
 def keep_policy_when_recomputing(base: nn.Module, control: PolicyControl) -> None:
-    """Have all layers of a base that recomputes its activations follow the policy of their first run."""
+    """Have all layers of a base that recomputes its activations follow the policy of their first run.
+
+    Layers that do so already stay as they are."""
     module: Any
     for module in base.modules():
-        if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if checkpoint is not None and not isinstance(checkpoint, PolicyKeepingCheckpoint):
             module._gradient_checkpointing_func = PolicyKeepingCheckpoint(checkpoint, control)
 
 

@@ -19,6 +19,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.dtypes import DTYPES
 from srde_ds.utils.files import replacement
+from srde_ds.weights.peft_folder import PEFT_PREFIX, PEFT_WEIGHTS, read_peft_metadata
 from srde_ds.weights.schema import (
     adapter_config,
     check_base_identity,
@@ -150,7 +151,7 @@ def read_weights(path: str | Path) -> AdapterFile:
 
 
 def read_header(path: str | Path) -> AdapterFile:
-    """A weights file of which all but the values was checked. Takes no memory for tensors.
+    """A weights file, of PEFT or our own, of which all but the values was checked. Takes no memory for tensors.
 
     Raises:
         SRDEError: no such file, not a safetensors file, not one of ours, or metadata and tensors that do not fit.
@@ -160,20 +161,25 @@ def read_header(path: str | Path) -> AdapterFile:
         header = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    if METADATA_KEY not in header:
+    prefix = ""
+    if METADATA_KEY not in header and path.name == PEFT_WEIGHTS:
+        values, prefix = read_peft_metadata(path.parent), PEFT_PREFIX
+    elif METADATA_KEY not in header:
         raise SRDEError(
             f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors."
         )
-    try:
-        values = json.loads(header[METADATA_KEY])
-    except (ValueError, RecursionError):
-        raise SRDEError(f"weights '{path}': the SRDE metadata are not JSON; export them again.") from None
+    else:
+        try:
+            values = json.loads(header[METADATA_KEY])
+        except (ValueError, RecursionError):
+            raise SRDEError(f"weights '{path}': the SRDE metadata are not JSON; export them again.") from None
     metadata = AdapterMetadata.from_dict(values)
     for name, (dtype, _) in kinds.items():
         if dtype not in DTYPES:
             raise SRDEError(f"weights '{path}': tensor {shown(name)} has dtype {dtype}, which no adapter has.")
     tensors = {
-        name: LazyTensor(DTYPES[dtype], shape, partial(_load, path, name)) for name, (dtype, shape) in kinds.items()
+        name.removeprefix(prefix): LazyTensor(DTYPES[dtype], shape, partial(_load, path, name))
+        for name, (dtype, shape) in kinds.items()
     }
     check_shapes(metadata.config, tensors, path, domains=len(metadata.domain_tokens))
     return AdapterFile(path, metadata, tensors)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from srde_ds.errors import SRDEError
+from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
 
 WEIGHTS = "srde_weights.safetensors"
 LATEST, COMPLETED, MANIFEST = "latest", "completed.json", "manifest.json"
@@ -22,7 +23,8 @@ class WeightsLocation:
     """Where an adapter's weights are.
 
     Attributes:
-        kind: "file": a weights file; "checkpoint": a training run's checkpoint, which has to be converted.
+        kind: "file": a weights file, of PEFT or our own; "checkpoint": a training run's checkpoint, which has to be
+            converted.
         path: the file; of a checkpoint its folder, or the run's folder, whose `latest` then counts.
         run: the training run's folder; None: they are of no run that is here.
         step: of the checkpoint; None: a file, or a run without a readable `latest`.
@@ -51,9 +53,9 @@ def locate_weights(place: str | Path, *, revision: str | None = None) -> Weights
     """What `place` means.
 
     Args:
-        place: a weights file; a folder that holds one; the folder of a training run: its weights, or its latest
-            checkpoint if training has gone on since they were written; a checkpoint's folder; or the id of a
-            repository of the Hugging Face Hub, which is downloaded.
+        place: a weights file; a folder that holds one; a folder that PEFT has saved; the folder of a training run: its
+            weights, or its latest checkpoint if training has gone on since they were written; a checkpoint's folder;
+            or the id of a repository of the Hugging Face Hub, which is downloaded.
         revision: branch, tag or commit of the repository.
 
     Raises:
@@ -131,17 +133,21 @@ def _not_a_link(path: str, flags: int) -> int:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    return not path.is_file() and (CHECKPOINT_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists())
+    if path.is_file() or (is_peft_folder(path) and not (path / MANIFEST).exists()):  # Trainer, too, makes checkpoint-N
+        return False
+    return CHECKPOINT_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
 
 
 def _in_folder(folder: Path) -> WeightsLocation:
     run, latest = folder if is_run(folder) else None, read_latest(folder)
     if (folder / WEIGHTS).is_file() and (latest is None or _is_finished(folder, latest)):
         return WeightsLocation("file", folder / WEIGHTS, run, None)
+    if latest is None and is_peft_folder(folder):
+        return WeightsLocation("file", folder / PEFT_WEIGHTS, run, None)
     if latest is None and not any(CHECKPOINT_NAME.fullmatch(path.name) for path in folder.glob("checkpoint-*")):
         raise SRDEError(
             f"weights '{folder}': the folder holds neither {WEIGHTS} nor a checkpoint. Give a weights file, the folder "
-            "of a run that has saved a checkpoint, or the id of a repository of the Hub."
+            "of a run that has saved a checkpoint, a folder that PEFT has saved, or the id of a repository of the Hub."
         )
     return WeightsLocation("checkpoint", folder, run, _step(latest or ""))
 
@@ -172,9 +178,14 @@ def _step(name: str) -> int | None:
 
 def _from_the_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download  # late: paths need no client
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, WEIGHTS, revision=revision))
+        try:
+            return Path(hf_hub_download(name, WEIGHTS, revision=revision))
+        except EntryNotFoundError:  # the repository is there
+            hf_hub_download(name, PEFT_CONFIG, revision=revision)
+            return Path(hf_hub_download(name, PEFT_WEIGHTS, revision=revision))
     except (OSError, ValueError) as error:  # the Hub's own errors are one or the other
         reason = " ".join(str(error).split())
         raise SRDEError(

@@ -27,7 +27,7 @@ FLOORS = [
     {"checkpoint"},
     {"export", "inference"},
     {"evaluation", "training"},
-    {"planner", "compose"},
+    {"planner", "compose", "peft"},
     {"cluster"},
     {"api"},
     {"cli"},

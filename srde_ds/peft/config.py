@@ -1,0 +1,121 @@
+"""The options of SRDE as a method of PEFT."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig, PeftType, TaskType
+
+from srde_ds.config import AdapterConfig, LossConfig
+from srde_ds.config.values import checked
+from srde_ds.errors import SRDEError
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.peft_folder import PEFT_TYPE
+
+OPTIONS = tuple(option.name for option in dataclasses.fields(AdapterConfig) if option.name != "preset")
+LOSSES = ("load_balancing_weight", "router_z_weight")
+FROM_DATA = ("activation", "gradient", "learned")  # values of support_strategy
+
+
+@dataclass
+class SRDEConfig(PeftConfig):
+    """Experts in every feed-forward block of a decoder, for `peft.get_peft_model`.
+
+    Options from `num_experts` to `atom_mixing` are those of `AdapterConfig`; the two weights are those of `LossConfig`.
+
+    Attributes:
+        num_experts: experts in each layer.
+        top_k: experts that each token uses.
+        density: share of the feed-forward weights that an expert may change.
+        granularity: what an expert changes: whole neurons or single weights.
+        support_strategy: how the weights that may change are chosen: "magnitude" or "random". A trained adapter that is
+            loaded may have any.
+        support_scope: one support for all experts of a layer, or one each.
+        num_atoms: atoms that the experts share; 0: each expert's delta is a free parameter.
+        atom_mixing: how an expert weights the atoms.
+        expert_names: a name for each expert; None: expert_0, expert_1, ...
+        seed: of routers, random supports and the mixing of atoms.
+        load_balancing_weight, router_z_weight: weights of the router's losses in training.
+        target_modules: filled in by the model: the blocks that carry experts.
+        metadata: filled in by the model: what `srde_weights.safetensors` says about an adapter. A configuration with
+            metadata is that of an adapter whose values are in a file.
+
+    Raises:
+        SRDEError: an option out of range.
+
+    Examples:
+        >>> from peft import get_peft_model
+        >>> from srde_ds.peft import SRDEConfig
+        >>> from transformers import AutoModelForCausalLM
+        >>> base = AutoModelForCausalLM.from_pretrained("base")
+        >>> model = get_peft_model(base, SRDEConfig(num_experts=2, density=0.05, expert_names=["red", "green"]))
+        >>> model.active_adapters
+        ['default']
+    """
+
+    task_type: str | TaskType | None = TaskType.CAUSAL_LM
+    num_experts: int = 6
+    top_k: int = 2
+    density: float = 0.01
+    granularity: Literal["neuron", "element"] = "neuron"
+    support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = "magnitude"
+    support_scope: Literal["shared", "per_expert"] = "shared"
+    num_atoms: int = 0
+    atom_mixing: Literal["linear", "softmax"] = "linear"
+    expert_names: list[str] | None = None
+    seed: int = 42
+    load_balancing_weight: float = 0.01
+    router_z_weight: float = 0.001
+    target_modules: list[str] | None = field(default=None)
+    metadata: dict[str, Any] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType(PEFT_TYPE)
+        for section, names in ((AdapterConfig, OPTIONS), (LossConfig, LOSSES)):
+            for name in names:
+                setattr(self, name, checked(section, name, getattr(self, name)))
+        if self.metadata is None and self.support_strategy in FROM_DATA:
+            raise SRDEError(
+                f"support_strategy={self.support_strategy}: takes data, which PEFT does not hand to its methods. Use "
+                "magnitude or random, or train with srde-ds and convert the result."
+            )
+        if self.metadata is None and self.target_modules is not None:
+            raise SRDEError(
+                f"target_modules={self.target_modules}: the experts are in the feed-forward block of every decoder "
+                "layer. Leave it out."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """The experts' names."""
+        return self.expert_names or [f"expert_{number}" for number in range(self.num_experts)]
+
+    def stored(self) -> AdapterMetadata | None:
+        """The metadata of an adapter whose values are in a file; None: the adapter is new.
+
+        Raises:
+            SRDEError: they are damaged, or contradict the options.
+        """
+        if self.metadata is None:
+            return None
+        stored = AdapterMetadata.from_dict(self.metadata)
+        for name in OPTIONS:
+            if getattr(stored.config, name) != getattr(self, name):
+                raise SRDEError(
+                    f"{name}={getattr(self, name)}: the adapter was made with {getattr(stored.config, name)}, and its "
+                    "configuration cannot change that. Save the adapter again, or give a new SRDEConfig."
+                )
+        if stored.expert_names != self.names:
+            raise SRDEError(
+                f"expert_names={','.join(self.names)}: the adapter's experts are {', '.join(stored.expert_names)}. "
+                "Rename them with srde-ds rename."
+            )
+        return stored
+
+    def adapter(self) -> AdapterConfig:
+        """The same options for `srde_ds.model`."""
+        stored = self.stored()
+        return AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}) if stored is None else stored.config

@@ -1,0 +1,98 @@
+"""A feed-forward block with the experts of every adapter."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.layer import SRDEFeedForward
+
+EXPERTS = "srde_experts"
+"""Attribute of `SRDELayer`, and so part of the names of an adapter's tensors in a model's state"""
+
+
+class SRDELayer(nn.Module, BaseTunerLayer):
+    """Takes the place of the base's block.
+
+    Attributes:
+        base_layer: the base's block.
+        srde_experts: adapter -> its experts in this layer.
+        empty: adapters whose values have yet to be loaded.
+    """
+
+    adapter_layer_names = (EXPERTS,)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.srde_experts = nn.ModuleDict()
+        self.empty: set[str] = set()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def add(self, adapter: str, experts: SRDEFeedForward, *, empty: bool) -> None:
+        """Give an adapter its experts.
+
+        Args:
+            empty: their values have yet to be loaded.
+        """
+        # The block belongs to this layer: as a child of the experts it would be saved and counted with every adapter.
+        del experts._modules["block"]
+        experts.__dict__["block"] = self.base_layer
+        self.srde_experts[adapter] = experts
+        if empty:
+            self.empty.add(adapter)
+
+    def experts(self, adapter: str) -> SRDEFeedForward:
+        """Those of one adapter."""
+        experts = self.srde_experts[adapter]
+        assert isinstance(experts, SRDEFeedForward)
+        return experts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` -> `[..., D]`, with the experts of the active adapter.
+
+        Raises:
+            SRDEError: the adapter's values were never loaded.
+        """
+        if self.disable_adapters or not self.active_adapters:
+            return self.base_layer(x)
+        adapter = self.active_adapters[0]
+        if adapter in self.empty:
+            raise SRDEError(
+                f"adapter '{adapter}': its configuration is that of a saved adapter, but its values were not loaded. "
+                "Use PeftModel.from_pretrained, or a new SRDEConfig for a new adapter."
+            )
+        return self.srde_experts[adapter](x)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Use the experts of this adapter from now on.
+
+        Raises:
+            SRDEError: there is more than one.
+        """
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise SRDEError(
+                f"set_adapter({adapter_names}): a block has the experts of one adapter at a time. Make one adapter of "
+                "several with srde-ds combine."
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's experts."""
+        super().delete_adapter(adapter_name)
+        self.empty.discard(adapter_name)
+
+    def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not possible in place: raises SRDEError."""
+        raise SRDEError(
+            "merge_adapter(): a token has its own experts, so an adapter has no one change of the weights that could "
+            "be added and taken away again. Use merge_and_unload(expert=...) for one expert's."
+        )
+
+    def unmerge(self) -> NoReturn:
+        """See `merge`."""
+        raise SRDEError("unmerge_adapter(): SRDE merges nothing in place, so there is nothing to take back.")

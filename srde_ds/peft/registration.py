@@ -1,0 +1,54 @@
+"""Makes SRDE known to PEFT, whose list of methods is an enumeration without a way to add to it.
+
+This file is the only one that changes something of PEFT. Tried with PEFT 0.21.0 and 0.21.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+
+from srde_ds.errors import SRDEError
+from srde_ds.weights.peft_folder import PEFT_TYPE
+
+TRIED = ("0.21.0", "0.21.2")
+NEEDED = ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load")
+"""Methods of PEFT's tuners that `SRDETuner` replaces; PEFT 0.20 does not have them"""
+
+
+def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
+    """Have PEFT build and load adapters of this method from now on. A second call changes nothing.
+
+    Raises:
+        SRDEError: this version of PEFT does not allow it.
+    """
+    if PEFT_TYPE in PeftType.__members__:
+        return
+    lacking = [name for name in NEEDED if not hasattr(BaseTuner, name)]
+    try:
+        if lacking:
+            raise AttributeError(f"BaseTuner has no {lacking[0]}")
+        _add_member(PeftType, PEFT_TYPE)
+        register_peft_method(name=PEFT_TYPE.lower(), config_cls=config, model_cls=tuner)
+    except (AttributeError, TypeError, ValueError, KeyError) as error:
+        raise SRDEError(
+            f"peft {peft.__version__}: SRDE cannot be added to its methods ({error}). Install a version that was "
+            f"tried: {', '.join(TRIED)}."
+        ) from None
+
+
+def _add_member(enumeration: Any, name: str) -> None:
+    """Add a member whose value is its name to an enumeration of texts, as its class statement would have done."""
+    member = str.__new__(enumeration, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = enumeration
+    member._sort_order_ = len(enumeration._member_names_)
+    type.__setattr__(enumeration, name, member)
+    enumeration._member_names_.append(name)
+    enumeration._member_map_[name] = enumeration._value2member_map_[name] = member
+    if enumeration(name) is not member or name not in enumeration.__members__ or list(enumeration)[-1] is not member:
+        raise TypeError(f"{enumeration.__name__} takes no further member")

@@ -1,0 +1,64 @@
+"""An adapter's tensors: their names in a model, their names in a file, and what they must be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.peft.layer import EXPERTS, SRDELayer
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.peft_folder import PEFT_PREFIX
+from srde_ds.weights.schema import check_fits_base, check_shapes, check_values
+from srde_ds.weights.tensors import LazyTensor
+
+BIAS_IN_MODEL, BIAS_IN_FILE = "router.selection_bias", "router_bias"
+
+
+def experts_of(model: nn.Module, adapter: str) -> list[SRDEFeedForward]:
+    """Those of one adapter, in the order in which tokens pass them."""
+    layers = [m.experts(adapter) for m in model.modules() if isinstance(m, SRDELayer) and adapter in m.srde_experts]
+    return sorted(layers, key=lambda experts: experts.layer)
+
+
+def name_in_file(name: str, adapter: str) -> str | None:
+    """The name in a file of a tensor of a model's state; None: it does not belong to the experts of this adapter."""
+    match = re.fullmatch(rf"(?:.+\.)?(\d+)\.\w+\.{EXPERTS}\.{re.escape(adapter)}\.(.+)", name)
+    if match is None:
+        return None
+    return f"{PEFT_PREFIX}layers.{match[1]}.{BIAS_IN_FILE if match[2] == BIAS_IN_MODEL else match[2]}"
+
+
+def without_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a file holds of a model's state: as in `srde_weights.safetensors`, no selection biases that are zero."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith(BIAS_IN_MODEL) or bool(tensor.any())}
+
+
+def with_zero_biases(tensors: Mapping[str, Tensor], layers: list[SRDEFeedForward]) -> dict[str, Tensor]:
+    """A file's tensors and the selection biases that it leaves out."""
+    zeros = {f"{PEFT_PREFIX}layers.{m.layer}.{BIAS_IN_FILE}": torch.zeros_like(m.router.selection_bias) for m in layers}
+    return zeros | dict(tensors)
+
+
+def check_tensors(
+    tensors: Mapping[str, Tensor], metadata: AdapterMetadata, layers: list[SRDEFeedForward], place: str
+) -> None:
+    """Check a file's tensors before a model takes them.
+
+    Args:
+        place: what they are, for messages.
+
+    Raises:
+        SRDEError: as `weights.schema` says, or they do not fit the base.
+    """
+    own = {
+        name.removeprefix(PEFT_PREFIX): LazyTensor.of(tensor)
+        for name, tensor in tensors.items()
+        if name.startswith(f"{PEFT_PREFIX}layers.")
+    }
+    check_shapes(metadata.config, own, place, domains=len(metadata.domain_tokens))
+    check_values(own, metadata.support_hash, place)
+    check_fits_base(metadata.config, own, [(m.hidden, m.intermediate) for m in layers], place)

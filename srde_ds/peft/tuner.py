@@ -1,0 +1,319 @@
+"""A base with the experts of one or several adapters, as PEFT builds it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.attach import block_with_experts, check_experts, support_chooser
+from srde_ds.model.base import FeedForward, base_identity, find_feed_forward, no_gather
+from srde_ds.model.base_files import check_identity
+from srde_ds.model.deltas import Storage
+from srde_ds.model.merging import check_mergeable, merge_into_block
+from srde_ds.model.policy import PolicyControl, keep_policy_when_recomputing
+from srde_ds.model.supports.selection import check_support, support_shape
+from srde_ds.peft.config import SRDEConfig
+from srde_ds.peft.layer import SRDELayer
+from srde_ds.peft.state import check_tensors, experts_of, name_in_file, with_zero_biases, without_zero_biases
+from srde_ds.peft.steps import TrainingSteps
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.origins import DomainStatistics, Origins
+from srde_ds.weights.schema import support_hash
+
+PLAIN_REGISTRATION = nn.Module.register_parameter
+
+
+class SRDETuner(BaseTuner):
+    """What `PeftModel.base_model` is; PEFT makes it. A `PeftModel` passes the attributes below on.
+
+    Attributes:
+        routing: tells the layers the policy of the forward that they are part of, see `model/policy.py`.
+        identity: `base.base_identity` of the base before experts were put in.
+    """
+
+    prefix: str = "srde_"
+    tuner_layer_cls = SRDELayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise SRDEError(f"base of type {type(model).__name__}: give a decoder of transformers.")
+        if nn.Module.register_parameter is not PLAIN_REGISTRATION:
+            raise _no_empty_experts()
+        self.routing = PolicyControl()
+        self.blocks: list[FeedForward] = find_feed_forward(model)
+        self.identity: dict[str, str | int] = base_identity(model)
+        self._steps: TrainingSteps | None = None
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put the experts of an adapter into the base.
+
+        Raises:
+            SRDEError: the configuration does not fit itself or the base, or it is that of an adapter for another base.
+        """
+        if low_cpu_mem_usage:
+            raise _no_empty_experts()
+        # A copy, since a user may give the same configuration to another base.
+        config = copy.copy(self._config(adapter_name))
+        stored = config.stored()
+        check_experts(config.adapter(), config.names)
+        for block in self.blocks:
+            check_support(config.adapter(), block.hidden, block.intermediate)
+        if stored is not None:
+            quantized = getattr(model, "is_quantized", False)
+            self.identity = check_identity(self.identity, stored.base, f"adapter '{adapter_name}'", quantized=quantized)
+        config.target_modules = self._block_names(model)
+        self.peft_config[adapter_name] = config
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if stored is None:
+            config.metadata = self._metadata(config, experts_of(model, adapter_name)).to_dict()
+
+    def _block_names(self, model: nn.Module) -> list[str]:
+        names = {id(module): name for name, module in model.named_modules()}
+        return [f"{names[id(block.owner)]}.{block.name}" for block in self.blocks]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        assert isinstance(peft_config, SRDEConfig)
+        number = next(n for n, block in enumerate(self.blocks) if block.owner is parent and block.name == target_name)
+        block, config, stored = self.blocks[number], peft_config.adapter(), peft_config.stored()
+        if stored is None:
+            support = support_chooser(config, None, seed=peft_config.seed, gather=no_gather)(number, block)
+        else:
+            support = torch.zeros(support_shape(config, block.hidden, block.intermediate), dtype=torch.int32)
+        experts = block_with_experts(
+            block,
+            number,
+            config,
+            support,
+            control=self.routing,
+            seed=peft_config.seed,
+            storage=Storage(torch.float32, block.weights()[0].device),
+        )
+        if stored is not None and stored.domain_tokens:
+            for part in ("mean", "spread"):
+                values = torch.zeros(len(stored.domain_tokens), block.hidden, device=support.device)
+                experts.register_buffer(f"domain_{part}", values)
+        layer = target if isinstance(target, SRDELayer) else SRDELayer(block.block)
+        layer.add(adapter_name, experts.train(block.block.training), empty=stored is not None)
+        experts.requires_grad_(adapter_name in self.active_adapters)
+        setattr(parent, target_name, layer)
+
+    def _metadata(self, config: SRDEConfig, layers: Sequence[Any]) -> AdapterMetadata:
+        return AdapterMetadata(
+            config=config.adapter(),
+            expert_names=config.names,
+            base=self.identity,
+            model_name=str(self.identity["name"]),
+            support_hash=support_hash(layer.support for layer in layers),
+        )
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # In place: optimizers read what is attached to the parameters, and PEFT would make new ones.
+        dtype = torch.float32 if autocast_adapter_dtype else self.model.dtype
+        for experts in experts_of(self.model, adapter_name):
+            for parameter in experts.parameters():
+                parameter.data = parameter.data.to(dtype)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Use the experts of this adapter from now on.
+
+        Raises:
+            SRDEError: there is more than one.
+        """
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._steps = None
+
+    @property
+    def training_steps(self) -> TrainingSteps:
+        """The active adapter's training, see `steps.py`."""
+        if self._steps is None:
+            adapter = self._one_adapter(None)
+            self._steps = TrainingSteps(experts_of(self.model, adapter), self._config(adapter))
+        return self._steps
+
+    # The forward: PeftModelForCausalLM calls `forward`, inside of the other context; PeftModel only the latter.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's, with experts."""
+        with self._routed(*args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise SRDEError(
+                "adapter_names: a forward uses the experts of one adapter. Call set_adapter before it, or make one "
+                "adapter of several with srde-ds combine."
+            )
+        with self._routed(*args, **kwargs):
+            yield
+
+    @contextmanager
+    def _routed(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """In training: the policy with losses and statistics is in force."""
+        if not (self.model.training and torch.is_grad_enabled() and self.active_adapters):
+            yield
+            return
+        keep_policy_when_recomputing(self.model, self.routing)
+        arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
+        with self.routing.running(self.training_steps.policy(arguments)):
+            yield
+
+    # Other forms.
+
+    def srde_model(self, adapter_name: str | None = None) -> SRDEModel:
+        """The same base and experts as an `SRDEModel`, for what takes one; it shares all tensors.
+
+        Args:
+            adapter_name: default: the active one.
+        """
+        return AdapterView(self, self._one_adapter(None if adapter_name is None else [adapter_name]))
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        expert: str | None = None,
+    ) -> nn.Module:
+        """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.
+
+        It computes what this model computes when all tokens go to that expert.
+
+        Args:
+            progressbar: show how far it is.
+            safe_merge: check before that all deltas are finite.
+            adapter_names: the adapter; default: the active one.
+            expert: its name; may be left out if there is only one.
+
+        Raises:
+            SRDEError: no expert is named although there are several, the name is unknown, the base is quantised, or
+                values are not finite.
+        """
+        adapter = self._one_adapter(adapter_names)
+        names = self._config(adapter).names
+        if expert is None and len(names) > 1:
+            raise SRDEError(
+                "merge_and_unload(): each token has its own experts, so all of them make no dense model. Give one by "
+                f"expert=... ({', '.join(names)}), or make a stock mixture of experts: "
+                "srde-ds convert FOLDER --to moe."
+            )
+        view = self.srde_model(adapter)
+        number = 0 if expert is None else view.metadata().expert_index(expert)
+        check_mergeable(view.layers)
+        if safe_merge and not all(bool(layer.deltas().isfinite().all()) for layer in view.layers):
+            raise SRDEError(f"adapter '{adapter}': it holds values that are not finite. Merge another one.")
+        for layer in view.layers:
+            merge_into_block(layer, number)
+        base = self.model
+        self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return base
+
+    def _config(self, adapter: str) -> SRDEConfig:
+        config = self.peft_config[adapter]
+        assert isinstance(config, SRDEConfig)
+        return config
+
+    def _one_adapter(self, adapter_names: list[str] | None) -> str:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        if len(names) != 1 or names[0] not in self.peft_config:
+            known = ", ".join(self.peft_config)
+            raise SRDEError(f"adapter_names={','.join(names) or 'none'}: give one of {known}.")
+        return names[0]
+
+    # Files, see `state.py`.
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        for layer in model.modules():
+            if isinstance(layer, SRDELayer) and adapter_name in layer.empty:
+                raise SRDEError(f"adapter '{adapter_name}': its values were never loaded, there is nothing to save.")
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return without_zero_biases(state)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return name_in_file(key, adapter_name) or super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        assert isinstance(config, SRDEConfig)
+        layers, stored = experts_of(model, adapter_name), config.stored()
+        assert stored is not None  # injection gave it metadata
+        check_tensors(state_dict, stored, layers, f"adapter '{adapter_name}'")
+        complete = with_zero_biases(state_dict, layers)
+        for layer in model.modules():
+            if isinstance(layer, SRDELayer):
+                layer.empty.discard(adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, complete)
+
+
+class AdapterView(SRDEModel):
+    """One adapter of a model of PEFT as an `SRDEModel`. It shares all tensors."""
+
+    def __init__(self, tuner: SRDETuner, adapter: str) -> None:
+        config, base = tuner.peft_config[adapter], tuner.model
+        assert isinstance(config, SRDEConfig) and isinstance(base, PreTrainedModel)
+        stored = config.stored()
+        assert stored is not None
+        super().__init__(base, stored.config, stored.expert_names, tuner.routing, stored.base)
+        self.adapter = adapter
+        own = [m for m in self.layers if hasattr(m, "domain_mean")]
+        statistics = [DomainStatistics(m.domain_mean, m.domain_spread) for m in own]
+        self.origins = Origins(list(stored.history), dict(stored.domain_tokens), statistics)
+        self.training = base.training
+
+    @property
+    def layers(self) -> list[Any]:
+        """The adapter's, in the order in which tokens pass them."""
+        return experts_of(self.base, self.adapter)
+
+    def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
+        """Use that of the model of PEFT: raises SRDEError."""
+        raise SRDEError("merge_and_unload(): call that of the model of PEFT, which also takes out the other adapters.")
+
+
+def _no_empty_experts() -> SRDEError:
+    return SRDEError("low_cpu_mem_usage=True: experts are not made without memory first. Leave it out.")
