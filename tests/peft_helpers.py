@@ -17,7 +17,13 @@ NAMES = ["expert0", "expert1", "expert2"]
 
 def peft_config(**overrides: Any) -> SRDEConfig:
     """As `helpers.tiny_srde` has it."""
-    options = {"num_experts": 3, "top_k": 2, "density": 0.05, "seed": 0, "expert_names": NAMES} | overrides
+    options: dict[str, Any] = {
+        "num_experts": 3,
+        "top_k": 2,
+        "density": 0.05,
+        "seed": 0,
+        "expert_names": NAMES,
+    } | overrides
     return SRDEConfig(**options)
 
 

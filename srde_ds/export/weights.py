@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -15,8 +16,9 @@ from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource, checkpoint_adapter, select_experts
 from srde_ds.export.streaming import METADATA, complete_file, complete_folder, tensors_size, write_lazily
 from srde_ds.utils.dtypes import dtype_name
+from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.locate import WEIGHTS, locate_weights
-from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, peft_config
+from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_TYPE, PEFT_WEIGHTS
 from srde_ds.weights.schema import SHARED_KINDS
 from srde_ds.weights.tensors import LazyTensor
 
@@ -81,9 +83,22 @@ def write_peft(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype
     with complete_folder(target, tensors_size(tensors.values())) as folder:
         named = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
         write_lazily(folder / PEFT_WEIGHTS, named, METADATA)
-        text = json.dumps(peft_config(adapter.metadata.to_dict()), indent=2, sort_keys=True)
+        text = json.dumps(_peft_config(adapter.metadata), indent=2, sort_keys=True)
         (folder / PEFT_CONFIG).write_text(f"{text}\n", encoding="utf-8")
     return target
+
+
+def _peft_config(metadata: AdapterMetadata) -> dict[str, Any]:
+    """What `save_pretrained` of PEFT writes about the adapter; the rest are PEFT's own defaults."""
+    options = {name: value for name, value in metadata.to_dict()["config"].items() if name != "preset"}
+    return options | {
+        "peft_type": PEFT_TYPE,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": metadata.model_name or None,
+        "inference_mode": True,
+        "expert_names": metadata.expert_names,
+        "metadata": metadata.to_json(),
+    }
 
 
 def _as_written(adapter: AdapterSource, dtype: torch.dtype | None) -> dict[str, LazyTensor]:

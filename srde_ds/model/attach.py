@@ -132,7 +132,8 @@ def support_chooser(
         weights = block.weights()
         with gather(list(weights)):  # type: ignore[arg-type]
             shapes = [(block.intermediate, block.hidden)] * 2 + [(block.hidden, block.intermediate)]
-            if config.support_strategy != "random" and [tuple(w.shape) for w in weights] != shapes:
+            plain = [tuple(w.shape) for w in weights] == shapes and all(w.is_floating_point() for w in weights)
+            if config.support_strategy != "random" and not plain:
                 raise SRDEError(
                     f"support_strategy={config.support_strategy}: layer {layer} of the base has no plain weights of "
                     f"shapes {shapes} (quantised?); use support_strategy=random."

@@ -181,22 +181,23 @@ def check_base(
     Raises:
         SRDEError: it is another base.
     """
-    found = base.identity() if isinstance(base, BaseFiles) else base_identity(base)
-    return check_identity(found, expected, weights, quantized=getattr(base, "is_quantized", False))
+    if isinstance(base, BaseFiles):
+        found = base.identity()
+    else:
+        found = base_identity(base)
+        if found["hash"] != expected["hash"] and getattr(base, "is_quantized", False):
+            found = BaseFiles(str(found["name"])).identity()
+    check_identity(found, expected, weights)
+    return found
 
 
-def check_identity(
-    found: dict[str, str | int], expected: dict[str, str | int], weights: str | Path, *, quantized: bool
-) -> dict[str, str | int]:
-    """As `check_base`, of the identity that a base had before experts were put in."""
-    if quantized and found["hash"] != expected["hash"]:
-        found = BaseFiles(str(found["name"])).identity()
+def check_identity(found: dict[str, str | int], expected: dict[str, str | int], weights: str | Path) -> None:
+    """Raise SRDEError unless a base is the one that weights were trained on; see `check_base`."""
     if found["hash"] != expected["hash"]:
         raise SRDEError(
             f"weights '{weights}': trained on {_describe(expected)}, but the base given is {_describe(found)}; "
             "give the base that they were trained on."
         )
-    return found
 
 
 def _describe(identity: dict[str, str | int]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from peft import PeftConfig, PeftType, TaskType
 
@@ -39,8 +39,8 @@ class SRDEConfig(PeftConfig):
         seed: of routers, random supports and the mixing of atoms.
         load_balancing_weight, router_z_weight: weights of the router's losses in training.
         target_modules: filled in by the model: the blocks that carry experts.
-        metadata: filled in by the model: what `srde_weights.safetensors` says about an adapter. A configuration with
-            metadata is that of an adapter whose values are in a file.
+        metadata: filled in by the model: what `srde_weights.safetensors` says about an adapter, as JSON. A
+            configuration with metadata is that of an adapter whose values are in a file.
 
     Raises:
         SRDEError: an option out of range.
@@ -68,8 +68,8 @@ class SRDEConfig(PeftConfig):
     seed: int = 42
     load_balancing_weight: float = 0.01
     router_z_weight: float = 0.001
-    target_modules: list[str] | None = field(default=None)
-    metadata: dict[str, Any] | None = field(default=None)
+    target_modules: list[str] | None = None
+    metadata: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +101,7 @@ class SRDEConfig(PeftConfig):
         """
         if self.metadata is None:
             return None
-        stored = AdapterMetadata.from_dict(self.metadata)
+        stored = AdapterMetadata.from_json(self.metadata, "adapter_config.json")
         for name in OPTIONS:
             if getattr(stored.config, name) != getattr(self, name):
                 raise SRDEError(

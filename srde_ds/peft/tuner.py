@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attach import block_with_experts, check_experts, support_chooser
-from srde_ds.model.base import FeedForward, base_identity, find_feed_forward, no_gather
-from srde_ds.model.base_files import check_identity
+from srde_ds.model.base import ROLES, FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
+from srde_ds.model.base_files import BaseFiles, check_identity
 from srde_ds.model.deltas import Storage
 from srde_ds.model.merging import check_mergeable, merge_into_block
-from srde_ds.model.policy import PolicyControl, keep_policy_when_recomputing
+from srde_ds.model.policy import PolicyControl, RoutingPolicy, keep_policy_when_recomputing
 from srde_ds.model.supports.selection import check_support, support_shape
 from srde_ds.peft.config import SRDEConfig
 from srde_ds.peft.layer import SRDELayer
@@ -32,6 +32,24 @@ from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import support_hash
 
 PLAIN_REGISTRATION = nn.Module.register_parameter
+
+
+class ReadableBlock(FeedForward):
+    """A block whose weights may be quantised: supports are chosen by their values."""
+
+    @torch.no_grad()
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As those of `FeedForward`, in floating point: what the projections make of unit vectors."""
+        stored = super().weights()
+        if all(weight.is_floating_point() for weight in stored):
+            return stored
+        read = []
+        for role, width in zip(ROLES, (self.hidden, self.hidden, self.intermediate), strict=True):
+            units = torch.eye(width, device=stored[0].device)
+            projection = getattr(self.block, self.roles[role])
+            read.append((projection(units) - projection(torch.zeros_like(units[:1]))).T)
+        gate, up, down = read
+        return gate, up, down
 
 
 class SRDETuner(BaseTuner):
@@ -53,7 +71,7 @@ class SRDETuner(BaseTuner):
             raise _no_empty_experts()
         self.routing = PolicyControl()
         self.blocks: list[FeedForward] = find_feed_forward(model)
-        self.identity: dict[str, str | int] = base_identity(model)
+        self.identity = _identity(model)
         self._steps: TrainingSteps | None = None
 
     def inject_adapter(
@@ -78,13 +96,12 @@ class SRDETuner(BaseTuner):
         for block in self.blocks:
             check_support(config.adapter(), block.hidden, block.intermediate)
         if stored is not None:
-            quantized = getattr(model, "is_quantized", False)
-            self.identity = check_identity(self.identity, stored.base, f"adapter '{adapter_name}'", quantized=quantized)
+            check_identity(self.identity, stored.base, f"adapter '{adapter_name}'")
         config.target_modules = self._block_names(model)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         if stored is None:
-            config.metadata = self._metadata(config, experts_of(model, adapter_name)).to_dict()
+            config.metadata = self._metadata(config, experts_of(model, adapter_name)).to_json()
 
     def _block_names(self, model: nn.Module) -> list[str]:
         names = {id(module): name for name, module in model.named_modules()}
@@ -107,7 +124,8 @@ class SRDETuner(BaseTuner):
         number = next(n for n, block in enumerate(self.blocks) if block.owner is parent and block.name == target_name)
         block, config, stored = self.blocks[number], peft_config.adapter(), peft_config.stored()
         if stored is None:
-            support = support_chooser(config, None, seed=peft_config.seed, gather=no_gather)(number, block)
+            choose = support_chooser(config, None, seed=peft_config.seed, gather=no_gather)
+            support = choose(number, ReadableBlock(**vars(block)))
         else:
             support = torch.zeros(support_shape(config, block.hidden, block.intermediate), dtype=torch.int32)
         experts = block_with_experts(
@@ -187,10 +205,15 @@ class SRDETuner(BaseTuner):
         if not (self.model.training and torch.is_grad_enabled() and self.active_adapters):
             yield
             return
+        with self.routing.running(self._begin(args, kwargs)):
+            yield
+
+    @torch.compiler.disable  # it would compile the look at the router's version away
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingPolicy:
+        """The policy of a forward in training."""
         keep_policy_when_recomputing(self.model, self.routing)
         arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
-        with self.routing.running(self.training_steps.policy(arguments)):
-            yield
+        return self.training_steps.policy(arguments)
 
     # Other forms.
 
@@ -313,6 +336,15 @@ class AdapterView(SRDEModel):
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """Use that of the model of PEFT: raises SRDEError."""
         raise SRDEError("merge_and_unload(): call that of the model of PEFT, which also takes out the other adapters.")
+
+
+def _identity(base: PreTrainedModel) -> dict[str, str | int]:
+    """Of a base that was quantised when it was loaded: that of its files, since kernels pack its weights anew."""
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        return base_identity(base)
+    refuse_experts(base)
+    return BaseFiles(str(base.config.name_or_path)).identity()
 
 
 def _no_empty_experts() -> SRDEError:

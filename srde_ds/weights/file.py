@@ -94,13 +94,30 @@ class AdapterMetadata:
         check_history(values.get("history", []))
         return cls(**(values | {"config": config}))
 
+    @classmethod
+    def from_json(cls, text: str, place: object) -> AdapterMetadata:
+        """Read what `to_json` gave; errors as `from_dict`.
+
+        Args:
+            place: where it stands, for a message.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            raise SRDEError(f"weights '{place}': the SRDE metadata are not JSON; export them again.") from None
+        return cls.from_dict(values)
+
+    def to_json(self) -> str:
+        """What `to_dict` gives, as a text."""
+        return json.dumps(self.to_dict())
+
     def expert_index(self, name: str) -> int:
         """The number of the expert of this name; SRDEError if there is none."""
         return expert_index(self.expert_names, name)
 
     def header(self) -> dict[str, str]:
         """As a safetensors file's header holds it."""
-        return {METADATA_KEY: json.dumps(self.to_dict())}
+        return {METADATA_KEY: self.to_json()}
 
 
 @dataclass(frozen=True)
@@ -161,19 +178,14 @@ def read_header(path: str | Path) -> AdapterFile:
         header = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    prefix = ""
-    if METADATA_KEY not in header and path.name == PEFT_WEIGHTS:
-        values, prefix = read_peft_metadata(path.parent), PEFT_PREFIX
-    elif METADATA_KEY not in header:
+    prefix, text = "", header.get(METADATA_KEY)
+    if text is None and path.name == PEFT_WEIGHTS:
+        prefix, text = PEFT_PREFIX, read_peft_metadata(path.parent)
+    if text is None:
         raise SRDEError(
             f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors."
         )
-    else:
-        try:
-            values = json.loads(header[METADATA_KEY])
-        except (ValueError, RecursionError):
-            raise SRDEError(f"weights '{path}': the SRDE metadata are not JSON; export them again.") from None
-    metadata = AdapterMetadata.from_dict(values)
+    metadata = AdapterMetadata.from_json(text, path)
     for name, (dtype, _) in kinds.items():
         if dtype not in DTYPES:
             raise SRDEError(f"weights '{path}': tensor {shown(name)} has dtype {dtype}, which no adapter has.")

@@ -1,16 +1,14 @@
 """The adapter as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 
 The tensors are those of `srde_weights.safetensors`, under names that begin with PEFT_PREFIX. The configuration holds
-the metadata of that file whole, under "metadata". So either form can be made of the other without a base, and reading
-it does not take PEFT.
+the metadata of that file as the text that they are there, since PEFT sorts the keys of mappings. So either form can be
+made of the other without a base, and reading it does not take PEFT.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from srde_ds.errors import SRDEError
 
@@ -25,8 +23,8 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / PEFT_CONFIG).is_file() and (folder / PEFT_WEIGHTS).is_file()
 
 
-def read_peft_metadata(folder: Path) -> Any:
-    """The metadata in the folder's configuration, as they were written.
+def read_peft_metadata(folder: Path) -> str:
+    """The metadata in the folder's configuration, as JSON.
 
     Raises:
         SRDEError: there is no configuration, it is not readable, it is of another method, or it holds no metadata.
@@ -47,24 +45,6 @@ def read_peft_metadata(folder: Path) -> Any:
     if values.get("peft_type") != PEFT_TYPE:
         method = str(values.get("peft_type"))[:100]
         raise SRDEError(f"weights '{folder}': an adapter of the PEFT method {method}; give one of {PEFT_TYPE}.")
-    if values.get("metadata") is None:
+    if not isinstance(values.get("metadata"), str):
         raise SRDEError(f"weights '{path}': it holds no metadata. Save the adapter again with save_pretrained.")
-    return values["metadata"]
-
-
-def peft_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration for a folder with the adapter of these metadata; PEFT adds its own defaults.
-
-    Args:
-        metadata: as `AdapterMetadata.to_dict` gives them.
-    """
-    options = {name: value for name, value in metadata["config"].items() if name != "preset"}
-    return {
-        "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": metadata["model_name"] or None,
-        "inference_mode": True,
-        **options,
-        "expert_names": metadata["expert_names"],
-        "metadata": dict(metadata),
-    }
+    return str(values["metadata"])

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
@@ -75,7 +75,7 @@ def test_the_model_as_an_own_form_shares_its_tensors() -> None:
 
 def test_importing_the_room_makes_the_method_known(tmp_path: Path) -> None:
     folder = saved(tiny_peft(), tmp_path)
-    assert PeftType("SRDE") is PeftConfig.from_pretrained(folder).peft_type and "SRDE" in list(PeftType)
+    assert PeftType("SRDE") is PeftConfig.from_pretrained(str(folder)).peft_type and "SRDE" in list(PeftType)
     registration.register(SRDEConfig, SRDETuner)  # a second time
     assert [kind for kind in PeftType].count(PeftType("SRDE")) == 1
     assert copy.deepcopy(PeftType("SRDE")) is PeftType("SRDE")
@@ -119,11 +119,11 @@ def test_a_configuration_serves_several_bases_and_stays_as_it_was() -> None:
     first, second = (get_peft_model(tiny_llama(seed=seed), config) for seed in (0, 1))
     assert config == peft_config(expert_names=None) and config.metadata is None
     assert first.srde_model().expert_names == ["expert_0", "expert_1", "expert_2"]
-    assert first.peft_config["default"].metadata["base"] != second.peft_config["default"].metadata["base"]
+    assert first.srde_model().base_identity["hash"] != second.srde_model().base_identity["hash"]
 
 
 def test_the_configuration_of_a_saved_adapter_alone_makes_no_model(tmp_path: Path) -> None:
-    config = PeftConfig.from_pretrained(saved(tiny_peft(), tmp_path))
+    config = PeftConfig.from_pretrained(str(saved(tiny_peft(), tmp_path)))
     model = get_peft_model(tiny_llama(), config)
     with pytest.raises(SRDEError, match="its values were not loaded. Use PeftModel.from_pretrained"):
         logits(model, tokens())
@@ -175,7 +175,7 @@ def test_damaged_or_foreign_values_are_refused(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = saved(tiny_peft(), tmp_path)
-    with pytest.raises(SRDEError, match="adapter 'default': trained on|weights 'adapter 'default'': trained on"):
+    with pytest.raises(SRDEError, match="weights 'adapter 'default'': trained on"):
         PeftModel.from_pretrained(tiny_llama(seed=1), folder)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
@@ -339,24 +339,25 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone() -> None:
 
 
 def test_generation_follows_the_experts() -> None:
-    model, own = tiny_peft(), randomize(tiny_srde())
+    model, own, base = tiny_peft(), randomize(tiny_srde()), cast("Any", tiny_llama())
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = own.generate(tokens(1, 5), **options)
     assert torch.equal(model.generate(input_ids=tokens(1, 5), **options), expected)
     assert torch.equal(model.generate(tokens(1, 5), **options), expected)
-    assert not torch.equal(tiny_llama().generate(tokens(1, 5), **options), expected)
+    assert not torch.equal(base.generate(tokens(1, 5), **options), expected)
 
 
-def test_a_compiled_model_gives_the_same() -> None:
-    model = tiny_peft()
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(logits(compiled, tokens()), logits(model, tokens()), rtol=1e-5, atol=1e-5)
-    model.train()
-    expected = model(input_ids=tokens(), labels=tokens()).loss
-    found = compiled(input_ids=tokens(), labels=tokens()).loss
-    found.backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert len(gradients(model)) == 4
+def test_a_compiled_model_gives_the_same_gradients() -> None:
+    found = []
+    for compiled in (False, True):
+        model = tiny_peft(tiny_llama(num_hidden_layers=1), router_z_weight=0.5).train()
+        run: Any = torch.compile(model, backend="aot_eager") if compiled else model
+        run(input_ids=tokens(), labels=tokens()).loss.backward()
+        assert model.training_steps.finish()["tokens"].tolist() == [32]
+        found.append(gradients(model))
+    assert len(found[0]) == 2
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_of_the_model_is_its_own() -> None:
