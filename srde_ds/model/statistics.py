@@ -26,6 +26,11 @@ class RoutingStatistics:
         }
         self._sums: dict[str, Tensor] = {}
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was added since the last `pop`."""
+        return not self._sums
+
     def add(self, name: str, layer: int, value: Tensor, *, first_expert: int = 0) -> None:
         """Add `value` to layer `layer` of one sum, without waiting for the device."""
         if name not in self._sums:

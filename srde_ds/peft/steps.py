@@ -22,8 +22,9 @@ class TrainingSteps:
     tokens of a forward, divided by `micro_steps`; a trainer that averages gradients over processes averages them, too.
     Factors of the loss do not reach them. So they vanish beside a loss that is scaled for float16.
 
-    Load balancing follows the shares of the previous optimizer step. A changed router tells that a step has passed:
-    then each process has the shares of its own tokens, and after `finish` those of all.
+    Load balancing follows the shares of the previous optimizer step. That a step has passed is seen by the router's
+    gradient, which is gone then; each process has the shares of its own tokens. Who calls `finish` after each step has
+    those of all processes, and does not depend on what becomes of gradients.
 
     Attributes:
         micro_steps: backwards of an optimizer step: the number of gradient accumulation steps.
@@ -35,7 +36,7 @@ class TrainingSteps:
         self.expert_share: Tensor | None = None
         self._router, self._config = layers[0].router, config
         self._statistics = RoutingStatistics(len(layers), config.num_experts)
-        self._version: int | None = None  # of the router's weight, at the last forward
+        self._sees_steps = True
 
     def policy(self, arguments: dict[str, Any]) -> RoutingPolicy:
         """That of a forward in training.
@@ -43,10 +44,8 @@ class TrainingSteps:
         Args:
             arguments: of the base's forward, by name.
         """
-        version = self._router.weight._version
-        if self._version not in (None, version):
+        if self._sees_steps and self._router.weight.grad is None and not self._statistics.is_empty:
             self._take_shares(self._statistics.pop())
-        self._version = version
         inputs = arguments.get("input_ids")
         inputs = arguments.get("inputs_embeds") if inputs is None else inputs
         mask, tokens = arguments.get("attention_mask"), 1 if inputs is None else inputs.shape[0] * inputs.shape[1]
@@ -66,7 +65,7 @@ class TrainingSteps:
         )
 
     def finish(self) -> dict[str, Tensor]:
-        """Call it after an optimizer step, on all processes or on none.
+        """End an optimizer step, on all processes or on none. From the first call on only this ends one.
 
         Returns:
             The step's routing statistics summed over processes, see `RoutingStatistics`.
@@ -75,12 +74,12 @@ class TrainingSteps:
         if dist.is_initialized():
             for own in sums.values():
                 dist.all_reduce(own)
-        self._take_shares(sums)
-        self._version = self._router.weight._version
+        self._sees_steps = False
+        if bool(sums["tokens"].any()):
+            self._take_shares(sums)
         return sums
 
     def _take_shares(self, sums: dict[str, Tensor]) -> None:
         assignments = sums["assignments"]
-        if bool(assignments.any()):
-            share = assignments / assignments.sum(1, keepdim=True).clamp(min=1)
-            self.expert_share = share.to(device=self._router.weight.device, dtype=torch.float32)
+        share = assignments / assignments.sum(1, keepdim=True).clamp(min=1)
+        self.expert_share = share.to(device=self._router.weight.device, dtype=torch.float32)

@@ -61,6 +61,7 @@ class SRDETuner(BaseTuner):
     """
 
     prefix: str = "srde_"
+    uses_shared_state = True  # so `inject_adapter_in_model` and transformers' own `load_adapter` refuse: they drop it
     tuner_layer_cls = SRDELayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -208,7 +209,7 @@ class SRDETuner(BaseTuner):
         with self.routing.running(self._begin(args, kwargs)):
             yield
 
-    @torch.compiler.disable  # it would compile the look at the router's version away
+    @torch.compiler.disable  # whether there are gradients is no constant
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingPolicy:
         """The policy of a forward in training."""
         keep_policy_when_recomputing(self.model, self.routing)

@@ -12,7 +12,15 @@ from typing import Any, cast
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
@@ -136,6 +144,11 @@ def test_other_models_and_bases_with_experts_are_refused() -> None:
         SRDETuner(torch.nn.Linear(2, 2), {"default": peft_config()}, "default")
     with pytest.raises(SRDEError, match="already carries experts"):
         get_peft_model(tiny_srde().base, peft_config())
+
+
+def test_what_would_drop_the_tuner_is_refused() -> None:
+    with pytest.raises(ValueError, match="uses shared state"):
+        inject_adapter_in_model(peft_config(), tiny_llama())
 
 
 # Saving and loading

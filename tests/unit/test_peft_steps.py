@@ -60,22 +60,22 @@ def test_a_trainer_that_takes_only_logits_trains_the_router_too() -> None:
     assert all(gradient.abs().sum() > 0 for gradient in routers(model.srde_model()))
 
 
-def test_load_balancing_follows_the_step_before() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_load_balancing_follows_the_step_before(fused: bool) -> None:
     model = tiny_peft(**OPTIONS).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    steps = model.training_steps
-    counted = RoutingStatistics(2, 3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=fused)
+    steps, counted = model.training_steps, RoutingStatistics(2, 3)
     for seed in (1, 2):  # the micro-batches of a step
-        assert steps.expert_share is None
         model(input_ids=tokens(seed=seed)).logits.sum().backward()
+        assert steps.expert_share is None
     with torch.no_grad():
         for seed in (1, 2):
             model.eval().srde_model()(tokens(seed=seed), policy=RoutingPolicy(statistics=counted))
     assignments = counted.pop()["assignments"]
     optimizer.step()
+    optimizer.zero_grad()
     model.train()(input_ids=tokens())
-    share = (assignments / assignments.sum(1, keepdim=True)).float()
-    assert torch.equal(steps.expert_share, share)
+    assert torch.equal(steps.expert_share, (assignments / assignments.sum(1, keepdim=True)).float())
     model.set_adapter("default")  # a choice of the adapter starts anew
     assert model.training_steps.expert_share is None
 
@@ -91,6 +91,10 @@ def test_finishing_a_step_gives_its_statistics() -> None:
     torch.testing.assert_close(share.sum(1), torch.ones(2))
     assert not model.training_steps.finish()["tokens"].any()
     assert torch.equal(model.training_steps.expert_share, share)  # nothing was routed since
+    model(input_ids=tokens(seed=3)).logits.sum().backward()
+    model.zero_grad()
+    model(input_ids=tokens())
+    assert torch.equal(model.training_steps.expert_share, share)  # only `finish` ends a step now
 
 
 def test_evaluation_is_counted_in_no_step() -> None:
