@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -380,3 +382,19 @@ def test_a_copy_of_the_model_is_its_own() -> None:
         for p in model.parameters():
             p.mul_(0.5)
     assert torch.equal(logits(other, tokens()), logits(tiny_peft(), tokens()))
+
+
+# The page and the example
+
+
+def test_the_page_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/peft.md").read_text(encoding="utf-8"), re.M | re.S)
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 3 and names["statistics"].keys() >= {"tokens", "assignments"}
+    assert not any("srde" in name for name in names["dense"].state_dict())
+    test = doctest.DocTestFinder(recurse=False).find(SRDEConfig, "SRDEConfig", globs={})
+    assert doctest.DocTestRunner().run(test[0]).failed == 0 and test[0].examples
