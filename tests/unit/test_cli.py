@@ -252,7 +252,7 @@ def test_a_flag_without_its_value_and_a_missing_flag(capsys: pytest.CaptureFixtu
     fails(capsys, ["train", "--max_steps"], "--max_steps", "expected one argument")
     fails(capsys, ["evaluate", "--checkpoint", "c"], "--eval_file", "evaluate --help")
     fails(capsys, ["evaluate", "--checkpoint", "c", "--eval_file", "e", "--seed", "x"], "seed='x'", "whole number")
-    fails(capsys, ["convert", "c", "--to", "onnx"], "to='onnx'", "weights, dense, moe, gguf")
+    fails(capsys, ["convert", "c", "--to", "onnx"], "to='onnx'", "weights, peft, dense, moe, gguf")
     fails(capsys, ["convert", "c", "--dtype", "int8"], "dtype='int8'", "float32, bfloat16")
     fails(capsys, ["hosts", "--list", "a", "--slurm"], "--list and --slurm", "leave one out")
     fails(capsys, ["supervise", "--max_restarts", "-1", "--", "x"], "max_restarts=-1", "at least 0")
