@@ -40,7 +40,7 @@ setup(
     ],
     python_requires=">=3.11",
     packages=find_packages(include=["srde_ds", "srde_ds.*"]),
-    package_data={"srde_ds": ["py.typed"], "srde_ds.data.sources": ["registry.yaml"]},
+    package_data={"srde_ds": ["py.typed"], "srde_ds.data.sources": ["registry.yaml"], "srde_ds.pages": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed==0.19.8",
@@ -72,7 +72,7 @@ setup(
             "playwright>=1.50",  # drives the browser of the distribution
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
-        "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9"],
+        "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9", "plotly>=6"],
         "quantized": ["bitsandbytes>=0.48"],  # bases in 4 and 8 bits
         "lm-eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness
         "tracking": ["tensorboard", "wandb", "trackio"],

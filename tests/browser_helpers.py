@@ -51,3 +51,11 @@ def sticking_out(page: Page) -> list[str]:
 def cut_off(page: Page) -> bool:
     """Whether the whole page scrolls sideways."""
     return bool(page.evaluate("document.documentElement.scrollWidth > document.documentElement.clientWidth"))
+
+
+def drawn(page: Page) -> None:
+    """Wait until all charts of a report are drawn and its items are there."""
+    page.wait_for_function(
+        "[...document.querySelectorAll('.plot')].every(plot => plot.closest('details:not([open])')"
+        " || plot.querySelector('.main-svg')) && !document.querySelector('.items:not([data-ready])')"
+    )

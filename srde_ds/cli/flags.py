@@ -98,10 +98,13 @@ class Parser(argparse.ArgumentParser):
         unknown = [word for word in others if word.startswith("-")] or others
         all_words = bool(others) and not any(word.startswith("-") for word in others)
         if all_words and self._positional and (self._many or len(others) == 1):
-            if self._positional in given:
+            if self._many and self._positional in given:  # --run A B C
+                given[self._positional] = [given[self._positional], *others]
+            elif self._positional in given:
                 words = " and ".join(f"'{_without_secrets(word)}'" for word in (others[0], given[self._positional]))
                 raise SRDEError(f"{self._positional} is given twice: {words}. Keep one.")
-            given[self._positional] = others if self._many else others[0]
+            else:
+                given[self._positional] = others if self._many else others[0]
         elif unknown:
             name = _without_secrets(unknown[0].split("=")[0])
             known = [flag for action in self._actions for flag in action.option_strings]

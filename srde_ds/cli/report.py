@@ -1,37 +1,76 @@
-"""`srde-ds report`: a run as one page."""
+"""`srde-ds report`: a run as one page, or several runs compared."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from srde_ds.cli.flags import Parser
 from srde_ds.config.values import option
+from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import terminal
+
+COMPARISON = "comparison.html"
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Which run."""
+    """Which runs, and where the page goes."""
 
-    run: str = option(
-        "",
-        "folder of a run that was trained and evaluated",
+    run: list[str] = option(
+        [],
+        "folder of a run, finished or not; several: a page that compares them",
         metavar="RUN",
         aliases=("weights", "checkpoint", "srde_weights"),
         required=True,
     )
+    output_file: str | None = option(
+        None,
+        "HTML to write (default: report.html in the run's folder; of several runs comparison.html in this one)",
+        metavar="FILE",
+        aliases=("output",),
+    )
 
 
 def report(arguments: Sequence[str]) -> None:
-    """Write the page of a run and print its answers."""
+    """Write the page of a run and print its answers, or the page that compares several."""
     parser = Parser(
-        "srde-ds report", "Describe a run on one page: report.md and its plots.", usage="RUN", positional="run"
+        "srde-ds report",
+        "Show a run on one page, report.html, which opens offline; also report.md and its plots if it was evaluated.",
+        usage="RUN [RUN...]",
+        positional="run",
+        many=True,
     )
     parser.add_options(ReportOptions)
-    options = parser.options(ReportOptions, parser.parse(arguments))
+    given = parser.parse(arguments)
+    if isinstance(given.get("run"), str):
+        given["run"] = [given["run"]]  # a path may hold a comma
+    options = parser.options(ReportOptions, given)
+    target = None if options.output_file is None else Path(options.output_file)
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
+        reason = "it is a folder" if target.is_dir() else f"there is no folder '{target.parent}'"
+        raise SRDEError(f"output_file={target}: {reason}. Give another --output_file.")
 
-    from srde_ds.evaluation.report import examples, write_report
+    if len(options.run) > 1:
+        from srde_ds.evaluation.comparison_page import write_comparison_page
 
-    page = write_report(options.run)
-    print(terminal(f"{examples(page)}\n\nReport: {page}"))
+        page = write_comparison_page(options.run, target or Path(COMPARISON))
+        print(terminal(f"Report: {page}"))
+        return
+    from srde_ds.evaluation.run_page import write_run_page
+    from srde_ds.weights.locate import run_folder
+
+    (run,) = options.run
+    markdown = None
+    if (run_folder(run) / "evaluation.json").is_file():
+        from srde_ds.evaluation.report import examples, write_report
+
+        markdown = write_report(run)
+        print(terminal(f"{examples(markdown)}\n"))
+    page = write_run_page(run, target)
+    if markdown is None:
+        print("Not evaluated yet: no report.md. `srde-ds evaluate` gives what the page lacks.")
+    else:
+        print(terminal(f"Report: {markdown}"))
+    print(terminal(f"Report: {page}"))

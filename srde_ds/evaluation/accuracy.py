@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.records import Record
 from srde_ds.inference.generate import Sampling
-from srde_ds.inference.many import generate_many
+from srde_ds.inference.many import TokenExperts, generate_many
 from srde_ds.inference.prompts import Prompt
 from srde_ds.model.adapter import SRDEModel
 
@@ -21,8 +21,12 @@ def generated_answers(
     max_new_tokens: int,
     batch_size: int,
     title: str = "answers",
+    routing: dict[int, TokenExperts] | None = None,
 ) -> list[str]:
     """The greedy answer to each record's prompt (all but the last response), in their order.
+
+    Args:
+        routing: filled with the experts that the tokens of each answer used, by the number of its record.
 
     Raises:
         SRDEError: a prompt and its answer do not fit into the base's context.
@@ -34,4 +38,5 @@ def generated_answers(
         Sampling(max_new_tokens, temperature=0.0, top_p=1.0),
         batch_size=batch_size,
         title=title,
+        routing=routing,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from statistics import median
@@ -11,9 +10,9 @@ from typing import Any
 
 from srde_ds.config.values import load_yaml
 from srde_ds.data.manifest import counts_table
-from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
+from srde_ds.evaluation.run_files import LOSS_MEANS, read_evaluation, read_json, read_lines, read_metrics
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
 from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
 from srde_ds.utils.tables import markdown_table
@@ -28,13 +27,7 @@ _SETTINGS = {
     "training": ["max_steps", "batch_size", "gradient_accumulation_steps", "seed"],
     "data": ["max_length"],
 }
-_MEANS = {
-    "token": "the mean over the step's response tokens",
-    "document": "each document of the step counts alike, whatever its length",
-    "domain": "each domain counts alike, or by its share of the rows where these are drawn by shares",
-}
 _LONGEST_QUOTE = 600
-MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 EXAMPLES = "One answer from each domain"
 
 
@@ -49,11 +42,9 @@ def write_report(run: str | Path) -> Path:
     """
     folder = run_folder(run)
     metrics = read_metrics(folder / "metrics.jsonl")
-    result = _read_json(folder / "evaluation.json", f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
-    if "sources" not in result:
-        raise SRDEError(f"'{folder / 'evaluation.json'}': was written by an earlier version: evaluate again.")
-    items = _read_lines(items_file(folder / "evaluation.json"), "evaluate again")
-    environment = _read_json(folder / "environment.json", "it is written when training starts")
+    result = read_evaluation(folder)
+    items = read_lines(items_file(folder / "evaluation.json"), "evaluate again")
+    environment = read_json(folder / "environment.json", "it is written when training starts")
     config = load_yaml(folder / "config.yaml")
 
     page = folder / "report.md"
@@ -69,7 +60,7 @@ def write_report(run: str | Path) -> Path:
         *(["## By source", markdown_table(source_rows(result))] if len(result["sources"]) > 1 else []),
         *(_each_expert(result) if "each_expert" in result else []),
         "## Loss\n\nHeld out: the mean over the response tokens of each domain. "
-        f"Training: {_MEANS[_loss_weighting(config)]}.\n\n"
+        f"Training: {LOSS_MEANS[_loss_weighting(config)]}.\n\n"
         "![training and held-out loss](loss.png)",
         "## Which experts each domain uses\n\n![expert usage by domain](expert_usage.png)\n\n"
         "By layer:\n\n![expert usage by domain and layer](expert_usage_by_layer.png)",
@@ -91,29 +82,6 @@ def write_report(run: str | Path) -> Path:
         for path in Path(partial).iterdir():
             os.replace(path, folder / path.name)
     return page
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """At most MOST_LINES lines of metrics, evenly spread, those with held-out losses, and the last one.
-
-    Raises:
-        SRDEError: there is no such file, or it holds no lines of metrics.
-    """
-    try:
-        with open(path, "rb") as file:
-            count = sum(1 for _ in file)
-            file.seek(0)
-            every = -(-count // MOST_LINES) or 1
-            chosen = [
-                line
-                for number, line in enumerate(file, 1)
-                if line.strip() and (number % every == 1 % every or number == count or b'"held_out' in line)
-            ]
-    except FileNotFoundError:
-        raise SRDEError(f"report: no such file '{path}': train first.") from None
-    if not chosen:
-        raise SRDEError(f"'{path}' is empty: train first.")
-    return [_parsed(path, line.decode(errors="replace")) for line in chosen]
 
 
 def examples(page: Path) -> str:
@@ -182,31 +150,3 @@ def _loss_weighting(config: dict[str, Any]) -> str:
 def _machine(environment: dict[str, Any]) -> list[list[str]]:
     rows = [[key, str(environment[key])] for key in ("machine", "world_size", "python", "git_revision")]
     return rows + [[name, number] for name, number in environment["versions"].items()]
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    content = _parsed(path, _text(path, remedy))
-    if not isinstance(content, dict):
-        raise SRDEError(f"'{path}': must hold a JSON object; {remedy}.")
-    return content
-
-
-def _read_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
-    lines = [_parsed(path, line) for line in _text(path, remedy).splitlines() if line.strip()]
-    if not lines:
-        raise SRDEError(f"'{path}' is empty: {remedy}.")
-    return lines
-
-
-def _text(path: Path, remedy: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise SRDEError(f"report: no such file '{path}': {remedy}.") from None
-
-
-def _parsed(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise SRDEError(f"'{path}': not valid JSON ({error}).") from None

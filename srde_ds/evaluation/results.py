@@ -15,25 +15,37 @@ from srde_ds.evaluation.perplexity import ItemLoss, response_losses
 from srde_ds.evaluation.sandbox import Sandbox
 from srde_ds.evaluation.scoring import is_right, scoring_of
 from srde_ds.inference.generate import context_length
+from srde_ds.inference.many import TokenExperts
 from srde_ds.model.adapter import SRDEModel
 
 
 @dataclass
 class ItemResult:
-    """One model's result on one item; prediction and verdict are None where there is nothing to score by."""
+    """One model's result on one item; prediction and verdict are None where there is nothing to score by.
+
+    Attributes:
+        answer_tokens: the text that each token of a generated answer adds; None: none was generated, or by the base.
+        answer_experts: the share of each expert in each token's choices over all layers, in percent; the last token
+            has none where the answer reached its longest length.
+    """
 
     loss: ItemLoss
     prediction: str | None
     correct: bool | None
+    answer_tokens: list[str] | None = None
+    answer_experts: list[list[int]] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The fields of its line in the file of items; `loss` is in nats a token."""
-        return {
+        fields: dict[str, Any] = {
             "loss": self.loss.loss_sum / self.loss.tokens,
             "tokens": self.loss.tokens,
             "prediction": self.prediction,
             "correct": self.correct,
         }
+        if self.answer_tokens is not None:
+            fields |= {"answer_tokens": self.answer_tokens, "answer_experts": self.answer_experts}
+        return fields
 
 
 def results_of(
@@ -63,6 +75,7 @@ def results_of(
     taken = likeliest_choices(
         model, tokenizer, [records[i] for i in chosen], batch_size=batch_size, title=f"{title}: choices"
     )
+    routing: dict[int, TokenExperts] | None = {} if count_experts else None
     answers = generated_answers(
         model,
         tokenizer,
@@ -70,9 +83,16 @@ def results_of(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         title=f"{title}: answers",
+        routing=routing,
     )
+    used = {i: routing[number] for number, i in enumerate(asked) if routing and number in routing}
     predictions = dict(zip([*chosen, *asked], [*taken, *answers], strict=True))
     for i, (record, loss, scoring) in enumerate(zip(records, losses, scorings, strict=True)):
         prediction = predictions.get(i)
         correct = None if prediction is None or scoring is None else is_right(prediction, record, scoring, run_code)
-        yield ItemResult(loss, prediction, correct)
+        tokens, experts = (used[i].tokens, _percent(used[i].shares)) if i in used else (None, None)
+        yield ItemResult(loss, prediction, correct, tokens, experts)
+
+
+def _percent(shares: list[list[float]]) -> list[list[int]]:
+    return [[round(100 * share) for share in row] for row in shares]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
@@ -146,9 +145,10 @@ def recorded_experts(model: SRDEModel, forwards: list[Tensor]) -> Iterator[None]
     choices: dict[int, Tensor] = {}
 
     def record(*_: Any) -> None:
-        choices_LTK = torch.stack(list(choices.values()))
         # -1 stands for "no expert": moved to column 0, which is dropped.
-        counts_TE = F.one_hot(choices_LTK + 1, num_experts + 1).sum((0, 2))[:, 1:]
+        columns_TC = torch.cat(list(choices.values()), dim=1) + 1
+        counts_TE = columns_TC.new_zeros(len(columns_TC), num_experts + 1)
+        counts_TE = counts_TE.scatter_add_(1, columns_TC, torch.ones_like(columns_TC))[:, 1:]
         forwards.append((counts_TE / counts_TE.sum(1, keepdim=True)).cpu())
 
     handle = model.base.register_forward_hook(record)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +14,7 @@ from srde_ds.data.conversation import Message
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.batches import batches_by_length
-from srde_ds.inference.generate import Sampling, check_context, decode, generation_settings
+from srde_ds.inference.generate import Sampling, check_context, decode, generation_settings, recorded_experts
 from srde_ds.inference.prompts import Prompt
 from srde_ds.model.adapter import SRDEModel
 
@@ -39,6 +41,20 @@ class Answer:
     samples: list[str]
     votes: int
     drafts: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TokenExperts:
+    """The experts that the tokens of an answer used.
+
+    Attributes:
+        tokens: the text that each token adds, without the one that ends the answer.
+        shares: `[T, E]` for each token the share of each expert in its choices over all layers. An answer's last token
+            is not read where it reached its longest length, so there may be one less than tokens.
+    """
+
+    tokens: list[str]
+    shares: list[list[float]]
 
 
 def answer_many(
@@ -109,8 +125,12 @@ def generate_many(
     *,
     batch_size: int,
     title: str = "answers",
+    routing: dict[int, TokenExperts] | None = None,
 ) -> list[str]:
     """The answer to each conversation up to a stop token, in their order; in batches by length, padded on the left.
+
+    Args:
+        routing: filled with the experts that the tokens of each answer used, by the number of its conversation.
 
     Raises:
         SRDEError: a value out of range, or a conversation (named by its place) that the chat template refuses or that
@@ -121,9 +141,12 @@ def generate_many(
     for prompt, ids in zip(prompts, written, strict=True):
         check_context(model, len(ids), sampling.max_tokens, where=prompt.place)
     answers: dict[int, str] = {}
+    stops = {*settings.eos_token_id}
     for batch in batches_by_length([len(ids) + sampling.max_tokens for ids in written], batch_size, title):
         ids_BS, mask_BS = left_padded([written[i] for i in batch], pad_token_id(tokenizer))
-        with torch.inference_mode():
+        forwards: list[torch.Tensor] = []
+        recorded = nullcontext() if routing is None else recorded_experts(model, forwards)
+        with torch.inference_mode(), recorded:
             output = model.generate(
                 input_ids=ids_BS.to(model.base.device),
                 attention_mask=mask_BS.to(model.base.device),
@@ -131,7 +154,28 @@ def generate_many(
             )
         for index, row in zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True):
             answers[index] = decode(tokenizer, row)
+        if routing is not None:
+            # The first forward reads the prompts, each later one a token of every answer.
+            shares = [experts_BE.unbind() for experts_BE in forwards[1:]]
+            for place, (index, row) in enumerate(zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True)):
+                said = list(takewhile(lambda token: token not in stops, row))
+                read = [experts_BE[place].tolist() for experts_BE in shares[: len(said)]]
+                routing[index] = TokenExperts(pieces(tokenizer, said), read)
     return [answers[index] for index in range(len(prompts))]
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds: together what `decode` gives, special tokens nothing.
+
+    A character cut between tokens comes with its last one.
+    """
+    texts, shown = [], ""
+    for count in range(1, len(ids) + 1):
+        text = decode(tokenizer, list(ids[:count]))
+        whole = text if count == len(ids) or not text.endswith("\ufffd") else shown
+        texts.append(whole[len(shown) :])
+        shown = whole
+    return texts
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html as entities
 import json
 import re
+from typing import Any
 
 # Control characters (C0, C1), what turns the direction of text or is invisible, line separators, halves of characters
 # and tags. Joiners of scripts and of emoji stay.
@@ -46,6 +48,21 @@ def markdown_quote(text: str) -> str:
 def plot_label(text: str) -> str:
     """For a picture: matplotlib takes what stands between dollars for a formula, and fails if it is none."""
     return one_line(text).replace("$", r"\$")
+
+
+def html(text: str) -> str:
+    """For HTML, as text or as a quoted attribute; line breaks stay."""
+    return entities.escape(terminal(text))
+
+
+def plotly_label(text: str) -> str:
+    """For a chart of plotly, which reads a part of HTML in its labels."""
+    return entities.escape(one_line(text), quote=False)
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand in an HTML script element: the same value, in ASCII, and nothing in it ends the element."""
+    return json.dumps(value).replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
 def json_line(text: str) -> str:

@@ -84,10 +84,7 @@ def test_every_verb_takes_weights_by_the_same_names(capsys: pytest.CaptureFixtur
         fails(capsys, [verb, *others], "weights is missing: give WEIGHTS or --weights", f"{verb} --help")
         fails(capsys, [verb, "v", *others, "--weights", "w"], "weights is given twice: 'v' and 'w'")
         fails(capsys, [verb, "v", "w", *others], "unknown argument 'v'")
-    with (
-        patch("srde_ds.evaluation.report.write_report", lambda run: seen.append(run)),
-        patch("srde_ds.evaluation.report.examples", str),
-    ):
+    with patch("srde_ds.evaluation.run_page.write_run_page", lambda run, target: seen.append(run)):
         for words in (["w"], *([flag, "w"] for flag in ("--run", "--weights", "--checkpoint", "--srde_weights"))):
             assert main(["report", *words]) == 0
             assert seen.pop() == "w"
@@ -392,9 +389,42 @@ def test_a_plan_and_a_doctor_take_the_length_from_the_base(base: str, capsys: py
 def test_report_prints_the_answers_and_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "report.md"
     page.write_text("# run\n\n## One answer from each domain\n\n**math**\n\n- expected: `4`\n\n## Speed\n\nfast\n")
-    with patch("srde_ds.evaluation.report.write_report", lambda run: Path(run) / "report.md"):
+    html, seen = tmp_path / "report.html", []
+    (tmp_path / "evaluation.json").touch()
+
+    def write_page(run: str, target: Path | None) -> Path:
+        seen.append(target)
+        return html
+
+    with (
+        patch("srde_ds.evaluation.report.write_report", lambda run: Path(run) / "report.md"),
+        patch("srde_ds.evaluation.run_page.write_run_page", write_page),
+    ):
         assert main(["report", "--run", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"**math**\n\n- expected: `4`\n\nReport: {page}\n"
+        printed = capsys.readouterr().out
+        assert printed == f"**math**\n\n- expected: `4`\n\nReport: {page}\nReport: {html}\n"
+        (tmp_path / "evaluation.json").unlink()
+        assert main(["report", str(tmp_path), "--output", str(tmp_path / "other.html")]) == 0
+        assert capsys.readouterr().out == (
+            f"Not evaluated yet: no report.md. `srde-ds evaluate` gives what the page lacks.\nReport: {html}\n"
+        )
+    assert seen == [None, tmp_path / "other.html"]
+    fails(capsys, ["report", "r", "--output", str(tmp_path)], "output_file=", "it is a folder")
+    fails(capsys, ["report", "r", "--output", str(tmp_path / "no" / "x.html")], "output_file=", "there is no folder")
+
+
+def test_report_compares_several_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[Any] = []
+
+    def compare(runs: list[str], target: Path) -> Path:
+        seen.append((runs, target))
+        return target
+
+    with patch("srde_ds.evaluation.comparison_page.write_comparison_page", compare):
+        assert main(["report", "--run", "a,b", "c", "d"]) == 0
+        assert main(["report", "a,b", "c", "d", "--output_file", "x.html"]) == 0
+    assert seen == [(["a,b", "c", "d"], Path("comparison.html")), (["a,b", "c", "d"], Path("x.html"))]
+    assert capsys.readouterr().out == "Report: comparison.html\nReport: x.html\n"
 
 
 def test_messages_reach_the_console_of_the_first_rank(

@@ -382,6 +382,7 @@ def test_the_command_builds_reports_and_tokenises_again(
     assert main(["build_dataset", *flags(command | {"model_name": base})]) == 0
     printed = capsys.readouterr().out
     assert "math: 50 documents" in printed and f"Report: {work / 'report' / 'report.md'}" in printed
+    assert f"Report: {work / 'report' / 'report.html'}" in printed
     for name in ("lengths.png", "domains.png", "removals.png"):
         assert (work / "report" / name).read_bytes()[:4] == b"\x89PNG"
         assert f"]({name})" in (work / "report" / "report.md").read_text()

@@ -21,7 +21,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.options import EvaluateOptions
-from srde_ds.evaluation.report import MOST_LINES, examples, read_metrics, write_report
+from srde_ds.evaluation.report import examples, write_report
+from srde_ds.evaluation.run_files import MOST_LINES, read_metrics
 from tests.evaluation_helpers import records, save_model, scored_records, write_jsonl
 
 

@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"__init__", "errors"},
     {"utils"},
-    {"config"},
+    {"config", "pages"},
     {"weights", "data", "optim"},
     {"hub"},
     {"model"},

@@ -165,7 +165,8 @@ def _from_sources(
         print(f"{one_line(domain)}: {figures['documents']:,} documents{told}")
     if manifest:
         _print_rows(manifest)
-    print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}\nReport: {report}")
+    print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}")
+    print(f"Report: {report}\nReport: {report.with_suffix('.html')}")
     if request.push_to_hub:
         print(f"Uploaded: {push_to_hub(work_dir, request.push_to_hub, private=request.private)}")
 

@@ -1,0 +1,192 @@
+"""Several runs on one page: settings that differ, curves over each other, a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.run_charts import percent
+from srde_ds.evaluation.run_files import RunFiles
+from srde_ds.evaluation.run_page import MOST_POINTS, setting_text, trained_on
+from srde_ds.pages.charts import Bars, Series, bars, lines
+from srde_ds.pages.parts import Chart, Folded, Page, Part, Section, Table, Text
+from srde_ds.pages.render import render
+from srde_ds.utils.files import write_text
+
+_PLACES = {"output_dir", "resume_from"}  # differ in any two runs
+
+
+def write_comparison_page(runs: Sequence[str | Path], target: Path) -> Path:
+    """Write the page that compares runs; returns its path.
+
+    Raises:
+        SRDEError: a run is given twice, or one of its files is missing or is not what it should be.
+    """
+    files = [RunFiles.read(run, most_lines=MOST_POINTS) for run in runs]
+    folders = [run.folder.resolve() for run in files]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise SRDEError(f"run={runs[number]}: is given twice. Keep one.")
+    write_text(target, render(comparison_page(files)))
+    return target
+
+
+def comparison_page(runs: Sequence[RunFiles]) -> Page:
+    """The page of several runs."""
+    names = _names(runs)
+    sections = [
+        Section("Overview", [Table(_overview(names, runs), numbers=1)]),
+        Section("Settings that differ", _differences(names, runs)),
+        Section("Loss", _losses(names, runs)),
+        Section("On held-out items", _evaluations(names, runs)),
+        Section("Speed", [_curve(names, runs, "tokens_per_second", "Speed", "tokens a second")]),
+        Section(
+            "What was trained", [Text(f"{name}: {trained_on(run)}") for name, run in zip(names, runs, strict=True)]
+        ),
+    ]
+    return Page(" · ".join(names), "Training runs compared", f"{len(runs)} runs: {', '.join(names)}.", sections)
+
+
+def _names(runs: Sequence[RunFiles]) -> list[str]:
+    """The folders' names; whole paths where two are alike."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder.resolve()) for run in runs]
+
+
+def _overview(names: Sequence[str], runs: Sequence[RunFiles]) -> list[list[str]]:
+    rows = [["run", "steps", "tokens", "training loss", "held-out loss", "right", "tokens/s", "memory"]]
+    for name, run in zip(names, runs, strict=True):
+        last, held_out = run.last, run.held_out()
+        state = "" if run.finished else ", not finished"
+        overall = None if run.result is None else run.result["overall"]["srde"]
+        right = "not evaluated"
+        if overall is not None:
+            ends = [f"{100 * bound:.0f}" for bound in overall["accuracy_interval"] or ()]
+            right = f"{percent(overall['accuracy'])} [{', '.join(ends)}]" if ends else "–"
+        rows.append(
+            [
+                name,
+                f"{last['step']:,}{state}",
+                f"{last['tokens']:,}",
+                "–" if last["loss"] is None else f"{last['loss']:.3f}",
+                f"{np.mean([*held_out[-1][1].values()]):.3f}" if held_out else "–",
+                right,
+                f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}",
+                f"{last['memory_gib']:.1f} GiB" if "memory_gib" in last else "–",
+            ]
+        )
+    return rows
+
+
+def _differences(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
+    flat = [
+        {f"{section}.{key}": value for section, options in run.config.items() for key, value in options.items()}
+        for run in runs
+    ]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key.split(".")[1] not in _PLACES]
+    rows = [[key, *(setting_text(one[key]) if key in one else "(no such option)" for one in flat)] for key in keys]
+    differing = [row for row in rows if len(set(row[1:])) > 1]
+    environments = [
+        ["processes", *(str(run.environment["world_size"]) for run in runs)],
+        ["machine", *(str(run.environment["machine"]) for run in runs)],
+        ["git_revision", *(str(run.environment["git_revision"]) for run in runs)],
+    ]
+    environments += [
+        [package, *(str(run.environment["versions"].get(package, "–")) for run in runs)]
+        for package in dict.fromkeys(package for run in runs for package in run.environment["versions"])
+    ]
+    differing += [row for row in environments if len(set(row[1:])) > 1]
+    if not differing:
+        return [Text("All settings, versions and machines are the same.")]
+    same = len(rows) - sum(len(set(row[1:])) > 1 for row in rows)
+    table = Table([["setting", *names], *differing], "Settings, versions and machines that differ", numbers=None)
+    return [table, Text(f"{same} other settings are the same.")]
+
+
+def _losses(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
+    parts: list[Part] = [_curve(names, runs, "loss", "Training loss", "cross entropy (nats a token)")]
+    measured = [run.held_out() for run in runs]
+    domains = list(dict.fromkeys(name for of in measured for _, values in of for name in values))
+    if not domains:
+        return [*parts, Text("None of the runs has measured a held-out loss.")]
+    means = [[(step, {"mean of the domains": float(np.mean([*v.values()]))} | v) for step, v in of] for of in measured]
+    for domain in ("mean of the domains", *domains):
+        chart = _held_out(names, means, domain)
+        parts.append(chart if domain == "mean of the domains" else Folded(f"Held-out loss: {domain}", [chart]))
+    return parts
+
+
+def _held_out(names: Sequence[str], measured: Sequence[Sequence[tuple[int, dict[str, float]]]], domain: str) -> Chart:
+    series = []
+    for name, of in zip(names, measured, strict=True):
+        points = [(step, values[domain]) for step, values in of if domain in values]
+        series.append(Series(name, [step for step, _ in points], [value for _, value in points], marked=True))
+    steps = sorted({step for of in measured for step, values in of if domain in values})
+    rows = [["step", *names]]
+    for step in steps:
+        found = [dict(zip(one.x, one.y, strict=True)).get(step) for one in series]
+        rows.append([f"{step:,}", *("–" if value is None else f"{value:.3f}" for value in found)])
+    last = ", ".join(f"{one.name} {one.y[-1]:.3f}" for one in series if one.y)
+    figure = lines(series, x="step", y="cross entropy (nats a token)")
+    return Chart(f"Held-out loss: {domain}", figure, f"At the end: {last}.", Table(rows, f"Held-out loss: {domain}"))
+
+
+def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
+    evaluated = [(name, run.result) for name, run in zip(names, runs, strict=True) if run.result is not None]
+    if not evaluated:
+        return [Text("None of the runs has been evaluated: srde-ds evaluate gives what is missing here.")]
+    parts: list[Part] = []
+    missing = [name for name in names if name not in dict(evaluated)]
+    if missing:
+        parts.append(Text(f"Not evaluated yet: {', '.join(missing)}."))
+    files = dict.fromkeys(
+        (str(result["run"]["eval_file"]), result["overall"]["srde"]["items"]) for _, result in evaluated
+    )
+    if len(files) > 1:
+        told = ", ".join(f"{items} of {file}" for file, items in files)
+        parts.append(
+            Text(f"The runs were evaluated on different items ({told}): their figures do not compare.", note=True)
+        )
+    for key, title, x, form in (
+        ("accuracy", "Right answers by domain", "share of the scored items", ".0%"),
+        ("loss", "Loss on held-out items by domain", "cross entropy (nats a token)", ".2f"),
+    ):
+        parts.append(_by_domain(evaluated, key, title, x, form))
+    return parts
+
+
+def _by_domain(evaluated: Sequence[tuple[str, dict[str, Any]]], key: str, title: str, x: str, form: str) -> Chart:
+    tables = [(name, {**result["domains"], "all": result["overall"]}) for name, result in evaluated]
+    domains = list(dict.fromkeys(domain for _, of in tables for domain in of if domain != "all")) + ["all"]
+
+    def figures(of: dict[str, Any], domain: str) -> tuple[float | None, list[float] | None]:
+        found = of.get(domain, {}).get("srde", {})
+        return found.get(key), found.get(f"{key}_interval")
+
+    groups = [
+        Bars(name, [figures(of, d)[0] for d in domains], [figures(of, d)[1] for d in domains]) for name, of in tables
+    ]
+    rows = [["domain", *(name for name, _ in tables)]]
+    for domain in domains:
+        cells = []
+        for _, of in tables:
+            value, bounds = figures(of, domain)
+            ends = ", ".join(format(bound, form) for bound in bounds or [])
+            cells.append("–" if value is None else f"{format(value, form)} [{ends}]")
+        rows.append([domain, *cells])
+    told = "Thin lines are 95 % intervals over items."
+    return Chart(title, bars(domains, groups, x=x, form=form), told, Table(rows, title))
+
+
+def _curve(names: Sequence[str], runs: Sequence[RunFiles], key: str, title: str, y: str) -> Chart:
+    series = [Series(name, *run.curve(key)) for name, run in zip(names, runs, strict=True)]
+    known = [(one.name, [value for value in one.y if value is not None]) for one in series]
+    rows = [["run", "first", "median", "last"]]
+    rows += [[name, *(f"{value:,.4g}" for value in (of[0], median(of), of[-1]))] for name, of in known if of]
+    told = "Last step: " + ", ".join(f"{name} {of[-1]:,.4g}" for name, of in known if of) + "."
+    return Chart(title, lines(series, x="step", y=y, from_zero=key != "loss"), told, Table(rows, title))

@@ -1,0 +1,192 @@
+"""What a run's folder holds, as reports need it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from srde_ds.config.values import load_yaml
+from srde_ds.data.manifest import FILE_NAME, Manifest, load_manifest
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.compare import items_file
+from srde_ds.weights.locate import completed_step, run_folder
+
+MOST_LINES = 5000  # of metrics; a plot has fewer pixels
+LOSS_MEANS = {
+    "token": "the mean over the step's response tokens",
+    "document": "each document of the step counts alike, whatever its length",
+    "domain": "each domain counts alike, or by its share of the rows where these are drawn by shares",
+}
+"""what the training loss is, by `loss_weighting`"""
+Lines = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run, finished or not, evaluated or not.
+
+    Attributes:
+        metrics: lines of `metrics.jsonl`, see `read_metrics`.
+        config: `config.yaml` as it is; an earlier version's lacks newer options.
+        environment: `environment.json`.
+        result: `evaluation.json`; None: not evaluated.
+        items: `evaluation_items.jsonl`; empty: not evaluated.
+        manifest: of the rows that it trained on; None: they are not where they were.
+        former: steps up to which an earlier `config-until-<step>.yaml` held.
+        finished: all steps are done.
+    """
+
+    folder: Path
+    metrics: Lines
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    result: dict[str, Any] | None
+    items: Lines
+    manifest: Manifest | None
+    former: list[int]
+    finished: bool
+
+    @classmethod
+    def read(cls, run: str | Path, *, most_lines: int = MOST_LINES) -> RunFiles:
+        """A run's files.
+
+        Args:
+            run: its folder, or its weights file or a checkpoint in it.
+            most_lines: of metrics.
+
+        Raises:
+            SRDEError: a file is missing or is not what it should be.
+        """
+        folder = run_folder(run)
+        metrics = read_metrics(folder / "metrics.jsonl", most=most_lines)
+        evaluated = (folder / "evaluation.json").is_file()
+        config = load_yaml(folder / "config.yaml")
+        return cls(
+            folder,
+            metrics,
+            config,
+            read_json(folder / "environment.json", "it is written when training starts"),
+            read_evaluation(folder) if evaluated else None,
+            read_lines(items_file(folder / "evaluation.json"), "evaluate again") if evaluated else [],
+            _manifest(folder, config),
+            sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob("config-until-*.yaml")),
+            completed_step(folder) is not None,
+        )
+
+    @property
+    def name(self) -> str:
+        """Of the run: that of its folder."""
+        return self.folder.resolve().name
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The last line of metrics."""
+        return self.metrics[-1]
+
+    @cached_property
+    def experts(self) -> list[str]:
+        """Their names."""
+        count = len(self.last["tokens_per_expert"])
+        names = [str(name) for name in self.setting("domains", [])][:count]
+        return names + [f"expert_{number}" for number in range(len(names), count)]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """An option of the run, whatever its section."""
+        return next((section[key] for section in self.config.values() if key in section), default)
+
+    def curve(self, key: str) -> tuple[list[int], list[Any]]:
+        """The steps whose lines of metrics hold `key`, and its values."""
+        points = [(line["step"], line[key]) for line in self.metrics if key in line]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def held_out(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and the held-out loss of each domain, where they were measured; the base's at step 0."""
+        measured = [(0, line["held_out_at_start"]) for line in self.metrics if "held_out_at_start" in line]
+        return measured + [(line["step"], line["held_out"]) for line in self.metrics if "held_out" in line]
+
+
+def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
+    """At most `most` lines of metrics, evenly spread, the first, those with held-out losses, and the last one.
+
+    A last line that is being written is left out.
+
+    Raises:
+        SRDEError: there is no such file, or it holds no lines of metrics.
+    """
+    try:
+        with open(path, "rb") as file:
+            count = sum(1 for _ in file)
+            file.seek(0)
+            every = -(-count // most) or 1
+            chosen = [
+                line
+                for number, line in enumerate(file, 1)
+                if line.strip() and (number % every == 0 or number in (1, count) or b'"held_out' in line)
+            ]
+    except FileNotFoundError:
+        raise SRDEError(f"report: no such file '{path}': train first.") from None
+    if chosen and not chosen[-1].endswith((b"\n", b"}")):
+        chosen.pop()
+    if not chosen:
+        raise SRDEError(f"'{path}' is empty: train first.")
+    return [_parsed(path, line.decode(errors="replace")) for line in chosen]
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """`evaluation.json`.
+
+    Raises:
+        SRDEError: it is not there, is damaged, or an earlier version wrote it.
+    """
+    path = folder / "evaluation.json"
+    result = read_json(path, f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
+    if "sources" not in result:
+        raise SRDEError(f"'{path}': was written by an earlier version: evaluate again.")
+    return result
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        SRDEError: there is none; it names the remedy.
+    """
+    content = _parsed(path, _text(path, remedy))
+    if not isinstance(content, dict):
+        raise SRDEError(f"'{path}': must hold a JSON object; {remedy}.")
+    return content
+
+
+def read_lines(path: Path, remedy: str) -> Lines:
+    """The objects in a file of lines.
+
+    Raises:
+        SRDEError: there are none; it names the remedy.
+    """
+    lines = [_parsed(path, line) for line in _text(path, remedy).splitlines() if line.strip()]
+    if not lines:
+        raise SRDEError(f"'{path}' is empty: {remedy}.")
+    return lines
+
+
+def _manifest(folder: Path, config: dict[str, Any]) -> Manifest | None:
+    place = config.get("data", {}).get("pretokenized_dir")
+    rows = Path(place) if place else folder / "tokenized"
+    return load_manifest(rows) if (rows / FILE_NAME).is_file() else None
+
+
+def _text(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SRDEError(f"report: no such file '{path}': {remedy}.") from None
+
+
+def _parsed(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise SRDEError(f"'{path}': not valid JSON ({error}).") from None

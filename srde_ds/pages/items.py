@@ -1,0 +1,81 @@
+"""Items to browse: compressed into the page, unpacked by its script when they are to be shown."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from srde_ds.utils.escape import terminal
+
+MOST_BYTES = 8 * 2**20
+"""of the packed items, so that a page with plotly's 5 MB stays below 15 MB"""
+_LENGTHS = (20000, 4000, 1000, 400, 150)  # characters of a text: the first that gives no more bytes is taken
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: None: it was not asked.
+        correct: None: there is nothing to compare with.
+        tokens: pieces that make up `text`, where it is known which experts read them.
+        shares: of these tokens the share of each expert, in percent; fewer than tokens: the last ones were not read.
+    """
+
+    text: str | None
+    correct: bool | None
+    tokens: Sequence[str] = ()
+    shares: Sequence[Sequence[int]] = ()
+
+
+@dataclass(frozen=True)
+class Item:
+    """An item of an evaluation, or an example: `messages` are pairs of role and text."""
+
+    domain: str
+    source: str
+    messages: Sequence[tuple[str, str]]
+    expected: str | None = None
+    answers: Sequence[Answer] = field(default=())
+
+
+def pack(items: Iterable[Item], domains: Sequence[str]) -> tuple[str, int | None]:
+    """The items as gzipped JSON in base64; and the number of characters that texts were cut to, None if all are whole.
+
+    Control characters are shown, as everywhere.
+    """
+    numbers = {name: number for number, name in enumerate(domains)}
+    listed = list(items)
+    for length in _LENGTHS:
+        rows = [_row(item, numbers, length) for item in listed]
+        packed = gzip.compress(json.dumps(rows, ensure_ascii=False, separators=(",", ":")).encode("utf-8"), 6, mtime=0)
+        if len(packed) * 4 / 3 <= MOST_BYTES:
+            break
+    longest = max((len(text) for item in listed for text in _texts(item)), default=0)
+    return base64.b64encode(packed).decode(), length if longest > length else None
+
+
+def _texts(item: Item) -> Iterable[str]:
+    return (
+        text for text in (*(text for _, text in item.messages), item.expected, *(a.text for a in item.answers)) if text
+    )
+
+
+def _row(item: Item, numbers: dict[str, int], length: int) -> list[object]:
+    """As the page's script reads it: domain, source, messages, expected, answers."""
+
+    def shown(text: str | None) -> str | None:
+        return text if text is None else terminal(text if len(text) <= length else f"{text[:length]} …")
+
+    answers: list[list[object]] = []
+    for answer in item.answers:
+        row: list[object] = [shown(answer.text), answer.correct]
+        if answer.tokens and answer.text is not None and len(answer.text) <= length:
+            row += [[terminal(token) for token in answer.tokens], answer.shares]
+        answers.append(row)
+    messages = [[terminal(role), shown(text)] for role, text in item.messages]
+    return [numbers[item.domain], terminal(item.source), messages, shown(item.expected), answers]

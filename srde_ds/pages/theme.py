@@ -1,0 +1,61 @@
+"""The colours of pages, light and dark.
+
+Text has a contrast of 4.5 to 1 or more with its background, series of a chart have 3 to 1 or more.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+LIGHT: dict[str, Any] = {
+    "background": "#ffffff",
+    "surface": "#f6f7f9",
+    "text": "#1b1f24",
+    "muted": "#57606a",
+    "grid": "#d5dae1",
+    "accent": "#1f5f9f",
+    "right": "#1a6b3f",
+    "wrong": "#a8321c",
+    "note": "#fff6dd",
+    "series": ["#2267ad", "#c24a1a", "#23804f", "#94489a", "#96690a", "#0b7f8f", "#b0365f", "#828d9b"],
+    "scale": [[0.0, "#f3f6fa"], [0.5, "#7fb0dd"], [1.0, "#123f73"]],
+}
+DARK: dict[str, Any] = {
+    "background": "#14171b",
+    "surface": "#1c2127",
+    "text": "#e7eaee",
+    "muted": "#a5afbb",
+    "grid": "#363e48",
+    "accent": "#7ab8f0",
+    "right": "#6fcf97",
+    "wrong": "#f49a85",
+    "note": "#2e2813",
+    "series": ["#6cb0ee", "#f0875a", "#5cc28b", "#d091d2", "#dcb24a", "#49c3d1", "#ee86a8", "#7d8896"],
+    "scale": [[0.0, "#1b222c"], [0.5, "#3d7bb8"], [1.0, "#d6ebff"]],
+}
+GREY = LIGHT["series"][-1]
+"""what the others are held against"""
+SHADES = len(LIGHT["series"]) - 1
+
+
+def color(number: int) -> str:
+    """The light colour of the series `number`; the page's script puts the dark one in its place."""
+    return str(LIGHT["series"][number % SHADES])
+
+
+def variables() -> str:
+    """The colours as CSS: by the system's setting, by the reader's choice, and light on paper."""
+    light, dark = _declared(LIGHT), _declared(DARK)
+    return (
+        f":root {{ color-scheme: light dark; {light} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}\n"
+        f':root[data-theme="light"] {{ color-scheme: light; {light} }}\n'
+        f':root[data-theme="dark"] {{ color-scheme: dark; {dark} }}\n'
+        f"@media print {{ :root, :root[data-theme] {{ color-scheme: light; {light} }} }}\n"
+    )
+
+
+def _declared(colors: dict[str, Any]) -> str:
+    plain = {name: value for name, value in colors.items() if isinstance(value, str)}
+    plain |= {f"series-{number}": shade for number, shade in enumerate(colors["series"])}
+    return " ".join(f"--{name}: {value};" for name, value in plain.items())
