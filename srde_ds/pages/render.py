@@ -31,13 +31,14 @@ def render(page: Page) -> str:
     )
     environment.filters["identity"] = id
     parts = [part for section in page.sections for part in _all(section.parts)]
-    scripts = [_plotly_js()] if any(isinstance(part, Chart) for part in parts) else []
+    charts = [part for part in parts if isinstance(part, Chart)]
+    scripts = [_plotly_js()] if charts else []
     scripts += [(_TEMPLATES / name).read_text(encoding="utf-8") for name in ("page.js", "items.js")]
     first = (_TEMPLATES / "theme.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         page=page,
         anchors=dict(zip(map(id, page.sections), _anchors(page.sections), strict=True)),
-        numbers={id(part): number for number, part in enumerate(parts)},
+        numbers={id(chart): number for number, chart in enumerate(charts)},
         script_json=lambda value: Markup(script_json(value)),
         css=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
         variables=Markup(theme.variables()),

@@ -1,0 +1,256 @@
+"""Reports as pages: what they hold, in which order, and that nothing of the data acts in them."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import html
+import importlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from srde_ds.data.build.page import build_page
+from srde_ds.errors import SRDEError
+from srde_ds.evaluation.comparison_page import write_comparison_page
+from srde_ds.evaluation.run_files import read_metrics
+from srde_ds.evaluation.run_page import NOT_EVALUATED, write_run_page
+from srde_ds.pages import items as items_module
+from srde_ds.pages import theme
+from srde_ds.pages.charts import Series, lines
+from srde_ds.pages.items import Answer, Item, pack
+from srde_ds.pages.render import render
+from srde_ds.utils.escape import terminal
+from tests.report_helpers import HOSTILE, item, summary, write_run
+
+SECTIONS = [
+    "Base against experts", "Loss", "Which experts each domain uses", "Tokens by expert", "Gradients and deltas",
+    "Speed and memory", "Phases", "Items", "Data and licences", "Settings and versions",
+]  # fmt: skip
+
+
+def headings(page: str) -> list[str]:
+    return re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+
+
+def charts(page: str) -> list[dict[str, Any]]:
+    found = re.findall(r'<script type="application/json" id="chart-\d+-data">(.*?)</script>', page)
+    return [json.loads(text) for text in found]
+
+
+def items_of(page: str) -> list[Any]:
+    packed = re.search(r'class="packed">(.*?)</script>', page)
+    assert packed is not None
+    return list(json.loads(gzip.decompress(base64.b64decode(packed[1]))))
+
+
+def without_scripts(page: str) -> str:
+    return re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+
+
+def test_the_page_holds_all_of_a_run_in_its_order(tmp_path: Path) -> None:
+    path = write_run_page(write_run(tmp_path / "first"))
+    page = path.read_text(encoding="utf-8")
+    assert path == tmp_path / "first" / "report.html" and headings(page) == SECTIONS
+    assert (
+        "3 experts of which each token uses 2, each free to change 1 % of the feed-forward weights, were trained"
+        in page
+    )
+    assert "base a/base on 4,500 documents of 3 domains (math, logic, code)." in page
+    assert "Training took 12 steps and 12,000 tokens, with 2 processes on a box." in page
+    assert "Of 9 held-out items the base has 33 % right, the experts 67 %." in page
+    assert page.count('<div class="plot"') == len(charts(page)) == 11
+    for text in (
+        "Time line of the phases",
+        "McNemar p",
+        "pretraining, steps 1 to 4: all experts, density 1 %",
+        "train.py --bf16",
+    ):
+        assert text in page
+    assert "are not at tokenized any more" in page
+    assert page.count("plotly.js v") == 1 and len(page) < 6e6
+    first = items_of(page)[0]
+    tokens = ["It", " is", " 0", "."]
+    assert first == [
+        0,
+        "made",
+        [["user", "What is it 0?"]],
+        "0",
+        [["no idea about 0", True], ["It is 0.", True, tokens, [[33] * 3, [100, 0, 0], [33] * 3]]],
+    ]
+
+
+def test_nothing_is_loaded_and_no_foreign_script_runs(tmp_path: Path) -> None:
+    page = write_run_page(write_run(tmp_path / "run")).read_text(encoding="utf-8")
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', page)
+    assert policy is not None
+    allowed = html.unescape(policy[1])
+    assert allowed.startswith("default-src 'none'; script-src 'sha256-")
+    scripts = re.findall(r"<script>(.*?)</script>", page, flags=re.DOTALL)
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert re.findall("sha256-(.*?)'", allowed) == hashes and len(hashes) == 4
+    assert not re.search(r"<(link|iframe|img|object|base)\b|\ssrc=|@import|url\(", without_scripts(page))
+
+
+def test_hostile_texts_are_shown_as_text(tmp_path: Path) -> None:
+    lines_ = [item(HOSTILE, 0, text=HOSTILE, experts=2), item("<b>", 1, experts=2)]
+    lines_[0] |= {"source": HOSTILE, "answer": HOSTILE}
+    run = write_run(tmp_path / "a<b>&", domains=[HOSTILE, "<b>"], items=lines_, options={"output_dir": HOSTILE})
+    pages = [write_run_page(run), write_comparison_page([run, write_run(tmp_path / "other")], tmp_path / "all.html")]
+    built = summary(skipped={HOSTILE: HOSTILE})
+    built.domains = {HOSTILE: built.domains["math"], "logic": built.domains["logic"]}
+    built.domains[HOSTILE]["example"]["messages"][0]["content"] = HOSTILE
+    texts = [*(path.read_text(encoding="utf-8") for path in pages), render(build_page(HOSTILE, built, None))]
+    for text in texts:
+        text = without_scripts(text)
+        assert "<img" not in text and "<b>" not in text and "</script><script>document" not in text
+        assert not re.search("[\x1b\u202e\u2028]", text)
+        assert r"\x1b[31m \u202e \u2028" in text and "&lt;img src=x" in text
+        for figure in charts(text):
+            assert "<img" not in json.dumps(figure)  # plotly reads HTML in labels
+    assert items_of(texts[0])[0][2] == [["user", f"{terminal(HOSTILE)} 0?"]]
+
+
+def test_a_run_in_the_middle_of_training_has_a_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=3, finished=False, items=None)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
+    page = write_run_page(run).read_text(encoding="utf-8")
+    assert headings(page) == SECTIONS and page.count(NOT_EVALUATED) == 3
+    assert "Training is not finished: so far 3 steps and 3,000 tokens, of 12 steps" in page
+    assert "Norm of each expert" not in page  # not measured yet: no empty chart
+    assert all(trace["x"] is not None for figure in charts(page) for trace in figure["data"])
+    one = write_run(tmp_path / "one", steps=1, finished=False, items=None)
+    loss = charts(write_run_page(one).read_text(encoding="utf-8"))[0]
+    assert loss["data"][0]["mode"] == "lines+markers"  # of one point there is no line
+
+
+def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
+    line = item("math", 0)
+    del line["base"], line["srde"]["answer_tokens"], line["srde"]["answer_experts"]
+    run = write_run(tmp_path / "run", items=[item("math", 0)], domains=["math"])
+    result = json.loads((run / "evaluation.json").read_text())
+    for figures in (result["overall"], *result["domains"].values(), *result["sources"].values()):
+        del figures["base"], figures["difference"]
+    (run / "evaluation.json").write_text(json.dumps(result))
+    (run / "evaluation_items.jsonl").write_text(json.dumps(line) + "\n")
+    page = write_run_page(run).read_text(encoding="utf-8")
+    assert "evaluate with --compare_baseline to have both" in page
+    assert "Which experts the tokens of these answers used is not recorded" in page
+    assert items_of(page) == [[0, "made", [["user", "What is it 0?"]], "0", [["It is 0.", True]]]]
+
+
+def test_sources_and_their_licences(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    split = {
+        "file": "data.jsonl",
+        "file_sha256": "f" * 64,
+        "rows": 1,
+        "fill_rate": 1.0,
+        "content_sha256": "",
+        "domains": {},
+    }
+    manifest: dict[str, Any] = {
+        "format_version": 1, "max_length": 8, "too_long": "drop", "seed": 0, "domains": [], "tokenizer": {},
+        "splits": {"train": split},
+    }  # fmt: skip
+    (run / "tokenized").mkdir()
+    (run / "tokenized" / "manifest.json").write_text(json.dumps(manifest))
+    page = write_run_page(run).read_text(encoding="utf-8")
+    assert "ffffffffffffffff" in page and "A file of records names no licence" in page
+    manifest["sources"] = [{"name": "sums", "domain": "math", "location": "a/sums", "license": "cc-by-4.0"}]
+    (run / "tokenized" / "manifest.json").write_text(json.dumps(manifest))
+    page = write_run_page(run).read_text(encoding="utf-8")
+    assert "<td>cc-by-4.0</td>" in page and "A file of records names no licence" not in page
+
+
+def test_several_runs_are_compared(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a"),
+        write_run(tmp_path / "b", options={"muon_lr": "0.5"}),
+        write_run(tmp_path / "c", finished=False, items=None),
+    ]
+    page = write_comparison_page(runs, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert headings(page) == [
+        "Overview",
+        "Settings that differ",
+        "Loss",
+        "On held-out items",
+        "Speed",
+        "What was trained",
+    ]
+    rows = re.findall(r'<th scope="row">(\S+)</th>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*</tr>', page)
+    assert rows == [("optimizer.muon_lr", "0.02", "0.5", "0.02")]
+    assert "12, not finished" in page and "Not evaluated yet: c." in page
+    assert [trace["name"] for trace in charts(page)[0]["data"]] == ["a", "b", "c"]
+    result = json.loads((runs[1] / "evaluation.json").read_text())
+    result["run"]["eval_file"] = "others.jsonl"
+    (runs[1] / "evaluation.json").write_text(json.dumps(result))
+    page = write_comparison_page(runs, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "evaluated on different items (9 of held_out.jsonl, 9 of others.jsonl)" in page
+    with pytest.raises(SRDEError, match="is given twice"):
+        write_comparison_page([runs[0], runs[0] / "metrics.jsonl"], tmp_path / "out.html")
+
+
+def test_a_build_is_shown_in_the_same_form() -> None:
+    page = render(build_page("data", summary(skipped={"gone": "no such dataset"}), None))
+    assert headings(page) == [
+        "Domains", "What was left out", "Sources and licences", "An example of each domain", "Settings and time",
+    ]  # fmt: skip
+    for text in (
+        "100 conversations in 2 domains",
+        "Source gone is missing: no such dataset",
+        "<td>mit</td>",
+        "near duplicate",
+    ):
+        assert text in page
+    assert len(charts(page)) == 2 and len(items_of(page)) == 2
+
+
+def test_texts_are_cut_where_a_page_would_become_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [hashlib.sha256(str(number).encode()).hexdigest() * 100 for number in range(20)]
+    many = [Item("math", "s", [("user", text)], None, [Answer(text, None, [text], [[1]])]) for text in texts]
+    packed, cut = pack(many, ["math"])
+    assert cut is None and str(items_module._row(many[0], {"math": 0}, 20000)[2]) == str([["user", texts[0]]])
+    monkeypatch.setattr(items_module, "MOST_BYTES", len(packed) // 4)
+    smaller, cut = pack(many, ["math"])
+    assert cut is not None and len(smaller) < len(packed) / 2
+    row = json.loads(gzip.decompress(base64.b64decode(smaller)))[0]
+    assert row[2] == [["user", texts[0][:cut] + " …"]] and len(row[4][0]) == 2  # tokens of a cut answer do not fit it
+
+
+def test_colours_can_be_told_from_their_background() -> None:
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    def contrast(one: str, other: str) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for colors in (theme.LIGHT, theme.DARK):
+        for name in ("text", "muted", "accent", "right", "wrong"):
+            for background in ("background", "surface"):
+                assert contrast(colors[name], colors[background]) >= 4.5, name
+        assert contrast(colors["text"], colors["note"]) >= 4.5
+        for color in colors["series"]:
+            assert contrast(color, colors["background"]) >= 3, color
+
+
+def test_gaps_stay_gaps() -> None:
+    figure = lines([Series("a", [1, 2, 3], [1.0, None, 3.0])], x="step", y="loss")
+    assert "NaN" not in json.dumps(figure)
+
+
+def test_without_plotly_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.delitem(sys.modules, "srde_ds.pages.charts")
+    with pytest.raises(SRDEError, match=r"package 'plotly' is missing.*'srde-ds\[pages\]'"):
+        importlib.import_module("srde_ds.pages.charts")
