@@ -1,4 +1,4 @@
-"""Pictures of a run's page for the README and the documentation: python docs/make_screenshots.py RUN [FOLDER].
+"""Pictures of a run's page for the README and the documentation: python -m docs.make_screenshots RUN [FOLDER].
 
 They are made by the browser that the tests use; RUN/report.html has to be there (srde-ds report --run RUN).
 """
@@ -7,10 +7,21 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
-from tests.browser_helpers import DESKTOP, HEIGHTS, PHONE, chromium, drawn
+from tests.browser_helpers import DESKTOP, HEIGHTS, PHONE, chromium, collect_errors, drawn
 
-SECTIONS = {"summary": None, "loss": "Loss", "experts": "Which experts each domain uses", "items": "Items"}
+TOP = "the top of the page"
+# name of the picture, heading that it begins with, theme, width
+PICTURES: list[tuple[str, str, Literal["light", "dark"], int]] = [
+    ("summary", TOP, "light", DESKTOP),
+    ("summary-dark", TOP, "dark", DESKTOP),
+    ("summary-phone", TOP, "light", PHONE),
+    ("loss", "Loss", "light", DESKTOP),
+    ("experts", "Which experts each domain uses", "light", DESKTOP),
+    ("items", "Items", "light", DESKTOP),
+    ("items-phone", "Items", "dark", PHONE),
+]
 
 
 def main() -> None:
@@ -19,25 +30,20 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=Path("docs/picture"), help="gets report-*.png")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    url = (options.run / "report.html").resolve().as_uri()
     with chromium() as browser:
-        for theme, width in (("light", DESKTOP), ("dark", DESKTOP), ("light", PHONE)):
-            page = browser.new_page(
-                viewport={"width": width, "height": HEIGHTS[width]},
-                color_scheme="dark" if theme == "dark" else "light",
-            )
-            page.goto(url)
+        for name, heading, theme, width in PICTURES:
+            page = browser.new_page(viewport={"width": width, "height": HEIGHTS[width]}, color_scheme=theme)
+            errors = collect_errors(page)
+            page.goto((options.run / "report.html").resolve().as_uri())
             drawn(page)
-            for name, section in SECTIONS.items():
-                if section is not None:
-                    page.evaluate(
-                        "title => [...document.querySelectorAll('h2')].find(each => each.textContent === title)"
-                        ".scrollIntoView()",
-                        section,
-                    )
-                path = options.folder / f"report-{name}-{theme}-{width}.png"
-                page.screenshot(path=path, animations="disabled")
-                print(path)
+            if heading != TOP:
+                page.get_by_role("heading", name=heading, exact=True).evaluate("heading => heading.scrollIntoView()")
+            path = options.folder / f"report-{name}.png"
+            page.screenshot(path=path, animations="disabled")
+            page.close()
+            if errors:
+                raise SystemExit(f"{path}: the page reports errors: {errors}")
+            print(path)
 
 
 if __name__ == "__main__":

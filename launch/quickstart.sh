@@ -32,3 +32,4 @@ python launch/evaluate.py --checkpoint "$run" --eval_file "$inputs/held_out.json
     --max_new_tokens 24
 python launch/report.py --run "$run"
 echo "quickstart: report in $run/report.md, figures in $run/evaluation.json"
+echo "quickstart: the page to look at: $PWD/$run/report.html"

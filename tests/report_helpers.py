@@ -43,6 +43,8 @@ def write_run(
     lines = [_line(step, domains) for step in range(1, steps + 1)]
     counts = {"documents": 1500, "too_long": 0, "dropped": 0, "response_tokens": 9000}
     lines[0] |= {"data": {"train": dict.fromkeys(domains, counts)}, "held_out_at_start": dict.fromkeys(domains, 4.0)}
+    if steps > 4:
+        lines[4]["warm_start"] = {"method": "domain_means"}
     if finished:
         lines[-1]["held_out"] = {name: 1.0 + number for number, name in enumerate(domains)}
         (folder / "completed.json").write_text(json.dumps({"step": steps}))

@@ -21,6 +21,7 @@ LOSS_MEANS = {
     "domain": "each domain counts alike, or by its share of the rows where these are drawn by shares",
 }
 """what the training loss is, by `loss_weighting`"""
+_KEPT = (b'"held_out', b'"warm_start"')  # lines that hold one of these
 Lines = list[dict[str, Any]]
 
 
@@ -109,7 +110,7 @@ class RunFiles:
 
 
 def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
-    """At most `most` lines of metrics, evenly spread, the first, those with held-out losses, and the last one.
+    """At most `most` lines of metrics, evenly spread, the first and the last one, and those of what happens rarely.
 
     A last line that is being written is left out.
 
@@ -124,7 +125,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
             chosen = [
                 line
                 for number, line in enumerate(file, 1)
-                if line.strip() and (number % every == 0 or number in (1, count) or b'"held_out' in line)
+                if line.strip() and (number % every == 0 or number in (1, count) or any(key in line for key in _KEPT))
             ]
     except FileNotFoundError:
         raise SRDEError(f"report: no such file '{path}': train first.") from None

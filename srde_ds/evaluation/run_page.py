@@ -188,7 +188,13 @@ def _spans(run: RunFiles) -> list[tuple[str, int, int, str]]:
 
 
 def _changes(run: RunFiles) -> list[Part]:
-    return [Text(f"The options were changed after step {step:,} (config-until-{step}.yaml).") for step in run.former]
+    told = [
+        f"Before step {line['step']:,} the routers were set by a warm start ({line['warm_start']['method']})."
+        for line in run.metrics
+        if "warm_start" in line
+    ]
+    told += [f"The options were changed after step {step:,} (config-until-{step}.yaml)." for step in run.former]
+    return [Text(text) for text in told]
 
 
 def _items(run: RunFiles) -> list[Part]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html as entities
 import io
 import json
 import logging
@@ -122,3 +123,18 @@ def test_tables_and_plots_take_any_name(tmp_path: Path) -> None:
     assert "\x1b" not in table and "\\x1b[2J" in table
     plot_usage({"experts": [name], "domains": [name], "share": [[1.0]]}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, *MARKS])
+def test_html_shows_the_text(text: str) -> None:
+    shown = escape.html(text)
+    assert not set(shown) & set("<>\"'") and entities.unescape(shown) == escape.terminal(text)
+    label = escape.plotly_label(text)
+    assert not set(label) & set("<>") and entities.unescape(label) == escape.one_line(text)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, *MARKS, "</script><!--", "]]>"])
+def test_json_does_not_end_its_script(text: str) -> None:
+    written = escape.script_json({text: [text]})
+    assert not set(written) & set("<>&") and written.isascii()
+    assert json.loads(written) == {text: [text]}

@@ -73,6 +73,13 @@ def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytes
     items = (run_folder / "evaluation_items.jsonl").read_text().splitlines()
     assert len(items) == result["overall"]["srde"]["items"] == 8
     assert {"base", "srde", "prompt", "answer"} <= set(json.loads(items[0]))
+    for line in map(json.loads, items):
+        told = line["srde"].get("answer_tokens")
+        assert "answer_tokens" not in line["base"] and (told is None) == (line["scoring"] is None)
+        if told is not None:
+            assert "".join(told) == line["srde"]["prediction"]
+            shares = line["srde"]["answer_experts"]
+            assert len(told) - 1 <= len(shares) <= len(told) and all(abs(sum(row) - 100) <= 2 for row in shares)
     assert result["run"]["dtype"] == "float32"
     printed = capsys.readouterr().out
     assert "overall" in printed and "evaluation.json" in printed

@@ -13,8 +13,16 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.inference import many
-from srde_ds.inference.generate import Sampling
-from srde_ds.inference.many import REFINE_PROMPT, answer_many, generate_many, left_padded, majority
+from srde_ds.inference.generate import Sampling, decode, generate
+from srde_ds.inference.many import (
+    REFINE_PROMPT,
+    TokenExperts,
+    answer_many,
+    generate_many,
+    left_padded,
+    majority,
+    pieces,
+)
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import Prompt, read_prompts
 from srde_ds.model.adapter import SRDEModel, add_experts
@@ -67,6 +75,31 @@ def test_answers_come_in_the_order_of_the_prompts() -> None:
     assert [[text] for text in together] == single and len(set(together)) > 1
     with pytest.raises(SRDEError, match="file:2: .* exceed the base's context"):
         generate_many(model, tokenizer, prompts_of("a", "b" * 300), GREEDY, batch_size=2)
+
+
+def test_the_experts_of_a_padded_batch_are_those_of_each_prompt_alone() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    prompts = prompts_of(*("a" * length for length in (3, 40, 1, 17, 9)))
+    routing: dict[int, TokenExperts] = {}
+    texts = generate_many(model, tokenizer, prompts, GREEDY, batch_size=3, routing=routing)
+    assert texts == generate_many(model, tokenizer, prompts, GREEDY, batch_size=3) and sorted(routing) == [*range(5)]
+    for number, prompt in enumerate(prompts):
+        single = generate(model, tokenizer, prompt.messages, GREEDY, show_routing=True)
+        assert single.experts is not None
+        own = single.experts[single.prompt_length :]
+        assert "".join(routing[number].tokens) == texts[number] == single.text
+        torch.testing.assert_close(torch.tensor(routing[number].shares), own[: len(routing[number].tokens)])
+    assert len({str(of.shares) for of in routing.values()}) > 1
+
+
+def test_pieces_are_the_text_that_each_token_adds() -> None:
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode("it is é → 7", add_special_tokens=False)
+    found = pieces(tokenizer, ids)
+    assert len(found) == len(ids) and "".join(found) == decode(tokenizer, ids) and "\ufffd" not in "".join(found)
+    cut = next(count for count in range(1, len(ids)) if decode(tokenizer, ids[:count]).endswith("\ufffd"))
+    assert "".join(pieces(tokenizer, ids[:cut])) == decode(tokenizer, ids[:cut])
+    assert pieces(tokenizer, []) == []
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,7 @@ def test_the_page_holds_all_of_a_run_in_its_order(tmp_path: Path) -> None:
     assert "Training took 12 steps and 12,000 tokens, with 2 processes on a box." in page
     assert "Of 9 held-out items the base has 33 % right, the experts 67 %." in page
     assert page.count('<div class="plot"') == len(charts(page)) == 11
+    assert "Before step 5 the routers were set by a warm start (domain_means)." in page
     for text in (
         "Time line of the phases",
         "McNemar p",
