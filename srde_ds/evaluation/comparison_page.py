@@ -84,28 +84,31 @@ def _overview(names: Sequence[str], runs: Sequence[RunFiles]) -> list[list[str]]
 
 
 def _differences(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
-    flat = [
-        {f"{section}.{key}": value for section, options in run.config.items() for key, value in options.items()}
-        for run in runs
-    ]
-    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key.split(".")[1] not in _PLACES]
-    rows = [[key, *(setting_text(one[key]) if key in one else "(no such option)" for one in flat)] for key in keys]
-    differing = [row for row in rows if len(set(row[1:])) > 1]
-    environments = [
+    flat = [{key: value for options in run.config.values() for key, value in options.items()} for run in runs]
+    keys = [key for key in dict.fromkeys(key for one in flat for key in one) if key not in _PLACES]
+    known = [key for key in keys if all(key in one for one in flat)]
+    rows = [[key, *(setting_text(one[key]) for one in flat)] for key in known]
+    some = [[key, *(setting_text(one[key]) if key in one else "" for one in flat)] for key in keys if key not in known]
+    told = [
         ["processes", *(str(run.environment["world_size"]) for run in runs)],
         ["machine", *(str(run.environment["machine"]) for run in runs)],
-        ["git_revision", *(str(run.environment["git_revision"]) for run in runs)],
+        ["git revision", *(str(run.environment["git_revision"])[:12] for run in runs)],
     ]
-    environments += [
-        [package, *(str(run.environment["versions"].get(package, "–")) for run in runs)]
+    told += [
+        [package, *(str(run.environment["versions"].get(package, "")) for run in runs)]
         for package in dict.fromkeys(package for run in runs for package in run.environment["versions"])
     ]
-    differing += [row for row in environments if len(set(row[1:])) > 1]
-    if not differing:
-        return [Text("All settings, versions and machines are the same.")]
-    same = len(rows) - sum(len(set(row[1:])) > 1 for row in rows)
-    table = Table([["setting", *names], *differing], "Settings, versions and machines that differ", numbers=None)
-    return [table, Text(f"{same} other settings are the same.")]
+    differing = [row for row in [*rows, *told] if len(set(row[1:])) > 1]
+    parts: list[Part] = [Text("All settings, versions and machines are the same.")]
+    if differing:
+        same = sum(len(set(row[1:])) == 1 for row in rows)
+        table = Table([["setting", *names], *differing], "Settings, versions and machines that differ", numbers=None)
+        parts = [table, Text(f"Settings that are the same: {same}.")]
+    if some:
+        parts.append(
+            Folded("Settings that not all of these runs know", [Table([["setting", *names], *some], numbers=None)])
+        )
+    return parts
 
 
 def _losses(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
@@ -133,7 +136,7 @@ def _held_out(names: Sequence[str], measured: Sequence[Sequence[tuple[int, dict[
         rows.append([f"{step:,}", *("–" if value is None else f"{value:.3f}" for value in found)])
     last = ", ".join(f"{one.name} {one.y[-1]:.3f}" for one in series if one.y)
     figure = lines(series, x="step", y="cross entropy (nats a token)")
-    return Chart(f"Held-out loss: {domain}", figure, f"At the end: {last}.", Table(rows, f"Held-out loss: {domain}"))
+    return Chart(f"Held-out loss: {domain}", figure, f"Last measured: {last}.", Table(rows, f"Held-out loss: {domain}"))
 
 
 def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
@@ -179,7 +182,7 @@ def _by_domain(evaluated: Sequence[tuple[str, dict[str, Any]]], key: str, title:
             ends = ", ".join(format(bound, form) for bound in bounds or [])
             cells.append("–" if value is None else f"{format(value, form)} [{ends}]")
         rows.append([domain, *cells])
-    told = "Thin lines are 95 % intervals over items."
+    told = f"Thin lines are 95 % intervals over items. Runs: {', '.join(name for name, _ in tables)}."
     return Chart(title, bars(domains, groups, x=x, form=form), told, Table(rows, title))
 
 

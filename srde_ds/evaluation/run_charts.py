@@ -225,6 +225,6 @@ def _form(value: float | None, form: str = ".3f") -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share in percent, without the zeros that end it: 1 %."""
+    """A share in percent, without the zeros that end it, and with a space that does not break: 1 %."""
     shown = f"{100 * share:.{digits}f}"
-    return f"{shown.rstrip('0').rstrip('.') if '.' in shown else shown} %"
+    return f"{shown.rstrip('0').rstrip('.') if '.' in shown else shown}\N{NO-BREAK SPACE}%"

@@ -116,7 +116,7 @@ def bars(
     figure.update_layout(barmode="stack" if stacked else "group", bargap=0.3, xaxis_title=x, showlegend=len(groups) > 1)
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(tickformat=form)
-    return _plain(figure, height=90 + len(names) * (34 if stacked else 18 + 18 * len(groups)))
+    return _plain(figure, height=(120 if stacked else 90) + len(names) * (34 if stacked else 18 + 18 * len(groups)))
 
 
 def heat_maps(
@@ -178,6 +178,7 @@ def steps(histograms: Mapping[str, tuple[Sequence[float], Sequence[int]]], *, x:
             hovertemplate="%{y} from %{x:.0f}",
         )
     figure.update_layout(xaxis_title=x, yaxis_title=y, xaxis_type="log", showlegend=len(histograms) > 1)
+    figure.update_xaxes(tickvals=[2**power for power in range(25)], tickformat=",")
     figure.update_yaxes(rangemode="tozero")
     return _plain(figure)
 

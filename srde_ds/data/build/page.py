@@ -39,7 +39,7 @@ def build_page(name: str, build: BuildSummary, manifest: Manifest | None) -> Pag
     if manifest is not None:
         tokens = sum(figures["tokens"] for figures in build.domains.values())
         facts.append(("Tokens", f"{tokens:,}", f"rows of {manifest.max_length}"))
-    facts.append(("Time", f"{build.wall_seconds:,.0f} s", f"{build.num_processes} processes"))
+    facts.append(("Time", f"{build.wall_seconds:,.0f} s", f"processes: {build.num_processes}"))
     sections = [
         Section("Domains", [*(Text(told, note=True) for told in troubles(build)), _domains(build), _table(build)]),
         Section("What was left out", _removals(build)),
@@ -105,7 +105,7 @@ def _rows(build: BuildSummary, manifest: Manifest) -> list[Part]:
     parts: list[Part] = [Table(split_rows(manifest), "Packed rows by split")]
     parts.append(Table(counts_table(counts_of(manifest)), "Response tokens by split and domain", numbers=2))
     if told := uneven_responses(manifest.splits["train"]):
-        parts.append(Text(told, note=True))
+        parts.append(Text(f"Note: {told}", note=True))
     lengths = {domain: figures["lengths"] for domain, figures in build.domains.items()}
     figure = steps(
         {domain: (of["edges"], of["counts"]) for domain, of in lengths.items()},
