@@ -84,10 +84,12 @@ def test_tokens_are_coloured_by_their_experts(pages: dict[str, str], open_page: 
     page = open_page(pages["run"])
     tokens = page.locator(".item").first.locator(".token")
     expect(tokens).to_have_count(3)  # the fourth token was not read
-    assert tokens.nth(1).get_attribute("title") == "math 100 %"
+    assert tokens.nth(1).get_attribute("title") == "math 100\N{NO-BREAK SPACE}%"
     colors = tokens.evaluate_all("all => all.map(each => getComputedStyle(each).backgroundColor)")
     assert len(set(colors)) == 2 and "rgba(0, 0, 0, 0)" not in colors
     expect(page.locator(".item").first).to_contain_text("math 55 %")
+    tokens.nth(1).click()  # a finger does not hover
+    expect(page.locator(".item").first.locator(".mean")).to_have_text("“ is”: math 100 %")
     assert page.locator(".legend .key").all_inner_texts() == [*DOMAINS]
 
 

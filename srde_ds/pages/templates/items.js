@@ -23,7 +23,7 @@
   function percentages(shares, names) {
     const order = shares.map((share, expert) => [share, expert]).filter(([share]) => share > 0);
     order.sort((one, other) => other[0] - one[0]);
-    return order.map(([share, expert]) => `${names.experts[expert]} ${Math.round(share)} %`).join(", ");
+    return order.map(([share, expert]) => `${names.experts[expert]} ${Math.round(share)}\u00a0%`).join(", ");
   }
 
   // The answer with each token on the colour of its first expert, the stronger the larger its share.
@@ -35,7 +35,7 @@
       const first = own.indexOf(Math.max(...own));
       const span = element("span", "token", token);
       span.style.setProperty("--expert", `var(--series-${first % SHADES})`);
-      span.style.setProperty("--share", `${Math.round(15 + own[first] * 0.35)}%`);
+      span.style.setProperty("--share", `${Math.round(25 + own[first] * 0.25)}%`);
       span.title = percentages(own, names);
       text.append(span);
     });
@@ -47,7 +47,12 @@
     const head = element("h4", "", title);
     if (correct !== undefined) head.append(" ", element("span", `verdict ${verdict(correct)}`, SAID[verdict(correct)]));
     box.append(head, content);
-    if (note) box.append(element("p", "mean", note));
+    if (note) {
+      const line = element("p", "mean", note);
+      line.setAttribute("aria-live", "polite");
+      content.addEventListener("click", ({ target }) => { if (target.title) line.textContent = `“${target.textContent}”: ${target.title}`; });
+      box.append(line);
+    }
     return box;
   }
 
