@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -37,7 +36,6 @@ def render(page: Page) -> str:
     first = (_TEMPLATES / "theme.js").read_text(encoding="utf-8")
     return environment.get_template("page.html.jinja").render(
         page=page,
-        anchors=dict(zip(map(id, page.sections), _anchors(page.sections), strict=True)),
         numbers={id(chart): number for number, chart in enumerate(charts)},
         script_json=lambda value: Markup(script_json(value)),
         css=Markup((_TEMPLATES / "page.css").read_text(encoding="utf-8")),
@@ -63,11 +61,7 @@ def _hash(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode()
 
 
-def _anchors(sections: Any) -> list[str]:
-    return [f"section-{number}" for number, _ in enumerate(sections, 1)]
-
-
-def _all(parts: Any) -> Iterator[Part]:
+def _all(parts: Sequence[Part]) -> Iterator[Part]:
     for part in parts:
         yield part
         if isinstance(part, Folded):

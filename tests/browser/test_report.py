@@ -98,7 +98,7 @@ def test_theme_choice_and_paper(pages: dict[str, str], open_page: Open) -> None:
     drawn(page)
     bar = page.locator("#chart-0 .point path").last
     light = bar.evaluate("each => getComputedStyle(each).fill")
-    page.get_by_role("button", name="Switch between light and dark").click()
+    page.get_by_role("button", name="Dark theme").click()
     assert page.evaluate(BACKGROUND) == BLACK
     assert bar.evaluate("each => getComputedStyle(each).fill") != light
     page.reload()  # the choice is kept

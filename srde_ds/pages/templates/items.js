@@ -44,7 +44,7 @@
 
   function answer(title, content, correct, note) {
     const box = element("div", "answer");
-    const head = element("h4", "", title);
+    const head = element("h3", "", title);
     if (correct !== undefined) head.append(" ", element("span", `verdict ${verdict(correct)}`, SAID[verdict(correct)]));
     box.append(head, content);
     if (note) {
@@ -69,7 +69,7 @@
     made.append(head);
     for (const [role, text] of messages) {
       const message = element("div", "message");
-      if (messages.length > 1 || role !== "user") message.append(element("h4", "", role));
+      if (messages.length > 1 || role !== "user") message.append(element("h3", "", role));
       message.append(element("div", "said", text));
       made.append(message);
     }

@@ -52,7 +52,7 @@
   }
 
   function drawAll() {
-    button.textContent = theme() === "dark" ? "Light" : "Dark";
+    button.textContent = theme() === "dark" ? "Light theme" : "Dark theme";
     charts.forEach(draw);
   }
 
