@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 
 from srde_ds import __version__
 from srde_ds.cli.build_dataset import build_dataset
+from srde_ds.cli.chat import chat
 from srde_ds.cli.combine import combine
 from srde_ds.cli.convert import convert
 from srde_ds.cli.doctor import doctor
@@ -37,6 +38,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "build_dataset": build_dataset,
     "evaluate": evaluate,
     "inference": inference,
+    "chat": chat,
     "convert": convert,
     "inspect": inspect,
     "combine": combine,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from functools import partial
 from itertools import zip_longest
 from typing import TextIO
 
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.conversation import Message
 from srde_ds.errors import SRDEError, nearest
-from srde_ds.inference.generate import Sampling, format_routing, generate
+from srde_ds.inference.generate import Sampling, format_routing
+from srde_ds.inference.session import AnswerOptions, ChatSession, Turn
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.escape import terminal
 
@@ -32,7 +31,7 @@ HELP = "\n".join(
 
 
 class Chat:
-    """Answers what `source` says on `target`, see `run`. Arguments as of `generate`."""
+    """Answers what `source` says on `target`, see `run`."""
 
     def __init__(
         self,
@@ -45,11 +44,10 @@ class Chat:
         stream: bool,
         show_routing: bool,
     ) -> None:
-        self.model = model
+        self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.source, self.target = source, target
         self.stream, self.show_routing, self.compare = stream, show_routing, False
-        self.history: list[Message] = []
-        self.generate = partial(generate, model, tokenizer, sampling=sampling)
+        self.session = ChatSession(model, tokenizer)
 
     def run(self) -> None:
         """Go on until `/quit` or the end of `source`.
@@ -86,7 +84,7 @@ class Chat:
             known = [command.split()[0] for command in COMMANDS]
             self.say(f"Unknown command '{text}'.{nearest(name, known)} /help lists them.")
         elif name == "/reset":
-            self.history = []
+            self.session = ChatSession(self.model, self.tokenizer)
             self.say("The conversation is forgotten.")
         elif name == "/experts":
             self.show_routing = not self.show_routing
@@ -98,20 +96,20 @@ class Chat:
             self.say(HELP)
 
     def _answer(self, text: str) -> None:
-        messages = [*self.history, {"role": "user", "content": text}]
-        stream = self.stream and not self.compare
-        generation = self.generate(
-            messages, stream=partial(self.say, end="") if stream else None, show_routing=self.show_routing
-        )
-        if self.compare:
-            with self.model.no_experts():
-                base = self.generate(messages)
-            self.say(side_by_side(terminal(generation.text), terminal(base.text), titles=("with experts", "base")))
+        options = AnswerOptions(self.sampling, show_routing=self.show_routing, base_beside=self.compare)
+        turn, shown = Turn(text), 0
+        for turn in self.session.ask(text, options):
+            if self.stream and not self.compare and turn.answer:
+                self.say(turn.answer.text[shown:], end="")
+                shown = len(turn.answer.text)
+        assert turn.answer is not None
+        if turn.base:
+            titles = ("with experts", "base")
+            self.say(side_by_side(terminal(turn.answer.text), terminal(turn.base.text), titles=titles))
         else:
-            self.say("" if stream else generation.text)
+            self.say("" if self.stream else turn.answer.text)
         if self.show_routing:
-            self.say(format_routing(generation, self.model.expert_names))
-        self.history = [*messages, {"role": "assistant", "content": generation.text}]
+            self.say(format_routing(turn.answer, self.model.expert_names))
 
     def _read(self) -> str | None:
         """The next message without surrounding white space; None at the end of `source` or on Ctrl-C."""

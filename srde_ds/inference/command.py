@@ -16,7 +16,7 @@ from srde_ds.data.conversation import Message
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.errors import SRDEError
 from srde_ds.inference.chat import Chat
-from srde_ds.inference.generate import Sampling, answer_length, format_routing, generate
+from srde_ds.inference.generate import Generation, Sampling, answer_length, format_routing, generate
 from srde_ds.inference.load import load_model
 from srde_ds.inference.many import Answer, answer_many
 from srde_ds.inference.options import InferenceOptions
@@ -110,8 +110,16 @@ def _answer_one(
     stream: bool,
     show_routing: bool,
 ) -> None:
-    show = (lambda piece: print(terminal(piece), end="", flush=True)) if stream else None
-    generation = generate(model, tokenizer, messages, sampling, stream=show, show_routing=show_routing)
+    shown = 0
+
+    def show(answer: Generation) -> None:
+        nonlocal shown
+        print(terminal(answer.text[shown:]), end="", flush=True)
+        shown = len(answer.text)
+
+    generation = generate(
+        model, tokenizer, messages, sampling, stream=show if stream else None, show_routing=show_routing
+    )
     print("" if stream else terminal(generation.text))
     if show_routing:
         print(terminal(format_routing(generation, model.expert_names)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,25 +15,29 @@ from transformers.generation.streamers import BaseStreamer
 from srde_ds.data.conversation import Message, Tools
 from srde_ds.data.packing import pad_token_id, prompt_ids, stop_ids
 from srde_ds.errors import SRDEError
+from srde_ds.inference.routing import RoutingRecord
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 
 
 @dataclass
 class Generation:
-    """An answer.
+    """An answer, or what there is of it so far.
 
     Attributes:
         text: the answer without special tokens.
         tokens: text of each token, prompt first; the answer's begin at `prompt_length`.
-        experts: `[T, E]` for each token the share of each expert in its choices over all layers; None if not asked
-            for. The last token is not fed to the model, so T is one less than the number of tokens.
+        routing: the experts of the tokens; None if not asked for. The last token is not fed to the model, so there are
+            experts for one less than the number of tokens.
+        pieces: what each token of a streamed answer adds to `text`: nothing where it is special or only begins a
+            character, which comes with the token that completes it.
     """
 
     text: str
     tokens: list[str]
     prompt_length: int
-    experts: Tensor | None
+    routing: RoutingRecord | None = None
+    pieces: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ def generate(
     sampling: Sampling,
     *,
     tools: Tools | None = None,
-    stream: Callable[[str], None] | None = None,
+    stream: Callable[[Generation], None] | None = None,
     show_routing: bool = False,
+    policy: RoutingPolicy | None = None,
 ) -> Generation:
     """The model's answer to a conversation, written by the tokenizer's chat template (`data.packing` says what
     stands in for a missing one).
@@ -67,8 +72,9 @@ def generate(
     Args:
         messages: in the one form of `data.conversation`; thoughts and tool calls as its template writes them.
         tools: descriptions of functions that the answer may call.
-        stream: called with each new piece of text; the pieces joined are `text`.
-        show_routing: fill `experts`.
+        stream: called after each token with the answer so far, an object that grows.
+        show_routing: fill `routing`.
+        policy: how tokens are routed; default: as the model stands.
 
     Raises:
         SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
@@ -77,22 +83,21 @@ def generate(
     prompt = prompt_ids(tokenizer, messages, tools=tools)
     check_context(model, len(prompt), sampling.max_tokens, where="prompt")
     input_ids = torch.tensor([prompt], device=model.base.device)
-    streamer = _Streamer(tokenizer, stream) if stream else None
-    forwards: list[Tensor] = []
-    with torch.inference_mode(), recorded_experts(model, forwards) if show_routing else nullcontext():
+    policy = model.routing.policy if policy is None else policy
+    record = RoutingRecord() if show_routing else None
+    generation = Generation("", [str(tokenizer.decode([token])) for token in prompt], len(prompt), record)
+    with torch.inference_mode(), record.recording(model, policy) if record else nullcontext(policy) as policy:
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=settings,
-            streamer=streamer,
+            streamer=_Streamer(tokenizer, generation, stream) if stream else None,
+            policy=policy,
         )
-    ids = output[0].tolist()
-    return Generation(
-        text=decode(tokenizer, ids[len(prompt) :]),
-        tokens=[str(tokenizer.decode([token])) for token in ids],
-        prompt_length=len(prompt),
-        experts=torch.cat(forwards) if show_routing else None,
-    )
+    ids = output[0, len(prompt) :].tolist()
+    generation.text = decode(tokenizer, ids)
+    generation.tokens[len(prompt) :] = [str(tokenizer.decode([token])) for token in ids]
+    return generation
 
 
 def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
@@ -138,32 +143,11 @@ def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> 
         )
 
 
-@contextmanager
-def recorded_experts(model: SRDEModel, forwards: list[Tensor]) -> Iterator[None]:
-    """Append the expert shares `[T, E]` (mean over layers) of each forward inside to `forwards`."""
-    num_experts = len(model.expert_names)
-    choices: dict[int, Tensor] = {}
-
-    def record(*_: Any) -> None:
-        # -1 stands for "no expert": moved to column 0, which is dropped.
-        columns_TC = torch.cat(list(choices.values()), dim=1) + 1
-        counts_TE = columns_TC.new_zeros(len(columns_TC), num_experts + 1)
-        counts_TE = counts_TE.scatter_add_(1, columns_TC, torch.ones_like(columns_TC))[:, 1:]
-        forwards.append((counts_TE / counts_TE.sum(1, keepdim=True)).cpu())
-
-    handle = model.base.register_forward_hook(record)
-    try:
-        with model.routing.running(RoutingPolicy(choices=choices)):
-            yield
-    finally:
-        handle.remove()
-
-
 def format_routing(generation: Generation, expert_names: list[str]) -> str:
     """A line for each token with the experts that it used, largest share first, and the shares over the answer."""
-    experts_TE = generation.experts
-    if experts_TE is None:
+    if generation.routing is None:
         raise SRDEError("this answer was generated without show_routing: its experts were not recorded.")
+    experts_TE = generation.routing.shares_TE
     width = max(len(repr(token)) for token in generation.tokens)
     lines = []
     for index, row_E in enumerate(experts_TE):
@@ -193,27 +177,33 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 class _Streamer(BaseStreamer):
-    """Hands on text as it is completed; a character cut between two tokens waits for its rest."""
+    """Adds each token to a generation; a character cut between two tokens waits for its rest."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, emit: Callable[[str], None]) -> None:
-        self.tokenizer, self.emit = tokenizer, emit
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, generation: Generation, emit: Callable[[Generation], None]
+    ) -> None:
+        self.tokenizer, self.generation, self.emit = tokenizer, generation, emit
         self.ids: list[int] = []
-        self.shown = 0
         self.past_prompt = False
 
     def put(self, value: Tensor) -> None:
         if not self.past_prompt:
             self.past_prompt = True
             return
-        self.ids += value.flatten().tolist()
-        text = decode(self.tokenizer, self.ids)
-        if not text.endswith("\ufffd"):
-            self._show(text)
+        for token in value.flatten().tolist():
+            self.ids.append(token)
+            self.generation.tokens.append(str(self.tokenizer.decode([token])))
+            self.generation.pieces.append("")
+            text = decode(self.tokenizer, self.ids)
+            if not text.endswith("\ufffd"):
+                self._add(text)
+        self.emit(self.generation)
 
     def end(self) -> None:
-        self._show(decode(self.tokenizer, self.ids))
+        self._add(decode(self.tokenizer, self.ids))
+        self.emit(self.generation)
 
-    def _show(self, text: str) -> None:
-        if len(text) > self.shown:
-            self.emit(text[self.shown :])
-            self.shown = len(text)
+    def _add(self, text: str) -> None:
+        piece = text[len(self.generation.text) :]
+        self.generation.pieces[-1] += piece
+        self.generation.text += piece

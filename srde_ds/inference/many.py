@@ -14,8 +14,9 @@ from srde_ds.data.conversation import Message
 from srde_ds.data.packing import pad_token_id, prompt_ids
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.batches import batches_by_length
-from srde_ds.inference.generate import Sampling, check_context, decode, generation_settings, recorded_experts
+from srde_ds.inference.generate import Sampling, check_context, decode, generation_settings
 from srde_ds.inference.prompts import Prompt
+from srde_ds.inference.routing import RoutingRecord
 from srde_ds.model.adapter import SRDEModel
 
 Messages = list[Message]
@@ -144,19 +145,20 @@ def generate_many(
     stops = {*settings.eos_token_id}
     for batch in batches_by_length([len(ids) + sampling.max_tokens for ids in written], batch_size, title):
         ids_BS, mask_BS = left_padded([written[i] for i in batch], pad_token_id(tokenizer))
-        forwards: list[torch.Tensor] = []
-        recorded = nullcontext() if routing is None else recorded_experts(model, forwards)
-        with torch.inference_mode(), recorded:
+        record, policy = RoutingRecord(with_weights=False), model.routing.policy
+        recording = nullcontext(policy) if routing is None else record.recording(model, policy)
+        with torch.inference_mode(), recording as policy:
             output = model.generate(
                 input_ids=ids_BS.to(model.base.device),
                 attention_mask=mask_BS.to(model.base.device),
                 generation_config=settings,
+                policy=policy,
             )
         for index, row in zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True):
             answers[index] = decode(tokenizer, row)
         if routing is not None:
             # The first forward reads the prompts, each later one a token of every answer.
-            shares = [experts_BE.unbind() for experts_BE in forwards[1:]]
+            shares = [experts_BE.unbind() for experts_BE in record.forwards[1:]]
             for place, (index, row) in enumerate(zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True)):
                 said = list(takewhile(lambda token: token not in stops, row))
                 read = [experts_BE[place].tolist() for experts_BE in shares[: len(said)]]

@@ -234,15 +234,22 @@ class SRDEModel(nn.Module):
         Raises:
             SRDEError: an unknown name, or no name.
         """
+        self.routing.standing = replace(self.routing.standing, allowed_experts=self.allowed_experts(names))
+
+    def allowed_experts(self, names: Sequence[str] | None) -> Tensor | None:
+        """`RoutingPolicy.allowed_experts` that allows these, `[E]` bool; None: those of `set_active_experts`.
+
+        Raises:
+            SRDEError: an unknown name, or no name.
+        """
         if names is None:
-            self.routing.standing = replace(self.routing.standing, allowed_experts=None)
-            return
+            return None
         chosen = [expert_index(self.expert_names, name) for name in ([names] if isinstance(names, str) else names)]
         if not chosen:
             raise SRDEError("set_active_experts([]): give at least one expert; `with model.no_experts():` uses none.")
         allowed = torch.zeros(len(self.expert_names), dtype=torch.bool)
         allowed[chosen] = True
-        self.routing.standing = replace(self.routing.standing, allowed_experts=allowed)
+        return allowed
 
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.

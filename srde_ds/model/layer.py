@@ -99,6 +99,8 @@ class SRDEFeedForward(nn.Module):
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
         if policy.choices is not None:
             policy.choices[self.layer] = routing.choices_TK
+        if policy.choice_weights is not None:
+            policy.choice_weights[self.layer] = routing.weights_TK.detach()
         return self._with_losses(output_TD, routing, policy).view_as(x)
 
     def _after_loading(self, *_: object) -> None:

@@ -82,6 +82,7 @@ class RoutingPolicy:
         statistics: what the forward's routing is added to. A forward with gradients is counted by its backward: once,
             however often it is recomputed. One without gradients is counted at once, but only in eval mode.
         choices: filled by the forward: layer -> `[T, K]` int64, best first, -1 where fewer than K experts are allowed.
+        choice_weights: filled by the forward: layer -> `[T, K]`, the weights p_e of `choices`, 0 for -1.
     """
 
     active: bool = True
@@ -96,6 +97,7 @@ class RoutingPolicy:
     noise_step: int = 0
     statistics: RoutingStatistics | None = None
     choices: dict[int, Tensor] | None = None
+    choice_weights: dict[int, Tensor] | None = None
 
     def to(self, device: torch.device) -> RoutingPolicy:
         """The same policy with its tensors on a device."""

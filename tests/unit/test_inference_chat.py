@@ -12,6 +12,7 @@ import pytest
 
 from srde_ds.errors import SRDEError
 from srde_ds.inference import chat as chat_module
+from srde_ds.inference import session as session_module
 from srde_ds.inference.chat import Chat, side_by_side
 from srde_ds.inference.command import inference_command
 from srde_ds.inference.generate import Generation, Sampling, answer_length, generate
@@ -35,15 +36,17 @@ def heard(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The conversations that the model was given."""
     calls: list[list[str]] = []
 
-    def fake(model: Any, tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Generation:
+    def fake(model: Any, tokenizer: Any, messages: list[dict[str, str]], sampling: Any, **options: Any) -> Generation:
         calls.append([message["content"] for message in messages])
         if messages[-1]["content"] == "stop":
             raise KeyboardInterrupt
         if messages[-1]["content"] == "fail":
             raise RuntimeError("out of memory")
-        return Generation(f"answer {len(calls)}", [], 0, None)
+        answer = Generation(f"answer {len(calls)}", [], 0)
+        options["stream"](answer)
+        return answer
 
-    monkeypatch.setattr(chat_module, "generate", fake)
+    monkeypatch.setattr(session_module, "generate", fake)
     return calls
 
 

@@ -40,13 +40,15 @@ def test_cached_generation_equals_uncached_token_for_token() -> None:
 
 def test_pieces_joined_are_the_text() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    pieces: list[str] = []
+    so_far: list[str] = []
     torch.manual_seed(0)
-    streamed = generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0), stream=pieces.append)
+    sampling = Sampling(60, temperature=2.0, top_p=1.0)
+    streamed = generate(model, tokenizer, MESSAGES, sampling, stream=lambda answer: so_far.append(answer.text))
     torch.manual_seed(0)
     whole = generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0))
-    assert "".join(pieces) == streamed.text == whole.text
-    assert len(pieces) > 10
+    assert "".join(streamed.pieces) == so_far[-1] == streamed.text == whole.text
+    assert all(later.startswith(earlier) for earlier, later in zip(so_far, so_far[1:], strict=False))
+    assert len(set(so_far)) > 10 and len(streamed.pieces) == len(streamed.tokens) - streamed.prompt_length
     torch.manual_seed(1)
     assert generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0)).text != whole.text
 
@@ -62,10 +64,12 @@ def test_a_character_of_several_tokens_is_streamed_whole() -> None:
         output.logits[..., next(script)] = 9  # type: ignore[attr-defined]
 
     handle = model.base.register_forward_hook(forced)
-    pieces: list[str] = []
-    answer = generate(model, tokenizer, MESSAGES, Sampling(7, temperature=0), stream=pieces.append)
+    so_far: list[str] = []
+    sampling = Sampling(7, temperature=0)
+    answer = generate(model, tokenizer, MESSAGES, sampling, stream=lambda answer: so_far.append(answer.text))
     handle.remove()
-    assert pieces == ["é", "€", "é"] and answer.text == "é€é"
+    assert answer.pieces == ["", "é", "", "", "€", "", "é"] and answer.text == "é€é"
+    assert so_far == ["", "é", "é", "é", "é€", "é€", "é€é", "é€é"]
 
 
 def test_a_narrow_nucleus_is_greedy_despite_the_bases_own_settings() -> None:
@@ -81,12 +85,19 @@ def test_a_narrow_nucleus_is_greedy_despite_the_bases_own_settings() -> None:
 def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     answer = generate(model, tokenizer, MESSAGES, Sampling(10, temperature=0), show_routing=True)
-    assert answer.experts is not None and answer.experts.shape == (len(answer.tokens) - 1, 3)
+    assert answer.routing is not None
+    shares_TE, weights_TE = answer.routing.shares_TE, answer.routing.weights_TE()
+    assert shares_TE.shape == weights_TE.shape == (len(answer.tokens) - 1, 3)
     ids = _uncached(model, tokenizer, len(answer.tokens))
     recorded: dict[int, torch.Tensor] = {}
+    weights: dict[int, torch.Tensor] = {}
     with torch.no_grad():
-        model(torch.tensor([ids[:-1]]), policy=RoutingPolicy(choices=recorded))
-    for position, row in enumerate(answer.experts):
+        model(torch.tensor([ids[:-1]]), policy=RoutingPolicy(choices=recorded, choice_weights=weights))
+    for layer in (0, 1):
+        expected = torch.zeros(len(ids) - 1, 3).scatter(1, recorded[layer], weights[layer])
+        torch.testing.assert_close(answer.routing.weights_TE([layer]), expected)
+    assert weights_TE.sum(1).tolist() == pytest.approx([1.0] * len(weights_TE))
+    for position, row in enumerate(shares_TE):
         chosen = [int(e) for choices in recorded.values() for e in choices[position]]
         assert row.tolist() == pytest.approx([chosen.count(e) / len(chosen) for e in range(3)])
 

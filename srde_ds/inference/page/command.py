@@ -1,0 +1,110 @@
+"""The verb `chat`: where the page is, and who may see it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from srde_ds.errors import SRDEError
+from srde_ds.inference.command import MAX_TOKENS
+from srde_ds.inference.generate import Sampling, answer_length
+from srde_ds.inference.load import load_model
+from srde_ds.inference.page.options import ChatOptions
+from srde_ds.inference.page.visit import ChatPage
+from srde_ds.utils.escape import terminal
+
+PASSWORD = "SRDE_CHAT_PASSWORD"  # name of the environment variable
+SHORTEST_PASSWORD = 8
+
+
+def chat_command(options: ChatOptions) -> None:
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        SRDEError: a bad password, an address that cannot be listened on, missing weights, a wrong base, or Gradio is
+            not installed.
+    """
+    try:
+        from srde_ds.inference.page.server import chat_server
+    except ModuleNotFoundError as error:
+        remedy = "Install it: pip install 'srde-ds[pages]'"
+        raise SRDEError(f"package '{error.name}' is missing, the chat's page needs it. {remedy}") from None
+    password = page_password(options, os.environ)
+    with listening(options.host, options.port) as listener:
+        base = {"base": options.base, "allow_download": options.allow_download}
+        model, tokenizer = load_model(options.weights, bf16=options.bf16, **base)  # type: ignore[arg-type]
+        longest = answer_length(model, MAX_TOKENS) if options.max_tokens is None else options.max_tokens
+        sampling = Sampling(longest, options.temperature, options.top_p)
+        page = ChatPage(model, tokenizer, sampling, seed=options.seed)
+        server = chat_server(page, title=f"{options.weights} on {model.base_identity['name']}", password=password)
+        print(terminal(f"The chat is at {address(listener)} (Ctrl-C ends it)."), flush=True)
+        if password is not None:
+            print(terminal(_password_told(password, options)), flush=True)
+        server.run(sockets=[listener])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def page_password(options: ChatOptions, environment: Mapping[str, str]) -> str | None:
+    """The password that visitors have to give; None: nobody is asked.
+
+    That is so where only this machine reaches the page and no password was given or asked for. One that is needed and
+    not given is made.
+
+    Raises:
+        SRDEError: the file cannot be read, or the password is too short.
+    """
+    if options.password_file is not None:
+        try:
+            password = Path(options.password_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "no UTF-8"
+            raise SRDEError(f"password_file={options.password_file}: cannot be read: {reason}.") from None
+        place = f"password_file={options.password_file}"
+    elif PASSWORD in environment:
+        password, place = environment[PASSWORD], f"environment variable {PASSWORD}"
+    elif options.ask_password or not is_loopback(options.host):
+        return secrets.token_urlsafe(12)
+    else:
+        return None
+    if len(password) < SHORTEST_PASSWORD:
+        raise SRDEError(f"{place}: the password has {len(password)} characters; give at least {SHORTEST_PASSWORD}.")
+    return password
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before a model is loaded for nothing.
+
+    Raises:
+        SRDEError: it cannot.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        remedy = "Give another --port, or 0 for any that is free." if error.errno == errno.EADDRINUSE else "Change it."
+        raise SRDEError(f"host={host} port={port}: cannot listen there: {error.strerror}. {remedy}") from None
+
+
+def address(listener: socket.socket) -> str:
+    """What a browser on this machine is given."""
+    host, port = listener.getsockname()[:2]
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    host = everywhere.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _password_told(password: str, options: ChatOptions) -> str:
+    given = options.password_file is not None or PASSWORD in os.environ
+    return "It asks for the password that you gave." if given else f"Its password is {password}"

@@ -1,0 +1,47 @@
+"""The options of `srde-ds chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from srde_ds.config.values import option
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Who answers, where the page is, and who may see it."""
+
+    weights: str = option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+    base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
+    allow_download: bool = option(
+        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+    )
+    host: str = option(
+        "127.0.0.1", "address to listen on; any but those of this machine alone asks for a password", metavar="ADDRESS"
+    )
+    port: int = option(7860, "port to listen on; 0: any that is free", metavar="PORT", minimum=0, maximum=65535)
+    ask_password: bool = option(False, "ask for a password on this machine, too")
+    password_file: str | None = option(
+        None,
+        "file that holds the password (default: the environment variable SRDE_CHAT_PASSWORD, else one is made and "
+        "printed)",
+        metavar="FILE",
+    )
+    max_tokens: int | None = option(
+        None,
+        "longest answer, in tokens; this and the following can be changed on the page",
+        metavar="TOKENS",
+        aliases=("max_new_tokens",),
+        minimum=1,
+        derived="256, at most half of the base's context",
+    )
+    temperature: float = option(0.7, "temperature of the sampling; 0: always the likeliest token", minimum=0.0)
+    top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
+    seed: int = option(42, "seed of the sampling of each answer", metavar="N", minimum=0)
+    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
