@@ -55,7 +55,6 @@ def html(text: str) -> str:
     return entities.escape(terminal(text))
 
 
-<<<<<<< HEAD
 def plotly_label(text: str) -> str:
     """For a chart of plotly, which reads a part of HTML in its labels."""
     return entities.escape(one_line(text), quote=False)
@@ -66,8 +65,6 @@ def script_json(value: Any) -> str:
     return json.dumps(value).replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
-=======
->>>>>>> e56ed0a (Chat: a page in the browser, with the experts of each token and the base beside; one session class for terminal and page)
 def json_line(text: str) -> str:
     """A line of JSON that goes to a terminal: the same value."""
     return _CONTROL.sub(lambda found: json.dumps(found[0])[1:-1], text)

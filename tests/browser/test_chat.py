@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -252,6 +253,20 @@ def test_the_page_fits_and_can_be_read(url: str, visit: Callable[..., Page], wid
     else:
         assert boxes[1]["y"] == boxes[0]["y"] and boxes[1]["x"] >= boxes[0]["x"] + boxes[0]["width"]
     assert page.evaluate(CONTRAST) >= 4.5
+
+
+def test_other_names_of_the_host_and_uploads_are_refused(url: str) -> None:
+    host = url.removeprefix("http://")
+    for name, status in ((host, 200), (host.replace("127.0.0.1", "localhost"), 200), ("evil.example", 400)):
+        connection = http.client.HTTPConnection(host, timeout=30)
+        connection.request("GET", "/", headers={"Host": name})
+        assert connection.getresponse().status == status
+        connection.close()
+    connection = http.client.HTTPConnection(host, timeout=30)
+    body = '--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nsome text\r\n--x--\r\n'
+    connection.request("POST", "/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"})
+    assert connection.getresponse().status == 413
+    connection.close()
 
 
 def test_a_password_is_asked_for(model: SRDEModel, visit: Callable[..., Page]) -> None:

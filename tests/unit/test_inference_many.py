@@ -85,8 +85,8 @@ def test_the_experts_of_a_padded_batch_are_those_of_each_prompt_alone() -> None:
     assert texts == generate_many(model, tokenizer, prompts, GREEDY, batch_size=3) and sorted(routing) == [*range(5)]
     for number, prompt in enumerate(prompts):
         single = generate(model, tokenizer, prompt.messages, GREEDY, show_routing=True)
-        assert single.experts is not None
-        own = single.experts[single.prompt_length :]
+        assert single.routing is not None
+        own = single.routing.shares_TE[single.prompt_length :]
         assert "".join(routing[number].tokens) == texts[number] == single.text
         torch.testing.assert_close(torch.tensor(routing[number].shares), own[: len(routing[number].tokens)])
     assert len({str(of.shares) for of in routing.values()}) > 1
