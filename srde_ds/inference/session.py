@@ -45,12 +45,14 @@ class Turn:
 
     Attributes:
         experts: those that the question was put to; None: all that are active.
+        base_beside: whether the bare base was asked, too.
         answer: of the model with experts; None: there is none yet.
         base: of the bare base; None: there is none yet, or it was not asked.
     """
 
     question: str
     experts: Sequence[str] | None = None
+    base_beside: bool = False
     answer: Generation | None = None
     base: Generation | None = None
 
@@ -82,7 +84,7 @@ class ChatSession:
             SRDEError: no question, a value out of range, or a conversation that is longer than the base's context.
             RuntimeError: torch's, above all a lack of memory.
         """
-        turn = Turn(check_text(question, "question", "chat"), options.experts)
+        turn = Turn(check_text(question, "question", "chat"), options.experts, options.base_beside)
         messages = [*self.messages(), {"role": "user", "content": turn.question}]
         with_experts = RoutingPolicy(allowed_experts=self.model.allowed_experts(options.experts))
         for turn.answer in self._generations(messages, options, with_experts):

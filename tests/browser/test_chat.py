@@ -142,7 +142,6 @@ def _ask(page: Page, question: str) -> None:
 def _answered(page: Page, turns: int = 1) -> None:
     expect(page.locator(".turn .mean")).to_have_count(turns)
     expect(page.locator("[aria-busy]")).to_have_count(0)
-    expect(page.locator(".waiting")).to_have_count(0)
 
 
 def test_an_answer_is_streamed_beside_the_bases(
@@ -154,8 +153,8 @@ def test_an_answer_is_streamed_beside_the_bases(
     speaker.allow(4)
     _ask(page, "What is 17 * 3?")
     answers = page.locator(".answer .text")
-    expect(answers).to_have_text(["ab <"])
-    expect(page.locator(".answer")).to_have_attribute("aria-busy", "true")
+    expect(answers).to_have_text(["ab <", ""])
+    expect(page.locator("[aria-busy] h3")).to_have_text("With experts")
     expect(page.get_by_label("Message")).to_have_value("")
     page.get_by_label("Message").fill("the next one")
     speaker.allow(None)
@@ -224,7 +223,7 @@ def test_others_wait_in_line_and_a_stopped_answer_makes_room(
     first, second = visit(url), visit(url)
     speaker.allow(3)
     _ask(first, "first")
-    expect(first.locator(".answer .text")).to_have_text("ab")
+    expect(first.locator(".answer .text").first).to_have_text("ab")
     second.get_by_label("Message").fill("second")
     second.get_by_role("button", name="Send").click()
     expect(second.get_by_text("queue: 1/1")).to_be_visible()

@@ -111,12 +111,12 @@ def test_a_failed_turn_is_forgotten_and_the_next_one_answered() -> None:
 
 def test_a_closed_turn_is_forgotten_and_its_model_is_free() -> None:
     session = _session()
+    expected = _text(_last(_session(), "hi", AnswerOptions(DRAWN, seed=1)).answer)
     growing = session.ask("hi", AnswerOptions(Sampling(200, temperature=2.0, top_p=1.0), seed=1))
     next(growing)
     growing.close()  # type: ignore[attr-defined]
     assert session.turns == []
-    before = _text(_last(_session(), "hi", AnswerOptions(DRAWN, seed=1)).answer)
-    assert _text(_last(session, "hi", AnswerOptions(DRAWN, seed=1)).answer) == before
+    assert _text(_last(session, "hi", AnswerOptions(DRAWN, seed=1)).answer) == expected
 
 
 def test_sessions_of_one_model_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,8 +93,10 @@ def listening(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        remedy = "Give another --port, or 0 for any that is free." if error.errno == errno.EADDRINUSE else "Change it."
-        raise SRDEError(f"host={host} port={port}: cannot listen there: {error.strerror}. {remedy}") from None
+        taken = error.errno == errno.EADDRINUSE
+        remedy = "Give another --port, or 0 for any that is free." if taken else "Give an address of this machine."
+        reason = str(error.strerror).partition(" (while ")[0]
+        raise SRDEError(f"host={host} port={port}: cannot listen there: {reason}. {remedy}") from None
 
 
 def address(listener: socket.socket) -> str:

@@ -47,17 +47,17 @@ def turn_html(turn: Turn, view: View, *, growing: bool = False, note: str = "") 
         note: what went wrong.
     """
     answers = []
-    if turn.answer is not None:
+    if turn.answer is not None or growing:
         title = "With experts" if turn.experts is None else f"With {', '.join(turn.experts)} alone"
         busy = growing and turn.base is None
         answers.append(_box(title, _answer_tokens(turn, view), _mean(turn, view), busy=busy))
-    if turn.base is not None:
-        answers.append(_box("Base alone", html(turn.base.text), "", busy=growing))
+    if turn.base is not None or (growing and turn.base_beside):  # from the beginning, lest the other box shrinks later
+        text = html(turn.base.text) if turn.base else ""
+        answers.append(_box("Base alone", text, "", busy=growing and turn.base is not None))
     told = f'<p class="note" role="alert">{html(note)}</p>' if note else ""
-    waiting = '<p class="waiting">…</p>' if growing and not answers else ""
     return (
         f'<section class="turn"><h2>{html(turn.question)}</h2>'
-        f'<div class="answers">{"".join(answers)}</div>{waiting}{told}</section>'
+        f'<div class="answers">{"".join(answers)}</div>{told}</section>'
     )
 
 
@@ -86,7 +86,8 @@ def _box(title: str, content: str, below: str, *, busy: bool) -> str:
 
 
 def _answer_tokens(turn: Turn, view: View) -> str:
-    assert turn.answer is not None
+    if turn.answer is None:
+        return ""
     if turn.answer.routing is None:
         return html(turn.answer.text)
     rows = turn.answer.routing.weights_TE(view.layers)[turn.answer.prompt_length :].tolist()
@@ -95,8 +96,7 @@ def _answer_tokens(turn: Turn, view: View) -> str:
 
 def _mean(turn: Turn, view: View) -> str:
     """The weights of the whole answer."""
-    assert turn.answer is not None
-    if turn.answer.routing is None:
+    if turn.answer is None or turn.answer.routing is None:
         return ""
     weights_TE = turn.answer.routing.weights_TE(view.layers)[turn.answer.prompt_length :]
     if not len(weights_TE):
@@ -115,7 +115,7 @@ def _tokens(pieces: Sequence[str], rows: Sequence[Sequence[float]], view: View) 
             continue
         row = rows[number] if number < len(rows) else None
         first = max(range(len(row)), key=row.__getitem__) if row else 0
-        color = f"{_color(first)};--share:{row[first]:.0%}" if row else "--share:0%"
+        color = f"{_color(first)};--share:{row[first]:.0%}" if row else ""
         weights = _weights(row, view) if row else UNREAD
         spans.append(
             f'<span class="token" tabindex="{stop}" style="{color}" data-weights="{weights}">{html(piece)}</span>'

@@ -26,7 +26,7 @@ CSS = """
 #conversation > div { margin-bottom: auto; gap: 0; }
 #conversation .html-container, .actions .html-container { padding: 0; }
 .hint { color: var(--body-text-color-subdued); margin: 0; }
-.turn { margin-bottom: 1.4rem; }
+.turn { padding-bottom: 1.4rem; }
 .turn h2 {
   font-size: 1rem; font-weight: 600; line-height: 1.5; white-space: pre-wrap; overflow-wrap: anywhere;
   margin: 0 0 0.6rem; padding: 0.5rem 0.8rem; border-radius: var(--radius-md);
@@ -43,14 +43,17 @@ CSS = """
 }
 .text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; min-height: 1.75em; }
 .answer[aria-busy] .text::after { content: "▍"; color: var(--body-text-color-subdued); }
-.mean, .waiting { margin: 0.5rem 0 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
+.mean { margin: 0.5rem 0 0; font-size: 0.85rem; color: var(--body-text-color-subdued); }
 .note {
   margin: 0.7rem 0 0; padding: 0.5rem 0.8rem; border-left: 3px solid #c0392b;
   background: var(--background-fill-secondary); overflow-wrap: anywhere;
 }
 
-.token { background: color-mix(in srgb, var(--expert) calc(var(--share) * 0.5), transparent); cursor: default; }
-.token:hover, .token:focus { outline: 2px solid var(--expert); }
+/* Without an expert's colours this is no valid colour, so a token that was not read has none. */
+.token {
+  background: color-mix(in srgb, var(--expert) calc(14% + var(--share) * 0.36), transparent); cursor: default;
+}
+.token:hover, .token:focus { outline: 2px solid var(--expert, currentcolor); }
 /* No top is given, so it hangs below the token's line; left and right are the box's. */
 .token:hover::after, .token:focus::after {
   content: attr(data-weights); position: absolute; left: 0.8rem; max-width: calc(100% - 1.6rem); margin-top: 1.9em;

@@ -81,11 +81,12 @@ class ChatPage:
 
     def ask(self, visit: Visit, question: str, settings: Settings) -> Iterator[Shown]:
         """Answer; what is shown as the answers grow. An error is shown, too, and the next question is answered."""
-        visit.unfinished, visit.note = Turn(question), ""
+        visit.unfinished, visit.note = Turn(question, base_beside=settings.base_beside), ""
         yield self.shown(visit, growing=True)
         try:
+            options = self._options(settings)
             last = time.monotonic()
-            for turn in visit.session.ask(question, self._options(settings)):
+            for turn in visit.session.ask(question, options):
                 visit.unfinished = turn
                 if time.monotonic() - last >= BETWEEN_UPDATES:
                     yield self.shown(visit, growing=True)
