@@ -237,6 +237,14 @@ def test_others_wait_in_line_and_a_stopped_answer_makes_room(
     _answered(first)
     expect(first.locator(".turn h2")).to_have_text("again")
 
+    speaker.allow(3)
+    _ask(first, "nobody waits for this answer")
+    expect(first.locator("[aria-busy]")).to_be_visible()
+    first.close()
+    _ask(second, "third")
+    speaker.allow(None)
+    _answered(second, 2)
+
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])

@@ -75,7 +75,8 @@ def chat_blocks(page: ChatPage, *, title: str) -> gr.Blocks:
                     send = gr.Button("Send", variant="primary", min_width=120)
                     stop = gr.Button("Stop", min_width=120)
                     restart = gr.Button("New chat", min_width=120)
-                    export = gr.HTML(min_width=120)
+                    with gr.Column(min_width=120):
+                        export = gr.HTML()
             with gr.Column(scale=1, min_width=260):
                 numbered = [(one_line(name), number) for number, name in enumerate(names)]
                 experts = gr.CheckboxGroup(numbered, value=list(range(len(names))), label="Experts switched on")

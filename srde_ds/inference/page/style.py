@@ -65,7 +65,7 @@ CSS = """
 .prompt .text { margin-top: 0.4rem; }
 
 .actions { align-items: stretch; }
-.actions .html-container, .actions .prose { height: 100%; }
+.actions .block, .actions .html-container, .actions .prose { height: 100%; }
 .download {
   display: flex; align-items: center; justify-content: center; height: 100%; padding: 0.5rem 1rem;
   font-size: var(--button-large-text-size); font-weight: var(--button-large-text-weight);
