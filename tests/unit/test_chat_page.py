@@ -31,6 +31,7 @@ from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, save_model, tiny_model
 
 EVERYTHING = Settings([0, 1, 2], None, True, temperature=0.0, top_p=1.0, max_tokens=8, seed=1)
+NEEDS_GRADIO = "gradio is not installed: pip install srde-ds[pages]"
 HOSTILE = "<script>alert(1)</script> \"'&\x1b[31m${1+1}{{value}}"
 
 
@@ -248,6 +249,7 @@ def test_a_password_comes_from_a_file_or_the_environment(tmp_path: Path) -> None
 def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("gradio", reason=NEEDS_GRADIO)
     with listening("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
         assert address(taken) == f"http://127.0.0.1:{port}"
@@ -261,6 +263,7 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(
 def test_the_verb_serves_and_tells_where(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("gradio", reason=NEEDS_GRADIO)
     served: list[socket.socket] = []
     monkeypatch.setattr("uvicorn.Server.run", lambda _, sockets: served.extend(sockets))
     weights = str(save_model(tmp_path))
