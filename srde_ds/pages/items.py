@@ -12,6 +12,8 @@ from srde_ds.utils.escape import terminal
 
 MOST_BYTES = 9_000_000
 """of the packed items, which leave plotly and the charts 6 MB of the 15 that a page may have"""
+_JOINED = 0
+"""in place of an answer's text: that of its tokens"""
 _LENGTHS = (20000, 4000, 1000, 400, 150)  # characters of a text: the first that gives no more bytes is taken
 
 
@@ -73,9 +75,10 @@ def _row(item: Item, numbers: dict[str, int], length: int) -> list[object]:
 
     answers: list[list[object]] = []
     for answer in item.answers:
-        row: list[object] = [shown(answer.text), answer.correct]
-        if answer.tokens and answer.text is not None and len(answer.text) <= length:
-            row += [[terminal(token) for token in answer.tokens], answer.shares]
-        answers.append(row)
+        if answer.tokens and "".join(answer.tokens) == answer.text and len(answer.text) <= length:
+            # The script joins them: written twice, the text would be a third of the page.
+            answers.append([_JOINED, answer.correct, [terminal(token) for token in answer.tokens], answer.shares])
+        else:
+            answers.append([shown(answer.text), answer.correct])
     messages = [[terminal(role), shown(text)] for role, text in item.messages]
     return [numbers[item.domain], terminal(item.source), messages, shown(item.expected), answers]

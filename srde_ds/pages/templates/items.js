@@ -7,7 +7,11 @@
   async function unpacked(holder) {
     const bytes = Uint8Array.from(atob(holder.querySelector(".packed").textContent), (each) => each.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    return JSON.parse(await new Response(stream).text());
+    const items = JSON.parse(await new Response(stream).text());
+    for (const [, , , , answers] of items)
+      for (const answer of answers)
+        if (answer[0] === 0) answer[0] = answer[2].join("");
+    return items;
   }
 
   function element(tag, name, text) {
