@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from srde_ds.cli.flags import Parser
-from srde_ds.config.values import option
+from srde_ds.config.values import option, weights_option
 from srde_ds.utils.escape import terminal
 
 
@@ -15,13 +15,7 @@ from srde_ds.utils.escape import terminal
 class InspectOptions:
     """Which weights, and how they are described."""
 
-    weights: str = option(
-        "",
-        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
-        metavar="WEIGHTS",
-        aliases=("checkpoint", "srde_weights", "run"),
-        required=True,
-    )
+    weights: str = weights_option()
     json: bool = option(False, "print JSON instead of words")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srde_ds.config.values import option
+from srde_ds.config.values import option, weights_option
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,7 @@ class CombineOptions:
 class RenameOptions:
     """Which experts get which names."""
 
-    weights: str = option(
-        "",
-        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
-        metavar="WEIGHTS",
-        aliases=("checkpoint", "srde_weights", "run"),
-        required=True,
-    )
+    weights: str = weights_option()
     names: list[str] = option(
         [], "the old and the new name of each expert", metavar="OLD=NEW,...", aliases=("rename",), required=True
     )
@@ -62,12 +56,6 @@ class RenameOptions:
 class RemoveOptions:
     """Which experts are left out."""
 
-    weights: str = option(
-        "",
-        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
-        metavar="WEIGHTS",
-        aliases=("checkpoint", "srde_weights", "run"),
-        required=True,
-    )
+    weights: str = weights_option()
     experts: list[str] = option([], "experts to leave out", metavar="NAME,...", required=True)
     output: str = option("", "weights file to write", metavar="FILE", aliases=("output_file",), required=True)

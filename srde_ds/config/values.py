@@ -51,6 +51,17 @@ def option(default: Any, help: str, **traits: Unpack[OptionTraits]) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def weights_option() -> Any:
+    """The field of a verb that takes trained experts, under all its names."""
+    return option(
+        "",
+        "trained experts: a run folder, a checkpoint, a weights file, a folder of PEFT or a repository of the Hub",
+        metavar="WEIGHTS",
+        aliases=("checkpoint", "srde_weights", "run"),
+        required=True,
+    )
+
+
 def load_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srde_ds.config.values import option
+from srde_ds.config.values import option, weights_option
 from srde_ds.evaluation.sandbox import Sandbox
 
 
@@ -12,13 +12,7 @@ from srde_ds.evaluation.sandbox import Sandbox
 class EvaluateOptions:
     """What is evaluated, on which items, and how much of it."""
 
-    weights: str = option(
-        "",
-        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
-        metavar="WEIGHTS",
-        aliases=("checkpoint", "srde_weights", "run"),
-        required=True,
-    )
+    weights: str = weights_option()
     eval_file: str = option("", "held-out items with answers, as JSONL", metavar="FILE", required=True)
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(

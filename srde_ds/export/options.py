@@ -5,20 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from srde_ds.config.values import option
+from srde_ds.config.values import option, weights_option
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
     """What is converted, into what, and where it goes."""
 
-    weights: str = option(
-        "",
-        "trained experts: a run folder, a checkpoint, a weights file, a folder of PEFT or a repository of the Hub",
-        metavar="WEIGHTS",
-        aliases=("checkpoint", "srde_weights", "run"),
-        required=True,
-    )
+    weights: str = weights_option()
     to: Literal["weights", "peft", "dense", "moe", "gguf"] = option(
         "weights",
         "weights: the adapter in one file; peft: the adapter in a folder for PEFT; dense: the base with one expert "

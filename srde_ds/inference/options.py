@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srde_ds.config.values import option
+from srde_ds.config.values import option, weights_option
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
     """Which weights answer, what they are asked, and how."""
 
-    weights: str = option(
-        "",
-        "trained experts: a run folder, a checkpoint, a weights file or a repository of the Hub",
-        metavar="WEIGHTS",
-        aliases=("checkpoint", "srde_weights", "run"),
-        required=True,
-    )
+    weights: str = weights_option()
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(
         False, "fetch the base that the weights name from the Hub, if it is not on this machine"
