@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
 
 import deepspeed as deepspeed
+from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 
 def adopt_mpi_launcher() -> None:
@@ -75,6 +78,39 @@ def note_whole_shapes(model: nn.Module) -> None:
     for parameter in model.parameters():
         if hasattr(parameter, "ds_shape"):
             parameter.srde_whole_shape = tuple(parameter.ds_shape)
+
+
+@contextmanager
+def hooked_as_one(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, `deepspeed.initialize` hooks each of these modules once, and none of the modules in it.
+
+    Their weights are gathered and released together: "leaf modules" in deepspeed's words. A trainable's gradient is
+    still reduced when it is there, as outside of them. Deepspeed's own way, when the module's input gets its gradient,
+    takes a gradient that comes later for zero.
+    """
+    for module in modules:
+        deepspeed.utils.set_z3_leaf_module(module, True)
+    in_leaf, stage3.z3_leaf_parameter = stage3.z3_leaf_parameter, lambda parameter: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = in_leaf
+
+
+def gather_in_one_order() -> None:
+    """Have all ranks gather the parameters of several process groups in the same order.
+
+    Deepspeed takes them out of a set, whose order differs from process to process. Two ranks that begin the gathers of
+    two groups in different orders wait for each other forever on NCCL.
+    """
+    name = "_PartitionedParameterCoordinator__all_gather_params_"
+    original = getattr(PartitionedParameterCoordinator, name)
+
+    def ordered(coordinator: Any, parameters: Iterable[Any], *arguments: Any, **options: Any) -> None:
+        original(coordinator, sorted(parameters, key=lambda parameter: parameter.ds_id), *arguments, **options)
+
+    if original.__name__ != ordered.__name__:  # not yet done
+        setattr(PartitionedParameterCoordinator, name, ordered)
 
 
 def is_hooked_for_nothing(module: object) -> bool:

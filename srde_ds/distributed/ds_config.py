@@ -9,6 +9,9 @@ from typing import Any
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 
+DEFAULT_PREFETCH = 50_000_000
+"""DeepSpeed's own default of `stage3_prefetch_bucket_size`, in values"""
+
 # Why each of these ZeRO options is refused: expert shards and per-parameter groups do not work with them
 # in deepspeed 0.19.8 (docs/design.md, "Placement").
 _REFUSED_ZERO_OPTIONS = {
@@ -64,6 +67,18 @@ def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
     for key, value in owned.items():
         _own(ds_config, key, value, path)
     return ds_config
+
+
+def prefetch_whole_layers(ds_config: dict[str, Any], values: int) -> None:
+    """Have the next decoder layer gathered while one is at work, unless the JSON says how far to look ahead.
+
+    DeepSpeed looks ahead once a layer. With its default the most of a large layer would be waited for.
+
+    Args:
+        values: in the parameters of the largest decoder layer, trainables included.
+    """
+    zero = ds_config["zero_optimization"]
+    zero.setdefault("stage3_prefetch_bucket_size", max(values, DEFAULT_PREFETCH))
 
 
 def _read(path: str) -> dict[str, Any]:

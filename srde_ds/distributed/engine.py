@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,14 @@ from srde_ds.config import AdapterConfig, Config
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.deepspeed_internals import deepspeed
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import derive_ds_config, prefetch_whole_layers
 from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
 from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
 from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documents
-from srde_ds.model.base import Sharding, empty_base, load_base
+from srde_ds.model.base import Sharding, decoder_layers, empty_base, load_base, whole_shape
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.targets import Targets, on_device
@@ -240,7 +241,12 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
     ds_config = derive_ds_config(config, topology.world_size)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    decoder = decoder_layers(model.base)
+    largest = max(sum(prod(whole_shape(p)) for p in layer.parameters()) for layer in decoder)
+    prefetch_whole_layers(ds_config, largest)
+    internals.gather_in_one_order()
+    with internals.hooked_as_one(decoder):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     internals.note_whole_shapes(model)
     for layer in model.layers:
         layer.skip_activation_hooks = internals.is_hooked_for_nothing(getattr(layer.block, layer.roles["act"]))

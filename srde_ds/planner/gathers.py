@@ -1,11 +1,11 @@
 """Simulates when ZeRO-3 gathers and releases weights in a micro-step (deepspeed 0.19.8).
 
 DeepSpeed fetches a module's weights before its forward and before its backward, and releases them after each unless
-they are used again within `stage3_max_reuse_distance` values of its recorded trace. Three things cost more than one
-might expect, and are modelled:
+they are used again within `stage3_max_reuse_distance` values of its recorded trace. A decoder layer with its trainables
+is one module to it. Three things cost more than one might expect, and are modelled:
 
-* The deltas' module has no input with a gradient, so its backward never "ends": its gathered weights stay until the
-  whole backward is over. The same holds for the embedding and for what lies before the first trainable.
+* A module whose input has no gradient has no end of its backward: its gathered weights stay until the whole backward is
+  over. That holds for the embedding, and without checkpointing for the first layer.
 * With gradient checkpointing the embedding's output requires a gradient, so its weight is gathered in the backward.
 * Weights up to `stage3_param_persistence_threshold` values stay whole, but are gathered anew after each update.
 
@@ -24,6 +24,7 @@ from itertools import accumulate
 from typing import Any
 
 from srde_ds.config import Config
+from srde_ds.distributed.ds_config import prefetch_whole_layers
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.planner.trainables import layer_trainables
 
@@ -31,7 +32,6 @@ from srde_ds.planner.trainables import layer_trainables
 ZERO_DEFAULTS = {
     "max_live_parameters": 1_000_000_000,
     "max_reuse_distance": 1_000_000_000,
-    "prefetch_bucket_size": 50_000_000,
     "param_persistence_threshold": 100_000,
 }
 
@@ -70,11 +70,16 @@ class Use:
         moment: "forward", or the number of the layer whose backward it belongs to; the head counts as one more layer,
             the embedding as -1.
         releases: whether DeepSpeed sees its end.
+        within: of a container the weights of the modules in it.
+        layer: a decoder layer. When one is released, DeepSpeed takes a container for a use of all that is in it; when
+            another module is, it does not see the weights of layers.
     """
 
     weights: tuple[Weight, ...]
     moment: int | str = "forward"
     releases: bool = True
+    within: tuple[Weight, ...] = ()
+    layer: bool = False
 
 
 @dataclass
@@ -100,13 +105,24 @@ def gather_schedule(config: Config, shape: BaseShape, world_size: int, zero: dic
     """
     limits = {key: int(zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
     trace, weights = _trace(config, shape, world_size, limits["param_persistence_threshold"])
-    return _follow(trace, weights, limits)
+    return _follow(trace, weights, limits | {"prefetch_bucket_size": prefetch_bucket(config, shape, world_size, zero)})
+
+
+def prefetch_bucket(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> int:
+    """How many values DeepSpeed looks ahead, see `ds_config.prefetch_whole_layers`."""
+    layers = {
+        sum(layer.parameters) + sum(t.values for t in layer_trainables(config, layer, world_size))
+        for layer in set(shape.layers)
+    }
+    sized = {"zero_optimization": dict(zero)}
+    prefetch_whole_layers(sized, max(layers))
+    return int(sized["zero_optimization"]["stage3_prefetch_bucket_size"])
 
 
 def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) -> tuple[list[Use], list[Weight]]:
     """The uses of a micro-step in the order of transformers' decoders, and all weights.
 
-    Modules without weights count too: DeepSpeed prefetches a bucket at each.
+    Modules without weights count too: DeepSpeed prefetches a bucket at each, though nothing inside of a layer.
     """
     weights: list[Weight] = []
 
@@ -115,50 +131,58 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
         return weights[-1]
 
     checkpointing = config.model.gradient_checkpointing
-    empty = Use(())  # a module without weights of its own: a container, an activation
+    empty = Use(())
 
     def module(*values: int) -> Use:
         return Use(tuple(weight("base", n) for n in values))
 
-    def layer_modules(layer: LayerShape) -> tuple[list[Use], list[Use], Use]:
-        """A forward in three parts: up to the base's gate and up values, the experts, the last projection."""
-        norm, *other_norms = map(module, layer.norms)
-        attention = [empty, *(module(*own) for own in layer.attention)]
-        before = [empty, norm, *attention, *other_norms, empty, module(layer.matrix), module(layer.matrix), empty]
+    def layer_of(layer: LayerShape) -> Use:
+        attention = [n for own in layer.attention for n in own]
+        # In the order in which transformers makes them, and DeepSpeed looks ahead.
+        base = module(*attention, *[layer.matrix] * 3, *layer.norms)
         trainables = layer_trainables(config, layer, world_size)
-        trained = {t.kind: weight("trainables", t.values, t.ranks, t.stride) for t in trainables}
-        router = Use((trained.pop("router.weight"),))
-        return before, [router, Use(tuple(trained.values()))], module(layer.matrix)
+        trained = tuple(weight("trainables", t.values, t.ranks, t.stride) for t in trainables)
+        return Use((*base.weights, *trained), layer=True)
 
     embedding = module(shape.embedding)
-    layers = [layer_modules(layer) for layer in shape.layers]
+    layers = list(map(layer_of, shape.layers))
     last = [*map(module, shape.last), module(shape.head) if shape.head else embedding]
-    trace = [empty, empty, empty, embedding, empty]
-    for before, experts, down in layers:
-        trace += [*before, *experts, down]
-    trace += last
-    trace += [replace(use, moment=len(layers)) for use in [empty, empty, *reversed(last), empty]]
-    for number, (before, experts, down) in reversed(list(enumerate(layers))):
-        router, deltas = experts
-        # The layer and its block, then the block's modules.
-        backward = [empty, down, replace(deltas, releases=False), router]
-        if number > 0 or checkpointing:  # else nothing before the first experts needs a gradient
-            backward += reversed(before[1:])
-        uses = [empty, *([*before[1:], *experts, down] if checkpointing else []), *backward]
-        trace += [replace(use, moment=number) for use in uses]
+    decoder = Use((), within=tuple(w for use in (embedding, *layers, *last[:-1]) for w in use.weights))
+    model = Use((), within=tuple(weights))  # with experts, and the base in it
+    trace = [model, model, decoder, embedding, empty, *layers, *last]
+    trace += [replace(use, moment=len(layers)) for use in [model, model, last[-1], decoder, *reversed(last[:-1])]]
+    for number, layer in reversed(list(enumerate(layers))):
+        # Without checkpointing the first layer's input needs no gradient, so that its backward has no end.
+        ends = number > 0 or checkpointing
+        again = [replace(layer, moment=number)] if checkpointing else []
+        trace += [*again, replace(layer, moment=number, releases=ends)]
     if checkpointing:
         trace.append(replace(embedding, moment=-1, releases=False))
     return trace, weights
+
+
+class _Ahead:
+    """How far away a weight's next use is, in values of the uses between."""
+
+    def __init__(self, uses: Sequence[tuple[Weight, ...]]) -> None:
+        self._passed = [0, *accumulate(sum(weight.values for weight in weights) for weights in uses)]
+        self._uses: dict[Weight, list[int]] = {}
+        for step, weights in enumerate(uses):
+            for weight in weights:
+                self._uses.setdefault(weight, []).append(step)
+
+    def distance(self, weight: Weight, step: int) -> float:
+        uses = self._uses[weight]
+        again = bisect_right(uses, step)
+        return self._passed[uses[again]] - self._passed[step + 1] if again < len(uses) else math.inf
 
 
 def _follow(trace: Sequence[Use], weights: list[Weight], limits: dict[str, int]) -> Schedule:
     """Fetch, prefetch and release as DeepSpeed does with a complete trace."""
     schedule = Schedule(weights)
     queue = [(weight, step) for step, use in enumerate(trace) for weight in use.weights]
-    passed = [0, *accumulate(sum(w.values for w in use.weights) for use in trace)]  # values of all uses before a step
-    uses: dict[Weight, list[int]] = {}
-    for weight, step in queue:
-        uses.setdefault(weight, []).append(step)
+    after_layer = _Ahead([use.weights + use.within for use in trace])
+    after_others = _Ahead([() if use.layer else use.weights for use in trace])
     available = {weight for weight in weights if weight.persistent}
     live: Counter[str] = Counter()
     promised: dict[Weight, int] = {}  # the last use that a prefetch has seen to
@@ -188,8 +212,7 @@ def _follow(trace: Sequence[Use], weights: list[Weight], limits: dict[str, int])
         if live.total() > schedule.live.setdefault(use.moment, Counter(live)).total():
             schedule.live[use.moment] = Counter(live)
         for weight in use.weights if use.releases else ():
-            again = bisect_right(uses[weight], step)
-            distance = passed[uses[weight][again]] - passed[step + 1] if again < len(uses[weight]) else math.inf
+            distance = (after_layer if use.layer else after_others).distance(weight, step)
             kept = promised.get(weight, -1) > step + 1 or distance < limits["max_reuse_distance"]
             if not weight.persistent and not kept:
                 available.discard(weight)

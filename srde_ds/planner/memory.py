@@ -21,7 +21,7 @@ from srde_ds.planner.activations import (
     layer_gradients,
     shared_activations,
 )
-from srde_ds.planner.gathers import ZERO_DEFAULTS, Schedule, gather_schedule
+from srde_ds.planner.gathers import Schedule, gather_schedule, prefetch_bucket
 from srde_ds.planner.trainables import layer_trainables
 
 FP32, INT32 = 4, 4
@@ -123,7 +123,7 @@ def _moments(
     width = 2 if config.model.bf16 else 4
     transport = choose_transport(config, shape.blocks, world_size)
     checkpointing = config.model.gradient_checkpointing
-    bucket = int(zero.get("stage3_prefetch_bucket_size", ZERO_DEFAULTS["prefetch_bucket_size"]))
+    bucket = prefetch_bucket(config, shape, world_size, zero)
 
     def gathered(moment: int | str) -> dict[str, float]:
         live = schedule.live[moment]

@@ -160,7 +160,7 @@ def test_the_verb_prints_the_plan_and_writes_it(tmp_path: Path, capsys: pytest.C
         "13,506,073,600 frozen values",
         "64 x 8 GPUs",
         "base shard",
-        "gradients at work",
+        "gathered base",
         "largest micro-batch that fits",
         "base gathered",
         "expert transport: deltas (fewest bytes",
