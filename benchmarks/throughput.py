@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -38,14 +39,13 @@ from benchmarks.learning.rivals import lora, shira
 from benchmarks.static import Operators
 from benchmarks.tables import measured_on
 from srde_ds.config import Config, resolve
-from srde_ds.distributed.engine import build_engine, build_model
-from srde_ds.distributed.processes import start_processes
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import enable_checkpointing, load_base
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.head import loss_without_logits
 from srde_ds.model.targets import Targets, on_device
+from srde_ds.optim.schedule import set_step
 from srde_ds.planner.flops import step_flops
 from srde_ds.utils.launcher import stop_processes
 from srde_ds.utils.tables import markdown_table
@@ -188,16 +188,23 @@ def plain_case(options: Options, base: PreTrainedModel, folder: str, method: str
     return Case(method, "plain", checkpointing, step, F.linear, values, _flops(config, method, values))
 
 
-def engine_case(options: Options, folder: str, method: str, checkpointing: bool) -> Case:
-    """SRDE under ZeRO-3 on one process."""
+def engine_case(options: Options, folder: str, method: str, checkpointing: bool, *, updates: bool = False) -> Case:
+    """SRDE under ZeRO-3 on one process; `updates`: with the optimizer's, after each micro-step."""
+    from srde_ds.distributed.engine import build_engine, build_model  # plain loops need no deepspeed
+    from srde_ds.distributed.processes import start_processes
+
     config = config_of(options, folder, method, checkpointing)
+    if updates:
+        config.training.gradient_accumulation_steps = 1
     before = F.linear
     topology = start_processes(600)
     engine = build_engine(build_model(config, topology), config, topology)
     batch = batch_of(options, engine.model.base.config.get_text_config().vocab_size)
     linear, F.linear = F.linear, before
+    steps = itertools.count(1)
 
     def step() -> Tensor:
+        set_step(engine.optimizer, next(steps))
         loss, _ = engine.forward(batch)
         engine.deepspeed.backward(loss)
         engine.deepspeed.step()  # counts the micro-step

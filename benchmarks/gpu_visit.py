@@ -1,0 +1,423 @@
+"""Parts of a visit to a GPU, see gpu_visit.md; each prints a JSON line for each number as soon as it has it.
+
+    python -m benchmarks.gpu_visit PART [--rehearse] [--output_file FILE]
+
+`--rehearse`: tiny sizes on the CPU, to see that every part runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from benchmarks.tables import ROOT, measured_on
+from benchmarks.throughput import Case, Options, engine_case, matrix_speed, plain_case, timed
+from srde_ds.config import AdapterConfig
+from srde_ds.model.adapter import add_experts
+from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, document_attention
+from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.model.head import linear_cross_entropy
+from srde_ds.utils.launcher import stop_processes
+
+GIB = 2**30
+BASE = ROOT / "benchmarks/ministral_3_14b"
+
+
+class Visit:
+    """Sizes, and where numbers go.
+
+    Attributes:
+        hidden, intermediate, tokens: of the parts that look at one layer.
+        options: of the parts that run the whole model.
+    """
+
+    def __init__(self, *, rehearse: bool, output: Path, scratch: Path) -> None:
+        self.device = torch.device("cpu" if rehearse else "cuda")
+        self.rehearse, self.output, self.part = rehearse, output, ""
+        self.hidden, self.intermediate, self.vocabulary = (64, 256, 512) if rehearse else (5120, 16384, 131072)
+        self.heads, self.head_width = (4, 16) if rehearse else (32, 128)
+        self.tokens = 64 if rehearse else 8192
+        self.repeats = 2 if rehearse else 5
+        base = str(BASE)
+        if rehearse:
+            base = str(scratch / "base")
+            shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+            LlamaConfig(**shape, vocab_size=512, num_attention_heads=4, num_key_value_heads=2).save_pretrained(base)
+        self.options = Options(
+            base,
+            checkpointing=(True,),
+            rows=2,
+            length=self.tokens // 2,
+            density=0.05 if rehearse else 0.01,
+            bf16=True,
+        )
+
+    def note(self, what: str, **numbers: Any) -> None:
+        """A line in the file and on the screen, now."""
+        line = json.dumps({"part": self.part, "what": what} | numbers)
+        print(line, flush=True)
+        with self.output.open("a") as file:
+            file.write(line + "\n")
+
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Median over the repeats, after one that does not count."""
+        timed(work)
+        return statistics.median(timed(work) for _ in range(self.repeats))
+
+    def peak_gib(self, work: Callable[[], object]) -> float | None:
+        """Of the device's allocator, all included; None on a CPU."""
+        if self.device.type != "cuda":
+            work()
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() / GIB
+
+    def random(self, *shape: int, gradient: bool = False) -> Tensor:
+        """Standard normal in bfloat16."""
+        return torch.randn(*shape, dtype=torch.bfloat16, device=self.device, requires_grad=gradient)
+
+
+def machine(visit: Visit) -> None:
+    """Versions, and the speed of products and copies."""
+    visit.note("environment", **measured_on())
+    visit.note("product, bf16", tflops=matrix_speed(torch.bfloat16, visit.device) / 1e12)
+    for megabytes in (1, 64) if visit.rehearse else (64, 1024):
+        source = torch.empty(megabytes * 2**20, dtype=torch.uint8, pin_memory=visit.device.type == "cuda")
+        there = source.to(visit.device)
+        for what, a, b in (("to the device", there, source), ("to the host", source, there)):
+            seconds = visit.seconds(partial(a.copy_, b, non_blocking=True))
+            visit.note(f"copy {what}", megabytes=megabytes, gb_s=megabytes * 2**20 / seconds / 1e9)
+    if visit.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+        size = 8192
+        a, b = (torch.randn(size, size, device=visit.device).to(torch.float8_e4m3fn) for _ in range(2))
+        rows, columns = torch.ones(size, 1, device=visit.device), torch.ones(1, size, device=visit.device)
+        seconds = visit.seconds(lambda: torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.bfloat16))
+        visit.note("product, FP8, scales by row", tflops=2 * size**3 / seconds / 1e12)
+
+
+def tests(visit: Visit) -> None:
+    """tests/gpu; on a CPU all of them are skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-n", "0", "tests/gpu"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    visit.note("tests/gpu", status=result.returncode, summary=lines[-1] if lines else "", failed=failed)
+
+
+def layer(visit: Visit) -> None:
+    """One layer's attention, feed-forward block and loss: seconds of a forward and backward, errors, memory."""
+    _attention(visit)
+    _feed_forward(visit)
+    _loss(visit)
+
+
+def _attention(visit: Visit) -> None:
+    rows, length = 2, visit.tokens // 2
+    shape = rows, visit.heads, length, visit.head_width
+    query, key, value = (visit.random(*shape, gradient=True) for _ in range(3))
+    for documents in (1, 8):
+        positions = (torch.arange(length) % (length // documents)).repeat(rows, 1)
+        borders = Documents.of(positions).to(visit.device)
+        number = (positions == 0).cumsum(1)
+        mask = (number[:, None, :, None] == number[:, None, None, :]).tril().to(visit.device)
+
+        def by_document(borders: Documents = borders) -> None:
+            document_attention(nn.Module(), query, key, value, None, documents=borders)[0].sum().backward()
+
+        def by_mask(mask: Tensor = mask) -> None:
+            F.scaled_dot_product_attention(query, key, value, attn_mask=mask).sum().backward()
+
+        for what, work in (("by document", by_document), ("by a dense mask", by_mask)):
+            visit.note(f"attention {what}", documents=documents, seconds=visit.seconds(work))
+
+
+def _feed_forward(visit: Visit) -> None:
+    experts, density = 6, visit.options.density
+    for granularity in ("neuron", "element"):
+        config = LlamaConfig(
+            hidden_size=visit.hidden,
+            intermediate_size=visit.intermediate,
+            num_hidden_layers=1,
+            vocab_size=16,
+            num_attention_heads=visit.heads,
+            num_key_value_heads=visit.heads,
+        )
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        adapter = AdapterConfig(
+            num_experts=experts, density=density, granularity=granularity, support_strategy="random"
+        )
+        names = [f"expert{e}" for e in range(experts)]
+        base = base.to(visit.device)
+        model = add_experts(base, adapter, expert_names=names, seed=0).train()
+        block = model.layers[0]
+        x = visit.random(visit.tokens, visit.hidden, gradient=True)
+        with torch.no_grad():
+            for parameter in block.deltas.parameters():
+                parameter.normal_(std=0.02)
+
+        def frozen(block: Any = block, x: Tensor = x) -> None:
+            block.block(x).sum().backward()
+
+        def routed(block: Any = block, x: Tensor = x) -> None:
+            block(x).sum().backward()
+
+        if granularity == "neuron":
+            visit.note("feed-forward, frozen", seconds=visit.seconds(frozen))
+        visit.note(f"feed-forward, SRDE {granularity}", seconds=visit.seconds(routed), peak_gib=visit.peak_gib(routed))
+        few = x[:64].detach()
+        with torch.no_grad():
+            exact = copy.deepcopy(block).double()(few.double())
+            errors = (block(few).double() - exact).norm(dim=1) / exact.norm(dim=1)
+        # The median: a token whose choice of experts is a near tie may go elsewhere.
+        visit.note(f"feed-forward, SRDE {granularity}, against float64", relative_error=float(errors.median()))
+        if granularity == "neuron":
+            block.dispatch = LocalDispatch(compiled=True)
+            visit.note("feed-forward, SRDE neuron, compiled", seconds=visit.seconds(routed))
+
+
+def _loss(visit: Visit) -> None:
+    count = visit.tokens
+    weight, x = visit.random(visit.vocabulary, visit.hidden), visit.random(count, visit.hidden, gradient=True)
+    tokens = torch.randint(0, visit.vocabulary, (count,), device=visit.device)
+
+    def without_logits() -> None:
+        linear_cross_entropy(x, weight, None, tokens).backward()
+
+    def of_logits() -> None:
+        F.cross_entropy(F.linear(x, weight).float(), tokens, reduction="sum").backward()
+
+    for what, work in (("without logits", without_logits), ("of logits", of_logits)):
+        visit.note(f"loss {what}", seconds=visit.seconds(work), peak_gib=visit.peak_gib(work))
+
+
+def random_base(visit: Visit) -> PreTrainedModel:
+    """The base of the options with random weights, made on the device."""
+    config: Any = AutoConfig.from_pretrained(visit.options.base)
+    with torch.device("meta"):
+        base: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
+        )
+    base = base.to_empty(device=visit.device).requires_grad_(False)
+    _fill(base.parameters())
+    for module in base.modules():  # the rotation's frequencies are computed from the configuration
+        if hasattr(module, "inv_freq"):
+            with visit.device:
+                frequencies = dict(type(module)(module.config).named_buffers())
+            vars(module)["_buffers"].update(frequencies)
+    return base.eval()
+
+
+def _fill(parameters: Iterator[Any]) -> None:
+    for parameter in parameters:
+        values = getattr(parameter, "ds_tensor", parameter).data
+        vector = len(getattr(parameter, "ds_shape", parameter.shape)) == 1
+        values.fill_(1) if vector else values.normal_(std=0.02)
+
+
+def model(visit: Visit) -> None:
+    """The whole model, forward and backward with checkpointing: frozen, LoRA r=64, SRDE, and its switches."""
+    base, options = random_base(visit), visit.options
+    lora = replace(options, density=options.density * 165 / 606)  # rank 64 in the 14 B shape
+    for method, chosen in (("frozen base", options), ("PEFT LoRA, feed-forward", lora), ("SRDE neuron", options)):
+        case = plain_case(chosen, base, options.base, method, True)
+        _note_case(visit, case)
+        if method == "SRDE neuron":
+            _waits(visit, case)
+            _profile(visit, case)
+    for switch in (_with_logits, _dense_mask, _compiled):
+        with switch(visit) as chosen:
+            case = plain_case(chosen, base, options.base, "SRDE neuron", True)
+            _note_case(visit, case, what=(switch.__doc__ or "").strip("."))
+    _note_case(visit, plain_case(options, base, options.base, "SRDE single weights", True))
+
+
+def _note_case(visit: Visit, case: Case, what: str = "") -> None:
+    peak = visit.peak_gib(case.step)
+    host, whole = [], []
+    for _ in range(visit.repeats):
+        started = time.perf_counter()
+        whole.append(timed(lambda: host.append(_until_launched(case, started))))  # noqa: B023
+    seconds = statistics.median(whole)
+    visit.note(
+        what or case.name,
+        seconds=seconds,
+        host_seconds=statistics.median(host),
+        tokens_per_second=visit.tokens / seconds,
+        peak_gib=peak,
+        trained_values=case.trained,
+        tflops=case.flops / seconds / 1e12,
+    )
+
+
+def _until_launched(case: Case, started: float) -> float:
+    case.step()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def _with_logits(visit: Visit) -> Iterator[Options]:
+    """SRDE neuron, loss of all logits."""
+    from srde_ds.model import adapter
+
+    with patch.object(adapter, "has_plain_head", lambda base: False):
+        yield visit.options
+
+
+@contextmanager
+def _dense_mask(visit: Visit) -> Iterator[Options]:
+    """SRDE neuron, attention with a dense mask."""
+
+    def masked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        documents: Documents = options["documents"]
+        number = torch.repeat_interleave(torch.arange(len(documents.lengths)), torch.tensor(documents.lengths))
+        number = number.view(query.shape[0], -1).to(query.device)
+        seen = (number[:, None, :, None] == number[:, None, None, :]).tril()
+        found = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, scale=options.get("scaling"), enable_gqa=True
+        )
+        return found.transpose(1, 2), None
+
+    AttentionInterface.register(DOCUMENT_ATTENTION, masked)
+    try:
+        yield visit.options
+    finally:
+        AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
+
+
+@contextmanager
+def _compiled(visit: Visit) -> Iterator[Options]:
+    """SRDE neuron, experts' arithmetic compiled."""
+    from srde_ds.model import layer as layer_module
+
+    with patch.object(layer_module, "LocalDispatch", lambda: LocalDispatch(compiled=True)):
+        yield visit.options
+
+
+def _waits(visit: Visit, case: Case) -> None:
+    """How often the program waits for the GPU in a micro-step."""
+    if visit.device.type != "cuda":
+        visit.note("waits in a micro-step", waits=None)
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            case.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in found if "synchroniz" in str(w.message)]
+    where = [f"{w.filename}:{w.lineno}" for w in found if "synchroniz" in str(w.message)]
+    visit.note("waits in a micro-step", waits=len(waits), where=where[:20])
+
+
+def _profile(visit: Visit, case: Case) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    on_gpu = visit.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as found:
+        timed(case.step)
+    column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = sorted(found.key_averages(), key=lambda event: -getattr(event, column))
+    top = [[event.key[:80], event.count, getattr(event, column) / 1e6] for event in events[:20]]
+    visit.note("profile of a micro-step", kernels=sum(event.count for event in events), top_seconds=top)
+
+
+def engine(visit: Visit) -> None:
+    """A step through ZeRO-3 on one process, update included: seconds, peak of all memory, the copies of a save."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+    from srde_ds.distributed import engine as engine_module  # the other parts need no deepspeed
+    from srde_ds.distributed.deepspeed_internals import note_whole_shapes
+    from srde_ds.distributed.ds_config import derive_ds_config
+    from srde_ds.distributed.zero_placement import state_slices
+
+    options = visit.options
+
+    def sharded(config: Any, world_size: int) -> PreTrainedModel:
+        whole: Any = AutoConfig.from_pretrained(options.base)
+        keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
+        base: Any = AutoModelForCausalLM.from_config(
+            whole, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
+        )
+        del keep_alive
+        _fill(base.parameters())
+        note_whole_shapes(base)
+        return base
+
+    kept: list[Any] = []
+    build = engine_module.build_engine
+
+    def building(*arguments: Any) -> Any:
+        kept.append(build(*arguments))
+        return kept[-1]
+
+    with (
+        patch.object(engine_module, "load_sharded_base", sharded),
+        patch.object(engine_module, "build_engine", building),
+    ):
+        case = engine_case(options, options.base, "SRDE neuron", True, updates=True)
+    with patch.object(F, "linear", case.linear):
+        for _ in range(2):
+            case.step()
+        _note_case(visit, case, "step with update, engine")
+    state = state_slices(kept[0].deepspeed, kept[0].model, kept[0].optimizer)
+    pinned = visit.device.type == "cuda"
+    copies = [torch.empty(part.data.shape, dtype=part.data.dtype, pin_memory=pinned) for part in state]
+
+    def copy_out() -> None:
+        for part, there in zip(state, copies, strict=True):
+            there.copy_(part.data, non_blocking=True)
+
+    size = sum(there.numel() * there.element_size() for there in copies)
+    visit.note("copies of a save, for which training stands still", seconds=visit.seconds(copy_out), bytes=size)
+    stop_processes()
+
+
+PARTS: dict[str, Callable[[Visit], None]] = {
+    "machine": machine,
+    "layer": layer,
+    "model": model,
+    "engine": engine,
+    "tests": tests,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--output_file", type=Path, default=Path("gpu_visit.jsonl"))
+    given = parser.parse_args(arguments)
+    if not given.rehearse and not torch.cuda.is_available():
+        raise SystemExit("There is no GPU. See whether all parts run: --rehearse.")
+    with tempfile.TemporaryDirectory() as scratch:
+        visit = Visit(rehearse=given.rehearse, output=given.output_file, scratch=Path(scratch))
+        visit.part = given.part
+        started = time.monotonic()
+        PARTS[given.part](visit)
+        visit.note("done", seconds=round(time.monotonic() - started, 1))
+
+
+if __name__ == "__main__":
+    main()

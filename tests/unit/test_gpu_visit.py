@@ -1,0 +1,68 @@
+"""The visit to a GPU, rehearsed on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_visit
+
+ROOT = Path(__file__).parents[2]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_script_runs_its_parts_and_goes_on_after_one_that_fails(tmp_path: Path) -> None:
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/sh\n[ "$3" = layer ] && exit 3\nexec {sys.executable} "$@"\n')
+    broken.chmod(0o755)
+    file = tmp_path / "visit.jsonl"
+    result = subprocess.run(
+        [ROOT / "benchmarks/gpu_visit.sh", file, "--rehearse"],
+        env=os.environ | {"PARTS": "layer machine", "PYTHON": str(broken)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1 and "layer: ended with status 3" in result.stdout
+    found = lines(file)
+    assert {line["part"] for line in found} == {"machine"}
+    assert found[0]["versions"]["torch"] and found[-1]["what"] == "done"
+    assert next(line for line in found if line["what"] == "product, bf16")["tflops"] > 0
+
+
+def test_the_whole_model_with_its_switches(tmp_path: Path) -> None:
+    file = tmp_path / "visit.jsonl"
+    gpu_visit.main(["model", "--rehearse", "--output_file", str(file)])
+    timed = {line["what"]: line for line in lines(file) if "tokens_per_second" in line}
+    assert list(timed) == [
+        "frozen base, plain, checkpointing",
+        "PEFT LoRA, feed-forward, plain, checkpointing",
+        "SRDE neuron, plain, checkpointing",
+        "SRDE neuron, loss of all logits",
+        "SRDE neuron, attention with a dense mask",
+        "SRDE neuron, experts' arithmetic compiled",
+        "SRDE single weights, plain, checkpointing",
+    ]
+    assert all(0 < line["host_seconds"] <= line["seconds"] for line in timed.values())
+
+
+def test_every_part_has_a_time_limit_and_all_together_eight_minutes() -> None:
+    text = (ROOT / "benchmarks/gpu_visit.sh").read_text()
+    limits = dict(line.split() for line in text.split("<<'PARTS'\n")[1].split("\nPARTS")[0].splitlines())
+    assert limits.keys() == gpu_visit.PARTS.keys()
+    assert sum(map(int, limits.values())) <= 480
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_only_a_rehearsal_runs() -> None:
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu_visit.main(["machine"])
