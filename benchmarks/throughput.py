@@ -1,6 +1,6 @@
 """Side by side in one process: the frozen base, PEFT's adapters and SRDE, forwards and backwards, in turns.
 
-    python -m benchmarks.throughput --base FOLDER --length 512       # e.g. runs/quickstart-inputs/base
+    python -m benchmarks.throughput --base FOLDER --base_name SmolLM2-135M --length 512
     python -m benchmarks.throughput --shape llama-250m --length 2048
     python -m benchmarks.throughput --shape tiny --length 32 --repeats 2      # a look whether it runs
 
@@ -297,7 +297,14 @@ def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, A
                     seconds[case.name].append(timed(case.step))
             say(f"round {number + 1} of {options.repeats}")
     rows = [_row(case, seconds, peaks, losses, options, speed) for case in cases]
-    return {"options": asdict(options), "matrix_tflops": speed / 1e12, "cases": rows, "environment": measured_on()}
+    name = options.base if options.base in SHAPES else Path(options.base).name
+    return {
+        "base_name": name,
+        "options": asdict(options),
+        "matrix_tflops": speed / 1e12,
+        "cases": rows,
+        "environment": measured_on(),
+    }
 
 
 def _row(
@@ -359,7 +366,8 @@ def record(result: dict[str, Any], path: Path) -> None:
     """Put a result into the file, in the place of an earlier one of the same options but for the repeats."""
 
     def key(one: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in one["options"].items() if name != "repeats"}
+        kept = {name: value for name, value in one["options"].items() if name not in ("repeats", "base")}
+        return kept | {"base": one["base_name"]}
 
     result = json.loads(json.dumps(result))
     kept = json.loads(path.read_text())["results"] if path.exists() else []
@@ -371,6 +379,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--base", help="folder of a base")
+    parser.add_argument("--base_name", help="what tables call the base")
     which.add_argument("--shape", choices=SHAPES, help="a Llama of random weights")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--ways", nargs="+", choices=("plain", "engine"), default=("plain", "engine"))
@@ -386,10 +395,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output_file", type=Path, default=RECORD)
     given = vars(parser.parse_args(arguments))
     torch.set_num_threads(given.pop("threads"))
-    base, shape, output = given.pop("base"), given.pop("shape"), given.pop("output_file")
+    base, shape, output, name = (given.pop(key) for key in ("base", "shape", "output_file", "base_name"))
     checkpointing = {"with": (True,), "without": (False,), "both": (False, True)}[given.pop("checkpointing")]
     given |= {"methods": tuple(given["methods"]), "ways": tuple(given["ways"])}
     result = measure(Options(base=base or shape, checkpointing=checkpointing, **given), lambda s: print(s, flush=True))
+    if name:
+        result["base_name"] = name
     print(table(result))
     record(result, output)
     stop_processes()

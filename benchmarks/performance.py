@@ -1,0 +1,204 @@
+"""docs/performance.md: every goal of speed with its figure, from the committed records.
+
+python -m benchmarks.performance      # writes the tables of the page anew; measures nothing
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.tables import ROOT, markdown, put_into
+from benchmarks.throughput import table
+
+RESULTS = ROOT / "benchmarks/results"
+PAGE = "performance.md"
+NO_GPU = "not measured: no GPU"
+NOT_THERE = "not measured: the package does not have it"
+FIRST_EXPERT_KERNELS = 155  # that the experts of a layer added when the goal was set
+
+
+FROZEN, LORA = "frozen base, plain", "PEFT LoRA, feed-forward, plain"
+NEURON, ENGINE = "SRDE neuron, plain", "SRDE neuron, engine"
+CPU_GOALS = [
+    ("engine / plain loop", ENGINE, NEURON, 1.10, False),
+    ("SRDE neuron / frozen", NEURON, FROZEN, 1.05, False),
+    ("SRDE neuron, engine / frozen", ENGINE, FROZEN, 1.05, False),
+    ("LoRA / SRDE neuron", LORA, NEURON, 1.40, True),
+    ("LoRA / SRDE neuron, engine", LORA, ENGINE, 1.40, True),
+    ("single weights / frozen", "SRDE single weights, plain", FROZEN, 2.00, False),
+]
+"""What, two cases whose seconds are divided, the goal, and whether more is better."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What was found.
+
+    Attributes:
+        reached: None: nothing was measured.
+    """
+
+    text: str
+    reached: bool | None = None
+
+
+def at_most(value: float, limit: float, form: str = "{:.2f}") -> Figure:
+    """A figure that is reached if it does not exceed the limit."""
+    return Figure(form.format(value), value <= limit)
+
+
+def at_least(value: float, limit: float, form: str = "{:.2f}") -> Figure:
+    """A figure that is reached if it is not below the limit."""
+    return Figure(form.format(value), value >= limit)
+
+
+def read(name: str) -> Any:
+    """A record, or None where it was never made."""
+    path = RESULTS / name
+    if not path.exists():
+        return None
+    if name.endswith("jsonl"):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    return json.loads(path.read_text())
+
+
+def static_goals() -> list[tuple[str, str, Figure]]:
+    """Known without a GPU."""
+    record = read("static.json")
+    layers, breaks, memory = record["layer"], record["compiled_block"], record["memory_14b"]
+    experts = layers["neuron, shared support"]["kernels"] - layers["frozen base"]["kernels"]
+    moved = max(abs(found["planned"] / found["counted"] - 1) for found in record["collective_bytes"].values())
+    off = memory["planned_gib"] / memory["counted_gib"] - 1
+    return [
+        (
+            "kernels that neuron experts add to a layer, forward and backward",
+            f"≤ {FIRST_EXPERT_KERNELS // 3}, a third of {FIRST_EXPERT_KERNELS}",
+            at_most(experts, FIRST_EXPERT_KERNELS / 3, "{:.0f}"),
+        ),
+        (
+            "waits for the GPU in a layer, neuron experts",
+            "0",
+            at_most(layers["neuron, shared support"]["waits"], 0, "{}"),
+        ),
+        ("waits in a layer, single weights", "0", at_most(layers["single weights"]["waits"], 0, "{}")),
+        (
+            "graph breaks in the experts' block, neurons",
+            "0",
+            at_most(breaks["neuron, shared support"]["graph_breaks"], 0, "{}"),
+        ),
+        (
+            "activations of a 14 B micro-step, 2 × 4,096 tokens",
+            "< 6.5 GiB",
+            at_most(memory["counted_gib"], 6.5, "{:.2f} GiB"),
+        ),
+        ("the plan's figure for it", "within 3 %", Figure(f"{off:+.1%}", abs(off) <= 0.03)),
+        ("the plan's bytes of collectives", "within 1 %", Figure(f"{moved:.1%} off", moved <= 0.01)),
+    ]
+
+
+def cpu_goals() -> list[tuple[str, str, Figure]]:
+    """Side by side on the CPU; one line for each base and length that was measured."""
+    goals = []
+    for result in (read("throughput.json") or {"results": []})["results"]:
+        seconds = {row["case"]: row for row in result["cases"]}
+        where = f"{base_name(result)}, {result['options']['length']} tokens"
+
+        def ratio(a: str, b: str, seconds: dict[str, Any] = seconds) -> float | None:
+            """Median over rounds of the quotient of two cases' seconds."""
+            if a not in seconds or b not in seconds:
+                return None
+            return median_ratio(seconds[a]["seconds"], seconds[b]["seconds"])
+
+        for what, over, under, limit, more_is_better in CPU_GOALS:
+            if (value := ratio(over, under)) is not None:
+                figure = at_least(value, limit) if more_is_better else at_most(value, limit)
+                goals.append((f"{what}, seconds; {where}", f"{'≥' if more_is_better else '≤'} {limit:.2f}", figure))
+    return goals
+
+
+def median_ratio(over: list[float], under: list[float]) -> float:
+    """Median over the rounds."""
+    ratios = sorted(a / b for a, b in zip(over, under, strict=True))
+    middle = len(ratios) // 2
+    return ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
+
+
+def base_name(result: dict[str, Any]) -> str:
+    """For a heading: that of a folder is what the record calls it."""
+    return str(result.get("base_name") or result["options"]["base"])
+
+
+def decode_goals() -> list[tuple[str, str, Figure]]:
+    """Decoding on the CPU in bfloat16."""
+    rows = [row for name in ("decode.json", "decode_llama-700m.json") for row in (read(name) or {"rows": []})["rows"]]
+    found = [row["ratio_wall"] for row in rows if row["dtype"] == "bfloat16" and row["adapter"].endswith("neuron")]
+    lowest = at_least(min(found), 0.95) if found else Figure("not measured: no record in bfloat16")
+    return [("decoding in bfloat16 on the CPU, base / with neuron experts", "≥ 0.95", lowest)]
+
+
+def gpu_goals() -> list[tuple[str, str, Figure]]:
+    """What a visit to a GPU has to show."""
+    lines: dict[str, Any] = {line["what"]: line for line in read("gpu_visit.jsonl") or []}
+    frozen, lora, srde = (lines.get(f"{case}, checkpointing") for case in (FROZEN, LORA, NEURON))
+    engine = lines.get("step with update, engine")
+    of_frozen = beside_lora = speed = peak = Figure(NO_GPU)
+    if srde and frozen and lora:
+        of_frozen = at_most(srde["seconds"] / frozen["seconds"], 1.05)
+        beside_lora = at_least(lora["seconds"] / srde["seconds"], 1.35)
+        speed = at_least(srde["tokens_per_second"], 7200, "{:,.0f}")
+    if engine:
+        peak = at_most(engine["peak_gib"], 80e9 / 2**30, "{:.1f} GiB")
+    return [
+        ("14 B on an H100, SRDE neuron / frozen, seconds", "≤ 1.05", of_frozen),
+        ("14 B on an H100, LoRA r=64 / SRDE neuron, seconds", "≥ 1.35", beside_lora),
+        ("14 B on an H100, tokens a second in bf16", "≥ 7,200", speed),
+        ("14 B on an H100, whole step", "≤ 80 GB", peak),
+        ("14 B on an H100, tokens a second in FP8", "≥ 11,000", Figure(NOT_THERE)),
+    ]
+
+
+def missing_goals() -> list[tuple[str, str, Figure]]:
+    """Asked for, and without a figure."""
+    there = Figure(NOT_THERE)
+    return [
+        ("blocks of 16 × 16 / frozen, seconds", "≤ 1.50", there),
+        ("fused kernels of neuron experts against float32 and bfloat16", "1e-6, 4e-3", there),
+        ("loss curves on a base in 8 and 4 bits", "within noise of bf16", there),
+        ("optimizer offloaded to the host", "refused or measured", Figure("refused, with the reason", True)),
+    ]
+
+
+def goals_table() -> str:
+    """All goals."""
+    goals = static_goals() + cpu_goals() + decode_goals() + gpu_goals() + missing_goals()
+    words = {True: "yes", False: "no", None: ""}
+    return markdown(
+        ["goal", "asked", "found", "reached"],
+        [[what, asked, figure.text, words[figure.reached]] for what, asked, figure in goals],
+    )
+
+
+def side_by_side() -> str:
+    """The tables of throughput.json."""
+    parts = []
+    for result in (read("throughput.json") or {"results": []})["results"]:
+        options, here = result["options"], result["environment"]
+        versions = ", ".join(f"{name} {here['versions'][name]}" for name in ("torch", "transformers", "deepspeed"))
+        speed = f"a product at {result['matrix_tflops']:.3f} TFLOP/s"
+        dtype = "bfloat16" if options["bf16"] else "float32"
+        about = (
+            f"{base_name(result)}, {options['rows']} × {options['length']} tokens, {dtype}, {options['repeats']} rounds"
+        )
+        parts.append(f"{about}; {here['machine']}; {versions}; {speed}.\n\n{table(result)}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    put_into(PAGE, "goals", goals_table())
+    put_into(PAGE, "side by side", side_by_side())
+
+
+if __name__ == "__main__":
+    main()
