@@ -71,7 +71,6 @@ RUN: dict[str, Any] = {
     "model_name": str(Path(__file__).resolve().parent / "ministral_3_14b"),
     "max_length": 4096,
     "batch_size": 2,
-    "gradient_checkpointing": True,
 }
 
 
@@ -272,24 +271,27 @@ def large_model(config: Config, layers: int) -> SRDEModel:
         return add_experts(base, config.adapter, expert_names=names, seed=0, supports=supports).train()
 
 
-def micro_step_memory(layers: int) -> dict[str, float]:
+def micro_step_memory(layers: int, recompute: str = "full") -> dict[str, float]:
     """GiB of a micro-step above what lives all the time: counted, and planned for the same number of layers."""
     from deepspeed.runtime.zero.linear import zero3_linear_wrap  # keeps its input, frozen or not
 
-    config = resolve({}, RUN)
+    config = resolve({}, RUN | {"recompute": recompute})
     model = large_model(config, layers)
-    model.enable_gradient_checkpointing(use_reentrant=True)
+    if recompute == "full":
+        model.enable_gradient_checkpointing(use_reentrant=True)
+    elif recompute == "selective":
+        model.enable_selective_recompute()
     linear, F.linear = F.linear, zero3_linear_wrap
     try:
         found = micro_step(model, config.training.batch_size, config.data.max_length, without_values(model))
     finally:
         F.linear = linear
-    return {"counted_gib": found.peak / GIB, "planned_gib": planned_memory(layers)}
+    return {"counted_gib": found.peak / GIB, "planned_gib": planned_memory(layers, recompute)}
 
 
-def planned_memory(layers: int) -> float:
+def planned_memory(layers: int, recompute: str = "full") -> float:
     """GiB that the plan gives a micro-step above weights, masters and gradients."""
-    config = resolve({}, RUN)
+    config = resolve({}, RUN | {"recompute": recompute})
     whole = base_shape(config)
     moments = memory(config, replace(whole, layers=whole.layers[:layers]), 1).moments
     return max(sum(parts.values()) for name, parts in moments.items() if name != "optimizer step") / GIB
@@ -334,7 +336,11 @@ def worse(found: Any, recorded: Any, path: str = "") -> list[str]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    record = cheap() | {"memory_14b": micro_step_memory(40), "collective_bytes": collectives()}
+    record = cheap() | {
+        "memory_14b": micro_step_memory(40),
+        "memory_14b_selective": micro_step_memory(40, "selective"),
+        "collective_bytes": collectives(),
+    }
     print(json.dumps(record, indent=1))
     RECORD.write_text(json.dumps(record | {"environment": measured_on()}, indent=1) + "\n")
 

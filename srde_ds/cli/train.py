@@ -86,6 +86,9 @@ def train(arguments: Sequence[str]) -> int:
         from srde_ds.training.run_inputs import read_run_inputs
 
     config, dry_run = train_config(arguments, read_run_inputs)
+    with _ending_at_ctrl_c():
+        from srde_ds.planner.recompute import settle_recompute
+    config = settle_recompute(config)
     if dry_run:
         from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run

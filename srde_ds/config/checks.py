@@ -36,6 +36,11 @@ def check_relations(config: Config) -> None:
             f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
             f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave compile out."
         )
+    if config.model.gradient_checkpointing and config.model.recompute not in ("none", "full"):
+        raise SRDEError(
+            f"gradient_checkpointing=true with recompute={config.model.recompute}: it means recompute=full. "
+            "Leave one of them out."
+        )
     if config.model.flash_attention and config.training.batch_size > 1:
         raise SRDEError(
             f"batch_size={config.training.batch_size} with flash_attention=true: flash-attn separates packed documents "

@@ -25,9 +25,18 @@ class ModelConfig:
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)
     flash_attention: bool = option(False, "compute attention with the flash-attn package instead of torch's sdpa")
     compile: bool = option(False, "use torch.compile for neuron experts: faster steps after a slow first one")
-    gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, about 30 % more compute", common=True
+    gradient_checkpointing: bool = option(False, "the same as --recompute full", common=True)
+    recompute: Literal["none", "selective", "full", "auto"] = option(
+        "none",
+        "activations that the backward pass computes again: full: all of a layer, for about 30 % more compute; "
+        "selective: all but its attention; auto: as little as the memory allows",
+        common=True,
     )
+
+    @property
+    def recomputed(self) -> str:
+        """`recompute`, whichever of its two options was given."""
+        return "full" if self.gradient_checkpointing else self.recompute
 
 
 @dataclass

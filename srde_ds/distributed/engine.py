@@ -220,7 +220,9 @@ def build_model(
     if config.model.compile:
         for layer in model.layers:
             layer.dispatch = LocalDispatch(compiled=True)
-    if config.model.gradient_checkpointing:
+    if config.model.recomputed == "selective":
+        model.enable_selective_recompute()
+    elif config.model.recomputed == "full":
         # The kind that is tested to equal plain training under ZeRO-3; see docs/decisions.md.
         model.enable_gradient_checkpointing(use_reentrant=True)
     return model.train()

@@ -84,8 +84,8 @@ def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: s
     size, micro_steps = config.parallel.expert_parallel_size, config.training.gradient_accumulation_steps
     width, experts = (2 if config.model.bf16 else 4), config.adapter.num_experts
     sharded = shards_atoms(config, world_size)
-    checkpointing = config.model.gradient_checkpointing
-    forwards = 2 if checkpointing else 1
+    checkpointing = config.model.recomputed == "full"
+    forwards = 1 if config.model.recomputed == "none" else 2
     assignments = config.adapter.top_k * config.training.batch_size * config.data.max_length * micro_steps
     found = []
     for number, (hidden, intermediate) in enumerate(blocks):
@@ -98,7 +98,7 @@ def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: s
             changed = touched if neurons else intermediate
             there = hidden + 2 * changed  # the token, and its gate and up values
             back = changed + hidden  # the change of the hidden values, and the output
-            # Without checkpointing the first experts' input needs no gradient.
+            # Without full recomputation the first experts' input needs no gradient.
             gradients = back + (there if number > 0 or checkpointing else 0)
             sent = assignments * (forwards * (there + back) + gradients) * width
             found.append(Traffic("experts' tokens", "all_to_all", sent, size))

@@ -11,6 +11,7 @@ from torch import Tensor
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.engine import Engine
 from srde_ds.model.base import is_checkpointing
+from srde_ds.model.recompute import recomputes_selectively
 
 
 @contextmanager
@@ -20,7 +21,8 @@ def base_alone(engine: Engine) -> Iterator[None]:
     The base stays in train mode only if its activations are recomputed in the backward, which needs it.
     """
     training = engine.deepspeed.training
-    engine.deepspeed.train(is_checkpointing(engine.model.base))
+    base = engine.model.base
+    engine.deepspeed.train(is_checkpointing(base) or recomputes_selectively(base))
     embedding = engine.model.base.get_input_embeddings()
     # With gradients from here on the backward reaches every block, although no parameter of the base has one.
     hook = embedding.register_forward_hook(_with_gradient)

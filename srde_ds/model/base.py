@@ -239,11 +239,18 @@ def whole_shape(tensor: Tensor) -> tuple[Any, ...]:
 
 def enable_checkpointing(base: PreTrainedModel, *, use_reentrant: bool) -> None:
     """Have each decoder layer compute its activations again in the backward."""
-    options = {"use_reentrant": use_reentrant}
+    options = {"use_reentrant": use_reentrant, "preserve_rng_state": has_dropout(base)}
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name in older releases of transformers
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a forward in training draws random numbers: then a second one must draw the same."""
+    parts = list(module.modules())
+    rates = [p for part in parts for name in ("p", "attention_dropout") if (p := getattr(part, name, 0))]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def is_checkpointing(base: PreTrainedModel) -> bool:

@@ -66,6 +66,12 @@ def checkpointed_input(config: Config, layer: LayerShape) -> float:
     return tokens(config) * layer.hidden * (2 if config.model.bf16 else 4)
 
 
+def kept_attention(config: Config, layer: LayerShape) -> float:
+    """Bytes of a layer's attention that selective recomputation keeps: output and each row's sum."""
+    width = 2 if config.model.bf16 else 4
+    return tokens(config) * (layer.query * width + layer.heads * FP32)
+
+
 def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
     """Most bytes of gradients within the backward of one layer, on top of what its forward kept.
 

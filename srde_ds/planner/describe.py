@@ -21,6 +21,7 @@ def describe_plan(plan: Plan) -> str:
         f"{machines.nodes} x {gpus} GPUs, {training.batch_size} x {training.gradient_accumulation_steps} rows of "
         f"{config.data.max_length} tokens a process: {plan.tokens_per_step:,} tokens a step",
         "",
+        *([plan.recompute_reason] if plan.recompute_reason else []),
         *_memory_lines(plan),
         "",
         f"{'received by a GPU in a step, GB':<36}{'all':>10}{'from other nodes':>18}",
@@ -63,9 +64,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.largest_micro_batch:
         lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
     else:
-        lines.append(
-            "no micro-batch fits: give more GPUs, --gradient_checkpointing, a lower --max_length or another --density"
-        )
+        lines.append("no micro-batch fits: give more GPUs, --recompute full, a lower --max_length or another --density")
     return lines
 
 

@@ -13,13 +13,14 @@ def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: f
     """Operations of a process in an optimizer step, by part; a multiplication and an addition are two.
 
     A frozen matrix costs its product forwards and the input's gradient backwards, a trained one also its own
-    gradient, and gradient checkpointing one more forward of the layers. Attention counts rows as one document each,
+    gradient, and recomputation one more forward of the layers. Attention counts rows as one document each,
     the half of the scores that causality leaves. Norms, routers and the update are left out.
 
     Args:
         labelled: share of positions whose logits are computed.
     """
-    again = 1 if config.model.gradient_checkpointing else 0
+    again = 0 if config.model.recomputed == "none" else 1
+    attention_again = 1 if config.model.recomputed == "full" else 0
     t, micro_steps = tokens(config), config.training.gradient_accumulation_steps
     remote = config.parallel.expert_parallel_size > 1
     transport = choose_transport(config, shape.blocks, world_size) if remote else "deltas"
@@ -32,7 +33,7 @@ def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: f
     head = 2 * t * labelled * shape.vocabulary * shape.layers[-1].hidden
     parts = {
         "frozen base": frozen * (2 + again) + head * 2,
-        "attention scores": attention * (3 + again),
+        "attention scores": attention * (3 + attention_again),
         "experts": experts * (3 + again),
     }
     return {part: operations * micro_steps for part, operations in parts.items()}

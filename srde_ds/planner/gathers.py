@@ -130,7 +130,7 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
         weights.append(Weight(kind, values, ranks, stride, values <= threshold))
         return weights[-1]
 
-    checkpointing = config.model.gradient_checkpointing
+    checkpointing = config.model.recomputed == "full"
     empty = Use(())
 
     def module(*values: int) -> Use:

@@ -17,6 +17,7 @@ from srde_ds.optim.groups import group_of_tensor
 from srde_ds.planner.activations import (
     checkpointed_input,
     head_activations,
+    kept_attention,
     layer_activations,
     layer_gradients,
     shared_activations,
@@ -122,7 +123,7 @@ def _moments(
     """The loss, and the backward of each layer, from the last to the first."""
     width = 2 if config.model.bf16 else 4
     transport = choose_transport(config, shape.blocks, world_size)
-    checkpointing = config.model.gradient_checkpointing
+    recomputed = config.model.recomputed
     bucket = prefetch_bucket(config, shape, world_size, zero)
 
     def gathered(moment: int | str) -> dict[str, float]:
@@ -132,13 +133,21 @@ def _moments(
         return found | {"gather buffer": min(bucket, live.total()) * width}
 
     moments = {}
-    kept = Counter(shared_activations(config, shape.layers[0]))
+    kept: Any = Counter(shared_activations(config, shape.layers[0]))  # of floats
     for number, layer in enumerate(shape.layers):
-        first = number == 0 and not checkpointing
+        first = number == 0 and recomputed != "full"
         whole = layer_activations(config, layer, world_size, transport, first=first)
-        kept.update({"checkpoints": checkpointed_input(config, layer)} if checkpointing else whole)
         working = {"gradients at work": layer_gradients(config, layer, whole["experts"])}
-        moments[f"backward of layer {number}"] = _sum(kept, whole if checkpointing else {}, working, gathered(number))
+        again: dict[str, float] = {}
+        if recomputed == "none":
+            kept.update(whole)
+        else:
+            kept["checkpoints"] += checkpointed_input(config, layer)
+            again = dict(whole)
+        if recomputed == "selective":
+            kept["attention"] += kept_attention(config, layer)
+            again["attention"] = max(0.0, again["attention"] - kept_attention(config, layer))
+        moments[f"backward of layer {number}"] = _sum(kept, again, working, gathered(number))
     head = head_activations(config, shape, labelled)
     moments["loss"] = _sum(kept, head, gathered(len(shape.layers)))
     return dict(reversed(moments.items()))

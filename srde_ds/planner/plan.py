@@ -14,6 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import BaseShape, base_shape
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import Memory, memory
+from srde_ds.planner.recompute import least_recompute, with_recompute
 from srde_ds.planner.traffic import step_traffic
 from srde_ds.planner.trainables import trainable_values
 
@@ -105,6 +106,7 @@ class Plan:
         traffic: of a process in an optimizer step.
         moved: bytes of the transports that were compared; empty without expert parallelism.
         largest_micro_batch: rows that fit; 0: not even one.
+        recompute_reason: what `recompute: auto` came to, and why; else empty.
     """
 
     config: Config
@@ -118,6 +120,7 @@ class Plan:
     flops: dict[str, float]
     times: Times
     largest_micro_batch: int
+    recompute_reason: str = ""
 
     @property
     def tokens_per_step(self) -> int:
@@ -201,6 +204,10 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
         SRDEError: a base that cannot serve, or an expert-parallel size that does not divide the processes.
     """
     shape, processes = base_shape(config), machines.processes
+    why = ""
+    if config.model.recompute == "auto":
+        recompute, why = least_recompute(config, shape, processes, machines.gpu_memory_gib * GIB)
+        config = with_recompute(config, recompute)
     size = config.parallel.expert_parallel_size
     if processes % size:
         raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
@@ -227,6 +234,7 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
         flops=flops,
         times=step_times(machines, traffic, sum(flops.values())),
         largest_micro_batch=largest_micro_batch(at(largest), shape, machines),
+        recompute_reason=why,
     )
 
 

@@ -66,6 +66,16 @@ def test_the_same_training_with_fewer_hooks(
         assert few < many / 2
 
 
+def test_selective_recomputation_trains_the_same(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    flags = inputs.flags(tmp_path, gradient_accumulation_steps=1, max_grad_norm=0.0)
+    plain: list[Run] = two_ranks(trained, flags, True)
+    selective: list[Run] = two_ranks(trained, flags | {"recompute": "selective"}, True)
+    for (losses, values, _), (same_losses, same_values, _) in zip(plain, selective, strict=True):
+        assert losses == pytest.approx(same_losses, rel=1e-6)
+        for name, value in values.items():
+            assert_close(value, same_values[name], 1e-3, name)
+
+
 def test_groups_are_gathered_in_one_order() -> None:
     from srde_ds.distributed import deepspeed_internals as internals
 

@@ -20,6 +20,7 @@ from tests.helpers import tiny_llama
 
 ATOMS = {"num_atoms": 4}
 CHECKPOINTING = {"gradient_checkpointing": True}
+SELECTIVE = {"recompute": "selective"}
 # Two experts, both chosen by each token: as many rows leave a rank as the model assumes, whatever the router learns.
 TOKENS = {"expert_transport": "tokens", "num_experts": 2, "top_k": 2}
 # Far below the tiny base's 33,000 values, so that weights are released and gathered again.
@@ -76,6 +77,7 @@ def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any
         ((2, 1), {}, SCARCE),
         ((2, 1), CHECKPOINTING, SCARCE),
         ((2, 1), CHECKPOINTING, SOME_STAY),
+        ((2, 1), SELECTIVE, SCARCE),
         ((2, 1), ATOMS | CHECKPOINTING, SCARCE),
         ((2, 1), ATOMS | {"owner_computes": False}, SCARCE),
         ((2, 1), {"granularity": "element", "use_muon": False}, {}),
@@ -83,6 +85,7 @@ def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any
         ((2, 2), CHECKPOINTING, SCARCE),
         ((2, 2), TOKENS, {}),
         ((2, 2), TOKENS | CHECKPOINTING, {}),
+        ((2, 2), TOKENS | SELECTIVE, {}),
         ((2, 2), TOKENS | {"granularity": "element", "use_muon": False}, {}),
         ((4, 2), {}, {}),
         ((4, 2), CHECKPOINTING, SOME_STAY),

@@ -144,6 +144,7 @@ def test_every_option_has_a_flag_that_sets_it(field: Any) -> None:
 
 
 OTHER_VALUES = {
+    "recompute": "selective",
     "format": "alpaca",
     "on_bad_record": "skip",
     "preset": "reference",

@@ -30,10 +30,12 @@ def test_nothing_has_become_worse(recorded: dict[str, Any]) -> None:
     assert not worse, "worse than recorded: " + "; ".join(worse) + f". {HOW}"
 
 
-def test_the_plan_knows_the_memory_of_the_14_b_shape(recorded: dict[str, Any]) -> None:
-    assert recorded["memory_14b"]["planned_gib"] == pytest.approx(recorded["memory_14b"]["counted_gib"], rel=0.03)
-    planned = static.planned_memory(40)
-    assert planned == pytest.approx(recorded["memory_14b"]["planned_gib"], rel=1e-3), f"the plan has changed. {HOW}"
+@pytest.mark.parametrize(("key", "recompute"), [("memory_14b", "full"), ("memory_14b_selective", "selective")])
+def test_the_plan_knows_the_memory_of_the_14_b_shape(recorded: dict[str, Any], key: str, recompute: str) -> None:
+    found = recorded[key]
+    assert found["planned_gib"] == pytest.approx(found["counted_gib"], rel=0.03)
+    planned = static.planned_memory(40, recompute)
+    assert planned == pytest.approx(found["planned_gib"], rel=1e-3), f"the plan has changed. {HOW}"
 
 
 def test_the_plan_knows_the_bytes_of_collectives(recorded: dict[str, Any]) -> None:
