@@ -44,6 +44,7 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, d
 from srde_ds.model.base import block_shapes
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.model.supports.selection import support_shape
 from srde_ds.model.targets import Targets
@@ -280,7 +281,7 @@ def micro_step_memory(layers: int, recompute: str = "full") -> dict[str, float]:
     if recompute == "full":
         model.enable_gradient_checkpointing(use_reentrant=True)
     elif recompute == "selective":
-        model.enable_selective_recompute()
+        recompute_selectively(model.base, model.routing)
     linear, F.linear = F.linear, zero3_linear_wrap
     try:
         found = micro_step(model, config.training.batch_size, config.data.max_length, without_values(model))

@@ -29,6 +29,7 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documen
 from srde_ds.model.base import Sharding, decoder_layers, empty_base, load_base, whole_shape
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.targets import Targets, on_device
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
@@ -221,7 +222,7 @@ def build_model(
         for layer in model.layers:
             layer.dispatch = LocalDispatch(compiled=True)
     if config.model.recomputed == "selective":
-        model.enable_selective_recompute()
+        recompute_selectively(model.base, model.routing)
     elif config.model.recomputed == "full":
         # The kind that is tested to equal plain training under ZeRO-3; see docs/decisions.md.
         model.enable_gradient_checkpointing(use_reentrant=True)

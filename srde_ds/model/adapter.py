@@ -36,7 +36,6 @@ from srde_ds.model.policy import (
     keep_policy_when_recomputing,
     refuse_foreign_checkpointing,
 )
-from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.targets import Targets
 from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
@@ -208,10 +207,6 @@ class SRDEModel(nn.Module):
         keep_policy_when_recomputing(self.base, self.routing)
         if use_reentrant:  # it needs an input with a gradient, and the embedding is frozen
             self.base.enable_input_require_grads()
-
-    def enable_selective_recompute(self) -> None:
-        """The same, but attention's results are kept, which are few values and cost the most; not reentrant."""
-        recompute_selectively(self.base, self.routing)
 
     @contextmanager
     def no_experts(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from benchmarks.static import Operators
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
@@ -21,7 +22,7 @@ FORMS: list[dict[str, Any]] = [{}, {"granularity": "element"}, {"num_atoms": 2, 
 def made(recompute: str, **form: Any) -> SRDEModel:
     model = randomize(tiny_srde(base=tiny_llama(attn_implementation=DOCUMENT_ATTENTION), **form)).train()
     if recompute == "selective":
-        model.enable_selective_recompute()
+        recompute_selectively(model.base, model.routing)
     elif recompute != "none":
         model.enable_gradient_checkpointing(use_reentrant=recompute == "full, reentrant")
     return model
@@ -87,7 +88,7 @@ def test_dropout_draws_the_same_again(recompute: str) -> None:
         base = tiny_llama(attn_implementation="eager", attention_dropout=0.5)
         model = randomize(tiny_srde(base=base)).train()
         if recompute == "selective":
-            model.enable_selective_recompute()
+            recompute_selectively(model.base, model.routing)
         elif recompute == "full":
             model.enable_gradient_checkpointing()
         torch.manual_seed(3)
