@@ -8,7 +8,6 @@ docs/design.md, "The layer".
 
 from __future__ import annotations
 
-from functools import partial
 from typing import cast
 
 import torch
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srde_ds.model.base import FeedForward
-from srde_ds.model.deltas import DeltaBank
+from srde_ds.model.deltas import DeltaBank, DeltaLosses
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (
@@ -30,8 +29,8 @@ from srde_ds.model.prepared import (
     PreparedRouter,
     arithmetic_dtype,
 )
-from srde_ds.model.router import Router, RouterLosses, Routing, route
-from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.model.router import Router, RouterLosses, Routing, route, router_loss_terms
+from srde_ds.model.statistics import add_routing
 
 
 class SRDEFeedForward(nn.Module):
@@ -41,7 +40,8 @@ class SRDEFeedForward(nn.Module):
     weights and quantised kernels keep working. Only the form that is prepared for decoding reads them, and only where
     they are plain.
 
-    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports/selection.py`.
+    Children: `block` (the base's own), `deltas`, `router`. Buffers: `support`, int32, see `supports/selection.py`;
+    `number` `[1]`, the layer's, which is a tensor so that torch.compile makes nothing of its own for each layer.
     `dispatch` may be replaced by one that reaches experts on other ranks.
 
     Args:
@@ -51,6 +51,7 @@ class SRDEFeedForward(nn.Module):
     """
 
     support: Tensor
+    number: Tensor
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class SRDEFeedForward(nn.Module):
         self.deltas = deltas
         self.router = router
         self.register_buffer("support", support)
+        self.register_buffer("number", torch.tensor([layer], device=support.device), persistent=False)
         self.roles = feed_forward.roles
         self.hidden, self.intermediate = feed_forward.hidden, feed_forward.intermediate
         self.granularity = granularity
@@ -148,12 +150,12 @@ class SRDEFeedForward(nn.Module):
             overlap_weight=policy.loss_weights.support_overlap,
         )
         # Both are asked: under torch.compile a slice of the whole keeps requires_grad where gradients are off.
-        if torch.is_grad_enabled() and deltas.requires_grad:
-            # Hooks run in the backward: once for each forward, also when that is recomputed.
-            if policy.statistics is not None:
-                deltas.register_hook(partial(_record_gradient, policy.statistics, self.layer, self.deltas))
-            if policy.loss_weights.delta_size:  # after the other hook: statistics are of the loss's own gradient
-                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas, policy)))
+        if not (torch.is_grad_enabled() and deltas.requires_grad):
+            return deltas
+        sums = None if policy.statistics is None else policy.statistics.sums(deltas.device)
+        weights = self._size_weights(deltas, policy) if policy.loss_weights.delta_size else None
+        if sums is not None or weights is not None:
+            deltas = DeltaLosses.apply(deltas, weights, self.deltas, sums, self.number)
         return deltas
 
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
@@ -229,20 +231,12 @@ class SRDEFeedForward(nn.Module):
         # In train mode a forward without gradients is the first of two, when activations are recomputed.
         if not has_backward and (self.training or policy.statistics is None):
             return output
-        chosen_TE, mask = routing.chosen_TE, policy.token_mask
-        mask_T = torch.ones_like(chosen_TE[:, 0]) if mask is None else mask.reshape(-1)
+        mask = policy.token_mask
+        mask_T = logits_TE.new_ones(len(logits_TE), dtype=torch.bool) if mask is None else mask.reshape(-1)
+        sums = None if policy.statistics is None else policy.statistics.sums(logits_TE.device)
         if has_backward:  # also without losses: a router that the output does not depend on gets a gradient of zero
-            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, policy, self.layer)
-        assert policy.statistics is not None
-        policy.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
+            terms = router_loss_terms(policy, self.number, logits_TE)
+            return RouterLosses.apply(output, logits_TE, routing.choices_TK, mask_T, *terms, sums, self.number)
+        assert sums is not None
+        add_routing(sums, self.number, logits_TE, routing.choices_TK, mask_T)
         return output
-
-
-def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the loss and of sum_e weight_e |delta_e|^2."""
-    return torch.addcmul(gradient, deltas, weights, value=2)
-
-
-def _record_gradient(statistics: RoutingStatistics, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
-    squares = bank.square_norms(gradient)
-    statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)
