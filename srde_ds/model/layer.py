@@ -94,7 +94,7 @@ class SRDEFeedForward(nn.Module):
         prepared = self._prepared(gate_TF)
         if prepared is None:
             routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
-            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing.weights_TE, policy)
+            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing, policy)
             output_TD = down(hidden_TF) + extra_TD
         else:
             routing = prepared.router(x_TD, policy)
@@ -114,22 +114,28 @@ class SRDEFeedForward(nn.Module):
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
-        weights_TE: Tensor,
+        routing: Routing,
         policy: RoutingPolicy,
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
         hidden_TF = act(gate_TF) * up_TF
         if self.skip_activation_hooks:
             act = cast("Activation", act.forward)  # type: ignore[attr-defined]
-        weights_TE, deltas = weights_TE.to(gate_TF.dtype), self._effective_deltas(policy).to(gate_TF.dtype)
+        index_TK, weights_TK = routing.index_TK, routing.weights_TK.to(gate_TF.dtype)
+        deltas = self._effective_deltas(policy).to(gate_TF.dtype)
+        chosen = (index_TK, weights_TK, deltas)
         if self.granularity == "element":
-            change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
+            change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, *chosen, self.support)
             return hidden_TF + change_TF, extra_TD
-        neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
-        gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
-        change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
-        for number, own in enumerate(neurons):  # no neuron repeats in one support, so the sum has one order
-            hidden_TF.index_add_(1, own, change_TSm[:, number])
+        if self.support.dim() == 1:
+            gate_T1m, up_T1m = (t.index_select(1, self.support)[:, None] for t in (gate_TF, up_TF))
+            change_T1m, extra_TD = self.dispatch.neuron(act, x_TD, gate_T1m, up_T1m, *chosen)
+            return hidden_TF.index_add_(1, self.support, change_T1m.squeeze(1)), extra_TD
+        neurons_TKm = self.support.index_select(0, index_TK.flatten()).long().view(*index_TK.shape, -1)
+        gate_TKm, up_TKm = (t.gather(1, neurons_TKm.flatten(1)).view_as(neurons_TKm) for t in (gate_TF, up_TF))
+        change_TKm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TKm, up_TKm, *chosen)
+        for own, change in zip(neurons_TKm.unbind(1), change_TKm.unbind(1), strict=True):
+            hidden_TF.scatter_add_(1, own, change)  # no neuron repeats in one support, so the sum has one order
         return hidden_TF, extra_TD
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
@@ -236,7 +242,7 @@ class SRDEFeedForward(nn.Module):
         sums = None if policy.statistics is None else policy.statistics.sums(logits_TE.device)
         if has_backward:  # also without losses: a router that the output does not depend on gets a gradient of zero
             terms = router_loss_terms(policy, self.number, logits_TE)
-            return RouterLosses.apply(output, logits_TE, routing.choices_TK, mask_T, *terms, sums, self.number)
+            return RouterLosses.apply(output, logits_TE, routing.choices_TK, mask_T, terms, sums, self.number)
         assert sums is not None
         add_routing(sums, self.number, logits_TE, routing.choices_TK, mask_T)
         return output

@@ -143,8 +143,7 @@ class RouterLosses(torch.autograd.Function):
         logits_TE: Tensor,
         choices_TK: Tensor,
         mask_T: Tensor,
-        excess_E: Tensor | None,
-        z: float | Tensor,
+        terms: tuple[Tensor | None, float | Tensor],
         sums: Tensor | None,
         layer: Tensor,
     ) -> Tensor:
@@ -152,26 +151,27 @@ class RouterLosses(torch.autograd.Function):
 
         Args:
             mask_T: True for real tokens.
-            excess_E, z: of `router_loss_terms`.
+            terms: of `router_loss_terms`.
             sums: of the statistics that are kept, see `statistics.add_routing`.
             layer: `[1]`, its number.
         """
-        ctx.save_for_backward(logits_TE, choices_TK, mask_T, excess_E, layer)
-        ctx.z, ctx.sums = z, sums  # not among the saved ones: other layers change the sums
+        ctx.save_for_backward(logits_TE, choices_TK, mask_T, layer)
+        ctx.terms, ctx.sums = terms, sums  # not among the saved ones: other layers change the sums
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The output's gradient unchanged, and that of the losses for the logits."""
-        logits_TE, choices_TK, mask_T, excess_E, layer = ctx.saved_tensors
+        logits_TE, choices_TK, mask_T, layer = ctx.saved_tensors
+        excess_E, z = ctx.terms
         if ctx.sums is not None:
             add_routing(ctx.sums, layer, logits_TE, choices_TK, mask_T)
         p_TE = logits_TE.softmax(dim=1)
-        factor_TE = ctx.z * 2 * logits_TE.logsumexp(1, keepdim=True)
+        factor_TE = z * 2 * logits_TE.logsumexp(1, keepdim=True)
         if excess_E is not None:
             factor_TE = factor_TE + excess_E - (p_TE @ excess_E)[:, None]
-        return grad_output, factor_TE * p_TE * mask_T[:, None], None, None, None, None, None, None
+        return grad_output, factor_TE * p_TE * mask_T[:, None], None, None, None, None, None
 
 
 def router_loss_terms(policy: RoutingPolicy, layer: Tensor, logits_TE: Tensor) -> tuple[Tensor | None, float | Tensor]:

@@ -14,8 +14,8 @@ class RoutingStatistics:
     delta_gradient_square `[L, E]`: squared norm of the gradient of an expert's effective delta, summed over
     micro-batches.
 
-    All of them are columns of one tensor, to which a layer adds by operations on tensors alone: they become part of what
-    torch.compile makes of it, and a layer's number, a tensor too, makes no difference to that.
+    All are columns of one tensor. A layer adds to it by operations on tensors alone, so torch.compile can take them in,
+    and since a layer's number is a tensor too, it need not compile anew for each layer.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:

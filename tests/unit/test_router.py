@@ -79,8 +79,9 @@ def test_statistics_are_sums_over_real_tokens() -> None:
     mask = torch.arange(10) < 7
     statistics = RoutingStatistics(1, 4)
     for _ in range(2):
-        sums = statistics.sums(mask.device)
-        add_routing(sums, torch.tensor([0]), routing.logits_TE.detach(), routing.choices_TK, mask)
+        add_routing(
+            statistics.sums(mask.device), torch.tensor([0]), routing.logits_TE.detach(), routing.choices_TK, mask
+        )
     sums = statistics.pop()
     logits = (x @ router.weight.T).detach().double()[:7]
     p = logits.softmax(1)
