@@ -13,11 +13,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.tables import markdown, measured_on
 from srde_ds.config import AdapterConfig
@@ -59,7 +60,7 @@ def in_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def base(dtype: torch.dtype) -> LlamaForCausalLM:
+def base(dtype: torch.dtype) -> PreTrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -69,7 +70,8 @@ def base(dtype: torch.dtype) -> LlamaForCausalLM:
         num_key_value_heads=3,
         vocab_size=VOCABULARY,
     )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+    model: Any = LlamaForCausalLM(config)
+    return model.to(dtype).requires_grad_(False)
 
 
 def training_step(model: SRDEModel, tokens: int) -> Callable[[], None]:
@@ -128,8 +130,8 @@ def ways(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
             shift = products.into(x)
             products.back(shift[:, :, 0] * shift[:, :, 1]).backward(gradient)
 
-        variants = {way.__name__: (lambda way=way, run=run: run(way)) for way in (JointProducts, GroupedProducts)}
-        seconds = in_turns(variants, rounds)  # type: ignore[arg-type]
+        variants = {"joint": partial(run, JointProducts), "grouped": partial(run, GroupedProducts)}
+        seconds = in_turns(variants, rounds)
         shape = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "experts": experts, "neurons": neurons}
         rows.append(
             shape | {"joint_ms": 1e3 * seconds["JointProducts"], "grouped_ms": 1e3 * seconds["GroupedProducts"]}
