@@ -69,6 +69,7 @@ setup(
             "types-tabulate",
             "tensorboard",
             "markdown-it-py>=3.0",
+            "triton>=3.6; platform_system == 'Linux'",  # runs the kernels without a GPU; torch for CUDA brings its own
             "playwright>=1.50",  # drives the browser of the distribution
         ],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],

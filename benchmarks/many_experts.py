@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.config.schema import OptimizerConfig
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.policy import LossWeights, RoutingPolicy
-from srde_ds.model.products import GroupedProducts, JointProducts
+from srde_ds.model.products import GroupedProducts, JointProducts, slot_rows
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
@@ -48,7 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
 SHAPES = [(6, 15), (6, 43), (16, 16), (64, 1), (64, 4), (64, 15), (256, 1), (256, 2), (256, 15)]
 
 
-def in_turns(variants: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+def in_turns(variants: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
     """Median seconds of CPU time; the first round does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
@@ -125,17 +125,23 @@ def ways(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
         x = torch.randn(tokens, HIDDEN, dtype=dtype, requires_grad=True)
         index, gradient = torch.rand(tokens, experts).topk(2, dim=1).indices, torch.randn(tokens, HIDDEN, dtype=dtype)
 
-        def run(way: Any, made_of: Any = (deltas, index), x: Any = x, gradient: Any = gradient) -> None:
-            products = way(*made_of)
+        def run(way: Any, deltas: Any, x: Any, index: Any, gradient: Any) -> None:
+            (_, experts, _, neurons), products = deltas.shape, way(deltas, index)
             shift = products.into(x)
-            products.back(shift[:, :, 0] * shift[:, :, 1]).backward(gradient)
+            if products.by_expert:  # as the layer does it: only what a token uses goes on
+                rows = slot_rows(index, experts)
+                chosen = shift.flatten(0, 1).index_select(0, rows)
+                h = chosen.new_zeros(tokens * experts, neurons).index_copy(0, rows, chosen[:, 0] * chosen[:, 1])
+                h = h.unflatten(0, (tokens, experts))
+            else:
+                h = shift[:, :, 0] * shift[:, :, 1]
+            products.back(h).backward(gradient)
 
-        variants = {"joint": partial(run, JointProducts), "grouped": partial(run, GroupedProducts)}
+        given = (deltas, x, index, gradient)
+        variants = {"joint": partial(run, JointProducts, *given), "grouped": partial(run, GroupedProducts, *given)}
         seconds = in_turns(variants, rounds)
         shape = {"dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "experts": experts, "neurons": neurons}
-        rows.append(
-            shape | {"joint_ms": 1e3 * seconds["JointProducts"], "grouped_ms": 1e3 * seconds["GroupedProducts"]}
-        )
+        rows.append(shape | {"joint_ms": 1e3 * seconds["joint"], "grouped_ms": 1e3 * seconds["grouped"]})
     return rows
 
 

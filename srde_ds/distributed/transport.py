@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.model.dispatch import Activation, element_experts, neuron_experts
+from srde_ds.model.products import ExpertProducts, expert_products
 
 ComputeAssignments = Callable[[Tensor, Tensor], Tensor]
 """From the inputs `[R, width]` of assignments and their slots `[R, 1]` to the results"""
@@ -43,8 +44,15 @@ class DeltaTransport:
         deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: `neuron_experts` with the deltas of all ranks."""
-        gathered = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)[: self.num_experts]
-        return neuron_experts(act, x_TD, gate_TXm, up_TXm, index_TK, weights_TK, gathered.transpose(0, 1))
+        return neuron_experts(act, x_TD, gate_TXm, up_TXm, index_TK, weights_TK, self._gathered(deltas_DE3m))
+
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts:
+        """See `ExpertDispatch`: with the deltas of all ranks."""
+        return expert_products(self._gathered(deltas_DE3m), index_TK)
+
+    def _gathered(self, deltas_DE3m: Tensor) -> Tensor:
+        by_expert: Tensor = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)
+        return by_expert[: self.num_experts].transpose(0, 1)
 
     def element(
         self,
@@ -67,6 +75,9 @@ class TokenTransport:
 
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
         self.group, self.num_experts = group, num_experts
+
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> None:
+        """See `ExpertDispatch`: a token's products are made where its experts are."""
 
     def neuron(
         self,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.model.delta_linear import DeltaLinear
-from srde_ds.model.products import ByExpert, expert_products
+from srde_ds.model.products import ByExpert, ExpertProducts, expert_products, slot_rows
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -39,6 +39,10 @@ class ExpertDispatch(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """change `[T, X, m]` and extra `[T, D]`; X is 1 for a support that the experts share, and change the sum over
         a token's experts; else K, and each expert's change is at its own neurons."""
+        ...
+
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts | None:
+        """For neurons: the experts' products, for a layer that does the rest itself; None: `neuron` must do it."""
         ...
 
     def element(
@@ -65,6 +69,10 @@ class LocalDispatch:
 
     def __init__(self, *, compiled: bool = False) -> None:
         self._neuron_experts = _compiled_neuron_experts() if compiled else neuron_experts
+
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts | None:
+        """As `ExpertDispatch.products`."""
+        return expert_products(deltas_DE3m, index_TK) if self._neuron_experts is neuron_experts else None
 
     def neuron(
         self,
@@ -117,14 +125,19 @@ def neuron_experts(
     of a tensor differently from those that fill a vector register.
     """
     products = expert_products(deltas_DE3m, index_TK)
-    shift_TK2m = products.into(x_TD)
-    shape = (*index_TK.shape, gate_TXm.shape[2])
+    shift, shape = products.into(x_TD), (*index_TK.shape, gate_TXm.shape[2])
+    if products.by_expert:
+        rows = slot_rows(index_TK, shift.shape[1])
+        shift = shift.flatten(0, 1).index_select(0, rows).unflatten(0, index_TK.shape)
     gate_TKm, up_TKm = (t.expand(shape).contiguous() for t in (gate_TXm, up_TXm))
-    h_TKm = act(gate_TKm + shift_TK2m[:, :, 0]) * (up_TKm + shift_TK2m[:, :, 1])
+    h_TKm = act(gate_TKm + shift[:, :, 0]) * (up_TKm + shift[:, :, 1])
     weights_TK1 = weights_TK[:, :, None]
     change = weights_TK1 * (h_TKm - act(gate_TKm) * up_TKm)
-    extra = products.back(weights_TK1 * h_TKm)
-    return (change.sum(1, keepdim=True) if gate_TXm.shape[1] == 1 else change), extra
+    weighted = weights_TK1 * h_TKm
+    if products.by_expert:
+        every = weighted.new_zeros(len(x_TD) * deltas_DE3m.shape[1], shape[2])
+        weighted = every.index_copy(0, rows, weighted.flatten(0, 1)).unflatten(0, (len(x_TD), deltas_DE3m.shape[1]))
+    return (change.sum(1, keepdim=True) if gate_TXm.shape[1] == 1 else change), products.back(weighted)
 
 
 def element_experts(

@@ -1,17 +1,15 @@
 """Triton kernels of the neuron experts' elementwise work: one for the forward, one for the backward.
 
-Each program has one token. It reads the base's gate and up values at its experts' neurons and the shifts that the deltas
-give them, and writes what changes there. Nothing is made dense but what is dense: the base's own values and gradients.
+Each program has one token. It reads the base's gate and up values at its experts' neurons and the shifts that the
+deltas give them, and writes what changes there. Only the base's own values and gradients are dense.
 
-Shifts lie in slots, X for each token: with all experts in one product, slot e is expert e's (X = E); with products group
-by group, slot k is that of the token's k-th expert (X = K). All arithmetic is in float32.
+Shifts lie in the X slots of `products.ExpertProducts`. All arithmetic is in float32.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 
 
 @triton.jit
@@ -104,7 +102,7 @@ def experts_backward(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """From the gradients of hidden and weighted to those of gate, up, shift and weights; shapes as in `experts_forward`.
+    """From the gradients of hidden and weighted to those of gate, up, shift and weights, shaped as in the forward.
 
     The base's own value of a neuron counts less by p where an expert's takes its place.
     """

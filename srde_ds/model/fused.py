@@ -1,11 +1,14 @@
 """The neuron experts' elementwise work as one autograd function on Triton kernels, see `expert_kernels.py`.
 
-It computes what the readable path of `dispatch.neuron_experts` and the lines around it in `layer.py` do, which tests
-hold it against. The gradients at the support are added where they belong, without a dense tensor of zeros for each.
+It computes what the readable path does (`dispatch.neuron_experts` and the lines around it in `layer.py`), against which
+tests hold it. Gradients at the support are added where they belong; autograd would make a dense tensor of zeros for
+each and add these.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,21 +17,31 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 DENSE_BLOCK = 1024
+WIDEST_BLOCK = 4096
+"""A program of the kernels holds all neurons of an expert in registers."""
 SILU, GELU_TANH = 0, 1
+KERNEL_DEVICES = {"cuda"}
 
 
-def activation_kind(module: Any) -> int | None:
-    """The number by which the kernels know an activation; None: they do not know it."""
+def fused_activation(module: Any, gate_TF: Tensor, neurons: int) -> int | None:
+    """The number by which the kernels know an activation; None: they cannot be used.
+
+    They need a GPU, values in at most float32, experts of at most `WIDEST_BLOCK` neurons, and SiLU or GELU by tanh.
+    """
+    if gate_TF.device.type not in KERNEL_DEVICES or gate_TF.dtype == torch.float64 or not _triton_is_installed():
+        return None
+    if block_size(neurons) > WIDEST_BLOCK:
+        return None
     if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation":
         return SILU
     gelu_tanh = isinstance(module, nn.GELU) and module.approximate == "tanh"
-    return GELU_TANH if gelu_tanh or type(module).__name__ in ("GELUTanh", "PytorchGELUTanh") else None
+    return GELU_TANH if gelu_tanh or type(module).__name__ == "GELUTanh" else None
 
 
 class FusedExperts(torch.autograd.Function):
     """Hidden values with the experts' change, `[T, F]`, and the experts' weighted hidden values, `[T, X, m]`.
 
-    X is E where each expert has a slot, and `by_expert` is true, else K, one slot for each of a token's experts.
+    The X slots are those of `products.ExpertProducts`.
     """
 
     @staticmethod
@@ -43,17 +56,16 @@ class FusedExperts(torch.autograd.Function):
         options: tuple[int, bool],
     ) -> tuple[Tensor, Tensor]:
         """`neurons` is `[m]`, shared, or `[E, m]`; `options` are the activation's kind and `by_expert`."""
+        kind, by_expert = options
+        hidden_TF = _activation(gate_TF, kind).mul_(up_TF)
+        tokens, slots, _, size = shift_TX2m.shape
         from srde_ds.model.expert_kernels import experts_forward
 
-        kind, by_expert = options
-        activated = F.silu(gate_TF) if kind == SILU else F.gelu(gate_TF, approximate="tanh")
-        hidden_TF = activated.mul_(up_TF)
         tensors = [t.contiguous() for t in (gate_TF, up_TF, shift_TX2m, weights_TK, index_TK, neurons)]
-        tokens, slots, _, size = shift_TX2m.shape
-        weighted = shift_TX2m.new_zeros(tokens, slots, size)
+        weighted = (shift_TX2m.new_zeros if by_expert else shift_TX2m.new_empty)(tokens, slots, size)
         sizes = (gate_TF.shape[1], size, slots, index_TK.shape[1])
         ctx.sizes = (*sizes, neurons.dim() == 1, by_expert, kind, block_size(size))
-        experts_forward[(tokens,)](*tensors, hidden_TF, weighted, *ctx.sizes)
+        experts_forward[(tokens,)](*tensors, hidden_TF, weighted, *ctx.sizes, **launch(size))
         ctx.save_for_backward(*tensors)
         return hidden_TF, weighted
 
@@ -64,13 +76,32 @@ class FusedExperts(torch.autograd.Function):
         from srde_ds.model.expert_kernels import experts_backward
 
         gate_TF, up_TF, shift, weights_TK, *_ = ctx.saved_tensors
+        by_expert = ctx.sizes[5]
         results = [torch.empty_like(gate_TF), torch.empty_like(up_TF)]
-        results += [torch.zeros_like(shift), torch.empty_like(weights_TK)]
+        results += [(torch.zeros_like if by_expert else torch.empty_like)(shift), torch.empty_like(weights_TK)]
         given = of_hidden_TF.contiguous(), of_weighted.contiguous()
-        experts_backward[(len(gate_TF),)](*ctx.saved_tensors, *given, *results, *ctx.sizes, DENSE_BLOCK)
+        kernel = experts_backward[(len(gate_TF),)]
+        kernel(*ctx.saved_tensors, *given, *results, *ctx.sizes, DENSE_BLOCK, **launch(shift.shape[3]))
         return (*results, None, None, None)
 
 
 def block_size(size: int) -> int:
     """A power of two: a program takes all neurons of an expert at once."""
     return 1 << (size - 1).bit_length() if size > 1 else 1
+
+
+def launch(size: int) -> dict[str, Any]:
+    """Options of both kernels for experts of `size` neurons.
+
+    Fused multiply-adds would round a product in one place and not in another: shifts of zero would change something.
+    """
+    return {"num_warps": min(16, max(4, block_size(size) // 256)), "enable_fp_fusion": False}
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _activation(x: Tensor, kind: int) -> Tensor:
+    return F.silu(x) if kind == SILU else F.gelu(x, approximate="tanh")

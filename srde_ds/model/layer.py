@@ -8,7 +8,7 @@ docs/design.md, "The layer".
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank, DeltaLosses
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
+from srde_ds.model.fused import FusedExperts, fused_activation
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (
     Preparation,
@@ -94,7 +95,8 @@ class SRDEFeedForward(nn.Module):
         prepared = self._prepared(gate_TF)
         if prepared is None:
             routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
-            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing, policy)
+            deltas = self._effective_deltas(policy).to(gate_TF.dtype)
+            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing, deltas)
             output_TD = down(hidden_TF) + extra_TD
         else:
             routing = prepared.router(x_TD, policy)
@@ -115,14 +117,21 @@ class SRDEFeedForward(nn.Module):
         gate_TF: Tensor,
         up_TF: Tensor,
         routing: Routing,
-        policy: RoutingPolicy,
+        deltas: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
+        index_TK, weights_TK = routing.index_TK, routing.weights_TK.to(gate_TF.dtype)
+        if (kind := self._fused_activation(act, gate_TF)) is not None:
+            products = self.dispatch.products(index_TK, deltas)
+            if products is not None:
+                shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
+                hidden_TF, weighted = FusedExperts.apply(
+                    gate_TF, up_TF, shift, weights_TK, index_TK, self.support, options
+                )
+                return hidden_TF, products.back(weighted)
         hidden_TF = act(gate_TF) * up_TF
         if self.skip_activation_hooks:
             act = cast("Activation", act.forward)  # type: ignore[attr-defined]
-        index_TK, weights_TK = routing.index_TK, routing.weights_TK.to(gate_TF.dtype)
-        deltas = self._effective_deltas(policy).to(gate_TF.dtype)
         chosen = (index_TK, weights_TK, deltas)
         if self.granularity == "element":
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, *chosen, self.support)
@@ -137,6 +146,13 @@ class SRDEFeedForward(nn.Module):
         for own, change in zip(neurons_TKm.unbind(1), change_TKm.unbind(1), strict=True):
             hidden_TF.scatter_add_(1, own, change)  # no neuron repeats in one support, so the sum has one order
         return hidden_TF, extra_TD
+
+    def _fused_activation(self, act: Any, gate_TF: Tensor) -> int | None:
+        """What `FusedExperts` calls the activation; None: it cannot be used."""
+        hooked = (act._forward_hooks or act._forward_pre_hooks) and not self.skip_activation_hooks
+        if hooked or self.granularity == "element":
+            return None
+        return fused_activation(act, gate_TF, self.support.shape[-1])
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
         """As in torch; training makes what was prepared for decoding out of date."""

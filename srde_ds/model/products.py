@@ -18,14 +18,20 @@ from torch.autograd.function import once_differentiable
 
 
 class ExpertProducts(Protocol):
-    """The products of one layer's tokens, for deltas `[D, E, 3, m]` and `[T, K]` chosen experts."""
+    """The products of one layer's tokens, for deltas `[D, E, 3, m]` and `[T, K]` chosen experts.
+
+    What a token has of its experts lies in X slots. Slot e is expert e's where all experts are multiplied at once, and
+    `by_expert` is true (X = E); else slot k is that of the token's k-th expert (X = K).
+    """
+
+    by_expert: bool
 
     def into(self, x_TD: Tensor) -> Tensor:
-        """`[T, K, 2, m]`: each token times dG and dU of its experts."""
+        """`[T, X, 2, m]`: each token times dG and dU of its experts."""
         ...
 
-    def back(self, h_TKm: Tensor) -> Tensor:
-        """`[T, D]`: the sum over a token's experts of dD_e h."""
+    def back(self, h_TXm: Tensor) -> Tensor:
+        """`[T, D]`: the sum over a token's experts of dD_e h; h is zero for experts that it does not use."""
         ...
 
 
@@ -72,31 +78,33 @@ GROUPING = {
 
 
 class JointProducts:
-    """All experts on all tokens in one product; the chosen ones are picked from it."""
+    """All experts on all tokens in one product."""
+
+    by_expert = True
 
     def __init__(self, deltas_DE3m: Tensor, index_TK: Tensor) -> None:
         # split, and not two slices: its backward joins the gradients and fills nothing with zeros
         self.into_DE2m, self.back_DE1m = deltas_DE3m.split([2, 1], dim=2)
-        self.tokens, self.top_k = index_TK.shape
-        self.hidden, self.experts, _, self.neurons = deltas_DE3m.shape
-        first_T1 = torch.arange(self.tokens, device=index_TK.device)[:, None] * self.experts
-        self.rows_R = (first_T1 + index_TK).flatten()
 
     def into(self, x_TD: Tensor) -> Tensor:
         """As `ExpertProducts.into`."""
-        every_TE2m = x_TD @ self.into_DE2m.reshape(self.hidden, -1)
-        rows = every_TE2m.view(self.tokens * self.experts, 2 * self.neurons).index_select(0, self.rows_R)
-        return rows.view(self.tokens, self.top_k, 2, self.neurons)
+        matrix = self.into_DE2m.reshape(len(self.into_DE2m), -1)
+        return (x_TD @ matrix).unflatten(1, self.into_DE2m.shape[1:])
 
-    def back(self, h_TKm: Tensor) -> Tensor:
+    def back(self, h_TXm: Tensor) -> Tensor:
         """As `ExpertProducts.back`."""
-        every = h_TKm.new_zeros(self.tokens * self.experts, self.neurons)
-        every_TX = every.index_copy(0, self.rows_R, h_TKm.flatten(0, 1)).view(self.tokens, self.experts * self.neurons)
-        return every_TX @ self.back_DE1m.reshape(self.hidden, -1).T
+        return h_TXm.flatten(1) @ self.back_DE1m.reshape(len(self.back_DE1m), -1).T
+
+
+def slot_rows(index_TK: Tensor, slots: int) -> Tensor:
+    """`[T * K]`: where the slots of a token's experts are among the T * E of all tokens, E = `slots`."""
+    return (torch.arange(len(index_TK), device=index_TK.device)[:, None] * slots + index_TK).flatten()
 
 
 class GroupedProducts:
     """Tokens sorted by expert; each group times its expert's matrix."""
+
+    by_expert = False
 
     def __init__(self, deltas_DE3m: Tensor, index_TK: Tensor) -> None:
         experts, self.neurons = deltas_DE3m.shape[1], deltas_DE3m.shape[3]
@@ -112,9 +120,9 @@ class GroupedProducts:
         shift_RX = self._product(self.order.sorted(x_TD), self.into_E2mD.flatten(1, 2).transpose(1, 2))
         return self.order.unsorted(shift_RX).unflatten(2, (2, -1))[..., : self.neurons]
 
-    def back(self, h_TKm: Tensor) -> Tensor:
+    def back(self, h_TXm: Tensor) -> Tensor:
         """As `ExpertProducts.back`."""
-        h_Rm = self.order.sorted(F.pad(h_TKm, (0, self.padding)))
+        h_Rm = self.order.sorted(F.pad(h_TXm, (0, self.padding)))
         return self.order.unsorted(self._product(h_Rm, self.back_E1mD.squeeze(1))).sum(1)
 
     def _product(self, rows_RX: Tensor, matrices: Tensor) -> Tensor:

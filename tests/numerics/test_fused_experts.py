@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,15 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if torch.cuda.is_available():
+    pytest.skip("tests/gpu runs the kernels themselves", allow_module_level=True)
 os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 pytest.importorskip("triton")
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+import triton.language as tl
+from triton.runtime import interpreter
 
-from srde_ds.model.fused import GELU_TANH, SILU, FusedExperts  # noqa: E402
+from srde_ds.model import fused
+from srde_ds.model.fused import GELU_TANH, SILU, FusedExperts, fused_activation
+from srde_ds.model.products import GROUPING, GroupingOverhead
+from tests.helpers import gradient_of, randomize, tiny_srde
 
-TOKENS, WIDTH, EXPERTS, TOP_K = 5, 40, 4, 2
+TOKENS, WIDTH, EXPERTS, TOP_K = 3, 40, 4, 2
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 ACT: dict[int, Any] = {SILU: F.silu, GELU_TANH: lambda x: F.gelu(x, approximate="tanh")}
 
@@ -52,10 +58,9 @@ def readable(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("neurons", [1, 6])
 @pytest.mark.parametrize("by_expert", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("kind", [SILU, GELU_TANH])
+@pytest.mark.parametrize(("kind", "neurons"), [(SILU, 6), (SILU, 1), (GELU_TANH, 6)])
 def test_kernels_equal_the_readable_path(
     kind: int, shared: bool, by_expert: bool, neurons: int, dtype: torch.dtype
 ) -> None:
@@ -98,3 +103,40 @@ def test_shifts_of_zero_change_no_bit() -> None:
     weights = torch.full((TOKENS, 2), 0.5, dtype=torch.bfloat16)
     hidden, _ = FusedExperts.apply(gate, up, gate.new_zeros(TOKENS, 2, 2, 6), weights, index, neurons, (SILU, False))
     assert torch.equal(hidden, F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("way", ["joint", "grouped"])
+@pytest.mark.parametrize("form", [{}, {"support_scope": "per_expert", "support_strategy": "random"}])
+def test_a_layer_on_kernels_equals_the_readable_one(form: dict[str, Any], way: str) -> None:
+    """Output and all gradients, with each of both products."""
+    model = randomize(tiny_srde(num_experts=8, **form))
+    layer, x = model.layers[0], torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(3))
+    overhead = GroupingOverhead(10**9 if way == "joint" else -(10**9), 0, 0)
+    results = []
+    for devices in (set(), {"cpu"}):
+        own = x.clone().requires_grad_()
+        model.zero_grad()
+        with (
+            patch.object(fused, "KERNEL_DEVICES", devices),
+            patch.dict(GROUPING, {("cpu", torch.float32): overhead}),
+            patch.object(FusedExperts, "apply", wraps=FusedExperts.apply) as calls,
+        ):
+            y = layer(own)
+            y.sin().sum().backward()
+        assert calls.call_count == len(devices)
+        gradients = {name: gradient_of(p).clone() for name, p in layer.named_parameters() if p.requires_grad}
+        results.append({"y": y.detach(), "x": gradient_of(own)} | gradients)
+    for name, expected in results[0].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=2e-6 * scale, msg=name)
+
+
+def test_what_the_kernels_do_not_know_is_left_to_the_readable_path() -> None:
+    gate = torch.zeros(1, 4)
+    with patch.object(fused, "KERNEL_DEVICES", {"cpu"}):
+        assert fused_activation(torch.nn.SiLU(), gate, 4) == SILU
+        assert fused_activation(torch.nn.GELU(approximate="tanh"), gate, 4) == GELU_TANH
+        assert fused_activation(torch.nn.GELU(), gate, 4) is None
+        assert fused_activation(torch.nn.SiLU(), gate.double(), 4) is None
+        assert fused_activation(torch.nn.SiLU(), gate, 5000) is None
+    assert fused_activation(torch.nn.SiLU(), gate, 4) is None  # no GPU

@@ -42,8 +42,12 @@ def forms(dtype: torch.dtype, *, tokens: int, experts: int, neurons: int) -> tup
     for way in (JointProducts, GroupedProducts):
         made = way(deltas, index)
         shift = made.into(x)
-        y = made.back(shift[:, :, 0] * shift[:, :, 1])
-        found.append([shift, y, *torch.autograd.grad(y.float().square().sum(), [x, deltas])])
+        h, of_chosen = shift[:, :, 0] * shift[:, :, 1], shift
+        if made.by_expert:
+            h = h * torch.zeros_like(h).scatter(1, index[:, :, None].expand(-1, -1, neurons), 1.0)
+            of_chosen = shift.gather(1, index[:, :, None, None].expand(-1, -1, 2, neurons))
+        y = made.back(h)
+        found.append([of_chosen, y, *torch.autograd.grad(y.float().square().sum(), [x, deltas])])
     return found[0], found[1]
 
 
