@@ -141,7 +141,13 @@ def experts_backward(  # type: ignore[no-untyped-def]
         more_u += of_u - p * d * a
         if not SHARED or k == K - 1:
             tl.debug_barrier()  # others wrote the dense gradients, or those of an expert that shares neurons
-            tl.store(of_gate + place, tl.load(of_gate + place, inside, 0).to(tl.float32) + more_g, inside)
-            tl.store(of_up + place, tl.load(of_up + place, inside, 0).to(tl.float32) + more_u, inside)
+            if SHARED:  # once more, for a sum that is rounded once
+                now_g = d * u * activation_slope(g, KIND)
+                now_u = d * a
+            else:
+                now_g = tl.load(of_gate + place, inside, 0).to(tl.float32)
+                now_u = tl.load(of_up + place, inside, 0).to(tl.float32)
+            tl.store(of_gate + place, now_g + more_g, inside)
+            tl.store(of_up + place, now_u + more_u, inside)
             more_g = tl.zeros([BLOCK], tl.float32)
             more_u = tl.zeros([BLOCK], tl.float32)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 DENSE_BLOCK = 1024
-WIDEST_BLOCK = 4096
-"""A program of the kernels holds all neurons of an expert in registers."""
+WIDEST_BLOCK = 1024
+"""A program of the kernels holds all neurons of an expert in registers; with more it would spill some."""
 SILU, GELU_TANH = 0, 1
 KERNEL_DEVICES = {"cuda"}
 
@@ -65,7 +65,7 @@ class FusedExperts(torch.autograd.Function):
         weighted = (shift_TX2m.new_zeros if by_expert else shift_TX2m.new_empty)(tokens, slots, size)
         sizes = (gate_TF.shape[1], size, slots, index_TK.shape[1])
         ctx.sizes = (*sizes, neurons.dim() == 1, by_expert, kind, block_size(size))
-        experts_forward[(tokens,)](*tensors, hidden_TF, weighted, *ctx.sizes, **launch(size))
+        experts_forward[(tokens,)](*tensors, hidden_TF, weighted, *ctx.sizes, **LAUNCH)
         ctx.save_for_backward(*tensors)
         return hidden_TF, weighted
 
@@ -81,7 +81,7 @@ class FusedExperts(torch.autograd.Function):
         results += [(torch.zeros_like if by_expert else torch.empty_like)(shift), torch.empty_like(weights_TK)]
         given = of_hidden_TF.contiguous(), of_weighted.contiguous()
         kernel = experts_backward[(len(gate_TF),)]
-        kernel(*ctx.saved_tensors, *given, *results, *ctx.sizes, DENSE_BLOCK, **launch(shift.shape[3]))
+        kernel(*ctx.saved_tensors, *given, *results, *ctx.sizes, DENSE_BLOCK, **LAUNCH)
         return (*results, None, None, None)
 
 
@@ -90,12 +90,8 @@ def block_size(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 1 else 1
 
 
-def launch(size: int) -> dict[str, Any]:
-    """Options of both kernels for experts of `size` neurons.
-
-    Fused multiply-adds would round a product in one place and not in another: shifts of zero would change something.
-    """
-    return {"num_warps": min(16, max(4, block_size(size) // 256)), "enable_fp_fusion": False}
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
+"""Fused multiply-adds would round a product in one place and not in another: shifts of zero would change something."""
 
 
 @cache
