@@ -7,7 +7,6 @@ each and add these.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,6 +20,7 @@ WIDEST_BLOCK = 1024
 """A program of the kernels holds all neurons of an expert in registers; with more it would spill some."""
 SILU, GELU_TANH = 0, 1
 KERNEL_DEVICES = {"cuda"}
+HAS_TRITON = find_spec("triton") is not None  # asked once: torch.compile could not follow the question
 
 
 def fused_activation(module: Any, gate_TF: Tensor, neurons: int) -> int | None:
@@ -28,7 +28,7 @@ def fused_activation(module: Any, gate_TF: Tensor, neurons: int) -> int | None:
 
     They need a GPU, values in at most float32, experts of at most `WIDEST_BLOCK` neurons, and SiLU or GELU by tanh.
     """
-    if gate_TF.device.type not in KERNEL_DEVICES or gate_TF.dtype == torch.float64 or not _triton_is_installed():
+    if gate_TF.device.type not in KERNEL_DEVICES or gate_TF.dtype == torch.float64 or not HAS_TRITON:
         return None
     if block_size(neurons) > WIDEST_BLOCK:
         return None
@@ -92,11 +92,6 @@ def block_size(size: int) -> int:
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
 """Fused multiply-adds would round a product in one place and not in another: shifts of zero would change something."""
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
 
 
 def _activation(x: Tensor, kind: int) -> Tensor:
