@@ -9,7 +9,7 @@ from pathlib import Path
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.export.adapter_source import AdapterSource, open_adapter, select_experts
 from srde_ds.export.weights import write_weights
-from srde_ds.weights.schema import check_history, check_names
+from srde_ds.weights.schema import LONGEST_TEXT, check_history, check_names
 
 
 def rename_command(weights: str | Path, names: Sequence[str], output: str | Path) -> Path:
@@ -88,7 +88,11 @@ def renamed(adapter: AdapterSource, names: Mapping[str, str]) -> AdapterSource:
 
 
 def with_entry(adapter: AdapterSource, entry: dict[str, str | int]) -> AdapterSource:
-    """The adapter with a longer history."""
-    history = [*adapter.metadata.history, entry]
+    """The adapter with a longer history, in which the names of very many experts end in an ellipsis."""
+    short = {
+        key: f"{value[: LONGEST_TEXT - 1]}…" if isinstance(value, str) and len(value) > LONGEST_TEXT else value
+        for key, value in entry.items()
+    }
+    history = [*adapter.metadata.history, short]
     check_history(history)
     return replace(adapter, metadata=replace(adapter.metadata, history=history))

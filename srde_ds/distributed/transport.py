@@ -21,9 +21,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.model.dispatch import Activation, element_experts, neuron_experts
+from srde_ds.model.products import ExpertProducts, expert_products
 
-ComputeSlot = Callable[[int, Tensor], Tensor]
-"""From a slot and the inputs `[R, width]` of its assignments to the results"""
+ComputeAssignments = Callable[[Tensor, Tensor], Tensor]
+"""From the inputs `[R, width]` of assignments and their slots `[R, 1]` to the results"""
 
 
 class DeltaTransport:
@@ -33,11 +34,25 @@ class DeltaTransport:
         self.group, self.num_experts = group, num_experts
 
     def neuron(
-        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TXm: Tensor,
+        up_TXm: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: `neuron_experts` with the deltas of all ranks."""
-        gathered = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)[: self.num_experts]
-        return neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, gathered.transpose(0, 1))
+        return neuron_experts(act, x_TD, gate_TXm, up_TXm, index_TK, weights_TK, self._gathered(deltas_DE3m))
+
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts:
+        """See `ExpertDispatch`: with the deltas of all ranks."""
+        return expert_products(self._gathered(deltas_DE3m), index_TK)
+
+    def _gathered(self, deltas_DE3m: Tensor) -> Tensor:
+        by_expert: Tensor = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)
+        return by_expert[: self.num_experts].transpose(0, 1)
 
     def element(
         self,
@@ -45,13 +60,14 @@ class DeltaTransport:
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
-        weights_TE: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: `element_experts` with the deltas of all ranks."""
         gathered = GatherParts.apply(deltas_En, self.group)[: self.num_experts]
-        return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, gathered, support)
+        return element_experts(act, x_TD, gate_TF, up_TF, index_TK, weights_TK, gathered, support)
 
 
 class TokenTransport:
@@ -60,27 +76,36 @@ class TokenTransport:
     def __init__(self, group: dist.ProcessGroup, num_experts: int) -> None:
         self.group, self.num_experts = group, num_experts
 
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> None:
+        """See `ExpertDispatch`: a token's products are made where its experts are."""
+
     def neuron(
-        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TXm: Tensor,
+        up_TXm: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: each routed token is computed where its expert's deltas are."""
-        expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
-        support_R = torch.zeros_like(expert_R) if gate_TSm.shape[1] == 1 else expert_R
-        neurons = gate_TSm.shape[2]
-        inputs = torch.cat([x_TD[token_R], gate_TSm[token_R, support_R], up_TSm[token_R, support_R]], dim=1)
+        sent = _Assignments(index_TK, weights_TK)
+        column_R = torch.zeros_like(sent.column_R) if gate_TXm.shape[1] == 1 else sent.column_R
+        neurons = gate_TXm.shape[2]
+        own_gate, own_up = (t[sent.token_R, column_R] for t in (gate_TXm, up_TXm))
+        inputs = torch.cat([x_TD[sent.token_R], own_gate, own_up], dim=1)
 
-        def compute(slot: int, inputs: Tensor) -> Tensor:
+        def compute(inputs: Tensor, slot_R1: Tensor) -> Tensor:
             x, gate, up = inputs.split([inputs.shape[1] - 2 * neurons, neurons, neurons], dim=1)
-            change, extra = neuron_experts(
-                act, x, gate[:, None], up[:, None], inputs.new_ones(len(inputs), 1), deltas_DE3m[:, slot : slot + 1]
-            )
+            ones_R1 = torch.ones_like(slot_R1, dtype=inputs.dtype)
+            change, extra = neuron_experts(act, x, gate[:, None], up[:, None], slot_R1, ones_R1, deltas_DE3m)
             return torch.cat([change[:, 0], extra], dim=1)
 
-        results = self._at_owners(inputs, expert_R, deltas_DE3m.shape[1], compute)
-        change, extra = results.split([neurons, x_TD.shape[1]], dim=1)
-        p_R1 = weights_TE[token_R, expert_R][:, None]
-        change_TSm = torch.zeros_like(gate_TSm).index_put((token_R, support_R), p_R1 * change, accumulate=True)
-        return change_TSm, torch.zeros_like(x_TD).index_add(0, token_R, p_R1 * extra)
+        results = self._at_owners(inputs, sent.expert_R, deltas_DE3m.shape[1], compute)
+        change, extra = (sent.p_R1 * results).split([neurons, x_TD.shape[1]], dim=1)
+        change_TXm = torch.zeros_like(gate_TXm).index_put((sent.token_R, column_R), change, accumulate=True)
+        return change_TXm, torch.zeros_like(x_TD).index_add(0, sent.token_R, extra)
 
     def element(
         self,
@@ -88,31 +113,31 @@ class TokenTransport:
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
-        weights_TE: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: each routed token is computed where its expert's deltas are."""
-        expert_R, token_R = weights_TE.T.nonzero(as_tuple=True)
+        sent = _Assignments(index_TK, weights_TK)
         width = gate_TF.shape[1]
-        first_expert = dist.get_rank(self.group) * len(deltas_En)
-        inputs = torch.cat([x_TD[token_R], gate_TF[token_R], up_TF[token_R]], dim=1)
+        if support.dim() == 2:  # of the slots here; a padding slot has no assignments: any support does
+            first_expert = dist.get_rank(self.group) * len(deltas_En)
+            slots = torch.arange(first_expert, first_expert + len(deltas_En), device=support.device)
+            support = support[slots.clamp(max=len(support) - 1)]
+        inputs = torch.cat([t[sent.token_R] for t in (x_TD, gate_TF, up_TF)], dim=1)
 
-        def compute(slot: int, inputs: Tensor) -> Tensor:
+        def compute(inputs: Tensor, slot_R1: Tensor) -> Tensor:
             x, gate, up = inputs.split([inputs.shape[1] - 2 * width, width, width], dim=1)
-            # A padding slot has no assignments; any support does.
-            own = support if support.dim() == 1 else support[min(first_expert + slot, len(support) - 1)]
-            weights = inputs.new_ones(len(inputs), 1)
-            change, extra = element_experts(act, x, gate, up, weights, deltas_En[slot : slot + 1], own)
-            return torch.cat([change, extra], dim=1)
+            ones_R1 = torch.ones_like(slot_R1, dtype=inputs.dtype)
+            return torch.cat(element_experts(act, x, gate, up, slot_R1, ones_R1, deltas_En, support), dim=1)
 
-        results = self._at_owners(inputs, expert_R, len(deltas_En), compute)
-        change, extra = results.split([width, x_TD.shape[1]], dim=1)
-        p_R1 = weights_TE[token_R, expert_R][:, None]
-        change_TF = torch.zeros_like(gate_TF).index_add(0, token_R, p_R1 * change)
-        return change_TF, torch.zeros_like(x_TD).index_add(0, token_R, p_R1 * extra)
+        results = self._at_owners(inputs, sent.expert_R, len(deltas_En), compute)
+        change, extra = (sent.p_R1 * results).split([width, x_TD.shape[1]], dim=1)
+        change_TF = torch.zeros_like(gate_TF).index_add(0, sent.token_R, change)
+        return change_TF, torch.zeros_like(x_TD).index_add(0, sent.token_R, extra)
 
-    def _at_owners(self, inputs_R: Tensor, expert_R: Tensor, slots: int, compute: ComputeSlot) -> Tensor:
+    def _at_owners(self, inputs_R: Tensor, expert_R: Tensor, slots: int, compute: ComputeAssignments) -> Tensor:
         """The result of each assignment, computed at its expert's rank, in the order of the assignments.
 
         Args:
@@ -127,14 +152,26 @@ class TokenTransport:
         sent_PS, received_PS = sent.view(size, slots).tolist(), received.view(size, slots).tolist()
         send_splits, receive_splits = [sum(s) for s in sent_PS], [sum(r) for r in received_PS]
         arrived = ExchangeTokens.apply(inputs_R, send_splits, receive_splits, self.group)
-        # They lie by sender, then slot; what each slot has is brought together, computed and put back.
-        parts = arrived.split([count for counts in received_PS for count in counts])
-        results: list[Tensor] = [arrived] * len(parts)
-        for slot in range(slots):
-            own = parts[slot::slots]
-            done = compute(slot, torch.cat(own)).split([len(part) for part in own])
-            results[slot::slots] = done
-        return ExchangeTokens.apply(torch.cat(results), receive_splits, send_splits, self.group)
+        # They lie by sender, then slot.
+        slot_S = torch.arange(size * slots, device=received.device) % slots
+        results = compute(arrived, slot_S.repeat_interleave(received, output_size=len(arrived))[:, None])
+        return ExchangeTokens.apply(results, receive_splits, send_splits, self.group)
+
+
+class _Assignments:
+    """Those of this rank that have a weight, sorted by expert.
+
+    Attributes:
+        expert_R, token_R, column_R: which expert, which token, and which of the token's K experts it is.
+        p_R1: its weight.
+    """
+
+    def __init__(self, index_TK: Tensor, weights_TK: Tensor) -> None:
+        token, column = (weights_TK != 0).nonzero(as_tuple=True)  # a locked expert has none
+        order = index_TK[token, column].argsort(stable=True)
+        self.token_R, self.column_R = token[order], column[order]
+        self.expert_R = index_TK[self.token_R, self.column_R]
+        self.p_R1 = weights_TK[self.token_R, self.column_R][:, None]
 
 
 class GatherParts(torch.autograd.Function):

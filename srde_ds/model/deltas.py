@@ -14,13 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from srde_ds.config import AdapterConfig
 from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.statistics import add_delta_gradient
 from srde_ds.model.supports.learned import BLOCK_SIZE, SupportGate
 
 # sigma(2) = 0.88: a fresh atom passes almost unscaled, so its learning rate keeps its meaning, and the gate is
@@ -130,6 +132,39 @@ class DeltaBank(nn.Module):
         dims = [d for d in range(deltas.dim()) if d != self.expert_axis]
         precision = torch.promote_types(deltas.dtype, torch.float32)
         return torch.linalg.vector_norm(deltas, dim=dims, dtype=precision).square()
+
+
+class DeltaLosses(torch.autograd.Function):
+    """Passes effective deltas through; its backward records the size of their gradient and adds that of their own size.
+
+    A backward runs once, however often activation checkpointing repeats the forward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, deltas: Tensor, weights: Tensor | None, bank: DeltaBank, sums: Tensor | None, layer: Tensor
+    ) -> Tensor:
+        """The deltas themselves, in a new view.
+
+        Args:
+            weights: of each expert's squared size, to be broadcast against the deltas; None: their size costs nothing.
+            sums: of the statistics that are kept, see `statistics.add_delta_gradient`.
+            layer: `[1]`, its number.
+        """
+        ctx.save_for_backward(weights, None if weights is None else deltas, layer)
+        ctx.bank, ctx.sums = bank, sums
+        return deltas.view_as(deltas)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the loss, which alone is recorded, and of sum_e weight_e |delta_e|^2."""
+        weights, deltas, layer = ctx.saved_tensors
+        if ctx.sums is not None:
+            add_delta_gradient(ctx.sums, layer, ctx.bank.square_norms(gradient), ctx.bank.first_expert)
+        if weights is not None:
+            gradient = torch.addcmul(gradient, deltas, weights, value=2)
+        return gradient, None, None, None, None
 
 
 class FreeNeuronDeltas(DeltaBank):

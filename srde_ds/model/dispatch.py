@@ -1,13 +1,12 @@
 """Carrying tokens to experts and back: the protocol, the local implementation and the experts' arithmetic.
 
-The layer hands over what the experts need (tokens, the base's gate and up values, routing weights, and the effective
-deltas of the experts at hand). It gets back, summed over experts with their weights p_e,
+The layer hands over what the experts need (tokens, the base's gate and up values, each token's K experts and their
+weights, and the effective deltas of the experts at hand). It gets back, summed over a token's experts with weights p_e,
 
     change = sum_e p_e (h_e - h)        to be added to the base's hidden values before down_proj, and
     extra  = sum_e p_e dD_e h_e         to be added to the base's output.
 
-For neuron granularity, shapes never depend on the routing. For element granularity every expert also runs on zero
-tokens, so that every parameter gets a gradient on every rank.
+Every expert also runs on zero tokens, so that every parameter gets a gradient on every rank.
 """
 
 from __future__ import annotations
@@ -20,17 +19,30 @@ import torch
 from torch import Tensor
 
 from srde_ds.model.delta_linear import DeltaLinear
+from srde_ds.model.products import ByExpert, ExpertProducts, expert_products, slot_rows
 
 Activation = Callable[[Tensor], Tensor]
 
 
 class ExpertDispatch(Protocol):
-    """How the experts of a layer are reached. weights_TE covers all experts, also those on other ranks."""
+    """How the experts of a layer are reached. index_TK counts all experts, also those on other ranks."""
 
     def neuron(
-        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TXm: Tensor,
+        up_TXm: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """change `[T, S, m]` and extra `[T, D]`; S is 1 for a support that the experts share, else E."""
+        """change `[T, X, m]` and extra `[T, D]`; X is 1 for a support that the experts share, and change the sum over
+        a token's experts; else K, and each expert's change is at its own neurons."""
+        ...
+
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts | None:
+        """For neurons: the experts' products, for a layer that does the rest itself; None: `neuron` must do it."""
         ...
 
     def element(
@@ -39,7 +51,8 @@ class ExpertDispatch(Protocol):
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
-        weights_TE: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
@@ -57,11 +70,22 @@ class LocalDispatch:
     def __init__(self, *, compiled: bool = False) -> None:
         self._neuron_experts = _compiled_neuron_experts() if compiled else neuron_experts
 
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts | None:
+        """As `ExpertDispatch.products`."""
+        return expert_products(deltas_DE3m, index_TK) if self._neuron_experts is neuron_experts else None
+
     def neuron(
-        self, act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+        self,
+        act: Activation,
+        x_TD: Tensor,
+        gate_TXm: Tensor,
+        up_TXm: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """As `ExpertDispatch.neuron`, by `neuron_experts`."""
-        return self._neuron_experts(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas_DE3m)
+        return self._neuron_experts(act, x_TD, gate_TXm, up_TXm, index_TK, weights_TK, deltas_DE3m)
 
     def element(
         self,
@@ -69,12 +93,13 @@ class LocalDispatch:
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
-        weights_TE: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """As `ExpertDispatch.element`, by `element_experts`."""
-        return element_experts(act, x_TD, gate_TF, up_TF, weights_TE, deltas_En, support)
+        return element_experts(act, x_TD, gate_TF, up_TF, index_TK, weights_TK, deltas_En, support)
 
 
 @cache
@@ -85,23 +110,34 @@ def _compiled_neuron_experts() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def neuron_experts(
-    act: Activation, x_TD: Tensor, gate_TSm: Tensor, up_TSm: Tensor, weights_TE: Tensor, deltas_DE3m: Tensor
+    act: Activation,
+    x_TD: Tensor,
+    gate_TXm: Tensor,
+    up_TXm: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    deltas_DE3m: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """All experts on all tokens in two GEMMs; an expert that a token did not choose has weight 0.
+    """Each token with its experts' neurons.
 
     The base's hidden values are computed a second time here, by the experts' operations and at the same places of
     tensors of the same shape. So zero deltas give a change of exactly zero, although kernels round the last few values
     of a tensor differently from those that fill a vector register.
     """
-    tokens, (hidden, experts, _, neurons) = x_TD.shape[0], deltas_DE3m.shape
-    into, back = deltas_DE3m.transpose(1, 2).split([2, 1], dim=1)
-    shift = (x_TD @ into.reshape(hidden, -1)).view(tokens, 2, experts, neurons)
-    gate_TEm, up_TEm = (t.expand(tokens, experts, neurons).contiguous() for t in (gate_TSm, up_TSm))
-    h_TEm = act(gate_TEm + shift[:, 0]) * (up_TEm + shift[:, 1])
-    weights_TE1 = weights_TE[:, :, None]
-    change = weights_TE1 * (h_TEm - act(gate_TEm) * up_TEm)
-    extra = (weights_TE1 * h_TEm).flatten(1) @ back.reshape(hidden, -1).T
-    return (change.sum(1, keepdim=True) if gate_TSm.shape[1] == 1 else change), extra
+    products = expert_products(deltas_DE3m, index_TK)
+    shift, shape = products.into(x_TD), (*index_TK.shape, gate_TXm.shape[2])
+    if products.by_expert:
+        rows = slot_rows(index_TK, shift.shape[1])
+        shift = shift.flatten(0, 1).index_select(0, rows).unflatten(0, index_TK.shape)
+    gate_TKm, up_TKm = (t.expand(shape).contiguous() for t in (gate_TXm, up_TXm))
+    h_TKm = act(gate_TKm + shift[:, :, 0]) * (up_TKm + shift[:, :, 1])
+    weights_TK1 = weights_TK[:, :, None]
+    change = weights_TK1 * (h_TKm - act(gate_TKm) * up_TKm)
+    weighted = weights_TK1 * h_TKm
+    if products.by_expert:
+        every = weighted.new_zeros(len(x_TD) * deltas_DE3m.shape[1], shape[2])
+        weighted = every.index_copy(0, rows, weighted.flatten(0, 1)).unflatten(0, (len(x_TD), deltas_DE3m.shape[1]))
+    return (change.sum(1, keepdim=True) if gate_TXm.shape[1] == 1 else change), products.back(weighted)
 
 
 def element_experts(
@@ -109,22 +145,25 @@ def element_experts(
     x_TD: Tensor,
     gate_TF: Tensor,
     up_TF: Tensor,
-    weights_TE: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
     deltas_En: Tensor,
     support: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Each expert on its own tokens, with its delta as three dense matrices, one at a time."""
-    change, extra = torch.zeros_like(gate_TF), torch.zeros_like(x_TD, dtype=gate_TF.dtype)  # not x's under autocast
     hidden, intermediate = x_TD.shape[1], gate_TF.shape[1]
     size = hidden * intermediate
+    order = ByExpert(index_TK)
+    counts = torch.bincount(index_TK.flatten(), minlength=len(deltas_En)).tolist()
+    sorted_tokens = zip(*(order.sorted(t).split(counts) for t in (x_TD, gate_TF, up_TF)), strict=True)
+    changes, extras = [], []
     # A copy: autograd keeps it, and must not keep the buffer into which ZeRO-3 gathered the deltas.
-    for expert, values in enumerate(deltas_En.clone()):
+    for expert, (values, (x, base_gate, base_up)) in enumerate(zip(deltas_En.clone(), sorted_tokens, strict=True)):
         places = support if support.dim() == 1 else support[expert]
-        tokens = weights_TE[:, expert].nonzero().squeeze(1)
-        x, base_gate, base_up = (t.index_select(0, tokens) for t in (x_TD, gate_TF, up_TF))
         gate = base_gate + DeltaLinear.apply(x, values, places, 0, intermediate)
         h = act(gate) * (base_up + DeltaLinear.apply(x, values, places, size, intermediate))
-        p = weights_TE[:, expert].index_select(0, tokens)[:, None]
-        change.index_add_(0, tokens, p * (h - act(base_gate) * base_up))
-        extra.index_add_(0, tokens, p * DeltaLinear.apply(h, values, places, 2 * size, hidden))
+        changes.append(h - act(base_gate) * base_up)
+        extras.append(DeltaLinear.apply(h, values, places, 2 * size, hidden))
+    weights_TK1 = weights_TK[:, :, None]
+    change, extra = ((weights_TK1 * order.unsorted(torch.cat(parts))).sum(1) for parts in (changes, extras))
     return change, extra

@@ -8,16 +8,16 @@ docs/design.md, "The layer".
 
 from __future__ import annotations
 
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srde_ds.model.base import FeedForward
-from srde_ds.model.deltas import DeltaBank
+from srde_ds.model.deltas import DeltaBank, DeltaLosses
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
+from srde_ds.model.fused import FusedExperts, fused_activation
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (
     Preparation,
@@ -30,8 +30,8 @@ from srde_ds.model.prepared import (
     PreparedRouter,
     arithmetic_dtype,
 )
-from srde_ds.model.router import Router, RouterLosses, Routing, route
-from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.model.router import Router, RouterLosses, Routing, route, router_loss_terms
+from srde_ds.model.statistics import add_routing
 
 
 class SRDEFeedForward(nn.Module):
@@ -41,7 +41,8 @@ class SRDEFeedForward(nn.Module):
     weights and quantised kernels keep working. Only the form that is prepared for decoding reads them, and only where
     they are plain.
 
-    Children: `block` (the base's own), `deltas`, `router`. Buffer `support`, int32, see `supports/selection.py`.
+    Children: `block` (the base's own), `deltas`, `router`. Buffers: `support`, int32, see `supports/selection.py`;
+    `number` `[1]`, the layer's, which is a tensor so that torch.compile makes nothing of its own for each layer.
     `dispatch` may be replaced by one that reaches experts on other ranks.
 
     Args:
@@ -51,6 +52,7 @@ class SRDEFeedForward(nn.Module):
     """
 
     support: Tensor
+    number: Tensor
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class SRDEFeedForward(nn.Module):
         self.deltas = deltas
         self.router = router
         self.register_buffer("support", support)
+        self.register_buffer("number", torch.tensor([layer], device=support.device), persistent=False)
         self.roles = feed_forward.roles
         self.hidden, self.intermediate = feed_forward.hidden, feed_forward.intermediate
         self.granularity = granularity
@@ -92,7 +95,8 @@ class SRDEFeedForward(nn.Module):
         prepared = self._prepared(gate_TF)
         if prepared is None:
             routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
-            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing.weights_TE, policy)
+            deltas = self._effective_deltas(policy).to(gate_TF.dtype)
+            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing, deltas)
             output_TD = down(hidden_TF) + extra_TD
         else:
             routing = prepared.router(x_TD, policy)
@@ -112,23 +116,43 @@ class SRDEFeedForward(nn.Module):
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
-        weights_TE: Tensor,
-        policy: RoutingPolicy,
+        routing: Routing,
+        deltas: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
+        index_TK, weights_TK = routing.index_TK, routing.weights_TK.to(gate_TF.dtype)
+        if (kind := self._fused_activation(act, gate_TF)) is not None:
+            products = self.dispatch.products(index_TK, deltas)
+            if products is not None:
+                shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
+                hidden_TF, weighted = FusedExperts.apply(
+                    gate_TF, up_TF, shift, weights_TK, index_TK, self.support, options
+                )
+                return hidden_TF, products.back(weighted)
         hidden_TF = act(gate_TF) * up_TF
         if self.skip_activation_hooks:
             act = cast("Activation", act.forward)  # type: ignore[attr-defined]
-        weights_TE, deltas = weights_TE.to(gate_TF.dtype), self._effective_deltas(policy).to(gate_TF.dtype)
+        chosen = (index_TK, weights_TK, deltas)
         if self.granularity == "element":
-            change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, weights_TE, deltas, self.support)
+            change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, *chosen, self.support)
             return hidden_TF + change_TF, extra_TD
-        neurons = self.support.view(-1, self.support.shape[-1])  # [S, m], S = 1 or E
-        gate_TSm, up_TSm = (t.index_select(1, neurons.flatten()).unflatten(1, neurons.shape) for t in (gate_TF, up_TF))
-        change_TSm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TSm, up_TSm, weights_TE, deltas)
-        for number, own in enumerate(neurons):  # no neuron repeats in one support, so the sum has one order
-            hidden_TF.index_add_(1, own, change_TSm[:, number])
+        if self.support.dim() == 1:
+            gate_T1m, up_T1m = (t.index_select(1, self.support)[:, None] for t in (gate_TF, up_TF))
+            change_T1m, extra_TD = self.dispatch.neuron(act, x_TD, gate_T1m, up_T1m, *chosen)
+            return hidden_TF.index_add_(1, self.support, change_T1m.squeeze(1)), extra_TD
+        neurons_TKm = self.support.index_select(0, index_TK.flatten()).long().view(*index_TK.shape, -1)
+        gate_TKm, up_TKm = (t.gather(1, neurons_TKm.flatten(1)).view_as(neurons_TKm) for t in (gate_TF, up_TF))
+        change_TKm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TKm, up_TKm, *chosen)
+        for own, change in zip(neurons_TKm.unbind(1), change_TKm.unbind(1), strict=True):
+            hidden_TF.scatter_add_(1, own, change)  # no neuron repeats in one support, so the sum has one order
         return hidden_TF, extra_TD
+
+    def _fused_activation(self, act: Any, gate_TF: Tensor) -> int | None:
+        """What `FusedExperts` calls the activation; None: it cannot be used."""
+        hooked = (act._forward_hooks or act._forward_pre_hooks) and not self.skip_activation_hooks
+        if hooked or self.granularity == "element":
+            return None
+        return fused_activation(act, gate_TF, self.support.shape[-1])
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
         """As in torch; training makes what was prepared for decoding out of date."""
@@ -148,12 +172,12 @@ class SRDEFeedForward(nn.Module):
             overlap_weight=policy.loss_weights.support_overlap,
         )
         # Both are asked: under torch.compile a slice of the whole keeps requires_grad where gradients are off.
-        if torch.is_grad_enabled() and deltas.requires_grad:
-            # Hooks run in the backward: once for each forward, also when that is recomputed.
-            if policy.statistics is not None:
-                deltas.register_hook(partial(_record_gradient, policy.statistics, self.layer, self.deltas))
-            if policy.loss_weights.delta_size:  # after the other hook: statistics are of the loss's own gradient
-                deltas.register_hook(partial(_add_size_gradient, deltas.detach(), self._size_weights(deltas, policy)))
+        if not (torch.is_grad_enabled() and deltas.requires_grad):
+            return deltas
+        sums = None if policy.statistics is None else policy.statistics.sums(deltas.device)
+        weights = self._size_weights(deltas, policy) if policy.loss_weights.delta_size else None
+        if sums is not None or weights is not None:
+            deltas = DeltaLosses.apply(deltas, weights, self.deltas, sums, self.number)
         return deltas
 
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
@@ -229,20 +253,12 @@ class SRDEFeedForward(nn.Module):
         # In train mode a forward without gradients is the first of two, when activations are recomputed.
         if not has_backward and (self.training or policy.statistics is None):
             return output
-        chosen_TE, mask = routing.chosen_TE, policy.token_mask
-        mask_T = torch.ones_like(chosen_TE[:, 0]) if mask is None else mask.reshape(-1)
+        mask = policy.token_mask
+        mask_T = logits_TE.new_ones(len(logits_TE), dtype=torch.bool) if mask is None else mask.reshape(-1)
+        sums = None if policy.statistics is None else policy.statistics.sums(logits_TE.device)
         if has_backward:  # also without losses: a router that the output does not depend on gets a gradient of zero
-            return RouterLosses.apply(output, logits_TE, chosen_TE, mask_T, policy, self.layer)
-        assert policy.statistics is not None
-        policy.statistics.add_routing(self.layer, logits_TE, chosen_TE, mask_T)
+            terms = router_loss_terms(policy, self.number, logits_TE)
+            return RouterLosses.apply(output, logits_TE, routing.choices_TK, mask_T, terms, sums, self.number)
+        assert sums is not None
+        add_routing(sums, self.number, logits_TE, routing.choices_TK, mask_T)
         return output
-
-
-def _add_size_gradient(deltas: Tensor, weights: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of the loss and of sum_e weight_e |delta_e|^2."""
-    return torch.addcmul(gradient, deltas, weights, value=2)
-
-
-def _record_gradient(statistics: RoutingStatistics, layer: int, bank: DeltaBank, gradient: Tensor) -> None:
-    squares = bank.square_norms(gradient)
-    statistics.add("delta_gradient_square", layer, squares, first_expert=bank.first_expert)

@@ -137,6 +137,8 @@ class PolicyControl:
         if allowed is not None and not bool(allowed.any()):
             raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
         policy = replace(policy, active=policy.active and self.standing.active, allowed_experts=allowed)
+        if policy.statistics is not None and device is not None:
+            policy.statistics.sums(device)  # made here, so that no layer has to
         with self._exactly(policy if device is None else policy.to(device)):
             yield
 

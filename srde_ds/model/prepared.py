@@ -156,14 +156,15 @@ class PreparedNeuronDeltas:
         base = pair_T2F.index_select(1, self.places).to(x_TD.dtype)
         moved = torch.addmm(base, x_TD, self.vectors[:2].flatten(0, 2).T)
         h, change = self._hidden(act, base, moved)
-        weights_TE1 = routing.weights_TE.to(x_TD.dtype)[:, :, None]
-        change = weights_TE1 * change
+        weighted_h = routing.weights_TE.to(x_TD.dtype)[:, :, None] * h
         if self.shared:
-            hidden_TF.index_add_(1, self.neurons[0], change.sum(1).to(hidden_TF.dtype))
+            change = (routing.weights_TE.to(x_TD.dtype)[:, :, None] * change).sum(1)
+            hidden_TF.index_add_(1, self.neurons[0], change.to(hidden_TF.dtype))
         else:
-            for index, part in zip(self.neurons, change.to(hidden_TF.dtype).unbind(1), strict=True):
-                hidden_TF.index_add_(1, index, part)  # one by one: the sum has one order
-        return (weights_TE1 * h).flatten(1) @ self.vectors[2].flatten(0, 1)
+            index_TKm = routing.index_TK[:, :, None].expand(-1, -1, change.shape[2])
+            change = routing.weights_TK.to(x_TD.dtype)[:, :, None] * change.gather(1, index_TKm)
+            self._add(hidden_TF, change, self.neurons[routing.index_TK])
+        return weighted_h.flatten(1) @ self.vectors[2].flatten(0, 1)
 
     def _chosen_experts(
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
@@ -185,9 +186,12 @@ class PreparedNeuronDeltas:
         if self.shared:
             hidden_TF.index_add_(1, self.neurons[0], change.sum(1).to(hidden_TF.dtype))
         else:
-            for number, part in enumerate(change.to(hidden_TF.dtype).unbind(1)):
-                hidden_TF.scatter_add_(1, neurons_TKm[:, number], part)
+            self._add(hidden_TF, change, neurons_TKm)
         return ((weights_TK1 * h).view(tokens, 1, -1) @ vectors[2]).squeeze(1)
+
+    def _add(self, hidden_TF: Tensor, change_TKm: Tensor, neurons_TKm: Tensor) -> None:
+        for own, part in zip(neurons_TKm.unbind(1), change_TKm.to(hidden_TF.dtype).unbind(1), strict=True):
+            hidden_TF.scatter_add_(1, own, part)  # no neuron repeats in one support: the sum has one order
 
     def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """h_e and h_e - h, `[T, X, m]`, from gate and up values, `[T, 2 * X * m]`, without and with the deltas.

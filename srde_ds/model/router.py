@@ -14,6 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.deltas import tagged
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.statistics import add_routing
 
 
 @dataclass
@@ -48,11 +49,6 @@ class Routing:
     def weights_TE(self) -> Tensor:
         """p_e, zero for experts that were not chosen."""
         return torch.zeros_like(self.logits_TE).scatter(1, self.index_TK, self.weights_TK)
-
-    @property
-    def chosen_TE(self) -> Tensor:
-        """bool: the token uses the expert."""
-        return torch.zeros_like(self.logits_TE, dtype=torch.bool).scatter(1, self.index_TK, self.used_TK)
 
 
 class Router(nn.Module):
@@ -145,32 +141,47 @@ class RouterLosses(torch.autograd.Function):
         ctx: Any,
         output: Tensor,
         logits_TE: Tensor,
-        chosen_TE: Tensor,
+        choices_TK: Tensor,
         mask_T: Tensor,
-        policy: RoutingPolicy,
-        layer: int,
+        terms: tuple[Tensor | None, float | Tensor],
+        sums: Tensor | None,
+        layer: Tensor,
     ) -> Tensor:
-        """The output itself, in a new view."""
-        ctx.save_for_backward(logits_TE, chosen_TE, mask_T)
-        ctx.statistics, ctx.layer = policy.statistics, layer
-        trains_router = 0.0 if policy.forced_experts is not None else policy.loss_scale
-        ctx.balancing = trains_router * policy.loss_weights.load_balancing
-        ctx.z = trains_router * policy.loss_weights.router_z
-        ctx.excess = None if policy.expert_share is None else policy.expert_share[layer].to(logits_TE)
-        if ctx.excess is not None and policy.target_share is not None:
-            ctx.excess = ctx.excess - policy.target_share.to(logits_TE)
+        """The output itself, in a new view.
+
+        Args:
+            mask_T: True for real tokens.
+            terms: of `router_loss_terms`.
+            sums: of the statistics that are kept, see `statistics.add_routing`.
+            layer: `[1]`, its number.
+        """
+        ctx.save_for_backward(logits_TE, choices_TK, mask_T, layer)
+        ctx.terms, ctx.sums = terms, sums  # not among the saved ones: other layers change the sums
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         """The output's gradient unchanged, and that of the losses for the logits."""
-        logits_TE, chosen_TE, mask_T = ctx.saved_tensors
-        if ctx.statistics is not None:
-            ctx.statistics.add_routing(ctx.layer, logits_TE, chosen_TE, mask_T)
-        experts = logits_TE.shape[1]
+        logits_TE, choices_TK, mask_T, layer = ctx.saved_tensors
+        excess_E, z = ctx.terms
+        if ctx.sums is not None:
+            add_routing(ctx.sums, layer, logits_TE, choices_TK, mask_T)
         p_TE = logits_TE.softmax(dim=1)
-        grad_TE = ctx.z * 2 * logits_TE.logsumexp(1, keepdim=True) * p_TE
-        if ctx.excess is not None:
-            grad_TE += ctx.balancing * experts * p_TE * (ctx.excess - (p_TE @ ctx.excess)[:, None])
-        return grad_output, grad_TE * mask_T[:, None], None, None, None, None
+        factor_TE = z * 2 * logits_TE.logsumexp(1, keepdim=True)
+        if excess_E is not None:
+            factor_TE = factor_TE + excess_E - (p_TE @ excess_E)[:, None]
+        return grad_output, factor_TE * p_TE * mask_T[:, None], None, None, None, None, None
+
+
+def router_loss_terms(policy: RoutingPolicy, layer: Tensor, logits_TE: Tensor) -> tuple[Tensor | None, float | Tensor]:
+    """What `RouterLosses` takes of a policy: `[E]`, the weight of load balancing times E (s_e - q_e), and that of z."""
+    if policy.forced_experts is not None:
+        return None, 0.0
+    weights, excess_E = policy.loss_weights, None
+    if policy.expert_share is not None:
+        excess_E = policy.expert_share.index_select(0, layer)[0].to(logits_TE)
+        if policy.target_share is not None:
+            excess_E = excess_E - policy.target_share.to(logits_TE)
+        excess_E = policy.loss_scale * weights.load_balancing * logits_TE.shape[1] * excess_E
+    return excess_E, policy.loss_scale * weights.router_z

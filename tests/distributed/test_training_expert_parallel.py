@@ -18,11 +18,14 @@ from tests.distributed.update_trace import Whole, largest_differences, metric_di
 ROWS = 12  # a step's rows, for 1, 2, 3, 4 and 6 ranks
 ATOMS = {"num_atoms": 4, "atom_mixing": "linear"}
 ELEMENT = {"granularity": "element", "use_muon": False}
+MANY = {"num_experts": 64, "density": 0.02, "support_scope": "per_expert", "support_strategy": "random"}
 STEPS = 10
 # Losses and gradients are sums of the same fp32 terms in another order. Measured: 3e-6 after ten steps.
 SUMS = 2e-5
 # Element deltas through AdamW, whose first updates are the gradient's sign: rounding flips it where it is near zero.
 LOOSE = 5e-3
+# Two neurons an expert and a few tokens: Muon gives the smallest singular values of a gradient the size of the others.
+NARROW = 3e-4
 
 
 def flags(inputs: Inputs, folder: Path, world_size: int, **changes: Any) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def alone(inputs: Inputs, ranks: dict[int, Ranks], tmp_path_factory: pytest.Temp
         "atoms": ATOMS,
         "element": ELEMENT,
         "per_expert": {"support_scope": "per_expert"},
+        "64 experts": MANY,
     }
     folders = {}
     for name, changes in cases.items():
@@ -107,6 +111,15 @@ def test_other_adapters(
     options = changes | {"expert_parallel_size": 2, "expert_transport": transport}
     assert ranks[4](train_here, flags(inputs, tmp_path / "run", 4, **options)) == [None] * 4
     assert_same_training(tmp_path / "run", alone[case], tolerance=tolerance)
+
+
+@pytest.mark.parametrize("transport", ["tokens", "deltas"])
+def test_64_experts_on_four_processes(
+    inputs: Inputs, ranks: dict[int, Ranks], alone: dict[str, Path], transport: str, tmp_path: Path
+) -> None:
+    options = MANY | {"expert_parallel_size": 4, "expert_transport": transport}
+    assert ranks[4](train_here, flags(inputs, tmp_path / "run", 4, **options)) == [None] * 4
+    assert_same_training(tmp_path / "run", alone["64 experts"], tolerance=NARROW, metric_tolerance=NARROW)
 
 
 def test_a_size_that_does_not_divide_is_refused(inputs: Inputs, ranks: dict[int, Ranks], tmp_path: Path) -> None:

@@ -29,20 +29,19 @@ TRANSPORTS: dict[str, Callable[..., ExpertDispatch]] = {"tokens": TokenTransport
 EXPERTS = 5  # does not divide by 2 or 3: the last slots are padding
 
 
-def routing(kind: str, rank: int) -> Tensor:
-    """[T, E] weights of two experts a token, unevenly spread."""
+def routing(kind: str, rank: int) -> tuple[Tensor, Tensor]:
+    """Two experts of each token, `[T, 2]`, unevenly spread, and their weights."""
     generator = torch.Generator().manual_seed(rank)
     logits = torch.randn(TOKENS, EXPERTS, generator=generator, dtype=torch.float64)
-    if kind == "all to one expert":
-        weights = torch.zeros_like(logits)
-        weights[:, 1] = 1.0
-        return weights
-    if kind == "rank 0 routes nothing" and rank == 0:
-        return torch.zeros_like(logits)
     if kind == "one expert gets none":
         logits[:, 2] = -100
     values, chosen = logits.topk(2, dim=1)
-    return torch.zeros_like(logits).scatter(1, chosen, values.softmax(1))
+    weights = values.softmax(1)
+    if kind == "all to one expert":
+        chosen, weights = torch.tensor([[1, 3]] * TOKENS), torch.tensor([[1.0, 0.0]] * TOKENS, dtype=torch.float64)
+    if kind == "rank 0 routes nothing" and rank == 0:
+        weights = torch.zeros_like(weights)
+    return chosen, weights
 
 
 def check(transport: str, granularity: str, shared: bool, kind: str) -> None:
@@ -55,7 +54,7 @@ def check(transport: str, granularity: str, shared: bool, kind: str) -> None:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     width = NEURONS if granularity == "neuron" else WIDTH
-    copies = 1 if shared or granularity == "element" else EXPERTS
+    copies = 1 if shared or granularity == "element" else 2
     tokens = [
         (random(TOKENS, HIDDEN), random(TOKENS, copies, width), random(TOKENS, copies, width)) for _ in range(size)
     ]
@@ -68,13 +67,14 @@ def check(transport: str, granularity: str, shared: bool, kind: str) -> None:
 
     def run(deltas: Tensor, whose: int, local: bool) -> tuple[list[Tensor], list[Tensor]]:
         x, gate, up = (t.clone().requires_grad_() for t in tokens[whose])
-        weights = routing(kind, whose).requires_grad_()
+        chosen, weights = routing(kind, whose)
+        weights.requires_grad_()
         if granularity == "neuron":
             call: Any = neuron_experts if local else dispatch.neuron
-            change, extra = call(F.silu, x, gate, up, weights, deltas.transpose(0, 1))
+            change, extra = call(F.silu, x, gate, up, chosen, weights, deltas.transpose(0, 1))
         else:
             call = element_experts if local else dispatch.element
-            change, extra = call(F.silu, x, gate[:, 0], up[:, 0], weights, deltas, support)
+            change, extra = call(F.silu, x, gate[:, 0], up[:, 0], chosen, weights, deltas, support)
         (change.square().sum() + extra.sin().sum()).backward()
         return [change.detach(), extra.detach()], [
             *map(gradient_of, (x, gate, up)),
@@ -207,9 +207,9 @@ def received_bytes(transport: str, granularity: str, config: Config, hidden: int
         "reduce_scatter_tensor": lambda output, given, *_: given.numel() - output.numel(),
         "all_to_all_single": own_splits,
     }
-    weights = torch.zeros(tokens, experts)
-    for choice in range(config.adapter.top_k):
-        weights[torch.arange(tokens), (torch.arange(tokens) + choice) % experts] = 1 / config.adapter.top_k
+    top_k = config.adapter.top_k
+    chosen = (torch.arange(tokens)[:, None] + torch.arange(top_k)) % experts
+    weights = torch.full((tokens, top_k), 1 / top_k)
     dispatch = TRANSPORTS[transport](dist.group.WORLD, experts)
     x = torch.randn(tokens, hidden, requires_grad=True)
     with ExitStack() as stack:
@@ -219,12 +219,12 @@ def received_bytes(transport: str, granularity: str, config: Config, hidden: int
             neurons = support_size(config.adapter, hidden, intermediate)
             gate, up = (torch.randn(tokens, 1, neurons, requires_grad=True) for _ in range(2))
             deltas = torch.randn(hidden, experts // size, 3, neurons, requires_grad=True)
-            change, extra = dispatch.neuron(F.silu, x, gate, up, weights, deltas)
+            change, extra = dispatch.neuron(F.silu, x, gate, up, chosen, weights, deltas)
         else:
             gate, up = (torch.randn(tokens, intermediate, requires_grad=True) for _ in range(2))
             entries = value_count(config.adapter, hidden, intermediate)
             deltas = torch.randn(experts // size, entries, requires_grad=True)
-            change, extra = dispatch.element(F.silu, x, gate, up, weights, deltas, torch.arange(entries).int())
+            change, extra = dispatch.element(F.silu, x, gate, up, chosen, weights, deltas, torch.arange(entries).int())
         (change.sum() + extra.sum()).backward()
     return sum(received)
 

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from srde_ds.model import fused
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.reference import muon_step
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
-from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -38,6 +40,24 @@ def test_gpu_and_cpu_give_the_same_logits(granularity: str) -> None:
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity))
     expected = model(tokens()).logits
     torch.testing.assert_close(model.cuda()(tokens().cuda()).logits.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_expert"])
+def test_the_experts_kernels_equal_the_readable_path(scope: str) -> None:
+    """Output and gradients of a training step, with Triton's kernels and without."""
+    model = randomize(tiny_srde(support_scope=scope)).cuda()
+    ids, results = tokens().cuda(), []
+    for kernels in (True, False):
+        model.zero_grad()
+        with patch.object(fused, "KERNEL_DEVICES", {"cuda"} if kernels else set()):
+            loss = model(ids, labels=ids).loss_sum
+            assert loss is not None
+            loss.backward()
+        gradients = {name: gradient_of(p).clone() for name, p in model.trainable_parameters()}
+        results.append({"loss": loss.detach()} | gradients)
+    for name, expected in results[1].items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(results[0][name], expected, rtol=0, atol=1e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize("granularity", ["neuron", "element"])

@@ -99,11 +99,13 @@ def test_no_file_imports_in_a_circle() -> None:
 
 
 def test_functions_have_few_parameters() -> None:
-    """More than that go into an options object."""
+    """More than that go into an options object, which Triton's kernels cannot take."""
     found = []
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+                    continue
                 parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
                 count = sum(parameter.arg not in ("self", "cls") for parameter in parameters)
                 if count > MOST_PARAMETERS:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.router import Router, Routing, route
-from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.model.statistics import RoutingStatistics, add_routing
 from tests.helpers import randomize, tiny_srde, tokens
 
 
@@ -30,9 +30,9 @@ def test_weights_are_the_softmax_over_the_chosen() -> None:
     logits = x @ router.weight.T
     for token in range(10):
         best = logits[token].argsort(descending=True)[:2]
-        assert routing.chosen_TE[token].nonzero().flatten().tolist() == sorted(best.tolist())
+        assert routing.choices_TK[token].tolist() == best.tolist()
         torch.testing.assert_close(routing.weights_TE[token, best], logits[token, best].softmax(0))
-    assert (routing.weights_TE[~routing.chosen_TE] == 0).all()
+    assert ((routing.weights_TE > 0).sum(1) == 2).all()
 
 
 def test_initial_weights_depend_on_seed_and_layer_alone() -> None:
@@ -56,7 +56,7 @@ def test_logits_are_fp32_also_under_autocast() -> None:
 def test_locked_experts_get_nothing_and_k_shrinks() -> None:
     router, x = make(top_k=3)
     routing = routed(router, x, allowed_experts=torch.tensor([True, False, True, False]))
-    assert routing.chosen_TE.tolist() == [[True, False, True, False]] * 10
+    assert routing.choices_TK.sort(dim=1).values.tolist() == [[-1, 0, 2]] * 10
     expected = (x @ router.weight[[0, 2]].T).softmax(1)
     torch.testing.assert_close(routing.weights_TE[:, [0, 2]], expected)
     choices = routing.choices_TK
@@ -70,7 +70,7 @@ def test_forced_tokens_go_to_their_expert_with_weight_one() -> None:
     router, x = make()
     routing = routed(router, x, forced_experts=torch.arange(10).view(2, 5) % 4)
     assert torch.equal(routing.weights_TE, torch.nn.functional.one_hot(torch.arange(10) % 4, 4).float())
-    assert torch.equal(routing.chosen_TE, routing.weights_TE > 0)
+    assert routing.choices_TK.flatten().tolist() == (torch.arange(10) % 4).tolist()
 
 
 def test_statistics_are_sums_over_real_tokens() -> None:
@@ -79,12 +79,14 @@ def test_statistics_are_sums_over_real_tokens() -> None:
     mask = torch.arange(10) < 7
     statistics = RoutingStatistics(1, 4)
     for _ in range(2):
-        statistics.add_routing(0, routing.logits_TE.detach(), routing.chosen_TE, mask)
+        add_routing(
+            statistics.sums(mask.device), torch.tensor([0]), routing.logits_TE.detach(), routing.choices_TK, mask
+        )
     sums = statistics.pop()
     logits = (x @ router.weight.T).detach().double()[:7]
     p = logits.softmax(1)
     expected = {
-        "assignments": routing.chosen_TE[:7].double().sum(0),
+        "assignments": routing.choices_TK[:7].flatten().bincount(minlength=4).double(),
         "probability_sum": p.sum(0),
         "entropy_sum": -(p * p.log()).sum(),
         "z_sum": p.new_tensor([(row.exp().sum().log() ** 2).item() for row in logits]).sum(),

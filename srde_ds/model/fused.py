@@ -1,0 +1,98 @@
+"""The neuron experts' elementwise work as one autograd function on Triton kernels, see `expert_kernels.py`.
+
+It computes what the readable path does (`dispatch.neuron_experts` and the lines around it in `layer.py`), against which
+tests hold it. Gradients at the support are added where they belong; autograd would make a dense tensor of zeros for
+each and add these.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+DENSE_BLOCK = 1024
+WIDEST_BLOCK = 1024
+"""A program of the kernels holds all neurons of an expert in registers; with more it would spill some."""
+SILU, GELU_TANH = 0, 1
+KERNEL_DEVICES = {"cuda"}
+HAS_TRITON = find_spec("triton") is not None  # asked once: torch.compile could not follow the question
+
+
+def fused_activation(module: Any, gate_TF: Tensor, neurons: int) -> int | None:
+    """The number by which the kernels know an activation; None: they cannot be used.
+
+    They need a GPU, values in at most float32, experts of at most `WIDEST_BLOCK` neurons, and SiLU or GELU by tanh.
+    """
+    if gate_TF.device.type not in KERNEL_DEVICES or gate_TF.dtype == torch.float64 or not HAS_TRITON:
+        return None
+    if block_size(neurons) > WIDEST_BLOCK:
+        return None
+    if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation":
+        return SILU
+    gelu_tanh = isinstance(module, nn.GELU) and module.approximate == "tanh"
+    return GELU_TANH if gelu_tanh or type(module).__name__ == "GELUTanh" else None
+
+
+class FusedExperts(torch.autograd.Function):
+    """Hidden values with the experts' change, `[T, F]`, and the experts' weighted hidden values, `[T, X, m]`.
+
+    The X slots are those of `products.ExpertProducts`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_TF: Tensor,
+        up_TF: Tensor,
+        shift_TX2m: Tensor,
+        weights_TK: Tensor,
+        index_TK: Tensor,
+        neurons: Tensor,
+        options: tuple[int, bool],
+    ) -> tuple[Tensor, Tensor]:
+        """`neurons` is `[m]`, shared, or `[E, m]`; `options` are the activation's kind and `by_expert`."""
+        kind, by_expert = options
+        hidden_TF = _activation(gate_TF, kind).mul_(up_TF)
+        tokens, slots, _, size = shift_TX2m.shape
+        from srde_ds.model.expert_kernels import experts_forward
+
+        tensors = [t.contiguous() for t in (gate_TF, up_TF, shift_TX2m, weights_TK, index_TK, neurons)]
+        weighted = (shift_TX2m.new_zeros if by_expert else shift_TX2m.new_empty)(tokens, slots, size)
+        sizes = (gate_TF.shape[1], size, slots, index_TK.shape[1])
+        ctx.sizes = (*sizes, neurons.dim() == 1, by_expert, kind, block_size(size))
+        experts_forward[(tokens,)](*tensors, hidden_TF, weighted, *ctx.sizes, **LAUNCH)
+        ctx.save_for_backward(*tensors)
+        return hidden_TF, weighted
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_hidden_TF: Tensor, of_weighted: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of gate, up, shift and weights."""
+        from srde_ds.model.expert_kernels import experts_backward
+
+        gate_TF, up_TF, shift, weights_TK, *_ = ctx.saved_tensors
+        by_expert = ctx.sizes[5]
+        results = [torch.empty_like(gate_TF), torch.empty_like(up_TF)]
+        results += [(torch.zeros_like if by_expert else torch.empty_like)(shift), torch.empty_like(weights_TK)]
+        given = of_hidden_TF.contiguous(), of_weighted.contiguous()
+        kernel = experts_backward[(len(gate_TF),)]
+        kernel(*ctx.saved_tensors, *given, *results, *ctx.sizes, DENSE_BLOCK, **LAUNCH)
+        return (*results, None, None, None)
+
+
+def block_size(size: int) -> int:
+    """A power of two: a program takes all neurons of an expert at once."""
+    return 1 << (size - 1).bit_length() if size > 1 else 1
+
+
+LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
+"""Fused multiply-adds would round a product in one place and not in another: shifts of zero would change something."""
+
+
+def _activation(x: Tensor, kind: int) -> Tensor:
+    return F.silu(x) if kind == SILU else F.gelu(x, approximate="tanh")

@@ -1,0 +1,181 @@
+"""Products of tokens with the matrices of the experts that they chose, in one of two ways.
+
+A token pays for its K experts alone if tokens are sorted by expert and multiplied group by group. That takes copies of
+the tokens and small products. All experts on all tokens are one large product, of which K / E is needed. So few or
+narrow experts are quicker all at once, many wide ones group by group. Both give the same within rounding, and no expert
+is left out of the graph: without tokens it has a product of zero rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class ExpertProducts(Protocol):
+    """The products of one layer's tokens, for deltas `[D, E, 3, m]` and `[T, K]` chosen experts.
+
+    What a token has of its experts lies in X slots. Slot e is expert e's where all experts are multiplied at once, and
+    `by_expert` is true (X = E); else slot k is that of the token's k-th expert (X = K).
+    """
+
+    by_expert: bool
+
+    def into(self, x_TD: Tensor) -> Tensor:
+        """`[T, X, 2, m]`: each token times dG and dU of its experts."""
+        ...
+
+    def back(self, h_TXm: Tensor) -> Tensor:
+        """`[T, D]`: the sum over a token's experts of dD_e h; h is zero for experts that it does not use."""
+        ...
+
+
+def expert_products(deltas_DE3m: Tensor, index_TK: Tensor) -> ExpertProducts:
+    """The quicker of the two ways, by the shapes, the dtype and the kind of device alone."""
+    hidden, experts, _, neurons = deltas_DE3m.shape
+    overhead = GROUPING.get((deltas_DE3m.device.type, deltas_DE3m.dtype))
+    aligned = hidden * deltas_DE3m.element_size() % ALIGNMENT == 0
+    if aligned and overhead is not None and overhead.pays(index_TK.shape[0], index_TK.shape[1], experts, neurons):
+        return GroupedProducts(deltas_DE3m, index_TK)
+    return JointProducts(deltas_DE3m, index_TK)
+
+
+@dataclass(frozen=True)
+class GroupingOverhead:
+    """What sorting tokens by expert costs, in units of what one token costs with one neuron of one expert.
+
+    Attributes:
+        assignment: of each token and each of its experts: copies there and back.
+        expert: of each expert: a small product of its own.
+        neuron: of each neuron of each expert: deltas laid out expert by expert.
+    """
+
+    assignment: int
+    expert: int
+    neuron: int
+
+    def pays(self, tokens: int, top_k: int, experts: int, neurons: int) -> bool:
+        """Whether all experts on all tokens cost more."""
+        grouped = tokens * top_k * (neurons + self.assignment) + experts * (self.expert + neurons * self.neuron)
+        return tokens * experts * neurons > grouped
+
+
+ALIGNMENT = 16
+"""`grouped_mm` wants each row of a matrix to begin at a multiple of so many bytes."""
+
+GROUPING = {
+    # Measured: benchmarks/many_experts.py. `grouped_mm` knows no float64.
+    ("cpu", torch.float32): GroupingOverhead(assignment=80, expert=600, neuron=300),
+    ("cpu", torch.bfloat16): GroupingOverhead(assignment=215, expert=10_000, neuron=600),
+    # From the bandwidth and the matrix throughput of an H100, not measured.
+    ("cuda", torch.bfloat16): GroupingOverhead(assignment=450, expert=64, neuron=64),
+}
+
+
+class JointProducts:
+    """All experts on all tokens in one product."""
+
+    by_expert = True
+
+    def __init__(self, deltas_DE3m: Tensor, index_TK: Tensor) -> None:
+        # split, and not two slices: its backward joins the gradients and fills nothing with zeros
+        self.into_DE2m, self.back_DE1m = deltas_DE3m.split([2, 1], dim=2)
+
+    def into(self, x_TD: Tensor) -> Tensor:
+        """As `ExpertProducts.into`."""
+        matrix = self.into_DE2m.reshape(len(self.into_DE2m), -1)
+        return (x_TD @ matrix).unflatten(1, self.into_DE2m.shape[1:])
+
+    def back(self, h_TXm: Tensor) -> Tensor:
+        """As `ExpertProducts.back`."""
+        return h_TXm.flatten(1) @ self.back_DE1m.reshape(len(self.back_DE1m), -1).T
+
+
+def slot_rows(index_TK: Tensor, slots: int) -> Tensor:
+    """`[T * K]`: where the slots of a token's experts are among the T * E of all tokens, E = `slots`."""
+    return (torch.arange(len(index_TK), device=index_TK.device)[:, None] * slots + index_TK).flatten()
+
+
+class GroupedProducts:
+    """Tokens sorted by expert; each group times its expert's matrix."""
+
+    by_expert = False
+
+    def __init__(self, deltas_DE3m: Tensor, index_TK: Tensor) -> None:
+        experts, self.neurons = deltas_DE3m.shape[1], deltas_DE3m.shape[3]
+        self.order = ByExpert(index_TK)
+        numbers = torch.arange(experts, device=index_TK.device)
+        self.ends_E = torch.searchsorted(self.order.experts_R, numbers, right=True).int()
+        self.padding = -self.neurons % (ALIGNMENT // deltas_DE3m.element_size())
+        by_expert = F.pad(deltas_DE3m, (0, self.padding)).permute(1, 2, 3, 0).contiguous()
+        self.into_E2mD, self.back_E1mD = by_expert.split([2, 1], dim=1)
+
+    def into(self, x_TD: Tensor) -> Tensor:
+        """As `ExpertProducts.into`."""
+        shift_RX = self._product(self.order.sorted(x_TD), self.into_E2mD.flatten(1, 2).transpose(1, 2))
+        return self.order.unsorted(shift_RX).unflatten(2, (2, -1))[..., : self.neurons]
+
+    def back(self, h_TXm: Tensor) -> Tensor:
+        """As `ExpertProducts.back`."""
+        h_Rm = self.order.sorted(F.pad(h_TXm, (0, self.padding)))
+        return self.order.unsorted(self._product(h_Rm, self.back_E1mD.squeeze(1))).sum(1)
+
+    def _product(self, rows_RX: Tensor, matrices: Tensor) -> Tensor:
+        return F.grouped_mm(rows_RX, matrices, offs=self.ends_E)
+
+
+class ByExpert:
+    """Assignments of tokens to experts, R = T * K of them, sorted by expert.
+
+    Attributes:
+        experts_R: the expert of each, ascending.
+    """
+
+    def __init__(self, index_TK: Tensor) -> None:
+        self.shape = index_TK.shape
+        self.experts_R, self.order_R = index_TK.flatten().sort(stable=True)
+        numbers_R = torch.arange(len(self.order_R), device=index_TK.device)
+        self.inverse_R = torch.empty_like(self.order_R).scatter_(0, self.order_R, numbers_R)
+
+    def sorted(self, values: Tensor) -> Tensor:
+        """`[R, width]`, from what tokens, `[T, width]`, or assignments, `[T, K, width]`, have."""
+        repeats = self.shape[1] if values.dim() == 2 else 1
+        sorted_: Tensor = Reordered.apply(values.flatten(0, -2), self.order_R, self.inverse_R, repeats)
+        return sorted_
+
+    def unsorted(self, values_R: Tensor) -> Tensor:
+        """`[R, width]` -> `[T, K, width]`."""
+        unsorted: Tensor = Reordered.apply(values_R, self.inverse_R, self.order_R, 1)
+        return unsorted.unflatten(0, self.shape)
+
+
+class Reordered(torch.autograd.Function):
+    """Row i of the result is row order[i] // repeats: each row is taken `repeats` times.
+
+    The backward sums a row's gradients in one order, which those of `index_select` on a GPU would not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order_R: Tensor, inverse_R: Tensor, repeats: int) -> Tensor:
+        """`[R / repeats, width]` -> `[R, width]`; `inverse_R` undoes `order_R`."""
+        ctx.save_for_backward(inverse_R)
+        ctx.repeats = repeats
+        return values.index_select(0, order_R // repeats if repeats > 1 else order_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        """The gradient of the values."""
+        (inverse_R,) = ctx.saved_tensors
+        rows = gradient.index_select(0, inverse_R)
+        return (
+            (rows.unflatten(0, (len(rows) // ctx.repeats, ctx.repeats)).sum(1) if ctx.repeats > 1 else rows),
+            None,
+            None,
+            None,
+        )
