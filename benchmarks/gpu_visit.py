@@ -194,6 +194,12 @@ def _feed_forward(visit: Visit) -> None:
         if granularity == "neuron":
             block.dispatch = LocalDispatch(compiled=True)
             visit.note("feed-forward, SRDE neuron, compiled", seconds=visit.seconds(routed))
+            if visit.device.type == "cuda":
+                block.dispatch = LocalDispatch(kernels=True)
+                with torch.no_grad():
+                    errors = (block(few).double() - exact).norm(dim=1) / exact.norm(dim=1)
+                visit.note("feed-forward, SRDE neuron, Triton's kernels", seconds=visit.seconds(routed))
+                visit.note("Triton's kernels against float64", relative_error=float(errors.median()))
 
 
 def _loss(visit: Visit) -> None:

@@ -36,6 +36,13 @@ def check_relations(config: Config) -> None:
             f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
             f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave compile out."
         )
+    if config.model.expert_kernels and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
+        raise SRDEError(
+            f"expert_kernels=true with granularity={adapter.granularity}, expert_parallel_size="
+            f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave it out."
+        )
+    if config.model.expert_kernels and config.model.compile:
+        raise SRDEError("expert_kernels=true with compile=true: two ways to compute the same. Leave one of them out.")
     if config.model.gradient_checkpointing and config.model.recompute not in ("none", "full"):
         raise SRDEError(
             f"gradient_checkpointing=true with recompute={config.model.recompute}: it means recompute=full. "

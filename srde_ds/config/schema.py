@@ -25,6 +25,9 @@ class ModelConfig:
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)
     flash_attention: bool = option(False, "compute attention with the flash-attn package instead of torch's sdpa")
     compile: bool = option(False, "use torch.compile for neuron experts: faster steps after a slow first one")
+    expert_kernels: bool = option(
+        False, "compute neuron experts by two Triton kernels; needs a CUDA device, and no GPU has run them yet"
+    )
     gradient_checkpointing: bool = option(False, "the same as --recompute full", common=True)
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none",

@@ -208,6 +208,10 @@ def build_model(
         supports: of all layers, from a checkpoint; default: chosen as the adapter says.
         target_density: of a support that is being learned, see `add_experts`.
     """
+    if config.model.expert_kernels and topology.device.type != "cuda":
+        raise SRDEError(
+            f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave it out."
+        )
     base = load_sharded_base(config, topology.world_size)
     model = add_experts(
         base,
@@ -218,9 +222,8 @@ def build_model(
         target_density=target_density,
         sharding=Sharding(gather, pad_to=topology.world_size),
     )
-    if config.model.compile:
-        for layer in model.layers:
-            layer.dispatch = LocalDispatch(compiled=True)
+    for layer in model.layers:
+        layer.dispatch = LocalDispatch(compiled=config.model.compile, kernels=config.model.expert_kernels)
     if config.model.recomputed == "selective":
         recompute_selectively(model.base, model.routing)
     elif config.model.recomputed == "full":

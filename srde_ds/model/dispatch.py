@@ -65,14 +65,16 @@ class LocalDispatch:
 
     Args:
         compiled: run the neuron experts' arithmetic through torch.compile; equal within rounding.
+        kernels: let the layer run it on the kernels of `fused.py`, where they can take it; equal within rounding.
     """
 
-    def __init__(self, *, compiled: bool = False) -> None:
+    def __init__(self, *, compiled: bool = False, kernels: bool = False) -> None:
         self._neuron_experts = _compiled_neuron_experts() if compiled else neuron_experts
+        self._kernels = kernels
 
     def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts | None:
         """As `ExpertDispatch.products`."""
-        return expert_products(deltas_DE3m, index_TK) if self._neuron_experts is neuron_experts else None
+        return expert_products(deltas_DE3m, index_TK) if self._kernels else None
 
     def neuron(
         self,

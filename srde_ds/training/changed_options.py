@@ -55,7 +55,7 @@ REFUSED_IN_PART = {
 EFFECTS = {
     "preset": "nothing by itself: it sets other options",
     "bf16": "precision of the forward and backward pass; the masters stay float32",
-    **dict.fromkeys(("flash_attention", "compile", "gradient_checkpointing", "recompute"), _COST),
+    **dict.fromkeys(("flash_attention", "compile", "expert_kernels", "gradient_checkpointing", "recompute"), _COST),
     "calibration_rows": "nothing: the supports are there",
     "support_temperature": f"{_NEXT_STEP}, while supports are learned",
     **dict.fromkeys(

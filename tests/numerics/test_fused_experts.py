@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from srde_ds.model import fused
+from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.fused import GELU_TANH, SILU, FusedExperts, fused_activation
 from srde_ds.model.products import GROUPING, GroupingOverhead
 from tests.helpers import gradient_of, randomize, tiny_srde
@@ -118,6 +119,7 @@ def test_a_layer_on_kernels_equals_the_readable_one(form: dict[str, Any], way: s
     results = []
     for devices in (set(), {"cpu"}):
         own = x.clone().requires_grad_()
+        layer.dispatch = LocalDispatch(kernels=True)
         model.zero_grad()
         with (
             patch.object(fused, "KERNEL_DEVICES", devices),
