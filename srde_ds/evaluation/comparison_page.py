@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.run_charts import percent
-from srde_ds.evaluation.run_files import RunFiles
+from srde_ds.evaluation.run_files import RunFiles, mean_loss
 from srde_ds.evaluation.run_page import MOST_POINTS, setting_text, trained_on
 from srde_ds.pages.charts import Bars, Series, bars, lines
 from srde_ds.pages.parts import Chart, Folded, Page, Part, Section, Table, Text
@@ -73,8 +71,8 @@ def _overview(names: Sequence[str], runs: Sequence[RunFiles]) -> list[list[str]]
                 name,
                 f"{last['step']:,}{state}",
                 f"{last['tokens']:,}",
-                "–" if last["loss"] is None else f"{last['loss']:.3f}",
-                f"{np.mean([*held_out[-1][1].values()]):.3f}" if held_out else "–",
+                _form(last["loss"]),
+                _form(mean_loss(held_out[-1][1])) if held_out else "–",
                 right,
                 f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}",
                 f"{last['memory_gib']:.1f} GiB" if "memory_gib" in last else "–",
@@ -117,14 +115,16 @@ def _losses(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
     domains = list(dict.fromkeys(name for of in measured for _, values in of for name in values))
     if not domains:
         return [*parts, Text("None of the runs has measured a held-out loss.")]
-    means = [[(step, {"mean of the domains": float(np.mean([*v.values()]))} | v) for step, v in of] for of in measured]
+    means = [[(step, {"mean of the domains": mean_loss(v)} | v) for step, v in of] for of in measured]
     for domain in ("mean of the domains", *domains):
         chart = _held_out(names, means, domain)
         parts.append(chart if domain == "mean of the domains" else Folded(f"Held-out loss: {domain}", [chart]))
     return parts
 
 
-def _held_out(names: Sequence[str], measured: Sequence[Sequence[tuple[int, dict[str, float]]]], domain: str) -> Chart:
+def _held_out(
+    names: Sequence[str], measured: Sequence[Sequence[tuple[int, dict[str, float | None]]]], domain: str
+) -> Chart:
     series = []
     for name, of in zip(names, measured, strict=True):
         points = [(step, values[domain]) for step, values in of if domain in values]
@@ -133,8 +133,8 @@ def _held_out(names: Sequence[str], measured: Sequence[Sequence[tuple[int, dict[
     rows = [["step", *names]]
     for step in steps:
         found = [dict(zip(one.x, one.y, strict=True)).get(step) for one in series]
-        rows.append([f"{step:,}", *("–" if value is None else f"{value:.3f}" for value in found)])
-    last = ", ".join(f"{one.name} {one.y[-1]:.3f}" for one in series if one.y)
+        rows.append([f"{step:,}", *map(_form, found)])
+    last = ", ".join(f"{one.name} {_form(one.y[-1])}" for one in series if one.y)
     figure = lines(series, x="step", y="cross entropy (nats a token)")
     return Chart(f"Held-out loss: {domain}", figure, f"Last measured: {last}.", Table(rows, f"Held-out loss: {domain}"))
 
@@ -164,10 +164,11 @@ def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
 
 
 def _by_domain(evaluated: Sequence[tuple[str, dict[str, Any]]], key: str, title: str, x: str, form: str) -> Chart:
-    tables = [(name, {**result["domains"], "all": result["overall"]}) for name, result in evaluated]
-    domains = list(dict.fromkeys(domain for _, of in tables for domain in of if domain != "all")) + ["all"]
+    tables = [(name, {**result["domains"], None: result["overall"]}) for name, result in evaluated]
+    domains = [*dict.fromkeys(domain for _, of in tables for domain in of if domain is not None), None]
+    shown = ["all" if domain is None else domain for domain in domains]  # a domain may have that name, too
 
-    def figures(of: dict[str, Any], domain: str) -> tuple[float | None, list[float] | None]:
+    def figures(of: dict[str | None, Any], domain: str | None) -> tuple[float | None, list[float] | None]:
         found = of.get(domain, {}).get("srde", {})
         return found.get(key), found.get(f"{key}_interval")
 
@@ -175,15 +176,15 @@ def _by_domain(evaluated: Sequence[tuple[str, dict[str, Any]]], key: str, title:
         Bars(name, [figures(of, d)[0] for d in domains], [figures(of, d)[1] for d in domains]) for name, of in tables
     ]
     rows = [["domain", *(name for name, _ in tables)]]
-    for domain in domains:
+    for domain, label in zip(domains, shown, strict=True):
         cells = []
         for _, of in tables:
             value, bounds = figures(of, domain)
             ends = ", ".join(format(bound, form) for bound in bounds or [])
             cells.append("–" if value is None else f"{format(value, form)} [{ends}]")
-        rows.append([domain, *cells])
+        rows.append([label, *cells])
     told = f"Thin lines are 95 % intervals over items. Runs: {', '.join(name for name, _ in tables)}."
-    return Chart(title, bars(domains, groups, x=x, form=form), told, Table(rows, title))
+    return Chart(title, bars(shown, groups, x=x, form=form), told, Table(rows, title))
 
 
 def _curve(names: Sequence[str], runs: Sequence[RunFiles], key: str, title: str, y: str) -> Chart:
@@ -193,3 +194,7 @@ def _curve(names: Sequence[str], runs: Sequence[RunFiles], key: str, title: str,
     rows += [[name, *(f"{value:,.4g}" for value in (of[0], median(of), of[-1]))] for name, of in known if of]
     told = "Last step: " + ", ".join(f"{name} {of[-1]:,.4g}" for name, of in known if of) + "."
     return Chart(title, lines(series, x="step", y=y, from_zero=key != "loss"), told, Table(rows, title))
+
+
+def _form(loss: float | None) -> str:
+    return "–" if loss is None else f"{loss:.3f}"

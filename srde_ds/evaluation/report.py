@@ -91,10 +91,11 @@ def examples(page: Path) -> str:
 
 def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:
     last, run = metrics[-1], result["run"]
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.3f}"
     speed = median(line["tokens_per_second"] for line in metrics)
     return (
         f"{last['step']} steps, {last['tokens']:,} tokens, {speed:,.0f} tokens/s (median), last training loss "
-        f"{last['loss']:.3f}. Evaluated on {result['overall']['srde']['items']} items of "
+        f"{loss}. Evaluated on {result['overall']['srde']['items']} items of "
         f"{markdown_code(run['eval_file'])} "
         f"in {run['dtype']}, {run['seconds']:.0f} s."
     )

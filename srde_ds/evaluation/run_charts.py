@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from srde_ds.evaluation.run_files import RunFiles
+from srde_ds.evaluation.run_files import RunFiles, mean_loss
 from srde_ds.pages.charts import Bars, Series, bars, heat_maps, lines, phases
 from srde_ds.pages.parts import Chart, Table
 
@@ -38,9 +38,9 @@ def loss_chart(run: RunFiles) -> Chart:
         series.append(Series(f"held out: {domain}", at_steps, of_domain, marked=True))
     told = _from_to("Training loss", losses, ".3f")
     if measured:
-        first, last = (float(np.mean([*values.values()])) for _, values in (measured[0], measured[-1]))
-        told += f" Held-out loss, mean of the domains: {first:.3f} at step {measured[0][0]:,}"
-        told += f", {last:.3f} at step {measured[-1][0]:,}." if len(measured) > 1 else "."
+        first, last = (_form(mean_loss(values)) for _, values in (measured[0], measured[-1]))
+        told += f" Held-out loss, mean of the domains: {first} at step {measured[0][0]:,}"
+        told += f", {last} at step {measured[-1][0]:,}." if len(measured) > 1 else "."
     rows = [["step", "training", *(one.name for one in series[1:])]]
     held = dict(measured)
     for step in sorted({*_some(steps), *held}):
@@ -157,22 +157,22 @@ def phase_chart(run: RunFiles, spans: Sequence[tuple[str, int, int, str]]) -> Ch
 
 
 def _by_domain(result: dict[str, Any], key: str, title: str, x: str, form: str) -> Chart:
-    figures = {**result["domains"], "all": result["overall"]}
+    figures = [*result["domains"].items(), ("all", result["overall"])]  # a domain may have that name, too
     models = [name for name in MODELS if name in result["overall"]]
     groups = [
         Bars(
             MODELS[name],
-            [of[name][key] for of in figures.values()],
-            [of[name][f"{key}_interval"] for of in figures.values()],
+            [of[name][key] for _, of in figures],
+            [of[name][f"{key}_interval"] for _, of in figures],
             plain=name == "base",
         )
         for name in models
     ]
     rows = [["domain", *(f"{MODELS[name]}, 95 % interval" for name in models)]]
-    rows += [[domain, *(_with_interval(of[name], key, form) for name in models)] for domain, of in figures.items()]
+    rows += [[domain, *(_with_interval(of[name], key, form) for name in models)] for domain, of in figures]
     ends = ", ".join(f"{MODELS[name]} {_with_interval(result['overall'][name], key, form)}" for name in models)
     told = f"Thin lines are 95 % intervals. All items: {ends}."
-    return Chart(title, bars(list(figures), groups, x=x, form=form), told, Table(rows, title))
+    return Chart(title, bars([domain for domain, _ in figures], groups, x=x, form=form), told, Table(rows, title))
 
 
 def _with_interval(figures: dict[str, Any], key: str, form: str) -> str:

@@ -103,10 +103,19 @@ class RunFiles:
         points = [(line["step"], line[key]) for line in self.metrics if key in line]
         return [step for step, _ in points], [value for _, value in points]
 
-    def held_out(self) -> list[tuple[int, dict[str, float]]]:
-        """Step and the held-out loss of each domain, where they were measured; the base's at step 0."""
+    def held_out(self) -> list[tuple[int, dict[str, float | None]]]:
+        """Step and the held-out loss of each domain, where they were measured; the base's at step 0.
+
+        A loss that was not finite is None.
+        """
         measured = [(0, line["held_out_at_start"]) for line in self.metrics if "held_out_at_start" in line]
         return measured + [(line["step"], line["held_out"]) for line in self.metrics if "held_out" in line]
+
+
+def mean_loss(by_domain: dict[str, float | None]) -> float | None:
+    """The mean of the domains; None: that of a domain is not known, or there is no domain."""
+    known = [loss for loss in by_domain.values() if loss is not None]
+    return sum(known) / len(known) if known and len(known) == len(by_domain) else None
 
 
 def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
@@ -133,7 +142,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
         chosen.pop()
     if not chosen:
         raise SRDEError(f"'{path}' is empty: train first.")
-    return [_parsed(path, line.decode(errors="replace")) for line in chosen]
+    return [_object(path, line.decode(errors="replace"), "each line") for line in chosen]
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -155,19 +164,16 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     Raises:
         SRDEError: there is none; it names the remedy.
     """
-    content = _parsed(path, _text(path, remedy))
-    if not isinstance(content, dict):
-        raise SRDEError(f"'{path}': must hold a JSON object; {remedy}.")
-    return content
+    return _object(path, _text(path, remedy), "it", remedy)
 
 
 def read_lines(path: Path, remedy: str) -> Lines:
-    """The objects in a file of lines.
+    """The objects in a file of lines. Only a line feed ends one: texts may hold other separators of lines.
 
     Raises:
         SRDEError: there are none; it names the remedy.
     """
-    lines = [_parsed(path, line) for line in _text(path, remedy).splitlines() if line.strip()]
+    lines = [_object(path, line, "each line", remedy) for line in _text(path, remedy).split("\n") if line.strip()]
     if not lines:
         raise SRDEError(f"'{path}' is empty: {remedy}.")
     return lines
@@ -184,10 +190,15 @@ def _text(path: Path, remedy: str) -> str:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise SRDEError(f"report: no such file '{path}': {remedy}.") from None
+    except UnicodeDecodeError as error:
+        raise SRDEError(f"'{path}': not UTF-8 ({error.reason} at byte {error.start}): {remedy}.") from None
 
 
-def _parsed(path: Path, text: str) -> Any:
+def _object(path: Path, text: str, what: str, remedy: str = "train again") -> dict[str, Any]:
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
-        raise SRDEError(f"'{path}': not valid JSON ({error}).") from None
+        raise SRDEError(f"'{path}': not valid JSON ({error}): {remedy}.") from None
+    if not isinstance(content, dict):
+        raise SRDEError(f"'{path}': {what} must hold a JSON object; {remedy}.")
+    return content

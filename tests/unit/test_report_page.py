@@ -18,6 +18,7 @@ import pytest
 from srde_ds.data.build.page import build_page
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.comparison_page import write_comparison_page
+from srde_ds.evaluation.report import write_report
 from srde_ds.evaluation.run_files import read_metrics
 from srde_ds.evaluation.run_page import NOT_EVALUATED, write_run_page
 from srde_ds.pages import items as items_module
@@ -256,3 +257,46 @@ def test_without_plotly_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delitem(sys.modules, "srde_ds.pages.charts")
     with pytest.raises(SRDEError, match=r"package 'plotly' is missing.*'srde-ds\[pages\]'"):
         importlib.import_module("srde_ds.pages.charts")
+
+
+def test_separators_of_lines_in_a_text_do_not_end_its_item(tmp_path: Path) -> None:
+    text = "a\u2028b\x85c\u2029d"
+    run = write_run(tmp_path / "run", domains=["math"], items=[item("math", 0)])
+    line = json.dumps(item("math", 0, text=text), ensure_ascii=False)  # as evaluation writes it
+    (run / "evaluation_items.jsonl").write_text(f"{line}\n", encoding="utf-8")
+    (only,) = items_of(write_run_page(run).read_text(encoding="utf-8"))
+    assert only[2] == [["user", r"a\u2028b\x85c\u2029d 0?"]]
+
+
+def test_losses_that_were_not_finite_leave_a_gap(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics[-1]["held_out"]["math"] = metrics[-1]["loss"] = None  # as training writes a number that is not finite
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    assert "mean of the domains: 4.000 at step 0, – at step 12." in write_run_page(run).read_text(encoding="utf-8")
+    page = write_comparison_page([run, write_run(tmp_path / "other")], tmp_path / "all.html")
+    assert "Last measured: run –, other 2.000." in page.read_text(encoding="utf-8")
+    result = json.loads((run / "evaluation.json").read_text())
+    result["run"]["dtype"] = "float32"
+    (run / "evaluation.json").write_text(json.dumps(result))
+    assert "last training loss not finite." in write_report(run).read_text(encoding="utf-8")
+
+
+def test_a_domain_may_be_named_all(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", domains=["all", "math"])
+    result = json.loads((run / "evaluation.json").read_text())
+    result["domains"]["all"]["srde"]["loss"] = 7.0
+    (run / "evaluation.json").write_text(json.dumps(result))
+    pages = [write_run_page(run), write_comparison_page([run, write_run(tmp_path / "other")], tmp_path / "out.html")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert "all (2)" in json.dumps(charts(text)) and ">7.00 [0.90, 1.10]</td>" in text
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "evaluation.json", "evaluation_items.jsonl"])
+@pytest.mark.parametrize("content", [b"[1]\n", b'"\xff"\n'])
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> None:
+    run = write_run(tmp_path / "run")
+    (run / name).write_bytes(content)
+    with pytest.raises(SRDEError, match=rf"{name}': (not UTF-8|(it|each line) must hold a JSON object)"):
+        write_run_page(run)
