@@ -51,7 +51,8 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
             f"model of type {type(model).__name__}: it has no experts. Call for_trainer after get_peft_model, and hand "
             "the trainer its result instead of a peft_config."
         )
-    experts: Any = model.srde_model() if hasattr(model, "srde_model") else model
+    peft: Any = model
+    experts: Any = peft.srde_model() if hasattr(model, "srde_model") else model
     options.setdefault("use_muon", experts.config.granularity == "neuron" or experts.config.num_atoms > 0)
     config = OptimizerConfig(**{name: checked(OptimizerConfig, name, value) for name, value in options.items()})
     named = [(name, parameter) for name, parameter in experts.trainable_parameters() if parameter.requires_grad]

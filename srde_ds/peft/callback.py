@@ -6,12 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from srde_ds.errors import SRDEError
 from srde_ds.peft.warm_start import warm_start_routers
 from srde_ds.training.reporting.step_metrics import expert_metrics
+
+SHARES = "srde_expert_share"
+"""Key of what a checkpoint's `trainer_state.json` holds of this file among the states of callbacks"""
 
 
 class SRDECallback(TrainerCallback):
@@ -35,8 +39,8 @@ class SRDECallback(TrainerCallback):
     def __init__(self, trainer: Trainer, *, warm_start: datasets.Dataset | None = None) -> None:
         if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
             raise SRDEError(
-                "optimizers: with DeepSpeed, transformers drops an optimizer that it is given and takes AdamW. Leave it "
-                "out, leave DeepSpeed out, or train with srde-ds, whose GramMuon works under ZeRO."
+                "optimizers: with DeepSpeed, transformers drops an optimizer that it is given and takes AdamW. Leave "
+                "it out, leave DeepSpeed out, or train with srde-ds, whose GramMuon works under ZeRO."
             )
         self._trainer, self._warm_start = trainer, warm_start
         self._sums: dict[str, Tensor] = {}
@@ -54,6 +58,9 @@ class SRDECallback(TrainerCallback):
             )
         model.training_steps.micro_steps = args.gradient_accumulation_steps
         model.training_steps.finish()  # from now on only this ends a step: ZeRO clears gradients within one
+        stored: Any = state.stateful_callbacks
+        if SHARES in stored:
+            model.training_steps.expert_share = torch.tensor(stored[SHARES], device=args.device)
         # Reporters take the logs one after the other: what is added comes before them.
         callbacks = self._trainer.callback_handler.callbacks
         callbacks.remove(self)
@@ -68,8 +75,12 @@ class SRDECallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the step's statistics, which balance the next one."""
-        for name, own in kwargs["model"].training_steps.finish().items():
+        steps = kwargs["model"].training_steps
+        for name, own in steps.finish().items():
             self._sums[name] = self._sums[name] + own if name in self._sums else own
+        if steps.expert_share is not None:
+            stored: Any = state.stateful_callbacks
+            stored[SHARES] = steps.expert_share.tolist()
 
     def on_log(
         self,
@@ -94,29 +105,6 @@ class SRDECallback(TrainerCallback):
         total = sum(metrics["tokens_per_expert"])
         for name, tokens in zip(names, metrics["tokens_per_expert"], strict=True):
             yield f"expert_share/{name}", tokens / total
-
-
-def by_domain(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """The rows of each domain, for a trainer's `eval_dataset`: it logs `eval_NAME_loss` for each.
-
-    Args:
-        rows: with a column `domain`.
-
-    Raises:
-        SRDEError: there is none.
-
-    Examples:
-        >>> import datasets
-        >>> from srde_ds.peft.callback import by_domain
-        >>> rows = datasets.Dataset.from_list([{"domain": "red", "text": "a"}, {"domain": "green", "text": "b"}])
-        >>> {name: own["text"][:] for name, own in by_domain(rows).items()}
-        {'green': ['b'], 'red': ['a']}
-    """
-    if "domain" not in rows.column_names:
-        raise SRDEError(f"rows: they have the columns {', '.join(rows.column_names)}, but no 'domain'.")
-    column = rows["domain"][:]
-    numbers = {name: [n for n, own in enumerate(column) if own == name] for name in sorted(set(column))}
-    return {str(name): rows.select(own) for name, own in numbers.items()}
 
 
 def _check(args: TrainingArguments) -> None:

@@ -85,7 +85,7 @@ class SRDETuner(BaseTuner):
     ) -> None:
         """Put the experts of an adapter into the base.
 
-        With the configuration of an adapter that is here they are a copy of it: trainers make their frozen reference so.
+        With the configuration of an adapter that is here they are its copy: so TRL makes a frozen reference.
 
         Raises:
             SRDEError: the configuration does not fit itself or the base, or it is that of an adapter for another base.
@@ -154,7 +154,7 @@ class SRDETuner(BaseTuner):
 
     def _twin(self, config: SRDEConfig, adapter: str, layer: SRDELayer) -> str | None:
         """An adapter with values and with the same configuration."""
-        same = (n for n in layer.srde_experts if n != adapter and self.peft_config[n].metadata == config.metadata)
+        same = (n for n in layer.srde_experts if n != adapter and self._config(n).metadata == config.metadata)
         return next((name for name in same if name not in layer.empty), None)
 
     def _metadata(self, config: SRDEConfig, layers: Sequence[Any]) -> AdapterMetadata:

@@ -29,7 +29,7 @@ from tests.helpers import tiny_llama
 DOMAINS = ["red", "sea", "sky"]  # of one length: each micro-batch has as many tokens, so its mean is the step's
 STEPS, MICRO_STEPS, ROWS = 3, 2, 8
 RATES: dict[str, Any] = {"muon_lr": 0.02, "learning_rate": 0.01, "router_lr": 0.01, "weight_decay": 0.1}
-LOSSES = {"load_balancing_weight": 0.05, "router_z_weight": 0.01}
+LOSSES: dict[str, Any] = {"load_balancing_weight": 0.05, "router_z_weight": 0.01}
 ADAPTER: dict[str, Any] = {"num_experts": 3, "top_k": 2, "density": 0.05, "seed": 42}
 
 
@@ -114,7 +114,7 @@ def train(files: Path, output: Path, flags: dict[str, Any], **arguments: Any) ->
     )
     trainer.add_callback(SRDECallback(trainer))
     trainer.train()
-    model.save_pretrained(output)
+    model.save_pretrained(str(output))
     return [line for line in trainer.state.log_history if "loss" in line]
 
 

@@ -11,13 +11,14 @@ import datasets
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from srde_ds.errors import SRDEError
 from srde_ds.optim import for_trainer
 from srde_ds.optim.gram_muon import GramMuonAdamW
-from srde_ds.peft.callback import SRDECallback, by_domain
+from srde_ds.peft.callback import SRDECallback
+from srde_ds.peft.rows import by_domain, conversations_of
 from srde_ds.peft.warm_start import warm_start_routers
 from tests.data_helpers import tiny_tokenizer
 from tests.helpers import tiny_llama
@@ -183,7 +184,11 @@ def gradients_and_statistics(model: Any, batches: list[dict[str, Any]]) -> tuple
 @pytest.mark.parametrize("form", ["padded", "padding_free", "packed"])
 def test_batches_of_trl_are_the_sequences_one_by_one(form: str, tmp_path: Path) -> None:
     model = tiny_peft(base(), load_balancing_weight=0.5, router_z_weight=0.25).train()
-    options = {"padded": {}, "padding_free": {"padding_free": True, "max_length": None}, "packed": {"packing": True}}
+    options: dict[str, Any] = {
+        "padded": {},
+        "padding_free": {"padding_free": True, "max_length": None},
+        "packed": {"packing": True},
+    }
     more: dict[str, Any] = {"max_length": 128, "per_device_train_batch_size": 3} | options[form]
     trainer = trainer_of("SFT", tmp_path, model, **more)
     batch: dict[str, Any] = next(iter(trainer.get_train_dataloader()))
@@ -240,9 +245,23 @@ def test_the_routers_start_by_domain_and_held_out_losses_are_by_domain(tmp_path:
     shares = warm_start_routers(model, trainer.train_dataset, WORDS, seed=trainer.args.seed)
     assert all(share > 0.4 for share in shares)
     # A learning rate of 0 leaves all as the warm start made it.
-    assert all(torch.equal(layer.router.weight, own) for layer, own in zip(model.srde_model().layers, routers))
+    assert all(
+        torch.equal(layer.router.weight, own) for layer, own in zip(model.srde_model().layers, routers, strict=True)
+    )
     held_out = [key for line in trainer.state.log_history for key in line if key.startswith("eval_expert")]
     assert {f"eval_{name}_loss" for name in NAMES} <= set(held_out)
+
+
+def test_conversations_are_made_of_records(tmp_path: Path) -> None:
+    file = tmp_path / "records.jsonl"
+    turns = [*said("user", "a"), *said("assistant", "b"), *said("user", "c"), *said("assistant", "d")]
+    file.write_text(json.dumps({"messages": turns, "domain": "red"}))
+    rows = conversations_of(file, ["red", "green"])
+    assert rows[:] == {"prompt": [turns[:3]], "completion": [turns[3:]], "domain": ["red"]}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    file.write_text(json.dumps({"messages": turns, "domain": "red", "tools": tools}))
+    with pytest.raises(SRDEError, match="it uses tools"):
+        conversations_of(file, ["red"])
 
 
 def test_a_domain_without_an_expert_is_refused() -> None:
@@ -258,9 +277,9 @@ def test_a_domain_without_an_expert_is_refused() -> None:
 def test_reporters_get_the_figures(tmp_path: Path) -> None:
     seen: list[dict[str, Any]] = []
 
-    class Reporter(SRDECallback.__bases__[0]):  # type: ignore[misc]
-        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
-            seen.append(dict(logs))
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen.append(dict(kwargs["logs"]))
 
     trainer = trainer_of("SFT", tmp_path, new_model(), max_steps=1)
     trainer.callback_handler.callbacks.insert(0, Reporter())
@@ -321,8 +340,6 @@ def test_a_resumed_trainer_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
-    from transformers import Trainer
-
     trainer = Trainer(model=base().requires_grad_(True), args=TrainingArguments(str(tmp_path), use_cpu=True))
     trainer.train_dataset = [{"input_ids": [1, 2], "labels": [1, 2]}]
     trainer.add_callback(SRDECallback(trainer))
