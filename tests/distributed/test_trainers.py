@@ -153,6 +153,23 @@ def test_two_processes(files: Path, own: Path, ranks: Ranks, tmp_path: Path) -> 
     assert_same(logs[0], tmp_path, own)
 
 
+@pytest.mark.parametrize("name", ["DPO", "GRPO"])
+def test_trl_on_two_processes(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(train_with_trl, name, tmp_path)
+    assert first.keys() == second.keys() and len(first) == 4
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+    assert all(bool(tensor.any()) for tensor in first.values())  # deltas begin at zero
+
+
+def train_with_trl(name: str, output: Path) -> dict[str, torch.Tensor]:
+    """Two steps; what was trained."""
+    from tests.unit.test_trl import new_model, trainer_of  # late: TRL takes seconds to import
+
+    model = new_model()
+    trainer_of(name, output, model).train()
+    return {key: parameter.detach().clone() for key, parameter in model.srde_model().trainable_parameters()}
+
+
 ZERO_2: dict[str, Any] = {
     "zero_optimization": {"stage": 2},
     "train_micro_batch_size_per_gpu": "auto",
@@ -162,7 +179,7 @@ ZERO_2: dict[str, Any] = {
 
 
 def test_two_processes_with_zero_2(files: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """There transformers takes AdamW, whatever optimizer it is given."""
+    """There transformers takes AdamW, whatever optimizer it is given. The last test: accelerate keeps DeepSpeed on."""
     own = own_flags(files, tmp_path / "own", 2, use_muon=False, weight_decay=0.0)
     assert ranks(train_here, own) == [None, None]
     logs = ranks(train_with_zero_2, files, tmp_path, own)
