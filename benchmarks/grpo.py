@@ -149,6 +149,7 @@ def main(options: Options) -> None:
     supervised.train()
     before, usage = held_out(model, tokenizer, test, options.max_completion_length)
     record.write(before=accuracy(before, test, options.seed), usage_before=usage)
+    reward: Any = AnswerReward()
     grpo = GRPOTrainer(
         model=model,
         args=GRPOConfig(
@@ -163,7 +164,7 @@ def main(options: Options) -> None:
             **common,
         ),
         train_dataset=train,
-        reward_funcs=[AnswerReward()],
+        reward_funcs=[reward],
         processing_class=tokenizer,
         optimizers=(for_trainer(model, muon_lr=options.grpo_muon_lr, router_lr=1e-4), None),
     )
