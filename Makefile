@@ -55,7 +55,7 @@ run-oldest: .venv-oldest/.installed
 
 checks: env docs
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks docs/*.py
+	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks examples docs/*.py
 	$(BIN)/mypy
 	if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(find cluster launch tests -name '*.sh' -o -name '*.sbatch'); \
 	else echo 'checks: shell scripts are not checked, shellcheck is not installed'; fi

@@ -79,7 +79,7 @@ setup(
         "tracking": ["tensorboard", "wandb", "trackio"],
         "mpi": ["mpi4py>=4.0"],
         "peft": ["peft>=0.21"],  # SRDE as a PEFT method
-        "trl": ["trl>=0.24", "peft>=0.21"],  # SFTTrainer, DPOTrainer, GRPOTrainer
+        "trl": ["trl>=1.16", "peft>=0.21"],  # SFTTrainer, DPOTrainer, GRPOTrainer
         "pages": ["plotly>=6", "gradio>=6"],  # report.html, `srde-ds chat`
         "benchmarks": ["peft>=0.21"],  # besides quickstart
     },

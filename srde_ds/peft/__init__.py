@@ -3,6 +3,8 @@
     config.py        the options of the method        registration.py  makes the method known to PEFT
     layer.py         a block with each adapter's experts     tuner.py  puts the experts in, merges, takes them out
     steps.py         routing in training                     state.py  an adapter's tensors in models and files
+    callback.py      what trainers of transformers and TRL call   warm_start.py  routers that know the domains
+    rows.py          files of records as rows for TRL
 
 Importing this package makes the method known. The experts are those of `srde_ds.model`, so both forms compute the same.
 """

@@ -70,7 +70,9 @@ class TrainingSteps:
         Returns:
             The step's routing statistics summed over processes, see `RoutingStatistics`.
         """
-        sums = {name: own.to(self._router.weight.device) for name, own in self._statistics.pop().items()}
+        # Contiguous, since a collective may take what lies between the values of a slice for its own.
+        device = self._router.weight.device
+        sums = {name: own.to(device).contiguous() for name, own in self._statistics.pop().items()}
         if dist.is_initialized():
             for own in sums.values():
                 dist.all_reduce(own)

@@ -73,7 +73,7 @@ class SRDETuner(BaseTuner):
         self.routing = PolicyControl()
         self.blocks: list[FeedForward] = find_feed_forward(model)
         self.identity = _identity(model)
-        self._steps: TrainingSteps | None = None
+        self._steps: dict[str, TrainingSteps] = {}
 
     def inject_adapter(
         self,
@@ -84,6 +84,8 @@ class SRDETuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """Put the experts of an adapter into the base.
+
+        With the configuration of an adapter that is here they are its copy: so TRL makes a frozen reference.
 
         Raises:
             SRDEError: the configuration does not fit itself or the base, or it is that of an adapter for another base.
@@ -143,9 +145,17 @@ class SRDETuner(BaseTuner):
                 values = torch.zeros(len(stored.domain_tokens), block.hidden, device=support.device)
                 experts.register_buffer(f"domain_{part}", values)
         layer = target if isinstance(target, SRDELayer) else SRDELayer(block.block)
-        layer.add(adapter_name, experts.train(block.block.training), empty=stored is not None)
+        twin = None if stored is None else self._twin(peft_config, adapter_name, layer)
+        layer.add(adapter_name, experts.train(block.block.training), empty=stored is not None and twin is None)
+        if twin is not None:
+            experts.load_state_dict(layer.experts(twin).state_dict())
         experts.requires_grad_(adapter_name in self.active_adapters)
         setattr(parent, target_name, layer)
+
+    def _twin(self, config: SRDEConfig, adapter: str, layer: SRDELayer) -> str | None:
+        """An adapter with values and with the same configuration."""
+        same = (n for n in layer.srde_experts if n != adapter and self._config(n).metadata == config.metadata)
+        return next((name for name in same if name not in layer.empty), None)
 
     def _metadata(self, config: SRDEConfig, layers: Sequence[Any]) -> AdapterMetadata:
         return AdapterMetadata(
@@ -166,22 +176,18 @@ class SRDETuner(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Use the experts of this adapter from now on.
-
-        Raises:
-            SRDEError: there is more than one.
-        """
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        self._steps = None
-
     @property
     def training_steps(self) -> TrainingSteps:
         """The active adapter's training, see `steps.py`."""
-        if self._steps is None:
-            adapter = self._one_adapter(None)
-            self._steps = TrainingSteps(experts_of(self.model, adapter), self._config(adapter))
-        return self._steps
+        adapter = self._one_adapter(None)
+        if adapter not in self._steps:
+            self._steps[adapter] = TrainingSteps(experts_of(self.model, adapter), self._config(adapter))
+        return self._steps[adapter]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's experts."""
+        super().delete_adapter(adapter_name)
+        self._steps.pop(adapter_name, None)
 
     # The forward: PeftModelForCausalLM calls `forward`, inside of the other context; PeftModel only the latter.
 

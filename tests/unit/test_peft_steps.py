@@ -10,7 +10,7 @@ import torch
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_srde, tokens
-from tests.peft_helpers import tiny_peft
+from tests.peft_helpers import peft_config, tiny_peft
 
 WEIGHTS = LossWeights(load_balancing=0.5, router_z=0.25)
 OPTIONS: dict[str, Any] = {"load_balancing_weight": 0.5, "router_z_weight": 0.25}
@@ -76,8 +76,11 @@ def test_load_balancing_follows_the_step_before(fused: bool) -> None:
     optimizer.zero_grad()
     model.train()(input_ids=tokens())
     assert torch.equal(steps.expert_share, (assignments / assignments.sum(1, keepdim=True)).float())
-    model.set_adapter("default")  # a choice of the adapter starts anew
+    model.add_adapter("other", peft_config())
+    model.set_adapter("other")  # each adapter has its own
     assert model.training_steps.expert_share is None
+    model.set_adapter("default")
+    assert model.training_steps is steps
 
 
 def test_finishing_a_step_gives_its_statistics() -> None:
