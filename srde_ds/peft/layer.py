@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -52,6 +53,8 @@ class SRDELayer(nn.Module, BaseTunerLayer):
         assert isinstance(experts, SRDEFeedForward)
         return experts
 
+    # A backward that adds to statistics is more than torch's compiler of whole models takes.
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`, with the experts of the active adapter.
 
