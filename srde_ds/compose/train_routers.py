@@ -48,7 +48,10 @@ def train_routers(
             "seed": seed,
             "output_dir": str(run),
         }
-        stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # this process may train again
+        try:
+            stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # it may train again
+        except SRDEError as error:  # which knows the options of a run
+            raise SRDEError(str(error).replace("jsonl_data=", "router_data=")) from None
         atexit.register(stop_processes)
         if stopped:
             raise SRDEError(f"router_data={records}: {stopped} stopped the routers' training. Nothing was written.")

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 
@@ -118,7 +119,7 @@ class AnswerReward:
         failures: how often which error ended a scorer.
 
     Raises:
-        SRDEError: the sandbox does not start here.
+        SRDEError: there is no such sandbox, or it does not start here.
 
     Examples:
         >>> import json
@@ -129,6 +130,8 @@ class AnswerReward:
     """
 
     def __init__(self, *, sandbox: Sandbox | None = None) -> None:
+        if sandbox not in (None, *get_args(Sandbox)):
+            raise SRDEError(f"sandbox={sandbox!r}: must be None or one of {', '.join(get_args(Sandbox))}.")
         if sandbox is not None:
             check_sandbox(sandbox)
         self.sandbox = sandbox
@@ -164,7 +167,7 @@ class FormatReward:
         pattern: regular expression that the whole completion has to match.
 
     Raises:
-        SRDEError: no regular expression.
+        SRDEError: no regular expression, or a weight that is not finite.
 
     Examples:
         >>> from srde_ds.evaluation.rewards import FormatReward
@@ -177,6 +180,8 @@ class FormatReward:
             self._pattern = re.compile(pattern)
         except re.error as error:
             raise SRDEError(f"pattern={pattern!r}: {error}. Give a regular expression.") from None
+        if not math.isfinite(weight):
+            raise SRDEError(f"weight={weight}: must be finite.")
         self.weight = weight
         self.__name__ = "format_reward"
 
@@ -186,8 +191,13 @@ class FormatReward:
 
 
 def _text(completion: Completion) -> str:
-    """What the last of the messages says, which holds no text where it calls a tool."""
-    return completion if isinstance(completion, str) else str(completion[-1].get("content") or "")
+    """What the last of the messages says: nothing where there is none or it calls a tool; parts of text are joined."""
+    if isinstance(completion, str):
+        return completion
+    content = completion[-1].get("content") if completion else None
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return str(content or "")
 
 
 def _is_right(answer: str, record: Record, sandbox: Sandbox | None) -> bool:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.manifest import check_trained_with
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.errors import SRDEError
 from srde_ds.export.weights import weights_file
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.weights.file import read_metadata
@@ -24,12 +25,14 @@ def load_model(
         base: its id or folder; None: the one named in the weights, fetched from the Hub only with `allow_download`.
 
     Raises:
-        SRDEError: as `weights_file` and `load_adapter`.
+        SRDEError: as `weights_file` and `load_adapter`, or nothing names the base.
     """
     local = base is None and not allow_download
     dtype = torch.bfloat16 if bf16 else torch.float32
     with weights_file(weights) as path:
         metadata = read_metadata(path)
+        if not (base or metadata.model_name):
+            raise SRDEError(f"weights '{weights}': do not name their base. Give its folder or its Hub id as --base.")
         tokenizer = load_tokenizer(base or metadata.model_name, local_files_only=local)
         check_trained_with(metadata.history, tokenizer, weights)
         model = load_adapter(path, base=base, dtype=dtype, allow_download=allow_download)

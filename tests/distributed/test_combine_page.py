@@ -9,10 +9,14 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from srde_ds.cli.main import main
+from srde_ds.compose.combine import combine_command
+from srde_ds.compose.options import CombineOptions
+from srde_ds.errors import SRDEError
 from tests.cli_helpers import save_base
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import run_distributed
@@ -73,3 +77,14 @@ def test_the_way_of_the_page(tmp_path: Path) -> None:
     changed = {name for name in both if not torch.equal(both[name], tuned[name])}
     assert changed == {f"layers.{layer}.router.weight" for layer in range(2)}
     assert "train routers: steps 20; seed 0; data few.jsonl" in run(["inspect", "tuned.safetensors"], tmp_path)
+    (error,) = run_distributed(refusal_of, 1, tmp_path)
+    assert error.startswith("router_data=nowhere.jsonl: ")
+
+
+def refusal_of(folder: Path) -> str:
+    os.chdir(folder)
+    options = CombineOptions(["runs/math", "runs/code"], "no.safetensors", router_data="nowhere.jsonl")
+    with pytest.raises(SRDEError) as error:
+        combine_command(options)
+    assert not Path("no.safetensors").exists()
+    return str(error.value)

@@ -20,7 +20,7 @@ from tests.cli_helpers import fails
 from tests.cli_helpers import save_base as save_base_with_tokenizer
 from tests.convert_helpers import Trained, save_base, trained
 from tests.data_helpers import tiny_tokenizer
-from tests.helpers import tokens
+from tests.helpers import tiny_srde, tokens
 from tests.unit.test_checkpoint_convert import save_model
 
 CONVERTER = """
@@ -159,3 +159,11 @@ def test_a_base_with_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest
     fails(capsys, ["convert", str(weights), *to_dense, str(tmp_path / "other")], told, "--base")
     fails(capsys, ["inference", str(weights), "--base", str(base), "--prompt", "what is 1"], told)
     assert not (tmp_path / "other").exists()
+
+
+def test_weights_that_name_no_base_ask_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, weights = tiny_srde(), tmp_path / "of_no_base.safetensors"
+    save_weights(weights, model.adapter_tensors(), model.metadata())
+    fails(
+        capsys, ["inference", str(weights), "--prompt", "1"], f"weights '{weights}': do not name their base", "--base"
+    )

@@ -89,6 +89,11 @@ def test_form() -> None:
     reward = FormatReward(r"[0-9]+", weight=0.5)
     assert reward(completions=["12", [{"role": "assistant", "content": "7"}], "x1", ""]) == [0.5, 0.5, 0, 0]
     assert FormatReward()(completions=["<think>so</think>\n<answer>4</answer>\n", "<answer>4</answer>"]) == [1, 0]
-    assert reward(completions=[[{"role": "assistant", "content": None, "tool_calls": []}]]) == [0]
+    assert reward(completions=[[{"role": "assistant", "content": None, "tool_calls": []}], []]) == [0, 0]
+    assert reward(completions=[[{"content": [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]}]]) == [0.5]
+    with pytest.raises(SRDEError, match="weight=nan: must be finite"):
+        FormatReward(weight=float("nan"))
+    with pytest.raises(SRDEError, match="sandbox='zz': must be None or one of bubblewrap, none"):
+        AnswerReward(sandbox="zz")  # type: ignore[arg-type]
     with pytest.raises(SRDEError, match=r"pattern='\(': "):
         FormatReward("(")
