@@ -163,7 +163,7 @@ def _feed_forward(visit: Visit) -> None:
             num_attention_heads=visit.heads,
             num_key_value_heads=visit.heads,
         )
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        base: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
         adapter = AdapterConfig(
             num_experts=experts, density=density, granularity=granularity, support_strategy="random"
         )
@@ -219,10 +219,10 @@ def _loss(visit: Visit) -> None:
 
 def random_base(visit: Visit) -> PreTrainedModel:
     """The base of the options with random weights, made on the device."""
-    config: Any = AutoConfig.from_pretrained(visit.options.base)
+    config: Any = AutoConfig.from_pretrained(visit.options.base, trust_remote_code=False)
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
+            config, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
         )
     base = base.to_empty(device=visit.device).requires_grad_(False)
     _fill(base.parameters())
@@ -361,10 +361,10 @@ def engine(visit: Visit) -> None:
     options = visit.options
 
     def sharded(config: Any, world_size: int) -> PreTrainedModel:
-        whole: Any = AutoConfig.from_pretrained(options.base)
+        whole: Any = AutoConfig.from_pretrained(options.base, trust_remote_code=False)
         keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
         base: Any = AutoModelForCausalLM.from_config(
-            whole, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
+            whole, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
         )
         del keep_alive
         _fill(base.parameters())

@@ -123,12 +123,12 @@ def accuracy(rewards: np.ndarray, rows: datasets.Dataset, seed: int) -> dict[str
 def main(options: Options) -> None:
     record = Record(options)
     torch.manual_seed(options.seed)
-    tokenizer = AutoTokenizer.from_pretrained(options.base)
+    tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
     train = items(options.train_items, options.seed)
     test = items(options.held_out_items, options.seed + 1_000_000)  # item n is made by seed + n
     seen = {str(prompt) for prompt in train["prompt"][:]}
     test = test.filter(lambda row: str(row["prompt"]) not in seen)
-    base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(options.base, trust_remote_code=False, dtype=torch.float32)
     names = list(TASKS)
     config = SRDEConfig(num_experts=len(names), top_k=1, density=0.05, expert_names=names, seed=options.seed)
     model = get_peft_model(base, config)

@@ -255,11 +255,13 @@ def large_model(config: Config, layers: int) -> SRDEModel:
     """The 14 B shape without storage, with its experts and so many layers; on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    whole: Any = AutoConfig.from_pretrained(str(config.model.model_name))
+    whole: Any = AutoConfig.from_pretrained(str(config.model.model_name), trust_remote_code=False)
     text = whole.get_text_config()
     text.num_hidden_layers, text.layer_types = layers, None
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(whole, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION)
+        base = AutoModelForCausalLM.from_config(
+            whole, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
+        )
         base.requires_grad_(False)
     blocks = block_shapes(base)
     supports = [torch.arange(math.prod(support_shape(config.adapter, *block)), dtype=torch.int32) for block in blocks]

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.model.dispatch import Activation, element_experts, neuron_experts
-from srde_ds.model.products import ExpertProducts, expert_products
 
 ComputeAssignments = Callable[[Tensor, Tensor], Tensor]
 """From the inputs `[R, width]` of assignments and their slots `[R, 1]` to the results"""
@@ -46,9 +45,8 @@ class DeltaTransport:
         """See `ExpertDispatch`: `neuron_experts` with the deltas of all ranks."""
         return neuron_experts(act, x_TD, gate_TXm, up_TXm, index_TK, weights_TK, self._gathered(deltas_DE3m))
 
-    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts:
-        """See `ExpertDispatch`: with the deltas of all ranks."""
-        return expert_products(self._gathered(deltas_DE3m), index_TK)
+    def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> None:
+        """See `ExpertDispatch`: the kernels are for experts that one process holds."""
 
     def _gathered(self, deltas_DE3m: Tensor) -> Tensor:
         by_expert: Tensor = GatherParts.apply(deltas_DE3m.transpose(0, 1), self.group)

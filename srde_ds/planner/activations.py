@@ -39,10 +39,11 @@ def layer_activations(
     x, gate = t * layer.hidden * width, t * layer.intermediate * width
     attention = norm + x + _attention(config, layer, width)
     feed_forward = norm + x + 4 * gate  # gate, its activation, up, and the hidden values
-    # The router's input and weight in fp32, if they are not; logits, choices and their weights.
+    # The router's input and weight in fp32, if they are not; logits, choices (for the products and for the losses),
+    # their weights, and which tokens are real.
     adapter = config.adapter
     copies = (t + adapter.num_experts) * layer.hidden * FP32 if config.model.bf16 else 0
-    router = copies + t * adapter.num_experts * (FP32 + 1) + t * adapter.top_k * (INT64 + FP32)
+    router = copies + t * adapter.num_experts * FP32 + t * adapter.top_k * (2 * INT64 + FP32) + t
     if first:
         attention, feed_forward = 0.0, x + gate
     remote = transport == "tokens" and config.parallel.expert_parallel_size > 1
@@ -138,27 +139,35 @@ def _atoms(config: Config, layer: LayerShape, world_size: int, width: int) -> fl
 
 
 def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float:
-    """All experts on all tokens."""
+    """All experts on all tokens, of which each token takes its own."""
     adapter, t = config.adapter, tokens(config)
-    size = support_size(adapter, layer.hidden, layer.intermediate)
-    supports = 1 if adapter.support_scope == "shared" else adapter.num_experts
-    # Shifted gate and up, the activation, h, its change, h times its weight; the change of the hidden values.
-    values = t * adapter.num_experts * (6 * size + 1) + t * supports * size
+    size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
+    # Shifted gate, its activation, shifted up, h, its change, and h times its weight, also in the slots of all experts;
+    # with a shared support the change of the hidden values.
+    values = 6 * assignments * size + t * adapter.num_experts * size
+    if adapter.support_scope == "shared":
+        values += t * size
     matrices = layer.hidden * adapter.num_experts * size  # copied into the order of the products
     if not first:
-        values += 3 * t * adapter.num_experts * size  # the base's values, once for each expert
+        values += 3 * assignments * size  # the base's values
         matrices *= 3
-    return (values + matrices) * width
+    indices = assignments  # places of the slots
+    if adapter.support_scope == "per_expert":
+        indices += assignments * size
+    weights = assignments if config.model.bf16 else 0
+    return (values + matrices + weights) * width + indices * INT64
 
 
 def _neuron_remote(config: Config, layer: LayerShape, width: int) -> float:
-    """Each expert on the assignments that are sent to it; on average as many arrive as leave."""
+    """The experts here on the assignments that are sent to them; on average as many arrive as leave."""
     adapter, t = config.adapter, tokens(config)
     size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
-    supports = 1 if adapter.support_scope == "shared" else adapter.num_experts
-    computed = layer.hidden + 2 * size + 5 * size + 1
-    returned = size + 2 * layer.hidden + 1
-    return (assignments * (computed + returned) + t * supports * size) * width + 3 * assignments * INT64
+    experts = slots(adapter.num_experts, config.parallel.expert_parallel_size)
+    # What arrives; as `_neuron`, with the base's values; what comes back, and its weight.
+    values = layer.hidden + 2 * size + (9 + experts) * size + 1 + size + layer.hidden + 1
+    matrices = 3 * layer.hidden * experts * size
+    change = t * size if adapter.support_scope == "shared" else 0
+    return (assignments * values + matrices + change) * width + 4 * assignments * INT64
 
 
 def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:
@@ -166,7 +175,7 @@ def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remo
     adapter = config.adapter
     assignments, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
     experts = slots(adapter.num_experts, config.parallel.expert_parallel_size) if remote else adapter.num_experts
-    # Of each: x, the output and its product with the weight; gate, up and hidden values with and without the delta.
-    hidden, intermediate, indices = (4, 10, 3) if remote else (3, 6 if first else 9, 1)
-    values = hidden * layer.hidden + intermediate * layer.intermediate + 2
+    # Of each: x and the output; gate and up, sorted and with the delta, activations, hidden values and their change.
+    intermediate, indices = (8, 4) if remote else (5 if first else 8, 2)
+    values = 2 * layer.hidden + intermediate * layer.intermediate + (2 if remote else 0)
     return experts * n * width + assignments * (values * width + indices * INT64)
