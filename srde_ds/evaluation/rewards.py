@@ -139,8 +139,12 @@ class AnswerReward:
         self.__name__ = "answer_reward"  # under which TRL logs it
 
     def __call__(self, *, completions: Sequence[Completion], item: Sequence[str], **columns: Any) -> list[float]:
-        """Rewards of the completions; `item` as in the rows of `prompts_of`."""
-        return [self._reward(_text(answer), json.loads(own)) for answer, own in zip(completions, item, strict=True)]
+        """Rewards of the completions; `item` as in the rows of `prompts_of`. TRL logs how many scorers failed."""
+        before = self.failures.total()
+        rewards = [self._reward(_text(answer), json.loads(own)) for answer, own in zip(completions, item, strict=True)]
+        if "log_metric" in columns:
+            columns["log_metric"]("scorer_failures", self.failures.total() - before)
+        return rewards
 
     def _reward(self, answer: str, item: dict[str, Any]) -> float:
         record = Record(**item["record"])

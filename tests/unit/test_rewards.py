@@ -82,6 +82,9 @@ def test_a_scorer_that_fails_gives_nothing_and_is_counted(
     with caplog.at_level(logging.WARNING):
         assert rewards_of(reward, rows, "1/2", "yes") == [0, 0]
     assert reward.failures == {"TimeoutError: took too long": 2}
+    logged: dict[str, float] = {}
+    reward(completions=["1/2", "yes"], log_metric=logged.__setitem__, **rows[:])
+    assert logged == {"scorer_failures": 2}
     assert caplog.text.count("its scorer failed, the reward is 0: took too long") == 1
 
 
