@@ -260,11 +260,14 @@ def model(visit: Visit) -> None:
 
 def _note_case(visit: Visit, case: Case, what: str = "") -> None:
     peak = visit.peak_gib(case.step)
-    host, whole = [], []
-    for _ in range(visit.repeats):
+    host: list[float] = []
+
+    def launch() -> None:
         started = time.perf_counter()
-        whole.append(timed(lambda: host.append(_until_launched(case, started))))  # noqa: B023
-    seconds = statistics.median(whole)
+        case.step()
+        host.append(time.perf_counter() - started)
+
+    seconds = statistics.median(timed(launch) for _ in range(visit.repeats))
     visit.note(
         what or case.name,
         seconds=seconds,
@@ -274,11 +277,6 @@ def _note_case(visit: Visit, case: Case, what: str = "") -> None:
         trained_values=case.trained,
         tflops=case.flops / seconds / 1e12,
     )
-
-
-def _until_launched(case: Case, started: float) -> float:
-    case.step()
-    return time.perf_counter() - started
 
 
 @contextmanager
