@@ -15,14 +15,17 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
+from itertools import count
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.tables import measured_on
 from srde_ds.errors import SRDEError
 from tests.distributed.kill_helpers import OTHER, SAVING, STEPS, Case, killed_run
-from tests.distributed.training_helpers import make_inputs
+from tests.distributed.training_helpers import Inputs, make_inputs
 
 RESULTS = Path(__file__).resolve().parent / "results/kills.json"
 # Gone through again and again: ranks, saves in the background or not, both placements of experts, prunings.
@@ -43,6 +46,7 @@ KILLS_A_RUN = 15
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
@@ -52,20 +56,43 @@ def main() -> None:
             raise SRDEError(
                 f"results={options.results}: a record of an older form. Move it, or give another --results."
             )
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        inputs = make_inputs(folder / "inputs")
-        while sum(len(run["moments"]) for run in runs) < options.kills:
-            case, seed = CASES[len(runs) % len(CASES)], len(runs)
-            shutil.rmtree(folder / "killed", ignore_errors=True)
-            started, moments = time.monotonic(), []
-            for kill in killed_run(inputs, folder, random.Random(seed), case, most_kills=KILLS_A_RUN):
-                moments.append(list(asdict(kill).values()))
-                print(len(runs), kill, flush=True)
-            runs.append({"case": asdict(case), "seed": seed, "seconds": round(time.monotonic() - started, 1)})
-            runs[-1] |= {"moments": moments, "measured_on": measured_on()}
-            write(options.results, runs)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        ProcessPoolExecutor(options.workers, get_context("spawn"), start_worker, (scratch,)) as pool,
+    ):
+        kills, seeds = sum(len(run["moments"]) for run in runs), count(len(runs))
+        left = {pool.submit(one_run, next(seeds)) for _ in range(options.workers)}
+        while left:
+            done, left = wait(left, return_when=FIRST_COMPLETED)
+            for run in (future.result() for future in done):
+                runs.append(run)
+                kills += len(run["moments"])
+                write(options.results, runs)
+                print(f"{kills} kills in {len(runs)} runs", flush=True)
+                if kills < options.kills:
+                    left.add(pool.submit(one_run, next(seeds)))
     print(table(json.loads(options.results.read_text())))
+
+
+worker: tuple[Path, Inputs]  # of this process: its folder, where the unkilled runs stay, and what all runs are given
+
+
+def start_worker(scratch: str) -> None:
+    global worker
+    folder = Path(tempfile.mkdtemp(dir=scratch))
+    worker = folder, make_inputs(folder / "inputs")
+
+
+def one_run(seed: int) -> dict[str, Any]:
+    """A run and what killed it on its way."""
+    folder, inputs = worker
+    shutil.rmtree(folder / "killed", ignore_errors=True)
+    case, started, moments = CASES[seed % len(CASES)], time.monotonic(), []
+    for kill in killed_run(inputs, folder, random.Random(seed), case, most_kills=KILLS_A_RUN):
+        moments.append(list(asdict(kill).values()))
+        print(seed, kill, flush=True)
+    run = {"case": asdict(case), "seed": seed, "seconds": round(time.monotonic() - started, 1), "moments": moments}
+    return run | {"measured_on": measured_on()}
 
 
 def write(path: Path, runs: list[dict[str, Any]]) -> None:

@@ -282,7 +282,9 @@ def step_in(path: Path) -> int:
 
 def assert_equal_runs(run: Path, unkilled: Path) -> None:
     """Bit for bit: the weights, the last checkpoint's masters and optimizer states, and the metrics of each step."""
-    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in unkilled.iterdir())
+    different = {path.name for path in run.iterdir()} ^ {path.name for path in unkilled.iterdir()}
+    different -= {"run.lock"}  # stays where the kill came after `completed.json`
+    assert not different, f"in one of the two folders only: {sorted(different)}"
     for path in (unkilled / "srde_weights.safetensors", *unkilled.glob(f"checkpoint-{STEPS}/*.safetensors")):
         assert (run / path.relative_to(unkilled)).read_bytes() == path.read_bytes(), path.name
     assert without_clocks(metrics(run)) == without_clocks(metrics(unkilled))
