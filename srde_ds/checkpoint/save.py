@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -46,6 +47,7 @@ Result = TypeVar("Result")
 
 # How far a rank is with a part; the largest counts. One that fails waits for those that still write.
 _DONE, _FAILED, _RUNNING = 0, 1, 2
+_NOT_REMOVED = "checkpoint-{} was saved, but an older checkpoint could not be removed"
 # Waiting ranks look again so often that no collective of theirs comes near its timeout.
 _LOOK_AGAIN_SECONDS = 0.1
 
@@ -139,13 +141,12 @@ class CheckpointSaver:
             if rank == 0:
                 _publish(run, name, step, self.ranks.world_size, records)
 
-        def remove_older() -> None:
-            if rank == 0:
-                _remove_older(run, self.keep, newest=name)
-
-        older = f"{name} was saved, but an older checkpoint could not be removed"
         self._parts.extend(
-            [_Part(write, problem, None), _Part(publish, problem, step), _Part(remove_older, older, None)]
+            [
+                _Part(write, problem, None),
+                _Part(publish, problem, step),
+                _Part(partial(self._remove_older, step), _NOT_REMOVED.format(step), None),
+            ]
         )
         self._running = self._thread.submit(write)
 
@@ -178,6 +179,19 @@ class CheckpointSaver:
         while not self.poll():
             assert self._running is not None
             wait([self._running], _LOOK_AGAIN_SECONDS)
+
+    def remove_older(self) -> None:
+        """Keep `keep` checkpoints, also where a kill came after the last save and before it removed an older one.
+
+        Raises:
+            SaveFailed: on every rank, if one cannot be removed.
+        """
+        assert self.saved_step is not None
+        self._together(partial(self._remove_older, self.saved_step), _NOT_REMOVED.format(self.saved_step))
+
+    def _remove_older(self, newest: int) -> None:
+        if self.ranks.rank == 0:
+            _remove_older(self.run, self.keep, newest=f"checkpoint-{newest}")
 
     def __enter__(self) -> CheckpointSaver:
         return self

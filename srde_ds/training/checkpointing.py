@@ -136,6 +136,9 @@ class RunState:
         with self._as_configured():
             self.saver.wait()
         if self.saver.saved_step == self.step:
+            if final:
+                with self._as_configured():
+                    self.saver.remove_older()
             return
         model = self.engine.model
         probe_loss = self.probe_loss()

@@ -149,6 +149,19 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     assert listing(run) == before
 
 
+def test_a_checkpoint_that_a_kill_left_over_at_the_end_goes(
+    inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(reference, tmp_path / "run")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    for name in ("completed.json", "srde_weights.safetensors"):
+        (run / name).unlink()
+    flags = inputs.flags(run, resume_from="latest", save_total_limit=1)
+    assert two_ranks(train_here, flags) == [None, None]
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert (run / "completed.json").exists()
+
+
 def test_a_finished_run_goes_on_in_another_folder(
     inputs: Inputs, one_rank: Ranks, reference: Path, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ from srde_ds.weights.origins import DomainStatistics
 from tests.cli_helpers import fails
 from tests.cli_helpers import save_base as save_base_with_tokenizer
 from tests.convert_helpers import save_base
+from tests.data_helpers import sums, write_jsonl
 from tests.helpers import adapter_config, randomize, tiny_llama, tokens
 from tests.unit.test_convert_command import CONVERTER
 from tests.unit.test_inspect import stored, with_statistics
@@ -153,7 +154,7 @@ def test_the_verb_and_what_its_result_serves_for(tmp_path: Path, capsys: pytest.
     assert Path(gguf).exists()
 
 
-def test_inference_takes_it(tmp_path: Path) -> None:
+def test_inference_and_evaluation_take_it(tmp_path: Path) -> None:
     base = save_base_with_tokenizer(tmp_path / "base")
     load = AutoModelForCausalLM.from_pretrained
     places = [made(tmp_path, [name], seed=i, base=load(base))[0] for i, name in enumerate(["red", "green"])]
@@ -164,6 +165,12 @@ def test_inference_takes_it(tmp_path: Path) -> None:
     with torch.no_grad():
         model(tokens(), policy=policy)
     assert policy.choices is not None and len(policy.choices) == 2
+    items = write_jsonl(tmp_path / "items.jsonl", [item for name in ("red", "green") for item in sums(name, range(3))])
+    found = tmp_path / "evaluation.json"
+    options = ["--eval_file", str(items), "--output_file", str(found), "--bf16", "false", "--max_new_tokens", "2"]
+    assert main(["evaluate", str(tmp_path / "all"), *options]) == 0
+    usage = json.loads(found.read_text())["usage"]
+    assert usage["experts"] == usage["domains"] == ["red", "green"]
 
 
 def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
