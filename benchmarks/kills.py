@@ -60,7 +60,8 @@ def main() -> None:
         tempfile.TemporaryDirectory() as scratch,
         ProcessPoolExecutor(options.workers, get_context("spawn"), start_worker, (scratch,)) as pool,
     ):
-        kills, seeds = sum(len(run["moments"]) for run in runs), count(max((run["seed"] for run in runs), default=-1) + 1)
+        kills = sum(len(run["moments"]) for run in runs)
+        seeds = count(1 + max((run["seed"] for run in runs), default=-1))
         left = {pool.submit(one_run, next(seeds)) for _ in range(options.workers)}
         while left:
             done, left = wait(left, return_when=FIRST_COMPLETED)
