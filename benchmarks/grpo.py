@@ -1,6 +1,9 @@
-"""GRPO on two reasoning-gym tasks after a short supervised start: held-out accuracy and experts before and after.
+"""GRPO on the quick start's result and three of its task types: held-out accuracy and experts before and after.
 
-`python benchmarks/grpo.py --base BASE --folder runs/grpo` writes the record after each phase and at each tenth step.
+    make quickstart
+    python -m benchmarks.grpo --run runs/quickstart --folder runs/grpo     # results/grpo.json, at each tenth step
+
+The items are new ones of the same generators; no prompt of the held-out ones is among those that are trained on.
 """
 
 from __future__ import annotations
@@ -15,53 +18,63 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.tables import measured_on
+from srde_ds.cli.main import main as srde_ds
+from srde_ds.data.synthetic.tasks import generate
 from srde_ds.evaluation.bootstrap import interval, resampled_sums
-from srde_ds.evaluation.rewards import AnswerReward, gym_prompts
+from srde_ds.evaluation.rewards import AnswerReward, prompts_of
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.optim import for_trainer
-from srde_ds.peft import SRDEConfig
 from srde_ds.peft.callback import SRDECallback
-from srde_ds.utils.environment import environment
 
-TASKS: dict[str, dict[str, Any]] = {
-    "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "max_value": 60},
+RESULT = Path(__file__).resolve().parent / "results/grpo.json"
+TASKS = {
+    "reasoning_gym/letter_counting/letters": "code",
+    "reasoning_gym/family_relationships/family": "logic",
+    "reasoning_gym/aiw/siblings": "logic",
 }
 EVALUATED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class Options:
-    base: str
+    """What the run is given.
+
+    Attributes:
+        prompts: in a step, each with `generations` completions.
+    """
+
+    run: str
     folder: str
+    base: str = "runs/quickstart-inputs/base"
+    output: str = str(RESULT)
     seed: int = 42
     train_items: int = 600
-    held_out_items: int = 200
-    supervised_steps: int = 40
-    grpo_steps: int = 120
+    held_out_items: int = 300
+    steps: int = 120
     generations: int = 8
-    prompts: int = 2
-    muon_lr: float = 0.02
-    grpo_muon_lr: float = 0.002
+    prompts: int = 4
+    muon_lr: float = 0.005
+    router_lr: float = 1e-4
     max_completion_length: int = 8
+    dtype: str = "bfloat16"
 
 
 class Record(TrainerCallback):
     """The benchmark's result so far, in a file."""
 
     def __init__(self, options: Options) -> None:
-        self.path = Path(options.folder) / "grpo.json"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.values: dict[str, Any] = {"options": asdict(options), "tasks": TASKS, "environment": environment()}
-        self.began = time.time()
+        self.path = Path(options.output)
+        self.values: dict[str, Any] = {"options": asdict(options), "measured_on": measured_on()}
+        self.began = time.monotonic()
 
     def write(self, **values: Any) -> None:
-        self.values |= values | {"seconds": round(time.time() - self.began)}
+        self.values |= values | {"seconds": round(time.monotonic() - self.began)}
         self.path.write_text(json.dumps(self.values, indent=1) + "\n")
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,19 +87,34 @@ class Record(TrainerCallback):
         self.write(curve=curve)
 
 
-def items(size: int, seed: int) -> datasets.Dataset:
-    return datasets.concatenate_datasets(
-        [gym_prompts(task, size=size, seed=seed, domain=task, **options) for task, options in TASKS.items()]
-    )
+def items(options: Options) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """To train on, and held out."""
+    count, seed = options.train_items + options.held_out_items, options.seed
+    found: list[dict[str, str]] = []
+    for domain in sorted(set(TASKS.values())):
+        wanted = sum(of == domain for of in TASKS.values())
+        every = generate(domain, 6 * count, seed)
+        found += [item for item in every if item["source"] in TASKS][: count * wanted // len(TASKS)]
+    np.random.default_rng(seed).shuffle(found)
+    parts = found[: options.held_out_items], found[options.held_out_items :]
+    held_out, train = (_prompts(Path(options.folder) / f"items-{i}.jsonl", part) for i, part in enumerate(parts))
+    return train, held_out
+
+
+def _prompts(path: Path, part: list[dict[str, str]]) -> datasets.Dataset:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(item) + "\n" for item in part))
+    return prompts_of(path).add_column("task", [item["source"] for item in part])
 
 
 @torch.no_grad()
 def held_out(model: Any, tokenizer: Any, rows: datasets.Dataset, length: int) -> tuple[np.ndarray, dict[str, Any]]:
-    """`[N]` rewards of the greedy answers, and each domain's share of assignments by expert over its prompts."""
+    """`[N]` rewards of the greedy answers, and each task's share of assignments by expert over its prompts."""
     model.eval()
     tokenizer.padding_side = "left"
     rewards: list[float] = []
-    view, names = model.srde_model(), model.peft_config["default"].names
+    view = model.srde_model()
+    names = view.expert_names
     counted = {task: RoutingStatistics(len(view.layers), len(names)) for task in TASKS}
     for start in range(0, len(rows), EVALUATED_AT_ONCE):
         part = rows.select(range(start, min(start + EVALUATED_AT_ONCE, len(rows))))
@@ -96,7 +124,7 @@ def held_out(model: Any, tokenizer: Any, rows: datasets.Dataset, length: int) ->
         answers = tokenizer.batch_decode(made, skip_special_tokens=True)
         rewards += AnswerReward()(completions=answers, item=part["item"])
         for task, statistics in counted.items():
-            own = torch.tensor([domain == task for domain in part["domain"]])
+            own = torch.tensor([name == task for name in part["task"]])
             if own.any():
                 mask = batch["attention_mask"][own]
                 policy = RoutingPolicy(statistics=statistics, token_mask=mask.bool())
@@ -111,9 +139,9 @@ def held_out(model: Any, tokenizer: Any, rows: datasets.Dataset, length: int) ->
 
 def accuracy(rewards: np.ndarray, rows: datasets.Dataset, seed: int) -> dict[str, Any]:
     """Of all items and of each task: share of right answers, and its interval over the items."""
-    right, domain = (rewards == 1).astype(np.float64), np.array(rows["domain"][:])
+    right, task_of = (rewards == 1).astype(np.float64), np.array(rows["task"][:])
     found = {}
-    parts = {"all": right} | {task: right[domain == task] for task in TASKS}
+    parts = {"all": right} | {task: right[task_of == task] for task in TASKS}
     for name, own in parts.items():
         samples = resampled_sums(own[:, None], seed)[:, 0] / len(own)
         found[name] = {"accuracy": float(own.mean()), "interval": interval(samples), "items": len(own)}
@@ -124,56 +152,50 @@ def main(options: Options) -> None:
     record = Record(options)
     torch.manual_seed(options.seed)
     tokenizer = AutoTokenizer.from_pretrained(options.base, trust_remote_code=False)
-    train = items(options.train_items, options.seed)
-    test = items(options.held_out_items, options.seed + 1_000_000)  # item n is made by seed + n
-    seen = {str(prompt) for prompt in train["prompt"][:]}
-    test = test.filter(lambda row: str(row["prompt"]) not in seen)
-    base = AutoModelForCausalLM.from_pretrained(options.base, trust_remote_code=False, dtype=torch.float32)
-    names = list(TASKS)
-    config = SRDEConfig(num_experts=len(names), top_k=1, density=0.05, expert_names=names, seed=options.seed)
-    model = get_peft_model(base, config)
-    common: dict[str, Any] = {"save_strategy": "no", "report_to": [], "bf16": False, "seed": options.seed}
-    common["gradient_checkpointing"] = False  # memory is no concern here
-
-    def answer(row: dict[str, Any]) -> dict[str, Any]:
-        return {"completion": json.loads(row["item"])["record"]["messages"][-1:]}
-
-    supervised = SFTTrainer(
-        model=model,
-        args=SFTConfig(f"{options.folder}/sft", max_steps=options.supervised_steps, logging_steps=10, **common),
-        train_dataset=train.map(answer).remove_columns("item"),
-        processing_class=tokenizer,
-        optimizers=(for_trainer(model, muon_lr=options.muon_lr), None),
-    )
-    supervised.add_callback(SRDECallback(supervised, warm_start=supervised.train_dataset))
-    supervised.train()
-    before, usage = held_out(model, tokenizer, test, options.max_completion_length)
-    record.write(before=accuracy(before, test, options.seed), usage_before=usage)
+    train, held_out_rows = items(options)
+    start = Path(options.folder) / "start"
+    if not start.exists():
+        assert srde_ds(["convert", options.run, "--to", "peft", "--output", str(start)]) == 0
+    dtype = getattr(torch, options.dtype)
+    base = AutoModelForCausalLM.from_pretrained(options.base, trust_remote_code=False, dtype=dtype)
+    model = PeftModel.from_pretrained(base, start, is_trainable=True)
+    length = options.max_completion_length
+    before, usage = held_out(model, tokenizer, held_out_rows, length)
+    record.write(before=accuracy(before, held_out_rows, options.seed), usage_before=usage)
     reward: Any = AnswerReward()
-    grpo = GRPOTrainer(
+    trainer = GRPOTrainer(
         model=model,
         args=GRPOConfig(
-            f"{options.folder}/grpo",
-            max_steps=options.grpo_steps,
+            f"{options.folder}/trainer",
+            max_steps=options.steps,
             logging_steps=10,
             per_device_train_batch_size=options.generations * options.prompts,
             num_generations=options.generations,
-            max_completion_length=options.max_completion_length,
+            max_completion_length=length,
             temperature=1.0,
             lr_scheduler_type="constant",
-            **common,
+            save_strategy="no",
+            report_to=[],
+            bf16=False,
+            seed=options.seed,
+            gradient_checkpointing=False,  # memory is no concern here
         ),
         train_dataset=train,
         reward_funcs=[reward],
         processing_class=tokenizer,
-        optimizers=(for_trainer(model, muon_lr=options.grpo_muon_lr, router_lr=1e-4), None),
+        optimizers=(for_trainer(model, muon_lr=options.muon_lr, router_lr=options.router_lr), None),
     )
-    grpo.add_callback(SRDECallback(grpo))
-    grpo.add_callback(record)
-    grpo.train()
-    after, usage = held_out(model, tokenizer, test, options.max_completion_length)
-    change = resampled_sums(((after == 1).astype(float) - (before == 1))[:, None], options.seed)[:, 0] / len(test)
-    record.write(after=accuracy(after, test, options.seed), usage_after=usage, change=interval(change))
+    trainer.add_callback(SRDECallback(trainer))
+    trainer.add_callback(record)
+    trainer.train()
+    after, usage = held_out(model, tokenizer, held_out_rows, length)
+    change = (after == 1).astype(np.float64) - (before == 1)
+    samples = resampled_sums(change[:, None], options.seed)[:, 0] / len(change)
+    record.write(
+        after=accuracy(after, held_out_rows, options.seed),
+        usage_after=usage,
+        change={"accuracy": float(change.mean()), "interval": interval(samples)},
+    )
     model.save_pretrained(f"{options.folder}/adapter", selected_adapters=["default"])
 
 
