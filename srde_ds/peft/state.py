@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.peft.layer import EXPERTS, SRDELayer
 from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.peft_folder import PEFT_PREFIX
 from srde_ds.weights.schema import check_fits_base, check_shapes, check_values
 from srde_ds.weights.tensors import LazyTensor
@@ -22,6 +23,13 @@ def experts_of(model: nn.Module, adapter: str) -> list[SRDEFeedForward]:
     """Those of one adapter, in the order in which tokens pass them."""
     layers = [m.experts(adapter) for m in model.modules() if isinstance(m, SRDELayer) and adapter in m.srde_experts]
     return sorted(layers, key=lambda experts: experts.layer)
+
+
+def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics) -> None:
+    """Have a layer's experts hold, and save, what their layer saw of each domain."""
+    for part in ("mean", "spread"):
+        values = getattr(statistics, part).to(experts.support.device)
+        experts.register_buffer(f"domain_{part}", values)
 
 
 def name_in_file(name: str, adapter: str) -> str | None:
