@@ -50,7 +50,7 @@ def load_values(
     try:
         with tuner.metadata_of(saved, adapter, folder) if is_here else nullcontext():
             return load()
-    except Exception as error:
+    except BaseException as error:
         if not is_here and adapter in model.peft_config:
             tuner.delete_adapter(adapter)
         if isinstance(error, SafetensorError):

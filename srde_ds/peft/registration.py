@@ -60,7 +60,7 @@ def _add_member(enumeration: Any, name: str) -> None:
 
 def _check_files_before(models: Any, tuner: type[BaseTuner]) -> None:
     """Have `load_adapter` of models with this tuner go through `load_values`; nothing changes for other methods."""
-    plain = models.load_adapter
+    plain, _ = models.load_adapter, models._split_kwargs  # the latter is what `load_values` calls
 
     @functools.wraps(plain)
     def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:

@@ -25,11 +25,19 @@ def experts_of(model: nn.Module, adapter: str) -> list[SRDEFeedForward]:
     return sorted(layers, key=lambda experts: experts.layer)
 
 
-def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics) -> None:
-    """Have a layer's experts hold, and save, what their layer saw of each domain."""
+def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics | None) -> None:
+    """Have a layer's experts hold, and save, what their layer saw of each domain; None: nothing."""
     for part in ("mean", "spread"):
-        values = getattr(statistics, part).to(experts.support.device)
-        experts.register_buffer(f"domain_{part}", values)
+        name = f"domain_{part}"
+        if statistics is not None:
+            experts.register_buffer(name, getattr(statistics, part).to(experts.support.device))
+        elif hasattr(experts, name):
+            delattr(experts, name)
+
+
+def empty_statistics(domains: int, hidden: int) -> DomainStatistics | None:
+    """Room for those of a file; None: there are no domains."""
+    return DomainStatistics(*(torch.zeros(domains, hidden) for _ in range(2))) if domains else None
 
 
 def name_in_file(name: str, adapter: str) -> str | None:

@@ -28,6 +28,7 @@ from srde_ds.peft.config import OPTIONS, SRDEConfig
 from srde_ds.peft.layer import SRDELayer, check_adapter_name
 from srde_ds.peft.state import (
     check_tensors,
+    empty_statistics,
     experts_of,
     keep_statistics,
     name_in_file,
@@ -155,9 +156,8 @@ class SRDETuner(BaseTuner):
             seed=peft_config.seed,
             storage=Storage(torch.float32, block.weights()[0].device),
         )
-        if stored is not None and stored.domain_tokens:
-            empty = torch.zeros(len(stored.domain_tokens), block.hidden)
-            keep_statistics(experts, DomainStatistics(empty, empty.clone()))
+        if stored is not None:
+            keep_statistics(experts, empty_statistics(len(stored.domain_tokens), block.hidden))
         layer = target if isinstance(target, SRDELayer) else SRDELayer(block.block)
         twin = None if stored is None else self._twin(peft_config, adapter_name, layer)
         layer.add(adapter_name, experts.train(block.block.training), empty=stored is not None and twin is None)
@@ -215,14 +215,14 @@ class SRDETuner(BaseTuner):
 
     @contextmanager
     def metadata_of(self, config: SRDEConfig, adapter: str, place: object) -> Iterator[None]:
-        """Inside this context the values of a saved adapter are loaded into one that is here: it becomes the saved one.
+        """Inside this context the values of a saved state of an adapter that is here are loaded, and all else of it is.
 
         Args:
             config: of the saved adapter.
             place: where it is, for messages.
 
         Raises:
-            SRDEError: experts, options or domains differ, so that its values have no place here.
+            SRDEError: experts or options differ: it is another adapter.
         """
         own = self._config(adapter)
         before, found = own.stored(), config.stored()
@@ -230,7 +230,6 @@ class SRDETuner(BaseTuner):
             raise SRDEError(f"weights '{place}': it holds no metadata. Save the adapter again with save_pretrained.")
         compared = [("experts", before.expert_names, found.expert_names)]
         compared += [(name, getattr(before.config, name), getattr(found.config, name)) for name in OPTIONS]
-        compared += [("domains with statistics", list(before.domain_tokens), list(found.domain_tokens))]
         for name, here, there in compared:
             if here != there:
                 raise SRDEError(
@@ -238,12 +237,17 @@ class SRDETuner(BaseTuner):
                     f"({_listed(there)}). Load that under another adapter_name, or call "
                     f"delete_adapter('{adapter}') before."
                 )
-        kept = own.metadata, own.seed
+        layers, kept = experts_of(self.model, adapter), (own.metadata, own.seed)
+        statistics = dict(enumerate(self.srde_model(adapter).origins.statistics))
         own.metadata, own.seed = config.metadata, config.seed
+        for experts in layers:
+            keep_statistics(experts, empty_statistics(len(found.domain_tokens), experts.hidden))
         try:
             yield
-        except Exception:
+        except BaseException:
             own.metadata, own.seed = kept
+            for number, experts in enumerate(layers):
+                keep_statistics(experts, statistics.get(number))
             raise
 
     def set_domain_statistics(

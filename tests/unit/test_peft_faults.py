@@ -19,6 +19,7 @@ from srde_ds.compose import train_routers
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import open_adapter
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.base_files import BaseFiles
 from srde_ds.peft.statistics import measure_domains
 from srde_ds.weights.file import read_metadata
 from tests.cli_helpers import fails, save_base
@@ -151,6 +152,7 @@ def test_a_rounded_base_is_known_by_its_files(types: tuple[torch.dtype, torch.dt
     assert logits(model, tokens()).isfinite().all()
     model.load_adapter(folder, "second")  # the base carries experts by now
     assert load_adapter(folder, base=LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=types[1])).layers
+    open_adapter(folder).check_fits(BaseFiles(tmp_path / "base"))  # as convert does
 
 
 # Configurations and names
@@ -374,6 +376,17 @@ def test_statistics_are_those_of_the_blocks_inputs(tmp_path: Path) -> None:
     again = loaded(tmp_path, is_trainable=True)
     measure_domains(again, domain_rows("code", 5), tiny_tokenizer(), rows_a_domain=2)  # of one domain anew
     assert again.srde_model().origins.domain_tokens == {"math": 72, "code": 24}
+    before = copied(tmp_path, tmp_path.with_name("before"))
+    (before / VALUES).write_bytes(b"")
+    with pytest.raises(SRDEError, match="no readable safetensors file"):
+        again.load_adapter(before, "default")
+    assert again.srde_model().origins.domain_tokens == {"math": 72, "code": 24}
+    assert torch.equal(again.srde_model().origins.statistics[0].mean[0], stored["layers.0.domain_mean"].load()[0])
+    plain = saved(tiny_peft(num_experts=2, top_k=1, expert_names=["math", "code"]), tmp_path / "plain")
+    again.load_adapter(plain, "default")  # a state without statistics, and back
+    assert "layers.0.domain_mean" not in open_adapter(saved(again, tmp_path / "without")).tensors
+    again.load_adapter(tmp_path, "default")
+    assert torch.equal(again.srde_model().origins.statistics[1].mean, stored["layers.1.domain_mean"].load())
     with pytest.raises(SRDEError, match="domain_statistics: domain 'law': no expert has this name"):
         measure_domains(again, domain_rows("law", 5), tiny_tokenizer())
 
