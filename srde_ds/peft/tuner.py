@@ -222,7 +222,7 @@ class SRDETuner(BaseTuner):
             place: where it is, for messages.
 
         Raises:
-            SRDEError: experts or options differ: it is another adapter.
+            SRDEError: experts or options differ: it is another adapter; or it was trained on another base.
         """
         own = self._config(adapter)
         before, found = own.stored(), config.stored()
@@ -237,6 +237,7 @@ class SRDETuner(BaseTuner):
                     f"({_listed(there)}). Load that under another adapter_name, or call "
                     f"delete_adapter('{adapter}') before."
                 )
+        check_base(self.model, found.base, str(place), known=self.identity)
         layers, kept = experts_of(self.model, adapter), (own.metadata, own.seed)
         statistics = dict(enumerate(self.srde_model(adapter).origins.statistics))
         own.metadata, own.seed = config.metadata, config.seed

@@ -74,6 +74,15 @@ def test_an_adapter_with_other_options_is_refused_under_a_loaded_name(
         loaded(adapter).load_adapter(saved(tiny_peft(**options), tmp_path), "default")
 
 
+def test_a_state_on_another_base_is_refused(tmp_path: Path) -> None:
+    form: dict[str, Any] = {"support_strategy": "random"}  # the same supports on any base
+    model, foreign = tiny_peft(**form), saved(tiny_peft(tiny_llama(seed=1), **form), tmp_path)
+    before, metadata = logits(model, tokens()), model.srde_model().metadata()
+    with pytest.raises(SRDEError, match="trained on .*give the base that they were trained on"):
+        model.load_adapter(foreign, "default")
+    assert torch.equal(logits(model, tokens()), before) and model.srde_model().metadata() == metadata
+
+
 def test_a_later_state_of_the_same_adapter_is_taken_over_whole(tmp_path: Path) -> None:
     """As trainers do that resume, with a base that has moved and another seed."""
     form: dict[str, Any] = {"support_strategy": "random"}
