@@ -102,7 +102,7 @@ def evaluation(items: Sequence[dict[str, Any]], domains: Sequence[str]) -> dict[
         "usage": {
             "domains": [*domains], "experts": [*domains], "share": share, "share_by_layer": [share, share],
         },
-        "run": {"eval_file": "held_out.jsonl", "seconds": 3.0, "environment": {}},
+        "run": {"eval_file": "held_out.jsonl", "dtype": "float32", "seconds": 3.0, "environment": {}},
     }  # fmt: skip
 
 

@@ -189,7 +189,8 @@ def _origins(adapters: Sequence[AdapterSource]) -> Origins:
                 raise SRDEError(
                     f"weights '{adapter.place}': no statistics of a domain '{name}', from which the router would know "
                     f"expert '{name}'. Train the adapter with --domain_statistics_rows above 0 and an expert for each "
-                    f"domain, or take the expert out: srde-ds remove {adapter.place} --experts {name}"
+                    "domain (with PEFT: srde_ds.peft.statistics.measure_domains), or take the expert out: srde-ds "
+                    f"remove {adapter.place} --experts {name}"
                 )
         own = Origins.of(adapter.metadata, adapter.tensors)
         together.update(own.domain_tokens, own.statistics)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import tempfile
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import torch
@@ -19,6 +22,8 @@ from srde_ds.training.trainer import train
 from srde_ds.utils.launcher import stop_processes
 from srde_ds.weights.file import read_weights
 from srde_ds.weights.tensors import LazyTensor
+
+logger = logging.getLogger(__name__)
 
 
 def train_routers(
@@ -49,14 +54,17 @@ def train_routers(
             "output_dir": str(run),
         }
         try:
-            stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # it may train again
-        except SRDEError as error:  # which knows the options of a run
-            raise SRDEError(str(error).replace("jsonl_data=", "router_data=")) from None
+            with redirect_stdout(StringIO()):  # it tells of files in the folder that does not stay
+                stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # it may train again
+        except SRDEError as error:  # which knows the options of a run, not those of this verb
+            text = str(error).replace("jsonl_data=", "router_data=").replace("--model_name", "--base")
+            raise SRDEError(text.replace(f"start_from={start}", f"weights '{adapter.place}'")) from None
         atexit.register(stop_processes)
         if stopped:
             raise SRDEError(f"router_data={records}: {stopped} stopped the routers' training. Nothing was written.")
         trained = read_weights(run / "srde_weights.safetensors").tensors
         routers = {key: LazyTensor.of(value.load()) for key, value in trained.items() if ".router" in key}
+    logger.info("routers trained on %s: steps %d, base %s", records, steps, name)
     tensors = adapter.tensors | routers
     entry: dict[str, str | int] = {"verb": "train routers", "steps": steps, "seed": seed, "data": Path(records).name}
     return with_entry(replace(adapter, tensors=tensors), entry)

@@ -9,7 +9,7 @@ from typing import Any
 
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.run_charts import percent
-from srde_ds.evaluation.run_files import RunFiles, mean_loss
+from srde_ds.evaluation.run_files import RunFiles, mean_loss, versions
 from srde_ds.evaluation.run_page import MOST_POINTS, setting_text, trained_on
 from srde_ds.pages.charts import Bars, Series, bars, lines
 from srde_ds.pages.parts import Chart, Folded, Page, Part, Section, Table, Text
@@ -88,13 +88,14 @@ def _differences(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
     rows = [[key, *(setting_text(one[key]) for one in flat)] for key in known]
     some = [[key, *(setting_text(one[key]) if key in one else "" for one in flat)] for key in keys if key not in known]
     told = [
-        ["processes", *(str(run.environment["world_size"]) for run in runs)],
-        ["machine", *(str(run.environment["machine"]) for run in runs)],
-        ["git revision", *(str(run.environment["git_revision"])[:12] for run in runs)],
+        ["processes", *(str(run.environment.get("world_size", "not recorded")) for run in runs)],
+        ["machine", *(str(run.environment.get("machine", "not recorded")) for run in runs)],
+        ["git revision", *(str(run.environment.get("git_revision", "not recorded"))[:12] for run in runs)],
     ]
+    installed = [versions(run.environment) for run in runs]
     told += [
-        [package, *(str(run.environment["versions"].get(package, "")) for run in runs)]
-        for package in dict.fromkeys(package for run in runs for package in run.environment["versions"])
+        [package, *(str(own.get(package, "")) for own in installed)]
+        for package in dict.fromkeys(package for own in installed for package in own)
     ]
     differing = [row for row in [*rows, *told] if len(set(row[1:])) > 1]
     parts: list[Part] = [Text("All settings, versions and machines are the same.")]

@@ -12,7 +12,14 @@ from srde_ds.config.values import load_yaml
 from srde_ds.data.manifest import counts_table
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
-from srde_ds.evaluation.run_files import LOSS_MEANS, read_evaluation, read_json, read_lines, read_metrics
+from srde_ds.evaluation.run_files import (
+    LOSS_MEANS,
+    machine_rows,
+    read_evaluation,
+    read_items,
+    read_json,
+    report_metrics,
+)
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
 from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
 from srde_ds.utils.tables import markdown_table
@@ -41,9 +48,9 @@ def write_report(run: str | Path) -> Path:
         SRDEError: a file that the page is made of is missing or is not what it should be.
     """
     folder = run_folder(run)
-    metrics = read_metrics(folder / "metrics.jsonl")
+    metrics = report_metrics(folder / "metrics.jsonl")
     result = read_evaluation(folder)
-    items = read_lines(items_file(folder / "evaluation.json"), "evaluate again")
+    items = read_items(items_file(folder / "evaluation.json"))
     environment = read_json(folder / "environment.json", "it is written when training starts")
     config = load_yaml(folder / "config.yaml")
 
@@ -71,7 +78,7 @@ def write_report(run: str | Path) -> Path:
         "## Settings",
         markdown_table([["setting", "value"], *_settings(config)]),
         "## Machine and versions",
-        markdown_table([["", ""], *_machine(environment)]),
+        markdown_table([["", ""], *machine_rows(environment)]),
     ]
     with TemporaryDirectory(prefix=".report-", dir=folder) as partial:  # all of it, or nothing
         plot_loss(metrics, Path(partial) / "loss.png")
@@ -146,8 +153,3 @@ def _settings(config: dict[str, Any]) -> list[list[str]]:
 
 def _loss_weighting(config: dict[str, Any]) -> str:
     return str(config.get("losses", {}).get("loss_weighting", "token"))
-
-
-def _machine(environment: dict[str, Any]) -> list[list[str]]:
-    rows = [[key, str(environment[key])] for key in ("machine", "world_size", "python", "git_revision")]
-    return rows + [[name, number] for name, number in environment["versions"].items()]

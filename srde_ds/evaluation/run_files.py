@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,16 @@ LOSS_MEANS = {
 }
 """what the training loss is, by `loss_weighting`"""
 _KEPT = (b'"held_out', b'"warm_start"')  # lines that hold one of these
+# What reports read of each file; other keys may be missing.
+_LINE = ("step", "tokens", "loss", "tokens_per_second", "tokens_per_expert")
+_ITEM = ("domain", "source", "prompt", "response", "answer", "scoring", "srde")
+_ANSWER = ("prediction", "correct")
+_RESULT = ("overall", "domains", "sources", "usage", "run")
+_USAGE = ("domains", "experts", "share", "share_by_layer")
+_MEANS = [f"{name}{part}" for name in ("loss", "perplexity", "accuracy") for part in ("", "_interval")]
+_FIGURES = ("items", "scored", *_MEANS)
+_DIFFERENCE = ("loss", "loss_interval", "accuracy", "accuracy_interval", "mcnemar_p")
+MACHINE = ("machine", "world_size", "python", "git_revision")
 Lines = list[dict[str, Any]]
 
 
@@ -30,7 +41,7 @@ class RunFiles:
     """A run, finished or not, evaluated or not.
 
     Attributes:
-        metrics: lines of `metrics.jsonl`, see `read_metrics`.
+        metrics: lines of `metrics.jsonl`, see `report_metrics`.
         config: `config.yaml` as it is; an earlier version's lacks newer options.
         environment: `environment.json`.
         result: `evaluation.json`; None: not evaluated.
@@ -62,7 +73,7 @@ class RunFiles:
             SRDEError: a file is missing or is not what it should be.
         """
         folder = run_folder(run)
-        metrics = read_metrics(folder / "metrics.jsonl", most=most_lines)
+        metrics = report_metrics(folder / "metrics.jsonl", most=most_lines)
         evaluated = (folder / "evaluation.json").is_file()
         config = load_yaml(folder / "config.yaml")
         return cls(
@@ -71,7 +82,7 @@ class RunFiles:
             config,
             read_json(folder / "environment.json", "it is written when training starts"),
             read_evaluation(folder) if evaluated else None,
-            read_lines(items_file(folder / "evaluation.json"), "evaluate again") if evaluated else [],
+            read_items(items_file(folder / "evaluation.json")) if evaluated else [],
             _manifest(folder, config),
             sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob("config-until-*.yaml")),
             completed_step(folder) is not None,
@@ -94,6 +105,14 @@ class RunFiles:
         names = [str(name) for name in self.setting("domains", [])][:count]
         return names + [f"expert_{number}" for number in range(len(names), count)]
 
+    @property
+    def ran_on(self) -> str | None:
+        """Processes and machine, in words; None: the environment does not say."""
+        processes, machine = self.environment.get("world_size"), self.environment.get("machine")
+        if processes is None or machine is None:
+            return None
+        return f"{processes} process{'es' if processes != 1 else ''} on {machine}"
+
     def setting(self, key: str, default: Any = None) -> Any:
         """An option of the run, whatever its section."""
         return next((section[key] for section in self.config.values() if key in section), default)
@@ -110,6 +129,19 @@ class RunFiles:
         """
         measured = [(0, line["held_out_at_start"]) for line in self.metrics if "held_out_at_start" in line]
         return measured + [(line["step"], line["held_out"]) for line in self.metrics if "held_out" in line]
+
+
+def versions(environment: dict[str, Any]) -> dict[str, Any]:
+    """Package -> version, as an `environment.json` has them; empty: it has none."""
+    found = environment.get("versions")
+    return found if isinstance(found, dict) else {}
+
+
+def machine_rows(environment: dict[str, Any]) -> list[list[str]]:
+    """Machine and versions of an `environment.json`, and what it does not hold."""
+    rows = [[key, str(environment.get(key, "not recorded"))] for key in MACHINE]
+    numbers = [[name, str(number)] for name, number in versions(environment).items()]
+    return rows + (numbers or [["versions", "not recorded"]])
 
 
 def mean_loss(by_domain: dict[str, float | None]) -> float | None:
@@ -145,6 +177,14 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
     return [_object(path, line.decode(errors="replace"), "each line") for line in chosen]
 
 
+def report_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
+    """What `read_metrics` gives, if each line holds what reports show; errors as there, and for one that does not."""
+    lines = read_metrics(path, most=most)
+    for line in lines:
+        _require(path, f"the line of step {line.get('step', '?')}", line, _LINE, "train again")
+    return lines
+
+
 def read_evaluation(folder: Path) -> dict[str, Any]:
     """`evaluation.json`.
 
@@ -155,7 +195,37 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     result = read_json(path, f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
     if "sources" not in result:
         raise SRDEError(f"'{path}': was written by an earlier version: evaluate again.")
+    _require(path, "it", result, _RESULT, "evaluate again")
+    _require(path, "usage", result["usage"], _USAGE, "evaluate again")
+    _require(path, "run", result["run"], ("eval_file", "dtype", "seconds"), "evaluate again")
+    if "each_expert" in result:
+        _require(path, "each_expert", result["each_expert"], ("domains", "experts", "loss"), "evaluate again")
+    for part in ("domains", "sources"):
+        _require(path, part, result[part], (), "evaluate again")
+    for name, figures in [("overall", result["overall"]), *result["domains"].items(), *result["sources"].items()]:
+        _require(path, name, figures, ("srde",), "evaluate again")
+        for model, keys in (("srde", _FIGURES), ("base", _FIGURES), ("difference", _DIFFERENCE)):
+            if model in figures:
+                _require(path, f"{name}, {model}", figures[model], keys, "evaluate again")
     return result
+
+
+def read_items(path: Path) -> Lines:
+    """`evaluation_items.jsonl`.
+
+    Raises:
+        SRDEError: it is not there, or a line lacks something that reports show.
+    """
+    lines = read_lines(path, "evaluate again")
+    for number, line in enumerate(lines, 1):
+        _require(path, f"item {number}", line, _ITEM, "evaluate again")
+        for model in ("base", "srde"):
+            if model in line:
+                _require(path, f"item {number}, {model}", line[model], _ANSWER, "evaluate again")
+        messages = line["prompt"] if isinstance(line["prompt"], list) else []
+        if not messages or not all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages):
+            raise SRDEError(f"'{path}': item {number}: its prompt is no list of messages: evaluate again.")
+    return lines
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
@@ -202,3 +272,11 @@ def _object(path: Path, text: str, what: str, remedy: str = "train again") -> di
     if not isinstance(content, dict):
         raise SRDEError(f"'{path}': {what} must hold a JSON object; {remedy}.")
     return content
+
+
+def _require(path: Path, where: str, values: Any, keys: Iterable[str], remedy: str) -> None:
+    if not isinstance(values, dict):
+        raise SRDEError(f"'{path}': {where} is no JSON object: {remedy}.")
+    for key in keys:
+        if key not in values:
+            raise SRDEError(f"'{path}': {where} lacks '{key}': {remedy}.")

@@ -24,7 +24,7 @@ from srde_ds.evaluation.run_charts import (
     usage_by_layer_chart,
     usage_chart,
 )
-from srde_ds.evaluation.run_files import LOSS_MEANS, RunFiles
+from srde_ds.evaluation.run_files import LOSS_MEANS, RunFiles, machine_rows
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
 from srde_ds.pages.items import Answer, Item, pack
 from srde_ds.pages.parts import Folded, Items, Page, Part, Section, Table, Text
@@ -88,15 +88,14 @@ def trained_on(run: RunFiles) -> str:
 
 
 def _lead(run: RunFiles) -> str:
-    last, environment = run.last, run.environment
+    last = run.last
     parts = [trained_on(run)]
     done = f"{last['step']:,} steps and {last['tokens']:,} tokens"
-    processes = f"{environment['world_size']} process{'es' if environment['world_size'] != 1 else ''}"
-    machine = f"{processes} on {environment['machine']}"
+    machine = "" if run.ran_on is None else f", with {run.ran_on}"
     if run.finished:
-        parts.append(f"Training took {done}, with {machine}.")
+        parts.append(f"Training took {done}{machine}.")
     else:
-        parts.append(f"Training is not finished: so far {done}, of {run.setting('max_steps'):,} steps, with {machine}.")
+        parts.append(f"Training is not finished: so far {done}, of {run.setting('max_steps'):,} steps{machine}.")
     if run.result is not None:
         overall = run.result["overall"]
         if "base" in overall and overall["srde"]["accuracy"] is not None:
@@ -264,8 +263,7 @@ def _data(run: RunFiles) -> list[Part]:
 
 def _settings(run: RunFiles) -> list[Part]:
     environment = run.environment
-    machine = [[key, str(environment[key])] for key in ("machine", "world_size", "python", "git_revision")]
-    machine += [[name, str(number)] for name, number in environment["versions"].items()]
+    machine = machine_rows(environment)
     if "command" in environment:
         machine.append(["command", " ".join(map(str, environment["command"]))])
     parts: list[Part] = [Table([["machine and versions", ""], *machine], numbers=None)]

@@ -187,14 +187,21 @@ def base_identity(model: PreTrainedModel, *, gather: Gather = no_gather) -> dict
     Raises:
         SRDEError: the model already carries experts.
     """
-    layers = decoder_layers(model)
     refuse_experts(model)
+    return identity_in(model, None, gather=gather)
+
+
+def identity_in(
+    model: PreTrainedModel, dtype: torch.dtype | None, *, gather: Gather = no_gather
+) -> dict[str, str | int]:
+    """`base_identity` of the base as it would be if it were loaded in `dtype`; None: as it is. Experts do not count."""
+    layers = decoder_layers(model)
 
     def samples() -> Iterator[list[bytes]]:
         for module in (model.get_input_embeddings(), layers[0], layers[-1]):
-            parameters = list(module.parameters())
+            parameters = [parameter for parameter in module.parameters() if not hasattr(parameter, "srde_kind")]
             with gather(parameters):
-                yield [sample_digest(parameter) for parameter in parameters]
+                yield [sample_digest(parameter, dtype) for parameter in parameters]
 
     return {
         "name": str(model.config.name_or_path),
@@ -218,10 +225,12 @@ def identity_hash(config: Any, samples: Iterable[list[bytes]]) -> str:
     return digest.hexdigest()
 
 
-def sample_digest(weight: Tensor) -> bytes:
-    """What `identity_hash` takes in of one weight."""
+def sample_digest(weight: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """What `identity_hash` takes in of one weight, or of what `dtype` makes of it."""
     stride = max(1, weight.numel() // IDENTITY_SAMPLES)
     values = weight.detach().flatten()[::stride].cpu()
+    if dtype is not None and weight.is_floating_point():
+        values = values.to(dtype)
     values = values.to(torch.bfloat16).view(torch.int16) if weight.is_floating_point() else values.long()
     return hashlib.sha256(str(tuple(weight.shape)).encode() + values.numpy().tobytes()).digest()
 

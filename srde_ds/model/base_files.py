@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -22,6 +23,7 @@ from srde_ds.model.base import (
     decoder_layers,
     empty_base,
     identity_hash,
+    identity_in,
     sample_digest,
     verify_block,
 )
@@ -31,6 +33,8 @@ from srde_ds.weights.tensors import LazyTensor
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # What belongs to a base beside its weights and its configuration: tokenizer, generation defaults, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+ROUNDED = {torch.float16: ("float16", "float32 or bfloat16"), torch.bfloat16: ("bfloat16", "float16")}
+"""Types that lose what tells a base in one type from the same in another: their name, and those of the other types"""
 
 
 class BaseFiles:
@@ -132,15 +136,15 @@ class BaseFiles:
             if (found := self.decoder_tensor(name).shape) != shape:
                 raise self._error(f"{self.prefix}{name} has shape {list(found)}, its configuration says {list(shape)}")
 
-    def identity(self) -> dict[str, str | int]:
-        """What `base.base_identity` gives of the loaded model."""
+    def identity(self, dtype: torch.dtype | None = None) -> dict[str, str | int]:
+        """What `base.identity_in` gives of the loaded model."""
         decoder, layers = self.empty.get_decoder(), decoder_layers(self.empty)
         names = {id(module): name for name, module in decoder.named_modules()}
 
         def samples() -> Iterator[list[bytes]]:
             for module in (self.empty.get_input_embeddings(), layers[0], layers[-1]):
                 own = [f"{names[id(module)]}.{name}" for name, _ in module.named_parameters()]
-                yield [sample_digest(self.decoder_tensor(name).load()) for name in own]
+                yield [sample_digest(self.decoder_tensor(name).load(), dtype) for name in own]
 
         return {
             "name": self.name,
@@ -170,34 +174,66 @@ class BaseFiles:
 
 
 def check_base(
-    base: PreTrainedModel | BaseFiles, expected: dict[str, str | int], weights: str | Path
+    base: PreTrainedModel | BaseFiles,
+    expected: dict[str, str | int],
+    weights: str | Path,
+    *,
+    known: dict[str, str | int] | None = None,
 ) -> dict[str, str | int]:
-    """The identity of a base, loaded or in files; a model quantised at load is known by the files it was loaded from.
+    """The identity of a base, loaded or in files.
+
+    An identity does not tell float32 from bfloat16. Float16 rounds otherwise: so a base that was float16 in training
+    is known by its values in float16, and one that is float16 now by the files that it was loaded from. Files tell a
+    model that was quantised when it was loaded, too.
 
     Args:
         expected: identity of the base that the weights were trained on.
         weights: where they are, for the message.
+        known: what `base_identity` gave before the base got experts; default: it has none.
 
     Raises:
         SRDEError: it is another base.
     """
+    if known is None:
+        known = base.identity() if isinstance(base, BaseFiles) else base_identity(base)
+    if known["hash"] == expected["hash"]:
+        return known
+    for other in _in_other_dtypes(base, known):
+        if other["hash"] == expected["hash"]:
+            return other
+    raise SRDEError(
+        f"weights '{weights}': trained on {_describe(expected)}, but the base given is {_describe(known)}; give the "
+        f"base that they were trained on.{_dtype_hint(base, known, expected)}"
+    )
+
+
+def _in_other_dtypes(base: PreTrainedModel | BaseFiles, known: dict[str, str | int]) -> Iterator[dict[str, str | int]]:
     if isinstance(base, BaseFiles):
-        found = base.identity()
+        yield base.identity(torch.float16)
+        return
+    yield identity_in(base, torch.float16)
+    if getattr(base, "is_quantized", False):
+        files = BaseFiles(str(known["name"]))
+    elif base.dtype in ROUNDED and known["name"]:
+        try:
+            files = BaseFiles(str(known["name"]), local_files_only=True)
+        except SRDEError:  # then the error says what is not known of the base itself
+            return
     else:
-        found = base_identity(base)
-        if found["hash"] != expected["hash"] and getattr(base, "is_quantized", False):
-            found = BaseFiles(str(found["name"])).identity()
-    check_identity(found, expected, weights)
-    return found
+        return
+    yield files.identity()
+    yield files.identity(torch.float16)
 
 
-def check_identity(found: dict[str, str | int], expected: dict[str, str | int], weights: str | Path) -> None:
-    """Raise SRDEError unless a base is the one that weights were trained on; see `check_base`."""
-    if found["hash"] != expected["hash"]:
-        raise SRDEError(
-            f"weights '{weights}': trained on {_describe(expected)}, but the base given is {_describe(found)}; "
-            "give the base that they were trained on."
-        )
+def _dtype_hint(base: PreTrainedModel | BaseFiles, known: dict[str, str | int], expected: dict[str, str | int]) -> str:
+    """What may be meant, if the two differ in no more than their values and these were rounded."""
+    if isinstance(base, BaseFiles) or base.dtype not in ROUNDED or known["architecture"] != expected["architecture"]:
+        return ""
+    given, others = ROUNDED[base.dtype]
+    return (
+        f" It is loaded in {given}, which rounds its values: if they were trained on it in {others}, load it in "
+        "float32, or from a local folder."
+    )
 
 
 def _describe(identity: dict[str, str | int]) -> str:

@@ -4,7 +4,8 @@
     layer.py         a block with each adapter's experts     tuner.py  puts the experts in, merges, takes them out
     steps.py         routing in training                     state.py  an adapter's tensors in models and files
     callback.py      what trainers of transformers and TRL call   warm_start.py  routers that know the domains
-    rows.py          files of records as rows for TRL
+    rows.py          files of records as rows for TRL     statistics.py  domains, for `srde-ds combine`
+    loading.py       what has to be right before values are loaded
 
 Importing this package makes the method known. The experts are those of `srde_ds.model`, so both forms compute the same.
 """

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from srde_ds.errors import SRDEError
+from srde_ds.peft.statistics import measure_domains
 from srde_ds.peft.warm_start import warm_start_routers
 from srde_ds.training.reporting.step_metrics import expert_metrics
 
@@ -30,19 +31,27 @@ class SRDECallback(TrainerCallback):
     Args:
         trainer: whose logs these are.
         warm_start: rows for `warm_start_routers`, which is called before the first step.
+        domain_statistics: rows for `measure_domains`, which is called at the end of training: the adapter that is saved
+            after it can be combined with others.
 
     Raises:
         SRDEError: the trainer would drop its optimizer; when training begins, if its arguments do not allow right
             results.
     """
 
-    def __init__(self, trainer: Trainer, *, warm_start: datasets.Dataset | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        warm_start: datasets.Dataset | None = None,
+        domain_statistics: datasets.Dataset | None = None,
+    ) -> None:
         if trainer.is_deepspeed_enabled and trainer.optimizer is not None:
             raise SRDEError(
                 "optimizers: with DeepSpeed, transformers drops an optimizer that it is given and takes AdamW. Leave "
                 "it out, leave DeepSpeed out, or train with srde-ds, whose GramMuon works under ZeRO."
             )
-        self._trainer, self._warm_start = trainer, warm_start
+        self._trainer, self._warm_start, self._domain_statistics = trainer, warm_start, domain_statistics
         self._sums: dict[str, Tensor] = {}
 
     def on_train_begin(
@@ -81,6 +90,13 @@ class SRDECallback(TrainerCallback):
         if steps.expert_share is not None:
             stored: Any = state.stateful_callbacks
             stored[SHARES] = steps.expert_share.tolist()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measure the domains, if rows were given for it."""
+        if self._domain_statistics is not None:
+            measure_domains(kwargs["model"], self._domain_statistics, kwargs["processing_class"], seed=args.seed)
 
     def on_log(
         self,

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftType, TaskType
 
-from srde_ds.config import AdapterConfig, LossConfig
+from srde_ds.config import AdapterConfig, LossConfig, TrainingConfig
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
+from srde_ds.model.attach import check_experts
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.peft_folder import PEFT_TYPE
+from srde_ds.weights.schema import is_printable, shown
 
 OPTIONS = tuple(option.name for option in dataclasses.fields(AdapterConfig) if option.name != "preset")
 LOSSES = ("load_balancing_weight", "router_z_weight")
+SECTIONS: tuple[tuple[type, tuple[str, ...]], ...] = (
+    (AdapterConfig, OPTIONS),
+    (LossConfig, LOSSES),
+    (TrainingConfig, ("seed",)),
+)
+"""Sections of a run's configuration, and the options that they share with `SRDEConfig`"""
 FROM_DATA = ("activation", "gradient", "learned")  # values of support_strategy
 
 
@@ -74,9 +82,21 @@ class SRDEConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(PEFT_TYPE)
-        for section, names in ((AdapterConfig, OPTIONS), (LossConfig, LOSSES)):
+        self.check()
+
+    def check(self) -> None:
+        """Raise SRDEError unless all options can be used, alone and together."""
+        for section, names in SECTIONS:
             for name in names:
                 setattr(self, name, checked(section, name, getattr(self, name)))
+        if self.expert_names is not None:
+            self.expert_names = _checked_names(self.expert_names)
+        check_experts(AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}), self.names)
+        if self.metadata is not None and not isinstance(self.metadata, str):
+            raise SRDEError(
+                f"metadata={shown(self.metadata)}: must be the text that the model fills in. Leave it out, or save the "
+                "adapter again with save_pretrained."
+            )
         if self.metadata is None and self.support_strategy in FROM_DATA:
             raise SRDEError(
                 f"support_strategy={self.support_strategy}: takes data, which PEFT does not hand to its methods. Use "
@@ -85,13 +105,16 @@ class SRDEConfig(PeftConfig):
         if self.metadata is None and self.target_modules is not None:
             raise SRDEError(
                 f"target_modules={self.target_modules}: the experts are in the feed-forward block of every decoder "
-                "layer. Leave it out."
+                "layer. Leave it out. If it is from an adapter_config.json, that file has lost its 'metadata': save "
+                "the adapter again with save_pretrained."
             )
 
     @property
     def names(self) -> list[str]:
         """The experts' names."""
-        return self.expert_names or [f"expert_{number}" for number in range(self.num_experts)]
+        if self.expert_names is not None:
+            return self.expert_names
+        return [f"expert_{number}" for number in range(self.num_experts)]
 
     def stored(self) -> AdapterMetadata | None:
         """The metadata of an adapter whose values are in a file; None: the adapter is new.
@@ -119,3 +142,19 @@ class SRDEConfig(PeftConfig):
         """The same options for `srde_ds.model`."""
         stored = self.stored()
         return AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}) if stored is None else stored.config
+
+
+def _checked_names(given: Any) -> list[str]:
+    names = list(given) if isinstance(given, list | tuple) else [given]
+    for name in names:
+        if not isinstance(given, list | tuple) or not is_printable(name) or not name.strip():
+            raise SRDEError(
+                f"expert_names={shown(given)}: {shown(name)} is no name. Give a list of printable texts, one for each "
+                "expert."
+            )
+        if names.count(name) > 1:
+            raise SRDEError(
+                f"expert_names={shown(given)}: {names.count(name)} experts are called {shown(name)}. Give each a name "
+                "of its own."
+            )
+    return names

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -10,9 +12,31 @@ from torch import Tensor, nn
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.weights.schema import is_printable, shown
 
 EXPERTS = "srde_experts"
 """Attribute of `SRDELayer`, and so part of the names of an adapter's tensors in a model's state"""
+
+
+def check_adapter_name(name: Any, model: nn.Module) -> None:
+    """Raise SRDEError for a name that torch refuses for modules, or by which PEFT would take other tensors for its own.
+
+    Args:
+        model: that the adapter is for, with or without other adapters.
+    """
+    paths = [path for path, _ in [*model.named_modules(), *model.named_parameters()]]
+    parts = {part for path in paths for part in re.sub(rf"\.{EXPERTS}\.[^.]+", f".{EXPERTS}", path).split(".")}
+    reason = None
+    if not is_printable(name) or not name.strip():
+        reason = "it must be printable text"
+    elif "." in name or Path(name).is_absolute():
+        reason = "it is a part of tensors' names, and a folder's name: no '.', and no '/' at its start"
+    elif hasattr(nn.ModuleDict(), name):
+        reason = "modules of torch have an attribute of this name"
+    elif name in parts:
+        reason = "a part of the model has this name, and PEFT tells tensors by it"
+    if reason is not None:
+        raise SRDEError(f"adapter_name={shown(name)}: {reason}. Give another name.")
 
 
 class SRDELayer(nn.Module, BaseTunerLayer):
@@ -80,7 +104,7 @@ class SRDELayer(nn.Module, BaseTunerLayer):
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise SRDEError(
                 f"set_adapter({adapter_names}): a block has the experts of one adapter at a time. Make one adapter of "
-                "several with srde-ds combine."
+                "several: srde_ds.peft.statistics.measure_domains on each, save them, then srde-ds combine."
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 

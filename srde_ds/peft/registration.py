@@ -1,18 +1,21 @@
 """Makes SRDE known to PEFT, whose list of methods is an enumeration without a way to add to it.
 
-This file is the only one that changes something of PEFT. Tried with PEFT 0.21.0 and 0.21.2.
+This file is the only one that changes something of PEFT: it adds a member to that list, and `PeftModel.load_adapter`
+looks at the files before values of SRDE are loaded. Tried with PEFT 0.21.0 and 0.21.2.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import peft
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from srde_ds.errors import SRDEError
+from srde_ds.peft.loading import load_values
 from srde_ds.weights.peft_folder import PEFT_TYPE
 
 TRIED = ("0.21.0", "0.21.2")
@@ -34,6 +37,7 @@ def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
             raise AttributeError(f"BaseTuner has no {lacking[0]}")
         _add_member(PeftType, PEFT_TYPE)
         register_peft_method(name=PEFT_TYPE.lower(), config_cls=config, model_cls=tuner)
+        _check_files_before(PeftModel, tuner)
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise SRDEError(
             f"peft {peft.__version__}: SRDE cannot be added to its methods ({error}). Install a version that was "
@@ -52,3 +56,17 @@ def _add_member(enumeration: Any, name: str) -> None:
     enumeration._member_map_[name] = enumeration._value2member_map_[name] = member
     if enumeration(name) is not member or name not in enumeration.__members__ or list(enumeration)[-1] is not member:
         raise TypeError(f"{enumeration.__name__} takes no further member")
+
+
+def _check_files_before(models: Any, tuner: type[BaseTuner]) -> None:
+    """Have `load_adapter` of models with this tuner go through `load_values`; nothing changes for other methods."""
+    plain, _ = models.load_adapter, models._split_kwargs  # the latter is what `load_values` calls
+
+    @functools.wraps(plain)
+    def load_adapter(self: Any, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        load = functools.partial(plain, self, model_id, adapter_name, *args, **kwargs)
+        if not isinstance(self.base_model, tuner):
+            return load()
+        return load_values(self, model_id, adapter_name, load, **kwargs)
+
+    models.load_adapter = load_adapter

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.peft.layer import EXPERTS, SRDELayer
 from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.peft_folder import PEFT_PREFIX
 from srde_ds.weights.schema import check_fits_base, check_shapes, check_values
 from srde_ds.weights.tensors import LazyTensor
@@ -22,6 +23,21 @@ def experts_of(model: nn.Module, adapter: str) -> list[SRDEFeedForward]:
     """Those of one adapter, in the order in which tokens pass them."""
     layers = [m.experts(adapter) for m in model.modules() if isinstance(m, SRDELayer) and adapter in m.srde_experts]
     return sorted(layers, key=lambda experts: experts.layer)
+
+
+def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics | None) -> None:
+    """Have a layer's experts hold, and save, what their layer saw of each domain; None: nothing."""
+    for part in ("mean", "spread"):
+        name = f"domain_{part}"
+        if statistics is not None:
+            experts.register_buffer(name, getattr(statistics, part).to(experts.support.device))
+        elif hasattr(experts, name):
+            delattr(experts, name)
+
+
+def empty_statistics(domains: int, hidden: int) -> DomainStatistics | None:
+    """Room for those of a file; None: there are no domains."""
+    return DomainStatistics(*(torch.zeros(domains, hidden) for _ in range(2))) if domains else None
 
 
 def name_in_file(name: str, adapter: str) -> str | None:

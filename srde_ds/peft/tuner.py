@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.attach import block_with_experts, check_experts, support_chooser
+from srde_ds.model.attach import block_with_experts, support_chooser
 from srde_ds.model.base import ROLES, FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
-from srde_ds.model.base_files import BaseFiles, check_identity
+from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import Storage
 from srde_ds.model.merging import check_mergeable, merge_into_block
 from srde_ds.model.policy import PolicyControl, RoutingPolicy, keep_policy_when_recomputing
 from srde_ds.model.supports.selection import check_support, support_shape
-from srde_ds.peft.config import SRDEConfig
-from srde_ds.peft.layer import SRDELayer
-from srde_ds.peft.state import check_tensors, experts_of, name_in_file, with_zero_biases, without_zero_biases
+from srde_ds.peft.config import OPTIONS, SRDEConfig
+from srde_ds.peft.layer import SRDELayer, check_adapter_name
+from srde_ds.peft.state import (
+    check_tensors,
+    empty_statistics,
+    experts_of,
+    keep_statistics,
+    name_in_file,
+    with_zero_biases,
+    without_zero_biases,
+)
 from srde_ds.peft.steps import TrainingSteps
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import DomainStatistics, Origins
@@ -70,6 +79,12 @@ class SRDETuner(BaseTuner):
             raise SRDEError(f"base of type {type(model).__name__}: give a decoder of transformers.")
         if nn.Module.register_parameter is not PLAIN_REGISTRATION:
             raise _no_empty_experts()
+        foreign = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SRDELayer)]
+        if foreign:
+            raise SRDEError(
+                f"base: it carries layers of {type(foreign[0]).__module__}, and experts that are trained on these fit "
+                "no base without them. Call unload() or merge_and_unload() of its model before."
+            )
         self.routing = PolicyControl()
         self.blocks: list[FeedForward] = find_feed_forward(model)
         self.identity = _identity(model)
@@ -92,14 +107,15 @@ class SRDETuner(BaseTuner):
         """
         if low_cpu_mem_usage:
             raise _no_empty_experts()
+        check_adapter_name(adapter_name, self.model)
         # A copy, since a user may give the same configuration to another base.
         config = copy.copy(self._config(adapter_name))
+        config.check()  # again: its options may have been set since
         stored = config.stored()
-        check_experts(config.adapter(), config.names)
         for block in self.blocks:
             check_support(config.adapter(), block.hidden, block.intermediate)
         if stored is not None:
-            check_identity(self.identity, stored.base, f"adapter '{adapter_name}'")
+            check_base(self.model, stored.base, f"adapter '{adapter_name}'", known=self.identity)
         config.target_modules = self._block_names(model)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -140,10 +156,8 @@ class SRDETuner(BaseTuner):
             seed=peft_config.seed,
             storage=Storage(torch.float32, block.weights()[0].device),
         )
-        if stored is not None and stored.domain_tokens:
-            for part in ("mean", "spread"):
-                values = torch.zeros(len(stored.domain_tokens), block.hidden, device=support.device)
-                experts.register_buffer(f"domain_{part}", values)
+        if stored is not None:
+            keep_statistics(experts, empty_statistics(len(stored.domain_tokens), block.hidden))
         layer = target if isinstance(target, SRDELayer) else SRDELayer(block.block)
         twin = None if stored is None else self._twin(peft_config, adapter_name, layer)
         layer.add(adapter_name, experts.train(block.block.training), empty=stored is not None and twin is None)
@@ -189,6 +203,67 @@ class SRDETuner(BaseTuner):
         super().delete_adapter(adapter_name)
         self._steps.pop(adapter_name, None)
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Use the experts of this adapter from now on.
+
+        Raises:
+            SRDEError: there is no such adapter, or there is more than one.
+        """
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            self._one_adapter([name])
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    @contextmanager
+    def metadata_of(self, config: SRDEConfig, adapter: str, place: object) -> Iterator[None]:
+        """Inside this context the values of a saved state of an adapter that is here are loaded, and all else of it is.
+
+        Args:
+            config: of the saved adapter.
+            place: where it is, for messages.
+
+        Raises:
+            SRDEError: experts or options differ: it is another adapter; or it was trained on another base.
+        """
+        own = self._config(adapter)
+        before, found = own.stored(), config.stored()
+        if before is None or found is None:
+            raise SRDEError(f"weights '{place}': it holds no metadata. Save the adapter again with save_pretrained.")
+        compared = [("experts", before.expert_names, found.expert_names)]
+        compared += [(name, getattr(before.config, name), getattr(found.config, name)) for name in OPTIONS]
+        for name, here, there in compared:
+            if here != there:
+                raise SRDEError(
+                    f"adapter '{adapter}': it is here with other {name} ({_listed(here)}) than in '{place}' "
+                    f"({_listed(there)}). Load that under another adapter_name, or call "
+                    f"delete_adapter('{adapter}') before."
+                )
+        check_base(self.model, found.base, str(place), known=self.identity)
+        layers, kept = experts_of(self.model, adapter), (own.metadata, own.seed)
+        statistics = dict(enumerate(self.srde_model(adapter).origins.statistics))
+        own.metadata, own.seed = config.metadata, config.seed
+        for experts in layers:
+            keep_statistics(experts, empty_statistics(len(found.domain_tokens), experts.hidden))
+        try:
+            yield
+        except BaseException:
+            own.metadata, own.seed = kept
+            for number, experts in enumerate(layers):
+                keep_statistics(experts, statistics.get(number))
+            raise
+
+    def set_domain_statistics(
+        self, adapter: str, tokens: Mapping[str, int], statistics: list[DomainStatistics]
+    ) -> None:
+        """Take new statistics of some domains into an adapter, as `Origins.update` does."""
+        config = self._config(adapter)
+        stored = config.stored()
+        assert stored is not None  # injection gave it metadata
+        origins = self.srde_model(adapter).origins
+        origins.update(tokens, statistics)
+        for experts, own in zip(experts_of(self.model, adapter), origins.statistics, strict=True):
+            keep_statistics(experts, own)
+        config.metadata = replace(stored, domain_tokens=origins.domain_tokens).to_json()
+
     # The forward: PeftModelForCausalLM calls `forward`, inside of the other context; PeftModel only the latter.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +276,7 @@ class SRDETuner(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise SRDEError(
                 "adapter_names: a forward uses the experts of one adapter. Call set_adapter before it, or make one "
-                "adapter of several with srde-ds combine."
+                "adapter of several: srde_ds.peft.statistics.measure_domains on each, save them, then srde-ds combine."
             )
         with self._routed(*args, **kwargs):
             yield
@@ -295,9 +370,14 @@ class SRDETuner(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        for layer in model.modules():
-            if isinstance(layer, SRDELayer) and adapter_name in layer.empty:
-                raise SRDEError(f"adapter '{adapter_name}': its values were never loaded, there is nothing to save.")
+        layers = [layer for layer in model.modules() if isinstance(layer, SRDELayer)]
+        if not layers:
+            raise SRDEError(
+                f"adapter '{adapter_name}': merge_and_unload or unload took the experts out of this model, there is "
+                "nothing to save. Load the adapter again."
+            )
+        if any(adapter_name in layer.empty for layer in layers):
+            raise SRDEError(f"adapter '{adapter_name}': its values were never loaded, there is nothing to save.")
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return without_zero_biases(state)
 
@@ -343,6 +423,10 @@ class AdapterView(SRDEModel):
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """Use that of the model of PEFT: raises SRDEError."""
         raise SRDEError("merge_and_unload(): call that of the model of PEFT, which also takes out the other adapters.")
+
+
+def _listed(value: Any) -> str:
+    return (", ".join(value) or "none") if isinstance(value, list) else str(value)
 
 
 def _identity(base: PreTrainedModel) -> dict[str, str | int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import CurriculumConfig
 from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.warm_start.clustering import Method, fit_router
@@ -51,22 +54,12 @@ def warm_start_routers(
             does not tell the experts apart.
     """
     view = model.srde_model()
-    padded, domains = _padded(rows, view.expert_names)
+    padded, domains = padded_rows(rows, view.expert_names, "warm_start")
     special = special_token_ids(tokenizer)
     sample = choose_tokens(padded, domains=domains, per_domain=samples, special_ids=special, seed=seed)
-    device = view.layers[0].router.weight.device
-
-    def forward(batch: Batch) -> None:
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "token_mask")}
-        view(**inputs, logits_to_keep=1, policy=RoutingPolicy())
-
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            inputs = capture_inputs(view, forward, validation_batches(padded.select(sample.rows), BATCH_SIZE), sample)
-    finally:
-        model.train(training)
+    with evaluated(model):
+        batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
+        inputs = capture_inputs(view, forward_of(view), batches, sample)
     shares = []
     for number, layer in enumerate(view.layers):
         found = fit_router(
@@ -84,12 +77,39 @@ def warm_start_routers(
     return shares
 
 
-def _padded(rows: datasets.Dataset, experts: list[str]) -> tuple[datasets.Dataset, list[str]]:
-    """The rows as those of `build_dataset`, one document each, and their domains: the first ones of the experts."""
+@contextmanager
+def evaluated(model: Any) -> Iterator[None]:
+    """Inside this context the model is in eval mode, and there are no gradients."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def forward_of(view: SRDEModel) -> Callable[[Batch], object]:
+    """A forward of rows as of `validation_batches`, without logits."""
+    device = view.layers[0].router.weight.device
+
+    def forward(batch: Batch) -> None:
+        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "token_mask")}
+        view(**inputs, logits_to_keep=1, policy=RoutingPolicy())
+
+    return forward
+
+
+def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tuple[datasets.Dataset, list[str]]:
+    """The rows as those of `build_dataset`, one document each, and their domains: the first ones of the experts.
+
+    Args:
+        option: what the rows were given as, for messages.
+    """
     for column in ("input_ids", "domain"):
         if column not in rows.column_names:
             raise SRDEError(
-                f"warm_start: the rows have no column '{column}'. Give tokenized rows with the domain of each, such as "
+                f"{option}: the rows have no column '{column}'. Give tokenized rows with the domain of each, such as "
                 "the train_dataset of an SFTTrainer that does not pack."
             )
     column = rows["domain"][:]
@@ -97,7 +117,7 @@ def _padded(rows: datasets.Dataset, experts: list[str]) -> tuple[datasets.Datase
     for domain in column:
         if domain not in known:
             raise SRDEError(
-                f"warm_start: domain '{domain}': no expert has this name; they are {', '.join(experts)}. Give "
+                f"{option}: domain '{domain}': no expert has this name; they are {', '.join(experts)}. Give "
                 "SRDEConfig the domains as expert_names."
             )
     numbers = [known[domain] for domain in column]

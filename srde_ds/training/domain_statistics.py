@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import datasets
 import numpy as np
 import torch
@@ -13,11 +15,12 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.distributed.together import on_main_rank
+from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
 from srde_ds.training.warm_start.routers import visit_inputs
-from srde_ds.training.warm_start.token_sample import all_tokens, special_token_ids
+from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
 from srde_ds.weights.origins import DomainStatistics
 
 
@@ -44,13 +47,6 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     counts = np.bincount(sample.domain, minlength=len(data.domains))
     if not counts.any():
         return
-    layers, hidden = len(engine.model.layers), engine.model.layers[0].hidden
-    sums = torch.zeros(layers, 2, len(data.domains), hidden, dtype=torch.float64, device=topology.device)
-
-    def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
-        domain, inputs = torch.from_numpy(sample.domain[tokens]).to(inputs.device), inputs.double()
-        sums[layer, 0].index_add_(0, domain, inputs)
-        sums[layer, 1].index_add_(0, domain, inputs.square())
 
     def forward(batch: Batch) -> None:
         batch = {key: value.to(topology.device) for key, value in batch.items()}
@@ -62,13 +58,43 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     )
     engine.deepspeed.eval()
     try:
-        with torch.no_grad():
-            visit_inputs(engine.model, forward, batches, sample, add)
+        sums = sum_inputs(engine.model, forward, batches, sample, len(data.domains))
     finally:
         engine.deepspeed.train()
-    total, found = torch.from_numpy(counts), torch.from_numpy(counts > 0)
-    averages = sum_over_ranks({"sums": sums}, topology.device)["sums"][:, :, found] / total[found, None]
-    mean, spread = averages[:, 0], (averages[:, 1] - averages[:, 0].square()).clamp(min=0).sqrt()
     tokens = {name: int(count) for name, count in zip(data.domains, counts, strict=True) if count}
-    layer_statistics = [DomainStatistics(m, s) for m, s in zip(mean.float(), spread.float(), strict=True)]
-    engine.model.origins.update(tokens, layer_statistics)
+    engine.model.origins.update(tokens, statistics_of(sum_over_ranks({"sums": sums}, topology.device)["sums"], counts))
+
+
+def sum_inputs(
+    model: SRDEModel, forward: Callable[[Batch], object], batches: Iterable[Batch], sample: TokenSample, domains: int
+) -> Tensor:
+    """`[L, 2, domains, D]` float64: sums of what enters each block on each domain, and of its squares.
+
+    Args:
+        forward, batches: as of `visit_inputs`.
+    """
+    first = model.layers[0]
+    shape = (len(model.layers), 2, domains, first.hidden)
+    sums = torch.zeros(shape, dtype=torch.float64, device=first.support.device)
+
+    def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
+        domain, inputs = torch.from_numpy(sample.domain[tokens]).to(inputs.device), inputs.double()
+        sums[layer, 0].index_add_(0, domain, inputs)
+        sums[layer, 1].index_add_(0, domain, inputs.square())
+
+    with torch.no_grad():
+        visit_inputs(model, forward, batches, sample, add)
+    return sums
+
+
+def statistics_of(sums: Tensor, counts: np.ndarray) -> list[DomainStatistics]:
+    """Mean and spread in each layer of the domains that have tokens.
+
+    Args:
+        sums: as `sum_inputs` gives them.
+        counts: `[domains]` tokens of each.
+    """
+    total, found = torch.from_numpy(counts).to(sums.device), torch.from_numpy(counts > 0).to(sums.device)
+    averages = sums[:, :, found] / total[found, None]
+    mean, spread = averages[:, 0], (averages[:, 1] - averages[:, 0].square()).clamp(min=0).sqrt()
+    return [DomainStatistics(m, s) for m, s in zip(mean.float(), spread.float(), strict=True)]

@@ -140,7 +140,7 @@ def expert_index(names: list[str], name: str) -> int:
         SRDEError: it is none of them.
     """
     if name not in names:
-        raise SRDEError(f"expert '{name}': the experts are {', '.join(names)}.{nearest(name, names)}")
+        raise SRDEError(f"expert '{name}': the experts are {', '.join(names)}.{nearest(str(name), names)}")
     return names.index(name)
 
 

@@ -24,9 +24,11 @@ from peft import (
     inject_adapter_in_model,
 )
 
+from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from srde_ds.peft import SRDEConfig, SRDETuner, registration
+from tests.cli_helpers import save_base
 from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
 from tests.peft_helpers import NAMES, loaded, logits, peft_config, saved, tiny_peft
 from tests.unit.test_adapter import FORMS
@@ -388,13 +390,14 @@ def test_a_copy_of_the_model_is_its_own() -> None:
 
 
 def test_the_page_works_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny_llama().save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/peft.md").read_text(encoding="utf-8"), re.M | re.S)
     names: dict[str, Any] = {}
     for block in blocks:
         exec(block, names)
-    assert len(blocks) == 3 and names["statistics"].keys() >= {"tokens", "assignments"}
+    assert len(blocks) == 4 and names["statistics"].keys() >= {"tokens", "assignments"}
     assert not any("srde" in name for name in names["dense"].state_dict())
+    assert inspect_weights("adapter").domain_tokens == {"red": 3, "green": 3}
     test = doctest.DocTestFinder(recurse=False).find(SRDEConfig, "SRDEConfig", globs={})
     assert doctest.DocTestRunner().run(test[0]).failed == 0 and test[0].examples

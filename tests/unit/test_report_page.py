@@ -300,3 +300,53 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> N
     (run / name).write_bytes(content)
     with pytest.raises(SRDEError, match=rf"{name}': (not UTF-8|(it|each line) must hold a JSON object)"):
         write_run_page(run)
+
+
+def damaged(run: Path, file: str, *keys: str | int, line: int = 0) -> None:
+    """Take one value out of a file of a run."""
+    path = run / file
+    lines = path.read_text().splitlines()
+    content = json.loads(lines[line])
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    del inner[keys[-1]]
+    lines[line] = json.dumps(content)
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "line", "message"),
+    [
+        ("metrics.jsonl", ["tokens_per_second"], 3, "the line of step 4 lacks 'tokens_per_second': train again"),
+        ("evaluation.json", ["usage"], 0, "it lacks 'usage': evaluate again"),
+        ("evaluation.json", ["usage", "share"], 0, "usage lacks 'share': evaluate again"),
+        ("evaluation.json", ["run", "seconds"], 0, "run lacks 'seconds': evaluate again"),
+        ("evaluation.json", ["overall", "srde"], 0, "overall lacks 'srde': evaluate again"),
+        ("evaluation.json", ["domains", "math", "base", "loss"], 0, "math, base lacks 'loss': evaluate again"),
+        ("evaluation.json", ["sources", "made", "difference", "mcnemar_p"], 0, "difference lacks 'mcnemar_p'"),
+        ("evaluation_items.jsonl", ["scoring"], 2, "item 3 lacks 'scoring': evaluate again"),
+        ("evaluation_items.jsonl", ["prompt"], 0, "item 1 lacks 'prompt': evaluate again"),
+        ("evaluation_items.jsonl", ["prompt", 0, "content"], 0, "item 1: its prompt is no list of messages"),
+        ("evaluation_items.jsonl", ["srde", "correct"], 0, "item 1, srde lacks 'correct': evaluate again"),
+    ],
+)
+def test_what_a_report_needs_and_a_file_lacks_is_named(
+    file: str, keys: list[str | int], line: int, message: str, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run")
+    damaged(run, file, *keys, line=line)
+    for write in (write_run_page, write_report):
+        with pytest.raises(SRDEError, match=re.escape(f"{file}': ") + f".*{re.escape(message)}"):
+            write(run)
+    assert not (run / "report.html").exists() and not (run / "report.md").exists()
+
+
+def test_an_environment_that_says_nothing_is_left_out(tmp_path: Path) -> None:
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    (run / "environment.json").write_text("{}")
+    page = write_run_page(run).read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert "Training took 12 steps and 12,000 tokens." in page and page.count("not recorded") == 5
+    text = write_comparison_page([run, other], tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "not recorded" in text and "a box" in text
+    assert write_report(run).read_text(encoding="utf-8").count("not recorded") == 5

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
+from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
 from srde_ds.optim import for_trainer
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -237,7 +238,8 @@ def test_the_routers_start_by_domain_and_held_out_losses_are_by_domain(tmp_path:
         eval_dataset=by_domain(SFT),
         processing_class=WORDS,
     )
-    trainer.add_callback(SRDECallback(trainer, warm_start=trainer.train_dataset))
+    rows = trainer.train_dataset
+    trainer.add_callback(SRDECallback(trainer, warm_start=rows, domain_statistics=rows))
     untouched = new_model().srde_model().layers[0].router.weight
     trainer.train()
     routers = [layer.router.weight.detach().clone() for layer in model.srde_model().layers]
@@ -250,6 +252,8 @@ def test_the_routers_start_by_domain_and_held_out_losses_are_by_domain(tmp_path:
     )
     held_out = [key for line in trainer.state.log_history for key in line if key.startswith("eval_expert")]
     assert {f"eval_{name}_loss" for name in NAMES} <= set(held_out)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert inspect_weights(tmp_path / "adapter").domain_tokens.keys() == set(NAMES)
 
 
 def test_conversations_are_made_of_records(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""What the layers of a model of PEFT see of each domain, for `srde-ds combine`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from srde_ds.config import TrainingConfig
+from srde_ds.data.loader import validation_batches
+from srde_ds.errors import SRDEError
+from srde_ds.peft.warm_start import BATCH_SIZE, evaluated, forward_of, padded_rows
+from srde_ds.training.domain_statistics import statistics_of, sum_inputs
+from srde_ds.training.warm_start.token_sample import all_tokens, special_token_ids
+
+DEFAULTS = TrainingConfig()
+
+
+def measure_domains(
+    model: Any,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows_a_domain: int = DEFAULTS.domain_statistics_rows,
+    seed: int = 0,
+) -> dict[str, int]:
+    """Measure mean and spread of each block's input on each domain, and note them in the active adapter.
+
+    `srde-ds combine` makes routers of them. `save_pretrained` writes them. On several processes each one runs all rows.
+
+    Args:
+        model: of PEFT, with the experts of `srde_ds.peft`, trained.
+        rows: as those of `warm_start_routers`.
+        tokenizer: says which tokens are special, which are left out.
+        rows_a_domain: rows of each domain that are run.
+
+    Returns:
+        Domain -> tokens that were looked at.
+
+    Raises:
+        SRDEError: a column is missing, a domain names no expert, or no row has a usable token.
+    """
+    view = model.srde_model()
+    padded, domains = padded_rows(rows, view.expert_names, "domain_statistics")
+    special = special_token_ids(tokenizer)
+    sample = all_tokens(padded, domains=domains, rows_a_domain=rows_a_domain, special_ids=special, seed=seed)
+    counts = np.bincount(sample.domain, minlength=len(domains))
+    if not counts.any():
+        raise SRDEError(
+            "domain_statistics: the rows have no token that only one domain's rows begin with. Give other rows."
+        )
+    with evaluated(model):
+        batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
+        sums = sum_inputs(view, forward_of(view), batches, sample, len(domains))
+    tokens = {name: int(count) for name, count in zip(domains, counts, strict=True) if count}
+    model.base_model.set_domain_statistics(view.adapter, tokens, statistics_of(sums, counts))
+    return tokens
