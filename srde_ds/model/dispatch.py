@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from srde_ds.model.delta_linear import DeltaLinear
+from srde_ds.model.delta_linear import element_deltas
 from srde_ds.model.products import ByExpert, ExpertProducts, expert_products, slot_rows
 
 Activation = Callable[[Tensor], Tensor]
@@ -152,20 +152,20 @@ def element_experts(
     deltas_En: Tensor,
     support: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Each expert on its own tokens, with its delta as three dense matrices, one at a time."""
-    hidden, intermediate = x_TD.shape[1], gate_TF.shape[1]
-    size = hidden * intermediate
+    """Each expert on its own tokens."""
+    sizes = x_TD.shape[1], gate_TF.shape[1]
+    shared = element_deltas(support, *sizes) if support.dim() == 1 else None
     order = ByExpert(index_TK)
     counts = torch.bincount(index_TK.flatten(), minlength=len(deltas_En)).tolist()
     sorted_tokens = zip(*(order.sorted(t).split(counts) for t in (x_TD, gate_TF, up_TF)), strict=True)
     changes, extras = [], []
     # A copy: autograd keeps it, and must not keep the buffer into which ZeRO-3 gathered the deltas.
     for expert, (values, (x, base_gate, base_up)) in enumerate(zip(deltas_En.clone(), sorted_tokens, strict=True)):
-        places = support if support.dim() == 1 else support[expert]
-        gate = base_gate + DeltaLinear.apply(x, values, places, 0, intermediate)
-        h = act(gate) * (base_up + DeltaLinear.apply(x, values, places, size, intermediate))
+        delta = shared or element_deltas(support[expert], *sizes)
+        gate_shift, up_shift = delta.into(x, values)
+        h = act(base_gate + gate_shift) * (base_up + up_shift)
         changes.append(h - act(base_gate) * base_up)
-        extras.append(DeltaLinear.apply(h, values, places, 2 * size, hidden))
+        extras.append(delta.back(h, values))
     weights_TK1 = weights_TK[:, :, None]
     change, extra = ((weights_TK1 * order.unsorted(torch.cat(parts))).sum(1) for parts in (changes, extras))
     return change, extra
