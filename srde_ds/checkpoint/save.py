@@ -191,7 +191,7 @@ class CheckpointSaver:
 
     def _remove_older(self, newest: int) -> None:
         if self.ranks.rank == 0:
-            _remove_older(self.run, self.keep, newest=f"checkpoint-{newest}")
+            _remove_older(self.run, self.keep, newest)
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -322,9 +322,10 @@ def _clear_leftovers(run: Path) -> None:
         shutil.rmtree(path)
 
 
-def _remove_older(run: Path, keep: int, newest: str) -> None:
+def _remove_older(run: Path, keep: int, newest: int) -> None:
+    """Later ones stay: a run that went back to an earlier step replaces them as it comes to them again."""
     _clear_leftovers(run)  # the former folder of this name
-    others = sorted((step, path) for step, path in saved_checkpoints(run) if path.name != newest)
+    others = sorted((step, path) for step, path in saved_checkpoints(run) if step < newest)
     for _, path in others[: max(0, len(others) - (keep - 1))]:
         # Renamed first: a kill while its files go leaves no checkpoint that only looks like one.
         partial = path.with_name(f"{path.name}.tmp")

@@ -13,6 +13,7 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.checkpoint.layout import write_latest
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
 from srde_ds.config.values import load_yaml
@@ -34,7 +35,7 @@ from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size
-from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, saved_by_a_run
+from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, read_latest, saved_by_a_run
 
 log = logging.getLogger(__name__)
 
@@ -247,14 +248,21 @@ def _check_run_folder(folder: Path, resume_from: str | None) -> None:
         )
 
 
-def open_run_folder(config: Config, step: int = 0) -> None:
+def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False) -> None:
     """Create the run's folder and write its config and environment.
 
     Args:
         step: finished steps. A config that differs from theirs leaves that one as `config-until-<step>.yaml`.
+        goes_on_here: from this folder's `checkpoint-<step>`, which becomes the latest: if this process ends before its
+            first save, "latest" must not name a later checkpoint, which the user has left behind.
     """
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    name = f"checkpoint-{step}"
+    named_so = any((folder / kept).is_dir() for kept in (name, f"{name}.old"))
+    if goes_on_here and named_so and (before := read_latest(folder)) != name:
+        write_latest(folder, name)
+        print(f"{name} is the latest checkpoint from now on, in place of {before}.", flush=True)
     (folder / "completed.json").unlink(missing_ok=True)
     if not config.training.resume_from:
         _keep_aside(folder / "metrics.jsonl")

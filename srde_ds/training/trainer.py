@@ -116,7 +116,8 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     engines = Engines(config, topology, state)
     engines.build_first()
     # Not earlier: a run that may not resume leaves the folder as it was.
-    on_main_rank(lambda: open_run_folder(config, state.step), topology)
+    goes_on_here = state.saver.saved_step is not None
+    on_main_rank(lambda: open_run_folder(config, state.step, goes_on_here=goes_on_here), topology)
     heartbeat.start(state.step)
     stop.at_once = False
     curriculum = Curriculum(config, topology, stream, state)

@@ -21,7 +21,9 @@ from srde_ds.checkpoint.resume import load_run_state, verify_checkpoint
 from srde_ds.checkpoint.shards import ShardIndex, write_shard
 from srde_ds.data import loader
 from srde_ds.data.loader import RowStream
+from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEOutput
+from srde_ds.training import trainer
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
 from tests.distributed.training_helpers import (
@@ -147,6 +149,24 @@ def test_a_resume_that_is_not_the_same_run_is_refused(
     [error] = one_rank(train_here, inputs.flags(run, resume_from="latest", **({"batch_size": 4} | changes)))
     assert error is not None and message in error and "\n" not in error and len(error) < 300
     assert listing(run) == before
+
+
+def fail_in_the_first_step(flags: dict[str, Any]) -> str | None:
+    with patch.object(trainer, "optimizer_step", side_effect=SRDEError("the first step fails")):
+        return train_here(flags)
+
+
+def test_who_goes_back_to_an_earlier_checkpoint_does_not_come_back_to_the_later_one(
+    inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(reference, tmp_path / "run")
+    earlier = inputs.flags(run, resume_from=str(run / "checkpoint-3"))
+    assert two_ranks(fail_in_the_first_step, earlier) == ["the first step fails"] * 2
+    assert latest(run) == "checkpoint-3" and [line["step"] for line in metrics(run)] == [1, 2, 3]
+    assert (run / "checkpoint-6").is_dir()
+    assert two_ranks(train_here, inputs.flags(run, resume_from="latest")) == [None, None]
+    assert without_clocks(metrics(run)) == without_clocks(metrics(reference))
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in reference.iterdir())
 
 
 def test_a_checkpoint_that_a_kill_left_over_at_the_end_goes(
