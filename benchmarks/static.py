@@ -37,12 +37,13 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig, Config, resolve
-from srde_ds.model import attach
+from srde_ds.model import attach, dispatch
 from srde_ds.model import base as base_module
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, document_attention
 from srde_ds.model.base import block_shapes
 from srde_ds.model.base_shape import base_shape
+from srde_ds.model.delta_linear import DenseDeltas
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.statistics import RoutingStatistics
@@ -323,8 +324,9 @@ def collectives() -> dict[str, dict[str, float]]:
 
 def cheap() -> dict[str, Any]:
     """What a test can afford to measure anew."""
-    layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in FORMS.items()}
-    breaks = {name: graph_breaks(form) for name, form in FORMS.items()}
+    with patch.object(dispatch, "element_deltas", DenseDeltas):  # as on a GPU
+        layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in FORMS.items()}
+        breaks = {name: graph_breaks(form) for name, form in FORMS.items()}
     return {"layer": layers, "compiled_block": breaks, "memory_two_layers": micro_step_memory(2)["counted_gib"]}
 
 
