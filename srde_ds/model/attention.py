@@ -48,7 +48,7 @@ class Documents:
         return cls(tuple(borders.diff().tolist()), borders.int(), torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
     def to(self, device: torch.device) -> Documents:
-        """A copy on a device, which nothing waits for."""
+        """A copy on a device, made without waiting."""
         return replace(self, borders=on_device(self.borders, device), no_mask=on_device(self.no_mask, device))
 
 

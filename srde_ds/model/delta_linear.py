@@ -1,7 +1,7 @@
-"""Products with a matrix that is given by the few entries that are not zero.
+"""Products with a matrix that is given by its few nonzero entries.
 
-`DenseDeltas` and `SparseDeltas` compute the same within rounding. A GPU is faster at a dense product than at gathering;
-a CPU, which has no such products to spare, takes a twentieth of the time for the entries alone.
+`DenseDeltas` and `SparseDeltas` compute the same within rounding. On a GPU a dense product is faster than gathering; on
+a CPU the nonzero entries alone take a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -140,10 +140,10 @@ def _weighted_sums(rows_NT: Tensor, index_N: Tensor, starts: Tensor, weights_N: 
 
 
 class DeltaLinear(torch.autograd.Function):
-    """x W^T, where W is zero but for the entries of a support. W is made dense for the product and not kept.
+    """x W^T, where W is zero except on a support. W is made dense for the product and then dropped.
 
-    Autograd would keep the dense W for the backward, although 1 % of its entries say everything; here the backward
-    makes W again.
+    Autograd would keep the dense W for the backward, although 1 % of its entries would do; here the backward makes W
+    again.
     """
 
     @staticmethod
@@ -151,9 +151,9 @@ class DeltaLinear(torch.autograd.Function):
         """`[T, inputs]` -> `[T, outputs]`.
 
         Args:
-            values: `[n]`, of all entries of the support.
-            support: `[n]`, flat indices into several matrices that follow one another; those outside W are ignored.
-            begin: the index of W's first entry among these.
+            values: `[n]`, for all entries of the support.
+            support: `[n]`, flat indices into several concatenated matrices. Those outside of W are ignored.
+            begin: the flat index of W's first entry.
         """
         x = x.to(values.dtype)  # as autocast would, but it is off in the backward
         ctx.save_for_backward(x, values, support)
@@ -177,11 +177,11 @@ class DeltaLinear(torch.autograd.Function):
 
 
 def _places(support: Tensor, begin: int, size: int) -> Tensor:
-    """Each entry's index into the matrix, and `size` for those that are not in it."""
+    """Each entry's index into the matrix, or `size` for an entry outside of it."""
     places = support.long() - begin
     return places.masked_fill_((places < 0) | (places >= size), size)
 
 
 def _dense(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """`[size]`. One entry more takes what is not in the matrix: to leave that out would wait for the device."""
+    """`[size]`. An extra entry takes what is outside of the matrix; dropping it would wait for the device."""
     return values.new_zeros(size + 1).scatter_(0, places, values)[:size]

@@ -1,4 +1,4 @@
-"""One optimizer step of all ranks: its micro-batches forwards and backwards, and the update."""
+"""One optimizer step of all ranks: forward and backward of its micro-batches, and the update."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ def optimizer_step(
     state: RunState,
     interrupted: Callable[[], bool],
 ) -> dict[str, torch.Tensor] | None:
-    """One step of all ranks: its micro-batches forwards and backwards, and the update.
+    """Do one step on all ranks: forward and backward of its micro-batches, and the update.
 
-    What a step waits for a GPU is DeepSpeed's update, and the sums at its end.
+    The host waits for the GPU only in DeepSpeed's update and for the sums at the end.
 
     Returns:
-        Sums over all ranks: "loss" over "label_weight", "real_tokens", "domain_tokens" by domain, and the routing
-        statistics.
-        None when `interrupted` became true: nothing was updated.
+        Sums over all ranks: "loss" and "label_weight" (their ratio is the mean loss), "real_tokens", "domain_tokens" by
+        domain, and the routing statistics. None if `interrupted` became true: then nothing was updated.
     """
     training = config.training
     stream = curriculum.begin_step(engine)
@@ -50,7 +49,7 @@ def optimizer_step(
     set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-    # DeepSpeed averages over ranks and micro-steps; these factors make it the mean over the step's labels.
+    # DeepSpeed averages over ranks and micro-steps; these factors turn that into the mean over the step's labels.
     micro_steps = topology.world_size * training.gradient_accumulation_steps
     weight = counts["label_weight"]
     loss_scale = (micro_steps / torch.where(weight == 0, torch.ones_like(weight), weight)).float()
@@ -71,7 +70,7 @@ def optimizer_step(
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Of this rank's micro-batches: labels by their weights, and real tokens in all and by domain."""
+    """Count this rank's micro-batches: the sum of label weights, and real tokens in total and by domain."""
     label_weight = torch.stack([_label_weight(batch) for batch in batches]).sum()
     by_domain = torch.zeros(domains, dtype=torch.float64)
     for batch in batches:
@@ -86,7 +85,7 @@ def _label_weight(batch: Batch) -> torch.Tensor:
 
 
 def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:
-    """Share of the peak learning rates for the update after `step` finished ones, see `learning_rate_factor`."""
+    """Share of the peak learning rates for the update after `step` finished steps, see `learning_rate_factor`."""
     return learning_rate_factor(
         step,
         schedule=optimizer.lr_schedule,

@@ -77,7 +77,7 @@ def test_other_stages_are_refused_with_the_reason(tmp_path: Path, stage: int) ->
     [
         ({"train_batch_size": "auto"}, 'train_batch_size="auto"'),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size="auto"'),
-        ({"fp16": {"enabled": True}}, "fp16={'enabled': True}: choose --bf16"),
+        ({"fp16": {"enabled": True}}, "fp16={'enabled': True}: only bfloat16"),
         ({"optimizer": {"type": "AdamW"}}, "'optimizer' is given"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is given"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer"),
@@ -86,7 +86,7 @@ def test_other_stages_are_refused_with_the_reason(tmp_path: Path, stage: int) ->
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_optimization.zero_quantized_gradients=True"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights=True"),
         ({"bf16": True}, "bf16=True: must be an object"),
-        ({"fp16": True}, "fp16=True: choose --bf16"),
+        ({"fp16": True}, "fp16=True: only bfloat16"),
         ({"zero_optimization": 3}, "must hold a JSON object"),
         ([], "must hold a JSON object"),
         ('{"zero_optimization": ', "not valid JSON"),
