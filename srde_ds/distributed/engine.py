@@ -19,7 +19,7 @@ from srde_ds.config import AdapterConfig, Config
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.deepspeed_internals import deepspeed
-from srde_ds.distributed.ds_config import derive_ds_config, prefetch_whole_layers
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config, prefetch_whole_layers
 from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
 from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
 from srde_ds.distributed.processes import Topology
@@ -173,7 +173,7 @@ def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
     """Load the frozen base. From the start each rank keeps only its share of the weights, 1 / world_size."""
     attention = "flash_attention_2" if config.model.flash_attention else packed_attention(config)
     # from_pretrained finds the object through a weak reference, so it must exist until loading is done.
-    keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
+    keep_alive = HfDeepSpeedConfig(derive_ds_config(DeepSpeedOptions.of(config), world_size))
     base = load_base(
         str(config.model.model_name),
         dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
@@ -246,7 +246,7 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     placement.mark_placement(model)
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
-    ds_config = derive_ds_config(config, topology.world_size)
+    ds_config = derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
     decoder = decoder_layers(model.base)
     largest = max(sum(prod(whole_shape(p)) for p in layer.parameters()) for layer in decoder)
     prefetch_whole_layers(ds_config, largest)

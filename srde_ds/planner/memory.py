@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srde_ds.config import Config
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.model.supports.selection import support_shape
@@ -68,7 +68,7 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
     Raises:
         SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(config, world_size)["zero_optimization"]
+    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
     schedule = gather_schedule(config, shape, world_size, zero)
     width = 2 if config.model.bf16 else 4
     base, trained = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from srde_ds.config import Config
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, expert_traffic, merged, shards_atoms
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.optim.groups import group_of_tensor
@@ -21,7 +21,7 @@ def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traf
     Raises:
         SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(config, world_size)["zero_optimization"]
+    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
     width, micro_steps = (2 if config.model.bf16 else 4), config.training.gradient_accumulation_steps
     schedule = gather_schedule(config, shape, world_size, zero)
     found = []

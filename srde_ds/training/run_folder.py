@@ -23,7 +23,7 @@ from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import base_shape
@@ -61,7 +61,7 @@ def check_inputs(config: Config) -> None:
         )
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     load_trackers(config.tracking)
-    derive_ds_config(config, launched_world_size())
+    derive_ds_config(DeepSpeedOptions.of(config), launched_world_size())
 
 
 def check_groups(expert_parallel_size: int, processes: int) -> None:
