@@ -192,7 +192,7 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, capsys: p
         ([math, math], ["--rename", "math=law"], ["2 of the adapters", "1:math=law or 2:math=law"]),
         ([math, code], ["--rename", "3:math=law"], ["there are 2 adapters"]),
         ([math, code], ["--rename", "math"], ["old=new"]),
-        ([math, code], ["--rename", "math=code"], ["name 'code'"]),
+        ([math, code], ["--rename", "math=code"], ["expert 'code'"]),
         ([math, tmp_path / "none"], [], ["none'"]),
     ):
         fails(capsys, ["combine", *map(str, places), *output, *options], *fragments)
