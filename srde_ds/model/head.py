@@ -45,7 +45,7 @@ def chunk_rows(vocabulary: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> i
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """See `linear_cross_entropy`. The gradient of x is made in the forward, where the logits are at hand."""
+    """See `linear_cross_entropy`. The gradient of x is made in the forward, where the logits exist."""
 
     @staticmethod
     def forward(

@@ -192,7 +192,7 @@ class RunState:
             if always_stop or self.config.training.on_save_failure == "stop":
                 raise
             if self.topology.is_main:
-                logger.warning("%s Training goes on (on_save_failure=continue).", error)
+                logger.warning("%s Training continues (on_save_failure=continue).", error)
 
     def find_saved(self) -> SavedRun | None:
         """The checkpoint that `resume_from` names; None if the run does not resume.
