@@ -353,14 +353,14 @@ def engine(visit: Visit) -> None:
 
     from srde_ds.distributed import engine as engine_module  # the other parts need no deepspeed
     from srde_ds.distributed.deepspeed_internals import note_whole_shapes
-    from srde_ds.distributed.ds_config import derive_ds_config
+    from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
     from srde_ds.distributed.zero_placement import state_slices
 
     options = visit.options
 
     def sharded(config: Any, world_size: int) -> PreTrainedModel:
         whole: Any = AutoConfig.from_pretrained(options.base, trust_remote_code=False)
-        keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
+        keep_alive = HfDeepSpeedConfig(derive_ds_config(DeepSpeedOptions.of(config), world_size))
         base: Any = AutoModelForCausalLM.from_config(
             whole, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
         )

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From a fresh rented machine to trained experts. Safe to run again, after a restart or an error: what is there is used.
+# From a fresh rented machine to trained experts. Safe to run again after a restart or an error: existing results are used.
 #
-# In the instance's on-start script (tokens belong into the account's environment variables, not into this text):
+# In the instance's on-start script (put tokens into the account's environment variables, not into this text):
 #
 #   git clone --branch v1.0 https://github.com/OWNER/srde_ds /workspace/srde_ds
 #   bash /workspace/srde_ds/cluster/vastai_startup.sh >> /workspace/srde.log 2>&1
@@ -13,17 +13,17 @@
 #   MAX_LENGTH           tokens of a row (2048)
 #   OUTPUT_DIR           folder of the run (/workspace/runs/srde)
 #   WORK_DIR             folder of the data (/workspace/data)
-#   SOURCES_FILE         own sources instead of the six domains' (docs/data.md)
+#   SOURCES_FILE         your own sources instead of those of the six domains (docs/data.md)
 #   TRAIN_ARGUMENTS      more flags of `srde-ds train`, split at blanks
-#   CONVERT_TO           at the end also: moe or gguf (docs/convert.md)
+#   CONVERT_TO           a further export at the end: moe or gguf (docs/convert.md)
 #   UPLOAD_REPO          Hub repository, made private, for the weights at the end
-#   MAX_RESTARTS         of training, after failures (3)
-#   PREFLIGHT            false: no look at the machine before training (true)
+#   MAX_RESTARTS         restarts of training after failures (3)
+#   PREFLIGHT            false: do not check the machine before training (true)
 #   ENVIRONMENT          a Python environment with srde-ds in it, instead of installing one
-#   HF_TOKEN             for gated bases, and for the upload: read by the Hub's library from here
-#   WEBHOOK_URL          gets JSON when the state changes: read by srde-ds from here
+#   HF_TOKEN             for gated bases and the upload; the Hub's library reads it from the environment
+#   WEBHOOK_URL          gets JSON when the state changes; srde-ds reads it from the environment
 #
-# The two secrets are never arguments, nor written or printed. All versions are pinned: this checkout, constraints.txt.
+# The two secrets are never passed as arguments, written or printed. All versions are pinned: this checkout, constraints.txt.
 set -euo pipefail
 set +x # whoever called this with -x would print the environment's secrets
 cd "$(dirname "$0")/.."
@@ -92,7 +92,7 @@ if [ -n "${WEBHOOK_URL:-}" ]; then
     monitor=$!
 fi
 read -ra more <<<"$TRAIN_ARGUMENTS"
-# Goes on from the last checkpoint if there is one, and does nothing for a finished run.
+# Continues from the last checkpoint if there is one, and does nothing for a finished run.
 srde-ds supervise --max_restarts "$MAX_RESTARTS" --preflight "$PREFLIGHT" -- "${launcher[@]}" --model_name "$MODEL_NAME" \
     --pretokenized_dir "$WORK_DIR/tokenized" --max_length "$MAX_LENGTH" --output_dir "$OUTPUT_DIR" \
     --max_steps "$MAX_STEPS" --deepspeed_config "$ds_config" "${more[@]}"
@@ -115,7 +115,7 @@ fi
 if [ -n "$UPLOAD_REPO" ]; then
     stage=upload
     for result in "${results[@]}"; do
-        # The Hub takes what it has already as done.
+        # The Hub skips what it already has.
         inside=.
         if [ -f "$result" ]; then inside=${result##*/}; fi
         hf upload "$UPLOAD_REPO" "$result" "$inside" --private

@@ -2,8 +2,8 @@
 
     python examples/dpo_trl.py --adapter sft --data preferences.jsonl
 
-Each line of the file has `prompt`, `chosen` and `rejected`: lists of messages, or texts. The reference is the adapter
-as it is at first: TRL keeps a frozen copy of it.
+Each line of the file has `prompt`, `chosen` and `rejected`, as lists of messages or texts. The reference is the initial
+adapter, of which TRL keeps a frozen copy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Reinforcement learning of an SRDE adapter with TRL's GRPOTrainer, by rewards that can be checked.
+"""Reinforcement learning of an SRDE adapter with TRL's GRPOTrainer and verifiable rewards.
 
     python examples/grpo_trl.py --adapter sft --items items.jsonl
 
-Each line of the file is an item as `srde-ds evaluate` takes it, with an `answer`, `choices` or `tests`.
+Each line of the file is an item as for `srde-ds evaluate`, with an `answer`, `choices` or `tests`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="folder of a trained adapter, such as that of sft_trl.py")
     parser.add_argument("--items", required=True, help="items with answers")
     parser.add_argument("--output", default="grpo", help="folder for the adapter")
-    parser.add_argument("--generations", type=int, default=8, help="answers to each prompt, which are compared")
-    parser.add_argument("--max_completion_length", type=int, default=64, help="tokens of an answer")
+    parser.add_argument("--generations", type=int, default=8, help="answers to compare for each prompt")
+    parser.add_argument("--max_completion_length", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     options = parser.parse_args()

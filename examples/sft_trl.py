@@ -2,7 +2,7 @@
 
     python examples/sft_trl.py --base HuggingFaceTB/SmolLM2-135M-Instruct --data train.jsonl --held_out held_out.jsonl
 
-Each line of a file is a record as `srde-ds train` takes it: `prompt` and `response`, or `messages`, and `domain`.
+Each line of a file is a record as for `srde-ds train`: `prompt` and `response`, or `messages`, and `domain`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Prints `true` if bfloat16 is the faster training dtype on this machine, else `false` (float32).
 
-GPUs always say true. On CPUs either may be the faster one (docs/decisions.md), so it is measured: a feed-forward
-block of the quick start's base, forward and backward, in both dtypes.
+On GPUs it is always true. On CPUs either may be faster (docs/decisions.md), so this is measured: forward and backward
+of a feed-forward block of the quick start's base, in both dtypes.
 """
 
 import time

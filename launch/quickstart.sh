@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job at small scale: a real base, six domains of real tasks, training, evaluation, report.
-# Interrupted, it goes on where it stopped when it is started again.
+# If it is interrupted, it continues where it stopped when it is started again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -24,7 +24,7 @@ if [ ! -e "$run/completed.json" ]; then
     fi
     deepspeed --num_gpus "$processes" launch/train.py --config launch/quickstart.yaml --output_dir "$run" \
         --bf16 "$bf16" "${resume[@]}"
-    # The launcher may return 0 although a process died: the marker is the proof.
+    # The launcher may return 0 although a process has died, so only the marker counts.
     [ -e "$run/completed.json" ] || { echo "quickstart: training did not finish, see above" >&2; exit 1; }
 fi
 unset OMP_NUM_THREADS

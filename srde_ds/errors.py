@@ -12,14 +12,14 @@ class SRDEError(Exception):
 
 
 class LostContact(Exception):
-    """Another rank cannot be reached. Printed as one line, too, but starting again may help."""
+    """Another rank cannot be reached. This is also printed as one line, but starting again may help."""
 
 
 class Stopped(KeyboardInterrupt):
     """A signal has ended the work before there was anything to save.
 
     Attributes:
-        number: of the signal.
+        number: the signal's number.
     """
 
     def __init__(self, number: int) -> None:

@@ -4,10 +4,10 @@
 #
 #   cluster/mpi/train.sh cluster/hosts --config run.yaml --output_dir runs/first
 #
-# INTERFACE=eth0 is the network interface between the hosts, where they have several. The variables in .deepspeed_env
+# INTERFACE=eth0 names the network interface between the hosts, if they have several. The variables in .deepspeed_env
 # (`srde-ds hosts --variables`), in the home folder or here, go to all ranks. SIGTERM, SIGINT and SIGUSR1 to this script save
-# and stop the run; the status is then 128 + the signal. `srde-ds doctor` looks at all hosts first, over ssh, and what it finds fatal ends the script;
-# PREFLIGHT=false leaves that out.
+# and stop the run; the status is then 128 + the signal. First `srde-ds doctor` checks all hosts over ssh, and a fatal finding
+# ends the script; PREFLIGHT=false skips this.
 set -euo pipefail
 hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
 shift
@@ -22,7 +22,7 @@ for file in ~/.deepspeed_env .deepspeed_env; do # the order in which deepspeed r
     while read -r variable; do options+=(-x "$variable"); done <"$file"
 done
 
-# mpirun kills the ranks a second after SIGTERM or Ctrl-C; USR1 it passes on. A session of its own: Ctrl-C ends here.
+# mpirun kills the ranks a second after SIGTERM or Ctrl-C, but passes USR1 on. A separate session keeps Ctrl-C from it.
 setsid mpirun "${options[@]}" -x PATH python -u launch/train.py "$@" &
 mpirun=$!
 stopped=0
@@ -36,10 +36,10 @@ for signal in USR1 TERM INT; do
     trap "stop $signal" "$signal"
 done
 status=0
-# A signal ends `wait` although mpirun still runs.
+# A signal ends `wait` even though mpirun is still running.
 while kill -0 "$mpirun" 2>/dev/null; do
     wait "$mpirun" && status=0 || status=$?
 done
-# A run that a signal has stopped does not end with 0, even where mpirun says so; one that came to its end does.
+# A run that a signal has stopped does not return 0, even if mpirun does; a finished run does.
 if [ "$status" -ne 0 ] && [ "$stopped" -ne 0 ]; then status=$stopped; fi
 exit "$status"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Build the dataset, train, evaluate and convert, as Slurm jobs of which each waits for the one before. Run it in the
-# repository's folder, on a node that may submit; arguments go to training:
+# Build the dataset, train, evaluate and convert, as Slurm jobs that each wait for the previous one. Run it in the
+# repository's folder, on a node that can submit jobs; arguments go to training:
 #
 #   MODEL_NAME=BASE OUTPUT_DIR=runs/first EVAL_FILE=held_out.jsonl EXAMPLES_PER_DOMAIN=20000 \
 #       TRAIN_SBATCH='--nodes 2 --ntasks-per-node 8 --gpus-per-node 8 --time 8:00:00' STAGE_SBATCH='--gpus 1' \
 #       cluster/slurm/pipeline.sh --max_steps 2000 --gradient_checkpointing
 #
-# JSONL_DATA instead of EXAMPLES_PER_DOMAIN: records of your own. WORK_DIR (data): where the dataset goes.
+# JSONL_DATA instead of EXAMPLES_PER_DOMAIN: your own records. WORK_DIR (data): folder for the dataset.
 # BUILD_FLAGS, EVALUATE_FLAGS, CONVERT_FLAGS: more flags of these verbs, separated by spaces.
 # BUILD_SBATCH, TRAIN_SBATCH, STAGE_SBATCH: options of sbatch for building, for training, for the two after it.
 set -euo pipefail

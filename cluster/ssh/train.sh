@@ -7,8 +7,8 @@
 #
 # MASTER_ADDR: an address of the first host that all others reach (default: its name in the hostfile). MASTER_PORT: 29500.
 # The variables in .deepspeed_env (`srde-ds hosts --variables`) go to all ranks. When this script gets SIGTERM or SIGINT, or
-# is gone for whatever reason, the run saves and ends, and the status is 128 + the signal; when one host fails, the others end.
-# `srde-ds doctor` looks at all hosts first, and what it finds fatal ends the script; PREFLIGHT=false leaves that out.
+# dies for whatever reason, the run saves and ends, and the status is 128 + the signal; when one host fails, the others end.
+# First `srde-ds doctor` checks all hosts, and a fatal finding ends the script; PREFLIGHT=false skips this.
 set -euo pipefail
 hostfile=${1:?train.sh HOSTFILE [--flag value ...]}
 shift
@@ -23,7 +23,7 @@ if [ "${PREFLIGHT:-true}" != false ]; then
     python launch/doctor.py --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" "$@"
 fi
 
-# This script alone can write to the pipe that every host reads from: its end tells them to stop.
+# Only this script can write to the pipe that every host reads from: when it is closed, they stop.
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 mkfifo "$folder/alive"
@@ -32,7 +32,7 @@ stopped=0
 stop() { exec {alive}>&-; }
 trap 'stopped=143; stop' TERM
 trap 'stopped=130; stop' INT
-# The ranks, which are torchrun's children, save and end at USR1. Where there are none yet, or they cannot, torchrun ends them.
+# The ranks, which are torchrun's children, save and end at USR1. If there are none yet, or they cannot, torchrun ends them.
 # shellcheck disable=SC2016  # for the shell of the host, which gets the command as its arguments
 watch='exec 3<&0
 "$@" & run=$!
@@ -43,7 +43,7 @@ declare -A host_of
 node=0
 for line in "${lines[@]}"; do
     read -r host slots <<<"$line"
-    # As long as ranks wait for each other (--start_timeout).
+    # As long as the ranks wait for each other (--start_timeout).
     first=${lines[0]% *}
     torchrun=(torchrun --nnodes "${#lines[@]}" --node_rank "$node" --nproc_per_node "$slots" --rdzv_conf timeout=80
         --master_addr "${MASTER_ADDR:-${first#*@}}" --master_port "${MASTER_PORT:-29500}")
@@ -68,6 +68,6 @@ while [ "${#host_of[@]}" -gt 0 ]; do
     fi
     unset "host_of[$ended]"
 done
-# torchrun says 1 for ranks that a signal has stopped; those that came to their end all the same say 0.
+# torchrun returns 1 for ranks that a signal has stopped, and 0 if they have finished even so.
 if [ "$status" -ne 0 ] && [ "$stopped" -ne 0 ]; then status=$stopped; fi
 exit "$status"

@@ -1,4 +1,4 @@
-"""Names and small files of a checkpoint folder (docs/checkpoints.md), for those who write it and those who read it."""
+"""File names and small files of a checkpoint folder (docs/checkpoints.md), for writing and reading."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST
 
 FORMAT, FORMAT_VERSION = "srde_ds checkpoint", 1
 RUN_STATE, COMMON = "run.json", "common.safetensors"
-# A manifest takes some 260 bytes a rank. Hostile JSON takes up to some 20 times its size in memory.
+# A manifest has about 260 bytes per rank. Hostile JSON may take about 20 times its size in memory.
 MAX_JSON_BYTES = 16 * 2**20
 
 
 def rank_name(rank: int) -> str:
-    """The name of a rank's record of what it wrote."""
+    """The name of a rank's record of what it has written."""
     return f"rank-{rank:05d}.json"
 
 
 def write_manifest(folder: Path, step: int, world_size: int, records: Mapping[str, FileRecord]) -> None:
-    """Write the list of a checkpoint's files, with sizes and hashes, and a hash of itself."""
+    """Write the list of a checkpoint's files with their sizes and hashes, and the list's own hash."""
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -42,21 +42,21 @@ def write_manifest(folder: Path, step: int, world_size: int, records: Mapping[st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A manifest whose own hash and names are right: exactly the files of its world size, none elsewhere.
+    """Read a manifest and check its own hash and its names: exactly the files of its world size, in this folder.
 
     Raises:
-        SRDEError: there is none, or it is not such a manifest.
+        SRDEError: there is no manifest, or it fails the check.
     """
     path = folder / MANIFEST
     if not path.exists():
         raise SRDEError(f"checkpoint '{folder}' is damaged or half-written: it has no {MANIFEST}.")
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
-        raise SRDEError(f"'{folder}' is no checkpoint of srde_ds: its {MANIFEST} has no format '{FORMAT}'.")
+        raise SRDEError(f"'{folder}' is not a checkpoint of srde_ds: its {MANIFEST} lacks the format '{FORMAT}'.")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise SRDEError(
-            f"checkpoint '{folder}': format_version {manifest.get('format_version')!r} in {MANIFEST}, "
-            f"this srde_ds reads {FORMAT_VERSION}."
+            f"checkpoint '{folder}': its {MANIFEST} has format_version {manifest.get('format_version')!r}, "
+            f"but this srde_ds reads {FORMAT_VERSION}."
         )
     world_size, files = manifest.get("world_size"), manifest.get("files")
     if type(world_size) is not int or not isinstance(files, dict) or len(files) != 2 * world_size + 2:
@@ -69,7 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             "bytes": int,
             "sha256": str,
         }:
-            raise SRDEError(f"checkpoint '{folder}' is damaged: {MANIFEST} lacks size or sha256 of '{name}'.")
+            raise SRDEError(f"checkpoint '{folder}' is damaged: {MANIFEST} lacks the size or sha256 of '{name}'.")
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     if (
         content.keys() != {"format", "format_version", "step", "world_size", "saved_at", "files"}
@@ -87,7 +87,7 @@ def content_hash(content: Mapping[str, Any]) -> str:
 
 
 def saved_checkpoints(run: Path) -> list[tuple[int, Path]]:
-    """Step and folder of each checkpoint with a readable manifest; others are left for their owner to look at."""
+    """Step and folder of each checkpoint with a readable manifest. Others are skipped, for their owner to look at."""
     found = []
     for path in run.glob("checkpoint-*"):
         if CHECKPOINT_NAME.fullmatch(path.name):
@@ -97,17 +97,17 @@ def saved_checkpoints(run: Path) -> list[tuple[int, Path]]:
 
 
 def write_latest(run: Path, name: str) -> None:
-    """Point `latest` to a checkpoint: a kill leaves the former pointer or the new one."""
+    """Point `latest` to a checkpoint. A kill leaves either the old pointer or the new one."""
     write_text(run / LATEST, f"{name}\n", durable=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> FileRecord:
-    """Write JSON; its size and hash."""
+    """Write JSON, and return its size and hash."""
     return write_bytes(path, iter([json.dumps(dict(content), indent=1).encode()]))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a plain file of at most MAX_JSON_BYTES, or an SRDEError."""
+    """The JSON object in a plain file; SRDEError if it is damaged or has more than MAX_JSON_BYTES."""
     if regular_size(path) > MAX_JSON_BYTES:
         raise SRDEError(f"'{path}' is damaged: more than {MAX_JSON_BYTES} bytes.")
     try:
@@ -120,7 +120,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def regular_size(path: Path) -> int:
-    """Size of a plain file; anything else (link, device, pipe, folder) could make a reader wait or read elsewhere."""
+    """Size of a plain file. Anything else (link, device, pipe, folder) is refused: reading it could block."""
     try:
         status = path.lstat()
     except FileNotFoundError:

@@ -25,36 +25,36 @@ from srde_ds.model.supports.selection import support_size
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.schema import support_hash
 
-# Ranks that are threads of one process take turns: its memory holds one layer at a time.
+# Ranks that are threads of one process take turns, so that its memory holds one layer at a time.
 _one_layer = threading.Lock()
 
 
 def prune_checkpoint(
     folder: str | Path, density: float, *, ranks: Ranks, keep: int, base: str | Path | None = None
 ) -> Path:
-    """Replace `checkpoint-<step>` by one of the same step whose supports have `density`. Called by every rank.
+    """Replace `checkpoint-<step>` by one of the same step whose supports have `density`. Every rank calls this.
 
-    `model.pruning.kept_positions` says which entries stay. Deltas, atoms, importance and all optimizer state keep the
-    values of these; the scores of a learned support are dropped. Everything else stays as it was, except that the run
-    state's adapter has the new density and support_hash, and that its `probe_loss` is None: that of the
-    pruned model was not measured.
+    `model.pruning.kept_positions` chooses the entries that stay. Deltas, atoms, importance and all optimizer state keep
+    their values there; the scores of a learned support are dropped. All else stays the same, except that in the run
+    state the adapter gets the new density and support_hash, and `probe_loss` becomes None, since the pruned model's
+    loss was not measured.
 
-    Ranks that are as many as saved the checkpoint share the layers; otherwise rank 0 does it all, so that one process
-    may prune any checkpoint. A rank's memory holds one layer as it was, and its share of what stays.
+    If there are as many ranks as saved the checkpoint, they share the layers. Otherwise rank 0 does everything, so that
+    one process can prune any checkpoint. A rank's memory holds one original layer, and its share of what stays.
 
     Args:
-        ranks: those that call.
-        keep: checkpoints to keep in the run's folder, this one included; it becomes the latest.
-        base: id or folder of the base, whose configuration gives the supports' sizes; default: the one that the
+        ranks: the ranks that call this.
+        keep: number of checkpoints to keep in the run's folder, including this one, which becomes the latest.
+        base: Hub id or folder of the base, whose configuration gives the supports' sizes; default: the base that the
             checkpoint names.
 
     Returns:
-        The folder: `checkpoint-<step>` where `folder` lies.
+        The new checkpoint: `checkpoint-<step>` beside `folder`.
 
     Raises:
         SRDEError: on every rank, if any rank failed, with its reason: the checkpoint is damaged or its folder has
-            another name, the base is not found or another one, or the supports would not shrink. A failure, or a kill
-            at any point, leaves the old checkpoint or the new one, complete.
+            another name, the base is missing or another one, or the supports would not shrink. After a failure or a
+            kill, either the old checkpoint or the new one is there, complete.
     """
     source = Path(folder)
     step, saved_by = together(lambda: _step_and_ranks(source), ranks, long=True)
@@ -77,15 +77,15 @@ class PrunedLayers:
     """What pruning leaves of a checkpoint, layer by layer.
 
     Args:
-        density: of the supports after pruning.
+        density: density of the supports after pruning.
         base: see `prune_checkpoint`.
 
     Attributes:
-        metadata: the adapter's, with the new density and still the old support_hash.
-        old_sizes, sizes: entries of each layer's supports before and after.
+        metadata: the adapter's metadata, with the new density but still the old support_hash.
+        old_sizes, sizes: number of entries in each layer's supports, before and after.
 
     Raises:
-        SRDEError: the checkpoint holds no adapter, or the base is not found or not the one that it was made with.
+        SRDEError: the checkpoint holds no adapter, or the base is missing or not the one that it was made with.
     """
 
     def __init__(self, folder: Path, density: float, base: str | Path | None = None) -> None:
@@ -102,27 +102,28 @@ class PrunedLayers:
         self.old_sizes = [support_size(before, hidden, intermediate) for hidden, intermediate in shapes]
         self.sizes = [support_size(after, hidden, intermediate) for hidden, intermediate in shapes]
         with open_tensors(folder / COMMON) as file:
-            stored = {name: file.get_slice(name).get_shape()[-1] for name in file.keys() if name.endswith(".support")}  # noqa: SIM118
-        if stored != {_support_name(layer): size for layer, size in enumerate(self.old_sizes)}:
+            supports = [name for name in file.keys() if name.endswith(".support")]  # noqa: SIM118
+            saved_sizes = {name: file.get_slice(name).get_shape()[-1] for name in supports}
+        if saved_sizes != {_support_name(layer): size for layer, size in enumerate(self.old_sizes)}:
             raise SRDEError(
-                f"checkpoint '{folder}': its supports have {sorted(set(stored.values()))} entries, with base '{base}' "
-                f"they would have {sorted(set(self.old_sizes))}. Give the base that the checkpoint was made with."
+                f"checkpoint '{folder}': its supports have {sorted(set(saved_sizes.values()))} entries, but with base "
+                f"'{base}' they would have {sorted(set(self.old_sizes))}. Give the base that it was made with."
             )
 
     def positions(self, layer: int) -> Tensor:
-        """Positions in the layer's supports that stay, see `kept_positions`."""
+        """The positions in the layer's supports that stay, see `kept_positions`."""
         masters = {name: self.index.tensor(kind, name) for kind, name in self._names(layer, {"master"})}
         values = {name.rpartition(".")[2]: tensor for name, tensor in masters.items()}
         return kept_positions(self.metadata.config, values, self.old_sizes[layer], self.sizes[layer])
 
     def support(self, layer: int, positions: Tensor) -> Tensor:
-        """The layer's support, int32, with the entries at `positions` alone."""
+        """The layer's int32 support, reduced to the entries at `positions`."""
         name = _support_name(layer)
         with open_tensors(self.folder / COMMON) as file:
             return at_positions(self.metadata.config, name, file.get_tensor(name), positions)
 
     def tensors(self, layer: int, positions: Tensor, kinds: Collection[str] = KINDS) -> dict[tuple[str, str], Tensor]:
-        """What stays of the layer's masters and optimizer states, by kind and name; without scores."""
+        """What remains of the layer's masters and optimizer states, by kind and name; without scores."""
         return {
             (kind, name): at_positions(self.metadata.config, name, self.index.tensor(kind, name), positions)
             for kind, name in self._names(layer, kinds)
@@ -130,7 +131,7 @@ class PrunedLayers:
         }
 
     def common_tensors(self, supports: list[Tensor]) -> dict[str, Tensor]:
-        """What all ranks share, with these supports."""
+        """The tensors that all ranks share, with these supports."""
         with open_tensors(self.folder / COMMON) as file:
             names = [name for name in file.keys() if not name.endswith(".support")]  # noqa: SIM118 (not a dict)
             others = {name: file.get_tensor(name) for name in names}
@@ -149,19 +150,19 @@ def _step_and_ranks(source: Path) -> tuple[int, int]:
     manifest = read_manifest(source)
     name = f"checkpoint-{manifest['step']}"
     if source.name not in (name, f"{name}.old"):  # a kill between the two renames of a save leaves the latter
-        raise SRDEError(f"checkpoint '{source}': pruning replaces folders called '{name}'. Give it this name.")
+        raise SRDEError(f"checkpoint '{source}': pruning needs a folder called '{name}'. Rename it.")
     return manifest["step"], manifest["world_size"]
 
 
 def _content(source: Path, density: float, base: str | Path | None, rank: int, ranks: int) -> dict[str, Any]:
-    """What a rank saves; see `CheckpointSaver.start`."""
+    """The content that a rank saves; see `CheckpointSaver.start`."""
     if rank == 0:
         verify_checkpoint(source)
     pruned = PrunedLayers(source, density, base)
     if all(new >= old for new, old in zip(pruned.sizes, pruned.old_sizes, strict=True)):
         raise SRDEError(
-            f"density={density}: supports of {pruned.sizes[0]} entries, where '{source}' has {pruned.old_sizes[0]}; "
-            "pruning makes them smaller. Give a lower density."
+            f"density={density}: the supports would have {pruned.sizes[0]} entries, and those in '{source}' have "
+            f"{pruned.old_sizes[0]}, but pruning makes them smaller. Give a lower density."
         )
     slices, supports = [], []
     for layer in range(len(pruned.sizes)):
@@ -183,7 +184,7 @@ def _content(source: Path, density: float, base: str | Path | None, rank: int, r
 
 
 def _on_threads(ranks: int, work: Callable[[Collectives], Any]) -> None:
-    """`work` as each of several ranks, in threads of this process."""
+    """Run `work` as several ranks, each in a thread of this process."""
     barrier = threading.Barrier(ranks)
     values: list[Any] = [None] * ranks
 

@@ -34,7 +34,7 @@ def verify_checkpoint(folder: str | Path) -> dict[str, Any]:
         The manifest: `step`, `world_size`, `format_version`, `saved_at` (seconds since 1970), `files`.
 
     Raises:
-        SRDEError: names the file that is missing, damaged or does not belong there.
+        SRDEError: a file is missing, damaged or does not belong there; the message names it.
     """
     folder = Path(folder)
     with _readable(folder):
@@ -61,15 +61,15 @@ def _verify(folder: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
-    """The checkpoint that `resume_from` names, verified. Call it on rank 0: it reads all files once.
+    """Find the checkpoint that `resume_from` names, and verify it. Call this on rank 0: it reads all files.
 
     Args:
-        resume_from: a checkpoint folder, a run folder (its `latest` counts), or "latest" for `output_dir`'s.
-        field: the option that `resume_from` came from, for messages.
+        resume_from: a checkpoint folder, a run folder (meaning its `latest`), or "latest" for that of `output_dir`.
+        field: the option that gave `resume_from`, for messages.
 
     Raises:
-        SRDEError: there is none, or it is damaged; the message names it and offers the newest good one. Nothing is
-            ever taken instead of what was asked for.
+        SRDEError: there is none, or it is damaged. The message names it and offers the newest good checkpoint, but no
+            other checkpoint is ever used without asking.
     """
     asked = f"{field}={resume_from}"
     given = Path(output_dir if str(resume_from) == "latest" else resume_from).absolute()
@@ -84,11 +84,11 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
         with _readable(run):
             pointer = read_latest(run)
         if pointer is None or not CHECKPOINT_NAME.fullmatch(pointer):
-            found = "there is no file" if pointer is None else f"{pointer!r} is no checkpoint's name in"
+            found = "there is no file" if pointer is None else f"{pointer!r} does not name a checkpoint in"
             raise SRDEError(f"{asked}: {found} '{run / LATEST}'.{_offer(run, field)}")
         folder = run / pointer
     if not folder.is_dir():
-        # A kill between the two renames of a replacement leaves the former folder under this name.
+        # If a replacement is killed between its two renames, the old folder has this name.
         folder = folder.with_name(f"{folder.name}.old")
         if not folder.is_dir():
             missing = folder.with_suffix("")
@@ -102,12 +102,12 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
 
 
 def load_run_state(folder: str | Path) -> dict[str, Any]:
-    """The `run_state` that was saved."""
+    """The saved `run_state`."""
     return read_json(Path(folder) / RUN_STATE)
 
 
 def load_rank_state(folder: str | Path, rank: int) -> dict[str, Any]:
-    """The `rank_state` that rank `rank` saved.
+    """The saved `rank_state` of a rank.
 
     Raises:
         SRDEError: the checkpoint was saved by fewer ranks (compare the manifest's `world_size` first).
@@ -122,14 +122,14 @@ def load_rank_state(folder: str | Path, rank: int) -> dict[str, Any]:
 
 
 def load_common_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """The `common_tensors` that were saved, on the CPU."""
+    """The saved `common_tensors`, on the CPU."""
     with open_tensors(Path(folder) / COMMON) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 @contextmanager
 def _readable(folder: Path) -> Iterator[None]:
-    """A file that cannot be read counts as damaged."""
+    """Treat a file that cannot be read as damaged."""
     try:
         yield
     except OSError as error:

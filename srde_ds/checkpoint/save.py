@@ -1,7 +1,7 @@
-"""Writes checkpoints: a folder appears complete or not at all (docs/checkpoints.md).
+"""Writes checkpoints. A folder appears complete or not at all (docs/checkpoints.md).
 
-No torch.distributed here: the caller passes the collectives. Threads only write files. What the ranks must agree on,
-they agree on in the calling thread, so that it never runs beside the collectives of training.
+The caller passes the collectives; torch.distributed is not used here. Threads only write files. The ranks communicate
+only in the calling thread, so that this never overlaps with the collectives of training.
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# How far a rank is with a part; the largest counts. One that fails waits for those that still write.
+# A rank's progress with a part; the largest counts. A rank that fails waits for those that are still writing.
 _DONE, _FAILED, _RUNNING = 0, 1, 2
 _NOT_REMOVED = "checkpoint-{} was saved, but an older checkpoint could not be removed"
-# Waiting ranks look again so often that no collective of theirs comes near its timeout.
+# Waiting ranks poll often enough that no collective comes near its timeout.
 _LOOK_AGAIN_SECONDS = 0.1
 
 
 class SaveFailed(SRDEError):
-    """A checkpoint could not be written; the earlier ones remain. All ranks raise it together."""
+    """A checkpoint could not be written; earlier ones remain. All ranks raise this together."""
 
 
 class _Content(NamedTuple):
@@ -66,27 +66,27 @@ class _Content(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A part of a save that all ranks must have finished before the next one begins."""
+    """A part of a save that all ranks must finish before the next part begins."""
 
     work: Callable[[], None]
     problem: str
     saved_step: int | None
-    """what is saved once this part is done"""
+    """the step that counts as saved once this part is done"""
 
 
 class CheckpointSaver:
-    """Writes checkpoints in a thread of each rank, one at a time.
+    """Writes checkpoints, one at a time, in a thread of each rank.
 
-    Every rank calls `start`, `poll`, `wait` at the same place. As a context manager it finishes the save in flight at
-    the block's end and after an SRDEError, which ranks raise together; after any other exception, with which the other
-    ranks may not be here, only this rank's thread is awaited and the checkpoint stays half-written.
+    Every rank calls `start`, `poll` and `wait` at the same points. As a context manager it finishes a save in progress
+    at the block's end and after an SRDEError, which ranks raise together. Any other exception may be this rank's alone:
+    then it waits only for its own thread, and the checkpoint stays half-written.
 
     Args:
         output_dir: the run's folder, on a file system that all ranks see.
-        keep: checkpoints to keep.
+        keep: number of checkpoints to keep.
 
     Attributes:
-        saved_step: of the last checkpoint that is complete; the caller may set it after resuming.
+        saved_step: step of the last complete checkpoint; the caller may set it after resuming.
     """
 
     def __init__(self, output_dir: str | Path, ranks: Ranks, *, keep: int) -> None:
@@ -107,18 +107,18 @@ class CheckpointSaver:
         common_tensors: Mapping[str, Tensor],
         copy_first: bool = True,
     ) -> None:
-        """Begin to write `checkpoint-<step>`, after the save in flight, if any, is done.
+        """Begin to write `checkpoint-<step>`, once any save in progress is done.
 
         Args:
-            slices: what this rank holds; over all ranks each element of each tensor exactly once.
-            rank_state: JSON-able state of this rank (random number generators).
-            run_state: JSON-able state of the run, written by rank 0 (config, data position, adapter metadata, ...).
-            common_tensors: tensors that all ranks share (supports, ...), written by rank 0.
-            copy_first: return when everything is copied to host memory; otherwise nothing given may change before
+            slices: what this rank holds. Together the ranks must give each element of each tensor exactly once.
+            rank_state: state of this rank that JSON can hold (random number generators).
+            run_state: state of the run that JSON can hold, written by rank 0 (config, data position, adapter metadata).
+            common_tensors: tensors that all ranks share, such as supports, written by rank 0.
+            copy_first: copy everything to host memory before returning; otherwise no argument may change before
                 `wait` returns.
 
         Raises:
-            SaveFailed: this or the former checkpoint cannot be written.
+            SaveFailed: this checkpoint, or the previous one, cannot be written.
         """
         self.wait()
         rank, run, name = self.ranks.rank, self.run, f"checkpoint-{step}"
@@ -151,11 +151,11 @@ class CheckpointSaver:
         self._running = self._thread.submit(write)
 
     def poll(self) -> bool:
-        """Whether nothing is in flight any more. One small collective while something is; without waiting for files.
+        """Whether no save is in progress. While one is, this is a small collective; it does not wait for files.
 
         Raises:
-            SaveFailed: on every rank, if any rank failed, with that rank's reason. Until `latest` is moved, the
-                previous checkpoint stays as it is.
+            SaveFailed: on every rank, if any rank failed, with that rank's reason. The previous checkpoint is untouched
+                until `latest` moves.
         """
         if self._running is None:
             return True
@@ -175,7 +175,7 @@ class CheckpointSaver:
         return self._running is None
 
     def wait(self) -> None:
-        """Finish the save in flight, if any; errors as `poll`."""
+        """Finish the save in progress, if any; raises the errors of `poll`."""
         while not self.poll():
             assert self._running is not None
             wait([self._running], _LOOK_AGAIN_SECONDS)
@@ -202,7 +202,7 @@ class CheckpointSaver:
         self.close(error)
 
     def close(self, error: BaseException | None) -> None:
-        """What the end of its context does after `error`, or in good order."""
+        """What leaving the context does, after `error` or without one."""
         if error is None:
             self.wait()
         elif isinstance(error, SRDEError):
@@ -214,13 +214,13 @@ class CheckpointSaver:
             wait([self._running])
 
     def _together(self, work: Callable[[], Result], problem: str) -> Result:
-        """What `work` returns, once it has succeeded on all ranks; else SaveFailed on all, with the reason."""
+        """The result of `work`, once it has succeeded on all ranks; otherwise SaveFailed on all, with the reason."""
         outcome = attempt(work, self.ranks)
         failure, error = outcome.failure, outcome.own.exception()
         if failure is None or (error is not None and not isinstance(error, SRDEError | OSError)):
             return outcome.own.result()
         if self.ranks.rank == 0:
-            with suppress(OSError):  # what cannot be removed now is removed by the next save
+            with suppress(OSError):  # the next save tries again
                 _clear_leftovers(self.run)
         standing = None
         with suppress(OSError):
@@ -231,7 +231,7 @@ class CheckpointSaver:
 
 
 class _HostCopies:
-    """Copies of tensors in host memory, pinned for those of a GPU; each save reuses the buffers of the last one."""
+    """Copies of tensors in host memory, pinned for GPU tensors. Each save reuses the buffers of the last one."""
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
@@ -267,17 +267,17 @@ def _prepare(run: Path, name: str) -> None:
 
 
 def _write_files(partial: Path, rank: int, content: _Content) -> dict[str, FileRecord]:
-    """Write this rank's files, and return what the manifest says of those that only rank 0 writes."""
+    """Write this rank's files, and return the manifest's records of those that only rank 0 writes."""
     records: dict[str, FileRecord] = {}
     try:
         shard = write_shard(partial, rank, content.slices)
-        # The shard's hash travels in the rank's small file: no rank reads another's gigabytes.
+        # The shard's hash is in the rank's small file, so that no rank has to read another's gigabytes.
         write_json(partial / rank_name(rank), {"shard": shard, "state": dict(content.rank_state)})
         if rank == 0:
             records[RUN_STATE] = write_json(partial / RUN_STATE, content.run_state)
             records[COMMON] = write_tensors(partial / COMMON, content.common_tensors, {})
     except OSError:
-        # At once, not when the ranks have agreed: what else the run writes needs room on a full disk.
+        # At once, without waiting for the other ranks: on a full disk the run's other files need room.
         for name in (shard_name(rank), rank_name(rank)):
             with suppress(OSError):
                 (partial / name).unlink()
@@ -286,12 +286,12 @@ def _write_files(partial: Path, rank: int, content: _Content) -> dict[str, FileR
 
 
 def _publish(run: Path, name: str, step: int, world_size: int, records: Mapping[str, FileRecord]) -> None:
-    """Give the finished `.tmp` folder its name, then move `latest`. An existing one of that name steps aside first."""
+    """Give the finished `.tmp` folder its name, then move `latest`. A folder that has the name is renamed first."""
     partial, final = run / f"{name}.tmp", run / name
     every = dict(records)
     for rank in range(world_size):
         every |= _rank_records(partial, rank)
-    ShardIndex(partial)  # refuses a checkpoint that lacks an element, or holds one more than once
+    ShardIndex(partial)  # refuses a checkpoint in which an element is missing or occurs twice
     write_manifest(partial, step, world_size, every)
     if final.exists():
         os.rename(final, run / f"{name}.old")
@@ -312,7 +312,7 @@ def _rank_records(folder: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def _clear_leftovers(run: Path) -> None:
-    """Undo what a kill left behind: half-written folders go, a folder that had stepped aside comes back."""
+    """Clean up after a kill: remove half-written folders, and give a folder that was renamed its name back."""
     for path in run.glob("checkpoint-*.old"):
         if path.with_suffix("").exists():
             shutil.rmtree(path)
@@ -323,11 +323,11 @@ def _clear_leftovers(run: Path) -> None:
 
 
 def _remove_older(run: Path, keep: int, newest: int) -> None:
-    """Later ones stay: a run that went back to an earlier step replaces them as it comes to them again."""
-    _clear_leftovers(run)  # the former folder of this name
+    """Remove earlier checkpoints. Later ones stay: a run that went back replaces them when it reaches them again."""
+    _clear_leftovers(run)  # removes the old folder of this name
     others = sorted((step, path) for step, path in saved_checkpoints(run) if step < newest)
     for _, path in others[: max(0, len(others) - (keep - 1))]:
-        # Renamed first: a kill while its files go leaves no checkpoint that only looks like one.
+        # Renamed first, so that a kill during the removal leaves no folder that looks like a checkpoint.
         partial = path.with_name(f"{path.name}.tmp")
         os.rename(path, partial)
         shutil.rmtree(partial)

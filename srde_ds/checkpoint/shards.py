@@ -1,4 +1,4 @@
-"""Slices of tensors, in one safetensors file for each rank, read back by global offset at any number of ranks."""
+"""Slices of tensors in one safetensors file per rank, read back by global offset on any number of ranks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ CHUNK_BYTES = 16 * 2**20
 
 
 class FileRecord(TypedDict):
-    """What the manifest says about a file."""
+    """The manifest's entry for a file."""
 
     bytes: int
     sha256: str
 
 
 def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
-    """Write a new file, fsync it, and hash what was meant to be written, so that a check also finds a faulty disk."""
+    """Write and fsync a new file. The hash is taken before writing, so that a later check also finds a faulty disk."""
     digest, size = hashlib.sha256(), 0
     with open(path, "xb") as file:
         for chunk in chunks:
@@ -45,13 +45,13 @@ def write_bytes(path: Path, chunks: Iterator[Any]) -> FileRecord:
 
 
 def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """The header of a safetensors file, and the tensors' names in the order in which they follow it.
+    """The header of a safetensors file, and the tensors' names in the order in which they must follow.
 
     Args:
-        tensors: by name; of each only dtype and shape are read.
+        tensors: by name; only their dtypes and shapes are read.
     """
-    # Large elements first, so that every tensor starts at a multiple of its element size; else one order for all who
-    # write the same tensors.
+    # Large elements first, so that every tensor starts at a multiple of its element size; then by name, so that the
+    # same tensors always give the same file.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, str(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -69,13 +69,13 @@ def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) 
 
 
 def tensor_bytes(tensor: Tensor) -> Iterator[Any]:
-    """The tensor's elements as a file holds them; a chunk at a time goes to the host."""
+    """The tensor's bytes as in a file; one chunk at a time is copied to the host."""
     for part in tensor.detach().reshape(-1).split(CHUNK_BYTES // tensor.element_size()):
         yield part.cpu().contiguous().view(torch.uint8).numpy()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> FileRecord:
-    """Write a safetensors file in one pass: a chunk at a time goes to the file and into the hash."""
+    """Write a safetensors file in one pass, chunk by chunk, and hash it meanwhile."""
     header, names = safetensors_header(tensors, metadata)
 
     def chunks() -> Iterator[Any]:
@@ -111,8 +111,8 @@ def write_shard(folder: str | Path, rank: int, slices: Sequence[TensorSlice]) ->
     return write_tensors(Path(folder) / shard_name(rank), tensors, {"pieces": json.dumps(places)})
 
 
-class _Stored(NamedTuple):
-    """A slice in a file: `runs` runs of `length` elements, `stride` apart from `start` on."""
+class _StoredSlice(NamedTuple):
+    """A slice in a file: `runs` runs of `length` elements, `stride` apart, beginning at `start`."""
 
     start: int
     stop: int
@@ -128,23 +128,23 @@ class _Stored(NamedTuple):
 
 
 class ShardIndex:
-    """Where each element of each tensor lies in a folder's shards. Reads headers only.
+    """Finds each element of each tensor in a folder's shards. Creating it reads only headers.
 
     Raises:
-        SRDEError: a file is no shard, shards disagree on a shape, or an element is not there exactly once.
+        SRDEError: a file is not a shard, shards disagree on a shape, or an element does not occur exactly once.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
-        self._stored: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
+        self._slices: dict[tuple[str, str], list[_StoredSlice]] = defaultdict(list)
         for path in sorted(self.folder.glob("shard-*.safetensors")):
             self._add(path)
-        for (kind, name), stored in self._stored.items():
+        for (kind, name), stored in self._slices.items():
             stored.sort()
             self._check_coverage(kind, name, stored)
 
-    def _check_coverage(self, kind: str, name: str, stored: list[_Stored]) -> None:
+    def _check_coverage(self, kind: str, name: str, stored: list[_StoredSlice]) -> None:
         total = math.prod(self.shapes[kind, name])
         if all(item.runs == 1 for item in stored):
             reached = 0
@@ -158,9 +158,9 @@ class ShardIndex:
                 reached = stop
             return
         held = sum(item.runs * item.length for item in stored)
-        if held != total:  # also keeps a forged shape from taking memory
+        if held != total:  # also protects memory from a forged shape
             raise SRDEError(
-                f"checkpoint '{self.folder}': holds {held} of the elements of '{name}' ({kind}), "
+                f"checkpoint '{self.folder}': the shards have {held} elements of '{name}' ({kind}), "
                 f"shape {self.shapes[kind, name]}."
             )
         count = torch.zeros(total, dtype=torch.uint8)
@@ -198,20 +198,20 @@ class ShardIndex:
                             f"'{path}': '{name}' ({kind}) has shape {shape}, "
                             f"but {self.shapes[kind, name]} in another shard."
                         )
-                    stored = _Stored(start, stop, sum(runs) or 1, length, stride or length, path, key)
-                    self._stored[kind, name].append(stored)
+                    stored = _StoredSlice(start, stop, sum(runs) or 1, length, stride or length, path, key)
+                    self._slices[kind, name].append(stored)
             except (KeyError, TypeError, ValueError, RecursionError) as error:
                 raise SRDEError(f"'{path}': not a shard of srde_ds: {_reason(error)}.") from None
 
     def tensor(self, kind: str, name: str) -> Tensor:
-        """One whole tensor, on the CPU; errors as `read`."""
+        """One whole tensor, on the CPU; raises the errors of `read`."""
         shape = self.shapes.get((kind, name), ())
         item = TensorSlice(name, kind, shape, 0, torch.empty(math.prod(shape)))
         self.read([item])
         return item.data.view(shape)
 
     def read(self, wanted: Sequence[TensorSlice]) -> None:
-        """Fill each slice's `data` in place, reading only the bytes that overlap.
+        """Fill each slice's `data` in place, reading only the bytes that are needed.
 
         Raises:
             SRDEError: a tensor is missing or has another shape.
@@ -227,7 +227,7 @@ class ShardIndex:
                     f"checkpoint '{self.folder}': '{item.name}' ({item.kind}) {found}, "
                     f"but shape {tuple(item.global_shape)} is wanted.{similar if shape is None else ''}"
                 )
-            stored = self._stored[item.kind, item.name]
+            stored = self._slices[item.kind, item.name]
             if item.data.dim() == 2 or any(part.runs > 1 for part in stored):
                 strided[item.kind, item.name].append(item)
                 continue
@@ -246,9 +246,9 @@ class ShardIndex:
                     target.copy_(file.get_slice(key)[start:stop])
 
     def _read_strided(self, key: tuple[str, str], slices: Sequence[TensorSlice]) -> None:
-        """Put one tensor together, in host memory, and cut the slices out of it."""
+        """Assemble one tensor in host memory, and cut the slices out of it."""
         flat = torch.empty(math.prod(self.shapes[key]))
-        for part in self._stored[key]:
+        for part in self._slices[key]:
             with open_tensors(part.path) as file:
                 part.view(flat).copy_(file.get_tensor(part.key).view(part.runs, part.length))
         for item in slices:
@@ -258,16 +258,16 @@ class ShardIndex:
 
 
 def read_slices(folder: str | Path, wanted: Sequence[TensorSlice]) -> None:
-    """Fill each slice's `data` in place from whichever shards hold its elements; see ShardIndex for errors."""
+    """Fill each slice's `data` in place from the shards that hold its elements; see ShardIndex for errors."""
     ShardIndex(folder).read(wanted)
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file, open for reading. The library checks header and sizes before any tensor is made.
+    """Open a safetensors file for reading. The library checks its header and sizes before it creates any tensor.
 
     Raises:
-        SRDEError: the file is missing or is not safetensors.
+        SRDEError: the file is missing or not safetensors.
     """
     try:
         with safe_open(path, framework="pt") as file:

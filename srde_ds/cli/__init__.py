@@ -1,1 +1,1 @@
-"""The program `srde-ds`: one module a verb. Heavy libraries load when a verb runs, not before."""
+"""The program `srde-ds`, with one module per verb. Heavy libraries load only when a verb runs."""

@@ -1,4 +1,4 @@
-"""`srde-ds combine`: the experts of several adapters in one."""
+"""`srde-ds combine`: puts the experts of several adapters into one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from srde_ds.compose.options import CombineOptions
 
 
 def combine(arguments: Sequence[str]) -> None:
-    """Combine adapters of one base, and print the path that was written."""
+    """Combine adapters of one base, and print the path of the result."""
     parser = Parser(
         "srde-ds combine",
         "Put the experts of several adapters of one base into one. Routers are made from the statistics of the domains "
-        "that the weights hold: neither data nor the base are needed.",
+        "in the weights: neither data nor the base is needed.",
         usage="WEIGHTS WEIGHTS... --output FILE [options]",
         positional="weights",
         many=True,

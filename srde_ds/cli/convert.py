@@ -1,4 +1,4 @@
-"""`srde-ds convert`: trained experts as files for others to load."""
+"""`srde-ds convert`: writes trained experts as files for other programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from srde_ds.export.options import ConvertOptions
 
 
 def convert(arguments: Sequence[str]) -> None:
-    """Convert weights as the command line says, and print the path that was written."""
+    """Convert weights as the command line says, and print the path of the result."""
     parser = Parser(
         "srde-ds convert",
         "Write trained experts as files that other programs load.",

@@ -1,4 +1,4 @@
-"""`srde-ds doctor`: look for what would end a run later."""
+"""`srde-ds doctor`: looks for problems that would end a run later."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from srde_ds.errors import SRDEError
 class DoctorOptions:
     """Where to look."""
 
-    hostfile: str | None = option(None, "hosts to look at, over ssh (default: this host alone)", metavar="FILE")
-    master_port: int = option(29500, "port at which the ranks meet", metavar="PORT", minimum=1, maximum=65535)
+    hostfile: str | None = option(None, "hosts to check, over ssh (default: only this host)", metavar="FILE")
+    master_port: int = option(29500, "rendezvous port of the ranks", metavar="PORT", minimum=1, maximum=65535)
     processes: int | None = option(
-        None, "without a hostfile: processes on this host (default: one for each GPU)", metavar="N", minimum=1
+        None, "without a hostfile: number of processes on this host (default: one per GPU)", metavar="N", minimum=1
     )
-    nodes: int = option(1, "without a hostfile: hosts with as many processes", metavar="N", minimum=1)
+    nodes: int = option(1, "without a hostfile: number of hosts with so many processes", metavar="N", minimum=1)
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Print what was found. Returns 1 if something has to be repaired before training."""
+    """Print the findings. Returns 1 if something has to be repaired before training."""
     parser = Parser(
         "srde-ds doctor",
-        "Look for what would end a run later: on this host, or on all hosts of a hostfile. It takes the options of a "
-        "run, such as --model_name and --batch_size, as well; --help-all lists them.",
+        "Look for problems that would end a run later, on this host or on all hosts of a hostfile. It also takes the "
+        "options of a run, such as --model_name and --batch_size; --help-all lists them.",
     )
     parser.add_options(DoctorOptions)
     parser.add_options(ConfigFile)
-    parser.add_options(TrainOptions, rare=True)  # launchers hand on the flags of a run as they are
+    parser.add_options(TrainOptions, rare=True)  # launchers pass the flags of a run on unchanged
     parser.add_config_options(rare=True)
     given = parser.parse(arguments)
     options = parser.options(DoctorOptions, given)
@@ -58,7 +58,7 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 def _config(given: dict[str, str]) -> Config:
-    """As a run would resolve it; where the base or the rows cannot be read, as it is: `check` tells of that."""
+    """The config as a run would resolve it; unresolved if base or rows cannot be read, which `check` reports."""
     from srde_ds.training.run_inputs import read_run_inputs
 
     try:

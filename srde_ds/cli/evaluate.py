@@ -1,4 +1,4 @@
-"""`srde-ds evaluate`: loss and accuracy on held-out items."""
+"""`srde-ds evaluate`: measures loss and accuracy on held-out items."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading command lines: a flag for each option of a dataclass, one line for bad input, help that is short first."""
+"""Reads command lines: a flag for each option of a dataclass, one line for bad input, and help that starts short."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from srde_ds.errors import SRDEError, nearest
 READING = ("format", "columns", "ignore_columns", "domain", "encoding", "on_bad_record")
 """Fields of the config that say how files of records are read"""
 Options = TypeVar("Options")
-HELP_POSITION = 34  # column in which the texts begin
+HELP_POSITION = 34  # column where the texts begin
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags as texts, by option name; `options` and `resolved` convert and check them.
+    """Parses flags into texts by option name; `options` and `resolved` convert and check them.
 
     Args:
         usage: what follows the program's name.
-        positional: the option that may also be given as a word without a flag.
-        many: that option is a list, and each of several words is one of its items.
+        positional: the option that may also be given without a flag.
+        many: whether that option is a list, which may be given as several words.
     """
 
     def __init__(
@@ -50,22 +50,22 @@ class Parser(argparse.ArgumentParser):
         self._everything = False
         self._booleans: set[str] = set()
         how: dict[str, Any] = {"action": _Help, "nargs": 0, "default": argparse.SUPPRESS}
-        self.add_argument("-h", "--help", **how, help="show the usual options and stop")
-        self.add_argument("--help-all", **how, help="show all options and their other names, and stop")
+        self.add_argument("-h", "--help", **how, help="show the common options and exit")
+        self.add_argument("--help-all", **how, help="show all options and their aliases, and exit")
 
     def error(self, message: str) -> Any:
-        """What argparse cannot read, as an SRDEError."""
+        """Raise an SRDEError for what argparse cannot read."""
         raise SRDEError(f"{message} (see {self.prog} --help)")
 
     def add_options(
         self, kind: Any, *, title: str | None = None, only: Sequence[str] | None = None, rare: bool | None = False
     ) -> None:
-        """A flag for each option of a dataclass.
+        """Add a flag for each option of a dataclass.
 
         Args:
-            title: of the options as a group of the help text.
-            only: the names of those to add; None: all.
-            rare: list them with --help-all alone; None: all but the common ones.
+            title: title of the options' group in the help text.
+            only: names of the options to add; None: all.
+            rare: list them only with --help-all; None: all but the common ones.
         """
         hints = get_type_hints(kind)
         chosen = [field for field in fields(kind) if only is None or field.name in only]
@@ -81,17 +81,17 @@ class Parser(argparse.ArgumentParser):
                 self._rare.add(field.name)
 
     def add_config_options(self, *, only: Sequence[str] | None = None, rare: bool | None = False) -> None:
-        """A flag for each option of a run, a group for each section; arguments as of `add_options`."""
+        """Add a flag for each option of a run, in a group for each section; for the arguments see `add_options`."""
         for section in fields(Config):
             kind = section.default_factory
             self.add_options(kind, title=section.name, only=only, rare=rare)
 
     def add_launcher_flag(self) -> None:
-        """The deepspeed launcher adds a rank to the command line, which the environment holds, too."""
+        """Accept the rank that deepspeed's launcher adds to the command line; the environment also has it."""
         self.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The flags that were given, as texts by option name."""
+        """The given flags, as texts by option name."""
         namespace, others = self.parse_known_args(list(self._separated(arguments)))
         given = vars(namespace)
         given.pop("local_rank", None)
@@ -112,10 +112,10 @@ class Parser(argparse.ArgumentParser):
         return given
 
     def options(self, kind: type[Options], given: dict[str, Any]) -> Options:
-        """An instance of a dataclass of options; takes them out of what `parse` gave.
+        """An instance of a dataclass of options, which are removed from the result of `parse`.
 
         Raises:
-            SRDEError: a value that does not fit its option, or a required option that is missing.
+            SRDEError: a value does not fit its option, or a required option is missing.
         """
         values = {}
         for field in fields(kind):  # type: ignore[arg-type]
@@ -142,14 +142,14 @@ class Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def _separated(self, arguments: Sequence[str]) -> Iterator[str]:
-        """A boolean flag takes the next word only where that is a truth value, or nothing else may stand there."""
+        """Have a boolean flag take the next word only if that is a truth value, or no other word is possible there."""
         for word, following in zip(arguments, [*arguments, "--"][1:], strict=True):
             alone = self._positional and not following.startswith("-") and following.lower() not in BOOLEANS
             yield f"{word}=true" if alone and word in self._booleans else word
 
 
 def _without_secrets(word: str) -> str:
-    """A webhook's URL is one, wherever it was put by mistake."""
+    """The word, unless it is the URL of a webhook, which is a secret wherever it was put by mistake."""
     return word.partition("://")[0] + "://…" if "://" in word else word
 
 
@@ -201,6 +201,6 @@ def _with_aliases(action: argparse.Action) -> argparse.Action:
 
 
 def resolved(given: dict[str, Any], read_inputs: ReadInputs | None = None) -> Config:
-    """The config of the flags, with `config` naming the YAML file that they take precedence over."""
+    """The config of the flags, which take precedence over the YAML file that `config` names."""
     path = given.pop("config", None)
     return resolve(load_yaml(path) if path else {}, given, read_inputs=read_inputs)

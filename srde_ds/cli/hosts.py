@@ -1,4 +1,4 @@
-"""`srde-ds hosts`: write a hostfile and the variables of its ranks."""
+"""`srde-ds hosts`: writes a hostfile and the variables of its ranks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class HostsOptions:
     """Where the hosts come from, and where the hostfile goes."""
 
     list: str | None = option(None, "hosts by name", metavar="NAME[:SLOTS],...")
-    slurm: bool = option(False, "the nodes of the Slurm job that this runs in")
+    slurm: bool = option(False, "the nodes of the current Slurm job")
     vastai: str | None = option(
-        None, "what `vastai show instances --raw` printed; '-' reads standard input", metavar="FILE"
+        None, "output of `vastai show instances --raw`; '-' reads standard input", metavar="FILE"
     )
-    hostfile: str | None = option(None, "a hostfile, to check and write anew", metavar="FILE")
+    hostfile: str | None = option(None, "an existing hostfile, to check and rewrite", metavar="FILE")
     slots: int | None = option(
-        None, "processes on each host, one for each GPU (default: as the source says)", metavar="N"
+        None, "number of processes on each host, one per GPU (default: as the source says)", metavar="N"
     )
     output_file: str | None = option(None, "hostfile to write (default: print it)", metavar="FILE", aliases=("output",))
-    ssh_config: str | None = option(None, "with vastai: entries for ~/.ssh/config to write", metavar="FILE")
+    ssh_config: str | None = option(None, "with vastai: file to write entries for ~/.ssh/config to", metavar="FILE")
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class RankVariables:
         None, "network interface between the hosts, such as eth0, for gloo and NCCL", metavar="NAME"
     )
     variables: str | None = option(
-        None, "further variables; NAME alone takes the value it has here", metavar="NAME[=VALUE],..."
+        None, "further variables; NAME alone takes its value from here", metavar="NAME[=VALUE],..."
     )
-    environment_file: str = option(".deepspeed_env", "file to write them to, where deepspeed looks", metavar="FILE")
+    environment_file: str = option(".deepspeed_env", "file to write them to, as deepspeed expects it", metavar="FILE")
 
 
 def hosts(arguments: Sequence[str]) -> None:
-    """Write or print a hostfile, and what the ranks need besides."""
+    """Write or print a hostfile, and write the ranks' variables."""
     parser = Parser(
         "srde-ds hosts",
         "Write a hostfile for `deepspeed --hostfile`, and .deepspeed_env, the variables of its ranks.",
@@ -56,7 +56,7 @@ def hosts(arguments: Sequence[str]) -> None:
     options, ranks = parser.options(HostsOptions, given), parser.options(RankVariables, given)
     sources = [name for name in ("list", "slurm", "vastai", "hostfile") if getattr(options, name)]
     if len(sources) > 1:
-        raise SRDEError(f"--{sources[0]} and --{sources[1]} both say where the hosts are: leave one out.")
+        raise SRDEError(f"--{sources[0]} and --{sources[1]} both name the hosts: leave one out.")
 
     from srde_ds.cluster import hosts as cluster_hosts
     from srde_ds.cluster.rank_environment import format_rank_environment, rank_environment
@@ -74,7 +74,7 @@ def hosts(arguments: Sequence[str]) -> None:
         found = cluster_hosts.read_hostfile(options.hostfile)
         if options.slots is not None:
             raise SRDEError(
-                f"slots={options.slots} with hostfile={options.hostfile}: the file says them. Leave it out."
+                f"slots={options.slots} with hostfile={options.hostfile}: the file already has them. Leave it out."
             )
     else:
         raise SRDEError(f"no hosts: give --list, --slurm, --vastai or --hostfile (see {parser.prog} --help)")
@@ -84,7 +84,7 @@ def hosts(arguments: Sequence[str]) -> None:
         print(cluster_hosts.format_hostfile(found), end="")
     if options.ssh_config:
         if ssh_config is None:
-            raise SRDEError("ssh_config: only --vastai tells ports. Leave it out.")
+            raise SRDEError("ssh_config: only --vastai knows the ports. Leave it out.")
         written[options.ssh_config] = ssh_config
     if ranks.interface or ranks.variables:
         names = ranks.variables.split(",") if ranks.variables else []

@@ -1,4 +1,4 @@
-"""`srde-ds inference`: ask a trained model."""
+"""`srde-ds inference`: asks a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`srde-ds inspect`: what is in trained weights."""
+"""`srde-ds inspect`: shows what is in trained weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from srde_ds.utils.escape import terminal
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """Which weights, and how they are described."""
+    """Which weights to describe, and how."""
 
     weights: str = weights_option()
-    json: bool = option(False, "print JSON instead of words")
+    json: bool = option(False, "print JSON instead of text")
 
 
 def inspect(arguments: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""The program `srde-ds` and the scripts in launch/: from a command line to a verb and an exit status."""
+"""The program `srde-ds` and the scripts in launch/: runs a command line's verb and returns its exit status."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
 }
 
 
-# What a disk, its rights or a path's name can do to any verb: no bug, so no traceback.
+# Problems with a disk, permissions or a path's name, which are not bugs and need no traceback.
 _STORAGE = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -66,7 +66,7 @@ _STORAGE = {
 
 
 class _Escaped(logging.Formatter):
-    """Messages may quote anybody's text."""
+    """Escapes messages, which may quote anybody's text."""
 
     def format(self, record: logging.LogRecord) -> str:
         return terminal(super().format(record))
@@ -74,9 +74,9 @@ class _Escaped(logging.Formatter):
 
 @contextmanager
 def _console() -> Iterator[None]:
-    """On rank 0 the package's messages go to stderr, and progress bars only if that is a terminal."""
+    """On rank 0 the package's messages go to stderr, with progress bars only if that is a terminal."""
     if launched_rank() != 0 or not sys.stderr.isatty():
-        # Read when datasets and huggingface_hub (for transformers too) are imported, here and in child processes.
+        # datasets and huggingface_hub (also for transformers) read these on import, here and in child processes.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logger, handler = logging.getLogger("srde_ds"), logging.StreamHandler()
@@ -95,8 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        Its exit status: 0; 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank, 128 + the
-        signal if one stopped it. All but 0 are printed as one line.
+        The exit status: 0 for success, 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank,
+        128 + the signal if one stopped it. All but 0 come with one printed line.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _bad_input(reason: str) -> int:
     place = ""
-    with suppress(SRDEError):  # the environment's numbers may be what was bad
+    with suppress(SRDEError):  # the bad input may be the environment's rank
         place = f"rank {launched_rank()}: " if launched_rank() else ""
     print(f"srde-ds: error: {place}{one_line(reason)}", file=sys.stderr, flush=True)
     return 2

@@ -1,4 +1,4 @@
-"""`srde-ds monitor`: watch a run and tell a webhook when its state changes."""
+"""`srde-ds monitor`: watches a run and notifies a webhook when its state changes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from srde_ds.config.values import option
 
 @dataclass(frozen=True)
 class MonitorOptions:
-    """Which run, how often to look, and who is told."""
+    """Which run to watch, how often, and whom to notify."""
 
     run: str = option("", "the output_dir of a run", metavar="RUN", required=True)
     webhook: str | None = option(
-        None, "address that gets JSON by POST (default: WEBHOOK_URL of the environment)", metavar="URL"
+        None, "URL to post changes of state to, as JSON (default: WEBHOOK_URL of the environment)", metavar="URL"
     )
-    once: bool = option(False, "print the state and stop; the exit status is 1 for a run that is not well")
-    interval: float = option(10.0, "seconds between looks", metavar="SECONDS")
+    once: bool = option(False, "print the state and exit, with status 1 if the run has failed, stopped or stalled")
+    interval: float = option(10.0, "seconds between checks", metavar="SECONDS")
     stall_seconds: float | None = option(
         None,
-        "seconds without a finished step after which a run has stalled (default: ten usual steps)",
+        "seconds without a finished step after which a run counts as stalled (default: the time of ten usual steps)",
         metavar="SECONDS",
     )
 
 
 def monitor(arguments: Sequence[str]) -> int:
-    """Watch a run. Returns 1 for one that is not well."""
+    """Watch a run. Returns 1 if it has failed, stopped or stalled."""
     parser = Parser(
         "srde-ds monitor",
-        "Watch the progress of a run, and tell a webhook when its state changes.",
+        "Watch the progress of a run, and notify a webhook when its state changes.",
         usage="RUN [options]",
         positional="run",
     )

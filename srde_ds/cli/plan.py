@@ -1,4 +1,4 @@
-"""`srde-ds plan`: memory, traffic, time and price of a run."""
+"""`srde-ds plan`: estimates memory, traffic, time and price of a run."""
 
 from __future__ import annotations
 

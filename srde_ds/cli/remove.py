@@ -1,4 +1,4 @@
-"""`srde-ds remove`: weights without some of their experts."""
+"""`srde-ds remove`: writes weights without some of their experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`srde-ds rename`: weights whose experts have other names."""
+"""`srde-ds rename`: writes weights with other names for their experts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from srde_ds.compose.options import RenameOptions
 
 
 def rename(arguments: Sequence[str]) -> None:
-    """Write weights whose experts have other names, and print the path."""
+    """Write weights with other names for their experts, and print the path."""
     parser = Parser(
         "srde-ds rename",
-        "Write weights whose experts have other names.",
+        "Write weights with other names for their experts.",
         usage="WEIGHTS --names OLD=NEW,... --output FILE",
         positional="weights",
     )

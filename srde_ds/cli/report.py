@@ -1,4 +1,4 @@
-"""`srde-ds report`: a run as one page, or several runs compared."""
+"""`srde-ds report`: shows a run on one page, or compares several runs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ COMPARISON = "comparison.html"
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Which runs, and where the page goes."""
+    """Which runs to show, and where to write the page."""
 
     run: list[str] = option(
         [],
-        "folder of a run, finished or not; several: a page that compares them",
+        "folder of a run, finished or not; several runs are compared on one page",
         metavar="RUN",
         aliases=("weights", "checkpoint", "srde_weights"),
         required=True,
     )
     output_file: str | None = option(
         None,
-        "HTML to write (default: report.html in the run's folder; of several runs comparison.html in this one)",
+        "HTML file to write (default: report.html in the run's folder; for several runs comparison.html here)",
         metavar="FILE",
         aliases=("output",),
     )
@@ -45,7 +45,7 @@ def report(arguments: Sequence[str]) -> None:
     parser.add_options(ReportOptions)
     given = parser.parse(arguments)
     if isinstance(given.get("run"), str):
-        given["run"] = [given["run"]]  # a path may hold a comma
+        given["run"] = [given["run"]]  # a path may contain a comma
     options = parser.options(ReportOptions, given)
     target = None if options.output_file is None else Path(options.output_file)
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
@@ -70,7 +70,7 @@ def report(arguments: Sequence[str]) -> None:
         print(terminal(f"{examples(markdown)}\n"))
     page = write_run_page(run, target)
     if markdown is None:
-        print("Not evaluated yet: no report.md. `srde-ds evaluate` gives what the page lacks.")
+        print("Not evaluated yet, so there is no report.md; `srde-ds evaluate` fills in what is missing.")
     else:
         print(terminal(f"Report: {markdown}"))
     print(terminal(f"Report: {page}"))

@@ -1,4 +1,4 @@
-"""`srde-ds supervise`: run a training command until the run is finished."""
+"""`srde-ds supervise`: runs a training command until the run has finished."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from srde_ds.errors import SRDEError
 
 @dataclass(frozen=True)
 class SuperviseOptions:
-    """How often, and with how many hosts, the command is started again."""
+    """How often to restart the command, and with how many hosts."""
 
-    max_restarts: int = option(3, "attempts after the first one", metavar="N", minimum=0)
+    max_restarts: int = option(3, "number of attempts after the first", metavar="N", minimum=0)
     min_nodes: int | None = option(
-        None, "hosts of the hostfile that are enough to go on with (default: all)", metavar="N", minimum=1
+        None, "number of the hostfile's hosts that suffice to continue (default: all)", metavar="N", minimum=1
     )
     host_timeout: float = option(60.0, "seconds to wait for hosts that do not answer", metavar="SECONDS", minimum=0.0)
-    preflight: bool = option(True, "look first for what would end the run, as `srde-ds doctor` does")
+    preflight: bool = option(True, "check first for problems that would end the run, like `srde-ds doctor`")
 
 
 def supervise(arguments: Sequence[str]) -> int:
-    """Run a training command until its run is finished. Returns its exit status."""
+    """Run a training command until its run has finished. Returns the exit status."""
     parser = Parser(
         "srde-ds supervise",
-        "Run a training command, and start it again after a failure, until the run is finished. The command follows "
+        "Run a training command, and restart it after failures, until the run has finished. The command follows "
         "--, as in: srde-ds supervise --max_restarts 3 -- deepspeed launch/train.py --config run.yaml",
         usage="[options] -- COMMAND",
     )
@@ -39,7 +39,7 @@ def supervise(arguments: Sequence[str]) -> int:
     from srde_ds.cluster.supervisor import Command, Supervisor
 
     command = Command.parse(words[separator + 1 :])
-    # This host need not hold the base: the ranks look at it.
+    # This host need not have the base; the ranks check it.
     config, dry_run = train_config(command.train_arguments)
     if dry_run:
         raise SRDEError("dry_run=true: there is nothing to supervise. Leave --dry_run out, or `supervise` out.")

@@ -1,4 +1,4 @@
-"""`srde-ds train`: train experts on a frozen base."""
+"""`srde-ds train`: trains experts on a frozen base."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What is no option of the run itself."""
+    """Options that do not belong to the run itself."""
 
     dry_run: bool = option(
-        False, "print the resolved options, parameters, memory and time line, and stop; nothing is written"
+        False, "print the resolved options, parameters, memory and time line, and exit without writing anything"
     )
 
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """Where the options of a run come from besides the flags."""
+    """Where a run's options come from, apart from the flags."""
 
     config: str | None = option(
-        None, "YAML file with the options below by section; flags take precedence", metavar="FILE"
+        None, "YAML file with the options below, by section; flags take precedence", metavar="FILE"
     )
 
 
@@ -41,7 +41,7 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
     """The resolved config of a `train` command line, and whether it is a dry run.
 
     Args:
-        read_inputs: as of `config.resolve`.
+        read_inputs: see `config.resolve`.
     """
     parser = Parser(
         "srde-ds train",
@@ -59,7 +59,7 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
 
 @contextmanager
 def _ending_at_ctrl_c() -> Iterator[None]:
-    """End the process at SIGINT while libraries are loaded: they abort if Python raises an exception within C++."""
+    """End the process at SIGINT while libraries load, since they abort if Python raises an exception within C++."""
 
     def end(number: int, frame: FrameType | None) -> None:
         if launched_rank() == 0:
@@ -77,7 +77,7 @@ def _ending_at_ctrl_c() -> Iterator[None]:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train, or print what a run would be, as the command line says.
+    """Train as the command line says, or print what a run would do.
 
     Returns:
         The exit status: 128 + the signal that stopped the run, else 0.
@@ -96,7 +96,7 @@ def train(arguments: Sequence[str]) -> int:
         from srde_ds.training.run_folder import check_dry_run
         from srde_ds.training.schedule import Schedule
 
-        shape = base_shape(config)  # first: it knows what is wrong with a base
+        shape = base_shape(config)  # first, since it reports what is wrong with a base
         check_dry_run(config)
         schedule = Schedule.of(config)
         parts = [describe_run(config, shape, world_size=launched_world_size()), schedule.describe()]

@@ -1,1 +1,1 @@
-"""Many machines: who they are, whether they are fit, how a run on them fares."""
+"""Many machines: the hosts of a run, whether they are ready, and how the run is doing."""

@@ -1,4 +1,4 @@
-"""What `srde-ds doctor` runs on each host: answers one JSON line for each JSON line that it is asked.
+"""What `srde-ds doctor` runs on each host: answers each JSON line with a JSON line.
 
 python -m srde_ds.cluster.host_agent
 """
@@ -25,8 +25,8 @@ from srde_ds.utils.environment import package_versions
 CONNECT_SECONDS = 5.0
 
 
-def facts(base: str | None, output_dir: str) -> dict[str, Any]:
-    """What must or should be the same on all hosts."""
+def describe_host(base: str | None, output_dir: str) -> dict[str, Any]:
+    """Properties of the host that must or should be the same on all hosts."""
     there = next(path for path in (Path(output_dir).absolute(), *Path(output_dir).absolute().parents) if path.exists())
     return {
         "host": socket.gethostname(),
@@ -41,7 +41,7 @@ def facts(base: str | None, output_dir: str) -> dict[str, Any]:
 
 
 def writable(folder: Path) -> bool:
-    """Found out by writing: for root, access rights say yes even where nothing can be written."""
+    """Whether a folder can be written, found by writing: for root, access rights allow even what fails."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
@@ -62,7 +62,7 @@ def gpus() -> list[dict[str, Any]]:
 
 
 def base_files(folder: str) -> dict[str, str]:
-    """Each file of a base with its size, and the hash of the small ones: gigabytes are not read."""
+    """Each file of a base with its size, and for small files the hash; gigabytes are not read."""
     found = {}
     for path in sorted(Path(folder).iterdir()):
         if path.is_file():
@@ -73,7 +73,7 @@ def base_files(folder: str) -> dict[str, str]:
 
 
 def _own_address() -> str:
-    """Of this host's name, as gloo takes it when no interface is given."""
+    """The address of this host's name, which gloo uses if no interface is given."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
@@ -81,7 +81,7 @@ def _own_address() -> str:
 
 
 def listen(port: int) -> str:
-    """Accept connections on a port until this process ends. "" or the reason why not."""
+    """Accept connections on a port until this process ends; returns "" or the reason why not."""
     try:
         server = socket.create_server(("", port))
     except OSError as error:
@@ -97,7 +97,7 @@ def listen(port: int) -> str:
 
 
 def connect(host: str, port: int) -> str:
-    """ "" or the reason why not."""
+    """Try to connect; returns "" or the reason why not."""
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -116,7 +116,7 @@ def write(path: str) -> str:
 
 
 ANSWERS: dict[str, Callable[..., Any]] = {
-    "facts": facts,
+    "describe_host": describe_host,
     "clock": time.time,
     "listen": listen,
     "connect": connect,
@@ -126,8 +126,8 @@ ANSWERS: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    """Answer the questions that come in on standard input, a JSON list a line, until it ends."""
-    # The answers' way is kept clear of what libraries print.
+    """Answer the questions on standard input, one JSON list per line, until it ends."""
+    # Keeps the output of libraries out of the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         question, arguments = json.loads(line)

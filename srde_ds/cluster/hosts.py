@@ -1,9 +1,9 @@
-"""Which hosts a run has: DeepSpeed's hostfile, and where its lines come from (a list, Slurm, Vast.ai).
+"""The hosts of a run: reads DeepSpeed's hostfile, and makes one from a list, Slurm or Vast.ai.
 
-A hostfile has one line a host, `NAME slots=PROCESSES`; `#` begins a comment line
+A hostfile has one line per host, `NAME slots=PROCESSES`; `#` begins a comment line
 (https://www.deepspeed.ai/getting-started/#resource-configuration-multi-node). DeepSpeed 0.19.8 ignores what follows
-the number. Here that may be a comment or Open MPI's `max_slots=N`; anything else is refused, as is all that DeepSpeed
-would read in another way than meant.
+the number. Here that may be a comment or Open MPI's `max_slots=N`. Anything else is refused, and so is whatever
+DeepSpeed would misread.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from typing import Any
 
 from srde_ds.errors import SRDEError
 
-# A name that pdsh and ssh take as it is: neither may see an option, a list or a word of the shell in it.
+# A name that pdsh and ssh take literally, not as an option, a list or something for the shell.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(?:\s+max[_-]slots=\d+)?(?:\s+#.*)?")
 
 
 @dataclass(frozen=True)
 class Host:
-    """One line of a hostfile; `name` is what ssh takes, `slots` the number of processes."""
+    """A line of a hostfile: `name` for ssh, and `slots`, the number of processes."""
 
     name: str
     slots: int
 
     @property
     def address(self) -> str:
-        """The name without a user's."""
+        """The name without the user."""
         return self.name.rpartition("@")[2]
 
 
 def parse_hostfile(text: str, source: str = "hostfile") -> list[Host]:
-    """The hosts in the order of the file, which is that of the ranks.
+    """The hosts in the order of the file, which is also that of the ranks.
 
     Raises:
         SRDEError: a line is not `NAME slots=N`, or a host is listed twice.
     """
     if text.startswith("\ufeff"):
         raise SRDEError(
-            f"{source}: begins with a byte order mark, which DeepSpeed takes for a part of the first host's name. Save "
-            "it as UTF-8 without one."
+            f"{source}: begins with a byte order mark, which DeepSpeed would read as a part of the first host's name. "
+            "Save it as UTF-8 without one."
         )
     hosts = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -65,7 +65,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
     """`parse_hostfile` of a file.
 
     Raises:
-        SRDEError: the file cannot be read, or as `parse_hostfile`.
+        SRDEError: the file cannot be read, or has one of the faults of `parse_hostfile`.
     """
     try:
         return parse_hostfile(Path(path).read_text(encoding="utf-8"), f"hostfile={path}")
@@ -76,7 +76,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
 
 
 def format_hostfile(hosts: Iterable[Host]) -> str:
-    """The hosts as DeepSpeed's hostfile has them, one a line."""
+    """The hosts in the form of DeepSpeed's hostfile, one per line."""
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
@@ -96,9 +96,9 @@ def hosts_from_list(names: Sequence[str], slots: int | None) -> list[Host]:
 
 
 def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Host]:
-    """The hosts of the Slurm job whose environment this is.
+    """The hosts of the current Slurm job.
 
-    Without `slots`, a host has as many as the job has GPUs on each node, or else as many as it has tasks there.
+    Without `slots`, a host gets as many as the job has GPUs on each node, or else as many as it has tasks there.
 
     Raises:
         SRDEError: this is not a Slurm job, or the job gives neither number.
@@ -119,7 +119,7 @@ def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Ho
 
 
 def expand_nodelist(text: str) -> list[str]:
-    """The names in Slurm's short form, in its order, as `scontrol show hostnames` gives them: four in `n[08-10],login`.
+    """The names in Slurm's short form, in order, as from `scontrol show hostnames`: `n[08-10],login` has four.
 
     Raises:
         SRDEError: the brackets do not match, or a range goes backwards.
@@ -135,7 +135,7 @@ def expand_nodelist(text: str) -> list[str]:
 
 
 def _expand_range(ranges: str, nodelist: str) -> list[str]:
-    """`08-10,12` as 08, 09, 10, 12: a range's numbers are as wide as its first one."""
+    """`08-10,12` as 08, 09, 10, 12. A range's numbers are as wide as its first one."""
     numbers = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
@@ -155,7 +155,7 @@ def _tasks_per_node(text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class VastInstance:
-    """A rented container: what ssh needs to reach it."""
+    """A rented container, with what ssh needs to reach it."""
 
     host: Host
     address: str
@@ -163,7 +163,7 @@ class VastInstance:
 
 
 def read_vastai(text: str, slots: int | None) -> list[VastInstance]:
-    """The running instances in what `vastai show instances --raw` prints, each with `slots` processes or one a GPU.
+    """The running instances in the output of `vastai show instances --raw`, with `slots` processes or one per GPU.
 
     A directly mapped ssh port is preferred to the provider's proxy, which is slower.
 
@@ -173,9 +173,9 @@ def read_vastai(text: str, slots: int | None) -> list[VastInstance]:
     try:
         listed = json.loads(text)
     except json.JSONDecodeError as error:
-        raise SRDEError(f"vastai: not JSON ({error}). Give what `vastai show instances --raw` prints.") from None
+        raise SRDEError(f"vastai: not JSON ({error}). Give the output of `vastai show instances --raw`.") from None
     if not isinstance(listed, list) or not all(isinstance(entry, dict) and "id" in entry for entry in listed):
-        raise SRDEError("vastai: not a list of instances. Give what `vastai show instances --raw` prints.")
+        raise SRDEError("vastai: not a list of instances. Give the output of `vastai show instances --raw`.")
     running = [entry for entry in listed if entry.get("actual_status") == "running"]
     if not running:
         states = Counter(str(entry.get("actual_status")) for entry in listed)
@@ -199,7 +199,7 @@ def _ssh_address(entry: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def format_ssh_config(instances: Iterable[VastInstance]) -> str:
-    """Entries for ~/.ssh/config: a hostfile has no place for ports."""
+    """Entries for ~/.ssh/config, since a hostfile cannot name ports."""
     return "".join(
         f"Host {instance.host.name}\n    HostName {instance.address}\n    Port {instance.port}\n    User root\n"
         for instance in instances
@@ -213,7 +213,7 @@ def _slots(slots: int | None, entry: str) -> int:
 
 
 def _is_name(text: str) -> bool:
-    """Whether it is NAME, also as `user@NAME`, or an address of IPv6."""
+    """Whether a text is NAME, `user@NAME`, or an IPv6 address."""
     user, at, name = text.rpartition("@")
     if ":" in name and not at:
         with suppress(ValueError):
@@ -222,7 +222,7 @@ def _is_name(text: str) -> bool:
 
 
 def _checked(hosts: list[Host], source: str) -> list[Host]:
-    """The hosts; SRDEError if there is none, or one is listed twice, has an impossible name or no slots."""
+    """The hosts; SRDEError if there is none, or if one is listed twice, has an impossible name or no slots."""
     if not hosts:
         raise SRDEError(f"{source}: lists no host.")
     for host in hosts:

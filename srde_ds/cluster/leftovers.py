@@ -1,8 +1,8 @@
-"""Ends what is left of an attempt before the next one begins, here and on the other hosts.
+"""Ends leftover processes of an attempt before the next one begins, here and on the other hosts.
 
-On this host all processes of an attempt are in one session. On other hosts they are not, and those that a launcher
-leaves behind have no parent to end them: a frozen rank outlives the run and its launcher (seen with deepspeed 0.19.8).
-There they are found by a variable in their environment.
+On this host all processes of an attempt are in one session. On other hosts they are found by a variable in their
+environment, since a launcher may leave processes behind: a frozen rank outlives the run and its launcher (seen with
+deepspeed 0.19.8).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pathlib import Path
 from srde_ds.cluster.doctor import SSH
 from srde_ds.cluster.hosts import Host
 
-# deepspeed 0.19.8 gives the ranks on other hosts the variables whose names begin so.
+# deepspeed 0.19.8 passes variables whose names begin like this to the ranks on other hosts.
 VARIABLE = "PYTHON_SRDE_DS_SUPERVISOR"
 _HOST_SECONDS = 30.0
-# The shell and its programs do not have the variable themselves: ssh passes none on.
+# The shell and its programs do not have the variable, since ssh does not pass it on.
 _SCRIPT = """
 processes=
 for environment in $(grep -alsF '{assignment}' /proc/[0-9]*/environ); do
@@ -42,10 +42,10 @@ done
 
 
 def end_on_hosts(hosts: Sequence[Host], value: str) -> dict[str, list[int]]:
-    """SIGKILL to the processes on these hosts that were started with `VARIABLE=value`.
+    """Send SIGKILL to the processes on these hosts that were started with `VARIABLE=value`.
 
     Returns:
-        Their numbers, by host. Hosts that do not answer over ssh within seconds, and those without any, are left out.
+        Their process ids, by host. Hosts without such processes, or that do not answer over ssh soon, are left out.
     """
     command = shlex.join(["sh", "-c", _SCRIPT.format(assignment=f"{VARIABLE}={value}")])
 
@@ -62,7 +62,7 @@ def end_on_hosts(hosts: Sequence[Host], value: str) -> dict[str, list[int]]:
 
 
 def end_session(leader: int) -> None:
-    """SIGTERM, after a while SIGKILL, to the live processes of a session, which may have several process groups."""
+    """Send SIGTERM, and later SIGKILL, to the processes of a session, which may have several process groups."""
     for number, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         members = _session(leader)
         for pid in members:

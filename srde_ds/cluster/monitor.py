@@ -1,4 +1,4 @@
-"""Watches a run through its heartbeat, and tells a webhook when its state changes."""
+"""Watches a run through its heartbeat, and notifies a webhook when its state changes."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ logger = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "stalled", "died", "stopped", "failed", "finished"]
 GOOD: tuple[State, ...] = ("waiting", "running", "finished")
-# A step that evaluates or saves takes longer than the usual one.
+# A step that evaluates or saves takes longer than usual.
 USUAL_STEPS = 10.0
 SHORTEST_STALL_SECONDS = 120.0
-# Before the first finished step: the base is loaded and kernels are compiled.
+# Before the first step has finished, the base is loaded and kernels are compiled.
 FIRST_STEP_SECONDS = 1800.0
-# A supervisor starts again in seconds.
+# A supervisor restarts within seconds.
 GIVE_UP_SECONDS = 300.0
 WEBHOOK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Observation:
-    """A run at one moment. `text` is one line for people."""
+    """The state of a run at some moment. `text` is a line for people."""
 
     state: State
     text: str
 
 
 def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) -> Observation:
-    """Tell a run's state from its folder.
+    """Determine a run's state from its folder.
 
-    Stalled means that no step has ended for ten usual ones (or `stall_seconds`), whatever the processes print.
+    Stalled means that no step has finished for the time of ten usual ones (or `stall_seconds`), whatever is printed.
 
     Args:
-        now: seconds since the epoch, as the run's clock gives it.
+        now: seconds since the epoch, by the run's clock.
     """
     folder = Path(run)
     heartbeat = _read(folder / FILE)
@@ -78,21 +78,21 @@ def monitor(
     interval: float = 10.0,
     stall_seconds: float | None = None,
 ) -> int:
-    """Print the run's state, in a loop at each change, until it is finished or stays ended.
+    """Print the run's state whenever it changes, until the run has finished or has ended for good.
 
     Args:
-        webhook: URL that gets `{"text": ..., "content": ...}` (Slack reads the first, Discord the second) by POST at
-            each change of state. What goes wrong there is a warning; the URL, a secret, is never printed.
+        webhook: URL to which each change of state is posted as `{"text": ..., "content": ...}` (Slack reads the first,
+            Discord the second). Failures are warnings. The URL is a secret and never printed.
         once: print the state and return.
 
     Returns:
-        0 for a run that is finished, running or not started yet, else 1.
+        0 for a run that has finished, is running or has not started yet, else 1.
 
     Raises:
-        SRDEError: a webhook that is no http(s) URL, or no folder.
+        SRDEError: the webhook is not an http(s) URL, or the folder does not exist.
     """
     if webhook and not _is_url(webhook):
-        raise SRDEError("webhook: no http(s) URL. Give the whole URL, or leave it out.")
+        raise SRDEError("webhook: not an http(s) URL. Give the whole URL, or leave it out.")
     if not Path(run).is_dir() and once:
         raise SRDEError(f"run={run}: no such folder. Give the --output_dir of a run.")
     last, since = None, time.monotonic()
@@ -113,23 +113,23 @@ def _is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port or an address that is none
+    except ValueError:  # an invalid port or address
         return False
 
 
 def notify(webhook: str, seen: Observation, post: Callable[..., Any] = urllib.request.urlopen) -> None:
-    """Tell the webhook; failures are warnings without the URL."""
+    """Notify the webhook. Failures are warnings without the URL."""
     text = f"[{seen.state}] {seen.text}"
     body = json.dumps({"text": text, "content": text}).encode()
-    # Some services refuse urllib's own name.
+    # Some services refuse urllib's default user agent.
     headers = {"Content-Type": "application/json", "User-Agent": "srde-ds"}
     try:
         with post(urllib.request.Request(webhook, body, headers), timeout=WEBHOOK_SECONDS):
             pass
     except urllib.error.HTTPError as error:
-        logger.warning("webhook: HTTP status %s; the state is not reported there.", error.code)
-    except (OSError, ValueError, HTTPException) as error:  # the text may hold the URL
-        logger.warning("webhook: %s; the state is not reported there.", type(error).__name__)
+        logger.warning("webhook: HTTP status %s; the state was not reported there.", error.code)
+    except (OSError, ValueError, HTTPException) as error:  # the error's text may contain the URL
+        logger.warning("webhook: %s; the state was not reported there.", type(error).__name__)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -150,5 +150,5 @@ def _describe(heartbeat: dict[str, Any]) -> str:
 
 
 def webhook_from_environment() -> str | None:
-    """A URL on a command line is seen by every user of the machine."""
+    """The webhook's URL from the environment, since every user of the machine can see a command line."""
     return os.environ.get("WEBHOOK_URL") or None

@@ -1,9 +1,9 @@
-"""`.deepspeed_env`: the variables that DeepSpeed's runner gives to the ranks on other hosts.
+"""`.deepspeed_env`: the variables that DeepSpeed's runner passes to the ranks on other hosts.
 
-The runner (0.19.8) reads it from the home folder and from the current one, on the starting host, and only for several
-hosts. Without it ranks get PYTHON*, NCCL*, UCX* and MLFLOW* alone. Its reader fails at a line without `=`, a blank one
-too, and the values travel on a command line through pdsh and a shell: they are logged, everyone on the hosts can see
-them, and some characters would mean something there.
+The runner (0.19.8) reads it from the home folder and the current folder of the starting host, and only for several
+hosts. Without it ranks get only PYTHON*, NCCL*, UCX* and MLFLOW*. Its reader fails at a line without `=`, even a blank
+one. The values travel on a command line through pdsh and a shell: they are logged, everyone on the hosts can see them,
+and some characters would be interpreted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECRET = re.compile(
 # A password within a URL.
 _LOGIN = re.compile(r"://[^/@\s]*:[^/@\s]*@")
 HARMLESS = ("TOKENIZERS_PARALLELISM", "PWD")
-# Quotes end the runner's own; pdsh replaces %n and %h; the rest would be expanded by the remote shell.
+# Quotes would end the runner's quotes, pdsh replaces %n and %h, and the remote shell would expand the rest.
 REFUSED = set('"\\$`%\n\r')
 
 
@@ -32,7 +32,7 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
         interface: network interface for both gloo and NCCL, such as `eth0`.
 
     Raises:
-        SRDEError: a name that is not set, looks like a secret, or whose value cannot travel unchanged.
+        SRDEError: a variable is not set, looks like a secret, or has a value that would not arrive unchanged.
     """
     chosen: dict[str, str] = {}
     if interface is not None:
@@ -40,7 +40,7 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
     for entry in variables:
         name, given, value = entry.partition("=")
         if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
-            raise SRDEError(f"variables={entry}: '{name}' is no name of a variable. Write NAME=VALUE.")
+            raise SRDEError(f"variables={entry}: '{name}' is not a variable's name. Write NAME=VALUE.")
         if SECRET.search(name) and name not in HARMLESS:
             raise SRDEError(
                 f"variables={name}: looks like a secret, and these values are logged and shown to all users of the "
@@ -63,5 +63,5 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
 
 
 def format_rank_environment(variables: Mapping[str, str]) -> str:
-    """The variables as `.deepspeed_env` has them, one a line."""
+    """The variables in the form of `.deepspeed_env`, one per line."""
     return "".join(f"{name}={value}\n" for name, value in variables.items())

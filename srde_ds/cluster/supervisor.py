@@ -1,4 +1,4 @@
-"""Runs a training command until the run is finished, through failures of ranks, launchers and hosts."""
+"""Runs a training command until the run has finished, despite failures of ranks, launchers and hosts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 BAD_INPUT = 2  # exit status of cli.main
 RESTART_SECONDS = 5.0
-# A launcher can wait for a host that is gone long after the run has ended everywhere else.
+# Long after a run has ended, its launcher may still wait for a host that is gone.
 LINGER_SECONDS = 20.0
 _PR_SET_PDEATHSIG = 1
 
@@ -50,7 +50,7 @@ class Command:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Command:
-        """Raises SRDEError if there is no training in it."""
+        """Parse a command; raises an SRDEError if it starts no training."""
         for index, word in enumerate(words):
             script = Path(word).name == "train.py"
             if script or (word == "train" and index and Path(words[index - 1]).name == "srde-ds"):
@@ -62,19 +62,19 @@ class Command:
 
     @property
     def train_arguments(self) -> list[str]:
-        """The arguments of training itself."""
+        """The arguments of the training itself."""
         return self.words[self.train :]
 
     @property
     def hostfile(self) -> str | None:
-        """Of DeepSpeed's runner."""
+        """The hostfile of DeepSpeed's runner."""
         if Path(self.words[0]).name != "deepspeed":
             return None
         return _value(self.words[: self.train], ("--hostfile", "-H"))
 
     @property
     def port(self) -> int:
-        """Where the ranks meet; deepspeed's default is torchrun's."""
+        """The rendezvous port; deepspeed has the same default as torchrun."""
         port = _value(self.words[: self.train], ("--master_port", "--master-port")) or "29500"
         if not port.isdecimal():
             raise SRDEError(f"master_port={port}: must be a number.")
@@ -91,10 +91,10 @@ class Command:
 
 
 def preflight(config: Config, hosts: Sequence[Host], port: int) -> None:
-    """`srde-ds doctor`, on this host or on all of a hostfile.
+    """Run `srde-ds doctor` on this host, or on all hosts of a hostfile.
 
     Raises:
-        SRDEError: something would end the run.
+        SRDEError: there is a problem that would end the run.
     """
     findings = list(check(config, hosts, port))
     for finding in findings:
@@ -102,20 +102,20 @@ def preflight(config: Config, hosts: Sequence[Host], port: int) -> None:
             logger.info("preflight: %s", finding)
     fatal = [finding for finding in findings if finding.level == "fatal"]
     if fatal:
-        raise SRDEError(f"preflight: {'; '.join(finding.text for finding in fatal)} (--preflight false goes on).")
+        raise SRDEError(f"preflight: {'; '.join(finding.text for finding in fatal)} (--preflight false skips this).")
 
 
 class Supervisor:
-    """Starts the command and watches its run folder, again and again until `completed.json` names all steps.
+    """Starts the command and watches its run folder, repeatedly until `completed.json` names all steps.
 
-    Exit codes of launchers are not trusted: deepspeed's can be 0 although ranks died.
+    Exit codes of launchers are not trusted, since deepspeed's can be 0 although ranks have died.
 
     Args:
-        config: of the run, as the command gives it.
-        max_restarts: attempts after the first one.
-        min_nodes: go on with that many of the hostfile's hosts; None: all are needed.
-        host_timeout: seconds to wait for those that do not answer.
-        preflight: look first for what would end the run.
+        config: the run's config, as the command gives it.
+        max_restarts: number of attempts after the first.
+        min_nodes: continue with this many of the hostfile's hosts; None: all are needed.
+        host_timeout: seconds to wait for hosts that do not answer.
+        preflight: first check for problems that would end the run.
     """
 
     def __init__(
@@ -137,12 +137,12 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
 
     def supervise(self) -> int:
-        """The exit status: 0 once the run is finished, 128 + the signal that asked to stop, 2 for bad input, else 1."""
+        """The exit status: 0 if the run has finished, 128 + the signal that asked to stop, 2 for bad input, else 1."""
         former = {number: signal.signal(number, self._handle) for number in _STOPPING}
         try:
             for attempt in range(self.max_restarts + 1):
                 if self._finished():
-                    self._say("the run is finished already")
+                    self._say("the run has already finished")
                     return 0
                 status = self._attempt(attempt)
                 if status is not None:
@@ -158,10 +158,10 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _attempt(self, attempt: int) -> int | None:
-        """Run the command once. None: it is worth another attempt."""
+        """Run the command once; None if another attempt may help."""
         hosts = self._hosts_left() if self.hosts else []
         if attempt:
-            self._end_on_hosts(hosts)  # one that was cut off may be back
+            self._end_on_hosts(hosts)  # a host that was cut off may be back
         elif self.preflight:
             preflight(self.config, hosts, self.command.port)
         options = self._options(attempt, hosts)
@@ -176,7 +176,7 @@ class Supervisor:
             status = self._run(words)
         heartbeat = self._heartbeat()
         if self._finished():
-            self._say("the run is finished")
+            self._say("the run has finished")
             return 0
         if self._signal:
             self._say(f"stopped by {signal.Signals(self._signal).name}; {self._position()}")
@@ -188,14 +188,14 @@ class Supervisor:
         return None
 
     def _finished(self) -> bool:
-        """Whether the run has done its steps; one whose --max_steps has grown since then goes on."""
+        """Whether the run has done its steps; it continues if --max_steps has grown since then."""
         done = completed_step(self.run)
         return done is not None and done >= self.config.training.max_steps
 
     def _run(self, words: Sequence[str]) -> int:
-        """The command's exit status, once it has ended and none of its processes is left on the hosts that answer."""
+        """The command's exit status, once it has ended with all its processes on the hosts that answer."""
         try:
-            # A session of its own, so that all of it can be ended and nothing else is.
+            # Its own session, so that exactly its processes can be ended.
             self._process = process = subprocess.Popen(
                 words,
                 start_new_session=True,
@@ -212,7 +212,7 @@ class Supervisor:
             if ended_at is None and self._heartbeat().get("state") in ("failed", "stopped", "finished"):
                 ended_at = time.monotonic()
             if ended_at is not None and time.monotonic() - ended_at > LINGER_SECONDS:
-                self._say("the run has ended, but its launcher waits on: ending it")
+                self._say("the run has ended, but its launcher is still waiting: ending it")
                 break
         end_session(process.pid)
         self._end_on_hosts(self.hosts)
@@ -220,10 +220,10 @@ class Supervisor:
 
     def _end_on_hosts(self, hosts: Sequence[Host]) -> None:
         for host, processes in (end_on_hosts(hosts, self._mark) if hosts else {}).items():
-            self._say(f"ended what an attempt left on {host}: processes {', '.join(map(str, processes))}")
+            self._say(f"ended leftover processes of an attempt on {host}: {', '.join(map(str, processes))}")
 
     def _pass_on(self, errors: IO[bytes]) -> None:
-        """Print the command's errors, and keep training's last one: at the start there is no heartbeat yet."""
+        """Print the command's errors, and keep the last error of training, since at the start there is no heartbeat."""
         self._last_error = ""
         for line in errors:
             sys.stderr.buffer.write(line)
@@ -233,7 +233,7 @@ class Supervisor:
                 self._last_error = text.strip()
 
     def _options(self, attempt: int, hosts: list[Host]) -> dict[str, str]:
-        """What training is told besides the command's own options."""
+        """Options of training that are added to those of the command."""
         options: dict[str, str] = {}
         if (self.run / "latest").exists() and (attempt or not self.config.training.resume_from):
             options["resume_from"] = "latest"
@@ -242,7 +242,7 @@ class Supervisor:
         return options
 
     def _accumulation(self, hosts: list[Host]) -> int:
-        """Micro-steps with which fewer processes take the same rows a step."""
+        """The number of micro-steps with which fewer processes take the same number of rows per step."""
         training, size = self.config.training, self.config.parallel.expert_parallel_size
         before, now = (sum(host.slots for host in of) for of in (self.hosts, hosts))
         steps, rest = divmod(training.gradient_accumulation_steps * before, now)
@@ -255,10 +255,10 @@ class Supervisor:
         return steps
 
     def _hosts_left(self) -> list[Host]:
-        """The hosts that answer; waits a while for all of them.
+        """The hosts that answer, after waiting a while for all of them.
 
         Raises:
-            SRDEError: too few do.
+            SRDEError: too few hosts answer.
         """
         deadline = time.monotonic() + self.host_timeout
         while True:
@@ -275,7 +275,7 @@ class Supervisor:
             raise SRDEError(
                 f"no answer over ssh from {', '.join(gone)}, and {needed}. Bring them up or leave them out."
             )
-        self._say(f"going on without {', '.join(gone)}")
+        self._say(f"continuing without {', '.join(gone)}")
         return left
 
     def _heartbeat(self) -> dict[str, Any]:
@@ -294,16 +294,16 @@ class Supervisor:
             return self._last_error.rstrip(".")
         if heartbeat:
             return f"its processes ended without a word at step {heartbeat['step']} (exit status {status})"
-        return f"the command ended with status {status} before training began; its output says why"
+        return f"the command ended with status {status} before training began; see its output"
 
     def _position(self) -> str:
         latest = read_latest(self.run)
-        return f"the latest checkpoint is {latest}" if latest else "no checkpoint was saved yet"
+        return f"the latest checkpoint is {latest}" if latest else "no checkpoint has been saved yet"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Ask the run to save and stop: one rank that gets the signal is enough, and the launchers would not wait.
+        """Ask the run to save and stop by a signal to one rank, which is enough; launchers would not wait for the save.
 
-        deepspeed 0.19.8 ends its ranks one after another, and on several hosts by pkill.
+        deepspeed 0.19.8 ends its ranks one by one, and on several hosts by pkill.
         """
         again, self._signal = bool(self._signal), self._signal or number
         process = self._process
@@ -331,7 +331,7 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def answering(hosts: Sequence[Host]) -> list[Host]:
-    """The hosts that run a command over ssh within half a minute, which a busy host may need."""
+    """The hosts that run a command over ssh within half a minute, since a busy host may need that long."""
 
     def answers(host: Host) -> bool:
         with suppress(subprocess.TimeoutExpired):
@@ -343,7 +343,7 @@ def answering(hosts: Sequence[Host]) -> list[Host]:
 
 
 def _end_with_parent() -> None:
-    """In the new process: SIGTERM when the supervisor dies."""
+    """Have the new process get SIGTERM when the supervisor dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

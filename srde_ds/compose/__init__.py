@@ -1,1 +1,1 @@
-"""Trained adapters as parts: what is in them, putting them together, other names."""
+"""Works with trained adapters: inspects, combines and renames their experts."""

@@ -1,10 +1,10 @@
-"""All experts of several adapters of one base in one adapter.
+"""Combines the experts of several adapters of one base into one adapter.
 
-An expert computes what it did: its delta is copied, or mixed from its atoms once. If the adapters differ in their
-supports, each expert gets a support of its own. All supports of a layer have one length, so shorter ones are filled up
-with further entries whose deltas are zero, which change nothing.
+Each expert computes the same as before: its delta is copied, or mixed once from its atoms. If the adapters' supports
+differ, each expert gets its own support. All supports of a layer have the same length, so shorter ones are filled up
+with further entries whose deltas are zero, which has no effect.
 
-Routers are made anew from the statistics that each adapter holds of its domains. They need neither data nor the base.
+New routers are made from the adapters' statistics of their domains. This needs neither data nor the base.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import check_history, support_hash
 from srde_ds.weights.tensors import LazyTensor
 
-# Tokens that are drawn for each domain from its mean and its spread: as many as the warm start looks at.
+# Number of tokens drawn for each domain from its mean and spread; the warm start uses as many.
 DRAWN_TOKENS = CurriculumConfig.warm_start_samples
 
 
 def combine_command(options: CombineOptions) -> Path:
-    """Write the combined adapter, and return where it is.
+    """Write the combined adapter, and return its path.
 
     Raises:
-        SRDEError: as `open_adapter` and `combine`, or the file cannot be written.
+        SRDEError: see `open_adapter` and `combine`, or the file cannot be written.
     """
     adapters = [open_adapter(place) for place in options.weights]
     combined = combine(_renamed(adapters, options.rename or []), top_k=options.top_k, seed=options.seed)
@@ -50,15 +50,15 @@ def combine_command(options: CombineOptions) -> Path:
 
 
 def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed: int = 0) -> AdapterSource:
-    """All experts of the adapters, in this order, with routers made from the statistics of their domains.
+    """An adapter with all experts of the adapters, in order, and routers made from the statistics of their domains.
 
     Args:
-        top_k: experts that each token uses; None: the most that one of the adapters used.
-        seed: of the tokens that are drawn from the statistics.
+        top_k: number of experts that each token uses; None: the largest of the adapters' values.
+        seed: seed of the tokens that are drawn from the statistics.
 
     Raises:
-        SRDEError: fewer than two adapters, adapters of different bases or granularities, names that several have,
-            an expert without statistics of its domain, or domains that a router cannot tell apart.
+        SRDEError: there are fewer than two adapters, their bases or granularities differ, names occur twice, an expert
+            has no statistics of its domain, or a router could not distinguish the domains.
     """
     _check_together(adapters)
     names = [name for adapter in adapters for name in adapter.metadata.expert_names]
@@ -105,7 +105,7 @@ class _Layer:
 
     Attributes:
         supports: `[E, n]`, each row in ascending order.
-        is_shared: all experts have the same support.
+        is_shared: whether all experts have the same support.
     """
 
     def __init__(self, adapters: Sequence[AdapterSource], layer: int) -> None:
@@ -133,7 +133,7 @@ class _Layer:
             for expert in range(adapter.metadata.config.num_experts):
                 delta, place = adapter.expert_part(deltas, expert), len(found)
                 values = delta.new_zeros(*delta.shape[:-1], self.size)
-                # Both ascend, so the places of the expert's own entries do, too.
+                # Both are ascending, so the positions of the expert's own entries are as well.
                 kept = torch.isin(self.supports[place], adapter.support(self.layer, expert))
                 values[..., kept] = delta
                 found.append(values)
@@ -141,37 +141,37 @@ class _Layer:
 
 
 def _filled_up(support: Tensor, size: int) -> Tensor:
-    """`support`, which ascends, and the lowest entries that it lacks, `size` in all and in ascending order."""
-    candidates = torch.arange(size, dtype=support.dtype)  # at least size - len(support) of these are not in it
+    """An ascending `support` plus the lowest entries that it lacks, `size` in total and in ascending order."""
+    candidates = torch.arange(size, dtype=support.dtype)  # contains at least size - len(support) entries that it lacks
     further = candidates[~torch.isin(candidates, support)][: size - len(support)]
     return torch.cat([support, further]).sort().values
 
 
 def _check_together(adapters: Sequence[AdapterSource]) -> None:
     if len(adapters) < 2:
-        raise SRDEError("weights: one adapter alone cannot be combined. Give at least two.")
+        raise SRDEError("weights: there is only one adapter to combine. Give at least two.")
     first, *others = adapters
     for other in others:
         one, two = first.metadata, other.metadata
         if one.base["hash"] != two.base["hash"]:
             raise SRDEError(
-                f"weights '{other.place}': trained on {_base(two.base)}, '{first.place}' on {_base(one.base)}. Give "
-                "adapters of one base."
+                f"weights '{other.place}': trained on {_base(two.base)}, but '{first.place}' on {_base(one.base)}. "
+                "Give adapters of one base."
             )
         if one.config.granularity != two.config.granularity:
             raise SRDEError(
-                f"weights '{other.place}': granularity={two.config.granularity}, '{first.place}' has "
+                f"weights '{other.place}': granularity={two.config.granularity}, but '{first.place}' has "
                 f"{one.config.granularity}. Give adapters of one granularity."
             )
         if (first.num_layers, first.router(0).shape[1]) != (other.num_layers, other.router(0).shape[1]):
-            raise SRDEError(f"weights '{other.place}': has other layers than '{first.place}'. Export them again.")
+            raise SRDEError(f"weights '{other.place}': other layers than '{first.place}'. Export them again.")
     owners: dict[str, int] = {}
     for number, adapter in enumerate(adapters, 1):
         for name in {**dict.fromkeys(adapter.metadata.expert_names), **adapter.metadata.domain_tokens}:
             if name in owners:
                 raise SRDEError(
-                    f"weights '{adapter.place}': the name '{name}' is also one of "
-                    f"'{adapters[owners[name] - 1].place}'. Give it another: --rename {number}:{name}=NAME"
+                    f"weights '{adapter.place}': '{adapters[owners[name] - 1].place}' also has an expert '{name}'. "
+                    f"Rename one: --rename {number}:{name}=NAME"
                 )
             owners[name] = number
 
@@ -181,14 +181,14 @@ def _base(identity: dict[str, str | int]) -> str:
 
 
 def _origins(adapters: Sequence[AdapterSource]) -> Origins:
-    """History and statistics of all adapters. SRDEError if an expert's domain is not known."""
+    """History and statistics of all adapters. SRDEError if an expert has no statistics of its domain."""
     together = Origins()
     for adapter in adapters:
         for name in adapter.metadata.expert_names:
             if name not in adapter.metadata.domain_tokens:
                 raise SRDEError(
-                    f"weights '{adapter.place}': no statistics of a domain '{name}', from which the router would know "
-                    f"expert '{name}'. Train the adapter with --domain_statistics_rows above 0 and an expert for each "
+                    f"weights '{adapter.place}': no statistics of a domain '{name}', which the router needs for expert "
+                    f"'{name}'. Train the adapter with --domain_statistics_rows above 0 and an expert for each "
                     "domain (with PEFT: srde_ds.peft.statistics.measure_domains), or take the expert out: srde-ds "
                     f"remove {adapter.place} --experts {name}"
                 )
@@ -200,7 +200,7 @@ def _origins(adapters: Sequence[AdapterSource]) -> Origins:
 
 
 def _router(statistics: DomainStatistics, domains: list[str], names: list[str], *, seed: int, layer: int) -> Tensor:
-    """`[E, D]` fp32: the warm start's router by domain means, for tokens drawn from the statistics."""
+    """`[E, D]` fp32: the router that a warm start by domain means gives for tokens drawn from the statistics."""
     order = [domains.index(name) for name in names]
     generator = np.random.default_rng([seed, layer])
     mean, spread = (part[order].numpy()[:, None] for part in (statistics.mean, statistics.spread))
@@ -211,14 +211,14 @@ def _router(statistics: DomainStatistics, domains: list[str], names: list[str], 
         fit = fit_router(inputs, expert, num_experts=len(names), method="domain_means", seed=seed, layer=layer)
     except SRDEError:
         raise SRDEError(
-            f"weights: layer {layer}: the statistics of the domains {', '.join(names)} are alike, a router cannot tell "
-            "them apart. Give adapters of different domains."
+            f"weights: layer {layer}: the statistics of the domains {', '.join(names)} are too similar for a router to "
+            "distinguish them. Give adapters of different domains."
         ) from None
     return torch.from_numpy(fit.weights)
 
 
 def _renamed(adapters: Sequence[AdapterSource], texts: Sequence[str]) -> list[AdapterSource]:
-    """The adapters with the names that --rename gives; "2:old=new" is for the second alone."""
+    """The adapters with new names from --rename; "2:old=new" applies only to the second."""
     chosen: list[list[str]] = [[] for _ in adapters]
     for text in texts:
         number, sign, rest = text.partition(":")

@@ -1,4 +1,4 @@
-"""Other names for experts. A domain's statistics take the name of its expert along."""
+"""Renames and removes experts. A domain's statistics are renamed together with its expert."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from srde_ds.weights.schema import LONGEST_TEXT, check_history, check_names
 
 
 def rename_command(weights: str | Path, names: Sequence[str], output: str | Path) -> Path:
-    """Write weights whose experts have other names; returns where they are.
+    """Write weights with other names for their experts; returns the path.
 
     Args:
         names: "old=new" for each expert.
 
     Raises:
-        SRDEError: as `open_adapter`, `parse_renames` and `renamed`, or the file cannot be written.
+        SRDEError: see `open_adapter`, `parse_renames` and `renamed`, or the file cannot be written.
     """
     adapter = open_adapter(weights)
     return write_weights(renamed(adapter, parse_renames(names)), output, dtype=None)
 
 
 def remove_command(weights: str | Path, experts: Sequence[str], output: str | Path) -> Path:
-    """Write weights without some of their experts; returns where they are.
+    """Write weights without some of their experts; returns the path.
 
     Raises:
-        SRDEError: as `open_adapter`, an unknown expert, none would be left, or the file cannot be written.
+        SRDEError: see `open_adapter`; or an expert is unknown, none would be left, or the file cannot be written.
     """
     adapter = open_adapter(weights)
     names = adapter.metadata.expert_names
@@ -37,16 +37,16 @@ def remove_command(weights: str | Path, experts: Sequence[str], output: str | Pa
         adapter.metadata.expert_index(name)
     left = [name for name in names if name not in experts]
     if not left:
-        raise SRDEError(f"experts={','.join(experts)}: no expert would be left of {', '.join(names)}.")
+        raise SRDEError(f"experts={','.join(experts)}: none of the experts {', '.join(names)} would be left.")
     entry: dict[str, str | int] = {"verb": "remove", "experts": ", ".join(experts)}
     return write_weights(with_entry(select_experts(adapter, left), entry), output, dtype=None)
 
 
 def parse_renames(texts: Sequence[str]) -> dict[str, str]:
-    """`{old: new}` from "old=new".
+    """`{old: new}` from texts "old=new".
 
     Raises:
-        SRDEError: another form, or the same name twice.
+        SRDEError: a text has another form, or a name occurs twice.
     """
     found: dict[str, str] = {}
     for text in texts:
@@ -60,10 +60,10 @@ def parse_renames(texts: Sequence[str]) -> dict[str, str]:
 
 
 def renamed(adapter: AdapterSource, names: Mapping[str, str]) -> AdapterSource:
-    """The adapter with other names of experts and of domains.
+    """The adapter with other names for experts and domains.
 
     Raises:
-        SRDEError: none is called so, or two would be called alike.
+        SRDEError: an old name is unknown, or two experts would get the same name.
     """
     if not names:
         return adapter
@@ -88,7 +88,7 @@ def renamed(adapter: AdapterSource, names: Mapping[str, str]) -> AdapterSource:
 
 
 def with_entry(adapter: AdapterSource, entry: dict[str, str | int]) -> AdapterSource:
-    """The adapter with a longer history, in which the names of very many experts end in an ellipsis."""
+    """The adapter with another entry in its history; a very long list of experts is cut with an ellipsis."""
     short = {
         key: f"{value[: LONGEST_TEXT - 1]}…" if isinstance(value, str) and len(value) > LONGEST_TEXT else value
         for key, value in entry.items()

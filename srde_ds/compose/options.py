@@ -9,27 +9,24 @@ from srde_ds.config.values import option, weights_option
 
 @dataclass(frozen=True)
 class CombineOptions:
-    """What is combined, and how."""
+    """What to combine, and how."""
 
-    weights: list[str] = option(
-        [], "adapters of one base, each a place as of inspect", metavar="WEIGHTS", required=True
-    )
+    weights: list[str] = option([], "adapters of one base, each given as for inspect", metavar="WEIGHTS", required=True)
     output: str = option("", "weights file to write", metavar="FILE", aliases=("output_file",), required=True)
     rename: list[str] | None = option(
         None,
-        "other names for experts; 2:old=new for one of the second adapter, where several have the name",
+        "other names for experts; 2:old=new for the second adapter's, if several have the name",
         metavar="OLD=NEW,...",
     )
     top_k: int | None = option(
-        None, "experts that each token uses (default: the most that an adapter used)", metavar="N", minimum=1
+        None, "experts that each token uses (default: the largest of the adapters' values)", metavar="N", minimum=1
     )
     router_data: str | None = option(
         None,
-        "records of the experts' domains, on which the routers are trained further, with all experts as they are; "
-        "needs the base",
+        "records of the experts' domains to train the routers further on, without changing the experts; needs the base",
         metavar="FILE",
     )
-    router_steps: int = option(100, "with router_data: steps that the routers are trained", metavar="STEPS", minimum=1)
+    router_steps: int = option(100, "with router_data: steps to train the routers", metavar="STEPS", minimum=1)
     base: str | None = option(
         None,
         "with router_data: folder or Hub id of the base (default: the one that the weights name)",
@@ -43,18 +40,18 @@ class CombineOptions:
 
 @dataclass(frozen=True)
 class RenameOptions:
-    """Which experts get which names."""
+    """New names for experts."""
 
     weights: str = weights_option()
     names: list[str] = option(
-        [], "the old and the new name of each expert", metavar="OLD=NEW,...", aliases=("rename",), required=True
+        [], "old and new name of each expert", metavar="OLD=NEW,...", aliases=("rename",), required=True
     )
     output: str = option("", "weights file to write", metavar="FILE", aliases=("output_file",), required=True)
 
 
 @dataclass(frozen=True)
 class RemoveOptions:
-    """Which experts are left out."""
+    """Which experts to leave out."""
 
     weights: str = weights_option()
     experts: list[str] = option([], "experts to leave out", metavar="NAME,...", required=True)

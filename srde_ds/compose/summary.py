@@ -1,4 +1,4 @@
-"""What is in an adapter, read from its weights alone: the base is not loaded, and memory holds one layer."""
+"""Describes an adapter from its weights alone: the base is not loaded, and memory holds one layer."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from srde_ds.weights.origins import Origins
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What is in an adapter.
+    """A description of an adapter.
 
     Attributes:
         place: its file or checkpoint.
         base: the base's name, architecture and identity hash.
         config: the adapter's options.
-        layers, hidden: decoder layers, and D.
-        values: what training changes, supports not counted.
-        values_per_expert: weights that one expert changes, all layers together.
-        experts: names.
-        support_overlap: `[E][E]` share of the one expert's support that is the other's, too, mean over the layers.
+        layers, hidden: number of decoder layers, and D.
+        values: number of trained values, without supports.
+        values_per_expert: number of weights that an expert changes in all layers.
+        experts: the experts' names.
+        support_overlap: `[E][E]` share of one expert's support that also belongs to another's, averaged over layers.
         delta_norms: `[L][E]` norm of each expert's effective delta.
         router_norms: `[L][E]` norm of each expert's row of the router.
-        selection_biases: layers whose router adds a bias when it chooses.
-        domain_tokens: domain -> tokens behind its statistics; empty: the weights hold none.
+        selection_biases: layers whose router has a selection bias.
+        domain_tokens: domain -> number of tokens behind its statistics; empty: there are no statistics.
         domain_distances: `[L]` mean distance between two domains' mean inputs, in spreads; empty with fewer than two.
-        history: what was done to get the weights, the oldest first.
+        history: how the weights were made, oldest entry first.
     """
 
     place: str
@@ -67,7 +67,7 @@ class AdapterSummary:
         facts = [
             ("weights", self.place),
             ("base", f"{self.base['name']} ({self.base['architecture']}, identity {str(self.base['hash'])[:12]})"),
-            ("experts", f"{', '.join(self.experts)}; {config['top_k']} a token"),
+            ("experts", f"{', '.join(self.experts)}; {config['top_k']} per token"),
             ("sizes", f"{self.layers} layers of {self.hidden} dimensions; {self.values:,} trained values"),
             (
                 "supports",
@@ -80,7 +80,7 @@ class AdapterSummary:
         ]
         parts = [aligned_table([["", ""], *([name, text] for name, text in facts)]).lstrip("\n ")]
         if len(names) > 1:
-            parts.append(f"Overlap of the supports, mean over the layers\n{_matrix(self.support_overlap, names)}")
+            parts.append(f"Overlap of the supports, averaged over layers\n{_matrix(self.support_overlap, names)}")
         layers = [str(layer) for layer in range(self.layers)]
         norms = [[layer, *(f"{norm:.4g}" for norm in row)] for layer, row in zip(layers, self.delta_norms, strict=True)]
         parts.append(f"Norm of the deltas\n{aligned_table([['layer', *names], *norms], right=1)}")
@@ -104,10 +104,10 @@ class AdapterSummary:
 
 
 def inspect_weights(place: str | Path) -> AdapterSummary:
-    """What is in the weights that `place` means, see `locate_weights`.
+    """Describe the weights that `place` names, see `locate_weights`.
 
     Raises:
-        SRDEError: there are none, or they are damaged.
+        SRDEError: the weights do not exist or are damaged.
     """
     adapter = open_adapter(place)
     metadata, layers = adapter.metadata, range(adapter.num_layers)
@@ -141,7 +141,7 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
 
 
 def _step(entry: dict[str, str | int]) -> str:
-    """One entry of a history in words, its hash of the dataset shortened."""
+    """An entry of the history in words, with a shortened hash of the dataset."""
     shown = {key: value for key, value in entry.items() if key not in ("verb", VOCABULARY)}
     rest = {key: str(value)[:12] if key == "dataset" else value for key, value in shown.items()}
     return f"{entry.get('verb', 'unknown')}: " + "; ".join(f"{key} {value}" for key, value in rest.items())
@@ -152,7 +152,7 @@ def _norm(values: Tensor) -> float:
 
 
 def _overlap(supports: Sequence[Tensor]) -> Tensor:
-    """`[E, E]` fp64."""
+    """`[E, E]` fp64: the share of one support's entries that another also has."""
     rows = [[float(torch.isin(one, other).double().mean()) for other in supports] for one in supports]
     return torch.tensor(rows, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Routers of a combined adapter, trained further on a little data; no expert changes."""
+"""Trains the routers of a combined adapter further on a little data, without changing experts."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ logger = logging.getLogger(__name__)
 def train_routers(
     adapter: AdapterSource, records: str | Path, *, steps: int, base: str | Path | None, seed: int
 ) -> AdapterSource:
-    """Train the routers alone, by a run of their own (`training_phases=routers`) in a folder that does not stay.
+    """Train only the routers, in a separate run (`training_phases=routers`) in a temporary folder.
 
     Args:
-        records: of the experts' domains; a domain without records keeps what the others leave of its row.
-        steps: optimizer steps.
-        base: folder or Hub id; None: the one that the weights name.
+        records: records of the experts' domains. Training on the other domains may also change the row of a domain
+            without records.
+        steps: number of optimizer steps.
+        base: the base's folder or Hub id; None: the one that the weights name.
 
     Raises:
-        SRDEError: bad records, another base, or a signal stopped the run.
+        SRDEError: records are bad, the base is another one, or a signal stopped the run.
     """
     name = str(base or adapter.metadata.base["name"])
     with tempfile.TemporaryDirectory(prefix="srde-routers-") as folder:
@@ -54,9 +55,9 @@ def train_routers(
             "output_dir": str(run),
         }
         try:
-            with redirect_stdout(StringIO()):  # it tells of files in the folder that does not stay
+            with redirect_stdout(StringIO()):  # it names files in the temporary folder
                 stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # it may train again
-        except SRDEError as error:  # which knows the options of a run, not those of this verb
+        except SRDEError as error:  # it names options of a run, not of this verb
             text = str(error).replace("jsonl_data=", "router_data=").replace("--model_name", "--base")
             raise SRDEError(text.replace(f"start_from={start}", f"weights '{adapter.place}'")) from None
         atexit.register(stop_processes)

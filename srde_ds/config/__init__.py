@@ -1,4 +1,4 @@
-"""What a run is: one dataclass a section, read from YAML and flags, without side effects."""
+"""The options of a run: one dataclass per section, read from YAML and flags, without side effects."""
 
 from srde_ds.config.data_section import DOMAINS, DataConfig
 from srde_ds.config.derive import RunInputs

@@ -1,11 +1,11 @@
-"""Relations between options: what contradicts, or would change nothing, is refused by name."""
+"""Checks relations between options: those that contradict each other or have no effect are refused by name."""
 
 from __future__ import annotations
 
 from srde_ds.config.schema import Config, CurriculumConfig, SupportConfig
 from srde_ds.errors import SRDEError, nearest
 
-# Keys of the curriculum that say how to do what another of its keys switches on.
+# Keys of the curriculum that refine what another of its keys switches on.
 PARTS_OF = {
     "expert_pretrain_steps": "supervised_experts",
     "pretrain_objective": "supervised_experts",
@@ -19,11 +19,11 @@ def check_relations(config: Config) -> None:
     """Refuse options that contradict each other.
 
     Raises:
-        SRDEError: names the options, their values and the remedy.
+        SRDEError: with the options, their values and the remedy.
     """
     adapter, data, optimizer, losses = config.adapter, config.data, config.optimizer, config.losses
     if not config.training.output_dir.strip():
-        raise SRDEError("output_dir='': is empty. Name a folder for the run, such as --output_dir runs/first.")
+        raise SRDEError("output_dir='' is empty. Name a folder for the run, such as --output_dir runs/first.")
     if adapter.top_k > adapter.num_experts:
         raise SRDEError(f"top_k={adapter.top_k}: must not exceed num_experts={adapter.num_experts}. Lower --top_k.")
     if 0 < optimizer.warmup_steps >= config.training.max_steps:
@@ -34,12 +34,12 @@ def check_relations(config: Config) -> None:
     if config.model.compile and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
         raise SRDEError(
             f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
-            f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave compile out."
+            f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave compile out."
         )
     if config.model.expert_kernels and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
         raise SRDEError(
             f"expert_kernels=true with granularity={adapter.granularity}, expert_parallel_size="
-            f"{config.parallel.expert_parallel_size}: only neuron experts held by one process. Leave it out."
+            f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave it out."
         )
     if config.model.expert_kernels and config.model.compile:
         raise SRDEError("expert_kernels=true with compile=true: two ways to compute the same. Leave one of them out.")
@@ -58,7 +58,7 @@ def check_relations(config: Config) -> None:
         raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice. Name each once.")
     if data.domain is not None and data.domain not in data.domains:
         raise SRDEError(
-            f"domain={data.domain}: must be one of domains={','.join(data.domains)}. Name it in --domains, too."
+            f"domain={data.domain}: must be one of domains={','.join(data.domains)}. Name it in --domains as well."
         )
     if data.jsonl_data and data.pretokenized_dir:
         raise SRDEError(
@@ -67,12 +67,12 @@ def check_relations(config: Config) -> None:
         )
     if optimizer.use_muon and adapter.granularity == "element" and adapter.num_atoms == 0:
         raise SRDEError(
-            "use_muon=true with granularity=element and num_atoms=0: free element deltas are no matrices, Muon would "
-            "have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
+            "use_muon=true with granularity=element and num_atoms=0: free element deltas are not matrices, so Muon "
+            "would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
         )
     if losses.load_balancing_target == "domains" and not (losses.load_balancing_weight or losses.balancing_bias_rate):
         raise SRDEError(
-            "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: nothing balances. "
+            "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: balancing is off. "
             "Give one of them, or leave --load_balancing_target out."
         )
     _check_start(config)
@@ -89,7 +89,7 @@ def _check_start(config: Config) -> None:
     if not training.start_from:
         if config.curriculum.training_phases == "routers":
             raise SRDEError(
-                "training_phases=routers without start_from: the experts would stay as the base. Give --start_from, or "
+                "training_phases=routers without start_from: the experts would equal the base. Give --start_from, or "
                 "leave --training_phases out."
             )
         return
@@ -110,14 +110,14 @@ def _check_start(config: Config) -> None:
     if adapter.num_atoms:
         raise SRDEError(
             f"train_experts={names} with num_atoms={adapter.num_atoms}: the others share the atoms and would change. "
-            "Make free deltas of them with srde-ds combine, or leave --train_experts out."
+            "Turn them into free deltas with srde-ds combine, or leave --train_experts out."
         )
     for key, given in {
         "warm_start": config.curriculum.warm_start,
         "balancing_bias_rate": config.losses.balancing_bias_rate > 0,
     }.items():
         if given:
-            raise SRDEError(f"{key} with train_experts={names}: would change the others' routers. Leave --{key} out.")
+            raise SRDEError(f"{key} with train_experts={names}: the others' routers would change. Leave --{key} out.")
 
 
 def _check_curriculum(config: Config) -> None:
@@ -149,7 +149,7 @@ def _check_curriculum(config: Config) -> None:
     if support.calibration_rows != SupportConfig.calibration_rows and strategy not in calibrated:
         raise SRDEError(
             f"calibration_rows={support.calibration_rows} with support_strategy={strategy}: only activation and "
-            "gradient look at rows. Give --support_strategy, or leave --calibration_rows out."
+            "gradient use rows. Give --support_strategy, or leave --calibration_rows out."
         )
     if support.support_temperature != SupportConfig.support_temperature and strategy != "learned":
         raise SRDEError(
@@ -166,7 +166,7 @@ def _check_curriculum(config: Config) -> None:
         )
     if curriculum.unlock_order == "cluster_size" and (warm_start != "kmeans" or curriculum.progressive_unlock == "all"):
         raise SRDEError(
-            "unlock_order=cluster_size: needs --progressive_unlock linear or warmup, and the clusters of --warm_start "
+            "unlock_order=cluster_size needs --progressive_unlock linear or warmup, and the clusters of --warm_start "
             "with warm_start_method=kmeans."
         )
     if curriculum.initial_density is None:

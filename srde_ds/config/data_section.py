@@ -16,7 +16,7 @@ class DataConfig:
 
     jsonl_data: str | None = option(
         None,
-        "training records: a file, a folder or a pattern in quotes; JSON lines or array, Parquet, CSV or TSV, "
+        "training records: a file, a folder or a quoted pattern; JSON lines or array, Parquet, CSV or TSV, "
         "also .gz or .zst (docs/data.md lists the forms)",
         metavar="FILES",
         aliases=("train_file",),
@@ -24,7 +24,7 @@ class DataConfig:
     )
     eval_file: str | None = option(
         None,
-        "held-out records, read like jsonl_data, for the loss during training and for the evaluation",
+        "held-out records, read like jsonl_data, for losses during training and for evaluation",
         metavar="FILES",
         common=True,
     )
@@ -39,24 +39,24 @@ class DataConfig:
             "question_answer",
         ]
         | None
-    ) = option(None, "form of the records", metavar="FORM", derived="told by their keys")
+    ) = option(None, "form of the records", metavar="FORM", derived="identified by their keys")
     columns: str | None = option(
-        None, "names that the files have for a form's keys: prompt=question,response=reply", metavar="KEY=NAME,..."
+        None, "the files' names for a form's keys: prompt=question,response=reply", metavar="KEY=NAME,..."
     )
     ignore_columns: list[str] | None = option(
         None, "keys of the records to leave out; *: all that their form does not know", metavar="KEY,..."
     )
     domain: str | None = option(
         None,
-        "domain of the records that name none",
+        "domain of records that do not name one",
         metavar="NAME",
-        derived="the one of domains, if there is only one",
+        derived="the only one of domains, if there is just one",
     )
     encoding: str | None = option(
-        None, "encoding of text files that are neither UTF-8 nor marked, such as gbk", metavar="NAME"
+        None, "encoding of text files that are not UTF-8 and have no byte order mark, such as gbk", metavar="NAME"
     )
     on_bad_record: Literal["fail", "skip"] = option(
-        "fail", "what happens if records are bad: stop and list them, or leave them out and count them"
+        "fail", "what to do with bad records: stop and list them, or leave them out and count them"
     )
     pretokenized_dir: str | None = option(
         None, "folder written by build_dataset, instead of jsonl_data", metavar="FOLDER", common=True
@@ -77,23 +77,23 @@ class DataConfig:
         common=True,
     )
     too_long: Literal["error", "drop", "truncate"] = option(
-        "drop", "what happens to a document longer than max_length; it is counted and reported in any case"
+        "drop", "what to do with a document longer than max_length; it is always counted and reported"
     )
     train_on: Literal["all", "last"] = option(
-        "all", "turns of the assistant that carry labels, of those not marked with weight 0 or train false"
+        "all", "turns of the assistant that carry labels, apart from those marked with weight 0 or train false"
     )
     packing: bool = option(
         True,
-        "several documents in a row; false: one in each, as bases with linear attention, Mamba or convolutions need it",
+        "pack several documents into a row; false: one per row, which linear attention, Mamba and convolutions need",
     )
     domain_weights: str | None = option(
         None,
         "shares of the domains among the rows, with changes by step: 'math=2,code=1; 500: math=1,code=1' "
-        "(default: each row once an epoch)",
+        "(default: each row once per epoch)",
         metavar="SHARES",
     )
     mixing_temperature: float = option(
         1.0,
-        "T of shares proportional to rows ** (1/T), instead of domain_weights; above 1, small domains are seen more",
+        "T in shares proportional to rows ** (1/T), instead of domain_weights; above 1, small domains come more often",
         minimum=0.1,
     )

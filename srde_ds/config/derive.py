@@ -1,4 +1,4 @@
-"""Defaults that follow from other options, from the base or from the rows, so that none contradicts what was given."""
+"""Defaults that follow from other options, the base or the rows, so that none contradicts what was given."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LEARNED_CANDIDATES = 5  # times density
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What the files that a run names say about its options; None: they do not say.
+    """What a run's input files say about its options; None: nothing.
 
     Attributes:
-        context: tokens that the base can read at once.
-        row_length: tokens in a row of `pretokenized_dir`.
-        domains: those of `pretokenized_dir`, in its order.
+        context: the base's context in tokens.
+        row_length: number of tokens in a row of `pretokenized_dir`.
+        domains: domains of `pretokenized_dir`, in its order.
         started: options of the weights that a new run starts from.
-        resumed: options of the run that goes on: a schedule does not change in its middle because a default does.
+        resumed: options of the resumed run, so that new defaults do not change its schedule.
     """
 
     context: int | None = None
@@ -34,7 +34,7 @@ class RunInputs:
 
 
 def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
-    """Set the options that were not `given` and depend on others, in place; `config.derived` says from what."""
+    """Set, in place, the options that were not `given` and depend on others; `config.derived` gets the reasons."""
     sections = [getattr(config, section.name) for section in fields(config)]
     owner = {option.name: section for section in sections for option in fields(section)}
     adapter, data, curriculum, max_steps = config.adapter, config.data, config.curriculum, config.training.max_steps
@@ -43,7 +43,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         if key in given:
             return
         if key in inputs.resumed:
-            value, reason = inputs.resumed[key], "as in the run that goes on"
+            value, reason = inputs.resumed[key], "as in the resumed run"
         setattr(owner[key], key, checked(owner[key], key, value))
         config.derived[key] = reason
 
@@ -76,7 +76,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
     means = len(data.domains) + (len(data.domains) > 1)
     if curriculum.warm_start and (adapter.num_experts > means or curriculum.unlock_order == "cluster_size"):
         reason = (
-            "more experts than means" if adapter.num_experts > means else "unlock_order=cluster_size needs clusters"
+            "more experts than domains" if adapter.num_experts > means else "unlock_order=cluster_size needs clusters"
         )
         default("warm_start_method", "kmeans", reason)
     if adapter.support_strategy == "learned":

@@ -1,4 +1,4 @@
-"""From defaults, a preset, YAML and flags to one checked config."""
+"""Merges defaults, a preset, YAML and flags into one checked config."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def resolve(
 
     Args:
         file_values: `{section: {key: value}}` as read from YAML.
-        flag_values: `{key: value}` of the flags that were given.
-        read_inputs: looks into the files that the config names, for the defaults that follow from them; it gets the
-            config and the names of the options that were given. None: nothing is read.
+        flag_values: `{key: value}` of the given flags.
+        read_inputs: reads the files that the config names, for defaults that follow from them; called with the config
+            and the names of the given options. None: nothing is read.
 
     Raises:
-        SRDEError: an unknown section or key (with the nearest known one), a value out of range, or values that
-            contradict each other.
+        SRDEError: a section or key is unknown (the message gives the nearest known one), a value is out of range, or
+            values contradict each other.
     """
     config = Config()
     sections = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -50,7 +50,7 @@ def resolve(
 def _file_values(
     file_values: Mapping[str, Any], sections: Mapping[str, Any], owner: Mapping[str, str]
 ) -> dict[str, Any]:
-    """`{key: value}` of what a file holds by section."""
+    """`{key: value}` from the sections of a file."""
     given: dict[str, Any] = {}
     for section, values in file_values.items():
         if section not in sections:

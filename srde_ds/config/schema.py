@@ -1,4 +1,4 @@
-"""What a run is: one dataclass a section, read from YAML and flags, without side effects.
+"""The options of a run: one dataclass per section, read from YAML and flags, without side effects.
 
 Every field is a YAML key in its section and a flag of the same name (`--top_k 2`); names are unique
 across sections, so that flags need no prefix.
@@ -26,25 +26,25 @@ class ModelConfig:
     flash_attention: bool = option(False, "compute attention with the flash-attn package instead of torch's sdpa")
     compile: bool = option(False, "use torch.compile for neuron experts: faster steps after a slow first one")
     expert_kernels: bool = option(
-        False, "compute neuron experts by two Triton kernels; needs a CUDA device, and no GPU has run them yet"
+        False, "compute neuron experts with two Triton kernels; needs a CUDA device, and is untested on GPUs so far"
     )
     gradient_checkpointing: bool = option(False, "the same as --recompute full", common=True)
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none",
-        "activations that the backward pass computes again: full: all of a layer, for about 30 % more compute; "
-        "selective: all but its attention; auto: as little as the memory allows",
+        "activations that the backward pass recomputes: full: a whole layer's, for about 30 % more compute; "
+        "selective: all but attention's; auto: as few as the memory allows",
         common=True,
     )
 
     @property
     def recomputed(self) -> str:
-        """`recompute`, whichever of its two options was given."""
+        """The value of `recompute`, whichever of its two options was given."""
         return "full" if self.gradient_checkpointing else self.recompute
 
 
 @dataclass
 class AdapterConfig:
-    """Which weights the experts change, and how. Saved with the weights.
+    """Which weights the experts change, and how. It is saved with the weights.
 
     Examples:
         >>> from srde_ds import AdapterConfig
@@ -57,7 +57,7 @@ class AdapterConfig:
     )
     num_experts: int = option(
         6,
-        "experts in each layer",
+        "number of experts in each layer",
         metavar="N",
         minimum=1,
         derived="one for each domain, at least top_k",
@@ -88,24 +88,24 @@ class AdapterConfig:
         "shared", "one support for all experts of a layer, or one each (by magnitude: disjoint slices of the ranking)"
     )
     num_atoms: int = option(
-        0, "atoms that the experts share; 0: each expert's delta is a free parameter", metavar="N", minimum=0
+        0, "number of atoms that the experts share; 0: each expert's delta is a free parameter", metavar="N", minimum=0
     )
     atom_mixing: Literal["linear", "softmax"] = option("linear", "how an expert weights the atoms")
 
 
 @dataclass
 class SupportConfig:
-    """How the support is found, where `adapter.support_strategy` needs data or learning."""
+    """How the support is found, if `adapter.support_strategy` needs data or learning."""
 
     calibration_rows: int = option(
         64,
-        "rows that support_strategy activation or gradient looks at; of each domain with support_scope per_expert",
+        "number of rows for support_strategy activation or gradient; with support_scope per_expert, of each domain",
         metavar="ROWS",
         minimum=1,
     )
     support_temperature: float = option(
         1.0,
-        "temperature of support_strategy learned at the start; it falls to a tenth until the support is frozen",
+        "initial temperature of support_strategy learned; it falls to a tenth until the support is frozen",
         minimum=1e-6,
     )
 
@@ -136,7 +136,7 @@ class OptimizerConfig:
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0.0, maximum=0.9999)
     adam_beta2: float = option(0.95, "AdamW's decay of the second moment", minimum=0.0, maximum=0.999999)
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = option(
-        "cosine", "course of the learning rates; wsd: warm-up, stable, then linear decay over the last decay_ratio"
+        "cosine", "schedule of the learning rates; wsd: warm-up, stable, then linear decay over the last decay_ratio"
     )
     warmup_steps: int = option(
         50,
@@ -153,22 +153,22 @@ class OptimizerConfig:
         0.0, "learning rate at the end, as a share of its peak", metavar="SHARE", minimum=0.0, maximum=1.0
     )
     max_grad_norm: float = option(
-        1.0, "largest global norm of the gradient, clipped beyond; 0: no clipping", minimum=0.0
+        1.0, "global gradient norm above which gradients are clipped; 0: no clipping", minimum=0.0
     )
 
 
 @dataclass
 class LossConfig:
-    """How labels count, what is added to the loss on them, and load balancing that needs no loss."""
+    """How labels count in the loss, auxiliary losses, and load balancing."""
 
     loss_weighting: Literal["token", "document", "domain"] = option(
         "token",
-        "what counts alike in the loss: each response token, each document, or each domain (with domain_weights or "
-        "mixing_temperature: each by its share)",
+        "what counts equally in the loss: each response token, each document, or each domain (with domain_weights or "
+        "mixing_temperature: by its share)",
     )
     load_balancing_weight: float = option(0.01, "weight of the load-balancing loss", minimum=0.0)
     load_balancing_target: Literal["uniform", "domains"] = option(
-        "uniform", "shares that balancing aims at: equal ones, or those of the domains among the tokens of the step"
+        "uniform", "target shares of balancing: equal, or those of the domains among the tokens of the step"
     )
     balancing_bias_rate: float = option(
         0.0, "loss-free balancing: change of each expert's selection bias per step, in logits; 0: off", minimum=0.0
@@ -191,14 +191,14 @@ class TrainingConfig:
     max_steps: int = option(1000, "length of the training, in optimizer steps", metavar="STEPS", minimum=1, common=True)
     batch_size: int = option(
         1,
-        "rows of each process in a micro-step",
+        "number of rows per process in a micro-step",
         metavar="ROWS",
         aliases=("micro_batch_size",),
         minimum=1,
         common=True,
     )
     gradient_accumulation_steps: int = option(
-        16, "micro-steps in an optimizer step", metavar="N", minimum=1, common=True
+        16, "number of micro-steps in an optimizer step", metavar="N", minimum=1, common=True
     )
     seed: int = option(
         42, "seed of supports, routers and data order", metavar="N", minimum=0, maximum=2**32 - 1, common=True
@@ -211,31 +211,31 @@ class TrainingConfig:
     )
     start_from: str | None = option(
         None,
-        "weights whose experts a new run goes on with: a run folder, a checkpoint, a weights file or a repository of "
-        "the Hub; domains that they have no expert for get new ones",
+        "weights with whose experts a new run starts: a run folder, a checkpoint, a weights file or a Hub repository; "
+        "domains without an expert get new ones",
         metavar="WEIGHTS",
     )
     train_experts: list[str] | None = option(
         None,
-        "with start_from: train these experts alone; the others and their rows of the router stay as they are "
+        "with start_from: train only these experts; the others and their rows of the router do not change "
         "(default: all)",
         metavar="NAME,...",
     )
     save_steps: int = option(
         500, "steps between checkpoints; 0: one at the end", metavar="STEPS", minimum=0, common=True
     )
-    save_total_limit: int = option(2, "checkpoints to keep", metavar="N", minimum=1)
+    save_total_limit: int = option(2, "number of checkpoints to keep", metavar="N", minimum=1)
     save_in_background: bool = option(
-        True, "write checkpoints while training goes on, from a copy in host memory; false: training waits"
+        True, "write checkpoints from a copy in host memory while training continues; false: training waits"
     )
     on_save_failure: Literal["stop", "continue"] = option(
         "stop",
-        "what happens when a checkpoint cannot be written; continue: warn and try again at the next one (the last one "
-        "has to succeed)",
+        "what to do if a checkpoint cannot be written; continue: warn, and try again with the next one (the last one "
+        "must succeed)",
     )
     domain_statistics_rows: int = option(
         32,
-        "rows of each domain that are run at the end, for the weights to know their domains' inputs, from which "
+        "number of rows of each domain that are run at the end, to save statistics of the domains' inputs, from which "
         "srde-ds combine makes routers; 0: none",
         metavar="ROWS",
         minimum=0,
@@ -248,33 +248,33 @@ class TrainingConfig:
 
 @dataclass
 class CurriculumConfig:
-    """The order in which things are learned. All steps count towards max_steps."""
+    """The phases of training. All steps count towards max_steps."""
 
     supervised_experts: bool = option(
         False,
-        "begin by training each expert on its own domain alone: rows are routed by their domain, the router waits",
+        "begin by training each expert only on its own domain: rows are routed by domain, without the router",
         common=True,
     )
     expert_pretrain_steps: int = option(
         500,
-        "length of that beginning for each domain, in steps' worth of tokens",
+        "length of that pretraining for each domain, in steps' worth of tokens",
         metavar="STEPS",
         minimum=1,
         derived="30 % of max_steps divided by the domains",
     )
     pretrain_objective: Literal["parallel", "sequential"] = option(
-        "parallel", "pretrain all experts in mixed batches, or one after the other on the rows of its own domain"
+        "parallel", "pretrain all experts together in mixed batches, or one after another on the rows of their domains"
     )
     warm_start: bool = option(
         False, "set the routers from their inputs, after pretraining or at the start", common=True
     )
     warm_start_method: Literal["kmeans", "domain_means", "random"] = option(
         "domain_means",
-        "set them from clusters aligned with the domains, from the mean of each domain, or at random",
-        derived="domain_means; kmeans where there are more experts than means, or with unlock_order cluster_size",
+        "set the routers from clusters aligned with the domains, from the mean of each domain, or at random",
+        derived="domain_means; kmeans if there are more experts than domains, or with unlock_order cluster_size",
     )
     warm_start_samples: int = option(
-        512, "tokens of each domain that warm_start looks at in each layer", metavar="TOKENS", minimum=8
+        512, "number of tokens of each domain that warm_start uses in each layer", metavar="TOKENS", minimum=8
     )
     progressive_unlock: Literal["all", "linear", "warmup"] = option(
         "all",
@@ -286,7 +286,7 @@ class CurriculumConfig:
     )
     initial_density: float | None = option(
         None,
-        "density at the start; it is pruned to density within density_warmup_steps",
+        "initial density, which is pruned to density within density_warmup_steps",
         metavar="SHARE",
         aliases=("initial_sparsity",),
         minimum=1e-9,
@@ -295,16 +295,16 @@ class CurriculumConfig:
     )
     density_warmup_steps: int = option(
         0,
-        "steps until density is reached",
+        "number of steps until density is reached",
         metavar="STEPS",
         minimum=0,
         derived="0; half of max_steps with initial_density",
     )
-    density_prunings: int = option(4, "prunings on the way from initial_density to density", metavar="N", minimum=1)
+    density_prunings: int = option(4, "number of prunings from initial_density to density", metavar="N", minimum=1)
     training_phases: Literal["joint", "four", "routers"] = option(
         "joint",
         "after pretraining, train all trainables together, or in the predecessor's four phases: warm-up, mask, delta, "
-        "joint; routers, with start_from: the routers alone",
+        "joint; routers (with start_from): only the routers",
     )
 
 
@@ -327,39 +327,39 @@ class ParallelConfig:
 
     deepspeed_config: str | None = option(
         None,
-        "JSON with what only DeepSpeed owns, as in ds_configs/ (default: DeepSpeed's own values)",
+        "JSON with DeepSpeed's own options, as in ds_configs/ (default: DeepSpeed's defaults)",
         metavar="FILE",
         aliases=("deepspeed", "ds_config"),
         common=True,
     )
     expert_parallel_size: int = option(
         1,
-        "processes that share the experts of a layer among them; must divide the number of processes",
+        "number of processes that divide the experts of a layer; must divide the number of processes",
         metavar="N",
         minimum=1,
     )
     expert_transport: Literal["auto", "tokens", "deltas"] = option(
-        "auto", "what these processes send: routed tokens, effective deltas, or whichever moves fewer bytes"
+        "auto", "what these processes exchange: routed tokens, effective deltas, or whichever moves fewer bytes"
     )
     owner_computes: bool = option(
         True,
-        "with atoms, each process mixes its own rows of them and sends the result; false: ZeRO gathers atoms and "
+        "with atoms, each process mixes its own shard of them and sends the result; false: ZeRO gathers atoms and "
         "importance",
     )
     collective_timeout: int = option(
         600, "seconds after which a collective that waits for a lost rank fails", metavar="SECONDS", minimum=10
     )
     start_timeout: int = option(
-        80, "seconds that a process waits for the others at the start", metavar="SECONDS", minimum=10
+        80, "seconds that a process waits for the others to start", metavar="SECONDS", minimum=10
     )
 
 
 @dataclass
 class Config:
-    """All options of a run, by section. `config.resolve` makes one whose values are checked and fit each other.
+    """All options of a run, by section. `config.resolve` makes a checked one.
 
     Attributes:
-        derived: option -> what its value follows from; holds the options that were not given.
+        derived: for options that were not given, option -> what its value follows from.
 
     Examples:
         >>> from srde_ds.config import resolve
@@ -386,7 +386,7 @@ class Config:
 
     @property
     def expert_names(self) -> list[str]:
-        """Those of the domains, in their order, and numbers for experts beyond."""
+        """The names of the domains, in order, then numbers for further experts."""
         names = self.data.domains[: self.adapter.num_experts]
         return names + [f"expert_{i}" for i in range(len(names), self.adapter.num_experts)]
 
@@ -395,7 +395,7 @@ class Config:
         return dataclasses.asdict(self)
 
     def to_yaml(self) -> str:
-        """The options as a YAML file; a comment stands beside each value that was derived."""
+        """The options as YAML, with a comment for each derived value."""
         import yaml
 
         lines = []
@@ -405,7 +405,7 @@ class Config:
         return "\n".join(lines) + "\n"
 
 
-# Options that stood in another section before, and that section: files from then still load.
+# Options that have moved, with their former section, so that older files still load.
 FORMER_SECTIONS = {
     "load_balancing_weight": "optimizer",
     "load_balancing_target": "optimizer",
@@ -417,7 +417,7 @@ FORMER_SECTIONS = {
     "support_temperature": "curriculum",
 }
 
-# What `preset: reference` changes, unless a field is given explicitly.
+# What `preset: reference` changes, unless an option is given explicitly.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "reference": {"granularity": "element", "support_scope": "shared", "num_atoms": 16, "atom_mixing": "softmax"},

@@ -1,4 +1,4 @@
-"""How a field of the config gets its value: declaration, conversion, range, YAML."""
+"""Declares options, and converts and checks their values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "
 
 
 class OptionTraits(TypedDict, total=False):
-    """What an option is, besides its default and its help.
+    """The traits of an option besides its default and help text.
 
     Attributes:
-        metavar: what stands for the value in the help text, such as STEPS or FILE.
+        metavar: placeholder of the value in the help text, such as STEPS or FILE.
         aliases: other names of the flag.
-        minimum, maximum: the range of its values, both included.
-        derived: what the default follows from, where it is not `default` in every run.
-        common: `--help` lists the option; the others come with `--help-all`.
-        required: the command line has to give it.
+        minimum, maximum: the range of its values, inclusive.
+        derived: what the default follows from, if it is not always `default`.
+        common: whether `--help` lists the option; `--help-all` lists all.
+        required: whether the command line must give it.
     """
 
     metavar: str | None
@@ -39,10 +39,10 @@ PLAIN = OptionTraits(metavar=None, aliases=(), minimum=None, maximum=None, deriv
 
 
 def option(default: Any, help: str, **traits: Unpack[OptionTraits]) -> Any:
-    """A dataclass field that is an option: of the config, or of a verb of the command line.
+    """A dataclass field that is an option of the config or of a verb.
 
     Args:
-        help: a phrase with the unit; the default is added to it.
+        help: a phrase with the unit; the default is appended.
         traits: see `OptionTraits`.
     """
     metadata = {"help": help, **PLAIN, **traits}
@@ -52,10 +52,10 @@ def option(default: Any, help: str, **traits: Unpack[OptionTraits]) -> Any:
 
 
 def weights_option() -> Any:
-    """The field of a verb that takes trained experts, under all its names."""
+    """The option of a verb that takes trained experts, with all its aliases."""
     return option(
         "",
-        "trained experts: a run folder, a checkpoint, a weights file, a folder of PEFT or a repository of the Hub",
+        "trained experts: a run folder, a checkpoint, a weights file, a PEFT folder or a Hub repository",
         metavar="WEIGHTS",
         aliases=("checkpoint", "srde_weights", "run"),
         required=True,
@@ -63,12 +63,12 @@ def weights_option() -> Any:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
-        SRDEError: the file is refused by `read_yaml`, or holds no mapping.
+        SRDEError: the file is refused by `read_yaml`, or is not a mapping.
     """
-    from srde_ds.utils.yaml_files import read_yaml  # late: most commands have no such file
+    from srde_ds.utils.yaml_files import read_yaml  # late: most commands read no YAML
 
     content = read_yaml(path, f"config: '{path}'")
     if content is None:
@@ -79,7 +79,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def checked(section: Any, key: str, value: Any) -> Any:
-    """`value` converted to the type of field `key` of a dataclass or its instance, or an SRDEError that names both."""
+    """`value` converted to the type of the field `key` of a dataclass or instance; an SRDEError names both."""
     hint = typing.get_type_hints(section if isinstance(section, type) else type(section))[key]
     metadata = next(f.metadata for f in fields(section) if f.name == key)
     value = _convert(key, hint, value)
@@ -123,7 +123,7 @@ def _convert(key: str, hint: Any, value: Any) -> Any:
         if isinstance(value, bool):
             raise ValueError
         if hint is int and isinstance(value, int | str) and str(value).strip().lstrip("+-").isdecimal():
-            return int(value)  # a float would change the digits beyond 2**53
+            return int(value)  # not by way of float, which would change digits beyond 2**53
         number = float(value)
         if hint is float:
             return number

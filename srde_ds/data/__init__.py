@@ -1,1 +1,1 @@
-"""From JSONL records to packed rows, and from rows to batches."""
+"""Turns records into packed rows, and rows into batches."""

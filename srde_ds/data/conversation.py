@@ -1,8 +1,8 @@
-"""Messages in every common spelling brought to one form; nothing in them is left out without a word.
+"""Brings messages in every common spelling to one form, without silently leaving anything out.
 
-A message of that form is `{"role", "content"}` and, where it has them, `reasoning_content` (the thought before an
-answer), `tool_calls` (`[{"type": "function", "id", "function": {"name", "arguments"}}]`), `tool_call_id`, `name`, and
-`"train": False` for an assistant's turn that carries no labels. Roles are system, user, assistant and tool.
+A message in that form has `role` and `content`, and may have `reasoning_content` (the thought before an answer),
+`tool_calls` (`[{"type": "function", "id", "function": {"name", "arguments"}}]`), `tool_call_id`, `name`, and
+`"train": False` for an assistant's turn without labels. Roles are system, user, assistant and tool.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from srde_ds.errors import SRDEError, nearest
 Message = dict[str, Any]
 Tools = list[dict[str, Any]]
 TrainOn = Literal["all", "last"]
-"""Which of the assistant's turns carry labels, of those that are not marked to carry none"""
+"""Which of the assistant's turns carry labels, apart from those that are marked to carry none"""
 
 ROLES = {
     "system": "system",
@@ -31,35 +31,35 @@ ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""what a role may be called, and the role that it is"""
+"""the names that a role may have, and the role that each means"""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 COUNTS = ("weight", "train", "training")
-"""what says whether a turn carries labels"""
+"""keys that say whether a turn carries labels"""
 KEYS = ("role", "content", *REASONING, "tool_calls", "function_call", "tool_call_id", "name", *COUNTS)
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
 
 
 def parse_messages(value: Any, place: str) -> list[Message]:
-    """The messages of a conversation in the one form; an empty system message is none.
+    """The messages of a conversation in the one form. An empty system message is left out.
 
     Args:
-        place: what errors call the record, such as `file:line`.
+        place: name of the record in errors, such as `file:line`.
 
     Raises:
-        SRDEError: a message that is not understood, or a system message that is not the first.
+        SRDEError: a message is not understood, or a system message is not the first.
     """
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise SRDEError(f"{place}: field 'messages' must be a list of objects with 'role' and 'content'.")
     parsed = [_message(message, f"{place}: messages[{index}]") for index, message in enumerate(value)]
     messages = [message for message in parsed if message["role"] != "system" or message["content"].strip()]
     if any(message["role"] == "system" for message in messages[1:]):
-        raise SRDEError(f"{place}: a system message must be the first of 'messages'.")
+        raise SRDEError(f"{place}: a system message must come first in 'messages'.")
     return messages
 
 
 def with_system(messages: list[Message], system: Any, place: str) -> list[Message]:
-    """`messages` after the system message that stands beside them."""
+    """`messages`, preceded by the record's separate system message."""
     if not isinstance(system, str):
         raise SRDEError(f"{place}: field 'system' must be text, not {kind(system)}.")
     if not system.strip():
@@ -70,27 +70,27 @@ def with_system(messages: list[Message], system: Any, place: str) -> list[Messag
 
 
 def only_last_trained(messages: list[Message]) -> list[Message]:
-    """The messages with labels on the last of the turns that have any."""
+    """The messages with labels only on the last of the turns that have any."""
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and message.get("train", True)]
     return [message | {"train": False} if index in turns[:-1] else message for index, message in enumerate(messages)]
 
 
-def said(message: Message) -> str:
-    """All that a message says: the thought, the text, the calls."""
+def all_text(message: Message) -> str:
+    """All text of a message: the thought, the content and the calls."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join(filter(None, [message.get("reasoning_content"), message["content"], *calls]))
 
 
 def parse_tools(value: Any, place: str) -> Tools | None:
-    """The functions that the assistant may call, as a list of objects; also of a list written as JSON text.
+    """The functions that the assistant may call, as a list of objects, from such a list or its JSON text.
 
     Raises:
-        SRDEError: anything else, or a function without a name.
+        SRDEError: the value is something else, or a function has no name.
     """
     tools = _from_json(value) if isinstance(value, str) else value
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise SRDEError(f"{place}: field 'tools' must be a list of objects that describe functions.")
-    # The older form lists the functions themselves.
+    # The older form lists the functions directly.
     tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     for index, tool in enumerate(tools):
         function = tool["function"]
@@ -134,7 +134,7 @@ def _message(message: Mapping[str, Any], place: str) -> Message:
 
 
 def _content(value: Any, place: str) -> tuple[str, str]:
-    """The text of a content, and the thought in it; both empty where there is none."""
+    """The text and the thought in a message's content, each empty if there is none."""
     if isinstance(value, str):
         return check_text(value, "content", place, may_be_empty=True), ""
     if not isinstance(value, list):
@@ -152,11 +152,11 @@ def _content(value: Any, place: str) -> tuple[str, str]:
             text = part.get(type_, part.get("text"))
             thoughts.append(_content(text, where)[0] if isinstance(text, list) else check_text(text, type_, where))
         elif type_ in REASONING_PARTS:
-            raise SRDEError(f"{where}: a thought ('{type_}') must stand before the text of the answer.")
+            raise SRDEError(f"{where}: a thought ('{type_}') must come before the text of the answer.")
         else:
             what = f"a part of type '{type_}'" if isinstance(type_, str) else kind(part)
             raise SRDEError(
-                f"{where}: {what} is not supported, only text is (type 'text'): remove the part, or the record."
+                f"{where}: {what} is not supported, only text (type 'text'): remove the part, or the record."
             )
     return "".join(texts), "".join(thoughts)
 
@@ -165,7 +165,7 @@ def _reasoning(given: Mapping[str, Any], thought: str, place: str) -> str:
     keys = [key for key in REASONING if given.get(key, "") != ""]
     texts = [check_text(given[key], key, place) for key in keys] + ([thought] if thought else [])
     if len(set(texts)) > 1:
-        raise SRDEError(f"{place}: holds several thoughts ({', '.join(keys)} or in 'content'): keep one of them.")
+        raise SRDEError(f"{place}: there are several thoughts ({', '.join(keys)} or in 'content'): keep one of them.")
     return texts[0] if texts else ""
 
 
@@ -242,10 +242,10 @@ def _check_texts(value: Any, field: str, place: str) -> None:
 
 
 def check_text(value: Any, field: str, place: str, *, may_be_empty: bool = False) -> str:
-    """`value` itself.
+    """Return `value` if it is a usable text.
 
     Raises:
-        SRDEError: it is missing, no text, empty, or holds half a surrogate pair.
+        SRDEError: it is missing, not text, empty, or contains half a surrogate pair.
     """
     if value is None:
         raise SRDEError(f"{place}: field '{field}' is missing.")
@@ -261,11 +261,11 @@ def check_text(value: Any, field: str, place: str, *, may_be_empty: bool = False
 
 
 def has_surrogates(text: str) -> bool:
-    """Whether it holds half a surrogate pair, what is left of a character that was lost."""
+    """Whether a text contains half a surrogate pair, the remainder of a lost character."""
     return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """The type of a JSON value, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
     return names.get(type(value), "a number")

@@ -1,7 +1,7 @@
-"""Read files of JSON lines, a JSON array, Parquet, CSV, TSV or plain text, each also with gzip or Zstandard.
+"""Reads JSON lines, JSON arrays, Parquet, CSV, TSV and plain text, also compressed with gzip or Zstandard.
 
-A record comes with its place, `file:line` where the file has lines. What is wrong with one record does not stop the
-reading: it comes in the record's stead, as the error that names it.
+Each record comes with its place, `file:line` if the file has lines. A bad record does not stop the reading: an error
+that names it comes in its place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from srde_ds.errors import SRDEError
 log = logging.getLogger(__name__)
 
 Item = tuple[str, Any]
-"""Place, and the record: a dict, or the SRDEError that says why there is none"""
+"""A record's place, and the record as a dict, or the SRDEError that says what is wrong with it"""
 
 KINDS = {
     ".jsonl": "json",
@@ -38,9 +38,9 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
 }
-"""What a file holds, by its ending in small letters; `.txt` and others are JSON, or prompts in a file of prompts."""
+"""Kinds of files, by their lower-case ending. `.txt` and others hold JSON, or prompts in a file of prompts."""
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+MARKS = {  # longer ones first, since UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF8: "utf-8-sig",
@@ -49,18 +49,18 @@ MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
 }
 """Byte order marks"""
 JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "functions", "weight")
-"""Columns of a CSV file whose cells hold JSON"""
+"""Columns of CSV files whose cells hold JSON"""
 LONGEST_CELL = 2**27
-"""bytes of a CSV cell"""
+"""most bytes in a CSV cell"""
 _HEAD = 65_536
 _ROWS_A_BATCH = 1000
 
 
 def find_files(name: str | Path, option: str) -> list[Path]:
-    """The file `name`, the files of records in the folder `name`, or those that the pattern `name` matches; sorted.
+    """The file `name`, the files of records in a folder `name`, or those that match a pattern `name`; sorted.
 
     Raises:
-        SRDEError: there is none, or it cannot be read twice, like a pipe.
+        SRDEError: there is no file, or it can be read only once, like a pipe.
     """
     path = Path(name)
     if path.is_dir():
@@ -77,12 +77,12 @@ def find_files(name: str | Path, option: str) -> list[Path]:
         return [path]
     matched = sorted(p for p in map(Path, glob.glob(str(name), recursive=True)) if p.is_file())
     if not matched:
-        raise SRDEError(f"{option}={name}: no such file. Give an existing file, a folder, or a pattern in quotes.")
+        raise SRDEError(f"{option}={name}: no such file. Give an existing file, a folder or a quoted pattern.")
     return matched
 
 
 def ending(path: Path) -> tuple[str, str | None]:
-    """The ending in small letters without that of the compression, and the compression."""
+    """The lower-case ending of a file, without that of the compression, and the compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression:
@@ -94,8 +94,8 @@ def read_items(path: Path, *, encoding: str | None = None, prompts: bool = False
     """Every record of a file. Blank lines are skipped.
 
     Args:
-        encoding: of its text; None: what its byte order mark says, else UTF-8.
-        prompts: a file of another ending than those of KINDS holds a prompt in each line.
+        encoding: encoding of the text; None: as the byte order mark says, else UTF-8.
+        prompts: whether a file whose ending is not in KINDS holds a prompt on each line.
 
     Raises:
         SRDEError: the file as a whole cannot be read, or is empty.
@@ -115,7 +115,7 @@ def read_items(path: Path, *, encoding: str | None = None, prompts: bool = False
 
 
 def has_plain_lines(path: Path) -> bool:
-    """Whether a file holds JSON lines in UTF-8 as they are, without a mark and without compression."""
+    """Whether a file holds plain UTF-8 JSON lines, without a byte order mark and without compression."""
     suffix, compression = ending(path)
     if compression or KINDS.get(suffix, "json") != "json":
         return False
@@ -176,13 +176,13 @@ def _json(path: Path, compression: str | None, given: str | None) -> Iterator[It
 
 
 def _is_spread(start: str, suffix: str) -> bool:
-    """Whether a .json file holds one object over many lines."""
+    """Whether a .json file holds a single object over many lines."""
     first, _, rest = start.partition("\n")
     return suffix == ".json" and first.strip() == "{" and bool(rest)
 
 
 def _whole(path: Path, compression: str | None, encoding: str) -> Iterator[Item]:
-    """An array of records, or one record."""
+    """Read an array of records, or one record."""
     with _open(path, compression) as file:
         content = _parsed(file.read().decode(encoding), str(path), array=True)
     if isinstance(content, SRDEError):
@@ -205,21 +205,21 @@ def _no_object(value: Any, place: str) -> SRDEError:
 
 
 def _lines(path: Path, compression: str | None, encoding: str) -> Iterable[str | UnicodeError]:
-    """Each line, or why it is no text. Only a line feed ends one."""
+    """Each line, or the reason why it is not text. Only a line feed ends a line."""
     with _open(path, compression) as file:
-        if encoding in ("utf-16", "utf-32"):  # a line feed's byte is part of other characters, too
+        if encoding in ("utf-16", "utf-32"):  # here a line feed's byte may be part of another character
             yield from io.TextIOWrapper(file, encoding, newline="\n")
             return
         for line in file:
             try:
-                # Files that were joined may hold a mark in their midst.
+                # Concatenated files may contain further marks.
                 yield line.decode("utf-8-sig" if encoding == "utf-8" else encoding)
             except UnicodeError as error:
                 yield error
 
 
 def _not_text(error: UnicodeError) -> str:
-    """`not UTF-8, looks like GBK: give --encoding gbk`"""
+    """The fault and its remedy, such as `not UTF-8, looks like GBK: give --encoding gbk`."""
     if not isinstance(error, UnicodeDecodeError):
         return f"not text: {error}"
     name = error.encoding.upper()
@@ -227,7 +227,7 @@ def _not_text(error: UnicodeError) -> str:
     if guess is None or guess.encoding in ("ascii", "utf_8") or error.encoding not in ("utf-8", "utf8"):
         return f"not {name}: give its encoding, such as --encoding cp1252"
     found = guess.encoding
-    if found == "gb18030":  # the name that people know, where it is enough
+    if found == "gb18030":  # GBK, the better known name, if that suffices
         found = "gbk" if _decodes(error.object, "gbk") else found
     return f"not {name}, looks like {found.replace('_', '-').upper()}: give --encoding {found}"
 
@@ -244,7 +244,7 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 
 def _parquet(path: Path, compression: str | None, _: str | None) -> Iterator[Item]:
-    if compression:  # Parquet is read from its end
+    if compression:  # Parquet needs random access
         with _open(path, compression) as file:
             source: Any = pa.BufferReader(file.read())
     else:
@@ -258,18 +258,18 @@ def _parquet(path: Path, compression: str | None, _: str | None) -> Iterator[Ite
 
 
 def _table(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:
-    """Rows of a CSV or TSV file with a header. An empty cell counts as absent."""
+    """Read a CSV or TSV file with a header. An empty cell counts as absent."""
     csv.field_size_limit(LONGEST_CELL)
     encoding = _encoding(_head(path, compression), given)
     with io.TextIOWrapper(_open(path, compression), encoding, newline="") as text:
         rows = csv.reader(text, delimiter="\t" if ending(path)[0] == ".tsv" else ",", strict=True)
         header = [name.strip() for name in next(rows, [])]
         if header and (not all(header) or len(set(header)) < len(header)):
-            raise SRDEError(f"'{path}': its first line must name each column, each once: {', '.join(header)}.")
+            raise SRDEError(f"'{path}': its first line must name each column once: {', '.join(header)}.")
         for cells in rows:
             place = f"{path}:{rows.line_num}"
             if len(cells) > len(header) or (cells and len(cells) < len(header)):
-                yield place, SRDEError(f"{place}: has {len(cells)} cells, the first line names {len(header)} columns.")
+                yield place, SRDEError(f"{place}: has {len(cells)} cells, but the first line names {len(header)}.")
             elif cells:
                 yield place, _row({name: cell for name, cell in zip(header, cells, strict=True) if cell}, place)
 

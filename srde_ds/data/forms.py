@@ -1,5 +1,5 @@
-"""The forms in which people keep training data, each recognised by its keys and brought to one: `messages`, or
-`prompt` and `response`, beside the keys that every record may have.
+"""Common forms of training data, each recognised by its keys and converted to one form: `messages`, or `prompt` and
+`response`, along with the keys that every record may have.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ COMMON_KEYS = (
 )  # fmt: skip
 """Keys that a record of any form may have"""
 UNUSED = ("id", "revision", "row", "parallel_tool_calls")
-"""Of these, the ones that change nothing here"""
+"""Those of them that have no effect here"""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of records."""
+    """One of these forms."""
 
     name: str
     title: str
-    """what its records are, for the line that tells what was read"""
+    """what its records are called in the log"""
     marks: tuple[tuple[str, ...], ...]
-    """sets of keys, one of which tells the form"""
+    """sets of keys; each of them identifies the form"""
     keys: tuple[str, ...]
-    """all keys of its own"""
+    """all its own keys"""
     convert: Callable[[Fields, bool], Fields]
-    """to messages, or prompt and response; False: the response may be missing, or is left out"""
+    """makes messages, or prompt and response; its second argument is False if no response is needed"""
 
     @cached_property
     def known(self) -> dict[str, None]:
-        """All keys that its records may have, in order."""
+        """All keys that records of this form may have, in order."""
         return dict.fromkeys((*self.keys, *COMMON_KEYS))
 
     @cached_property
     def copied(self) -> frozenset[str]:
-        """The keys that stay as they are."""
+        """The keys that are copied unchanged."""
         return frozenset(COMMON_KEYS).difference(self.keys, UNUSED)
 
     @cached_property
@@ -54,24 +54,24 @@ class Form:
         return [frozenset(mark) for mark in self.marks]
 
     def fits(self, fields: Mapping[str, Any]) -> bool:
-        """Whether a record's keys tell this form."""
+        """Whether a record's keys identify this form."""
         return any(mark.issubset(fields) for mark in self._marks)
 
 
 class BadForm(ValueError):
-    """What is wrong with a record, without its place."""
+    """A fault of a record; the message does not name its place."""
 
 
 def convert(content: Fields, place: str, *, form: str | None = None, answered: bool = True) -> tuple[Form, Fields]:
-    """A record of any form as messages, or prompt and response, with the other keys as they are; and the form.
+    """Convert a record of any form to messages, or prompt and response; other keys stay. Also return the form.
 
     Args:
-        content: keys with the value null count as absent.
-        form: name in FORMS; None: the one that the keys tell.
-        answered: False: a prompt, whose answer may be missing.
+        content: the record. Keys with the value null count as absent.
+        form: a name in FORMS; None: the form that the keys identify.
+        answered: False for a prompt, whose answer may be missing.
 
     Raises:
-        SRDEError: no form has these keys, or a value is not what the form says.
+        SRDEError: no form has these keys, or a value does not fit the form.
     """
     fields = {key: value for key, value in content.items() if value is not None}
     chosen = FORMS[form] if form is not None else next((one for one in FORMS.values() if one.fits(fields)), None)
@@ -84,7 +84,7 @@ def convert(content: Fields, place: str, *, form: str | None = None, answered: b
     if unknown := [key for key in fields if key not in chosen.known]:
         raise SRDEError(
             f"{place}: unknown key '{unknown[0]}' in a record of the form {chosen.name}, which has "
-            f"{', '.join(chosen.known)}.{nearest(unknown[0], chosen.known)} Name the key it stands for with --columns "
+            f"{', '.join(chosen.known)}.{nearest(unknown[0], chosen.known)} Map it to a known key with --columns "
             f"KEY={unknown[0]}, or leave it out with --ignore_columns {','.join(unknown)}."
         )
     try:
@@ -95,7 +95,7 @@ def convert(content: Fields, place: str, *, form: str | None = None, answered: b
 
 
 def _turns(prompt: Any, response: Any) -> list[Fields]:
-    """Messages of a prompt and a response; each may be text or a list of messages."""
+    """The messages of a prompt and a response, each of which may be text or a list of messages."""
     asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if response is None:
         return asked
@@ -113,7 +113,7 @@ def _pair(fields: Fields, asked: str, answer: str, answered: bool) -> Fields:
 
 
 def _list(value: Any, key: str) -> list[Any]:
-    """A list, or the JSON of one: some tables hold it as text."""
+    """A list, also from its JSON text, which some tables hold."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -132,7 +132,7 @@ def _messages(fields: Fields, _: bool) -> Fields:
 
 
 def _sharegpt(fields: Fields, _: bool) -> Fields:
-    """Turns of `from` and `value`; some files have `role` and `content`."""
+    """Turns with `from` and `value`; some files have `role` and `content` instead."""
     turns = _list(fields.get("conversations"), "conversations")
     if not all(isinstance(turn, dict) for turn in turns):
         raise BadForm("field 'conversations' must be a list of objects with 'from' and 'value'")
@@ -164,7 +164,7 @@ def _prompt_response(fields: Fields, answered: bool) -> Fields:
     pair = _pair(fields, "prompt", "response", answered)
     thoughts = {key: fields[key] for key in REASONING if key in fields}
     if thoughts and "prompt" not in pair:
-        raise BadForm(f"field '{min(thoughts)}' goes with a response that is text: put it into the message")
+        raise BadForm(f"field '{min(thoughts)}' needs a response that is text: put it into the message")
     return pair | (thoughts if answered else {})
 
 
@@ -201,7 +201,7 @@ def _multiple_choice(fields: Fields, answered: bool) -> Fields:
 
 
 def _number_of(answer: Any, options: list[str], labels: list[str]) -> int:
-    """Which option an answer means: its text, its letter or label, or its number from 0."""
+    """The number of the option that an answer means, by its text, its letter or label, or its number from 0."""
     if isinstance(answer, str):
         for names in (options, labels, [label.upper() for label in labels]):
             wanted = answer if names is options else answer.strip() if names is labels else answer.strip().upper()

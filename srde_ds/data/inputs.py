@@ -1,4 +1,4 @@
-"""From files of any known kind and form to checked records; what is wrong with them is told all at once."""
+"""Reads files of any known kind and form into checked records, and reports all faults at once."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ BAD_RECORDS_TOLD = 20
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read; each field is an option of the verbs that read files."""
+    """How files are read. Each field is an option of the verbs that read files."""
 
     format: str | None = None
-    """name of a form; None: what a record's keys tell"""
+    """name of a form; None: identified by each record's keys"""
     columns: Mapping[str, str] = field(default_factory=dict)
     """key of the form -> the file's own name for it"""
     ignore_columns: tuple[str, ...] = ()
-    """keys to leave out; `*`: all that the form does not know"""
+    """keys to leave out; `*`: all keys that the form does not know"""
     domain: str | None = None
-    """of records that name none"""
+    """domain of records that do not name one"""
     encoding: str | None = None
     on_bad_record: str = "fail"
 
     @staticmethod
     def of(data: DataConfig) -> ReadOptions:
-        """Those of a config.
+        """The reading options of a config.
 
         Raises:
-            SRDEError: `columns` is not of the form KEY=NAME,KEY=NAME.
+            SRDEError: `columns` does not have the form KEY=NAME,KEY=NAME.
         """
         columns: dict[str, str] = {}
         for pair in data.columns.split(",") if data.columns else ():
             key, _, name = map(str.strip, pair.partition("="))
             if not key or not name or key in columns:
                 raise SRDEError(
-                    f"columns={data.columns}: '{pair}' is not KEY=NAME with a key that is named once. Give it like "
+                    f"columns={data.columns}: '{pair}' is not KEY=NAME, or its key occurs twice. Give it like "
                     "--columns prompt=question,response=reply."
                 )
             columns[key] = name
@@ -56,29 +56,29 @@ class ReadOptions:
         return ReadOptions(data.format, columns, ignored, data.domain, data.encoding, data.on_bad_record)
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold, of those that differ from the defaults."""
+        """The options that differ from the defaults, for JSON."""
         given = asdict(self) | {"columns": dict(self.columns), "ignore_columns": list(self.ignore_columns)}
         return {key: value for key, value in given.items() if value and value != "fail"}
 
 
 class BadRecords:
-    """What is wrong with records, kept until all were read."""
+    """The faults of records, kept until all records have been read."""
 
     def __init__(self) -> None:
         self.count = 0
         self._first: list[SRDEError] = []
 
     def add(self, fault: SRDEError) -> None:
-        """Count a fault; the first few are kept for the message."""
+        """Count a fault. The first few are kept for the message."""
         self.count += 1
         if len(self._first) < BAD_RECORDS_TOLD:
             self._first.append(fault)
 
-    def settle(self, on_bad_record: str) -> None:
-        """Tell them.
+    def report(self, on_bad_record: str) -> None:
+        """Warn of the faults, or fail.
 
         Raises:
-            SRDEError: there are some, and `on_bad_record` is fail.
+            SRDEError: there are faults, and `on_bad_record` is fail.
         """
         if not self.count:
             return
@@ -97,17 +97,17 @@ class BadRecords:
 def read_fields(
     name: str | Path, options: ReadOptions, bad: BadRecords, *, option: str, answered: bool = True
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and fields of each record of a file, a folder or a pattern, in the one form that `forms.convert` makes.
+    """Place and fields of each record of a file, a folder or a pattern, in the form that `forms.convert` makes.
 
-    One line for each file tells how many there are of which form.
+    One line of the log for each file says how many records of which form it holds.
 
     Args:
-        bad: takes what is wrong with single records.
-        option: the name of the option that `name` was given with.
-        answered: False: prompts, in files of lines of text, too.
+        bad: collects the faults of records.
+        option: the option that gave `name`, for messages.
+        answered: False for prompts, which may also come as lines of text.
 
     Raises:
-        SRDEError: a file cannot be read, or `options` name a form or columns that are not there.
+        SRDEError: a file cannot be read, or `options` name a form or columns that do not exist.
     """
     if options.format is not None and options.format not in FORMS:
         raise SRDEError(f"format={options.format}: choose one of {', '.join(FORMS)}.")
@@ -126,13 +126,13 @@ def read_fields(
                 continue
             forms[form.title] += 1
             yield place, fields
-        log.info("%s", _told(path, forms))
+        log.info("%s", _summary(path, forms))
     if unseen:
-        raise SRDEError(f"columns: no record of '{name}' has '{min(unseen)}'. Give the names that the file has.")
+        raise SRDEError(f"columns: no record of '{name}' has '{min(unseen)}'. Give names that the file has.")
 
 
-def _told(path: Path, forms: Counter[str]) -> str:
-    """`train.json: 3 records, ShareGPT conversations`"""
+def _summary(path: Path, forms: Counter[str]) -> str:
+    """Such as `train.json: 3 records, ShareGPT conversations`."""
     count = f"{path}: {forms.total():,} record{'s' * (forms.total() != 1)}"
     if len(forms) <= 1:
         return ", ".join([count, *forms])
@@ -140,7 +140,7 @@ def _told(path: Path, forms: Counter[str]) -> str:
 
 
 def _renamed(content: dict[str, Any], options: ReadOptions, place: str) -> dict[str, Any]:
-    """The record with the names that the form has, without what is ignored."""
+    """The record with its keys renamed as the options say, without ignored keys."""
     if not options.columns and not options.ignore_columns:
         return content
     names = {own: key for key, own in options.columns.items()}
@@ -151,8 +151,8 @@ def _renamed(content: dict[str, Any], options: ReadOptions, place: str) -> dict[
             continue
         if key in fields:
             raise SRDEError(
-                f"{place}: columns: '{options.columns[key]}' is to be '{key}', but the record has a '{key}' of its "
-                f"own: leave that out with --ignore_columns {key}."
+                f"{place}: columns: '{options.columns[key]}' is to be '{key}', but the record already has a '{key}': "
+                f"leave that out with --ignore_columns {key}."
             )
         fields[key] = value
     return _only_known(fields, options) if "*" in options.ignore_columns else fields
@@ -173,15 +173,15 @@ def read_records(
     option: str = "jsonl_data",
     train_on: TrainOn = "all",
 ) -> Iterator[Record]:
-    """The records of a file, of the files in a folder, or of those that a pattern matches.
+    """The records of a file, of the files in a folder, or of those that match a pattern.
 
     Args:
-        domains: those that a record may belong to. If there is one only, a record need not name it.
-        bad: takes what is wrong with single records; without it, they are told after the last one.
-        train_on: as of `parse_record`.
+        domains: the domains that a record may name. If there is only one, a record need not name it.
+        bad: collects the faults of records; without it, they are reported after the last record.
+        train_on: see `parse_record`.
 
     Raises:
-        SRDEError: a file cannot be read; without `bad`, a bad record, unless `options` say to leave it out.
+        SRDEError: a file cannot be read, or, without `bad`, a record is bad, unless `options` say to leave it out.
     """
     options = options or ReadOptions()
     faults = bad or BadRecords()
@@ -197,4 +197,4 @@ def read_records(
             continue
         yield record
     if bad is None:
-        faults.settle(options.on_bad_record)
+        faults.report(options.on_bad_record)

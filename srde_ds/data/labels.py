@@ -1,7 +1,7 @@
-"""Which characters of a rendered conversation the assistant says: these are labelled, all others are not.
+"""Finds the characters of a rendered conversation that the assistant says. Only these are labelled.
 
-A turn is cut from the rendered text: it starts where the text goes on from the generation prompt, and it ends with
-what closes the turn. Where that cannot be told, or the template leaves out a part of a message, the conversation is
+A turn is cut out of the rendered text: it starts where the text continues the generation prompt, and ends with what
+closes the turn. If its borders cannot be found, or the template leaves out a part of a message, the conversation is
 refused.
 """
 
@@ -22,7 +22,7 @@ from srde_ds.errors import SRDEError
 
 CLOSE_OF_THOUGHT = ("</think>", "[/THINK]")
 Part = tuple[str, bool]
-"""text, and whether it is labelled"""
+"""A text, and whether it is labelled"""
 
 
 def prompt_text(
@@ -39,14 +39,14 @@ def prompt_text(
 
 
 def split_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[list[Part] | SRDEError]:
-    """Each conversation's text cut into parts, prompt and response in turn; or why it cannot be.
+    """Cut each conversation's text into alternating prompts and responses, or say why that is impossible.
 
-    A conversation ends with the last turn that is trained on: nothing behind it has an effect.
+    A conversation ends with the last turn that is trained on, since nothing after it has an effect.
     """
     jobs = [_Job(record, _trained(record)) for record in records]
     wholes = _render_each(tokenizer, [(job, job.messages) for job in jobs], False)
     prompts = _render_each(tokenizer, [(job, job.messages[:turn]) for job in jobs for turn in job.trained], True)
-    # An earlier turn as it was written when it was the last.
+    # Each earlier turn as the template writes it at the end of a conversation.
     earlier = _render_each(
         tokenizer, [(job, job.messages[: turn + 1]) for job in jobs for turn in job.trained[:-1]], False
     )
@@ -64,7 +64,7 @@ def split_all(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> 
 
 @dataclass(frozen=True)
 class _Job:
-    """A record, and which of its messages are trained on."""
+    """A record, and the indices of the messages that are trained on."""
 
     record: Record
     trained: list[int]
@@ -81,11 +81,11 @@ def _trained(record: Record) -> list[int]:
 def _render_each(
     tokenizer: PreTrainedTokenizerBase, items: list[tuple[_Job, list[Message]]], generation: bool
 ) -> Iterator[str | SRDEError]:
-    """`render` for many, all without tools at once, which takes half of the time."""
+    """`render` for many conversations. Those without tools are rendered together, which takes half the time."""
     plain = [messages for job, messages in items if job.record.tools is None and all(len(m) == 2 for m in messages)]
     try:
         together = iter(render_batch(tokenizer, plain, generation)) if plain else iter(())
-    except TEMPLATE_ERRORS:  # which one it is shows one by one
+    except TEMPLATE_ERRORS:  # find the refused one by rendering them one by one
         together = None
     for job, messages in items:
         if together and job.record.tools is None and all(len(m) == 2 for m in messages):
@@ -101,11 +101,11 @@ def _render_each(
 def _split(
     tokenizer: PreTrainedTokenizerBase, job: _Job, whole: str, prompts: list[str], alone: list[str]
 ) -> list[Part]:
-    """One conversation's parts.
+    """The parts of one conversation.
 
     Args:
         prompts: the text before each trained turn.
-        alone: the text up to the end of each trained turn but the last, when it was the last.
+        alone: for each trained turn but the last, the text of the conversation that ends with it.
     """
     ends, where, last = turn_ends(tokenizer), job.record.where, job.trained[-1]
     parts: list[Part] = []
@@ -128,7 +128,7 @@ def _split(
 
 
 def _end_of_earlier(tokenizer: PreTrainedTokenizerBase, job: _Job, whole: str, turn: int, start: int) -> int:
-    """Where a turn ends that is written otherwise than when it was the last: found by changing the next message."""
+    """The end of an earlier turn that the template writes unlike a last turn, found by changing the next message."""
     ends, record = turn_ends(tokenizer), job.record
     following = job.messages[turn + 1]
     other = "y" if following["content"].lstrip().startswith("x") else "x"
@@ -145,8 +145,8 @@ def _end_of_earlier(tokenizer: PreTrainedTokenizerBase, job: _Job, whole: str, t
         end = found + len(ends.earlier_end) if found >= 0 else -1
     if end <= start:
         raise SRDEError(
-            f"{record.where}: {_turn_name(record, turn)}: where it ends in what the chat template writes cannot be "
-            'told: give --train_on last, or mark the turn with "train": false.'
+            f"{record.where}: {_turn_name(record, turn)}: its end cannot be found in the chat template's text: give "
+            '--train_on last, or mark the turn with "train": false.'
         )
     return end
 
@@ -156,12 +156,12 @@ def _does_not_go_on(whole: str, prompt: str, *, earlier: bool) -> str:
     written, asked = whole[same : same + 40], prompt[max(0, same - 10) :][-60:]
     if earlier:
         return (
-            f"the chat template writes an earlier turn otherwise ({written!r}) than it asks for it ({asked!r}): give "
+            f"the chat template writes an earlier turn ({written!r}) unlike its prompt ({asked!r}): give "
             '--train_on last, or mark the earlier turns with "train": false.'
         )
-    thought = "give what the prompt opens, a thought ('reasoning_content', or the beginning of 'content'), or "
+    thought = "give the thought that the prompt opens ('reasoning_content', or the beginning of 'content'), or "
     return (
-        f"what the chat template writes for the response ({written!r}) does not go on from its generation prompt, "
+        f"the chat template's text of the response ({written!r}) does not continue its generation prompt, "
         f"which ends in {asked!r}: {thought if 'think' in prompt[-20:].lower() else ''}{CHANGE_TEMPLATE}."
     )
 
@@ -171,11 +171,11 @@ def _turn_name(record: Record, turn: int) -> str:
     return f"turn {number} of the assistant"
 
 
-# --- whether everything is there
+# --- completeness
 
 
 def _check_said(message: Message, said: str, prompt: str, place: str, earlier: bool) -> None:
-    """Refuse a turn of which the template leaves out a part. The prompt may hold the part's beginning."""
+    """Refuse a turn if the template leaves out a part of it. The prompt may hold the part's beginning."""
     for field, text in _fields(message):
         if _holds(said, text):
             continue
@@ -195,7 +195,7 @@ def _check_said(message: Message, said: str, prompt: str, place: str, earlier: b
 def _check_context(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Tools | None, whole: str, where: str
 ) -> None:
-    """Refuse messages or tools that the template leaves out. Thoughts of earlier turns it may."""
+    """Refuse messages or tools that the template leaves out. It may leave out thoughts of earlier turns."""
     for message in messages:
         for field, text in _fields(message):
             if field == "'reasoning_content'" or _holds(whole, text):
@@ -205,17 +205,17 @@ def _check_context(
             if _packed(text) not in _packed(whole):
                 raise SRDEError(
                     f"{where}: the chat template leaves out {field} of a message of role {message['role']} "
-                    f"({text[:40]!r}): leave it out yourself, or {CHANGE_TEMPLATE}."
+                    f"({text[:40]!r}): remove it from the record, or {CHANGE_TEMPLATE}."
                 )
     if tools and not (writes_tools(tokenizer) and all(_holds(whole, tool["function"]["name"]) for tool in tools)):
         raise SRDEError(
-            f"{where}: the chat template leaves out the descriptions of the functions ('tools'): leave them out "
-            f"yourself, or {CHANGE_TEMPLATE}."
+            f"{where}: the chat template leaves out the descriptions of the functions ('tools'): remove them from the "
+            f"record, or {CHANGE_TEMPLATE}."
         )
 
 
 def _fields(message: Message) -> Iterator[tuple[str, str]]:
-    """Names and texts of a message's parts that must be in the rendered text."""
+    """The names and texts of a message's parts that must occur in the rendered text."""
     yield "'content'", message["content"]
     if len(message) == 2:
         return
@@ -242,7 +242,7 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether `part` stands in `text`, as it is or in JSON, aside from white space around it."""
+    """Whether `part` occurs in `text`, unchanged or in JSON, apart from white space around it."""
     part = part.strip()
     return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
 

@@ -1,4 +1,4 @@
-"""Which rows a rank sees at a step, as batches of tensors: a pure function of the step, so resuming is free."""
+"""The batches that a rank sees at a step. They depend only on the step, so that resuming needs no replay."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ COLUMNS = ("input_ids", "labels", "position_ids", "domain", "length")
 class RowStream:
     """The endless stream of training rows.
 
-    Step s takes the `global_batch_rows` rows from position s * global_batch_rows on, whatever the number of ranks.
-    Without `phases`, epochs follow one another: each covers each row once, in an order fixed by (seed, epoch); a
-    batch may span two epochs, and a dataset smaller than a batch is gone through several times within it. With
-    `phases`, domains take turns by their shares, and each has epochs of its own (see `Mixture`).
+    Step s takes `global_batch_rows` rows, beginning at position s * global_batch_rows, whatever the number of ranks.
+    Without `phases`, epochs follow one another. Each covers each row once, in an order fixed by (seed, epoch). A batch
+    may span two epochs, or repeat a dataset that is smaller than the batch. With `phases`, domains take turns according
+    to their shares, and each has its own epochs (see `Mixture`).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RowStream:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
 
     def rows_of_step(self, step: int) -> list[int]:
-        """Row indices of the whole optimizer step; `step` counts from 0."""
+        """The row indices of a whole optimizer step; `step` counts from 0."""
         first = step * self.global_batch_rows
         positions = range(first, first + self.global_batch_rows)
         if self._mixture is not None:
@@ -62,7 +62,7 @@ class RowStream:
         return [int(self._order(epoch)[index]) for epoch, index in places]
 
     def epochs(self, step: int) -> list[float]:
-        """How often each domain's rows came up before `step`: one figure a domain, or one for all of them."""
+        """The epochs of each domain's rows before `step`, or, without `phases`, one number for all rows."""
         position = step * self.global_batch_rows
         if self._mixture is None:
             return [position / len(self.rows)]
@@ -74,8 +74,8 @@ class RowStream:
 
         Returns:
             `input_ids`, `labels`, `position_ids` int64 [b, S]; `token_mask` bool [b, S], True on real tokens;
-            `domain` int64 [b]; unless all labels count alike, `label_weights` fp32 [b, S]. No attention mask:
-            transformers keeps packed documents apart by `position_ids`.
+            `domain` int64 [b]; and, unless all labels count equally, `label_weights` fp32 [b, S]. There is no attention
+            mask, since transformers keeps packed documents apart by `position_ids`.
         """
         micro_rows = world_size * batch_size
         if self.global_batch_rows % micro_rows or not 0 <= micro < self.global_batch_rows // micro_rows:
@@ -92,10 +92,10 @@ class RowStream:
 def validation_batches(
     dataset: datasets.Dataset, batch_size: int, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[dict[str, Tensor]]:
-    """Each row once, cut so that every rank gets the same number of batches (ZeRO-3 ranks run in step).
+    """Each row once, in batches of which every rank gets the same number (ZeRO-3 ranks run in lockstep).
 
-    Batches are as in `RowStream.micro_batch`, with `row_index` int64 [b]. Where rows run out, a batch is filled
-    with dummy rows: row_index -1, no label and no real token.
+    Batches are those of `RowStream.micro_batch`, plus `row_index` int64 [b]. When rows run out, a batch is filled with
+    dummy rows that have row_index -1, no label and no real token.
     """
     rows = _as_numpy(dataset)
     for start in range(0, len(rows), world_size * batch_size):

@@ -1,4 +1,4 @@
-"""How much each label counts in the loss, beside the others of its optimizer step."""
+"""How much each label counts in the loss, relative to the others of its optimizer step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Weighting = Literal["token", "document", "domain"]
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Makes the weights of a batch's labels; the loss of a step is the mean with these weights over all its labels.
+    """Makes the weights of a batch's labels. The loss of a step is the weighted mean over all its labels.
 
-    Weights depend on nothing but a row and the dataset, so that the loss does not depend on how a step's rows are cut
-    into ranks and micro-steps.
+    Weights depend only on a row and the dataset, so the loss does not depend on how a step's rows are divided among
+    ranks and micro-steps.
 
     Attributes:
-        weighting: what counts alike: each token, each document, or each domain.
-        of_domain: with domain: the weight of a label of each domain.
+        weighting: what counts equally: each token, each document or each domain.
+        of_domain: with `domain`, the weight of a label of each domain.
     """
 
     weighting: Weighting = "token"
@@ -32,11 +32,11 @@ class LossWeights:
 
     @staticmethod
     def of(weighting: Weighting, train: Split, *, mixed: bool) -> LossWeights:
-        """Those of a dataset.
+        """The weights for a dataset.
 
         Args:
             train: counts of the training rows, in the order of the rows' column `domain`.
-            mixed: the domains' rows are drawn by shares that the user set: these shares are then those of the loss.
+            mixed: whether the user has set the domains' shares of rows, which are then also their shares of the loss.
         """
         if weighting != "domain":
             return LossWeights(weighting)
@@ -51,7 +51,7 @@ class LossWeights:
         )
 
     def of_batch(self, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Weights fp32 [B, S] beside the labels, 0 where there is none; None where all labels count alike."""
+        """The labels' weights, fp32 [B, S], 0 where there is no label; None if all labels count equally."""
         if self.weighting == "token":
             return None
         counted = (batch["labels"] != IGNORED).float()

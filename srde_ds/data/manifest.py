@@ -1,4 +1,4 @@
-"""What a folder of packed rows holds and what it was made from: `manifest.json`."""
+"""`manifest.json`: what a folder of packed rows holds and what it was made from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 VOCABULARY = "vocabulary_sha256"
 UNEVEN = 10
-"""how many times the smallest domain's response tokens the largest one's are before it is said"""
+"""ratio of the largest to the smallest domain's response tokens from which there is a warning"""
 
 
 @dataclass
@@ -27,25 +27,25 @@ class DomainCounts:
     """One domain in one split."""
 
     documents: int = 0
-    """records in the files"""
+    """number of records in the files"""
     too_long: int = 0
     """documents longer than max_length"""
     dropped: int = 0
-    """of these, left out; the others were truncated"""
+    """of these, those left out; the others were truncated"""
     by_parts: int = 0
-    """documents whose prompt and response had to be tokenised apart"""
+    """documents whose prompt and response had to be tokenised separately"""
     rows: int = 0
     tokens: int = 0
     """real tokens in the rows"""
     response_tokens: int = 0
     """tokens that carry loss"""
     longest: int = 0
-    """tokens of the longest document, before it was cut or left out"""
+    """length in tokens of the longest document, before it was cut or left out"""
 
 
 @dataclass
 class Split:
-    """One folder of rows and the file that it was made from."""
+    """A folder of rows and the file that it was made from."""
 
     file: str
     file_sha256: str
@@ -53,13 +53,13 @@ class Split:
     fill_rate: float
     """real tokens / (rows * max_length)"""
     content_sha256: str
-    """of the rows: domain, length, input_ids and labels, in order, hashed domain by domain"""
+    """hash of the rows' domain, length, input_ids and labels, in order, domain by domain"""
     domains: dict[str, DomainCounts]
 
 
 @dataclass
 class Manifest:
-    """The whole folder. `tokenizer` is what `tokenizer_identity` returns."""
+    """The whole folder. `tokenizer` comes from `tokenizer_identity`."""
 
     format_version: int
     max_length: int
@@ -69,17 +69,17 @@ class Manifest:
     tokenizer: dict[str, str | int]
     splits: dict[str, Split]
     build: str = ""
-    """fingerprint of the build from sources that made it; empty for rows of files that were taken as they are"""
+    """fingerprint of the build from sources; empty for files that were taken as they are"""
     sources: list[dict[str, str | None]] = field(default_factory=list)
-    """name, domain, location, revision, license, redistributable of each source of such a build"""
+    """name, domain, location, revision, license and redistributable of each source of such a build"""
     train_on: str = "all"
-    """which turns of the assistant carry labels, of those that are not marked to carry none: all, or the last"""
+    """which of the assistant's turns carry labels, apart from those marked to carry none: all, or the last"""
     packing: bool = True
-    """whether a row holds several documents"""
+    """whether a row may hold several documents"""
     reading: dict[str, Any] = field(default_factory=dict)
-    """how the files were read, where not by default: format, columns, domain, encoding, ..."""
+    """reading options other than the defaults, such as format, columns, domain and encoding"""
     bad_records: int = 0
-    """left out, with on_bad_record=skip"""
+    """number of bad records left out, with on_bad_record=skip"""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
@@ -87,7 +87,7 @@ class Manifest:
 
     @staticmethod
     def from_dict(content: dict[str, Any]) -> Manifest:
-        """The manifest of a `manifest.json`.
+        """The manifest from the content of `manifest.json`.
 
         Raises:
             KeyError, TypeError: a key is missing or unknown, or a value has another type.
@@ -106,27 +106,27 @@ class Manifest:
 
 
 def response_shares(split: Split) -> dict[str, float]:
-    """Each domain's share of the tokens that carry loss, of the domains that have any; the largest first."""
+    """Each domain's share of the tokens that carry loss, the largest first; without domains that have none."""
     tokens = {domain: counts.response_tokens for domain, counts in split.domains.items() if counts.response_tokens}
     total = sum(tokens.values())
     return {domain: count / total for domain, count in sorted(tokens.items(), key=lambda pair: -pair[1])}
 
 
 def uneven_responses(split: Split) -> str | None:
-    """What to say of domains so uneven that the loss is one domain's; None where they are not."""
+    """A warning if one domain dominates the loss because domains are so uneven; None otherwise."""
     shares = response_shares(split)
     if not shares or max(shares.values()) < UNEVEN * min(shares.values()):
         return None
-    told = ", ".join(f"{domain} {share:.1%}" for domain, share in shares.items())
+    shown = ", ".join(f"{domain} {share:.1%}" for domain, share in shares.items())
     return (
-        "the response tokens, each of which counts alike in the loss, are very unevenly shared: "
-        f"{told}. To have each domain count alike, train with --loss_weighting domain; to see the small ones more "
+        "the response tokens, which all count equally in the loss, are divided very unevenly: "
+        f"{shown}. To have each domain count equally, train with --loss_weighting domain; to see the small ones more "
         "often, set --domain_weights or --mixing_temperature."
     )
 
 
 def counts_of(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
-    """What a run's metrics say of its data: documents and response tokens by split and domain."""
+    """The counts of the data for a run's metrics: documents and response tokens by split and domain."""
     keys = ("documents", "too_long", "dropped", "response_tokens")
     return {
         name: {domain: {key: getattr(counts, key) for key in keys} for domain, counts in split.domains.items()}
@@ -135,7 +135,7 @@ def counts_of(manifest: Manifest) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def counts_table(counts: dict[str, dict[str, dict[str, int]]]) -> list[list[str]]:
-    """Those counts as a table, with each domain's share of its split's response tokens."""
+    """The counts of `counts_of` as a table, with each domain's share of its split's response tokens."""
     table = [["split", "domain", "documents", "left out", "cut", "response tokens", "share"]]
     for split, domains in counts.items():
         total = sum(of["response_tokens"] for of in domains.values())
@@ -147,11 +147,11 @@ def counts_table(counts: dict[str, dict[str, dict[str, int]]]) -> list[list[str]
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | int]:
-    """What must be equal for two tokenizers to give the same rows; `name` alone may differ."""
+    """Identifies a tokenizer. Two that agree in all but `name` give the same rows."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # State that calls leave behind, not part of what the tokenizer is.
+        # State that calls leave behind; it does not belong to the tokenizer.
         content.pop("truncation", None)
         content.pop("padding", None)
     else:
@@ -171,16 +171,16 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | in
 def check_trained_with(
     history: Sequence[Mapping[str, str | int]], tokenizer: PreTrainedTokenizerBase, weights: object
 ) -> None:
-    """Refuse a base's tokenizer whose tokens are not those that the weights were trained on.
+    """Refuse a base's tokenizer if its tokens are not those that the weights were trained on.
 
     Args:
-        history: of the weights; runs from before the vocabulary was recorded say nothing.
+        history: the weights' history. Older runs did not record the vocabulary and pass.
     """
     known = {entry[VOCABULARY] for entry in history if VOCABULARY in entry}
     if known - {tokenizer_identity(tokenizer)[VOCABULARY]}:
         raise SRDEError(
-            f"weights '{weights}': trained with another tokenizer than that of '{tokenizer.name_or_path}', whose "
-            "tokens have other numbers. Give the base with its own tokenizer files as --base."
+            f"weights '{weights}': they were trained with another tokenizer than that of '{tokenizer.name_or_path}', "
+            "whose tokens have other ids. Give the base with its original tokenizer files as --base."
         )
 
 
@@ -188,19 +188,19 @@ def load_manifest(folder: str | Path) -> Manifest:
     """The manifest of a folder that build_dataset wrote.
 
     Raises:
-        SRDEError: no such folder, no manifest, a damaged one or one of another format.
+        SRDEError: the folder or its manifest does not exist, or the manifest is damaged or has another format.
     """
     path = Path(folder) / FILE_NAME
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        reason = "it is no folder of build_dataset" if Path(folder).exists() else "no such folder"
+        reason = "build_dataset has not made it" if Path(folder).exists() else "no such folder"
         raise SRDEError(f"'{folder}' holds no {FILE_NAME}: {reason}. Make one with srde-ds build_dataset.") from None
     except ValueError:
         raise SRDEError(f"'{path}' is damaged: build the dataset again.") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
-        raise SRDEError(f"'{path}' has format_version {version}, this release reads {FORMAT_VERSION}: build it again.")
+        raise SRDEError(f"'{path}': format_version {version}, but this release reads {FORMAT_VERSION}: build it again.")
     try:
         return Manifest.from_dict(content)
     except (KeyError, TypeError, AttributeError):
@@ -211,7 +211,7 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
     """The memory-mapped rows of `split` ("train", "validation" or "test").
 
     Raises:
-        SRDEError: the split is not there, or is not what the manifest says.
+        SRDEError: the split does not exist, or contradicts the manifest.
     """
     if split not in manifest.splits:
         remedy = "build it with more records" if split == "train" else "build it with --eval_file, or from sources"
@@ -223,7 +223,7 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
         raise SRDEError(f"'{path}' cannot be read ({' '.join(str(error).split())}): build it again.") from None
     if len(rows) != manifest.splits[split].rows:
         raise SRDEError(
-            f"'{path}' holds {len(rows)} rows, its manifest says {manifest.splits[split].rows}: build it again."
+            f"'{path}' holds {len(rows)} rows, but its manifest says {manifest.splits[split].rows}: build it again."
         )
     return rows
 
@@ -231,7 +231,7 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
 def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse rows that another tokenizer made, or another chat template."""
     ours, theirs = tokenizer_identity(tokenizer), manifest.tokenizer
-    if VOCABULARY not in theirs:  # from before it was recorded
+    if VOCABULARY not in theirs:  # an older manifest, which does not record it
         del ours[VOCABULARY]
     different = [key for key in ours if key != "name" and ours[key] != theirs.get(key)]
     if different:
@@ -243,7 +243,7 @@ def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def check_domains(manifest: Manifest, domains: Sequence[str]) -> None:
-    """Refuse rows whose domains are not those of the run, in its order: the order is that of the experts."""
+    """Refuse rows unless their domains are those of the run, in the same order, which is that of the experts."""
     if manifest.domains != list(domains):
         raise SRDEError(
             f"domains={','.join(domains)}: the dataset was built with {','.join(manifest.domains)}: "

@@ -1,4 +1,4 @@
-"""How often each domain's rows come up in training: shares that may change with the step."""
+"""How often each domain's rows are drawn in training: shares that may change with the step."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from srde_ds.errors import SRDEError, nearest
 
 CYCLE = 10_000
-"""draws after which every domain has had exactly its share, to one part in CYCLE"""
+"""number of draws after which every domain has had its share, to one part in CYCLE"""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The shares of the domains from a step on; they need not add up to 1."""
+    """The shares of the domains from a step on. They need not add up to 1."""
 
     first_step: int
     shares: tuple[float, ...]
@@ -25,15 +25,15 @@ class Phase:
 def mixing_phases(
     domain_weights: str | None, mixing_temperature: float, domains: Sequence[str], rows: Sequence[int]
 ) -> list[Phase] | None:
-    """What the options come to; None where each epoch covers each row once, as it does without any.
+    """The phases that the options describe; None if they are not set and each epoch simply covers each row once.
 
     Args:
-        domain_weights: as `parse_domain_weights` reads them.
+        domain_weights: text for `parse_domain_weights`.
         mixing_temperature: T in shares proportional to rows ** (1 / T).
-        rows: of each domain.
+        rows: number of rows of each domain.
 
     Raises:
-        SRDEError: weights that do not fit, both options at once, or a domain with a share but without rows.
+        SRDEError: the weights are wrong, both options are given, or a domain has a share but no rows.
     """
     if domain_weights is None and mixing_temperature == 1.0:
         return None
@@ -53,10 +53,10 @@ def mixing_phases(
 
 
 def parse_domain_weights(text: str, domains: Sequence[str]) -> list[Phase]:
-    """`math=2,code=1`, or with changes: `math=2,code=1; 500: math=1,code=1`. Domains that are not named have none.
+    """Read `math=2,code=1`, or with later changes `math=2,code=1; 500: math=1,code=1`. Other domains get no share.
 
     Raises:
-        SRDEError: another form, an unknown domain, weights that are all 0, steps out of order.
+        SRDEError: the form is wrong, a domain is unknown, all weights are 0, or steps are out of order.
     """
     phases: list[Phase] = []
     for number, part in enumerate(text.split(";")):
@@ -65,12 +65,12 @@ def parse_domain_weights(text: str, domains: Sequence[str]) -> list[Phase]:
             step = "0"
         if not step.strip().isdigit() or bool(colon) != (number > 0):
             raise SRDEError(
-                f"domain_weights={text}: must be like 'math=2,code=1', each later part with the step from which on it "
-                "holds: 'math=2,code=1; 500: math=1,code=1'."
+                f"domain_weights={text}: must be like 'math=2,code=1', or with the step of each later change like "
+                "'math=2,code=1; 500: math=1,code=1'."
             )
         given = _weights(weights, text, domains)
         if phases and int(step) <= phases[-1].first_step:
-            raise SRDEError(f"domain_weights={text}: steps must rise, {int(step)} does not.")
+            raise SRDEError(f"domain_weights={text}: steps must increase, but {int(step)} does not.")
         phases.append(Phase(int(step), tuple(given.get(domain, 0.0) for domain in domains)))
     return phases
 
@@ -88,15 +88,15 @@ def _weights(part: str, text: str, domains: Sequence[str]) -> dict[str, float]:
         if not 0 <= given[name] < float("inf"):
             raise SRDEError(f"domain_weights={text}: {name}={value} must be 0 or a positive number.")
     if not any(given.values()):
-        raise SRDEError(f"domain_weights={text}: one domain at least needs a weight above 0.")
+        raise SRDEError(f"domain_weights={text}: at least one domain needs a weight above 0.")
     return given
 
 
 class Mixture:
-    """The order in which domains take turns: a pure function of (seed, position), without any history.
+    """The order in which domains take turns, which depends only on (seed, position).
 
-    Each phase goes through cycles of CYCLE draws. In a cycle each domain comes up as often as its share says, in an
-    order fixed by (seed, phase, cycle). Each domain's own rows come in epochs, each row once in each.
+    Each phase consists of cycles of CYCLE draws. In a cycle each domain is drawn as often as its share says, in an
+    order fixed by (seed, phase, cycle). Each domain's rows are drawn in epochs, once per epoch.
     """
 
     def __init__(
@@ -105,18 +105,18 @@ class Mixture:
         self.seed = seed
         self.rows_of_domain = rows_of_domain
         self.counts = np.array([_cut(phase.shares) for phase in phases])
-        """draws [phase, domain] in a cycle"""
+        """[phase, domain]: number of draws in a cycle"""
         self.starts = np.array([phase.first_step * rows_per_step for phase in phases])
         """position of each phase's first draw"""
         self._cycle = lru_cache(maxsize=4)(self._make_cycle)
         self._order = lru_cache(maxsize=2 * len(rows_of_domain))(self._make_order)
         self._before = np.zeros_like(self.counts)
-        """draws [phase, domain] before the phase"""
+        """[phase, domain]: number of draws before the phase"""
         for number in range(1, len(phases)):
             self._before[number] = self.draws(int(self.starts[number]), number - 1)
 
     def draws(self, position: int, phase: int | None = None) -> np.ndarray:
-        """How many rows of each domain come before `position` (which lies in `phase` or ends it)."""
+        """The number of rows of each domain before `position`, which is in `phase` or at its end."""
         phase = self._phase(position) if phase is None else phase
         cycles, rest = divmod(position - int(self.starts[phase]), CYCLE)
         slots, _ = self._cycle(phase, cycles)
@@ -124,7 +124,7 @@ class Mixture:
         return np.asarray(self._before[phase] + cycles * self.counts[phase] + started)
 
     def row(self, position: int) -> int:
-        """The row of the dataset that comes up at `position`."""
+        """The row of the dataset at `position`."""
         phase = self._phase(position)
         cycle, place = divmod(position - int(self.starts[phase]), CYCLE)
         slots, turns = self._cycle(phase, cycle)
@@ -137,7 +137,7 @@ class Mixture:
         return int(np.searchsorted(self.starts, position, side="right")) - 1
 
     def _make_cycle(self, phase: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-        """The domain of each slot, and how many slots of the same domain come before it in the cycle."""
+        """The domain of each draw in a cycle, and the number of earlier draws of the same domain in it."""
         slots = np.repeat(np.arange(self.counts.shape[1]), self.counts[phase])
         slots = np.random.default_rng([self.seed, phase, cycle, 1]).permutation(slots)
         turns = np.empty(CYCLE, np.int64)
@@ -150,11 +150,11 @@ class Mixture:
 
 
 def _cut(shares: Sequence[float]) -> list[int]:
-    """CYCLE draws by shares, at least one for each share above 0."""
+    """Divide CYCLE draws by shares, at least one for each share above 0."""
     total = sum(shares)
     ideal = [CYCLE * share / total for share in shares]
     counts = [max(1, int(value)) if value else 0 for value in ideal]
-    # Largest remainder first; the small shares that were rounded up are paid for by the largest one.
+    # By largest remainder. The largest share pays for small ones that were rounded up.
     for index in sorted(range(len(ideal)), key=lambda i: counts[i] - ideal[i])[: max(0, CYCLE - sum(counts))]:
         counts[index] += 1
     counts[counts.index(max(counts))] += CYCLE - sum(counts)

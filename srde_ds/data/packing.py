@@ -1,4 +1,4 @@
-"""Records to tokens with response-only labels, and documents to rows of `max_length` by best fit."""
+"""Turns records into tokens with labels on responses only, and packs documents into rows by best fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Document:
-    """A tokenised record. `is_response` [T] is True where the loss counts."""
+    """A tokenised record. `is_response` [T] is True for tokens with loss."""
 
     input_ids: np.ndarray
     is_response: np.ndarray
@@ -44,28 +44,28 @@ def prompt_ids(
     tools: Tools | None = None,
     where: str = "prompt",
 ) -> list[int]:
-    """The tokens that generation starts from: the same that training saw before the response.
+    """The tokens that generation starts from, which are those that training saw before the response.
 
     Raises:
-        SRDEError: the chat template refuses the messages or leaves out a part of them; it begins with `where`.
+        SRDEError: the chat template refuses the messages or leaves out a part of them. The message begins with `where`.
     """
     return _encode(tokenizer, [prompt_text(tokenizer, messages, tools=tools, where=where)])[0]
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills a row's end: the pad token, or EOS if there is none."""
+    """The token that fills the end of a row: the pad token, or EOS if there is none."""
     return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a response: EOS, and the one by which the chat template closes it."""
+    """The tokens that end a response: EOS, and the one with which the chat template closes it."""
     tokens = (tokenizer.eos_token, turn_ends(tokenizer).stop)
     ids = tokenizer.convert_tokens_to_ids([token for token in dict.fromkeys(tokens) if token is not None])
     return cast("list[int]", ids)
 
 
 def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:
-    """Refuse a response that holds the text of a token that ends a turn: the model would learn to stop there."""
+    """Refuse a response that contains the text of a token that ends a turn: the model would learn to stop there."""
     eos = _eos_token(tokenizer)
     if eos is None:
         raise SRDEError(f"tokenizer '{tokenizer.name_or_path}' has no EOS token: a response could never end.")
@@ -84,10 +84,10 @@ def check_markers(tokenizer: PreTrainedTokenizerBase, record: Record) -> None:
 
 
 def tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """`tokenize_each`, all or none.
+    """`tokenize_each`, for all records or none.
 
     Raises:
-        SRDEError: of the first record that is refused.
+        SRDEError: the error of the first refused record.
     """
     documents = []
     for document in tokenize_each(records, tokenizer):
@@ -98,13 +98,13 @@ def tokenize(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def tokenize_each(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Document | SRDEError]:
-    """Tokens of each record, or why it is refused.
+    """The tokens of each record, or the reason why it is refused.
 
-    Labelled are the assistant's turns as the chat template writes them, but for those marked to carry no labels, with
-    what closes them, and one EOS at the end.
+    Labels are on the assistant's turns as the chat template writes them, including what closes them, and on one EOS at
+    the end. Turns that are marked to carry no labels have none.
 
-    The text up to a turn must give the first tokens of the whole text; where it does not (a merge across
-    the border), the parts are tokenised one by one, as they are at inference.
+    The text up to a turn must give the first tokens of the whole text. If it does not, because tokens merge across the
+    border, the parts are tokenised one by one, as at inference.
     """
     split = split_all(records, tokenizer)
     refused = {index: parts for index, parts in enumerate(split) if isinstance(parts, SRDEError)}
@@ -118,9 +118,9 @@ def _documents(
 ) -> list[Document]:
     pieces_of: list[list[list[str]]] = []
     for parts in parts_of:
-        # The beginnings of the text up to each border, the whole text last.
+        # The text up to each border; the last one is the whole text.
         pieces_of.append([_pieces(tokenizer, "".join(text for text, _ in parts[: i + 1])) for i in range(len(parts))])
-    # The same pieces come again and again, such as a template's system message: each is tokenised once.
+    # Many pieces are repeated, such as a template's system message, but each is tokenised only once.
     distinct = list(dict.fromkeys(piece for beginnings in pieces_of for pieces in beginnings for piece in pieces))
     tokens = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
     eos = tokenizer.eos_token_id
@@ -129,7 +129,7 @@ def _documents(
         *prefixes, whole = beginnings
         ids = list(chain.from_iterable(tokens[piece] for piece in whole))
         lengths = [*(sum(len(tokens[piece]) for piece in pieces) for pieces in prefixes), len(ids)]
-        # Mostly a border of the pieces: then there is nothing to compare.
+        # A border is usually also one of pieces; then tokens need not be compared.
         by_parts = any(
             whole[: len(pieces)] != pieces
             and ids[:length] != list(chain.from_iterable(tokens[piece] for piece in pieces))
@@ -142,7 +142,7 @@ def _documents(
         is_response = np.zeros(len(ids) + 1, dtype=bool)
         for (_, labelled), start, end in zip(parts, [0, *lengths], lengths, strict=False):
             is_response[start:end] = labelled
-        # The EOS's text ends the last part only where the template writes it.
+        # Not every template ends the text with EOS.
         if ids[-1] != eos:
             ids = [*ids, eos]
         is_response[len(ids) - 1] = True
@@ -151,7 +151,7 @@ def _documents(
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
-    """The text cut before each token that is always one of its own, whatever stands beside it."""
+    """Cut the text before each token that is always a token by itself, whatever is beside it."""
     border = _borders(tokenizer)
     if border is None:
         return [text]
@@ -161,7 +161,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
 
 @cache
 def _borders(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """Finds the special tokens that the tokenizer takes out of a text before anything else, as they are."""
+    """A pattern of the special tokens that the tokenizer cuts out of a text before anything else."""
     added = [
         token.content
         for token in tokenizer.added_tokens_decoder.values()
@@ -169,32 +169,32 @@ def _borders(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
     ]
     if not tokenizer.is_fast or not added:
         return None
-    # Where one token begins another one, the longer one is taken.
+    # If one token begins with another, the longer one is taken.
     return re.compile("|".join(re.escape(token) for token in sorted(added, key=len, reverse=True)))
 
 
 @cache
 def _eos_token(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    # The tokenizer's own attribute is slow, and this is asked for each record.
+    # The tokenizer's own attribute is too slow to be read for each record.
     return tokenizer.eos_token
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    # Templates write BOS themselves: adding special tokens here would double it.
+    # Templates write BOS themselves, so adding special tokens here would double it.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and backend.truncation is None and backend.padding is None:
-        # What the call below comes to, without a fifth of its time.
+        # Does the same as the call below in four fifths of the time.
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-    # `verbose` off: long documents are dealt with by `too_long`, not by the tokenizer's warning.
+    # `verbose` is off since `too_long` handles long documents; the tokenizer need not warn.
     batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return list(batch["input_ids"])
 
 
 def fit(document: Document, max_length: int, too_long: str) -> Document | None:
-    """A document longer than `max_length`, treated by policy: an error, None (drop), or without its end.
+    """The document, or, if it is longer than `max_length`, an error, None (drop) or its beginning, as `too_long` says.
 
-    Truncation cuts the end, so that the prompt stays whole; where no response token would remain, the
-    document is dropped. A truncated response has no EOS.
+    Truncation cuts the end, so that the prompt stays whole. A document is dropped if no response token would remain. A
+    truncated response has no EOS.
     """
     if len(document) <= max_length:
         return document
@@ -209,12 +209,12 @@ def fit(document: Document, max_length: int, too_long: str) -> Document | None:
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices into `lengths`, each at most `capacity` in sum.
+    """Rows of indices into `lengths`, with a total length of at most `capacity` each.
 
-    Each row takes the longest document that is left, then those that together fill the rest of it best. That is a
-    subset sum, found over the bits of an integer: bit s says that some of the documents looked at add up to s.
-    Where documents are about as long as a fraction of a row, this fills several points more than giving each document
-    to the fullest row that has room (docs/decisions.md). Of equal documents the first comes first.
+    Each row takes the longest remaining document, then those that together best fill the rest of it. This subset sum is
+    found with the bits of an integer: bit s says that some of the documents so far add up to s. If documents are about
+    as long as a simple fraction of a row, this fills rows several percentage points better than giving each document to
+    the fullest row that has room (docs/decisions.md). Among equal documents the first comes first.
     """
     waiting: dict[int, deque[int]] = {}
     for index, length in enumerate(lengths):
@@ -232,11 +232,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _fill(longest_first: Sequence[int], waiting: Mapping[int, Sized], capacity: int) -> list[int]:
-    """Lengths of the documents of one row: the longest, and those that leave the least space beside it."""
+    """The lengths of the documents in one row: the longest, and those that leave the least space beside it."""
     chosen = [longest_first[0]]
     space = capacity - chosen[0]
     sums, all_sums = 1, (1 << (space + 1)) - 1
-    before: list[tuple[int, int]] = []  # a document's length, and the sums without it
+    before: list[tuple[int, int]] = []  # a document's length, and the sums before it was added
     for length in longest_first:
         copies = min(len(waiting[length]) - (length == chosen[0]), space // length)
         for _ in range(copies):
@@ -260,10 +260,10 @@ def pack(
     *,
     packing: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one domain's documents, in an order that `generator` fixes; without `packing` one document each.
+    """Pack one domain's documents into rows, in an order fixed by `generator`; without `packing`, one document in each.
 
-    Each row: `input_ids`, `labels`, `position_ids` int32 [max_length] and `length`, its number of real tokens.
-    Positions restart at 0 at each document and at the padding tail, so that no attention crosses a border.
+    A row has `input_ids`, `labels` and `position_ids`, int32 [max_length], and `length`, its number of real tokens.
+    Positions restart at 0 with each document and with the padding, so that no attention crosses a border.
     """
     documents = [documents[i] for i in generator.permutation(len(documents))]
     rows = [[index] for index in range(len(documents))]

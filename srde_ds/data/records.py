@@ -1,4 +1,4 @@
-"""What one record of training or held-out data means, and what one prompt does."""
+"""Parses a record of training or held-out data, or a prompt."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Record:
-    """One document: a conversation that ends with the assistant, and the domain it belongs to."""
+    """A document: a conversation that ends with the assistant, and its domain."""
 
     domain: str
     messages: list[Message]
-    """in the one form of `data.conversation`"""
+    """in the form of `data.conversation`"""
     answer: str | None
     source: str
     where: str = ""
     """`file:line`, for error messages."""
     split: str = "train"
     choices: list[str] | None = None
-    """Of a multiple-choice item: the texts to choose from; `answer` is one of them."""
+    """For a multiple-choice item, the texts to choose from; `answer` is one of them."""
     tests: str | None = None
-    """Of a programming item: Python that fails unless the program before it is right."""
+    """For a programming item, Python code that fails unless the program before it is right."""
     tools: Tools | None = None
     """Functions that the assistant may call."""
 
@@ -50,16 +50,16 @@ class Record:
 
 
 def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:
-    """The record that an object with `prompt` and `response`, or with `messages`, stands for.
+    """The record that an object with `prompt` and `response`, or with `messages`, describes.
 
-    `null` counts as absent. Where there is one domain only, a record need not name it.
+    `null` counts as absent. If there is only one domain, a record need not name it.
 
     Args:
-        place: where it comes from, such as `file:line`; errors and `Record.where` say it.
-        train_on: last: of the turns that would carry labels, the last one does alone.
+        place: the record's origin, such as `file:line`, for errors and `Record.where`.
+        train_on: with "last", only the last of the turns that would carry labels does so.
 
     Raises:
-        SRDEError: a field that is missing or is not understood.
+        SRDEError: a field is missing or not understood.
     """
     fields = _fields(values, place)
     if "domain" not in fields and len(domains) == 1:
@@ -91,21 +91,21 @@ def parse_record(values: Any, place: str, domains: Sequence[str], train_on: Trai
 
 
 def parse_prompt(values: Any, place: str) -> tuple[list[Message], Tools | None]:
-    """The conversation that is to be answered, and the functions that its answer may call.
+    """The conversation to be answered, and the functions that the answer may call.
 
     Args:
-        values: an object with `prompt`, or with `messages`, of which those before the last answer count.
-        place: as of `parse_record`.
+        values: an object with `prompt`, or with `messages`, whose last answer is left out.
+        place: see `parse_record`.
 
     Raises:
-        SRDEError: a field that is not understood, or nothing is asked.
+        SRDEError: a field is not understood, or there is no question.
     """
     fields = _fields(values, place)
     messages, tools = _conversation(fields, place, ("prompt",))
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not any(message["role"] != "system" for message in messages):
-        raise SRDEError(f"{place}: 'messages' ask nothing: there is none before the answer.")
+        raise SRDEError(f"{place}: 'messages' ask nothing: there is no message before the answer.")
     return messages, tools
 
 
@@ -116,10 +116,10 @@ def _fields(values: Any, place: str) -> dict[str, Any]:
 
 
 def _conversation(fields: dict[str, Any], place: str, pair: tuple[str, ...]) -> tuple[list[Message], Tools | None]:
-    """Messages and tools.
+    """The messages and tools of a record.
 
     Args:
-        pair: the fields that stand for the messages where there are none: the user's and the assistant's.
+        pair: the fields to use if there are no messages: the user's text and the assistant's.
     """
     present = [key for key in pair if key in fields]
     if "messages" in fields and present:
@@ -151,7 +151,7 @@ def _check_turns(messages: list[Message], place: str) -> None:
     if roles[:2] == ["system", "assistant"] or roles[0] not in ("system", "user"):
         raise SRDEError(f"{place}: 'messages' must hold a user message before the first from the assistant.")
     if all(message.get("train") is False for message in messages if message["role"] == "assistant"):
-        raise SRDEError(f"{place}: no turn is trained on (weight 0 or train false on all): leave the record out.")
+        raise SRDEError(f"{place}: no turn is trained on (all have weight 0 or train false): leave the record out.")
 
 
 def _choices(value: Any, where: str) -> list[str]:
@@ -164,7 +164,7 @@ def _choices(value: Any, where: str) -> list[str]:
 
 
 def _right_choice(fields: dict[str, Any], choices: list[str], where: str) -> str:
-    """The text that `answer` means: the text itself, else a letter (A is the first), or a number (0 is the first)."""
+    """The choice that `answer` means: by its text, else its letter (A is the first) or number (0 is the first)."""
     answer = fields.get("answer")
     if isinstance(answer, str):
         if answer in choices:

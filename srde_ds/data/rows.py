@@ -1,4 +1,4 @@
-"""Packed rows as Arrow files that `datasets` loads memory-mapped: one file a domain in each split."""
+"""Packed rows in Arrow files that `datasets` memory-maps: one file per domain and split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srde_ds.data.manifest import DomainCounts, Split
 from srde_ds.data.packing import Document, fit, pack
 
 DOCUMENTS_A_BUFFER = 20_000
-"""documents of a domain that are shuffled and packed together: bounds memory, costs no fill worth naming"""
+"""documents of a domain that are shuffled and packed together; bounds memory at almost no loss of fill"""
 ROWS_A_BATCH = 256
 _TOKENS = ("input_ids", "labels", "position_ids")
 
@@ -36,7 +36,7 @@ def row_features(domains: Sequence[str], max_length: int) -> datasets.Features:
 class DomainRows:
     """Takes one domain's documents, shuffles and packs them, and writes the rows to a file.
 
-    Documents longer than `max_length` are dealt with by `too_long`; everything is counted.
+    Documents longer than `max_length` are treated as `too_long` says. All documents are counted.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DomainRows:
         self.packing = packing
         self.counts = DomainCounts()
         self.digest = hashlib.sha256()
-        """of domain, length, input_ids and labels of each row, in order"""
+        """hash of each row's domain, length, input_ids and labels, in order"""
         self._schema = row_features(domains, max_length).arrow_schema
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_stream(self._file, self._schema)
@@ -75,7 +75,7 @@ class DomainRows:
         self._file.close()
 
     def add(self, document: Document) -> None:
-        """Raises SRDEError for a document that is too long, if that is what `too_long` says."""
+        """Add a document. Raises an SRDEError if it is too long and `too_long` says error."""
         self.counts.documents += 1
         self.counts.by_parts += document.by_parts
         self.counts.too_long += len(document) > self.max_length
@@ -125,20 +125,20 @@ def write_split(
     digests: Sequence[str],
     max_length: int,
 ) -> Split:
-    """A folder for `datasets.load_from_disk` around the files of a split's domains, and what the manifest says of it.
+    """Make a folder for `datasets.load_from_disk` from the files of a split's domains, and its entry in the manifest.
 
-    The files are linked, not copied, where that works.
+    The files are linked rather than copied if possible.
 
     Args:
         made_from: path and SHA-256 of the JSONL file.
-        digests: of each file's rows.
+        digests: hash of each file's rows.
     """
     folder.mkdir(parents=True)
     names = [f"data-{number:05d}-of-{len(files):05d}.arrow" for number in range(len(files))]
     for name, file in zip(names, files, strict=True):
         try:
             os.link(file, folder / name)
-        except OSError:  # another file system, or one without links
+        except OSError:  # on another file system, or one without links
             shutil.copyfile(file, folder / name)
     content = hashlib.sha256("".join(digests).encode()).hexdigest()
     state: dict[str, Any] = {

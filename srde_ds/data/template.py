@@ -1,4 +1,4 @@
-"""Conversations written by the chat template: what it reads, what it writes, and how it closes a turn."""
+"""Renders conversations with the chat template, and finds out what the template reads and how it closes a turn."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.data.conversation import REASONING, Message, Tools
 from srde_ds.errors import SRDEError
 
-# For tokenizers without a chat template: each message on a line of its own, each response closed by EOS.
+# For tokenizers without a chat template: each message on its own line, each response closed by EOS.
 FALLBACK_TEMPLATE = (
     "{% if with_bos %}{{ bos_token }}{% endif %}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
-# What a template can raise: it is a program in a sandbox, run on messages that its author did not think of.
+# A template is a program in a sandbox, and may raise any of these on messages that its author did not expect.
 TEMPLATE_ERRORS = (
     jinja2.TemplateError,
     TypeError,
@@ -34,15 +34,15 @@ CHANGE_TEMPLATE = "change the chat template in a copy of the base's folder"
 
 @dataclass(frozen=True)
 class TurnEnds:
-    """What the template writes after a response, found by writing two short conversations.
+    """What the template writes after a response, found by rendering two short conversations.
 
     Attributes:
-        last: after the last one, up to and including EOS where it writes that.
-        rest: what follows `last`, which no turn needs: white space.
-        earlier: between an earlier response and the next message's text.
+        last: text after the last response, up to and including EOS if the template writes it.
+        rest: white space after `last`, which no turn needs.
+        earlier: text between an earlier response and the next message's text.
         earlier_end: the beginning of `earlier` that closes the response.
-        markers: tokens that close a turn: no response may hold their text.
-        stop: the token by which the last response ends.
+        markers: tokens that close a turn. No response may contain their text.
+        stop: the token that ends the last response.
     """
 
     last: str
@@ -54,7 +54,7 @@ class TurnEnds:
 
 
 def template_kind(tokenizer: PreTrainedTokenizerBase) -> Literal["tokenizer", "fallback"]:
-    """Whether conversations are written by the tokenizer's own chat template or by FALLBACK_TEMPLATE."""
+    """Whether conversations are rendered with the tokenizer's own chat template or with FALLBACK_TEMPLATE."""
     return "tokenizer" if tokenizer.chat_template else "fallback"
 
 
@@ -71,10 +71,10 @@ def render(
     where: str,
     tools: Tools | None = None,
 ) -> str:
-    """The conversation as text; `generation`: up to where the assistant starts to write.
+    """The conversation as text; with `generation`, up to where the assistant starts to write.
 
     Raises:
-        SRDEError: the template refuses the conversation (some know no system role), or fails on it.
+        SRDEError: the template refuses the conversation (some know no system role), or fails.
     """
     messages = _as_template_wants(tokenizer, messages, where)
     try:
@@ -90,7 +90,7 @@ def _refusal(
     tools: Tools | None,
     error: Exception,
 ) -> str:
-    """What is wrong and what helps."""
+    """The fault and its remedy."""
     raised = "" if isinstance(error, jinja2.TemplateError) else f" ({type(error).__name__})"
     reason = f"the tokenizer's chat template refuses these messages: {' '.join(str(error).split())}{raised}. "
     roles = {message["role"] for message in messages}
@@ -112,7 +112,7 @@ def render_batch(
     generation: bool,
     tools: Tools | None = None,
 ) -> list[str]:
-    """`render` for several conversations that hold no more than roles and texts; raises what the template raises."""
+    """`render` for several conversations of roles and texts only. Raises the template's own errors."""
     options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generation, "tools": tools}
     if template_kind(tokenizer) == "fallback":
         options |= {"chat_template": FALLBACK_TEMPLATE, "with_bos": starts_with_bos(tokenizer)}
@@ -122,15 +122,15 @@ def render_batch(
 
 @cache
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts BOS before a text."""
+    """Whether the tokenizer begins a text with BOS."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-# --- which form the template wants its messages in
+# --- the form in which the template wants its messages
 
 
 def _as_template_wants(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str) -> list[Message]:
-    """The messages with their thoughts and tool calls as this template reads them."""
+    """The messages with thoughts and tool calls in the form that this template reads."""
     return [_message(tokenizer, message, where) if len(message) > 2 else message for message in messages]
 
 
@@ -160,7 +160,7 @@ Form = Callable[[Message], Message]
 
 @cache
 def reasoning_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
-    """How a message holds its thought so that the template writes it; None where the template knows no thoughts."""
+    """How a message must hold its thought for this template; None if the template does not write thoughts."""
 
     def by_key(key: str) -> Form:
         return lambda message: {
@@ -176,7 +176,7 @@ def reasoning_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
 
     probe = {"role": "assistant", "content": "ANSWER", "reasoning_content": "THOUGHT"}
     for form in (*map(by_key, REASONING), by_part):
-        # A template that does not know parts writes the list itself.
+        # A template that does not know parts writes the list as it is.
         text = _try(tokenizer, [{"role": "user", "content": "a"}, form(probe)])
         if text.count("THOUGHT") == text.count("ANSWER") == 1 and "'thinking'" not in text and '"thinking"' not in text:
             return form
@@ -185,7 +185,7 @@ def reasoning_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
 
 @cache
 def tool_call_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
-    """How a message holds its tool calls so that the template writes them; None where it knows none."""
+    """How a message must hold its tool calls for this template; None if the template does not write them."""
 
     def as_text(message: Message) -> Message:
         calls = [
@@ -199,14 +199,14 @@ def tool_call_form(tokenizer: PreTrainedTokenizerBase) -> Form | None:
     probe = {"role": "assistant", "content": "", "tool_calls": [call]}
     for form in (dict, as_text):
         text = _try(tokenizer, [{"role": "user", "content": "a"}, form(probe)])
-        # A template that joins the arguments as text writes an object as Python does, not as JSON.
+        # A template that inserts the arguments as text would write an object in Python's form, not as JSON.
         if all(name in text for name in ("NAME", "KEY", "VALUE")) and "'KEY'" not in text and '\\"KEY' not in text:
             return form
     return None
 
 
 def _try(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str:
-    """A probe's text, empty where the template refuses it."""
+    """The text of a probe; empty if the template refuses it."""
     try:
         return render_batch(tokenizer, [messages], generation=False)[0]
     except TEMPLATE_ERRORS:
@@ -230,10 +230,10 @@ def writes_tools(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @cache
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> TurnEnds:
-    """What closes the template's turns.
+    """Find out how the template closes its turns.
 
     Raises:
-        SRDEError: it refuses a question with an answer.
+        SRDEError: the template refuses a question with an answer.
     """
     question = {"role": "user", "content": "QUESTION"}
     answer = {"role": "assistant", "content": "PROBE"}
@@ -247,7 +247,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> TurnEnds:
     if last and earlier.startswith(last):
         earlier_end = last
     elif last and first and first != opens and not earlier[: earlier.index(first)].strip():
-        # Earlier turns are closed by another token than the last one, which EOS may follow.
+        # Earlier turns are closed by another token than the last turn, which EOS may follow.
         earlier_end = earlier[: earlier.index(first) + len(first)]
     else:
         earlier_end = ""

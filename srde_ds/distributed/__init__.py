@@ -1,1 +1,1 @@
-"""Processes, sharding and DeepSpeed: the only floor that imports deepspeed."""
+"""Processes, sharding and DeepSpeed: the only part of the package that imports deepspeed."""

@@ -1,6 +1,6 @@
-"""All that this package uses of deepspeed beyond its public interface. Verified on deepspeed 0.19.8.
+"""Everything that this package uses beyond deepspeed's public interface. Verified with deepspeed 0.19.8.
 
-No other file may touch it, see tests/unit/test_imports.py: a new release of deepspeed is read against this one.
+No other file may use private parts of deepspeed (tests/unit/test_imports.py): check this one with each new release.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 
 
 def adopt_mpi_launcher() -> None:
-    """Put what Open MPI says of the processes into torch's environment variables."""
+    """Copy what Open MPI says about the processes into torch's environment variables."""
     deepspeed.comm.comm.mpi_discovery(verbose=False)
 
 
 def avoid_jit_builds() -> None:
-    """The shared-memory collectives of deepspeed's CPU backend would be compiled for 80 s when a process starts."""
+    """Keep deepspeed's CPU backend from compiling its shared-memory collectives at start, which takes 80 s."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def limit_new_groups(limit: datetime.timedelta) -> None:
-    """Give groups that deepspeed makes this timeout.
+    """Set the timeout of the groups that deepspeed creates.
 
-    Torch's default is half an hour on gloo and ten minutes on NCCL, also for connecting: a rank that was killed between
-    two groups left its partner waiting.
+    Torch's default is half an hour on gloo and ten minutes on NCCL, for connecting as well: if a rank is killed between
+    the creation of two groups, its partner would wait that long.
     """
     deepspeed.comm.comm.cdb.new_group = lambda ranks: dist.new_group(ranks, timeout=limit)
 
 
 def expert_and_data_groups(size: int) -> tuple[str, dist.ProcessGroup, dist.ProcessGroup]:
-    """Name, expert-parallel and expert-data-parallel group of this rank for expert-parallel size `size`.
+    """This rank's expert-parallel group (its name, too) and expert-data-parallel group for a size `size`.
 
-    A collective of all ranks, which creates the groups if they are not there yet.
+    A collective of all ranks, which creates the groups unless they exist.
     """
     groups, name = deepspeed.utils.groups, f"ep_size_{size}"
     groups._create_expert_and_data_parallel(size)
@@ -54,10 +54,10 @@ def expert_and_data_groups(size: int) -> tuple[str, dist.ProcessGroup, dist.Proc
 
 
 def partition_over(parameter: Any, group: dist.ProcessGroup, name: str) -> None:
-    """Have ZeRO cut a parameter over `group` instead of all ranks; before `deepspeed.initialize`.
+    """Have ZeRO partition a parameter over `group` instead of all ranks. Call it before `deepspeed.initialize`.
 
-    All five attributes are needed. With only some of them, gradients are silently too large or values are silently
-    broadcast.
+    All five attributes are needed. With only some of them, gradients are silently too large, or one rank's values
+    silently replace the others'.
     """
     parameter.ds_zero_partition_process_group = group
     parameter.ds_zero_placement_family = "autoep_expert"
@@ -67,13 +67,13 @@ def partition_over(parameter: Any, group: dist.ProcessGroup, name: str) -> None:
 
 
 def partition_group(parameter: Any) -> dist.ProcessGroup:
-    """The group over which ZeRO has cut a parameter."""
+    """The group over which ZeRO has partitioned a parameter."""
     group: dist.ProcessGroup = parameter.ds_process_group
     return group
 
 
 def note_whole_shapes(model: nn.Module) -> None:
-    """Write the shape of each parameter that ZeRO holds into its attribute `srde_whole_shape`, for model code."""
+    """Note the whole shape of each parameter that ZeRO holds in its attribute `srde_whole_shape`, for model code."""
     parameter: Any
     for parameter in model.parameters():
         if hasattr(parameter, "ds_shape"):
@@ -82,11 +82,11 @@ def note_whole_shapes(model: nn.Module) -> None:
 
 @contextmanager
 def hooked_as_one(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, `deepspeed.initialize` hooks each of these modules once, and none of the modules in it.
+    """Within this context, `deepspeed.initialize` hooks each of these modules as a whole, not its submodules.
 
-    Their weights are gathered and released together: "leaf modules" in deepspeed's words. A trainable's gradient is
-    still reduced when it is there, as outside of them. Deepspeed's own way, when the module's input gets its gradient,
-    takes a gradient that comes later for zero.
+    Their weights are gathered and released together; deepspeed calls them "leaf modules". A trainable's gradient is
+    still reduced as soon as it exists, as elsewhere. Deepspeed itself would reduce when the module's input gets its
+    gradient, and would take a gradient that comes later for zero.
     """
     for module in modules:
         deepspeed.utils.set_z3_leaf_module(module, True)
@@ -98,10 +98,10 @@ def hooked_as_one(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def gather_in_one_order() -> None:
-    """Have all ranks gather the parameters of several process groups in the same order.
+    """Have all ranks gather parameters of several process groups in the same order.
 
-    Deepspeed takes them out of a set, whose order differs from process to process. Two ranks that begin the gathers of
-    two groups in different orders wait for each other forever on NCCL.
+    Deepspeed takes them from a set, whose order differs between processes. On NCCL, two ranks that start the gathers of
+    two groups in different orders wait for each other forever.
     """
     name = "_PartitionedParameterCoordinator__all_gather_params_"
     original = getattr(PartitionedParameterCoordinator, name)
@@ -114,18 +114,18 @@ def gather_in_one_order() -> None:
 
 
 def is_hooked_for_nothing(module: object) -> bool:
-    """Whether this is a module without parameters that deepspeed has given its hooks, which gather parameters."""
+    """Whether deepspeed has given a module without parameters its hooks, whose only task is to gather parameters."""
     return isinstance(module, nn.Module) and hasattr(module, "ds_id") and next(module.parameters(), None) is None
 
 
 @dataclass(frozen=True)
 class FlatMaster:
-    """A flat fp32 master tensor of this rank, in deepspeed's words a "sub-group".
+    """A flat fp32 master tensor of this rank; deepspeed calls it a "sub-group".
 
     Attributes:
-        process_group: the group over which its parameters are cut.
-        parameters: each parameter of which it holds a part, in their order, with the values in that part, padding
-            included.
+        process_group: the group over which its parameters are partitioned.
+        parameters: each parameter of which it holds a part, in order, with the number of values in that part,
+            padding included.
     """
 
     tensor: Tensor
@@ -135,7 +135,7 @@ class FlatMaster:
 
 
 def flat_masters(engine: Any) -> Iterator[FlatMaster]:
-    """The engine's flat masters in the order of its optimizer calls, the same on every rank."""
+    """The engine's flat masters, in the order of its optimizer calls; the same on every rank."""
     zero = engine.optimizer
     for index, parameters in enumerate(zero.fp16_groups):
         yield FlatMaster(
@@ -147,19 +147,19 @@ def flat_masters(engine: Any) -> Iterator[FlatMaster]:
 
 
 def publish_masters(engine: Any) -> None:
-    """Copy the fp32 masters into the parameters, after something else than a step has changed them."""
+    """Copy the fp32 masters into the parameters, after something other than a step has changed the masters."""
     zero = engine.optimizer
-    zero.checkpoint_event_prologue()  # drops whole copies, which a gather would otherwise take for valid
+    zero.checkpoint_event_prologue()  # drops whole copies, which a gather would otherwise take as valid
     for index in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(index)
     zero.checkpoint_event_epilogue()  # gathers what stays whole
 
 
 def step_was_skipped(engine: Any) -> bool:
-    """True if deepspeed skipped the last update because the gradient norm was not finite."""
+    """Whether deepspeed skipped the last update because the gradient norm was not finite."""
     return bool(engine.optimizer.overflow)
 
 
 def release_gathered(engine: Any) -> None:
-    """After a backward that was not the engine's own: release modules whose input has no gradient (the embedding)."""
+    """After a backward without the engine, release modules whose input has no gradient (the embedding)."""
     engine.optimizer.parameter_offload.release_backward_leftovers()

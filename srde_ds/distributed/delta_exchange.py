@@ -1,4 +1,4 @@
-"""Shards of effective deltas, from the ranks that mix them to the ranks that use them.
+"""Sends shards of effective deltas from the ranks that mix them to the ranks that use them.
 
 See `expert_parallel.shard_atoms`: each rank holds a shard of the atoms and importance and mixes it into a shard of the
 effective deltas of all experts.
@@ -17,26 +17,26 @@ from srde_ds.distributed.transport import GatherParts
 
 
 class GatherShards:
-    """Every rank gets the whole deltas of all experts: an all-gather, and a reduce-scatter of gradients in fp32."""
+    """Gives every rank the whole deltas of all experts: an all-gather; backwards, a reduce-scatter in fp32."""
 
     def __call__(self, own: Tensor, *, length: int, axis: int, expert_axis: int) -> Tensor:
-        """The whole deltas, of `length` along `axis`, from each rank's own shard; shards are padded to equal sizes."""
+        """The whole deltas, `length` long along `axis`, from each rank's shard. Shards are padded to equal sizes."""
         return GatherParts.apply(own.movedim(axis, 0), None)[:length].movedim(0, axis)
 
 
 class SendShards:
-    """Every rank gets the whole deltas of the experts in its slot of the expert-parallel group: an all-to-all.
+    """Gives every rank the whole deltas of the experts in its place of the expert-parallel group: an all-to-all.
 
     Args:
-        size: expert-parallel size; rank r has slot r % size.
-        slots: experts in a slot.
+        size: expert-parallel size; rank r has place r % size.
+        slots: number of experts in a place.
     """
 
     def __init__(self, size: int, slots: int) -> None:
         self.size, self.slots = size, slots
 
     def __call__(self, own: Tensor, *, length: int, axis: int, expert_axis: int) -> Tensor:
-        """The whole deltas, of `length` along `axis`, of this rank's experts along `expert_axis`."""
+        """The whole deltas, `length` long along `axis`, of this rank's experts along `expert_axis`."""
         experts_first = own.movedim((expert_axis, axis), (0, 1))
         padding = [0, 0] * (own.dim() - 1) + [0, self.size * self.slots - own.shape[expert_axis]]
         by_slot = F.pad(experts_first, padding).unflatten(0, (self.size, self.slots))
@@ -45,7 +45,7 @@ class SendShards:
 
 
 class _ToSlots(torch.autograd.Function):
-    """`[P, ...]`, a part for each slot, sent to all ranks of the slot; backwards, the sum of what they send back."""
+    """`[P, ...]`, a part for each place, sent to all ranks with that place; backwards, the sum of what they return."""
 
     @staticmethod
     def forward(ctx: Any, by_slot: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""The DeepSpeed configuration: what DeepSpeed owns comes from a JSON file, the rest is derived from ours."""
+"""The DeepSpeed configuration: DeepSpeed's own options come from a JSON file, the others from the run's config."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +11,52 @@ from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 
 DEFAULT_PREFETCH = 50_000_000
-"""DeepSpeed's own default of `stage3_prefetch_bucket_size`, in values"""
+"""DeepSpeed's default of `stage3_prefetch_bucket_size`, in values"""
 
-# Why each of these ZeRO options is refused: expert shards and per-parameter groups do not work with them
-# in deepspeed 0.19.8 (docs/design.md, "Placement").
+# ZeRO options that are refused, and why: in deepspeed 0.19.8 they do not work with expert shards and per-parameter
+# groups (docs/design.md, "Placement").
 _REFUSED_ZERO_OPTIONS = {
     "zero_hpz_partition_size": "hierarchical partitioning cannot hold per-parameter groups",
     "zero_quantized_gradients": "quantised gradients cannot hold per-parameter groups",
-    "zero_quantized_weights": "quantised gathers would break the bit-identity with the base",
+    "zero_quantized_weights": "with quantised gathers the base would no longer be bit-identical",
     "offload_optimizer": "GramMuon updates live on the accelerator",
-    "offload_param": "offloaded parameters are not tried with the delta modules",
+    "offload_param": "offloaded parameters have not been tested with the delta modules",
 }
 
 
-def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DeepSpeedOptions:
+    """The run's options that the DeepSpeed configuration depends on.
+
+    Attributes:
+        json_file: path of a file with DeepSpeed's own options; None: DeepSpeed's defaults.
+        batch_size: number of rows per process in a micro-step.
+        micro_steps: number of micro-steps in an optimizer step.
+        max_grad_norm: global gradient norm above which gradients are clipped; 0: no clipping.
+        bf16: train in bfloat16 instead of float32.
+    """
+
+    json_file: str | None
+    batch_size: int
+    micro_steps: int
+    max_grad_norm: float
+    bf16: bool
+
+    @classmethod
+    def of(cls, config: Config) -> DeepSpeedOptions:
+        """DeepSpeed's part of a run's options."""
+        rows = config.training.batch_size, config.training.gradient_accumulation_steps
+        return cls(config.parallel.deepspeed_config, *rows, config.optimizer.max_grad_norm, config.model.bf16)
+
+
+def derive_ds_config(options: DeepSpeedOptions, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Raises:
-        SRDEError: the JSON is missing or broken, asks for another ZeRO stage, holds "auto", an option that
-            cannot work here, or a value of ours that disagrees.
+        SRDEError: the JSON is missing or broken, asks for another ZeRO stage, or holds "auto", an option that cannot
+            work here, or a value that contradicts the run's config.
     """
-    path = config.parallel.deepspeed_config
+    path = options.json_file
     ds_config = _read(path) if path else {}
     _refuse_auto(ds_config, path)
     zero = ds_config.setdefault("zero_optimization", {})
@@ -47,18 +73,20 @@ def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
             raise SRDEError(f"{path}: zero_optimization.{key}={value!r}: {reason}. Remove it.")
     for key in ("optimizer", "scheduler"):
         if key in ds_config:
-            raise SRDEError(f"{path}: '{key}' is given: srde_ds brings its own. Remove the block.")
+            raise SRDEError(f"{path}: '{key}' is given, but srde_ds sets it up itself. Remove the block.")
     if ds_config.get("fp16") not in (None, {"enabled": False}):
-        raise SRDEError(f"{path}: fp16={ds_config['fp16']!r}: choose --bf16 or --bf16 false (float32). Remove it.")
-    # DeepSpeed's default bucket of 5e8 values takes 2 GB of every GPU; trainables here are far smaller.
+        raise SRDEError(
+            f"{path}: fp16={ds_config['fp16']!r}: only bfloat16 and float32 are supported. Remove it, and give --bf16 "
+            "true or false."
+        )
+    # DeepSpeed's default bucket of 5e8 values takes 2 GB on every GPU; the trainables here are far smaller.
     zero.setdefault("reduce_bucket_size", 50_000_000)
-    training, optimizer = config.training, config.optimizer
     owned: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": training.batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "train_batch_size": training.batch_size * training.gradient_accumulation_steps * world_size,
-        "gradient_clipping": optimizer.max_grad_norm,  # DeepSpeed's default is 1.0, not off
-        "bf16": {"enabled": config.model.bf16},
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": options.micro_steps,
+        "train_batch_size": options.batch_size * options.micro_steps * world_size,
+        "gradient_clipping": options.max_grad_norm,  # DeepSpeed's default is 1.0, not off
+        "bf16": {"enabled": options.bf16},
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
@@ -70,12 +98,12 @@ def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def prefetch_whole_layers(ds_config: dict[str, Any], values: int) -> None:
-    """Have the next decoder layer gathered while one is at work, unless the JSON says how far to look ahead.
+    """Gather the next decoder layer while one is computing, unless the JSON says how far to prefetch.
 
-    DeepSpeed looks ahead once a layer. With its default the most of a large layer would be waited for.
+    DeepSpeed prefetches once per layer. With its default, most of a large layer would not be prefetched.
 
     Args:
-        values: in the parameters of the largest decoder layer, trainables included.
+        values: number of values in the largest decoder layer, trainables included.
     """
     zero = ds_config["zero_optimization"]
     zero.setdefault("stage3_prefetch_bucket_size", max(values, DEFAULT_PREFETCH))
@@ -95,14 +123,14 @@ def _read(path: str) -> dict[str, Any]:
 
 def _refuse_auto(node: Any, path: str | None, where: str = "") -> None:
     if node == "auto":
-        raise SRDEError(f'{path}: {where}="auto": give a value, or remove the key (ours are derived).')
+        raise SRDEError(f'{path}: {where}="auto": give a value, or remove the key to have it derived.')
     if isinstance(node, dict):
         for key, value in node.items():
             _refuse_auto(value, path, f"{where}.{key}".lstrip("."))
 
 
 def _own(target: dict[str, Any], key: str, value: Any, path: str | None, where: str = "") -> None:
-    """Set a value that srde_ds owns; if the JSON has it, too, it must agree."""
+    """Set a value that the run's config determines. If the JSON sets it as well, it must agree."""
     name = f"{where}.{key}".lstrip(".")
     if isinstance(value, dict):
         inner = target.setdefault(key, {})

@@ -1,4 +1,4 @@
-"""From a base's name to a running ZeRO-3 engine."""
+"""Builds a ZeRO-3 engine from the name of a base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from srde_ds.config import AdapterConfig, Config
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.deepspeed_internals import deepspeed
-from srde_ds.distributed.ds_config import derive_ds_config, prefetch_whole_layers
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config, prefetch_whole_layers
 from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
 from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
 from srde_ds.distributed.processes import Topology
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    """A context in which partitioned parameters are readable on every rank."""
+    """A context in which every rank can read the partitioned parameters."""
     context: AbstractContextManager[None] = deepspeed.zero.GatheredParameters(parameters)
     return context
 
@@ -63,18 +63,18 @@ class Engine:
         self.restrict(frozenset(kinds), frozenset())
 
     def restrict(self, trained: frozenset[str], locked: frozenset[int]) -> None:
-        """From the next step on only trainables of these kinds change, and nothing of locked experts."""
+        """From the next step on, change only trainables of these kinds, and no locked expert."""
         if (trained, locked) != (self.trained_kinds, self.locked_experts):
             placement.restrict_updates(self.deepspeed, self.model, self.optimizer, trained, locked)
             self.trained_kinds, self.locked_experts = trained, locked
 
     def _without_frozen(self, name: str, parameter: Trainable, gradient: torch.Tensor) -> torch.Tensor | None:
-        """Zero, not absent: DeepSpeed would use the last step's, and count it in the norm that clips the others."""
+        """Zero instead of None, for which DeepSpeed would use the last gradient and count it in the clipping norm."""
         kind = parameter.srde_kind
         if kind not in self.trained_kinds:
             return torch.zeros_like(gradient)
-        # The optimizer leaves locked deltas alone, and a router's row that never got a gradient; what is zeroed here
-        # must not count in the norm either. Atoms are shared: their experts are locked only while they get no tokens.
+        # The optimizer skips locked deltas, and router rows that never got a gradient. Zeroing keeps them out of the
+        # norm as well. Atoms are shared: their experts are locked only while they get no tokens.
         if not self.locked_experts or kind not in ("free", "router"):
             return None
         axis = parameter.srde_expert_axis or 0
@@ -90,18 +90,18 @@ class Engine:
     def forward(
         self, batch: dict[str, torch.Tensor], policy: RoutingPolicy | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of a batch from the loader, on the CPU: its weighted sum over labels, and their number (scalars on the
-        device).
+        """Loss of a CPU batch from the loader: the weighted sum over its labels, and their number, as scalars on the
+        device.
 
         Args:
-            policy: default: all experts, no auxiliary losses, nothing recorded.
+            policy: default: all experts allowed, no auxiliary losses, nothing recorded.
         """
         output: SRDEOutput = self.deepspeed(**self.inputs(batch), policy=policy)
         assert output.loss_sum is not None and output.label_count is not None
         return output.loss_sum, output.label_count
 
     def delta_norms(self) -> torch.Tensor:
-        """`[E]` norm of each expert's deltas over all layers, the same on every rank."""
+        """`[E]`: the norm of each expert's deltas over all layers; the same on every rank."""
         own = self.model.delta_norms(gather=gather)
         if self.groups is None or len(own) == self.model.config.num_experts:
             return own
@@ -113,19 +113,19 @@ class Engine:
 
     @torch.no_grad()
     def set_trainables(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Set trainables to whole tensors: fp32 masters and parameters. Their optimizer state starts again at zero.
+        """Set trainables, both fp32 masters and parameters, to whole tensors. Their optimizer state is reset to zero.
 
         Args:
-            tensors: by stable name (`layers.0.router.weight`), of all experts and without padding, equal on all ranks.
+            tensors: by stable name (`layers.0.router.weight`), with all experts and no padding; equal on all ranks.
 
         Raises:
-            SRDEError: no such trainable, or another shape.
+            SRDEError: there is no such trainable, or it has another shape.
         """
         slices = placement.state_slices(self.deepspeed, self.model, self.optimizer)
         known = {name for name, _ in self.model.trainable_parameters()}
         unknown = sorted(set(tensors) - known)
         if unknown:
-            raise SRDEError(f"'{unknown[0]}' is no trainable of this model; known are {min(known)} to {max(known)}.")
+            raise SRDEError(f"'{unknown[0]}' is not a trainable of this model, which has {min(known)} to {max(known)}.")
         for part in slices:
             if part.name not in tensors:
                 continue
@@ -141,9 +141,9 @@ class Engine:
         internals.publish_masters(self.deepspeed)
 
     def inputs(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """What the model takes of a batch from the loader.
+        """The model's inputs from a batch of the loader.
 
-        Labels and the borders of documents are looked through on the CPU, before the copy.
+        Labels and document boundaries are examined on the CPU, before the copy.
         """
         inputs: dict[str, Any] = {}
         for key in ("input_ids", "position_ids", "token_mask"):
@@ -156,11 +156,11 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Of the model and the losses."""
+        """The device of the model and the losses."""
         return self.model.layers[0].support.device
 
     def close(self) -> None:
-        """Free what DeepSpeed has attached to the model, so that another engine may follow."""
+        """Free what DeepSpeed has attached to the model, so that another engine can be built."""
         self.deepspeed.destroy()
 
     @property
@@ -170,10 +170,10 @@ class Engine:
 
 
 def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
-    """The frozen base; from the start each rank keeps only its share of the weights, 1 / world_size."""
+    """Load the frozen base. From the start each rank keeps only its share of the weights, 1 / world_size."""
     attention = "flash_attention_2" if config.model.flash_attention else packed_attention(config)
-    # from_pretrained finds the object through a weak reference: it must live until loading is done.
-    keep_alive = HfDeepSpeedConfig(derive_ds_config(config, world_size))
+    # from_pretrained finds the object through a weak reference, so it must exist until loading is done.
+    keep_alive = HfDeepSpeedConfig(derive_ds_config(DeepSpeedOptions.of(config), world_size))
     base = load_base(
         str(config.model.model_name),
         dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
@@ -186,7 +186,7 @@ def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
 
 
 def packed_attention(config: Config) -> str:
-    """The base's attention, as transformers names it: of each document by itself, where it knows no other kind."""
+    """The name in transformers of the attention to use for packed rows."""
     empty = empty_base(
         str(config.model.model_name), revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION
     )
@@ -201,16 +201,16 @@ def build_model(
     supports: Sequence[torch.Tensor] | None = None,
     target_density: float | None = None,
 ) -> SRDEModel:
-    """The sharded base with all its experts, on every rank alike.
+    """Build the sharded base with all its experts, the same on every rank.
 
     Args:
-        adapter: default: `config.adapter`; another one has another density.
-        supports: of all layers, from a checkpoint; default: chosen as the adapter says.
-        target_density: of a support that is being learned, see `add_experts`.
+        adapter: default: `config.adapter`; another one may have another density.
+        supports: those of all layers, from a checkpoint; default: chosen as the adapter says.
+        target_density: final density of a support that is being learned, see `add_experts`.
     """
     if config.model.expert_kernels and topology.device.type != "cuda":
         raise SRDEError(
-            f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave it out."
+            f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave the flag out."
         )
     base = load_sharded_base(config, topology.world_size)
     model = add_experts(
@@ -227,13 +227,13 @@ def build_model(
     if config.model.recomputed == "selective":
         recompute_selectively(model.base, model.routing)
     elif config.model.recomputed == "full":
-        # The kind that is tested to equal plain training under ZeRO-3; see docs/decisions.md.
+        # The kind whose results are tested to equal plain training under ZeRO-3; see docs/decisions.md.
         model.enable_gradient_checkpointing(use_reentrant=True)
     return model.train()
 
 
 def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine:
-    """Partition everything, create the optimizer, and check that each part is where it must be."""
+    """Partition the model, create the optimizer, and check that each part is on the right rank."""
     groups, transport = None, ""
     if config.parallel.expert_parallel_size > 1:
         groups = expert_groups(config.parallel.expert_parallel_size)
@@ -246,7 +246,7 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     placement.mark_placement(model)
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
-    ds_config = derive_ds_config(config, topology.world_size)
+    ds_config = derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
     decoder = decoder_layers(model.base)
     largest = max(sum(prod(whole_shape(p)) for p in layer.parameters()) for layer in decoder)
     prefetch_whole_layers(ds_config, largest)

@@ -1,9 +1,9 @@
 """Which rank holds which experts (docs/design.md, "Placement").
 
-With expert-parallel size P, ranks i·P … i·P + P − 1 form an expert-parallel group and share the experts among them:
-its rank r holds slots r·E_l … (r + 1)·E_l − 1, E_l = ⌈E / P⌉. Slots from E on are padding: every rank must hold
-tensors of the same shapes, or collectives hang. Ranks with the same r form an expert-data-parallel group: they hold
-the same experts, and ZeRO partitions these over that group alone.
+With expert-parallel size P, ranks i·P … i·P + P − 1 form an expert-parallel group and divide the experts among them:
+rank r of the group holds slots r·E_l … (r + 1)·E_l − 1, with E_l = ⌈E / P⌉. Slots from E on are padding: every rank
+must hold tensors of the same shapes, or collectives hang. Ranks with the same r form an expert-data-parallel group:
+they hold the same experts, and ZeRO partitions these over that group alone.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from srde_ds.model.layer import SRDEFeedForward
 
 @dataclass(frozen=True)
 class TensorCut:
-    """Where a rank's tensor lies in the global one: a range of entries on one axis.
+    """The place of a rank's tensor in the global one: a range of entries on one axis.
 
     Attributes:
         global_shape: shape of the whole tensor, without padding.
-        first: the rank's first entry.
-        entries: how many of its entries are there in the global tensor; the others are padding.
+        first: index of the rank's first entry.
+        entries: number of the rank's entries that exist in the global tensor; the others are padding.
     """
 
     axis: int
@@ -50,12 +50,12 @@ class ExpertGroups:
 
 
 def expert_groups(expert_parallel_size: int) -> ExpertGroups:
-    """Create DeepSpeed's groups for this size, or find them; a collective of all ranks."""
+    """Create DeepSpeed's groups for this size, unless they exist; a collective of all ranks."""
     return ExpertGroups(*internals.expert_and_data_groups(expert_parallel_size))
 
 
 def place_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> None:
-    """Keep this rank's experts of a model that has them all, and let its layers reach the others' experts.
+    """Keep only this rank's experts in a model that has them all, and let its layers reach those of other ranks.
 
     Args:
         transport: "tokens" or "deltas".
@@ -67,7 +67,7 @@ def place_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> Non
     dispatch = kinds[transport](groups.expert_parallel, experts)
     for layer in model.layers:
         for key, parameter in _parameters(layer):
-            # Scores stay whole: the experts' masks are compared with each other.
+            # Scores stay whole, since the experts' masks are compared with each other.
             if parameter.srde_expert_axis is not None and parameter.srde_kind != "scores":
                 axis = parameter.srde_expert_axis
                 each = parameter.srde_shape[axis] // experts  # 3 matrices of an expert for neuron deltas
@@ -78,14 +78,15 @@ def place_experts(model: SRDEModel, groups: ExpertGroups, transport: str) -> Non
 
 
 def shard_atoms(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | None, transport: str) -> None:
-    """Keep this rank's shard of atoms and importance, and exchange the shards of effective deltas that they give.
+    """Keep only this rank's shard of atoms and importance, and exchange the shards of effective deltas made from it.
 
-    Plain ZeRO-3 gathers atoms and importance, (A + E)·n values a layer, where the layer needs the E·n effective deltas
-    alone. Here each rank mixes its own shard, and the results travel; backwards their gradients do, summed over ranks.
+    Plain ZeRO-3 gathers atoms and importance, (A + E)·n values per layer, although the layer needs only the E·n
+    effective deltas. Here each rank mixes its own shard, and the results travel; backwards their gradients travel,
+    summed over ranks.
 
     Args:
         owners: groups in which every rank is alone with its shard.
-        groups: of expert parallelism, if any; with `transport` "tokens" a rank receives the deltas of its experts only.
+        groups: those of expert parallelism, if any; with `transport` "tokens" a rank receives only its experts' deltas.
     """
     world, rank, experts = dist.get_world_size(), dist.get_rank(), model.config.num_experts
     dispatch, first, size = None, 0, 1
@@ -98,7 +99,7 @@ def shard_atoms(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | N
     for layer in model.layers:
         bank = layer.deltas
         assert isinstance(bank, AtomDeltas)
-        shard = bank.atoms.shape[0] // world  # the whole is padded to a multiple of the world size
+        shard = bank.atoms.shape[0] // world  # the whole tensor is padded to a multiple of the world size
         for key, parameter in _parameters(layer):
             if parameter.srde_kind in ("atoms", "importance"):
                 axis = bank.long_axis[parameter.srde_kind]
@@ -113,12 +114,12 @@ def shard_atoms(model: SRDEModel, owners: ExpertGroups, groups: ExpertGroups | N
 
 
 def _parameters(layer: SRDEFeedForward) -> list[tuple[str, Any]]:
-    """Any, for the attributes that we and deepspeed give them."""
+    """Names and parameters; Any, because we and deepspeed add attributes to them."""
     return list(layer.deltas.named_parameters(recurse=False))
 
 
 def _part_of(parameter: Any, axis: int, first: int, entries: int, groups: ExpertGroups) -> Any:
-    """`entries` of a parameter along `axis` from `first` on; those beyond its end are zero."""
+    """`entries` entries of a parameter along `axis`, from `first` on; those beyond its end are zero."""
     whole = parameter.srde_shape
     cut = TensorCut(axis, whole, first, max(0, min(entries, whole[axis] - first)))
     shape = list(whole)

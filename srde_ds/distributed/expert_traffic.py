@@ -1,6 +1,6 @@
-"""Bytes that bring tokens and experts together, and which transport moves fewer. Needs no deepspeed.
+"""Counts the bytes that bring tokens and experts together, and chooses the cheaper transport. Needs no deepspeed.
 
-Tested against counted bytes. The equations are in docs/design.md, "Placement".
+Tests compare it with measured traffic. The equations are in docs/design.md, "Placement".
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Traffic:
 
     Attributes:
         kind: what they carry.
-        operation: "all_gather" and "reduce_scatter" of `size` bytes in all, "all_reduce" of `size` bytes on each
+        operation: "all_gather" and "reduce_scatter" of `size` bytes in total, "all_reduce" of `size` bytes on each
             process, "all_to_all" of `size` bytes from each process, including what it sends to itself.
-        ranks: processes that take part.
-        stride: distance between their numbers: 1 for neighbours.
+        ranks: number of processes that take part.
+        stride: distance between their ranks; 1 for neighbours.
     """
 
     kind: str
@@ -38,17 +38,17 @@ class Traffic:
 
     @property
     def received(self) -> float:
-        """Bytes that a process gets from others, at the least."""
+        """The fewest bytes that a process must get from others."""
         rounds = 2 if self.operation == "all_reduce" else 1
         return rounds * self.size * (self.ranks - 1) / self.ranks
 
     def between_nodes(self, gpus: int) -> float:
-        """Bytes of `received`, a process, that must come from other nodes of `gpus` processes each.
+        """How many of a process's `received` bytes must come from other nodes, with `gpus` processes on each node.
 
-        A gather or sum enters a node once, however many of its processes take part; what an all-to-all sends enters for
-        the one process that it is meant for.
+        A gather or sum enters a node once, however many of its processes take part. What an all-to-all sends enters for
+        a single process.
         """
-        local = max(1, min(self.ranks, gpus // self.stride))  # of the group's processes, on one node
+        local = max(1, min(self.ranks, gpus // self.stride))  # how many of the group's processes are on one node
         nodes = self.ranks / local
         if self.operation == "all_to_all":
             return self.size * (self.ranks - local) / self.ranks
@@ -57,17 +57,17 @@ class Traffic:
 
 
 def slots(num_experts: int, expert_parallel_size: int) -> int:
-    """Experts that a process holds, padding included."""
+    """Number of experts that a process holds, padding included."""
     return math.ceil(num_experts / expert_parallel_size)
 
 
 def shards_atoms(config: Config, world_size: int) -> bool:
-    """Whether each process mixes a shard of the atoms of its own, see `expert_parallel.shard_atoms`."""
+    """Whether each process mixes only its own shard of the atoms, see `expert_parallel.shard_atoms`."""
     return config.adapter.num_atoms > 0 and config.parallel.owner_computes and world_size > 1
 
 
 def merged(found: Iterable[Traffic]) -> list[Traffic]:
-    """Traffic of the same kind, operation and group as one entry."""
+    """Add up traffic of the same kind, operation and group."""
     sizes: dict[tuple[str, str, int, int], float] = {}
     for t in found:
         if t.ranks > 1:
@@ -77,9 +77,9 @@ def merged(found: Iterable[Traffic]) -> list[Traffic]:
 
 
 def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: str) -> list[Traffic]:
-    """What brings tokens and experts' deltas together in an optimizer step, ZeRO's gathers left out.
+    """The traffic that brings tokens and deltas together in an optimizer step, without ZeRO's gathers.
 
-    With "tokens" each token goes to `top_k` experts, which are spread evenly over the processes, and rows are full.
+    With "tokens" the estimate assumes full rows, and tokens that are spread evenly over the experts.
     """
     size, micro_steps = config.parallel.expert_parallel_size, config.training.gradient_accumulation_steps
     width, experts = (2 if config.model.bf16 else 4), config.adapter.num_experts
@@ -91,18 +91,18 @@ def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: s
     for number, (hidden, intermediate) in enumerate(blocks):
         touched = support_size(config.adapter, hidden, intermediate)
         neurons = config.adapter.granularity == "neuron"
-        long_side = hidden if neurons else touched  # of a delta; padded so that each process has an equal shard
+        long_side = hidden if neurons else touched  # a delta's; padded so that each process has an equal shard
         padding = math.ceil(long_side / world_size) * world_size / long_side
-        values = value_count(config.adapter, hidden, intermediate) * micro_steps  # of one expert
+        values = value_count(config.adapter, hidden, intermediate) * micro_steps  # for one expert
         if transport == "tokens" and size > 1:
             changed = touched if neurons else intermediate
             there = hidden + 2 * changed  # the token, and its gate and up values
             back = changed + hidden  # the change of the hidden values, and the output
-            # Without full recomputation the first experts' input needs no gradient.
+            # Without full recomputation, the input of the first layer's experts needs no gradient.
             gradients = back + (there if number > 0 or checkpointing else 0)
             sent = assignments * (forwards * (there + back) + gradients) * width
             found.append(Traffic("experts' tokens", "all_to_all", sent, size))
-            if sharded:  # the deltas of a slot's experts to all its ranks; their gradients in the training dtype
+            if sharded:  # a rank's deltas go to all ranks with these experts; gradients in the training dtype
                 of_slot = padding * values * slots(experts, size)
                 found.append(Traffic("delta shards", "all_to_all", of_slot * (forwards + 1) * width, world_size))
         elif sharded:
@@ -110,7 +110,7 @@ def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: s
             found.append(Traffic("delta shards", "all_gather", padded * width * forwards, world_size))
             found.append(Traffic("delta shards", "reduce_scatter", padded * FP32, world_size))
         else:
-            # Effective deltas come in the training dtype, their gradients are summed in fp32.
+            # Effective deltas arrive in the training dtype; their gradients are summed in fp32.
             values *= slots(experts, size) * size
             found.append(Traffic("experts' deltas", "all_gather", values * width * forwards, size))
             found.append(Traffic("experts' deltas", "reduce_scatter", values * FP32, size))

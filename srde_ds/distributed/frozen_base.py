@@ -1,4 +1,4 @@
-"""Forward and backward of the frozen base alone, without its experts and unseen by DeepSpeed's training."""
+"""Forward and backward of the frozen base alone, without experts and without effect on DeepSpeed's training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from srde_ds.model.recompute import recomputes_selectively
 
 @contextmanager
 def base_alone(engine: Engine) -> Iterator[None]:
-    """Inside, `forward_base` and `backward_base` may be called. Afterwards the engine is as it was before.
+    """A context for `forward_base` and `backward_base`. Afterwards the engine is as before.
 
-    The base stays in train mode only if its activations are recomputed in the backward, which needs it.
+    The base stays in train mode only if its activations are recomputed in the backward, which requires that mode.
     """
     training = engine.deepspeed.training
     base = engine.model.base
     engine.deepspeed.train(is_checkpointing(base) or recomputes_selectively(base))
     embedding = engine.model.base.get_input_embeddings()
-    # With gradients from here on the backward reaches every block, although no parameter of the base has one.
+    # With a gradient from here on, the backward reaches every block, although no parameter of the base has one.
     hook = embedding.register_forward_hook(_with_gradient)
     try:
         with engine.model.no_experts():
@@ -35,17 +35,17 @@ def base_alone(engine: Engine) -> Iterator[None]:
 
 
 def forward_base(engine: Engine, batch: dict[str, Tensor]) -> Tensor:
-    """The summed loss of the labels of a batch from the loader, on the CPU.
+    """The loss of a CPU batch from the loader, summed over its labels.
 
-    It calls the model, not DeepSpeed's engine, whose hooks on the loss would count a backward as a micro-step. The
-    hooks on the modules, which gather their weights, still run.
+    It calls the model instead of DeepSpeed's engine, whose hooks on the loss would count the backward as a micro-step.
+    The hooks on the modules, which gather the weights, still run.
     """
     loss: Tensor = engine.model(**engine.inputs(batch)).loss_sum
     return loss
 
 
 def backward_base(engine: Engine, loss: Tensor) -> None:
-    """Backward of a loss of `forward_base`: no trainable takes part, so no gradient is kept or reduced."""
+    """Backward of a loss from `forward_base`. No trainable takes part, so no gradient is kept or reduced."""
     loss.backward()
     internals.release_gathered(engine.deepspeed)
 

@@ -1,4 +1,4 @@
-"""Small values of all ranks as JSON: nothing that arrives from another process is executed, as pickle would."""
+"""Gathers small values of all ranks as JSON. Unlike pickle, it executes nothing that another process sends."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.distributed as dist
 
 
 def gather_json(value: Any, device: torch.device, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, by rank, as JSON gives it back; a collective of `group`, by default of all ranks.
+    """Every rank's value, by rank, after a trip through JSON; a collective of `group`, by default of all ranks.
 
     Args:
-        device: of the tensors that carry the values: a GPU under NCCL.
+        device: device of the tensors that carry the values; under NCCL, a GPU.
 
     Raises:
-        TypeError: the value cannot be written as JSON.
+        TypeError: a value cannot be written as JSON.
     """
     own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
     sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""The processes of a run: who takes part, on which device, and the few collectives that the trainer needs."""
+"""The processes of a run: which ones take part, on which device, and the few collectives that the trainer needs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from srde_ds.utils.launcher import launched_world_size
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among the others; a `together.Ranks`."""
+    """This process and its place among the others; implements `together.Ranks`."""
 
     rank: int
     world_size: int
@@ -47,7 +47,7 @@ class Topology:
 
 
 class DelayedMax:
-    """The largest of the ranks' integers, which nobody waits for: a call tells the result of the one before."""
+    """The largest of the ranks' integers, without waiting: each call returns the result of the previous one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -55,9 +55,9 @@ class DelayedMax:
         self._copied: torch.cuda.Event | None = None
 
     def __call__(self, value: int) -> int:
-        """A collective. The largest of the integers that the ranks gave to the last call; 0 at the first.
+        """The largest of the integers that the ranks passed to the previous call; 0 at the first call. A collective.
 
-        A GPU may be behind the program. It is waited for until it has come to the last call, no further.
+        If the GPU lags behind the program, this waits only until the GPU has reached the previous call.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -72,17 +72,17 @@ class DelayedMax:
 
 
 def adopt_launcher() -> None:
-    """Put what the launcher says about the processes into torch's environment variables, unless they are there.
+    """Copy what the launcher says about the processes into torch's environment variables, unless they are set.
 
     Raises:
-        SRDEError: variables that no launcher has left so: they are of another program.
+        SRDEError: the variables contradict each other, so they come from another program, not a launcher.
     """
     if "RANK" in os.environ:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing or launched_rank() >= launched_world_size():
-            said = f"{missing[0]} is not" if missing else f"WORLD_SIZE={launched_world_size()} is not above it"
+            fault = f"{missing[0]} is not" if missing else f"WORLD_SIZE={launched_world_size()} is not above it"
             raise SRDEError(
-                f"RANK={os.environ['RANK']} is set in the environment, but {said}: no launcher says so. Start with "
+                f"RANK={os.environ['RANK']} is set in the environment, but {fault}: no launcher has set it. Start with "
                 "deepspeed, torchrun, mpirun or Slurm, or unset RANK to train on one process."
             )
         return
@@ -101,12 +101,12 @@ def adopt_launcher() -> None:
 
 
 def start_processes(timeout_seconds: float) -> Topology:
-    """Join the process group: as the launcher's environment says, or alone when there is no launcher.
+    """Join the process group that the launcher's environment describes, or form one alone if there is no launcher.
 
     The timeout also bounds every later collective, so that a lost rank ends the run instead of hanging it.
     """
     limit = datetime.timedelta(seconds=timeout_seconds)
-    # Otherwise each collective warns at its first use of names that torch has deprecated and deepspeed still calls.
+    # Without it each collective warns about names that torch has deprecated and deepspeed still calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     internals.deepspeed.utils.logger.setLevel(logging.WARNING)
     internals.avoid_jit_builds()
@@ -123,7 +123,7 @@ def start_processes(timeout_seconds: float) -> Topology:
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise SRDEError(
-                f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs. Start one process a GPU."
+                f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs. Start one process per GPU."
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
@@ -146,12 +146,12 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_from_main(tensor: torch.Tensor) -> None:
-    """Give every rank rank 0's values, in place."""
+    """Give every rank the values of rank 0, in place."""
     dist.broadcast(tensor, src=0)
 
 
 def gather_to_main(own: Tensor, counts: list[int], topology: Topology) -> Tensor | None:
-    """`[sum(counts), D]` on rank 0: every rank's vectors, rank by rank; None on the others.
+    """`[sum(counts), D]` on rank 0: every rank's vectors, rank by rank; None on the other ranks.
 
     Args:
         own: `[counts[rank], D]`, on any device.
@@ -163,13 +163,13 @@ def gather_to_main(own: Tensor, counts: list[int], topology: Topology) -> Tensor
     return None if parts is None else torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def check_same(facts: dict[str, Any], topology: Topology) -> None:
+def check_same(values: dict[str, Any], topology: Topology) -> None:
     """Refuse ranks that differ in what must be the same on all of them.
 
     Raises:
-        SRDEError: on every rank, naming the first fact that differs, its two values, and the ranks that have them.
+        SRDEError: on every rank, naming the first value that differs, both versions, and the ranks that have them.
     """
-    everywhere = topology.gather([socket.gethostname(), facts])
+    everywhere = topology.gather([socket.gethostname(), values])
     host, expected = everywhere[0]
     for rank, (other_host, found) in enumerate(everywhere):
         for name, value in expected.items():

@@ -1,7 +1,7 @@
-"""Sums over rows of training data that are the same, bit for bit, on any number of ranks.
+"""Sums over rows of training data that are bit-identical on any number of ranks.
 
-In each round every rank has one row; rows are counted by round, then rank. They are added one after the other in this
-order, so that the additions are those of one process that goes through all rows.
+In each round every rank has one row; rows are ordered by round, then rank. They are added one by one in this order, so
+the additions are those of a single process that goes through all rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class ReproducibleSum:
-    """The sum of a vector, whole on every rank; float64."""
+    """A float64 sum of vectors, whole on every rank."""
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.total = torch.zeros(size, dtype=torch.float64, device=device)

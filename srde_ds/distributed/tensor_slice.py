@@ -1,4 +1,4 @@
-"""The part of a tensor that a rank holds, described without regard to the number of ranks. Needs no deepspeed."""
+"""The part of a tensor that a rank holds, described independently of the number of ranks. Needs no deepspeed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KINDS = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class TensorSlice:
-    """A part of one global tensor, held by one rank: a contiguous run, or several of equal length at equal distances.
+    """A rank's part of a global tensor: a contiguous run of elements, or several of equal length at equal distances.
 
     Args:
         name: the tensor's stable name, such as `layers.0.deltas.free`.
-        kind: one of KINDS: the fp32 master weights or one of the optimizer's states of the same shape.
+        kind: one of KINDS: the fp32 master weights, or an optimizer state of the same shape.
         global_shape: shape of the whole tensor over all ranks, without padding.
         offset: index of the first element in the row-major flattened global tensor.
-        data: fp32; 1-D: one run; 2-D: several, one a line (some experts' columns of a matrix that holds all experts').
-        stride: elements of the global tensor from the start of one run to the next; for 2-D data only.
+        data: fp32; 1-D: one run; 2-D: one run per line (such as some experts' columns in a matrix of all experts).
+        stride: distance in elements from the start of one run to the next; for 2-D data only.
 
     Raises:
         SRDEError: the kind is unknown, the data is not 1-D or 2-D fp32, or the slice leaves the tensor.
@@ -50,7 +50,7 @@ class TensorSlice:
 
     @property
     def span(self) -> int:
-        """Elements of the global tensor from the first to the last one of the slice."""
+        """Number of elements of the global tensor from the slice's first to its last."""
         if self.data.dim() == 1 or self.data.numel() == 0:
             return self.data.numel()
         runs, length = self.data.shape

@@ -1,4 +1,4 @@
-"""Work that all ranks do, or rank 0 for all of them: it succeeds on all, or raises the same error on all."""
+"""Work of all ranks, or of rank 0 for all of them, that succeeds on all or raises the same error on all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 class Ranks(Protocol):
-    """This rank among those that work together."""
+    """This rank and those that it works with."""
 
     @property
     def rank(self) -> int:
@@ -47,10 +47,10 @@ class Collectives(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The failure that is reported of those that happened, the same on all ranks.
+    """The one failure that is reported, the same on all ranks.
 
     Attributes:
-        foreseen: bad input or a file that cannot be read or written, not a bug.
+        foreseen: True for bad input or a file that cannot be read or written; False for a bug.
     """
 
     rank: int
@@ -60,7 +60,7 @@ class Failure(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What became of a piece of work.
+    """The outcome of some work.
 
     Attributes:
         own: this rank's result or error.
@@ -72,11 +72,11 @@ class Outcome(Generic[Result]):
 
 
 def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Outcome[Result]:
-    """Run `work` on every rank and tell all of them what became of it; a collective.
+    """Run `work` on every rank, and tell all ranks the outcome; a collective.
 
     Args:
-        long: it may take longer than a collective waits. It runs in a thread and must not communicate; meanwhile the
-            ranks tell each other that they are still there, so that only a lost one trips the timeout.
+        long: the work may take longer than the timeout of collectives. It runs in a thread and must not communicate;
+            meanwhile the ranks exchange signs of life, so that only a lost one trips the timeout.
     """
     if long:
         with ThreadPoolExecutor(1) as executor:
@@ -87,7 +87,7 @@ def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> 
         own = Future()
         try:
             own.set_result(work())
-        except BaseException as raised:  # no rank may wait for this one, whatever has happened to it
+        except BaseException as raised:  # whatever has happened, no rank may wait for this one
             own.set_exception(raised)
     error = own.exception()
     foreseen, reason = error is None or isinstance(error, SRDEError | OSError), ""
@@ -99,18 +99,18 @@ def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> 
         reason = f"an unforeseen error, see its traceback ({type(error).__name__})"
     reports = ranks.gather([foreseen, reason])
     failures = [Failure(rank, why, known) for rank, (known, why) in enumerate(reports) if why]
-    # A bug comes first: it may be what made the others fail.
+    # A bug comes first: it may have made the others fail.
     return Outcome(own, min(failures, key=lambda failure: (failure.foreseen, failure.rank), default=None))
 
 
 def together(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Result:
-    """What `work` returns on this rank, once it has returned on all of them.
+    """The result of `work` on this rank, once it has returned on all ranks.
 
     Args:
         long: see `attempt`.
 
     Raises:
-        SRDEError: on every rank, if it failed on any of them. A rank with an unforeseen error raises that one instead.
+        SRDEError: on every rank, if it failed on any. A rank with an unforeseen error raises that error instead.
     """
     outcome = attempt(work, ranks, long=long)
     failure, error = outcome.failure, outcome.own.exception()
@@ -125,9 +125,9 @@ def together(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) ->
 
 
 def on_main_rank(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Result:
-    """Run `work` on rank 0; every rank gets its result as JSON gives it back (a tuple becomes a list).
+    """Run `work` on rank 0; every rank gets its result after a trip through JSON (a tuple becomes a list).
 
-    Args and errors as in `together`.
+    Arguments and errors are those of `together`.
     """
 
     def on_rank_0() -> Result | None:

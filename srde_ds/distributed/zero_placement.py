@@ -1,7 +1,7 @@
-"""Which part of which trainable this rank owns.
+"""Knows which part of which trainable this rank owns.
 
-ZeRO stage 3 cuts each parameter, flattened row-major, into equal parts over its process group and concatenates the
-parts of several parameters to one flat fp32 master tensor, a "sub-group".
+ZeRO stage 3 flattens each parameter (row-major), cuts it into equal parts over its process group, and concatenates the
+parts of several parameters into one flat fp32 master tensor, a "sub-group".
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Partition:
     Attributes:
         name: the tensor's stable name, as in files (docs/design.md, "Files").
         kind: its `srde_kind`.
-        shape: of the rank's tensor, without padding.
-        cut: where the rank's tensor lies in the global one; None: the rank's tensor is the global one.
-        expert_axis: axis of the experts' own entries; None: all experts share all values.
+        shape: shape of the rank's tensor, without padding.
+        cut: place of the rank's tensor in the global one; None: the rank's tensor is the global one.
+        expert_axis: axis along which each expert has entries of its own; None: all experts share all values.
         start: flat index of the part's first value in the rank's tensor.
-        numel: values in the part, padding included.
-        offset: where the part starts in the sub-group's flat master.
+        numel: number of values in the part, padding included.
+        offset: start of the part in the sub-group's flat master.
     """
 
     name: str
@@ -49,14 +49,14 @@ class Partition:
 
     @classmethod
     def of(cls, name: str, parameter: Any, index: int, numel: int, offset: int) -> Partition:
-        """Part number `index` of a parameter that is cut into parts of `numel` values."""
-        # All ranks hold the whole router, but each expert has a vector of its own in it.
+        """Part number `index` of a parameter that is cut into parts of `numel` values, at `offset` in the master."""
+        # All ranks hold the whole router, in which each expert has its own vector.
         axis = 0 if parameter.srde_kind == "router" else parameter.srde_expert_axis
         cut = getattr(parameter, "srde_cut", None)
         return cls(name, parameter.srde_kind, parameter.srde_shape, cut, axis, index * numel, numel, offset)
 
     def slice(self, kind: str, flat: Tensor) -> TensorSlice | None:
-        """Its values in a sub-group's flat tensor, as checkpoints name them; None if all of them are padding."""
+        """The part's values in a sub-group's flat tensor, as checkpoints name them; None if they are all padding."""
         # A tensor is padded at its end, a cut at the end of its axis.
         real = max(0, min(self.numel, prod(self.shape) - self.start))
         data = flat[self.offset : self.offset + real]
@@ -70,15 +70,15 @@ class Partition:
             return TensorSlice(self.name, kind, shape, first + self.start, data[:real]) if real else None
         if not real or not run:
             return None
-        # The part is made of whole lines of the tensor as a matrix: true for GramMuon's tensors, for AdamW's, which are
-        # padded for it, and for those that one rank holds alone.
+        # The part consists of whole lines of the tensor as a matrix. This holds for GramMuon's tensors, for AdamW's,
+        # which are padded for it, and for tensors that one rank holds alone.
         line, global_line = self.shape[axis] * inner, shape[axis] * inner
         block = data.view(-1, line)[:, :run]
         offset = self.start // line * global_line + first
         return TensorSlice(self.name, kind, shape, offset, block, stride=global_line)
 
     def blocks(self, active: Callable[[int], bool], num_experts: int) -> list[UpdatedBlock]:
-        """The part's values that belong to active experts, as blocks of the sub-group's flat tensor."""
+        """The values of active experts in this part, as blocks of the sub-group's flat tensor."""
         if self.expert_axis is None:
             return [UpdatedBlock(self.offset, 1, self.numel, 0, self.numel)]
         whole = self.shape if self.cut is None else self.cut.global_shape
@@ -88,7 +88,7 @@ class Partition:
         cut_by_expert = self.cut is not None and self.cut.axis == self.expert_axis
         first = self.cut.first // each if self.cut is not None and cut_by_expert else 0
         runs = _runs([active(first + slot) for slot in range(slots)])
-        if self.expert_axis == 0:  # a run of slots is contiguous, but the part may begin and end within one
+        if self.expert_axis == 0:  # the slots' values are contiguous, but the part may begin and end within a slot
             ends = [(max(a * inner, self.start), min(b * inner, self.start + self.numel)) for a, b in runs]
             return [UpdatedBlock(self.offset + a - self.start, 1, b - a, 0, b - a) for a, b in ends if a < b]
         line = slots * inner
@@ -96,14 +96,14 @@ class Partition:
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
-    """First and end of each run of True."""
+    """Start and end of each run of True."""
     edges = [i for i in range(len(flags) + 1) if (i > 0 and flags[i - 1]) != (i < len(flags) and flags[i])]
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 @dataclass(frozen=True)
 class SubGroup:
-    """One flat fp32 master with the partitions in it."""
+    """A flat fp32 master with the partitions in it."""
 
     master: Tensor
     param_group: dict[str, Any]
@@ -112,7 +112,7 @@ class SubGroup:
 
 
 def mark_placement(model: SRDEModel) -> None:
-    """Have ZeRO cut parameters that hold a part of a tensor over their own group; before `deepspeed.initialize`."""
+    """Have ZeRO partition parameters that are part of a tensor over their own group, before `deepspeed.initialize`."""
     for _, parameter in _trainables(model):
         groups: ExpertGroups | None = getattr(parameter, "srde_groups", None)
         if groups is not None:
@@ -120,7 +120,7 @@ def mark_placement(model: SRDEModel) -> None:
 
 
 def sub_groups(engine: Any, model: SRDEModel) -> Iterator[SubGroup]:
-    """The engine's flat masters, in the order of its optimizer calls; the same order on every rank."""
+    """The engine's sub-groups, in the order of its optimizer calls; the same on every rank."""
     names = {id(parameter): name for name, parameter in _trainables(model)}
     for flat in internals.flat_masters(engine):
         rank = dist.get_rank(flat.process_group)
@@ -132,12 +132,12 @@ def sub_groups(engine: Any, model: SRDEModel) -> Iterator[SubGroup]:
 
 
 def verify_placement(engine: Any, model: SRDEModel) -> None:
-    """Check on every rank that each trainable is cut over the group that its gradient is averaged over.
+    """Check on every rank that each trainable is partitioned over the group that its gradient is averaged over.
 
-    A wrong group makes gradients silently too large or broadcasts one rank's values.
+    With a wrong group, gradients are silently too large, or one rank's values replace the others'.
 
     Raises:
-        SRDEError: names parameter, rank and both values.
+        SRDEError: a placement is wrong; the message names parameter, rank and both values.
     """
     rank, everyone = dist.get_rank(), list(range(dist.get_world_size()))
     owned = {part.name: part for sub_group in sub_groups(engine, model) for part in sub_group.partitions}
@@ -159,11 +159,11 @@ def restrict_updates(
 ) -> None:
     """Tell the optimizer what it may change: trainables of the kinds in `trained`, but nothing of `locked` experts.
 
-    What is left out keeps its values and its optimizer state. GramMuon learns here how each of its flat partitions is
-    cut into matrices; call it once before the first step.
+    All others keep their values and optimizer state. GramMuon learns here how each of its flat partitions divides into
+    matrices, so call this once before the first step.
 
     Raises:
-        SRDEError: a Muon partition is not made of whole lines of its matrices.
+        SRDEError: a Muon partition does not consist of whole lines of its matrices.
     """
     experts = model.config.num_experts
 
@@ -177,11 +177,11 @@ def restrict_updates(
         for part in sub_group.partitions:
             blocks = part.blocks(active, experts) if part.kind in trained else []
             if muon:
-                pieces += _muon_pieces(part, blocks)
+                pieces += _matrix_shards(part, blocks)
             else:
                 windows += blocks
         if muon:
-            # Shards of the atoms lie on all ranks, each of which is alone in its group.
+            # The atoms' shards are on all ranks, although each rank is alone in its group.
             sharded = any(part.kind == "atoms" and part.cut is not None for part in sub_group.partitions)
             group = dist.group.WORLD if sharded else sub_group.process_group
             optimizer.register_layout(sub_group.master, pieces, group)
@@ -190,11 +190,11 @@ def restrict_updates(
             optimizer.restrict(sub_group.master, None if unrestricted else windows)
 
 
-def _muon_pieces(part: Partition, blocks: list[UpdatedBlock]) -> list[MatrixShard]:
+def _matrix_shards(part: Partition, blocks: list[UpdatedBlock]) -> list[MatrixShard]:
     whole_height, batch, cols = part.shape if part.cut is None else (part.cut.global_shape[0], *part.shape[1:])
     if part.numel % (batch * cols):
         raise SRDEError(
-            f"'{part.name}': {part.numel} values a rank are no whole rows of {batch} x {cols}. "
+            f"'{part.name}': {part.numel} values per rank are not whole rows of {batch} x {cols}. "
             "Pad its rows to a multiple of the world size (pad_to of its Sharding)."
         )
     height = part.numel // (batch * cols)
@@ -202,14 +202,14 @@ def _muon_pieces(part: Partition, blocks: list[UpdatedBlock]) -> list[MatrixShar
         ranges = [(0, batch)] if blocks else []
     else:
         ranges = [(block.first // cols, block.stop // cols) for block in blocks]
-    # A tensor of which nothing is updated is an empty range: its name and place are still known.
+    # A tensor that is not updated gets an empty range, which still tells its name and place.
     return [MatrixShard(part.name, part.offset, height, batch, cols, whole_height, a, b) for a, b in ranges or [(0, 0)]]
 
 
 def state_slices(engine: Any, model: SRDEModel, optimizer: GramMuonAdamW) -> list[TensorSlice]:
-    """Views of this rank's masters and optimizer states, as the checkpoint writes and fills them.
+    """Views of this rank's masters and optimizer states, for the checkpoint to write and fill.
 
-    No value is on two ranks: ZeRO cuts every trainable.
+    No value is on two ranks, since ZeRO partitions every trainable.
     """
     slices = []
     for sub_group in sub_groups(engine, model):
@@ -221,5 +221,5 @@ def state_slices(engine: Any, model: SRDEModel, optimizer: GramMuonAdamW) -> lis
 
 
 def _trainables(model: SRDEModel) -> Iterator[tuple[str, Any]]:
-    """Names and parameters; Any, for the attributes that we and deepspeed give them."""
+    """Names and parameters; Any, because we and deepspeed add attributes to them."""
     yield from model.trainable_parameters()

@@ -1,1 +1,1 @@
-"""What trained experts are worth: loss, accuracy and expert usage by domain, against the base."""
+"""Evaluates trained experts: loss, accuracy and expert usage by domain, compared with the base."""

@@ -23,10 +23,10 @@ def generated_answers(
     title: str = "answers",
     routing: dict[int, TokenExperts] | None = None,
 ) -> list[str]:
-    """The greedy answer to each record's prompt (all but the last response), in their order.
+    """The greedy answer to each record's prompt (all but the last response), in order.
 
     Args:
-        routing: filled with the experts that the tokens of each answer used, by the number of its record.
+        routing: is filled with the experts that each answer's tokens used, by number of the record.
 
     Raises:
         SRDEError: a prompt and its answer do not fit into the base's context.

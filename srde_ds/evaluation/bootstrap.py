@@ -14,7 +14,7 @@ Floats = NDArray[np.float64]
 def resampled_sums(columns_NC: Floats, seed: int) -> Floats:
     """The columns' sums over N items drawn with replacement, RESAMPLES times: [RESAMPLES, C].
 
-    Columns share the draws, so that figures made of them are paired.
+    Columns share the draws, so figures made from them are paired.
     """
     items = len(columns_NC)
     random = np.random.default_rng(seed)
@@ -23,7 +23,7 @@ def resampled_sums(columns_NC: Floats, seed: int) -> Floats:
 
 
 def interval(samples_R: Floats) -> list[float]:
-    """The central COVERAGE of resampled figures, [low, high]; NaN (a resample without any weight) is left out."""
+    """The central COVERAGE of resampled figures, [low, high]. NaN (a resample without any weight) is ignored."""
     tail = (1 - COVERAGE) / 2
     low, high = np.nanquantile(samples_R, [tail, 1 - tail])
     return [float(low), float(high)]

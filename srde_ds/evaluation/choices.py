@@ -1,4 +1,4 @@
-"""Multiple choice by likelihood: the model takes the choice that it finds likeliest."""
+"""Multiple choice by likelihood: the model's answer is the choice that it finds likeliest."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from srde_ds.model.adapter import SRDEModel
 def likeliest_choices(
     model: SRDEModel, tokenizer: PreTrainedTokenizerBase, records: Sequence[Record], *, batch_size: int, title: str
 ) -> list[str]:
-    """The choice of each record whose log-likelihood as the last response, EOS included, is highest per token.
+    """For each record, the choice with the highest log-likelihood per token as the last response, including EOS.
 
-    The mean over tokens does not favour short choices, as the sum would. Of equal ones the first is taken.
+    The mean over tokens does not favour short choices, as the sum would. Among equal ones the first is taken.
 
     Raises:
         SRDEError: a prompt with a choice does not fit into the base's context.

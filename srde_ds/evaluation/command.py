@@ -1,4 +1,4 @@
-"""The verb `evaluate`: weights and a held-out file in, figures, items and a table out."""
+"""The verb `evaluate`: reads weights and a held-out file, and gives figures, items and a table."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def evaluate_command(options: EvaluateOptions, reading: DataConfig | None = None
 
 
 def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None) -> tuple[dict[str, Any], Path | None]:
-    """Evaluate, and write the JSON and the items beside it (`default_output` where the options name no file).
+    """Evaluate, and write the JSON and the items beside it (to `default_output` if the options name no file).
 
     Several processes under a launcher share the items; the first one writes.
 
@@ -57,8 +57,8 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         The JSON's content and its path; no path on a process that does not write.
 
     Raises:
-        SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value out of range, or `output_file`
-            cannot be written, or the sandbox does not start here.
+        SRDEError: missing or damaged weights, a bad held-out file, a wrong base, a value that is out of range, an
+            `output_file` that cannot be written, or a sandbox that does not start here.
     """
     started = time.monotonic()
     sandbox = options.sandbox if options.run_code else None
@@ -122,18 +122,18 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
 
 
 def _held_out(records: list[Record], eval_file: str, is_main: bool) -> list[Record]:
-    """The records whose `split` says that they are held out; all of them where none says so."""
+    """The records whose `split` says that they are held out, or all records if none says so."""
     held_out = [record for record in records if record.split != "train"]
     if not held_out or len(held_out) == len(records):
         return records
     if is_main:
         left_out = len(records) - len(held_out)
-        _log.info("%s: %d held-out items; those for training are left out: %d", eval_file, len(held_out), left_out)
+        _log.info("%s: %d held-out items; left out as training items: %d", eval_file, len(held_out), left_out)
     return held_out
 
 
 class _ResultsSoFar:
-    """A file of results as they come, for the case that the evaluation does not reach its end."""
+    """A file of the results so far, in case the evaluation does not finish."""
 
     def __init__(self, target: Path, rank: int) -> None:
         self.path = items_file(target).with_suffix(f".part{rank}.jsonl")
@@ -151,21 +151,21 @@ class _ResultsSoFar:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
-        if self._made_folder and not any(self.path.parent.iterdir()):  # of a process that writes no other results
+        if self._made_folder and not any(self.path.parent.iterdir()):  # a process that writes nothing else
             self.path.parent.rmdir()
 
 
 def default_output(checkpoint: str) -> Path:
-    """`evaluation.json` in the run folder or beside the weights; `evaluation-<step>.json` for a checkpoint folder;
+    """`evaluation.json` in the run folder or beside the weights, `evaluation-<step>.json` for a checkpoint folder, and
     in the current folder for weights of the Hub."""
     path = Path(checkpoint)
     match = CHECKPOINT_NAME.fullmatch(path.name)
-    folder = run_folder(path) if path.exists() else Path()  # else it is in a repository of the Hub
+    folder = run_folder(path) if path.exists() else Path()  # otherwise it is a Hub repository
     return folder / (f"evaluation-{match[1]}.json" if match else "evaluation.json")
 
 
 def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
-    """The domains that items may have: those of the run's config.yaml if it is there, else DOMAINS and the experts'."""
+    """The domains that items may have: those of the run's config.yaml, or without it DOMAINS and the experts'."""
     config = run_folder(checkpoint) / "config.yaml"
     if config.is_file():
         return resolve(load_yaml(config), {}).data.domains
@@ -175,6 +175,8 @@ def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
 def _tell_about_code(records: Sequence[Record], sandbox: Sandbox | None) -> None:
     programs = sum(record.tests is not None for record in records)
     if programs and sandbox is None:
-        _log.info("items with tests, not scored: %d. --run_code runs the programs that the model writes.", programs)
+        _log.info(
+            "items with tests that are not scored: %d. --run_code runs the programs that the model writes.", programs
+        )
     if programs and sandbox == "none":
         _log.warning("--sandbox none: programs that the model writes can read, change and send all that you can.")

@@ -1,4 +1,4 @@
-"""The experts against the bare base, and each alone, on the same items: loss, accuracy, expert usage."""
+"""Compares the experts, and each expert alone, with the bare base on the same items: loss, accuracy, expert usage."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from srde_ds.model.adapter import SRDEModel
 
 @dataclass
 class _Measured:
-    """What was measured on one item: by each model, and the loss with each expert alone."""
+    """The measurements on one item: those of each model, and the loss with each expert alone."""
 
     results: dict[str, ItemResult]
     alone: list[ItemLoss]
 
     def to_json(self) -> dict[str, Any]:
-        """As it travels between processes."""
+        """The form in which it is sent between processes."""
         content = asdict(self)
         for loss in [*(result["loss"] for result in content["results"].values()), *content["alone"]]:
             if loss["assignments"] is not None:
@@ -54,16 +54,16 @@ class _Measured:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is measured, and how.
+    """What to measure, and how.
 
     Attributes:
-        compare_baseline: run the bare base, too, on the same items.
-        batch_size: items that are run at a time.
-        max_new_tokens: longest answer, in tokens.
+        compare_baseline: also run the bare base on the same items.
+        batch_size: number of items run at a time.
+        max_new_tokens: length limit of an answer in tokens.
         max_samples: most items, see `evenly_by_domain`.
-        seed: of the bootstrap.
-        each_expert: the loss of every domain with all tokens sent to one expert, too, one after the other.
-        run_code: where to run generated programs with their items' tests, see `sandbox`; None: they are not run.
+        seed: seed of the bootstrap.
+        each_expert: for each expert, also measure the loss of every domain with all tokens sent to it.
+        run_code: where to run generated programs with their items' tests, see `sandbox`; None: not at all.
     """
 
     compare_baseline: bool
@@ -75,7 +75,7 @@ class EvaluationSettings:
     run_code: Sandbox | None = None
 
     def check(self) -> None:
-        """Raise SRDEError for a value out of range."""
+        """Raise an SRDEError for a value that is out of range."""
         for name in ("batch_size", "max_samples", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise SRDEError(f"{name}={getattr(self, name)}: must be at least 1.")
@@ -90,14 +90,14 @@ def evaluate(
     processes: Processes = ALONE,
     on_result: Callable[[str, Record, ItemResult], None] = lambda model, record, result: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures and items, both plain JSON, as docs/evaluation.md describes them.
+    """Compute figures and items, both plain JSON, which docs/evaluation.md describes.
 
     Args:
-        processes: share the items; each passes the same model and records, and gets the same result.
-        on_result: gets each result of this process as it comes: "srde" or "base", the item and what was found.
+        processes: the processes that share the items. Each passes the same model and records, and gets the same result.
+        on_result: is called with each result of this process: "srde" or "base", the item, and the result.
 
     Raises:
-        SRDEError: a value out of range, or an item that does not fit into the base's context.
+        SRDEError: a value is out of range, or an item does not fit into the base's context.
     """
 
     def check() -> str:
@@ -162,12 +162,12 @@ def evaluate(
 
 
 def items_file(evaluation: Path) -> Path:
-    """Where an evaluation's items are: `evaluation_items.jsonl` beside `evaluation.json`."""
+    """The file with an evaluation's items: `evaluation_items.jsonl` beside `evaluation.json`."""
     return evaluation.with_name(f"{evaluation.stem}_items.jsonl")
 
 
 def evenly_by_domain(records: Sequence[Record], max_samples: int) -> list[Record]:
-    """At most `max_samples` records: the first of each domain, then the second of each, and so on; in file order."""
+    """At most `max_samples` records, in file order: the first of each domain, then the second of each, and so on."""
     seen: dict[str, int] = {}
     order = []
     for index, record in enumerate(records):
@@ -201,7 +201,7 @@ def _domains(records: Sequence[Record], expert_names: Sequence[str]) -> Groups:
 
 
 def _groups(names: Sequence[str]) -> dict[str, list[int]]:
-    """The indices of each name, in the order of their first appearance; the empty name names none."""
+    """The indices of each name, in the order of first appearance. An empty name is left out."""
     groups: dict[str, list[int]] = {}
     for index, name in enumerate(names):
         if name:

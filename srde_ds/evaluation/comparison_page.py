@@ -1,4 +1,4 @@
-"""Several runs on one page: settings that differ, curves over each other, a table."""
+"""Compares several runs on a page: settings that differ, curves in common charts, and a table."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def write_comparison_page(runs: Sequence[str | Path], target: Path) -> Path:
     """Write the page that compares runs; returns its path.
 
     Raises:
-        SRDEError: a run is given twice, or one of its files is missing or is not what it should be.
+        SRDEError: a run is given twice, or one of its files is missing or damaged.
     """
     files = [RunFiles.read(run, most_lines=MOST_POINTS) for run in runs]
     folders = [run.folder.resolve() for run in files]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
-            raise SRDEError(f"run={runs[number]}: is given twice. Keep one.")
+            raise SRDEError(f"run={runs[number]} is given twice. Keep one.")
     write_text(target, render(comparison_page(files)))
     return target
 
@@ -42,7 +42,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> Page:
         Section("Settings that differ", _differences(names, runs)),
         Section("Loss", _losses(names, runs)),
         Section("On held-out items", _evaluations(names, runs)),
-        Section("Speed", [_curve(names, runs, "tokens_per_second", "Speed", "tokens a second")]),
+        Section("Speed", [_curve(names, runs, "tokens_per_second", "Speed", "tokens per second")]),
         Section(
             "What was trained", [Text(f"{name}: {trained_on(run)}") for name, run in zip(names, runs, strict=True)]
         ),
@@ -51,7 +51,7 @@ def comparison_page(runs: Sequence[RunFiles]) -> Page:
 
 
 def _names(runs: Sequence[RunFiles]) -> list[str]:
-    """The folders' names; whole paths where two are alike."""
+    """The folders' names, or whole paths if two names are equal."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder.resolve()) for run in runs]
 
@@ -105,13 +105,13 @@ def _differences(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
         parts = [table, Text(f"Settings that are the same: {same}.")]
     if some:
         parts.append(
-            Folded("Settings that not all of these runs know", [Table([["setting", *names], *some], numbers=None)])
+            Folded("Settings that only some of these runs have", [Table([["setting", *names], *some], numbers=None)])
         )
     return parts
 
 
 def _losses(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
-    parts: list[Part] = [_curve(names, runs, "loss", "Training loss", "cross entropy (nats a token)")]
+    parts: list[Part] = [_curve(names, runs, "loss", "Training loss", "cross entropy (nats per token)")]
     measured = [run.held_out() for run in runs]
     domains = list(dict.fromkeys(name for of in measured for _, values in of for name in values))
     if not domains:
@@ -136,14 +136,14 @@ def _held_out(
         found = [dict(zip(one.x, one.y, strict=True)).get(step) for one in series]
         rows.append([f"{step:,}", *map(_form, found)])
     last = ", ".join(f"{one.name} {_form(one.y[-1])}" for one in series if one.y)
-    figure = lines(series, x="step", y="cross entropy (nats a token)")
+    figure = lines(series, x="step", y="cross entropy (nats per token)")
     return Chart(f"Held-out loss: {domain}", figure, f"Last measured: {last}.", Table(rows, f"Held-out loss: {domain}"))
 
 
 def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
     evaluated = [(name, run.result) for name, run in zip(names, runs, strict=True) if run.result is not None]
     if not evaluated:
-        return [Text("None of the runs has been evaluated: srde-ds evaluate gives what is missing here.")]
+        return [Text("None of the runs has been evaluated: srde-ds evaluate fills this section.")]
     parts: list[Part] = []
     missing = [name for name in names if name not in dict(evaluated)]
     if missing:
@@ -154,11 +154,11 @@ def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
     if len(files) > 1:
         told = ", ".join(f"{items} of {file}" for file, items in files)
         parts.append(
-            Text(f"The runs were evaluated on different items ({told}): their figures do not compare.", note=True)
+            Text(f"The runs were evaluated on different items ({told}): their figures cannot be compared.", note=True)
         )
     for key, title, x, form in (
         ("accuracy", "Right answers by domain", "share of the scored items", ".0%"),
-        ("loss", "Loss on held-out items by domain", "cross entropy (nats a token)", ".2f"),
+        ("loss", "Loss on held-out items by domain", "cross entropy (nats per token)", ".2f"),
     ):
         parts.append(_by_domain(evaluated, key, title, x, form))
     return parts
@@ -167,7 +167,7 @@ def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
 def _by_domain(evaluated: Sequence[tuple[str, dict[str, Any]]], key: str, title: str, x: str, form: str) -> Chart:
     tables = [(name, {**result["domains"], None: result["overall"]}) for name, result in evaluated]
     domains = [*dict.fromkeys(domain for _, of in tables for domain in of if domain is not None), None]
-    shown = ["all" if domain is None else domain for domain in domains]  # a domain may have that name, too
+    shown = ["all" if domain is None else domain for domain in domains]  # a domain may also have that name
 
     def figures(of: dict[str | None, Any], domain: str | None) -> tuple[float | None, list[float] | None]:
         found = of.get(domain, {}).get("srde", {})

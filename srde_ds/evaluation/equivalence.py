@@ -1,4 +1,4 @@
-"""Whether two answers are the same number or expression, by the library math-verify."""
+"""Compares answers as numbers or expressions, with the library math-verify."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from math_verify import parse, verify
 from srde_ds.inference.answers import exact_match, extract_answer, is_number
 
 _FORMULA = re.compile(r"[\\^$]")
-# A sum or product that was not carried out; 1.5 * 10^3 is a way to write a number.
+# A sum or product that has not been calculated; but 1.5 * 10^3 is just a way to write a number.
 _UNEVALUATED = re.compile(r"\d\s*(?:[+*×·-]|\\times|\\cdot)\s*\d(?!0?\s*\^)")
 _QUOTIENT = re.compile(r"(\d{1,99})\s*/\s*(\d{1,99})|\\[dt]?frac\{(\d{1,99})\}\{(\d{1,99})\}")
 _LONGEST_FORMULA = 200
 
-# A timeout is an ordinary "no" here.
+# A timeout simply counts as "no".
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
 
 
 def is_mathematical(answer: str) -> bool:
-    r"""Whether an answer is a number, or holds LaTeX (a backslash, `^` or `$`)."""
+    r"""Whether an answer is a number, or contains LaTeX (a backslash, `^` or `$`)."""
     answer = extract_answer(answer)
     return is_number(answer) or _FORMULA.search(answer) is not None
 
@@ -29,9 +29,9 @@ def is_mathematical(answer: str) -> bool:
 def equivalent(prediction: str, answer: str) -> bool:
     """Whether `prediction` (after `extract_answer`) has the value of a mathematical `answer`.
 
-    Where the prediction is running text, its last formula or number is taken. A sum, product or quotient of numbers
-    that was not carried out is no answer to a question for a number: it may repeat the question. Runs in the main
-    thread only (the library limits its time by a signal).
+    If the prediction is running text, its last formula or number counts. If the answer is a number, an uncalculated
+    sum, product or quotient is not accepted: it may repeat the question. This works only in the main thread, since the
+    library limits its time by a signal.
     """
     answer, prediction = extract_answer(answer), extract_answer(prediction)
     same = exact_match(prediction, answer)
@@ -45,13 +45,13 @@ def equivalent(prediction: str, answer: str) -> bool:
 
 
 def _is_unevaluated(text: str) -> bool:
-    """Whether the text holds a sum, a product or a quotient that can be reduced."""
+    """Whether a text contains a sum, product or quotient that can be calculated."""
     quotient = _QUOTIENT.search(text)
     reducible = quotient is not None and math.gcd(*(int(part) for part in quotient.groups() if part)) > 1
     return reducible or _UNEVALUATED.search(text) is not None
 
 
 def _as_formula(text: str) -> str:
-    """In dollars, unless it is marked as a formula already or is running text, in which the library looks for one."""
+    """The text between dollars, unless it is marked as a formula or is running text, which the library searches."""
     running = "\n" in text or len(text) > _LONGEST_FORMULA or len(text.split()) > 3 and "\\" not in text
     return text if running or "$" in text or r"\(" in text or r"\[" in text else f"${text}$"

@@ -21,8 +21,8 @@ def figures_by_group(results: Mapping[str, Sequence[ItemResult]], groups: Groups
     """`{group: {"srde": {...}, "base": {...}, "difference": {...}}}`.
 
     Args:
-        results: of "srde", and of "base" where it was run, in the order of the items.
-        seed: of the bootstrap.
+        results: results of "srde", and of "base" if it was run, in the order of the items.
+        seed: seed of the bootstrap.
     """
     columns = _columns(results)
     return {name: _figures(columns, list(index), seed) for name, index in groups.items()}
@@ -43,12 +43,12 @@ def expert_usage(losses: Sequence[ItemLoss], domains: Groups, expert_names: list
 
 
 def mean_loss(losses: Sequence[ItemLoss]) -> float:
-    """Over the tokens of all items."""
+    """The mean loss over the tokens of all items."""
     return sum(loss.loss_sum for loss in losses) / sum(loss.tokens for loss in losses)
 
 
 def _columns(results: Mapping[str, Sequence[ItemResult]]) -> dict[str, Floats]:
-    """What is summed over items to make the figures, one array [N] a name."""
+    """The sums that figures are made of: for each name an array [N] over items."""
     srde = results["srde"]
     columns: dict[str, list[float]] = {
         "tokens": [result.loss.tokens for result in srde],
@@ -86,10 +86,11 @@ def _figures(columns: dict[str, Floats], index: list[int], seed: int) -> dict[st
 
 
 def _mcnemar(srde_N: Floats, base_N: Floats) -> dict[str, Any]:
-    """McNemar's exact test (1947): of the items that one model alone has right, each is as likely to be either's.
+    """McNemar's exact test (1947). Null hypothesis: an item that only one model has right is equally likely to be
+    either's.
 
-    Returns how many items each alone has right and the two-sided probability of so uneven a split, or a more uneven
-    one; 1 where there is no such item.
+    Returns the number of items that only each model has right, and the two-sided probability of a split at least as
+    uneven; 1 if there is no such item.
     """
     only_srde, only_base = (int(np.sum(one > other)) for one, other in ((srde_N, base_N), (base_N, srde_N)))
     differing = only_srde + only_base
@@ -98,7 +99,7 @@ def _mcnemar(srde_N: Floats, base_N: Floats) -> dict[str, Any]:
 
 
 def _ratio(sums: dict[str, Floats], model: str, what: str) -> Floats:
-    """Loss a token, or share of right answers; NaN where nothing was drawn."""
+    """The loss per token, or the share of right answers; NaN where nothing was drawn."""
     weight = sums["tokens" if what == "loss" else "scored"]
     return np.divide(sums[f"{model}.{what}"], weight, out=np.full(weight.shape, np.nan), where=weight > 0)
 

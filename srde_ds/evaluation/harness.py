@@ -36,12 +36,13 @@ class SRDEHarnessModel(HFLM):
         srde_weights: a weights file, a run's or a checkpoint's folder, or a repository of the Hub.
         base: folder or id of the base; default: the one named in the weights.
         dtype: bfloat16 or float32.
-        device: default: the GPU if there is one; cuda where there is none means the CPU, as for HFLM.
-        allow_download: without `base`: fetch the one named in the weights from the Hub, if it is not here.
-        options: for HFLM, such as batch_size and max_length.
+        device: default: the GPU if there is one. As in HFLM, cuda means the CPU if there is no GPU.
+        allow_download: without `base`, whether the one named in the weights may be downloaded from the Hub.
+        options: further options of HFLM, such as batch_size and max_length.
 
     Raises:
-        SRDEError: no such weights or base, an unknown dtype, or several processes: each would do all of the work.
+        SRDEError: weights or base do not exist, the dtype is unknown, or there are several processes, each of which
+            would do all of the work.
     """
 
     def __init__(
@@ -59,14 +60,14 @@ class SRDEHarnessModel(HFLM):
             raise SRDEError("the harness runs in one process: start it without a launcher.")
         bf16 = dtype == "bfloat16"
         model, tokenizer = load_model(srde_weights, base=base, bf16=bf16, allow_download=allow_download)
-        # The command line asks for cuda:0 unless it is told otherwise, also where there is no GPU.
+        # By default the command line asks for cuda:0, even if there is no GPU.
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)
         super().__init__(pretrained=model.base, tokenizer=tokenizer, backend="causal", **options)
         self._template_is_told = not tokenizer.chat_template
 
     def apply_chat_template(self, *arguments: Any, **options: Any) -> str:
-        """As of HFLM; the harness calls it for each item if it was asked to."""
+        """As in HFLM. The harness calls it for each item, if the user wants the template."""
         self._template_is_told = True
         return str(super().apply_chat_template(*arguments, **options))
 

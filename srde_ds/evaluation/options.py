@@ -10,18 +10,18 @@ from srde_ds.evaluation.sandbox import Sandbox
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """What is evaluated, on which items, and how much of it."""
+    """What to evaluate, and on which items."""
 
     weights: str = weights_option()
     eval_file: str = option("", "held-out items with answers, as JSONL", metavar="FILE", required=True)
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(
-        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+        False, "download the base that the weights name from the Hub, if it is not on this machine"
     )
     compare_baseline: bool = option(False, "also run the bare base on the same items")
     each_expert: bool = option(False, "also measure the loss of every domain with each expert alone")
-    run_code: bool = option(False, "score items with tests: run the programs that the model writes, in a sandbox")
-    sandbox: Sandbox = option("bubblewrap", "what confines these programs; none: they can do all that you can")
+    run_code: bool = option(False, "score items with tests by running the programs that the model writes, in a sandbox")
+    sandbox: Sandbox = option("bubblewrap", "what confines these programs; none: they can do everything that you can")
     max_samples: int = option(1000, "most items, taken evenly from the domains", metavar="ITEMS", minimum=1)
     max_new_tokens: int | None = option(
         None,

@@ -21,8 +21,8 @@ from srde_ds.model.policy import RoutingPolicy
 
 @dataclass
 class ItemLoss:
-    """One item: cross entropy in nats summed over its `tokens` response tokens, and, if asked for, how often its
-    tokens (prompt and response) took each expert, [L, E]."""
+    """The cross entropy of one item in nats, summed over its `tokens` response tokens, and, if requested, how often its
+    tokens (prompt and response) used each expert, [L, E]."""
 
     loss_sum: float
     tokens: int
@@ -40,10 +40,10 @@ def response_losses(
     expert: int | None = None,
     title: str = "loss",
 ) -> list[ItemLoss]:
-    """The losses of `records`, in their order. Batches are padded on the right and sorted by length.
+    """The losses of `records`, in order. Batches are sorted by length and padded on the right.
 
     Args:
-        expert: takes every token, with weight 1; default: as routed.
+        expert: the expert that every token uses, with weight 1; default: the router decides.
 
     Raises:
         SRDEError: an item is longer than `max_length` tokens.
@@ -54,8 +54,8 @@ def response_losses(
     for document in documents:
         if len(document) > max_length:
             raise SRDEError(
-                f"{document.where}: {len(document)} tokens exceed {max_length}, which is all that the base can read: "
-                "shorten or remove the item."
+                f"{document.where}: {len(document)} tokens exceed {max_length}, the base's context: shorten or remove "
+                "the item."
             )
     labelled = [torch.from_numpy(document.is_response) for document in documents]
     device, pad = model.base.device, pad_token_id(tokenizer)
@@ -82,7 +82,7 @@ def response_losses(
 def _losses(
     model: SRDEModel, policy: RoutingPolicy, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each row's summed cross entropy and label count. Only positions labelled in some row go through the head."""
+    """Each row's summed cross entropy and label count. Only positions with a label in some row go through the head."""
     targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
     labelled = (targets_BS != IGNORED).any(0).nonzero().squeeze(1)
     logits = model(ids_BS, attention_mask=mask_BS, policy=policy, logits_to_keep=labelled).logits
@@ -94,7 +94,7 @@ def _losses(
 
 
 def _assignments(choices: dict[int, Tensor], experts: int, mask_BS: Tensor) -> list[Tensor]:
-    """[L, E] for each row of a forward: how often its real tokens took each expert of each layer."""
+    """[L, E] for each row of a forward: how often its real tokens used each expert in each layer."""
     rows = mask_BS.shape[0]
     choices_LTK = torch.stack(list(choices.values()))
     choices_LBSK = choices_LTK.view(len(choices_LTK), *mask_BS.shape, -1)

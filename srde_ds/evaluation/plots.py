@@ -1,4 +1,4 @@
-"""Pictures of a run: loss, speed, expert usage."""
+"""Plots of a run: loss, speed, expert usage."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from srde_ds.utils.escape import plot_label
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    raise SRDEError("package 'matplotlib' is missing, plots need it. Install it: pip install matplotlib") from None
+    raise SRDEError("package 'matplotlib' is missing, which plots need. Install it: pip install matplotlib") from None
 
 Lines = list[dict[str, Any]]
 
 
 def plot_loss(metrics: Lines, path: Path) -> None:
-    """Training loss by step, and the held-out loss of each domain where it was measured, the base's at step 0."""
+    """Plot the training loss by step, and the measured held-out losses of each domain; the base's are at step 0."""
     figure, axes = _figure()
     axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], color="0.6", label="training")
     measured = [(0, line["held_out_at_start"]) for line in metrics if "held_out_at_start" in line]
@@ -33,7 +33,7 @@ def plot_loss(metrics: Lines, path: Path) -> None:
 
 
 def plot_speed(metrics: Lines, path: Path) -> None:
-    """Tokens a second by step."""
+    """Plot tokens per second by step."""
     figure, axes = _figure()
     axes.plot([line["step"] for line in metrics], [line["tokens_per_second"] for line in metrics])
     axes.set(xlabel="step", ylabel="tokens/s")

@@ -1,4 +1,4 @@
-"""Several processes that share an evaluation: each has the whole model and a part of the items."""
+"""Several processes that share an evaluation. Each has the whole model and a part of the items."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from srde_ds.distributed.together import attempt
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.utils.launcher import launched_rank, launched_world_size, stop_processes
 
-# All are started together.
+# Seconds to meet: all processes are started together.
 MEETING = datetime.timedelta(minutes=10)
-# Processes wait for the slowest at the end. A process that dies ends the wait at once, its connections close.
+# Processes wait for the slowest at the end. If one dies, its connections close, which ends the wait at once.
 LONGEST_WAIT = datetime.timedelta(days=1)
 
 Result = TypeVar("Result")
@@ -27,10 +27,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that share the work, a `together.Ranks`; by default it is alone.
+    """This process among those that share the work; implements `together.Ranks`. By default it is alone.
 
     Attributes:
-        group: the group that they form; None: torch's default group.
+        group: the processes' group; None: torch's default group.
     """
 
     rank: int = 0
@@ -43,7 +43,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, costs: Sequence[int]) -> list[int]:
-        """The indices of this process's items: all are dealt out, the costliest first."""
+        """The indices of this process's items. All items are dealt out, the costliest first."""
         return sorted(range(len(costs)), key=lambda index: -costs[index])[self.rank :: self.world_size]
 
     def all_reduce_max(self, value: int) -> int:
@@ -51,7 +51,7 @@ class Processes:
         return max(self.gather(value))
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank, as JSON gives it back.
+        """Every process's value, by rank, after a trip through JSON.
 
         Raises:
             LostContact: another process has ended.
@@ -61,14 +61,14 @@ class Processes:
         try:
             return gather_json(value, torch.device("cpu"), self.group)
         except RuntimeError:
-            raise LostContact("another process has ended before its time, see its output.") from None
+            raise LostContact("another process has ended early, see its output.") from None
 
     def own(self, function: Callable[[], Result]) -> Result:
-        """What `function` returns here, once it has returned on every process.
+        """The result of `function` in this process, once it has returned in every process.
 
         Raises:
-            SRDEError: on the first process that raised it. The others end without a word (SystemExit), so that it is
-                printed once.
+            SRDEError: in the first process that raised it. The others end silently (SystemExit), so that it is printed
+                once.
             LostContact: another process has ended.
         """
         outcome = attempt(function, self)
@@ -78,7 +78,7 @@ class Processes:
         return outcome.own.result()
 
     def together(self, function: Callable[[], Result]) -> list[Result]:
-        """What `function` returns on each process, by rank, as JSON gives it back; errors as in `own`."""
+        """The results of `function` in all processes, by rank, after a trip through JSON; errors as in `own`."""
         return self.gather(self.own(function))
 
 
@@ -89,11 +89,11 @@ ALONE = Processes()
 def launched_processes() -> Iterator[Processes]:
     """The processes that the launcher started (deepspeed, torchrun, mpirun), each on its own GPU if there are any.
 
-    They talk by gloo, results being few and small. A group that is there already is used and left as it is.
+    They communicate by gloo, since results are few and small. An existing group is used and left unchanged.
 
     Raises:
-        SRDEError: more processes than GPUs, or a launcher that says nowhere how to meet.
-        LostContact: not all of them came.
+        SRDEError: there are more processes than GPUs, or the launcher does not say where to meet.
+        LostContact: not all of them have come.
     """
     if dist.is_initialized():
         yield Processes(dist.get_rank(), dist.get_world_size())
@@ -102,7 +102,7 @@ def launched_processes() -> Iterator[Processes]:
         yield ALONE
         return
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise SRDEError("MASTER_ADDR and MASTER_PORT: not set by the launcher; set them, processes meet there.")
+        raise SRDEError("MASTER_ADDR and MASTER_PORT are not set by the launcher: set them to where they meet.")
     _take_gpu()
     rank, world_size = launched_rank(), launched_world_size()
     try:
@@ -120,5 +120,5 @@ def _take_gpu() -> None:
         return
     local = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")))
     if local >= torch.cuda.device_count():
-        raise SRDEError(f"local rank {local}: this host has {torch.cuda.device_count()} GPUs. Start one process a GPU.")
+        raise SRDEError(f"local rank {local}: this host has {torch.cuda.device_count()} GPUs; start one per GPU.")
     torch.cuda.set_device(local)

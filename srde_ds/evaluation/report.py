@@ -1,4 +1,4 @@
-"""A run as one page: what was trained, the table, the plots, an answer from each domain."""
+"""The report of a run on one page: what was trained, a table, plots, and an answer from each domain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
 from srde_ds.utils.tables import markdown_table
 from srde_ds.weights.locate import run_folder
 
-# What a reader wants to know of config.yaml, by section.
+# The options of config.yaml that matter to a reader, by section.
 _SETTINGS = {
     "model": ["model_name", "bf16"],
     "adapter": ["num_experts", "top_k", "granularity", "density", "num_atoms", "support_strategy", "support_scope"],
@@ -42,10 +42,10 @@ def write_report(run: str | Path) -> Path:
     """Write `report.md` and its plots into a run folder that was trained and evaluated; returns the page's path.
 
     Args:
-        run: its folder, or its weights file or a checkpoint in it.
+        run: the run's folder, or a weights file or checkpoint in it.
 
     Raises:
-        SRDEError: a file that the page is made of is missing or is not what it should be.
+        SRDEError: a file that the page needs is missing or damaged.
     """
     folder = run_folder(run)
     metrics = report_metrics(folder / "metrics.jsonl")
@@ -59,7 +59,7 @@ def write_report(run: str | Path) -> Path:
         f"# {markdown(folder.resolve().name)}",
         _summary(metrics, result),
         "## Held-out items, base → srde\n\n"
-        "Loss and perplexity are means over the response tokens of all items of a row, accuracy is the share of scored "
+        "Loss and perplexity are means over the response tokens of a row's items; accuracy is the share of scored "
         "items that are right. "
         "Differences are srde − base (accuracy: in points) with 95 % bootstrap intervals over items; p is that of "
         "McNemar's exact test.",
@@ -74,13 +74,13 @@ def write_report(run: str | Path) -> Path:
         f"## {EXAMPLES}",
         *(_example(items, name) for name in result["domains"]),
         *_data(metrics[0]),
-        "## Speed\n\n![tokens a second](speed.png)",
+        "## Speed\n\n![tokens per second](speed.png)",
         "## Settings",
         markdown_table([["setting", "value"], *_settings(config)]),
         "## Machine and versions",
         markdown_table([["", ""], *machine_rows(environment)]),
     ]
-    with TemporaryDirectory(prefix=".report-", dir=folder) as partial:  # all of it, or nothing
+    with TemporaryDirectory(prefix=".report-", dir=folder) as partial:  # everything or nothing
         plot_loss(metrics, Path(partial) / "loss.png")
         plot_usage(result["usage"], Path(partial) / "expert_usage.png")
         plot_usage_by_layer(result["usage"], Path(partial) / "expert_usage_by_layer.png")
@@ -109,7 +109,7 @@ def _summary(metrics: list[dict[str, Any]], result: dict[str, Any]) -> str:
 
 
 def _data(first: dict[str, Any]) -> list[str]:
-    """What was trained on; runs of earlier versions do not say."""
+    """The training data; runs of earlier versions do not record it."""
     return ["## Data", markdown_table(counts_table(first["data"]))] if "data" in first else []
 
 
@@ -118,7 +118,7 @@ def _each_expert(result: dict[str, Any]) -> list[str]:
 
 
 def _example(items: list[dict[str, Any]], domain: str) -> str:
-    """The domain's first scored item: a fixed choice, not the best."""
+    """The domain's first scored item: a fixed choice, not the best one."""
     item = next((item for item in items if item["domain"] == domain and item["scoring"] is not None), None)
     if item is None:
         return f"**{markdown(domain)}**: no item has an answer to compare with."
@@ -147,7 +147,7 @@ def _settings(config: dict[str, Any]) -> list[list[str]]:
         [key, str(config[section][key])]
         for section, keys in _SETTINGS.items()
         for key in keys
-        if key in config.get(section, {})  # an earlier version's run lacks the newer ones
+        if key in config.get(section, {})  # runs of earlier versions lack newer options
     ]
 
 

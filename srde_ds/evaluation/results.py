@@ -1,4 +1,4 @@
-"""What one model makes of items: loss, answer, verdict."""
+"""A model's results on items: loss, answer, verdict."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from srde_ds.model.adapter import SRDEModel
 
 @dataclass
 class ItemResult:
-    """One model's result on one item; prediction and verdict are None where there is nothing to score by.
+    """A model's result on one item. Prediction and verdict are None if there is nothing to score by.
 
     Attributes:
         answer_tokens: the text that each token of a generated answer adds; None: none was generated, or by the base.
-        answer_experts: the share of each expert in each token's choices over all layers, in percent; the last token
-            has none where the answer reached its longest length.
+        answer_experts: the share of each expert in each token's choices over all layers, in percent. The last token
+            has none if the answer has reached its length limit.
     """
 
     loss: ItemLoss
@@ -36,7 +36,7 @@ class ItemResult:
     answer_experts: list[list[int]] | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of its line in the file of items; `loss` is in nats a token."""
+        """The fields of its line in the file of items; `loss` is in nats per token."""
         fields: dict[str, Any] = {
             "loss": self.loss.loss_sum / self.loss.tokens,
             "tokens": self.loss.tokens,
@@ -59,7 +59,7 @@ def results_of(
     count_experts: bool,
     title: str,
 ) -> Iterator[ItemResult]:
-    """The model's results on `records`, in their order; each comes once its answer is judged."""
+    """The model's results on `records`, in order, each as soon as its answer is judged."""
     losses = response_losses(
         model,
         tokenizer,

@@ -1,4 +1,4 @@
-"""The scorers of evaluation as reward functions of TRL, for reinforcement learning with rewards that can be checked.
+"""The scorers of evaluation as reward functions for TRL, for reinforcement learning with verifiable rewards.
 
 The same file of items serves for training and for evaluation:
 
@@ -8,7 +8,7 @@ The same file of items serves for training and for evaluation:
         reward_funcs=[AnswerReward(), FormatReward()],
     )
 
-TRL hands a reward function the completions and the dataset's columns, and takes a number for each completion.
+TRL passes a reward function the completions and the dataset's columns, and gets a number for each completion.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from srde_ds.evaluation.scoring import is_right, scoring_of
 from srde_ds.inference.answers import exact_match, extract_answer
 
 Completion = str | Sequence[dict[str, Any]]
-"""Text, or for conversations the messages that were generated"""
+"""Text, or for conversations the generated messages"""
 ANSWER_TAGS = r"(?s)\s*<think>.+?</think>\s*<answer>.+?</answer>\s*"
 _log = logging.getLogger(__name__)
 
 
 def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> datasets.Dataset:
-    """The items of a file, as of `srde-ds evaluate`, that can be scored.
+    """The items of a file, as for `srde-ds evaluate`, that can be scored.
 
     Args:
         files: a file, a folder or a pattern.
-        domains: that the items may name.
+        domains: domains that the items may name.
 
     Returns:
         Rows with `prompt` (messages before the last response), `domain`, and `item`, the record as JSON.
 
     Raises:
-        SRDEError: a bad record, or no item that has an answer, choices or tests.
+        SRDEError: a record is bad, or no item has an answer, choices or tests.
 
     Examples:
         >>> from pathlib import Path
@@ -63,25 +63,25 @@ def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> datasets.
     records = list(read_records(files, domains, option="files"))
     usable = [record for record in records if scoring_of(record, run_code=True) is not None]
     if not usable:
-        raise SRDEError(f"files={files}: no item has an 'answer', 'choices' or 'tests' by which it could be scored.")
+        raise SRDEError(f"files={files}: no item has an 'answer', 'choices' or 'tests' to score it by.")
     if left_out := len(records) - len(usable):
         _log.warning("%s: items left out, since nothing says which answer is right: %d", files, left_out)
     return _rows(usable, [{}] * len(usable))
 
 
 def gym_prompts(task: str, *, size: int, seed: int, domain: str, **options: Any) -> datasets.Dataset:
-    """Items of a reasoning-gym task, which its own verifier scores.
+    """Items of a reasoning-gym task, to be scored by its verifier.
 
     Args:
-        task: such as `chain_sum`.
+        task: the task's name, such as `chain_sum`.
         size: number of items.
-        options: of the task.
+        options: options of the task.
 
     Returns:
-        Rows as of `prompts_of`.
+        Rows like those of `prompts_of`.
 
     Raises:
-        SRDEError: no such task, or options that it does not take.
+        SRDEError: there is no such task, or it does not take these options.
     """
     import reasoning_gym
 
@@ -107,19 +107,19 @@ def _rows(records: Sequence[Record], more: Sequence[dict[str, Any]]) -> datasets
 
 
 class AnswerReward:
-    """1 for a right answer, as evaluation would judge it, else 0; a reasoning-gym task's verifier may give parts of 1.
+    """1 for an answer that evaluation would judge right, else 0; the verifier of a reasoning-gym task may give less
+    than 1.
 
-    Choices are judged by the text or the letter that the answer gives. An item whose scorer fails gets 0, and is
-    counted.
+    Choices are judged by the text or the letter in the answer. An item whose scorer fails gets 0 and is counted.
 
     Args:
-        sandbox: in which programs of items with tests run; None: such items are refused.
+        sandbox: the sandbox for programs of items with tests; None: such items are refused.
 
     Attributes:
-        failures: how often which error ended a scorer.
+        failures: number of failed scorers, by kind of error.
 
     Raises:
-        SRDEError: there is no such sandbox, or it does not start here.
+        SRDEError: the sandbox does not exist or does not start here.
 
     Examples:
         >>> import json
@@ -136,10 +136,10 @@ class AnswerReward:
             check_sandbox(sandbox)
         self.sandbox = sandbox
         self.failures: Counter[str] = Counter()
-        self.__name__ = "answer_reward"  # under which TRL logs it
+        self.__name__ = "answer_reward"  # the name in TRL's logs
 
     def __call__(self, *, completions: Sequence[Completion], item: Sequence[str], **columns: Any) -> list[float]:
-        """Rewards of the completions; `item` as in the rows of `prompts_of`. TRL logs how many scorers failed."""
+        """The rewards of the completions; `item` is a column of `prompts_of`. TRL logs how many scorers failed."""
         before = self.failures.total()
         rewards = [self._reward(_text(answer), json.loads(own)) for answer, own in zip(completions, item, strict=True)]
         if "log_metric" in columns:
@@ -157,7 +157,7 @@ class AnswerReward:
             if "verifier" in item:
                 return float(_verifier(item["verifier"])(extract_answer(answer), item["entry"]))
             return float(_is_right(answer, record, self.sandbox))
-        except Exception as error:  # of a library or of a sandbox that did not start: one item must not end a run
+        except Exception as error:  # from a library or a sandbox: one item must not end a run
             self.failures[f"{type(error).__name__}: {error}"[:200]] += 1
             if self.failures.total() == 1:
                 _log.warning("%s: its scorer failed, the reward is 0: %s", record.where, error)
@@ -165,13 +165,13 @@ class AnswerReward:
 
 
 class FormatReward:
-    """`weight` for a completion that has the form, else 0.
+    """`weight` for a completion that matches the pattern, else 0.
 
     Args:
-        pattern: regular expression that the whole completion has to match.
+        pattern: regular expression that the whole completion must match.
 
     Raises:
-        SRDEError: no regular expression, or a weight that is not finite.
+        SRDEError: the pattern is not a regular expression, or the weight is not finite.
 
     Examples:
         >>> from srde_ds.evaluation.rewards import FormatReward
@@ -195,7 +195,7 @@ class FormatReward:
 
 
 def _text(completion: Completion) -> str:
-    """What the last of the messages says: nothing where there is none or it calls a tool; parts of text are joined."""
+    """The text of the last message, with parts joined; empty if there is no message or it calls a tool."""
     if isinstance(completion, str):
         return completion
     content = completion[-1].get("content") if completion else None

@@ -1,4 +1,4 @@
-"""The charts of a run's page, each with what is to be seen in words."""
+"""The charts of a run's page, each with a summary in words."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from srde_ds.evaluation.run_files import RunFiles, mean_loss
 from srde_ds.pages.charts import Bars, Series, bars, heat_maps, lines, phases
 from srde_ds.pages.parts import Chart, Table
 
-_ROWS = 12  # of a table behind a curve
+_ROWS = 12  # in the table of a curve
 MODELS = {"base": "base", "srde": "experts"}
 
 
 def accuracy_chart(result: dict[str, Any]) -> list[Chart]:
-    """Right answers of base and experts by domain; nothing where no item is scored."""
+    """Right answers of base and experts by domain; empty if no item is scored."""
     if result["overall"]["srde"]["accuracy"] is None:
         return []
     return [_by_domain(result, "accuracy", "Right answers by domain", "share of the scored items", ".0%")]
@@ -24,7 +24,7 @@ def accuracy_chart(result: dict[str, Any]) -> list[Chart]:
 
 def held_out_charts(result: dict[str, Any]) -> Chart:
     """Loss of base and experts by domain."""
-    return _by_domain(result, "loss", "Loss on held-out items by domain", "cross entropy (nats a token)", ".2f")
+    return _by_domain(result, "loss", "Loss on held-out items by domain", "cross entropy (nats per token)", ".2f")
 
 
 def loss_chart(run: RunFiles) -> Chart:
@@ -53,7 +53,7 @@ def loss_chart(run: RunFiles) -> Chart:
                 *(_form(values.get(one.name.removeprefix("held out: "))) for one in series[1:]),
             ]
         )
-    figure = lines(series, x="step", y="cross entropy (nats a token)")
+    figure = lines(series, x="step", y="cross entropy (nats per token)")
     return Chart("Training and held-out loss", figure, told, Table(rows, "Loss, some of the steps"))
 
 
@@ -76,7 +76,7 @@ def usage_chart(usage: dict[str, Any]) -> Chart:
 
 
 def usage_by_layer_chart(usage: dict[str, Any]) -> Chart:
-    """The same layer by layer, a domain at a time."""
+    """The same by layer, for one domain at a time."""
     share_LDE = np.array(usage["share_by_layer"])
     layers = [str(number) for number in range(len(share_LDE))]
     maps = share_LDE.transpose(1, 0, 2).tolist()
@@ -110,7 +110,7 @@ def tokens_chart(run: RunFiles) -> Chart:
 
 
 def gradient_chart(run: RunFiles) -> Chart:
-    """Norms of the gradient: the whole one's, and each expert's."""
+    """Norms of the whole gradient, and of each expert's."""
     series = [Series("all, before clipping", *run.curve("grad_norm"), plain=True)]
     series += _by_expert(run, "expert_gradient_norm")
     told = " ".join(_from_to(f"Norm of {one.name}", one.y, ".3g") for one in series[:1])
@@ -123,7 +123,7 @@ def gradient_chart(run: RunFiles) -> Chart:
 
 
 def delta_chart(run: RunFiles) -> list[Chart]:
-    """Norms of the experts' deltas; nothing before they were measured once."""
+    """Norms of the experts' deltas; empty if they have not been measured."""
     series = _by_expert(run, "delta_norm")
     if not series:
         return []
@@ -140,8 +140,8 @@ def delta_chart(run: RunFiles) -> list[Chart]:
 
 
 def speed_chart(run: RunFiles) -> Chart:
-    """Tokens a second."""
-    return _single(run, "tokens_per_second", "Speed", "tokens a second, all processes", ",.0f")
+    """Tokens per second."""
+    return _single(run, "tokens_per_second", "Speed", "tokens per second, all processes", ",.0f")
 
 
 def memory_chart(run: RunFiles) -> Chart:
@@ -157,7 +157,7 @@ def phase_chart(run: RunFiles, spans: Sequence[tuple[str, int, int, str]]) -> Ch
 
 
 def _by_domain(result: dict[str, Any], key: str, title: str, x: str, form: str) -> Chart:
-    figures = [*result["domains"].items(), ("all", result["overall"])]  # a domain may have that name, too
+    figures = [*result["domains"].items(), ("all", result["overall"])]  # a domain may also have that name
     models = [name for name in MODELS if name in result["overall"]]
     groups = [
         Bars(
@@ -210,7 +210,7 @@ def _table(steps: Sequence[Any], series: Sequence[Series], form: str, caption: s
 
 
 def _some(steps: Sequence[Any]) -> list[Any]:
-    """At most _ROWS of them, the first and the last among them."""
+    """At most _ROWS of the steps, including the first and the last."""
     places = np.unique(np.linspace(0, len(steps) - 1, min(_ROWS, len(steps))).round().astype(int))
     return [steps[place] for place in places]
 
@@ -225,6 +225,6 @@ def _form(value: float | None, form: str = ".3f") -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share in percent, without the zeros that end it, and with a space that does not break: 1 %."""
+    """A share in percent, without trailing zeros and with a no-break space, such as 1 %."""
     shown = f"{100 * share:.{digits}f}"
     return f"{shown.rstrip('0').rstrip('.') if '.' in shown else shown}\N{NO-BREAK SPACE}%"

@@ -1,4 +1,4 @@
-"""What a run's folder holds, as reports need it."""
+"""Reads a run's folder for reports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from srde_ds.weights.locate import completed_step, run_folder
 MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 LOSS_MEANS = {
     "token": "the mean over the step's response tokens",
-    "document": "each document of the step counts alike, whatever its length",
-    "domain": "each domain counts alike, or by its share of the rows where these are drawn by shares",
+    "document": "each document of the step counts equally, whatever its length",
+    "domain": "each domain counts equally, or by its share of the rows if these are drawn by shares",
 }
 """what the training loss is, by `loss_weighting`"""
 _KEPT = (b'"held_out', b'"warm_start"')  # lines that hold one of these
@@ -38,17 +38,17 @@ Lines = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run, finished or not, evaluated or not.
+    """The files of a run, which may be unfinished or not evaluated.
 
     Attributes:
         metrics: lines of `metrics.jsonl`, see `report_metrics`.
-        config: `config.yaml` as it is; an earlier version's lacks newer options.
+        config: content of `config.yaml`; that of an earlier version lacks newer options.
         environment: `environment.json`.
         result: `evaluation.json`; None: not evaluated.
         items: `evaluation_items.jsonl`; empty: not evaluated.
-        manifest: of the rows that it trained on; None: they are not where they were.
-        former: steps up to which an earlier `config-until-<step>.yaml` held.
-        finished: all steps are done.
+        manifest: manifest of its training rows; None: they have been moved.
+        former: the steps of `config-until-<step>.yaml` files.
+        finished: whether all steps are done.
     """
 
     folder: Path
@@ -66,11 +66,11 @@ class RunFiles:
         """A run's files.
 
         Args:
-            run: its folder, or its weights file or a checkpoint in it.
-            most_lines: of metrics.
+            run: the run's folder, or a weights file or checkpoint in it.
+            most_lines: most lines of metrics to read.
 
         Raises:
-            SRDEError: a file is missing or is not what it should be.
+            SRDEError: a file is missing or damaged.
         """
         folder = run_folder(run)
         metrics = report_metrics(folder / "metrics.jsonl", most=most_lines)
@@ -90,7 +90,7 @@ class RunFiles:
 
     @property
     def name(self) -> str:
-        """Of the run: that of its folder."""
+        """The run's name, which is that of its folder."""
         return self.folder.resolve().name
 
     @property
@@ -118,45 +118,45 @@ class RunFiles:
         return next((section[key] for section in self.config.values() if key in section), default)
 
     def curve(self, key: str) -> tuple[list[int], list[Any]]:
-        """The steps whose lines of metrics hold `key`, and its values."""
+        """The steps whose lines of metrics have `key`, and the values."""
         points = [(line["step"], line[key]) for line in self.metrics if key in line]
         return [step for step, _ in points], [value for _, value in points]
 
     def held_out(self) -> list[tuple[int, dict[str, float | None]]]:
-        """Step and the held-out loss of each domain, where they were measured; the base's at step 0.
+        """The measured held-out losses, as step and loss by domain; the base's are at step 0.
 
-        A loss that was not finite is None.
+        A loss that is not finite becomes None.
         """
         measured = [(0, line["held_out_at_start"]) for line in self.metrics if "held_out_at_start" in line]
         return measured + [(line["step"], line["held_out"]) for line in self.metrics if "held_out" in line]
 
 
 def versions(environment: dict[str, Any]) -> dict[str, Any]:
-    """Package -> version, as an `environment.json` has them; empty: it has none."""
+    """Package -> version, from an `environment.json`; empty if it has none."""
     found = environment.get("versions")
     return found if isinstance(found, dict) else {}
 
 
 def machine_rows(environment: dict[str, Any]) -> list[list[str]]:
-    """Machine and versions of an `environment.json`, and what it does not hold."""
+    """Machine and versions from an `environment.json`; missing ones are marked as not recorded."""
     rows = [[key, str(environment.get(key, "not recorded"))] for key in MACHINE]
     numbers = [[name, str(number)] for name, number in versions(environment).items()]
     return rows + (numbers or [["versions", "not recorded"]])
 
 
 def mean_loss(by_domain: dict[str, float | None]) -> float | None:
-    """The mean of the domains; None: that of a domain is not known, or there is no domain."""
+    """The mean over domains; None if a domain's loss is unknown, or there is no domain."""
     known = [loss for loss in by_domain.values() if loss is not None]
     return sum(known) / len(known) if known and len(known) == len(by_domain) else None
 
 
 def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
-    """At most `most` lines of metrics, evenly spread, the first and the last one, and those of what happens rarely.
+    """At most `most` lines of metrics, evenly spread, including the first and the last, plus those of rare events.
 
-    A last line that is being written is left out.
+    An incomplete last line is left out.
 
     Raises:
-        SRDEError: there is no such file, or it holds no lines of metrics.
+        SRDEError: the file does not exist, or holds no lines of metrics.
     """
     try:
         with open(path, "rb") as file:
@@ -189,12 +189,12 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     """`evaluation.json`.
 
     Raises:
-        SRDEError: it is not there, is damaged, or an earlier version wrote it.
+        SRDEError: it does not exist, is damaged, or was written by an earlier version.
     """
     path = folder / "evaluation.json"
     result = read_json(path, f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
     if "sources" not in result:
-        raise SRDEError(f"'{path}': was written by an earlier version: evaluate again.")
+        raise SRDEError(f"'{path}' was written by an earlier version: evaluate again.")
     _require(path, "it", result, _RESULT, "evaluate again")
     _require(path, "usage", result["usage"], _USAGE, "evaluate again")
     _require(path, "run", result["run"], ("eval_file", "dtype", "seconds"), "evaluate again")
@@ -232,16 +232,16 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """The object in a file.
 
     Raises:
-        SRDEError: there is none; it names the remedy.
+        SRDEError: there is none; the message names the remedy.
     """
     return _object(path, _text(path, remedy), "it", remedy)
 
 
 def read_lines(path: Path, remedy: str) -> Lines:
-    """The objects in a file of lines. Only a line feed ends one: texts may hold other separators of lines.
+    """The objects in a file of lines. Only a line feed ends a line, since texts may contain other separators.
 
     Raises:
-        SRDEError: there are none; it names the remedy.
+        SRDEError: there are none; the message names the remedy.
     """
     lines = [_object(path, line, "each line", remedy) for line in _text(path, remedy).split("\n") if line.strip()]
     if not lines:

@@ -4,9 +4,9 @@
     python -I -S run_limited.py tests LINK CPU_SECONDS MEMORY_BYTES FILE_BYTES LIBRARIES VERDICT
 
 The source is read from standard input. LINK and VERDICT are descriptors, LIBRARIES is a folder of packages. The two
-processes talk over LINK: the tests see the program's names, and what they call runs over there. Plain values are
-copied, everything else stays where it was made and is stood for by a `Remote`. Only the tests' process can write to
-VERDICT, and the program never sees the tests.
+processes communicate over LINK: the tests see the program's names, and what they call runs in the program's process.
+Plain values are copied; everything else stays where it was made and is represented by a `Remote`. Only the tests'
+process can write to VERDICT, and the program never sees the tests.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 READY, PASSED = b"ready\n", b"passed\n"
 LONGEST_MESSAGE = 16 << 20
 
-# Types that are copied and are no JSON: what their constructors take.
+# Types that are copied although they are not JSON, with what their constructors take.
 _PARTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "builtins.complex": lambda v: (v.real, v.imag),
     "builtins.bytearray": lambda v: (bytes(v),),
@@ -55,11 +55,11 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 class LinkClosed(BaseException):
-    """The other process has ended. No `except Exception` of the tests takes this for the program's own error."""
+    """The other process has ended. Not an Exception, so that tests cannot take it for the program's error."""
 
 
 class Remote:
-    """Stands for an object of the other process: what is done to it is done there."""
+    """Represents an object of the other process. Operations on it run there."""
 
     __slots__ = ("_handle", "_link")
     _link: Link
@@ -91,7 +91,7 @@ def _give_operations() -> None:
         return lambda self, *others: self._link.ask(name, self, *others)
 
     def binary(name: str) -> Callable[..., Any]:
-        # A program's object is never equal to a plain value, and no difference between them is 0, whatever it claims.
+        # Whatever it claims, a program's object never equals a plain value, and their difference is never 0.
         return lambda self, other: self._link.ask(name, self, other) if isinstance(other, Remote) else NotImplemented
 
     for name in ("bool", "len", "iter", "next", "str", "repr", "hash", "format", "int", "float", "abs", "round"):
@@ -111,8 +111,8 @@ class Link:
     """Calls to and from the other process, as lines of JSON.
 
     Args:
-        guarded: the other process may only call and iterate over what it was given, and of objects whose class the
-            tests define use all but private attributes. Otherwise it may do everything.
+        guarded: the other process may only call and iterate over what it was given, and use the public attributes of
+            objects whose class the tests define. Otherwise it may do everything.
     """
 
     def __init__(self, descriptor: int, *, guarded: bool) -> None:
@@ -127,7 +127,7 @@ class Link:
         self.closed = False
 
     def send(self, *message: Any) -> None:
-        """Send a message; without a reader, the link is closed."""
+        """Send a message. If nobody reads it, the link closes."""
         try:
             self._outgoing.write(json.dumps(message).encode() + b"\n")
             self._outgoing.flush()
@@ -135,7 +135,7 @@ class Link:
             self._close()
 
     def receive(self) -> Any:
-        """Wait for a message; a cut or too long line closes the link."""
+        """Wait for a message. An incomplete or overlong line closes the link."""
         try:
             line = self._incoming.readline(LONGEST_MESSAGE)
         except OSError:
@@ -149,7 +149,7 @@ class Link:
         raise LinkClosed
 
     def ask(self, operation: str, *arguments: Any) -> Any:
-        """Have the other process do `operation`; changed lists, dictionaries and sets are changed here, too."""
+        """Have the other process do `operation`. Lists, dictionaries and sets that it changes are also changed here."""
         sent = _Encoder(self, [])
         self.send("do", operation, [sent.encode(argument) for argument in arguments])
         while (message := self.receive())[0] == "do":
@@ -161,7 +161,7 @@ class Link:
             _replace(container, reader.items(container, content))
         if kind == "done":
             return value
-        # From anywhere else it would end a loop of the tests without a word.
+        # Otherwise it would silently end a loop of the tests.
         if isinstance(value, StopIteration) and operation != "next":
             raise RuntimeError("the program raised StopIteration")
         raise value
@@ -192,36 +192,36 @@ class Link:
             raise TypeError(f"the program may not use {operation} on this object of the tests")
 
     def export(self, value: Any) -> int:
-        """The number by which the other process knows an object; it lives from now on."""
+        """The number by which the other process knows an object, which is kept alive from now on."""
         if id(value) not in self._handles:
             self._handles[id(value)] = len(self._exported)
             self._exported.append(value)
         return self._handles[id(value)]
 
     def exported(self, handle: int) -> Any:
-        """The own object that the other process knows by this number."""
+        """This process's object with a number."""
         return self._exported[handle]
 
     def remote(self, handle: int) -> Any:
-        """What stands for the other process's object of this number."""
+        """The representation of the other process's object with a number."""
         return self._remotes.setdefault(handle, Remote(self, handle))
 
     def remote_exception(self, handle: int, name: str, base: type) -> Any:
-        """A class of exceptions of its own here, for `except`."""
+        """A local class for an exception of the other process, for `except`."""
         if handle not in self._remotes:
             made = type(name, (base,), {"__str__": lambda self: self.__dict__["_text"]})
             self._remotes[handle], self._handle_of_exception[made] = made, handle
         return self._remotes[handle]
 
     def handle_of(self, value: Any) -> int | None:
-        """Of an object of the other process."""
+        """The number of an object of the other process."""
         if isinstance(value, Remote):
             return int(object.__getattribute__(value, "_handle"))
         return self._handle_of_exception.get(value) if isinstance(value, type) else None
 
 
 class _Encoder:
-    """Values as JSON. Lists, dictionaries and sets are numbered as they come, so that what is one stays one."""
+    """Turns values into JSON. Lists, dictionaries and sets are numbered in order, to preserve identity."""
 
     def __init__(self, link: Link, containers: list[Any]) -> None:
         self.link, self.containers = link, containers
@@ -233,7 +233,7 @@ class _Encoder:
             return value
         if (handle := self.link.handle_of(value)) is not None:
             return ["yours", handle]
-        if isinstance(value, int):  # Enumerations, too. Python converts no long integers from decimals.
+        if isinstance(value, int):  # Also enumerations. Hexadecimal, since Python refuses to convert long decimals.
             return int(value) if abs(value) < 1 << 1000 else ["int", hex(value)]
         if isinstance(value, float):
             return float(value)
@@ -283,15 +283,15 @@ class _Encoder:
         return ["mine", self.link.export(value)]
 
     def exception(self, error: BaseException) -> Any:
-        """Its class, arguments, attributes and text; the trace stays here."""
+        """The class, arguments, attributes and text of an exception, without its traceback."""
         try:
             return ["exception", *map(self.encode, (type(error), error.args, dict(vars(error)), str(error)))]
-        except Exception:  # whatever a class of the program does when it is asked for its text
+        except Exception:  # a class of the program may do anything in its __str__
             return ["exception", ["builtin", "RuntimeError"], ["tuple", []], self.encode({}), type(error).__name__]
 
 
 class _Decoder:
-    """The other way; `made` holds the numbered containers."""
+    """Turns JSON back into values; `made` holds the numbered containers."""
 
     def __init__(self, link: Link, made: list[Any]) -> None:
         self.link, self.made = link, made
@@ -305,7 +305,7 @@ class _Decoder:
         return getattr(self, f"_{kind}")(*rest)
 
     def items(self, container: Any, content: list[Any]) -> list[Any]:
-        """Of a list, dictionary or set."""
+        """The items of a list, dictionary or set."""
         if isinstance(container, dict):
             return [(self.decode(key), self.decode(value)) for key, value in content]
         return [self.decode(item) for item in content]
@@ -368,7 +368,7 @@ class _Decoder:
             error = decoded.__new__(decoded, *values)
             error.args = values
             error.__dict__.update(named, _text=text)
-        except TypeError:  # a few built-in ones want other arguments than they show
+        except TypeError:  # a few built-in exceptions need other arguments than `args`
             error = RuntimeError(text)
         return error
 
@@ -385,9 +385,9 @@ def _replace(container: Any, items: list[Any]) -> None:
 
 
 def run_program(link: Link, source: str) -> None:
-    """Run the program, tell the tests its names, and serve them until they have ended."""
+    """Run the program, send its names to the tests, and serve their requests until they end."""
     module = types.ModuleType("program")
-    # Not as __main__: what a program does when called by hand, such as asking for input, is not what is tested.
+    # Not as __main__, so that code for use by hand, such as asking for input, does not run.
     sys.modules["program"] = module
     exec(compile(source, "program.py", "exec"), module.__dict__)
     names = {name: value for name, value in vars(module).items() if not name.startswith("__")}
@@ -404,7 +404,7 @@ def run_tests(link: Link, source: str) -> bool:
     names = _Decoder(link, []).decode(encoded)
     code = compile(source, "tests.py", "exec")
     if any(not hasattr(builtins, name) for name in _names_in(code)):
-        # Else a program could define an `all` or a `sorted` that makes any test true.
+        # Otherwise a program could define an `all` or a `sorted` that makes any test pass.
         names = {name: value for name, value in names.items() if not hasattr(builtins, name)}
     module.__dict__.update(names)
     exec(code, module.__dict__)
@@ -430,7 +430,7 @@ def main() -> None:
     ):
         resource.setrlimit(number, (value, value))
     sys.argv = [f"{role}.py"]
-    # What Python's own start would do, with the .pth files of all packages, takes longer than most programs.
+    # Python's usual start, with the .pth files of all packages, would take longer than most programs.
     site.setquit()
     sys.path.append(libraries)
     if role == "program":
@@ -439,7 +439,7 @@ def main() -> None:
     os.write(report, READY)
     if run_tests(Link(int(link), guarded=True), source):
         os.write(report, PASSED)
-    # Neither threads nor what was registered for the end has a say any more.
+    # Ends without waiting for threads or exit handlers.
     os._exit(0)
 
 

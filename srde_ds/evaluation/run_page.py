@@ -1,4 +1,4 @@
-"""`report.html`: a run as a page to look at, finished or not, evaluated or not."""
+"""`report.html`: the report of a run as a page; the run may be unfinished or not evaluated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from srde_ds.data.conversation import said
+from srde_ds.data.conversation import all_text
 from srde_ds.data.manifest import counts_table
 from srde_ds.evaluation.run_charts import (
     MODELS,
@@ -31,19 +31,19 @@ from srde_ds.pages.parts import Folded, Items, Page, Part, Section, Table, Text
 from srde_ds.pages.render import render
 from srde_ds.utils.files import write_text
 
-MOST_POINTS = 1500  # of a line in a chart
-NOT_EVALUATED = "This run has not been evaluated yet: srde-ds evaluate gives what is missing here."
+MOST_POINTS = 1500  # in a line of a chart
+NOT_EVALUATED = "This run has not been evaluated yet: srde-ds evaluate fills this section."
 
 
 def write_run_page(run: str | Path, target: Path | None = None) -> Path:
     """Write a run's page.
 
     Args:
-        run: its folder, or its weights file or a checkpoint in it.
+        run: the run's folder, or a weights file or checkpoint in it.
         target: the page's path; default: `report.html` in the run's folder.
 
     Raises:
-        SRDEError: a file that the page is made of is missing or is not what it should be.
+        SRDEError: a file that the page needs is missing or damaged.
     """
     files = RunFiles.read(run, most_lines=MOST_POINTS)
     target = files.folder / "report.html" if target is None else target
@@ -69,7 +69,7 @@ def run_page(run: RunFiles) -> Page:
 
 
 def trained_on(run: RunFiles) -> str:
-    """What was trained on what, in a sentence."""
+    """A sentence about what was trained, and on which data."""
     setting = run.setting
     base = str(setting("model_name"))
     what = f"{len(run.experts)} experts of which each token uses {setting('top_k')}"
@@ -108,7 +108,7 @@ def _lead(run: RunFiles) -> str:
 
 def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
     last = run.last
-    facts = [("Experts", str(len(run.experts)), f"{run.setting('top_k')} a token")]
+    facts = [("Experts", str(len(run.experts)), f"{run.setting('top_k')} per token")]
     if run.result is not None:
         overall = run.result["overall"]
         for label, key, form in (("Accuracy", "accuracy", percent), ("Held-out loss", "loss", "{:.3f}".format)):
@@ -120,7 +120,7 @@ def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
         ("Steps", f"{last['step']:,}", f"of {run.setting('max_steps'):,}" if run.setting("max_steps") else ""),
         ("Tokens", f"{last['tokens']:,}", "seen in training"),
         ("Training loss", _form(last["loss"], ".3f"), "last step"),
-        ("Speed", f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}", "tokens a second, median"),
+        ("Speed", f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}", "tokens per second, median"),
     ]
     if "memory_gib" in last:
         facts.append(("Memory", f"{last['memory_gib']:.1f} GiB", "peak of the first process"))
@@ -133,13 +133,13 @@ def _against_base(run: RunFiles) -> list[Part]:
         return [Text(NOT_EVALUATED)]
     parts: list[Part] = [
         Text(
-            "Loss and perplexity are means over the response tokens of all items of a row, accuracy is the share of "
-            "scored items that are right. Intervals are 95 % bootstrap intervals over items; p is that of McNemar's "
+            "Loss and perplexity are means over the response tokens of a row's items; accuracy is the share of scored "
+            "items that are right. Intervals are 95 % bootstrap intervals over items; p is that of McNemar's "
             "exact test."
         )
     ]
     if "base" not in result["overall"]:
-        parts.append(Text("The base was not run on these items: evaluate with --compare_baseline to have both."))
+        parts.append(Text("The base was not run on these items: evaluate with --compare_baseline to get both."))
     parts += [*accuracy_chart(result), held_out_charts(result)]
     parts.append(Table(table_rows(result), "By domain: base → experts, and experts − base with its interval"))
     if len(result["sources"]) > 1:
@@ -157,7 +157,7 @@ def _losses(run: RunFiles) -> list[Part]:
     )
     parts: list[Part] = [Text(told), loss_chart(run)]
     if not run.held_out():
-        parts.append(Text("No held-out loss was measured so far (eval_steps, and held-out rows)."))
+        parts.append(Text("No held-out loss has been measured so far (this needs eval_steps and held-out rows)."))
     return parts
 
 
@@ -169,7 +169,7 @@ def _usage(run: RunFiles) -> list[Part]:
 
 
 def _spans(run: RunFiles) -> list[tuple[str, int, int, str]]:
-    """Phase, first step, last step, and what is said of it, for each run of steps that train alike."""
+    """Phase, first step, last step and a description, for each range of steps that train the same."""
 
     def alike(line: dict[str, Any]) -> tuple[str, tuple[int, ...], float]:
         unlocked = line.get("unlocked_experts", range(len(run.experts)))
@@ -214,8 +214,8 @@ def _items(run: RunFiles) -> list[Part]:
     if not routed:
         parts.append(
             Text(
-                "Which experts the tokens of these answers used is not recorded: only generated answers have it, and "
-                "an earlier version did not write it."
+                "The experts of these answers' tokens are not recorded: only generated answers have them, and earlier "
+                "versions did not write them."
             )
         )
     names = [MODELS[name] for name in models]
@@ -232,7 +232,7 @@ def _item(line: dict[str, Any], models: list[str]) -> Item:
         )
         for name in models
     ]
-    messages = [(str(message["role"]), said(message)) for message in line["prompt"]]
+    messages = [(str(message["role"]), all_text(message)) for message in line["prompt"]]
     expected = line["response"] if line["answer"] is None else line["answer"]
     return Item(line["domain"], line["source"], messages, expected, answers)
 
@@ -244,9 +244,7 @@ def _data(run: RunFiles) -> list[Part]:
     manifest = run.manifest
     if manifest is None:
         place = run.setting("pretokenized_dir") or "tokenized"
-        parts.append(
-            Text(f"The rows that it was trained on are not at {place} any more: their sources are not known here.")
-        )
+        parts.append(Text(f"The training rows are no longer at {place}, so their sources are not known here."))
         return parts
     if manifest.sources:
         keys = ("name", "domain", "location", "revision", "license", "redistributable")
@@ -257,7 +255,7 @@ def _data(run: RunFiles) -> list[Part]:
         parts.append(
             Table([["split", "file", "SHA-256 begins"], *rows], "Files that were taken as they are", numbers=None)
         )
-        parts.append(Text("A file of records names no licence: whoever passes the experts on has to know it."))
+        parts.append(Text("Files of records do not name a licence: whoever passes the experts on must know it."))
     return parts
 
 
@@ -279,7 +277,7 @@ def _settings(run: RunFiles) -> list[Part]:
 
 
 def setting_text(value: Any) -> str:
-    """A value of config.yaml as a reader wants it."""
+    """A value of config.yaml as text for readers."""
     return ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
 
 

@@ -1,4 +1,4 @@
-"""Run generated programs against their tests in a sandbox. docs/security.md says what it stops and what it does not."""
+"""Runs generated programs with their tests in a sandbox. docs/security.md says what it stops and what it does not."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ ALL_FILES_BYTES = 64 << 20
 
 _FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
 _HARNESS = "/harness.py"
-# What Python needs; nothing of anybody's data. Paths that are not there are left out.
+# What Python needs, without anybody's data. Missing paths are skipped.
 _READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 _REMEDY = (
     "Install bubblewrap 0.8 or later (Debian: apt-get install bubblewrap) on a machine that allows user namespaces, "
     "leave --run_code out, or run the programs unprotected with --sandbox none"
 )
 
-# Numbers of system calls that a program cannot use: new processes and namespaces, tracing, mounts, and parts of the
-# kernel that namespaces do not divide (keys) or that are known for holes (io_uring, bpf).
+# Numbers of forbidden system calls: new processes and namespaces, tracing, mounts, and parts of the kernel that
+# namespaces do not separate (keys) or that are known for vulnerabilities (io_uring, bpf).
 _DENIED = {
     "x86_64": {"fork": 57, "vfork": 58, "ptrace": 101, "add_key": 248, "request_key": 249, "keyctl": 250,
                "unshare": 272, "perf_event_open": 298, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
@@ -58,20 +58,20 @@ _CLONE3, _CLONE_THREAD = 435, 0x10000
 
 
 def program_in(text: str) -> str:
-    """The first fenced block of Python in an answer, else all of it."""
+    """The first fenced block of Python in an answer, else the whole answer."""
     found = _FENCED.search(text)
     return found[1] if found else text
 
 
 def check_sandbox(sandbox: Sandbox) -> None:
-    """Raise SRDEError, naming what is missing and the remedy, if programs cannot be run in this sandbox here."""
+    """Raise an SRDEError, with what is missing and the remedy, if this sandbox does not work here."""
     if sandbox == "none":
         return
     if shutil.which("bwrap") is None:
         raise SRDEError(f"run_code: the program 'bwrap' is missing. {_REMEDY}.")
     if platform.machine() not in _ARCHITECTURE:
         known = ", ".join(_ARCHITECTURE)
-        raise SRDEError(f"run_code: no filter of system calls for {platform.machine()}, only for {known}. {_REMEDY}.")
+        raise SRDEError(f"run_code: no system call filter for {platform.machine()}, only for {known}. {_REMEDY}.")
     with _system_call_filter() as descriptor:
         tried = subprocess.run(
             [*_bubblewrap(descriptor), "-c", ""],
@@ -88,7 +88,7 @@ def check_sandbox(sandbox: Sandbox) -> None:
 def passes_tests(program: str, tests: str, sandbox: Sandbox = "bubblewrap") -> bool:
     """Whether `tests` run to their end with the names that `program` defines, all within the limits.
 
-    Program and tests are processes, each in a sandbox of its own, see `run_limited`.
+    Program and tests are separate processes, each in its own sandbox, see `run_limited`.
 
     Raises:
         SRDEError: the sandbox did not start.
@@ -99,7 +99,7 @@ def passes_tests(program: str, tests: str, sandbox: Sandbox = "bubblewrap") -> b
         verdict, report = stack.enter_context(open(read, "rb", 0)), stack.enter_context(open(write, "wb", 0))
         stack.enter_context(_process("program", program, sandbox, [of_program.fileno()]))
         judge = stack.enter_context(_process("tests", tests, sandbox, [of_tests.fileno(), report.fileno()]))
-        # The ends of the processes alone are left: when one of them ends, the other sees it.
+        # Only the processes hold their ends now, so each sees when the other ends.
         for end in (of_program, of_tests, report):
             end.close()
         try:
@@ -115,7 +115,7 @@ def passes_tests(program: str, tests: str, sandbox: Sandbox = "bubblewrap") -> b
 
 @contextmanager
 def _process(role: str, source: str, sandbox: Sandbox, descriptors: list[int]) -> Iterator[subprocess.Popen[bytes]]:
-    """Inside, a process of `run_limited` with its source; outside, nothing of it is left."""
+    """A context with a process of `run_limited` and its source; at its end, nothing of the process is left."""
     link, *report = map(str, descriptors)
     arguments = [role, link, str(CPU_SECONDS), str(MEMORY_BYTES), str(FILE_BYTES), _LIBRARIES, *report]
     with ExitStack() as stack:
@@ -136,14 +136,14 @@ def _process(role: str, source: str, sandbox: Sandbox, descriptors: list[int]) -
         )
         stack.callback(_kill, process)
         assert process.stdin is not None
-        # If it did not start, the verdict will tell.
+        # If it has not started, there will be no verdict.
         with suppress(BrokenPipeError), process.stdin:
             process.stdin.write(source.encode(errors="replace"))
         yield process
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and its group. With bwrap its namespace of processes ends, too, and with it all that it started."""
+    """End a process and its group. With bwrap its process namespace ends as well, with everything that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -155,12 +155,12 @@ def _empty_folder() -> Iterator[str]:
     try:
         yield folder
     finally:
-        # It copes with folders nested thousands deep.
+        # It can handle folders that are nested thousands deep.
         subprocess.run(["rm", "-rf", "--", folder], stderr=subprocess.DEVNULL)
 
 
 def _python() -> list[str]:
-    """This interpreter under its real path, without the user's settings."""
+    """The command of this interpreter by its real path, without the user's settings."""
     executable = Path(sys.executable)
     return [str(executable.parent.resolve() / executable.name), "-I", "-S", "-B"]
 
@@ -170,7 +170,7 @@ _LIBRARIES = os.path.realpath(sysconfig.get_path("purelib"))
 
 
 def _bubblewrap(system_call_filter: int) -> list[str]:
-    """The command that runs this Python in a sandbox; its arguments follow."""
+    """The command that runs this Python in a sandbox; append its arguments."""
     readable = [*_READABLE, os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix)]
     return [
         *(
@@ -182,7 +182,7 @@ def _bubblewrap(system_call_filter: int) -> list[str]:
             "--clearenv",
         ),
         *("--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL"),
-        # First, since Python itself may lie under /tmp.
+        # First, since Python itself may be under /tmp.
         *("--size", str(ALL_FILES_BYTES), "--tmpfs", "/tmp"),
         *(part for path in readable for part in ("--ro-bind-try", path, path)),
         *("--ro-bind", str(Path(run_limited.__file__)), _HARNESS, "--dev", "/dev"),
@@ -193,7 +193,7 @@ def _bubblewrap(system_call_filter: int) -> list[str]:
 
 @contextmanager
 def _system_call_filter() -> Iterator[int]:
-    """A descriptor that holds a program for seccomp: one process, which may have threads."""
+    """A descriptor with a seccomp program that allows one process, which may have threads."""
     load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, kill, no_permission, not_there = 0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     machine = platform.machine()
@@ -202,7 +202,7 @@ def _system_call_filter() -> Iterator[int]:
         steps += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, kill)]
     for number in (_DENIED[machine] | _DENIED_EVERYWHERE).values():
         steps += [(equal, 0, 1, number), (answer, 0, 0, no_permission)]
-    # Its flags lie in memory, where no filter can look; without it the C library takes clone.
+    # Its flags are in memory, which a filter cannot read. Without it the C library uses clone.
     steps += [(equal, 0, 1, _CLONE3), (answer, 0, 0, not_there), (equal, 0, 3, _CLONE[machine])]
     steps += [(load, 0, 0, 16), (any_bit, 1, 0, _CLONE_THREAD), (answer, 0, 0, no_permission), (answer, 0, 0, allow)]
     with tempfile.TemporaryFile() as file:

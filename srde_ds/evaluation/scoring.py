@@ -1,4 +1,4 @@
-"""How an item is scored: by what it carries."""
+"""How an item is scored, which depends on its fields."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ Scoring = Literal["choice", "code", "math", "exact"]
 
 
 def scoring_of(record: Record, *, run_code: bool) -> Scoring | None:
-    """`choices`: by likelihood; `tests`: by running them, if that is allowed; `answer`: as mathematics where it is a
-    number or a formula, else as text. None: the item has nothing to score by."""
+    """`choices`: by likelihood; `tests`: by running them, if that is allowed; `answer`: as mathematics if it is a
+    number
+    or a formula, else as text. None: the item has nothing to score by."""
     if record.choices is not None:
         return "choice"
     if record.tests is not None:
@@ -25,7 +26,7 @@ def scoring_of(record: Record, *, run_code: bool) -> Scoring | None:
 
 
 def is_right(prediction: str, record: Record, scoring: Scoring, sandbox: Sandbox | None = None) -> bool:
-    """Whether a generated answer, or the choice taken, is right. Programs need a sandbox to run in."""
+    """Whether a generated answer, or the likeliest choice, is right. Programs need a sandbox."""
     if scoring == "code":
         assert sandbox is not None, "scoring_of gives 'code' only if programs may be run"
         return passes_tests(program_in(prediction), str(record.tests), sandbox)

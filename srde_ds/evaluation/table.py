@@ -10,7 +10,7 @@ HEADER = ["items", "loss", "difference", "perplexity", "accuracy", "difference",
 
 
 def table_rows(result: dict[str, Any]) -> list[list[str]]:
-    """A header, a row for each domain, a row for all of them. Differences are srde − base with their 95 % intervals."""
+    """A header, a row for each domain, and a row for all. Differences are srde − base with their 95 % intervals."""
     return _rows("domain", {**result["domains"], "overall": result["overall"]})
 
 
@@ -20,7 +20,7 @@ def source_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def expert_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Held-out loss of every domain with each expert alone, then with all of them as routed, then of the base."""
+    """Held-out loss of every domain with each expert alone, then with routed experts, then of the base."""
     table = result["each_expert"]
     rows = [[f"{name} alone", *values] for name, values in zip(table["experts"], table["loss"], strict=True)]
     for title, model in (("as routed", "srde"), ("base", "base")):
@@ -30,7 +30,7 @@ def expert_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """The tables for the console: by domain, by source where there are several, and each expert's if it was asked."""
+    """The tables for the console: by domain, by source if there are several, and for each expert if requested."""
     parts = [_format(table_rows(result), last_apart=True)]
     if len(result["sources"]) > 1:
         parts.append(_format(source_rows(result)))
@@ -57,7 +57,7 @@ def _cells(figures: dict[str, Any]) -> list[str]:
         return " → ".join("–" if value is None else format(value * scale, form) for value in values)
 
     def change(key: str, scale: float, form: str) -> str:
-        """The difference; without a base the figure's own interval."""
+        """The difference, or without a base the figure's interval."""
         source = difference or srde
         if source[key] is None:
             return "–"

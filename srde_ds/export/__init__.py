@@ -1,1 +1,1 @@
-"""A trained adapter in other forms: single-file weights, a dense checkpoint, a mixture of experts, GGUF."""
+"""Exports a trained adapter: single-file weights, a dense checkpoint, a mixture of experts, GGUF."""

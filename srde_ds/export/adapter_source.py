@@ -1,4 +1,4 @@
-"""A trained adapter in a weights file or a checkpoint, read one tensor at a time."""
+"""Reads a trained adapter from a weights file or a checkpoint, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ STATISTICS = (".domain_mean", ".domain_spread")
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """An adapter's metadata and its tensors by stable name (`layers.{i}.deltas.free`, ...).
+    """An adapter's metadata, and its tensors by stable name, such as `layers.{i}.deltas.free`.
 
     Attributes:
-        place: its file or folder, for messages.
+        place: the adapter's file or folder, for messages.
     """
 
     place: Path
@@ -44,7 +44,7 @@ class AdapterSource:
         return sum(name.endswith(".support") for name in self.tensors)
 
     def support(self, layer: int, expert: int) -> Tensor:
-        """`[m]` or `[n]`: what the expert changes, see `supports.py`."""
+        """`[m]` or `[n]`: the expert's support, see `supports/`."""
         support = self.tensors[f"layers.{layer}.support"].load()
         return support if support.dim() == 1 else support[expert]
 
@@ -53,7 +53,7 @@ class AdapterSource:
         return self.tensors[f"layers.{layer}.router.weight"]
 
     def deltas(self, layer: int) -> Tensor:
-        """The layer's effective deltas, fp32: `[D, E, 3, m]` or `[E, n]`, as `deltas.DeltaBank` gives them."""
+        """The layer's effective deltas, fp32: `[D, E, 3, m]` or `[E, n]`, as from `deltas.DeltaBank`."""
         prefix, config = f"layers.{layer}.", self.metadata.config
         own = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(f"{prefix}deltas.")}
         values = {name.removeprefix("deltas."): tensor.load().float() for name, tensor in own.items()}
@@ -68,29 +68,29 @@ class AdapterSource:
         return self.expert_part(self.deltas(layer), expert)
 
     def expert_part(self, deltas: Tensor, expert: int) -> Tensor:
-        """One expert's part of what `deltas` gives, as of `expert_delta`."""
+        """One expert's part of the result of `deltas`, in the shape of `expert_delta`."""
         return expert_delta(deltas, expert, self.metadata.config.granularity)
 
     def check_fits(self, base: BaseFiles) -> None:
-        """Raise SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
+        """Raise an SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
         check_base(base, self.metadata.base, self.place)
         base.check_shapes()
         check_fits_base(self.metadata.config, self.tensors, block_shapes(base.empty), self.place)
 
     def selection_biases(self) -> list[int]:
-        """Layers whose routers choose with a bias that is not zero."""
+        """The layers whose routers have a nonzero selection bias."""
         biases = {name: t for name, t in self.tensors.items() if name.endswith(".router_bias")}
         return sorted(int(name.split(".")[1]) for name, tensor in biases.items() if bool(tensor.load().any()))
 
 
 def open_adapter(place: str | Path) -> AdapterSource:
-    """The adapter in what `place` means, see `locate_weights`.
+    """The adapter that `place` names, see `locate_weights`.
 
-    Of supports that are still being learned it takes the best candidates, those that count in eval mode; their number
-    comes from the configuration of the base that the checkpoint names.
+    If supports are still being learned, it takes the best candidates, which count in eval mode. Their number follows
+    from the configuration of the base that the checkpoint names.
 
     Raises:
-        SRDEError: there is none, it is damaged (see `weights.schema`), or supports are being learned and the base is
+        SRDEError: it does not exist or is damaged (see `weights.schema`), or supports are being learned and the base is
             not found.
     """
     location = locate_weights(place)
@@ -101,7 +101,7 @@ def open_adapter(place: str | Path) -> AdapterSource:
 
 
 def checkpoint_adapter(folder: Path) -> AdapterSource:
-    """The adapter in a verified checkpoint; errors as `open_adapter`."""
+    """The adapter in a verified checkpoint; errors as in `open_adapter`."""
     state = load_run_state(folder)
     if "adapter" not in state:
         raise SRDEError(f"checkpoint '{folder}': its run state has no 'adapter': nothing to export.")
@@ -125,7 +125,7 @@ def checkpoint_adapter(folder: Path) -> AdapterSource:
 
 
 def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor], dict[str, Tensor], AdapterMetadata]:
-    """Masters, common tensors and metadata of a checkpoint as if its supports were frozen now."""
+    """Masters, common tensors and metadata of a checkpoint, as if its supports were frozen now."""
     pruned = PrunedLayers(folder, density)
     masters: dict[str, LazyTensor] = {}
     supports = []
@@ -138,15 +138,14 @@ def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor]
 
 
 def select_experts(adapter: AdapterSource, names: Sequence[str]) -> AdapterSource:
-    """Only these experts, in this order.
+    """An adapter with only these experts, in this order.
 
-    Atoms stay whole; routers, selection biases, importance, mixing weights, free deltas and supports of their own keep
-    the rows of these experts, and top_k becomes at most their number. The statistics of the domains of other experts
-    go with these. The result is what `set_active_experts` gives:
-    the softmax runs over the chosen of those that are left.
+    Atoms stay whole. Routers, selection biases, importance, mixing weights, free deltas and separate supports keep only
+    the rows of these experts, and top_k becomes at most their number. Statistics of other experts' domains are removed.
+    The result is the same as with `set_active_experts`: the softmax runs over the chosen experts among the remaining.
 
     Raises:
-        SRDEError: an unknown name, the same name twice, or none.
+        SRDEError: a name is unknown or occurs twice, or there is none.
     """
     old = adapter.metadata
     if not names or len(set(names)) != len(names):

@@ -22,10 +22,10 @@ OUTPUTS = {"weights": WEIGHTS, "peft": "peft", "dense": "dense", "moe": "moe", "
 
 
 def convert_command(options: ConvertOptions) -> Path:
-    """Write what `options.to` says (one of OUTPUTS) and return where it is.
+    """Write the form that `options.to` names (one of OUTPUTS), and return the path.
 
     Raises:
-        SRDEError: an option that has no effect, or as `open_adapter` and the function that writes.
+        SRDEError: an option has no effect; see also `open_adapter` and the function that writes.
     """
     to, dtype, expert, experts, base = options.to, options.dtype, options.expert, options.experts, options.base
     idle = {
@@ -57,11 +57,11 @@ def convert_command(options: ConvertOptions) -> Path:
             written = write_moe(adapter, files, target, dtype=torch_dtype)
         else:
             written = write_gguf(adapter, files, target, dtype=torch_dtype, converter=options.gguf_converter)
-    print(f"Made from {adapter.place}", file=sys.stderr)  # standard output gets the written path alone
+    print(f"Made from {adapter.place}", file=sys.stderr)  # standard output gets only the written path
     return written
 
 
 def _check_tokenizer(adapter: AdapterSource, base: BaseFiles) -> None:
-    """What is written gets the base's tokenizer, which must be that of the training."""
+    """Check that the base's tokenizer, which is copied to the result, is that of the training."""
     if any(path.name.startswith("tokenizer") for path in base.companions()):
         check_trained_with(adapter.metadata.history, load_tokenizer(base.folder, local_files_only=True), adapter.place)

@@ -1,4 +1,4 @@
-"""A dense Hugging Face checkpoint: the base with one expert merged into its weights, file by file."""
+"""Writes a dense Hugging Face checkpoint: the base with one expert merged into its weights, file by file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ log = logging.getLogger(__name__)
 def write_dense(
     adapter: AdapterSource, base: BaseFiles, output: str | Path, *, expert: str, dtype: torch.dtype | None
 ) -> Path:
-    """Write the base with `expert` merged, in files of the base's names and order, with tokenizer and configuration.
+    """Write the base with `expert` merged, with the base's file names and order, tokenizer and configuration.
 
-    It gives what the experts give with all tokens routed to this one. Memory holds one tensor and one layer's deltas.
+    It computes the same as the experts do with all tokens routed to this one. Memory holds one tensor and one layer's
+    deltas.
 
     Args:
-        dtype: of the weights; None: the base's. Sums are rounded to it once.
+        dtype: dtype of the weights; None: the base's. Sums are rounded to it once.
 
     Raises:
-        SRDEError: no such expert, another base than the experts were trained on, or the folder cannot be written.
+        SRDEError: the expert does not exist, was trained on another base, or the folder cannot be written.
     """
     number, granularity = adapter.metadata.expert_index(expert), adapter.metadata.config.granularity
     adapter.check_fits(base)
@@ -71,10 +72,10 @@ def write_dense(
 
 
 class Rounding:
-    """What is lost of the experts' changes when sums are rounded to the dtype of the weights.
+    """Measures what rounding to the dtype of the weights loses of the experts' changes.
 
     Attributes:
-        changed: weights that the experts change.
+        changed: number of weights that the experts change.
     """
 
     def __init__(self) -> None:
@@ -91,23 +92,23 @@ class Rounding:
 
     @property
     def relative_error(self) -> float:
-        """Norm of the difference to the exact changes, as a share of their norm."""
+        """The norm of the error relative to the norm of the exact changes."""
         return (self._error / self._size) ** 0.5 if self._size else 0.0
 
     @property
     def unchanged_share(self) -> float:
-        """Share of the weights to change that are what they were."""
+        """The share of the weights to change that rounding leaves unchanged."""
         return self._same / self.changed if self.changed else 0.0
 
     def __str__(self) -> str:
         return (
             f"rounding: the merged changes have a relative error of {self.relative_error:.2g}, and "
-            f"{self.unchanged_share:.1%} of the changed weights stay what they were; --dtype float32 keeps them exactly"
+            f"{self.unchanged_share:.1%} of the weights to change stay the same; --dtype float32 keeps changes exactly"
         )
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """A configuration that says `dtype`, in its parts too; None: as it is."""
+    """A configuration with another `dtype`, also in its parts; None: unchanged."""
     if dtype is None:
         return config
     config = copy.deepcopy(config)

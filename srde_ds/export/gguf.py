@@ -1,4 +1,4 @@
-"""A GGUF file for llama.cpp, through its own converter, which reads GraniteMoeShared (docs/convert.md)."""
+"""Writes a GGUF file for llama.cpp, with its own converter, which reads GraniteMoeShared (docs/convert.md)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def write_gguf(
     """Write the stock mixture of experts as one GGUF file.
 
     Args:
-        dtype: of the weights; None: the base's.
+        dtype: dtype of the weights; None: the base's.
         converter: path of llama.cpp's convert_hf_to_gguf.py.
 
     Raises:
-        SRDEError: there is no converter or it fails, the converter cannot express the base, or as `write_moe`.
+        SRDEError: the converter does not exist, fails or cannot express the base; see also `write_moe`.
     """
     script = Path(converter or CONVERTER)
     if not script.is_file():
@@ -54,8 +54,8 @@ def write_gguf(
     rope = base.empty.config.get_text_config().rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
         raise SRDEError(
-            f"to=gguf: the base's rotary embeddings are of type {rope}; of this architecture llama.cpp's converter "
-            f"knows {', '.join(ROPE_TYPES)}. Use --to moe, or merge one expert with --to dense and convert that."
+            f"to=gguf: the base's rotary embeddings are of type {rope}; for this architecture llama.cpp's converter "
+            f"knows only {', '.join(ROPE_TYPES)}. Use --to moe, or merge one expert with --to dense and convert that."
         )
     written = dtype or base.decoder_tensor("embed_tokens.weight").dtype
     target = Path(output)
@@ -71,9 +71,9 @@ def write_gguf(
 
 
 def _make_up_for_yarn(path: Path) -> None:
-    """Divide what llama.cpp's own yarn multiplies queries and keys with out of the attention's scale.
+    """Divide the attention's scale by the factor with which llama.cpp's yarn multiplies queries and keys.
 
-    transformers multiplies them with the configuration's attention factor, llama.cpp with 1 + 0.1 ln(factor).
+    transformers multiplies them by the configuration's attention factor, llama.cpp by 1 + 0.1 ln(factor).
     """
     config = GraniteMoeSharedConfig.from_pretrained(path.parent)
     rope: Any = config.rope_parameters

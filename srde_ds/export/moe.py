@@ -1,12 +1,12 @@
-"""A stock mixture of experts: the same model as `GraniteMoeShared`, which transformers and vLLM load as they are.
+"""Writes a stock mixture of experts: the same model as `GraniteMoeShared`, which unmodified transformers and vLLM load.
 
-With neuron supports S_e and U their union in a layer, the p_e adding up to 1,
+With neuron supports S_e, their union U in a layer, and p_e that add up to 1,
 
     y = FFN(x; W) + sum_e p_e [FFN(x; W + delta_e) - FFN(x; W)]
       = FFN(x; W without the neurons of U) + sum_e p_e FFN(x; the neurons of U in W + delta_e)
 
-so the shared block is the base with the down columns of U zeroed, and an expert holds the base's neurons of U with its
-delta on those of S_e. Experts are as wide in all layers: narrower ones are filled up with neurons of zeros.
+so the shared block is the base with the down columns of U zeroed, and an expert holds the base's neurons of U, with its
+delta added on S_e. Experts are equally wide in all layers: narrower ones are filled up with neurons of zeros.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ log = logging.getLogger(__name__)
 
 
 def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dtype: torch.dtype | None) -> Path:
-    """Write the base with its experts as a GraniteMoeShared checkpoint, in files of the base's names.
+    """Write the base with its experts as a GraniteMoeShared checkpoint, with the base's file names.
 
     Names and shapes are those of the published checkpoints. Memory holds one tensor, and one layer's deltas.
 
     Args:
-        dtype: of the weights; None: the base's. Experts' sums are rounded to it once.
+        dtype: dtype of the weights; None: the base's. Experts' sums are rounded to it once.
 
     Raises:
         SRDEError: the model cannot be expressed, the experts were trained on another base, or the folder cannot be
@@ -78,7 +78,7 @@ def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dt
         bias=moe.bias,
         dtype=dtype_name(moe.embedding.dtype),
     )
-    companions = [path for path in base.companions() if "processor" not in path.name]  # images' or sounds'
+    companions = [path for path in base.companions() if "processor" not in path.name]  # for images or sounds
     with complete_folder(Path(output), tensors_size(tensors)) as folder:
         write_model(folder, shards, config, companions)
     return Path(output)
@@ -86,7 +86,7 @@ def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dt
 
 @dataclass(frozen=True)
 class _Block:
-    """One layer's experts. `union` int64 `[u]`, ascending; `experts`: their supports; `deltas` `[D, E, 3, m]`."""
+    """One layer's experts. `union`: int64 `[u]`, ascending; `experts`: their supports; `deltas`: `[D, E, 3, m]`."""
 
     union: Tensor
     experts: list[Tensor]
@@ -94,7 +94,7 @@ class _Block:
 
 
 class _Moe:
-    """The tensors of the new model, each with the base's tensor whose file it goes into."""
+    """The tensors of the new model, each with a tensor of the base, whose file it goes into."""
 
     def __init__(self, adapter: AdapterSource, base: BaseFiles, dtype: torch.dtype | None) -> None:
         self.adapter, self.base, self.dtype = adapter, base, dtype
@@ -109,7 +109,7 @@ class _Moe:
         self.block: Callable[[int], _Block] = lru_cache(maxsize=1)(self._block)
 
     def _output_layer(self) -> str | None:
-        """Name of the output layer's weights in the files; None if they are the embedding's."""
+        """The name of the output layer's weight in the files; None if it is the embedding."""
         model = self.base.empty
         if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
             return None
@@ -126,7 +126,7 @@ class _Moe:
         return _Block(self._union(layer), supports, self.adapter.deltas(layer))
 
     def tensors(self) -> Iterator[tuple[str, str, LazyTensor]]:
-        """The base's tensor whose file it goes into, its name, the tensor."""
+        """Yields the name of the base's tensor whose file it goes into, the tensor's name, and the tensor."""
         prefix = self.base.prefix
         yield f"{prefix}embed_tokens.weight", "model.embed_tokens.weight", self.embedding
         yield f"{prefix}norm.weight", "model.norm.weight", self._same("norm.weight")
@@ -205,7 +205,7 @@ class _Moe:
         }
 
     def _neurons(self, weight: Tensor, role: str, layer: int, expert: int) -> Tensor:
-        """The union's rows (of down: columns) of a matrix with the expert's delta, in the matrix's dtype."""
+        """The union's rows of a matrix (for down: columns) with the expert's delta, in the matrix's dtype."""
         block = self.block(layer)
         axis = 1 if role == "down" else 0
         part = weight.index_select(axis, block.union)
@@ -214,7 +214,7 @@ class _Moe:
 
 
 def _filled(tensor: LazyTensor, size: int, *, axis: int) -> LazyTensor:
-    """Zeros behind the last row or column, up to `size`."""
+    """The tensor with zeros after the last row or column, up to `size`."""
     missing = size - tensor.shape[axis]
     if not missing:
         return tensor

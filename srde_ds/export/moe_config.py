@@ -1,7 +1,7 @@
-"""Which bases a stock mixture of experts can express, and the configuration of it (docs/convert.md).
+"""Checks which bases a stock mixture of experts can express, and makes its configuration (docs/convert.md).
 
-GraniteMoeShared of transformers computes, in each layer, attention as Llama does and then shared_mlp(x) + sum over the
-top K of p_e expert_e(x), with p the softmax over the K chosen logits of a router without bias.
+In each layer, GraniteMoeShared of transformers computes Llama's attention, then shared_mlp(x) + the sum over the top K
+of p_e expert_e(x), where p is the softmax over the K chosen logits of a router without bias.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
 
-# Model types whose layers were read and compared; all else about a base shows in its tensors and in its configuration.
+# Model types whose code was compared; everything else about a base shows in its tensors and configuration.
 MODEL_TYPES = ("llama", "mistral", "ministral", "ministral3", "qwen2", "granite")
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
 KEYS_AND_VALUES, OUTPUT = ATTENTION[1:3], ATTENTION[3]
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 # Rotary embeddings whose frequencies do not depend on max_position_embeddings.
 FREE_OF_LENGTH = ("default", "linear", "llama3", "yarn")
-# Multiples that the kernels of grouped matrix products and block-wise quantisation want of an expert's width.
+# Kernels of grouped matrix products and block-wise quantisation want an expert's width to be a multiple of this.
 WIDTH_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
 class Multipliers:
-    """What scales a decoder's parts."""
+    """The factors that scale a decoder's parts."""
 
     attention: float
     embedding: float = 1.0
@@ -38,35 +38,35 @@ class Multipliers:
 
 
 def check_expressible(adapter: AdapterSource, base: BaseFiles) -> None:
-    """Refuse what GraniteMoeShared cannot compute.
+    """Refuse a model that GraniteMoeShared cannot compute.
 
     Raises:
-        SRDEError: with the reason and, where there is one, the remedy.
+        SRDEError: with the reason and, if there is one, the remedy.
     """
     config = adapter.metadata.config
     if config.granularity == "element":
         raise _refusal(
-            "granularity=element changes single weights all over the matrices, not whole neurons, which an expert is "
-            "made of. Merge one expert with --to dense, or train with granularity=neuron"
+            "granularity=element changes single weights all over the matrices, but its experts consist of whole "
+            "neurons. Merge one expert with --to dense, or train with granularity=neuron"
         )
     biased = adapter.selection_biases()
     if biased and config.top_k < config.num_experts:
         raise _refusal(
             f"the routers of {len(biased)} layers (the first is {biased[0]}) choose experts with a selection bias "
-            "(balancing_bias_rate), which its router has no place for, so it would choose others. Use them in Python, "
+            "(balancing_bias_rate), which its router lacks, so it would choose others. Use them in Python, "
             "merge one with --to dense, or train with balancing_bias_rate=0"
         )
     own = {name.removeprefix("layers.0.") for name in base.decoder_shapes if name.startswith("layers.0.")}
     places = {*NORMS, *base.roles.values()} | {f"{part}.{kind}" for part in ATTENTION for kind in ("weight", "bias")}
     if own - places:
         raise _refusal(
-            f"the base's layers hold {', '.join(sorted(own - places))}, which it has no place for "
+            f"the base's layers have {', '.join(sorted(own - places))}, which it lacks "
             "(such as norms of queries and keys, biases in feed-forward blocks or further norms)"
         )
     text = base.empty.config.get_text_config()
     if text.model_type not in MODEL_TYPES:
         raise _refusal(
-            f"the base's layers are of type '{text.model_type}'; those known to compute the same are of type "
+            f"the base's layers are of type '{text.model_type}'; only these types are known to compute the same: "
             f"{', '.join(MODEL_TYPES)}"
         )
     rope = text.rope_parameters
@@ -82,7 +82,7 @@ def _refusal(reason: str) -> SRDEError:
 
 
 def context(base: BaseFiles) -> int:
-    """Positions up to which the base attends to all that came before with queries scaled alike."""
+    """The number of positions up to which the base attends to all earlier ones with equally scaled queries."""
     text = base.empty.config.get_text_config()
     limits = [text.max_position_embeddings]
     layers = getattr(text, "layer_types", None)
@@ -105,16 +105,17 @@ def multipliers(base: BaseFiles) -> Multipliers:
 
 
 def head_dim(base: BaseFiles) -> int:
-    """Width of one attention head."""
+    """The width of an attention head."""
     text = base.empty.config.get_text_config()
     return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def heads(base: BaseFiles) -> tuple[int, int]:
-    """Heads of queries, and of keys and values: the base's, or more where that makes them hidden_size / heads wide.
+    """The number of heads of queries, and of keys and values: the base's, or more if this makes a head
+    hidden_size / heads wide.
 
-    vLLM and llama.cpp take this width for granted in GraniteMoeShared, and Ministral-3's heads have another. Further
-    heads of zeros change nothing.
+    vLLM and llama.cpp assume this width in GraniteMoeShared, but Ministral-3's heads have another. Additional heads of
+    zeros have no effect.
     """
     text = base.empty.config.get_text_config()
     group = text.num_attention_heads // text.num_key_value_heads
@@ -134,13 +135,13 @@ def moe_config(
     """The content of config.json.
 
     Args:
-        width: neurons of an expert.
-        tied: the output layer is the embedding.
-        bias: the attention has biases.
+        width: number of neurons of an expert.
+        tied: whether the output layer is the embedding.
+        bias: whether the attention has biases.
     """
     text, scale, ours = base.empty.config.get_text_config(), multipliers(base), adapter.metadata.config
     rope = {k: v for k, v in text.rope_parameters.items() if k not in ("llama_4_scaling_beta", "type")}
-    rope.pop("max_position_embeddings", None)  # Ministral3's copy of the value above it
+    rope.pop("max_position_embeddings", None)  # Ministral3's copy of the value one level up
     values: dict[str, Any] = {
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,

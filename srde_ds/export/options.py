@@ -10,7 +10,7 @@ from srde_ds.config.values import option, weights_option
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What is converted, into what, and where it goes."""
+    """What to convert, into what, and where."""
 
     weights: str = weights_option()
     to: Literal["weights", "peft", "dense", "moe", "gguf"] = option(
@@ -27,13 +27,13 @@ class ConvertOptions:
     )
     dtype: Literal["float32", "bfloat16"] | None = option(
         None,
-        "type of the written values (default: float32 for weights, as they are for peft, otherwise the base's)",
+        "dtype of the written values (default: float32 for weights, unchanged for peft, otherwise the base's)",
         metavar="float32|bfloat16",
     )
-    experts: list[str] | None = option(None, "keep these experts alone (default: all)", metavar="NAME,...")
+    experts: list[str] | None = option(None, "keep only these experts (default: all)", metavar="NAME,...")
     expert: str | None = option(None, "dense: the expert to merge", metavar="NAME")
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(
-        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+        False, "download the base that the weights name from the Hub, if it is not on this machine"
     )
     gguf_converter: str | None = option(None, "gguf: llama.cpp's convert_hf_to_gguf.py", metavar="FILE")

@@ -1,4 +1,4 @@
-"""Model folders written a tensor at a time, and complete or not at all."""
+"""Writes model folders tensor by tensor, complete or not at all."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from srde_ds.model.base_files import INDEX
 from srde_ds.utils.files import io_reason, replacement
 from srde_ds.weights.tensors import LazyTensor
 
-# A weights file per shard; loaders of transformers want this in its header.
+# transformers expects this in the header of each weights file.
 METADATA = {"format": "pt"}
 Shards = Mapping[str, Mapping[str, LazyTensor]]
 """File -> name -> tensor"""
 
 
 def tensors_size(tensors: Iterable[LazyTensor]) -> int:
-    """Bytes in files."""
+    """The number of bytes that tensors take in files."""
     return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors)
 
 
 def write_lazily(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, fsynced; memory holds one tensor."""
+    """Write and fsync a safetensors file; memory holds one tensor."""
     header, names = safetensors_header(tensors, metadata)
     with open(path, "xb") as file:
         file.write(header)
@@ -39,13 +39,13 @@ def write_lazily(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mappin
                 raise AssertionError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not what the header says")
             for chunk in tensor_bytes(tensor):
                 file.write(chunk)
-            del tensor, chunk  # before the next is loaded
+            del tensor, chunk  # freed before the next one is loaded
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_model(folder: Path, shards: Shards, config: Mapping[str, Any], companions: Iterable[Path]) -> None:
-    """Write a Hugging Face model: weights, their index where there are several files, configuration and companions."""
+    """Write a Hugging Face model: weights, an index if there are several files, configuration and companions."""
     for file, tensors in shards.items():
         write_lazily(folder / file, tensors, METADATA)
     if len(shards) > 1:
@@ -60,16 +60,16 @@ def write_model(folder: Path, shards: Shards, config: Mapping[str, Any], compani
 
 @contextmanager
 def complete_folder(target: Path, size: int) -> Iterator[Path]:
-    """A new folder to write into, which gets the name `target` when the block ends without an error, else is removed.
+    """A new folder to write into. It gets the name `target` when the block ends, and is removed if the block raises.
 
     Args:
-        size: bytes that will be written.
+        size: number of bytes that will be written.
 
     Raises:
-        SRDEError: there is something at `target`, or the disk has no room or fails.
+        SRDEError: `target` exists, or the disk has no room or fails.
     """
     if target.exists():
-        raise SRDEError(f"output={target}: it exists. Remove it, or give another --output.")
+        raise SRDEError(f"output={target}: already exists. Remove it, or give another --output.")
     with _complete(target, size) as partial:
         partial.mkdir()
         yield partial
@@ -77,7 +77,7 @@ def complete_folder(target: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def complete_file(target: Path, size: int) -> Iterator[Path]:
-    """As `complete_folder`, for one file; a file at `target` is replaced."""
+    """Like `complete_folder`, but for one file; a file at `target` is replaced."""
     if target.is_dir():
         raise SRDEError(f"output={target}: it is a folder. Give a file's name.")
     with _complete(target, size) as partial:
@@ -91,7 +91,7 @@ def _complete(target: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise SRDEError(
-                f"output={target}: {size / 2**30:.1f} GiB will be written, the disk has {free / 2**30:.1f} GiB left. "
+                f"output={target}: {size / 2**30:.1f} GiB are needed, the disk has {free / 2**30:.1f} GiB left. "
                 "Free space, or give an --output on another disk."
             )
         with replacement(target, durable=True) as partial:

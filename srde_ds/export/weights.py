@@ -1,4 +1,4 @@
-"""From a resume checkpoint to the adapter in one file. Needs neither a GPU nor deepspeed."""
+"""Exports the adapter of a checkpoint to one file. Needs neither a GPU nor deepspeed."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 
 @contextmanager
 def weights_file(place: str | Path) -> Iterator[Path]:
-    """The weights file that `place` means, see `locate_weights`; a checkpoint's lasts as long as the block.
+    """The weights file that `place` names, see `locate_weights`. One made from a checkpoint exists only in the block.
 
     Raises:
-        SRDEError: there is none, or the checkpoint is damaged.
+        SRDEError: it does not exist, or the checkpoint is damaged.
     """
     location = locate_weights(place)
     if location.kind == "file":
@@ -51,8 +51,8 @@ def export_weights(
     """Write the adapter of a checkpoint as `srde_weights.safetensors`, see `write_weights`.
 
     Raises:
-        SRDEError: the checkpoint is damaged or holds no adapter, an unknown expert or dtype, supports are being learned
-            and the base is not found, or the file cannot be written.
+        SRDEError: the checkpoint is damaged or holds no adapter, an expert or dtype is unknown, supports are being
+            learned and the base is not found, or the file cannot be written.
     """
     folder = Path(checkpoint_folder)
     verify_checkpoint(folder)
@@ -61,11 +61,11 @@ def export_weights(
 
 
 def write_weights(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype | None) -> Path:
-    """Write an adapter as one file: trained values in `dtype` (None: as they are), supports in int32, selection biases
+    """Write an adapter as one file: trained values in `dtype` (None: unchanged), supports in int32, selection biases
     and the domains' statistics in float32. A crash leaves the old file or the new one; memory holds one tensor.
 
     Raises:
-        SRDEError: another dtype than DTYPES, or the file cannot be written.
+        SRDEError: the dtype is not one of DTYPES, or the file cannot be written.
     """
     target, tensors = Path(output), _as_written(adapter, dtype)
     with complete_file(target, tensors_size(tensors.values())) as partial:
@@ -77,7 +77,7 @@ def write_peft(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype
     """Write an adapter as a folder that PEFT loads, with the same tensors and metadata as `write_weights`.
 
     Raises:
-        SRDEError: another dtype than DTYPES, there is something at `output`, or it cannot be written.
+        SRDEError: the dtype is not one of DTYPES, or `output` exists or cannot be written.
     """
     target, tensors = Path(output), _as_written(adapter, dtype)
     with complete_folder(target, tensors_size(tensors.values())) as folder:
@@ -89,7 +89,7 @@ def write_peft(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype
 
 
 def _peft_config(metadata: AdapterMetadata) -> dict[str, Any]:
-    """What `save_pretrained` of PEFT writes about the adapter; the rest are PEFT's own defaults."""
+    """The adapter's configuration as `save_pretrained` of PEFT writes it, without PEFT's defaults."""
     options = {name: value for name, value in metadata.to_dict()["config"].items() if name != "preset"}
     return options | {
         "peft_type": PEFT_TYPE,

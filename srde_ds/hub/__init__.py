@@ -1,1 +1,1 @@
-"""Sharing an adapter: its model card, and its repository on the Hugging Face Hub."""
+"""Shares an adapter: its model card, and its repository on the Hugging Face Hub."""

@@ -1,4 +1,4 @@
-"""The README.md beside shared weights: what they are, how to use them, their training data and their results."""
+"""The README.md of shared weights: what they are, how to use them, their training data and results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.locate import is_run
 
 CARD = "README.md"
-# What a reader wants to know of config.yaml, by section.
+# The options of config.yaml that matter to a reader, by section.
 _SETTINGS = {
     "model": ["bf16"],
     "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
@@ -31,11 +31,11 @@ def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None)
     """The page, in Markdown with the Hub's YAML header.
 
     Args:
-        repo: name of the Hub repository that it is for; None: weights in a local folder.
-        run: folder of the training run; None: nothing is said of training, data and results.
+        repo: name of the Hub repository; None: the weights are in a local folder.
+        run: folder of the training run; None: the card says nothing about training, data and results.
 
     Raises:
-        SRDEError: `run` is not the folder of a run, or one of its files is damaged.
+        SRDEError: `run` is not a run's folder, or one of its files is damaged.
     """
     if run is not None and not is_run(run):
         raise SRDEError(
@@ -55,12 +55,12 @@ def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None)
 
 
 def base_license(base: str) -> str | None:
-    """The licence in the YAML header of the base's own README.md, where that is on this machine; else None."""
+    """The licence in the YAML header of the base's README.md, if that is on this machine; else None."""
     path = Path(base) / CARD
     if not Path(base).is_dir():
         try:
             cached = try_to_load_from_cache(base, CARD)
-        except ValueError:  # neither a folder that is still there nor a repository's name
+        except ValueError:  # neither an existing folder nor a repository's name
             return None
         if not isinstance(cached, str):
             return None
@@ -72,7 +72,7 @@ def base_license(base: str) -> str | None:
         return None
     try:
         header = parse_yaml(parts[1], f"'{path}'")
-    except SRDEError:  # a page of somebody else's: what it does not say is unknown
+    except SRDEError:  # somebody else's page: what it does not say is unknown
         return None
     license = header.get("license") if isinstance(header, dict) else None
     return str(license) if license else None
@@ -115,7 +115,7 @@ def _summary(metadata: AdapterMetadata) -> str:
 
 
 def _shown(model_name: str) -> str:
-    """A Hub id as it is; of a folder, which means nothing elsewhere, the last part."""
+    """A Hub id unchanged; of a folder, whose path means nothing elsewhere, only the last part."""
     return model_name if _on_the_hub(model_name) else Path(model_name).name
 
 
@@ -123,8 +123,8 @@ def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
     expert, base = metadata.expert_names[0], _shown(metadata.model_name)
     if not _on_the_hub(metadata.model_name):
         place = (
-            f"\n\n{markdown_code(base)} was a folder where this was trained: give your own; another model is refused "
-            "by its hash."
+            f"\n\n{markdown_code(base)} was a local folder during training: give your own folder of this base. Another "
+            "model is refused by its hash."
         )
     else:
         place = ""
@@ -143,7 +143,7 @@ model.set_active_experts([{expert!r}])            # only these experts; None: al
 plain = model.merge_and_unload(expert={expert!r})  # an ordinary transformers model
 ```
 
-`srde-ds convert --to moe` makes a mixture of experts of it that stock transformers and vLLM load."""
+`srde-ds convert --to moe` turns it into a mixture of experts that stock transformers and vLLM load."""
 
 
 def _training(run: Path) -> str:
@@ -165,7 +165,7 @@ def _sources(run: Path) -> list[dict[str, Any]]:
 
 
 def _manifest(run: Path) -> Any:
-    """The manifest of the rows that the run trained on, if they are still where they were."""
+    """The manifest of the training rows, if they are still in place."""
     from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
 
     folder = Path(load_yaml(run / "config.yaml")["data"]["pretokenized_dir"] or run / "tokenized")
@@ -223,8 +223,8 @@ def _result_row(name: str, group: dict[str, Any]) -> list[str]:
 
 
 def _licence(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
-    base = base_license(metadata.model_name) or "not known here: see its own page"
-    lines = [f"## Licence\n\nThe base's licence ({markdown(base)}) holds for what is made of it."]
+    base = base_license(metadata.model_name) or "not known here: see the base's page"
+    lines = [f"## Licence\n\nThe base's licence ({markdown(base)}) also applies to what is derived from it."]
     closed = sorted({str(source["name"]) for source in sources if source["redistributable"] != "yes"})
     if closed:
         lines.append(
@@ -249,7 +249,7 @@ def _json(path: Path) -> Any:
 def _lines(path: Path) -> list[dict[str, Any]]:
     lines = [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
-        raise SRDEError(f"'{path}' is empty: the run has made no step. Train first.")
+        raise SRDEError(f"'{path}' is empty: the run has done no step. Train first.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""An adapter with its model card in a folder, or in a repository of the Hugging Face Hub."""
+"""Puts an adapter with its model card into a folder, or into a repository of the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srde_ds.weights.locate import WEIGHTS
 def save_adapter(
     folder: Path, tensors: dict[str, Tensor], metadata: AdapterMetadata, *, run: Path | None, repo: str | None = None
 ) -> Path:
-    """Write weights and model card into a folder; returns the weights' path. Arguments as of `model_card`."""
+    """Write weights and model card into a folder; returns the weights' path. For the arguments see `model_card`."""
     card = model_card(metadata, repo=repo, run=run)
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(folder / WEIGHTS, tensors, metadata)
@@ -32,7 +32,7 @@ def push_adapter(
     """Upload weights and model card in one commit, creating the repository if needed; returns its address.
 
     Raises:
-        SRDEError: no token, a bad name, no such run, or the Hub refuses or cannot be reached.
+        SRDEError: there is no token or no such run, the name is bad, or the Hub refuses or cannot be reached.
     """
     from srde_ds.utils.retry import SourceError, with_retries  # late: it loads the datasets library
 

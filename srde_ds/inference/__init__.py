@@ -1,1 +1,1 @@
-"""Text from a base with its experts: one prompt or a conversation."""
+"""Generates text with a base and its experts, for a prompt or in a conversation."""

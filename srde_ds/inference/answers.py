@@ -1,4 +1,4 @@
-"""When a generated answer counts as right: normalised exact match."""
+"""Decides whether a generated answer is right, by normalised exact match."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _AROUND = " \t\n.,;:!?\"'`*()[]{}$"
 def extract_answer(text: str) -> str:
     r"""The part of `text` that answers.
 
-    The last `\boxed{...}`, else the last `<answer>...</answer>`, else the line after the last `####`, `answer is` or
-    `answer:`, else all of it.
+    It is the last `\boxed{...}`, else the last `<answer>...</answer>`, else the line after the last `####`, `answer is`
+    or `answer:`, else the whole text.
     """
     boxed = _last_boxed(text)
     if boxed is not None:
@@ -33,8 +33,8 @@ def extract_answer(text: str) -> str:
 def exact_match(prediction: str, answer: str) -> bool:
     """Whether `prediction` (after `extract_answer`) says the same as `answer`.
 
-    Equal are texts that differ only in case, white space and surrounding punctuation, and numbers of equal value
-    (1,000 = 1000.0 = 1e3, 1/2 = 0.5). Text that is nothing but punctuation is compared as it is.
+    Texts are equal if they differ only in case, white space and surrounding punctuation, and numbers if their values
+    are (1,000 = 1000.0 = 1e3, 1/2 = 0.5). A text of punctuation only is compared as it is.
     """
     left, right = _normalise(extract_answer(prediction)), _normalise(extract_answer(answer))
     if left == right:

@@ -1,4 +1,4 @@
-"""Batches of items of similar length, so that little is padding."""
+"""Batches of items of similar length, to keep padding small."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ MAX_TOKENS = 16384
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, title: str) -> Iterator[list[int]]:
-    """Indices into `lengths`, longest first, so that a lack of memory shows at once; with a bar on a terminal.
+    """Indices into `lengths`, longest first, so that a lack of memory shows at once; with a progress bar on a terminal.
 
-    A batch holds at most `batch_size` items and, padded, at most MAX_TOKENS tokens (or one longer item): a few long
-    documents must not set the batch size for all.
+    A batch holds at most `batch_size` items and, padded, at most MAX_TOKENS tokens (or one longer item), so that a few
+    long documents do not limit the batch size for all.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     hidden = True if launched_rank() else None  # None: shown on a terminal

@@ -17,8 +17,8 @@ from srde_ds.utils.escape import terminal
 
 COMMANDS = {
     "/experts": "show or hide the experts of each token",
-    "/expert NAME": "use this expert alone; without a name: all again",
-    "/base": "show or hide the bare base's answer beside",
+    "/expert NAME": "use only this expert; without a name: all again",
+    "/base": "show or hide the bare base's answer beside it",
     "/reset": "forget the conversation",
     "/help": "this list",
     "/quit": "end",
@@ -26,12 +26,12 @@ COMMANDS = {
 BLOCK = '"""'
 HELP = "\n".join(
     [*(f"  {name:<14}{what}" for name, what in COMMANDS.items())]
-    + [f"  A line that ends in \\ goes on in the next one; so does what stands between {BLOCK} and {BLOCK}."]
+    + [f"  A line that ends in \\ continues on the next one, and so does text between {BLOCK} and {BLOCK}."]
 )
 
 
 class Chat:
-    """Answers what `source` says on `target`, see `run`."""
+    """Reads messages from `source` and writes answers to `target`, see `run`."""
 
     def __init__(
         self,
@@ -50,10 +50,10 @@ class Chat:
         self.session = ChatSession(model, tokenizer)
 
     def run(self) -> None:
-        """Go on until `/quit` or the end of `source`.
+        """Answer until `/quit` or the end of `source`.
 
-        Ctrl-C stops an answer, which is then forgotten with its question; at the prompt it ends the conversation. So is
-        a question forgotten whose answer failed.
+        Ctrl-C stops an answer, which is then forgotten with its question; at the prompt it ends the conversation. A
+        question whose answer fails is also forgotten.
         """
         self.say("Type a message, or /help.")
         while (text := self._read()) is not None and text != "/quit":
@@ -68,7 +68,7 @@ class Chat:
                 self.say("\nStopped; the question is forgotten.")
             except SRDEError as error:
                 self.say(f"{error}" if text.startswith("/") else f"{error} (/reset forgets the conversation)")
-            except RuntimeError as error:  # torch's: above all a lack of memory, which a shorter conversation may mend
+            except RuntimeError as error:  # from torch, mostly a lack of memory, which a shorter conversation may avoid
                 self.say(f"\nThe answer failed ({error}); the question is forgotten. /reset forgets all before it.")
 
     def say(self, text: str, end: str = "\n") -> None:
@@ -122,7 +122,7 @@ class Chat:
             except KeyboardInterrupt:
                 line = ""
             except UnicodeDecodeError as error:
-                self.say(f"This is no UTF-8 ({error.reason}); the message is forgotten.")
+                self.say(f"This is not UTF-8 ({error.reason}); the message is forgotten.")
                 return ""
             if not line:
                 print(file=self.target)
@@ -139,7 +139,7 @@ class Chat:
 
 
 def side_by_side(left: str, right: str, *, titles: tuple[str, str], width: int | None = None) -> str:
-    """Two texts as columns; `width` in characters, default: the terminal's."""
+    """Two texts as columns; `width` is in characters and defaults to the terminal's."""
     column = ((width or shutil.get_terminal_size().columns) - 3) // 2
     sides = [
         [title, "-" * column, *(part for line in text.splitlines() for part in textwrap.wrap(line, column) or [""])]

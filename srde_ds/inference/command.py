@@ -1,4 +1,4 @@
-"""The verb `inference`: answer one prompt or a file of prompts, or chat."""
+"""The verb `inference`: answers one prompt or a file of prompts, or chats."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     """Answer on standard output or in `output_file`, or hold a conversation over standard input and output.
 
     Raises:
-        SRDEError: options that contradict each other, an empty prompt, missing weights, a wrong base.
+        SRDEError: options contradict each other, a prompt is empty, weights are missing, or the base is wrong.
     """
     check_options(vars(options))
     how_read = ReadOptions.of(reading) if reading else None
@@ -71,7 +71,7 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Raise SRDEError for options that contradict each other, before anything is loaded."""
+    """Raise an SRDEError for options that contradict each other, before anything is loaded."""
     ways = ["prompt", "prompts_file", "interactive"]
     given = [name for name in ways if options[name] is not None and options[name] is not False]
     if len(given) != 1:
@@ -84,10 +84,10 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise SRDEError(f"{name}={options[name]}: must be at least {least}.")
     if options["best_of_n"] > 1 and options["temperature"] == 0:
         raise SRDEError(
-            f"best_of_n={options['best_of_n']} with temperature=0: all samples are equal; raise temperature."
+            f"best_of_n={options['best_of_n']} with temperature=0: all samples would be equal; raise temperature."
         )
     if options["output_file"] is not None and options["prompts_file"] is None:
-        raise SRDEError("--output_file is for the answers to --prompts_file; give that too, or redirect the output.")
+        raise SRDEError("--output_file is for the answers to --prompts_file: give both, or redirect the output.")
     if options["output_file"] is not None:
         check_output(Path(options["output_file"]))
     for name, off in (("best_of_n", 1), ("self_refine", 0)):
@@ -98,7 +98,7 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise SRDEError(f"--{name} is for --prompt and --interactive, not for --prompts_file; leave one out.")
         for other, off in (("best_of_n", 1), ("self_refine", 0)):
             if options[name] and options[other] != off:
-                raise SRDEError(f"--{name} shows one answer as it comes, --{other} makes several; leave one out.")
+                raise SRDEError(f"--{name} shows one answer as it comes, but --{other} makes several; leave one out.")
 
 
 def _answer_one(
@@ -126,7 +126,7 @@ def _answer_one(
 
 
 def _item(messages: list[Message], answer: Answer) -> dict[str, Any]:
-    """An answer's line in the output file: of a conversation with one message the prompt is its text."""
+    """An answer's line in the output file. If the conversation has a single message, the prompt is its text."""
     item: dict[str, Any] = {"prompt": messages[0]["content"] if len(messages) == 1 else messages, "answer": answer.text}
     if len(answer.samples) > 1:
         item |= {"votes": answer.votes, "samples": answer.samples}

@@ -1,4 +1,4 @@
-"""Text from a base with its experts: chat template, KV cache, streaming, and the experts that each token used."""
+"""Generates text with a base and its experts: chat template, KV cache, streaming, and the experts of each token."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from srde_ds.model.policy import RoutingPolicy
 
 @dataclass
 class Generation:
-    """An answer, or what there is of it so far.
+    """An answer, or its beginning while it is being generated.
 
     Attributes:
         text: the answer without special tokens.
-        tokens: text of each token, prompt first; the answer's begin at `prompt_length`.
-        routing: the experts of the tokens; None if not asked for. The last token is not fed to the model, so there are
-            experts for one less than the number of tokens.
-        pieces: what each token of a streamed answer adds to `text`: nothing where it is special or only begins a
-            character, which comes with the token that completes it.
+        tokens: text of each token, prompt first; the answer begins at `prompt_length`.
+        routing: the experts of the tokens; None if not requested. The last token is not read by the model, so it has
+            no experts.
+        pieces: what each token of a streamed answer adds to `text`. A special token adds nothing, and a character
+            comes with the token that completes it.
     """
 
     text: str
@@ -45,7 +45,7 @@ class Sampling:
     """How the tokens of an answer are chosen.
 
     Attributes:
-        max_tokens: longest answer, in tokens.
+        max_tokens: length limit of the answer in tokens.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that together have this probability.
     """
@@ -66,18 +66,18 @@ def generate(
     show_routing: bool = False,
     policy: RoutingPolicy | None = None,
 ) -> Generation:
-    """The model's answer to a conversation, written by the tokenizer's chat template (`data.packing` says what
-    stands in for a missing one).
+    """The model's answer to a conversation in the tokenizer's chat template (`data.template` has a fallback for
+    tokenizers without one).
 
     Args:
-        messages: in the one form of `data.conversation`; thoughts and tool calls as its template writes them.
+        messages: messages in the form of `data.conversation`.
         tools: descriptions of functions that the answer may call.
-        stream: called after each token with the answer so far, an object that grows.
+        stream: is called after each token with the answer so far, always the same object.
         show_routing: fill `routing`.
-        policy: how tokens are routed; default: as the model stands.
+        policy: how tokens are routed; default: the model's current policy.
 
     Raises:
-        SRDEError: a value out of range, or prompt and answer do not fit into the base's context.
+        SRDEError: a value is out of range, or prompt and answer do not fit into the base's context.
     """
     settings = generation_settings(model, tokenizer, sampling)
     prompt = prompt_ids(tokenizer, messages, tools=tools)
@@ -101,7 +101,7 @@ def generate(
 
 
 def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    """What transformers needs to know. Every value is set: the base's own generation config would fill gaps."""
+    """The settings for transformers. Every value is set, since the base's generation config would fill gaps."""
     temperature, top_p = sampling.temperature, sampling.top_p
     if sampling.max_tokens < 1:
         raise SRDEError(f"max_tokens={sampling.max_tokens}: must be at least 1.")
@@ -124,17 +124,17 @@ def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sa
 
 
 def context_length(model: SRDEModel) -> int:
-    """Most tokens that the base can read."""
+    """The base's context in tokens."""
     return int(model.base.config.get_text_config().max_position_embeddings)
 
 
 def answer_length(model: SRDEModel, most: int) -> int:
-    """Tokens of the longest answer where none were asked for: `most`, at most half of the base's context."""
+    """The default length limit of an answer in tokens: `most`, at most half of the base's context."""
     return min(most, context_length(model) // 2)
 
 
 def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> None:
-    """Raise SRDEError if `prompt` + `answer` tokens exceed the positions that the base knows."""
+    """Raise an SRDEError if `prompt` + `answer` tokens exceed the base's context."""
     limit = context_length(model)
     if prompt + answer > limit:
         raise SRDEError(
@@ -144,7 +144,7 @@ def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> 
 
 
 def format_routing(generation: Generation, expert_names: list[str]) -> str:
-    """A line for each token with the experts that it used, largest share first, and the shares over the answer."""
+    """A line for each token with its experts, largest share first, and a line with the shares over the answer."""
     if generation.routing is None:
         raise SRDEError("this answer was generated without show_routing: its experts were not recorded.")
     experts_TE = generation.routing.shares_TE
@@ -172,7 +172,7 @@ def _stop_ids(model: SRDEModel, tokenizer: PreTrainedTokenizerBase) -> list[int]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """Text without special tokens: what stands after EOS in a batch is padding, and goes with it."""
+    """The text without special tokens; this also removes padding after EOS in a batch."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

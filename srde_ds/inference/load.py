@@ -21,18 +21,18 @@ def load_model(
     """Base with experts in eval mode, on the GPU if there is one.
 
     Args:
-        weights: as `locate_weights` takes them; a checkpoint is converted.
-        base: its id or folder; None: the one named in the weights, fetched from the Hub only with `allow_download`.
+        weights: whatever `locate_weights` takes; a checkpoint is converted.
+        base: the base's id or folder; None: the one named in the weights, downloaded only with `allow_download`.
 
     Raises:
-        SRDEError: as `weights_file` and `load_adapter`, or nothing names the base.
+        SRDEError: see `weights_file` and `load_adapter`, or nothing names the base.
     """
     local = base is None and not allow_download
     dtype = torch.bfloat16 if bf16 else torch.float32
     with weights_file(weights) as path:
         metadata = read_metadata(path)
         if not (base or metadata.model_name):
-            raise SRDEError(f"weights '{weights}': do not name their base. Give its folder or its Hub id as --base.")
+            raise SRDEError(f"weights '{weights}': they do not name their base. Give its folder or Hub id as --base.")
         tokenizer = load_tokenizer(base or metadata.model_name, local_files_only=local)
         check_trained_with(metadata.history, tokenizer, weights)
         model = load_adapter(path, base=base, dtype=dtype, allow_download=allow_download)

@@ -1,4 +1,4 @@
-"""Answers to many conversations at once, by vote among several samples, and improved in rounds."""
+"""Answers many conversations at once, optionally by a vote among samples, or with rounds of improvement."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ REFINE_PROMPT = (
 
 @dataclass
 class Answer:
-    """What came of one conversation.
+    """The answer to one conversation.
 
     Attributes:
         text: the final answer.
-        samples: all that were voted on, in the order they were drawn; one without a vote.
-        votes: how many of `samples` gave the first draft's answer.
-        drafts: the answers before each round of refinement, first one first.
+        samples: the answers that were voted on, in the order in which they were drawn; a single one without a vote.
+        votes: how many of `samples` agree with the first draft.
+        drafts: the answers before each round of refinement, in order.
     """
 
     text: str
@@ -50,8 +50,8 @@ class TokenExperts:
 
     Attributes:
         tokens: the text that each token adds, without the one that ends the answer.
-        shares: `[T, E]` for each token the share of each expert in its choices over all layers. An answer's last token
-            is not read where it reached its longest length, so there may be one less than tokens.
+        shares: `[T, E]` for each token the share of each expert in its choices over all layers. The last token of an
+            answer that has reached its length limit is not read, so it may be missing here.
     """
 
     tokens: list[str]
@@ -68,15 +68,15 @@ def answer_many(
     best_of_n: int = 1,
     self_refine: int = 0,
 ) -> list[Answer]:
-    """One answer a conversation, in their order.
+    """One answer for each conversation, in order.
 
     Args:
-        batch_size: conversations generated at a time; `best_of_n` multiplies it.
-        best_of_n: samples a conversation; the answer that most of them give is taken, of equals the first seen.
-        self_refine: rounds in which the model is asked to check and improve its answer (REFINE_PROMPT).
+        batch_size: number of conversations at a time; `best_of_n` multiplies it.
+        best_of_n: number of samples per conversation. The most frequent answer is taken, or the first of these.
+        self_refine: number of rounds in which the model is asked to check and improve its answer (REFINE_PROMPT).
 
     Raises:
-        SRDEError: a value out of range, or a conversation does not fit into the base's context.
+        SRDEError: a value is out of range, or a conversation does not fit into the base's context.
     """
     repeated = [prompt for prompt in prompts for _ in range(best_of_n)]
     texts = generate_many(model, tokenizer, repeated, sampling, batch_size=batch_size * best_of_n)
@@ -98,7 +98,7 @@ def answer_many(
 
 
 def majority(texts: Sequence[str]) -> tuple[int, int]:
-    """Index of the first text whose extracted answer most of the texts give (of equals the first seen), and how many.
+    """Index of the first text with the most frequent extracted answer (or the first of these), and its frequency.
 
     Answers are the same if `answers.exact_match` says so.
     """
@@ -114,7 +114,7 @@ def majority(texts: Sequence[str]) -> tuple[int, int]:
 
 
 def refinement(messages: Messages, answer: str) -> Messages:
-    """The conversation that asks to improve `answer`; it does not hold earlier rounds."""
+    """The conversation that asks to improve `answer`, without earlier rounds."""
     return [*messages, {"role": "assistant", "content": answer}, {"role": "user", "content": REFINE_PROMPT}]
 
 
@@ -128,13 +128,13 @@ def generate_many(
     title: str = "answers",
     routing: dict[int, TokenExperts] | None = None,
 ) -> list[str]:
-    """The answer to each conversation up to a stop token, in their order; in batches by length, padded on the left.
+    """The answer to each conversation up to a stop token, in order. Batches are by length, and padded on the left.
 
     Args:
-        routing: filled with the experts that the tokens of each answer used, by the number of its conversation.
+        routing: is filled with the experts that each answer's tokens used, by number of the conversation.
 
     Raises:
-        SRDEError: a value out of range, or a conversation (named by its place) that the chat template refuses or that
+        SRDEError: a value is out of range, or a conversation (named by its place) is refused by the chat template or
             does not fit into the base's context.
     """
     settings = generation_settings(model, tokenizer, sampling)
@@ -157,7 +157,7 @@ def generate_many(
         for index, row in zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True):
             answers[index] = decode(tokenizer, row)
         if routing is not None:
-            # The first forward reads the prompts, each later one a token of every answer.
+            # The first forward reads the prompts, and each later one reads a token of every answer.
             shares = [experts_BE.unbind() for experts_BE in record.forwards[1:]]
             for place, (index, row) in enumerate(zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True)):
                 said = list(takewhile(lambda token: token not in stops, row))
@@ -167,9 +167,9 @@ def generate_many(
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds: together what `decode` gives, special tokens nothing.
+    """The text that each token adds; together they give the result of `decode`. Special tokens add nothing.
 
-    A character cut between tokens comes with its last one.
+    A character that is split between tokens comes with the last of them.
     """
     texts, shown = [], ""
     for count in range(1, len(ids) + 1):

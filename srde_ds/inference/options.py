@@ -9,12 +9,12 @@ from srde_ds.config.values import option, weights_option
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """Which weights answer, what they are asked, and how."""
+    """Which weights answer, which prompts, and how."""
 
     weights: str = weights_option()
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(
-        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+        False, "download the base that the weights name from the Hub, if it is not on this machine"
     )
     prompt: str | None = option(None, "ask one question", metavar="TEXT")
     prompts_file: str | None = option(
@@ -27,9 +27,9 @@ class InferenceOptions:
         metavar="FILE",
         aliases=("output",),
     )
-    expert: str | None = option(None, "use this expert alone", metavar="NAME")
-    best_of_n: int = option(1, "samples, of which the most frequent answer is given", metavar="N", minimum=1)
-    self_refine: int = option(0, "rounds in which the model checks its own answer", metavar="N", minimum=0)
+    expert: str | None = option(None, "use only this expert", metavar="NAME")
+    best_of_n: int = option(1, "number of samples, of which the most frequent answer is given", metavar="N", minimum=1)
+    self_refine: int = option(0, "number of rounds in which the model checks its own answer", metavar="N", minimum=0)
     batch_size: int = option(16, "prompts of prompts_file in a batch", metavar="N", minimum=1)
     max_tokens: int | None = option(
         None,
@@ -39,9 +39,9 @@ class InferenceOptions:
         minimum=1,
         derived="256, at most half of the base's context",
     )
-    temperature: float = option(0.7, "temperature of the sampling; 0: always the likeliest token", minimum=0.0)
+    temperature: float = option(0.7, "sampling temperature; 0: always the likeliest token", minimum=0.0)
     top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
     stream: bool = option(False, "print tokens as they come")
     show_routing: bool = option(False, "print the experts that each token used")
     bf16: bool = option(True, "compute in bfloat16; false: in fp32")
-    seed: int = option(42, "seed of the sampling", metavar="N", minimum=0)
+    seed: int = option(42, "sampling seed", metavar="N", minimum=0)

@@ -1,4 +1,4 @@
-"""Files of results: refused before the work if they cannot be made, written whole or not at all."""
+"""Files of results: checked before the work starts, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from srde_ds.utils.files import replacement
 
 
 def check_output(path: Path) -> None:
-    """Raise SRDEError if no file can be made at `path`. Folders may be missing: `write_lines` makes them."""
+    """Raise an SRDEError if no file can be made at `path`. Folders may be missing, since `write_lines` makes them."""
     if path.is_dir():
         raise SRDEError(f"output_file={path}: it is a folder. Give a file's name.")
     there = next(parent for parent in path.absolute().parents if parent.exists())
@@ -24,7 +24,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file; a crash leaves the old one or the new one.
 
     Raises:
-        SRDEError: it cannot be written; no part of it is left.
+        SRDEError: it cannot be written; then no part of it is left.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

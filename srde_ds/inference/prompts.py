@@ -22,13 +22,13 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: str | Path, options: ReadOptions | None = None) -> list[Prompt]:
-    """The prompts of a file, of the files in a folder, or of those that a pattern matches.
+    """The prompts of a file, of the files in a folder, or of those that match a pattern.
 
-    They are read like training records, of which what stands before the last answer counts; a file of another ending,
-    such as .txt, holds a prompt in each line. Blank lines are skipped.
+    They are read like training records, without the last answer. A file with another ending, such as .txt, holds a
+    prompt on each line. Blank lines are skipped.
 
     Raises:
-        SRDEError: no such file, no prompt in it, or prompts that are not understood.
+        SRDEError: the file does not exist, holds no prompt, or has prompts that are not understood.
     """
     options = options or ReadOptions()
     bad, prompts = BadRecords(), []
@@ -37,7 +37,7 @@ def read_prompts(path: str | Path, options: ReadOptions | None = None) -> list[P
             prompts.append(Prompt(place, *parse_prompt(fields, place)))
         except SRDEError as error:
             bad.add(error)
-    bad.settle(options.on_bad_record)
+    bad.report(options.on_bad_record)
     if not prompts:
-        raise SRDEError(f"prompts_file='{path}': holds no prompt; give one a line.")
+        raise SRDEError(f"prompts_file='{path}': holds no prompt; give one per line.")
     return prompts

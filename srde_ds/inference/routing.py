@@ -1,4 +1,4 @@
-"""The experts that each token used, recorded while a model reads and writes."""
+"""Records the experts that each token uses while a model reads and writes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from srde_ds.model.policy import RoutingPolicy
 
 
 class RoutingRecord:
-    """The experts of all tokens that a model has read inside `recording`; T is how many these are.
+    """The experts of all T tokens that a model has read inside `recording`.
 
     Args:
-        with_weights: for `weights_TE`, which takes L times the memory.
+        with_weights: also record what `weights_TE` needs, which takes L times the memory.
 
     Attributes:
-        forwards: of each forward `[T, E]`, for each of its tokens the share of each expert in its choices over all
-            layers.
+        forwards: for each forward `[T, E]`, the share of each expert in each token's choices over all layers.
     """
 
     def __init__(self, *, with_weights: bool = True) -> None:
@@ -36,7 +35,7 @@ class RoutingRecord:
         return torch.cat(self.forwards)
 
     def weights_TE(self, layers: Sequence[int] = ()) -> Tensor:
-        """`[T, E]`: each token's weights p_e, as a mean over these layers, by default over all."""
+        """`[T, E]`: each token's weights p_e, averaged over these layers, by default over all."""
         if self._weights is None:
             raise SRDEError("these experts were recorded without their weights: give with_weights=True.")
         weights_TLE = torch.cat(self._weights)
@@ -44,8 +43,8 @@ class RoutingRecord:
 
     @contextmanager
     def recording(self, model: SRDEModel, policy: RoutingPolicy) -> Iterator[RoutingPolicy]:
-        """Give `policy` completed so that forwards of the base which follow it are recorded inside."""
-        columns = len(model.expert_names) + 1  # the first is of -1, "no expert", and is dropped
+        """A context with a completed `policy`; forwards that follow it are recorded."""
+        columns = len(model.expert_names) + 1  # the first counts -1, "no expert", and is dropped
         choices: dict[int, Tensor] = {}
         weights: dict[int, Tensor] = {}
 

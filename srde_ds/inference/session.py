@@ -1,4 +1,4 @@
-"""A conversation with a model, as the terminal and the page hold it."""
+"""A conversation with a model, for the terminal and the page."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AnswerOptions:
     Attributes:
         show_routing: record the experts of each token.
         base_beside: let the bare base answer the same conversation, after the model with experts.
-        experts: names of those that tokens may be routed to; None: the active ones of the model.
-        seed: of the sampling, the same for both answers; None: torch's own state of the random numbers.
+        experts: names of experts that tokens may be routed to; None: the active ones of the model.
+        seed: sampling seed, the same for both answers; None: use torch's current random state.
     """
 
     sampling: Sampling
@@ -41,13 +41,13 @@ class AnswerOptions:
 
 @dataclass
 class Turn:
-    """A question and what came of it.
+    """A question and its answers.
 
     Attributes:
-        experts: those that the question was put to; None: all that are active.
-        base_beside: whether the bare base was asked, too.
-        answer: of the model with experts; None: there is none yet.
-        base: of the bare base; None: there is none yet, or it was not asked.
+        experts: experts allowed for the answer; None: all active ones.
+        base_beside: whether the bare base was also asked.
+        answer: answer of the model with experts; None: there is none yet.
+        base: answer of the bare base; None: there is none yet, or it was not asked.
     """
 
     question: str
@@ -61,10 +61,10 @@ class ChatSession:
     """A conversation.
 
     Args:
-        lock: held while the model answers, by one of all the sessions that share the model.
+        lock: held while the model answers; sessions that share a model share the lock.
 
     Attributes:
-        turns: those that were answered in full, the oldest first.
+        turns: the completely answered turns, oldest first.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class ChatSession:
         self.turns: list[Turn] = []
 
     def ask(self, question: str, options: AnswerOptions) -> Iterator[Turn]:
-        """The turn as it grows: always the same object, after each token of an answer.
+        """Yields the growing turn, always the same object, after each token of an answer.
 
-        It is kept when the iterator has come to its end. A turn that failed, or whose iterator was closed before, is
+        The turn is kept once the iterator is exhausted. A turn that failed, or whose iterator was closed early, is
         forgotten.
 
         Raises:
-            SRDEError: no question, a value out of range, or a conversation that is longer than the base's context.
-            RuntimeError: torch's, above all a lack of memory.
+            SRDEError: there is no question, a value is out of range, or the conversation exceeds the base's context.
+            RuntimeError: from torch, mostly a lack of memory.
         """
         turn = Turn(check_text(question, "question", "chat"), options.experts, options.base_beside)
         messages = [*self.messages(), {"role": "user", "content": turn.question}]
@@ -95,7 +95,7 @@ class ChatSession:
         self.turns.append(turn)
 
     def messages(self) -> list[Message]:
-        """What was said, in the one form of `data.conversation`; of the answers those of the model with experts."""
+        """The conversation in the form of `data.conversation`, with the answers of the model with experts."""
         said: list[Message] = []
         for turn in self.turns:
             said.append({"role": "user", "content": turn.question})
@@ -103,7 +103,7 @@ class ChatSession:
         return said
 
     def export(self) -> str:
-        """The conversation as JSON: a list of one record with `messages`, which all verbs that read data read."""
+        """The conversation as JSON: a list with one record of `messages`, which all verbs that read data accept."""
         return json.dumps([{"messages": self.messages()}], ensure_ascii=False, indent=2) + "\n"
 
     def _generations(
@@ -127,9 +127,9 @@ class ChatSession:
 
 
 def iterated(produce: Callable[[Callable[[Value], None]], None]) -> Iterator[Value]:
-    """What `produce` hands to its argument, as it comes; `produce` runs in a thread of its own.
+    """Yields the values that `produce`, which runs in a thread, passes to its argument.
 
-    When the iterator is closed, `produce` ends at its next value. What `produce` raises is raised here.
+    When the iterator is closed, `produce` ends at its next value. Its exceptions are raised here.
     """
     values: SimpleQueue[Value | Future[None]] = SimpleQueue()
     closed = threading.Event()

@@ -1,1 +1,1 @@
-"""Which processes of a run are still there, what each is doing, and who tells the others when one is lost."""
+"""Keeps track of a run's processes and what each is doing, and tells the others when one is lost."""

@@ -1,12 +1,12 @@
-"""The ranks keep in touch beside torch.distributed, so that a lost one ends the run soon and is named.
+"""Keeps the ranks in touch outside of torch.distributed, so that a lost rank soon ends the run and is named.
 
-Every rank holds a connection to rank 0 and reports over it. A connection that ends, silence, and a rank that is late
-for a collective lead to a verdict, which all ranks print or pass on, and which ends them: torch itself would wait for
-its timeout, in NCCL's case end without a Python exception, and would not name the rank.
+Every rank holds a connection to rank 0 and reports over it. If a connection ends, a rank falls silent, or a rank is
+late for a collective, rank 0 reaches a verdict, which is printed and ends all ranks. Torch itself would wait for its
+timeout, would end without a Python exception under NCCL, and would not name the rank.
 
 The connections are made while the ranks gather, see `meeting.py` and `handshake.py`: each rank proves that it knows the
-run's secret, and once all have come rank 0 closes its port. What comes over a connection is data alone, of bounded
-size, see `messages.py`; an error on a connection ends that one, and the run only if it was a rank's.
+run's secret, and once all have come rank 0 closes its port. Connections carry only data of bounded size, see
+`messages.py`. An error on a connection ends that connection, and the run only if it is a rank's.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _TICK_SECONDS = 0.5
-# Connections that have not proved to be a rank's: how many are kept, and for how long.
+# How many connections are kept that have not yet proved to be a rank's, and for how long.
 _MOST_STRANGERS = 256
 _HANDSHAKE_SECONDS = 30.0
 _LATECOMER_SECONDS = 5.0
 
 
 class Contact:
-    """This rank's side; alone it does nothing.
+    """This rank's side of the contact. A rank without others has nothing to do.
 
     Attributes:
-        on_verdict: called once with the verdict before it ends the process.
-        store: torch's; kept until the process group also holds it.
+        on_verdict: is called once with the verdict before the process ends.
+        store: torch's store, kept until the process group also holds it.
     """
 
     store: TCPStore | None = None
@@ -59,14 +59,14 @@ class Contact:
         self._thread = threading.Thread(target=self._run_safely, name="contact", daemon=True)
 
     def release_others(self) -> None:
-        """On rank 0: let the others go on, which wait for its preparations."""
+        """On rank 0: let the other ranks continue, which wait for its preparations."""
         self.others_may_go.set()
 
     def wait_for_main(self) -> None:
         """On the other ranks: wait until rank 0 has called `release_others`."""
 
     def leave(self, error: str) -> None:
-        """Say goodbye. `error` is empty if all is well; otherwise the others end, too."""
+        """End the contact. If `error` is not empty, the others end as well."""
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -75,13 +75,13 @@ class Contact:
         try:
             self._run()
         except Exception:  # training must not depend on this thread
-            logger.exception("The contact between the ranks has ended; a lost rank trips collective_timeout only.")
+            logger.exception("The contact between the ranks has ended; a lost rank now only trips collective_timeout.")
 
     def _end(self, verdict: Verdict, *, say: bool) -> None:
-        """Act on a verdict: the main thread may be in a collective that never ends, so this thread ends the process."""
+        """Act on a verdict. The main thread may be in a collective that never ends, so this thread ends the process."""
         if self._ending.is_set():
             return
-        with contextlib.suppress(Exception):  # whatever happens there, the process must end
+        with contextlib.suppress(Exception):  # the process must end whatever happens here
             self.on_verdict(verdict)
         if say:
             print(f"srde-ds: error: {one_line(verdict.text)}", file=sys.stderr)
@@ -92,11 +92,11 @@ class Contact:
 
 @dataclass
 class _Visitor:
-    """What rank 0 knows of a connection.
+    """What rank 0 knows about a connection.
 
     Attributes:
-        challenge: what the other side must prove itself on.
-        rank: None until it has.
+        challenge: what the other side has to answer to prove itself.
+        rank: None until it has done so.
     """
 
     challenge: str
@@ -106,12 +106,12 @@ class _Visitor:
 
 
 class Hub(Contact):
-    """Rank 0: hears all ranks and judges.
+    """Rank 0's side, which hears all ranks and judges.
 
     Args:
-        secret: of the run, see `handshake.py`.
-        address: to listen at; "": at all addresses of this host.
-        all_have_come: called when the last rank has come, or when this ends before.
+        secret: the run's secret, see `handshake.py`.
+        address: address to listen at; "": all addresses of this host.
+        all_have_come: is called when the last rank has come, or if the contact ends earlier.
     """
 
     def __init__(
@@ -141,10 +141,10 @@ class Hub(Contact):
         self._thread.start()
 
     def leave(self, error: str) -> None:
-        """See `Contact`: tell all ranks goodbye, and why if the run failed."""
+        """See `Contact`. Tells all ranks, with the reason if the run failed."""
         deadline = time.monotonic() + _LATECOMER_SECONDS
         while error and len(self._peers) < self.world_size and time.monotonic() < deadline:
-            time.sleep(_TICK_SECONDS)  # a rank that came later would find nobody, and could say only that
+            time.sleep(_TICK_SECONDS)  # a rank that comes later would find nobody, and could only report that
         self._ending.set()
         self._thread.join(5 * _TICK_SECONDS)
         for connection in self._ranks():
@@ -198,7 +198,7 @@ class Hub(Contact):
             self._drop(strangers[0])  # the oldest: a rank proves itself within milliseconds
         try:
             connection, _ = self._listener.accept()
-        except OSError as error:  # it is gone already, or this process has no descriptor left for it
+        except OSError as error:  # it is already gone, or this process has no descriptor left
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 if strangers:
                     self._drop(strangers[0])
@@ -221,11 +221,11 @@ class Hub(Contact):
                     self._admit(connection, visitor, message)
                 else:
                     self._take(connection, visitor.rank, message)
-        except (OSError, ValueError, KeyError, TypeError):  # it ended, or is none of ours
+        except (OSError, ValueError, KeyError, TypeError):  # it ended, or is not ours
             self._drop(connection)
 
     def _admit(self, connection: socket.socket, visitor: _Visitor, message: dict[str, Any]) -> None:
-        """Let a rank in that proves itself; ValueError for anyone else."""
+        """Admit a rank that proves itself; ValueError for anyone else."""
         rank, asked = message["rank"], message["challenge"]
         if type(rank) is not int or not 0 < rank < self.world_size or not isinstance(asked, str):
             raise ValueError("no rank of this run")
@@ -233,7 +233,7 @@ class Hub(Contact):
             raise ValueError("of another run")
         if rank in self._came:
             send(
-                connection, {"refused": f"rank {rank} is there already: another run with the same folder uses the port"}
+                connection, {"refused": f"rank {rank} is already there: another run with the same folder uses the port"}
             )
             raise ValueError("came twice")
         visitor.rank = rank
@@ -260,7 +260,7 @@ class Hub(Contact):
         rank = self._visitors.pop(connection).rank
         if rank is None:
             return
-        if rank not in self._peers:  # it came and ended before it had reported
+        if rank not in self._peers:  # it ended before its first report
             self._came.discard(rank)
             return
         peer = self._peers[rank]
@@ -273,10 +273,10 @@ class Hub(Contact):
 
 
 class Link(Contact):
-    """Any other rank: reports to rank 0, and notices when that is gone."""
+    """The side of any other rank, which reports to rank 0 and notices when rank 0 is gone."""
 
     def __init__(self, rank: int, connection: socket.socket, secret: str, timeout: float) -> None:
-        """Introduce this rank; errors as in `handshake.introduce`."""
+        """Introduce this rank; raises the errors of `handshake.introduce`."""
         super().__init__()
         self.silent = min(SILENT_SECONDS, timeout)
         self._reporter = Reporter(rank)
@@ -292,7 +292,7 @@ class Link(Contact):
         self.others_may_go.wait()
 
     def leave(self, error: str) -> None:
-        """See `Contact`: tell rank 0 goodbye, and why if this rank failed."""
+        """See `Contact`. Tells rank 0, with the reason if this rank failed."""
         self._ending.set()
         with contextlib.suppress(OSError):
             self._send(bye=error)
@@ -320,12 +320,12 @@ class Link(Contact):
                 self._end(self._about_main("ended without a word: killed, or crashed"), say=True)
                 return
             if time.monotonic() - heard > self.silent:
-                text = f"gives no sign of life for {self.silent:.0f} s: its host or the network is down"
+                text = f"has given no sign of life for {self.silent:.0f} s: its host or the network is down"
                 self._end(self._about_main(text), say=True)
 
     def _take(self, message: dict[str, Any]) -> None:
         if "verdict" in message:
-            self._end(Verdict(**message["verdict"]), say=False)  # rank 0 says it
+            self._end(Verdict(**message["verdict"]), say=False)  # rank 0 prints it
             return
         error, go = message.pop("bye", None), message.pop("go", False)
         self._main = Report(**message)
@@ -339,5 +339,5 @@ class Link(Contact):
 
     def _about_main(self, what: str) -> Verdict:
         if self._main is None:
-            return Verdict(0, f"rank 0 {what}, before it had reported.")
+            return Verdict(0, f"rank 0 {what}, before its first report.")
         return Verdict(0, f"{self._main.name} {what}. It was at {self._main.doing}.")

@@ -1,11 +1,12 @@
-"""How the ranks of one run recognise each other before they keep in touch.
+"""How the ranks of a run recognise each other.
 
-No launcher hands a secret to all ranks, and torch's store, through which they find each other, is open to everyone on
-the network. What only they share is the storage that the checkpoints need. So rank 0 writes a secret into a file there
-that no other user can read, beside the output folder, and removes it as soon as all ranks have come. It never travels:
-both sides prove by HMAC that they have it. This works alike under deepspeed, torchrun, srun, mpirun and by hand.
+No launcher gives all ranks a secret, and torch's store, through which they find each other, is open to everyone on the
+network. Only the storage for checkpoints is shared by the ranks alone. So rank 0 writes a secret into a file there,
+beside the output folder, that no other user can read, and removes it as soon as all ranks have come. The secret is
+never sent: both sides prove by HMAC that they know it. This works the same under deepspeed, torchrun, srun, mpirun and
+by hand.
 
-Runs are told apart by `run_id`, which a rank compares with that in the store before it answers to anything.
+Runs differ in their `run_id`, which a rank compares with that in the store before it answers anything.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _SECRET_BYTES = 32
 
 
 def run_id(output_dir: str, world_size: int) -> str:
-    """The same on all ranks of a run; another one for a run into another folder or of another size.
+    """The same on all ranks of a run, but different for a run with another folder or size.
 
-    Nothing from the environment: no variable reaches all ranks under every launcher.
+    It uses nothing from the environment, since no variable reaches all ranks under every launcher.
     """
     return hashlib.sha256(json.dumps([output_dir, world_size]).encode()).hexdigest()[:16]
 
@@ -43,7 +44,7 @@ class SecretFile:
         self._written: Path | None = None
 
     def create(self) -> str:
-        """Make a secret and write it, on rank 0; a file that a killed run left is replaced.
+        """On rank 0, make a secret and write it. A file left by a killed run is replaced.
 
         Raises:
             SRDEError: the folder cannot be written.
@@ -63,26 +64,26 @@ class SecretFile:
         return secret
 
     def read(self) -> str | None:
-        """What rank 0 wrote, on another rank; None if it is not there."""
+        """On another rank, read what rank 0 wrote; None if it is not there."""
         for path in self._places:
             with suppress(OSError), open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
                 return file.read(2 * _SECRET_BYTES)
         return None
 
     def remove(self) -> None:
-        """On rank 0, as soon as it is not needed any more."""
+        """On rank 0, remove the file as soon as it is no longer needed."""
         if self._written is not None:
             with suppress(OSError):
                 self._written.unlink()
 
 
 def challenge() -> str:
-    """What the other side must prove itself on; used once."""
+    """A challenge that the other side must answer to prove itself; used only once."""
     return secrets.token_hex(16)
 
 
 def proof(secret: str, asked: str, rank: int, side: str) -> str:
-    """What shows that `side` ("hub" or "rank"), which speaks with or for `rank`, knows the secret."""
+    """The proof that `side` ("hub" or "rank"), which speaks to or for `rank`, knows the secret."""
     return hmac.new(secret.encode(), f"{side} {rank} {asked}".encode(), hashlib.sha256).hexdigest()
 
 
@@ -92,11 +93,11 @@ def proves(given: Any, secret: str, asked: str, rank: int, side: str) -> bool:
 
 
 def introduce(connection: socket.socket, secret: str, rank: int) -> Lines:
-    """Prove to rank 0 who we are, and have it prove that it is rank 0. What it says later comes through the result.
+    """Prove this rank to rank 0, and have it prove itself. Its later messages come through the result.
 
     Raises:
-        LostContact: it turned us away, or is not rank 0 of this run.
-        OSError: the connection ended, or nothing came in time.
+        LostContact: it has refused this rank, or is not rank 0 of this run.
+        OSError: the connection has ended, or nothing has come in time.
     """
     lines, own = Lines(), challenge()
     try:
@@ -108,5 +109,5 @@ def introduce(connection: socket.socket, secret: str, rank: int) -> Lines:
     if "refused" in answer:
         raise LostContact(str(answer["refused"]))
     if not proves(answer.get("proof"), secret, own, rank, "hub"):
-        raise LostContact("what answers there is not rank 0 of this run")
+        raise LostContact("the program that answers there is not rank 0 of this run")
     return lines

@@ -1,4 +1,4 @@
-"""`heartbeat.json` in the run's folder: how far a run has come, for `srde-ds monitor` and the supervisor."""
+"""`heartbeat.json` in the run's folder tells `srde-ds monitor` and the supervisor how far a run has come."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from srde_ds.utils.files import write_text
 logger = logging.getLogger(__name__)
 
 FILE = "heartbeat.json"
-# A run with short steps does not write a file a step to storage that all hosts share.
+# A run with short steps must not write to shared storage at every step.
 SHORTEST_SECONDS = 1.0
-# Other ranks let rank 0 speak first.
+# Other ranks let rank 0 write first.
 RANK_0_SECONDS = 2.0
 State = Literal["running", "stopped", "failed", "finished"]
 
 
 class Heartbeat:
-    """Writes the file: rank 0 after steps, and any rank to say why the run ended.
+    """Writes the file: rank 0 after steps, and any rank to report why the run ended.
 
-    `completed.json` alone says that a run finished; a heartbeat in state "finished" comes just before it.
-    A file that cannot be written is a warning: training goes on.
+    Only `completed.json` says that a run has finished; a heartbeat in state "finished" comes just before it. If the
+    file cannot be written, there is only a warning, and training continues.
 
     Args:
-        enabled: True on rank 0; other ranks write `failed` only.
+        enabled: True on rank 0; other ranks only write `failed`.
     """
 
     def __init__(self, output_dir: str | Path, max_steps: int, *, world_size: int, enabled: bool) -> None:
@@ -53,13 +53,13 @@ class Heartbeat:
         self._seconds: deque[float] = deque(maxlen=20)
 
     def start(self, step: int) -> None:
-        """The run's folder is there, and `step` steps are done."""
+        """The run's folder exists, and `step` steps are done."""
         self._started = True
         self._content["step"] = step
         self._write("running")
 
     def update(self, line: Mapping[str, Any]) -> None:
-        """A step has ended; `line` is its line of metrics."""
+        """A step has finished; `line` is its line of metrics."""
         now = time.monotonic()
         if self._step_ended is not None:
             self._seconds.append(now - self._step_ended)
@@ -70,19 +70,19 @@ class Heartbeat:
             self._write("running")
 
     def stopped(self, reason: str) -> None:
-        """The run stops before its end, because it was asked to."""
+        """The run stops early, because it was asked to."""
         self._write("stopped", reason=reason)
 
     def finished(self) -> None:
-        """The run has come to its end."""
+        """The run is complete."""
         self._write("finished")
 
     def failed(self, reason: str, rank: int, *, bad_input: bool = False) -> None:
-        """The run ends with an error; any rank may say so. Before `start` nothing is written: a refused run leaves the
-        folder, which may be another run's, as it was.
+        """The run ends with an error; any rank may report this. Before `start` nothing is written, so that a refused
+        run does not touch the folder, which may belong to another run.
 
         Args:
-            bad_input: another start would fail in the same way.
+            bad_input: whether another start would fail in the same way.
         """
         if not self._started:
             return
@@ -91,7 +91,7 @@ class Heartbeat:
             time.sleep(RANK_0_SECONDS)
             with suppress(OSError, ValueError):
                 before = json.loads(self.path.read_text())
-            # Rank 0 has reported the failure, and knows more.
+            # Rank 0 has already reported the failure, and knows more.
             if before.get("state") == "failed" and before["time"] > self._content["started"]:
                 return
         self.enabled = True
@@ -106,4 +106,4 @@ class Heartbeat:
         try:
             write_text(self.path, json.dumps(content, indent=1) + "\n", many_writers=True)
         except OSError as error:
-            logger.warning("%s: %s; it shows an earlier state.", FILE, error.strerror)
+            logger.warning("%s: %s; the file shows an earlier state.", FILE, error.strerror)

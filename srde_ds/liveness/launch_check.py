@@ -1,4 +1,4 @@
-"""Compares the processes that a launcher started with those that it was asked for."""
+"""Compares the number of processes that a launcher started with the number that it was asked for."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 
 from srde_ds.errors import SRDEError
 
-# Options of deepspeed 0.19.8 that take a part of the hosts or GPUs, so that fewer processes are right.
+# Options of deepspeed 0.19.8 that select some of the hosts or GPUs, so that fewer processes are right.
 _PARTS = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
 
 
 def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
-    """Refuse what deepspeed lets pass: without the hostfile that it was given it trains on this host alone.
+    """Refuse what deepspeed lets pass: if its hostfile does not exist, it trains on this host alone.
 
     Args:
-        words: deepspeed's arguments, training's script and arguments included.
-        folder: in which deepspeed was started.
-        processes: that it started.
+        words: deepspeed's arguments, including the training script and its arguments.
+        folder: the folder in which deepspeed was started.
+        processes: number of processes that it started.
 
     Raises:
-        SRDEError: names the hostfile or the number that does not fit.
+        SRDEError: the numbers differ; the message names the hostfile or the number.
     """
     given = _options(words)
     hostfile = given.get("--hostfile", given.get("-H"))
@@ -32,17 +32,17 @@ def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
     if hostfile is None and given.get("--num_gpus", "").isdecimal() and int(given["--num_gpus"]) > 0:
         nodes = int(given["--num_nodes"]) if given.get("--num_nodes", "").isdecimal() else 1
         if nodes == 1 and int(given["--num_gpus"]) != processes:
-            raise SRDEError(f"num_gpus={given['--num_gpus']}: deepspeed has started {processes} processes.")
+            raise SRDEError(f"num_gpus={given['--num_gpus']}, but deepspeed has started {processes} processes.")
     if hostfile is not None and not any(name in given for name in _PARTS):
         asked = _slots((folder / hostfile).read_text(encoding="utf-8", errors="replace"))
         if asked != processes:
             raise SRDEError(
-                f"hostfile={hostfile}: lists {asked} processes, deepspeed has started {processes}. Was it changed?"
+                f"hostfile={hostfile}: lists {asked} processes, but deepspeed has started {processes}. Was it changed?"
             )
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    """Those in front of the script."""
+    """The options before the script."""
     found = {}
     for index, word in enumerate(words):
         name, has_value, value = word.partition("=")

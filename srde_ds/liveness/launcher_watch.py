@@ -1,6 +1,7 @@
-"""Ends a process of a run together with its launcher: nobody else would end it, and its GPU would stay occupied.
+"""Ends a process of a run when its launcher ends: nobody else would, and its GPU would stay occupied.
 
-Seen with deepspeed 0.19.8: after SIGKILL of the launcher of a host its ranks train on, and the runner waits for ever.
+Seen with deepspeed 0.19.8: after SIGKILL of a host's launcher its ranks continue to train, and the runner waits
+forever.
 """
 
 from __future__ import annotations
@@ -14,30 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_SECONDS = 1.0
-# Time for a checkpoint; after it the process is killed.
+# Time for a checkpoint; after that the process is killed.
 SAVE_SECONDS = 75.0
 
-# In the command line of a process that starts ranks and waits for them.
+# Found in the command line of a process that starts ranks and waits for them.
 _LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed", "mpirun", "mpiexec", "prterun", "orted", "prted", "srde-ds")
 _SHELLS = ("sh", "bash", "dash")
 
 
 @dataclass(frozen=True)
 class Launcher:
-    """A process by its number and start time, since numbers are used again."""
+    """A process, identified by its id and start time, since ids are reused."""
 
     pid: int
     started: str
     command: str
 
     def lives(self) -> bool:
-        """Whether the process is still there."""
+        """Whether the process is still running."""
         return _read(self.pid) == self
 
     @property
     def is_launcher(self) -> bool:
         """Whether it starts ranks and waits for them."""
-        # sshd without a terminal: the other end of pdsh or ssh; one with a terminal may go before the run ends.
+        # An sshd without a terminal is the other end of pdsh or ssh; one with a terminal may end before the run does.
         remote = "sshd" in self.command and "@notty" in self.command
         return remote or (not self.is_shell and any(name in self.command for name in _LAUNCHERS))
 
@@ -48,7 +49,7 @@ class Launcher:
 
 
 def launchers() -> list[Launcher]:
-    """The launchers among the parents of this process, nearest first; shells between them are passed over."""
+    """The launchers among the parents of this process, nearest first. Shells between them are skipped."""
     found, pid = [], os.getppid()
     while pid > 1:
         process = _read(pid)
@@ -61,7 +62,7 @@ def launchers() -> list[Launcher]:
 
 
 def launched_by_deepspeed() -> tuple[list[str], Path] | None:
-    """The words of deepspeed's command above this process, and its folder; None if another launcher or host began."""
+    """The deepspeed command that started this process, and its folder; None for another launcher or host."""
     pid = os.getppid()
     while pid > 1:
         try:
@@ -77,12 +78,12 @@ def launched_by_deepspeed() -> tuple[list[str], Path] | None:
 
 
 class LauncherWatch:
-    """Watches the launchers in a thread: once one is gone, this process gets SIGTERM, and SIGKILL if it does not end.
+    """Watches the launchers in a thread. Once one is gone, this process gets SIGTERM, and SIGKILL if it does not end.
 
-    SIGTERM lets the run save and stop on all ranks, where that is possible.
+    SIGTERM lets the run save and stop on all ranks if possible.
 
     Attributes:
-        gone: a sentence about the launcher that ended first; None while all live.
+        gone: a sentence about the launcher that ended first; None while all are running.
     """
 
     def __init__(self) -> None:
@@ -105,7 +106,7 @@ class LauncherWatch:
 
 
 def start_time(pid: int) -> str | None:
-    """When a process started, in ticks since the machine did; None if there is no such process (any more)."""
+    """When a process started, in ticks since boot; None if there is no such process."""
     process = _read(pid)
     return None if process is None else process.started
 

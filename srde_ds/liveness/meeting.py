@@ -1,7 +1,7 @@
-"""The launched processes gather before torch's group exists, and are in touch from then on.
+"""Gathers the launched processes before torch's group exists; from then on they are in touch.
 
-Rank 0 makes torch's store, or finds that of torchrun's agent, and puts its port and the run's id there. Whoever starts
-another run on the same port finds it taken, or another id: it fails at once, and the first run does not notice.
+Rank 0 makes torch's store, or finds that of torchrun's agent, and puts its port and the run's id there. Another run on
+the same port finds the port taken, or another id. It then fails at once, without disturbing the first run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from srde_ds.liveness.contact import Contact, Hub, Link
 from srde_ds.liveness.handshake import SecretFile, run_id
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
-# A rank whose collective failed because another one is lost waits so long for the verdict that names it.
+# How long a rank whose collective failed waits for the verdict that names the lost rank.
 VERDICT_SECONDS = 15.0
 _OTHER_PORT = "Another run may use it: give this one another port (--master_port of deepspeed and torchrun)."
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
-# All ranks of a process count their runs alike; tests have many in one process.
+# Every rank counts its runs in the same way; tests have many runs in one process.
 _runs = itertools.count()
 
 
@@ -41,11 +41,11 @@ def contact(output_dir: str, timeout: float, start_timeout: float) -> Iterator[C
     Args:
         output_dir: the run's folder, on storage that all ranks see.
         timeout: seconds that ranks wait for others in a collective.
-        start_timeout: seconds that they wait for others to come. Long work at the start belongs into the block.
+        start_timeout: seconds that they wait for others to start. Do long work inside of the block.
 
     Raises:
         LostContact: rank 0 did not answer in time, or the port belongs to another run.
-        SRDEError: rank 0 cannot write where `output_dir` is to be.
+        SRDEError: rank 0 cannot write beside `output_dir`.
     """
     rank, world_size = launched_rank(), launched_world_size()
     ours = Contact() if world_size == 1 else _meet(rank, world_size, output_dir, timeout, start_timeout)
@@ -58,7 +58,7 @@ def contact(output_dir: str, timeout: float, start_timeout: float) -> Iterator[C
     except BaseException as failure:
         error = f"{type(failure).__name__}: {failure}".splitlines()[0]
         if _another_rank_is_lost(failure):
-            time.sleep(0 if world_size == 1 else VERDICT_SECONDS)  # the verdict ends this process
+            time.sleep(0 if world_size == 1 else VERDICT_SECONDS)  # a verdict will end this process
         raise
     finally:
         ours.leave(error)
@@ -67,7 +67,7 @@ def contact(output_dir: str, timeout: float, start_timeout: float) -> Iterator[C
 def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_timeout: float) -> Contact:
     """Rank 0 opens its port and publishes it in the store that torch's own group will use."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # torchrun's agent holds the store itself; and after a restart the store is still the old one.
+    # torchrun's agent holds the store itself, and after a restart it is still the old store.
     by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     key = f"srde_ds/contact/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
     is_master = rank == 0 and not by_agent
@@ -106,7 +106,7 @@ def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_tim
         if is_master:
             raise LostContact(f"port {port} cannot be opened ({reason}). {_OTHER_PORT}") from None
         raise LostContact(
-            f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Did it start, can "
+            f"rank 0 did not answer at {address}:{port} within {start_timeout:.0f} s ({reason}). Has it started, can "
             "this host reach it, and is the port free?"
         ) from None
 
@@ -121,7 +121,7 @@ def _open_hub(world_size: int, timeout: float, start_timeout: float, file: Secre
 
 
 def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
-    """What rank 0 has written; network storage may show it a little later."""
+    """The secret that rank 0 has written; network storage may show it with some delay."""
     deadline = time.monotonic() + seconds
     while (secret := file.read()) is None:
         if time.monotonic() > deadline:
@@ -134,11 +134,11 @@ def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
 
 
 def listening_address(master: str) -> str:
-    """The address of this host at which the other ranks reach rank 0, on the interface that the group uses.
+    """The address of this host at which other ranks reach rank 0, on the interface that the group uses.
 
-    It is that of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else the one that MASTER_ADDR
-    means. "" means all addresses: needed where MASTER_ADDR is not an address of this host (behind network address
-    translation), and where a name means the loopback on this host alone, as in Debian's /etc/hosts.
+    It is that of the interface which GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names, else that of MASTER_ADDR. ""
+    means all addresses, which are needed if MASTER_ADDR is not an address of this host (behind network address
+    translation), or if the name means the loopback only on this host, as in Debian's /etc/hosts.
     """
     interfaces = {name for _, name in socket.if_nameindex()}
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
@@ -157,17 +157,17 @@ def listening_address(master: str) -> str:
 
 
 def _address_of(interface: str) -> str:
-    """Its IPv4 address, from the kernel."""
+    """The IPv4 address of an interface, from the kernel."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         request = struct.pack("256s", interface.encode())
         return socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
 
 
 def _wait_for_port(address: str, port: int, seconds: float) -> None:
-    """Wait until something listens there. Torch's store would wait, too, but up to three times as long as it is told.
+    """Wait until something listens on the port. Torch's store would wait up to three times as long as it is told.
 
     Raises:
-        OSError: nothing did.
+        OSError: nothing has answered in time.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -181,5 +181,5 @@ def _wait_for_port(address: str, port: int, seconds: float) -> None:
 
 
 def _another_rank_is_lost(error: BaseException) -> bool:
-    """gloo raises a plain RuntimeError."""
+    """Whether an error means that another rank is lost; gloo raises a plain RuntimeError."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -1,4 +1,4 @@
-"""JSON objects on a socket, one a line, of bounded size and nesting."""
+"""JSON objects on a socket, one per line, of bounded size and nesting."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-LONGEST_MESSAGE = 1 << 14  # bytes; a report takes some 300
-_LONGEST_TEXT = 1000  # characters of an error or of a verdict that are passed on
+LONGEST_MESSAGE = 1 << 14  # bytes; a report takes about 300
+_LONGEST_TEXT = 1000  # most characters of an error or a verdict that are passed on
 
 
 class Lines:
-    """Cuts what a connection brings into messages.
+    """Splits what a connection brings into messages.
 
-    Its methods raise OSError when the connection has ended (ConnectionError) or nothing has come in time
-    (TimeoutError), and ValueError for what is no message: not JSON, too long, or nested too deeply.
+    Its methods raise an OSError if the connection has ended (ConnectionError) or nothing has come in time
+    (TimeoutError), and a ValueError for what is not a message: not JSON, too long, or nested too deeply.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Lines:
         return self._messages.popleft()
 
     def read(self, connection: socket.socket) -> Iterator[dict[str, Any]]:
-        """The messages that have come; waits for something to come if there are none yet."""
+        """The messages that have come; waits if there are none yet."""
         if not self._messages:
             self._receive(connection)
         while self._messages:
@@ -62,6 +62,6 @@ def _message(line: bytes) -> dict[str, Any]:
 
 
 def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
-    """Send one message; its texts are cut so that the other side takes it."""
+    """Send a message. Its texts are cut to the size that the other side accepts."""
     short = {key: value[:_LONGEST_TEXT] if isinstance(value, str) else value for key, value in message.items()}
     connection.sendall(json.dumps(short).encode() + b"\n")

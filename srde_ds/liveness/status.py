@@ -1,4 +1,4 @@
-"""What this process is doing, for the messages that name a rank that failed or did not arrive."""
+"""What this process is doing, for messages that name a rank that has failed or did not arrive."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Report:
         activity: such as "forward of micro-step 3", for `activity_seconds`.
         place: source line of the main thread.
         collectives: number of collectives begun; equal on ranks that wait in the same one.
-        idle_seconds: since the last one began.
+        idle_seconds: seconds since the last one began.
     """
 
     rank: int
@@ -55,14 +55,14 @@ class _Current:
 
 
 def doing(activity: str, step: int | None = None) -> None:
-    """Note what this process does from now on; without `step` that stays the same."""
+    """Note what this process does from now on. Without `step`, the step stays the same."""
     _Current.activity, _Current.since = activity, time.monotonic()
     if step is not None:
         _Current.step = step
 
 
 class Reporter:
-    """Makes this rank's reports. Ask it regularly: it measures progress from one report to the next."""
+    """Makes this rank's reports. Call it regularly, since it measures progress from one report to the next."""
 
     def __init__(self, rank: int) -> None:
         self.rank, self.host, self.pid = rank, socket.gethostname(), os.getpid()
@@ -87,10 +87,9 @@ class Reporter:
 
 
 def collectives_begun() -> int:
-    """Collectives that this process has called, summed over its groups.
+    """Number of collectives that this process has called, over all groups.
 
-    torch counts them in each group, for gloo and NCCL, to compare ranks in its own debug mode; there is no public
-    way to read the numbers.
+    torch counts them in each group, for gloo and NCCL, for its debug mode. There is no public way to read the numbers.
     """
     if not dist.is_initialized():
         return 0

@@ -1,4 +1,4 @@
-"""Decides from the ranks' last reports which one is at fault when a run cannot go on."""
+"""Decides from the ranks' last reports which rank is at fault when a run cannot continue."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from srde_ds.liveness.status import Report
 
 SILENT_SECONDS = 60.0  # or `timeout`, if that is shorter
-# Between a rank's error and the end of the others: if all of them raise, each reports its own error.
+# Time between a rank's error and the end of the others: if all of them raise, each reports its own error.
 GRACE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Peer:
-    """What is known of a rank.
+    """What is known about a rank.
 
     Attributes:
         heard: seconds since its last report.
         connected: False once its connection has ended.
-        error: None while it works, "" after it ended in good order, else what it raised.
+        error: None while it works, "" after a regular end, else its error.
     """
 
     report: Report
@@ -30,7 +30,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The rank that is named and the sentence that says why."""
+    """The rank at fault, and a sentence that says why."""
 
     rank: int
     text: str
@@ -39,13 +39,13 @@ class Verdict:
 def judge(
     peers: Mapping[int, Peer], world_size: int, *, waited: float, timeout: float, start_timeout: float
 ) -> Verdict | None:
-    """Why the run must end now; None if it may go on.
+    """Why the run must end now; None if it may continue.
 
     Args:
-        peers: of the ranks that have come; those that ended in good order are blamed for nothing.
+        peers: the ranks that have come. Those that ended regularly are never blamed.
         waited: seconds since this run's ranks began to gather.
         timeout: seconds that ranks wait for others in a collective.
-        start_timeout: seconds that they wait for others to come.
+        start_timeout: seconds that they wait for others to start.
     """
     missing = [rank for rank in range(world_size) if rank not in peers]
     if missing and waited > start_timeout:
@@ -69,7 +69,7 @@ def judge(
 
 
 def _late(at_work: Mapping[int, Peer], timeout: float) -> Verdict | None:
-    """Ranks that did not come to a collective in which others wait."""
+    """A verdict on ranks that did not come to a collective in which others wait."""
     most = max((peer.report.collectives for peer in at_work.values()), default=0)
     late = {rank: peer for rank, peer in at_work.items() if peer.report.collectives < most}
     waited = max(

@@ -4,7 +4,7 @@
     deltas.py       the values of the deltas           supports/     which weights they belong to
     layer.py        the equation                       dispatch.py   the experts' arithmetic in training
     prepared.py     the same in decoding               reference.py  the same in float64, for the tests
-    policy.py       what a forward is told             adapter.py    a base with experts: attach, run, save, load
+    policy.py       settings of one forward            adapter.py    a base with experts: attach, run, save, load
 
 Names of tensors end in their shape: `x_TD` is `[T, D]`, `weights_TE` is `[T, E]`. The letters, in all of `srde_ds`:
 
@@ -15,7 +15,7 @@ Names of tensors end in their shape: `x_TD` is `[T, D]`, `weights_TE` is `[T, E]
     K   experts that a token uses (top_k)   m   neurons in a support
     P   processes that share the experts    n   single weights in a support
 
-A 1 stands for an axis of length one, a number such as the 3 of `[D, E, 3, m]` for gate, up and down. Where supports and
-masks are at hand, S is the number of supports of a layer: 1 if the experts share one, else E. `supports/learned.py`
-has B blocks of candidates, and `prepared.py` X experts: all of them, or one token's K.
+A 1 stands for an axis of length one, and a number such as the 3 of `[D, E, 3, m]` for gate, up and down. In code about
+supports and masks, S is the number of a layer's supports: 1 if the experts share one, else E. `supports/learned.py` has
+B blocks of candidates, and `prepared.py` X experts: all of them, or one token's K.
 """

@@ -49,13 +49,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class SRDEOutput(ModelOutput):
-    """What a forward gives.
+    """The result of a forward.
 
     Attributes:
-        loss_sum, label_count: with labels: cross entropy in nats summed over them, each by its weight if they have one
-            (fp32 scalar), and how many there are
+        loss_sum, label_count: with labels, their weighted sum of cross entropy in nats (fp32 scalar) and their number
             (int64 scalar).
-        logits, past_key_values: without labels: the base's.
+            logits, past_key_values: without labels, those of the base.
     """
 
     loss_sum: Tensor | None = None
@@ -70,10 +69,10 @@ class SRDEModel(nn.Module):
     Attributes:
         base: the transformers model with the experts in it. Hand this to whatever expects a model of transformers,
             such as `transformers.pipeline`.
-        routing: tells the layers the policy of the forward that they are part of, see `policy.py`.
+        routing: gives the layers the policy of the current forward, see `policy.py`.
         base_identity: `base.base_identity` of the base before the experts were added.
-        has_plain_head: the loss is computed without logits, see `head.py`.
-        origins: how the weights came to be, and what they know about their domains.
+        has_plain_head: whether the loss is computed without logits, see `head.py`.
+        origins: how the weights were made, and their statistics of the domains.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
 
     Examples:
@@ -118,13 +117,13 @@ class SRDEModel(nn.Module):
         Args:
             base: its id or folder, or a fresh model, which may be quantised; None: the one named in the weights.
             adapter: a weights file, a folder of `save_pretrained` or of a finished run, or a repository of the Hub.
-            dtype: of the experts, and of the base if it is loaded here.
-            attn_implementation: of the base if it is loaded here, as transformers names them.
+            dtype: dtype of the experts, and of the base if it is loaded here.
+            attn_implementation: transformers' name of the attention, for a base that is loaded here.
             revision: branch, tag or commit of the repository.
-            allow_download: without `base`: the one named in the weights may be fetched from the Hub.
+            allow_download: without `base`, whether the one named in the weights may be downloaded from the Hub.
 
         Raises:
-            SRDEError: as `load_adapter`.
+            SRDEError: see `load_adapter`.
         """
         return load_adapter(
             adapter,
@@ -137,7 +136,7 @@ class SRDEModel(nn.Module):
 
     @property
     def layers(self) -> list[SRDEFeedForward]:
-        """In the order in which tokens pass them."""
+        """The blocks with experts, first layer first."""
         return sorted((m for m in self.base.modules() if isinstance(m, SRDEFeedForward)), key=lambda m: m.layer)
 
     def forward(
@@ -157,18 +156,18 @@ class SRDEModel(nn.Module):
         Args:
             input_ids: `[B, S]`.
             position_ids: `[B, S]`; restarting positions separate documents when attention_mask is None.
-            labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1. On the CPU, or as
-                `Targets`, they cost a GPU no wait.
-            label_weights: `[B, S]`, how much each label counts in the sum of the loss; default: each 1. `Targets` bring
-                theirs.
+            labels: `[B, S]`, -100 where there is no label; label s is predicted from position s - 1. A GPU need not
+                wait for labels on the CPU or given as `Targets`.
+            label_weights: `[B, S]`, how much each label counts in the sum of the loss; default: 1. `Targets` have their
+                own.
             token_mask: `[B, S]` bool, True for real tokens; default: the policy's, else the last S columns of
                 attention_mask, else all.
             policy: how this forward routes its tokens and what it records; default: all experts, or those of
                 `set_active_experts` (inside `routing.running`, the policy given there).
-            kwargs: for the base's forward.
+            kwargs: further arguments of the base's forward.
 
         Raises:
-            SRDEError: every expert is locked, or the base recomputes activations in its own way (see
+            SRDEError: every expert is locked, or the base recomputes activations without the policy (use
                 `enable_gradient_checkpointing`).
         """
         policy = self.routing.policy if policy is None else policy
@@ -184,7 +183,7 @@ class SRDEModel(nn.Module):
             return self._forward(inputs, None if targets is None else targets.to(input_ids.device))
 
     def _forward(self, inputs: dict[str, Any], targets: Targets | None) -> SRDEOutput:
-        # A cache switches off the separation of packed documents.
+        # With a cache, packed documents would not be kept apart.
         inputs.setdefault("use_cache", False)
         if targets is None:
             output = self.base(**inputs)
@@ -196,7 +195,7 @@ class SRDEModel(nn.Module):
         """The base's `generate`, with experts.
 
         Args:
-            policy: of all its forwards; default: the one in force.
+            policy: the policy of all its forwards; default: the current one.
         """
         with self.routing.running(self.routing.policy if policy is None else policy):
             return cast("Any", self.base).generate(*args, **kwargs)
@@ -205,12 +204,12 @@ class SRDEModel(nn.Module):
         """Recompute each decoder layer's activations in the backward (in train mode), under the forward's policy."""
         enable_checkpointing(self.base, use_reentrant=use_reentrant)
         keep_policy_when_recomputing(self.base, self.routing)
-        if use_reentrant:  # it needs an input with a gradient, and the embedding is frozen
+        if use_reentrant:  # needs an input with a gradient, but the embedding is frozen
             self.base.enable_input_require_grads()
 
     @contextmanager
     def no_experts(self) -> Iterator[None]:
-        """Inside this context the output is the bare base's, bit for bit."""
+        """A context in which the output is that of the bare base, bit for bit."""
         before = self.routing.standing.active
         self.routing.standing = replace(self.routing.standing, active=False)
         try:
@@ -254,7 +253,7 @@ class SRDEModel(nn.Module):
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.
 
-        It computes what this model computes when all tokens go to that expert. This model cannot be used afterwards.
+        The result computes what this model does if all tokens go to that expert. This model cannot be used afterwards.
 
         Args:
             expert: its name; may be left out if there is only one.
@@ -294,22 +293,22 @@ class SRDEModel(nn.Module):
         return push_adapter(repo, self.adapter_tensors(), self.metadata(), run=run, private=private)
 
     def trainable_parameters(self) -> Iterator[tuple[str, Trainable]]:
-        """Name (`layers.{i}.deltas.free`, ...), the same on every base, and parameter; layer by layer."""
+        """Layer by layer, each parameter with its name (such as `layers.{i}.deltas.free`), the same on every base."""
         for number, layer in enumerate(self.layers):
             for child in ("deltas", "router"):
                 for name, parameter in getattr(layer, child).named_parameters():
                     yield f"layers.{number}.{child}.{name}", cast("Trainable", parameter)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
-        """All that makes the adapter, by stable name and without padding; parameters must be whole here.
+        """All tensors of the adapter, by stable name and without padding. Parameters must be whole here.
 
-        Raises SRDEError after `merge_and_unload`."""
+        Raises an SRDEError after `merge_and_unload`."""
         if not self.layers:
             raise SRDEError("merge_and_unload took the experts out of this model: load the adapter again.")
         return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """What every rank holds whole: the supports, copies of the routers' selection biases that are not zero, and the
+        """Tensors that every rank holds whole: the supports, copies of selection biases that are not zero, and the
         domains' statistics, if there are any."""
         supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
         biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
@@ -322,7 +321,7 @@ class SRDEModel(nn.Module):
             layer.router.load_selection_bias(tensors.pop(f"layers.{number}.router_bias", None))
 
     def metadata(self) -> AdapterMetadata:
-        """What a weights file says about the adapter in it."""
+        """The metadata of the adapter in a weights file."""
         supports = [layer.support for layer in self.layers]
         return AdapterMetadata(
             config=self.config,
@@ -357,13 +356,13 @@ def add_experts(
     """Replace the base's feed-forward blocks, in place, by blocks with experts whose deltas are zero.
 
     Args:
-        expert_names: one for each expert.
-        seed: of routers, random supports and the mixing of atoms.
-        dtype: of all trainables; default: the base's.
-        supports: of all layers, in the order in which tokens pass them; default: chosen as the config says.
-        target_density: of the supports that will be left when they have been learned; those of the config's density
-            hold the candidates. None: the supports are fixed.
-        sharding: of the base and the experts over processes; default: all weights are whole here.
+        expert_names: a name for each expert.
+        seed: seed of routers, random supports and the mixing of atoms.
+        dtype: dtype of all trainables; default: the base's.
+        supports: supports of all layers, first layer first; default: chosen as the config says.
+        target_density: density of the supports after they have been learned; the config's density is that of the
+            candidates. None: the supports are fixed.
+        sharding: how base and experts are divided among processes; default: all weights are whole here.
 
     Raises:
         SRDEError: the names do not fit the config, the base has no fitting blocks or carries experts already, no
@@ -406,18 +405,18 @@ def load_adapter(
     revision: str | None = None,
     allow_download: bool = False,
 ) -> SRDEModel:
-    """A base with trained experts, in the mode of the base.
+    """A base with trained experts, in the mode (train or eval) of the base.
 
     Args:
-        weights: as `locate_weights` takes them; a checkpoint has to be converted first.
+        weights: whatever `locate_weights` takes; a checkpoint has to be converted first.
         base: a fresh model, or the id or folder to load it from; default: the one named in the weights.
-        dtype: of the experts, and of the base if it is loaded here.
-        revision: of a repository of the Hub.
-        allow_download: without `base`: the one named in the file may be fetched from the Hub.
+        dtype: dtype of the experts, and of the base if it is loaded here.
+        revision: revision of a Hub repository.
+        allow_download: without `base`, whether the one named in the file may be downloaded from the Hub.
 
     Raises:
-        SRDEError: no such weights or base, damaged weights (see `weights.schema`), or another base than the experts
-            were trained on.
+        SRDEError: weights or base do not exist, the weights are damaged (see `weights.schema`), or the experts were
+            trained on another base.
 
     Examples:
         >>> from srde_ds import load_adapter

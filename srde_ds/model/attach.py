@@ -1,4 +1,4 @@
-"""Putting experts into a base: every feed-forward block is replaced by one that carries them."""
+"""Puts experts into a base: replaces every feed-forward block by one that carries them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from srde_ds.model.router import Router
 from srde_ds.model.supports.selection import kept_size, select_support, support_shape, support_size
 
 SupportChooser = Callable[[int, FeedForward], Tensor]
-"""Gives a layer's support from its number and its block."""
+"""Chooses a layer's support, given its number and block."""
 
 
 def attach_experts(
@@ -35,10 +35,10 @@ def attach_experts(
     """Replace the base's feed-forward blocks in place and freeze the base; see `adapter.add_experts`.
 
     Returns:
-        What tells the layers their policy, and the base's identity as it was before.
+        What gives the layers their policy, and the identity of the base before the change.
 
     Raises:
-        SRDEError: the names do not fit the config, or the base has no fitting blocks or carries experts already.
+        SRDEError: the names do not fit the config, or the base has no fitting blocks or already carries experts.
     """
     check_experts(config, expert_names)
     blocks = find_feed_forward(base, gather=sharding.gather)
@@ -57,7 +57,7 @@ def attach_experts(
 
 
 def check_experts(config: AdapterConfig, expert_names: Sequence[str]) -> None:
-    """Raise SRDEError unless there is a name for each expert, and `top_k` of them."""
+    """Raise an SRDEError unless each expert has a name, and there are at least `top_k` experts."""
     if len(expert_names) != config.num_experts:
         raise SRDEError(
             f"num_experts={config.num_experts}, but {len(expert_names)} expert names ({', '.join(expert_names)}); "
@@ -78,12 +78,12 @@ def block_with_experts(
     storage: Storage,
     target_density: float | None = None,
 ) -> SRDEFeedForward:
-    """One block with new experts, whose deltas are zero; the base is left as it is.
+    """A block with new experts whose deltas are zero. The base is not changed.
 
     Args:
         layer: number of the decoder layer.
-        control: tells the layers of a model which policy they follow.
-        seed, target_density: as of `adapter.add_experts`.
+        control: gives the layers of a model their policy.
+        seed, target_density: see `adapter.add_experts`.
     """
     deltas = build_deltas(
         config,
@@ -117,7 +117,7 @@ def block_with_experts(
 def support_chooser(
     config: AdapterConfig, supports: Sequence[Tensor] | None, *, seed: int, gather: Gather
 ) -> SupportChooser:
-    """Takes the given supports, one for each layer; without them it chooses as the config says."""
+    """A chooser that takes the given supports, one for each layer, or else chooses as the config says."""
 
     def choose(layer: int, block: FeedForward) -> Tensor:
         if supports is not None:
@@ -125,7 +125,7 @@ def support_chooser(
             shape = support_shape(config, block.hidden, block.intermediate)
             if tuple(given.shape) != shape:
                 raise SRDEError(
-                    f"support of layer {layer}: shape {list(given.shape)} is stored, this base and these options "
+                    f"support of layer {layer}: its shape is {list(given.shape)}, but this base and these options "
                     f"need {list(shape)}. Use the base and the adapter options that the supports were chosen with."
                 )
             return given

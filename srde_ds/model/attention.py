@@ -1,4 +1,4 @@
-"""Attention of rows that hold several documents: of each by itself, without a mask over all pairs of positions."""
+"""Attention within each document of a row, without a mask over all pairs of positions."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from srde_ds.model.targets import on_device
 
 DOCUMENT_ATTENTION = "srde_documents"
-"""What transformers calls it, as `attn_implementation`"""
+"""Its name in transformers, for `attn_implementation`"""
 
-# Of attention functions of transformers: what changes the weights otherwise than by position in a document.
+# Arguments of transformers' attention functions that affect the weights beyond the position in a document.
 _CHANGES = ("sliding_window", "softcap", "position_bias", "s_aux")
-# Rotations that depend on the longest document, which takes a look at the positions.
+# Rotations that depend on the longest document, for which the positions must be read.
 _LOOKING_ROTATIONS = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a micro-batch `[B, S]` lie, its rows one behind the other.
+    """The positions of the documents in a micro-batch `[B, S]`, whose rows are concatenated.
 
     Attributes:
-        lengths: in tokens; padding is a document, too.
-        borders: int32 `[documents + 1]`, where each begins, and the end.
-        no_mask: bool `[1, 1, 1, 1]`, for the base's forward: given a mask of four axes, it makes none.
+        lengths: lengths in tokens; padding counts as a document.
+        borders: int32 `[documents + 1]`, the start of each document, and the end.
+        no_mask: bool `[1, 1, 1, 1]`, for the base's forward, which makes no mask if it gets one with four axes.
     """
 
     lengths: tuple[int, ...]
@@ -40,7 +40,7 @@ class Documents:
 
     @classmethod
     def of(cls, position_ids: Tensor) -> Documents:
-        """A document begins wherever positions do not go on. To be asked on the CPU, since it reads the values."""
+        """Find where positions restart, which begins a document. Call it on the CPU, since it reads values."""
         begins = torch.ones_like(position_ids, dtype=torch.bool)
         begins[:, 1:] = position_ids.diff(dim=1) != 1
         starts = begins.flatten().nonzero().squeeze(1)
@@ -48,7 +48,7 @@ class Documents:
         return cls(tuple(borders.diff().tolist()), borders.int(), torch.ones(1, 1, 1, 1, dtype=torch.bool))
 
     def to(self, device: torch.device) -> Documents:
-        """A copy on a device, which nothing waits for."""
+        """A copy on a device, made without waiting."""
         return replace(self, borders=on_device(self.borders, device), no_mask=on_device(self.no_mask, device))
 
 
@@ -64,11 +64,11 @@ def document_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document; without `documents` torch's own, with the mask.
+    """Causal attention within each document; without `documents` it is torch's attention, with the mask.
 
     Args:
-        query, key, value: `[B, heads, S, width]`, the last two with heads of their own.
-        documents: of a base that `takes_documents`.
+        query, key, value: `[B, heads, S, width]`; keys and values may have fewer heads.
+        documents: the documents, for a base that `takes_documents`.
 
     Returns:
         `[B, S, heads, width]`, and no weights.
@@ -93,11 +93,11 @@ def document_attention(
 
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:
-    """The same of `[tokens, heads, width]` by one kernel for all documents."""
+    """The same for `[tokens, heads, width]`, with one kernel for all documents."""
     from torch.nn.attention.varlen import varlen_attn
 
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0)}  # causal
-    if "enable_gqa" in _parameters(varlen_attn):  # older releases take fewer keys than queries without it
+    if "enable_gqa" in _parameters(varlen_attn):  # older releases accept fewer keys than queries without it
         options["enable_gqa"] = True
     borders, longest = documents.borders, max(documents.lengths)
     output = varlen_attn(query, key, value, borders, borders, longest, longest, **options)
@@ -113,7 +113,7 @@ def _parameters(function: Any) -> frozenset[str]:
 def takes_documents(empty: PreTrainedModel) -> bool:
     """Whether all layers of a base attend as `document_attention` does: to all of a document, without a cap or sinks.
 
-    It is tried out: a forward must hand the documents on to every layer's attention, and nothing that changes it.
+    This is tried out: a forward must pass the documents to every layer's attention, and nothing that changes it.
 
     Args:
         empty: the base without storage (`base.empty_base`), made with DOCUMENT_ATTENTION.

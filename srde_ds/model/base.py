@@ -1,4 +1,4 @@
-"""The frozen base: loading it, recognising it, finding its feed-forward blocks."""
+"""The frozen base: loads it, identifies it, and finds its feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ IDENTITY_FIELDS = (
     "head_dim",
     "hidden_act",
 )
-# transformers' names of layers through which tokens reach later ones otherwise than by attention.
+# transformers' names of layers through which tokens reach later ones by other ways than attention.
 STATE_LAYERS = frozenset({"linear_attention", "mamba", "conv", "hybrid", "hybrid_sliding"})
 IDENTITY_SAMPLES = 4096  # values of each weight that are hashed
 
 
 def no_gather(parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
-    """`Gather` of a model whose parameters are whole on this process."""
+    """The `Gather` of a model whose parameters are whole in this process."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights of a base, and of the experts in it, are spread over processes.
+    """How the weights of a base and its experts are divided among processes.
 
     Attributes:
-        gather: makes the given parameters of one layer readable inside its context (ZeRO-3: `GatheredParameters`).
-        pad_to: processes that will cut the experts' tensors among them, see `deltas.Storage`.
+        gather: a context in which given parameters of a layer can be read (ZeRO-3: `GatheredParameters`).
+        pad_to: number of processes that will divide the experts' tensors, see `deltas.Storage`.
     """
 
     gather: Gather = no_gather
     pad_to: int = 1
 
 
-WHOLE = Sharding()  # all of it on this process
+WHOLE = Sharding()  # everything is in this process
 
 
 @dataclass
@@ -100,13 +100,13 @@ def load_base(
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
 ) -> PreTrainedModel:
-    """The model of a Hugging Face id or local folder, frozen and in eval mode.
+    """Load the model of a Hub id or local folder, frozen and in eval mode.
 
-    With `local_files_only` nothing is fetched.
+    With `local_files_only` nothing is downloaded.
 
     Raises:
-        SRDEError: there is no such folder or id, it holds no language model, or weights are missing (transformers
-            alone would fill them with random values).
+        SRDEError: there is no such folder or id, it holds no language model, or weights are missing (which transformers
+            would fill with random values).
     """
     config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
     model, report = load_pretrained(
@@ -117,7 +117,7 @@ def load_base(
         dtype=dtype,
         attn_implementation=attn_implementation,
         local_files_only=local_files_only,
-        adapter_kwargs={"local_files_only": local_files_only},  # it looks for a PEFT adapter, too
+        adapter_kwargs={"local_files_only": local_files_only},  # it also looks for a PEFT adapter
         output_loading_info=True,
     )
     if report["missing_keys"]:
@@ -139,9 +139,9 @@ def base_configuration(model_name: str | Path, *, revision: str | None = None) -
 
 
 def carries_state(config: PretrainedConfig) -> bool:
-    """Whether the base of a configuration has layers that go on from token to token without regard to positions.
+    """Whether a base has layers that carry a state from token to token, whatever the positions.
 
-    Linear attention, Mamba and convolutions do: in a packed row each document would see those before it.
+    Linear attention, Mamba and convolutions do, so in a packed row each document would see those before it.
     """
     mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
     kind = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
@@ -169,7 +169,7 @@ def empty_base(
             )
     except ValueError as error:  # the configuration of something other than a language model
         reason = " ".join(str(error).split()).partition(". Model type should be")[0]
-        raise SRDEError(f"model_name={str(model_name)!r}: is no language model ({reason}); give a decoder.") from None
+        raise SRDEError(f"model_name={str(model_name)!r}: not a language model ({reason}); give a decoder.") from None
 
 
 def _auto_class(config: Any) -> Any:
@@ -177,12 +177,12 @@ def _auto_class(config: Any) -> Any:
 
 
 def base_identity(model: PreTrainedModel, *, gather: Gather = no_gather) -> dict[str, str | int]:
-    """What tells one base from another: `{"name", "architecture", "hash"}`.
+    """The identity of a base: `{"name", "architecture", "hash"}`.
 
     The hash covers the fields of the configuration that fix shapes, and evenly spaced values of the embedding and of
-    every weight of the first and the last decoder layer. They are rounded to bfloat16, so that a bf16 checkpoint gives
-    the same hash whether it is loaded as bf16, as fp32 or sharded by ZeRO-3. It takes seconds for 14 B parameters and
-    does not depend on their names.
+    every weight of the first and the last decoder layer. Values are rounded to bfloat16, so that a bf16 checkpoint
+    gives the same hash whether it is loaded as bf16, as fp32 or sharded by ZeRO-3. For 14 B parameters this takes
+    seconds. The hash does not depend on the parameters' names.
 
     Raises:
         SRDEError: the model already carries experts.
@@ -226,7 +226,7 @@ def identity_hash(config: Any, samples: Iterable[list[bytes]]) -> str:
 
 
 def sample_digest(weight: Tensor, dtype: torch.dtype | None = None) -> bytes:
-    """What `identity_hash` takes in of one weight, or of what `dtype` makes of it."""
+    """The contribution of one weight, rounded to `dtype` if given, to `identity_hash`."""
     stride = max(1, weight.numel() // IDENTITY_SAMPLES)
     values = weight.detach().flatten()[::stride].cpu()
     if dtype is not None and weight.is_floating_point():
@@ -236,13 +236,13 @@ def sample_digest(weight: Tensor, dtype: torch.dtype | None = None) -> bytes:
 
 
 def refuse_experts(model: nn.Module) -> None:
-    """Raise SRDEError if a block of `model` was already replaced."""
+    """Raise an SRDEError if a block of `model` has already been replaced."""
     if any(hasattr(parameter, "srde_kind") for parameter in model.parameters()):
-        raise SRDEError("base: it already carries experts; load a fresh base.")
+        raise SRDEError("the base already carries experts; load a fresh one.")
 
 
 def whole_shape(tensor: Tensor) -> tuple[Any, ...]:
-    """Its shape; of a parameter that ZeRO-3 holds in parts, what `distributed` has noted."""
+    """The whole shape of a tensor; for a parameter that ZeRO-3 partitions, `distributed` has noted it."""
     return tuple(getattr(tensor, "srde_whole_shape", tensor.shape))
 
 
@@ -251,12 +251,12 @@ def enable_checkpointing(base: PreTrainedModel, *, use_reentrant: bool) -> None:
     options = {"use_reentrant": use_reentrant, "preserve_rng_state": has_dropout(base)}
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:  # its name in older releases of transformers
+    else:  # the name in older releases of transformers
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def has_dropout(module: nn.Module) -> bool:
-    """Whether a forward in training draws random numbers: then a second one must draw the same."""
+    """Whether a forward in training draws random numbers, which a second forward must then repeat."""
     parts = list(module.modules())
     rates = [p for part in parts for name in ("p", "attention_dropout") if (p := getattr(part, name, 0))]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
@@ -269,7 +269,7 @@ def is_checkpointing(base: PreTrainedModel) -> bool:
 
 
 def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the text decoder; of a multimodal model, those of the language model in it."""
+    """The layers of the text decoder; in a multimodal model, those of its language model."""
     expected = base.config.get_text_config().num_hidden_layers
     decoder = base.get_decoder()
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == expected]
@@ -283,10 +283,10 @@ def decoder_layers(base: PreTrainedModel) -> nn.ModuleList:
 
 
 def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> list[FeedForward]:
-    """The gated feed-forward block of every decoder layer, in their order, found by structure.
+    """The gated feed-forward block of every decoder layer, in order, found by structure.
 
     A block is a child of a decoder layer that has exactly three linear-like children, two D -> F and one F -> D,
-    and an activation. `verify_block` finds out which is gate and which is up.
+    and an activation. `verify_block` finds out which of them is gate and which is up.
 
     Raises:
         SRDEError: a layer has no such block or several, or a block computes something else.
@@ -296,7 +296,7 @@ def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> l
 
 
 def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:
-    """(D, F) of every decoder layer's block, in their order; reads no weights.
+    """(D, F) of every decoder layer's block, in order. Reads no weights.
 
     Raises:
         SRDEError: a layer has no gated block or several.
@@ -310,7 +310,7 @@ def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def block_of_layer(layer: nn.Module, number: int, base: PreTrainedModel) -> tuple[str, nn.Module, int]:
-    """Name, module and D of the gated block of decoder layer `number`; reads no weights, raises as `block_shapes`."""
+    """Name, module and D of decoder layer `number`'s gated block. Reads no weights; errors as in `block_shapes`."""
     hidden = base.config.get_text_config().hidden_size
     found = [(name, child) for name, child in layer.named_children() if _is_gated(child, hidden)]
     if len(found) != 1:
@@ -385,7 +385,7 @@ def _activations(module: nn.Module) -> list[str]:
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a linear-like module, also when quantised or when ZeRO-3 holds its weight; else None."""
+    """(out, in) of a linear-like module, even if it is quantised or ZeRO-3 holds its weight; else None."""
     width, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(width, int) and isinstance(out, int):
         return out, width

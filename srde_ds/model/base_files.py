@@ -1,4 +1,4 @@
-"""A base read from its files, one tensor at a time, without loading it as a model."""
+"""Reads a base from its files, one tensor at a time, without loading it as a model."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from srde_ds.utils.dtypes import DTYPES
 from srde_ds.weights.tensors import LazyTensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What belongs to a base beside its weights and its configuration: tokenizer, generation defaults, licence.
+# Files of a base besides weights and configuration: tokenizer, generation defaults, licence.
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
 ROUNDED = {torch.float16: ("float16", "float32 or bfloat16"), torch.bfloat16: ("bfloat16", "float16")}
-"""Types that lose what tells a base in one type from the same in another: their name, and those of the other types"""
+"""Dtypes whose rounding changes a base's identity: their name, and the dtypes with which it may have been trained"""
 
 
 class BaseFiles:
     """The files of a Hugging Face id or local folder, in safetensors.
 
     Attributes:
-        folder: where they lie.
+        folder: the files' folder.
         shards: file -> names of its tensors; `files`: name of a tensor -> file.
-        config: config.json as it is.
+        config: the content of config.json.
         empty: the model on the meta device.
         prefix: what precedes a decoder tensor's name ("layers.0. ...") in the files, such as "model.".
 
     Raises:
-        SRDEError: there is no such base, it has no safetensors files, or they are quantised.
+        SRDEError: the base does not exist, has no safetensors files, or is quantised.
     """
 
     def __init__(self, model_name: str | Path, *, local_files_only: bool = False) -> None:
@@ -93,7 +93,7 @@ class BaseFiles:
             raise self._error(f"'{file}' cannot be read ({' '.join(str(error).split())})") from None
 
     def tensor(self, name: str) -> LazyTensor:
-        """A tensor of the files by its name there."""
+        """A tensor, by its name in the files."""
         file = self.files[name]
         with self._open(file) as opened:
             part = opened.get_slice(name)
@@ -109,16 +109,16 @@ class BaseFiles:
         return LazyTensor(DTYPES[kind], shape, load)
 
     def decoder_tensor(self, name: str) -> LazyTensor:
-        """A tensor of the text decoder by its name there, such as "layers.3.mlp.up_proj.weight"."""
+        """A tensor of the text decoder, by its name in the decoder, such as "layers.3.mlp.up_proj.weight"."""
         return self.tensor(self.prefix + name)
 
     @cached_property
     def decoder_shapes(self) -> dict[str, tuple[int, ...]]:
-        """All tensors of the text decoder, by their names there."""
+        """The shapes of all tensors of the text decoder, by their names in the decoder."""
         return {name: tuple(tensor.shape) for name, tensor in self.empty.get_decoder().state_dict().items()}
 
     def _prefix(self) -> str:
-        """It varies: a base with an image encoder names its decoder otherwise in files than in memory."""
+        """Found from the files, since a base with an image encoder may name its decoder differently in files."""
         first = next(name for name in self.decoder_shapes if name.startswith("layers.0."))
         ends = [name for name in self.files if name == first or name.endswith(f".{first}")]
         prefixes = {name.removesuffix(first) for name in ends}
@@ -131,13 +131,13 @@ class BaseFiles:
         return fitting[0]
 
     def check_shapes(self) -> None:
-        """Raise SRDEError if a tensor of the decoder has another shape than its configuration says."""
+        """Raise an SRDEError if the shape of a decoder tensor contradicts the configuration."""
         for name, shape in self.decoder_shapes.items():
             if (found := self.decoder_tensor(name).shape) != shape:
                 raise self._error(f"{self.prefix}{name} has shape {list(found)}, its configuration says {list(shape)}")
 
     def identity(self, dtype: torch.dtype | None = None) -> dict[str, str | int]:
-        """What `base.identity_in` gives of the loaded model."""
+        """The same as `base.identity_in` of the loaded model."""
         decoder, layers = self.empty.get_decoder(), decoder_layers(self.empty)
         names = {id(module): name for name, module in decoder.named_modules()}
 
@@ -156,7 +156,7 @@ class BaseFiles:
     def roles(self) -> dict[str, str]:
         """ "gate", "up", "down" -> the matrix's name within a decoder layer, such as "mlp.up_proj.weight".
 
-        Layer 0 is probed for all: the layers of a decoder are of one class.
+        Only layer 0 is probed, since the layers of a decoder have one class.
         """
         layer = decoder_layers(self.empty)[0]
         name, block, hidden = block_of_layer(layer, 0, self.empty)
@@ -167,7 +167,7 @@ class BaseFiles:
         return {role: f"{name}.{roles[role]}.weight" for role in ROLES}
 
     def companions(self) -> list[Path]:
-        """Files that belong beside weights made from this base."""
+        """The files to copy along with weights made from this base."""
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         left_out = {"config.json"}
         return sorted(p for p in found if p.name not in left_out and not p.name.endswith(".safetensors.index.json"))
@@ -182,14 +182,14 @@ def check_base(
 ) -> dict[str, str | int]:
     """The identity of a base, loaded or in files.
 
-    An identity does not tell float32 from bfloat16. Float16 rounds otherwise: so a base that was float16 in training
-    is known by its values in float16, and one that is float16 now by the files that it was loaded from. Files tell a
-    model that was quantised when it was loaded, too.
+    An identity does not distinguish float32 from bfloat16, but float16 rounds differently. So a base that was float16
+    in training is identified by its values in float16, and one that is float16 now by the files that it was loaded
+    from. Files also identify a model that was quantised on loading.
 
     Args:
         expected: identity of the base that the weights were trained on.
-        weights: where they are, for the message.
-        known: what `base_identity` gave before the base got experts; default: it has none.
+        weights: the place of the weights, for the message.
+        known: the result of `base_identity` before the base got experts; default: it has none.
 
     Raises:
         SRDEError: it is another base.

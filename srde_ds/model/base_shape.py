@@ -1,4 +1,4 @@
-"""Sizes of a base from its configuration alone: what checks and the cost model count."""
+"""The sizes of a base, from its configuration alone, for checks and the cost model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class LayerShape:
 
     Attributes:
         hidden, intermediate: D and F of its feed-forward block.
-        attention: values of the parameters of each module of the attention.
-        norms: values of each other parameter.
-        heads, query, key_value: heads of the queries, their width, and that of the keys.
-        documents: packed documents are attended to by themselves, see `attention.py`.
+        attention: number of values in the parameters of each module of the attention.
+        norms: number of values in each other parameter.
+        heads, query, key_value: number of query heads, width of all queries, and width of all keys.
+        documents: whether each packed document is attended to by itself, see `attention.py`.
     """
 
     hidden: int
@@ -39,24 +39,24 @@ class LayerShape:
 
     @property
     def matrix(self) -> int:
-        """Values of one of the block's three matrices."""
+        """Number of values in one of the block's three matrices."""
         return self.hidden * self.intermediate
 
     @property
     def parameters(self) -> tuple[int, ...]:
-        """Number of values of each parameter."""
+        """Number of values in each parameter."""
         return (*(n for module in self.attention for n in module), *self.norms, *[self.matrix] * 3)
 
 
 @dataclass(frozen=True)
 class BaseShape:
-    """A base.
+    """The whole base.
 
     Attributes:
-        head: values of the output projection; 0 if it is the embedding's own weight.
-        last: values of each parameter between the layers and the head (the final norm).
-        unused: values of each parameter that text never passes (a vision tower).
-        plain_head: the loss is computed without logits, see `head.py`.
+        head: number of values in the output projection; 0 if it shares the embedding's weight.
+        last: number of values in each parameter between the layers and the head (the final norm).
+        unused: number of values in each parameter that text does not use (a vision tower).
+        plain_head: whether the loss is computed without logits, see `head.py`.
     """
 
     layers: tuple[LayerShape, ...]
@@ -74,7 +74,7 @@ class BaseShape:
 
     @cached_property
     def parameters(self) -> int:
-        """Number of values of all parameters."""
+        """Number of values in all parameters."""
         layers = sum(sum(layer.parameters) for layer in self.layers)
         return layers + self.embedding + self.head + sum(self.last + self.unused)
 
@@ -83,8 +83,8 @@ def base_shape(config: Config) -> BaseShape:
     """Build the base without storage, check that it can serve the run, and measure it.
 
     Raises:
-        SRDEError: no `model_name`, no base there, no gated feed-forward blocks in it, no room for the supports, or
-            rows longer than its positions.
+        SRDEError: `model_name` is missing or names no base, the base has no gated feed-forward blocks or no room for
+            the supports, or rows are longer than its context.
     """
     if not config.model.model_name:
         raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
@@ -131,7 +131,7 @@ def base_shape(config: Config) -> BaseShape:
 
 
 def _attention(child: nn.Module) -> list[tuple[int, ...]]:
-    """Values of the parameters of each module inside a decoder layer's attention; of another child nothing."""
+    """Number of values in each module of a decoder layer's attention; empty for another child of the layer."""
     linear = [m for m in child.modules() if isinstance(m, nn.Linear)]
     if child in linear or len(linear) < 4:  # a norm, or the feed-forward block with its three
         return []

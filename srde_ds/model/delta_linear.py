@@ -1,7 +1,7 @@
-"""Products with a matrix that is given by the few entries that are not zero.
+"""Products with a matrix that is given by its few nonzero entries.
 
-`DenseDeltas` and `SparseDeltas` compute the same within rounding. A GPU is faster at a dense product than at gathering;
-a CPU, which has no such products to spare, takes a twentieth of the time for the entries alone.
+`DenseDeltas` and `SparseDeltas` compute the same within rounding. On a GPU a dense product is faster than gathering; on
+a CPU the nonzero entries alone take a twentieth of the time.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ class ElementDeltas(Protocol):
     """The products of an expert's tokens with its delta, `values` `[n]` at the entries of its support."""
 
     def into(self, x_TD: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What the delta adds to gate and to up, `[T, F]` each."""
+        """The delta's addition to gate and to up, `[T, F]` each."""
         ...
 
     def back(self, h_TF: Tensor, values: Tensor) -> Tensor:
-        """What the delta of down gives, `[T, D]`."""
+        """The product with the delta of down, `[T, D]`."""
         ...
 
 
@@ -37,7 +37,7 @@ def element_deltas(support: Tensor, hidden: int, intermediate: int) -> ElementDe
 
 
 class DenseDeltas:
-    """With each matrix made dense, one at a time."""
+    """Makes each matrix dense, one at a time."""
 
     def __init__(self, support: Tensor, hidden: int, intermediate: int) -> None:
         self.support, self.hidden, self.intermediate = support, hidden, intermediate
@@ -55,7 +55,7 @@ class DenseDeltas:
 
 
 class SparseDeltas:
-    """With the entries alone. Gate and up, which lie one behind the other, are one matrix."""
+    """Uses only the entries. Gate and up, which are concatenated, form one matrix."""
 
     def __init__(self, support: Tensor, hidden: int, intermediate: int) -> None:
         self.entries_in = Entries(support, 0, 2 * intermediate, hidden)
@@ -73,16 +73,16 @@ class SparseDeltas:
 
 
 class Entries:
-    """Where the entries of a sparse matrix `[outputs, inputs]` lie, row by row and column by column.
+    """The positions of the entries of a sparse matrix `[outputs, inputs]`, by row and by column.
 
     Args:
-        support: `[n]`, flat indices into several matrices that follow one another.
-        begin: the index of this matrix's first entry among these.
+        support: `[n]`, flat indices into several concatenated matrices.
+        begin: the flat index of this matrix's first entry.
 
     Attributes:
-        value_N: which of the support's n values an entry has; N of them are in this matrix, in the order of its rows.
-        by_column_N: the entries in the order of the columns.
-        row_starts, column_starts: the first entry of each row and, by column, of each column.
+        value_N: the index of each entry's value among the support's n; N of them are in this matrix, ordered by row.
+        by_column_N: the entries ordered by column.
+        row_starts, column_starts: the first entry of each row, and of each column in the order by column.
     """
 
     def __init__(self, support: Tensor, begin: int, outputs: int, inputs: int) -> None:
@@ -100,12 +100,12 @@ class Entries:
 class SparseLinear(torch.autograd.Function):
     """x W^T, where W has a few entries: each row of the result, transposed, is a weighted sum of some columns of x.
 
-    That is what `embedding_bag` sums, for which torch has kernels in every dtype.
+    `embedding_bag` computes such sums, and torch has kernels of it for every dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, entries: Entries) -> Tensor:
-        """`[T, inputs]` -> `[T, outputs]`; values `[n]`, of all entries of the support."""
+        """`[T, inputs]` -> `[T, outputs]`; values `[n]` for all entries of the support."""
         x = x.to(values.dtype)  # as autocast would, but it is off in the backward
         x_transposed = x.T.contiguous()
         ctx.save_for_backward(x_transposed, values)
@@ -133,17 +133,17 @@ class SparseLinear(torch.autograd.Function):
 
 
 def _weighted_sums(rows_NT: Tensor, index_N: Tensor, starts: Tensor, weights_N: Tensor) -> Tensor:
-    """`[T, sums]`: each sum is of the rows `index_N` from its start to the next one, times their weights."""
+    """`[T, sums]`: each is the weighted sum of the rows `index_N` from its start to the next start."""
     if not (rows_NT.shape[1] and len(index_N)):
         return rows_NT.new_zeros(rows_NT.shape[1], len(starts))
     return F.embedding_bag(index_N, rows_NT, starts, mode="sum", per_sample_weights=weights_N).T
 
 
 class DeltaLinear(torch.autograd.Function):
-    """x W^T, where W is zero but for the entries of a support. W is made dense for the product and not kept.
+    """x W^T, where W is zero except on a support. W is made dense for the product and then dropped.
 
-    Autograd would keep the dense W for the backward, although 1 % of its entries say everything; here the backward
-    makes W again.
+    Autograd would keep the dense W for the backward, although 1 % of its entries would do; here the backward makes W
+    again.
     """
 
     @staticmethod
@@ -151,9 +151,9 @@ class DeltaLinear(torch.autograd.Function):
         """`[T, inputs]` -> `[T, outputs]`.
 
         Args:
-            values: `[n]`, of all entries of the support.
-            support: `[n]`, flat indices into several matrices that follow one another; those outside W are ignored.
-            begin: the index of W's first entry among these.
+            values: `[n]`, for all entries of the support.
+            support: `[n]`, flat indices into several concatenated matrices. Those outside of W are ignored.
+            begin: the flat index of W's first entry.
         """
         x = x.to(values.dtype)  # as autocast would, but it is off in the backward
         ctx.save_for_backward(x, values, support)
@@ -177,11 +177,11 @@ class DeltaLinear(torch.autograd.Function):
 
 
 def _places(support: Tensor, begin: int, size: int) -> Tensor:
-    """Each entry's index into the matrix, and `size` for those that are not in it."""
+    """Each entry's index into the matrix, or `size` for an entry outside of it."""
     places = support.long() - begin
     return places.masked_fill_((places < 0) | (places >= size), size)
 
 
 def _dense(values: Tensor, places: Tensor, size: int) -> Tensor:
-    """`[size]`. One entry more takes what is not in the matrix: to leave that out would wait for the device."""
+    """`[size]`. An extra entry takes what is outside of the matrix; dropping it would wait for the device."""
     return values.new_zeros(size + 1).scatter_(0, places, values)[:size]

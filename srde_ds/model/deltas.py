@@ -1,10 +1,10 @@
-"""The values of the deltas: free for each expert, or mixed from atoms that the experts share.
+"""The values of the deltas: independent for each expert ("free"), or mixed from atoms that the experts share.
 
 Every parameter carries attributes that the placement of tensors reads: `srde_kind` ("free", "atoms", "importance",
 "mixing", "scores", "router"), `srde_expert_axis` (the axis that counts experts; None: all experts share the tensor) and
-`srde_shape` (the shape without the padding at the end of the first axis). A bank takes the number of experts from its
-parameters. So a bank whose parameters were cut along their expert axis works as it is, once `first_expert` is set to
-the first one that it holds.
+`srde_shape` (the shape without the padding at the end of the first axis). A bank reads the number of experts from its
+parameters, so after its parameters are cut along their expert axis it still works, once `first_expert` is set to the
+first expert that it holds.
 
 The letters of the shapes are in the docstring of `srde_ds.model`.
 """
@@ -25,7 +25,7 @@ from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.statistics import add_delta_gradient
 from srde_ds.model.supports.learned import BLOCK_SIZE, SupportGate
 
-# sigma(2) = 0.88: a fresh atom passes almost unscaled, so its learning rate keeps its meaning, and the gate is
+# sigma(2) = 0.88 passes a new atom almost unscaled, so that its learning rate keeps its meaning, while the gate is
 # still steep enough (slope 0.1) to close.
 INITIAL_IMPORTANCE = 2.0
 
@@ -33,7 +33,7 @@ INITIAL_IMPORTANCE = 2.0
 if TYPE_CHECKING:
 
     class Trainable(nn.Parameter):
-        """For the type checker; at run time a plain parameter with these attributes."""
+        """For the type checker only; at run time it is a plain parameter with these attributes."""
 
         srde_kind: str
         srde_expert_axis: int | None
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def tagged(data: Tensor, kind: str, *, expert_axis: int | None, shape: tuple[int, ...] | None = None) -> Trainable:
-    """A parameter with the attributes that the module's docstring lists; `shape`: default, that of `data`."""
+    """A parameter with the attributes that the module's docstring lists; `shape` defaults to that of `data`."""
     parameter = nn.Parameter(data)
     shape = tuple(data.shape) if shape is None else shape
     for name, value in (("kind", kind), ("expert_axis", expert_axis), ("shape", shape)):
@@ -51,11 +51,11 @@ def tagged(data: Tensor, kind: str, *, expert_axis: int | None, shape: tuple[int
 
 @dataclass(frozen=True)
 class Storage:
-    """How the values of a bank are kept.
+    """How the values of a bank are stored.
 
     Attributes:
-        pad_to: the long first axis of neuron deltas and of atoms gets zeros at its end until its length is a multiple
-            of this. The padding never gets a gradient.
+        pad_to: the long first axis of neuron deltas and of atoms is padded with zeros to a multiple of this. The
+            padding never gets a gradient.
     """
 
     dtype: torch.dtype
@@ -77,16 +77,16 @@ class DeltaBank(nn.Module):
     `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up transposed, so that D comes
     first) or `[E, n]` (element granularity, in the order of the support).
 
-    A bank whose support is being learned also has scores: `[1, B]`, or `[E, B]` of all experts, on every rank. The
+    A bank whose support is being learned also has scores on every rank: `[1, B]`, or `[E, B]` for all experts. The
     effective deltas of candidates that are not kept are zero. See `supports/learned.py`.
     """
 
     expert_axis: ClassVar[int]  # of the effective deltas
     first_expert: int = 0
-    ranks_per_copy: int = 1  # one in so many ranks has an expert's effective deltas in a backward
-    exchange: Callable[[Tensor], Tensor] | None = None  # from the values that this rank makes to all of them
+    ranks_per_copy: int = 1  # of so many ranks, one has an expert's effective deltas in a backward
+    exchange: Callable[[Tensor], Tensor] | None = None  # turns the values that this rank makes into all values
     gate: SupportGate | None = None
-    # A bank has those of its form; the subclasses give their shapes.
+    # A bank has only some of these; the subclasses give their shapes.
     free: nn.Parameter
     atoms: nn.Parameter
     importance: nn.Parameter
@@ -97,9 +97,9 @@ class DeltaBank(nn.Module):
         """The effective deltas.
 
         Args:
-            temperature: of the noise on the scores of a support that is being learned; None: no noise, no gradient
-                of the scores. A fixed support makes no use of it, nor of the following.
-            step: draws the noise.
+            temperature: temperature of the noise on the scores of a support that is being learned; None: no noise, and
+                no gradient of the scores. A fixed support ignores this and the other arguments.
+            step: seeds the noise.
             overlap_weight: see `learned.OverlapLoss`.
         """
         deltas = self.values()
@@ -111,33 +111,33 @@ class DeltaBank(nn.Module):
             mask = self.gate.mask(self.scores)
         else:
             mask = self.gate.sample(self.scores, temperature=temperature, step=step, overlap_weight=overlap_weight)
-        if len(mask) > 1:  # those of the experts at hand; padding slots take any
+        if len(mask) > 1:  # those of the experts held here; padding slots may take any
             last = self.first_expert + deltas.shape[self.expert_axis]
             mask = mask[torch.arange(self.first_expert, last, device=mask.device).clamp(max=len(mask) - 1)]
         mask = mask.to(deltas.dtype)
         return deltas * (mask[:, None] if deltas.dim() == 4 else mask)
 
     def values(self) -> Tensor:
-        """The deltas of all entries of the support, shaped like the effective ones."""
+        """The deltas of all entries of the support, in the shape of the effective deltas."""
         raise NotImplementedError
 
     def learn_support(self, gate: SupportGate, experts: int | None, dtype: torch.dtype) -> None:
-        """Give each candidate a score for each expert, or with None one for all: zero, all have the same chance."""
+        """Give each candidate a score of zero: one for each expert, or with None one for all of them."""
         device = next(self.parameters()).device
         scores = torch.zeros(experts or 1, gate.blocks, dtype=dtype, device=device)
         self.gate, self.scores = gate, tagged(scores, "scores", expert_axis=None if experts is None else 0)
 
     def square_norms(self, deltas: Tensor) -> Tensor:
-        """`[E]`, at least fp32: squared norm of each expert's part of a tensor shaped like the effective deltas."""
+        """`[E]`, at least fp32: squared norm of each expert's part of a tensor in the shape of the effective deltas."""
         dims = [d for d in range(deltas.dim()) if d != self.expert_axis]
         precision = torch.promote_types(deltas.dtype, torch.float32)
         return torch.linalg.vector_norm(deltas, dim=dims, dtype=precision).square()
 
 
 class DeltaLosses(torch.autograd.Function):
-    """Passes effective deltas through; its backward records the size of their gradient and adds that of their own size.
+    """Passes effective deltas through. Its backward records their gradient's size, and adds that of their own size.
 
-    A backward runs once, however often activation checkpointing repeats the forward.
+    The backward runs only once, even if activation checkpointing repeats the forward.
     """
 
     @staticmethod
@@ -147,9 +147,9 @@ class DeltaLosses(torch.autograd.Function):
         """The deltas themselves, in a new view.
 
         Args:
-            weights: of each expert's squared size, to be broadcast against the deltas; None: their size costs nothing.
-            sums: of the statistics that are kept, see `statistics.add_delta_gradient`.
-            layer: `[1]`, its number.
+            weights: weight of each expert's squared size, to be broadcast against the deltas; None: no such loss.
+            sums: sums of the statistics, see `statistics.add_delta_gradient`.
+            layer: `[1]`, the layer's number.
         """
         ctx.save_for_backward(weights, None if weights is None else deltas, layer)
         ctx.bank, ctx.sums = bank, sums
@@ -158,7 +158,7 @@ class DeltaLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the loss, which alone is recorded, and of sum_e weight_e |delta_e|^2."""
+        """The gradient of the loss plus that of sum_e weight_e |delta_e|^2; only the former is recorded."""
         weights, deltas, layer = ctx.saved_tensors
         if ctx.sums is not None:
             add_delta_gradient(ctx.sums, layer, ctx.bank.square_norms(gradient), ctx.bank.first_expert)
@@ -200,8 +200,8 @@ class FreeElementDeltas(DeltaBank):
 class AtomDeltas(DeltaBank):
     """delta_e = (c_e . atoms) * sigma(importance_e), with c the mixing matrix `[E, A]` or its softmax over A."""
 
-    long_axis: ClassVar[dict[str, int]]  # D (neuron) or n (element): in atoms, in importance and in what `values` gives
-    length: int  # of that axis as it is held here, without padding
+    long_axis: ClassVar[dict[str, int]]  # axis of D (neuron) or n (element) in atoms, importance and `values()`
+    length: int  # length of that axis on this rank, without padding
     atoms: nn.Parameter
     importance: nn.Parameter
     mixing: nn.Parameter
@@ -212,7 +212,7 @@ class AtomDeltas(DeltaBank):
         return self.mixing.softmax(dim=1) if self.softmax else self.mixing
 
     def init_mixing(self, config: AdapterConfig, storage: Storage, generator: torch.Generator) -> None:
-        """Random, so that experts differ from the first step on; an expert's linear coefficients have norm about 1."""
+        """Random, so that experts differ from the first step on. An expert's linear coefficients have norm about 1."""
         self.softmax = config.atom_mixing == "softmax"
         mixing_EA = torch.randn(config.num_experts, config.num_atoms, generator=generator)
         if not self.softmax:
@@ -268,14 +268,14 @@ class AtomElementDeltas(AtomDeltas):
 def build_deltas(
     config: AdapterConfig, *, hidden: int, size: int, seed: int, layer: int, storage: Storage, keep: int | None = None
 ) -> DeltaBank:
-    """The bank that `config` asks for, with all effective deltas zero.
+    """The bank that `config` describes, with all effective deltas zero.
 
     Args:
         hidden: D.
         size: m or n, see `supports.selection.support_size`.
-        seed: the mixing and the noise of a learned support are drawn from it and the layer.
+        seed: with the layer's number, seeds the mixing and the noise of a learned support.
         layer: number of the decoder layer.
-        keep: the entries are candidates, of which so many are kept: a support that is being learned.
+        keep: for a support that is being learned, how many of its candidate entries are kept.
     """
     bank = _bank(config, hidden, size, storage, seeded_generator(seed, "mixing", layer))
     if keep is not None:
@@ -287,7 +287,7 @@ def build_deltas(
 def empty_deltas(
     config: AdapterConfig, *, hidden: int, size: int, pad_to: int = 1, keep: int | None = None
 ) -> DeltaBank:
-    """The same bank without values, on the meta device: to count them, or to load some."""
+    """The same bank without values, on the meta device, to count values or to load some."""
     storage = Storage(torch.float32, torch.device("meta"), pad_to)
     return build_deltas(config, hidden=hidden, size=size, seed=0, layer=0, storage=storage, keep=keep)
 

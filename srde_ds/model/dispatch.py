@@ -1,7 +1,7 @@
-"""Carrying tokens to experts and back: the protocol, the local implementation and the experts' arithmetic.
+"""Brings tokens to experts and back: the protocol, its local implementation and the experts' arithmetic.
 
-The layer hands over what the experts need (tokens, the base's gate and up values, each token's K experts and their
-weights, and the effective deltas of the experts at hand). It gets back, summed over a token's experts with weights p_e,
+The layer passes what the experts need (tokens, the base's gate and up values, each token's K experts and their weights,
+and the effective deltas of the experts held here). It gets back, summed over a token's experts with weight p_e,
 
     change = sum_e p_e (h_e - h)        to be added to the base's hidden values before down_proj, and
     extra  = sum_e p_e dD_e h_e         to be added to the base's output.
@@ -25,7 +25,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class ExpertDispatch(Protocol):
-    """How the experts of a layer are reached. index_TK counts all experts, also those on other ranks."""
+    """How a layer reaches its experts. index_TK counts all experts, including those on other ranks."""
 
     def neuron(
         self,
@@ -37,12 +37,12 @@ class ExpertDispatch(Protocol):
         weights_TK: Tensor,
         deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """change `[T, X, m]` and extra `[T, D]`; X is 1 for a support that the experts share, and change the sum over
-        a token's experts; else K, and each expert's change is at its own neurons."""
+        """change `[T, X, m]` and extra `[T, D]`. If the experts share a support, X is 1 and change is the sum over a
+        token's experts; otherwise X is K, and each expert's change is at its own neurons."""
         ...
 
     def products(self, index_TK: Tensor, deltas_DE3m: Tensor) -> ExpertProducts | None:
-        """For neurons: the experts' products, for a layer that does the rest itself; None: `neuron` must do it."""
+        """For neurons, the experts' products, if the layer can do the rest itself; None: it must call `neuron`."""
         ...
 
     def element(
@@ -61,11 +61,11 @@ class ExpertDispatch(Protocol):
 
 
 class LocalDispatch:
-    """All experts are here.
+    """For experts that are all in this process.
 
     Args:
         compiled: run the neuron experts' arithmetic through torch.compile; equal within rounding.
-        kernels: let the layer run it on the kernels of `fused.py`, where they can take it; equal within rounding.
+        kernels: let the layer use the kernels of `fused.py` if possible; equal within rounding.
     """
 
     def __init__(self, *, compiled: bool = False, kernels: bool = False) -> None:
@@ -86,7 +86,7 @@ class LocalDispatch:
         weights_TK: Tensor,
         deltas_DE3m: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `ExpertDispatch.neuron`, by `neuron_experts`."""
+        """See `ExpertDispatch.neuron`; uses `neuron_experts`."""
         return self._neuron_experts(act, x_TD, gate_TXm, up_TXm, index_TK, weights_TK, deltas_DE3m)
 
     def element(
@@ -100,7 +100,7 @@ class LocalDispatch:
         deltas_En: Tensor,
         support: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """As `ExpertDispatch.element`, by `element_experts`."""
+        """See `ExpertDispatch.element`; uses `element_experts`."""
         return element_experts(act, x_TD, gate_TF, up_TF, index_TK, weights_TK, deltas_En, support)
 
 
@@ -120,11 +120,11 @@ def neuron_experts(
     weights_TK: Tensor,
     deltas_DE3m: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Each token with its experts' neurons.
+    """Compute each token with its experts' neurons.
 
-    The base's hidden values are computed a second time here, by the experts' operations and at the same places of
-    tensors of the same shape. So zero deltas give a change of exactly zero, although kernels round the last few values
-    of a tensor differently from those that fill a vector register.
+    The base's hidden values are computed again here, with the experts' operations and at the same positions of tensors
+    of the same shape. So zero deltas change exactly nothing, although kernels round the last few values of a tensor
+    differently from those that fill a vector register.
     """
     products = expert_products(deltas_DE3m, index_TK)
     shift, shape = products.into(x_TD), (*index_TK.shape, gate_TXm.shape[2])
@@ -152,14 +152,14 @@ def element_experts(
     deltas_En: Tensor,
     support: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Each expert on its own tokens."""
+    """Compute expert by expert, on its own tokens."""
     sizes = x_TD.shape[1], gate_TF.shape[1]
     shared = element_deltas(support, *sizes) if support.dim() == 1 else None
     order = ByExpert(index_TK)
     counts = torch.bincount(index_TK.flatten(), minlength=len(deltas_En)).tolist()
     sorted_tokens = zip(*(order.sorted(t).split(counts) for t in (x_TD, gate_TF, up_TF)), strict=True)
     changes, extras = [], []
-    # A copy: autograd keeps it, and must not keep the buffer into which ZeRO-3 gathered the deltas.
+    # A copy, so that autograd does not keep the buffer into which ZeRO-3 gathered the deltas.
     for expert, (values, (x, base_gate, base_up)) in enumerate(zip(deltas_En.clone(), sorted_tokens, strict=True)):
         delta = shared or element_deltas(support[expert], *sizes)
         gate_shift, up_shift = delta.into(x, values)

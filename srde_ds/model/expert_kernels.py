@@ -1,9 +1,9 @@
-"""Triton kernels of the neuron experts' elementwise work: one for the forward, one for the backward.
+"""Triton kernels for the neuron experts' elementwise work: one for the forward, one for the backward.
 
-Each program has one token. It reads the base's gate and up values at its experts' neurons and the shifts that the
-deltas give them, and writes what changes there. Only the base's own values and gradients are dense.
+Each program handles one token. It reads the base's gate and up values at the neurons of the token's experts and the
+shifts that the deltas add, and writes what changes there. Only the base's own values and gradients are dense.
 
-Shifts lie in the X slots of `products.ExpertProducts`. All arithmetic is in float32.
+Shifts are in the X slots of `products.ExpertProducts`. All arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def experts_forward(  # type: ignore[no-untyped-def]
     """Add the experts' change to hidden `[T, F]`, in place, and write the weighted hidden values `[T, X, m]`.
 
     gate, up `[T, F]`; shift `[T, X, 2, m]`; weights, index `[T, K]`; neurons `[m]` if SHARED, else `[E, m]`. Slots of
-    experts that a token does not use, if BY_EXPERT, are left as they are.
+    experts that a token does not use (if BY_EXPERT) are not changed.
     """
     t = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -102,9 +102,9 @@ def experts_backward(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     DENSE: tl.constexpr,
 ):
-    """From the gradients of hidden and weighted to those of gate, up, shift and weights, shaped as in the forward.
+    """Turn the gradients of hidden and weighted into those of gate, up, shift and weights, in the forward's shapes.
 
-    The base's own value of a neuron counts less by p where an expert's takes its place.
+    Where an expert replaces a neuron with weight p, the base's own value counts less by p.
     """
     t = tl.program_id(0).to(tl.int64)
     for first in range(0, F, DENSE):
@@ -140,8 +140,8 @@ def experts_backward(  # type: ignore[no-untyped-def]
         more_g += of_g - p * d * u * activation_slope(g, KIND)
         more_u += of_u - p * d * a
         if not SHARED or k == K - 1:
-            tl.debug_barrier()  # others wrote the dense gradients, or those of an expert that shares neurons
-            if SHARED:  # once more, for a sum that is rounded once
+            tl.debug_barrier()  # other threads wrote the dense gradients, or those of an expert that shares neurons
+            if SHARED:  # recomputed, so that the sum is rounded only once
                 now_g = d * u * activation_slope(g, KIND)
                 now_u = d * a
             else:

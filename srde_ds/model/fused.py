@@ -1,8 +1,8 @@
 """The neuron experts' elementwise work as one autograd function on Triton kernels, see `expert_kernels.py`.
 
-It computes what the readable path does (`dispatch.neuron_experts` and the lines around it in `layer.py`), against which
-tests hold it. Gradients at the support are added where they belong; autograd would make a dense tensor of zeros for
-each and add these.
+It computes what the readable path does (`dispatch.neuron_experts` and the lines around it in `layer.py`); tests compare
+the two. Gradients at the support are added in place, whereas autograd would make a dense tensor of zeros for each and
+add these.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch.autograd.function import once_differentiable
 
 DENSE_BLOCK = 1024
 WIDEST_BLOCK = 1024
-"""A program of the kernels holds all neurons of an expert in registers; with more it would spill some."""
+"""Most neurons of an expert: a program of the kernels holds all of them in registers, and more would spill"""
 SILU, GELU_TANH = 0, 1
 KERNEL_DEVICES = {"cuda"}
-HAS_TRITON = find_spec("triton") is not None  # asked once: torch.compile could not follow the question
+HAS_TRITON = find_spec("triton") is not None  # read once, since torch.compile cannot trace the search
 
 
 def fused_activation(module: Any, gate_TF: Tensor, neurons: int) -> int | None:
-    """The number by which the kernels know an activation; None: they cannot be used.
+    """The kernels' number of an activation; None: the kernels cannot be used.
 
-    They need a GPU, values in at most float32, experts of at most `WIDEST_BLOCK` neurons, and SiLU or GELU by tanh.
+    They need a GPU, values of at most float32, experts of at most `WIDEST_BLOCK` neurons, and SiLU or tanh-GELU.
     """
     if gate_TF.device.type not in KERNEL_DEVICES or gate_TF.dtype == torch.float64 or not HAS_TRITON:
         return None
@@ -86,12 +86,12 @@ class FusedExperts(torch.autograd.Function):
 
 
 def block_size(size: int) -> int:
-    """A power of two: a program takes all neurons of an expert at once."""
+    """The power of two that holds all neurons of an expert, which a program handles at once."""
     return 1 << (size - 1).bit_length() if size > 1 else 1
 
 
 LAUNCH: dict[str, Any] = {"enable_fp_fusion": False}
-"""Fused multiply-adds would round a product in one place and not in another: shifts of zero would change something."""
+"""Fused multiply-adds would round some products and not others, so that shifts of zero would change something."""
 
 
 def _activation(x: Tensor, kind: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The loss of a base's output projection without its logits, which for long rows take more memory than the layers."""
+"""Computes the loss without keeping all logits, which for long rows take more memory than the layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from srde_ds.model.targets import NO_LABEL, Targets
 
-# Of the logits that are there at a time. Smaller chunks would read the weight more often than they have work for.
+# Bytes of logits at a time. With smaller chunks, reading the weight would take longer than the arithmetic.
 CHUNK_BYTES = 2**30
 
 
@@ -30,22 +30,22 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of x W^T + b in nats, summed over the tokens that are not NO_LABEL; a scalar, at least float32.
 
-    W and b are frozen. No more than `chunk_bytes` of logits are there at a time; none are kept.
+    W and b are frozen. No more than `chunk_bytes` of logits exist at a time, and none are kept.
 
     Args:
-        weights_N: how much each token counts in the sum; None: each 1.
+        weights_N: how much each token counts in the sum; None: 1.
     """
     loss: Tensor = LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, tokens_N, weights_N, chunk_bytes)
     return loss
 
 
 def chunk_rows(vocabulary: int, width: int, chunk_bytes: int = CHUNK_BYTES) -> int:
-    """Positions whose logits fit into `chunk_bytes`; `width`: bytes of a value of the model."""
+    """Number of positions whose logits fit into `chunk_bytes`; `width`: bytes per value of the model."""
     return max(1, chunk_bytes // (vocabulary * (max(width, 4) + (width if width < 4 else 0))))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """See `linear_cross_entropy`. The gradient of x is made in the forward, where the logits are at hand."""
+    """See `linear_cross_entropy`. The gradient of x is made in the forward, where the logits exist."""
 
     @staticmethod
     def forward(
@@ -86,22 +86,22 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """That of x."""
+        """The gradient of x."""
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * gradient, None, None, None, None, None
 
 
 class _Anything(BaseModelOutputWithPast):
-    """What a decoder gives: hidden states, and None for all else that a base may ask for."""
+    """A made-up output of a decoder: hidden states, and None for anything else that a base may ask for."""
 
     def __getattr__(self, name: str) -> Any:
         return None
 
 
 def has_plain_head(base: PreTrainedModel) -> bool:
-    """Whether the base's logits are what a linear module makes of its decoder's output: not capped, not scaled.
+    """Whether the base's logits come from its decoder's output by a linear module alone, neither capped nor scaled.
 
-    It is tried out with made-up hidden states and logits, which must pass unchanged. Reads no weights.
+    This is tried out with made-up hidden states and logits, which must pass unchanged. Reads no weights.
     """
     head, decoder = base.get_output_embeddings(), base.base_model
     if type(head) is not nn.Linear or decoder is base:
@@ -120,10 +120,10 @@ def has_plain_head(base: PreTrainedModel) -> bool:
 
 
 def loss_of_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> Tensor:
-    """The cross entropy summed over the targets, in nats; the readable way.
+    """The cross entropy in nats, summed over the targets; the readable way.
 
     Args:
-        inputs: of the base's forward.
+        inputs: inputs of the base's forward.
     """
     logits = base(**inputs, logits_to_keep=targets.columns).logits.flatten(0, 1).float()
     tokens = targets.tokens.flatten()
@@ -134,9 +134,9 @@ def loss_of_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: Targe
 
 
 def loss_without_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: Targets) -> Tensor:
-    """The same of a base with `has_plain_head`, unless its head is trained.
+    """The same for a base with `has_plain_head` whose head is frozen.
 
-    The head's own call computes it, so that hooks which gather its weight work.
+    It is computed within the head's own call, so that hooks which gather the head's weight work.
     """
     head = base.get_output_embeddings()
     if any(parameter.requires_grad for parameter in head.parameters()):
@@ -146,7 +146,7 @@ def loss_without_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: 
 
     def loss(x_BND: Tensor) -> Tensor:
         found = linear_cross_entropy(x_BND.flatten(0, 1), head.weight, head.bias, tokens, weights)
-        return found.view(1, 1, 1)  # it goes through the base in the place of logits
+        return found.view(1, 1, 1)  # passes through the base in place of logits
 
     with _replaced(head, loss):
         return base(**inputs, logits_to_keep=targets.columns).logits.squeeze()

@@ -35,20 +35,19 @@ from srde_ds.model.statistics import add_routing
 
 
 class SRDEFeedForward(nn.Module):
-    """Takes the place of the base's block.
+    """Replaces the base's block.
 
-    It calls the base's projections as modules and does not read their weights, so that hooks which gather sharded
-    weights and quantised kernels keep working. Only the form that is prepared for decoding reads them, and only where
-    they are plain.
+    It calls the base's projections as modules without reading their weights, so that quantised kernels and hooks which
+    gather sharded weights keep working. Only the form prepared for decoding reads weights, if they are plain.
 
     Children: `block` (the base's own), `deltas`, `router`. Buffers: `support`, int32, see `supports/selection.py`;
-    `number` `[1]`, the layer's, which is a tensor so that torch.compile makes nothing of its own for each layer.
+    `number` `[1]`, the layer's number, which is a tensor so that torch.compile does not compile each layer separately.
     `dispatch` may be replaced by one that reaches experts on other ranks.
 
     Args:
         granularity: "neuron" or "element".
         layer: number of the decoder layer, from 0 at the bottom.
-        control: tells all layers of the model which policy they follow.
+        control: gives all layers of the model their policy.
     """
 
     support: Tensor
@@ -77,15 +76,15 @@ class SRDEFeedForward(nn.Module):
         self.layer = layer
         self.control = control
         self.dispatch: ExpertDispatch = LocalDispatch()
-        # In the experts' arithmetic hooks on the activation, a module without parameters, would do nothing but split
-        # what torch.compile sees and have it compiled anew for each layer.
+        # In the experts' arithmetic, hooks on the activation, which has no parameters, would only split what
+        # torch.compile sees and have it compiled again for each layer.
         self.skip_activation_hooks = False
         self.preparation = Preparation()
         for module in (self, deltas, router):  # load_state_dict(assign=True) replaces their tensors
             module.register_load_state_dict_post_hook(self._after_loading)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` -> `[..., D]`, as the policy in force says."""
+        """`[..., D]` -> `[..., D]`, as the current policy says."""
         policy = self.control.policy
         if not policy.active:
             return self.block(x)
@@ -144,18 +143,18 @@ class SRDEFeedForward(nn.Module):
         gate_TKm, up_TKm = (t.gather(1, neurons_TKm.flatten(1)).view_as(neurons_TKm) for t in (gate_TF, up_TF))
         change_TKm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TKm, up_TKm, *chosen)
         for own, change in zip(neurons_TKm.unbind(1), change_TKm.unbind(1), strict=True):
-            hidden_TF.scatter_add_(1, own, change)  # no neuron repeats in one support, so the sum has one order
+            hidden_TF.scatter_add_(1, own, change)  # no neuron repeats within a support, so the sum has one order
         return hidden_TF, extra_TD
 
     def _fused_activation(self, act: Any, gate_TF: Tensor) -> int | None:
-        """What `FusedExperts` calls the activation; None: it cannot be used."""
+        """The number of the activation for `FusedExperts`; None: it cannot be used."""
         hooked = (act._forward_hooks or act._forward_pre_hooks) and not self.skip_activation_hooks
         if hooked or self.granularity == "element":
             return None
         return fused_activation(act, gate_TF, self.support.shape[-1])
 
     def train(self, mode: bool = True) -> SRDEFeedForward:
-        """As in torch; training makes what was prepared for decoding out of date."""
+        """As in torch. Training outdates what was prepared for decoding."""
         if mode:
             self.preparation.drop()
         return super().train(mode)
@@ -171,7 +170,7 @@ class SRDEFeedForward(nn.Module):
             step=policy.noise_step,
             overlap_weight=policy.loss_weights.support_overlap,
         )
-        # Both are asked: under torch.compile a slice of the whole keeps requires_grad where gradients are off.
+        # Both are needed: under torch.compile a slice keeps requires_grad even if gradients are off.
         if not (torch.is_grad_enabled() and deltas.requires_grad):
             return deltas
         sums = None if policy.statistics is None else policy.statistics.sums(deltas.device)
@@ -181,16 +180,16 @@ class SRDEFeedForward(nn.Module):
         return deltas
 
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
-        """Router and effective deltas prepared for decoding, in eval mode without gradients; None: use `dispatch`.
+        """Router and effective deltas prepared for decoding (eval mode, no gradients); None: use `dispatch`.
 
-        Not where other ranks hold a part of them, nor under autocast. And not inside torch.compile, which would not
-        notice when they are out of date.
+        None if other ranks hold a part of them, under autocast, and inside torch.compile, which would not notice when
+        they are out of date.
         """
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if torch.is_autocast_enabled(gate_TF.device.type):
             return None
-        if self.router._forward_hooks or self.router._forward_pre_hooks:  # they expect the router to be called
+        if self.router._forward_hooks or self.router._forward_pre_hooks:  # hooks expect the router to be called
             return None
         prepared = self.preparation.get(gate_TF.dtype)
         if prepared is not None:
@@ -201,7 +200,7 @@ class SRDEFeedForward(nn.Module):
         held_elsewhere = not isinstance(self.dispatch, LocalDispatch) or any(
             hasattr(t, "srde_whole_shape") for t in made_of
         )
-        if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not tell of changes
+        if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not record changes
             return None
         deltas = self.deltas().to(arithmetic_dtype(gate_TF))
         experts: PreparedDeltas
@@ -217,9 +216,9 @@ class SRDEFeedForward(nn.Module):
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
 
     def _readable_weights(self, gate_TF: Tensor) -> list[Tensor]:
-        """The weights of gate, up and down, if `PreparedNeurons` may replace the base's neurons; else nothing.
+        """The weights of gate, up and down, if `PreparedNeurons` may replace the base's neurons; else empty.
 
-        They must be what the base computes with: not quantised, wrapped, hooked or on another device.
+        The base must compute with just these weights: not quantised, wrapped, hooked or on another device.
         """
         if self.granularity == "element" or arithmetic_dtype(gate_TF).itemsize < 4:
             return []
@@ -234,8 +233,8 @@ class SRDEFeedForward(nn.Module):
     def _size_weights(self, deltas: Tensor, policy: RoutingPolicy) -> Tensor:
         """Weight of each expert's squared size, shaped to broadcast against the effective deltas.
 
-        Zero for locked experts, which must not change, and for a rank's padding slots, which are no experts. Gradients
-        are averaged over all ranks, so one that only some ranks have must make up for the others.
+        Zero for locked experts, which must not change, and for a rank's padding slots. Gradients are averaged over all
+        ranks, so a gradient that only some ranks have must make up for the others.
         """
         allowed, first = policy.allowed_experts, self.deltas.first_expert
         everyone = torch.ones_like(self.router.selection_bias)
@@ -250,13 +249,13 @@ class SRDEFeedForward(nn.Module):
 
     def _with_losses(self, output: Tensor, routing: Routing, policy: RoutingPolicy) -> Tensor:
         logits_TE, has_backward = routing.logits_TE, routing.logits_TE.requires_grad
-        # In train mode a forward without gradients is the first of two, when activations are recomputed.
+        # In train mode, a forward without gradients is the first of two: activations will be recomputed.
         if not has_backward and (self.training or policy.statistics is None):
             return output
         mask = policy.token_mask
         mask_T = logits_TE.new_ones(len(logits_TE), dtype=torch.bool) if mask is None else mask.reshape(-1)
         sums = None if policy.statistics is None else policy.statistics.sums(logits_TE.device)
-        if has_backward:  # also without losses: a router that the output does not depend on gets a gradient of zero
+        if has_backward:  # even without losses: a router without effect on the output gets a gradient of zero
             terms = router_loss_terms(policy, self.number, logits_TE)
             return RouterLosses.apply(output, logits_TE, routing.choices_TK, mask_T, terms, sums, self.number)
         assert sums is not None

@@ -1,4 +1,4 @@
-"""An expert's delta added to the base's dense weights."""
+"""Adds an expert's delta to the base's dense weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, granularity: str) -> Tensor:
-    """W + delta_e for one of a block's matrices: a new tensor in the dtype of W, the sum rounded once.
+    """W + delta_e for one of a block's matrices, as a new tensor in the dtype of W; the sum is rounded once.
 
     Args:
         weight: gate or up `[F, D]`, down `[D, F]`.
@@ -41,10 +41,10 @@ def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, gra
 
 
 def merge_into_base(base: PreTrainedModel, expert: int) -> None:
-    """Add one expert's deltas to the base's own blocks and put these back in their places.
+    """Add an expert's deltas to the base's original blocks, and put these back in their places.
 
     Raises:
-        SRDEError: a block's weights are quantised. Nothing has been changed.
+        SRDEError: a block's weights are quantised. Then nothing is changed.
     """
     found = [
         (owner, name, child)
@@ -59,12 +59,12 @@ def merge_into_base(base: PreTrainedModel, expert: int) -> None:
 
 
 def check_mergeable(layers: Sequence[SRDEFeedForward]) -> None:
-    """Raise SRDEError if the weights of a layer's block are quantised."""
+    """Raise an SRDEError if the weights of a layer's block are quantised."""
     for layer in layers:
         for weight in _weights(layer).values():
             if weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
                 raise SRDEError(
-                    f"expert cannot be merged: layer {layer.layer} of the base holds quantised weights "
+                    f"the expert cannot be merged: layer {layer.layer} of the base has quantised weights "
                     f"({weight.dtype}, shape {list(weight.shape)}); load the base unquantised."
                 )
 

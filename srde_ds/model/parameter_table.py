@@ -1,4 +1,4 @@
-"""How many values are trained, by kind."""
+"""The number of trained values, by kind."""
 
 from __future__ import annotations
 

@@ -1,22 +1,22 @@
-"""What one forward is told about its routing, and how the layers get to know it.
+"""The policy: how one forward routes its tokens, and how the layers learn of it.
 
-The decoder layers between `SRDEModel.forward` and `SRDEFeedForward.forward` are transformers' own and pass no arguments
-of ours on. So the model puts the policy in force for as long as its forward runs (`PolicyControl.running`), and each
-layer reads it in its first line.
+The decoder layers between `SRDEModel.forward` and `SRDEFeedForward.forward` belong to transformers and do not pass our
+arguments on. So the model makes a policy current while its forward runs (`PolicyControl.running`), and each layer reads
+it in its first line.
 
-Why that is right however a forward is run:
+Why this is right however a forward is run:
 
 * A policy is immutable, and what a backward needs of it is kept in the forward's own graph. Several forwards before one
-  backward, each with its own policy, do not disturb each other, and nobody has anything to reset.
-* Activation checkpointing runs decoder layers again in the backward, when the forward is long over.
-  `PolicyKeepingCheckpoint` remembers the policy of the first run and puts it in force for the second, so both compute
+    backward, each with its own policy, do not disturb each other, and nothing has to be reset.
+* Activation checkpointing runs decoder layers again in the backward, after the forward has ended.
+  `PolicyKeepingCheckpoint` remembers the policy of the first run and makes it current for the second, so both compute
   the same.
-* The policy in force is a plain attribute of an object that the layers share. torch.compile guards such a read and
-  compiles anew for another policy; it cannot trace a context variable, and a thread-local it would read only once.
+* The current policy is a plain attribute of an object that the layers share. torch.compile guards such a read and
+  compiles again for another policy. It cannot trace a context variable, and would read a thread-local only once.
   A model on one device is run by one thread at a time: autograd's threads recompute while the caller waits in
   `backward`.
-* Outside of a forward of this model (when `model.base` is called by `generate` or a pipeline) the layers follow the
-  standing policy, which `set_active_experts` and `no_experts` change.
+* Outside of a forward of this model (when `generate` or a pipeline calls `model.base`) the layers follow the standing
+  policy, which `set_active_experts` and `no_experts` change.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class LossWeights:
     """Weights of the auxiliary losses of a training run; 0 leaves a loss out.
 
     Attributes:
-        load_balancing, router_z: of the router's losses, see `router.RouterLosses`; `RoutingPolicy.loss_scale`
+        load_balancing, router_z: weights of the router's losses, see `router.RouterLosses`; `RoutingPolicy.loss_scale`
             multiplies both.
-        delta_size: of the squared size of the unlocked experts' effective deltas.
-        support_overlap: of the overlap between the experts' learned supports.
+        delta_size: weight of the squared size of the unlocked experts' effective deltas.
+        support_overlap: weight of the overlap between the experts' learned supports.
 
-    Every backward adds the whole gradient of the last two, so their weights are a step's divided by its micro-steps.
+    Every backward adds the whole gradient of the last two, so their weights must be divided by a step's micro-steps.
     """
 
     load_balancing: float = 0.0
@@ -55,32 +55,32 @@ class LossWeights:
 
 @dataclass(frozen=True, eq=False)
 class RoutingPolicy:
-    """How one forward routes its tokens, and what it records. Hand it to `SRDEModel.forward` or `generate`:
+    """How one forward routes its tokens, and what it records. Pass it to `SRDEModel.forward` or `generate`:
 
         choices: dict[int, Tensor] = {}
         model(input_ids, policy=RoutingPolicy(choices=choices))
         choices[0]  # the experts that each token used in the first layer
 
-    The model copies tensors to its device. Those on the CPU cost a GPU no wait.
+    The model copies tensors to its device. A GPU does not wait for those on the CPU.
 
     Attributes:
         active: False gives the base's own output.
-        allowed_experts: `[E]` bool, False for locked experts: they get no tokens. With fewer allowed than top_k, a
+        allowed_experts: `[E]` bool, False for locked experts, which get no tokens. If fewer than top_k are allowed, a
             token uses only those. None: those of `set_active_experts`, by default all.
-        forced_experts: `[B, S]` int64: each token goes to this expert alone with weight 1; the router and its losses
+        forced_experts: `[B, S]` int64: each token uses only this expert, with weight 1, and the router and its losses
             are left out.
-        token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding is in no statistic and no loss.
-        loss_weights: of the auxiliary losses, whose gradients the backward adds.
-        loss_scale: factor of the router's losses, a scalar; they are sums over tokens. For a mean over the tokens of an
+        token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding counts in no statistic and no loss.
+        loss_weights: weights of the auxiliary losses, whose gradients the backward adds.
+        loss_scale: scalar factor of the router's losses, which are sums over tokens. For a mean over the tokens of an
             optimizer step under data-parallel averaging: number of ranks / tokens of the step on all ranks.
         expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: not known
-            yet, no load balancing.
-        target_share: `[E]` the shares that load balancing aims at, see `training.balancing`; None: equal ones.
-        support_temperature: of the noise on a support that is being learned; None: there is no noise and its scores
-            get no gradient. In eval mode there is never any.
-        noise_step: number of the optimizer step, which the noise is drawn from.
-        statistics: what the forward's routing is added to. A forward with gradients is counted by its backward: once,
-            however often it is recomputed. One without gradients is counted at once, but only in eval mode.
+            yet, so there is no load balancing.
+        target_share: `[E]` the shares that load balancing aims at, see `training.balancing`; None: equal shares.
+        support_temperature: temperature of the noise on a support that is being learned; None: no noise, and its scores
+            get no gradient. In eval mode there is never noise.
+        noise_step: number of the optimizer step, which seeds the noise.
+        statistics: where the forward's routing is added. A forward with gradients is counted by its backward, so only
+            once even if it is recomputed. One without gradients is counted directly, but only in eval mode.
         choices: filled by the forward: layer -> `[T, K]` int64, best first, -1 where fewer than K experts are allowed.
         choice_weights: filled by the forward: layer -> `[T, K]`, the weights p_e of `choices`, 0 for -1.
     """
@@ -107,11 +107,11 @@ class RoutingPolicy:
 
 
 class PolicyControl:
-    """Tells all layers of one model which policy they follow at the moment.
+    """Gives all layers of a model the current policy.
 
     Attributes:
-        standing: what holds outside of `running`, and inside for what a policy leaves open: `active=False` here
-            switches all experts off, and `allowed_experts` are those of a policy that names none.
+        standing: applies outside of `running`, and inside to what a policy leaves open: `active=False` here switches
+            all experts off, and `allowed_experts` holds for a policy without its own.
     """
 
     def __init__(self) -> None:
@@ -120,15 +120,15 @@ class PolicyControl:
 
     @property
     def policy(self) -> RoutingPolicy:
-        """The one in force."""
+        """The current policy."""
         return self.standing if self._running is None else self._running
 
     @contextmanager
     def running(self, policy: RoutingPolicy, device: torch.device | None = None) -> Iterator[None]:
-        """Put a policy, completed by the standing one, in force.
+        """Make a policy current, completed by the standing one.
 
         Args:
-            device: where its tensors go; None: they stay where they are.
+            device: where to copy its tensors; None: they stay where they are.
 
         Raises:
             SRDEError: every expert is locked.
@@ -138,12 +138,12 @@ class PolicyControl:
             raise SRDEError("allowed_experts: all experts are locked; allow at least one.")
         policy = replace(policy, active=policy.active and self.standing.active, allowed_experts=allowed)
         if policy.statistics is not None and device is not None:
-            policy.statistics.sums(device)  # made here, so that no layer has to
+            policy.statistics.sums(device)  # created here, so that no layer has to
         with self._exactly(policy if device is None else policy.to(device)):
             yield
 
     def bound(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` under the policy that is in force now, whenever it is called."""
+        """`function`, which will always run under the policy that is current now."""
         policy = self.policy
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ class PolicyControl:
 
 
 class PolicyKeepingCheckpoint:
-    """A checkpointing function of transformers whose second run follows the policy of the first.
+    """A checkpointing function for transformers whose second run follows the policy of the first.
 
     Args:
         checkpoint: `torch.utils.checkpoint.checkpoint` with its options.
@@ -177,9 +177,9 @@ class PolicyKeepingCheckpoint:
 
 
 def keep_policy_when_recomputing(base: nn.Module, control: PolicyControl) -> None:
-    """Have all layers of a base that recomputes its activations follow the policy of their first run.
+    """Have all layers of a base that recompute their activations follow the policy of their first run.
 
-    Layers that do so already stay as they are."""
+    Layers that already do so are not changed."""
     module: Any
     for module in base.modules():
         checkpoint = vars(module).get("_gradient_checkpointing_func")
@@ -188,12 +188,12 @@ def keep_policy_when_recomputing(base: nn.Module, control: PolicyControl) -> Non
 
 
 def refuse_foreign_checkpointing(base: nn.Module) -> None:
-    """Raise SRDEError if a layer recomputes its activations without the policy of its first run."""
+    """Raise an SRDEError if a layer recomputes its activations without the policy of its first run."""
     for layer in base.modules():
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
         ours = checkpoint is None or isinstance(checkpoint, PolicyKeepingCheckpoint)
         if not ours and getattr(layer, "gradient_checkpointing", False):
             raise SRDEError(
-                "base: it recomputes activations without this forward's policy; call "
+                "the base recomputes activations without this forward's policy; call "
                 "enable_gradient_checkpointing of the SRDEModel instead of the base's."
             )

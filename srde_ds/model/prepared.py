@@ -1,8 +1,8 @@
-"""Router and experts' arithmetic for decoding: without gradients, on deltas that are prepared once.
+"""The router's and experts' arithmetic for decoding, without gradients, on deltas that are prepared once.
 
 What `dispatch.py` does in each call (permuting the deltas, running every expert, building dense matrices) costs little
-beside a training batch, but much beside a single token. The results are equal within rounding, and where all deltas of
-a layer are zero they are the base's, bit for bit.
+compared with a training batch, but much compared with a single token. The results are equal within rounding, and if all
+deltas of a layer are zero they are the base's, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Projection = Callable[[Tensor], Tensor]
 
 
 def arithmetic_dtype(values: Tensor) -> torch.dtype:
-    """The dtype in which the experts compute, for a base that gives `values`.
+    """The dtype in which the experts compute, for a base whose values are like `values`.
 
-    At least float32 on a CPU, where a vector times a bfloat16 matrix takes several times as long.
+    On a CPU it is at least float32, since a vector times a bfloat16 matrix takes several times as long.
     """
     return torch.promote_types(values.dtype, torch.float32) if values.device.type == "cpu" else values.dtype
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor.to(dtype)`, quicker where there is nothing to do."""
+    """`tensor.to(dtype)`, but quicker if there is nothing to do."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 class PreparedDeltas(Protocol):
-    """One layer's experts, prepared."""
+    """A layer's prepared experts."""
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
@@ -45,7 +45,7 @@ class PreparedDeltas(Protocol):
 
 
 class PreparedNoDeltas:
-    """All deltas are zero: the base's own output, bit for bit."""
+    """For deltas that are all zero: the base's own output, bit for bit."""
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
@@ -57,17 +57,17 @@ class PreparedNoDeltas:
 class PreparedNeurons:
     """The experts' whole neurons, base plus delta, which replace the base's.
 
-    With W the base's down matrix and dW_e its delta, expert e adds p_e h_e (W + dW_e) on its support. What the base's
-    neurons give there is taken away: all of it on a support that the experts share, since their weights sum to one;
-    else p_e h W. That takes fewer operations than computing each neuron's change, and on a CPU the time for a token is
-    proportional to their number. Not in half precision, where a small delta would vanish in the sum.
+    With the base's down matrix W and its delta dW_e, expert e adds p_e h_e (W + dW_e) on its support. The base's
+    neurons are subtracted there: wholly on a support that the experts share, since their weights sum to one; otherwise
+    p_e h W. That takes fewer operations than computing each neuron's change, and on a CPU the time for a token is
+    proportional to their number. It is not used in half precision, where a small delta would vanish in the sum.
 
     vectors: `[3, E, m, D]`, gate, up and down; with a support for each expert `[4, E, m, D]`, the last -W.
 
     Args:
         deltas_DE3m: gate, up and down of each expert.
         support: `[m]` or `[E, m]`.
-        weights: of the base's gate and up, `[F, D]`, and down, `[D, F]`.
+        weights: the base's gate and up, `[F, D]`, and down, `[D, F]`.
     """
 
     def __init__(self, deltas_DE3m: Tensor, support: Tensor, weights: Sequence[Tensor]) -> None:
@@ -85,9 +85,9 @@ class PreparedNeurons:
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
         """As `PreparedDeltas`."""
-        # Views and conversions that change nothing cost as much as arithmetic here: there are no more than it takes.
+        # Views and conversions cost as much as arithmetic here, so there are no unneeded ones.
         vectors, support, tokens = self.vectors, self.support, len(x_TD)
-        if tokens == 1:  # reads its own experts alone
+        if tokens == 1:  # reads only the token's experts
             weights_TX, chosen = routing.weights_TK, routing.index_TK.view(-1)
             vectors = vectors.index_select(1, chosen)
             support = support if support.dim() == 1 else support.index_select(0, chosen)
@@ -110,7 +110,7 @@ class PreparedNeurons:
 
 
 class PreparedRouter:
-    """`router.Router` and `route`, with the weight in the dtype of the logits, and without a bias that is zero."""
+    """`router.Router` and `route`, with the weight in the dtype of the logits; a bias of zero is left out."""
 
     def __init__(self, router: Router, dtype: torch.dtype) -> None:
         self.weight = router.weight.detach().to(torch.promote_types(dtype, torch.float32))
@@ -118,16 +118,16 @@ class PreparedRouter:
         self.top_k = router.top_k
 
     def __call__(self, x_TD: Tensor, policy: RoutingPolicy) -> Routing:
-        """One layer's routing of x_TD."""
+        """The layer's routing of x_TD."""
         logits_TE = F.linear(as_dtype(x_TD, self.weight.dtype), self.weight)
         return route(logits_TE, self.bias, self.top_k, policy)
 
 
 class PreparedNeuronDeltas:
-    """The deltas of neurons, for a base whose weights cannot be read (they may be quantised).
+    """The deltas of neurons, for a base whose weights cannot be read, such as a quantised one.
 
-    vectors: `[3, E, m, D]`, gate, up and down. neurons: `[E, m]`. places: `[2 * E * m]`, where the gate and up values
-    of these neurons are in `[T, 2 * F]`, gate first.
+    vectors: `[3, E, m, D]`, gate, up and down. neurons: `[E, m]`. places: `[2 * E * m]`, the positions of these
+    neurons' gate and up values in `[T, 2 * F]`, gate first.
     """
 
     def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int) -> None:
@@ -169,7 +169,7 @@ class PreparedNeuronDeltas:
     def _chosen_experts(
         self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
     ) -> Tensor:
-        """Each token reads its own experts: fewer bytes than all experts have, as long as T * K < E."""
+        """Each token reads its own experts, which takes fewer bytes than all experts if T * K < E."""
         tokens, top_k = routing.index_TK.shape
         index = routing.index_TK.view(-1)
         vectors = self.vectors.index_select(1, index).view(3, tokens, -1, self.hidden)
@@ -191,12 +191,12 @@ class PreparedNeuronDeltas:
 
     def _add(self, hidden_TF: Tensor, change_TKm: Tensor, neurons_TKm: Tensor) -> None:
         for own, part in zip(neurons_TKm.unbind(1), change_TKm.to(hidden_TF.dtype).unbind(1), strict=True):
-            hidden_TF.scatter_add_(1, own, part)  # no neuron repeats in one support: the sum has one order
+            hidden_TF.scatter_add_(1, own, part)  # no neuron repeats within a support, so the order of the sum is fixed
 
     def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """h_e and h_e - h, `[T, X, m]`, from gate and up values, `[T, 2 * X * m]`, without and with the deltas.
 
-        h is computed from a tensor laid out like that of h_e, see `dispatch.neuron_experts`.
+        h is computed from a tensor with the same layout as that of h_e, see `dispatch.neuron_experts`.
         """
         shape = (len(base), 2, -1, self.neurons.shape[1])
         (gate, up), (base_gate, base_up) = moved.view(shape).unbind(1), base.view(shape).unbind(1)
@@ -204,7 +204,7 @@ class PreparedNeuronDeltas:
         return hidden, hidden - act(base_gate) * base_up
 
     def _repeated(self, count: int) -> Tensor:
-        """The places of a shared support, once for each of `count` experts."""
+        """The places of a shared support, repeated for each of `count` experts."""
         if count not in self.repeated:
             self.repeated[count] = self._places(self.neurons[:count])
         return self.repeated[count]
@@ -233,7 +233,7 @@ class PreparedElementDeltas:
         """As `PreparedDeltas`."""
         hidden_TF = act(gate_TF) * up_TF
         x, gate, up = (t.to(self.dtype) for t in (x_TD, gate_TF, up_TF))
-        if len(x) == 1:  # no tokens to pick
+        if len(x) == 1:  # no selection of tokens needed
             experts, weights = routing.index_TK[0].tolist(), routing.weights_TK.to(self.dtype).unbind(1)
             parts = [self._expert(act, e, x, gate, up, p[:, None]) for e, p in zip(experts, weights, strict=True)]
             changes, extras = zip(*parts, strict=True)
@@ -242,7 +242,7 @@ class PreparedElementDeltas:
         weights_TE = routing.weights_TE.to(self.dtype)
         for expert in routing.index_TK.unique().tolist():
             tokens = weights_TE[:, expert].nonzero().squeeze(1)
-            if len(tokens) == 0:  # chosen with a weight of zero; with several threads embedding_bag fails on no tokens
+            if len(tokens) == 0:  # chosen with weight zero; with several threads embedding_bag fails on an empty batch
                 continue
             own_x, own_gate, own_up, p = (t.index_select(0, tokens) for t in (x, gate, up, weights_TE[:, expert, None]))
             own_change, own_extra = self._expert(act, expert, own_x, own_gate, own_up, p)
@@ -260,13 +260,13 @@ class PreparedElementDeltas:
 
 
 class SparseMatrix:
-    """A matrix with few values that are not zero; called on x `[T, columns]` it gives x @ matrix.T, `[T, rows]`.
+    """A matrix with few nonzero values. Called on x `[T, columns]` it gives x @ matrix.T, `[T, rows]`.
 
-    It uses `embedding_bag`, which sums weighted rows of x transposed: quicker than torch's sparse matrices, even for a
-    single token.
+    It uses `embedding_bag`, which sums weighted rows of the transposed x. That is quicker than torch's sparse matrices,
+    even for a single token.
 
     Args:
-        index: of the values, ascending, into the flattened matrix.
+        index: the values' indices into the flattened matrix, ascending.
     """
 
     def __init__(self, index: Tensor, values: Tensor, *, rows: int, columns: int) -> None:
@@ -277,24 +277,24 @@ class SparseMatrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x @ matrix.T."""
-        # A copy, not a view: on other strides the kernel takes twice as long, even for a single column.
+        # A copy, since the kernel takes twice as long on a view with other strides, even for a single column.
         table = x.T.clone(memory_format=torch.contiguous_format)
         out = F.embedding_bag(self.columns, table, self.offsets, mode="sum", per_sample_weights=self.values)
         return out.T.contiguous()
 
 
 class Prepared(NamedTuple):
-    """What a layer computes with."""
+    """The prepared router and experts of a layer."""
 
     router: PreparedRouter
     experts: PreparedDeltas
 
 
 class Preparation:
-    """Keeps what a layer prepared until the tensors that it was made of change.
+    """Keeps what a layer has prepared until the tensors that it was made of change.
 
-    torch counts the in-place operations on a tensor as its version, except those on `.data`. After one of these, and
-    after another tensor has taken a tensor's place in the module, call `drop`.
+    torch counts in-place operations on a tensor as its version, except those on `.data`. After such an operation, and
+    after a tensor of the module has been replaced, call `drop`.
     """
 
     def __init__(self) -> None:
@@ -302,12 +302,12 @@ class Preparation:
 
     def drop(self) -> None:
         """Forget what was prepared."""
-        self._made_of: list[tuple[Tensor, int, int]] = []  # and its place in memory and version
+        self._made_of: list[tuple[Tensor, int, int]] = []  # with its address and version
         self._dtype: torch.dtype | None = None
         self._prepared: Prepared | None = None
 
     def get(self, dtype: torch.dtype) -> Prepared | None:
-        """What `put` was given, if `dtype` and the tensors that it was made of are still the same; else None."""
+        """What `put` has kept, if `dtype` and the tensors that it was made of are unchanged; else None."""
         if dtype != self._dtype:
             return None
         for tensor, place, version in self._made_of:
@@ -316,7 +316,7 @@ class Preparation:
         return self._prepared
 
     def put(self, made_of: Sequence[Tensor], dtype: torch.dtype, prepared: Prepared) -> Prepared:
-        """Keep `prepared` and note the tensors that it was made of; returns it."""
+        """Keep and return `prepared`, and note the tensors that it was made of."""
         self._made_of = [(tensor, tensor.data_ptr(), tensor._version) for tensor in made_of]
         self._dtype, self._prepared = dtype, prepared
         return prepared

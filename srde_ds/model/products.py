@@ -1,9 +1,9 @@
-"""Products of tokens with the matrices of the experts that they chose, in one of two ways.
+"""Products of tokens with the matrices of their experts, computed in one of two ways.
 
-A token pays for its K experts alone if tokens are sorted by expert and multiplied group by group. That takes copies of
-the tokens and small products. All experts on all tokens are one large product, of which K / E is needed. So few or
-narrow experts are quicker all at once, many wide ones group by group. Both give the same within rounding, and no expert
-is left out of the graph: without tokens it has a product of zero rows.
+If tokens are sorted by expert and multiplied group by group, a token costs only its K experts, but tokens are copied
+and products are small. All experts on all tokens are one large product, of which only K / E is needed. So few or narrow
+experts are quicker all at once, and many wide ones group by group. Both ways agree within rounding, and no expert is
+left out of the graph: without tokens it has a product of zero rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 class ExpertProducts(Protocol):
     """The products of one layer's tokens, for deltas `[D, E, 3, m]` and `[T, K]` chosen experts.
 
-    What a token has of its experts lies in X slots. Slot e is expert e's where all experts are multiplied at once, and
-    `by_expert` is true (X = E); else slot k is that of the token's k-th expert (X = K).
+    A token's results are in X slots. If all experts are multiplied at once, `by_expert` is true and slot e belongs to
+    expert e (X = E); otherwise slot k belongs to the token's k-th expert (X = K).
     """
 
     by_expert: bool
@@ -31,12 +31,12 @@ class ExpertProducts(Protocol):
         ...
 
     def back(self, h_TXm: Tensor) -> Tensor:
-        """`[T, D]`: the sum over a token's experts of dD_e h; h is zero for experts that it does not use."""
+        """`[T, D]`: the sum of dD_e h over a token's experts; h is zero for experts that it does not use."""
         ...
 
 
 def expert_products(deltas_DE3m: Tensor, index_TK: Tensor) -> ExpertProducts:
-    """The quicker of the two ways, by the shapes, the dtype and the kind of device alone."""
+    """The quicker of the two ways, chosen by shapes, dtype and kind of device."""
     hidden, experts, _, neurons = deltas_DE3m.shape
     overhead = GROUPING.get((deltas_DE3m.device.type, deltas_DE3m.dtype))
     aligned = hidden * deltas_DE3m.element_size() % ALIGNMENT == 0
@@ -47,12 +47,12 @@ def expert_products(deltas_DE3m: Tensor, index_TK: Tensor) -> ExpertProducts:
 
 @dataclass(frozen=True)
 class GroupingOverhead:
-    """What sorting tokens by expert costs, in units of what one token costs with one neuron of one expert.
+    """The cost of sorting tokens by expert, in units of the cost of one token with one neuron of one expert.
 
     Attributes:
-        assignment: of each token and each of its experts: copies there and back.
-        expert: of each expert: a small product of its own.
-        neuron: of each neuron of each expert: deltas laid out expert by expert.
+        assignment: cost per token and expert of it, for the copies there and back.
+        expert: cost per expert, for a small product of its own.
+        neuron: cost per neuron of an expert, for laying deltas out expert by expert.
     """
 
     assignment: int
@@ -66,10 +66,10 @@ class GroupingOverhead:
 
 
 ALIGNMENT = 16
-"""`grouped_mm` wants each row of a matrix to begin at a multiple of so many bytes."""
+"""`grouped_mm` needs each row of a matrix to begin at a multiple of this many bytes"""
 
 GROUPING = {
-    # Measured: benchmarks/many_experts.py. `grouped_mm` knows no float64.
+    # Measured by benchmarks/many_experts.py. `grouped_mm` does not support float64.
     ("cpu", torch.float32): GroupingOverhead(assignment=80, expert=600, neuron=300),
     ("cpu", torch.bfloat16): GroupingOverhead(assignment=215, expert=10_000, neuron=600),
     # From the bandwidth and the matrix throughput of an H100, not measured.
@@ -83,7 +83,7 @@ class JointProducts:
     by_expert = True
 
     def __init__(self, deltas_DE3m: Tensor, index_TK: Tensor) -> None:
-        # split, and not two slices: its backward joins the gradients and fills nothing with zeros
+        # split instead of two slices: its backward joins the gradients without filling zeros
         self.into_DE2m, self.back_DE1m = deltas_DE3m.split([2, 1], dim=2)
 
     def into(self, x_TD: Tensor) -> Tensor:
@@ -97,12 +97,12 @@ class JointProducts:
 
 
 def slot_rows(index_TK: Tensor, slots: int) -> Tensor:
-    """`[T * K]`: where the slots of a token's experts are among the T * E of all tokens, E = `slots`."""
+    """`[T * K]`: positions of the slots of a token's experts among all T * E, with E = `slots`."""
     return (torch.arange(len(index_TK), device=index_TK.device)[:, None] * slots + index_TK).flatten()
 
 
 class GroupedProducts:
-    """Tokens sorted by expert; each group times its expert's matrix."""
+    """Tokens sorted by expert; each group is multiplied by its expert's matrix."""
 
     by_expert = False
 
@@ -130,10 +130,10 @@ class GroupedProducts:
 
 
 class ByExpert:
-    """Assignments of tokens to experts, R = T * K of them, sorted by expert.
+    """R = T * K assignments of tokens to experts, sorted by expert.
 
     Attributes:
-        experts_R: the expert of each, ascending.
+        experts_R: the expert of each assignment, ascending.
     """
 
     def __init__(self, index_TK: Tensor) -> None:
@@ -143,7 +143,7 @@ class ByExpert:
         self.inverse_R = torch.empty_like(self.order_R).scatter_(0, self.order_R, numbers_R)
 
     def sorted(self, values: Tensor) -> Tensor:
-        """`[R, width]`, from what tokens, `[T, width]`, or assignments, `[T, K, width]`, have."""
+        """`[R, width]`, from values of tokens, `[T, width]`, or of assignments, `[T, K, width]`."""
         repeats = self.shape[1] if values.dim() == 2 else 1
         sorted_: Tensor = Reordered.apply(values.flatten(0, -2), self.order_R, self.inverse_R, repeats)
         return sorted_
@@ -157,7 +157,7 @@ class ByExpert:
 class Reordered(torch.autograd.Function):
     """Row i of the result is row order[i] // repeats: each row is taken `repeats` times.
 
-    The backward sums a row's gradients in one order, which those of `index_select` on a GPU would not.
+    The backward sums a row's gradients in a fixed order, unlike that of `index_select` on a GPU.
     """
 
     @staticmethod

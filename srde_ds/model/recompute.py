@@ -1,4 +1,4 @@
-"""Decoder layers that compute their activations again in the backward, but keep what is cheap to keep."""
+"""Decoder layers that recompute their activations in the backward, except attention's results."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from srde_ds.model.base import decoder_layers, has_dropout
 from srde_ds.model.policy import PolicyControl
 
-# Attention's result is a value for each input value, and computing it again costs the square of a document's length.
+# Attention's result has one value per input value, but recomputing it takes time with a document's squared length.
 _KEPT = ("scaled_dot_product", "varlen_attn", "flash_attn")
 
 
 class RecomputedForward:
-    """A decoder layer's `forward` in training: of its activations only the input and attention's results are kept.
+    """A decoder layer's `forward` in training, which keeps only its input and attention's results.
 
-    It stands inside of the layer's hooks: ZeRO-3 has the layer's weights gathered when its backward begins, and the
-    second forward needs no others. It follows the policy of the first.
+    It runs inside of the layer's hooks: ZeRO-3 has gathered the layer's weights when its backward begins, and the
+    second forward needs no others. The second forward follows the policy of the first.
     """
 
     def __init__(self, layer: nn.Module, control: PolicyControl) -> None:
@@ -43,13 +43,13 @@ class RecomputedForward:
 
 
 def recompute_selectively(base: PreTrainedModel, control: PolicyControl) -> None:
-    """Have each decoder layer of a base run as `RecomputedForward` says."""
+    """Have each decoder layer of a base run as a `RecomputedForward`."""
     for layer in decoder_layers(base):
         vars(layer)["forward"] = RecomputedForward(layer, control)
 
 
 def recomputes_selectively(base: PreTrainedModel) -> bool:
-    """Whether `recompute_selectively` was called."""
+    """Whether `recompute_selectively` has been called for this base."""
     return any(isinstance(vars(layer).get("forward"), RecomputedForward) for layer in decoder_layers(base))
 
 

@@ -1,4 +1,4 @@
-"""The equation in float64 with merged dense weights, token by token: what the fast path must compute."""
+"""The equation in float64 with merged dense weights, token by token, which the fast path must match."""
 
 from __future__ import annotations
 

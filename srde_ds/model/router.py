@@ -24,8 +24,8 @@ class Routing:
     Attributes:
         index_TK: the chosen experts, best first.
         weights_TK: their weights p_e; 0 for a locked expert.
-        logits_TE: -inf for a locked expert.
-        forced: index_TK does not come from the logits, and holds no locked expert.
+        logits_TE: the logits; -inf for a locked expert.
+        forced: whether index_TK does not come from the logits; it then holds no locked expert.
     """
 
     index_TK: Tensor
@@ -35,7 +35,7 @@ class Routing:
 
     @property
     def used_TK(self) -> Tensor:
-        """bool: the chosen expert is not locked."""
+        """bool: whether the chosen expert is unlocked."""
         if self.forced:
             return torch.ones_like(self.index_TK, dtype=torch.bool)
         return self.logits_TE.detach().gather(1, self.index_TK) > float("-inf")
@@ -47,15 +47,15 @@ class Routing:
 
     @property
     def weights_TE(self) -> Tensor:
-        """p_e, zero for experts that were not chosen."""
+        """p_e; zero for experts that were not chosen."""
         return torch.zeros_like(self.logits_TE).scatter(1, self.index_TK, self.weights_TK)
 
 
 class Router(nn.Module):
-    """One linear map without bias, computed in fp32. `route` makes choices and weights of its logits.
+    """A linear map without bias, computed in fp32. `route` turns its logits into choices and weights.
 
-    Buffer `selection_bias` `[E]` fp32: added to the logits for the choice of the top K, and for nothing else. It has no
-    gradient; `training.balancing.update_biases` moves it.
+    The buffer `selection_bias` `[E]` fp32 is added to the logits only to choose the top K. It has no gradient;
+    `training.balancing.update_biases` changes it.
     """
 
     selection_bias: Tensor
@@ -70,8 +70,8 @@ class Router(nn.Module):
         self.top_k = top_k
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """logits `[T, E]`. A bare tensor, since ZeRO-3 hangs its backward hooks on nothing else."""
-        if torch.is_autocast_enabled(x_TD.device.type):  # the context alone would cost more than the product
+        """The logits `[T, E]`, as a bare tensor, since ZeRO-3 attaches its backward hooks to nothing else."""
+        if torch.is_autocast_enabled(x_TD.device.type):  # the context would cost more than the product
             with torch.autocast(x_TD.device.type, enabled=False):
                 return self._logits(x_TD)
         return self._logits(x_TD)
@@ -81,27 +81,27 @@ class Router(nn.Module):
         return F.linear(x_TD.to(precision), self.weight.to(precision))
 
     def load_selection_bias(self, bias_E: Tensor | None) -> None:
-        """Set the bias to stored values; None: to zero.
+        """Set the bias to stored values, or with None to zero.
 
         Raises:
-            SRDEError: they are for another number of experts, or not finite.
+            SRDEError: the values are for another number of experts, or not finite.
         """
         if bias_E is None:
             self.selection_bias.zero_()
             return
         if bias_E.shape != self.selection_bias.shape or not bool(bias_E.isfinite().all()):
             raise SRDEError(
-                f"router_bias of shape {list(bias_E.shape)}: it must hold {self.selection_bias.numel()} finite values, "
+                f"router_bias of shape {list(bias_E.shape)}: it must have {self.selection_bias.numel()} finite values, "
                 "one for each expert; export the weights again."
             )
         self.selection_bias.copy_(bias_E)
 
 
 def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, policy: RoutingPolicy) -> Routing:
-    """Choose each token's experts by logit plus bias, among the allowed, or as the policy forces them.
+    """Choose each token's experts by logit plus bias among the allowed ones, unless the policy forces them.
 
-    A token's weights are the softmax over the logits of its K experts, without bias: a bias changes who is asked, not
-    how much an answer counts. A bias of zero may be left out, which is quicker.
+    A token's weights are the softmax over the logits of its K experts, without bias: a bias changes which experts are
+    chosen, not how much they count. A bias of zero may be left out, which is quicker.
     """
     if policy.forced_experts is not None:
         index_TK = policy.forced_experts.reshape(-1, 1)
@@ -114,26 +114,27 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, policy: RoutingP
         else:
             index_TK = (logits_TE.detach() + bias_E).topk(top_k, dim=1).indices
             chosen_TK = logits_TE.gather(1, index_TK)
-        # A locked expert among the top K has logit -inf and so weight 0: K shrinks by itself.
+        # A locked expert among the top K has logit -inf and so weight 0, which makes K smaller.
         weights_TK = chosen_TK.softmax(dim=1)
     return Routing(index_TK, weights_TK, logits_TE, forced=policy.forced_experts is not None)
 
 
 class RouterLosses(torch.autograd.Function):
-    """Passes a layer's output through; its backward adds the gradient of the router's losses and records statistics.
+    """Passes a layer's output through. Its backward adds the gradient of the router's losses and records statistics.
 
-    For each layer and real token t, with p the full softmax over the allowed experts, s the experts' shares of the
-    previous step's assignments and q the shares that are aimed at:
+    For each layer and real token t, with the full softmax p over the allowed experts, the experts' shares s of the
+    previous step's assignments and the target shares q:
 
         load balancing = E * sum_e (s_e - q_e) p_te        router z = logsumexp(logits_t)^2
 
-    Why the first one: (E/2) sum_e (s_e - q_e)^2 is smallest at s = q. Its gradient with respect to s is E (s_e - q_e).
-    The shares are counts and have no gradient themselves, so p takes their place. The loss lowers p where an expert had
-    more than its target, and vanishes at s = q. For equal q_e the constant drops out, which leaves the usual loss
-    E * sum_e s_e p_te. Unlike a ratio s_e / q_e, the difference is bounded where a target is zero.
+    The reason for the first: (E/2) sum_e (s_e - q_e)^2 is smallest at s = q. Its gradient with respect to s is E (s_e -
+    q_e). The shares are counts and have no gradient themselves, so p takes their place. The loss lowers p where an
+    expert had more than its target, and vanishes at s = q. For equal q_e the constant drops out, which leaves the usual
+    loss E * sum_e s_e p_te. Unlike a ratio s_e / q_e, the difference is bounded where a target is zero.
 
-    Both are sums over tokens with constant shares, so they do not depend on how a batch is cut into ranks and
-    micro-batches. The work is done in the backward: once, however often activation checkpointing repeats the forward.
+    Both are sums over tokens with constant shares, so they do not depend on how a batch is divided into ranks and
+    micro-batches. The work is done in the backward, which runs once even if activation checkpointing repeats the
+    forward.
     """
 
     @staticmethod
@@ -151,18 +152,18 @@ class RouterLosses(torch.autograd.Function):
 
         Args:
             mask_T: True for real tokens.
-            terms: of `router_loss_terms`.
-            sums: of the statistics that are kept, see `statistics.add_routing`.
-            layer: `[1]`, its number.
+            terms: the result of `router_loss_terms`.
+            sums: sums of the statistics, see `statistics.add_routing`.
+            layer: `[1]`, the layer's number.
         """
         ctx.save_for_backward(logits_TE, choices_TK, mask_T, layer)
-        ctx.terms, ctx.sums = terms, sums  # not among the saved ones: other layers change the sums
+        ctx.terms, ctx.sums = terms, sums  # not saved as tensors, since other layers change the sums
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        """The output's gradient unchanged, and that of the losses for the logits."""
+        """The output's gradient, unchanged, and the losses' gradient of the logits."""
         logits_TE, choices_TK, mask_T, layer = ctx.saved_tensors
         excess_E, z = ctx.terms
         if ctx.sums is not None:
@@ -175,7 +176,7 @@ class RouterLosses(torch.autograd.Function):
 
 
 def router_loss_terms(policy: RoutingPolicy, layer: Tensor, logits_TE: Tensor) -> tuple[Tensor | None, float | Tensor]:
-    """What `RouterLosses` takes of a policy: `[E]`, the weight of load balancing times E (s_e - q_e), and that of z."""
+    """A policy's terms for `RouterLosses`: `[E]`, the weight of load balancing times E (s_e - q_e); the weight of z."""
     if policy.forced_experts is not None:
         return None, 0.0
     weights, excess_E = policy.loss_weights, None

@@ -1,4 +1,4 @@
-"""Random numbers that depend on their purpose, and not on the process or the order of the calls."""
+"""Random numbers that depend on their purpose, but not on the process or the order of calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What forwards record about their routing."""
+"""Statistics of the routing that forwards record."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class RoutingStatistics:
-    """Sums over the real tokens of the forwards that it was handed to, float64, on the device of the layers.
+    """Float64 sums over the real tokens of all forwards that it was passed to, on the device of the layers.
 
     assignments `[L, E]`: tokens that chose an expert; probability_sum `[L, E]`: full softmax probabilities;
     entropy_sum, z_sum, tokens `[L]`: entropy (nats) and squared logsumexp of the router's logits;
     delta_gradient_square `[L, E]`: squared norm of the gradient of an expert's effective delta, summed over
     micro-batches.
 
-    All are columns of one tensor. A layer adds to it by operations on tensors alone, so torch.compile can take them in,
-    and since a layer's number is a tensor too, it need not compile anew for each layer.
+    All are columns of one tensor. A layer adds to it with tensor operations only, so torch.compile can include them,
+    and since a layer's number is a tensor as well, it need not compile again for each layer.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -25,7 +25,7 @@ class RoutingStatistics:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing was added since the last `pop`."""
+        """Whether nothing has been added since the last `pop`."""
         return self._sums is None or self._sums._version == self._empty_version
 
     def sums(self, device: torch.device) -> Tensor:
@@ -35,11 +35,11 @@ class RoutingStatistics:
         return self._sums
 
     def pop(self) -> dict[str, Tensor]:
-        """All sums, which start again at zero."""
+        """Return all sums, and reset them to zero."""
         sums = torch.zeros(self.num_layers, 3 * self.num_experts + 3, dtype=torch.float64)
         if self._sums is not None:
             sums = self._sums.clone()
-            self._sums.zero_()  # in place: a backward that is still to come adds to it
+            self._sums.zero_()  # in place, since a later backward may still add to it
             self._empty_version = self._sums._version
         experts = self.num_experts
         parts = sums.split([experts, experts, 1, 1, 1, experts], dim=1)
@@ -54,7 +54,7 @@ def add_routing(sums: Tensor, layer: Tensor, logits_TE: Tensor, choices_TK: Tens
     """Add one forward's routing to `RoutingStatistics.sums`.
 
     Args:
-        layer: `[1]` int64, its number.
+        layer: `[1]` int64, the layer's number.
         choices_TK: chosen experts, -1 for a locked one.
         mask_T: True for real tokens.
     """
@@ -64,15 +64,15 @@ def add_routing(sums: Tensor, layer: Tensor, logits_TE: Tensor, choices_TK: Tens
     by_expert = mask @ probabilities_TE
     scalars = torch.stack([entropy_T, logits_TE.logsumexp(1).square(), torch.ones_like(mask)]) @ mask
     counted_TK = mask_T[:, None].expand_as(choices_TK).to(sums.dtype)
-    slots_TK = choices_TK.remainder(experts + 1)  # locked ones are counted behind the others
+    slots_TK = choices_TK.remainder(experts + 1)  # locked ones are counted in an extra column
     assignments = sums.new_zeros(experts + 1).index_add_(0, slots_TK.flatten(), counted_TK.flatten())
     row = torch.cat([assignments[:experts], by_expert.to(sums.dtype), scalars.to(sums.dtype)])
     sums[:, : 2 * experts + 3].index_add_(0, layer, row[None])
 
 
 def add_delta_gradient(sums: Tensor, layer: Tensor, squares: Tensor, first_expert: int) -> None:
-    """Add the squared norms of the gradients of a layer's effective deltas, `[E]` from `first_expert` on."""
+    """Add the squared gradient norms, `[E]` from `first_expert` on, of a layer's effective deltas."""
     experts = (sums.shape[1] - 3) // 3
     first = 2 * experts + 3 + first_expert
-    own = sums[:, first : first + len(squares)]  # slots behind the last expert are padding
+    own = sums[:, first : first + len(squares)]  # slots after the last expert are padding
     own.index_add_(0, layer, squares[None, : own.shape[1]].to(sums.dtype))

@@ -1,4 +1,4 @@
-"""Which positions of a micro-batch predict which tokens."""
+"""The positions of a micro-batch that predict tokens, and these tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ NO_LABEL = -100
 
 @dataclass(frozen=True)
 class Targets:
-    """What the loss must know of `[B, S]` labels. Made where these are: on the CPU nothing waits for a GPU.
+    """What the loss needs of `[B, S]` labels. Computed on the labels' device; for labels on the CPU, no GPU waits.
 
     Attributes:
-        columns: `[N]` int64, the positions in a row from which any row predicts a label; at least one, so that there is
-            a graph, and every rank runs the same backward.
-        tokens: `[B, N]` int64, the tokens that are predicted from there; NO_LABEL where a row predicts none.
-        count: int64 scalar, how many labels there are.
-        weights: `[B, N]`, how much each counts in the loss; None: each 1.
+        columns: `[N]` int64, the positions from which any row predicts a label. There is at least one, so that there is
+            a graph and every rank runs the same backward.
+        tokens: `[B, N]` int64, the tokens predicted from there; NO_LABEL where a row predicts none.
+        count: int64 scalar, the number of labels.
+        weights: `[B, N]`, how much each label counts in the loss; None: 1.
     """
 
     columns: Tensor
@@ -30,7 +30,7 @@ class Targets:
 
     @classmethod
     def of(cls, labels: Tensor, weights: Tensor | None = None) -> Targets:
-        """Those of `[B, S]` labels and weights: label s is predicted from position s - 1, and NO_LABEL is none."""
+        """The targets of `[B, S]` labels and weights. Label s is predicted from position s - 1."""
         following = F.pad(labels[:, 1:], (0, 1), value=NO_LABEL)
         columns = (following != NO_LABEL).any(0).nonzero().squeeze(1)
         if columns.numel() == 0:
@@ -41,14 +41,14 @@ class Targets:
         return cls(columns, tokens, (tokens != NO_LABEL).sum(), weights)
 
     def to(self, device: torch.device) -> Targets:
-        """A copy on a device, which nothing waits for."""
+        """A copy on a device, made without waiting."""
         weights = None if self.weights is None else on_device(self.weights, device)
         columns, tokens, count = (on_device(tensor, device) for tensor in (self.columns, self.tokens, self.count))
         return Targets(columns, tokens, count, weights)
 
 
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device. From the CPU to a GPU it goes through pinned memory, or the CPU would wait for its end."""
+    """A copy on a device. From the CPU to a GPU it goes through pinned memory, so that the CPU does not wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,7 +1,7 @@
-"""GramMuon beside AdamW in one optimizer: Muon for matrices whose long side is spread over processes.
+"""GramMuon and AdamW in one optimizer: Muon for matrices whose long side is divided among processes.
 
 Muon (Keller Jordan; the scale is that of "Muon is Scalable for LLM Training", arXiv 2502.16982) moves a matrix W along
-its momentum with all singular values made about equal. With gradient G, momentum M, learning rate lr, weight decay wd
+its momentum, with all singular values made about equal. With gradient G, momentum M, learning rate lr, weight decay wd
 and momentum decay beta, for W of height h and width w:
 
     M <- beta M + (1 - beta) G
@@ -12,16 +12,16 @@ Newton-Schulz divides X by its Frobenius norm and then takes five times X <- a X
 step is X <- X P with the small matrix P = a I + b A + c A^2, and makes A <- P A P. So NewtonSchulz(X) = X Q, and Q
 follows from the Gram matrix X^T X alone. If the long side of X is cut into slices, X^T X is the sum of the slices' Gram
 matrices: processes that hold slices need one all-reduce of `[w, w]` values, and then each updates its own slice.
-docs/design.md, "GramMuon", says how the tensors lie.
+The layout of the tensors is in docs/design.md, "GramMuon".
 
-What the Gram form loses: X^T X squares the singular values, so fp32 keeps those below about 3e-4 of the Frobenius norm
-only as noise. The slope of the polynomial at zero is at most 3.4445^5 = 485, which bounds the harm at any condition
+What the Gram form loses: X^T X squares the singular values, so in fp32 those below about 3e-4 of the Frobenius norm are
+only noise. The slope of the polynomial at zero is at most 3.4445^5 = 485, which bounds the error at any condition
 number. Relative error of an update of [576, 15] against float64: 3e-7 at condition number 1, 2e-6 at 10, at most 1e-3
 at 1e2 to 1e6; torch.optim.Muon, which works in bfloat16, is at 8e-3 and up to 4e-1 (benchmarks/results/gram_muon.json).
-TF32 would spoil it and is switched off around it. The Frobenius norm must stay below 1.8e19, where its square leaves
+TF32 would ruin this and is switched off here. The Frobenius norm must stay below 1.8e19, where its square would exceed
 fp32.
 
-`optim/reference.py` has the same updates in plain float64; the tests hold this file against it.
+`optim/reference.py` has the same updates in plain float64, with which tests compare this file.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RULE_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class _Layout:
-    """The shards of a flat Muon parameter, and the processes that hold the rest of their matrices (None: nobody)."""
+    """The shards of a flat Muon parameter, and the group that holds the rest of their matrices (None: no rest)."""
 
     shards: tuple[MatrixShard, ...]
     process_group: dist.ProcessGroup | None
@@ -60,7 +60,7 @@ class _Layout:
 
 @dataclass(frozen=True)
 class _MuonUpdate:
-    """One shard in an update, with the flat tensors that it lies in and the settings of its parameter group."""
+    """A shard in an update, with the flat tensors that contain it and the settings of its parameter group."""
 
     shard: MatrixShard
     param: Tensor
@@ -77,27 +77,26 @@ class _MuonUpdate:
 class GramMuonAdamW(torch.optim.Optimizer):
     """Muon for parameter groups with rule "muon", AdamW for groups with rule "adamw".
 
-    On one process it is an ordinary optimizer; its results do not depend on how matrices are spread over processes.
-    Under ZeRO-3 `step` sees flat partitions; `register_layout` says which matrices lie in them.
+    In one process it is an ordinary optimizer. Its results do not depend on how matrices are divided among processes.
+    Under ZeRO-3 `step` sees flat partitions, and `register_layout` says which matrices they contain.
 
     Args:
         params: parameter groups, each a dict with
 
-            params: the parameters. Of rule "muon": `[rows, columns]`, or `[height, count, width]` for `count` matrices
-                at once with their long side first, or 1-D with a registered layout; contiguous. Of rule "adamw": any
+            params: the parameters. For rule "muon": `[rows, columns]`, or `[height, count, width]` for `count` matrices
+                at once with their long side first, or 1-D with a registered layout; contiguous. For rule "adamw": any
                 shape.
             rule: "muon" or "adamw".
-            lr: learning rate, the size of an update of a typical value. Muon's is scaled to what AdamW's would do.
-            weight_decay: decoupled: a step multiplies the values by 1 - lr * weight_decay. Default 0.
+            lr: learning rate, the size of an update of a typical value. Muon's is on the scale of AdamW's.
+            weight_decay: decoupled weight decay: a step multiplies the values by 1 - lr * weight_decay. Default 0.
             momentum: (muon) decay of the gradient's running mean, from 0 to 1. Default 0.95.
             betas: (adamw) decays of the running means of the gradient and of its square. Default (0.9, 0.95).
-            eps: (muon) smallest Frobenius norm that the momentum is divided by, default 1e-7; (adamw) what is added to
-                the root of the second moment, default 1e-8.
-            step: number of the coming update, from 1 on. With 0 (the default) `step()` makes the state and updates
-                nothing.
-            name: for messages. Optional.
-        count_steps: raise each group's `step` by one in each call of `step()`. False where somebody else sets it
-            (`optim.schedule.set_step`): DeepSpeed calls `step()` once for each sub-group of parameters.
+            eps: (muon) smallest Frobenius norm that the momentum is divided by, default 1e-7; (adamw) added to the root
+                of the second moment, default 1e-8.
+            step: number of the coming update, from 1 on. With 0 (the default) `step()` only creates the state.
+                name: name for messages. Optional.
+            count_steps: raise each group's `step` by one in each call of `step()`. False if others set it
+        (`optim.schedule.set_step`), since DeepSpeed calls `step()` once for each sub-group of parameters.
 
     State of a parameter, fp32: `momentum_buffer` (muon), `exp_avg` and `exp_avg_sq` (adamw). `state_dict` and
     `load_state_dict` are torch's.
@@ -141,11 +140,11 @@ class GramMuonAdamW(torch.optim.Optimizer):
             named_parameters: `model.named_parameters()`.
             muon_lr: learning rate of the matrices, on AdamW's scale.
             lr: learning rate of all others.
-            momentum: of Muon.
-            betas: of AdamW.
-            weight_decay: decoupled; parameters of fewer than two dimensions get none.
-            is_matrix: which parameters Muon updates; default: weights of hidden layers, and in a model with experts
-                their delta matrices (`groups.is_hidden_matrix`).
+            momentum: Muon's momentum.
+            betas: AdamW's betas.
+            weight_decay: decoupled weight decay; parameters with fewer than two dimensions get none.
+            is_matrix: decides which parameters Muon updates; default: weights of hidden layers, and in a model with
+                experts their delta matrices (`groups.is_hidden_matrix`).
 
         Raises:
             SRDEError: no parameter has a gradient.
@@ -163,11 +162,11 @@ class GramMuonAdamW(torch.optim.Optimizer):
                 groups[group]["params"].append(parameter)
         used = [group | {"name": name} for name, group in groups.items() if group["params"]]
         if not used:
-            raise SRDEError("named_parameters: none of them requires a gradient; give those of a model to train.")
+            raise SRDEError("named_parameters: none of them requires a gradient; give a model that is to be trained.")
         return cls(used, count_steps=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with the defaults of its rule; raises as the constructor does."""
+        """Add a group, with the defaults of its rule; errors as in the constructor."""
         rule, name = param_group.get("rule"), param_group.get("name", "parameter group")
         if rule not in RULE_DEFAULTS:
             raise SRDEError(f"{name}: rule={rule!r}: must be one of {', '.join(RULE_DEFAULTS)}.")
@@ -178,16 +177,16 @@ class GramMuonAdamW(torch.optim.Optimizer):
     def register_layout(
         self, flat_param: Tensor, shards: Sequence[MatrixShard], process_group: dist.ProcessGroup | None
     ) -> None:
-        """Say which slices of which matrices lie in a flat muon parameter.
+        """Say which slices of which matrices a flat muon parameter contains.
 
         Args:
-            flat_param: the 1-D tensor that `step()` will find in a muon group; recognised by identity.
-            shards: the same names in the same order on every rank of `process_group`; a rank that holds nothing of a
-                tensor gives a shard of height 0. Elements outside all shards are padding.
+            flat_param: the 1-D tensor that `step()` will find in a muon group, recognised by identity.
+            shards: the same names in the same order on every rank of `process_group`. A rank that has no part of a
+                tensor gives a shard of height 0. Elements outside of all shards are padding.
             process_group: the ranks that hold the other slices; None: the matrices are whole here.
 
         Raises:
-            SRDEError: shards overlap, leave the parameter, or hold no matrix.
+            SRDEError: shards overlap, exceed the parameter, or contain no matrix.
         """
         if flat_param.ndim != 1 or not flat_param.is_contiguous():
             raise SRDEError(f"flat parameter of shape {list(flat_param.shape)}: a layout needs it contiguous and 1-D.")
@@ -199,7 +198,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
                 )
             if shard.height == 0:
                 continue
-            # Several shards may stand for disjoint ranges of matrices of the same slice.
+            # Several shards may cover disjoint ranges of matrices of the same slice.
             beside = previous is not None and previous == replace(shard, first=previous.first, stop=previous.stop)
             if beside and previous is not None and (previous.stop or 0) <= shard.first:
                 previous = shard
@@ -213,7 +212,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
         self._layouts[flat_param] = _Layout(tuple(shards), process_group)
 
     def restrict(self, flat_param: Tensor, blocks: Sequence[UpdatedBlock] | None) -> None:
-        """Update only these blocks of a flat AdamW parameter from now on; the rest keeps values and state. None: all.
+        """From now on, update only these blocks of a flat AdamW parameter; the rest keeps values and state. None: all.
 
         A muon parameter is restricted by the `first` and `stop` of its shards.
         """
@@ -224,11 +223,11 @@ class GramMuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the parameters that the groups hold at this moment; one all-reduce per process group, if any.
+        """Update the parameters that are in the groups now, with one all-reduce per process group, if any.
 
         Raises:
-            SRDEError: a muon parameter is no matrix and has no layout, or it has a layout but no gradient (the other
-                ranks would wait for it).
+            SRDEError: a muon parameter is not a matrix and has no layout, or has a layout but no gradient, for which
+                the other ranks would wait.
         """
         loss = None
         if closure is not None:
@@ -252,7 +251,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
         return loss
 
     def allocate_state(self, param: Tensor, rule: str) -> None:
-        """Make the rule's state of a parameter, zeros, unless it is there already."""
+        """Create the rule's state of a parameter, as zeros, unless it exists."""
         for name in ("momentum_buffer",) if rule == "muon" else ("exp_avg", "exp_avg_sq"):
             if name not in self.state[param]:
                 self.state[param][name] = torch.zeros_like(param, dtype=torch.float32)
@@ -281,7 +280,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
             adamw_(block.view(param), block.view(grad).float(), moments, group)
 
     def _begin_muon(self, param: Tensor, layout: _Layout, group: dict[str, Any]) -> list[_MuonUpdate]:
-        """Momentum and weight decay, elementwise; returns what remains to be done, shard by shard."""
+        """Apply momentum and weight decay, which are elementwise; returns the remaining updates, shard by shard."""
         assert param.grad is not None
         grad, buffer = param.grad.float(), self.state[param]["momentum_buffer"]
         flat = param.view(-1), grad.reshape(-1), buffer.view(-1)
@@ -297,7 +296,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
 
 
 def _finish_muon(updates: list[_MuonUpdate], process_group: dist.ProcessGroup | None) -> None:
-    """Gram matrices of all shards into one buffer, one all-reduce, Newton-Schulz, update of the local slices."""
+    """Put all shards' Gram matrices into a buffer, all-reduce it once, and update the slices by Newton-Schulz."""
     sizes = [update.shard.updated * update.shard.width**2 for update in updates]
     grams = torch.empty(sum(sizes), device=updates[0].param.device)
     with _exact_fp32_matmul():
@@ -307,7 +306,7 @@ def _finish_muon(updates: list[_MuonUpdate], process_group: dist.ProcessGroup | 
         if process_group is not None:
             dist.all_reduce(grams, group=process_group)
         start = 0
-        # Neighbours of equal width share their Newton-Schulz calls.
+        # Consecutive shards of equal width share a Newton-Schulz call.
         for (width, eps), run in groupby(updates, key=lambda update: (update.shard.width, update.group["eps"])):
             members = list(run)
             counts = [update.shard.updated for update in members]
@@ -356,7 +355,7 @@ def adamw_(param: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[st
 
 @contextmanager
 def _exact_fp32_matmul() -> Iterator[None]:
-    """fp32 products in fp32, whatever the caller allows for the model's own (TF32 on CUDA, bf16 in oneDNN)."""
+    """Compute fp32 products in fp32, whatever the caller allows for the model (TF32 on CUDA, bf16 in oneDNN)."""
     backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     try:

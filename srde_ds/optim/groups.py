@@ -1,4 +1,4 @@
-"""Which update rule and learning rate each trainable gets. Every trainable is in exactly one group."""
+"""Assigns each trainable an update rule and learning rate. Every trainable is in exactly one group."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from srde_ds.utils.tables import aligned_table
 
 
 def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "element"]) -> dict[str, str]:
-    """Last two parts of a trainable's name -> its group."""
+    """The last two parts of a trainable's name -> its group."""
     matrices = "delta_matrices" if config.use_muon else "deltas"
     return {
-        # A free element delta is a list of values, not a matrix: there is nothing to orthogonalise.
+        # A free element delta is a list of values, not a matrix that could be orthogonalised.
         "deltas.free": matrices if granularity == "neuron" else "deltas",
         "deltas.atoms": matrices,
         "deltas.importance": "deltas",
@@ -26,14 +26,14 @@ def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "ele
     }
 
 
-# In the names of parameters that are matrices by shape only: their entries are looked up, or chosen among.
+# Found in the names of parameters that are matrices only in shape: embeddings and output layers.
 LOOK_UPS = ("embed", "wte", "wpe", "head", "router")
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon suits a parameter: the weight of a hidden layer, or the delta matrices of experts.
 
-    No other tensor of experts is one: importance, mixing, scores, routers, and free deltas of single weights.
+    It does not suit the experts' other tensors: importance, mixing, scores, routers, and free deltas of single weights.
     """
     kind = getattr(parameter, "srde_kind", None)
     if kind is not None:
@@ -55,7 +55,7 @@ def build_groups(
         Dicts with "params", "name", "rule", "lr", "peak_lr", "weight_decay", "step" and the rule's own settings.
 
     Raises:
-        SRDEError: a trainable has no rule, there are none, or none is a matrix for Muon although `use_muon` is true.
+        SRDEError: a trainable has no rule, there is no trainable, or `use_muon` is true but none is a matrix for Muon.
     """
     adamw = {"rule": "adamw", "betas": (config.adam_beta1, config.adam_beta2), "eps": 1e-8}
     muon = {"rule": "muon", "momentum": config.muon_momentum, "eps": 1e-7}
@@ -85,7 +85,7 @@ def build_groups(
 def rule_table(groups: Iterable[dict[str, Any]]) -> str:
     """The groups as a table: group, rule, tensors, values, learning rate, weight decay.
 
-    It counts the values in the parameters, so call it before ZeRO-3 empties them.
+    It counts values in the parameters, so call it before ZeRO-3 empties them.
     """
     lines = [("group", "rule", "tensors", "values", "learning rate", "weight decay")]
     for group in groups:

@@ -1,6 +1,6 @@
-"""The update rules in plain float64 on whole matrices: what `gram_muon` must compute.
+"""The update rules in plain float64 on whole matrices, which `gram_muon` must match.
 
-The tests hold `gram_muon` against them, and both against torch.optim.Muon and torch.optim.AdamW.
+Tests compare `gram_muon` with them, and both with torch.optim.Muon and torch.optim.AdamW.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from srde_ds.optim.gram_muon import NS_COEFFICIENTS, NS_STEPS
 
 
 def newton_schulz(matrix: Tensor, eps: float = 1e-7) -> Tensor:
-    """Five quintic Newton-Schulz steps on `[..., height, width]`: singular values to about one (Muon, K. Jordan)."""
+    """Five quintic Newton-Schulz steps on `[..., height, width]`: singular values become about one (K. Jordan)."""
     a, b, c = NS_COEFFICIENTS
     x = matrix.double()
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)

@@ -1,4 +1,4 @@
-"""Learning rates as a function of the step, and how they reach the optimizer."""
+"""Learning rates as a function of the step, and functions that set them in the optimizer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def learning_rate_factor(
     decay_ratio: float,
     min_lr_ratio: float,
 ) -> float:
-    """Share of the peak learning rate for the update after `step` finished ones.
+    """Share of the peak learning rate for the update after `step` finished updates.
 
     The linear warm-up gives (step + 1) / warmup_steps and reaches the peak at step warmup_steps - 1 (without warm-up:
     at step 0). From there the rate falls to `min_lr_ratio` at step max_steps - 1: as a half cosine ("cosine"), linearly
-    ("linear"), or linearly over the last decay_ratio * max_steps steps ("wsd": warm-up, stable, decay); the decay never
-    starts before the peak. With "constant" it stays.
+    ("linear"), or linearly over the last decay_ratio * max_steps steps ("wsd": warm-up, stable, decay). The decay never
+    starts before the peak. With "constant" the rate stays at the peak.
 
     Raises:
         SRDEError: `step` is not one of 0 to max_steps - 1, or the warm-up leaves no step after it.
@@ -55,6 +55,6 @@ def set_learning_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def set_step(optimizer: Optimizer, step: int) -> None:
-    """Tell the optimizer the number of the coming update: finished updates + 1. With 0 it only makes its state."""
+    """Set the number of the coming update: finished updates + 1. With 0 the optimizer only creates its state."""
     for group in optimizer.param_groups:
         group["step"] = step

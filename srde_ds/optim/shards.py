@@ -1,4 +1,4 @@
-"""What lies where in the flat parameters that ZeRO-3 hands to an optimizer."""
+"""The layout of the flat parameters that ZeRO-3 passes to an optimizer."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MatrixShard:
-    """Where this process's slice of one Muon tensor lies in a flat parameter.
+    """The position of this process's slice of a Muon tensor in a flat parameter.
 
     The whole tensor is `[full_height, count, width]`: `count` matrices with their long side first. A shard is a slice
-    of it along the long side, `[height, count, width]`, in row-major order from element `offset` of the flat parameter
-    on. Newton-Schulz works on the Gram matrices, `[count, width, width]`.
+    of it along the long side, `[height, count, width]`, in row-major order, beginning at element `offset` of the flat
+    parameter. Newton-Schulz works on the Gram matrices, `[count, width, width]`.
 
     Attributes:
-        name: of the tensor, for messages.
-        height: of the slice; 0 where a process holds nothing of the tensor.
-        full_height: of all slices together, without padding.
+        name: the tensor's name, for messages.
+        height: height of the slice; 0 if the process has no part of the tensor.
+        full_height: height of all slices together, without padding.
         first, stop: only matrices `first` to `stop - 1` are updated; None: all from `first` on.
-        transposed: the values lie as `[width, height]`, a single whole matrix with its short side first.
+        transposed: the values are stored as `[width, height]`, a single whole matrix with its short side first.
     """
 
     name: str
@@ -36,7 +36,7 @@ class MatrixShard:
 
     @classmethod
     def whole(cls, shape: Sequence[int]) -> MatrixShard:
-        """Of a parameter that is not sharded: `[height, count, width]`, or one matrix `[rows, columns]`."""
+        """The shard of an unsharded parameter: `[height, count, width]`, or one matrix `[rows, columns]`."""
         if len(shape) == 3:
             height, count, width = shape
             return cls("parameter", 0, height, count, width, full_height=height)
@@ -44,16 +44,16 @@ class MatrixShard:
 
     @property
     def end(self) -> int:
-        """The first element behind it."""
+        """The first element after it."""
         return self.offset + self.height * self.count * self.width
 
     @property
     def updated(self) -> int:
-        """How many of its matrices are updated."""
+        """The number of its matrices that are updated."""
         return (self.count if self.stop is None else self.stop) - self.first
 
     def view(self, flat: Tensor) -> Tensor:
-        """The slices of the matrices that are updated: `[updated, height, width]`, a view of `flat`."""
+        """The slices of the updated matrices: `[updated, height, width]`, a view of `flat`."""
         values = flat[self.offset : self.end]
         if self.transposed:
             return values.view(1, self.width, self.height).mT[: self.updated]
@@ -62,9 +62,9 @@ class MatrixShard:
 
 @dataclass(frozen=True)
 class UpdatedBlock:
-    """The part of a flat AdamW parameter that is updated, such as the values of the experts that are unlocked.
+    """A part of a flat AdamW parameter that is updated, such as the values of unlocked experts.
 
-    From element `offset` on the values are seen as `[lines, line_length]`; columns `first` to `stop - 1` are updated.
+    Beginning at element `offset`, the values form `[lines, line_length]`; columns `first` to `stop - 1` are updated.
     """
 
     offset: int

@@ -1,4 +1,4 @@
-"""GramMuon for trainers that take an optimizer of torch, such as those of transformers and TRL."""
+"""GramMuon for trainers that take a torch optimizer, such as those of transformers and TRL."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 
 TRAINERS = ("lr_schedule", "warmup_steps", "decay_ratio", "min_lr_ratio", "max_grad_norm")
-"""What a trainer does itself, by options of its own"""
+"""Options of what trainers do themselves"""
 
 
 def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
-    """The optimizer that `srde-ds train` uses, for the adapter that a model trains.
+    """The optimizer of `srde-ds train`, for the adapter in a model.
 
-    It works on whole matrices: on one process, or on several that hold all values (DDP). ZeRO gives an optimizer
-    flattened values; there, give `use_muon=False`.
+    It needs whole matrices: use one process, or several that hold all values (DDP). ZeRO passes an optimizer flattened
+    values; give `use_muon=False` there.
 
     Args:
-        model: of PEFT with the experts of `srde_ds.peft`, or an SRDEModel.
-        options: of the update rules and their rates, as in `OptimizerConfig`: `muon_lr`, `learning_rate`, `router_lr`,
-            `use_muon`, `muon_momentum`, `weight_decay`, `adam_beta1`, `adam_beta2`.
+        model: a PEFT model with the experts of `srde_ds.peft`, or an SRDEModel.
+        options: options of the update rules and their rates from `OptimizerConfig`: `muon_lr`, `learning_rate`,
+            `router_lr`, `use_muon`, `muon_momentum`, `weight_decay`, `adam_beta1`, `adam_beta2`.
 
     Raises:
-        SRDEError: another option, a value out of range, or parameters are trained that no rule is for.
+        SRDEError: an option is unknown, a value is out of range, or a trained parameter has no rule.
 
     Examples:
         >>> from peft import get_peft_model
@@ -44,12 +44,12 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
     known = [field.name for field in dataclasses.fields(OptimizerConfig) if field.name not in TRAINERS]
     for name in options:
         if name not in known:
-            own = " The trainer has options of its own for it." if name in TRAINERS else ""
+            own = " The trainer has its own options for it." if name in TRAINERS else ""
             raise SRDEError(f"{name}={options[name]}: for_trainer takes {', '.join(known)}.{own}")
     if not hasattr(model, "srde_model") and not hasattr(model, "trainable_parameters"):
         raise SRDEError(
-            f"model of type {type(model).__name__}: it has no experts. Call for_trainer after get_peft_model, and hand "
-            "the trainer its result instead of a peft_config."
+            f"model of type {type(model).__name__}: it has no experts. Call for_trainer after get_peft_model, and pass "
+            "the resulting model to the trainer, without a peft_config."
         )
     peft: Any = model
     experts: Any = peft.srde_model() if hasattr(model, "srde_model") else model
@@ -60,7 +60,7 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]
     if others:
         raise SRDEError(
-            f"{others[0]}: it is trained beside the experts, and for_trainer has rules for these alone. Leave out "
+            f"{others[0]}: it is trained along with the experts, but for_trainer has rules only for these. Leave out "
             "modules_to_save and the like, or leave the optimizer to the trainer."
         )
     return GramMuonAdamW(build_groups(named, config, experts.config.granularity), count_steps=True)

@@ -1,1 +1,1 @@
-"""Pages of HTML in one file that open offline: sections, tables, charts by plotly, items to browse."""
+"""HTML pages in a single file that open offline: sections, tables, plotly charts, items to browse."""

@@ -1,4 +1,4 @@
-"""Charts as plotly's data and layout. Names are escaped here; colours are the light ones of `theme`."""
+"""Charts as plotly data and layout. Names are escaped here; colours are the light ones of `theme`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from srde_ds.utils.escape import plotly_label
 try:
     from plotly import graph_objects as go
 except ImportError:
-    raise SRDEError("package 'plotly' is missing, pages need it. Install it: pip install 'srde-ds[pages]'") from None
+    raise SRDEError("package 'plotly' is missing, which pages need. Install it: pip install 'srde-ds[pages]'") from None
 
 LONGEST_NAME = 40  # characters of a name in a chart
-FEW = 30  # points that are marked: of a single one there is no line
+FEW = 30  # up to so many points are marked, since a single one makes no line
 Values = Sequence[float | None]
 
 
@@ -28,9 +28,9 @@ class Series:
     """A line of a chart.
 
     Attributes:
-        x, y: of the same length; None in `y` leaves a gap.
-        marked: with a dot on each point, where points are few.
-        plain: grey and thin, behind the others.
+        x, y: values of the same length; None in `y` leaves a gap.
+        marked: draw a dot on each point, if points are few.
+        plain: draw the line grey and thin, behind the others.
     """
 
     name: str
@@ -42,11 +42,11 @@ class Series:
 
 @dataclass(frozen=True)
 class Bars:
-    """The bars of one model or one kind of thing.
+    """The bars of one model or kind.
 
     Attributes:
-        values: one of each name of the chart.
-        intervals: [low, high] of each value; None: there are none.
+        values: a value for each name of the chart.
+        intervals: [low, high] of each value; None: no intervals.
     """
 
     name: str
@@ -85,7 +85,7 @@ def lines(
 def bars(
     names: Sequence[str], groups: Sequence[Bars], *, x: str, stacked: bool = False, form: str = ".3~g"
 ) -> dict[str, Any]:
-    """Bars that lie, the first name on top; `form` is d3's of the values."""
+    """Horizontal bars, the first name on top; `form` is d3's format of the values."""
     figure, number = go.Figure(), 0
     labels = unique([_name(name) for name in names])
     for group in groups:
@@ -122,7 +122,7 @@ def bars(
 def heat_maps(
     maps: Sequence[Sequence[Sequence[float]]], *, columns: Sequence[str], rows: Sequence[str], x: str, y: str
 ) -> dict[str, Any]:
-    """Shares as colours on a common scale; of several maps the first is shown."""
+    """Shares as colours on a common scale; the first of several maps is shown."""
     figure = go.Figure()
     highest = max((value for shares in maps for row in shares for value in row), default=1)
     for number, shares in enumerate(maps):
@@ -145,7 +145,7 @@ def heat_maps(
 
 
 def phases(names: Sequence[str], spans: Sequence[tuple[int, int, str]], *, x: str) -> dict[str, Any]:
-    """A bar for each span of steps, below each other: first step, last step, what is said of it."""
+    """A bar for each span of steps, one below the other: first step, last step, description."""
     figure = go.Figure()
     order = list(dict.fromkeys(names))
     for number, name in enumerate(order):
@@ -166,7 +166,7 @@ def phases(names: Sequence[str], spans: Sequence[tuple[int, int, str]], *, x: st
 
 
 def steps(histograms: Mapping[str, tuple[Sequence[float], Sequence[int]]], *, x: str, y: str) -> dict[str, Any]:
-    """Histograms, each its edges and counts, over a logarithmic axis."""
+    """Histograms, each given by edges and counts, over a logarithmic axis."""
     figure = go.Figure()
     for number, (name, (edges, counts)) in enumerate(histograms.items()):
         figure.add_scatter(
@@ -184,7 +184,7 @@ def steps(histograms: Mapping[str, tuple[Sequence[float], Sequence[int]]], *, x:
 
 
 def unique(labels: Sequence[str]) -> list[str]:
-    """The labels, those that stand there before with a number: plotly would lay them over each other."""
+    """The labels, with a number added to repeated ones, which plotly would draw over each other."""
     found: dict[str, int] = {}
     shown = []
     for label in labels:

@@ -1,4 +1,4 @@
-"""Items to browse: compressed into the page, unpacked by its script when they are to be shown."""
+"""Items to browse: compressed into the page, and unpacked by its script when shown."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from dataclasses import dataclass, field
 from srde_ds.utils.escape import terminal
 
 MOST_BYTES = 9_000_000
-"""of the packed items, which leave plotly and the charts 6 MB of the 15 that a page may have"""
+"""most bytes of packed items; this leaves plotly and the charts 6 MB of the 15 that a page may have"""
 _JOINED = 0
-"""in place of an answer's text: that of its tokens"""
-_LENGTHS = (20000, 4000, 1000, 400, 150)  # characters of a text: the first that gives no more bytes is taken
+"""replaces an answer's text that follows from its tokens"""
+_LENGTHS = (20000, 4000, 1000, 400, 150)  # most characters of a text; the first limit that fits is used
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said.
+    """A model's answer.
 
     Attributes:
-        text: None: it was not asked.
-        correct: None: there is nothing to compare with.
-        tokens: pieces that make up `text`, where it is known which experts read them.
-        shares: of these tokens the share of each expert, in percent; fewer than tokens: the last ones were not read.
+        text: the answer; None: the model was not asked.
+        correct: the verdict; None: there is nothing to compare with.
+        tokens: pieces that make up `text`, if their experts are known.
+        shares: the share of each expert in each of these tokens, in percent. The last tokens may be missing.
     """
 
     text: str | None
@@ -46,9 +46,9 @@ class Item:
 
 
 def pack(items: Iterable[Item], domains: Sequence[str]) -> tuple[str, int | None]:
-    """The items as gzipped JSON in base64; and the number of characters that texts were cut to, None if all are whole.
+    """The items as gzipped JSON in base64, and the number of characters that texts were cut to; None if all are whole.
 
-    Control characters are shown, as everywhere.
+    Control characters are made visible, as everywhere.
     """
     numbers = {name: number for number, name in enumerate(domains)}
     listed = list(items)
@@ -68,7 +68,7 @@ def _texts(item: Item) -> Iterable[str]:
 
 
 def _row(item: Item, numbers: dict[str, int], length: int) -> list[object]:
-    """As the page's script reads it: domain, source, messages, expected, answers."""
+    """An item in the form for the page's script: domain, source, messages, expected, answers."""
 
     def shown(text: str | None) -> str | None:
         return text if text is None else terminal(text if len(text) <= length else f"{text[:length]} …")
@@ -76,7 +76,7 @@ def _row(item: Item, numbers: dict[str, int], length: int) -> list[object]:
     answers: list[list[object]] = []
     for answer in item.answers:
         if answer.tokens and "".join(answer.tokens) == answer.text and len(answer.text) <= length:
-            # The script joins them: written twice, the text would be a third of the page.
+            # The script joins the tokens: otherwise the repeated text would be a third of the page.
             answers.append([_JOINED, answer.correct, [terminal(token) for token in answer.tokens], answer.shares])
         else:
             answers.append([shown(answer.text), answer.correct])

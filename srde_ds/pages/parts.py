@@ -1,4 +1,4 @@
-"""What a page is made of. All texts are plain: `render` escapes them."""
+"""The parts of a page. All texts are plain; `render` escapes them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from srde_ds.utils.tables import Rows
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; `note` sets it apart, for what a reader must not miss."""
+    """A paragraph. `note` highlights what a reader must not miss."""
 
     text: str
     note: bool = False
@@ -21,7 +21,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first row is the header. `numbers`: the first column that is set flush right; None: none."""
+    """A table whose first row is the header. `numbers`: the first right-aligned column; None: none."""
 
     rows: Rows
     caption: str = ""
@@ -32,15 +32,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of plotly.
+    """A plotly chart.
 
     Attributes:
         title: what it shows.
-        figure: `data` and `layout`, as `charts` makes them.
-        summary: what is to be seen, in words, for readers who do not see it.
-        table: the values, or some of them; none: the page has them elsewhere.
-        choices: names of which one is shown at a time, each with as many traces as the others; none: all traces.
-        choice_label: what the choices are.
+        figure: `data` and `layout` from `charts`.
+        summary: the content in words, for readers who do not see the chart.
+        table: the values, or some of them; None: the page has them elsewhere.
+        choices: names of which one is shown at a time, all with equally many traces; empty: all traces are shown.
+        choice_label: name of what can be chosen.
     """
 
     title: str
@@ -58,11 +58,11 @@ class Items:
     """Items of an evaluation, or examples of a dataset, to browse.
 
     Attributes:
-        packed: what `items.pack` made of them.
-        count: of the items.
+        packed: the items, packed by `items.pack`.
+        count: number of items.
         domains: names, in the order of their numbers in `packed`.
         experts: names, in the order of the shares in `packed`.
-        models: the names of the models that answered, in the order of their answers in `packed`.
+        models: names of the models, in the order of their answers in `packed`.
     """
 
     packed: str
@@ -89,7 +89,7 @@ Part = Text | Table | Chart | Items | Folded
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the parts below it."""
 
     title: str
     parts: Sequence[Part]
@@ -100,9 +100,9 @@ class Page:
     """A whole page.
 
     Attributes:
-        kicker: what kind of page it is, above the title.
-        lead: the page in a sentence or two.
-        facts: label, value and a remark, for a row of figures below the lead.
+        kicker: the kind of page, shown above the title.
+        lead: a summary in a sentence or two.
+        facts: label, value and remark of the figures in a row below the lead.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""A page as HTML: one file that loads nothing and runs no script but its own."""
+"""Renders a page as HTML: one file that loads nothing and runs only its own scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TEMPLATES = files("srde_ds.pages") / "templates"
 
 
 def render(page: Page) -> str:
-    """The page. A content security policy allows the page's own scripts, known by their hashes, and no other."""
+    """Render a page. Its content security policy allows only the page's own scripts, by their hashes."""
     environment = Environment(
         loader=PackageLoader("srde_ds.pages"),
         autoescape=True,
@@ -52,7 +52,7 @@ def _plotly_js() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise SRDEError(
-            "package 'plotly' is missing, pages need it. Install it: pip install 'srde-ds[pages]'"
+            "package 'plotly' is missing, which pages need. Install it: pip install 'srde-ds[pages]'"
         ) from None
     return str(get_plotlyjs())
 

@@ -1,6 +1,6 @@
 """The colours of pages, light and dark.
 
-Text has a contrast of 4.5 to 1 or more with its background, series of a chart have 3 to 1 or more.
+Text has a contrast of at least 4.5 to 1 with its background, and the series of a chart at least 3 to 1.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ DARK: dict[str, Any] = {
     "scale": [[0.0, "#1b222c"], [0.5, "#3d7bb8"], [1.0, "#d6ebff"]],
 }
 GREY = LIGHT["series"][-1]
-"""what the others are held against"""
+"""the background for contrasts"""
 SHADES = len(LIGHT["series"]) - 1
 
 
 def color(number: int) -> str:
-    """The light colour of the series `number`; the page's script puts the dark one in its place."""
+    """The light colour of series `number`; the page's script replaces it by the dark one if needed."""
     return str(LIGHT["series"][number % SHADES])
 
 
 def variables() -> str:
-    """The colours as CSS: by the system's setting, by the reader's choice, and light on paper."""
+    """The colours as CSS: by the system's setting or the reader's choice, and light in print."""
     light, dark = _declared(LIGHT), _declared(DARK)
     return (
         f":root {{ color-scheme: light dark; {light} }}\n"

@@ -1,9 +1,9 @@
-"""What autograd keeps of a micro-batch, by layer; the tests count it in a real backward.
+"""What autograd keeps of a micro-batch, by layer; tests compare it with a real backward.
 
 In a training process DeepSpeed's linear function replaces torch's and keeps its input even if the weight is frozen.
-Attention is a kernel that knows packed documents, in bf16; in fp32 torch's scaled_dot_product_attention of one document
-after the other, with keys and values repeated for every head. A base that attends otherwise (`LayerShape.documents`)
-needs a mask, too. `flash_attention` needs neither mask nor repetition.
+Attention in bf16 is a kernel that knows packed documents; in fp32 it is torch's scaled_dot_product_attention, document
+by document, with keys and values repeated for every head. A base with another attention (see `LayerShape.documents`)
+also needs a mask. `flash_attention` needs neither mask nor repetition.
 
 Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T assignments of a token to an expert,
 m neurons or n entries.
@@ -21,26 +21,27 @@ FP32, INT64 = 4, 8
 
 
 def tokens(config: Config) -> int:
-    """T: positions of a micro-batch, padding included."""
+    """T, the number of positions in a micro-batch, padding included."""
     return config.training.batch_size * config.data.max_length
 
 
 def layer_activations(
     config: Config, layer: LayerShape, world_size: int, transport: str, *, first: bool = False
 ) -> dict[str, float]:
-    """Bytes that are kept of one layer's forward, by part.
+    """Bytes kept of one layer's forward, by part.
 
     Args:
         transport: "tokens" or "deltas"; ignored without expert parallelism.
-        first: the first layer without checkpointing, before whose experts nothing needs a gradient.
+        first: whether this is the first layer and there is no checkpointing, so that the experts' input needs no
+            gradient.
     """
     width, t = (2 if config.model.bf16 else 4), tokens(config)
     norm = t * (layer.hidden * FP32 + FP32)  # its input in fp32 and the inverse root mean square
     x, gate = t * layer.hidden * width, t * layer.intermediate * width
     attention = norm + x + _attention(config, layer, width)
     feed_forward = norm + x + 4 * gate  # gate, its activation, up, and the hidden values
-    # The router's input and weight in fp32, if they are not; logits, choices (for the products and for the losses),
-    # their weights, and which tokens are real.
+    # The router's input and weight in fp32, if they have another dtype; logits, choices (for the products and for the
+    # losses), their weights, and which tokens are real.
     adapter = config.adapter
     copies = (t + adapter.num_experts) * layer.hidden * FP32 if config.model.bf16 else 0
     router = copies + t * adapter.num_experts * FP32 + t * adapter.top_k * (2 * INT64 + FP32) + t
@@ -56,58 +57,56 @@ def layer_activations(
 
 
 def shared_activations(config: Config, layer: LayerShape) -> dict[str, float]:
-    """Bytes that all layers use alike: the rotation of the positions, and which positions may see each other."""
+    """Bytes that all layers share: the rotation of the positions, and which positions may see each other."""
     t, width = tokens(config), 2 if config.model.bf16 else 4
     mask = 0 if config.model.flash_attention or layer.documents else t * config.data.max_length
     return {"attention": 2 * t * (layer.query // layer.heads) * width + mask}
 
 
 def checkpointed_input(config: Config, layer: LayerShape) -> float:
-    """Bytes that are kept of a layer whose activations are computed again in the backward: its input."""
+    """Bytes kept of a layer whose activations are recomputed in the backward: its input."""
     return tokens(config) * layer.hidden * (2 if config.model.bf16 else 4)
 
 
 def kept_attention(config: Config, layer: LayerShape) -> float:
-    """Bytes of a layer's attention that selective recomputation keeps: output and each row's sum."""
+    """Bytes of a layer's attention that selective recomputation keeps: its output and each row's sum."""
     width = 2 if config.model.bf16 else 4
     return tokens(config) * (layer.query * width + layer.heads * FP32)
 
 
 def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
-    """Most bytes of gradients within the backward of one layer, on top of what its forward kept.
+    """Peak bytes of gradients within the backward of one layer, on top of what its forward kept.
 
     Args:
-        experts: bytes that its experts kept; they are gone when the feed-forward block's own gradients come.
+        experts: bytes that its experts kept; they are freed before the feed-forward block's own gradients arise.
     """
     adapter, t, width = config.adapter, tokens(config), 2 if config.model.bf16 else 4
     n, size = (f(adapter, layer.hidden, layer.intermediate) for f in (value_count, support_size))
     if adapter.granularity == "neuron":
-        # Gradients on their way through the experts' values, and of all deltas at three points of theirs.
+        # Gradients of the experts' values, and of all deltas at three points of the backward.
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
-    else:  # of one expert's assignments, and one of its matrices beside the matrix itself
+    else:  # of one expert's assignments, and of one of its matrices along with the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
-    # Of the hidden values, their two factors, and the base's gate and up values that went to the experts; the hidden
-    # values themselves are gone.
+    # Gradients of the hidden values, their two factors, and the base's gate and up values that the experts read; the
+    # hidden values themselves have been freed.
     behind = 4 * t * layer.intermediate + n * adapter.num_experts
     residual = 2 * t * layer.hidden
     return max(within * width, behind * width - experts) + residual * width
 
 
 def head_activations(config: Config, shape: BaseShape, labelled: float) -> dict[str, float]:
-    """Bytes for the loss: kept before it, and at its peak.
+    """Bytes for the loss: those kept before it, and those at its peak.
 
-    It is computed at the positions that carry a label in any row of the micro-batch: of a chunk of them at a time, or,
-    where the base changes its logits, of all.
+    The loss is computed at the positions with a label in any row of the micro-batch: chunk by chunk, or, if the base
+    changes its logits, all at once.
 
     Args:
-        labelled: their share of all positions.
+        labelled: share of positions with such a label.
     """
     t, width, hidden = tokens(config), 2 if config.model.bf16 else 4, shape.layers[-1].hidden
     positions = labelled * t
     kept = t * (hidden + 1) * FP32 + positions * hidden * width
-    if (
-        shape.plain_head
-    ):  # a chunk's logits, and in bf16 their gradient; what is kept is the gradient of the head's input
+    if shape.plain_head:  # a chunk's logits, and in bf16 their gradient; only the gradient of the head's input is kept
         rows = min(positions, chunk_rows(shape.vocabulary, width))
         return {"head": kept, "logits": rows * shape.vocabulary * (FP32 + (width if width < FP32 else 0))}
     # Backward: log-softmax, the loss's gradient with respect to it, and that of the logits.
@@ -120,14 +119,14 @@ def _attention(config: Config, layer: LayerShape, width: int) -> float:
     row = 2 * layer.query * width + layer.heads * FP32
     if config.model.flash_attention or (layer.documents and config.model.bf16):
         return t * (row + 2 * layer.key_value * width)
-    if layer.documents:  # the output twice: of each document, and of all
+    if layer.documents:  # the output twice: by document, and joined
         return t * (row + 3 * layer.query * width)
     mask = t * config.data.max_length * width  # added to the scores
     return t * (row + 2 * layer.query * width) + mask
 
 
 def _atoms(config: Config, layer: LayerShape, world_size: int, width: int) -> float:
-    """What the mixing keeps: the atoms in the order of the product, importance after its sigmoid, mixed atoms."""
+    """Bytes that mixing keeps: atoms in the order of the product, importance after its sigmoid, and mixed atoms."""
     adapter = config.adapter
     if not adapter.num_atoms:
         return 0
@@ -139,15 +138,15 @@ def _atoms(config: Config, layer: LayerShape, world_size: int, width: int) -> fl
 
 
 def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float:
-    """All experts on all tokens, of which each token takes its own."""
+    """Bytes for all experts on all tokens, of which each token takes its own."""
     adapter, t = config.adapter, tokens(config)
     size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
-    # Shifted gate, its activation, shifted up, h, its change, and h times its weight, also in the slots of all experts;
-    # with a shared support the change of the hidden values.
+    # Shifted gate, its activation, shifted up, h, its change, and h times its weight (also in all experts' slots); with
+    # a shared support, the change of the hidden values.
     values = 6 * assignments * size + t * adapter.num_experts * size
     if adapter.support_scope == "shared":
         values += t * size
-    matrices = layer.hidden * adapter.num_experts * size  # copied into the order of the products
+    matrices = layer.hidden * adapter.num_experts * size  # a copy in the order of the products
     if not first:
         values += 3 * assignments * size  # the base's values
         matrices *= 3
@@ -159,11 +158,11 @@ def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float
 
 
 def _neuron_remote(config: Config, layer: LayerShape, width: int) -> float:
-    """The experts here on the assignments that are sent to them; on average as many arrive as leave."""
+    """Bytes for this rank's experts on the assignments sent to them; on average as many arrive as leave."""
     adapter, t = config.adapter, tokens(config)
     size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
     experts = slots(adapter.num_experts, config.parallel.expert_parallel_size)
-    # What arrives; as `_neuron`, with the base's values; what comes back, and its weight.
+    # What arrives; the same as in `_neuron`, with the base's values; what comes back, and its weight.
     values = layer.hidden + 2 * size + (9 + experts) * size + 1 + size + layer.hidden + 1
     matrices = 3 * layer.hidden * experts * size
     change = t * size if adapter.support_scope == "shared" else 0
@@ -171,11 +170,12 @@ def _neuron_remote(config: Config, layer: LayerShape, width: int) -> float:
 
 
 def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:
-    """Each expert on its assignments, and a copy of the deltas."""
+    """Bytes for each expert on its assignments, and a copy of the deltas."""
     adapter = config.adapter
     assignments, n = adapter.top_k * tokens(config), value_count(adapter, layer.hidden, layer.intermediate)
     experts = slots(adapter.num_experts, config.parallel.expert_parallel_size) if remote else adapter.num_experts
-    # Of each: x and the output; gate and up, sorted and with the delta, activations, hidden values and their change.
+    # Per assignment: x and the output; gate and up, sorted and with the delta; activations; hidden values and their
+    # change.
     intermediate, indices = (8, 4) if remote else (5 if first else 8, 2)
     values = 2 * layer.hidden + intermediate * layer.intermediate + (2 if remote else 0)
     return experts * n * width + assignments * (values * width + indices * INT64)

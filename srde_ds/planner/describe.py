@@ -1,4 +1,4 @@
-"""A plan, and what `--dry_run` prints, as aligned text."""
+"""A plan, and the output of `--dry_run`, as aligned text."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def describe_plan(plan: Plan) -> str:
         f"{config.model.model_name}: {shape.parameters:,} frozen values, "
         f"{sum(trainable_values(config.adapter, shape).values()):,} trained",
         f"{machines.nodes} x {gpus} GPUs, {training.batch_size} x {training.gradient_accumulation_steps} rows of "
-        f"{config.data.max_length} tokens a process: {plan.tokens_per_step:,} tokens a step",
+        f"{config.data.max_length} tokens per process: {plan.tokens_per_step:,} tokens per step",
         "",
         *([plan.recompute_reason] if plan.recompute_reason else []),
         *_memory_lines(plan),
         "",
-        f"{'received by a GPU in a step, GB':<36}{'all':>10}{'from other nodes':>18}",
+        f"{'received by a GPU per step, GB':<36}{'all':>10}{'from other nodes':>18}",
     ]
     received: Counter[str] = Counter()
     between: Counter[str] = Counter()
@@ -39,18 +39,18 @@ def describe_plan(plan: Plan) -> str:
         why = "fewest bytes" if config.parallel.expert_transport == "auto" else "as asked"
         lines.append(f"expert transport: {plan.transport} ({why}; {moved})")
     times = plan.times
-    lines += ["", f"{'seconds a step, lower bounds':<36}{'overlapped':>12}{'waited for':>12}"]
+    lines += ["", f"{'seconds per step, lower bounds':<36}{'overlapped':>12}{'waited for':>12}"]
     lines.append(f"{'computation':<36}{'':>12}{times.compute:>12.3f}")
     for link in times.overlapped:
         lines.append(f"{link:<36}{times.overlapped[link]:>12.3f}{times.exposed[link]:>12.3f}")
     lines += [
         f"step: {times.step:.3f} s, bound by {times.bound}; {times.step_in_turn:.3f} s if nothing overlaps",
-        f"tokens a day: {plan.tokens_per_day:,.0f} at {machines.utilisation:.0%} of {machines.peak_tflops:g} TFLOP/s; "
-        f"{training.max_steps} steps: {plan.days:.2f} days",
+        f"tokens per day: {plan.tokens_per_day:,.0f} at {machines.utilisation:.0%} of {machines.peak_tflops:g} "
+        f"TFLOP/s; {training.max_steps} steps: {plan.days:.2f} days",
     ]
     price = plan.price_per_day
     if price is not None:
-        lines.append(f"price: {price:,.2f} a day, {price * plan.days:,.2f} for {training.max_steps} steps")
+        lines.append(f"price: {price:,.2f} per day, {price * plan.days:,.2f} for {training.max_steps} steps")
     return "\n".join(lines)
 
 
@@ -79,6 +79,6 @@ def describe_run(config: Config, shape: BaseShape, world_size: int) -> str:
     peak = memory(config, shape, world_size)
     table = peak.peak | {"sum": peak.total}
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
-    lines.append(f"\nGiB a process with {processes}, at its peak ({peak.peak_moment}), every position labelled")
+    lines.append(f"\nGiB per process with {processes}, at its peak ({peak.peak_moment}), every position labelled")
     lines += [f"{kind:<26}{size / GIB:>12.3f}" for kind, size in table.items() if size]
     return "\n".join(lines)

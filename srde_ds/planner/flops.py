@@ -10,11 +10,11 @@ from srde_ds.planner.activations import tokens
 
 
 def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> dict[str, float]:
-    """Operations of a process in an optimizer step, by part; a multiplication and an addition are two.
+    """Operations of a process in an optimizer step, by part. A multiplication and an addition count as two.
 
-    A frozen matrix costs its product forwards and the input's gradient backwards, a trained one also its own
-    gradient, and recomputation one more forward of the layers. Attention counts rows as one document each,
-    the half of the scores that causality leaves. Norms, routers and the update are left out.
+    A frozen matrix costs its product in the forward and the input's gradient in the backward. A trained one also costs
+    its own gradient, and recomputation costs another forward of the layers. Attention counts each row as one document,
+    with the half of the scores that causality leaves. Norms, routers and the update are left out.
 
     Args:
         labelled: share of positions whose logits are computed.
@@ -40,7 +40,7 @@ def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: f
 
 
 def _experts(config: Config, layer: LayerShape, world_size: int, transport: str) -> float:
-    """A forward of one layer's experts, and the mixing of their atoms."""
+    """Operations of a forward of one layer's experts, and of mixing their atoms."""
     adapter, t = config.adapter, tokens(config)
     n = value_count(adapter, layer.hidden, layer.intermediate)
     mixing = 2 * adapter.num_atoms * adapter.num_experts * n

@@ -1,16 +1,16 @@
 """Simulates when ZeRO-3 gathers and releases weights in a micro-step (deepspeed 0.19.8).
 
-DeepSpeed fetches a module's weights before its forward and before its backward, and releases them after each unless
-they are used again within `stage3_max_reuse_distance` values of its recorded trace. A decoder layer with its trainables
-is one module to it. Three things cost more than one might expect, and are modelled:
+DeepSpeed fetches a module's weights before its forward and before its backward, and releases them afterwards unless
+they are used again within `stage3_max_reuse_distance` values of its recorded trace. It treats a decoder layer with its
+trainables as one module. Three things cost more than one might expect, and are modelled:
 
-* A module whose input has no gradient has no end of its backward: its gathered weights stay until the whole backward is
-  over. That holds for the embedding, and without checkpointing for the first layer.
+* DeepSpeed does not see the end of a module's backward if the input has no gradient: the gathered weights stay until
+    the whole backward is over. That holds for the embedding, and without checkpointing for the first layer.
 * With gradient checkpointing the embedding's output requires a gradient, so its weight is gathered in the backward.
-* Weights up to `stage3_param_persistence_threshold` values stay whole, but are gathered anew after each update.
+* Weights up to `stage3_param_persistence_threshold` values stay whole, but are gathered again after each update.
 
-The trace is that of a settled run. The first two micro-steps, and those after a forward outside the loop (held-out
-loss), have none: they gather every module in the forward and again in the backward.
+The trace is that of a steady run. The first two micro-steps, and those after a forward outside the loop (held-out
+loss), have no trace: they gather every module in the forward and again in the backward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from srde_ds.distributed.ds_config import prefetch_whole_layers
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.planner.trainables import layer_trainables
 
-# DeepSpeed's own defaults of its `stage3_` options.
+# DeepSpeed's defaults of its `stage3_` options.
 ZERO_DEFAULTS = {
     "max_live_parameters": 1_000_000_000,
     "max_reuse_distance": 1_000_000_000,
@@ -42,7 +42,7 @@ class Weight:
 
     Attributes:
         kind: "base" or "trainables".
-        ranks, stride: processes that hold its parts, and the distance between their numbers.
+        ranks, stride: number of processes that hold its parts, and the distance between their ranks.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class Weight:
 
     @property
     def gathered(self) -> int:
-        """Values that a gather allocates: a part that is the whole is used where it lies."""
+        """Number of values that a gather allocates: none if the process holds the whole weight."""
         return self.padded if self.ranks > 1 else 0
 
 
@@ -70,9 +70,9 @@ class Use:
         moment: "forward", or the number of the layer whose backward it belongs to; the head counts as one more layer,
             the embedding as -1.
         releases: whether DeepSpeed sees its end.
-        within: of a container the weights of the modules in it.
-        layer: a decoder layer. When one is released, DeepSpeed takes a container for a use of all that is in it; when
-            another module is, it does not see the weights of layers.
+        within: for a container, the weights of the modules in it.
+        layer: whether this is a decoder layer. When a layer is released, DeepSpeed counts a container as a use of all
+            that is in it; when another module is released, it does not see the weights of layers.
     """
 
     weights: tuple[Weight, ...]
@@ -87,9 +87,9 @@ class Schedule:
     """What a micro-step gathers.
 
     Attributes:
-        weights: all of the model.
+        weights: all weights of the model.
         gathers: how often each weight that does not persist is gathered.
-        live: most gathered values at each moment, by kind, persistent ones left out.
+        live: peak number of gathered values at each moment, by kind, without persistent ones.
     """
 
     weights: list[Weight]
@@ -98,10 +98,10 @@ class Schedule:
 
 
 def gather_schedule(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> Schedule:
-    """Follow one micro-step.
+    """Simulate one micro-step.
 
     Args:
-        zero: `zero_optimization` of the derived DeepSpeed configuration.
+        zero: the block `zero_optimization` of the derived DeepSpeed configuration.
     """
     limits = {key: int(zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
     trace, weights = _trace(config, shape, world_size, limits["param_persistence_threshold"])
@@ -109,7 +109,7 @@ def gather_schedule(config: Config, shape: BaseShape, world_size: int, zero: dic
 
 
 def prefetch_bucket(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> int:
-    """How many values DeepSpeed looks ahead, see `ds_config.prefetch_whole_layers`."""
+    """How many values DeepSpeed prefetches, see `ds_config.prefetch_whole_layers`."""
     layers = {
         sum(layer.parameters) + sum(t.values for t in layer_trainables(config, layer, world_size))
         for layer in set(shape.layers)
@@ -120,9 +120,9 @@ def prefetch_bucket(config: Config, shape: BaseShape, world_size: int, zero: dic
 
 
 def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) -> tuple[list[Use], list[Weight]]:
-    """The uses of a micro-step in the order of transformers' decoders, and all weights.
+    """The uses of modules in a micro-step, in the order of transformers' decoders, and all weights.
 
-    Modules without weights count too: DeepSpeed prefetches a bucket at each, though nothing inside of a layer.
+    Modules without weights also count: DeepSpeed prefetches a bucket at each, but nothing inside of a layer.
     """
     weights: list[Weight] = []
 
@@ -138,7 +138,7 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
 
     def layer_of(layer: LayerShape) -> Use:
         attention = [n for own in layer.attention for n in own]
-        # In the order in which transformers makes them, and DeepSpeed looks ahead.
+        # In the order in which transformers creates them and DeepSpeed prefetches.
         base = module(*attention, *[layer.matrix] * 3, *layer.norms)
         trainables = layer_trainables(config, layer, world_size)
         trained = tuple(weight("trainables", t.values, t.ranks, t.stride) for t in trainables)
@@ -152,7 +152,7 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
     trace = [model, model, decoder, embedding, empty, *layers, *last]
     trace += [replace(use, moment=len(layers)) for use in [model, model, last[-1], decoder, *reversed(last[:-1])]]
     for number, layer in reversed(list(enumerate(layers))):
-        # Without checkpointing the first layer's input needs no gradient, so that its backward has no end.
+        # Without checkpointing the first layer's input needs no gradient, so DeepSpeed does not see its backward's end.
         ends = number > 0 or checkpointing
         again = [replace(layer, moment=number)] if checkpointing else []
         trace += [*again, replace(layer, moment=number, releases=ends)]
@@ -162,7 +162,7 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
 
 
 class _Ahead:
-    """How far away a weight's next use is, in values of the uses between."""
+    """Distance to a weight's next use, in values of the uses in between."""
 
     def __init__(self, uses: Sequence[tuple[Weight, ...]]) -> None:
         self._passed = [0, *accumulate(sum(weight.values for weight in weights) for weights in uses)]
@@ -185,7 +185,7 @@ def _follow(trace: Sequence[Use], weights: list[Weight], limits: dict[str, int])
     after_others = _Ahead([() if use.layer else use.weights for use in trace])
     available = {weight for weight in weights if weight.persistent}
     live: Counter[str] = Counter()
-    promised: dict[Weight, int] = {}  # the last use that a prefetch has seen to
+    promised: dict[Weight, int] = {}  # the last use for which a weight has been prefetched
     position = fetched = 0
 
     def gather(weight: Weight) -> None:

@@ -1,4 +1,4 @@
-"""Memory of a process by kind and at each moment of a step, computed from a configuration."""
+"""Memory of a process, by kind and moment of a step, computed from a configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from srde_ds.config import Config
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.model.supports.selection import support_shape
@@ -26,7 +26,7 @@ from srde_ds.planner.gathers import Schedule, gather_schedule, prefetch_bucket
 from srde_ds.planner.trainables import layer_trainables
 
 FP32, INT32 = 4, 4
-SUB_GROUP_SIZE = 1_000_000_000  # deepspeed's default: values of a process that one call of the optimizer updates
+SUB_GROUP_SIZE = 1_000_000_000  # deepspeed's default; values of a process that one call of the optimizer updates
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Memory:
     """Bytes by kind.
 
     Attributes:
-        states: held all the time: weights, masters, gradients, optimizer state, buffers.
-        moments: what each moment of a step needs on top of them.
+        states: what is always held: weights, masters, gradients, optimizer state, buffers.
+        moments: what each moment of a step needs in addition.
     """
 
     states: dict[str, float]
@@ -48,7 +48,7 @@ class Memory:
 
     @property
     def peak(self) -> dict[str, float]:
-        """States and what the costliest moment adds, by kind."""
+        """The states plus what the costliest moment adds, by kind."""
         return self.states | self.moments[self.peak_moment]
 
     @property
@@ -60,15 +60,15 @@ class Memory:
 def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> Memory:
     """Memory of a process with full rows.
 
-    For the part of a curriculum with another density give a config with that density.
+    For a part of a curriculum with another density, give a config with that density.
 
     Args:
-        labelled: share of positions that carry a label in any row of a micro-batch; 1 is an upper bound.
+        labelled: share of positions with a label in any row of a micro-batch; 1 gives an upper bound.
 
     Raises:
         SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(config, world_size)["zero_optimization"]
+    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
     schedule = gather_schedule(config, shape, world_size, zero)
     width = 2 if config.model.bf16 else 4
     base, trained = (
@@ -79,7 +79,7 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
         "base shard": (base + sum(shape.unused) / world_size) * width,
         "persistent weights": sum(weight.gathered for weight in schedule.weights if weight.persistent) * width,
         "trainables": trained * width,
-        "fp32 masters": trained * FP32,  # in fp32 too: DeepSpeed compares a device with its name and makes a copy
+        "fp32 masters": trained * FP32,  # even in fp32, since a comparison in DeepSpeed that always fails makes a copy
         "gradients": trained * FP32,
         "gradient bucket": zero["reduce_bucket_size"] * FP32,
         "optimizer state": _optimizer_state(config, shape, world_size),
@@ -91,7 +91,7 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
 
 
 def _optimizer_state(config: Config, shape: BaseShape, world_size: int) -> float:
-    """One fp32 moment for GramMuon, two for AdamW."""
+    """Bytes of the optimizer state: one fp32 moment for GramMuon, two for AdamW."""
     return sum(
         count * FP32 * (1 if group == "delta_matrices" else 2)
         for (group, _), count in _values_by_group(config, shape, world_size).items()
@@ -99,7 +99,7 @@ def _optimizer_state(config: Config, shape: BaseShape, world_size: int) -> float
 
 
 def _update(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> float:
-    """The largest sub-group's gradients in one piece, and AdamW's two intermediate results."""
+    """Bytes of the update: the largest sub-group's gradients in one piece, and two intermediate results of AdamW."""
     limit = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
     return max(
         min(count, limit) * FP32 * (1 if group == "delta_matrices" else 3)
@@ -108,7 +108,7 @@ def _update(config: Config, shape: BaseShape, world_size: int, zero: dict[str, A
 
 
 def _values_by_group(config: Config, shape: BaseShape, world_size: int) -> Counter[tuple[str, int]]:
-    """Values that a process owns by optimizer group and number of processes that hold the others."""
+    """Number of values that a process owns, by optimizer group and number of processes that divide the tensors."""
     groups = group_of_tensor(config.optimizer, config.adapter.granularity)
     values: Counter[tuple[str, int]] = Counter()
     for layer in shape.layers:
@@ -120,7 +120,7 @@ def _values_by_group(config: Config, shape: BaseShape, world_size: int) -> Count
 def _moments(
     config: Config, shape: BaseShape, world_size: int, labelled: float, zero: dict[str, Any], schedule: Schedule
 ) -> dict[str, dict[str, float]]:
-    """The loss, and the backward of each layer, from the last to the first."""
+    """The moments of a step: the loss, and the backward of each layer, from the last to the first."""
     width = 2 if config.model.bf16 else 4
     transport = choose_transport(config, shape.blocks, world_size)
     recomputed = config.model.recomputed

@@ -1,4 +1,4 @@
-"""What a run needs on given machines, computed before anything is loaded."""
+"""Plans a run on given machines before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from srde_ds.planner.trainables import trainable_values
 
 GIB, GB = 2**30, 1e9
 DAY = 86_400  # seconds
-# They run on a stream of their own beside the computation, which waits for all other collectives.
+# They run on their own stream beside the computation, which waits for all other collectives.
 OVERLAPPED = ("base gathered", "trainables gathered", "gradients")
 MOST_ROWS = 4096  # the search for the largest micro-batch ends there
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What the run is planned for.
+    """The machines that a run is planned for.
 
     Attributes:
-        gpus: in each node.
-        gpu_memory_gib: for tensors, without what the driver, NCCL and fragmentation take.
-        peak_tflops: dense, in the training dtype.
+        gpus: number of GPUs in each node.
+        gpu_memory_gib: GiB for tensors, without what the driver, NCCL and fragmentation take.
+        peak_tflops: dense TFLOP/s in the training dtype.
         utilisation: share of the peak that computation reaches.
-        intra_node_gb_s: GB/s that a GPU gets from others of its node, in one direction.
-        inter_node_gbit_s: Gbit/s that a node gets from the network, in one direction.
-        labelled_share: share of positions that carry a label.
-        hourly_price: of one GPU; None: unknown.
+        intra_node_gb_s: GB/s that a GPU receives from others of its node.
+        inter_node_gbit_s: Gbit/s that a node receives from the network.
+        labelled_share: share of positions with a label.
+        hourly_price: price of one GPU; None: unknown.
     """
 
     gpus: int = 1
@@ -51,7 +51,7 @@ class Machines:
     hourly_price: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises SRDEError for a value that is no number above zero, or a share above one."""
+        """Raise an SRDEError for a value that is not a number above zero, or a share above one."""
         for item in fields(self):
             value = getattr(self, item.name)
             if value is not None and not value > 0:
@@ -62,17 +62,16 @@ class Machines:
 
     @property
     def processes(self) -> int:
-        """Number of processes, one a GPU."""
+        """Number of processes, one per GPU."""
         return self.gpus * self.nodes
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of an optimizer step.
+    """The time of an optimizer step, in seconds.
 
     Attributes:
-        overlapped, exposed: of each link's transfers, those that run beside the computation and those that it waits
-            for.
+        overlapped, exposed: time by part, for what runs beside the computation and for what it waits for.
     """
 
     compute: float
@@ -81,32 +80,31 @@ class Times:
 
     @property
     def step(self) -> float:
-        """If transfers hide behind the computation as far as they can; no less is possible."""
+        """Seconds if transfers overlap with the computation as far as possible: a lower bound."""
         return max(self.compute, *self.overlapped.values()) + sum(self.exposed.values())
 
     @property
     def step_in_turn(self) -> float:
-        """If nothing hides."""
+        """Seconds if nothing overlaps."""
         return self.compute + sum(self.overlapped.values()) + sum(self.exposed.values())
 
     @property
     def bound(self) -> str:
-        """What the overlapped part of a step waits for."""
+        """The slowest of the overlapped parts."""
         times = {"computation": self.compute} | self.overlapped
         return max(times, key=lambda name: times[name])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on machines.
+    """The plan of a run on given machines.
 
     Attributes:
-        densities: first step (from 0), density and memory between the prunings of a run whose supports are pruned;
-            else empty.
-        traffic: of a process in an optimizer step.
-        moved: bytes of the transports that were compared; empty without expert parallelism.
-        largest_micro_batch: rows that fit; 0: not even one.
-        recompute_reason: what `recompute: auto` came to, and why; else empty.
+        densities: for a run with prunings, first step (from 0), density and memory of each part; else empty.
+            traffic: traffic of a process in an optimizer step.
+        moved: bytes that each transport would move; empty without expert parallelism.
+        largest_micro_batch: number of rows that fit; 0: not even one.
+        recompute_reason: the choice of `recompute: auto` and its reason; else empty.
     """
 
     config: Config
@@ -124,34 +122,34 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of a step of the optimizer, on all processes, padding included."""
+        """Number of tokens in an optimizer step on all processes, padding included."""
         training = self.config.training
         rows = training.batch_size * training.gradient_accumulation_steps * self.machines.processes
         return rows * self.config.data.max_length
 
     @property
     def tokens_per_day(self) -> float:
-        """Tokens in 24 hours of training."""
+        """Number of tokens in 24 hours of training."""
         return self.tokens_per_step / self.times.step * DAY
 
     @property
     def days(self) -> float:
-        """Of all steps."""
+        """Days for all steps."""
         return self.times.step * self.config.training.max_steps / DAY
 
     @property
     def price_per_day(self) -> float | None:
-        """Price of 24 hours of all GPUs; None where no price was given."""
+        """Price of 24 hours of all GPUs; None if no price is given."""
         price = self.machines.hourly_price
         return None if price is None else price * 24 * self.machines.processes
 
     def links(self) -> dict[str, float]:
-        """Bytes that a process gets in an optimizer step over each link."""
+        """Bytes that a process receives in an optimizer step over each link."""
         between = sum(t.between_nodes(self.machines.gpus) for t in self.traffic)
         return {"within a node": sum(t.received for t in self.traffic) - between, "between nodes": between}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: bytes, seconds and operations."""
+        """The plan for JSON, in bytes, seconds and operations."""
         machines, gpus = self.machines, self.machines.gpus
         by_kind: dict[str, dict[str, float]] = {}
         for t in self.traffic:
@@ -198,10 +196,10 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
     """Plan a run.
 
     Args:
-        prunings: step and density from it on, of a run that starts with `initial_density`.
+        prunings: for a run with `initial_density`, each pruning's step and the density from then on.
 
     Raises:
-        SRDEError: a base that cannot serve, or an expert-parallel size that does not divide the processes.
+        SRDEError: the base cannot be used, or the expert-parallel size does not divide the number of processes.
     """
     shape, processes = base_shape(config), machines.processes
     why = ""
@@ -239,7 +237,7 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
 
 
 def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Times:
-    """Lower bounds of a step's parts."""
+    """Lower bounds of the times of a step's parts."""
     overlapped = {"links within a node": 0.0, "links between nodes": 0.0}
     exposed = dict(overlapped)
     for t in traffic:
@@ -252,8 +250,8 @@ def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Time
 
 
 def largest_micro_batch(config: Config, shape: BaseShape, machines: Machines) -> int:
-    """Rows of `max_length` tokens that fit into `gpu_memory_gib`; 0: not even one."""
-    most = 1 if config.model.flash_attention else MOST_ROWS  # flash-attn keeps documents apart in single rows only
+    """Number of rows of `max_length` tokens that fit into `gpu_memory_gib`; 0: not even one."""
+    most = 1 if config.model.flash_attention else MOST_ROWS  # flash-attn keeps documents apart only in single rows
 
     def fits(rows: int) -> bool:
         sized = replace(config, training=replace(config.training, batch_size=rows))

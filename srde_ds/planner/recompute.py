@@ -1,4 +1,4 @@
-"""How much of the activations a run has to compute again, for it to fit."""
+"""How much of the activations a run must recompute in order to fit."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from srde_ds.planner.memory import memory
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 CHOICES = ("none", "selective", "full")
-"""From the fastest to the one that takes the least memory."""
-USABLE = 0.9  # of a GPU's memory; the rest is the driver's, NCCL's, and lost between tensors
+"""From the fastest to the one with the least memory."""
+USABLE = 0.9  # share of a GPU's memory; the rest goes to the driver, NCCL and fragmentation
 GIB = 2**30
 
 
 def least_recompute(config: Config, shape: BaseShape, world_size: int, room: float) -> tuple[str, str]:
-    """The first of CHOICES with which a run fits into `room` bytes of a process, or the last; and why, for people."""
+    """The first of CHOICES with which a process fits into `room` bytes, else the last one; and the reason as text."""
     totals = {choice: memory(with_recompute(config, choice), shape, world_size).total for choice in CHOICES}
     chosen = next((choice for choice in CHOICES if totals[choice] <= room), CHOICES[-1])
     needs = ", ".join(f"{choice} {totals[choice] / GIB:.1f}" for choice in CHOICES)
@@ -28,10 +28,10 @@ def least_recompute(config: Config, shape: BaseShape, world_size: int, room: flo
 
 
 def settle_recompute(config: Config) -> Config:
-    """The config with what `recompute: auto` comes to on this machine; rank 0 says so. Others stay as they are.
+    """The config with `recompute: auto` replaced by the choice for this machine, which rank 0 prints.
 
     Raises:
-        SRDEError: a base or a DeepSpeed configuration that cannot serve.
+        SRDEError: the base or the DeepSpeed configuration cannot be used.
     """
     if config.model.recompute != "auto":
         return config
@@ -42,7 +42,7 @@ def settle_recompute(config: Config) -> Config:
 
 
 def available_memory() -> float:
-    """Bytes that the tensors of a process may take: of its GPU, or an equal share of the host's memory."""
+    """Bytes for the tensors of a process, on its GPU or as an equal share of the host's memory."""
     if torch.cuda.is_available():
         return USABLE * min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -50,5 +50,5 @@ def available_memory() -> float:
 
 
 def with_recompute(config: Config, choice: Any) -> Config:
-    """The config with another choice."""
+    """The config with another choice of `recompute`."""
     return replace(config, model=replace(config.model, recompute=choice))

@@ -1,9 +1,9 @@
-"""Bytes that a process moves in an optimizer step, collective by collective; tested against counted bytes."""
+"""Bytes that a process moves in an optimizer step, by collective; tests compare them with measured bytes."""
 
 from __future__ import annotations
 
 from srde_ds.config import Config
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, expert_traffic, merged, shards_atoms
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.optim.groups import group_of_tensor
@@ -14,14 +14,14 @@ FP32, FP64 = 4, 8
 
 
 def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traffic]:
-    """All that one optimizer step moves, apart from a few numbers for stopping, clipping and counting.
+    """All traffic of an optimizer step, apart from a few numbers for stopping, clipping and counting.
 
     Held-out losses, checkpoints and the first two micro-steps are left out, see `gathers`.
 
     Raises:
         SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(config, world_size)["zero_optimization"]
+    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
     width, micro_steps = (2 if config.model.bf16 else 4), config.training.gradient_accumulation_steps
     schedule = gather_schedule(config, shape, world_size, zero)
     found = []
@@ -40,7 +40,7 @@ def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traf
         for trainable in layer_trainables(config, layer, world_size):
             if groups[trainable.kind] == "delta_matrices":
                 _, batch, cols = trainable.shape
-                # Shards of the atoms lie on all processes, each alone in its group.
+                # The atoms' shards are on all processes, although each is alone in its group.
                 group = (world_size, 1) if shards_atoms(config, world_size) else (trainable.ranks, trainable.stride)
                 found.append(Traffic("Gram matrices", "all_reduce", batch * cols**2 * FP32, *group))
     statistics = len(shape.layers) * (3 * config.adapter.num_experts + 3)

@@ -17,13 +17,13 @@ from srde_ds.model.supports.selection import support_size
 
 @dataclass(frozen=True)
 class TrainableShape:
-    """A trainable of one layer as a process sees it when it is gathered, padding included.
+    """A trainable of one layer as a process sees it after a gather, padding included.
 
     Attributes:
         kind: the end of its name ("deltas.free", ..., "router.weight").
-        shape: of what ZeRO cuts: the whole tensor, the experts that the process holds, or its own shard of the atoms.
-        ranks: processes over which ZeRO cuts it; 1: no other process has any of it.
-        stride: distance between their numbers.
+        shape: shape of what ZeRO partitions: the whole tensor, the process's experts, or its shard of the atoms.
+        ranks: number of processes over which ZeRO partitions it; 1: no other process has a part.
+        stride: distance between their ranks.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class TrainableShape:
 
 
 def layer_trainables(config: Config, layer: LayerShape, world_size: int) -> list[TrainableShape]:
-    """The trainables of one layer, without the scores of a support that is being learned: few values."""
+    """The trainables of one layer, without the few scores of a support that is being learned."""
     adapter, size = config.adapter, config.parallel.expert_parallel_size
     sharded = shards_atoms(config, world_size)
     result = []
@@ -59,7 +59,7 @@ def layer_trainables(config: Config, layer: LayerShape, world_size: int) -> list
 def _bank_shape(
     adapter: tuple[Any, ...], layer: LayerShape, world_size: int
 ) -> list[tuple[str, tuple[int, ...], int | None, int | None]]:
-    """Name, shape, axis of the experts and axis along which atoms are sharded of each parameter of a layer's deltas."""
+    """For each parameter of a layer's deltas: name, shape, the experts' axis, and the axis of the atoms' shards."""
     config = AdapterConfig(*adapter)
     size = support_size(config, layer.hidden, layer.intermediate)
     bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size)
@@ -69,7 +69,7 @@ def _bank_shape(
 
 
 def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:
-    """Values of each trainable by the end of its name, over all layers, without padding."""
+    """Number of values of each trainable over all layers, by the end of its name, without padding."""
     values: Counter[str] = Counter()
     for layer, count in Counter(shape.layers).items():
         for trainable in layer_trainables(Config(adapter=adapter), layer, world_size=1):

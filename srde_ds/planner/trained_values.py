@@ -1,4 +1,4 @@
-"""How many values a run trains while its supports shrink, for `--dry_run`."""
+"""The number of values that a run trains while its supports shrink, for `--dry_run`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from srde_ds.utils.tables import aligned_table
 
 
 class TrainedValues(NamedTuple):
-    """From step `first_step` (counted from 0) until the supports are pruned again.
+    """The trained values from step `first_step` (counted from 0) until the next pruning.
 
     Attributes:
-        values: trained ones of all layers: deltas with their atoms, importance and mixing, scores, routers.
+        values: number over all layers: deltas with their atoms, importance and mixing, scores, and routers.
     """
 
     first_step: int
@@ -30,8 +30,8 @@ def trained_values(
     """One entry for each density, in order.
 
     Args:
-        adapter: with the density that the run ends at.
-        densities: (step, density from this step on), as `Schedule.densities` gives them.
+        adapter: the adapter's options, with the final density.
+        densities: (step, density from this step on), from `Schedule.densities`.
         blocks: (D, F) of each layer's feed-forward block.
     """
     return [TrainedValues(first, density, _values(adapter, density, blocks)) for first, density in densities]

@@ -1,4 +1,4 @@
-"""What balancing the experts' load takes once in an optimizer step: a target, selection biases, loss weights."""
+"""What balancing the experts' load needs once per optimizer step: a target, selection biases, loss weights."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from srde_ds.model.policy import LossWeights
 
 
 def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: Tensor | None = None) -> Tensor:
-    """`[E]` fp32: the share of the assignments that each expert should get, by the domains of a step's tokens.
+    """`[E]` fp32: the share of the assignments that each expert should get, given the domains of a step's tokens.
 
     Domain d belongs to expert d. An expert without a domain counts for 1 / E, and the domains share the rest in
     proportion to their tokens; tokens of a domain without an expert are left out. Locked experts get zero, and the
-    others are scaled up. A token uses an expert at most once, so no share can exceed 1 / K: what is above that goes to
-    the others in proportion.
+    others are scaled up. A token uses an expert at most once, so no share can exceed 1 / K; the excess goes to the
+    others in proportion.
 
     Args:
-        domain_tokens: real tokens of each domain in the step, summed over ranks.
-        top_k: K, experts that a token uses.
+        domain_tokens: number of real tokens of each domain in the step, summed over ranks.
+        top_k: K, the number of experts that a token uses.
         allowed: `[E]` bool, False for locked experts.
     """
     domains = min(num_experts, len(domain_tokens))
@@ -33,12 +33,12 @@ def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: 
 
 
 def _capped(share: Tensor, unlocked: Tensor, cap: float) -> Tensor:
-    """Shares of sum 1, zero where locked and at most `cap`, in proportion to `share` where they are below it."""
+    """Shares that add up to 1: zero for locked experts, at most `cap`, and below it in proportion to `share`."""
     result = torch.zeros_like(share)
     free, rest = unlocked.clone(), 1.0
     while bool(free.any()):
         part = torch.where(free, share, 0)
-        # Experts whose domains had no tokens share alike what the others cannot take.
+        # What the others cannot take is shared equally by experts whose domains had no tokens.
         part = part / part.sum() if float(part.sum()) else free / free.sum()
         result = torch.where(free, rest * part, result)
         full = free & (result > cap * (1 + 1e-9))
@@ -53,30 +53,30 @@ def _capped(share: Tensor, unlocked: Tensor, cap: float) -> Tensor:
 def update_biases(
     model: SRDEModel, assignments: Tensor, rate: float, *, allowed: Tensor | None = None, target: Tensor | None = None
 ) -> None:
-    """Balancing without a loss (arXiv 2408.15664): raise the selection bias of experts below their target by `rate`,
-    and lower that of experts above it.
+    """Balance without a loss (arXiv 2408.15664): raise the selection bias of experts below their target by `rate`,
+    and lower it for experts above it.
 
     Call it once after an optimizer step whose tokens were routed, on every rank with the same counts.
 
     Args:
-        assignments: `[L, E]` of the step, summed over ranks.
-        rate: change of a bias in one step, in units of the router's logits.
-        allowed: `[E]` bool; the biases of locked experts stay.
-        target: `[E]` shares, see `domain_target`; None: equal ones of the unlocked experts.
+        assignments: `[L, E]` counts of the step, summed over ranks.
+        rate: how much a bias changes in one step, in units of the router's logits.
+        allowed: `[E]` bool; the biases of locked experts do not change.
+        target: `[E]` shares, see `domain_target`; None: equal shares for the unlocked experts.
     """
     unlocked = torch.ones(assignments.shape[1], dtype=torch.bool) if allowed is None else allowed.cpu()
     target = unlocked / unlocked.sum() if target is None else target.cpu()
     for layer, counts in zip(model.layers, assignments.double().cpu(), strict=True):
         missing = target.double() * counts.sum() - counts
-        missing[~unlocked | (missing.abs() < 0.5)] = 0  # less than one assignment from the target is on it
+        missing[~unlocked | (missing.abs() < 0.5)] = 0  # within one assignment counts as on target
         layer.router.selection_bias += rate * missing.sign().to(layer.router.selection_bias)
 
 
 def loss_weights(losses: LossConfig, micro_steps: int) -> LossWeights:
-    """Weights of the auxiliary losses in each of the backwards of an optimizer step.
+    """Weights of the auxiliary losses in each backward of an optimizer step.
 
-    DeepSpeed averages gradients over micro-steps by scaling the loss. Gradients that arise within the backward are not
-    scaled: they add up, so each micro-step's is that part of the step's.
+    DeepSpeed averages gradients over micro-steps by scaling the loss. Gradients that arise within the backward escape
+    this scaling and add up, so the weights are divided by the number of micro-steps.
     """
     share = 1 / micro_steps
     return LossWeights(

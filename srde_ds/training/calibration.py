@@ -7,8 +7,8 @@ A weight w_ij is scored by
 
 and a neuron by the norm of its weights' scores (gate and up: its row of the matrix; down: its column).
 
-The gradient is taken for one packed row at a time. Then a score is a sum of squares over rows, which takes no memory
-for gradients, and rows cannot cancel each other. Rows are always batches of their own and added in their order, so the
+The gradient is taken for one packed row at a time. A score is then a sum of squares over rows: gradients need not be
+stored, and rows cannot cancel each other. Each row is a batch of its own, and rows are added in a fixed order, so the
 scores do not depend on the number of processes (docs/curriculum.md).
 """
 
@@ -41,8 +41,8 @@ class Calibration:
     """Which rows decide on the supports.
 
     Attributes:
-        adapter: how supports are chosen, and at which density.
-        rows: how many are drawn: from all rows, or with `per_expert` from each domain.
+        adapter: says how supports are chosen, and at which density.
+        rows: number of rows drawn: from all rows, or with `per_expert` from each domain.
         domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
     """
 
@@ -53,15 +53,15 @@ class Calibration:
 
     @classmethod
     def of(cls, config: Config, adapter: AdapterConfig | None = None) -> Calibration:
-        """As the options say; `adapter`: instead of theirs, with the density of the moment."""
+        """The calibration that the options describe; `adapter` replaces theirs, with the current density."""
         rows, seed = config.support.calibration_rows, config.training.seed
         return cls(adapter or config.adapter, rows, seed, tuple(config.data.domains))
 
 
 def calibrate_supports(engine: Engine, calibration: Calibration, topology: Topology, rows: datasets.Dataset) -> None:
-    """Choose the supports by `support_strategy` activation or gradient, and write them into the layers.
+    """Choose the supports as `support_strategy` says (activation or gradient), and write them into the layers.
 
-    A collective of all ranks; the supports are the same on all. Gradients and optimizer state stay untouched.
+    A collective of all ranks, which all get the same supports. Gradients and optimizer state are not touched.
 
     Args:
         rows: the training rows.
@@ -115,7 +115,7 @@ def _draw(rows: datasets.Dataset, candidates: range | list[int], count: int, see
 
 
 class _Scores(Protocol):
-    """Sums that give the scores on one group of rows."""
+    """Sums from which the scores on one group of rows follow."""
 
     needs_backward: bool
 
@@ -144,7 +144,7 @@ def _scores(model: SRDEModel, adapter: AdapterConfig, device: torch.device) -> _
 
 
 def _block_shapes(model: SRDEModel) -> list[tuple[int, int]]:
-    """(D, F) of each layer, also while ZeRO-3 keeps the weights in parts."""
+    """(D, F) of each layer; also works while ZeRO-3 keeps the weights partitioned."""
     weights = [getattr(layer.block, layer.roles["down"]).weight for layer in model.layers]
     return [whole_shape(weight) for weight in weights]
 
@@ -163,7 +163,7 @@ def _measure(engine: Engine, topology: Topology, rows: datasets.Dataset, scores:
 
 
 def _choose(model: SRDEModel, scores: _Scores, experts: list[int] | None) -> None:
-    """Write the best entries of each layer into the supports of `experts`, or into the one that all share."""
+    """Write the best entries of each layer into the supports of `experts`, or into the shared one (None)."""
     for number, layer in enumerate(model.layers):
         found = scores.of_layer(number)
         if not bool(found.isfinite().all()) or not bool(found.any()):
@@ -181,7 +181,7 @@ def _choose(model: SRDEModel, scores: _Scores, experts: list[int] | None) -> Non
 
 
 class _LayerSums:
-    """A vector of sums for each layer, float64, over rows that are divided among the ranks."""
+    """A float64 vector of sums for each layer, over rows that are divided among the ranks."""
 
     def __init__(self, sizes: list[int], device: torch.device) -> None:
         self._row = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
@@ -236,16 +236,16 @@ class _ActivationScores:
 
 
 class _GradientScores:
-    """Squares of weight times gradient, for one projection at a time as the backward passes it."""
+    """Squares of weight times gradient, for one projection at a time as the backward reaches it."""
 
     needs_backward = True
 
     def hook(self, layer: int, role: str, projection: Any) -> Any:
-        # Before DeepSpeed's own hook, so after it in the backward: then the weight is gathered.
+        # Registered before DeepSpeed's hook, so it runs after it in the backward, when the weight is gathered.
         return projection.register_forward_hook(partial(self._watch, layer, role), prepend=True)
 
     def _watch(self, layer: int, role: str, module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:  # not so in the first of two forwards, when activations are recomputed
+        if output.requires_grad:  # False in the first of two forwards, when activations are recomputed
             output.register_hook(partial(self._square, layer, role, module, inputs[0].detach()))
 
     def _square(self, layer: int, role: str, module: Any, x: Tensor, gradient: Tensor) -> None:
@@ -276,7 +276,7 @@ class _NeuronGradientScores(_GradientScores):
 
 
 class _ElementGradientScores(_GradientScores):
-    """3 * D * F sums for each layer, fp32; the ranks hold one copy together, in host memory."""
+    """3 * D * F fp32 sums for each layer; together the ranks hold one copy, in host memory."""
 
     def __init__(self, model: SRDEModel, device: torch.device) -> None:
         self._device = device
@@ -287,7 +287,7 @@ class _ElementGradientScores(_GradientScores):
         self._sums[layer][role].add(squares.flatten().float())  # a collective, in the order of the backward
 
     def end_row(self) -> None:
-        """Nothing is left to add."""
+        """Nothing to do: the hooks have added everything."""
 
     def of_layer(self, layer: int) -> Tensor:
         return torch.cat([self._sums[layer][role].whole(self._device) for role in ROLES])

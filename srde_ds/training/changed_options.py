@@ -1,4 +1,4 @@
-"""Options that are not those of the run that goes on: what each changes, and what is refused."""
+"""Options that differ from those of the resumed run: what each change does, and which ones are refused."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from srde_ds.training.schedule import Schedule
 from srde_ds.utils.tables import Rows, markdown_table
 
 _NEXT_STEP = "from the next step on"
-_COST = "time and memory alone; sums may differ in their last bits"
-_SCHEDULE = "the course of the learning rates is drawn anew over all steps"
-_SAME_ROWS = "may differ if the training rows are the same; others are refused"
-_ROUTED = "from the next step on; steps that are done keep what they were"
-_PLACE = "a place or a name alone"
+_COST = "changes only time and memory; sums may differ in their last bits"
+_SCHEDULE = "the learning-rate schedule is recomputed over all steps"
+_SAME_ROWS = "may differ as long as the training rows are the same; other rows are refused"
+_ROUTED = "from the next step on; finished steps stay as they were"
+_PLACE = "changes only a place or a name"
 
-# Options that must be as they were, and why.
+# Options that must not change, and why.
 REFUSED = {
     **dict.fromkeys(
         (
@@ -30,33 +30,33 @@ REFUSED = {
             "num_atoms",
             "atom_mixing",
         ),
-        "the experts that were trained have this form",
+        "the trained experts have this form",
     ),
-    "domains": "the experts that were trained have these domains",
-    "seed": "it gives supports and the order of the rows",
-    "use_muon": "the optimizer states of the deltas are of the other rule",
+    "domains": "the trained experts have these domains",
+    "seed": "it determines the supports and the order of the rows",
+    "use_muon": "the deltas' optimizer states belong to the other rule",
 }
 # Options of which some changes are refused, and which ones.
 REFUSED_IN_PART = {
-    "supervised_experts": "refused if steps that are done would change between pretraining and routed",
-    "expert_pretrain_steps": "refused if steps that are done would change between pretraining and routed",
-    "pretrain_objective": "refused within pretraining",
+    "supervised_experts": "refused if a finished step would change between pretraining and routed training",
+    "expert_pretrain_steps": "refused if a finished step would change between pretraining and routed training",
+    "pretrain_objective": "refused during pretraining",
     "warm_start": "refused if its step has passed",
-    "domain_weights": "refused if the rows that were read would be others; later steps may have other shares",
-    "mixing_temperature": "refused if the rows that were read would be others; later steps may have other shares",
+    "domain_weights": "refused if the rows of finished steps would change; later steps may have other shares",
+    "mixing_temperature": "refused if the rows of finished steps would change; later steps may have other shares",
     "batch_size": "refused unless batch_size x processes x gradient_accumulation_steps stays the same",
     "gradient_accumulation_steps": "refused unless batch_size x processes x gradient_accumulation_steps stays the same",
-    "max_steps": "the schedules are stretched; refused below the steps that are done",
-    "model_name": "the same base at another place; another base is refused",
-    "model_revision": "the same base at another revision; another base is refused",
+    "max_steps": "the schedules are stretched; refused if it is below the number of finished steps",
+    "model_name": "may name another place of the same base; another base is refused",
+    "model_revision": "may name another revision of the same base; another base is refused",
     "max_length": "refused: the rows have this length",
 }
-# Options that may change, and what that does.
+# Options that may change, and what the change does.
 EFFECTS = {
-    "preset": "nothing by itself: it sets other options",
+    "preset": "no effect by itself: it sets other options",
     "bf16": "precision of the forward and backward pass; the masters stay float32",
     **dict.fromkeys(("flash_attention", "compile", "expert_kernels", "gradient_checkpointing", "recompute"), _COST),
-    "calibration_rows": "nothing: the supports are there",
+    "calibration_rows": "no effect: the supports are already chosen",
     "support_temperature": f"{_NEXT_STEP}, while supports are learned",
     **dict.fromkeys(
         (
@@ -65,7 +65,7 @@ EFFECTS = {
         ),
         _SAME_ROWS,
     ),
-    "eval_file": "later held-out losses are of other rows, if these differ",
+    "eval_file": "later held-out losses are measured on the new rows",
     **dict.fromkeys(("muon_lr", "muon_momentum", "learning_rate", "router_lr", "weight_decay"), _NEXT_STEP),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "max_grad_norm"), _NEXT_STEP),
     **dict.fromkeys(("lr_schedule", "warmup_steps", "decay_ratio", "min_lr_ratio"), _SCHEDULE),
@@ -76,21 +76,21 @@ EFFECTS = {
         ),
         _NEXT_STEP,
     ),
-    "start_from": "nothing: the run goes on from its checkpoint",
-    "domain_statistics_rows": "of the statistics that the end of training measures",
+    "start_from": "no effect: the run continues from its checkpoint",
+    "domain_statistics_rows": "applies to the statistics measured at the end of training",
     "output_dir": "checkpoints and metrics go to another folder",
-    "resume_from": "where this run goes on",
+    "resume_from": "where the run continues",
     **dict.fromkeys(
         ("save_steps", "save_total_limit", "save_in_background", "on_save_failure", "eval_steps", "log_steps"),
         _NEXT_STEP,
     ),
-    "warm_start_method": "of a warm start that is still to come",
-    "warm_start_samples": "of a warm start that is still to come",
+    "warm_start_method": "applies to a warm start that is still to come",
+    "warm_start_samples": "applies to a warm start that is still to come",
     "progressive_unlock": f"{_ROUTED}; experts that are in use may be locked again",
-    "unlock_order": "of an order that is still to be found",
-    "initial_density": "of prunings that are still to come: supports never grow",
-    "density_warmup_steps": "of prunings that are still to come: supports never grow",
-    "density_prunings": "of prunings that are still to come: supports never grow",
+    "unlock_order": "applies to an order that is still to be found",
+    "initial_density": "applies to prunings that are still to come: supports never grow",
+    "density_warmup_steps": "applies to prunings that are still to come: supports never grow",
+    "density_prunings": "applies to prunings that are still to come: supports never grow",
     "training_phases": _ROUTED,
     **dict.fromkeys(("use_tensorboard", "use_wandb", "use_trackio"), _NEXT_STEP),
     **dict.fromkeys(("wandb_project", "wandb_run_name"), _PLACE),
@@ -102,34 +102,34 @@ _UNTOLD = ("resume_from", "output_dir", "preset")
 
 
 def former_config(saved: dict[str, Any]) -> dict[str, Any]:
-    """`{option: value}` of a run state; an older one lacks newer options, which then had their defaults."""
+    """`{option: value}` of a run state. Options that are newer than the run state get their defaults."""
     values = _flat(Config().to_dict())
     return values | {key: value for key, value in _flat(saved).items() if key in values}
 
 
 def check_changes(folder: Path, saved: dict[str, Any], config: Config, step: int) -> None:
-    """Refuse options with which the run cannot go on.
+    """Refuse changed options with which the run cannot continue.
 
     Args:
-        folder: of the checkpoint, for messages.
-        saved: the config that its run state holds.
-        step: finished steps.
+        folder: the checkpoint's folder, for messages.
+        saved: the config in its run state.
+        step: number of finished steps.
 
     Raises:
-        SRDEError: names the first such option, its two values and the remedy.
+        SRDEError: with the first such option, its two values and the remedy.
     """
     before, now = former_config(saved), _flat(config.to_dict())
     for key, reason in REFUSED.items():
         if before[key] != now[key]:
             raise SRDEError(
                 f"{folder}: {key} was {_shown(before[key])}, this run has {_shown(now[key])}, and {reason}. "
-                f"Resume with --{key} {_shown(before[key])}, or start anew."
+                f"Resume with --{key} {_shown(before[key])}, or start a new run."
             )
     _check_pretraining(folder, before, config, step)
 
 
 def changes(saved: dict[str, Any], config: Config) -> Rows:
-    """A table of the options that differ from the run that goes on; empty if none does."""
+    """A table of the options that differ from the resumed run; empty if none does."""
     before, now = former_config(saved), _flat(config.to_dict())
     effects = REFUSED_IN_PART | EFFECTS
     rows = [
@@ -143,7 +143,7 @@ def changes(saved: dict[str, Any], config: Config) -> Rows:
 
 
 def rules_table() -> str:
-    """What docs/checkpoints.md says of each option, in Markdown."""
+    """The table of all options in docs/checkpoints.md, in Markdown."""
     rows = [("Option", "When it differs at a resume")]
     for section in Config().to_dict().values():
         for key in section:
@@ -158,16 +158,16 @@ def _check_pretraining(folder: Path, before: dict[str, Any], config: Config, ste
     new = Schedule.of(config).pretraining_steps
     if min(old, step) != min(new, step):
         raise SRDEError(
-            f"{folder}: of its {step} steps {min(old, step)} were pretraining, with supervised_experts="
+            f"{folder}: {min(old, step)} of its {step} steps were pretraining; with supervised_experts="
             f"{_shown(curriculum.supervised_experts)} and expert_pretrain_steps={curriculum.expert_pretrain_steps} it "
             f"would be {min(new, step)}. Resume with supervised_experts={_shown(before['supervised_experts'])} and "
-            f"expert_pretrain_steps={before['expert_pretrain_steps']}, or start anew."
+            f"expert_pretrain_steps={before['expert_pretrain_steps']}, or start a new run."
         )
     if 0 < step < new and before["pretrain_objective"] != curriculum.pretrain_objective:
         raise SRDEError(
             f"{folder}: pretrain_objective was {before['pretrain_objective']}, this run has "
             f"{curriculum.pretrain_objective}, and step {step} is within pretraining. Resume with --pretrain_objective "
-            f"{before['pretrain_objective']}, or start anew."
+            f"{before['pretrain_objective']}, or start a new run."
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run must remember to go on, and how it is saved and restored."""
+"""What a run must remember in order to continue, and how it is saved and restored."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
 
-# What the last step leaves to the next one's load balancing.
+# What a step leaves behind for the next step's load balancing.
 BALANCING_TENSORS = ("expert_share", "target_share")
 
-# How far a restored model's probe loss may be from the saved one: the sum over a row differs in its last bits between
-# machines, and in bf16 by about 2^-8 of a token's loss.
+# How far a restored model's probe loss may be from the saved one. Between machines the sum over a row differs in its
+# last bits, and in bf16 by about 2^-8 of a token's loss.
 _PROBE_TOLERANCE = {True: 2e-2, False: 1e-4}
 
 
-# What every run state holds, by its path in run.json. Entries that were added later have defaults instead.
+# What every run state holds, by path in run.json. Entries that were added later have defaults instead.
 _SAVED: dict[str, Any] = {
     "step": int,
     "tokens": int,
     "dataset": str,
     "rows_per_step": int,
-    "probe_loss": float | int | None,  # None: of a pruned model, not measured
+    "probe_loss": float | int | None,  # None: not measured, after pruning
     "config.adapter": dict,
     "config.data.domains": list,
     "config.training.seed": int,
@@ -70,9 +70,9 @@ class SavedRun:
     """A checkpoint to resume from: what must be known before the model is built, and where the rest is.
 
     Attributes:
-        density: of `supports`.
-        supports: of all layers, top to bottom.
-        values: the run state as it was saved.
+        density: the density of `supports`.
+        supports: those of all layers, first layer first.
+        values: the run state as saved.
     """
 
     folder: Path
@@ -85,13 +85,13 @@ class RunState:
     """How far the run has come, and its checkpoints.
 
     Attributes:
-        step: finished optimizer steps; also the position in the data, which is a pure function of it.
+        step: number of finished optimizer steps. It also determines the position in the data.
         tokens: tokens seen, padding excluded.
-        warm_started: the routers were set by the warm start.
+        warm_started: whether the warm start has set the routers.
         unlock_order: experts in the order in which they are unlocked.
-        expert_share, target_share: `[L, E]` and `[E]`, of the last step's assignments, for the next one's load
-            balancing, see `model.policy.RoutingPolicy`; None: not known.
-        engine: the current one; `Engines` sets it.
+        expert_share, target_share: `[L, E]` and `[E]`, shares of the last step's assignments, for the next step's load
+            balancing (see `model.policy.RoutingPolicy`); None: not known.
+        engine: the current engine; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
 
@@ -114,7 +114,7 @@ class RunState:
         return Path(self.config.training.output_dir) / f"checkpoint-{self.saver.saved_step}"
 
     def remedy(self) -> str:
-        """Advice after a step whose numbers are not finite. A collective: it finishes the save in flight."""
+        """Advice after a step whose numbers are not finite. A collective, since it finishes the save in progress."""
         failure = ""
         try:
             self.saver.wait()
@@ -176,7 +176,7 @@ class RunState:
                 self.saver.wait()
 
     def look_after_save(self) -> None:
-        """Let the save in flight, if any, go on to its next part, without waiting for files. To be called each step.
+        """Let a save in progress move on to its next part, without waiting for files. Call it after each step.
 
         Raises:
             SRDEError: on every rank, if it failed and `on_save_failure` is stop.
@@ -192,13 +192,13 @@ class RunState:
             if always_stop or self.config.training.on_save_failure == "stop":
                 raise
             if self.topology.is_main:
-                logger.warning("%s Training goes on (on_save_failure=continue).", error)
+                logger.warning("%s Training continues (on_save_failure=continue).", error)
 
     def find_saved(self) -> SavedRun | None:
         """The checkpoint that `resume_from` names; None if the run does not resume.
 
         Raises:
-            SRDEError: no good checkpoint, or one of another adapter, seed, dataset or batch.
+            SRDEError: there is no good checkpoint, or it has another adapter, seed, dataset or batch.
         """
         resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
         if not resume_from:
@@ -208,7 +208,7 @@ class RunState:
         done, max_steps = saved.values["step"], self.config.training.max_steps
         if done > max_steps:
             raise SRDEError(
-                f"max_steps={max_steps}: '{saved.folder}' has {done} steps already. Give --max_steps {done} or more, "
+                f"max_steps={max_steps}: '{saved.folder}' already has {done} steps. Give --max_steps {done} or more, "
                 "or resume from an earlier checkpoint."
             )
         self._check_same_options(saved)
@@ -224,10 +224,10 @@ class RunState:
         return SavedRun(folder, values["adapter"]["config"]["density"], supports, values)
 
     def restore(self, saved: SavedRun) -> None:
-        """Fill the engine, which was built for it, from a checkpoint.
+        """Fill the engine from the checkpoint that it was built for.
 
         Raises:
-            SRDEError: another base, or a model that does not give the loss that was saved with it.
+            SRDEError: the base is another one, or the restored model does not give the saved loss.
         """
         model, values, folder = self.engine.model, saved.values, saved.folder
         self._check_same_model(saved)
@@ -237,17 +237,17 @@ class RunState:
         model.load_selection_biases(common)
         before = AdapterMetadata.from_dict(values["adapter"])
         model.origins = Origins.of(before, {name: LazyTensor.of(tensor) for name, tensor in common.items()})
-        del model.origins.history[-1:]  # this run's own
+        del model.origins.history[-1:]  # the entry of this run
         for name in BALANCING_TENSORS:
             setattr(self, name, common[name].to(self.topology.device) if name in common else None)
         self.step, self.tokens = values["step"], values["tokens"]
-        # Checkpoints from before there was a curriculum do not say.
+        # Older checkpoints, from before the curriculum, lack this entry.
         self.warm_started = values.get("warm_started", False)
         self.unlock_order = values.get("unlock_order", self.unlock_order)
         if folder.parent.resolve() == Path(self.config.training.output_dir).resolve():
             self.saver.saved_step = self.step
         loss, expected = self.probe_loss(), values.get("probe_loss")
-        # A pruned checkpoint holds none: its loss was never measured.
+        # A pruned checkpoint holds no loss: it was never measured.
         rounded = self.config.model.bf16 or bool(former_config(values["config"])["bf16"])
         if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[rounded] * max(1.0, abs(expected)):
             raise SRDEError(f"{folder}: the restored model gives loss {loss:.6g} where {expected:.6g} was saved.")
@@ -255,7 +255,7 @@ class RunState:
             set_random_state(load_rank_state(folder, self.topology.rank).get("random_state"))
 
     def _history_entry(self) -> dict[str, str | int]:
-        """What the weights say of this run: the same wherever it takes place, without paths."""
+        """What the weights record about this run, without paths, so that it is the same on every machine."""
         split = self.manifest.splits["train"]
         entry: dict[str, str | int] = {
             "verb": "train",
@@ -266,20 +266,20 @@ class RunState:
             "data": Path(split.file).name,
             "dataset": split.content_sha256,
         }
-        if VOCABULARY in self.manifest.tokenizer:  # else it was built before that was recorded
+        if VOCABULARY in self.manifest.tokenizer:  # older datasets do not record it
             entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
         return entry
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of a step of the optimizer, on all ranks."""
+        """Number of rows in an optimizer step, over all ranks."""
         training = self.config.training
         return training.batch_size * self.topology.world_size * training.gradient_accumulation_steps
 
     def probe_loss(self) -> float:
-        """Mean loss of the next step's first row: all ranks run the same row, so any number of ranks agrees.
+        """Mean loss of the next step's first row. All ranks run this one row, so their number does not matter.
 
-        All experts are free to be chosen, whatever the phase.
+        The router may choose any expert, whatever the phase.
         """
         batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
         engine = self.engine.deepspeed
@@ -295,27 +295,27 @@ class RunState:
         dataset = self.manifest.splits["train"].content_sha256
         if before["dataset"] != dataset:
             raise SRDEError(
-                f"{folder}: was trained on another dataset (hash {before['dataset'][:12]}, here {dataset[:12]}). "
+                f"{folder}: it was trained on another dataset (hash {before['dataset'][:12]}, here {dataset[:12]}). "
                 "Resume with the same pretokenized_dir."
             )
         self._check_same_mixing(saved)
         if before["rows_per_step"] != self.rows_per_step:
             raise SRDEError(
-                f"{folder}: a step had {before['rows_per_step']} rows, here batch_size x processes x "
+                f"{folder}: a step had {before['rows_per_step']} rows; here batch_size x processes x "
                 f"gradient_accumulation_steps = {self.rows_per_step}. Change them so that the product stays the same."
             )
 
     def _check_warm_start(self, saved: SavedRun) -> None:
-        """Refuse a warm start whose step has passed: it would be skipped without a word."""
+        """Refuse a warm start whose step has passed: it would be skipped silently."""
         step, due = saved.values["step"], Schedule.of(self.config).warm_start_step
         if due is not None and due < step and not saved.values.get("warm_started", False):
             raise SRDEError(
                 f"{saved.folder}: warm_start=true sets the routers before step {due + 1}, but its {step} steps were "
-                "trained without. Leave --warm_start out, or start anew."
+                "trained without it. Leave --warm_start out, or start a new run."
             )
 
     def _check_same_mixing(self, saved: SavedRun) -> None:
-        """The rows up to the saved step must be those that were read; later rows may be drawn in other shares."""
+        """The rows up to the saved step must be those that were read. Later rows may be drawn in other shares."""
         keys = ("domain_weights", "mixing_temperature")
         given = {key: getattr(self.config.data, key) for key in keys}
         before = {key: saved.values["config"]["data"].get(key, getattr(DataConfig(), key)) for key in keys}
@@ -326,7 +326,7 @@ class RunState:
         if used[0] != used[1]:
             old, new = (", ".join(f"{key}={value}" for key, value in options.items()) for options in (before, given))
             raise SRDEError(
-                f"{saved.folder}: the rows of its {saved.values['step']} steps were drawn by {old}, here {new}. "
+                f"{saved.folder}: the rows of its {saved.values['step']} steps were drawn with {old}, here with {new}. "
                 "Keep these shares and change them from a later step on, as in 'math=1; 500: code=1'."
             )
 
@@ -341,22 +341,22 @@ def check_saved(values: dict[str, Any], common: dict[str, torch.Tensor], folder:
     """Refuse a checkpoint whose files are intact but do not hold the state of a run.
 
     Raises:
-        SRDEError: names what is missing or of another type.
+        SRDEError: an entry is missing or has the wrong type; the message names it.
     """
     for path, kind in _SAVED.items():
         value: Any = values
         for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise SRDEError(f"{folder}: its run state has no {path} of type {kind}: it is no checkpoint of a run.")
+            raise SRDEError(f"{folder}: its run state has no {path} of type {kind}: it is not a run's checkpoint.")
     order = values.get("unlock_order", [])
     if not isinstance(order, list) or set(map(type, order)) - {int} or sorted(order) != list(range(len(order))):
         raise SRDEError(
-            f"{folder}: unlock_order in its run state is no order of experts: it is no checkpoint of a run."
+            f"{folder}: unlock_order in its run state is not an order of experts: it is not a run's checkpoint."
         )
     supports = {name for name in common if name.endswith(".support")}
     if supports != {f"layers.{layer}.support" for layer in range(len(supports))}:
-        raise SRDEError(f"{folder}: holds the supports of some layers only: it is no checkpoint of a run.")
+        raise SRDEError(f"{folder}: it holds the supports of only some layers: it is not a run's checkpoint.")
 
 
 def _refuse_difference(folder: Path, same: dict[str, tuple[Any, Any]]) -> None:

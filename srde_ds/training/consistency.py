@@ -1,4 +1,4 @@
-"""What must be the same on all ranks: a difference would train another model than intended, or hang later."""
+"""What must be the same on all ranks. A difference would train a model that nobody wants, or hang the run later."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from srde_ds.model.base import base_configuration
 from srde_ds.utils.environment import package_versions
 
 
-def compared_facts(config: Config, manifest: Manifest) -> dict[str, Any]:
-    """Software, options, data and base of this rank, by the name that messages use."""
+def values_to_compare(config: Config, manifest: Manifest) -> dict[str, Any]:
+    """This rank's software, options, data and base, under the names that messages use."""
     found: dict[str, Any] = {f"version of {name}": version for name, version in package_versions().items()}
     found["version of Python"] = platform.python_version()
     for section, options in config.to_dict().items():

@@ -1,4 +1,4 @@
-"""The schedule applied to an engine: which experts a step trains, on which rows, and what happens between steps."""
+"""Applies the schedule to an engine: which experts a step trains, on which rows, and what happens between steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Curriculum:
         stream: all training rows.
 
     Attributes:
-        policy: of the forwards of the step that was begun last.
+        policy: the routing policy for the forwards of the step that was begun last.
     """
 
     def __init__(self, config: Config, topology: Topology, stream: RowStream, state: RunState) -> None:
@@ -48,12 +48,12 @@ class Curriculum:
         return self.schedule.step(self.state.step)
 
     def unlocked_experts(self) -> list[int]:
-        """Experts that the coming step may use and change, in the order in which they were unlocked."""
+        """Experts that the coming step may use and change, in the order of their unlocking."""
         step = self.scheduled
         return self.state.unlock_order[: step.unlocked] if step.only_domain is None else [step.only_domain]
 
     def begin_step(self, engine: Engine) -> RowStream:
-        """Freeze and lock what the coming step does not train, and set its `policy`; returns the stream of its rows."""
+        """Freeze and lock what the coming step does not train, set its `policy`, and return the stream of its rows."""
         step, experts = self.scheduled, self.schedule.adapter.num_experts
         unlocked = self.unlocked_experts()
         locked = frozenset(range(experts)) - frozenset(unlocked)
@@ -61,7 +61,7 @@ class Curriculum:
         allowed = torch.zeros(experts, dtype=torch.bool)
         allowed[unlocked] = True
         if self._balancing.load_balancing_target == "uniform":
-            self.state.target_share = None  # a checkpoint may hold one, from before the option was changed
+            self.state.target_share = None  # left over in a checkpoint if the option has changed since
         self.policy = RoutingPolicy(
             allowed_experts=allowed if locked else None,
             loss_weights=self._loss_weights,
@@ -79,9 +79,9 @@ class Curriculum:
         return replace(self.policy, forced_experts=forced_experts(batch, "domain"))
 
     def end_step(self, engine: Engine, sums: dict[str, Tensor]) -> None:
-        """After the update: what the next step's balancing needs, from the step's sums over all ranks.
+        """After the update, keep what the next step's balancing needs of the step's sums over all ranks.
 
-        Shares and the target they are held against are of the same step: the mix of domains varies.
+        Shares are compared with a target of the same step, since the mix of domains varies.
         """
         if self.scheduled.forced:
             return
@@ -99,7 +99,7 @@ class Curriculum:
     def between_steps(
         self, engine: Engine, held_out: HeldOut | None, interrupted: Callable[[], bool]
     ) -> dict[str, Any]:
-        """What is due before the coming step: the table of experts before and after pretraining, the warm start.
+        """Do what is due before the coming step: the table of experts before and after pretraining, the warm start.
 
         Returns:
             Entries for the coming step's line of metrics.
@@ -110,8 +110,8 @@ class Curriculum:
             table = held_out.table(engine, interrupted)
             if table is not None:
                 found["expert_table"] = table
-        # A run that is stopped before the step's end does this again. It gives the same, since what enters the routers
-        # does not depend on their weights, and its report gets into the metrics.
+        # A run that is stopped before the step's end does this again. The result is the same, since the routers'
+        # inputs do not depend on their weights, and the report then reaches the metrics.
         if step == self.schedule.warm_start_step and not interrupted():
             report = warm_start_routers(engine, self._warm_start, self.topology, self.stream.rows)
             self.state.warm_started = True

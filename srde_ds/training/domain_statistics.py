@@ -1,4 +1,4 @@
-"""At the end of training: what enters each layer's feed-forward block on each domain, for routers made without data."""
+"""Measured at the end of training: each feed-forward block's inputs by domain, for routers made without data."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from srde_ds.weights.origins import DomainStatistics
 
 
 def measure_domains(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> None:
-    """Measure mean and spread of each block's input on each domain, and note them in the model; a collective.
+    """Measure the mean and spread of each block's input on each domain, and keep them in the model; a collective.
 
-    It takes one forward of `domain_statistics_rows` rows of each domain, with experts as the router chooses them. A
-    domain without usable tokens is left out.
+    It runs `domain_statistics_rows` rows of each domain forward, with the experts that the router chooses. A domain
+    without usable tokens is left out.
 
     Args:
         rows: training rows as written by `build_dataset`, the same on all ranks.

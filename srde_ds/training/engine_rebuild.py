@@ -1,4 +1,4 @@
-"""Builds the engine for the supports of the moment, and builds another one when they shrink."""
+"""Builds the engine for the current supports, and another one when they shrink."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from srde_ds.utils.tables import aligned_table
 
 
 class Engines:
-    """One engine trains between two prunings. Each pruning goes through a checkpoint, as a change of machines does.
+    """Each engine trains between two prunings. A pruning goes through a checkpoint, like a change of machines.
 
-    `state.engine` is always the current one.
+    `state.engine` is always the current engine.
     """
 
     def __init__(self, config: Config, topology: Topology, state: RunState) -> None:
         self.config, self.topology, self.state = config, topology, state
 
     def build_first(self) -> None:
-        """The engine of a new run, or of one restored from `resume_from`."""
+        """Build the engine of a new run, or of one that `resume_from` continues."""
         saved = self.state.find_saved()
         calibrated = self.config.adapter.support_strategy in ("activation", "gradient")
         if calibrated and not saved:
@@ -52,7 +52,7 @@ class Engines:
             calibrate_supports(engine, calibration, self.topology, self.state.stream.rows)
 
     def prune_if_due(self) -> None:
-        """Replace the engine by one with smaller supports if they are to be pruned before the coming step."""
+        """If the supports are to be pruned before the coming step, replace the engine by one with smaller supports."""
         density = Schedule.of(self.config).density_at(self.state.step)
         if not self._must_shrink(density):
             return

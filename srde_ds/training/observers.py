@@ -1,4 +1,4 @@
-"""What hangs on the training loop: reporting, held-out losses and checkpoints."""
+"""The observers of the training loop: reporting, held-out losses and checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srde_ds.training.run import Observer, Run
 
 
 def observers(heartbeat: Heartbeat) -> list[Observer]:
-    """All of a run, in the order in which they see a step."""
+    """All observers of a run, in the order in which they see a step."""
     return [
         SilentExperts(),
         DataCounts(),
@@ -45,7 +45,7 @@ class SilentExperts(Observer):
 
 
 class DataCounts(Observer):
-    """What the run is trained on, in its first line of metrics: documents, those left out, response tokens."""
+    """Puts into the first line of metrics what the run is trained on: documents, those left out, response tokens."""
 
     def before_step(self, run: Run) -> None:
         """Count before the first step."""
@@ -54,7 +54,7 @@ class DataCounts(Observer):
 
 
 class Statistics(Observer):
-    """Numbers that are worth their time every `log_steps` steps only."""
+    """Numbers that take too long to compute more often than every `log_steps` steps."""
 
     def after_step(self, run: Run) -> None:
         """Add the sizes of the deltas and the epochs of the data."""
@@ -66,7 +66,7 @@ class Statistics(Observer):
 
 
 class HeldOutLosses(Observer):
-    """Losses on held-out rows: of the base, every `eval_steps` steps, and at the end."""
+    """Losses on held-out rows: of the base, then every `eval_steps` steps, and at the end."""
 
     def before_step(self, run: Run) -> None:
         """Measure the base, before the first step."""
@@ -85,12 +85,12 @@ class HeldOutLosses(Observer):
             return
         doing("held-out loss")
         losses = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
-        if losses is not None:  # None: a signal cut the measurement off
+        if losses is not None:  # None: a signal has interrupted the measurement
             run.line[key] = losses
 
 
 class Domains(Observer):
-    """What the blocks get to see of each domain, measured after the last step."""
+    """Statistics of each domain's inputs to the blocks, measured after the last step."""
 
     def after_step(self, run: Run) -> None:
         """Measure, if this was the last step."""
@@ -141,7 +141,7 @@ class Console(Observer):
 
 
 class HeartbeatUpdates(Observer):
-    """`heartbeat.json` after each step. How the run ended is written by who knows, see `trainer.train`."""
+    """Writes `heartbeat.json` after each step. How the run ended is written in `trainer.train`."""
 
     def __init__(self, heartbeat: Heartbeat) -> None:
         self._heartbeat = heartbeat
@@ -152,7 +152,7 @@ class HeartbeatUpdates(Observer):
 
 
 class Checkpoints(Observer):
-    """A checkpoint every `save_steps` steps, and one where the run ends in good order."""
+    """A checkpoint every `save_steps` steps, and one at a regular end of the run."""
 
     def after_step(self, run: Run) -> None:
         """Save when it is due; the last step is saved at the end."""
@@ -162,7 +162,7 @@ class Checkpoints(Observer):
             run.state.save()
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
-        """Save the last step, or wait for a save that still writes where the run failed."""
+        """Save the last step, or, if the run failed, wait for a save in progress."""
         if error is not None:
             run.state.saver.close(error)
             return

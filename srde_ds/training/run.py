@@ -1,4 +1,4 @@
-"""A run at work, and the interface through which everything beside the training itself hangs on its loop."""
+"""A run in progress, and the interface through which everything besides training itself observes its loop."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from srde_ds.training.step import scheduled_factor
 
 @dataclass
 class Run:
-    """A run at work, as its observers see it.
+    """A run in progress, as its observers see it.
 
     Attributes:
         held_out: None without validation rows.
-        line: before a step, what is found for its line of metrics; after it, the line.
-        allowed_experts: of the last finished step, see `model.policy.RoutingPolicy`.
-        scheduled: the last finished step.
+        line: the coming step's line of metrics as it fills; after the step, the complete line.
+        allowed_experts: those of the last finished step, see `model.policy.RoutingPolicy`.
+        scheduled: what the last finished step trained.
     """
 
     config: Config
@@ -57,31 +57,31 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Finished optimizer steps."""
+        """Number of finished optimizer steps."""
         return self.state.step
 
     @property
     def is_last_step(self) -> bool:
-        """Whether no step is to follow."""
+        """Whether no step follows."""
         return self.step == self.config.training.max_steps
 
     def is_due(self, every: int) -> bool:
-        """Whether what happens every so many steps (0: never) happens after the last finished step."""
+        """Whether something that happens every `every` steps (0: never) is due after the last finished step."""
         return bool(every) and self.step % every == 0
 
     def stopped_by(self) -> str | None:
-        """Name of the signal that all ranks stop for, if one had come by the call before this; a collective."""
+        """The signal that all ranks stop for, if one had come by the previous call; a collective."""
         return self.stop.agreed(self._largest_signal)
 
     def interrupted(self) -> bool:
-        """`stopped_by` as a truth value."""
+        """Whether `stopped_by` names a signal."""
         return self.stopped_by() is not None
 
     def finish_step(self, sums: dict[str, Tensor], seconds: float) -> None:
         """Count a step whose update is done, and make its line of metrics.
 
         Args:
-            sums: of `optimizer_step`.
+            sums: as `optimizer_step` returns them.
 
         Raises:
             SRDEError: the loss or its gradient is not finite.
@@ -118,16 +118,16 @@ class Run:
 
 
 class Observer:
-    """What hangs on the training loop. Every method is called on every rank and does nothing here."""
+    """Observes the training loop. Every method is called on every rank; here they do nothing."""
 
     def on_start(self, run: Run) -> None:
-        """The engine is there, restored if the run resumes; the run's folder is open."""
+        """The engine is ready, restored if the run resumes, and the run's folder is open."""
 
     def before_step(self, run: Run) -> None:
         """The coming step is about to be prepared. May add to `run.line`."""
 
     def after_step(self, run: Run) -> None:
-        """A step is finished and counted. May add to `run.line`."""
+        """A step has been finished and counted. May add to `run.line`."""
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """The loop has ended: all steps are done, a signal has stopped it, or `error` was raised."""
@@ -135,7 +135,7 @@ class Observer:
 
 @contextmanager
 def observed(run: Run, observers: Sequence[Observer]) -> Iterator[None]:
-    """Start the observers in their order; at the block's end, end them in the reverse order."""
+    """Start the observers in order; when the block ends, end them in reverse order."""
 
     def end(observer: Observer, kind: object, error: BaseException | None, traceback: object) -> None:
         observer.on_end(run, error)

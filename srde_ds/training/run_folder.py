@@ -1,4 +1,4 @@
-"""Before a run: check its inputs, open its folder, and record where it comes from."""
+"""Before a run: check its inputs, open its folder, and record its origin."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from srde_ds.checkpoint.layout import write_latest
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig
 from srde_ds.config.values import load_yaml
-from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import base_shape
@@ -41,10 +41,10 @@ log = logging.getLogger(__name__)
 
 
 def check_inputs(config: Config) -> None:
-    """Refuse what cannot work before anything long starts. Runs on every rank, so that all of them exit.
+    """Refuse what cannot work before anything long starts. It runs on every rank, so that all of them exit.
 
     Raises:
-        SRDEError: a required option or package is missing, there is no such base, or the options do not fit it.
+        SRDEError: a required option or package is missing, the base does not exist, or the options do not fit it.
     """
     data = config.data
     base_shape(config)
@@ -61,15 +61,11 @@ def check_inputs(config: Config) -> None:
         )
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     load_trackers(config.tracking)
-    derive_ds_config(config, launched_world_size())
+    derive_ds_config(DeepSpeedOptions.of(config), launched_world_size())
 
 
 def check_groups(expert_parallel_size: int, processes: int) -> None:
-    """Check that the processes can be divided into expert-parallel groups.
-
-    Raises:
-        SRDEError: they cannot.
-    """
+    """Raise an SRDEError if the processes cannot be divided into expert-parallel groups."""
     if processes % expert_parallel_size:
         raise SRDEError(
             f"expert_parallel_size={expert_parallel_size}: must divide the number of processes, {processes}."
@@ -77,7 +73,7 @@ def check_groups(expert_parallel_size: int, processes: int) -> None:
 
 
 def check_dry_run(config: Config) -> None:
-    """Check what can be checked of a run without building, loading or writing anything.
+    """Check all that can be checked without building, loading or writing anything.
 
     Raises:
         SRDEError: the run would be refused.
@@ -102,12 +98,12 @@ def check_dry_run(config: Config) -> None:
 
 
 def prepare_data(config: Config) -> Path:
-    """The dataset folder; with `jsonl_data` the dataset is built first, unless it exists.
+    """Return the dataset folder. With `jsonl_data` the dataset is built first, unless it exists.
 
-    Runs on rank 0 before the process group exists, so that no collective waits for it.
+    It runs on rank 0 before the process group exists, so that no collective waits for it.
 
     Raises:
-        SRDEError: bad records, or a dataset that is damaged or was made for another base, length or set of domains.
+        SRDEError: bad records, or a dataset that is damaged or belongs to another base, length or set of domains.
     """
     tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
     data = config.data
@@ -121,41 +117,41 @@ def prepare_data(config: Config) -> Path:
         folder = Path(str(data.pretokenized_dir))
         check_rows(config, tokenizer)
         manifest = load_manifest(folder)
-    tell_dropped(manifest)
-    told = uneven_responses(manifest.splits["train"])
-    if told and config.losses.loss_weighting == "token":
-        log.warning("%s", told)
+    warn_of_dropped(manifest)
+    warning = uneven_responses(manifest.splits["train"])
+    if warning and config.losses.loss_weighting == "token":
+        log.warning("%s", warning)
     return folder
 
 
 def check_base(config: Config, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:
-    """Refuse a base that does not fit its tokenizer, or rows of several documents.
+    """Refuse a base that does not fit its tokenizer, or that cannot keep the documents in a row apart.
 
     Raises:
-        SRDEError: the tokenizer has tokens that the base has no embedding of, or documents in one row would be seen
-            from each other.
+        SRDEError: the tokenizer has tokens without an embedding in the base, or documents in one row would see each
+            other.
     """
     name = str(config.model.model_name)
     base = base_configuration(name, revision=config.model.model_revision)
     known, tokens = base.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
     if tokens > known:
         raise SRDEError(
-            f"model_name={name!r}: its tokenizer has {tokens} tokens, its embedding {known} (vocab_size): take the "
-            "added tokens out of the tokenizer, or enlarge the base with resize_token_embeddings and save it."
+            f"model_name={name!r}: its tokenizer has {tokens} tokens, but its embedding has {known} (vocab_size). Take "
+            "the added tokens out of the tokenizer, or enlarge the base with resize_token_embeddings and save it."
         )
     if packed and carries_state(base):
         raise SRDEError(
-            f"model_name={name!r}: documents in a packed row would be seen from each other, because layers of "
-            f"{base.model_type} carry a state from token to token (linear attention, Mamba or a convolution): give "
-            "--packing false, and rows that were built so."
+            f"model_name={name!r}: documents in a packed row would see each other, because layers of "
+            f"{base.model_type} carry a state from token to token (linear attention, Mamba or a convolution). Give "
+            "--packing false, and rows that were built with it."
         )
 
 
 def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that `pretokenized_dir` fits the run. Reads no more than the manifest and the rows' headers.
+    """Check that `pretokenized_dir` fits the run. Only the manifest and the rows' headers are read.
 
     Raises:
-        SRDEError: it is damaged, was made for another base, length or set of domains, or lacks rows that are needed.
+        SRDEError: it is damaged, belongs to another base, length or set of domains, or lacks rows that are needed.
     """
     data = config.data
     folder = Path(str(data.pretokenized_dir))
@@ -205,7 +201,7 @@ def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:
 
 
 def data_folder(config: Config) -> Path:
-    """Where `prepare_data` left the dataset."""
+    """The folder where `prepare_data` left the dataset."""
     if config.data.pretokenized_dir:
         return Path(config.data.pretokenized_dir)
     return Path(config.training.output_dir) / "tokenized"
@@ -215,7 +211,7 @@ def check_run_folder(output_dir: str, resume_from: str | None) -> None:
     """Check that a run may write into a folder.
 
     Raises:
-        SRDEError: it cannot be written, another run is at work there, or it holds an earlier run and `resume_from`
+        SRDEError: the folder cannot be written, another run is using it, or it holds an earlier run and `resume_from`
             names no good checkpoint.
     """
     try:
@@ -227,10 +223,10 @@ def check_run_folder(output_dir: str, resume_from: str | None) -> None:
 def _check_run_folder(folder: Path, resume_from: str | None) -> None:
     if folder.is_symlink() and not folder.exists():
         raise SRDEError(
-            f"output_dir={folder}: is a link to '{os.readlink(folder)}', which is not there. Remove the link, or make "
-            "the folder that it names."
+            f"output_dir={folder}: it is a link to '{os.readlink(folder)}', which does not exist. Remove the link, or "
+            "create the folder."
         )
-    (folder / "metrics.jsonl").exists()  # raises OSError where the names would become too long
+    (folder / "metrics.jsonl").exists()  # raises OSError if the names would become too long
     refuse_living_run(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
@@ -243,7 +239,7 @@ def _check_run_folder(folder: Path, resume_from: str | None) -> None:
         start = "latest" if (folder / LATEST).is_file() else earlier
         start = str(folder / start) if CHECKPOINT_NAME.fullmatch(start) else "latest"
         raise SRDEError(
-            f"output_dir={folder}: holds an earlier run ({earlier}). Continue it with --resume_from {start}, or "
+            f"output_dir={folder}: it holds an earlier run ({earlier}). Continue it with --resume_from {start}, or "
             "choose another --output_dir."
         )
 
@@ -252,9 +248,11 @@ def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False
     """Create the run's folder and write its config and environment.
 
     Args:
-        step: finished steps. A config that differs from theirs leaves that one as `config-until-<step>.yaml`.
-        goes_on_here: from this folder's `checkpoint-<step>`, which becomes the latest: if this process ends before its
-            first save, "latest" must not name a later checkpoint, which the user has left behind.
+        step: number of finished steps. If their config differs from this one, it is kept as
+            `config-until-<step>.yaml`.
+        goes_on_here: whether the run continues from this folder's `checkpoint-<step>`, which then becomes the latest:
+            if this process ends before its first save, "latest" must not name a later checkpoint that the user has
+            left.
     """
     folder = Path(config.training.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -265,8 +263,8 @@ def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False
         print(f"{name} is the latest checkpoint from now on, in place of {before}.", flush=True)
     (folder / "completed.json").unlink(missing_ok=True)
     if not config.training.resume_from:
-        _keep_aside(folder / "metrics.jsonl")
-    for name in ("evaluation.json", "evaluation_items.jsonl"):  # they belong to weights that this run will replace
+        _rename_metrics(folder / "metrics.jsonl")
+    for name in ("evaluation.json", "evaluation_items.jsonl"):  # about weights that this run will replace
         if (folder / name).exists():
             os.replace(folder / name, folder / f"earlier_{name}")
     _keep_former_config(folder, config, step)
@@ -276,13 +274,13 @@ def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False
 
 def _keep_former_config(folder: Path, config: Config, step: int) -> None:
     former, kept = folder / "config.yaml", folder / f"config-until-{step}.yaml"
-    # One that is kept already did the steps; what was tried after them saved none.
+    # A config kept earlier did these steps; the one it was replaced by has saved none.
     if step and former.exists() and not kept.exists() and changes(load_yaml(former), config):
         os.replace(former, kept)
 
 
-def _keep_aside(metrics: Path) -> None:
-    """Give another name to the metrics of a run that ended before its first checkpoint: nothing can continue them."""
+def _rename_metrics(metrics: Path) -> None:
+    """Rename the metrics of a run that ended before its first checkpoint: nothing can continue them."""
     if metrics.exists():
         attempts = (metrics.with_name(f"metrics.attempt-{number}.jsonl") for number in itertools.count(1))
         os.replace(metrics, next(path for path in attempts if not path.exists()))

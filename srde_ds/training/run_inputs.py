@@ -1,4 +1,4 @@
-"""What the base, the rows and the run that goes on say about options that were not given."""
+"""What the base, the rows and the resumed run say about options that were not given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srde_ds.model.base import base_configuration
 from srde_ds.weights.file import AdapterMetadata, read_metadata
 from srde_ds.weights.locate import CHECKPOINT_NAME, locate_weights, read_latest
 
-# An option whose default follows from max_steps or density, and the one that has to be on for it to mean anything.
+# Options whose default follows from max_steps or density, each with the option that must be on for it to matter.
 _SCHEDULE = {
     "warmup_steps": None,
     "expert_pretrain_steps": "supervised_experts",
@@ -25,14 +25,14 @@ _SCHEDULE = {
 }
 
 FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing")
-"""Options that say what the weights are"""
+"""Options that describe the weights"""
 
 
 def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
-    """Read what the defaults of `config` depend on, and no more: the base's configuration, a manifest, a run state.
+    """Read only what the defaults of `config` depend on: the base's configuration, a manifest, a run state.
 
     Args:
-        given: options that need no default.
+        given: names of options that need no default.
 
     Raises:
         SRDEError: `pretokenized_dir` holds no rows, the base has no configuration, or the run state is damaged.
@@ -51,7 +51,7 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
 
 
 def read_base_inputs(config: Config, given: Collection[str]) -> RunInputs:
-    """For a dataset that is built: of the base alone, whose folder may hold nothing but a tokenizer."""
+    """The inputs of a dataset build: from the base alone, whose folder may hold nothing but a tokenizer."""
     name = config.model.model_name
     if not name or "max_length" in given or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
         return RunInputs()
@@ -59,10 +59,10 @@ def read_base_inputs(config: Config, given: Collection[str]) -> RunInputs:
 
 
 def context_of(model_name: str, revision: str | None) -> int | None:
-    """Tokens that a base can read at once; None for one that sets no limit.
+    """The base's context in tokens; None if it sets no limit.
 
     Raises:
-        SRDEError: no such base.
+        SRDEError: the base does not exist.
     """
     text = base_configuration(model_name, revision=revision).get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -70,10 +70,10 @@ def context_of(model_name: str, revision: str | None) -> int | None:
 
 
 def check_start(config: Config) -> AdapterSource | None:
-    """The adapter of `start_from`, which the options fit; None without that option.
+    """The adapter that `start_from` names, checked against the options; None without that option.
 
     Raises:
-        SRDEError: there is none, it is damaged, or the options ask for another one.
+        SRDEError: it does not exist, is damaged, or the options do not fit it.
     """
     place = config.training.start_from
     if not place:
@@ -90,21 +90,21 @@ def check_start(config: Config) -> AdapterSource | None:
     names = config.expert_names
     if names[: len(before.expert_names)] != before.expert_names:
         raise SRDEError(
-            f"domains={','.join(config.data.domains)}: must begin with the experts of start_from={place}, "
-            f"{','.join(before.expert_names)}, in this order; those after them are new. Give --domains so, and build "
-            "the rows with the same ones."
+            f"domains={','.join(config.data.domains)}: they must begin with the experts of start_from={place}, "
+            f"{','.join(before.expert_names)}, in this order; new ones follow. Give --domains in this order, and "
+            "build the rows with the same domains."
         )
     return adapter
 
 
 def domains_without_records(config: Config) -> list[str]:
-    """Domains that training needs no records of, since the weights that it starts from have experts for them."""
+    """Domains that need no records, since the weights that training starts from have experts for them."""
     adapter = check_start(config)
     return [] if adapter is None else adapter.metadata.expert_names
 
 
 def _started(place: str) -> dict[str, Any]:
-    """Options of the weights that a run starts from, and the names of their experts as domains."""
+    """The options of the weights that a run starts from, with the names of their experts as domains."""
     location = locate_weights(place)
     if location.kind == "file":
         metadata = read_metadata(location.path)
@@ -118,7 +118,7 @@ def _started(place: str) -> dict[str, Any]:
 
 
 def _resumed(training: TrainingConfig) -> dict[str, Any]:
-    """The schedule of the run that `resume_from` means. Whether its checkpoint is whole is looked at later."""
+    """The schedule of the run that `resume_from` names. Its checkpoint is verified later."""
     if not training.resume_from:
         return {}
     folder = Path(training.output_dir if training.resume_from == "latest" else training.resume_from)
@@ -129,6 +129,6 @@ def _resumed(training: TrainingConfig) -> dict[str, Any]:
         return {}
     sections = read_json(folder / RUN_STATE).get("config")
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        raise SRDEError(f"resume_from={training.resume_from}: '{folder / RUN_STATE}' is not a run's state.")
+        raise SRDEError(f"resume_from={training.resume_from}: '{folder / RUN_STATE}' is not a run state.")
     saved = {key: value for section in sections.values() for key, value in section.items()}
     return {key: saved[key] for key, switch in _SCHEDULE.items() if key in saved and (not switch or saved.get(switch))}

@@ -1,4 +1,4 @@
-"""`run.lock` in a run's folder: one training at a time writes there."""
+"""`run.lock` in a run's folder lets only one training at a time write there."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 FILE = "run.lock"
 TOUCH_SECONDS = 10.0
-# A lock of another host that is not touched for so long is one that a kill left. No clocks are compared.
+# If another host does not touch its lock for so long, its process was killed. No clocks are compared.
 STALE_SECONDS = 60.0
 _LOOK_SECONDS = 1.0
 _MAX_BYTES = 2**12
@@ -32,13 +32,13 @@ _held: set[Path] = set()
 
 @contextmanager
 def run_lock(output_dir: str | Path) -> Iterator[None]:
-    """Hold the folder, which is made if it is not there, until the block ends. Called by rank 0 alone.
+    """Hold the folder until the block ends; create it if it does not exist. Only rank 0 calls this.
 
-    A lock whose process is gone is taken over. That of another host is watched until it is touched, or for
-    STALE_SECONDS.
+    A lock whose process is gone is taken over. A lock of another host is watched until it is touched, for
+    STALE_SECONDS at most.
 
     Raises:
-        SRDEError: another training is at work there.
+        SRDEError: another training is using the folder.
     """
     folder = Path(output_dir)
     made = not folder.exists()
@@ -54,9 +54,8 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
         finally:
             done.set()
             _held.discard(path.resolve())
-            with suppress(
-                OSError
-            ):  # storage that has failed; the next run takes the lock over, since its process is gone
+            # If storage fails here, the next run takes the lock over, since this process is gone.
+            with suppress(OSError):
                 path.unlink(missing_ok=True)
     finally:
         if made:
@@ -65,13 +64,13 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
 
 
 def refuse_living_run(output_dir: str | Path) -> None:
-    """Refuse a folder in which a process of this host is training, without waiting or writing anything.
+    """Refuse a folder that a process of this host is training in, without waiting or writing anything.
 
     Raises:
-        SRDEError: names the process.
+        SRDEError: there is such a process; the message names it.
     """
     owner = _read(Path(output_dir) / FILE)
-    if owner and _is_here(owner) and _lives(owner, Path(output_dir) / FILE):
+    if owner and _is_here(owner) and _is_alive(owner, Path(output_dir) / FILE):
         raise _refusal(Path(output_dir), owner)
 
 
@@ -91,17 +90,17 @@ def _take(path: Path) -> None:
 def _refuse_unless_stale(path: Path) -> None:
     owner = _read(path)
     if not (owner and _is_here(owner)):
-        told = owner.get("host", "a host that it does not name")
-        logger.info("%s: is of %s; waiting up to %.0f s to see whether it is alive.", path, told, STALE_SECONDS)
+        name = owner.get("host", "a host that it does not name")
+        logger.info("%s belongs to %s: waiting up to %.0f s to see whether it is alive.", path, name, STALE_SECONDS)
         if _is_touched(path):
             raise _refusal(path.parent, owner)
-    elif _lives(owner, path):
+    elif _is_alive(owner, path):
         raise _refusal(path.parent, owner)
 
 
 @contextmanager
 def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Of those that take the lock at the same moment. Storage without such locks does not have that moment covered."""
+    """Let processes that try to take the lock at the same moment go one by one, if the storage knows file locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -112,7 +111,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def _is_touched(path: Path) -> bool:
-    """Whether somebody touches it within STALE_SECONDS; False as soon as it is gone."""
+    """Whether the lock is touched within STALE_SECONDS; False as soon as it is gone."""
     deadline, first = time.monotonic() + STALE_SECONDS, _touched(path)
     while first is not None and time.monotonic() < deadline:
         time.sleep(_LOOK_SECONDS)
@@ -123,7 +122,7 @@ def _is_touched(path: Path) -> bool:
 
 def _touched(path: Path) -> int | None:
     try:
-        with open(path, "rb") as file:  # opened, so that network storage looks at its server
+        with open(path, "rb") as file:  # opening it makes network storage ask its server
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return None
@@ -131,12 +130,12 @@ def _touched(path: Path) -> int | None:
 
 def _keep_touching(path: Path, done: threading.Event) -> None:
     while not done.wait(TOUCH_SECONDS):
-        with suppress(OSError):  # storage that does not answer now may do so later
+        with suppress(OSError):  # storage may answer again later
             os.utime(path)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock says; empty if there is none, or it is not written yet."""
+    """The content of a lock; empty if there is none, or it is not written yet."""
     try:
         with open(path, encoding="utf-8") as file:
             content = json.loads(file.read(_MAX_BYTES))
@@ -150,15 +149,15 @@ def _is_here(owner: dict[str, Any]) -> bool:
     return bool(owner.get("machine") == _machine())
 
 
-def _lives(owner: dict[str, Any], path: Path) -> bool:
+def _is_alive(owner: dict[str, Any], path: Path) -> bool:
     if owner["pid"] == os.getpid() and path.resolve() not in _held:
-        return False  # storage that failed kept this process from removing it
+        return False  # failed storage kept this process from removing it
     started = start_time(owner["pid"])
     return started is not None and started == owner.get("started")
 
 
 def _machine() -> str:
-    """This machine since its start, and its process numbers: containers of one host have numbers of their own."""
+    """Identifies this boot of this machine and the process namespace: containers number processes by themselves."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + " " + os.readlink("/proc/self/ns/pid")
 
 

@@ -1,8 +1,8 @@
-"""What each step trains: a function of the options and the step's number alone, so a run may stop and go on anywhere.
+"""What each step trains. It depends on the options and the step's number alone, so a run may stop and resume anywhere.
 
 First comes supervised pretraining (optional), then the routers' warm start (optional), then routed training, in which
-experts may be unlocked one after the other and a phase may freeze kinds of trainables. Independently of all that, the
-support shrinks from the first step on.
+experts may be unlocked one after another and a phase may freeze kinds of trainables. Independently of all that, the
+support may shrink from the first step on.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class ScheduledStep:
     """What one step trains.
 
     Attributes:
-        phase: its name in logs and tables.
-        forced: each row goes to its domain's expert alone; the router takes no part.
+        phase: the phase's name in logs and tables.
+        forced: each row uses its domain's expert only, and the router is not consulted.
         only_domain: only rows of this domain are read (sequential pretraining).
-        unlocked: how many experts may be used and change; with `only_domain`, that domain's alone.
+        unlocked: number of experts that may be used and change; with `only_domain`, only that domain's.
         trained: the `srde_kind`s that are updated; the others keep their values and optimizer state.
-        density: of the supports.
-        temperature: of a support that is being learned; None: the supports are fixed.
+        density: density of the supports.
+        temperature: temperature of a support that is being learned; None: the supports are fixed.
     """
 
     phase: str
@@ -55,7 +55,7 @@ class ScheduledStep:
 
     @property
     def learns_support(self) -> bool:
-        """The support is still being learned."""
+        """Whether the support is still being learned."""
         return self.temperature is not None
 
 
@@ -64,7 +64,7 @@ class Schedule:
     """The steps of a run, numbered from 0.
 
     Attributes:
-        support_temperature: at the start of a support that is learned.
+        support_temperature: initial temperature of a support that is learned.
         domains: names of the domains, in the order of their experts.
         max_steps: optimizer steps of the whole run.
     """
@@ -87,7 +87,7 @@ class Schedule:
         if number < self.pretraining_steps:
             trained = ALL_KINDS - ROUTERS
             if self.curriculum.pretrain_objective == "sequential":
-                # The other experts are locked: momentum would move them on although they get no tokens.
+                # The other experts are locked: momentum would move them although they get no tokens.
                 only = number // self.curriculum.expert_pretrain_steps
                 return ScheduledStep("pretraining", True, only, 1, trained, density, temperature)
             experts = self.adapter.num_experts
@@ -98,18 +98,18 @@ class Schedule:
 
     @property
     def pretraining_steps(self) -> int:
-        """Steps of supervised pretraining: expert_pretrain_steps' worth of tokens for each expert with a domain."""
+        """Number of steps of supervised pretraining: expert_pretrain_steps for each expert with a domain."""
         curriculum = self.curriculum
         return len(self.domains) * curriculum.expert_pretrain_steps if curriculum.supervised_experts else 0
 
     @property
     def warm_start_step(self) -> int | None:
-        """The routers are set before this step; None: never."""
+        """The step before which the routers are set; None: never."""
         return self.pretraining_steps if self.curriculum.warm_start else None
 
     @cached_property
     def prunings(self) -> list[tuple[int, float]]:
-        """(step, density from this step on) of each pruning, in order; empty without `initial_density`.
+        """Each pruning, in order, as (step, density from this step on); empty without `initial_density`.
 
         The density falls by equal factors. A learned support is pruned once, when its scores are frozen.
         """
@@ -130,10 +130,10 @@ class Schedule:
         return next(density for first, density in reversed(self.densities) if number >= first)
 
     def check(self) -> None:
-        """Refuse a learned support whose scores no step trains before they are frozen.
+        """Refuse a learned support if no step trains its scores before they are frozen.
 
         Raises:
-            SRDEError: every phase until then keeps the scores as they are.
+            SRDEError: no phase before then trains the scores.
         """
         steps = self.curriculum.density_warmup_steps
         if self._learned and not any("scores" in self.step(number).trained for number in range(steps)):
@@ -144,7 +144,7 @@ class Schedule:
             )
 
     def timeline(self) -> Iterator[tuple[int, int, ScheduledStep]]:
-        """Runs of steps that differ in temperature at most: first step, last step, what the first one trains."""
+        """Ranges of steps that are alike but for the temperature: first step, last step, what the first one trains."""
         steps = [(number, self.step(number)) for number in range(self.max_steps)]
         for _, run in groupby(steps, key=lambda item: _without_temperature(item[1])):
             numbers, scheduled = zip(*run, strict=True)
@@ -204,7 +204,7 @@ class Schedule:
         return experts
 
     def _temperature(self, number: int) -> float | None:
-        """Falls geometrically to FINAL_TEMPERATURE_SHARE of its start; None once the support is fixed."""
+        """It falls geometrically to FINAL_TEMPERATURE_SHARE of its start; None once the support is fixed."""
         steps = self.curriculum.density_warmup_steps
         if not self._learned or number >= steps:
             return None

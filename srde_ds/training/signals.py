@@ -1,4 +1,4 @@
-"""Stopping on request: signals set a flag, and the ranks agree on it between micro-steps."""
+"""Stops on request: signals set a flag, and the ranks agree on it between micro-steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class StopRequest:
     A handler only sets a flag, so a signal never interrupts a collective or a save. Further signals change nothing
     (schedulers repeat SIGTERM; launchers pass one signal on in several ways), with one exception: a SIGINT more than
     SAME_PRESS_SECONDS after the first SIGINT raises KeyboardInterrupt, for the person who does not want to wait.
-    Enter it in the main thread; the former handlers are restored at exit.
+    Enter it in the main thread; at exit the former handlers are restored.
 
     Args:
         at_once: until this attribute is set to False the first signal raises Stopped: there is nothing to save yet.
@@ -39,12 +39,11 @@ class StopRequest:
         return signal.Signals(self._signal).name if self._signal else None
 
     def agreed(self, all_reduce_max: Callable[[int], int]) -> str | None:
-        """Name of the signal that all ranks stop for, the same on each, or None. A collective: every rank calls it.
+        """The signal that all ranks stop for, or None; the same on all ranks. A collective.
 
         Args:
-            all_reduce_max: the largest of the ranks' integers, those of now or of the last call. Ranks may have
-                different signals at that moment: the largest number, SIGTERM before SIGUSR1 before SIGINT, is taken by
-                all.
+            all_reduce_max: gives the largest of the ranks' integers, of this call or of the previous one. If ranks have
+                received different signals, all take the largest number: SIGTERM before SIGUSR1 before SIGINT.
         """
         number = all_reduce_max(self._signal)
         return signal.Signals(number).name if number else None

@@ -1,4 +1,4 @@
-"""A new run that begins with trained experts: `start_from`. Optimizer, data and length are the new run's own."""
+"""`start_from`: begins a new run with trained experts. Optimizer, data and length are those of the new run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
-    """Give a new engine the supports and the values of an adapter; a collective, with the same adapter on all ranks.
+    """Give a new engine the supports and values of an adapter; a collective, with the same adapter on all ranks.
 
-    Experts that the adapter lacks keep their own supports, and begin as in a run of their own.
+    Experts that the adapter lacks keep their supports, and begin as in any new run.
 
     Args:
-        seed: of the new experts' beginnings.
+        seed: seed for the initial values of the new experts.
 
     Raises:
         SRDEError: the adapter was trained on another base.
@@ -38,8 +38,8 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
         rows = layer.support if support.dim() == 1 else layer.support[: len(support)]
         if rows.shape != support.shape:
             raise SRDEError(
-                f"weights '{adapter.place}': supports of shape {list(support.shape)} in layer {number}, the base needs "
-                f"{list(rows.shape)}. Give the base that they were trained on."
+                f"weights '{adapter.place}': layer {number} has supports of shape {list(support.shape)}, but the base "
+                f"needs {list(rows.shape)}. Give the base that the weights were trained on."
             )
         rows.copy_(support)
         storage = Storage(torch.float32, torch.device("cpu"))
@@ -68,7 +68,7 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
 
 
 def _continued(parameter: Trainable, old: torch.Tensor) -> torch.Tensor:
-    """The beginning of a trainable, with the old experts' values at the front."""
+    """A trainable's initial values, with the old experts' values at the front."""
     axis = 0 if parameter.srde_kind == "router" else parameter.srde_expert_axis
     if axis is None:
         return old
@@ -80,7 +80,6 @@ def _continued(parameter: Trainable, old: torch.Tensor) -> torch.Tensor:
 def _check_base(before: AdapterMetadata, base: dict[str, str | int], place: object) -> None:
     if before.base["hash"] != base["hash"]:
         raise SRDEError(
-            f"start_from={place}: trained on {before.base['name']} (hash {str(before.base['hash'])[:12]}), the base "
-            f"is {base['name']} (hash {str(base['hash'])[:12]}). Give the base that they were trained on as "
-            "--model_name."
+            f"start_from={place}: trained on {before.base['name']} (hash {str(before.base['hash'])[:12]}), the base is "
+            f"{base['name']} (hash {str(base['hash'])[:12]}). Give the base that they were trained on as --model_name."
         )

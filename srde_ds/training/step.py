@@ -1,9 +1,9 @@
-"""One optimizer step of all ranks: its micro-batches forwards and backwards, and the update."""
+"""One optimizer step of all ranks: forward and backward of its micro-batches, and the update."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,43 +19,68 @@ from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.reporting.step_metrics import sum_over_ranks, to_host
 
 
+@dataclass(frozen=True)
+class StepOptions:
+    """The options that a step depends on.
+
+    Attributes:
+        batch_size: number of rows per process in a micro-step.
+        micro_steps: number of micro-steps in an optimizer step.
+        max_steps: number of optimizer steps of the run.
+        optimizer: gives the schedule of the learning rates.
+        num_domains, num_experts: number of domains, and of experts in each layer.
+    """
+
+    batch_size: int
+    micro_steps: int
+    max_steps: int
+    optimizer: OptimizerConfig
+    num_domains: int
+    num_experts: int
+
+    @classmethod
+    def of(cls, config: Config) -> StepOptions:
+        """The step's part of a run's options."""
+        training, domains = config.training, len(config.data.domains)
+        sizes = training.batch_size, training.gradient_accumulation_steps, training.max_steps
+        return cls(*sizes, config.optimizer, domains, config.adapter.num_experts)
+
+
 def optimizer_step(
-    config: Config,
+    options: StepOptions,
     topology: Topology,
     engine: Engine,
     curriculum: Curriculum,
     state: RunState,
     interrupted: Callable[[], bool],
 ) -> dict[str, torch.Tensor] | None:
-    """One step of all ranks: its micro-batches forwards and backwards, and the update.
+    """Do one step on all ranks: forward and backward of its micro-batches, and the update.
 
-    What a step waits for a GPU is DeepSpeed's update, and the sums at its end.
+    The host waits for the GPU only in DeepSpeed's update and for the sums at the end.
 
     Returns:
-        Sums over all ranks: "loss" over "label_weight", "real_tokens", "domain_tokens" by domain, and the routing
-        statistics.
-        None when `interrupted` became true: nothing was updated.
+        Sums over all ranks: "loss" and "label_weight" (their ratio is the mean loss), "real_tokens", "domain_tokens" by
+        domain, and the routing statistics. None if `interrupted` became true: then nothing was updated.
     """
-    training = config.training
     stream = curriculum.begin_step(engine)
     doing("reading rows")
     batches = [
         stream.micro_batch(
-            state.step, micro, rank=topology.rank, world_size=topology.world_size, batch_size=training.batch_size
+            state.step, micro, rank=topology.rank, world_size=topology.world_size, batch_size=options.batch_size
         )
-        for micro in range(training.gradient_accumulation_steps)
+        for micro in range(options.micro_steps)
     ]
-    counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
-    factor = scheduled_factor(config.optimizer, training.max_steps, state.step)
+    counts = sum_over_ranks(count_tokens(batches, options.num_domains), topology.device)
+    factor = scheduled_factor(options.optimizer, options.max_steps, state.step)
     set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
-    # DeepSpeed averages over ranks and micro-steps; these factors make it the mean over the step's labels.
-    micro_steps = topology.world_size * training.gradient_accumulation_steps
+    # DeepSpeed averages over ranks and micro-steps; these factors turn that into the mean over the step's labels.
+    micro_steps = topology.world_size * options.micro_steps
     weight = counts["label_weight"]
     loss_scale = (micro_steps / torch.where(weight == 0, torch.ones_like(weight), weight)).float()
     router_loss_scale = topology.world_size / counts["real_tokens"].clamp(min=1)
-    statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
+    statistics = RoutingStatistics(len(engine.model.layers), options.num_experts)
     for number, batch in enumerate(batches, 1):
         if interrupted():
             return None
@@ -71,7 +96,7 @@ def optimizer_step(
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
-    """Of this rank's micro-batches: labels by their weights, and real tokens in all and by domain."""
+    """Count this rank's micro-batches: the sum of label weights, and real tokens in total and by domain."""
     label_weight = torch.stack([_label_weight(batch) for batch in batches]).sum()
     by_domain = torch.zeros(domains, dtype=torch.float64)
     for batch in batches:
@@ -86,7 +111,7 @@ def _label_weight(batch: Batch) -> torch.Tensor:
 
 
 def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:
-    """Share of the peak learning rates for the update after `step` finished ones, see `learning_rate_factor`."""
+    """Share of the peak learning rates for the update after `step` finished steps, see `learning_rate_factor`."""
     return learning_rate_factor(
         step,
         schedule=optimizer.lr_schedule,

@@ -24,7 +24,7 @@ from srde_ds.liveness.launcher_watch import LauncherWatch, launched_by_deepspeed
 from srde_ds.liveness.meeting import VERDICT_SECONDS, contact
 from srde_ds.liveness.status import doing
 from srde_ds.training.checkpointing import RunState
-from srde_ds.training.consistency import compared_facts
+from srde_ds.training.consistency import values_to_compare
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.engine_rebuild import Engines
 from srde_ds.training.observers import observers
@@ -40,7 +40,7 @@ from srde_ds.training.run_folder import (
 )
 from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.step import optimizer_step
+from srde_ds.training.step import StepOptions, optimizer_step
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 
@@ -51,16 +51,17 @@ def train(config: Config, *, leave: bool = True) -> str | None:
     Writes the run folder that docs/guide.md describes; `completed.json` is its last file and the only sign of success.
 
     Args:
-        leave: the process group, at the end. DeepSpeed cannot join another one: a process that trains again keeps it.
+        leave: whether to leave the process group at the end. DeepSpeed cannot join a second one, so a process that
+            trains again must keep it.
 
     Returns:
-        The name of the signal that stopped the run, after its last checkpoint; None: it has come to its end.
+        The name of the signal that stopped the run, after its last checkpoint; None if the run is complete.
 
     Raises:
-        Stopped: a signal came before training began, so that there is nothing to save.
+        Stopped: a signal came before training began, so there is nothing to save.
         SRDEError: bad input, before anything long starts; a loss that is not finite, or an expert without gradient,
             with the step's number; ranks that differ in software, options or data.
-        LostContact: rank 0 did not answer. A rank that is lost later ends this process (liveness/contact.py).
+        LostContact: rank 0 did not answer. If a rank is lost later, this process ends (liveness/contact.py).
     """
     adopt_launcher()
     if asked := launched_by_deepspeed():
@@ -71,7 +72,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
     launchers = LauncherWatch()
     doing("checking the inputs", step=0)
     try:
-        # First of all, and to the end: a signal between two of these blocks would end the process without a word.
+        # Outermost: a signal outside of this block would end the process silently.
         with (
             StopRequest(at_once=True) as stop,
             contact(training.output_dir, timeout, config.parallel.start_timeout) as others,
@@ -80,7 +81,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
             check_inputs(config)
             with ExitStack() as until_the_end:
                 if rank == 0:
-                    # Before the collectives begin, so that none waits for tokenising.
+                    # Before any collective, so that none waits for tokenising.
                     check_run_folder(training.output_dir, training.resume_from)
                     until_the_end.enter_context(run_lock(training.output_dir))
                     doing("preparing the data")
@@ -89,10 +90,10 @@ def train(config: Config, *, leave: bool = True) -> str | None:
                 else:
                     others.wait_for_main()
                 doing("joining the process group")
-                topology = start_processes(timeout + VERDICT_SECONDS)  # torch's own end comes after the verdict
+                topology = start_processes(timeout + VERDICT_SECONDS)  # the verdict comes before torch's own timeout
                 if stopped := run(config, topology, stop, heartbeat):
                     heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
-                    # Launchers end the others when the first rank returns 128 + the signal.
+                    # When the first rank returns 128 + the signal, launchers end the other ranks.
                     topology.all_reduce_max(0)
             doing("leaving")
             if leave:
@@ -104,10 +105,10 @@ def train(config: Config, *, leave: bool = True) -> str | None:
 
 
 def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
-    """The run on this rank, once all ranks have met. Returns the signal that stopped it, if one did."""
+    """Run on this rank, once all ranks have met. Returns the signal that stopped the run, if one did."""
     folder = data_folder(config)
     manifest = load_manifest(folder)
-    check_same(compared_facts(config, manifest), topology)
+    check_same(values_to_compare(config, manifest), topology)
     doing("loading the base")
     torch.manual_seed(config.training.seed)
     stream = training_rows(config, topology, folder, manifest)
@@ -115,7 +116,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     state = RunState(config, topology, stream, manifest)
     engines = Engines(config, topology, state)
     engines.build_first()
-    # Not earlier: a run that may not resume leaves the folder as it was.
+    # Not earlier: a run that is refused must leave the folder as it was.
     goes_on_here = state.saver.saved_step is not None
     on_main_rank(lambda: open_run_folder(config, state.step, goes_on_here=goes_on_here), topology)
     heartbeat.start(state.step)
@@ -133,10 +134,12 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
                 observer.before_step(current)
             current.line |= curriculum.between_steps(current.engine, held_out, current.interrupted)
             started = time.monotonic()
-            sums = optimizer_step(config, topology, current.engine, curriculum, state, current.interrupted)
+            sums = optimizer_step(
+                StepOptions.of(config), topology, current.engine, curriculum, state, current.interrupted
+            )
             if sums is None:
                 stopped = current.stopped_by()
-                break  # the unfinished step is done anew after resuming
+                break  # a resumed run repeats the unfinished step
             current.finish_step(sums, time.monotonic() - started)
             for observer in watching:
                 observer.after_step(current)
@@ -150,7 +153,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
 
 
 def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:
-    """The rows that are trained on, in the order that the seed gives."""
+    """The training rows, in the order that the seed gives."""
     training, phases = config.training, row_mixing(config.data, manifest)
     return RowStream(
         load_rows(folder, "train", manifest),
@@ -183,7 +186,7 @@ def finish(config: Config, state: RunState, heartbeat: Heartbeat) -> None:
 
 
 def launchers_gone(launchers: LauncherWatch, topology: Topology) -> str:
-    """Which ranks have lost their launcher, if that is why the run stopped. A collective."""
+    """Names the ranks that have lost their launcher, if that is why the run stopped; a collective."""
     reasons = enumerate(topology.gather(launchers.gone and f"host {socket.gethostname()}: {launchers.gone}"))
     return "".join(f"; rank {rank}, {reason}" for rank, reason in reasons if reason)
 

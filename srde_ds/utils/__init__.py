@@ -1,1 +1,1 @@
-"""Small helpers that several floors share."""
+"""Small helpers that several parts of the package share."""

@@ -14,10 +14,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""By the name that a safetensors file gives them"""
+"""Dtypes by their name in safetensors files"""
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As options and configurations give it, such as "bfloat16"."""
+    """The name of a dtype in options and configurations, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, machine, git revision and command line."""
+"""The origin of a result: versions, machine, git revision and command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("srde-ds", "torch", "deepspeed", "transformers", "datasets", "safet
 
 def environment() -> dict[str, Any]:
     """Versions, machine, git revision and command line."""
-    import torch  # not for those that ask for the packages' versions alone
+    import torch  # not needed for the packages' versions alone
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Of this package and those that decide what a run computes."""
+    """The versions of this package and of those that determine what a run computes."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -53,9 +53,9 @@ def _cpu_name() -> str:
 
 @cache
 def _git_revision() -> str | None:
-    """Asked once: a benchmark that writes its results into the repository is not what makes it dirty."""
+    """The git revision, cached so that results which a benchmark writes into the repository do not make it dirty."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return None  # an installed package has no repository; the version is recorded in any case
+        return None  # an installed package has no repository; its version is recorded anyway

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Writes files and folders whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from pathlib import Path
 
 @contextmanager
 def replacement(target: Path, *, durable: bool = False, many_writers: bool = False) -> Iterator[Path]:
-    """A path beside `target` to write a file or a folder to.
+    """A context with a path beside `target` to write a file or a folder to.
 
-    It takes the name `target` when the block ends, and is removed when the block raises, so that a kill leaves the old
-    file or the new one. A file is replaced; a folder must not be there yet.
+    What was written gets the name `target` when the block ends, and is removed if the block raises. A kill leaves
+    either the old file or the new one. A file is replaced; a folder must not exist yet.
 
     Args:
-        durable: also a power cut leaves the old file or the new one. The files in a folder are the block's to fsync.
+        durable: also after a power cut, the old file or the new one is there. The block must fsync files in a folder.
         many_writers: several processes may write `target` at the same time; the last one wins.
     """
     own = f".{os.getpid()}" if many_writers else ""
     partial = target.with_name(f"{target.name}{own}.tmp")
     try:
-        remove(partial)  # what a kill left
+        remove(partial)  # left by a kill
         yield partial
         if durable:
             sync(partial)
@@ -36,7 +36,7 @@ def replacement(target: Path, *, durable: bool = False, many_writers: bool = Fal
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder for as long as the block runs. Folders made above it go too, if they are empty then."""
+    """An empty folder that exists while the block runs. Parent folders made for it are removed if they are empty."""
     remove(path)
     made = [parent for parent in path.parents if not parent.exists()]
     path.mkdir(parents=True)
@@ -45,18 +45,18 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     finally:
         remove(path)
         for parent in made:
-            with suppress(OSError):  # it holds the result
+            with suppress(OSError):  # not empty: it holds the result
                 parent.rmdir()
 
 
 def write_text(target: Path, text: str, *, durable: bool = False, many_writers: bool = False) -> None:
-    """Write a text file in UTF-8 as `replacement` says."""
+    """Write a UTF-8 text file; for the arguments see `replacement`."""
     with replacement(target, durable=durable, many_writers=many_writers) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or the names in a folder, survive a power cut."""
+    """Flush a file's content, or the names in a folder, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,7 +65,7 @@ def sync(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -73,5 +73,5 @@ def remove(path: Path) -> None:
 
 
 def io_reason(error: OSError) -> str:
-    """What went wrong and with which file, for a message of one line."""
+    """The fault and the file, for a one-line message."""
     return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")

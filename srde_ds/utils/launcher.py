@@ -1,4 +1,4 @@
-"""What the launcher told this process, readable before any process group exists."""
+"""What the launcher says about this process, readable before any process group exists."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def launched_world_size() -> int:
 
 
 def stop_processes() -> None:
-    """Leave the process group, if there is one, so that the interpreter may end."""
+    """Leave the process group, if there is one, so that the interpreter can end."""
     import torch.distributed as dist
 
     if dist.is_initialized():
         dist.destroy_process_group()
-        # A thread of gloo that has yet to let go of the last collective's tensor needs the interpreter for it. If that
-        # ends first, torch 2.13 aborts the process: "terminate called without an active exception".
+        # To release the last collective's tensor, a thread of gloo needs the interpreter. If that ends first, torch
+        # 2.13 aborts the process: "terminate called without an active exception".
         time.sleep(LET_GO_SECONDS)
 
 
 def _number(*names: str, default: int) -> int:
-    """The first variable that is set: deepspeed's launcher (and torchrun), else Open MPI's.
+    """The first variable that is set: that of deepspeed's launcher (and torchrun), else Open MPI's.
 
     Raises:
-        SRDEError: it is no number.
+        SRDEError: it is not a number.
     """
     for name in names:
         if name in os.environ:
             value = os.environ[name]
             if not (value.isascii() and value.isdigit()):
-                raise SRDEError(f"{name}={value!r} in the environment: is no number. Unset it: `unset {name}`.")
+                raise SRDEError(f"{name}={value!r} in the environment: not a number. Unset it: `unset {name}`.")
             return int(value)
     return default

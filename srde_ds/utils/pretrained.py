@@ -1,4 +1,4 @@
-"""Loading through transformers' Auto classes, with one clear error."""
+"""Loads through transformers' Auto classes, with one clear error."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def base_to_load(base: str | Path | None, named: str, *, allow_download: bool) -> tuple[str | Path, bool]:
-    """The base of an adapter, and whether it has to be on this machine already.
+    """The base of an adapter, and whether it must already be on this machine.
 
     Args:
-        base: what the user named; it may be fetched from the Hub.
-        named: what the adapter names, which is anybody's choice; it is said, and fetched only with `allow_download`.
+        base: the base that the user named; it may be downloaded from the Hub.
+        named: the base that the adapter names. Anybody may have chosen it, so it is logged, and downloaded only with
+            `allow_download`.
     """
     if base is not None:
         return base, False
@@ -31,22 +32,22 @@ def base_to_load(base: str | Path | None, named: str, *, allow_download: bool) -
 
 
 def moved_base(named: str | Path) -> SRDEError:
-    """The error for a folder that an adapter names and that is not there."""
+    """The error for a missing folder that an adapter names."""
     return SRDEError(
-        f"base '{named}', named by the adapter, is not on this machine: there is no such folder. If it has moved, give "
-        "its place or its Hub id as --base."
+        f"base '{named}', named by the adapter, is not on this machine: there is no such folder. If it was moved, give "
+        "its new path or its Hub id as --base."
     )
 
 
 def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any) -> Any:
-    """`auto.from_pretrained(model_name, **options)`. Code that lies beside the weights never runs.
+    """`auto.from_pretrained(model_name, **options)`. Code that comes with the weights never runs.
 
     Args:
         auto: an Auto class of transformers.
-        what: what it loads, for the message.
+        what: name of what it loads, for the message.
 
     Raises:
-        SRDEError: nothing of that kind can be loaded from `model_name`.
+        SRDEError: it cannot be loaded from `model_name`.
     """
     try:
         return auto.from_pretrained(str(model_name), trust_remote_code=False, **options)
@@ -57,7 +58,7 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
             raise moved_base(model_name) from error
         if named_by_adapter:
             raise SRDEError(
-                f"base '{model_name}', named by the adapter, is not on this machine. If you trust it, fetch it from "
+                f"base '{model_name}', named by the adapter, is not on this machine. If you trust it, download it from "
                 f"the Hub with --base {model_name} or --allow_download; else give your own as --base."
             ) from error
         raise SRDEError(

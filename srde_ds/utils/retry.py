@@ -1,4 +1,4 @@
-"""Which failures of a source pass with time, and how long to wait for them."""
+"""Retries a source after failures that may pass."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from huggingface_hub.errors import HfHubHTTPError
 log = logging.getLogger(__name__)
 
 WAITS = (1.0, 4.0, 16.0)
-"""seconds before each further try; the Hub's client itself retries single requests"""
+"""seconds before each retry; the Hub's client already retries single requests"""
 LONGEST_WAIT = 300.0
 
-# The client's own class for whatever goes wrong under HTTP; its name differs between releases of huggingface_hub.
+# The client's base class of HTTP errors, whose name differs between releases of huggingface_hub.
 _HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 LOADING_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError, _HTTP_ERROR)
-"""What reading a dataset raises when it is gone, gated, out of reach or not what it was"""
+"""Exceptions of reading a dataset that is gone, gated, unreachable or changed"""
 
 T = TypeVar("T")
 
 
 class SourceError(Exception):
-    """A source cannot be used; says why in one line."""
+    """A source cannot be used; the message says why in one line."""
 
 
 def with_retries(load: Callable[[], T], name: str) -> T:
-    """`load()`, tried again where waiting helps: no connection, a server's fault, a rate limit.
+    """`load()`, retried if waiting may help: no connection, a server error, a rate limit.
 
     Raises:
-        SourceError: it failed for good.
+        SourceError: it has failed for good.
     """
     for tries, wait in enumerate((*WAITS, None), 1):
         try:
@@ -49,7 +49,7 @@ def with_retries(load: Callable[[], T], name: str) -> T:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """The error and what led to it."""
+    """The error and its causes."""
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)

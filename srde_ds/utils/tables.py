@@ -1,4 +1,4 @@
-"""Tables of texts: aligned for the console, in Markdown for pages. The first row is the header."""
+"""Formats tables of texts: aligned for the console, or in Markdown. The first row is the header."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ Rows = Sequence[Sequence[str]]
 
 
 def aligned_table(rows: Rows, *, right: int | None = None) -> str:
-    """Columns two spaces apart.
+    """Format a table with two spaces between columns.
 
     Args:
-        right: number of the first column whose cells end, rather than begin, under each other; None: no column's do.
+        right: number of the first right-aligned column; None: all are left-aligned.
     """
-    from tabulate import tabulate  # late: many modules draw a table, few runs do
+    from tabulate import tabulate  # late: many modules import this, but few runs print a table
 
     columns = len(rows[0])
     left = columns if right is None else right
@@ -25,6 +25,6 @@ def aligned_table(rows: Rows, *, right: int | None = None) -> str:
 
 
 def markdown_table(rows: Rows) -> str:
-    """In Markdown; cells are text, whose marks mean nothing."""
+    """Format a table in Markdown; markup in cells is escaped."""
     lines = ["| " + " | ".join(map(markdown, row)) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])

@@ -1,4 +1,4 @@
-"""YAML of others: one reader for all files, with bounds on what they may cost."""
+"""Reads other people's YAML files, with limits on the work that they can cause."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ LONGEST_NUMBER = 40  # digits
 
 
 class _Refused(yaml.YAMLError):
-    """Says line and reason."""
+    """A refusal, with line and reason."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML: no tags, dates stay text, and nesting ends before Python's own stack does."""
+    """Plain YAML: no tags, dates stay text, and nesting is limited so that Python's stack suffices."""
 
     depth = 0
 
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
             raise _refused(node, f"no number: '{node.value}'") from None
 
 
-# A date is text here; PyYAML raises all sorts of errors for one that is none.
+# Dates stay text, since PyYAML raises all sorts of errors for invalid ones.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -55,18 +55,19 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def read_yaml(path: str | Path, place: str) -> Any:
-    """What a YAML file holds; None: nothing.
+    """The content of a YAML file; None if it is empty.
 
     Args:
-        place: starts the message of an error, such as "config: 'run.yaml'".
+        place: the beginning of error messages, such as "config: 'run.yaml'".
 
     Raises:
-        SRDEError: no such file, no YAML, a key that is there twice, or more than a file for people would hold.
+        SRDEError: the file does not exist, is not YAML, has a key twice, or is larger than a hand-written file would
+            be.
     """
     path = Path(path)
     try:
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise SRDEError(f"{place}: is no ordinary file. Give a YAML file.")
+            raise SRDEError(f"{place}: not an ordinary file. Give a YAML file.")
         with path.open("rb") as file:
             content = file.read(LONGEST_FILE + 1)
         text = content.decode("utf-8-sig")
@@ -75,12 +76,12 @@ def read_yaml(path: str | Path, place: str) -> Any:
     except UnicodeDecodeError as error:
         raise SRDEError(f"{place}: not valid YAML: {error}") from None
     if len(content) > LONGEST_FILE:
-        raise SRDEError(f"{place}: is larger than {LONGEST_FILE:,} bytes. Give a YAML file.")
+        raise SRDEError(f"{place}: larger than {LONGEST_FILE:,} bytes. Give a YAML file.")
     return parse_yaml(text, place)
 
 
 def parse_yaml(text: str, place: str) -> Any:
-    """The same for a text."""
+    """The same for a text instead of a file."""
     loader = None
     try:
         loader = _Loader(text)
@@ -99,12 +100,12 @@ def parse_yaml(text: str, place: str) -> Any:
 
 
 def _check(node: Any, seen: list[int], depth: int = 0) -> None:
-    """Count values as if aliases were written out, which is how often they are looked at; and refuse repeated keys."""
+    """Count values with aliases written out, since each use of an alias costs time; and refuse repeated keys."""
     seen[0] += 1
     if seen[0] > MOST_VALUES:
-        raise _refused(node, f"more than {MOST_VALUES:,} values, aliases written out")
+        raise _refused(node, f"more than {MOST_VALUES:,} values, with aliases written out")
     if depth > DEEPEST:
-        raise _refused(node, f"more than {DEEPEST} levels deep, aliases written out")
+        raise _refused(node, f"more than {DEEPEST} levels deep, with aliases written out")
     if node.id == "sequence":
         for value in node.value:
             _check(value, seen, depth + 1)
@@ -115,7 +116,7 @@ def _check(node: Any, seen: list[int], depth: int = 0) -> None:
                 raise _refused(key, "a key must be a name")
             if key.value in keys:
                 # YAML itself would silently keep the last of them.
-                raise _refused(key, f"'{key.value}' is there twice. Keep one")
+                raise _refused(key, f"'{key.value}' occurs twice. Keep one")
             keys.add(key.value)
             _check(value, seen, depth + 1)
 

@@ -1,4 +1,4 @@
-"""`srde_weights.safetensors`: an adapter in one file, which says about itself what it is."""
+"""`srde_weights.safetensors`: an adapter in one file that describes itself."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from srde_ds.weights.tensors import LazyTensor
 
 FORMAT_VERSION = 1
 METADATA_KEY = "srde"
-# 100 layers of 7 tensors take some 80 kB. Hostile JSON takes up to some 20 times its size in memory.
+# 100 layers of 7 tensors take about 80 kB. Hostile JSON may take about 20 times its size in memory.
 LARGEST_HEADER = 4 * 2**20
 OPTIONAL = ("domain_tokens", "history")
-"""Keys of the metadata that are left out where they are empty; files from before there were such have none"""
+"""Keys of the metadata that are left out if empty; older files lack them"""
 
 
 @dataclass
 class AdapterMetadata:
-    """What a weights file says about itself, as JSON under the header's key "srde".
+    """A weights file's description of itself, as JSON under the header's key "srde".
 
     Attributes:
-        domain_tokens: domain -> tokens that its mean and its spread were taken over, in the order of the rows of
-            `layers.{i}.domain_mean` and `layers.{i}.domain_spread`; empty: the file holds no such tensors.
-        history: what was done to get these weights, the oldest first: training runs, combinations, other names.
+        domain_tokens: domain -> number of tokens behind its mean and spread, in the order of the rows of
+            `layers.{i}.domain_mean` and `layers.{i}.domain_spread`; empty: the file has no such tensors.
+        history: how these weights were made, oldest entry first: training runs, combinations, new names.
     """
 
     config: AdapterConfig
@@ -61,24 +61,24 @@ class AdapterMetadata:
     history: list[dict[str, str | int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, as they are written; those of OPTIONAL only if they say something."""
+        """The fields as written to a file; those of OPTIONAL only if they are not empty."""
         values = dataclasses.asdict(self)
         return {key: value for key, value in values.items() if value or key not in OPTIONAL}
 
     @classmethod
     def from_dict(cls, values: Any) -> AdapterMetadata:
-        """Read what `to_dict` gave.
+        """Read the result of `to_dict`.
 
         Raises:
-            SRDEError: another format, a missing or an unknown key, or a value that it cannot have.
+            SRDEError: the format is another one, a key is missing or unknown, or a value is impossible.
         """
         if not isinstance(values, dict):
             raise SRDEError(f"weights: the metadata are {shown(values)}, not a mapping. Export the weights again.")
         version, known = values.get("format_version"), {field.name for field in dataclasses.fields(cls)}
         if type(version) is not int or version != FORMAT_VERSION:
             raise SRDEError(
-                f"weights: format_version={shown(version)}, this program reads {FORMAT_VERSION}; use the srde_ds that "
-                "wrote them."
+                f"weights: format_version={shown(version)}, but this program reads {FORMAT_VERSION}; use the srde_ds "
+                "that wrote them."
             )
         for key in sorted(known - values.keys() - set(OPTIONAL)):
             raise SRDEError(f"weights: the metadata lack '{key}'; export the weights again.")
@@ -96,10 +96,10 @@ class AdapterMetadata:
 
     @classmethod
     def from_json(cls, text: str, place: object) -> AdapterMetadata:
-        """Read what `to_json` gave; errors as `from_dict`.
+        """Read the result of `to_json`; errors as in `from_dict`.
 
         Args:
-            place: where it stands, for a message.
+            place: the file, for messages.
         """
         try:
             values = json.loads(text)
@@ -108,24 +108,24 @@ class AdapterMetadata:
         return cls.from_dict(values)
 
     def to_json(self) -> str:
-        """What `to_dict` gives, as a text."""
+        """The result of `to_dict` as a JSON text."""
         return json.dumps(self.to_dict())
 
     def expert_index(self, name: str) -> int:
-        """The number of the expert of this name; SRDEError if there is none."""
+        """The number of the expert with this name; SRDEError if there is none."""
         return expert_index(self.expert_names, name)
 
     def header(self) -> dict[str, str]:
-        """As a safetensors file's header holds it."""
+        """The metadata in the form of a safetensors header."""
         return {METADATA_KEY: self.to_json()}
 
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """A weights file whose metadata, tensor names, dtypes and shapes are right.
+    """A weights file whose metadata, tensor names, dtypes and shapes have been checked.
 
     Attributes:
-        tensors: by stable name (`layers.{i}.deltas.free`, ...), each read when it is loaded.
+        tensors: tensors by stable name, such as `layers.{i}.deltas.free`; each is read when it is loaded.
     """
 
     path: Path
@@ -134,10 +134,10 @@ class AdapterFile:
 
 
 def expert_index(names: list[str], name: str) -> int:
-    """The place of `name` among the experts' names.
+    """The index of `name` among the experts' names.
 
     Raises:
-        SRDEError: it is none of them.
+        SRDEError: there is no such expert.
     """
     if name not in names:
         raise SRDEError(f"expert '{name}': the experts are {', '.join(names)}.{nearest(str(name), names)}")
@@ -152,15 +152,15 @@ def save_weights(path: str | Path, tensors: dict[str, Tensor], metadata: Adapter
 
 
 def read_metadata(path: str | Path) -> AdapterMetadata:
-    """The metadata of a weights file; errors as `read_header`."""
+    """The metadata of a weights file; errors as in `read_header`."""
     return read_header(path).metadata
 
 
 def read_weights(path: str | Path) -> AdapterFile:
-    """A weights file that was checked whole, values included.
+    """A weights file, checked completely, including its values.
 
     Raises:
-        SRDEError: as `read_header` and `schema.check_values`.
+        SRDEError: see `read_header` and `schema.check_values`.
     """
     file = read_header(path)
     check_values(file.tensors, file.metadata.support_hash, path)
@@ -168,10 +168,11 @@ def read_weights(path: str | Path) -> AdapterFile:
 
 
 def read_header(path: str | Path) -> AdapterFile:
-    """A weights file, of PEFT or our own, of which all but the values was checked. Takes no memory for tensors.
+    """A weights file, PEFT's or our own, with everything checked but the values. Takes no memory for tensors.
 
     Raises:
-        SRDEError: no such file, not a safetensors file, not one of ours, or metadata and tensors that do not fit.
+        SRDEError: the file does not exist, is not a safetensors file or not one of ours, or its metadata and tensors do
+        not fit each other.
     """
     path = Path(path)
     with _opened(path) as file:
@@ -188,7 +189,7 @@ def read_header(path: str | Path) -> AdapterFile:
     metadata = AdapterMetadata.from_json(text, path)
     for name, (dtype, _) in kinds.items():
         if dtype not in DTYPES:
-            raise SRDEError(f"weights '{path}': tensor {shown(name)} has dtype {dtype}, which no adapter has.")
+            raise SRDEError(f"weights '{path}': tensor {shown(name)} has dtype {dtype}, which adapters do not use.")
     tensors = {
         name.removeprefix(prefix): LazyTensor(DTYPES[dtype], shape, partial(_load, path, name))
         for name, (dtype, shape) in kinds.items()
@@ -205,7 +206,7 @@ def _load(path: Path, name: str) -> Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file, open for reading; SRDEError if there is none or it is not a safetensors file."""
+    """The file, opened for reading; SRDEError if it does not exist or is not a safetensors file."""
     if not path.is_file():
         raise SRDEError(f"weights '{path}': no such file; give the path of an srde_weights.safetensors.")
     try:

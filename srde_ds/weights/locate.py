@@ -1,4 +1,4 @@
-"""Which weights a name means: the one answer for every verb and for Python. It names them and opens nothing large."""
+"""Finds the weights that a name means, for every verb and for Python, without opening anything large."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
 @dataclass(frozen=True)
 class WeightsLocation:
-    """Where an adapter's weights are.
+    """The location of an adapter's weights.
 
     Attributes:
-        kind: "file": a weights file, of PEFT or our own; "checkpoint": a training run's checkpoint, which has to be
-            converted.
-        path: the file; of a checkpoint its folder, or the run's folder, whose `latest` then counts.
-        run: the training run's folder; None: they are of no run that is here.
-        step: of the checkpoint; None: a file, or a run without a readable `latest`.
+        kind: "file": a weights file, PEFT's or our own; "checkpoint": a checkpoint, which has to be converted.
+            path: the file; or the checkpoint's folder, or the run's folder, whose `latest` then counts.
+        run: the training run's folder; None: they do not belong to a local run.
+        step: the checkpoint's step; None: a file, or a run without a readable `latest`.
     """
 
     kind: Literal["file", "checkpoint"]
@@ -43,23 +42,23 @@ class WeightsLocation:
         """
         if self.kind == "checkpoint":
             raise SRDEError(
-                f"weights '{self.path}': holds no {WEIGHTS} of a finished run. Make a file of its checkpoint: "
+                f"weights '{self.path}': there is no {WEIGHTS} of a finished run. Make one from its checkpoint: "
                 f"srde-ds convert --checkpoint {self.path} --output FILE"
             )
         return self.path
 
 
 def locate_weights(place: str | Path, *, revision: str | None = None) -> WeightsLocation:
-    """What `place` means.
+    """Find the weights that `place` names.
 
     Args:
-        place: a weights file; a folder that holds one; a folder that PEFT has saved; the folder of a training run: its
-            weights, or its latest checkpoint if training has gone on since they were written; a checkpoint's folder;
-            or the id of a repository of the Hugging Face Hub, which is downloaded.
+        place: a weights file; a folder with one; a folder that PEFT has saved; the folder of a training run, which
+            means its weights, or its latest checkpoint if training has continued since; a checkpoint's folder; or the
+            id of a Hub repository, which is downloaded.
         revision: branch, tag or commit of the repository.
 
     Raises:
-        SRDEError: there is nothing of that name here or on the Hub, or the folder holds no weights.
+        SRDEError: nothing has that name here or on the Hub, or the folder holds no weights.
     """
     path = Path(place)
     try:
@@ -70,27 +69,27 @@ def locate_weights(place: str | Path, *, revision: str | None = None) -> Weights
             return WeightsLocation("checkpoint", path, run if is_run(run) else None, _step(path.name))
         if path.is_dir():
             return _in_folder(path)
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:  # the name is too long, or the folder may not be read
         raise SRDEError(f"weights '{place}': cannot be read: {error.strerror}.") from None
     return WeightsLocation("file", _from_the_hub(str(place), revision), None, None)
 
 
 def run_folder(place: str | Path) -> Path:
-    """The folder that a run with these weights would have: of a file and of a checkpoint the one that it lies in."""
+    """The folder of a run with these weights: for a file or a checkpoint, the folder that contains it."""
     path = Path(place)
     return path.parent if path.is_file() or _is_checkpoint(path) else path
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a training run wrote to this folder."""
+    """Whether a training run has written to this folder."""
     return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
 
 
 def read_latest(run: Path) -> str | None:
-    """The text in `latest`, at most its first 100 characters; None without such a file.
+    """The first 100 characters of `latest`; None if there is no such file.
 
     Raises:
-        SRDEError: it is a link, a pipe or the like, which could make a reader wait or read elsewhere.
+        SRDEError: it is a link or a pipe, which could make a reader block or read elsewhere.
     """
     path = run / LATEST
     try:
@@ -104,9 +103,9 @@ def read_latest(run: Path) -> str | None:
 
 
 def saved_by_a_run(folder: Path) -> str | None:
-    """Name of something in a folder from which a training run can go on, or which it has made; None: there is none.
+    """Something in a folder that a training run has made, or from which it can continue; None: there is nothing.
 
-    Metrics alone do not count: without a checkpoint nothing can continue them.
+    Metrics alone do not count, since nothing can continue them without a checkpoint.
     """
     names = [name for name in (COMPLETED, LATEST) if os.path.lexists(folder / name)]
     checkpoints = (path.name for path in folder.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name))
@@ -114,7 +113,7 @@ def saved_by_a_run(folder: Path) -> str | None:
 
 
 def completed_step(run: Path) -> int | None:
-    """The steps that a finished run has done; None for one that is not finished.
+    """The number of steps of a finished run; None if it is not finished.
 
     Raises:
         SRDEError: its marker is damaged.
@@ -124,7 +123,7 @@ def completed_step(run: Path) -> int | None:
         return None
     step = marker.get("step")
     if type(step) is not int:
-        raise SRDEError(f"'{run / COMPLETED}' is damaged: it holds no step. Remove it to go on.")
+        raise SRDEError(f"'{run / COMPLETED}' is damaged: it holds no step. Remove it to continue.")
     return step
 
 
@@ -133,7 +132,7 @@ def _not_a_link(path: str, flags: int) -> int:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    if path.is_file() or (is_peft_folder(path) and not (path / MANIFEST).exists()):  # Trainer, too, makes checkpoint-N
+    if path.is_file() or (is_peft_folder(path) and not (path / MANIFEST).exists()):  # Trainer also makes checkpoint-N
         return False
     return CHECKPOINT_NAME.fullmatch(path.name) is not None or (path / MANIFEST).exists()
 
@@ -153,7 +152,7 @@ def _in_folder(folder: Path) -> WeightsLocation:
 
 
 def _is_finished(run: Path, latest: str) -> bool:
-    """Whether the run's weights file holds what its latest checkpoint does."""
+    """Whether the run's weights file corresponds to its latest checkpoint."""
     marker = _completed(run)
     return marker is not None and bool(marker.get("checkpoint", latest) == latest)
 
@@ -177,18 +176,18 @@ def _step(name: str) -> int | None:
 
 
 def _from_the_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import hf_hub_download  # late: paths need no client
+    from huggingface_hub import hf_hub_download  # late, since paths do not need it
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         try:
             return Path(hf_hub_download(name, WEIGHTS, revision=revision))
-        except EntryNotFoundError:  # the repository is there
+        except EntryNotFoundError:  # the repository exists
             hf_hub_download(name, PEFT_CONFIG, revision=revision)
             return Path(hf_hub_download(name, PEFT_WEIGHTS, revision=revision))
-    except (OSError, ValueError) as error:  # the Hub's own errors are one or the other
+    except (OSError, ValueError) as error:  # the Hub's errors are one or the other
         reason = " ".join(str(error).split())
         raise SRDEError(
-            f"weights '{name}': no such file or folder, and the Hub does not give it ({reason}). Give a weights file, "
+            f"weights '{name}': no such file or folder, nor can the Hub provide it ({reason}). Give a weights file, "
             "the folder of a run or of save_pretrained, or the id of a repository of the Hub."
         ) from None

@@ -1,4 +1,4 @@
-"""How an adapter came to be, and what its layers saw of each domain."""
+"""The origins of an adapter: its history, and statistics of its layers' inputs on each domain."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from srde_ds.weights.tensors import LazyTensor
 
 @dataclass(frozen=True)
 class DomainStatistics:
-    """What enters a layer's feed-forward block on a sample of each domain's tokens.
+    """Statistics of a feed-forward block's inputs on a sample of each domain's tokens.
 
     Attributes:
         mean, spread: `[domains, D]` fp32; the spread is the standard deviation of each dimension.
@@ -26,12 +26,12 @@ class DomainStatistics:
 
 @dataclass
 class Origins:
-    """History and domain statistics of an adapter; empty for one that is new.
+    """History and domain statistics of an adapter; empty for a new one.
 
     Attributes:
-        history: as in `AdapterMetadata`.
-        domain_tokens: domain -> tokens of its sample, in the order of the rows of `statistics`.
-        statistics: of each layer, in the order in which tokens pass them.
+        history: see `AdapterMetadata`.
+        domain_tokens: domain -> number of tokens in its sample, in the order of the rows of `statistics`.
+        statistics: statistics of each layer, first layer first.
     """
 
     history: list[dict[str, str | int]] = field(default_factory=list)
@@ -40,7 +40,7 @@ class Origins:
 
     @classmethod
     def of(cls, metadata: AdapterMetadata, tensors: Mapping[str, LazyTensor]) -> Origins:
-        """Those of an adapter, from its metadata and tensors."""
+        """The origins of an adapter, from its metadata and tensors."""
         layers = sum(name.endswith(".domain_mean") for name in tensors)
         statistics = [
             DomainStatistics(*(tensors[f"layers.{layer}.domain_{part}"].load().float() for part in ("mean", "spread")))
@@ -49,7 +49,7 @@ class Origins:
         return cls(list(metadata.history), dict(metadata.domain_tokens), statistics)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The statistics by their names in a weights file."""
+        """The statistics, by their names in a weights file."""
         return {
             f"layers.{layer}.domain_{part}": getattr(own, part)
             for layer, own in enumerate(self.statistics)
@@ -57,7 +57,7 @@ class Origins:
         }
 
     def update(self, domain_tokens: Mapping[str, int], statistics: list[DomainStatistics]) -> None:
-        """Take new statistics of some domains; those of the others stay."""
+        """Replace the statistics of some domains; the others stay."""
         kept = [row for row, domain in enumerate(self.domain_tokens) if domain not in domain_tokens]
         if self.statistics and kept:
             statistics = [

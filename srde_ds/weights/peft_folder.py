@@ -1,8 +1,8 @@
-"""The adapter as PEFT saves it: `adapter_config.json` and `adapter_model.safetensors` in a folder.
+"""The adapter in PEFT's form: `adapter_config.json` and `adapter_model.safetensors` in a folder.
 
-The tensors are those of `srde_weights.safetensors`, under names that begin with PEFT_PREFIX. The configuration holds
-the metadata of that file as the text that they are there, since PEFT sorts the keys of mappings. So either form can be
-made of the other without a base, and reading it does not take PEFT.
+The tensors are those of `srde_weights.safetensors`, with names that begin with PEFT_PREFIX. The configuration contains
+that file's metadata as a text, since PEFT would sort the keys of mappings. So each form can be made from the other
+without a base, and reading does not need PEFT.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ LARGEST_CONFIG = 4 * 2**20  # bytes
 
 
 def is_peft_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter in the form of PEFT, of whatever method."""
+    """Whether a folder holds an adapter of any PEFT method."""
     return (folder / PEFT_CONFIG).is_file() and (folder / PEFT_WEIGHTS).is_file()
 
 
 def read_peft_metadata(folder: Path) -> str:
-    """The metadata in the folder's configuration, as JSON.
+    """The JSON text of the metadata in the folder's configuration.
 
     Raises:
-        SRDEError: there is no configuration, it is not readable, it is of another method, or it holds no metadata.
+        SRDEError: the configuration does not exist, cannot be read, belongs to another method, or has no metadata.
     """
     path = folder / PEFT_CONFIG
     try:

@@ -1,6 +1,6 @@
-"""What an adapter must be, checked once before memory is taken for it: metadata, tensors, values, and the base's sizes.
+"""Checks an adapter once, before memory is allocated for it: metadata, tensors, values, and the base's sizes.
 
-Sizes follow from the tensors, whose bytes are really there; what the metadata claim is only compared with them.
+Sizes come from the tensors, whose bytes really exist; the claims of the metadata are only compared with them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from srde_ds.weights.tensors import LazyTensor
 
 VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BASE_KEYS = ("name", "architecture", "hash")
-LONGEST_TEXT = 1000  # characters of a name; of what a message shows of a value, a tenth
+LONGEST_TEXT = 1000  # most characters of a name; a message shows a tenth of this
 SHARED_KINDS = ("support", "router_bias", "domain_mean", "domain_spread")
-"""Kinds of a layer's tensors that no gradient trains: they keep their dtype, and every rank holds them whole"""
+"""Kinds of tensors that are not trained by gradients: they keep their dtype, and every rank holds them whole"""
 LONGEST_HISTORY = 1000  # entries
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 
@@ -34,7 +34,7 @@ def adapter_config(values: Any) -> AdapterConfig:
     """The adapter's options from a weights file's metadata.
 
     Raises:
-        SRDEError: no mapping, an unknown option, or a value that the option does not take.
+        SRDEError: the value is not a mapping, an option is unknown, or an option has an impossible value.
     """
     if not isinstance(values, dict):
         raise SRDEError(f"weights: config={shown(values)} in the metadata must be a mapping. Export the weights again.")
@@ -43,7 +43,7 @@ def adapter_config(values: Any) -> AdapterConfig:
         if key not in known:
             raise SRDEError(f"weights: unknown adapter option {shown(key)} in the metadata.{nearest(key[:99], known)}")
         if not isinstance(value, str | int | float) or len(str(value)[: LONGEST_TEXT + 1]) > LONGEST_TEXT:
-            raise SRDEError(f"weights: {key}={shown(value)} in the metadata is no value of an option.")
+            raise SRDEError(f"weights: {key}={shown(value)} in the metadata is not a value of an option.")
         setattr(config, key, checked(config, key, value))
     if config.top_k > config.num_experts:
         raise SRDEError(f"weights: top_k={config.top_k} exceeds num_experts={config.num_experts} in the metadata.")
@@ -51,11 +51,11 @@ def adapter_config(values: Any) -> AdapterConfig:
 
 
 def check_names(expert_names: Any, config: AdapterConfig) -> None:
-    """Raise SRDEError unless these are as many printable names as there are experts, each another."""
+    """Raise an SRDEError unless there is one printable, unique name for each expert."""
     names = expert_names if isinstance(expert_names, list) else [expert_names]
     for name in names:
         if not is_printable(name) or not name.strip():
-            raise SRDEError(f"weights: the expert name {shown(name)} is no printable text. Export the weights again.")
+            raise SRDEError(f"weights: the expert name {shown(name)} is not printable text. Export the weights again.")
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times > 1:
         raise SRDEError(f"weights: {times} experts are called {shown(name)}. Export the weights with other names.")
@@ -64,13 +64,13 @@ def check_names(expert_names: Any, config: AdapterConfig) -> None:
 
 
 def check_base_identity(base: Any) -> None:
-    """Raise SRDEError unless this says which base the adapter was trained on: `BASE_KEYS`, as printable text."""
+    """Raise an SRDEError unless this identifies the adapter's base: `BASE_KEYS`, as printable text."""
     if not isinstance(base, dict) or base.keys() != set(BASE_KEYS) or not all(map(is_printable, base.values())):
         raise SRDEError(f"weights: base={shown(base)} in the metadata must give {', '.join(BASE_KEYS)} as text.")
 
 
 def check_domain_tokens(counts: Any) -> None:
-    """Raise SRDEError unless this says of how many tokens each domain's statistics are."""
+    """Raise an SRDEError unless this gives the number of tokens behind each domain's statistics."""
     known = isinstance(counts, dict) and all(
         is_printable(name) and name.strip() and type(count) is int and 0 < count < 2**63
         for name, count in counts.items()
@@ -83,7 +83,7 @@ def check_domain_tokens(counts: Any) -> None:
 
 
 def check_history(history: Any) -> None:
-    """Raise SRDEError unless this is a list of mappings from names to printable texts or whole numbers."""
+    """Raise an SRDEError unless this is a list of mappings from names to printable texts or whole numbers."""
     if not isinstance(history, list) or len(history) > LONGEST_HISTORY:
         raise SRDEError(
             f"weights: history={shown(history)} in the metadata must be a list of at most {LONGEST_HISTORY} entries."
@@ -98,28 +98,28 @@ def check_history(history: Any) -> None:
 
 
 def is_printable(value: Any) -> bool:
-    """Whether it is text that a terminal shows as it is, of a reasonable length; empty text is."""
+    """Whether a value is text of a reasonable length that a terminal can show unchanged; it may be empty."""
     return isinstance(value, str) and len(value) <= LONGEST_TEXT and value.isprintable()
 
 
 def shown(value: Any) -> str:
-    """A value of somebody else's file, for a message of one line."""
+    """A value of somebody else's file, for a one-line message."""
     text = repr(value[:LONGEST_TEXT] if isinstance(value, str) else value)
     return text if len(text) <= LONGEST_TEXT // 10 else f"{text[: LONGEST_TEXT // 10]}…"
 
 
 def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place: object, *, domains: int = 0) -> None:
-    """Check names, dtypes and shapes of all tensors of an adapter against each other and its options.
+    """Check names, dtypes and shapes of all tensors of an adapter against each other and the options.
 
     Args:
-        domains: that there are statistics of.
+        domains: number of domains with statistics.
 
     Raises:
-        SRDEError: names the tensor that is missing, unknown, of another dtype or of another shape.
+        SRDEError: a tensor is missing or unknown, or has another dtype or shape; the message names it.
     """
 
     def refuse(reason: str) -> SRDEError:
-        return SRDEError(f"weights '{place}': {reason}; the file does not fit its own config. Export it again.")
+        return SRDEError(f"weights '{place}': {reason}; the file contradicts its own config. Export it again.")
 
     layers: dict[int, dict[str, LazyTensor]] = {}
     for name, tensor in tensors.items():
@@ -155,12 +155,12 @@ def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place
 
 
 def layer_shapes(config: AdapterConfig, hidden: int, size: int, domains: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's tensors by their names within the layer.
+    """The shapes of a layer's tensors, by their names within the layer.
 
     Args:
         hidden: D.
-        size: entries of one expert's support, m or n.
-        domains: that there are statistics of.
+        size: number of entries in an expert's support, m or n.
+        domains: number of domains with statistics.
     """
     experts, atoms, neuron = config.num_experts, config.num_atoms, config.granularity == "neuron"
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (experts, hidden), "router_bias": (experts,)}
@@ -177,11 +177,11 @@ def layer_shapes(config: AdapterConfig, hidden: int, size: int, domains: int) ->
 
 
 def check_values(tensors: Mapping[str, LazyTensor], expected_hash: str, place: object) -> None:
-    """Check the values of tensors whose shapes are right; memory holds one tensor and the supports.
+    """Check the values of tensors whose shapes are correct; memory holds one tensor and the supports.
 
     Raises:
-        SRDEError: values that are not finite, support indices that are negative or repeat, or supports that do not
-            match `expected_hash`.
+        SRDEError: values are not finite, support indices are negative or repeated, or supports do not match
+            `expected_hash`.
     """
     supports: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
@@ -203,18 +203,18 @@ def check_values(tensors: Mapping[str, LazyTensor], expected_hash: str, place: o
 def check_fits_base(
     config: AdapterConfig, tensors: Mapping[str, LazyTensor], sizes: Sequence[tuple[int, int]], place: object
 ) -> None:
-    """Check an adapter that is right in itself against the base that it shall change.
+    """Check an adapter, valid by itself, against the base that it is for.
 
     Args:
-        sizes: of each decoder layer, the hidden and the intermediate size.
+        sizes: the hidden and intermediate size of each decoder layer.
 
     Raises:
-        SRDEError: another number of layers, another hidden size, or support indices beyond the base's weights.
+        SRDEError: the number of layers or the hidden size differs, or support indices exceed the base's weights.
     """
     supports = [name for name in tensors if name.endswith(".support")]
     if len(supports) != len(sizes):
-        missing = f"layers.{len(supports)}.support is missing" if len(supports) < len(sizes) else "no place for them"
-        raise SRDEError(f"weights '{place}': {len(supports)} layers, the base has {len(sizes)} ({missing}).")
+        missing = f"layers.{len(supports)}.support is missing" if len(supports) < len(sizes) else "too many"
+        raise SRDEError(f"weights '{place}': {len(supports)} layers, but the base has {len(sizes)} ({missing}).")
     for layer, (hidden, intermediate) in enumerate(sizes):
         found = tensors[f"layers.{layer}.router.weight"].shape[1]
         if found != hidden:
@@ -229,7 +229,7 @@ def check_fits_base(
 
 
 def support_hash(supports: Iterable[Tensor]) -> str:
-    """SHA-256 over the supports of all layers, top to bottom."""
+    """SHA-256 over the supports of all layers, in order."""
     digest = hashlib.sha256()
     for support in supports:
         digest.update(f"{tuple(support.shape)}".encode())

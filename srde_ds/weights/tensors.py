@@ -1,4 +1,4 @@
-"""Tensors that are read from a file when they are needed."""
+"""Tensors that are read from a file only when needed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """Dtype, shape, and how to get the values."""
+    """A tensor's dtype and shape, and a function that loads the values."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     load: Callable[[], Tensor]
 
     def to(self, dtype: torch.dtype | None) -> LazyTensor:
-        """Floating-point values in another dtype; None: as they are."""
+        """The tensor with floating-point values in another dtype; None: unchanged."""
         if dtype is None or not self.dtype.is_floating_point:
             return self
         return LazyTensor(dtype, self.shape, lambda: self.load().to(dtype))
 
     @classmethod
     def of(cls, tensor: Tensor) -> LazyTensor:
-        """Of a tensor that is in memory."""
+        """The form for a tensor in memory."""
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)

@@ -149,7 +149,7 @@ def test_an_answer_is_streamed_beside_the_bases(
 ) -> None:
     page = visit(url)
     expect(page.locator(".legend li")).to_have_text(NAMES)
-    expect(page.locator("#conversation")).to_contain_text("Nothing was said yet")
+    expect(page.locator("#conversation")).to_contain_text("No messages yet")
     speaker.allow(4)
     _ask(page, "What is 17 * 3?")
     answers = page.locator(".answer .text")
@@ -192,7 +192,7 @@ def test_an_answer_is_streamed_beside_the_bases(
 
 def test_experts_are_switched_off_and_pinned_and_an_error_ends_nothing(url: str, visit: Callable[..., Page]) -> None:
     page = visit(url)
-    page.get_by_label("Let the base answer beside").uncheck()
+    page.get_by_label("Show the base's answer beside").uncheck()
     page.get_by_role("checkbox", name=HOSTILE).uncheck()
     _ask(page, "one")
     _answered(page)
@@ -213,7 +213,7 @@ def test_experts_are_switched_off_and_pinned_and_an_error_ends_nothing(url: str,
     expect(page.locator(".mean").last).to_have_text(f"Mean: {HOSTILE} 1.00")
     page.get_by_role("button", name="New chat").click()
     expect(page.locator(".turn")).to_have_count(0)
-    expect(page.locator("#conversation")).to_contain_text("Nothing was said yet")
+    expect(page.locator("#conversation")).to_contain_text("No messages yet")
     expect(page.get_by_role("link", name="Export")).to_have_count(0)
 
 
@@ -279,7 +279,7 @@ def test_other_names_of_the_host_and_uploads_are_refused(url: str) -> None:
 def test_a_password_is_asked_for(model: SRDEModel, visit: Callable[..., Page]) -> None:
     for url in _serve(model, PASSWORD):
         page = visit(url)
-        expect(page.get_by_text("the password is the chat's")).to_be_visible()
+        expect(page.get_by_text("and the chat's password")).to_be_visible()
         assert page.locator("#conversation").count() == 0
         page.get_by_label("username").fill("anybody")
         page.get_by_label("password").fill(PASSWORD)

@@ -28,7 +28,7 @@ def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs,
     assert "preflight: warning node2: no GPU found" in run.output()  # it looked at all hosts
     assert "no sign of life from rank 1 (host node2" in cut.message
     assert "rank 1 (host node2, process " in dead.message and "ended without a word" in dead.message
-    assert "step " in dead.message and "checkpoint" in dead.message and "going on without node2" in run.output()
+    assert "step " in dead.message and "checkpoint" in dead.message and "continuing without node2" in run.output()
     for seen in (cut, dead):
         assert seen.seconds < 120 and seen.left == []
     assert cut.resumed_at and dead.resumed_at and 0 < cut.resumed_at < dead.resumed_at
@@ -66,7 +66,7 @@ def test_a_launcher_looks_at_all_hosts_first(hosts: Hosts, inputs: Inputs, tmp_p
         "ok      the same base on 2 hosts",
         "fatal   node3: ssh: connect to host node3 port 22",
         "fatal   node1: no interface eth7 (GLOO_SOCKET_IFNAME)",
-        f"fatal   '{tmp_path}' is not shared: what node1 writes there is not seen on node2",
+        f"fatal   '{tmp_path}' is not shared: node2 cannot see what node1 writes there",
         "ok      clocks agree",
         "ok      all pairs of 2 hosts can connect on port 29500",
     ):

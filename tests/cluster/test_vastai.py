@@ -112,7 +112,7 @@ def test_from_sources_to_uploaded_weights_and_again(
     weights = (run / "srde_weights.safetensors").stat().st_mtime_ns
 
     again = start(tmp_path, inputs, url)
-    assert again.returncode == 0 and "the run is finished already" in again.stdout, again.stdout
+    assert again.returncode == 0 and "the run has already finished" in again.stdout, again.stdout
     assert (run / "srde_weights.safetensors").stat().st_mtime_ns == weights
 
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -118,7 +118,7 @@ def test_the_run_goes_on_but_does_not_end_well_without_its_last_checkpoint(
     (error, warnings), (other_error, other_warnings) = two_ranks(train_with_warnings, flags)
     assert error == other_error and error is not None and "checkpoint-6 was not saved" in error
     assert len(warnings) == 1 and other_warnings == []
-    assert "checkpoint-4 was not saved" in warnings[0] and "Training goes on" in warnings[0]
+    assert "checkpoint-4 was not saved" in warnings[0] and "Training continues" in warnings[0]
     assert_only_the_first_checkpoint(run)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     enlarge(small_disk)

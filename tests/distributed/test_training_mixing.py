@@ -40,7 +40,7 @@ def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path
     options |= {"resume_from": str(tmp_path / "run/checkpoint-2")}
     other = inputs.flags(tmp_path / "resumed", **options, domain_weights=f"{second}=1")
     [(error, _), _] = two_ranks(domains_seen, other)
-    assert error is not None and f"2 steps were drawn by domain_weights={weights}, mixing_temperature=1.0" in error
+    assert error is not None and f"2 steps were drawn with domain_weights={weights}, mixing_temperature=1.0" in error
     later = f"{first}=1; 2: {third}=1"
     for error, seen in two_ranks(domains_seen, inputs.flags(tmp_path / "resumed", **options, domain_weights=later)):
         assert error is None

@@ -79,4 +79,4 @@ def train_without_padding(flags: dict[str, Any]) -> str | None:
 def test_rows_that_ranks_do_not_divide_must_be_padded(inputs: Inputs, four_ranks: Ranks, tmp_path: Path) -> None:
     """D 30 on four ranks; with padding it trains as on one: test_training_equivalence."""
     for error in four_ranks(train_without_padding, inputs.flags(tmp_path / "run")):
-        assert error is not None and "layers.0.deltas.free" in error and "no whole rows" in error
+        assert error is not None and "layers.0.deltas.free" in error and "not whole rows" in error

@@ -135,7 +135,7 @@ def test_two_ranks_checkpoint_continues_on_another_number(
         ({"domains": ["red", "blue", "green"]}, "domains=red,blue,green: the dataset was built with red,green,blue"),
         ({"pretokenized_dir": "the other"}, "trained on another dataset"),
         ({"warm_start": True}, "warm_start=true sets the routers before step 1, but its 6 steps were trained without"),
-        ({"batch_size": 3}, "a step had 8 rows, here batch_size x processes x gradient_accumulation_steps = 6"),
+        ({"batch_size": 3}, "a step had 8 rows; here batch_size x processes x gradient_accumulation_steps = 6"),
     ],
 )
 def test_a_resume_that_is_not_the_same_run_is_refused(

@@ -116,4 +116,4 @@ def test_the_launcher_ends_with_the_signal_of_a_rank(inputs: Inputs, tmp_path: P
     ]
     assert (folder / f"config-until-{done}.yaml").exists() and not (folder / "metrics.attempt-1.jsonl").exists()
     with Training(options(inputs, folder) | more | {"max_steps": 3}) as fewer:
-        assert fewer.ended() == 2 and f"has {done + 1} steps already. Give --max_steps {done + 1}" in fewer.output
+        assert fewer.ended() == 2 and f"already has {done + 1} steps. Give --max_steps {done + 1}" in fewer.output

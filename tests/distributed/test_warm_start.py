@@ -440,7 +440,7 @@ def test_set_trainables_reaches_masters_and_parameters(
         assert torch.equal(parts.nan_to_num(0).sum(0), expected), name
     for result in results:
         assert max(result["parameters"].values()) == 0
-        assert result["errors"][0].startswith("'layers.0.router.bias' is no trainable of this model")
+        assert result["errors"][0].startswith("'layers.0.router.bias' is not a trainable of this model")
         assert result["errors"][1] == "'layers.0.router.weight': shape [3, 2], expected [3, 30]."
 
 

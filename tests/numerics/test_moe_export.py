@@ -204,9 +204,9 @@ def test_a_selection_bias_is_refused_where_it_would_choose_other_experts(bases: 
     ("base", "adapter", "message"),
     [
         ("llama", {"granularity": "element"}, "granularity=element changes single weights.*--to dense"),
-        ("qwen3", {}, r"layers hold self_attn\.k_norm\.weight, self_attn\.q_norm\.weight, which it has no place for"),
-        ("gemma", {}, "of type 'gemma'; those known to compute the same are of type llama"),
-        ("llama with biases in its blocks", {}, r"layers hold mlp\.down_proj\.bias, mlp\.gate_proj\.bias"),
+        ("qwen3", {}, r"layers have self_attn\.k_norm\.weight, self_attn\.q_norm\.weight, which it lacks"),
+        ("gemma", {}, "of type 'gemma'; only these types are known to compute the same: llama"),
+        ("llama with biases in its blocks", {}, r"layers have mlp\.down_proj\.bias, mlp\.gate_proj\.bias"),
     ],
 )
 def test_what_it_cannot_express_is_refused_before_anything_is_written(

@@ -209,7 +209,10 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
         ({"layers.1.deltas.atoms": torch.zeros(5)}, r"unknown tensor 'layers\.1\.deltas\.atoms'"),
         ({"layers.01.support": torch.zeros(5)}, r"unknown tensor 'layers\.01\.support'"),
         ({"layers.0.deltas.free": torch.zeros(D, 9, 5, dtype=torch.int32)}, "dtype int32, expected a floating-point"),
-        ({"layers.0.deltas.free": torch.zeros(D, 9, 5).to(torch.float8_e4m3fn)}, "dtype F8_E4M3, which no adapter has"),
+        (
+            {"layers.0.deltas.free": torch.zeros(D, 9, 5).to(torch.float8_e4m3fn)},
+            "dtype F8_E4M3, which adapters do not use",
+        ),
         ({"layers.0.support": torch.zeros(5)}, "dtype float32, expected int32"),
         ({"layers.0.support": torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32)}, r"support holds the index -1\."),
         ({"layers.0.support": torch.tensor([3, 0, 1, 2, 3], dtype=torch.int32)}, "support names an index twice"),
@@ -247,7 +250,7 @@ def test_a_base_of_other_sizes_is_refused(tmp_path: Path) -> None:
     one_layer = {name: tensor for name, tensor in tensors.items() if name.startswith("layers.0")}
     metadata.support_hash = support_hash([tensors["layers.0.support"]])
     save_weights(path, one_layer, metadata)
-    with pytest.raises(SRDEError, match=r"1 layers, the base has 2 \(layers\.1\.support is missing\)"):
+    with pytest.raises(SRDEError, match=r"1 layers, but the base has 2 \(layers\.1\.support is missing\)"):
         load_adapter(path, base=tiny_llama())
 
 
@@ -266,7 +269,7 @@ def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 99}, "format_version=99, this program reads 1"),
+        ({"format_version": 99}, "format_version=99, but this program reads 1"),
         ({"base": None}, "lack 'base'"),
         ({"config": {"top_kk": 1}}, "unknown adapter option 'top_kk'.*top_k"),
         ({"config": {"granularity": "row"}}, "granularity='row'"),
@@ -274,14 +277,14 @@ def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
         ({"config": {"num_experts": 3, "top_k": 4}}, "top_k=4 exceeds num_experts=3"),
         ({"config": {"num_experts": 3, "num_atoms": 10**12}}, r"tensor layers\.0\.deltas\.\w+ is missing"),
         ({"config": [1]}, "must be a mapping"),
-        ({"config": {"density": [[]]}}, "no value of an option"),
-        ({"format_version": True}, "format_version=True, this program reads 1"),
+        ({"config": {"density": [[]]}}, "not a value of an option"),
+        ({"format_version": True}, "format_version=True, but this program reads 1"),
         ({"more": 1}, "unknown key 'more'"),
         ({"expert_names": ["a", "b", "a"]}, "2 experts are called 'a'"),
-        ({"expert_names": ["a", "b", "c\x1b[2J"]}, r"expert name 'c\\x1b\[2J' is no printable text"),
-        ({"expert_names": ["a", "b", " "]}, "expert name ' ' is no printable text"),
+        ({"expert_names": ["a", "b", "c\x1b[2J"]}, r"expert name 'c\\x1b\[2J' is not printable text"),
+        ({"expert_names": ["a", "b", " "]}, "expert name ' ' is not printable text"),
         ({"expert_names": "abc"}, "but 1 expert names"),
-        ({"expert_names": ["a", "b", 3]}, "expert name 3 is no printable text"),
+        ({"expert_names": ["a", "b", 3]}, "expert name 3 is not printable text"),
         ({"model_name": "a\nb"}, "model_name='a.*b' in the metadata must be printable"),
         ({"base": {"name": "a", "architecture": "b"}}, "must give name, architecture, hash as text"),
     ],

@@ -57,7 +57,7 @@ def test_options_come_with_sections_or_without(base: Path, tmp_path: Path) -> No
 def test_what_train_refuses(tmp_path: Path) -> None:
     with pytest.raises(SRDEError, match="'max_step'.*'max_steps'"):
         train(max_step=3)
-    with pytest.raises(SRDEError, match="max_steps is given beside a Config"):
+    with pytest.raises(SRDEError, match="max_steps is given together with a Config"):
         train(Config(), max_steps=3)
     contradictory = Config()
     contradictory.adapter.top_k = 9

@@ -88,15 +88,15 @@ PRETRAINED = {"supervised_experts": True, "expert_pretrain_steps": 5, "domains":
             {"supervised_experts": False, "expert_pretrain_steps": 500},
             {},
             50,
-            "of its 50 steps 0 were pretraining.* 10",
+            "0 of its 50 steps were pretraining.* 10",
         ),
         (
             {},
             {"supervised_experts": False, "expert_pretrain_steps": 500},
             50,
-            "of its 50 steps 10 were pretraining.* 0",
+            "10 of its 50 steps were pretraining.* 0",
         ),
-        ({}, {"expert_pretrain_steps": 20}, 50, "10 were pretraining.* 40"),
+        ({}, {"expert_pretrain_steps": 20}, 50, "10 of its 50 steps were pretraining.* 40"),
         ({}, {"expert_pretrain_steps": 20}, 10, None),  # more of what it is doing
         ({}, {"expert_pretrain_steps": 20}, 7, None),
         ({}, {"pretrain_objective": "sequential"}, 7, "pretrain_objective was parallel, this run has sequential"),

@@ -63,7 +63,7 @@ def test_latest_that_names_nothing_offers_the_newest_good_one(tmp_path: Path) ->
         find_checkpoint("latest", tmp_path)
     for content in ("../../etc", "/etc", "", "checkpoint-1/../checkpoint-1", "x" * 10**6):
         (tmp_path / "latest").write_text(content)
-        with pytest.raises(SRDEError, match=r"is no checkpoint's name in .*newest good .*checkpoint-1'") as caught:
+        with pytest.raises(SRDEError, match=r"does not name a checkpoint in .*newest good .*checkpoint-1'") as caught:
             find_checkpoint("latest", tmp_path)
         assert len(str(caught.value)) < 600
     (tmp_path / "latest").unlink()
@@ -140,14 +140,14 @@ def rename_entry(new: str) -> Callable[[dict[str, Any]], None]:
         (rename_entry("shard-00002.safetensors"), "foreign file"),
         (lambda m: m["files"]["run.json"].update(bytes=10**30), "'run.json' has"),
         (lambda m: m["files"]["run.json"].update(bytes=-1), "'run.json' has"),
-        (lambda m: m["files"]["run.json"].update(bytes="1"), "lacks size or sha256 of 'run.json'"),
-        (lambda m: m["files"].update({"run.json": None}), "lacks size or sha256 of 'run.json'"),
+        (lambda m: m["files"]["run.json"].update(bytes="1"), "lacks the size or sha256 of 'run.json'"),
+        (lambda m: m["files"].update({"run.json": None}), "lacks the size or sha256 of 'run.json'"),
         (lambda m: m.update(world_size=10**18), "files of its world_size"),
         (lambda m: m.update(world_size=True), "files of its world_size"),
         (lambda m: m.update(files=[]), "files of its world_size"),
         (lambda m: m.update(step="4"), "own sha256"),
         (lambda m: m.update(format_version=2), "format_version 2"),
-        (lambda m: m.update(format="other"), "no checkpoint of srde_ds"),
+        (lambda m: m.update(format="other"), "not a checkpoint of srde_ds"),
     ],
 )
 def test_forged_manifests_are_refused(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:

@@ -199,7 +199,7 @@ def test_overlapping_and_missing_columns_are_named(tmp_path: Path) -> None:
     left = TensorSlice("w", "master", (ROWS, COLUMNS), 0, matrix[:, :5].contiguous(), stride=COLUMNS)
     again = TensorSlice("w", "master", (ROWS, COLUMNS), 4, matrix[:, :5].contiguous(), stride=COLUMNS)
     write_shard(tmp_path, 0, [left])
-    with pytest.raises(SRDEError, match="holds 30 of the elements of 'w'"):
+    with pytest.raises(SRDEError, match="the shards have 30 elements of 'w'"):
         ShardIndex(tmp_path)
     write_shard(tmp_path, 1, [again])
     with pytest.raises(SRDEError, match="holds more than once 12 elements from 4 on of 'w'"):

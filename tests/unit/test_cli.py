@@ -310,7 +310,7 @@ def test_a_dry_run_starts_nothing(base: str, tmp_path: Path) -> None:
     config, table = result.stdout.split("\n\n", 1)
     assert yaml.safe_load(config)["training"]["output_dir"] == str(tmp_path / "run")
     assert "deltas.free" in table
-    assert "GiB a process with 1 process," in table
+    assert "GiB per process with 1 process," in table
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,8 @@ def test_report_prints_the_answers_and_where_the_page_is(tmp_path: Path, capsys:
         (tmp_path / "evaluation.json").unlink()
         assert main(["report", str(tmp_path), "--output", str(tmp_path / "other.html")]) == 0
         assert capsys.readouterr().out == (
-            f"Not evaluated yet: no report.md. `srde-ds evaluate` gives what the page lacks.\nReport: {html}\n"
+            "Not evaluated yet, so there is no report.md; `srde-ds evaluate` fills in what is missing.\n"
+            f"Report: {html}\n"
         )
     assert seen == [None, tmp_path / "other.html"]
     fails(capsys, ["report", "r", "--output", str(tmp_path)], "output_file=", "it is a folder")

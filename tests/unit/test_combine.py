@@ -128,7 +128,7 @@ def test_the_verb_and_what_its_result_serves_for(tmp_path: Path, capsys: pytest.
         str(made(tmp_path, ["math", "code"][: 2 - i], seed=i + 1, base=model(base), **form)[0])
         for i, form in enumerate(forms)
     ]
-    fails(capsys, ["combine", *places, "--output", str(tmp_path / "no")], "name 'math'", "--rename 2:math=NAME")
+    fails(capsys, ["combine", *places, "--output", str(tmp_path / "no")], "expert 'math'", "--rename 2:math=NAME")
     (tmp_path / "second").mkdir()
     places[1] = str(Path(places[1]).rename(tmp_path / "second" / "srde_weights.safetensors"))
     places[0] = str(made(tmp_path, ["math", "code"], seed=1, base=model(base), **forms[0])[0])
@@ -185,14 +185,14 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, capsys: p
         ([math, other], [], ["other.safetensors", "trained on", "adapters of one base"]),
         ([math, element], [], ["element.safetensors", "granularity=element"]),
         ([math, unknown], [], ["unknown", "no statistics of a domain 'unknown'", "srde-ds remove"]),
-        ([math, math], [], ["name 'math'", "--rename 2:math=NAME"]),
-        ([math], [], ["one adapter alone"]),
+        ([math, math], [], ["expert 'math'", "--rename 2:math=NAME"]),
+        ([math], [], ["only one adapter"]),
         ([math, code], ["--top_k", "3"], ["top_k=3", "number of experts, 2"]),
         ([math, code], ["--rename", "lore=law"], ["rename=lore=law", "0 of the adapters"]),
         ([math, math], ["--rename", "math=law"], ["2 of the adapters", "1:math=law or 2:math=law"]),
         ([math, code], ["--rename", "3:math=law"], ["there are 2 adapters"]),
         ([math, code], ["--rename", "math"], ["old=new"]),
-        ([math, code], ["--rename", "math=code"], ["name 'code'"]),
+        ([math, code], ["--rename", "math=code"], ["expert 'code'"]),
         ([math, tmp_path / "none"], [], ["none'"]),
     ):
         fails(capsys, ["combine", *map(str, places), *output, *options], *fragments)
@@ -214,7 +214,7 @@ def test_domains_that_are_alike_are_refused(tmp_path: Path) -> None:
         model.origins.update({name: 5}, same)
         save_weights(path, model.adapter_tensors(), model.metadata())
         places.append(open_adapter(path))
-    with pytest.raises(SRDEError, match="layer 0: the statistics of the domains math, code are alike"):
+    with pytest.raises(SRDEError, match="layer 0: the statistics of the domains math, code are too similar"):
         combine(places)
 
 
@@ -239,7 +239,7 @@ def test_rename_and_remove(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         ("rename", ["--names", "math"], ["rename=math", "old=new"]),
         ("rename", ["--names", "math=a,math=b"], ["given twice"]),
         ("remove", ["--experts", "maths"], ["expert 'maths'", "Did you mean 'math'?"]),
-        ("remove", ["--experts", "math,code,law"], ["no expert would be left"]),
+        ("remove", ["--experts", "math,code,law"], ["would be left"]),
     ):
         fails(capsys, [verb, str(path), *options, "--output", str(tmp_path / "no")], *fragments)
     assert not (tmp_path / "no").exists()

@@ -169,7 +169,7 @@ def test_defaults_from_the_files_of_a_run() -> None:
 
     config = resolve({}, {"max_steps": 40}, read_inputs=read)
     assert (config.data.max_length, config.optimizer.warmup_steps) == (512, 7)
-    assert config.derived["warmup_steps"] == "as in the run that goes on"
+    assert config.derived["warmup_steps"] == "as in the resumed run"
     assert resolve({}, {"max_steps": 40, "max_length": 64}, read_inputs=read).data.max_length == 64
     long = resolve({}, {}, read_inputs=lambda config, given: RunInputs(context=10**6))
     assert long.data.max_length == 2048 and "max_length" not in long.derived
@@ -225,8 +225,8 @@ def test_an_empty_section_means_its_defaults() -> None:
     [
         ("a: [", "not valid YAML"),
         ("- a\n", "must hold a mapping of sections, not a list"),
-        ("adapter:\n  top_k: 1\n  top_k: 2\n", "line 3: 'top_k' is there twice"),
-        ("adapter:\n  top_k: 1\nadapter:\n  density: 0.1\n", "line 3: 'adapter' is there twice"),
+        ("adapter:\n  top_k: 1\n  top_k: 2\n", "line 3: 'top_k' occurs twice"),
+        ("adapter:\n  top_k: 1\nadapter:\n  density: 0.1\n", "line 3: 'adapter' occurs twice"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, content: str, fragment: str) -> None:

@@ -248,7 +248,7 @@ def test_a_rank_comes_once_and_the_port_closes_when_all_have_come(verdicts: dict
     came = threading.Event()
     hub = Hub(3, 100, 100, "secret", all_have_come=came.set)
     first = link_to(hub, 1)
-    with pytest.raises(LostContact, match="rank 1 is there already: another run with the same folder uses the port"):
+    with pytest.raises(LostContact, match="rank 1 is already there: another run with the same folder uses the port"):
         link_to(hub, 1)
     assert not came.is_set()
     second = link_to(hub, 2)

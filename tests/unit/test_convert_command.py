@@ -155,7 +155,7 @@ def test_a_base_with_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest
     assert main(["convert", str(weights), *to_dense, str(tmp_path / "same")]) == 0
     others.save_pretrained(base)
     assert main(["convert", str(made.weights), *to_dense, str(tmp_path / "unknown")]) == 0
-    told = f"weights '{weights}': trained with another tokenizer than that of '{base}'"
+    told = f"weights '{weights}': they were trained with another tokenizer than that of '{base}'"
     fails(capsys, ["convert", str(weights), *to_dense, str(tmp_path / "other")], told, "--base")
     fails(capsys, ["inference", str(weights), "--base", str(base), "--prompt", "what is 1"], told)
     assert not (tmp_path / "other").exists()
@@ -165,5 +165,8 @@ def test_weights_that_name_no_base_ask_for_it(tmp_path: Path, capsys: pytest.Cap
     model, weights = tiny_srde(), tmp_path / "of_no_base.safetensors"
     save_weights(weights, model.adapter_tensors(), model.metadata())
     fails(
-        capsys, ["inference", str(weights), "--prompt", "1"], f"weights '{weights}': do not name their base", "--base"
+        capsys,
+        ["inference", str(weights), "--prompt", "1"],
+        f"weights '{weights}': they do not name their base",
+        "--base",
     )

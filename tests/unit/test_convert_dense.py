@@ -141,7 +141,7 @@ def test_memory_holds_few_tensors_of_the_base(
 def test_an_existing_folder_is_left_alone(base: Path, tmp_path: Path) -> None:
     made = trained(base, tmp_path)
     (tmp_path / "dense").mkdir()
-    with pytest.raises(SRDEError, match=r"output=.*dense: it exists"):
+    with pytest.raises(SRDEError, match=r"output=.*dense: already exists"):
         merged(made, tmp_path / "dense", "red")
     assert list((tmp_path / "dense").iterdir()) == []
 
@@ -171,7 +171,7 @@ def test_a_full_disk_is_seen_before_writing(base: Path, tmp_path: Path, monkeypa
     made = trained(base, tmp_path)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 90, 10))
-    with pytest.raises(SRDEError, match=r"output=.*GiB will be written, the disk has 0\.0 GiB left"):
+    with pytest.raises(SRDEError, match=r"output=.*GiB are needed, the disk has 0\.0 GiB left"):
         merged(made, tmp_path / "dense", "red")
     assert not (tmp_path / "dense").exists()
 
@@ -233,7 +233,7 @@ def test_what_rounding_loses_is_said(base: Path, tmp_path: Path, caplog: pytest.
     with caplog.at_level("INFO"):
         merged(made, tmp_path / "bfloat16", "green", dtype=torch.bfloat16)
     assert "rounding: the merged changes have a relative error of" in caplog.text
-    assert "of the changed weights stay what they were; --dtype float32 keeps them exactly" in caplog.text
+    assert "of the weights to change stay the same; --dtype float32 keeps changes exactly" in caplog.text
 
 
 def test_a_base_that_has_moved_is_asked_for(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

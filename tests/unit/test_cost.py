@@ -254,7 +254,7 @@ def test_a_page_shows_the_config_and_both_tables(ministral: Path) -> None:
     for line in ("deltas.free", "router.weight", "all trainables", "frozen base", "gathered base", "sum"):
         assert f"\n{line} " in page
     assert f"{BASE_VALUES:,}" in page
-    assert "GiB a process with 2 processes" in page
+    assert "GiB per process with 2 processes" in page
 
 
 @pytest.mark.parametrize(

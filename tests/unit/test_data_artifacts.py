@@ -76,7 +76,7 @@ def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path, harm: Callable[[
 
 
 def test_one_build_at_a_time(tmp_path: Path) -> None:
-    with ArtifactStore(tmp_path), pytest.raises(SRDEError, match="another build is at work there"):
+    with ArtifactStore(tmp_path), pytest.raises(SRDEError, match="another build is using this folder"):
         ArtifactStore(tmp_path).__enter__()
     with ArtifactStore(tmp_path):
         pass

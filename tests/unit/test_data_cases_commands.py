@@ -113,7 +113,7 @@ def test_what_is_trained_on(bases: Bases, tmp_path: Path, name: str, family: str
         ("surrogate.jsonl", "chatml", [":1: ", "half a surrogate pair"]),
         ("gbk.jsonl", "chatml", ["not UTF-8, looks like GBK: give --encoding gbk"]),
         ("think_multi_turn.jsonl", "qwen, thinking", [":1: ", "--train_on last"]),
-        ("think_bare.jsonl", "deepseek-r1", [":1: ", "does not go on from its generation prompt"]),
+        ("think_bare.jsonl", "deepseek-r1", [":1: ", "does not continue its generation prompt"]),
         ("turn_end_in_response.jsonl", "chatml, another EOS", [":1: ", "end of turn '<|im_end|>'"]),
         ("turn_end_in_response.jsonl", "chatml", [":1: ", "EOS token '<|im_end|>'"]),
         ("top_level_system.jsonl", "gemma", [":1: ", "System role not supported", "into the first user message"]),
@@ -195,7 +195,7 @@ def test_a_tokenizer_larger_than_the_embedding(tmp_path: Path, capsys: pytest.Ca
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.add_tokens(["<one_more>"])
     tokenizer.save_pretrained(tmp_path / "base")
-    told = (f"its tokenizer has {len(tokenizer)} tokens, its embedding {len(tokenizer) - 1}", "resize_token_embeddings")
+    told = (f"{len(tokenizer)} tokens, but its embedding has {len(tokenizer) - 1}", "resize_token_embeddings")
     arguments = dry_run(tmp_path / "base", tmp_path)
     fails(capsys, arguments, *told)
     with patch.dict("os.environ", {"DS_ACCELERATOR": "cpu"}):

@@ -127,7 +127,7 @@ def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, caplog: pyte
     assert len(read(f"{tmp_path}/*.jsonl")) == 1
     assert find_files(f"{tmp_path}/**/*.jsonl", "x") == [tmp_path / "b.jsonl"]
     refused(tmp_path / "more", "more: the folder holds no file of records (.jsonl, ")
-    refused(f"{tmp_path}/*.csv", "*.csv: no such file. Give an existing file, a folder, or a pattern in quotes.")
+    refused(f"{tmp_path}/*.csv", "*.csv: no such file. Give an existing file, a folder or a quoted pattern.")
 
 
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:
 
 def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
     refused(write(tmp_path / "a.csv", "prompt,prompt", "a,b"), "a.csv': its first line must name each column")
-    refused(write(tmp_path / "b.csv", "prompt,response", "a,b,c"), "b.csv:2: has 3 cells, the first line names 2")
+    refused(write(tmp_path / "b.csv", "prompt,response", "a,b,c"), "b.csv:2: has 3 cells, but the first line names 2")
     refused(write(tmp_path / "c.csv", "messages", "[1"), "c.csv:2: field 'messages' must hold JSON")
     chat = json.dumps(TURNS).replace('"', '""')
     write(tmp_path / "d.csv", "messages,answer,source", f'"{chat}",,hand', "", f'"{chat}",56,')
@@ -259,7 +259,7 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
         ({"text": "a"}, "It has 'text': give --columns, such as prompt=question,response=reply."),
         ({"text": "a"}, "needs 'prompt' and 'response', or 'messages', or the keys of another form: messages; conv"),
         (GOOD | {"respnse": 1}, "unknown key 'respnse' in a record of the form prompt_response, which has prompt, res"),
-        (GOOD | {"respnse": 1}, "Did you mean 'response'? Name the key it stands for with --columns KEY=respnse, or"),
+        (GOOD | {"respnse": 1}, "Did you mean 'response'? Map it to a known key with --columns KEY=respnse, or"),
         (GOOD | {"respnse": 1}, "leave it out with --ignore_columns respnse."),
         (GOOD | {"prompt": "\ud83d"}, "field 'prompt' holds half a surrogate pair"),
     ],
@@ -273,7 +273,7 @@ def test_columns_are_renamed_and_left_out(tmp_path: Path) -> None:
     record = {"q": "7*8?", "response": "long", "reply": "56", "topic": "math", "id": 3, "note": "x", "extra": None}
     path = write(tmp_path / "data.jsonl", record)
     names = {"prompt": "q", "response": "reply", "domain": "topic"}
-    refused(path, "'reply' is to be 'response', but the record has a 'response' of its own", columns=names)
+    refused(path, "'reply' is to be 'response', but the record already has a 'response'", columns=names)
     refused(path, "unknown key 'note'", columns=names, ignore_columns=("response",))
     for ignored in (("response", "note"), ("response", "*")):
         (found,) = read(path, "math", "code", columns=names, ignore_columns=ignored)

@@ -69,7 +69,7 @@ def test_a_source_without_one_of_its_columns_is_refused(source: Source, tmp_path
     column = FORMATTERS[str(source.formatter)].columns[0]
     data = Dataset.from_list(FIXTURES[source.name].rows, features=features(source.name)).rename_column(column, "new")
     data.save_to_disk(str(tmp_path / "data"))
-    with pytest.raises(SourceError, match=f"its columns do not fit: no '{column}', it has .*new"):
+    with pytest.raises(SourceError, match=f"its columns do not fit: there is no '{column}', only .*new"):
         read(local(source, folder=str(tmp_path / "data")))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import (
@@ -136,7 +136,7 @@ def test_changed_content_is_noticed_and_foreign_folders_refused(files: dict[str,
     build(files)
     write_jsonl(files["jsonl_data"], sums("math", [90]) + sums("logic", [91]))
     fails(files, "It was built from other files or other content")
-    fails(files, "holds no manifest.json: it is no folder of build_dataset", output_dir=files["jsonl_data"].parent)
+    fails(files, "holds no manifest.json: build_dataset has not made it", output_dir=files["jsonl_data"].parent)
 
 
 def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def test_held_out_prompts_in_training_are_refused(files: dict[str, Any]) -> None
     with files["jsonl_data"].open("a") as file:
         file.write(json.dumps({"messages": [*turns, {"role": "assistant", "content": "y"}], "domain": "math"}) + "\n")
         file.write(json.dumps(sums("logic", [52])[0]) + "\n")
-    fails(files, "2 held-out prompts occur in the training file too, the first is")
+    fails(files, "2 held-out prompts also occur in the training file, the first is")
     fails(files, "held_out.jsonl:2 = ")
     fails(files, "train.jsonl:61: remove them from one of the files")
 
@@ -198,7 +198,7 @@ def test_manifest_checks(files: dict[str, Any]) -> None:
     with pytest.raises(SRDEError, match="has no validation rows: build it with --eval_file"):
         load_rows(folder, "validation", manifest)
     manifest.splits["train"].rows += 1
-    with pytest.raises(SRDEError, match="rows, its manifest says"):
+    with pytest.raises(SRDEError, match="rows, but its manifest says"):
         load_rows(folder, "train", manifest)
     next((folder / "train").glob("*.arrow")).unlink()
     with pytest.raises(SRDEError, match="cannot be read"):
@@ -208,7 +208,7 @@ def test_manifest_checks(files: dict[str, Any]) -> None:
     for broken, message in (
         ("{", "is damaged"),
         ("[]", "format_version None"),
-        (json.dumps(content | {"format_version": 9}), "format_version 9, this release reads 1"),
+        (json.dumps(content | {"format_version": 9}), "format_version 9, but this release reads 1"),
         (json.dumps(content | {"splits": {"train": {"rows": 1}}}), "is damaged"),
         (json.dumps(content | {"domains": ["math"]}), "is damaged"),
         (json.dumps(content | {"tokenizer": []}), "is damaged"),
@@ -319,14 +319,17 @@ def test_questions_that_are_held_out_but_for_case_and_spaces_are_told(
     with files["eval_file"].open("a") as file:
         file.write(json.dumps({"prompt": "MATH:  3 + 1? ", "response": "4", "domain": "math"}) + "\n")
     build(files)
-    assert "but for case and spaces: 1 of 9, the first is" in caplog.text and "held_out.jsonl:9." in caplog.text
+    assert (
+        "1 of 9 held-out questions equal a training question but for case and spaces, the first is" in caplog.text
+        and "held_out.jsonl:9." in caplog.text
+    )
     assert "domains with fewer than 100 training records: math has 30, logic has 30." in caplog.text
 
 
 def test_dropped_documents_are_told_by_domain_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {"jsonl_data": CASES / "half_too_long.jsonl", "eval_file": None, "output_dir": tmp_path / "rows"}
     manifest = build(files, domains=["math", "code"], max_length=128)
-    tell_dropped(manifest)
+    warn_of_dropped(manifest)
     for domain in ("math", "code"):
         counts = manifest.splits["train"].domains[domain]
         assert (counts.documents, counts.dropped) == (8, 4) and counts.longest > 128
@@ -335,7 +338,7 @@ def test_dropped_documents_are_told_by_domain_with_the_remedy(tmp_path: Path, ca
             told + f"raise --max_length (the longest has {counts.longest:,} tokens), or give --too_long" in caplog.text
         )
     caplog.clear()
-    tell_dropped(
+    warn_of_dropped(
         build(files | {"output_dir": tmp_path / "b"}, domains=["math", "code"], max_length=128, too_long="truncate")
     )
     assert "4 of 8 documents are longer than max_length=128: 4 cut at their end." in caplog.text

@@ -141,7 +141,9 @@ def test_a_shortfall_is_an_error_or_trimmed_or_kept(
     options: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     short = replace(options, sources=options.sources[:3], examples_per_domain=95)
-    with pytest.raises(SRDEError, match="examples_per_domain=95: only so many clean examples: logic has 90. Lower it"):
+    with pytest.raises(
+        SRDEError, match="examples_per_domain=95: there are not enough clean examples: logic has 90. Lower it"
+    ):
         build(short, tmp_path / "data")
     assert not (tmp_path / "data" / "data.jsonl").exists()
     trimmed = build(replace(short, on_shortfall="trim"), tmp_path / "data")
@@ -154,7 +156,7 @@ def test_a_shortfall_is_an_error_or_trimmed_or_kept(
 
 def test_a_generated_source_that_has_no_more_ends_the_growth(options: BuildOptions, tmp_path: Path) -> None:
     bounded = Source("few", "logic", reasoning_gym="aiw", weight=1.0, near_duplicates=False, rows=1500)
-    with pytest.raises(SRDEError, match="only so many clean examples: logic has 1,3"):
+    with pytest.raises(SRDEError, match="not enough clean examples: logic has 1,3"):
         build(replace(options, sources=[bounded], examples_per_domain=5000), tmp_path / "data", tokenizer=None)
 
 
@@ -167,7 +169,7 @@ def test_a_missing_source_is_fatal_or_skipped_by_name(options: BuildOptions, tmp
     assert result.skipped == {"gone": f"no such file '{tmp_path / 'none.jsonl'}'"}
     assert result.domains["math"]["by_source"] == {"sums": 50}
     alone = replace(with_gone, sources=[gone, *options.sources[2:]], on_missing_source="skip")
-    with pytest.raises(SRDEError, match="domain 'math' is left without any source"):
+    with pytest.raises(SRDEError, match="domain 'math' has no source left"):
         build(alone, tmp_path / "other")
 
 
@@ -406,14 +408,17 @@ def test_options_that_do_not_go_together(capsys: pytest.CaptureFixture[str], tmp
     refused({"jsonl_data": "x", "examples_per_domain": "5"}, "jsonl_data=x is tokenised as it is", "--sources_file")
     refused({"jsonl_data": "x", "skip_download": "true"}, "jsonl_data=x is tokenised as it is")
     refused({"examples_per_domain": "5", "eval_file": "x"}, "eval_file=x", "--decontaminate_against")
-    refused({"jsonl_data": "x", "skip_tokenize": "true"}, "skip_tokenize=true leaves nothing to do")
-    refused({"jsonl_data": "x", "push_to_hub": "a/b"}, "push_to_hub=a/b: goes with --examples_per_domain")
+    refused(
+        {"jsonl_data": "x", "skip_tokenize": "true"},
+        "skip_tokenize=true without --examples_per_domain leaves nothing to do",
+    )
+    refused({"jsonl_data": "x", "push_to_hub": "a/b"}, "push_to_hub=a/b: this option needs --examples_per_domain")
     for key, value in (("decontaminate_against", "x"), ("on_shortfall", "trim"), ("test_fraction", "0.2")):
-        refused({"jsonl_data": "x", key: value}, f"{key}={value}: goes with --examples_per_domain")
-    refused({"jsonl_data": "x", "sources_file": "y"}, "sources_file=y: does not go with jsonl_data=x")
+        refused({"jsonl_data": "x", key: value}, f"{key}={value}: this option needs --examples_per_domain")
+    refused({"jsonl_data": "x", "sources_file": "y"}, "sources_file=y: excludes jsonl_data=x")
     refused({"examples_per_domain": "0"}, "examples_per_domain=0: must be at least 1")
     refused({"examples_per_domain": "5", "test_fraction": "-.1"}, "test_fraction=-0.1")
-    refused({"examples_per_domain": "5", "test_fraction": ".6", "validation_fraction": ".4"}, "less than 1 together")
+    refused({"examples_per_domain": "5", "test_fraction": ".6", "validation_fraction": ".4"}, "sum must be less than 1")
     refused({"examples_per_domain": "5", "near_duplicate_threshold": "0"}, "near_duplicate_threshold=0.0")
     refused({"examples_per_domain": "5", "validation_fraction": "nan"}, "validation_fraction=nan")
     assert list(tmp_path.iterdir()) == []

@@ -98,7 +98,7 @@ def test_sources_are_loaded_retried_skipped_refilled_and_pushed(hub: Hub, tmp_pa
     assert build["domains"]["math"]["by_source"].keys() == {"gsm8k", "exported", "busy"}
     assert build["domains"]["math"]["by_source"]["gsm8k"] >= 35  # the others have 20 each
     assert build["skipped"].keys() == {"changed", "gated", "gone"}
-    assert "no 'answer', it has question, reply" in build["skipped"]["changed"]
+    assert "no 'answer', only question, reply" in build["skipped"]["changed"]
     assert "GatedRepoError" in build["skipped"]["gated"] and "RepositoryNotFoundError" in build["skipped"]["gone"]
     assert json.loads((work / "sources.lock.json").read_text())["openai/gsm8k"] == sha
     report = (work / "report" / "report.md").read_text()

@@ -85,12 +85,12 @@ def test_options_become_phases() -> None:
         ("math=much", "'math=much' must be a domain"),
         ("math=-1", "math=-1 must be 0 or a positive number"),
         ("math=inf", "must be 0 or a positive number"),
-        ("math=0,code=0", "one domain at least needs a weight above 0"),
-        ("5: math=1", "each later part with the step"),
-        ("math=1; code=1", "each later part with the step"),
-        ("math=1; x: code=1", "each later part with the step"),
-        ("math=1; 0: code=1", "steps must rise, 0 does not"),
-        ("math=1; 9: code=1; 5: math=1", "steps must rise, 5 does not"),
+        ("math=0,code=0", "at least one domain needs a weight above 0"),
+        ("5: math=1", "the step of each later change"),
+        ("math=1; code=1", "the step of each later change"),
+        ("math=1; x: code=1", "the step of each later change"),
+        ("math=1; 0: code=1", "steps must increase, but 0 does not"),
+        ("math=1; 9: code=1; 5: math=1", "steps must increase, but 5 does not"),
     ],
 )
 def test_weights_of_another_form_are_refused(text: str, message: str) -> None:

@@ -80,7 +80,7 @@ def test_a_choice_that_is_a_letter_is_itself(tmp_path: Path) -> None:
         ({"messages": TURNS[:1], "domain": "math"}, "must be from the assistant"),
         ({"messages": TURNS[1:], "domain": "math"}, "must hold a user message before"),
         ({"messages": [{"role": "system", "content": "a"}, TURNS[1]], "domain": "math"}, "a user message before"),
-        ({"messages": [*TURNS, {"role": "system", "content": "a"}, TURNS[1]], "domain": "math"}, "must be the first"),
+        ({"messages": [*TURNS, {"role": "system", "content": "a"}, TURNS[1]], "domain": "math"}, "must come first"),
         ({"messages": [{"role": "users", "content": "a"}, TURNS[1]], "domain": "math"}, "Did you mean 'user'?"),
         ({"messages": [{"role": "user", "content": ""}, TURNS[1]], "domain": "math"}, "messages[0]: field 'content'"),
     ],
@@ -185,7 +185,7 @@ def test_content_parts_are_joined() -> None:
         ([ASKED | {"train": True}, TURNS[1]], {}, "a message of role user is not trained on"),
         ([ASKED | {"tool_calls": [CALL]}, TURNS[1]], {}, "'tool_calls' in a message of role user"),
         ([ASKED | {"reasoning": "t"}, TURNS[1]], {}, "'reasoning' in a message of role user"),
-        ([ASKED, TURNS[1] | {"reasoning": "t", "thinking": "u"}], {}, "holds several thoughts (reasoning, thinking"),
+        ([ASKED, TURNS[1] | {"reasoning": "t", "thinking": "u"}], {}, "several thoughts (reasoning, thinking"),
         ([ASKED, TURNS[1] | {"reasoning": {}}], {}, "field 'reasoning' must be text, not an object"),
         ([ASKED, {"role": "assistant", "content": {"a": 1}}], {}, "must be text or a list of parts, not an object"),
         (
@@ -193,7 +193,7 @@ def test_content_parts_are_joined() -> None:
             {},
             "content[0]: a part of type 'image_url'",
         ),
-        ([{"role": "user", "content": [7]}, TURNS[1]], {}, "content[0]: a number is not supported, only text is"),
+        ([{"role": "user", "content": [7]}, TURNS[1]], {}, "content[0]: a number is not supported, only text"),
         ([ASKED, {"role": "assistant", "tool_calls": [1]}], {}, "tool_calls[0]: must be an object"),
         (
             [ASKED, {"role": "assistant", "tool_calls": [{"function": {"name": "w", "arguments": "x"}}]}],

@@ -32,7 +32,7 @@ def build(options: BuildOptions, work_dir: Path, **changes: Any) -> BuildSummary
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"columns": {"prompt": "q"}}, "its columns do not fit: no 'q', it has prompt, response, domain"),
+        ({"columns": {"prompt": "q"}}, "its columns do not fit: there is no 'q', only prompt, response, domain"),
         ({"jsonl": "."}, "the folder holds no file of records"),
         (
             {"jsonl": None, "formatter": None, "reasoning_gym": "leg_counting", "options": {"min_animals": 0}},
@@ -75,7 +75,7 @@ def test_few_examples_of_several_generated_sources(options: BuildOptions, tmp_pa
 
 def test_evaluation_sets_without_questions_are_refused(options: BuildOptions, tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
-    refused = {"math_tasks": "its items are made", str(empty): "is empty", "sum": "Did you mean 'sums'"}
+    refused = {"math_tasks": "a generated source has no test set", str(empty): "is empty", "sum": "Did you mean 'sums'"}
     for name, message in refused.items():
         with pytest.raises(SRDEError, match=f"decontaminate_against={name}: .*{message}"):
             build(options, tmp_path / "data", decontaminate_against=(name,))
@@ -103,7 +103,7 @@ def test_commits_are_looked_up_once(options: BuildOptions, tmp_path: Path, monke
 def test_what_no_build_made_is_not_replaced(options: BuildOptions, tmp_path: Path) -> None:
     for name in ("README.md", "data.jsonl"):
         (tmp_path / name).write_text("mine")
-        with pytest.raises(SRDEError, match=f"holds a {name} that no build made. Choose another --work_dir"):
+        with pytest.raises(SRDEError, match=f"its {name} was not made by a build. Choose another --work_dir"):
             build(options, tmp_path)
         assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "sums.jsonl"} == {
             name: "mine"

@@ -135,5 +135,5 @@ def test_unknown_domains_and_exhausted_tasks_are_errors(monkeypatch: pytest.Monk
     with pytest.raises(SRDEError, match=r"unknown domain 'maths'.* Did you mean 'math'\?"):
         tasks.generate("maths", 1, seed=0)
     monkeypatch.setattr(tasks, "SCIENCE", {"one": lambda generator: (str(generator.randint(1, 5)), "x")})
-    with pytest.raises(SRDEError, match="domain 'science' has only 5 distinct items, 6 are asked for"):
+    with pytest.raises(SRDEError, match="domain 'science' has only 5 distinct items, but 6 are wanted"):
         tasks.generate("science", 6, seed=0)

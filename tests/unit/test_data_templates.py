@@ -53,8 +53,8 @@ NO_THOUGHTS = {
     "reasoning, several": r"does not write a thought \('reasoning_content'\)",
 }
 NO_TOOLS = {"tools": r"does not write tool calls \('tool_calls'\)"}
-NOT_GOING_ON = "does not go on from its generation prompt"
-EARLIER = "writes an earlier turn otherwise"
+NOT_GOING_ON = "does not continue its generation prompt"
+EARLIER = "writes an earlier turn"
 
 
 def closed(end: str, last: str | None = None, *, trims: bool = False, before: str = "") -> dict[str, Any]:

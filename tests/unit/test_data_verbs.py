@@ -126,7 +126,7 @@ def test_lost_characters_of_a_source_are_counted_where_a_domain_is_short(
 
 def test_how_files_are_read_goes_with_files_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build = ["build_dataset", "--model_name", "x", "--examples_per_domain", "5"]
-    fails(capsys, [*build, "--encoding", "gbk"], "encoding=gbk: goes with jsonl_data only")
+    fails(capsys, [*build, "--encoding", "gbk"], "encoding=gbk: this option needs --jsonl_data")
     fails(capsys, [*build, "--columns", "prompt"], "columns=prompt: 'prompt' is not KEY=NAME")
     fails(capsys, [*build, "--on_bad_record", "drop"], "on_bad_record='drop': choose one of fail, skip")
     fails(capsys, [*build, "--format", "alpacca"], "format='alpacca': choose one of messages, sharegpt, alpaca")

@@ -83,7 +83,7 @@ def test_hosts_are_held_against_the_first(base: Path) -> None:
 @pytest.mark.parametrize(
     ("variables", "fact", "text"),
     [
-        ({}, {"own_address": "127.0.1.1"}, "its name stands for 127.0.1.1"),
+        ({}, {"own_address": "127.0.1.1"}, "its name resolves to 127.0.1.1"),
         ({"GLOO_SOCKET_IFNAME": "eth0"}, {"own_address": "127.0.1.1"}, "GLOO uses interface eth0"),
         ({"NCCL_SOCKET_IFNAME": "^docker,lo"}, {}, "NCCL uses interface ^docker,lo"),
     ],
@@ -103,7 +103,7 @@ def test_the_agent_answers_line_by_line(base: Path, tmp_path: Path) -> None:
     port = 0  # any free one
     questions: list[Any] = [["clock", {}], ["listen", {"port": port}], ["see", {"path": str(tmp_path / "f")}]]
     questions += [["write", {"path": str(tmp_path / "f")}], ["see", {"path": str(tmp_path / "f")}]]
-    questions += [["facts", {"base": str(base), "output_dir": str(tmp_path / "run/deep")}]]
+    questions += [["describe_host", {"base": str(base), "output_dir": str(tmp_path / "run/deep")}]]
     questions += [["write", {"path": "/proc/none/f"}]]
     done = subprocess.run(
         [sys.executable, "-m", "srde_ds.cluster.host_agent"],
@@ -143,7 +143,7 @@ def test_what_the_other_host_lacks_is_named_with_the_command_that_shows_it(
         named, shows = "node2: has no folder '/no/such/folder'", "node2 'ls -d /no/such/folder'"
     else:
         monkeypatch.setattr(sys, "executable", "/no/such/python")
-        named, shows = "node2: has no '/no/such/python'", "node2 'ls -l /no/such/python'"
+        named, shows = "node2: has no Python at '/no/such/python'", "node2 'ls -l /no/such/python'"
     config = resolve({}, {"output_dir": str(tmp_path / "run")})
     [finding] = doctor.check_hosts(config, [Host("node2", 1)], 29500, {})
     assert finding.level == "fatal" and finding.text.startswith(named) and finding.remedy.endswith(shows)

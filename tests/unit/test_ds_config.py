@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from srde_ds.config import resolve
-from srde_ds.distributed.ds_config import derive_ds_config
+from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,8 @@ OWNED = {
 
 
 def derive(path: Path | None) -> dict[str, Any]:
-    return derive_ds_config(resolve({}, FLAGS | ({"deepspeed_config": str(path)} if path else {})), world_size=4)
+    config = resolve({}, FLAGS | ({"deepspeed_config": str(path)} if path else {}))
+    return derive_ds_config(DeepSpeedOptions.of(config), world_size=4)
 
 
 def refusal(tmp_path: Path, content: Any) -> str:
@@ -77,7 +78,7 @@ def test_other_stages_are_refused_with_the_reason(tmp_path: Path, stage: int) ->
     [
         ({"train_batch_size": "auto"}, 'train_batch_size="auto"'),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size="auto"'),
-        ({"fp16": {"enabled": True}}, "fp16={'enabled': True}: choose --bf16"),
+        ({"fp16": {"enabled": True}}, "fp16={'enabled': True}: only bfloat16"),
         ({"optimizer": {"type": "AdamW"}}, "'optimizer' is given"),
         ({"scheduler": {"type": "WarmupLR"}}, "'scheduler' is given"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "zero_optimization.offload_optimizer"),
@@ -86,7 +87,7 @@ def test_other_stages_are_refused_with_the_reason(tmp_path: Path, stage: int) ->
         ({"zero_optimization": {"zero_quantized_gradients": True}}, "zero_optimization.zero_quantized_gradients=True"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights=True"),
         ({"bf16": True}, "bf16=True: must be an object"),
-        ({"fp16": True}, "fp16=True: choose --bf16"),
+        ({"fp16": True}, "fp16=True: only bfloat16"),
         ({"zero_optimization": 3}, "must hold a JSON object"),
         ([], "must hold a JSON object"),
         ('{"zero_optimization": ', "not valid JSON"),

@@ -106,7 +106,7 @@ def test_report_is_made_of_the_run(run_folder: Path) -> None:
     losses = " | ".join(f"{loss:.3f}" for loss in result["each_expert"]["loss"][2])
     assert f"| code alone | {losses} |" in text and "| as routed | " in text and "## By source" not in text
     assert "| train | math | 9 | 2 | 1 | 1,200 | 75.0% |" in text and "| loss_weighting | domain |" in text
-    assert "each domain counts alike" in text and "Held out: the mean over the response tokens" in text
+    assert "each domain counts equally" in text and "Held out: the mean over the response tokens" in text
     assert "| machine | a box |" in text and "| torch | 9 |" in text
     assert "5 steps, 500 tokens, 50 tokens/s" in text
     assert examples(page).startswith("**math**") and "Speed" not in examples(page)
@@ -146,7 +146,7 @@ def test_programs_are_run_only_if_that_is_asked_for(run_folder: Path, tmp_path: 
         result = json.loads((tmp_path / "evaluation.json").read_text())
         assert result["overall"]["srde"]["scored"] == scored
         assert result["run"]["sandbox"] == (None if not more else "none" if "none" in more else "bubblewrap")
-        assert ("items with tests, not scored: 1." in caplog.text) == (not more)
+        assert ("items with tests that are not scored: 1." in caplog.text) == (not more)
         assert ("can read, change and send all that you can" in caplog.text) == ("none" in more)
 
 
@@ -228,7 +228,7 @@ def test_training_records_of_a_file_of_all_splits_are_left_out(
     caplog.set_level("INFO")
     result = evaluate_command(_options(run_folder, eval_file=str(path), output_file=str(tmp_path / "e.json")))
     assert result["overall"]["srde"]["items"] == 2
-    assert f"{path}: 2 held-out items; those for training are left out: 1" in caplog.text
+    assert f"{path}: 2 held-out items; left out as training items: 1" in caplog.text
 
 
 def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_vastai_instances_become_hosts_with_their_ports(
         (["--list", "a:1", "--variables", "HTTPS_PROXY=http://me:word@proxy"], "its value holds a password"),
         (["--list", "a:1", "--variables", "A=$HOME"], "has '\\$'"),
         (["--list", "a:1", "--variables", "A= x"], "begins or ends with a space"),
-        (["--list", "a:1", "--variables", "1A=x"], "no name of a variable"),
+        (["--list", "a:1", "--variables", "1A=x"], "not a variable's name"),
     ],
 )
 def test_what_would_not_work_is_refused(

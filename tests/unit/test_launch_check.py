@@ -27,11 +27,11 @@ ALONE = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_POR
         (["-H", "nope"], 2, "hostfile=nope: no such file"),
         (["--hostfile=nope"], 2, "hostfile=nope: no such file"),
         (["--hostfile", "hosts"], 6, None),
-        (["--hostfile", "hosts"], 4, "hostfile=hosts: lists 6 processes, deepspeed has started 4"),
+        (["--hostfile", "hosts"], 4, "hostfile=hosts: lists 6 processes, but deepspeed has started 4"),
         (["--hostfile", "hosts", "--num_nodes", "1"], 2, None),
         (["--hostfile", "hosts", "--include", "a"], 2, None),
         (["--num_gpus", "2"], 2, None),
-        (["--num_gpus", "2", "--master_port", "1"], 1, "num_gpus=2: deepspeed has started 1 processes"),
+        (["--num_gpus", "2", "--master_port", "1"], 1, "num_gpus=2, but deepspeed has started 1 processes"),
         ([], 8, None),
     ],
 )
@@ -62,7 +62,7 @@ def test_training_under_deepspeed_finds_its_arguments(tmp_path: Path) -> None:
         ({"MASTER_ADDR": None}, "RANK=1 is set in the environment, but MASTER_ADDR is not: .* unset RANK"),
         ({"WORLD_SIZE": None}, "RANK=1 is set in the environment, but WORLD_SIZE is not"),
         ({"RANK": "2"}, "RANK=2 is set in the environment, but WORLD_SIZE=2 is not above it"),
-        ({"RANK": "one"}, "RANK='one' in the environment: is no number. Unset it"),
+        ({"RANK": "one"}, "RANK='one' in the environment: not a number. Unset it"),
         ({}, None),
     ],
 )

@@ -51,7 +51,7 @@ def test_weights_older_than_the_latest_checkpoint_are_not_taken(tmp_path: Path) 
         locate_weights(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert locate_weights(tmp_path) == training
-    with pytest.raises(SRDEError, match=f"holds no {WEIGHTS} of a finished run.*srde-ds convert --checkpoint"):
+    with pytest.raises(SRDEError, match=f"there is no {WEIGHTS} of a finished run.*srde-ds convert --checkpoint"):
         load_adapter(tmp_path, base=tiny_llama())
 
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_is_converted_for_as_long_as_it_is_needed(tmp_path: Path) -
     ("place", "message"),
     [
         ("", "the folder holds neither srde_weights.safetensors nor a checkpoint"),
-        ("nothing", "no such file or folder, and the Hub does not give it"),
+        ("nothing", "no such file or folder, nor can the Hub provide it"),
         ("n" * 300, "File name too long"),
         ("a\0b", "no such file or folder"),
     ],

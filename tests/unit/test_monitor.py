@@ -161,7 +161,7 @@ def test_once_tells_by_its_status(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["monitor", str(tmp_path), "--once"]) == 1
     assert "no progress" in capsys.readouterr().out
     fails(capsys, ["monitor", str(tmp_path / "none"), "--once"], "no such folder")
-    fails(capsys, ["monitor", str(tmp_path), "--once", "--webhook", "hooks.example/x"], "webhook: no http(s) URL")
+    fails(capsys, ["monitor", str(tmp_path), "--once", "--webhook", "hooks.example/x"], "webhook: not an http(s) URL")
 
 
 @pytest.mark.parametrize("reply", [b"nonsense\r\n\r\n", b"", b"HTTP/1.1 twohundred OK\r\n\r\n", b"\xff" * 70000])
@@ -182,7 +182,7 @@ def test_a_garbage_reply_never_ends_the_monitor(reply: bytes, tmp_path: Path, ca
 
 @pytest.mark.parametrize("url", ["https://[secret/x", "https://hooks.example:secret/x", "https://", "secret.example/x"])
 def test_a_bad_webhook_is_not_shown(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "secret" not in fails(capsys, ["monitor", str(tmp_path), "--webhook", url], "webhook: no http(s) URL")
+    assert "secret" not in fails(capsys, ["monitor", str(tmp_path), "--webhook", url], "webhook: not an http(s) URL")
 
 
 def test_a_webhook_in_the_wrong_place_is_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -165,8 +165,8 @@ def test_the_verb_prints_the_plan_and_writes_it(tmp_path: Path, capsys: pytest.C
         "base gathered",
         "expert transport: deltas (fewest bytes",
         "links between nodes",
-        "tokens a day",
-        "price: 24,576.00 a day",
+        "tokens per day",
+        "price: 24,576.00 per day",
         str(output),
     ):
         assert fragment in page

@@ -290,7 +290,9 @@ def assert_unpruned(run: Path) -> None:
 @pytest.mark.parametrize("density", [OLD, OLD + 1e-4, 0.5])
 def test_supports_that_would_not_shrink_are_refused(base: Path, tmp_path: Path, density: float) -> None:
     folder = save_run(unpruned(base), tmp_path)
-    with pytest.raises(SRDEError, match=r"density=0\.\d+: supports of \d+ entries, where .* has 12; .*lower density"):
+    with pytest.raises(
+        SRDEError, match=r"density=0\.\d+: the supports would have \d+ entries, .* have 12, .*lower density"
+    ):
         prune(folder, density)
     assert_unpruned(tmp_path)
 
@@ -314,7 +316,7 @@ def test_a_flipped_bit_stops_every_rank(base: Path, tmp_path: Path) -> None:
 def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     folder = save_run(unpruned(base), tmp_path / "run")
     tiny_llama(intermediate_size=64).save_pretrained(tmp_path / "other")
-    with pytest.raises(SRDEError, match=r"supports have \[12\] entries, with base .*other' they would have \[8\]"):
+    with pytest.raises(SRDEError, match=r"supports have \[12\] entries, but with base .*other' they would have \[8\]"):
         prune(folder, base=tmp_path / "other")
     with pytest.raises(SRDEError, match="cannot load the model"):
         prune(folder, base=tmp_path / "nowhere")
@@ -330,7 +332,7 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
 
 def test_a_folder_of_another_name_is_refused(base: Path, tmp_path: Path) -> None:
     folder = save_run(unpruned(base), tmp_path).rename(tmp_path / "best")
-    with pytest.raises(SRDEError, match="pruning replaces folders called 'checkpoint-5'"):
+    with pytest.raises(SRDEError, match="pruning needs a folder called 'checkpoint-5'"):
         prune(folder)
 
 

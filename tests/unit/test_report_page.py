@@ -74,7 +74,7 @@ def test_the_page_holds_all_of_a_run_in_its_order(tmp_path: Path) -> None:
         "train.py --bf16",
     ):
         assert text in page
-    assert "are not at tokenized any more" in page
+    assert "are no longer at tokenized" in page
     assert page.count("plotly.js v") == 1 and len(page) < 6e6
     first = items_of(page)[0]
     tokens = ["It", " is", " 0", "."]
@@ -143,8 +143,8 @@ def test_what_a_run_lacks_is_said(tmp_path: Path) -> None:
     (run / "evaluation.json").write_text(json.dumps(result))
     (run / "evaluation_items.jsonl").write_text(json.dumps(line) + "\n")
     page = write_run_page(run).read_text(encoding="utf-8")
-    assert "evaluate with --compare_baseline to have both" in page
-    assert "Which experts the tokens of these answers used is not recorded" in page
+    assert "evaluate with --compare_baseline to get both" in page
+    assert "are not recorded: only generated answers have them" in page
     assert items_of(page) == [[0, "made", [["user", "What is it 0?"]], "0", [["It is 0.", True]]]]
 
 
@@ -165,11 +165,11 @@ def test_sources_and_their_licences(tmp_path: Path) -> None:
     (run / "tokenized").mkdir()
     (run / "tokenized" / "manifest.json").write_text(json.dumps(manifest))
     page = write_run_page(run).read_text(encoding="utf-8")
-    assert "ffffffffffffffff" in page and "A file of records names no licence" in page
+    assert "ffffffffffffffff" in page and "Files of records do not name a licence" in page
     manifest["sources"] = [{"name": "sums", "domain": "math", "location": "a/sums", "license": "cc-by-4.0"}]
     (run / "tokenized" / "manifest.json").write_text(json.dumps(manifest))
     page = write_run_page(run).read_text(encoding="utf-8")
-    assert "<td>cc-by-4.0</td>" in page and "A file of records names no licence" not in page
+    assert "<td>cc-by-4.0</td>" in page and "Files of records do not name a licence" not in page
 
 
 def test_several_runs_are_compared(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_tokenizer_with_more_tokens_than_the_base_embeds(
     tokenizer.save_pretrained(base)
     count = len(tokenizer)
     for more in ({}, {"dry_run": "true"}):
-        refused(f"its tokenizer has {count} tokens, its embedding {count - 1}", model_name=str(base), **more)
+        refused(f"its tokenizer has {count} tokens, but its embedding has {count - 1}", model_name=str(base), **more)
 
 
 def test_a_base_that_sees_earlier_documents_wants_one_in_a_row(
@@ -124,7 +124,7 @@ def test_a_base_that_sees_earlier_documents_wants_one_in_a_row(
     AutoModelForCausalLM.from_config(qwen3_5(vocab_size=len(tokenizer))).save_pretrained(base)
     asked = {"model_name": str(base)}
     for more in ({}, {"dry_run": "true"}, {"jsonl_data": None, "pretokenized_dir": inputs["rows"]}):
-        refused("documents in a packed row would be seen from each other", "qwen3_5", "--packing false", **asked | more)
+        refused("documents in a packed row would see each other", "qwen3_5", "--packing false", **asked | more)
     options = {"jsonl_data": inputs["train"], "domains": DOMAINS, "max_length": POSITIONS, "packing": "false"}
     assert main(["build_dataset", *flags(options | asked | {"work_dir": str(tmp_path)})]) == 0
     manifest = load_manifest(tmp_path / "tokenized")
@@ -183,7 +183,7 @@ def test_long_documents(refused: Refusal) -> None:
 def test_a_folder_that_holds_no_rows(refused: Refusal, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     folder = {"jsonl_data": None, "pretokenized_dir": str(tmp_path / "empty")}
-    refused("pretokenized_dir=", "no folder of build_dataset", **folder)
+    refused("pretokenized_dir=", "build_dataset has not made it", **folder)
 
 
 def test_rows_that_do_not_fit_the_run(refused: Refusal, inputs: dict[str, str], tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_folders_that_the_run_would_refuse(refused: Refusal, tmp_path: Path, mor
     refused("output_dir=''", "is empty", **more, output_dir=" ")
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "none")
-    refused("is a link to", "which is not there", **more, output_dir=str(link))
+    refused("is a link to", "which does not exist", **more, output_dir=str(link))
     refused("File name too long", "--output_dir", **more, output_dir=str(tmp_path / ("x" * 300)))
     (tmp_path / "earlier").mkdir()
     (tmp_path / "earlier/latest").write_text("checkpoint-3")
@@ -301,7 +301,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process a GPU"):
+    with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process per GPU"):
         topology.start_processes(60)
 
 
@@ -366,7 +366,7 @@ def test_rows_are_built_once_without_progress_bars_and_used_again(inputs: dict[s
         f"srde-ds: {inputs['train']}: 12 records, prompts and responses",
         "srde-ds: domains with fewer than 100 training records: red has 6, green has 6. An expert learns little from "
         "so few.",
-        f"srde-ds: '{tmp_path}/tokenized' was built from the same files and options: it is used as it is",
+        f"srde-ds: '{tmp_path}/tokenized' was built from the same files and options, so it is used as it is",
     ]
 
 
@@ -399,7 +399,7 @@ def test_a_run_warns_of_very_uneven_domains(
     for number, (path, warned) in enumerate(((inputs["train"], False), (str(records), True))):
         caplog.clear()
         prepare_data(resolve({}, given | {"jsonl_data": path, "output_dir": str(tmp_path / str(number))}))
-        assert ("unevenly shared: red 9" in caplog.text) == warned
+        assert ("divided very unevenly: red 9" in caplog.text) == warned
     caplog.clear()
     given |= {"jsonl_data": str(records), "output_dir": str(tmp_path / "1"), "loss_weighting": "domain"}
     prepare_data(resolve({}, given))

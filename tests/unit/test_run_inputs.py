@@ -81,7 +81,7 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
     checkpoint = saved_run(tmp_path)
     for state in ({"config": 3}, {"config": {"optimizer": 3}}, {}):
         (checkpoint / RUN_STATE).write_text(json.dumps(state))
-        with pytest.raises(SRDEError, match="resume_from=.*not a run's state"):
+        with pytest.raises(SRDEError, match="resume_from=.*not a run state"):
             resolved(resume_from=str(tmp_path))
     (checkpoint / RUN_STATE).write_text(json.dumps({"config": {"optimizer": {"warmup_steps": "many"}}}))
     with pytest.raises(SRDEError, match="warmup_steps='many'"):

@@ -68,7 +68,7 @@ def test_adapters_that_are_not_there(made: Trained, tmp_path: Path, monkeypatch:
             SRDEModel.from_pretrained(made.base, folder)
     (taken_up / "completed.json").write_text("{}")
     assert SRDEModel.from_pretrained(made.base, taken_up).expert_names == NAMES
-    message = "weights '/no/such/file': no such file or folder, and the Hub does not give it"
+    message = "weights '/no/such/file': no such file or folder, nor can the Hub provide it"
     with pytest.raises(SRDEError, match=message):
         SRDEModel.from_pretrained(made.base, "/no/such/file")
 
@@ -203,7 +203,7 @@ def test_quantised_bases(bits: int, tmp_path: Path) -> None:
         error, effect = (found - expected).norm(), (expected - bare.float()).norm()
     assert error < 0.1 * effect  # kernels round activations to 8 or 16 bits
     assert model.generate(tokens(1, 4), max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 7)
-    with pytest.raises(SRDEError, match="layer 0 of the base holds quantised weights"):
+    with pytest.raises(SRDEError, match="layer 0 of the base has quantised weights"):
         model.merge_and_unload("red")
     other = tmp_path / "other"
     tiny_llama(hidden_size=64, intermediate_size=128, seed=1, dtype=torch.bfloat16).save_pretrained(other)
@@ -268,7 +268,7 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         "| sums | red | someone/sums | mit | no |",
         "| red | 3.500 | 1.250 |",
         "sums may not be passed on",
-        "not known here: see its own page",
+        "not known here: see the base's page",
     ):
         assert part in card, part
     evaluation = {
@@ -279,7 +279,8 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     card = model_card(model.metadata(), repo="me/experts", run=run)
     name = Path(str(model.base_identity["name"])).name
     assert f"SRDEModel.from_pretrained({name!r}, 'me/experts')" in card
-    assert f"`{name}` was a folder where this was trained: give your own; another model is refused by its hash" in card
+    assert f"`{name}` was a local folder during training: give your own folder of this base" in card
+    assert "Another model is refused by its hash" in card
     assert "On 40 held-out items" in card and "| red | – | 1.250 | – | – |" in card
     assert "| all | 2.500 | 1.500 | 12.5% | 25.0% |" in card
     (run / "evaluation.json").write_text("{")
@@ -354,7 +355,7 @@ def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()
         assert lines[:2] == [f"{hub.endpoint}/me/experts", f"{hub.endpoint}/me/open"]
-        assert "weights 'me/none': no such file or folder, and the Hub does not give it (404" in lines[2]
+        assert "weights 'me/none': no such file or folder, nor can the Hub provide it (404" in lines[2]
         assert "weights 'a/b/c': no such file or folder" in lines[3] and len(lines) == 4
         assert hub.private == {"me/experts": True, "me/open": False} and hub.tokens == {"Bearer hf_secret"}
         files = hub.files["me/experts"]

@@ -90,9 +90,7 @@ def test_routers_alone() -> None:
     alone = replace(schedule, curriculum=replace(schedule.curriculum, training_phases="routers"))
     found = {(alone.step(number).phase, alone.step(number).trained) for number in range(200)}
     assert found == {("routers", ROUTERS)}
-    with pytest.raises(
-        SRDEError, match="training_phases=routers without start_from: the experts would stay as the base"
-    ):
+    with pytest.raises(SRDEError, match="training_phases=routers without start_from: the experts would equal the base"):
         config(training_phases="routers")
 
 

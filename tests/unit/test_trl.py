@@ -312,7 +312,7 @@ def test_the_optimizer_has_the_groups_of_the_own_training(tmp_path: Path) -> Non
     ("options", "message"),
     [
         ({"muon_lr": -1.0}, "muon_lr=-1.0: must be at least 0"),
-        ({"warmup_steps": 3}, "warmup_steps=3: .* The trainer has options"),
+        ({"warmup_steps": 3}, "warmup_steps=3: .* The trainer has its own options"),
         ({"lr": 3}, "lr=3: for_trainer takes use_muon"),
     ],
 )
@@ -326,7 +326,7 @@ def test_what_has_no_rule_is_refused() -> None:
         for_trainer(base())
     model = new_model()
     model.base_model.model.lm_head.weight.requires_grad_(True)
-    with pytest.raises(SRDEError, match="trained beside the experts"):
+    with pytest.raises(SRDEError, match="trained along with the experts"):
         for_trainer(model)
 
 

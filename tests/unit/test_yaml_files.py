@@ -107,5 +107,5 @@ def test_ordinary_files_are_read_as_before(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(SRDEError, match="no ordinary file"):
+        with pytest.raises(SRDEError, match="not an ordinary file"):
             read_yaml(path, f"config: '{path}'")

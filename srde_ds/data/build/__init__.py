@@ -1,1 +1,1 @@
-"""From documents to a clean, balanced and packed dataset."""
+"""Turns documents into a clean, balanced and packed dataset."""

@@ -1,8 +1,8 @@
-"""The files that the passes of a build make, named by what they were made from, so that none is made twice.
+"""The files that a build's passes make, named by what they are made from, so that none is made twice.
 
-An artifact is one file. Its name is a fingerprint of the work's code and of everything that goes into it; an artifact
-that depends on another one counts that one's name among its inputs. A killed build finds its finished artifacts again,
-and a changed option changes the names of those only that depend on it.
+An artifact is one file. Its name is a fingerprint of the code that makes it and of all inputs, among them the names of
+artifacts that it depends on. A killed build finds its finished artifacts again, and a changed option changes only the
+names of the artifacts that depend on it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from srde_ds.errors import SRDEError
 
 Work = Callable[..., dict[str, Any]]
-"""`work(path, **arguments)` writes the file `path` and returns figures that JSON can hold. A module's function."""
+"""`work(path, **arguments)` writes the file `path` and returns figures that JSON can hold. A module-level function."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Artifact:
 
 
 def fingerprint(*parts: Any) -> str:
-    """32 hex digits of anything that JSON can hold."""
+    """A fingerprint, in 32 hex digits, of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @cache
 def code_fingerprint(*modules: str) -> str:
-    """Of the source of `modules`, so that a new release does not take an older one's artifacts for its own."""
+    """The fingerprint of the modules' source, so that a new release does not use artifacts of an older one."""
     return fingerprint(*(inspect.getsource(sys.modules[name]) for name in modules))
 
 
 class ArtifactStore:
-    """The folder of artifacts, which one build at a time may use, and the processes that make them.
+    """The folder of artifacts, used by one build at a time, and the processes that make them.
 
     Raises:
-        SRDEError: on entering it, if another build is at work.
+        SRDEError: on entering, if another build is using the folder.
     """
 
     def __init__(self, folder: Path, num_processes: int = 1, initialize: Callable[[], None] | None = None) -> None:
@@ -64,9 +64,9 @@ class ArtifactStore:
         self.num_processes = num_processes
         self.wall_seconds: defaultdict[str, float] = defaultdict(float)
         self.cpu_seconds: defaultdict[str, float] = defaultdict(float)
-        """of all processes; both by pass"""
+        """both by pass; CPU time of all processes"""
         self.made: dict[str, int] = {}
-        """artifacts that were not there yet, by pass"""
+        """number of new artifacts, by pass"""
         self._initialize = initialize
         self._pool: ProcessPoolExecutor | None = None
 
@@ -78,9 +78,9 @@ class ArtifactStore:
         except BlockingIOError:
             self._lock.close()
             raise SRDEError(
-                f"'{self.folder}': another build is at work there. Wait for it, or choose another --work_dir."
+                f"'{self.folder}': another build is using this folder. Wait for it, or choose another --work_dir."
             ) from None
-        self._remove_halves()  # of a build that was killed
+        self._remove_unfinished()  # from a build that was killed
         if self._initialize:
             self._initialize()
         return self
@@ -92,10 +92,13 @@ class ArtifactStore:
         self._lock.close()
 
     def run(self, name: str, work: Work, parts: Sequence[tuple[str, dict[str, Any]]]) -> list[Artifact]:
-        """The artifacts (key, arguments of `work`) of the pass `name`, in their order; none is made a second time.
+        """Make the artifacts of the pass `name` that do not exist yet, and return all of them in order.
+
+        Args:
+            parts: key and arguments of `work` for each artifact.
 
         Raises:
-            SRDEError: what `work` raised, or a process that died.
+            SRDEError: from `work`, or because a process died.
         """
         started = time.perf_counter()
         paths = [self.folder / name / f"{key}.arrow" for key, _ in parts]
@@ -120,16 +123,16 @@ class ArtifactStore:
             for future in as_completed(futures):
                 future.result()
         except BrokenProcessPool:
-            # The pool ends its other processes in the middle of what they write.
+            # The pool has killed its other processes while they were writing.
             self._pool.shutdown()
             self._pool = None
-            self._remove_halves()
+            self._remove_unfinished()
             raise process_died(self.num_processes) from None
         finally:
             for future in futures:
                 future.cancel()
 
-    def _remove_halves(self) -> None:
+    def _remove_unfinished(self) -> None:
         for half in self.folder.rglob("*.tmp"):
             half.unlink()
 
@@ -145,19 +148,19 @@ class ArtifactStore:
 
 
 def worker_pool(num_processes: int, initialize: Callable[[], None] | None) -> ProcessPoolExecutor:
-    """Processes that end with this one, however it ends."""
+    """A pool of processes that end with this process, however it ends."""
     return ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), _start_worker, (initialize,))
 
 
 def process_died(num_processes: int) -> SRDEError:
-    """In place of BrokenProcessPool."""
+    """The error to raise in place of BrokenProcessPool."""
     return SRDEError(
-        f"num_processes={num_processes}: a process was killed, most likely for want of memory: lower it, start again."
+        f"num_processes={num_processes}: a process was killed, most likely for lack of memory: lower it, start again."
     )
 
 
 def slices(count: int, size: int) -> Iterable[tuple[int, int]]:
-    """[0, size), [size, 2 size), ... up to `count`."""
+    """The ranges [0, size), [size, 2 size), ... up to `count`."""
     return ((start, min(start + size, count)) for start in range(0, count, size))
 
 
@@ -166,7 +169,7 @@ def _figures(path: Path) -> Path:
 
 
 def _done(path: Path) -> bool:
-    # The figures are written last. After a power cut, either file may be there without its content.
+    # The figures are written last. After a power cut, either file may be empty.
     try:
         return bool(path.stat().st_size == json.loads(_figures(path).read_text())["file_bytes"])
     except (FileNotFoundError, ValueError, KeyError):
@@ -186,7 +189,7 @@ def _make(work: Work, path: Path, arguments: dict[str, Any]) -> None:
 
 
 def _start_worker(initialize: Callable[[], None] | None) -> None:
-    # A build that is killed outright cannot stop its processes: they stop themselves.
+    # A build that is killed cannot stop its processes, so they stop themselves.
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""`srde-ds build_dataset`: from sources, or from a JSONL file as it is."""
+"""`srde-ds build_dataset`: builds from sources, or from files taken as they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import Config
-from srde_ds.data.build.dropped import tell_dropped
+from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
@@ -41,10 +41,10 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
     """Build, report and upload as the options say.
 
     Args:
-        domains: those that were asked for by name; None: all of the sources.
+        domains: the domains that the user named; None: all domains of the sources.
 
     Raises:
-        SRDEError: options that do not go together, or what a build raises.
+        SRDEError: the options contradict each other, or the build fails.
     """
     check_request(config, request)
     work_dir = Path(request.work_dir)
@@ -65,16 +65,16 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
         num_processes=request.num_processes or 1,
         overwrite=request.overwrite,
     )
-    tell_dropped(manifest)
+    warn_of_dropped(manifest)
     _print_rows(manifest)
     print(f"Dataset: {work_dir / ROWS}")
 
 
 def check_request(config: Config, request: BuildRequest) -> None:
-    """Refuse options that do not go together.
+    """Refuse options that contradict each other.
 
     Raises:
-        SRDEError: names them and the remedy.
+        SRDEError: with the options and the remedy.
     """
     jsonl_data, model_name = config.data.jsonl_data, config.model.model_name
     if not model_name and not request.skip_tokenize:
@@ -83,7 +83,7 @@ def check_request(config: Config, request: BuildRequest) -> None:
         raise SRDEError(f"num_processes={request.num_processes}: must be at least 1.")
     if jsonl_data and (request.examples_per_domain is not None or request.skip_download):
         raise SRDEError(
-            f"jsonl_data={jsonl_data} is tokenised as it is, without --examples_per_domain or --skip_download. To "
+            f"jsonl_data={jsonl_data} is tokenised as it is: leave out --examples_per_domain and --skip_download. To "
             "clean it and mix it with others, name it as a source in --sources_file."
         )
     if not (jsonl_data or request.from_sources or request.skip_download):
@@ -92,36 +92,36 @@ def check_request(config: Config, request: BuildRequest) -> None:
         value = getattr(request, key)
         if value and value != getattr(BuildOptions, key):
             raise SRDEError(
-                f"{key}={value}: goes with --examples_per_domain only; files are taken as they are. Leave it out."
+                f"{key}={value}: this option needs --examples_per_domain; files are taken as they are. Leave it out."
             )
     if request.sources_file and jsonl_data:
-        raise SRDEError(f"sources_file={request.sources_file}: does not go with jsonl_data={jsonl_data}. Keep one.")
+        raise SRDEError(f"sources_file={request.sources_file}: excludes jsonl_data={jsonl_data}. Keep one of them.")
     for key, value in ReadOptions.of(config.data).to_dict().items() if not jsonl_data else ():
-        raise SRDEError(f"{key}={value}: goes with jsonl_data only. Leave it out.")
+        raise SRDEError(f"{key}={value}: this option needs --jsonl_data. Leave it out.")
     if config.data.eval_file and not jsonl_data:
         raise SRDEError(
-            f"eval_file={config.data.eval_file}: goes with jsonl_data. A build from sources holds out splits of its "
-            "own; give --decontaminate_against to keep the file's questions out of it."
+            f"eval_file={config.data.eval_file}: this option needs --jsonl_data. A build from sources makes its own "
+            "held-out splits; give --decontaminate_against to keep the file's questions out of training."
         )
     if config.data.train_on != "all" and request.from_sources:
         raise SRDEError(
-            f"train_on={config.data.train_on}: goes with jsonl_data. A source says itself which turns count: mark the "
-            'others with "train": false there.'
+            f"train_on={config.data.train_on}: this option needs --jsonl_data. In a source, mark the turns that do not "
+            'count with "train": false.'
         )
     if request.skip_tokenize and not request.from_sources:
-        raise SRDEError("skip_tokenize=true leaves nothing to do without --examples_per_domain: leave it out.")
+        raise SRDEError("skip_tokenize=true without --examples_per_domain leaves nothing to do. Leave it out.")
     if request.push_to_hub and not request.from_sources:
-        raise SRDEError(f"push_to_hub={request.push_to_hub}: goes with --examples_per_domain only.")
+        raise SRDEError(f"push_to_hub={request.push_to_hub}: this option needs --examples_per_domain.")
     if request.examples_per_domain is not None and request.examples_per_domain < 1:
         raise SRDEError(f"examples_per_domain={request.examples_per_domain}: must be at least 1.")
     held_out = request.validation_fraction + request.test_fraction
-    if not (request.validation_fraction >= 0 and request.test_fraction >= 0 and held_out < 1):  # refuses nan, too
+    if not (request.validation_fraction >= 0 and request.test_fraction >= 0 and held_out < 1):  # refuses nan as well
         raise SRDEError(
             f"validation_fraction={request.validation_fraction}, test_fraction={request.test_fraction}: must not be "
-            "negative, and less than 1 together."
+            "negative, and their sum must be less than 1."
         )
     if not 0 < request.near_duplicate_threshold <= 1:
-        raise SRDEError(f"near_duplicate_threshold={request.near_duplicate_threshold}: must be above 0, at most 1.")
+        raise SRDEError(f"near_duplicate_threshold={request.near_duplicate_threshold}: must be above 0 and at most 1.")
 
 
 def _from_sources(
@@ -131,7 +131,7 @@ def _from_sources(
     tokenizer: PreTrainedTokenizerBase | None,
     work_dir: Path,
 ) -> None:
-    from srde_ds.data.build.report import write_report  # needs matplotlib: said before anything is built
+    from srde_ds.data.build.report import write_report  # needs matplotlib: fails before anything is built
 
     sources = choose_domains(load_sources(request.sources_file), domains)
     if request.push_to_hub:
@@ -161,8 +161,8 @@ def _from_sources(
     report = write_report(work_dir, build, manifest)
     for domain, figures in build.domains.items():
         long = sum(s["counts"].get("too long", 0) for s in build.sources if s["domain"] == domain)
-        told = f", {long:,} longer than max_length={config.data.max_length} left out" if long else ""
-        print(f"{one_line(domain)}: {figures['documents']:,} documents{told}")
+        left_out = f", {long:,} longer than max_length={config.data.max_length} left out" if long else ""
+        print(f"{one_line(domain)}: {figures['documents']:,} documents{left_out}")
     if manifest:
         _print_rows(manifest)
     print(f"Dataset: {work_dir / (ROWS if manifest else JSONL)}")
@@ -179,5 +179,5 @@ def _print_rows(manifest: Manifest) -> None:
     for split, counts in manifest.splits.items():
         print(f"{split}: {counts.rows} rows, {counts.fill_rate:.1%} of their positions used")
     print(aligned_table(counts_table(counts_of(manifest)), right=2))
-    if told := uneven_responses(manifest.splits["train"]):
-        log.warning("%s", told)
+    if warning := uneven_responses(manifest.splits["train"]):
+        log.warning("%s", warning)

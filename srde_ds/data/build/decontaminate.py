@@ -1,4 +1,4 @@
-"""Find training documents that hold parts of evaluation items: n-grams of words that both have."""
+"""Finds training documents that contain parts of evaluation items: n-grams of words that occur in both."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pyarrow as pa
 
 from srde_ds.data.build.row_rules import hashed, ngram_hashes, words
 from srde_ds.data.build.tables import read_table, write_table
-from srde_ds.data.conversation import said
+from srde_ds.data.conversation import all_text
 from srde_ds.data.files import find_files, read_items
 from srde_ds.errors import SRDEError
 
 NGRAM = 13
-"""words; an evaluation item with fewer of them is looked for as a whole"""
+"""words in an n-gram; a shorter evaluation item is searched for as a whole"""
 MOST_DOCUMENTS = 10
-"""an n-gram that more training documents than this share is a form of words, not a leak"""
+"""an n-gram that occurs in more training documents than this is a common phrase, not a leak"""
 _QUESTIONS = ("prompt", "question", "query", "problem", "problem_text", "goal", "instruction", "input")
 
 
@@ -33,11 +33,10 @@ def evaluation_ngrams(texts: Iterable[str]) -> np.ndarray:
 
 
 def read_evaluation_file(name: str | Path) -> Iterator[str]:
-    """What is asked in each record of a file, a folder or a pattern: the user's turns, or the first field that holds a
-    question.
+    """The question in each record of a file, folder or pattern: the user's turns, or the first field with a question.
 
     Raises:
-        SRDEError: there is no such file, or a record has neither.
+        SRDEError: the file does not exist, or a record holds no question.
     """
     for path in find_files(name, "decontaminate_against"):
         try:
@@ -64,12 +63,12 @@ def _question(item: dict[str, Any], place: str) -> str:
 def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:
     """Write which n-grams of the file `ngrams` (.npy) occur in which of a part's records: columns `index`, `ngram`."""
     wanted = np.load(ngrams)
-    # A text can only hold an n-gram of the size that the evaluation items have: NGRAM, or a short item's own.
+    # Only n-grams of the evaluation items' sizes can match: NGRAM, or the length of a short item.
     documents: list[np.ndarray] = []
     matches: list[np.ndarray] = []
     for index, line in enumerate(read_table(records)["line"].to_pylist()):
         messages = json.loads(line)["messages"]
-        values = _hashes(words(" ".join(said(message) for message in messages if message["role"] != "system")))
+        values = _hashes(words(" ".join(all_text(message) for message in messages if message["role"] != "system")))
         asked = _hashes(words(" ".join(message["content"] for message in messages[:-1] if message["role"] == "user")))
         runs = np.concatenate([ngram_hashes(values, NGRAM), ngram_hashes(asked, len(asked)) if len(asked) else asked])
         found = np.unique(runs[np.isin(runs, wanted)])
@@ -82,12 +81,12 @@ def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:
 
 
 def contaminated(index: np.ndarray, ngram: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, int]:
-    """`[N]` bool, documents that hold an evaluation n-gram, and how many n-grams were taken for forms of words.
+    """`[N]` bool, documents that contain an evaluation n-gram, and how many n-grams counted as common phrases.
 
     Args:
         index: the document of each match.
         ngram: the n-gram of each match.
-        keep: `[N]` bool, documents that earlier rules left.
+        keep: `[N]` bool, documents that earlier rules have kept.
     """
     held = keep[index]
     index, ngram = index[held], ngram[held]

@@ -1,7 +1,7 @@
-"""Exact and near duplicates over all sources at once: of documents that are alike, the first is kept.
+"""Finds exact and near duplicates across all sources; the first of several similar documents is kept.
 
-Near duplicates are found by MinHash: documents that share all hashes of a band of their signatures are compared
-there, and the later one goes if their similarity (Jaccard, of their runs of five words) reaches the threshold.
+Near duplicates are found by MinHash: documents that share all hashes of a band of their signatures are compared, and
+the later one is removed if their Jaccard similarity, over runs of five words, reaches the threshold.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from srde_ds.data.build.row_rules import NUM_PERM
 from srde_ds.data.build.tables import read_table
 
 BANDS = 16
-"""of 8 hashes each: a pair of similarity 0.8 is looked at with probability 0.95, one of 0.9 with 0.9999"""
+"""of 8 hashes each: a pair of similarity 0.8 is compared with probability 0.95, one of 0.9 with 0.9999"""
 MOST_LEADERS = 64
-"""documents of one bucket that the others are compared with: bounds the work where a form letter fills a bucket"""
+"""documents in a bucket that the others are compared with; bounds the work when a form letter fills a bucket"""
 _CHUNK = 65_536
 
 
 def exact_duplicates(content: np.ndarray) -> np.ndarray:
-    """bool [N]: an earlier document has the same `content` hash."""
+    """bool [N]: whether an earlier document has the same `content` hash."""
     repeated = np.ones(len(content), bool)
     repeated[np.unique(content, return_index=True)[1]] = False
     return repeated
 
 
 def near_duplicates(signatures: np.ndarray, candidates: np.ndarray, threshold: float) -> np.ndarray:
-    """bool [N]: similar to an earlier document.
+    """bool [N]: whether a document is similar to an earlier one.
 
     Args:
         signatures: uint32 [N, NUM_PERM]; may be memory-mapped.
-        candidates: bool [N], the documents to look at.
-        threshold: estimated Jaccard similarity from which on two documents are duplicates.
+        candidates: bool [N], the documents to consider.
+        threshold: estimated Jaccard similarity from which two documents are duplicates.
     """
     removed = np.zeros(len(signatures), bool)
     width = NUM_PERM // BANDS
@@ -50,7 +50,7 @@ def _remove_in_band(
     keys = np.empty(len(members), np.uint64)
     for start in range(0, len(members), _CHUNK):
         keys[start : start + _CHUNK] = _band_keys(signatures[members[start : start + _CHUNK], band])
-    order = np.argsort(keys, kind="stable")  # within a bucket documents stay in their order
+    order = np.argsort(keys, kind="stable")  # keeps the documents' order within a bucket
     members, keys = members[order], keys[order]
     for _ in range(MOST_LEADERS):
         bucket = np.cumsum(np.r_[True, keys[1:] != keys[:-1]]) - 1 if len(keys) else np.empty(0, int)
@@ -69,7 +69,7 @@ def _remove_in_band(
 
 
 def _band_keys(values: np.ndarray) -> np.ndarray:
-    """uint64 [n] of uint32 [n, width]."""
+    """Hash uint32 [n, width] to uint64 [n]."""
     keys = np.zeros(len(values), np.uint64)
     for column in values.T:
         keys = (keys ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
@@ -78,7 +78,7 @@ def _band_keys(values: np.ndarray) -> np.ndarray:
 
 
 def _similarity(signatures: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Estimated Jaccard similarity of pairs: the share of equal hashes."""
+    """The estimated Jaccard similarity of pairs: the share of equal hashes."""
     result = np.empty(len(left))
     for start in range(0, len(left), _CHUNK):
         part = slice(start, start + _CHUNK)
@@ -87,7 +87,7 @@ def _similarity(signatures: np.ndarray, left: np.ndarray, right: np.ndarray) -> 
 
 
 def gather_signatures(paths: Sequence[Path], lengths: Sequence[int], file: Path) -> np.ndarray:
-    """The signatures of all parts in one memory-mapped file; zeros for parts that have none."""
+    """Collect the signatures of all parts in one memory-mapped file, with zeros for parts that have none."""
     total = sum(lengths)
     merged = np.lib.format.open_memmap(file, "w+", np.uint32, (total, NUM_PERM))
     start = 0

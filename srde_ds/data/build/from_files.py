@@ -1,4 +1,4 @@
-"""Build a folder of packed rows from files of records that are taken as they are."""
+"""Builds a folder of packed rows from files whose records are taken as they are."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InputFiles:
-    """The files of a build, each a path, a folder or a pattern, and how they are read."""
+    """The files of a build (each option is a path, a folder or a pattern), and how they are read."""
 
     jsonl_data: str | Path
     eval_file: str | Path | None
@@ -53,36 +53,36 @@ class InputFiles:
     reading: ReadOptions = field(default_factory=ReadOptions)
     train_on: TrainOn = "all"
     optional_domains: Sequence[str] = ()
-    """need no training records"""
+    """domains that need no training records"""
 
     def name(self, split: str) -> str:
-        """What the records of a split come from."""
+        """The option's value that a split's records come from."""
         return str(self.eval_file if self.eval_file and split == "validation" else self.jsonl_data)
 
     def records(self, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-        """Split and record of all of them. Those of `eval_file` make up the split validation.
+        """The split and the record, for all records. Those of `eval_file` make up the split validation.
 
         Raises:
-            SRDEError: `jsonl_data` holds a validation record, too.
+            SRDEError: `jsonl_data` holds a validation record as well.
         """
         how: dict[str, Any] = {"options": self.reading, "bad": bad, "train_on": self.train_on}
         for record in read_records(self.jsonl_data, self.domains, **how):
             if record.split == "validation" and self.eval_file:
-                raise SRDEError(f"{record.where}: a validation record, with eval_file={self.eval_file}: keep one.")
+                raise SRDEError(f"{record.where}: a validation record besides eval_file={self.eval_file}: keep one.")
             yield record.split, record
         if self.eval_file:
             for record in read_records(self.eval_file, self.domains, option="eval_file", **how):
                 yield "validation", record
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of what each name stands for: of the file, or of the hashes of the files in their order."""
+        """SHA-256 by option's value: of the file, or of the hashes of several files in order."""
         options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
         return {name: files_hash(find_files(name, option)) for name, option in options.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowsOfFiles(InputFiles):
-    """The files of a build, and how their records become rows; see the options of the same names."""
+    """The files of a build, and how their records become rows. The fields are options of the same names."""
 
     max_length: int
     too_long: str
@@ -91,7 +91,7 @@ class RowsOfFiles(InputFiles):
 
     @classmethod
     def of(cls, config: Config, jsonl_data: str | Path, domains: Sequence[str] | None = None) -> RowsOfFiles:
-        """The rows of these files for a run with `config`; `domains`: default, the run's."""
+        """How these files become rows for a run with `config`; `domains` defaults to the run's."""
         data = config.data
         return cls(
             jsonl_data=jsonl_data,
@@ -116,13 +116,13 @@ def build_dataset(
 ) -> Manifest:
     """Write `output_dir/train/`, the held-out splits and `output_dir/manifest.json`.
 
-    Held out are the records of `eval_file` (split validation), and those of `jsonl_data` that name their split. The
-    folder appears complete or not at all. One that was built from the same files, tokenizer and options is used as it
-    is. All input is checked before the first record is tokenised.
+    Held out are the records of `eval_file` (split validation), and records of `jsonl_data` that name their split. The
+    folder appears complete or not at all. A folder that was built from the same files, tokenizer and options is used as
+    it is. All input is checked before the first record is tokenised.
 
     Raises:
-        SRDEError: bad input, a domain without records, held-out prompts in the training files, or a folder that exists
-            and holds something else (without `overwrite`).
+        SRDEError: bad input, a domain without records, held-out prompts in the training files, or, without `overwrite`,
+            a folder that holds something else.
     """
     output_dir = Path(output_dir)
     hashes = inputs.hashes()
@@ -133,7 +133,7 @@ def build_dataset(
     if not overwrite and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         existing = load_manifest(output_dir)
         _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
-        log.info("'%s' was built from the same files and options: it is used as it is", output_dir)
+        log.info("'%s' was built from the same files and options, so it is used as it is", output_dir)
         return existing
     with ExitStack() as stack:
         try:
@@ -156,10 +156,10 @@ def check_files(
     """Read all records and refuse what cannot be trained on, before anything is tokenised.
 
     Args:
-        keep: takes split and record of each good one.
+        keep: is called with the split and record of each good record.
 
     Returns:
-        how many bad records were left out.
+        The number of bad records left out.
 
     Raises:
         SRDEError: bad records, a domain without training records, held-out prompts in the training files.
@@ -173,9 +173,9 @@ def check_files(
             continue
         if keep is not None:
             keep(split, record)
-    bad.settle(inputs.reading.on_bad_record)
+    bad.report(inputs.reading.on_bad_record)
     held_out = str(inputs.eval_file or inputs.jsonl_data)
-    checks.settle(str(inputs.jsonl_data), held_out, optional=inputs.optional_domains)
+    checks.finish(str(inputs.jsonl_data), held_out, optional=inputs.optional_domains)
     return bad.count
 
 
@@ -204,7 +204,7 @@ def _check_same(
 
 
 class _RecordFiles:
-    """Records on disk, by split and domain, in files that are tokenised one at a time: memory does not grow."""
+    """Records on disk, by split and domain, in files that are tokenised one at a time to bound memory."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -218,7 +218,7 @@ class _RecordFiles:
             self._write((split, record.domain))
 
     def close(self) -> dict[tuple[str, str], list[tuple[Path, int]]]:
-        """The files and how many records each holds, by split and domain."""
+        """The files and their numbers of records, by split and domain."""
         for place in [place for place, lines in self._lines.items() if lines]:
             self._write(place)
         return self._files
@@ -233,7 +233,7 @@ class _RecordFiles:
 def _tokenize(
     files: dict[tuple[str, str], list[tuple[Path, int]]], inputs: InputFiles, store: ArtifactStore
 ) -> tuple[dict[tuple[str, str], Documents], int]:
-    """The documents of each split and domain, in the order of the records; and how many records were left out."""
+    """The documents of each split and domain, in the order of the records, and the number of records left out."""
     work = [_tokenizing(path, count) for of_place in files.values() for path, count in of_place]
     tokenized = iter(store.run("tokens", tokenize_records, work))
     bad = BadRecords()
@@ -241,12 +241,12 @@ def _tokenize(
     for place, of_place in files.items():
         for artifact in (next(tokenized) for _ in of_place):
             _add(documents[place], artifact, bad)
-    bad.settle(inputs.reading.on_bad_record)
+    bad.report(inputs.reading.on_bad_record)
     return documents, bad.count
 
 
 def _places(files: dict[tuple[str, str], Any], domains: Sequence[str]) -> list[tuple[str, str]]:
-    """All domains of each split that has records."""
+    """Every domain, for each split that has records."""
     splits = {split for split, _ in files}
     return [(split, domain) for split in SPLITS if split in splits for domain in domains]
 
@@ -256,7 +256,7 @@ def _tokenizing(path: Path, count: int) -> tuple[str, dict[str, Any]]:
 
 
 def _add(documents: Documents, artifact: Artifact, bad: BadRecords) -> None:
-    """Add the documents of a file of tokens, but for those that cannot be used."""
+    """Add the documents of a file of tokens, except those that cannot be used."""
     number = len(documents.files)
     documents.files.append(artifact)
     tokens = Tokens(artifact.path)
@@ -269,10 +269,10 @@ def _add(documents: Documents, artifact: Artifact, bad: BadRecords) -> None:
 
 
 def files_hash(paths: Sequence[Path]) -> str:
-    """SHA-256 of a file, or of the hashes of several.
+    """SHA-256 of a file, or of the hashes of several files.
 
     Raises:
-        SRDEError: one cannot be read.
+        SRDEError: a file cannot be read.
     """
     hashes = [file_hash(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
@@ -282,7 +282,7 @@ def file_hash(path: Path) -> str:
     """SHA-256 of a file.
 
     Raises:
-        SRDEError: it is not there or cannot be read.
+        SRDEError: it does not exist or cannot be read.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""From sources to a clean, balanced, tokenised dataset: reads from top to bottom, pass by pass."""
+"""Builds a clean, balanced, tokenised dataset from sources, pass by pass, in the order of this file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 BUILD = "build.json"
 LENGTH_BINS = 32
 BROKEN_TO_WARN = 0.1
-"""share of a source's rows from which on it is probably read wrongly, rather than dirty"""
+"""share of broken rows above which a source is probably read wrongly, rather than dirty"""
 
 
 def build_from_sources(
@@ -45,12 +45,12 @@ def build_from_sources(
 ) -> BuildSummary:
     """Write `data.jsonl`, `build.json` and, with a tokenizer, `tokenized/` into `work_dir`.
 
-    What a pass made is kept in `work_dir/artifacts`, so that a build that was stopped goes on, and one with other
+    What a pass makes is kept in `work_dir/artifacts`, so that a build that was stopped can continue, and one with other
     options makes only what they change.
 
     Raises:
-        SRDEError: a source cannot be read, a domain comes out short (if the options say so), or `tokenized/` holds
-            something else (without `overwrite`).
+        SRDEError: a source cannot be read, a domain has too few documents (unless the options allow it), or, without
+            `overwrite`, `tokenized/` holds something else.
     """
     started = time.perf_counter()
     if not overwrite:
@@ -74,14 +74,14 @@ def build_from_sources(
             if not supply.grow(missing, dict(zip(supply.opened, found, strict=True))):
                 break
         counts, reasons = _left_out(supply, records, pool, selection)
-        _settle(selection, options, counts, reasons)
+        _handle_shortfall(selection, options, counts, reasons)
         build = _describe(options, supply, records, pool, selection, _tokenizer_key(tokenizer), counts, reasons)
         if not overwrite:
             check_free(work_dir, build)
         with store.timed("write"):
             data_hash = write_jsonl(work_dir / JSONL, selection, pool, records.parts)
         if tokenizer is None:
-            shutil.rmtree(work_dir / ROWS, ignore_errors=True)  # rows of other records
+            shutil.rmtree(work_dir / ROWS, ignore_errors=True)  # these rows come from other records
         else:
             write_selection(work_dir, selection, pool, options, build, data_hash, tokenizer, store)
     build.passes = {
@@ -103,7 +103,7 @@ def _tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
 def _left_out(
     supply: Supply, records: Records, pool: Pool, selection: Selection
 ) -> tuple[dict[str, Counter[str]], dict[str, Counter[str]]]:
-    """By source: rows read, normalised and left out by rule; and what was wrong with the broken ones."""
+    """By source: rows read, normalised and left out by each rule; and why the broken ones are broken."""
     counts = {name: pool.removed[name] + selection.removed[name] for name in supply.opened}
     reasons: dict[str, Counter[str]] = {name: Counter() for name in supply.opened}
     names = list(supply.opened)
@@ -119,7 +119,7 @@ def _left_out(
 
 
 def _faults(rules: Counter[str], reasons: Counter[str]) -> str:
-    """`broken 399 (no text in 'reply'), exact duplicate 1 of 400 rows`; empty if nothing was left out."""
+    """Such as `broken 399 (no text in 'reply'), exact duplicate 1 of 400 rows`; empty if nothing was left out."""
     shown = []
     for rule, count in rules.most_common():
         if count and rule not in ("read", "normalised"):
@@ -128,20 +128,20 @@ def _faults(rules: Counter[str], reasons: Counter[str]) -> str:
     return f"{', '.join(shown)} of {rules['read']:,} rows" if shown else ""
 
 
-def _settle(
+def _handle_shortfall(
     selection: Selection,
     options: BuildOptions,
     counts: dict[str, Counter[str]],
     reasons: dict[str, Counter[str]],
 ) -> None:
-    """A domain that came out short: an error, a smaller dataset or an unbalanced one; it is said in any case."""
+    """If a domain has too few documents, warn and trim or keep the others, or fail, as `on_shortfall` says."""
     wanted = options.examples_per_domain
     sizes = {domain: wanted - chosen.missing for domain, chosen in selection.domains.items()}
     short = {domain: size for domain, size in sizes.items() if size < wanted}
     if not short:
         return
     found = ", ".join(f"{domain} has {size:,}" for domain, size in short.items())
-    message = f"examples_per_domain={wanted}: only so many clean examples: {found}"
+    message = f"examples_per_domain={wanted}: there are not enough clean examples: {found}"
     of_short = [source.name for source in options.sources if source.domain in short and source.name in counts]
     faults = {name: _faults(counts[name], reasons[name]) for name in of_short}
     if any(faults.values()):

@@ -1,4 +1,4 @@
-"""What is looked for in all records of a build from files, before anything is tokenised."""
+"""Checks all records of a build from files, before anything is tokenised."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from srde_ds.errors import SRDEError
 log = logging.getLogger(__name__)
 
 FEW_RECORDS = 100
-"""training records of a domain below which there is a warning"""
+"""a domain with fewer training records gets a warning"""
 _MOST_SHAPES = 1000
 
 
@@ -27,18 +27,18 @@ class InputChecks:
         self._domains, self._tokenizer = list(domains), tokenizer
         self._counts: Counter[str] = Counter()
         self._trained: dict[int, str] = {}
-        """place of the first record that asks it, by hash of what is asked"""
+        """place of the first record with a question, by the question's hash"""
         self._held_out: dict[int, str] = {}
         self._trained_plain: set[int] = set()
         self._held_out_plain: dict[int, str] = {}
-        """the same without case and spaces"""
+        """the same, ignoring case and spaces"""
         self._shapes: set[Any] = set()
 
     def add(self, split: str, record: Record) -> None:
-        """Note a record.
+        """Take a record into account.
 
         Raises:
-            SRDEError: it holds the EOS token, or the chat template refuses its kind of conversation.
+            SRDEError: the record holds the EOS token, or the chat template refuses its kind of conversation.
         """
         check_markers(self._tokenizer, record)
         shape = tuple((message["role"], *sorted(message)) for message in record.messages)
@@ -55,11 +55,11 @@ class InputChecks:
             self._held_out.setdefault(hash(asked[-1]), record.where)
             self._held_out_plain.setdefault(_plain_hash(asked[-1]), record.where)
 
-    def settle(self, training: str, held_out: str, *, optional: Collection[str] = ()) -> None:
-        """Judge them together, after the last one.
+    def finish(self, training: str, held_out: str, *, optional: Collection[str] = ()) -> None:
+        """Check the records as a whole, after the last one.
 
         Args:
-            training, held_out: what the user called the files.
+            training, held_out: the files as the user named them.
             optional: domains that need no training records.
 
         Raises:
@@ -72,14 +72,14 @@ class InputChecks:
         if leaked:
             first = f"{self._held_out[leaked[0]]} = {self._trained[leaked[0]]}"
             raise SRDEError(
-                f"'{held_out}': {len(leaked)} held-out prompts occur in the training file too, the first is {first}: "
+                f"'{held_out}': {len(leaked)} held-out prompts also occur in the training file, the first is {first}: "
                 "remove them from one of the files."
             )
         alike = [place for plain, place in self._held_out_plain.items() if plain in self._trained_plain]
         if alike:
             log.warning(
-                "%s: held-out questions that equal a training question but for case and spaces: %d of %d, the first "
-                "is %s. Remove them from one of the files: their scores would be too good.",
+                "%s: %d of %d held-out questions equal a training question but for case and spaces, the first is %s. "
+                "Remove them from one of the files: their scores would be too good.",
                 held_out,
                 len(alike),
                 len(self._held_out_plain),
@@ -95,7 +95,7 @@ class InputChecks:
 
 
 def _asked(record: Record) -> list[tuple[Any, ...]]:
-    """What stands before each response, without the system message."""
+    """The messages before each response, without the system message."""
     turns = [(m["role"], str(m.get("content"))) for m in record.messages if m["role"] != "system"]
     return [tuple(turns[:i]) for i, (role, _) in enumerate(turns) if role == "assistant"]
 

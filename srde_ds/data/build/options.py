@@ -1,4 +1,4 @@
-"""What a dataset is built from, and what came out of it."""
+"""What a dataset is built from, and the result."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ class BuildOptions:
 
 @dataclass
 class BuildSummary:
-    """`build.json`: all that the report says."""
+    """The content of `build.json`: all that the report needs."""
 
     fingerprint: str
     options: dict[str, Any]
     sources: list[dict[str, Any]]
-    """name, domain, revision, licence ..., `counts` by rule"""
+    """name, domain, revision, licence and so on, and `counts` by rule"""
     skipped: dict[str, str]
     """sources that could not be read, and why"""
     domains: dict[str, dict[str, Any]]
     """`documents`, `by_split`, `by_source`, `missing`, `tokens`, `lengths` as a histogram"""
     forms_of_words: int = 0
-    """evaluation n-grams that too many documents share to be a leak"""
+    """evaluation n-grams that occur in too many documents to be a leak"""
     passes: dict[str, dict[str, float]] = field(default_factory=dict)
-    """`wall_seconds`, `cpu_seconds` and `artifacts_made` (those that no earlier build left)"""
+    """`wall_seconds`, `cpu_seconds` and `artifacts_made` (those that no earlier build had made)"""
     wall_seconds: float = 0.0
     num_processes: int = 1

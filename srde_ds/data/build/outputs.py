@@ -1,4 +1,4 @@
-"""The results: `data.jsonl` and the folder of packed rows."""
+"""Writes the results: `data.jsonl` and the folder of packed rows."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ ARTIFACTS = "artifacts"
 
 
 def check_ours(work_dir: Path) -> None:
-    """Check that a build would replace no file that another program made.
+    """Check that a build would not replace a file of another program.
 
     Raises:
         SRDEError: it would.
     """
     if any((work_dir / name).exists() for name in (ARTIFACTS, "stages", "build.json")):
-        return  # of an earlier build, finished or not; `stages` is the older name of `artifacts`
+        return  # an earlier build was here; `stages` is the older name of `artifacts`
     for name in (JSONL, CARD):
         if (work_dir / name).exists():
             raise SRDEError(
-                f"work_dir={work_dir}: holds a {name} that no build made. Choose another --work_dir, or give "
+                f"work_dir={work_dir}: its {name} was not made by a build. Choose another --work_dir, or give "
                 "--overwrite to replace it."
             )
 
 
 def check_free(work_dir: Path, build: BuildSummary) -> None:
-    """Check that the folder's rows, if any, are those of this build.
+    """Check that the folder's rows, if any, belong to this build.
 
     Raises:
         SRDEError: they were made from other data or options.
@@ -57,7 +57,7 @@ def check_free(work_dir: Path, build: BuildSummary) -> None:
 
 
 def write_jsonl(path: Path, selection: Selection, pool: Pool, parts: Sequence[Artifact]) -> str:
-    """The chosen records, domain by domain and split by split; returns the file's SHA-256."""
+    """Write the chosen records, domain by domain and split by split; returns the file's SHA-256."""
     digest = hashlib.sha256()
     with replacement(path) as partial, partial.open("wb") as file:
         for line in _lines(selection, pool, parts):
@@ -88,7 +88,7 @@ def write_selection(
     tokenizer: PreTrainedTokenizerBase,
     store: ArtifactStore,
 ) -> Manifest:
-    """`tokenized/`, in place of what was there."""
+    """Write `tokenized/`, replacing what was there."""
     documents = {
         (split, domain): _documents(number, domain, selection, pool, options)
         for number, split in enumerate(SPLITS)
@@ -115,7 +115,7 @@ _ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable
 
 
 def _documents(split: int, domain: str, selection: Selection, pool: Pool, options: BuildOptions) -> Documents:
-    """Those of one domain in one split, shuffled, so that each buffer holds all sources."""
+    """The documents of one domain in one split, shuffled, so that each buffer holds all sources."""
     chosen = selection.domains[domain]
     members = np.flatnonzero(pool.split[np.array(chosen.documents, int)] == split)
     members = np.random.default_rng([options.seed, split, options.domains.index(domain)]).permutation(members)

@@ -1,4 +1,4 @@
-"""`report.html`: a build as a page to look at."""
+"""`report.html`: the report of a build as a page."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from srde_ds.data.build.report_tables import (
     domain_rows,
     option_rows,
     pass_rows,
+    problems,
     reasons,
     removal_rows,
     source_rows,
     split_rows,
-    troubles,
 )
-from srde_ds.data.conversation import said
+from srde_ds.data.conversation import all_text
 from srde_ds.data.manifest import Manifest, counts_of, counts_table, uneven_responses
 from srde_ds.pages.charts import Bars, bars, steps
 from srde_ds.pages.items import Item, pack
@@ -25,8 +25,8 @@ def build_page(name: str, build: BuildSummary, manifest: Manifest | None) -> Pag
     """The page of a build.
 
     Args:
-        name: of the dataset.
-        manifest: of its rows; None: it was not tokenised.
+        name: the dataset's name.
+        manifest: the manifest of its rows; None: it was not tokenised.
     """
     documents = sum(figures["documents"] for figures in build.domains.values())
     read = sum(source["counts"].get("read", 0) for source in build.sources)
@@ -34,26 +34,26 @@ def build_page(name: str, build: BuildSummary, manifest: Manifest | None) -> Pag
         f"{documents:,} conversations in {len(build.domains)} domains ({', '.join(build.domains)}), chosen from "
         f"{read:,} rows of {len(build.sources)} sources."
     )
-    facts = [("Documents", f"{documents:,}", ""), ("Domains", str(len(build.domains)), "")]
-    facts += [("Sources", str(len(build.sources)), f"{len(build.skipped)} missing" if build.skipped else "")]
+    tiles = [("Documents", f"{documents:,}", ""), ("Domains", str(len(build.domains)), "")]
+    tiles += [("Sources", str(len(build.sources)), f"{len(build.skipped)} missing" if build.skipped else "")]
     if manifest is not None:
         tokens = sum(figures["tokens"] for figures in build.domains.values())
-        facts.append(("Tokens", f"{tokens:,}", f"rows of {manifest.max_length}"))
-    facts.append(("Time", f"{build.wall_seconds:,.0f} s", f"processes: {build.num_processes}"))
+        tiles.append(("Tokens", f"{tokens:,}", f"rows of {manifest.max_length}"))
+    tiles.append(("Time", f"{build.wall_seconds:,.0f} s", f"processes: {build.num_processes}"))
     sections = [
-        Section("Domains", [*(Text(told, note=True) for told in troubles(build)), _domains(build), _table(build)]),
+        Section("Domains", [*(Text(text, note=True) for text in problems(build)), _domains(build), _table(build)]),
         Section("What was left out", _removals(build)),
         *([Section("Rows", _rows(build, manifest))] if manifest is not None else []),
         Section("Sources and licences", [Text(_LICENCES), Table(source_rows(build), "Sources", numbers=None)]),
         Section("An example of each domain", _examples(build)),
         Section("Settings and time", [Table(option_rows(build), "Options", numbers=None), *_time(build)]),
     ]
-    return Page(name, "Dataset", lead, sections, facts)
+    return Page(name, "Dataset", lead, sections, tiles)
 
 
 _LICENCES = (
-    "The licence of each row is that of its source. Where the last column is not yes, the licence does not allow, or "
-    "does not say, that the data may be passed on."
+    "The licence of each row is that of its source. Unless the last column says yes, the licence does not allow, or "
+    "does not clearly allow, passing the data on."
 )
 
 
@@ -64,12 +64,12 @@ def _domains(build: BuildSummary) -> Chart:
         for name in used
         if any(figures["by_source"].get(name) for figures in build.domains.values())
     ]
-    told = ", ".join(f"{domain} {figures['documents']:,}" for domain, figures in build.domains.items())
+    summary = ", ".join(f"{domain} {figures['documents']:,}" for domain, figures in build.domains.items())
     figure = bars(list(build.domains), groups, x="documents", stacked=True, form=",.0f")
     rows = [["domain", "source", "documents"]]
     for domain, figures in build.domains.items():
         rows += [[domain, name, f"{count:,}"] for name, count in figures["by_source"].items() if count]
-    return Chart("Documents by domain and source", figure, f"Documents: {told}.", Table(rows, numbers=2))
+    return Chart("Documents by domain and source", figure, f"Documents: {summary}.", Table(rows, numbers=2))
 
 
 def _table(build: BuildSummary) -> Table:
@@ -77,9 +77,9 @@ def _table(build: BuildSummary) -> Table:
 
 
 def _removals(build: BuildSummary) -> list[Part]:
-    told = (
-        "Rules apply in this order; each counts rows that the earlier ones left. What is neither left out nor chosen "
-        "was not needed."
+    order = (
+        "Rules apply in this order; each counts only rows that earlier rules kept. Rows that were neither left out nor "
+        "chosen were not needed."
     )
     table = Table(removal_rows(build), "Rows of each source, and how many each rule left out", numbers=2)
     rules = [rule for rule in RULES if any(source["counts"].get(rule) for source in build.sources)]
@@ -95,7 +95,7 @@ def _removals(build: BuildSummary) -> list[Part]:
         form=".1%",
     )
     most = max(rules, key=lambda rule: sum(source["counts"].get(rule, 0) for source in sources))
-    parts: list[Part] = [Text(told), Chart("Rows left out by rule", figure, f"Most were left out by: {most}."), table]
+    parts: list[Part] = [Text(order), Chart("Rows left out by rule", figure, f"Most were left out by: {most}."), table]
     if lines := reasons(build):
         parts.append(Folded("Broken rows, most frequent reasons", [Text(line) for line in lines]))
     return parts
@@ -104,12 +104,12 @@ def _removals(build: BuildSummary) -> list[Part]:
 def _rows(build: BuildSummary, manifest: Manifest) -> list[Part]:
     parts: list[Part] = [Table(split_rows(manifest), "Packed rows by split")]
     parts.append(Table(counts_table(counts_of(manifest)), "Response tokens by split and domain", numbers=2))
-    if told := uneven_responses(manifest.splits["train"]):
-        parts.append(Text(f"Note: {told}", note=True))
+    if warning := uneven_responses(manifest.splits["train"]):
+        parts.append(Text(f"Note: {warning}", note=True))
     lengths = {domain: figures["lengths"] for domain, figures in build.domains.items()}
     figure = steps(
         {domain: (of["edges"], of["counts"]) for domain, of in lengths.items()},
-        x="tokens of a document",
+        x="tokens in a document",
         y="documents",
     )
     ranges = []
@@ -117,7 +117,7 @@ def _rows(build: BuildSummary, manifest: Manifest) -> list[Part]:
         filled = [place for place, count in enumerate(of["counts"]) if count]
         if filled:
             ranges.append(f"{domain} {of['edges'][filled[0]]:,.0f} to {of['edges'][filled[-1] + 1]:,.0f} tokens")
-    summary = f"Documents are this long: {', '.join(ranges)}."
+    summary = f"Lengths of the documents: {', '.join(ranges)}."
     rows = [["tokens from", *lengths]]
     edges = next(iter(lengths.values()))["edges"]
     for number, edge in enumerate(edges[:-1]):
@@ -131,7 +131,7 @@ def _examples(build: BuildSummary) -> list[Part]:
         Item(
             domain,
             figures["example"]["source"],
-            [(message["role"], said(message)) for message in figures["example"]["messages"]],
+            [(message["role"], all_text(message)) for message in figures["example"]["messages"]],
             figures["example"].get("answer"),
         )
         for domain, figures in build.domains.items()
@@ -141,8 +141,8 @@ def _examples(build: BuildSummary) -> list[Part]:
 
 
 def _time(build: BuildSummary) -> list[Part]:
-    told = (
-        f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Artifacts that an earlier build left "
-        "are not made again."
+    summary = (
+        f"{build.wall_seconds:.0f} s in total with {build.num_processes} processes. Artifacts of an earlier build are "
+        "not made again."
     )
-    return [Text(told), Table(pass_rows(build), "Time of the passes")]
+    return [Text(summary), Table(pass_rows(build), "Time of the passes")]

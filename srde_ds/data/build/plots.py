@@ -1,4 +1,4 @@
-"""Pictures of a build: lengths, domains, what was left out."""
+"""Plots of a build: lengths, domains, what was left out."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from srde_ds.utils.escape import plot_label
 try:
     from matplotlib.figure import Figure
 except ImportError:
-    raise SRDEError("package 'matplotlib' is missing, plots need it. Install it: pip install matplotlib") from None
+    raise SRDEError("package 'matplotlib' is missing, which plots need. Install it: pip install matplotlib") from None
 
 
 def plot_lengths(build: BuildSummary, path: Path) -> None:
-    """How many documents of each domain have how many tokens."""
+    """Plot the lengths of the documents, by domain."""
     figure, axes = _figure()
     for domain, figures in build.domains.items():
         axes.stairs(figures["lengths"]["counts"], figures["lengths"]["edges"], label=plot_label(domain))
-    axes.set(xlabel="tokens of a document", ylabel="documents", xscale="log")
+    axes.set(xlabel="tokens in a document", ylabel="documents", xscale="log")
     axes.legend(fontsize="small")
     figure.savefig(path)
 
 
 def plot_domains(build: BuildSummary, path: Path) -> None:
-    """Documents of each domain, by source."""
+    """Plot the number of documents in each domain, by source."""
     sources = {source["name"]: source["domain"] for source in build.sources}
     counts = {
         name: [figures["by_source"].get(name, 0) for figures in build.domains.values()]
@@ -38,7 +38,7 @@ def plot_domains(build: BuildSummary, path: Path) -> None:
 
 
 def plot_removals(build: BuildSummary, rules: Sequence[str], path: Path) -> None:
-    """Rows of each source that each rule left out, as shares of those read."""
+    """Plot the share of each source's rows that each rule left out."""
     names = [source["name"] for source in build.sources]
     shares = {
         rule: [source["counts"].get(rule, 0) / max(1, source["counts"]["read"]) for source in build.sources]

@@ -1,4 +1,4 @@
-"""A build as pages: a report for whoever made it, a dataset card for whoever uses it."""
+"""Writes a report for those who build a dataset, and a dataset card for those who use it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from srde_ds.data.build.report_tables import (
     domain_rows,
     option_rows,
     pass_rows,
+    problems,
     reasons,
     removal_rows,
     source_rows,
     split_rows,
-    troubles,
 )
-from srde_ds.data.conversation import said
+from srde_ds.data.conversation import all_text
 from srde_ds.data.manifest import Manifest, counts_of, counts_table, uneven_responses
 from srde_ds.pages.render import render
 from srde_ds.utils.escape import markdown, markdown_code, terminal
@@ -36,7 +36,7 @@ def write_report(work_dir: Path, build: BuildSummary, manifest: Manifest | None)
     """`report/report.md` with its plots, `report/report.html`, and the dataset card `README.md`.
 
     Returns:
-        The path of report.md; that of the page differs in its ending.
+        The path of report.md; the page is report.html beside it.
     """
     folder = work_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -55,11 +55,11 @@ def _report(build: BuildSummary, manifest: Manifest | None) -> str:
         "# Dataset report",
         "## Domains",
         markdown_table(domain_rows(build)),
-        _list(troubles(build)),
+        _list(problems(build)),
         "![documents by domain and source](domains.png)",
         "## What was left out",
-        "Rules apply in this order; each counts rows that the earlier ones left. What is neither left out nor chosen "
-        "was not needed.",
+        "Rules apply in this order; each counts only rows that earlier rules kept. Rows that were neither left out nor "
+        "chosen were not needed.",
         markdown_table(removal_rows(build)),
         "![rows left out by rule](removals.png)",
         "Broken rows, most frequent reasons:\n\n" + _list(reasons(build)) if reasons(build) else "",
@@ -70,8 +70,8 @@ def _report(build: BuildSummary, manifest: Manifest | None) -> str:
         "## Settings",
         markdown_table(option_rows(build)),
         "## Time",
-        f"{build.wall_seconds:.0f} s in all, processes: {build.num_processes}. Artifacts that an earlier build left "
-        "are not made again.",
+        f"{build.wall_seconds:.0f} s in total with {build.num_processes} processes. Artifacts of an earlier build are "
+        "not made again.",
         markdown_table(pass_rows(build)),
     ]
     if manifest is not None:
@@ -79,7 +79,7 @@ def _report(build: BuildSummary, manifest: Manifest | None) -> str:
             "## Rows",
             markdown_table(split_rows(manifest)),
             *_responses(manifest),
-            "![tokens of a document](lengths.png)",
+            "![tokens in a document](lengths.png)",
         ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -96,17 +96,17 @@ def _card(build: BuildSummary, manifest: Manifest | None) -> str:
         f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---",
         "# Dataset card",
         f"{documents:,} conversations in {len(build.domains)} domains, made by `srde-ds build_dataset`. Each line of "
-        f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (where it comes from), and "
+        f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (its origin), and "
         "`answer` where the answer can be checked.",
         markdown_table(domain_rows(build)),
         "## Sources and licences",
-        "The licence of each row is that of its source. Where the last column is not `yes`, the licence does not "
-        "allow, or does not say, that the data may be passed on.",
+        "The licence of each row is that of its source. Unless the last column says `yes`, the licence does not allow, "
+        "or does not clearly allow, passing the data on.",
         markdown_table(source_rows(build)),
         "## Splits",
-        "Rows are split by a hash of their question (of the original question or passage where several rows share "
-        "one), so a row keeps its split as the dataset grows. Exact and near duplicates were removed across all "
-        "sources, domains and splits.",
+        "Rows are split by a hash of their question (or of the original question or passage that several rows share), "
+        "so a row keeps its split as the dataset grows. Exact and near duplicates were removed across all sources, "
+        "domains and splits.",
     ]
     if manifest is not None:
         tokenizer = manifest.tokenizer
@@ -122,9 +122,9 @@ def _card(build: BuildSummary, manifest: Manifest | None) -> str:
 
 
 def _responses(manifest: Manifest) -> list[str]:
-    """Response tokens by domain, and what to do where they are very uneven."""
-    told = uneven_responses(manifest.splits["train"])
-    return [markdown_table(counts_table(counts_of(manifest))), *([f"Note: {markdown(told)}"] if told else [])]
+    """Response tokens by domain, with advice if they are very uneven."""
+    warning = uneven_responses(manifest.splits["train"])
+    return [markdown_table(counts_table(counts_of(manifest))), *([f"Note: {markdown(warning)}"] if warning else [])]
 
 
 def _list(lines: list[str]) -> str:
@@ -134,7 +134,7 @@ def _list(lines: list[str]) -> str:
 def _example(domain: str, figures: dict[str, Any]) -> str:
     lines = [f"**{markdown(domain)}** ({markdown(figures['example']['source'])})"]
     for message in figures["example"]["messages"]:
-        content = said(message)
+        content = all_text(message)
         quote = content if len(content) <= _LONGEST_QUOTE else content[:_LONGEST_QUOTE] + " …"
         lines.append(
             f"{markdown(message['role'])}:\n\n" + "\n".join(f"    {terminal(line)}" for line in quote.splitlines())

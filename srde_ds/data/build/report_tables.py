@@ -1,4 +1,4 @@
-"""A build's figures as tables, for its report and its page."""
+"""The figures of a build as tables, for its report and its page."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ RULES = (
     "no answer", "broken", "empty", "exact duplicate", "near duplicate", "in an evaluation set", "held-out question",
     "end marker in a response", REFUSED, "too long",
 )  # fmt: skip
-"""what leaves rows out, in the order in which the rules are applied"""
+"""the rules that leave rows out, in their order"""
 
 
 def domain_rows(build: BuildSummary) -> list[list[str]]:
-    """Documents and tokens of each domain, and what it lacks."""
+    """Documents and tokens of each domain, and how many it lacks."""
     rows = [["domain", "documents", *SPLITS, "tokens", "missing"]]
     for domain, figures in build.domains.items():
         splits = [f"{figures['by_split'][split]:,}" for split in SPLITS]
@@ -27,7 +27,7 @@ def domain_rows(build: BuildSummary) -> list[list[str]]:
 
 
 def removal_rows(build: BuildSummary) -> list[list[str]]:
-    """What each rule left out of each source."""
+    """How many rows of each source each rule left out."""
     rules = [rule for rule in RULES if any(source["counts"].get(rule) for source in build.sources)]
     rows = [["source", "domain", "read", "normalised", *rules, "chosen"]]
     for source in build.sources:
@@ -38,7 +38,7 @@ def removal_rows(build: BuildSummary) -> list[list[str]]:
 
 
 def source_rows(build: BuildSummary) -> list[list[str]]:
-    """Where each source is from, and its licence."""
+    """The origin and licence of each source."""
     rows = [["source", "domain", "from", "revision", "rows used", "licence", "redistributable"]]
     for source in build.sources:
         place = ":".join(filter(None, [source["location"], source["config"]]))
@@ -62,7 +62,7 @@ def split_rows(manifest: Manifest) -> list[list[str]]:
 
 
 def option_rows(build: BuildSummary) -> list[list[str]]:
-    """The options of the build that say something."""
+    """The options of the build that are set."""
     given = {key: value for key, value in build.options.items() if value not in ((), None)}
     return [["option", "value"], *([key, _shown(value)] for key, value in given.items())]
 
@@ -76,22 +76,22 @@ def pass_rows(build: BuildSummary) -> list[list[str]]:
     return rows
 
 
-def troubles(build: BuildSummary) -> list[str]:
-    """What a reader must know of sources and domains, a sentence each."""
+def problems(build: BuildSummary) -> list[str]:
+    """Problems with sources and domains, one sentence each."""
     lines = [f"Source {name} is missing: {reason}" for name, reason in build.skipped.items()]
     for domain, figures in build.domains.items():
         if figures["missing"]:
             lines.append(f"Domain {domain} lacks {figures['missing']:,} examples: its sources have no more.")
     if build.forms_of_words:
         lines.append(
-            f"{build.forms_of_words} n-grams of the evaluation sets stand in so many documents that they were taken "
-            "for forms of words, not leaks."
+            f"{build.forms_of_words} n-grams of the evaluation sets occur in so many documents that they count as "
+            "common phrases, not leaks."
         )
     return lines
 
 
 def reasons(build: BuildSummary) -> list[str]:
-    """The most frequent reasons why rows of a source are broken, a line for each source."""
+    """The most frequent reasons why rows are broken, one line for each source."""
     return [
         f"{source['name']}: " + ", ".join(f"{reason} ({count:,})" for reason, count in source["reasons"].items())
         for source in build.sources

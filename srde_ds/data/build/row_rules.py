@@ -1,4 +1,4 @@
-"""Rules for single rows, and what the later rules compare them by."""
+"""Rules for single rows, and the hashes by which later rules compare them."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import pyarrow as pa
 import rensa
 
 from srde_ds.data.build.tables import write_table
-from srde_ds.data.conversation import has_surrogates, said
+from srde_ds.data.conversation import all_text, has_surrogates
 from srde_ds.data.sources.examples import BrokenRow, Example
 from srde_ds.data.sources.reading import Reader
 
 NUM_PERM = 128
-"""hash functions of a MinHash signature: its estimate of a similarity is off by 0.03 in the mean"""
+"""hash functions of a MinHash signature; its estimate of a similarity is off by 0.03 on average"""
 SHINGLE = 5
-"""words that are compared together"""
+"""words in a run that is compared"""
 MINHASH_VERSION = f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}"
 _SEED = 1
 _WORD = re.compile(r"\w+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-# What generated datasets write where they have nothing to say.
+# Placeholders that generated datasets write when they have nothing to say.
 _PLACEHOLDERS = {"<nooutput>", "<noinput>"}
 
 
 def make_records(
     path: Path, *, reader: Reader, start: int, stop: int, labels: dict[str, str], near_duplicates: bool
 ) -> dict[str, Any]:
-    """Rows [start, stop) of a source as clean records in an Arrow file.
+    """Write rows [start, stop) of a source as clean records to an Arrow file.
 
     Columns: `line` (the record as JSON), `row`, the hashes `content`, `question` and `group` (uint64), and with
     `near_duplicates` the MinHash `signature` (uint32 × NUM_PERM, as bytes).
 
     Args:
-        labels: `domain`, `source` and `revision` of the records.
+        labels: the records' `domain`, `source` and `revision`.
 
     Returns:
-        `kept`; `counts`: rows read and normalised, and those left out by rule; `reasons` of the broken ones.
+        `kept`; `counts`: rows read, normalised, and left out by each rule; `reasons` why rows are broken.
     """
     counts: Counter[str] = Counter({"read": stop - start})
     reasons: Counter[str] = Counter()
@@ -68,7 +68,7 @@ def make_records(
             reasons["lost characters"] += 1
             continue
         counts["normalised"] += changed
-        turns = [said(m) for m in cleaned.messages if m["role"] != "system"]
+        turns = [all_text(m) for m in cleaned.messages if m["role"] != "system"]
         question = _plain(" ".join(turns[:-1]))
         rows.append(row)
         lines.append(json.dumps(_record(cleaned, labels, row), ensure_ascii=False))
@@ -88,7 +88,7 @@ def make_records(
 
 
 def normalise(example: Example) -> tuple[Example, bool]:
-    """Composed Unicode (NFC), line feeds, no control characters, no space around; and whether that changed anything."""
+    """Bring texts to NFC, with line feeds, without control characters or outer space; whether that changed anything."""
     messages = [m | {key: _normal(m[key]) for key in ("content", "reasoning_content") if key in m}
                 for m in example.messages]  # fmt: skip
     answer = _normal(example.answer) if example.answer is not None else None
@@ -101,13 +101,13 @@ def _normal(text: str) -> str:
 
 
 def _is_empty(example: Example) -> bool:
-    texts = [said(message) for message in example.messages if message["role"] != "tool"]
+    texts = [all_text(message) for message in example.messages if message["role"] != "tool"]
     return not all(texts) or texts[-1].casefold() in _PLACEHOLDERS
 
 
 def _lost_characters(example: Example) -> bool:
-    """U+FFFD and lone halves of a surrogate pair are what is left of characters that were lost."""
-    texts = [*map(said, example.messages), example.answer or "", example.group or ""]
+    """Whether characters were lost, which leaves U+FFFD or lone halves of a surrogate pair."""
+    texts = [*map(all_text, example.messages), example.answer or "", example.group or ""]
     return any("\ufffd" in text or has_surrogates(text) for text in texts)
 
 
@@ -121,29 +121,29 @@ def _plain(text: str) -> str:
 
 
 def hashed(text: str) -> int:
-    """64 bits of a text."""
+    """A 64-bit hash of a text."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
+    """The lower-case words of a text, without punctuation."""
     return _WORD.findall(text.casefold())
 
 
 def ngram_hashes(word_hashes: np.ndarray, size: int) -> np.ndarray:
-    """uint64 [N - size + 1] of each run of `size` words, from uint64 [N]."""
+    """uint64 [N - size + 1]: hashes of all runs of `size` words, from the words' hashes uint64 [N]."""
     count = len(word_hashes) - size + 1
     if count < 1:
         return np.empty(0, np.uint64)
     total = np.zeros(count, np.uint64)
     for place in range(size):
-        # An odd multiplier each, so that order counts; overflow is the modulus.
+        # Each position has its own odd multiplier, so that order counts; overflow acts as the modulus.
         total += word_hashes[place : place + count] * np.uint64(0x9E3779B97F4A7C15 ** (place + 1) % 2**64)
     return total
 
 
 def signatures(texts: list[str]) -> np.ndarray:
-    """MinHash signatures uint32 [texts, NUM_PERM] of the texts' runs of SHINGLE words (fewer in a shorter text)."""
+    """MinHash signatures uint32 [texts, NUM_PERM] over the texts' runs of SHINGLE words (fewer in a shorter text)."""
     known: dict[str, int] = {}
     shingles: list[np.ndarray] = []
     for text in texts:

@@ -1,4 +1,4 @@
-"""The last pass of every build: pack tokenised documents and write the folder of rows that training reads."""
+"""The last pass of every build: packs tokenised documents and writes the folder of rows that training reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from srde_ds.errors import SRDEError
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of files of `tokenize_records`, in order."""
+    """Documents in files of `tokenize_records`, in order."""
 
     files: list[Artifact]
     file_of: list[int]
-    """position in `files`, of each document"""
+    """each document's file, as a position in `files`"""
     index_of: list[int]
-    """position in that file"""
+    """each document's position in that file"""
 
 
 def write_rows(
@@ -36,14 +36,14 @@ def write_rows(
     pad_id: int,
     store: ArtifactStore,
 ) -> None:
-    """Write `folder`, complete or not at all, in place of what was there; fills in `manifest.splits`.
+    """Write `folder`, complete or not at all, replacing what was there; fills in `manifest.splits`.
 
     Args:
-        documents: by split and domain; each domain's are packed in their order.
+        documents: by split and domain. Each domain's documents are packed in this order.
         made_from: path and SHA-256 of the records' file, by split.
 
     Raises:
-        SRDEError: all documents of a domain in a split are too long.
+        SRDEError: all documents of a domain in some split are too long.
     """
     options: dict[str, Any] = {"domains": manifest.domains, "max_length": manifest.max_length, "pad_id": pad_id}
     options |= {"too_long": manifest.too_long, "seed": manifest.seed, "packing": manifest.packing}
@@ -80,7 +80,7 @@ def write_rows(
 
 
 def _packing(domain: str, documents: Documents, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Key and arguments of the rows of one domain in one split."""
+    """Key and arguments of the artifact with one domain's rows in one split."""
     places = {"file_of": documents.file_of, "index_of": documents.index_of}
     code = code_fingerprint("srde_ds.data.packing", "srde_ds.data.build.tokens", "srde_ds.data.rows")
     key = fingerprint(code, options, domain, [artifact.key for artifact in documents.files], places)

@@ -1,4 +1,4 @@
-"""Which of the clean documents go into the dataset: as many of each domain, from its sources by their weights."""
+"""Chooses the clean documents of the dataset: equally many of each domain, from its sources by their weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ REFUSED = "refused by the chat template"
 
 @dataclass
 class Pool:
-    """All clean documents, one entry each; `part` and `index` say where its record is."""
+    """All clean documents, one entry each. `part` and `index` tell where a document's record is."""
 
     source: np.ndarray
     part: np.ndarray
     index: np.ndarray
     content: np.ndarray
-    """uint64, decides the order in which documents are taken"""
+    """uint64; determines the order in which documents are taken"""
     split: np.ndarray
     """number in SPLITS"""
     removed: dict[str, Counter[str]]
-    """how many each rule left out, by source"""
+    """number of documents that each rule left out, by source"""
     forms_of_words: int
-    """evaluation n-grams that too many documents share to be a leak"""
+    """evaluation n-grams that occur in too many documents to be a leak"""
 
 
 @dataclass
@@ -41,18 +41,18 @@ class Chosen:
     documents: list[int] = field(default_factory=list)
     """positions in the pool"""
     file_of: list[int] = field(default_factory=list)
-    """number of the file of tokens; empty without a tokenizer"""
+    """number of each document's file of tokens; empty without a tokenizer"""
     index_of: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     """tokens"""
     missing: int = 0
 
     def trim(self, size: int, seed: int) -> None:
-        """Keep `size` of them, drawn from all sources."""
+        """Keep `size` documents, drawn from all sources."""
         count = len(self.documents)
         kept = np.sort(np.random.default_rng(seed).permutation(count)[:size]).tolist()
         for column in (self.documents, self.file_of, self.index_of, self.lengths):
-            if len(column) == count:  # without a tokenizer only the documents are known
+            if len(column) == count:  # without a tokenizer the other columns are empty
                 column[:] = [column[place] for place in kept]
 
 
@@ -70,14 +70,14 @@ class Selection:
 
 
 def shares(wanted: int, available: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """`wanted` cut by weight, none larger than what is available; entries of weight 0 make up for what lacks."""
+    """Divide `wanted` by weight, with no share above what is available. Entries of weight 0 fill what is missing."""
     result = [0] * len(available)
     for group in ([w > 0 for w in weights], [w == 0 for w in weights]):
         open_ = [i for i, chosen in enumerate(group) if chosen and available[i]]
         while open_ and wanted:
             total = sum(weights[i] or 1.0 for i in open_)
             ideal = {i: wanted * (weights[i] or 1.0) / total for i in open_}
-            # Whole numbers that add up: the largest fractions are rounded up.
+            # The largest fractions are rounded up, so that whole numbers add up.
             cut = {i: int(ideal[i]) for i in open_}
             for i in sorted(open_, key=lambda i: cut[i] - ideal[i])[: wanted - sum(cut.values())]:
                 cut[i] += 1
@@ -97,10 +97,10 @@ def select(
     store: ArtifactStore,
     tokenizer_key: str | None,
 ) -> Selection:
-    """Take `examples_per_domain` documents of each domain, and tokenise them; what turns out too long is made up for.
+    """Take `examples_per_domain` documents of each domain and tokenise them. Those that are too long are replaced.
 
-    Each source's documents are taken in an order that their content and the seed decide, so that a source that grows
-    changes little. Without `tokenizer_key` nothing is tokenised and nothing is too long.
+    The order in which a source's documents are taken depends on their content and the seed, so that the choice changes
+    little when a source grows. Without `tokenizer_key` nothing is tokenised and nothing is too long.
 
     Raises:
         SRDEError: a document is too long and `too_long` is error.
@@ -133,7 +133,7 @@ def _order(pool: Pool, source: int, seed: int) -> np.ndarray:
 
 
 def mixed(values: np.ndarray, salt: int) -> np.ndarray:
-    """Well spread uint64 of uint64, other ones for each salt (the finalizer of SplitMix64)."""
+    """Mix uint64 values into well spread ones that depend on the salt (the finalizer of SplitMix64)."""
     mix = values + np.uint64((salt + 1) * 0x9E3779B97F4A7C15 % 2**64)
     mix = (mix ^ (mix >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mix = (mix ^ (mix >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -143,7 +143,7 @@ def mixed(values: np.ndarray, salt: int) -> np.ndarray:
 def _take(
     chosen: dict[str, Chosen], sources: Sequence[Source], queues: list[np.ndarray]
 ) -> list[tuple[int, np.ndarray]]:
-    """The next documents of each source that its domain lacks; shortens the queues."""
+    """Take from the queues the next documents of each source that its domain still lacks."""
     taken = []
     for domain, state in chosen.items():
         numbers = [number for number, source in enumerate(sources) if source.domain == domain]
@@ -173,7 +173,7 @@ def _tokenizing(
 def _keep(
     documents: np.ndarray, artifact: Artifact, source: Source, result: Selection, max_length: int, too_long: str
 ) -> None:
-    """Add a file's documents to their domain, but for those that cannot be used."""
+    """Add a file's documents to their domain, except those that cannot be used."""
     tokens, domain, removed = Tokens(artifact.path), result.domains[source.domain], result.removed[source.name]
     result.files.append(artifact)
     for index, (document, length, marker, refusal) in enumerate(

@@ -1,4 +1,4 @@
-"""The passes before the choice: records of every source, and the rules that compare them with each other."""
+"""The passes before the selection: read the records of every source, and apply rules that compare them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class Records:
 
     parts: list[Artifact]
     source_of: list[int]
-    """number of the source of each part"""
+    """number of each part's source"""
 
     @property
     def lengths(self) -> list[int]:
-        """Records of each file, in order."""
+        """Number of records in each file, in order."""
         return [made.figures["kept"] for made in self.parts]
 
     def column(self, name: str) -> np.ndarray:
-        """`[records]`: a column of all files, joined."""
+        """`[records]`: a column of all files, concatenated."""
         return np.concatenate([read_table(made.path)[name].to_numpy() for made in self.parts])
 
 
@@ -68,10 +68,10 @@ def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
 def apply_rules(
     records: Records, opened: Sequence[OpenSource], options: BuildOptions, ngrams: Path | None, store: ArtifactStore
 ) -> Pool:
-    """Leave out duplicates, what evaluation sets hold, and questions of a held-out split that stand elsewhere too.
+    """Leave out duplicates, evaluation items, and held-out questions that also occur in another split.
 
     Args:
-        ngrams: the file of `ngrams_of`.
+        ngrams: the file that `ngrams_of` gives.
     """
     lengths = records.lengths
     source = np.repeat(records.source_of, lengths)
@@ -108,14 +108,14 @@ def apply_rules(
 
 
 def split_of(group: np.ndarray, options: BuildOptions) -> np.ndarray:
-    """Number of the split of each group hash (uint64): the same however much data there is."""
+    """The number of each group hash's (uint64) split. It does not depend on the amount of data."""
     place = mixed(group, 0).astype(np.float64) / 2.0**64
     test, held_out = options.test_fraction, options.test_fraction + options.validation_fraction
     return np.select([place < test, place < held_out], [2, 1], 0)
 
 
 def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
-    """The n-grams of all evaluation sets as a file that is named by its content; None without any.
+    """Write the n-grams of all evaluation sets to a file named by its content; None if there are no sets.
 
     Raises:
         SRDEError: an evaluation set is neither a file nor a source, or cannot be read.
@@ -126,7 +126,7 @@ def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
     for name in options.decontaminate_against:
         sets.append(evaluation_ngrams(_evaluation_texts(name, options)))
         if not len(sets[-1]):
-            raise SRDEError(f"decontaminate_against={name}: holds no question: leave it out, or give the right file.")
+            raise SRDEError(f"decontaminate_against={name}: holds no question. Leave it out, or give the right file.")
     found = np.unique(np.concatenate(sets))
     path = folder / f"{hashlib.sha256(found.tobytes()).hexdigest()[:32]}.npy"
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ def ngrams_of(options: BuildOptions, folder: Path) -> Path | None:
 
 
 def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
-    """Of files, or of `source` or `source:split` of the sources file or the registry."""
+    """The texts of a file, or of a `source` or `source:split` of the sources file or the registry."""
     if Path(name).exists() or glob.has_magic(name):
         yield from read_evaluation_file(name)
         return
@@ -143,11 +143,11 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
     base, _, split = name.partition(":")
     if base not in known:
         raise SRDEError(
-            f"decontaminate_against={name}: no such file, and no source of that name.{nearest(base, known)} Give a "
-            "JSONL file, or source:split of what --list_sources shows."
+            f"decontaminate_against={name}: no such file or source.{nearest(base, known)} Give a JSONL file, or "
+            "source:split with a source that --list_sources shows."
         )
     if known[base].generated:
-        raise SRDEError(f"decontaminate_against={name}: its items are made, it has no test set: give a JSONL file.")
+        raise SRDEError(f"decontaminate_against={name}: a generated source has no test set. Give a JSONL file.")
     source = Source(**vars(known[base]) | ({"split": split} if split else {}))
     try:
         opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)
@@ -159,7 +159,7 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
 
 
 def _matches(records: Records, ngrams: Path, store: ArtifactStore) -> tuple[np.ndarray, np.ndarray]:
-    """Document and n-gram of each match."""
+    """The document and the n-gram of each match."""
     code = code_fingerprint("srde_ds.data.build.decontaminate", "srde_ds.data.build.row_rules")
     work = [
         (fingerprint(code, made.key, ngrams.stem), {"records": made.path, "ngrams": ngrams}) for made in records.parts

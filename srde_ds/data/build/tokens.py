@@ -26,7 +26,7 @@ _tokenizer: PreTrainedTokenizerBase
 
 
 def set_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """The tokenizer of this process; handed over once, not with every piece of work."""
+    """Set the tokenizer of this process, once rather than with every task."""
     global _tokenizer
     _tokenizer = tokenizer
 
@@ -47,11 +47,11 @@ def no_garbage_collection() -> Iterator[None]:
 def tokenize_records(
     path: Path, *, parts: Sequence[str], part_of: Sequence[int], index_of: Sequence[int]
 ) -> dict[str, Any]:
-    """Tokenise records of the files `parts` (column `line`: a record as JSON), in the order given.
+    """Tokenise records of the files `parts` (whose column `line` holds a record as JSON), in the given order.
 
-    Columns: `input_ids` list of int32, `is_response` list of bool, `by_parts`, `where` (the record's place), and why a
-    document cannot be used: `marker`, a response holds the text of EOS; `refusal`, the chat template refuses it. Both
-    are empty for a document that can be used; the others have no tokens.
+    Columns: `input_ids` list of int32, `is_response` list of bool, `by_parts`, `where` (the record's place), and two
+    reasons why a document cannot be used, in which case it has no tokens: `marker`, a response contains the text of
+    EOS; and `refusal`, the chat template refuses it. Both are empty for a document that can be used.
     """
     records = [_record(line) for line in read_lines([Path(part) for part in parts], part_of, index_of)]
     markers = [_fault(check_markers, _tokenizer, record) for record in records]
@@ -84,7 +84,7 @@ def tokenize_records(
 
 
 def _record(line: str) -> Record:
-    """Of `vars` of a record as JSON, or of a line of data.jsonl, whose place is its source and row."""
+    """The record from its `vars` as JSON, or from a line of data.jsonl, whose place is its source and row."""
     content = json.loads(line)
     place = {"where": f"source {content['source']}, row {content['row']}"} if "row" in content else {}
     return Record(**{"answer": None} | place | {key: content[key] for key in content if key in _RECORD_FIELDS})
@@ -99,14 +99,14 @@ def _fault(check: Callable[..., object], *arguments: Any) -> str:
 
 
 def read_lines(parts: Sequence[Path], part_of: Sequence[int], index_of: Sequence[int]) -> Iterator[str]:
-    """The records' JSON, in the order given."""
+    """The records' JSON, in the given order."""
     tables = [read_table(part)["line"].combine_chunks() for part in parts]
     for part, index in zip(part_of, index_of, strict=True):
         yield tables[part][index].as_py()
 
 
 class Tokens:
-    """The documents of one file of `tokenize_records`."""
+    """The documents in a file of `tokenize_records`."""
 
     def __init__(self, path: Path | str) -> None:
         table = read_table(path)
@@ -129,10 +129,10 @@ class Tokens:
 def pack_documents(
     path: Path, *, files: Sequence[str], file_of: Sequence[int], index_of: Sequence[int], **options: Any
 ) -> dict[str, Any]:
-    """Pack documents of files of `tokenize_records`, all of one domain, in the order given.
+    """Pack documents from files of `tokenize_records`, all of one domain, in the given order.
 
     Args:
-        options: of DomainRows.
+        options: arguments of DomainRows.
     """
     tokens = [Tokens(file) for file in files]
     with DomainRows(path, **options) as rows:

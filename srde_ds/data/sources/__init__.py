@@ -1,1 +1,1 @@
-"""Where documents come from: the registry of sources, their readers and formatters."""
+"""The sources of documents: their registry, readers and formatters."""

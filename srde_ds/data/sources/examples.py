@@ -1,4 +1,4 @@
-"""What a formatter makes of a row: a conversation and an answer that can be checked."""
+"""The result of a formatter: a conversation and an answer that can be checked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from srde_ds.data.conversation import Message
 
 
 class BrokenRow(ValueError):
-    """The row lacks something that the source promises."""
+    """A row lacks something that its source promises."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Example:
     messages: list[Message]
     answer: str | None = None
     group: str | None = None
-    """rows of one group go to the same split: the question that others are variants of, a shared passage"""
+    """rows with the same group get the same split; it is a question that others are variants of, or a shared passage"""
     more: dict[str, Any] = field(default_factory=dict)
-    """`tools`, `choices` and `tests`, as records have them"""
+    """`tools`, `choices` and `tests`, as in records"""
 
 
 def ask(prompt: str, response: str) -> list[Message]:
@@ -45,7 +45,7 @@ def lettered_choice(
     reasoning: str = "",
     group: str | None = None,
 ) -> Example:
-    """A question with lettered options; the response names the option, or explains it where there is a rationale."""
+    """A question with lettered options. The response names the option, or explains it if there is a rationale."""
     options = [str(option).strip() for option in options]
     if len(options) < 2 or not all(options):
         raise BrokenRow("an option is missing")

@@ -1,8 +1,8 @@
-"""One function a source: its row, with its own columns, to a conversation and an answer that can be checked.
+"""One function for each source, which turns a row into a conversation and an answer that can be checked.
 
-Responses that have a checkable answer end with the line `Answer: ...`, which evaluation looks for. A formatter
-returns None where the row has no answer (test rows whose labels are hidden), and raises `BrokenRow` where the row is
-not what the source says it is.
+Responses with a checkable answer end with the line `Answer: ...`, which evaluation looks for. A formatter returns None
+if the row has no answer (test rows whose labels are hidden), and raises `BrokenRow` if the row does not have the form
+that its source promises.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def formatter(*columns: str, optional: tuple[str, ...] = ()) -> Callable[[Callab
 
 
 def text(row: Row, column: str) -> str:
-    """A column that must hold text."""
+    """The text in a column that must hold text."""
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise BrokenRow(f"no text in '{column}'")
@@ -62,7 +62,7 @@ def _index(letter: str) -> int:
     """A, B, ... or 1, 2, ... as 0, 1, ..."""
     letter = letter.strip().upper()
     if len(letter) != 1 or not letter.isalnum():
-        raise BrokenRow(f"'{letter}' is no option")
+        raise BrokenRow(f"'{letter}' is not an option")
     return int(letter) - 1 if letter.isdigit() else ord(letter) - ord("A")
 
 
@@ -82,7 +82,7 @@ def gsm8k(row: Row) -> Example:
 
 @formatter("query", "response", "original_question", optional=("type",))
 def metamath(row: Row) -> Example:
-    """Variants of questions of GSM8K and MATH: all variants of one question stay together."""
+    """Variants of questions of GSM8K and MATH. All variants of a question stay in one split."""
     reasoning, mark, answer = text(row, "response").rpartition("The answer is:")
     if not mark or not answer.strip():
         raise BrokenRow("no final answer")
@@ -92,7 +92,7 @@ def metamath(row: Row) -> Example:
 
 @formatter("question", "answer")
 def orca_math(row: Row) -> Example:
-    """Free text: the final number is not marked, so there is no answer to check."""
+    """Free text. The final number is not marked, so there is no answer to check."""
     return Example(ask(text(row, "question"), text(row, "answer")))
 
 
@@ -113,12 +113,12 @@ def reclor(row: Row) -> Example:
 
 @formatter("ctx", "endings", "label", optional=("activity_label", "source_id"))
 def hellaswag(row: Row) -> Example | None:
-    """How a described activity goes on; test rows have no label."""
+    """How an activity continues; test rows have no label."""
     if _maybe(row, "label") == "":
         return None
 
     def plain(passage: str) -> str:
-        # Headings of the how-to articles.
+        # Remove the headings of how-to articles.
         return " ".join(re.sub(r"\[(?:header|title|step|substeps)\]", " ", passage).split())
 
     label = _maybe(row, "activity_label")
@@ -153,7 +153,7 @@ def code_feedback(row: Row) -> Example:
 
 @formatter("question", "distractor1", "distractor2", "distractor3", "correct_answer", optional=("support",))
 def sciq(row: Row) -> Example:
-    """The order of the options is drawn from the question: in the source the right one has a column of its own."""
+    """The source keeps the right option in its own column, so the order of options is drawn from the question."""
     question, right = text(row, "question"), text(row, "correct_answer")
     options = [right, *(text(row, f"distractor{number}") for number in (1, 2, 3))]
     if len(set(options)) < len(options):
@@ -169,13 +169,13 @@ def arc(row: Row) -> Example | None:
         return None
     labels = [str(label) for label in row["choices"]["label"]]
     if row["answerKey"] not in labels:
-        raise BrokenRow(f"'{row['answerKey']}' is no option")
+        raise BrokenRow(f"'{row['answerKey']}' is not an option")
     return lettered_choice(text(row, "question"), row["choices"]["text"], labels.index(row["answerKey"]))
 
 
 @formatter("problem_text", "answer_number", optional=("unit", "solution"))
 def scibench(row: Row) -> Example:
-    """A textbook problem; few have a solution."""
+    """A textbook problem; few rows have a solution."""
     unit = _maybe(row, "unit")
     question = text(row, "problem_text") + (f"\nGive the answer in {unit}." if unit else "")
     return solved(question, _maybe(row, "solution"), text(row, "answer_number"))
@@ -229,12 +229,12 @@ def winogrande(row: Row) -> Example | None:
     )
 
 
-# -- for sources of your own: `columns` in the sources file says which of its columns is which -------------------------
+# -- for your own sources: `columns` in the sources file maps their columns to these -----------------------------------
 
 
 @formatter("prompt", "response", optional=("system", "answer", "group", *REASONING))
 def prompt_response(row: Row) -> Example:
-    """One question and its answer, with the thought before it where there is one."""
+    """A question and its answer, with the thought before it if there is one."""
     turns = ask(text(row, "prompt"), text(row, "response"))
     turns[1] |= {key: row[key] for key in REASONING if row.get(key)}
     return _conversation({"messages": turns, "system": row.get("system")}, row)
@@ -242,7 +242,7 @@ def prompt_response(row: Row) -> Example:
 
 @formatter("messages", optional=("system", "tools", "functions", "answer", "group"))
 def messages(row: Row) -> Example:
-    """A conversation, as {role, content} or as {from, value}, with all that `data.conversation` knows."""
+    """A conversation of {role, content} or {from, value}, with all that `data.conversation` knows."""
     names = {"from": "role", "value": "content"}
     turns = [{names.get(k, k): value for k, value in turn.items() if value is not None} for turn in row["messages"]]
     return _conversation({"messages": turns} | {key: row.get(key) for key in ("system", "tools", "functions")}, row)
@@ -250,7 +250,7 @@ def messages(row: Row) -> Example:
 
 @formatter(optional=("group",))
 def by_keys(row: Row) -> Example:
-    """A record of any form that files may have, told by its keys."""
+    """A record of any form that files may have, identified by its keys."""
     try:
         _, fields = convert({key: value for key, value in row.items() if key != "group"}, _ROW)
     except SRDEError as error:

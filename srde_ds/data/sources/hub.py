@@ -1,4 +1,4 @@
-"""Upload a built dataset. The token comes from the environment alone."""
+"""Uploads a built dataset. The token comes only from the environment."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def check_upload(repo: str, *, private: bool, sources: Iterable[dict[str, Any]])
         sources: with `name` and `redistributable`.
 
     Raises:
-        SRDEError: there is no token, the name is not one of a repository, or a public upload would pass on data whose
-            licence does not allow it.
+        SRDEError: there is no token, the name is not a repository's, or a public upload would pass on data whose
+            licence does not allow that.
     """
     if not os.environ.get("HF_TOKEN"):
         raise SRDEError(f"push_to_hub={repo}: no token. Set the environment variable HF_TOKEN.")
@@ -32,8 +32,8 @@ def check_upload(repo: str, *, private: bool, sources: Iterable[dict[str, Any]])
     kept = [source["name"] for source in sources if source["redistributable"] != "yes"]
     if kept and not private:
         raise SRDEError(
-            f"push_to_hub={repo} with private=false: the licence of {', '.join(kept)} does not allow, or does not say, "
-            "that the data may be passed on. Leave --private on, or build without these sources."
+            f"push_to_hub={repo} with private=false: the licence of {', '.join(kept)} does not allow, or does not "
+            "clearly allow, passing the data on. Leave --private on, or build without these sources."
         )
 
 

@@ -1,4 +1,4 @@
-"""Open a source of any kind as rows that every process can read by number."""
+"""Opens a source of any kind as rows that every process can read by number."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from srde_ds.utils.retry import SourceError, with_retries
 
 ROWS_A_PART = 5000
 ROWS_LOOKED_AT = 100
-"""lines of a JSONL file that are read to find its columns"""
+"""number of lines that are read to find the columns of a JSONL file"""
 Maker = Callable[[int], tuple[str, str]]
-"""Prompt and answer of an item, by its number"""
+"""Makes the prompt and answer of an item, by number"""
 
 
 class Reader(Protocol):
-    """Reads a source's rows by number; it can be pickled and sent to another process."""
+    """Reads a source's rows by number. It can be pickled and sent to another process."""
 
     @property
     def count(self) -> int:
@@ -44,32 +44,32 @@ class Reader(Protocol):
         ...
 
     def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
-        """What each row holds: an example, no answer, or what is wrong with it."""
+        """Each row's example, None if it has no answer, or what is wrong with it."""
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source that can be read; `content` changes with its rows."""
+    """A source ready to be read; `content` changes whenever its rows do."""
 
     source: Source
     reader: Reader
     revision: str
-    """commit of the Hub, hash of the files, or the generator's version"""
+    """a commit of the Hub, a hash of the files, or the generator's version"""
     content: str
     rewritten: TemporaryDirectory[str] | None = None
-    """holds the file's rows as plain lines, where it has another form: it lasts as long as this object"""
+    """holds the rows as plain lines if the file has another form; exists as long as this object"""
 
 
 def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -> OpenSource:
     """Download or find a source and check its columns.
 
     Args:
-        revision: commit of a Hub source that an earlier build looked up.
-        seed: of a generated source.
-        rows: of a generated source.
+        revision: the commit of a Hub source, as an earlier build found it.
+        seed: seed of a generated source.
+        rows: number of rows of a generated source.
 
     Raises:
-        SourceError: it is gone, gated, out of reach, unreadable or has other columns.
+        SourceError: it is gone, gated, unreachable or unreadable, or has other columns.
     """
     if source.generated:
         return _open_generated(source, seed, rows)
@@ -99,7 +99,7 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
         raise SourceError("it has no rows")
     missing = [column for column in source.real_columns() if column not in columns]
     if missing:
-        raise SourceError(f"its columns do not fit: no '{missing[0]}', it has {', '.join(columns) or 'none'}")
+        raise SourceError(f"its columns do not fit: there is no '{missing[0]}', only {', '.join(columns) or 'none'}")
     return OpenSource(source, reader, str(revision), fingerprint(source.location, source.config, revision), rewritten)
 
 
@@ -120,14 +120,14 @@ class ArrowReader:
 
 @dataclass(frozen=True)
 class JsonlReader:
-    """Lines of a file; `starts` are the positions of every ROWS_A_PARTth line that is not blank."""
+    """Lines of a file; `starts` has the positions of every ROWS_A_PARTth line that is not blank."""
 
     path: str
     starts: tuple[int, ...]
     count: int
     source: Source
     rewritten: bool = False
-    """a text in a row's stead says what is wrong with it"""
+    """a text in place of a row says what is wrong with it"""
 
     def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
         """See `Reader`; `start` is a multiple of ROWS_A_PART."""
@@ -167,7 +167,7 @@ class GymReader:
 
 @dataclass(frozen=True)
 class TasksReader:
-    """Items of one domain of srde_ds.data.synthetic.tasks: its tasks in turn."""
+    """Items of one domain of srde_ds.data.synthetic.tasks, whose tasks take turns."""
 
     domain: str
     seed: int
@@ -205,7 +205,7 @@ def _newest(source: Source) -> str:
 
 
 def _from_hub(source: Source, revision: str) -> datasets.Dataset:
-    # The files that `data_files` names are one split, whatever they hold.
+    # `data_files` are read as one split, whatever they hold.
     return datasets.load_dataset(
         source.location,
         source.config,
@@ -238,7 +238,7 @@ def _local(source: Source) -> list[Path]:
 
 
 def _files(source: Source) -> list[Path]:
-    _local(source)  # what is not there is said as of all sources
+    _local(source)  # a missing file gives the same error as for other sources
     try:
         return find_files(source.location, source.kind)
     except SRDEError as error:
@@ -246,7 +246,7 @@ def _files(source: Source) -> list[Path]:
 
 
 def _rewrite(paths: Sequence[Path]) -> TemporaryDirectory[str]:
-    """The records of files of any kind as plain lines, which can be read from any place on."""
+    """Write the records of files of any kind as plain lines, which can be read from any position."""
     folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="srde-source-")
     try:
         with (Path(folder.name) / "rows.jsonl").open("w", encoding="utf-8") as lines:
@@ -268,7 +268,7 @@ def _hash_files(paths: Sequence[Path]) -> str:
 
 
 def _scan_lines(path: Path) -> tuple[tuple[int, ...], int, str]:
-    """Where every ROWS_A_PARTth line starts, how many there are, and the hash of the file."""
+    """The starts of every ROWS_A_PARTth line, the number of lines, and the hash of the file."""
     digest, starts, count, position = hashlib.sha256(), [], 0, 0
     with path.open("rb") as file:
         for line in file:
@@ -282,7 +282,7 @@ def _scan_lines(path: Path) -> tuple[tuple[int, ...], int, str]:
 
 
 def _columns_of(path: Path) -> list[str]:
-    """Keys that the first lines of a JSONL file have; a line that is not a JSON object has none."""
+    """The keys in the first lines of a JSONL file. A line that is not a JSON object has none."""
     columns: dict[str, None] = {}
     with path.open("rb") as file:
         for line in islice(filter(bytes.strip, file), ROWS_LOOKED_AT):
@@ -308,7 +308,7 @@ def _open_generated(source: Source, seed: int, rows: int) -> OpenSource:
         reader = GymReader(source.location, options, seed, rows)
     else:
         if source.location not in (*tasks.TASKS, "science"):
-            raise SourceError(f"no tasks for '{source.location}', there are {', '.join(tasks.TASKS)} and science")
+            raise SourceError(f"no tasks for '{source.location}', only for {', '.join(tasks.TASKS)} and science")
         reader = TasksReader(source.location, seed, rows)
     return OpenSource(source, reader, revision, fingerprint(source.location, source.options, revision, seed))
 
@@ -320,18 +320,18 @@ def _arrow(files: tuple[str, ...]) -> datasets.Dataset:
 
 @cache
 def _gym(task: str, options: str, seed: int) -> Any:
-    import reasoning_gym  # two seconds: only when items are made
+    import reasoning_gym  # takes two seconds, so only when items are made
 
-    # Any index can be asked for: the size bounds iteration only, which is not used.
+    # Any index works: the size bounds only iteration, which is not used.
     try:
         return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
-    except AssertionError as error:  # how reasoning-gym refuses an option's value
+    except AssertionError as error:  # this is how reasoning-gym refuses an option's value
         raise ValueError(str(error)) from None
 
 
 @cache
 def _makers(domain: str, seed: int) -> list[Maker]:
-    """One function a task."""
+    """One function for each task."""
     if domain == "science":
         return [_numbered(name, make, seed) for name, make in SCIENCE.items()]
     return [

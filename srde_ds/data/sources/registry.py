@@ -1,4 +1,4 @@
-"""Which sources make up which domain: registry.yaml, and sources files of users, which have the same form."""
+"""The sources of each domain, from registry.yaml or a user's sources file of the same form."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from srde_ds.utils.yaml_files import read_yaml
 
 REGISTRY = Path(__file__).with_name("registry.yaml")
 KINDS = ("hub", "folder", "jsonl", "parquet", "reasoning_gym", "tasks")
-"""Exactly one of them says where a source's rows come from."""
+"""Keys of which exactly one says where a source's rows come from."""
 GENERATED = ("reasoning_gym", "tasks")
-"""These have no columns, and can make more rows when a domain runs short."""
+"""Kinds without columns, which can make more rows when a domain runs short."""
 KINDS_OF_KEY = {
     "config": ("hub",),
     "revision": ("hub",),
@@ -25,7 +25,7 @@ KINDS_OF_KEY = {
     "columns": ("hub", "folder", "jsonl", "parquet"),
     "options": ("reasoning_gym",),
 }
-"""Keys that mean something for some kinds only"""
+"""Keys that only some kinds have"""
 
 
 @dataclass(frozen=True)
@@ -40,35 +40,35 @@ class Source:
     """made by `save_to_disk`"""
     jsonl: str | None = None
     parquet: str | None = None
-    """path of the file; may hold wildcards"""
+    """path of the file, which may contain wildcards"""
     reasoning_gym: str | None = None
-    """name of one of its tasks"""
+    """name of a reasoning-gym task"""
     tasks: str | None = None
     """a domain of srde_ds.data.synthetic.tasks"""
     config: str | None = None
     split: str = "train"
-    """of a `hub` source, or of a `folder` that holds several"""
+    """split of a `hub` source, or of a `folder` that holds several"""
     revision: str | None = None
     """commit of the Hub"""
     data_files: str | None = None
     """files inside the Hub's repository, instead of those of `config` and `split`"""
     formatter: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
-    """formatter's column -> the source's own, where they differ"""
+    """formatter's column -> the source's column, if they differ"""
     options: dict[str, Any] = field(default_factory=dict)
-    """of a reasoning-gym task"""
+    """options of a reasoning-gym task"""
     license: str = "unknown"
     redistributable: str = "unknown"
     rows: int | None = None
-    """size, where it is known beforehand; for a generated source, the most to make"""
+    """number of rows, if known beforehand; for a generated source, the most to make"""
     weight: float = 1.0
-    """share of the domain's examples; 0: used only where the others are too few"""
+    """share of the domain's examples; 0: used only if the other sources have too few"""
     near_duplicates: bool = True
     """whether near duplicates of its rows are removed"""
 
     @property
     def kind(self) -> str:
-        """Where its rows come from: the one of `KINDS` that is given."""
+        """The one of `KINDS` that is given, which says where the rows come from."""
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     @property
@@ -78,23 +78,23 @@ class Source:
 
     @property
     def generated(self) -> bool:
-        """Whether its rows are made here, as many as are wanted."""
+        """Whether its rows are made here, in any number."""
         return self.kind in GENERATED
 
     def real_columns(self) -> list[str]:
-        """The source's own names of the columns that its formatter needs."""
+        """The source's names of the columns that its formatter needs."""
         needed = FORMATTERS[self.formatter].columns if self.formatter else ()
         return [self.columns.get(column, column) for column in needed]
 
 
 def load_sources(path: str | Path | None = None) -> list[Source]:
-    """The sources of a file, or those of the registry.
+    """Load the sources of a file, or those of the registry.
 
     The file maps each domain to a list; an entry is the name of a source of the registry or a mapping with the
     fields of `Source`. The order of the domains is that of the experts.
 
     Raises:
-        SRDEError: the file cannot be read, or an entry is not a source; names file, domain and entry.
+        SRDEError: the file cannot be read, or an entry is not a source. The message names file, domain and entry.
     """
     entries = _read(REGISTRY)
     if path is None:
@@ -115,7 +115,7 @@ def choose_domains(sources: Sequence[Source], domains: Sequence[str] | None) -> 
 
 
 def print_sources(sources: Sequence[Source]) -> None:
-    """A table with domain, place, size, licence and columns of each source."""
+    """Print a table with the domain, place, size, licence and columns of each source."""
     table = [["source", "domain", "from", "rows", "licence", "redistributable", "columns"]]
     for source in sources:
         place = ":".join(filter(None, [source.location, source.config]))
@@ -142,7 +142,7 @@ def _parse(content: Mapping[str, Any], path: Path, known: Mapping[str, Source]) 
         for entry in entries:
             source = _entry(entry, domain, path, known)
             if source.name in {other.name for other in sources}:
-                raise SRDEError(f"sources_file={path}: source '{source.name}' is there twice: rename one.")
+                raise SRDEError(f"sources_file={path}: source '{source.name}' occurs twice: rename one.")
             sources.append(source)
         if not any(source.weight for source in sources if source.domain == domain):
             raise SRDEError(f"sources_file={path}: all sources of '{domain}' have weight 0: give one a weight.")
@@ -155,7 +155,7 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
             raise SRDEError(f"sources_file={path}: no source '{entry}' in the registry.{nearest(entry, known)}")
         return Source(**vars(known[entry]) | {"domain": domain})
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise SRDEError(f"sources_file={path}: an entry of '{domain}' needs a name, or is the name of a known source.")
+        raise SRDEError(f"sources_file={path}: an entry of '{domain}' needs a name, or must be one.")
     place = f"sources_file={path}: source '{entry['name']}'"
     allowed = {f.name: str(f.type) for f in fields(Source) if f.name != "domain"}
     for key, value in entry.items():
@@ -174,19 +174,19 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
     if source.weight < 0:
         raise SRDEError(f"{place}: weight={source.weight}: must not be negative.")
     if source.generated == (source.formatter is not None):
-        has = "makes conversations itself: leave formatter out" if source.generated else "needs a formatter"
+        has = "makes conversations by itself: leave formatter out" if source.generated else "needs a formatter"
         raise SRDEError(f"{place}: {has}.")
     if source.formatter and source.formatter not in FORMATTERS:
         raise SRDEError(f"{place}: unknown formatter '{source.formatter}'.{nearest(source.formatter, FORMATTERS)}")
     for key, of in KINDS_OF_KEY.items():
         if key in entry and source.kind not in of:
-            raise SRDEError(f"{place}: {key} is for {', '.join(of)} only: leave it out.")
+            raise SRDEError(f"{place}: {key} is only for {', '.join(of)}: leave it out.")
     for column, own in source.columns.items():
         read = FORMATTERS[str(source.formatter)]
         if column not in (*read.columns, *read.optional) and source.formatter != "by_keys":
             known_columns = (*read.columns, *read.optional)
             raise SRDEError(
-                f"{place}: columns: the formatter {source.formatter} reads no '{column}', but "
+                f"{place}: columns: the formatter {source.formatter} does not read '{column}', but "
                 f"{', '.join(known_columns)}.{nearest(str(column), known_columns)}"
             )
         if not isinstance(own, str):

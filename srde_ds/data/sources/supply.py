@@ -1,4 +1,4 @@
-"""Open the sources of a build: skip those that are missing, keep their commits, grow the generated ones."""
+"""Opens the sources of a build: skips missing ones, remembers their commits, and grows generated ones."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ log = logging.getLogger(__name__)
 
 LOCK = "sources.lock.json"
 GENERATED_AT_ONCE = 1000
-"""rows that a generated source makes as one part: it grows by such parts, and keeps those it has"""
+"""rows in a part of a generated source, which grows part by part"""
 WORTHWHILE = 0.1
-"""a generated source is exhausted when a smaller share of its rows than this is new"""
+"""a generated source is exhausted when the share of new rows falls below this"""
 
 
 def _read_lock(path: Path) -> dict[str, str]:
-    """Commit by Hub id."""
+    """The commits, by Hub id."""
     try:
         lock = json.loads(path.read_text()) if path.exists() else {}
     except ValueError:
         lock = None
     if not isinstance(lock, dict):
-        raise SRDEError(f"'{path}' is damaged: delete it; commits that no source pins are then looked up again.")
+        raise SRDEError(f"'{path}' is damaged: delete it. Commits that no source pins are then looked up again.")
     return lock
 
 
 class Supply:
-    """The open sources by name, in the order of the sources file; that order decides which duplicate is kept."""
+    """The open sources by name, in the order of the sources file, which decides which duplicate is kept."""
 
     def __init__(self, options: BuildOptions, work_dir: Path) -> None:
         self.options = options
@@ -51,9 +51,9 @@ class Supply:
         return [opened.source for opened in self.opened.values()]
 
     def _open_all(self, path: Path) -> None:
-        """Download or find every source; generated ones that only fill gaps wait until there is one.
+        """Download or find every source. Generated ones that only fill gaps are opened when there is a gap.
 
-        Commits that are looked up are kept in a file, so that a build that goes on uses the same.
+        Commits that are looked up are kept in a file, so that a resumed build uses the same ones.
         """
         lock = _read_lock(path)
         for source in self.options.sources:
@@ -70,7 +70,7 @@ class Supply:
         for domain in self.options.domains:
             if not self._of(domain):
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
-                raise SRDEError(f"domain '{domain}' is left without any source ({reasons}): give it another one.")
+                raise SRDEError(f"domain '{domain}' has no source left ({reasons}): give it another one.")
 
     def _of(self, domain: str) -> list[Source]:
         return [s for s in self.options.sources if s.domain == domain and s.name not in self.skipped]
@@ -83,7 +83,7 @@ class Supply:
             if self.options.on_missing_source == "fail":
                 raise SRDEError(
                     f"source '{source.name}' ({source.kind} {source.location}) cannot be read: {error}. "
-                    "Correct it, or give --on_missing_source skip: the domain's other sources make up for it."
+                    "Correct it, or give --on_missing_source skip to have the domain's other sources make up for it."
                 ) from None
             log.warning("source %s is skipped: %s", source.name, error)
             self.skipped[source.name] = str(error)
@@ -93,14 +93,14 @@ class Supply:
         self.opened = dict(sorted(self.opened.items(), key=lambda item: order.index(item[0])))
 
     def grow(self, missing: dict[str, int], found: dict[str, int]) -> bool:
-        """Let generated sources make what the domains lack.
+        """Have generated sources make what the domains lack.
 
         Args:
-            missing: documents, by domain.
-            found: documents that cleaning left, by source.
+            missing: number of missing documents, by domain.
+            found: number of documents that cleaning has kept, by source.
 
         Returns:
-            False when nothing is missing or no source can make more.
+            False if nothing is missing or no source can make more.
         """
         grown = False
         for domain, lack in missing.items():

@@ -11,7 +11,7 @@ Item = tuple[str, str]
 """(prompt, answer)"""
 
 LAST_ELEMENT = 86
-"""radon: beyond it, masses and isotopes are of short-lived elements"""
+"""radon; beyond it, elements are short-lived"""
 
 _COMPOUNDS = (
     "H2O CO2 CO NH3 CH4 C2H6 C3H8 C4H10 C2H4 C2H2 C6H6 CH4O C2H6O C2H4O2 C6H12O6 C12H22O11 NaCl KCl KBr NaF LiF "
@@ -34,7 +34,7 @@ def _number(value: float) -> str:
 
 
 def neutrons(generator: Random) -> Item:
-    """Neutrons of an isotope."""
+    """The number of neutrons in an isotope."""
     element = generator.choice(_elements())
     mass = generator.choice(element.isotopes)
     return (
@@ -61,7 +61,7 @@ def symbols(generator: Random) -> Item:
 
 
 def names(generator: Random) -> Item:
-    """The names behind two symbols."""
+    """The names of two elements, from their symbols."""
     chosen = generator.sample(_elements(), 2)
     listed = " and ".join(element.symbol for element in chosen)
     return (
@@ -71,7 +71,7 @@ def names(generator: Random) -> Item:
 
 
 def electrons(generator: Random) -> Item:
-    """Electrons of an ion."""
+    """The number of electrons in an ion."""
     element = generator.choice([element for element in _elements() if element.ions])
     charge = generator.choice(element.ions)
     sign = "+" if charge > 0 else "-"
@@ -83,7 +83,7 @@ def electrons(generator: Random) -> Item:
 
 
 def atoms(generator: Random) -> Item:
-    """Atoms of one element in several units of a compound."""
+    """The number of atoms of an element in several units of a compound."""
     import periodictable
 
     compound, molecules = generator.choice(_COMPOUNDS.split()), generator.randint(2, 9)
@@ -96,7 +96,7 @@ def atoms(generator: Random) -> Item:
 
 
 def molar_mass(generator: Random) -> Item:
-    """Mass in grams of an amount of a compound."""
+    """The mass in grams of an amount of a compound."""
     import periodictable
 
     compound, moles = generator.choice(_COMPOUNDS.split()), generator.randint(1, 10)
@@ -145,7 +145,7 @@ def temperature(generator: Random) -> Item:
 
 
 def mechanics(generator: Random) -> Item:
-    """A quantity from a law of physics and two others."""
+    """A quantity that follows from two others by a law of physics."""
     from scipy import constants
 
     a, b = generator.randint(2, 20), generator.randint(2, 20)

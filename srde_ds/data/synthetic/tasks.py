@@ -26,7 +26,7 @@ def _as_asked(hint: str = "") -> Phrase:
 
 
 def _worded(words: Callable[[dict[str, Any]], str], answer: Callable[[dict[str, Any]], Any] | None = None) -> Phrase:
-    """Prompt (and answer) from the item's metadata instead of its question."""
+    """The prompt (and answer) from the item's metadata instead of its question."""
     return lambda item: (
         words(item["metadata"]),
         str(item["answer"] if answer is None else answer(item["metadata"])).strip(),
@@ -194,11 +194,11 @@ TASKS: dict[str, list[tuple[str, str, dict[str, Any], Phrase]]] = {
 
 
 def generate(domain: str, count: int, seed: int) -> list[dict[str, str]]:
-    """`count` distinct items of a domain, its tasks in equal shares where they have enough distinct items.
+    """Make `count` distinct items of a domain, with equal shares of its tasks if they have enough distinct items.
 
     Returns:
-        dicts with `prompt`, `response`, `answer` (here the same text), `domain`, `source`. No two prompts are
-        equal, not even after lowering case and joining white space. The same arguments give the same items.
+        dicts with `prompt`, `response`, `answer` (here the same text), `domain` and `source`. No two prompts are equal,
+        even when case and white space are ignored. The same arguments give the same items.
     """
     if domain not in DOMAINS:
         raise SRDEError(f"unknown domain '{domain}', must be one of {', '.join(DOMAINS)}.{nearest(domain, DOMAINS)}")
@@ -207,7 +207,7 @@ def generate(domain: str, count: int, seed: int) -> list[dict[str, str]]:
     items: list[dict[str, str]] = []
     while len(items) < count:
         if not streams:
-            raise SRDEError(f"domain '{domain}' has only {len(items)} distinct items, {count} are asked for.")
+            raise SRDEError(f"domain '{domain}' has only {len(items)} distinct items, but {count} are wanted.")
         for source, stream in list(streams.items()):
             item = _next_new(stream, seen)
             if item is None:
@@ -225,7 +225,7 @@ def generate(domain: str, count: int, seed: int) -> list[dict[str, str]]:
 def write_quickstart_data(
     folder: str | Path, train_per_domain: int, held_out_per_domain: int, seed: int
 ) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `held_out.jsonl` of all six domains; no held-out prompt occurs in training."""
+    """Write `train.jsonl` and `held_out.jsonl` for all six domains. No held-out prompt occurs in training."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     train: list[dict[str, str]] = []
@@ -242,11 +242,11 @@ def write_quickstart_data(
 
 
 def _gym_streams(domain: str, seed: int) -> dict[str, Iterator[tuple[str, str]]]:
-    import reasoning_gym  # two seconds: only when items are made
+    import reasoning_gym  # takes two seconds, so only when items are made
 
     streams: dict[str, Iterator[tuple[str, str]]] = {}
     for task, name, options, phrase in TASKS[domain]:
-        # Any index can be asked for: the size bounds iteration only, which is not used.
+        # Any index works: the size bounds only iteration, which is not used.
         dataset = reasoning_gym.create_dataset(name, size=1, seed=seed, **options)
         streams[f"reasoning_gym/{name}/{task}"] = map(phrase, map(dataset.__getitem__, count()))
     return streams
@@ -259,7 +259,7 @@ def _science_streams(seed: int) -> dict[str, Iterator[tuple[str, str]]]:
 
 
 def _next_new(stream: Iterator[tuple[str, str]], seen: set[str], patience: int = 200) -> tuple[str, str] | None:
-    """The next item whose prompt is new; None once `patience` known ones came in a row."""
+    """The next item whose prompt is new; None after `patience` known ones in a row."""
     for _ in range(patience):
         prompt, answer = next(stream)
         key = " ".join(prompt.lower().split())

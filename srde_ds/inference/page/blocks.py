@@ -1,4 +1,4 @@
-"""The elements of the page, by Gradio."""
+"""The elements of the page, made with Gradio."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from srde_ds.pages.theme import DARK, LIGHT
 from srde_ds.utils.escape import html, one_line
 
 CAPTION = (
-    "A token has the colour of the expert with the largest weight. Point at it, tap it, or reach it with the tab and "
-    "arrow keys, to see the weights of all."
+    "A token has the colour of the expert with the largest weight. Point at it, tap it, or go to it with the tab and "
+    "arrow keys to see all weights."
 )
 ROUTER = -1
-FONTS = ("system-ui", "sans-serif")  # the reader's own: none is fetched
+FONTS = ("system-ui", "sans-serif")  # the reader's own, so that none is downloaded
 MONOSPACE = ("ui-monospace", "monospace")
 
 
@@ -53,7 +53,7 @@ def chat_theme() -> gr.themes.Base:
 
 
 def chat_blocks(page: ChatPage, *, title: str) -> gr.Blocks:
-    """The page; `title` says whose answers these are."""
+    """The page; `title` names the model that answers."""
     names, sampling = page.names, page.sampling
     with gr.Blocks(title="srde-ds chat", analytics_enabled=False) as blocks:
         visit = gr.State()
@@ -84,9 +84,9 @@ def chat_blocks(page: ChatPage, *, title: str) -> gr.Blocks:
                     [("none: the router chooses", ROUTER), *numbered],
                     value=ROUTER,
                     label="Pin an expert",
-                    info="Every token goes to it alone.",
+                    info="Every token uses only this expert.",
                 )
-                beside = gr.Checkbox(True, label="Let the base answer beside")
+                beside = gr.Checkbox(True, label="Show the base's answer beside")
                 layers = gr.Dropdown(
                     [(f"layer {number}", number) for number in range(len(page.model.layers))],
                     value=[],
@@ -151,7 +151,7 @@ def chat_blocks(page: ChatPage, *, title: str) -> gr.Blocks:
             show_progress_on=[latest],
         )
         quick: dict[str, Any] = {"queue": False, "show_progress": "hidden"}
-        # What an answer still sends after it was stopped may come late.
+        # A stopped answer may still send updates, which may come late.
         asked.then(show, visit, parts, **quick)
         stop.click(stop_answer, visit, parts, cancels=[asked], **quick)
         restart.click(begin_again, layers, [visit, *parts], cancels=[asked], **quick)

@@ -1,4 +1,4 @@
-"""The verb `chat`: where the page is, and who may see it."""
+"""The verb `chat`: the address of the page, and who may see it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def chat_command(options: ChatOptions) -> None:
     """Serve the page until Ctrl-C.
 
     Raises:
-        SRDEError: a bad password, an address that cannot be listened on, missing weights, a wrong base, or Gradio is
+        SRDEError: the password is bad, the address cannot be used, weights are missing, the base is wrong, or Gradio is
             not installed.
     """
     try:
         from srde_ds.inference.page.server import chat_server
     except ModuleNotFoundError as error:
         remedy = "Install it: pip install 'srde-ds[pages]'"
-        raise SRDEError(f"package '{error.name}' is missing, the chat's page needs it. {remedy}") from None
+        raise SRDEError(f"package '{error.name}' is missing, which the chat's page needs. {remedy}") from None
     password = page_password(options, os.environ)
     with listening(options.host, options.port) as listener:
         base = {"base": options.base, "allow_download": options.allow_download}
@@ -49,7 +49,7 @@ def chat_command(options: ChatOptions) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -57,10 +57,10 @@ def is_loopback(host: str) -> bool:
 
 
 def page_password(options: ChatOptions, environment: Mapping[str, str]) -> str | None:
-    """The password that visitors have to give; None: nobody is asked.
+    """The password that visitors have to give; None: no password.
 
-    That is so where only this machine reaches the page and no password was given or asked for. One that is needed and
-    not given is made.
+    None is returned if only this machine can reach the page, and no password is given or required. A password that is
+    needed but not given is generated.
 
     Raises:
         SRDEError: the file cannot be read, or the password is too short.
@@ -84,23 +84,23 @@ def page_password(options: ChatOptions, environment: Mapping[str, str]) -> str |
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before a model is loaded for nothing.
+    """A socket that listens at the address, opened before the model is loaded.
 
     Raises:
-        SRDEError: it cannot.
+        SRDEError: it cannot listen there.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
-        remedy = "Give another --port, or 0 for any that is free." if taken else "Give an address of this machine."
+        remedy = "Give another --port, or 0 for any free one." if taken else "Give an address of this machine."
         reason = str(error.strerror).partition(" (while ")[0]
         raise SRDEError(f"host={host} port={port}: cannot listen there: {reason}. {remedy}") from None
 
 
 def address(listener: socket.socket) -> str:
-    """What a browser on this machine is given."""
+    """The URL for a browser on this machine."""
     host, port = listener.getsockname()[:2]
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     host = everywhere.get(host, host)

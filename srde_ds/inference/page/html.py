@@ -1,4 +1,4 @@
-"""The conversation as HTML, each token in the colour of its experts. All texts are escaped here."""
+"""The conversation as HTML, with each token in the colour of its experts. All texts are escaped here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class View:
     """How turns are shown.
 
     Attributes:
-        layers: whose weights are shown, as a mean; none: all.
+        layers: layers whose mean weights are shown; empty: all.
     """
 
     expert_names: Sequence[str]
@@ -26,7 +26,7 @@ class View:
 
 
 def legend(expert_names: Sequence[str]) -> str:
-    """The colours of the experts."""
+    """A legend of the experts' colours."""
     items = "".join(
         f'<li><span class="swatch" style="{_color(number)}"></span>{_label(name)}</li>'
         for number, name in enumerate(expert_names)
@@ -35,7 +35,7 @@ def legend(expert_names: Sequence[str]) -> str:
 
 
 def conversation(turns: Iterable[Turn], view: View) -> str:
-    """Turns that are over."""
+    """The finished turns."""
     return "".join(turn_html(turn, view) for turn in turns)
 
 
@@ -43,26 +43,26 @@ def turn_html(turn: Turn, view: View, *, growing: bool = False, note: str = "") 
     """A question and its answers.
 
     Args:
-        growing: more is to come.
-        note: what went wrong.
+        growing: whether more will come.
+        note: an error, if any.
     """
     answers = []
     if turn.answer is not None or growing:
         title = "With experts" if turn.experts is None else f"With {', '.join(turn.experts)} alone"
         busy = growing and turn.base is None
         answers.append(_box(title, _answer_tokens(turn, view), _mean(turn, view), busy=busy))
-    if turn.base is not None or (growing and turn.base_beside):  # from the beginning, lest the other box shrinks later
+    if turn.base is not None or (growing and turn.base_beside):  # at once, so that the other box does not shrink
         text = html(turn.base.text) if turn.base else ""
         answers.append(_box("Base alone", text, "", busy=growing and turn.base is not None))
-    told = f'<p class="note" role="alert">{html(note)}</p>' if note else ""
+    warning = f'<p class="note" role="alert">{html(note)}</p>' if note else ""
     return (
         f'<section class="turn"><h2>{html(turn.question)}</h2>'
-        f'<div class="answers">{"".join(answers)}</div>{told}</section>'
+        f'<div class="answers">{"".join(answers)}</div>{warning}</section>'
     )
 
 
 def prompt_html(turn: Turn, view: View) -> str:
-    """What the model read before it answered, folded away."""
+    """The prompt as the model read it, folded."""
     if turn.answer is None or turn.answer.routing is None:
         return ""
     length = turn.answer.prompt_length
@@ -75,7 +75,7 @@ def prompt_html(turn: Turn, view: View) -> str:
 
 
 def download(name: str, content: str) -> str:
-    """A link that saves a file. The link itself holds it, so that no copy is left on the server."""
+    """A link that saves a file. The link contains the file, so that no copy is left on the server."""
     data = base64.b64encode(content.encode("utf-8")).decode()
     return f'<a class="download" download="{html(name)}" href="data:application/json;base64,{data}">Export</a>'
 
@@ -95,7 +95,7 @@ def _answer_tokens(turn: Turn, view: View) -> str:
 
 
 def _mean(turn: Turn, view: View) -> str:
-    """The weights of the whole answer."""
+    """The mean weights over the answer."""
     if turn.answer is None or turn.answer.routing is None:
         return ""
     weights_TE = turn.answer.routing.weights_TE(view.layers)[turn.answer.prompt_length :]
@@ -105,9 +105,9 @@ def _mean(turn: Turn, view: View) -> str:
 
 
 def _tokens(pieces: Sequence[str], rows: Sequence[Sequence[float]], view: View) -> str:
-    """Tokens in colour: that of the expert with the largest weight, the stronger the larger it is.
+    """Tokens in the colour of the expert with the largest weight; the larger the weight, the stronger the colour.
 
-    The arrow keys move between them, see `style.ARROW_KEYS`; so only the first is a stop of the tab key.
+    The arrow keys move between them, see `style.ARROW_KEYS`, so the tab key stops only at the first.
     """
     spans, stop = [], 0
     for number, piece in enumerate(pieces):
@@ -125,7 +125,7 @@ def _tokens(pieces: Sequence[str], rows: Sequence[Sequence[float]], view: View) 
 
 
 def _weights(row: Sequence[float], view: View) -> str:
-    """`math 0.62, code 0.38`, the largest first, without those that round to nothing."""
+    """Such as `math 0.62, code 0.38`: largest first, without those that round to zero."""
     ranked = sorted(zip(row, view.expert_names, strict=True), key=lambda pair: -pair[0])
     return ", ".join(f"{_label(name)} {weight:.2f}" for weight, name in ranked if weight >= 0.005)
 

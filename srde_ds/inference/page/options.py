@@ -14,28 +14,28 @@ class ChatOptions:
     weights: str = weights_option()
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(
-        False, "fetch the base that the weights name from the Hub, if it is not on this machine"
+        False, "download the base that the weights name from the Hub, if it is not on this machine"
     )
     host: str = option(
-        "127.0.0.1", "address to listen on; any but those of this machine alone asks for a password", metavar="ADDRESS"
+        "127.0.0.1", "address to listen on; if others can reach it, the page asks for a password", metavar="ADDRESS"
     )
-    port: int = option(7860, "port to listen on; 0: any that is free", metavar="PORT", minimum=0, maximum=65535)
-    ask_password: bool = option(False, "ask for a password on this machine, too")
+    port: int = option(7860, "port to listen on; 0: any free port", metavar="PORT", minimum=0, maximum=65535)
+    ask_password: bool = option(False, "ask for a password even if only this machine can reach the page")
     password_file: str | None = option(
         None,
-        "file that holds the password (default: the environment variable SRDE_CHAT_PASSWORD, else one is made and "
+        "file with the password (default: the environment variable SRDE_CHAT_PASSWORD, else one is generated and "
         "printed)",
         metavar="FILE",
     )
     max_tokens: int | None = option(
         None,
-        "longest answer, in tokens; this and the following can be changed on the page",
+        "longest answer, in tokens; this and the next three can be changed on the page",
         metavar="TOKENS",
         aliases=("max_new_tokens",),
         minimum=1,
         derived="256, at most half of the base's context",
     )
-    temperature: float = option(0.7, "temperature of the sampling; 0: always the likeliest token", minimum=0.0)
+    temperature: float = option(0.7, "sampling temperature; 0: always the likeliest token", minimum=0.0)
     top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
-    seed: int = option(42, "seed of the sampling of each answer", metavar="N", minimum=0)
+    seed: int = option(42, "sampling seed of each answer", metavar="N", minimum=0)
     bf16: bool = option(True, "compute in bfloat16; false: in fp32")

@@ -1,4 +1,4 @@
-"""Serving the page."""
+"""Serves the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 
 class _Server(uvicorn.Server):
-    """Ends although pages are open, and does not call that an error."""
+    """Ends even while pages are open, without reporting an error."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
@@ -30,14 +30,14 @@ class _Server(uvicorn.Server):
 
 
 def chat_server(page: ChatPage, *, title: str, password: str | None) -> uvicorn.Server:
-    """A server of the page, to be run on a socket that listens."""
-    # Gradio is to report nothing to anybody, and to keep no history of its own in the browser.
+    """A server of the page, to be run on a listening socket."""
+    # Gradio must not report anything to anybody, nor keep a history in the browser.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     auth: dict[str, Any] = {}
     if password is not None:
-        auth = {"auth": _checks(password), "auth_message": "Any user name will do; the password is the chat's."}
+        auth = {"auth": _checks(password), "auth_message": "Enter any user name, and the chat's password."}
     application = FastAPI(openapi_url=None)
-    if password is None:  # pages of other sites must not reach it under a name of theirs
+    if password is None:  # other sites must not reach it through a host name of theirs
         application.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
     gr.mount_gradio_app(
         application,

@@ -1,7 +1,7 @@
 """How the page looks, beyond Gradio's own elements, and how the arrow keys move in it."""
 
-# The colours of an expert are given for a light and a dark page; Gradio marks the body of the latter. It rewrites
-# selectors, and does so wrongly where .dark comes after a comma.
+# An expert has a colour for light and one for dark pages, whose body Gradio marks. Gradio rewrites selectors, but
+# wrongly if .dark follows a comma.
 CSS = """
 .gradio-container { max-width: 90rem !important; }
 .swatch, .token { --expert: var(--light); }

@@ -1,4 +1,4 @@
-"""What the page does with what a visitor asks and sets; no element of it is made here."""
+"""The page's behaviour when a visitor asks or changes settings, without its elements."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from srde_ds.inference.session import AnswerOptions, ChatSession, Turn
 from srde_ds.model.adapter import SRDEModel
 
 EXPORT = "conversation.json"
-BETWEEN_UPDATES = 0.05  # seconds: more often than this nobody can read
-NOTHING_YET = "Nothing was said yet. The model with its experts answers, and the bare base beside it."
+BETWEEN_UPDATES = 0.05  # seconds; nobody can read faster
+NOTHING_YET = "No messages yet. The model with its experts will answer, and the bare base beside it."
 STOPPED = "Stopped; the question is forgotten."
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a visitor has set. Experts are numbers, in the order of their names.
+    """A visitor's settings. Experts are numbers, in the order of their names.
 
     Attributes:
-        experts: those that are switched on.
-        pinned: every token goes to this one alone; None: the router chooses.
-        seed: of the sampling; None: another answer each time.
+        experts: the experts that are switched on.
+        pinned: the only expert that tokens use; None: the router chooses.
+        seed: sampling seed; None: another answer each time.
     """
 
     experts: Sequence[int]
@@ -43,12 +43,12 @@ class Settings:
 
 @dataclass
 class Visit:
-    """What one visitor's page shows.
+    """The state of one visitor's page.
 
     Attributes:
-        layers: whose weights are shown; none: all.
+        layers: layers whose weights are shown; empty: all.
         unfinished: the turn that is being answered, or that failed.
-        note: why it failed.
+        note: the error, if it failed.
     """
 
     session: ChatSession
@@ -66,7 +66,7 @@ class Shown(NamedTuple):
 
 
 class ChatPage:
-    """What happens on the page; `sampling` and `seed` are what its settings begin with."""
+    """The page's actions; `sampling` and `seed` are the initial settings."""
 
     def __init__(
         self, model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, seed: int | None = None
@@ -80,7 +80,7 @@ class ChatPage:
         return Visit(ChatSession(self.model, self.tokenizer, self._lock))
 
     def ask(self, visit: Visit, question: str, settings: Settings) -> Iterator[Shown]:
-        """Answer; what is shown as the answers grow. An error is shown, too, and the next question is answered."""
+        """Answer, and yield what to show as the answers grow. Errors are shown; the next question works again."""
         visit.unfinished, visit.note = Turn(question, base_beside=settings.base_beside), ""
         yield self.shown(visit, growing=True)
         try:
@@ -92,12 +92,12 @@ class ChatPage:
                     yield self.shown(visit, growing=True)
                     last = time.monotonic()
             visit.unfinished = None
-        except (SRDEError, RuntimeError) as error:  # torch's RuntimeError: above all a lack of memory
+        except (SRDEError, RuntimeError) as error:  # torch's RuntimeError, mostly a lack of memory
             visit.note = f"{error} The question is forgotten."
         yield self.shown(visit)
 
     def stop(self, visit: Visit) -> Shown:
-        """Say that the answer was stopped; the iterator of `ask` has to be closed beside."""
+        """Show that the answer was stopped. The iterator of `ask` must be closed separately."""
         visit.note = visit.note or (STOPPED if visit.unfinished else "")
         return self.shown(visit)
 
@@ -107,7 +107,7 @@ class ChatPage:
         return self.shown(visit, growing=bool(visit.unfinished and not visit.note))
 
     def shown(self, visit: Visit, *, growing: bool = False) -> Shown:
-        """The page's parts. The latest turn is apart from the others, which do not change while it grows."""
+        """The page's parts. The latest turn is separate, since the others do not change while it grows."""
         view, turns = View(self.names, visit.layers), visit.session.turns
         if visit.unfinished is not None:
             latest = turn_html(visit.unfinished, view, growing=growing, note=visit.note)
@@ -120,7 +120,7 @@ class ChatPage:
         return Shown(conversation(turns, view), latest, export)
 
     def _options(self, settings: Settings) -> AnswerOptions:
-        """Raises SRDEError if no expert is left."""
+        """The options for an answer; raises an SRDEError if no expert is left."""
         chosen = settings.experts if settings.pinned is None else [settings.pinned]
         if not chosen:
             raise SRDEError("All experts are switched off: switch at least one on.")

@@ -1,10 +1,10 @@
-"""Supports that are learned: there are more candidates than may stay, and scores for them are trained with the rest.
+"""Learned supports: there are more candidates than will be kept, and their scores are trained along with the rest.
 
 A candidate is a neuron, or for element granularity a block of consecutive entries of the support. Those with the
-largest score + temperature * Gumbel noise are kept, and the effective deltas of the others are zero: Gumbel top-k, a
-draw without replacement (Kool et al., arXiv 1903.06059). The backward treats the hard mask as the relaxation
-sigmoid((noisy score - threshold) / temperature), where the threshold lies half-way between the last kept and the first
-dropped noisy score (straight-through, Bengio et al., arXiv 1308.3432). Without noise the largest scores decide, and of
+largest score + temperature * Gumbel noise are kept, and the effective deltas of the others are zero (Gumbel top-k, a
+draw without replacement: Kool et al., arXiv 1903.06059). The backward treats the hard mask as the relaxation
+sigmoid((noisy score - threshold) / temperature), with the threshold half-way between the last kept and the first
+dropped noisy score (straight-through: Bengio et al., arXiv 1308.3432). Without noise the largest scores win, and among
 equal ones the lower index.
 
 Shapes: S rows of scores, one for all experts or one for each, of B blocks.
@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from srde_ds.model.seeding import seeded_generator
 
-# Entries of a support that share a score. Scores of single weights would double what element granularity trains.
+# Entries of a support that share a score. With a score for each, element granularity would train twice as many values.
 BLOCK_SIZE = {"neuron": 1, "element": 64}
 
 
@@ -29,22 +29,22 @@ def kept_entries(scores_SB: Tensor, *, entries: int, keep: int, block: int) -> T
     """`[S, entries]` bool with exactly `keep` True in each of the S masks: the entries of the best blocks.
 
     Args:
-        scores_SB: one score for each block of `block` consecutive entries; the last block may be shorter. The worst
-            block that stays keeps only as many of its first entries as there is room for.
+        scores_SB: one score for each block of `block` consecutive entries; the last block may be shorter. Of the worst
+            block that stays, only as many first entries are kept as there is room for.
     """
     kept_SB, _ = _kept_of_blocks(scores_SB, entries, keep, block)
     return _entry_masks(kept_SB, block).flatten(1)[:, :entries]
 
 
 class SupportGate:
-    """From the scores of one layer to masks over its candidates. Holds no parameters.
+    """Turns the scores of a layer into masks over its candidates. Holds no parameters.
 
     Args:
         entries: number of candidates: neurons, or single weights.
         keep: how many of them stay.
         block: consecutive entries that share a score.
-        seed: the noise depends only on it, on the layer and on the step, so all ranks, all micro-steps and the
-            recomputation of activations draw the same.
+        seed: the noise depends only on it, the layer and the step, so it is the same on all ranks, in all micro-steps
+            and when activations are recomputed.
         layer: number of the decoder layer.
     """
 
@@ -55,15 +55,15 @@ class SupportGate:
         self._noise: tuple[int, Tensor] | None = None
 
     def mask(self, scores_SB: Tensor) -> Tensor:
-        """`[S, entries]` bool: what is kept without noise."""
+        """`[S, entries]` bool: the entries kept without noise."""
         return kept_entries(scores_SB, entries=self.entries, keep=self.keep, block=self.block)
 
     def sample(self, scores_SB: Tensor, *, temperature: float, step: int, overlap_weight: float = 0.0) -> Tensor:
-        """`[S, entries]`, zeros and ones: what is kept in a training step. Differentiable in the scores.
+        """`[S, entries]`, zeros and ones: the entries kept in a training step. Differentiable in the scores.
 
         Args:
-            temperature: of the noise and of the relaxation.
-            step: which the noise is drawn from.
+            temperature: temperature of the noise and the relaxation.
+            step: seeds the noise.
             overlap_weight: factor of the overlap between the S relaxed masks, see `OverlapLoss`.
         """
         precise_SB = scores_SB.to(torch.promote_types(scores_SB.dtype, torch.float32))
@@ -77,7 +77,7 @@ class SupportGate:
         return (hard_SBb + zero_SB[:, :, None]).flatten(1)[:, : self.entries]
 
     def _gumbel(self, scores_SB: Tensor, step: int) -> Tensor:
-        """Noise of a step, drawn on the CPU, so that all kinds of GPU get the same; kept until another step's."""
+        """Noise of a step, drawn on the CPU so that all kinds of GPU get the same; cached for the step."""
         if self._noise is None or self._noise[0] != step or self._noise[1].shape != scores_SB.shape:
             generator = seeded_generator(self.seed, "gumbel", self.layer, step)
             uniform = torch.rand(scores_SB.shape, dtype=torch.float64, generator=generator)
@@ -88,9 +88,9 @@ class SupportGate:
 class RelaxedTopK(torch.autograd.Function):
     """s = sigmoid((score - threshold) / temperature), `[S, B]`, whose backward keeps the sum of each mask.
 
-    In the backward the threshold moves with the scores so that sum_b s_b stays: a candidate gains what others lose. If
-    it were constant, all scores would rise as long as everything that is kept helps, and AdamW, which scales each
-    gradient by its size, would raise them all alike (measured: docs/decisions.md).
+    In the backward the threshold moves with the scores so that sum_b s_b is constant: a candidate gains what others
+    lose. With a fixed threshold all scores would rise as long as everything that is kept helps, and AdamW, which scales
+    each gradient by its size, would raise them all equally (measured: docs/decisions.md).
     """
 
     @staticmethod
@@ -116,8 +116,8 @@ class OverlapLoss(torch.autograd.Function):
 
         weight * mean over pairs e < f of <s_e, s_f> / kept blocks
 
-    which is 1 for hard masks that are all the same, and 0 for disjoint ones. Every backward adds the whole gradient, so
-    where the gradients of micro-steps are summed, `weight` is a step's weight divided by their number.
+    which is 1 for hard masks that are all equal, and 0 for disjoint ones. Every backward adds the whole gradient, so if
+    the gradients of micro-steps are summed, `weight` must be a step's weight divided by their number.
     """
 
     @staticmethod
@@ -137,7 +137,7 @@ class OverlapLoss(torch.autograd.Function):
 
 
 def _kept_of_blocks(scores_SB: Tensor, entries: int, keep: int, block: int) -> tuple[Tensor, Tensor]:
-    """Entries that each block keeps, `[S, B]` int64, and the threshold of the scores, `[S, 1]`."""
+    """The number of entries that each block keeps, `[S, B]` int64, and the threshold of the scores, `[S, 1]`."""
     blocks = scores_SB.shape[1]
     sizes_B = torch.full((blocks,), block, device=scores_SB.device)
     sizes_B[-1] = entries - (blocks - 1) * block
@@ -152,5 +152,5 @@ def _kept_of_blocks(scores_SB: Tensor, entries: int, keep: int, block: int) -> t
 
 
 def _entry_masks(kept_SB: Tensor, block: int) -> Tensor:
-    """`[S, B, block]` bool; False behind the last entry."""
+    """`[S, B, block]` bool; False after the last entry."""
     return torch.arange(block, device=kept_SB.device) < kept_SB[:, :, None]

@@ -1,7 +1,7 @@
-"""Shrinking supports: which entries of a layer's supports stay, and its tensors cut down to these.
+"""Shrinks supports: chooses the entries that stay, and reduces a layer's tensors to these.
 
-It works on stored tensors ("deltas.free", "deltas.atoms", ...; see `deltas.py`) and on anything of the same shape, such
-as optimizer state.
+This works on stored tensors ("deltas.free", "deltas.atoms" and others, see `deltas.py`) and on anything of the same
+shape, such as optimizer state.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from srde_ds.model.supports.selection import ranking
 def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: int, keep: int) -> Tensor:
     """Positions in the support that stay, `[S, keep]` int64, ascending; S = E if each expert keeps its own, else 1.
 
-    If scores were learned, they decide. Otherwise the size of the effective delta does: the norm of a neuron's gate, up
-    and down values, or a single weight's absolute value; of equal ones the lower position stays. Experts that share a
-    support keep the same positions, by the root of the sum of squares over the experts. So do experts that have
-    supports of their own but share atoms, since an atom has one value for each position.
+    Learned scores decide, if there are any. Otherwise the size of the effective delta does: the norm of a neuron's
+    gate, up and down values, or a single weight's absolute value; among equal ones the lower position stays. Experts
+    that share a support keep the same positions, by the root of the sum of squares over the experts. So do experts with
+    their own supports but shared atoms, since an atom has one value for each position.
 
     Args:
         values: the layer's tensors without padding, by the last part of their names: "free", or "atoms", "importance"
             and "mixing"; "scores" if the support was learned.
-        size: entries of the support.
-        keep: how many stay.
+        size: number of entries in the support.
+        keep: number of entries that stay.
     """
     if "scores" in values:
         kept = kept_entries(values["scores"], entries=size, keep=keep, block=BLOCK_SIZE[config.granularity])
@@ -41,11 +41,11 @@ def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: in
 
 
 def at_positions(config: AdapterConfig, name: str, tensor: Tensor, positions: Tensor) -> Tensor:
-    """The entries of a stored tensor that stay; one that has none of the support's entries (router, mixing) is kept.
+    """The entries of a stored tensor that stay. A tensor without entries of the support (router, mixing) stays whole.
 
     Args:
-        name: "layers.{i}.support", "layers.{i}.deltas.free", ...
-        positions: of `kept_positions`.
+        name: such as "layers.{i}.support" or "layers.{i}.deltas.free".
+        positions: the result of `kept_positions`.
     """
     kind = name.rpartition(".")[2]
     if kind == "support":
@@ -64,7 +64,7 @@ def at_positions(config: AdapterConfig, name: str, tensor: Tensor, positions: Te
 
 
 def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) -> Tensor:
-    """`[E, m]` or `[E, n]` float64: norm of each entry's effective delta."""
+    """`[E, m]` or `[E, n]` float64: the norm of each entry's effective delta."""
     neuron, kind = config.granularity == "neuron", "free" if config.num_atoms == 0 else "atoms"
     hidden = values[kind].shape[0] if neuron else 0
     bank = empty_deltas(config, hidden=hidden, size=size)

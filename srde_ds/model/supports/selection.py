@@ -1,4 +1,4 @@
-"""Which weights the experts of a layer may change."""
+"""Chooses the weights that the experts of a layer may change."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from srde_ds.model.seeding import seeded_generator
 
 
 def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
-    """Entries of one expert's support: m neurons, or n values for element granularity."""
+    """Number of entries in an expert's support: m neurons, or n weights for element granularity."""
     candidates = _candidates(config, hidden, intermediate)
     return min(candidates, max(1, round(config.density * candidates)))
 
 
 def kept_size(config: AdapterConfig, target_density: float | None, hidden: int, intermediate: int) -> int | None:
-    """How many entries of a support that is being learned are kept; None for a fixed one."""
+    """How many entries of a support that is being learned are kept; None for a fixed support."""
     if target_density is None:
         return None
     return support_size(dataclasses.replace(config, density=target_density), hidden, intermediate)
 
 
 def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
-    """n: the weights of a layer that one expert changes."""
+    """The number of weights that an expert changes in a layer."""
     size = support_size(config, hidden, intermediate)
     return 3 * size * hidden if config.granularity == "neuron" else size
 
@@ -41,8 +41,8 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
     """Check that a layer can hold the supports.
 
     Raises:
-        SRDEError: the experts' disjoint slices do not fit into it, its indices do not fit into int32, or experts are
-            to learn supports of their own although they share atoms.
+        SRDEError: the experts' disjoint slices do not fit, indices exceed int32, or experts are to learn their own
+            supports although they share atoms.
     """
     candidates = _candidates(config, hidden, intermediate)
     if candidates > 2**31 - 1:
@@ -75,14 +75,14 @@ def select_support(
     seed: int,
     layer: int,
 ) -> Tensor:
-    """The support of one layer, int32 on the CPU, of shape `support_shape`, each expert's in ascending order.
+    """The support of one layer, int32 on the CPU, in shape `support_shape`, with ascending indices for each expert.
 
     Neuron granularity: indices into F. Element granularity: flat indices into the concatenation of the three weight
-    matrices. The result depends on the values of the weights (not on their dtype or device), on the seed and on the
-    layer, never on the number of processes.
+    matrices. The result depends on the values of the weights (not their dtype or device), the seed and the layer, but
+    not on the number of processes.
 
     Args:
-        weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`; not read for `random`.
+        weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`. They are not read for `random`.
 
     Raises:
         SRDEError: as `check_support`.
@@ -97,7 +97,7 @@ def select_support(
         )
     elif config.support_strategy == "magnitude":
         support = ranking(magnitude_scores(config.granularity, *weights), count * size).view(count, size)
-    else:  # learned: the candidates, the same for all experts; by data: a placeholder until `training.calibration`
+    else:  # learned: candidates, the same for all experts; chosen by data: a placeholder until `training.calibration`
         support = ranking(magnitude_scores(config.granularity, *weights), size).expand(count, size)
     support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)
     return support[0] if config.support_scope == "shared" else support
@@ -106,8 +106,8 @@ def select_support(
 def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """`[F]` norms of the neurons, or `[3*F*D]` absolute values of the weights.
 
-    Neuron j is row j of gate and up, and column j of down. Its norm is taken in float64, so that a checkpoint loaded in
-    bf16 and in fp32 gives one ranking.
+    Neuron j is row j of gate and up, and column j of down. Norms are in float64, so that a checkpoint gives the same
+    ranking in bf16 and in fp32.
     """
     if granularity == "element":
         return torch.cat([w.detach().flatten().abs().float() for w in (gate, up, down)])
@@ -120,9 +120,9 @@ def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -
 def activation_scores(
     granularity: str, gate: Tensor, up: Tensor, down: Tensor, input_norm_D: Tensor, hidden_norm_F: Tensor
 ) -> Tensor:
-    """`magnitude_scores`, `[F]` or `[3*F*D]`, of the weights times the norm of what they are multiplied with.
+    """`magnitude_scores`, `[F]` or `[3*F*D]`, of the weights times the norms of their inputs.
 
-    That is |W| * |x| of Wanda (arXiv 2306.11695), but ranked over the layer instead of within each output.
+    This is |W| * |x| of Wanda (arXiv 2306.11695), but ranked over the layer instead of within each output.
 
     Args:
         input_norm_D: norm over tokens of each input of gate and up.
@@ -137,15 +137,15 @@ def activation_scores(
 
 
 def best_entries(scores: Tensor, count: int) -> Tensor:
-    """The `count` candidates with the largest scores, in ascending order; of equal ones the lower index."""
+    """The `count` candidates with the largest scores, in ascending order; among equal ones the lower index."""
     return ranking(scores, count).sort().values
 
 
 def ranking(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` largest scores, largest first; of equal ones the lower index first.
+    """Indices of the `count` largest scores, largest first; among equal ones the lower index first.
 
-    bf16 weights have few distinct magnitudes, and `topk` leaves the order of equal values open. So take what is above
-    the threshold first, then fill up from the values that equal it.
+    bf16 weights have few distinct magnitudes, and `topk` does not define the order of equal values. So this takes what
+    is above the threshold, then fills up with values that equal it.
     """
     threshold = scores.topk(count, sorted=False).values.min()
     above = (scores > threshold).nonzero().squeeze(1)
@@ -154,7 +154,7 @@ def ranking(scores: Tensor, count: int) -> Tensor:
 
 
 def random_subset(total: int, count: int, generator: torch.Generator) -> Tensor:
-    """`count` different numbers below `total`, every subset equally likely; never permutes all of them."""
+    """`count` different numbers below `total`, with every subset equally likely, without permuting all of them."""
     if 2 * count > total:
         left_out = random_subset(total, total - count, generator) if count < total else torch.empty(0, dtype=torch.long)
         keep = torch.ones(total, dtype=torch.bool)

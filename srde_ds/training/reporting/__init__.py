@@ -1,1 +1,1 @@
-"""What a run measures in each step, and where the figures go."""
+"""What a run measures in each step, and where the numbers are written."""

@@ -14,14 +14,14 @@ from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, all_reduce_sum
 from srde_ds.model.policy import RoutingPolicy
 
-# Rows of each domain in the table of all experts on all domains, which runs each of them once for every expert.
+# Rows of each domain in the table of all experts on all domains. Each row is run once for every expert.
 TABLE_ROWS = 8
 
 Batch = dict[str, Tensor]
 
 
 def forced_experts(batch: Batch, expert: int | Literal["domain"]) -> Tensor:
-    """`[B, S]` for `RoutingPolicy.forced_experts`: one expert for all tokens, or that of each row's domain."""
+    """`[B, S]` for `RoutingPolicy.forced_experts`: one expert for all tokens, or the expert of each row's domain."""
     chosen = batch["domain"] if expert == "domain" else torch.full_like(batch["domain"], expert)
     return chosen[:, None].expand_as(batch["input_ids"])
 
@@ -32,7 +32,7 @@ class HeldOut:
     Args:
         dataset: rows as written by `build_dataset`.
         domains: names in the order of the dataset's `domain` column.
-        batch_size: rows that a process runs at once.
+        batch_size: number of rows that a process runs at once.
     """
 
     def __init__(self, dataset: Any, domains: list[str], batch_size: int, topology: Topology) -> None:
@@ -51,14 +51,14 @@ class HeldOut:
         allowed: Tensor | None = None,
         max_rows: int | None = None,
     ) -> dict[str, float] | None:
-        """Mean cross entropy of the response tokens by domain, or None when `interrupted` became true.
+        """Mean cross entropy (nats) of the response tokens by domain, or None if `interrupted` became true.
 
         Every rank runs the same number of batches: under ZeRO-3 a forward is a collective.
 
         Args:
-            expert: this expert for all tokens, or that of each row's domain; default: as the router says.
+            expert: use this expert for all tokens, or that of each row's domain; default: the router chooses.
             allowed: `[E]` bool, the experts that the router may choose; default: all.
-            max_rows: only the first ones of each domain.
+            max_rows: use only so many rows of each domain, the first ones.
         """
         engine.deepspeed.eval()
         try:
@@ -67,7 +67,7 @@ class HeldOut:
             engine.deepspeed.train()
 
     def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]] | None:
-        """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; None when interrupted."""
+        """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; None if interrupted."""
         norms = engine.delta_norms()
         result: list[dict[str, float]] = []
         for expert, norm in enumerate(norms.tolist()):

@@ -34,12 +34,12 @@ _TRACKERS = (
 
 
 class MetricsWriter:
-    """Appends one JSON object a step to `output_dir/metrics.jsonl` and passes its numbers to the trackers.
+    """Appends one JSON object per step to `output_dir/metrics.jsonl` and passes its numbers to the trackers.
 
     Args:
-        enabled: True on rank 0. Other ranks write nothing, but also fail if a tracker's package is missing.
-        resume_step: steps done before this process began. Lines of later steps, whose work was lost with its process,
-            are cut off, so that the file has each step once; so is a line that a kill left incomplete.
+        enabled: True on rank 0. Other ranks write nothing, but they also fail if a tracker's package is missing.
+        resume_step: number of steps done before this process began. Lines of later steps, whose work was lost with
+            their process, are cut off, so that the file has each step once; so is a line that a kill left incomplete.
         run_config: the resolved config, shown by W&B and trackio.
 
     Raises:
@@ -79,10 +79,10 @@ class MetricsWriter:
                 self._trackers.append(module)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Record one step. `metrics` holds `step` and plain numbers, text, lists or nested dicts of these.
+        """Record one step. `metrics` holds `step`, and numbers, text, lists or nested dicts of these.
 
-        A number that is not finite becomes null in the file, which stays valid JSON. On a full disk lines wait until
-        there is room; whether the run goes on depends on its checkpoints.
+        A number that is not finite becomes null, so that the file stays valid JSON. If the disk is full, lines wait
+        until there is room; whether the run continues depends on its checkpoints.
         """
         if not self.enabled:
             return
@@ -113,7 +113,7 @@ class MetricsWriter:
         """Close the file and the trackers.
 
         Args:
-            complete: no error has ended the run: lines that still wait for room on the disk must be written.
+            complete: no error has ended the run, so lines that still wait for disk space must be written.
         """
         with self._closing:
             if self.enabled and complete:
@@ -121,7 +121,7 @@ class MetricsWriter:
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of nested dicts and lists with their path as name: `{"a": {"b": [5]}}` gives `("a/b/0", 5)`."""
+    """The numbers in nested dicts and lists, named by their path: `{"a": {"b": [5]}}` gives `("a/b/0", 5)`."""
     for key, value in metrics.items():
         name = f"{prefix}{key}"
         if isinstance(value, list | tuple):
@@ -133,10 +133,10 @@ def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 class ProgressLine:
-    """Loss, speed, tokens, remaining time and memory: a bar on a terminal, else a line every `log_steps` steps.
+    """Shows loss, speed, tokens, time left and memory: as a bar on a terminal, else in a line every `log_steps` steps.
 
     Args:
-        start_step: steps done before this process began.
+        start_step: number of steps done before this process began.
         enabled: True on rank 0; other ranks show nothing.
     """
 
@@ -149,7 +149,7 @@ class ProgressLine:
             self._bar = tqdm(total=max_steps, initial=start_step, desc="train", dynamic_ncols=True, bar_format=layout)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
-        """Show a step's `step`, `loss`, `tokens_per_second`, `tokens` (seen since the run began), `memory_gib`."""
+        """Show a step's `step`, `loss`, `tokens_per_second`, `tokens` (since the run began) and `memory_gib`."""
         if not self.enabled:
             return
         step = metrics["step"]
@@ -178,7 +178,7 @@ class ProgressLine:
 
 
 def memory_gib() -> float:
-    """Peak memory of this process in GiB: allocated on the GPU if there is one, else resident."""
+    """Peak memory of this process in GiB: allocated memory of the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
@@ -197,7 +197,7 @@ def _load(flag: str, module: str, package: str) -> Any:
 
 
 def _cut_after(path: Path, step: int) -> None:
-    """Keep the lines up to a step. It reads from the end, so the length of the run does not matter."""
+    """Cut off the lines after a step. The file is read from its end, so the length of the run does not matter."""
     if not path.exists():
         return
     with open(path, "r+b") as file:
@@ -207,7 +207,7 @@ def _cut_after(path: Path, step: int) -> None:
             position -= size
             file.seek(position)
             tail = file.read(size) + tail
-            # The first piece may begin in the middle of a line.
+            # The first chunk may begin in the middle of a line.
             begin = 0 if position == 0 else tail.find(b"\n") + 1
             end = tail.rfind(b"\n") + 1
             while end > begin:
@@ -221,7 +221,7 @@ def _cut_after(path: Path, step: int) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """Infinite for a line that is damaged."""
+    """The step of a line; infinite if the line is damaged."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

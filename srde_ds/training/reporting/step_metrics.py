@@ -1,4 +1,4 @@
-"""One step's numbers, summed over ranks, and the watch for experts that do not learn."""
+"""One step's numbers, summed over ranks, and a check for experts that do not learn."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from srde_ds.distributed.processes import all_reduce_sum
 from srde_ds.errors import SRDEError
 from srde_ds.model.targets import on_device
 
-# By chance an expert may get a few tokens that carry no loss, such as the ends of prompts: the run is stopped only if
-# its gradient is missing over this many assignments.
+# An expert may by chance get only a few tokens, all without loss, such as the ends of prompts. So the run is stopped
+# only if the gradient is missing over this many assignments.
 SILENT_ASSIGNMENTS = 10_000
 
 
@@ -24,7 +24,7 @@ class ExpertWatch:
         self.silent = [0.0] * len(expert_names)
 
     def check(self, step: int, assignments: list[float], gradient_norms: list[float]) -> None:
-        """Raises SRDEError with the name of an expert whose gradient stayed exactly zero."""
+        """Raise an SRDEError that names an expert whose gradient has stayed exactly zero."""
         for index, (count, norm) in enumerate(zip(assignments, gradient_norms, strict=True)):
             self.silent[index] = 0.0 if norm > 0 else self.silent[index] + count
             if self.silent[index] >= SILENT_ASSIGNMENTS:
@@ -37,15 +37,15 @@ class ExpertWatch:
 def sum_over_ranks(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The sums of several tensors over all ranks, in one collective, as float64 on the device."""
     flat = torch.cat([on_device(tensor.detach(), device).double().flatten() for tensor in tensors.values()])
-    return _as_before(all_reduce_sum(flat), tensors)
+    return _split_like(all_reduce_sum(flat), tensors)
 
 
 def to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of float64 tensors on the CPU, by one wait for the device."""
-    return _as_before(torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu(), tensors)
+    """Copy float64 tensors to the CPU, waiting for the device only once."""
+    return _split_like(torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu(), tensors)
 
 
-def _as_before(flat: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _split_like(flat: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     parts = flat.split([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
@@ -53,9 +53,9 @@ def _as_before(flat: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def expert_metrics(sums: dict[str, Tensor]) -> dict[str, Any]:
     """Per-expert and router numbers of a step from the routing statistics of all ranks and layers.
 
-    `tokens_per_expert` is the mean over layers of the tokens routed to each expert; `expert_gradient_norm` the norm of
-    the loss's gradient with respect to each expert's deltas in all layers, root of the sum over micro-batches of
-    squares; `router_entropy` in nats, mean over tokens and layers.
+    `tokens_per_expert` is the number of tokens routed to each expert, averaged over layers. `expert_gradient_norm` is
+    the norm of the loss's gradient with respect to an expert's deltas in all layers: the root of the squares' sum over
+    micro-batches. `router_entropy` is in nats, averaged over tokens and layers.
     """
     assignments, layers = sums["assignments"], sums["assignments"].shape[0]
     tokens = sums["tokens"].sum()

@@ -1,1 +1,1 @@
-"""Setting the routers from a sample of their inputs, before routed training begins."""
+"""Sets the routers from a sample of their inputs, before routed training begins."""

@@ -1,9 +1,9 @@
-"""From a sample of one layer's router inputs to router weights: a direction for each expert, and one scale for all.
+"""Turns a sample of a layer's router inputs into router weights: a direction for each expert, and one scale for all.
 
-The router is linear and has no bias, so the clustering is, too: an input x belongs to the expert whose unit direction
+The router is linear without bias, so the clustering is as well: an input x belongs to the expert whose unit direction
 c_e is nearest to A x in angle, with a diagonal A. Then w_e = A c_e routes each input to its cluster.
 
-scikit-learn is imported where it is used: that takes a while, and only rank 0 of a run with a warm start needs it.
+scikit-learn is imported where it is used, since that takes a while and only rank 0 of a run with a warm start needs it.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from srde_ds.errors import SRDEError
 
 Method = Literal["kmeans", "domain_means", "random"]
 
-# Median gap, in nats, between a token's best and second logit. Of these two experts the best weighs sigmoid(2) = 88 %.
+# Median gap, in nats, between a token's best and second logit: the best of the two experts weighs sigmoid(2) = 88 %.
 TARGET_GAP = 2.0
-# From so many inputs on, k-means works on mini-batches. Below, all inputs fit into memory, and the fit is better.
+# From this many inputs on, k-means works on mini-batches. Below, all inputs fit into memory, which fits better.
 LARGE_SAMPLE = 16_384
 _MINI_BATCH = 4096
-# Real inputs settle in 12 to 40 iterations. A cloud without clusters would go on for nothing.
+# Real inputs converge in 12 to 40 iterations. A cloud without clusters would go on in vain.
 _MOST_ITERATIONS = 40
 # How many times starting points are drawn for experts that have no domain; the best fit is kept.
 DRAWS = 5
-# A smaller gap, relative to the length of the inputs, is rounding.
+# A smaller gap, relative to the length of the inputs, is only rounding.
 _SMALLEST_GAP = 1e-5
 
 
 @dataclass(frozen=True)
 class RouterFit:
-    """One layer.
+    """The result for one layer.
 
     Attributes:
         weights: `[E, D]` fp32.
-        cluster_sizes: `[E]` sampled tokens by best expert.
-        normalized_mutual_information: between best expert and domain; 0: independent, 1: the same partition.
+        cluster_sizes: `[E]` number of sampled tokens by best expert.
+        normalized_mutual_information: that of best expert and domain; 0: independent, 1: the same partition.
         own_domain_share: share of the sampled tokens whose best expert is their domain's.
     """
 
@@ -52,14 +52,14 @@ class RouterFit:
 def fit_router(
     inputs: np.ndarray, domain: np.ndarray, *, num_experts: int, method: Method, seed: int, layer: int
 ) -> RouterFit:
-    """Router weights of one layer.
+    """Find the router weights of one layer.
 
     Args:
-        inputs: `[N, D]` fp32, what enters the router.
+        inputs: `[N, D]` fp32, the router's inputs.
         domain: `[N]` index of each token's domain. Domain d belongs to expert d; further experts have none.
         num_experts: E, at least 2.
-        method: as `warm_start_method` in the options.
-        seed: random numbers are drawn from it and the layer.
+        method: the option `warm_start_method`.
+        seed: together with the layer's number, the seed of all random numbers.
         layer: number of the decoder layer.
 
     Raises:
@@ -71,12 +71,12 @@ def fit_router(
     if method == "random":
         directions = _unit(generator.standard_normal((num_experts, points.shape[1]), dtype=np.float32))
     elif method == "domain_means":
-        # An expert without a domain stands for all of them: it gets the tokens that lean to none.
+        # An expert without a domain gets the mean of all domains, so the tokens that lean to none of them.
         common = np.broadcast_to(_unit(points.mean(0)), (num_experts - len(means), points.shape[1]))
         directions = np.concatenate([means, common])
     else:
         directions = align(_clusters(points, means, num_experts, generator), points, domain)
-    # A part that all experts have in common changes no choice, and in bfloat16 it would drown the differences.
+    # What all experts have in common changes no choice, and in bfloat16 it would drown the differences.
     weights = (directions - directions.mean(0)) * scale
     logits = inputs @ weights.T
     best = np.partition(logits, num_experts - 2, axis=1)
@@ -119,7 +119,7 @@ def align(directions: np.ndarray, points: np.ndarray, domain: np.ndarray) -> np.
 
 
 def _even_points(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`scale` `[D]` and the unit vectors `[N, D]` of inputs * scale, where no dimension is louder than the median one.
+    """`scale` `[D]`, which tames dimensions louder than the median, and the unit vectors `[N, D]` of inputs * scale.
 
     A few dimensions of hidden states make up much of their length and say little about the domain.
     """
@@ -137,7 +137,7 @@ def _domain_means(points: np.ndarray, domain: np.ndarray, count: int) -> np.ndar
 
 
 def _clusters(points: np.ndarray, means: np.ndarray, experts: int, generator: np.random.Generator) -> np.ndarray:
-    """`[E, D]` directions of the clusters of spherical k-means, which starts at the domains' means.
+    """`[E, D]` directions of the clusters that spherical k-means finds, starting at the domains' means.
 
     If there are more experts than domains, further starting points are drawn, and the best of several draws is kept.
     """
@@ -164,7 +164,7 @@ def _clusters(points: np.ndarray, means: np.ndarray, experts: int, generator: np
 def _draw_starts(points: np.ndarray, starts: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
     """`starts` and `count` more, drawn as k-means++ does: in proportion to the squared distance from the nearest."""
     for _ in range(count):
-        # Not zero, so that identical inputs can be drawn from; the gap of their logits refuses them later.
+        # Not zero, so that drawing works on identical inputs; they are refused later, by the gap of their logits.
         distance = np.maximum(1 - (points @ starts.T).max(1).astype(np.float64), 1e-12)
         drawn = generator.choice(len(points), p=distance / distance.sum())
         starts = np.concatenate([starts, points[drawn : drawn + 1]])

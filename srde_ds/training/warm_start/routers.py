@@ -1,4 +1,4 @@
-"""Setting the routers: sample their inputs, cluster these on rank 0 layer by layer, write the weights.
+"""Sets the routers: sample their inputs, cluster them on rank 0 layer by layer, write the weights.
 
 docs/curriculum.md shows what each method gives.
 """
@@ -30,14 +30,14 @@ from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens,
 
 @dataclass(frozen=True)
 class WarmStartReport:
-    """What the warm start gave, by layer, on the sample.
+    """The result of the warm start, by layer, on the sample.
 
     Attributes:
         method: as in `WarmStart`.
-        samples: domain -> tokens in the sample; fewer than were asked for where a domain has no more.
-        normalized_mutual_information: `[L]` between a token's best expert and its domain.
+        samples: domain -> number of tokens in the sample; fewer than asked for if the domain has no more.
+        normalized_mutual_information: `[L]`, that of a token's best expert and its domain.
         own_domain_share: `[L]` share of the tokens whose best expert is their domain's.
-        cluster_sizes: `[L][E]` tokens by best expert.
+        cluster_sizes: `[L][E]` number of tokens by best expert.
     """
 
     method: str
@@ -52,12 +52,12 @@ class WarmStart:
     """How the routers are set.
 
     Attributes:
-        samples: tokens of each domain that are looked at in each layer.
+        samples: number of tokens of each domain that are used in each layer.
         domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
-        forced: run each row through its domain's expert: the experts were trained on their domains. Otherwise all
-            deltas are zero, and any routing gives the same inputs.
-        batch_size: rows that a process runs at once.
-        model_name, revision: of the base, whose tokenizer says which tokens are special.
+        forced: run each row through its domain's expert, because the experts were trained on their domains. Otherwise
+            all deltas are zero, and any routing gives the same inputs.
+        batch_size: number of rows that a process runs at once.
+        model_name, revision: those of the base, whose tokenizer says which tokens are special.
     """
 
     method: Method
@@ -72,7 +72,7 @@ class WarmStart:
 
     @classmethod
     def of(cls, config: Config) -> WarmStart:
-        """As the options of a run say."""
+        """The warm start that a run's options describe."""
         curriculum = config.curriculum
         return cls(
             method=curriculum.warm_start_method,
@@ -121,7 +121,7 @@ def warm_start_routers(
 def _own_inputs(
     engine: Engine, options: WarmStart, topology: Topology, rows: datasets.Dataset, sample: TokenSample
 ) -> list[Tensor]:
-    """By layer `[n, D]` in host memory: inputs of this rank's tokens of the sample."""
+    """For each layer, `[n, D]` in host memory: the inputs of this rank's tokens of the sample."""
     batches = validation_batches(
         rows.select(sample.rows), options.batch_size, rank=topology.rank, world_size=topology.world_size
     )
@@ -143,10 +143,10 @@ def _own_inputs(
 def capture_inputs(
     model: SRDEModel, forward: Callable[[Batch], object], batches: Iterable[Batch], sample: TokenSample
 ) -> list[Tensor]:
-    """Run `batches` and keep what enters each layer's router for those of their tokens that are in the sample.
+    """Run `batches` and keep each router's inputs for the tokens that are in the sample.
 
     Returns:
-        By layer `[n, D]` in host memory, in the sample's order.
+        For each layer, `[n, D]` in host memory, in the sample's order.
     """
     chunks: list[list[Tensor]] = [[] for _ in model.layers]
     visit_inputs(model, forward, batches, sample, lambda layer, x, _: chunks[layer].append(x.cpu()))
@@ -160,11 +160,11 @@ def visit_inputs(
     sample: TokenSample,
     visit: Callable[[int, Tensor, np.ndarray], None],
 ) -> None:
-    """Run `batches`, and hand over what enters each layer's router for those of their tokens that are in the sample.
+    """Run `batches`, and hand over each router's inputs for the tokens that are in the sample.
 
     Args:
-        batches: as `validation_batches` cuts the rows of the sample; dummy rows are run, too.
-        visit: gets a layer's number, `[n, D]` on the model's device, and which tokens of the sample these are.
+        batches: the sample's rows as `validation_batches` cuts them; dummy rows are run as well.
+        visit: gets a layer's number, `[n, D]` on the model's device, and the tokens' indices in the sample.
     """
     flat, token = torch.empty(0, dtype=torch.int64), np.empty(0, dtype=bool)
 
@@ -185,10 +185,10 @@ def visit_inputs(
 
 
 def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topology: Topology) -> list[RouterFit]:
-    """Cluster one layer after the other on rank 0, which holds the whole sample of one layer at a time.
+    """Cluster layer after layer on rank 0, which holds the whole sample of one layer at a time.
 
     Args:
-        own: by layer `[n, D]`, this rank's tokens in the sample's order.
+        own: for each layer `[n, D]`, this rank's tokens in the sample's order.
 
     Returns:
         One fit for each layer, the same on every rank.
@@ -199,7 +199,7 @@ def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topol
 def _fit_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
     owner = sample.owners(options.batch_size, topology.world_size)
     gathered = gather_to_main(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
-    inputs = np.empty((0, 0), np.float32)  # only rank 0 has some
+    inputs = np.empty((0, 0), np.float32)  # only rank 0 gets inputs
     if gathered is not None:
         arrived = np.argsort(np.argsort(owner, kind="stable"))  # rank by rank, and in the sample's order from each
         inputs = gathered[torch.from_numpy(arrived)].float().cpu().numpy()

@@ -1,8 +1,8 @@
-"""Which tokens of the training rows the routers' warm start looks at.
+"""Chooses the tokens of the training rows that the routers' warm start uses.
 
 The draw depends only on the rows and the seed, and is made before the first forward. Every rank makes the same draw and
-keeps the inputs of those tokens that lie in its own rows. So the sample is the same for any number of ranks, and no
-rank ever holds a token that is dropped later.
+keeps the inputs of the tokens in its own rows. So the sample does not depend on the number of ranks, and no rank holds
+a token that is dropped later.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TokenSample:
     Attributes:
         rows: `[R]` indices into the dataset, in the order in which the rows are run.
         row: `[N]` index into `rows` of each token.
-        position: `[N]` of each token in its row.
+        position: `[N]` position of each token in its row.
         domain: `[N]` index of each token's domain.
     """
 
@@ -39,12 +39,12 @@ class TokenSample:
     domain: np.ndarray
 
     def owners(self, batch_size: int, world_size: int) -> np.ndarray:
-        """`[N]` the rank that runs each token when `validation_batches` cuts `rows` into batches."""
+        """`[N]`: the rank that runs each token when `validation_batches` cuts `rows` into batches."""
         return self.row // batch_size % world_size
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """BOS, EOS, padding, and all tokens that the vocabulary marks as special, such as those of chat templates."""
+    """BOS, EOS, padding, and all tokens that the vocabulary marks as special, such as chat templates use."""
     marked = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return sorted(marked | set(tokenizer.all_special_ids))
 
@@ -54,8 +54,8 @@ def choose_tokens(
 ) -> TokenSample:
     """Draw up to `per_domain` tokens of each domain, evenly from the usable tokens of some of its rows.
 
-    Padding and special tokens are not usable. Nor is a token if its document up to this token also begins a document of
-    another domain, as a chat template's system message does: its router inputs are the same in both.
+    Padding and special tokens are not usable. Nor is a token whose document, up to this token, also begins a document
+    of another domain, such as a chat template's system message: its router inputs are the same in both domains.
 
     Args:
         rows: as written by `build_dataset`.
@@ -91,11 +91,11 @@ def choose_tokens(
         own = usable & (domain_of_row[pool] == index)[:, None]
         if not own.any():
             raise SRDEError(
-                f"warm_start: domain '{name}': each token is special or begins documents of other domains as well. "
+                f"warm_start: domain '{name}': each token is special or also begins documents of other domains. "
                 "Give it documents of its own, or leave it out of --domains."
             )
         chosen.flat[generator.permutation(np.flatnonzero(own))[:per_domain]] = True
-    # Domains mixed, so that no batch goes to one expert alone.
+    # Domains are mixed, so that no batch goes to a single expert.
     run = generator.permutation(np.flatnonzero(chosen.any(1)))
     row, position = np.nonzero(chosen[run])
     return TokenSample(pool[run], row, position, domain_of_row[pool[run]][row])
@@ -104,7 +104,7 @@ def choose_tokens(
 def all_tokens(
     rows: datasets.Dataset, *, domains: Sequence[str], rows_a_domain: int, special_ids: Collection[int], seed: int
 ) -> TokenSample:
-    """All usable tokens of some rows of each domain, `choose_tokens` says which are; a domain may have none."""
+    """All usable tokens (see `choose_tokens`) of some rows of each domain; a domain may have none."""
     dataset = rows.with_format("numpy")
     domain_of_row = np.asarray(dataset["domain"][:])
     generator = np.random.default_rng([seed, _STREAM])
