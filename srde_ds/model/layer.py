@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank, DeltaLosses
@@ -32,6 +33,28 @@ from srde_ds.model.prepared import (
 )
 from srde_ds.model.router import Router, RouterLosses, Routing, route, router_loss_terms
 from srde_ds.model.statistics import add_routing
+
+
+class TakeNeurons(torch.autograd.Function):
+    """The values of all neurons and, beside them, those of a few, whose gradient is added where it belongs.
+
+    Autograd alone would fill a tensor with zeros for the gradient of the few, and add all of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values_TF: Tensor, neurons: Tensor) -> tuple[Tensor, Tensor]:
+        """`[T, F]` -> the same and `[T, n]`; neurons `[n]`, or `[T, n]` of each token."""
+        ctx.save_for_backward(neurons)
+        taken = values_TF.index_select(1, neurons) if neurons.dim() == 1 else values_TF.gather(1, neurons)
+        return values_TF.view_as(values_TF), taken
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_all_TF: Tensor, of_taken: Tensor) -> tuple[Tensor, None]:
+        """The gradient of the values."""
+        (neurons,) = ctx.saved_tensors
+        add = of_all_TF.index_add if neurons.dim() == 1 else of_all_TF.scatter_add
+        return add(1, neurons, of_taken), None
 
 
 class SRDEFeedForward(nn.Module):
@@ -128,23 +151,25 @@ class SRDEFeedForward(nn.Module):
                     gate_TF, up_TF, shift, weights_TK, index_TK, self.support, options
                 )
                 return hidden_TF, products.back(weighted)
-        hidden_TF = act(gate_TF) * up_TF
-        if self.skip_activation_hooks:
-            act = cast("Activation", act.forward)  # type: ignore[attr-defined]
         chosen = (index_TK, weights_TK, deltas)
         if self.granularity == "element":
+            hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, *chosen, self.support)
             return hidden_TF + change_TF, extra_TD
-        if self.support.dim() == 1:
-            gate_T1m, up_T1m = (t.index_select(1, self.support)[:, None] for t in (gate_TF, up_TF))
-            change_T1m, extra_TD = self.dispatch.neuron(act, x_TD, gate_T1m, up_T1m, *chosen)
-            return hidden_TF.index_add_(1, self.support, change_T1m.squeeze(1)), extra_TD
-        neurons_TKm = self.support.index_select(0, index_TK.flatten()).long().view(*index_TK.shape, -1)
-        gate_TKm, up_TKm = (t.gather(1, neurons_TKm.flatten(1)).view_as(neurons_TKm) for t in (gate_TF, up_TF))
-        change_TKm, extra_TD = self.dispatch.neuron(act, x_TD, gate_TKm, up_TKm, *chosen)
-        for own, change in zip(neurons_TKm.unbind(1), change_TKm.unbind(1), strict=True):
+        shared = self.support.dim() == 1
+        shape = (len(x_TD), 1 if shared else index_TK.shape[1], self.support.shape[-1])
+        neurons = self.support if shared else self.support[index_TK].long().flatten(1)
+        (gate_TF, gate), (up_TF, up) = (TakeNeurons.apply(t, neurons) for t in (gate_TF, up_TF))
+        hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
+        change_TXm, extra_TD = self.dispatch.neuron(act, x_TD, gate.view(shape), up.view(shape), *chosen)
+        if shared:
+            return hidden_TF.index_add_(1, neurons, change_TXm.squeeze(1)), extra_TD
+        for own, change in zip(neurons.view(shape).unbind(1), change_TXm.unbind(1), strict=True):
             hidden_TF.scatter_add_(1, own, change)  # no neuron repeats within a support, so the sum has one order
         return hidden_TF, extra_TD
+
+    def _for_experts(self, act: Any) -> Activation:
+        return cast("Activation", act.forward if self.skip_activation_hooks else act)
 
     def _fused_activation(self, act: Any, gate_TF: Tensor) -> int | None:
         """The number of the activation for `FusedExperts`; None: it cannot be used."""

@@ -140,8 +140,8 @@ def _ask(page: Page, question: str) -> None:
 
 
 def _answered(page: Page, turns: int = 1) -> None:
-    expect(page.locator(".turn .mean")).to_have_count(turns)
-    expect(page.locator("[aria-busy]")).to_have_count(0)
+    expect(page.locator(".turn .mean")).to_have_count(turns, timeout=30_000)
+    expect(page.locator("[aria-busy]")).to_have_count(0, timeout=30_000)
 
 
 def test_an_answer_is_streamed_beside_the_bases(

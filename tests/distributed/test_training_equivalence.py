@@ -59,7 +59,7 @@ def test_world_size_and_accumulation_do_not_matter(
     [
         ({"num_atoms": 4, "atom_mixing": "linear"}, TOLERANCE),
         # Three experts give the one matrix of four atoms a gradient of rank three: Muon also scales up its fourth
-        # singular value, which is rounding alone.
+        # singular value, which is rounding alone. It shows in the norms of the deltas.
         ({"num_atoms": 4, "atom_mixing": "softmax", "granularity": "element"}, 5e-3),
         ({"use_muon": False}, TOLERANCE),
         ({"loss_weighting": "document"}, TOLERANCE),
@@ -75,7 +75,7 @@ def test_one_and_two_ranks_agree(
     assert two_ranks(train_here, flags) == [None, None]
     flags |= {"output_dir": str(tmp_path / "one"), "batch_size": 4}
     assert one_rank(train_here, flags) == [None]
-    assert_same_training(tmp_path / "one", tmp_path / "two", tolerance=tolerance)
+    assert_same_training(tmp_path / "one", tmp_path / "two", tolerance=tolerance, metric_tolerance=tolerance / 10)
 
 
 def test_checkpointing_recomputes_the_same(inputs: Inputs, two_ranks: Ranks, reference: Path, tmp_path: Path) -> None:

@@ -284,7 +284,8 @@ def test_the_program_cannot_reach_into_what_tests_give_it() -> None:
 
 
 # An interpreter that lies under /tmp is seen there.
-OF_PYTHON = [Path(prefix).resolve().parts[2] for prefix in {sys.prefix, sys.base_prefix} if prefix.startswith("/tmp/")]
+_PREFIXES = {Path(prefix).resolve() for prefix in (sys.prefix, sys.base_prefix)}
+OF_PYTHON = [prefix.parts[2] for prefix in _PREFIXES if prefix.parts[:2] == ("/", "tmp")]
 
 
 def test_the_program_does_not_see_the_tests() -> None:

@@ -73,7 +73,7 @@ def test_words_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert main(["inspect", str(tmp_path)]) == 0
     words = capsys.readouterr().out
     for fragment in (
-        *("expert0, expert1, expert2; 2 a token", "free deltas", "expert0 (100 tokens), law (101 tokens)"),
+        *("expert0, expert1, expert2; 2 per token", "free deltas", "expert0 (100 tokens), law (101 tokens)"),
         *("train: run first; steps 5", "density 0.05 of neurons by magnitude, one support for all experts"),
         f"{values['delta_norms'][1][2]:.4g}",
     ):
