@@ -87,8 +87,8 @@ def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
     else:  # of one expert's assignments, and of one of its matrices along with the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
-    # Gradients of the hidden values and of their two factors; the hidden values themselves have been freed.
-    behind = 3 * t * layer.intermediate + n * adapter.num_experts
+    # Gradients of the hidden values' two factors; the hidden values and their own gradient have been freed.
+    behind = 2 * t * layer.intermediate + n * adapter.num_experts
     residual = 2 * t * layer.hidden
     return max(within * width, behind * width - experts) + residual * width
 
