@@ -1,13 +1,19 @@
 """SRDE as a method of PEFT: `get_peft_model(base, SRDEConfig(...))`, `PeftModel.from_pretrained(base, folder)`.
 
-    config.py        the options of the method        registration.py  makes the method known to PEFT
-    layer.py         a block with each adapter's experts     tuner.py  puts the experts in, merges, takes them out
-    steps.py         routing in training                     state.py  an adapter's tensors in models and files
-    callback.py      what trainers of transformers and TRL call   warm_start.py  routers that know the domains
-    rows.py          files of records as rows for TRL     statistics.py  domains, for `srde-ds combine`
-    loading.py       what has to be right before values are loaded
+    config.py        options of the method
+    registration.py  adds the method to PEFT
+    layer.py         a feed-forward block with each adapter's experts
+    tuner.py         attaches, merges and removes experts
+    steps.py         routing in training
+    state.py         an adapter's tensors in models and files
+    loading.py       checks before values are loaded
+    callback.py      callback for the trainers of transformers and TRL
+    warm_start.py    sets the routers from data
+    rows.py          turns files of records into rows for TRL
+    statistics.py    measures the domains for `srde-ds combine`
 
-Importing this package makes the method known. The experts are those of `srde_ds.model`, so both forms compute the same.
+Importing this package adds the method to PEFT. The experts are those of `srde_ds.model`, so both forms compute the
+same.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ SECTIONS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (LossConfig, LOSSES),
     (TrainingConfig, ("seed",)),
 )
-"""Sections of a run's configuration, and the options that they share with `SRDEConfig`"""
+"""Sections of a run's configuration, each with the options that it shares with `SRDEConfig`"""
 FROM_DATA = ("activation", "gradient", "learned")  # values of support_strategy
 
 
@@ -38,20 +38,20 @@ class SRDEConfig(PeftConfig):
         top_k: experts that each token uses.
         density: share of the feed-forward weights that an expert may change.
         granularity: what an expert changes: whole neurons or single weights.
-        support_strategy: how the weights that may change are chosen: "magnitude" or "random". A trained adapter that is
-            loaded may have any.
-        support_scope: one support for all experts of a layer, or one each.
-        num_atoms: atoms that the experts share; 0: each expert's delta is a free parameter.
+        support_strategy: how the weights that may change are chosen: "magnitude" or "random". A saved adapter that is
+            loaded may have any strategy.
+        support_scope: one support for all experts of a layer, or one for each expert.
+        num_atoms: number of atoms that the experts share; 0: each expert's delta is a free parameter.
         atom_mixing: how an expert weights the atoms.
         expert_names: a name for each expert; None: expert_0, expert_1, ...
-        seed: of routers, random supports and the mixing of atoms.
+        seed: seed of routers, random supports and the mixing of atoms.
         load_balancing_weight, router_z_weight: weights of the router's losses in training.
-        target_modules: filled in by the model: the blocks that carry experts.
-        metadata: filled in by the model: what `srde_weights.safetensors` says about an adapter, as JSON. A
-            configuration with metadata is that of an adapter whose values are in a file.
+        target_modules: the blocks that carry experts; filled in by the model.
+        metadata: the metadata that `srde_weights.safetensors` would hold for this adapter, as JSON; filled in by the
+            model. A configuration with metadata belongs to an adapter whose values are in a file.
 
     Raises:
-        SRDEError: an option out of range.
+        SRDEError: an option is out of range.
 
     Examples:
         >>> from peft import get_peft_model
@@ -85,7 +85,7 @@ class SRDEConfig(PeftConfig):
         self.check()
 
     def check(self) -> None:
-        """Raise SRDEError unless all options can be used, alone and together."""
+        """Raise SRDEError unless every option is valid and they fit together."""
         for section, names in SECTIONS:
             for name in names:
                 setattr(self, name, checked(section, name, getattr(self, name)))
@@ -99,14 +99,14 @@ class SRDEConfig(PeftConfig):
             )
         if self.metadata is None and self.support_strategy in FROM_DATA:
             raise SRDEError(
-                f"support_strategy={self.support_strategy}: takes data, which PEFT does not hand to its methods. Use "
+                f"support_strategy={self.support_strategy}: needs data, which PEFT does not pass to its methods. Use "
                 "magnitude or random, or train with srde-ds and convert the result."
             )
         if self.metadata is None and self.target_modules is not None:
             raise SRDEError(
                 f"target_modules={self.target_modules}: the experts are in the feed-forward block of every decoder "
-                "layer. Leave it out. If it is from an adapter_config.json, that file has lost its 'metadata': save "
-                "the adapter again with save_pretrained."
+                "layer. Leave it out. If it comes from an adapter_config.json, that file has lost its 'metadata': "
+                "save the adapter again with save_pretrained."
             )
 
     @property
@@ -117,10 +117,10 @@ class SRDEConfig(PeftConfig):
         return [f"expert_{number}" for number in range(self.num_experts)]
 
     def stored(self) -> AdapterMetadata | None:
-        """The metadata of an adapter whose values are in a file; None: the adapter is new.
+        """The metadata of an adapter whose values are in a file; None for a new adapter.
 
         Raises:
-            SRDEError: they are damaged, or contradict the options.
+            SRDEError: the metadata are damaged or contradict the options.
         """
         if self.metadata is None:
             return None
@@ -128,8 +128,8 @@ class SRDEConfig(PeftConfig):
         for name in OPTIONS:
             if getattr(stored.config, name) != getattr(self, name):
                 raise SRDEError(
-                    f"{name}={getattr(self, name)}: the adapter was made with {getattr(stored.config, name)}, and its "
-                    "configuration cannot change that. Save the adapter again, or give a new SRDEConfig."
+                    f"{name}={getattr(self, name)}: the adapter was made with {getattr(stored.config, name)}, and "
+                    "its configuration cannot change that. Save the adapter again, or give a new SRDEConfig."
                 )
         if stored.expert_names != self.names:
             raise SRDEError(
@@ -149,12 +149,12 @@ def _checked_names(given: Any) -> list[str]:
     for name in names:
         if not isinstance(given, list | tuple) or not is_printable(name) or not name.strip():
             raise SRDEError(
-                f"expert_names={shown(given)}: {shown(name)} is no name. Give a list of printable texts, one for each "
-                "expert."
+                f"expert_names={shown(given)}: {shown(name)} is not a valid name. Give a list of printable texts, "
+                "one for each expert."
             )
         if names.count(name) > 1:
             raise SRDEError(
-                f"expert_names={shown(given)}: {names.count(name)} experts are called {shown(name)}. Give each a name "
-                "of its own."
+                f"expert_names={shown(given)}: {names.count(name)} experts are called {shown(name)}. Give each a "
+                "different name."
             )
     return names

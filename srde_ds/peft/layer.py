@@ -15,14 +15,14 @@ from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.weights.schema import is_printable, shown
 
 EXPERTS = "srde_experts"
-"""Attribute of `SRDELayer`, and so part of the names of an adapter's tensors in a model's state"""
+"""Attribute of `SRDELayer`, so it is also part of the tensors' names in a model's state"""
 
 
 def check_adapter_name(name: Any, model: nn.Module) -> None:
-    """Raise SRDEError for a name that torch refuses for modules, or by which PEFT would take other tensors for its own.
+    """Raise SRDEError for a name that torch refuses for modules, or that would make PEFT confuse the model's tensors.
 
     Args:
-        model: that the adapter is for, with or without other adapters.
+        model: the model that gets the adapter; it may already have others.
     """
     paths = [path for path, _ in [*model.named_modules(), *model.named_parameters()]]
     parts = {part for path in paths for part in re.sub(rf"\.{EXPERTS}\.[^.]+", f".{EXPERTS}", path).split(".")}
@@ -30,22 +30,22 @@ def check_adapter_name(name: Any, model: nn.Module) -> None:
     if not is_printable(name) or not name.strip():
         reason = "it must be printable text"
     elif "." in name or Path(name).is_absolute():
-        reason = "it is a part of tensors' names, and a folder's name: no '.', and no '/' at its start"
+        reason = "it becomes part of tensors' names and a folder's name, so it has no '.' and no '/' at its start"
     elif hasattr(nn.ModuleDict(), name):
         reason = "modules of torch have an attribute of this name"
     elif name in parts:
-        reason = "a part of the model has this name, and PEFT tells tensors by it"
+        reason = "a part of the model has this name, and PEFT tells tensors apart by their names"
     if reason is not None:
         raise SRDEError(f"adapter_name={shown(name)}: {reason}. Give another name.")
 
 
 class SRDELayer(nn.Module, BaseTunerLayer):
-    """Takes the place of the base's block.
+    """Replaces a feed-forward block of the base.
 
     Attributes:
         base_layer: the base's block.
-        srde_experts: adapter -> its experts in this layer.
-        empty: adapters whose values have yet to be loaded.
+        srde_experts: each adapter's experts in this layer, by the adapter's name.
+        empty: adapters whose values are not loaded yet.
     """
 
     adapter_layer_names = (EXPERTS,)
@@ -59,10 +59,10 @@ class SRDELayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def add(self, adapter: str, experts: SRDEFeedForward, *, empty: bool) -> None:
-        """Give an adapter its experts.
+        """Add an adapter's experts.
 
         Args:
-            empty: their values have yet to be loaded.
+            empty: their values are not loaded yet.
         """
         # The block belongs to this layer: as a child of the experts it would be saved and counted with every adapter.
         del experts._modules["block"]
@@ -72,12 +72,12 @@ class SRDELayer(nn.Module, BaseTunerLayer):
             self.empty.add(adapter)
 
     def experts(self, adapter: str) -> SRDEFeedForward:
-        """Those of one adapter."""
+        """The experts of one adapter."""
         experts = self.srde_experts[adapter]
         assert isinstance(experts, SRDEFeedForward)
         return experts
 
-    # A backward that adds to statistics is more than torch's compiler of whole models takes.
+    # torch.compile cannot trace a whole model whose backward adds to statistics.
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`, with the experts of the active adapter.
@@ -90,8 +90,8 @@ class SRDELayer(nn.Module, BaseTunerLayer):
         adapter = self.active_adapters[0]
         if adapter in self.empty:
             raise SRDEError(
-                f"adapter '{adapter}': its configuration is that of a saved adapter, but its values were not loaded. "
-                "Use PeftModel.from_pretrained, or a new SRDEConfig for a new adapter."
+                f"adapter '{adapter}': its configuration belongs to a saved adapter, but its values were not loaded. "
+                "Use PeftModel.from_pretrained, or give a new SRDEConfig for a new adapter."
             )
         return self.srde_experts[adapter](x)
 
@@ -99,12 +99,12 @@ class SRDELayer(nn.Module, BaseTunerLayer):
         """Use the experts of this adapter from now on.
 
         Raises:
-            SRDEError: there is more than one.
+            SRDEError: more than one adapter is given.
         """
         if not isinstance(adapter_names, str) and len(adapter_names) > 1:
             raise SRDEError(
-                f"set_adapter({adapter_names}): a block has the experts of one adapter at a time. Make one adapter of "
-                "several: srde_ds.peft.statistics.measure_domains on each, save them, then srde-ds combine."
+                f"set_adapter({adapter_names}): a block uses the experts of one adapter at a time. To make one adapter "
+                "of several, run srde_ds.peft.statistics.measure_domains on each, save them, and run srde-ds combine."
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
@@ -114,12 +114,12 @@ class SRDELayer(nn.Module, BaseTunerLayer):
         self.empty.discard(adapter_name)
 
     def merge(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not possible in place: raises SRDEError."""
+        """Raise SRDEError: experts cannot be merged in place."""
         raise SRDEError(
-            "merge_adapter(): a token has its own experts, so an adapter has no one change of the weights that could "
-            "be added and taken away again. Use merge_and_unload(expert=...) for one expert's."
+            "merge_adapter(): each token has its own experts, so there is no single change of the weights that could "
+            "be added and removed again. Use merge_and_unload(expert=...) to merge one expert."
         )
 
     def unmerge(self) -> NoReturn:
-        """See `merge`."""
-        raise SRDEError("unmerge_adapter(): SRDE merges nothing in place, so there is nothing to take back.")
+        """Raise SRDEError, see `merge`."""
+        raise SRDEError("unmerge_adapter(): SRDE merges nothing in place, so there is nothing to undo.")

@@ -1,4 +1,4 @@
-"""Loading a saved adapter: what is wrong with its files is said in one line, and all of it is taken, or nothing."""
+"""Loading a saved adapter: either all of it is loaded, or nothing, and one line says what is wrong with its files."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from srde_ds.peft.config import SRDEConfig
 from srde_ds.weights.peft_folder import PEFT_TYPE, PEFT_WEIGHTS, read_peft_metadata
 
 PICKLED = "adapter_model.bin"
-"""What PEFT writes with `safe_serialization=False`"""
+"""The file that PEFT writes with `safe_serialization=False`"""
 
 
 def load_values(
     model: Any, place: str | os.PathLike[str], adapter: str, load: Callable[[], Any], **options: Any
 ) -> Any:
-    """Load an adapter into a model of PEFT.
+    """Load an adapter into a PEFT model.
 
     Args:
-        place: a folder, or a repository of the Hub.
+        place: a folder, or a repository on the Hub.
         load: PEFT's own `load_adapter` with its arguments.
-        options: those of them that were given by name.
+        options: the arguments of `load_adapter` that were given by keyword.
 
     Returns:
-        What `load` does.
+        The result of `load`.
 
     Raises:
-        SRDEError: the folder lacks a file, a file is damaged, or an adapter of this name is here that is another one.
+        SRDEError: the folder lacks a file, a file is damaged, or the model already has another adapter of this name.
     """
     of_hub, _ = model._split_kwargs(options)
     folder = Path(place) / (of_hub.get("subfolder") or "")
@@ -56,7 +56,7 @@ def load_values(
         if isinstance(error, SafetensorError):
             reason = " ".join(str(error).split())
             raise SRDEError(
-                f"weights '{folder}': {PEFT_WEIGHTS} is no readable safetensors file ({reason}). Save the adapter "
+                f"weights '{folder}': {PEFT_WEIGHTS} is not a readable safetensors file ({reason}). Save the adapter "
                 "again."
             ) from None
         raise

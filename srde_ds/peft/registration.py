@@ -1,7 +1,7 @@
-"""Makes SRDE known to PEFT, whose list of methods is an enumeration without a way to add to it.
+"""Adds SRDE to the methods of PEFT, whose list is an enumeration that cannot be extended in a regular way.
 
-This file is the only one that changes something of PEFT: it adds a member to that list, and `PeftModel.load_adapter`
-looks at the files before values of SRDE are loaded. Tried with PEFT 0.21.0 and 0.21.2.
+Only this file changes anything in PEFT: it adds a member to that list, and it makes `PeftModel.load_adapter` check the
+files before it loads SRDE adapters. Tested with PEFT 0.21.0 and 0.21.2.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from srde_ds.weights.peft_folder import PEFT_TYPE
 
 TRIED = ("0.21.0", "0.21.2")
 NEEDED = ("_get_adapter_state_dict", "_remove_adapter_name_from_key", "_remap_adapter_state_dict_for_load")
-"""Methods of PEFT's tuners that `SRDETuner` replaces; PEFT 0.20 does not have them"""
+"""Methods of PEFT's tuners that `SRDETuner` overrides; PEFT 0.20 lacks them"""
 
 
 def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
-    """Have PEFT build and load adapters of this method from now on. A second call changes nothing.
+    """Let PEFT build and load adapters of this method. A second call changes nothing.
 
     Raises:
         SRDEError: this version of PEFT does not allow it.
@@ -41,12 +41,12 @@ def register(config: type[PeftConfig], tuner: type[BaseTuner]) -> None:
     except (AttributeError, TypeError, ValueError, KeyError) as error:
         raise SRDEError(
             f"peft {peft.__version__}: SRDE cannot be added to its methods ({error}). Install a version that was "
-            f"tried: {', '.join(TRIED)}."
+            f"tested: {', '.join(TRIED)}."
         ) from None
 
 
 def _add_member(enumeration: Any, name: str) -> None:
-    """Add a member whose value is its name to an enumeration of texts, as its class statement would have done."""
+    """Add a member whose value is its name to a string enumeration, as its class statement would have done."""
     member = str.__new__(enumeration, name)
     member._name_ = member._value_ = name
     member.__objclass__ = enumeration
@@ -55,11 +55,11 @@ def _add_member(enumeration: Any, name: str) -> None:
     enumeration._member_names_.append(name)
     enumeration._member_map_[name] = enumeration._value2member_map_[name] = member
     if enumeration(name) is not member or name not in enumeration.__members__ or list(enumeration)[-1] is not member:
-        raise TypeError(f"{enumeration.__name__} takes no further member")
+        raise TypeError(f"no member can be added to {enumeration.__name__}")
 
 
 def _check_files_before(models: Any, tuner: type[BaseTuner]) -> None:
-    """Have `load_adapter` of models with this tuner go through `load_values`; nothing changes for other methods."""
+    """Let `load_adapter` of models with this tuner use `load_values`. Nothing changes for other methods."""
     plain, _ = models.load_adapter, models._split_kwargs  # the latter is what `load_values` calls
 
     @functools.wraps(plain)

@@ -1,4 +1,4 @@
-"""Files of records as rows for the trainers of TRL."""
+"""Turn files of records into rows for the trainers of TRL."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from srde_ds.errors import SRDEError
 
 
 def conversations_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> datasets.Dataset:
-    """The records of files as `srde-ds train` takes them, for TRL's SFTTrainer.
+    """Read files of records, as `srde-ds train` reads them, into rows for TRL's SFTTrainer.
 
     Args:
         files: a file, a folder or a pattern.
-        domains: that the records may name.
+        domains: the domains that records may name.
 
     Returns:
-        Rows with `prompt` (the messages before the last one), `completion` (the last one, which is learned) and
-        `domain`.
+        Rows with `prompt` (all messages but the last), `completion` (the last message, which is learned) and `domain`.
 
     Raises:
-        SRDEError: a bad record, or one with tools, which TRL wants in a form of its own.
+        SRDEError: a record is bad, or uses tools, for which TRL needs another form.
 
     Examples:
         >>> from pathlib import Path
@@ -43,13 +42,13 @@ def conversations_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> dat
 
 
 def by_domain(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
-    """The rows of each domain, for a trainer's `eval_dataset`: it logs `eval_NAME_loss` for each.
+    """Split rows by domain, for a trainer's `eval_dataset`: the trainer logs `eval_NAME_loss` for each domain.
 
     Args:
-        rows: with a column `domain`.
+        rows: rows with a column `domain`.
 
     Raises:
-        SRDEError: there is none.
+        SRDEError: the column is missing.
 
     Examples:
         >>> import datasets
@@ -59,7 +58,7 @@ def by_domain(rows: datasets.Dataset) -> dict[str, datasets.Dataset]:
         {'green': ['b'], 'red': ['a']}
     """
     if "domain" not in rows.column_names:
-        raise SRDEError(f"rows: they have the columns {', '.join(rows.column_names)}, but no 'domain'.")
+        raise SRDEError(f"rows: they have no column 'domain', only {', '.join(rows.column_names)}. Add it.")
     column = rows["domain"][:]
     numbers = {name: [n for n, own in enumerate(column) if own == name] for name in sorted(set(column))}
     return {str(name): rows.select(own) for name, own in numbers.items()}

@@ -1,4 +1,4 @@
-"""An adapter's tensors: their names in a model, their names in a file, and what they must be."""
+"""An adapter's tensors: their names in a model and in a file, and the checks before they are loaded."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BIAS_IN_MODEL, BIAS_IN_FILE = "router.selection_bias", "router_bias"
 
 
 def experts_of(model: nn.Module, adapter: str) -> list[SRDEFeedForward]:
-    """Those of one adapter, in the order in which tokens pass them."""
+    """One adapter's experts, in the order in which tokens pass the layers."""
     layers = [m.experts(adapter) for m in model.modules() if isinstance(m, SRDELayer) and adapter in m.srde_experts]
     return sorted(layers, key=lambda experts: experts.layer)
 
 
 def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics | None) -> None:
-    """Have a layer's experts hold, and save, what their layer saw of each domain; None: nothing."""
+    """Store in a layer's experts, to be saved with them, the layer's statistics of each domain; None removes them."""
     for part in ("mean", "spread"):
         name = f"domain_{part}"
         if statistics is not None:
@@ -36,12 +36,12 @@ def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics | Non
 
 
 def empty_statistics(domains: int, hidden: int) -> DomainStatistics | None:
-    """Room for those of a file; None: there are no domains."""
+    """Zeros that a file's statistics are loaded into; None if there are no domains."""
     return DomainStatistics(*(torch.zeros(domains, hidden) for _ in range(2))) if domains else None
 
 
 def name_in_file(name: str, adapter: str) -> str | None:
-    """The name in a file of a tensor of a model's state; None: it does not belong to the experts of this adapter."""
+    """The file's name for a tensor of a model's state; None if the tensor does not belong to this adapter's experts."""
     match = re.fullmatch(rf"(?:.+\.)?(\d+)\.\w+\.{EXPERTS}\.{re.escape(adapter)}\.(.+)", name)
     if match is None:
         return None
@@ -49,12 +49,12 @@ def name_in_file(name: str, adapter: str) -> str | None:
 
 
 def without_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a file holds of a model's state: as in `srde_weights.safetensors`, no selection biases that are zero."""
+    """Drop selection biases that are zero, since files leave them out, as `srde_weights.safetensors` does."""
     return {name: tensor for name, tensor in state.items() if not name.endswith(BIAS_IN_MODEL) or bool(tensor.any())}
 
 
 def with_zero_biases(tensors: Mapping[str, Tensor], layers: list[SRDEFeedForward]) -> dict[str, Tensor]:
-    """A file's tensors and the selection biases that it leaves out."""
+    """A file's tensors, completed by the selection biases that it leaves out."""
     zeros = {f"{PEFT_PREFIX}layers.{m.layer}.{BIAS_IN_FILE}": torch.zeros_like(m.router.selection_bias) for m in layers}
     return zeros | dict(tensors)
 
@@ -62,13 +62,13 @@ def with_zero_biases(tensors: Mapping[str, Tensor], layers: list[SRDEFeedForward
 def check_tensors(
     tensors: Mapping[str, Tensor], metadata: AdapterMetadata, layers: list[SRDEFeedForward], place: str
 ) -> None:
-    """Check a file's tensors before a model takes them.
+    """Check a file's tensors before they are loaded into a model.
 
     Args:
-        place: what they are, for messages.
+        place: where they come from, for messages.
 
     Raises:
-        SRDEError: as `weights.schema` says, or they do not fit the base.
+        SRDEError: they fail a check of `weights.schema`, or do not fit the base.
     """
     own = {
         name.removeprefix(PEFT_PREFIX): LazyTensor.of(tensor)

@@ -1,4 +1,4 @@
-"""What the layers of a model of PEFT see of each domain, for `srde-ds combine`."""
+"""Statistics of the layers' inputs on each domain in a PEFT model, for `srde-ds combine`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ def measure_domains(
     rows_a_domain: int = DEFAULTS.domain_statistics_rows,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Measure mean and spread of each block's input on each domain, and note them in the active adapter.
+    """Measure mean and spread of each block's input on each domain, and store them in the active adapter.
 
-    `srde-ds combine` makes routers of them. `save_pretrained` writes them. On several processes each one runs all rows.
+    `save_pretrained` saves them, and `srde-ds combine` makes routers from them. With several processes, each one runs
+    all rows.
 
     Args:
-        model: of PEFT, with the experts of `srde_ds.peft`, trained.
-        rows: as those of `warm_start_routers`.
-        tokenizer: says which tokens are special, which are left out.
-        rows_a_domain: rows of each domain that are run.
+        model: a trained PEFT model with the experts of `srde_ds.peft`.
+        rows: rows like those of `warm_start_routers`.
+        tokenizer: tells which tokens are special; these are left out.
+        rows_a_domain: number of rows per domain to run.
 
     Returns:
-        Domain -> tokens that were looked at.
+        The number of tokens measured, by domain.
 
     Raises:
         SRDEError: a column is missing, a domain names no expert, or no row has a usable token.
@@ -49,7 +50,7 @@ def measure_domains(
     counts = np.bincount(sample.domain, minlength=len(domains))
     if not counts.any():
         raise SRDEError(
-            "domain_statistics: the rows have no token that only one domain's rows begin with. Give other rows."
+            "domain_statistics: all tokens are special or in beginnings that several domains share. Give other rows."
         )
     with evaluated(model):
         batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)

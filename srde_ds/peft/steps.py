@@ -1,4 +1,4 @@
-"""Routing in training: the losses of the router, and the counts of one optimizer step that balance the next."""
+"""Routing in training: the router's losses, and the counts of one optimizer step that balance the next."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from srde_ds.peft.config import SRDEConfig
 
 
 class TrainingSteps:
-    """What the forwards of the active adapter's training share.
+    """State that the forwards in the training of one adapter share.
 
-    The router's losses have no value that is added to the loss: the backward adds their gradients, as in SRDE's own
-    training. So a trainer may make its loss of the logits in whatever way. They are those of the mean over the real
-    tokens of a forward, divided by `micro_steps`; a trainer that averages gradients over processes averages them, too.
-    Factors of the loss do not reach them. So they vanish beside a loss that is scaled for float16.
+    The router's losses are not added to the loss. Instead the backward adds their gradients, as in SRDE's own training,
+    so a trainer may compute its loss from the logits in any way. Each router loss is a mean over the real tokens of a
+    forward, divided by `micro_steps`. A trainer that averages gradients over processes averages these gradients, too.
+    Factors of the trainer's loss do not apply to them, so they vanish beside a loss that is scaled for float16.
 
-    Load balancing follows the shares of the previous optimizer step. That a step has passed is seen by the router's
-    gradient, which is gone then; each process has the shares of its own tokens. Who calls `finish` after each step has
-    those of all processes, and does not depend on what becomes of gradients.
+    Load balancing uses the experts' shares in the previous optimizer step. By default a step counts as finished when
+    the router's gradient is gone, and each process has the shares of its own tokens. If `finish` is called after each
+    step, the shares are those of all processes, and the state of the gradients does not matter.
 
     Attributes:
-        micro_steps: backwards of an optimizer step: the number of gradient accumulation steps.
-        expert_share: `[L, E]` each expert's share of the assignments in the previous step; None: there was none.
+        micro_steps: backwards per optimizer step, that is, gradient accumulation steps.
+        expert_share: `[L, E]` each expert's share of the assignments in the previous step; None before the first.
     """
 
     def __init__(self, layers: list[SRDEFeedForward], config: SRDEConfig, *, micro_steps: int = 1) -> None:
@@ -39,10 +39,10 @@ class TrainingSteps:
         self._sees_steps = True
 
     def policy(self, arguments: dict[str, Any]) -> RoutingPolicy:
-        """That of a forward in training.
+        """The policy for a forward in training.
 
         Args:
-            arguments: of the base's forward, by name.
+            arguments: the arguments of the base's forward, by name.
         """
         if self._sees_steps and self._router.weight.grad is None and not self._statistics.is_empty:
             self._take_shares(self._statistics.pop())
@@ -52,7 +52,7 @@ class TrainingSteps:
         if inputs is not None and isinstance(mask, Tensor) and mask.dim() == 2:
             mask = mask[:, -inputs.shape[1] :].bool()
             tokens = mask.sum().clamp(min=1)
-        else:  # a mask of pairs of positions, or none: no padding
+        else:  # no mask, or one over pairs of positions: no padding
             mask = None
         return RoutingPolicy(
             token_mask=mask,
@@ -65,12 +65,12 @@ class TrainingSteps:
         )
 
     def finish(self) -> dict[str, Tensor]:
-        """End an optimizer step, on all processes or on none. From the first call on only this ends one.
+        """End an optimizer step. Call it on all processes or on none; after the first call, nothing else ends steps.
 
         Returns:
             The step's routing statistics summed over processes, see `RoutingStatistics`.
         """
-        # Contiguous, since a collective may take what lies between the values of a slice for its own.
+        # Contiguous, since a collective may overwrite the memory between the values of a slice.
         device = self._router.weight.device
         sums = {name: own.to(device).contiguous() for name, own in self._statistics.pop().items()}
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""A base with the experts of one or several adapters, as PEFT builds it."""
+"""PEFT's view of a base with the experts of one or several adapters."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ PLAIN_REGISTRATION = nn.Module.register_parameter
 
 
 class ReadableBlock(FeedForward):
-    """A block whose weights may be quantised: supports are chosen by their values."""
+    """A block whose weights may be quantised: they are read dequantised, so that supports can be chosen by them."""
 
     @torch.no_grad()
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """As those of `FeedForward`, in floating point: what the projections make of unit vectors."""
+        """The weights of `FeedForward` in floating point. Quantised ones are read by projecting unit vectors."""
         stored = super().weights()
         if all(weight.is_floating_point() for weight in stored):
             return stored
@@ -62,15 +62,15 @@ class ReadableBlock(FeedForward):
 
 
 class SRDETuner(BaseTuner):
-    """What `PeftModel.base_model` is; PEFT makes it. A `PeftModel` passes the attributes below on.
+    """The `base_model` of a `PeftModel`, made by PEFT. The `PeftModel` forwards the attributes below.
 
     Attributes:
-        routing: tells the layers the policy of the forward that they are part of, see `model/policy.py`.
-        identity: `base.base_identity` of the base before experts were put in.
+        routing: tells the layers the policy of the current forward, see `model/policy.py`.
+        identity: the base's `base_identity`, taken before experts were attached.
     """
 
     prefix: str = "srde_"
-    uses_shared_state = True  # so `inject_adapter_in_model` and transformers' own `load_adapter` refuse: they drop it
+    uses_shared_state = True  # `inject_adapter_in_model` and transformers' `load_adapter` would drop it: they refuse
     tuner_layer_cls = SRDELayer
     target_module_mapping: dict[str, list[str]] = {}
 
@@ -82,8 +82,8 @@ class SRDETuner(BaseTuner):
         foreign = [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SRDELayer)]
         if foreign:
             raise SRDEError(
-                f"base: it carries layers of {type(foreign[0]).__module__}, and experts that are trained on these fit "
-                "no base without them. Call unload() or merge_and_unload() of its model before."
+                f"base: it carries layers of {type(foreign[0]).__module__}, and experts trained on these would not fit "
+                "a base without them. Call unload() or merge_and_unload() of its model first."
             )
         self.routing = PolicyControl()
         self.blocks: list[FeedForward] = find_feed_forward(model)
@@ -98,19 +98,19 @@ class SRDETuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """Put the experts of an adapter into the base.
+        """Attach the experts of an adapter to the base.
 
-        With the configuration of an adapter that is here they are its copy: so TRL makes a frozen reference.
+        Given the configuration of an adapter that is already here, they copy it. TRL makes a frozen reference this way.
 
         Raises:
-            SRDEError: the configuration does not fit itself or the base, or it is that of an adapter for another base.
+            SRDEError: the configuration is inconsistent, does not fit the base, or belongs to another base's adapter.
         """
         if low_cpu_mem_usage:
             raise _no_empty_experts()
         check_adapter_name(adapter_name, self.model)
         # A copy, since a user may give the same configuration to another base.
         config = copy.copy(self._config(adapter_name))
-        config.check()  # again: its options may have been set since
+        config.check()  # again, since options may have been set after it was made
         stored = config.stored()
         for block in self.blocks:
             check_support(config.adapter(), block.hidden, block.intermediate)
@@ -167,7 +167,7 @@ class SRDETuner(BaseTuner):
         setattr(parent, target_name, layer)
 
     def _twin(self, config: SRDEConfig, adapter: str, layer: SRDELayer) -> str | None:
-        """An adapter with values and with the same configuration."""
+        """Another adapter that has values and the same configuration, if there is one."""
         same = (n for n in layer.srde_experts if n != adapter and self._config(n).metadata == config.metadata)
         return next((name for name in same if name not in layer.empty), None)
 
@@ -181,7 +181,7 @@ class SRDETuner(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # In place: optimizers read what is attached to the parameters, and PEFT would make new ones.
+        # In place, since PEFT would make new parameters without the attributes that optimizers read.
         dtype = torch.float32 if autocast_adapter_dtype else self.model.dtype
         for experts in experts_of(self.model, adapter_name):
             for parameter in experts.parameters():
@@ -192,7 +192,7 @@ class SRDETuner(BaseTuner):
 
     @property
     def training_steps(self) -> TrainingSteps:
-        """The active adapter's training, see `steps.py`."""
+        """The training state of the active adapter, see `steps.py`."""
         adapter = self._one_adapter(None)
         if adapter not in self._steps:
             self._steps[adapter] = TrainingSteps(experts_of(self.model, adapter), self._config(adapter))
@@ -215,14 +215,14 @@ class SRDETuner(BaseTuner):
 
     @contextmanager
     def metadata_of(self, config: SRDEConfig, adapter: str, place: object) -> Iterator[None]:
-        """Inside this context the values of a saved state of an adapter that is here are loaded, and all else of it is.
+        """Take a saved state's metadata and seed. Load its values inside this context; an error undoes everything.
 
         Args:
-            config: of the saved adapter.
-            place: where it is, for messages.
+            config: configuration of the saved adapter.
+            place: where it is saved, for messages.
 
         Raises:
-            SRDEError: experts or options differ: it is another adapter; or it was trained on another base.
+            SRDEError: its experts or options differ, so it is another adapter, or it was trained on another base.
         """
         own = self._config(adapter)
         before, found = own.stored(), config.stored()
@@ -233,9 +233,9 @@ class SRDETuner(BaseTuner):
         for name, here, there in compared:
             if here != there:
                 raise SRDEError(
-                    f"adapter '{adapter}': it is here with other {name} ({_listed(here)}) than in '{place}' "
-                    f"({_listed(there)}). Load that under another adapter_name, or call "
-                    f"delete_adapter('{adapter}') before."
+                    f"adapter '{adapter}': this model has it with other {name} ({_listed(here)}) than '{place}' "
+                    f"({_listed(there)}). Load '{place}' under another adapter_name, or call "
+                    f"delete_adapter('{adapter}') first."
                 )
         check_base(self.model, found.base, str(place), known=self.identity)
         layers, kept = experts_of(self.model, adapter), (own.metadata, own.seed)
@@ -254,7 +254,7 @@ class SRDETuner(BaseTuner):
     def set_domain_statistics(
         self, adapter: str, tokens: Mapping[str, int], statistics: list[DomainStatistics]
     ) -> None:
-        """Take new statistics of some domains into an adapter, as `Origins.update` does."""
+        """Update an adapter's statistics of some domains, as `Origins.update` does."""
         config = self._config(adapter)
         stored = config.stored()
         assert stored is not None  # injection gave it metadata
@@ -264,10 +264,10 @@ class SRDETuner(BaseTuner):
             keep_statistics(experts, own)
         config.metadata = replace(stored, domain_tokens=origins.domain_tokens).to_json()
 
-    # The forward: PeftModelForCausalLM calls `forward`, inside of the other context; PeftModel only the latter.
+    # Forward: PeftModelForCausalLM calls `forward` inside of the hook context; PeftModel uses only that context.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's, with experts."""
+        """The base's forward, with experts."""
         with self._routed(*args, **kwargs):
             return self.model(*args, **kwargs)
 
@@ -275,35 +275,35 @@ class SRDETuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise SRDEError(
-                "adapter_names: a forward uses the experts of one adapter. Call set_adapter before it, or make one "
-                "adapter of several: srde_ds.peft.statistics.measure_domains on each, save them, then srde-ds combine."
+                "adapter_names: a forward uses the experts of one adapter. Call set_adapter first, or make one adapter "
+                "of several: run srde_ds.peft.statistics.measure_domains on each, save them, and run srde-ds combine."
             )
         with self._routed(*args, **kwargs):
             yield
 
     @contextmanager
     def _routed(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """In training: the policy with losses and statistics is in force."""
+        """In training, use the policy with losses and statistics inside this context."""
         if not (self.model.training and torch.is_grad_enabled() and self.active_adapters):
             yield
             return
         with self.routing.running(self._begin(args, kwargs)):
             yield
 
-    @torch.compiler.disable  # whether there are gradients is no constant
+    @torch.compiler.disable  # whether there are gradients is not constant
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RoutingPolicy:
-        """The policy of a forward in training."""
+        """The policy for a forward in training."""
         keep_policy_when_recomputing(self.model, self.routing)
         arguments = inspect.signature(self.model.forward).bind_partial(*args, **kwargs).arguments
         return self.training_steps.policy(arguments)
 
-    # Other forms.
+    # Other forms
 
     def srde_model(self, adapter_name: str | None = None) -> SRDEModel:
-        """The same base and experts as an `SRDEModel`, for what takes one; it shares all tensors.
+        """The same base and experts as an `SRDEModel`, which shares all tensors.
 
         Args:
-            adapter_name: default: the active one.
+            adapter_name: the adapter; default: the active one.
         """
         return AdapterView(self, self._one_adapter(None if adapter_name is None else [adapter_name]))
 
@@ -314,15 +314,15 @@ class SRDETuner(BaseTuner):
         adapter_names: list[str] | None = None,
         expert: str | None = None,
     ) -> nn.Module:
-        """The base with one expert's deltas added to its own weights, in place: an ordinary transformers model.
+        """Add one expert's deltas to the base's weights, in place, and return the base: an ordinary transformers model.
 
-        It computes what this model computes when all tokens go to that expert.
+        It computes the same as this model if all tokens go to that expert.
 
         Args:
-            progressbar: show how far it is.
-            safe_merge: check before that all deltas are finite.
-            adapter_names: the adapter; default: the active one.
-            expert: its name; may be left out if there is only one.
+            progressbar: show progress.
+            safe_merge: check first that all deltas are finite.
+            adapter_names: a list with the adapter; default: the active one.
+            expert: the expert's name; may be left out if there is only one.
 
         Raises:
             SRDEError: no expert is named although there are several, the name is unknown, the base is quantised, or
@@ -332,15 +332,15 @@ class SRDETuner(BaseTuner):
         names = self._config(adapter).names
         if expert is None and len(names) > 1:
             raise SRDEError(
-                "merge_and_unload(): each token has its own experts, so all of them make no dense model. Give one by "
-                f"expert=... ({', '.join(names)}), or make a stock mixture of experts: "
+                "merge_and_unload(): each token has its own experts, so they cannot all be merged into a dense model. "
+                f"Give one with expert=... ({', '.join(names)}), or make a stock mixture of experts: "
                 "srde-ds convert FOLDER --to moe."
             )
         view = self.srde_model(adapter)
         number = 0 if expert is None else view.metadata().expert_index(expert)
         check_mergeable(view.layers)
         if safe_merge and not all(bool(layer.deltas().isfinite().all()) for layer in view.layers):
-            raise SRDEError(f"adapter '{adapter}': it holds values that are not finite. Merge another one.")
+            raise SRDEError(f"adapter '{adapter}': it has values that are not finite. Merge another one.")
         for layer in view.layers:
             merge_into_block(layer, number)
         base = self.model
@@ -359,7 +359,7 @@ class SRDETuner(BaseTuner):
             raise SRDEError(f"adapter_names={','.join(names) or 'none'}: give one of {known}.")
         return names[0]
 
-    # Files, see `state.py`.
+    # Files, see `state.py`
 
     @classmethod
     def _get_adapter_state_dict(
@@ -373,11 +373,11 @@ class SRDETuner(BaseTuner):
         layers = [layer for layer in model.modules() if isinstance(layer, SRDELayer)]
         if not layers:
             raise SRDEError(
-                f"adapter '{adapter_name}': merge_and_unload or unload took the experts out of this model, there is "
-                "nothing to save. Load the adapter again."
+                f"adapter '{adapter_name}': merge_and_unload or unload removed the experts from this model, so there "
+                "is nothing to save. Load the adapter again."
             )
         if any(adapter_name in layer.empty for layer in layers):
-            raise SRDEError(f"adapter '{adapter_name}': its values were never loaded, there is nothing to save.")
+            raise SRDEError(f"adapter '{adapter_name}': its values were never loaded, so there is nothing to save.")
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         return without_zero_biases(state)
 
@@ -401,7 +401,7 @@ class SRDETuner(BaseTuner):
 
 
 class AdapterView(SRDEModel):
-    """One adapter of a model of PEFT as an `SRDEModel`. It shares all tensors."""
+    """One adapter of a PEFT model as an `SRDEModel`, which shares all tensors."""
 
     def __init__(self, tuner: SRDETuner, adapter: str) -> None:
         config, base = tuner.peft_config[adapter], tuner.model
@@ -417,12 +417,12 @@ class AdapterView(SRDEModel):
 
     @property
     def layers(self) -> list[Any]:
-        """The adapter's, in the order in which tokens pass them."""
+        """The adapter's layers, in the order in which tokens pass them."""
         return experts_of(self.base, self.adapter)
 
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
-        """Use that of the model of PEFT: raises SRDEError."""
-        raise SRDEError("merge_and_unload(): call that of the model of PEFT, which also takes out the other adapters.")
+        """Raise SRDEError: only the PEFT model can do this."""
+        raise SRDEError("merge_and_unload(): call the method of the PEFT model, which also removes the other adapters.")
 
 
 def _listed(value: Any) -> str:
@@ -430,7 +430,7 @@ def _listed(value: Any) -> str:
 
 
 def _identity(base: PreTrainedModel) -> dict[str, str | int]:
-    """Of a base that was quantised when it was loaded: that of its files, since kernels pack its weights anew."""
+    """The base's identity. If loading quantised it, its files are read, since the weights in memory are repacked."""
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         return base_identity(base)
@@ -439,4 +439,4 @@ def _identity(base: PreTrainedModel) -> dict[str, str | int]:
 
 
 def _no_empty_experts() -> SRDEError:
-    return SRDEError("low_cpu_mem_usage=True: experts are not made without memory first. Leave it out.")
+    return SRDEError("low_cpu_mem_usage=True: experts cannot be created on the meta device. Leave it out.")

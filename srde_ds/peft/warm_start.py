@@ -1,4 +1,4 @@
-"""Routers of a model of PEFT that know the domains before training begins."""
+"""Sets the routers of a PEFT model from data before training begins."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def warm_start_routers(
     samples: int = DEFAULTS.warm_start_samples,
     seed: int = 0,
 ) -> list[float]:
-    """Set the routers of the active adapter, so that each expert gets the tokens of its domain.
+    """Set the routers of the active adapter so that each expert gets the tokens of its domain.
 
-    On several processes each one runs all rows, and takes the result of the first.
+    With several processes, each one runs all rows, and all use the first one's result.
 
     Args:
-        model: of PEFT, with the experts of `srde_ds.peft`.
-        rows: `input_ids`, and `domain`: the name of the expert that the row belongs to, or its number. Some thousand
-            are enough.
-        tokenizer: says which tokens are special, which are left out.
-        method, samples: as the options `warm_start_method` and `warm_start_samples` of a run.
+        model: a PEFT model with the experts of `srde_ds.peft`.
+        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to. A few
+            thousand rows are enough.
+        tokenizer: tells which tokens are special; these are left out.
+        method, samples: like a run's options `warm_start_method` and `warm_start_samples`.
 
     Returns:
         `[L]` the share of the sampled tokens whose best expert is that of their domain.
 
     Raises:
-        SRDEError: a column is missing, a domain names no expert or has no usable tokens, or what enters the routers
-            does not tell the experts apart.
+        SRDEError: a column is missing, a domain names no expert or has no usable tokens, or the routers' inputs do not
+            distinguish the experts.
     """
     view = model.srde_model()
     padded, domains = padded_rows(rows, view.expert_names, "warm_start")
@@ -79,7 +79,7 @@ def warm_start_routers(
 
 @contextmanager
 def evaluated(model: Any) -> Iterator[None]:
-    """Inside this context the model is in eval mode, and there are no gradients."""
+    """Put the model into eval mode, without gradients, inside this context."""
     training = model.training
     model.eval()
     try:
@@ -90,7 +90,7 @@ def evaluated(model: Any) -> Iterator[None]:
 
 
 def forward_of(view: SRDEModel) -> Callable[[Batch], object]:
-    """A forward of rows as of `validation_batches`, without logits."""
+    """A function that runs a batch of `validation_batches` through the model and returns nothing."""
     device = view.layers[0].router.weight.device
 
     def forward(batch: Batch) -> None:
@@ -101,23 +101,27 @@ def forward_of(view: SRDEModel) -> Callable[[Batch], object]:
 
 
 def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tuple[datasets.Dataset, list[str]]:
-    """The rows as those of `build_dataset`, one document each, and their domains: the first ones of the experts.
+    """Pad the rows to the form that `build_dataset` gives, one document per row.
 
     Args:
-        option: what the rows were given as, for messages.
+        experts: names of the experts, which are the domains.
+        option: the option that the rows were given for, in messages.
+
+    Returns:
+        The rows, and the domains up to the last one that they use.
     """
     for column in ("input_ids", "domain"):
         if column not in rows.column_names:
             raise SRDEError(
-                f"{option}: the rows have no column '{column}'. Give tokenized rows with the domain of each, such as "
-                "the train_dataset of an SFTTrainer that does not pack."
+                f"{option}: the rows have no column '{column}'. Give tokenized rows with their domains, such as the "
+                "train_dataset of an SFTTrainer that does not pack."
             )
     column = rows["domain"][:]
     known = {name: number for number, name in enumerate(experts)} | dict(enumerate(range(len(experts))))
     for domain in column:
         if domain not in known:
             raise SRDEError(
-                f"{option}: domain '{domain}': no expert has this name; they are {', '.join(experts)}. Give "
+                f"{option}: domain '{domain}': no expert has this name. The experts are {', '.join(experts)}. Give "
                 "SRDEConfig the domains as expert_names."
             )
     numbers = [known[domain] for domain in column]

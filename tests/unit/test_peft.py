@@ -78,7 +78,7 @@ def test_the_model_as_an_own_form_shares_its_tensors() -> None:
     own = randomize(tiny_srde())
     own.set_active_experts(["expert1"])
     assert torch.equal(logits(model, tokens()), logits(own, tokens()))
-    with pytest.raises(SRDEError, match="call that of the model of PEFT"):
+    with pytest.raises(SRDEError, match="call the method of the PEFT model"):
         view.merge_and_unload("expert1")
 
 
@@ -103,7 +103,7 @@ def test_another_peft_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delitem(PeftType._member_map_, "SRDE")
     monkeypatch.setattr(registration, "NEEDED", ("no_such_method",))
     with pytest.raises(
-        SRDEError, match=rf"peft {peft.__version__}: .*no_such_method.*Install a version that was tried: "
+        SRDEError, match=rf"peft {peft.__version__}: .*no_such_method.*Install a version that was tested: "
     ):
         registration.register(SRDEConfig, SRDETuner)
 
@@ -114,7 +114,7 @@ def test_another_peft_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
         ({"density": 2.0}, "density=2.0: must be at most 1.0"),
         ({"granularity": "row"}, "granularity='row': choose one of neuron, element"),
         ({"router_z_weight": -1}, "router_z_weight=-1.0: must be at least 0"),
-        ({"support_strategy": "gradient"}, "support_strategy=gradient: takes data"),
+        ({"support_strategy": "gradient"}, "support_strategy=gradient: needs data"),
         ({"target_modules": ["q_proj"]}, "target_modules=.*Leave it out"),
         ({"top_k": 4}, "top_k=4: must not exceed num_experts=3"),
         ({"expert_names": ["a"]}, "num_experts=3, but 1 expert names"),
@@ -267,11 +267,13 @@ def test_disabled_and_unloaded_it_is_the_base() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_one_expert_is_merged_and_all_are_refused(form: dict[str, Any]) -> None:
     model = tiny_peft(**form)
-    with pytest.raises(SRDEError, match=r"all of them make no dense model. Give one by expert=... \(expert0, "):
+    with pytest.raises(
+        SRDEError, match=r"cannot all be merged into a dense model. Give one with expert=... \(expert0, "
+    ):
         model.merge_and_unload()
     with pytest.raises(SRDEError, match="expert 'expert4'"):
         model.merge_and_unload(expert="expert4")
-    with pytest.raises(SRDEError, match="no one change of the weights"):
+    with pytest.raises(SRDEError, match="no single change of the weights"):
         model.merge_adapter()
     with pytest.raises(SRDEError, match="adapter_names=no_such: give one of default"):
         model.merge_and_unload(adapter_names=["no_such"], expert="expert1")

@@ -54,11 +54,12 @@ def test_another_adapter_under_a_loaded_name_is_refused(adapter: Path, other: Pa
     model = loaded(adapter)
     before, metadata = logits(model, tokens()), model.srde_model().metadata()
     with pytest.raises(
-        SRDEError, match=r"adapter 'default': it is here with other experts \(expert0, .*\(red, green, blue\).*delete_"
+        SRDEError,
+        match=r"adapter 'default': this model has it with other experts \(expert0, .*\(red, green, blue\).*delete_",
     ):
         model.load_adapter(other, "default")
     assert torch.equal(logits(model, tokens()), before) and model.srde_model().metadata() == metadata
-    with pytest.raises(SRDEError, match="it is here with other experts"):
+    with pytest.raises(SRDEError, match="this model has it with other experts"):
         PeftModel.from_pretrained(tiny_llama(), other, config=PeftConfig.from_pretrained(str(adapter)))
     model.delete_adapter("default")
     model.load_adapter(other, "default")
@@ -70,7 +71,7 @@ def test_another_adapter_under_a_loaded_name_is_refused(adapter: Path, other: Pa
 def test_an_adapter_with_other_options_is_refused_under_a_loaded_name(
     options: dict[str, Any], adapter: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(SRDEError, match=f"here with other {'experts' if len(options) > 1 else next(iter(options))}"):
+    with pytest.raises(SRDEError, match=f"has it with other {'experts' if len(options) > 1 else next(iter(options))}"):
         loaded(adapter).load_adapter(saved(tiny_peft(**options), tmp_path), "default")
 
 
@@ -99,7 +100,7 @@ def test_a_later_state_of_the_same_adapter_is_taken_over_whole(tmp_path: Path) -
     assert json.loads((again / CONFIG).read_text())["seed"] == 3
     assert torch.equal(logits(model, tokens()), logits(loaded(later, is_trainable=True).eval(), tokens()))
     (later / VALUES).write_bytes(b"")
-    with pytest.raises(SRDEError, match="no readable safetensors file"):
+    with pytest.raises(SRDEError, match="not a readable safetensors file"):
         model.load_adapter(later, "default")
     assert model.srde_model().metadata().history == metadata["history"]
 
@@ -171,10 +172,10 @@ def test_a_rounded_base_is_known_by_its_files(types: tuple[torch.dtype, torch.dt
     ("options", "message"),
     [
         ({"expert_names": ["a", "a", "b"]}, r"expert_names=\['a', 'a', 'b'\]: 2 experts are called 'a'. Give each"),
-        ({"expert_names": ["a", "", "b"]}, "expert_names=.*'' is no name. Give a list"),
-        ({"expert_names": ["a", 1, "b"]}, "expert_names=.*1 is no name. Give a list"),
-        ({"expert_names": ["a\n", "b", "c"]}, r"expert_names=.*'a\\n' is no name"),
-        ({"expert_names": "abc"}, "expert_names='abc': 'abc' is no name. Give a list"),
+        ({"expert_names": ["a", "", "b"]}, "expert_names=.*'' is not a valid name. Give a list"),
+        ({"expert_names": ["a", 1, "b"]}, "expert_names=.*1 is not a valid name. Give a list"),
+        ({"expert_names": ["a\n", "b", "c"]}, r"expert_names=.*'a\\n' is not a valid name"),
+        ({"expert_names": "abc"}, "expert_names='abc': 'abc' is not a valid name. Give a list"),
         ({"expert_names": []}, "num_experts=3, but 0 expert names"),
         ({"seed": "x"}, "seed='x': must be a whole number"),
         ({"seed": -1}, "seed=-1: must be at least 0"),
@@ -245,10 +246,13 @@ def changed_config(**change: Any) -> Callable[[Path], object]:
         (changed_config(metadata="["), "the SRDE metadata are not JSON"),
         (changed_config(metadata="null"), "the metadata are None, not a mapping"),
         (lambda folder: (folder / VALUES).unlink(), "the folder holds no adapter_model.safetensors. Save"),
-        (lambda folder: (folder / VALUES).write_bytes(b""), "is no readable safetensors file .*Save the adapter again"),
+        (
+            lambda folder: (folder / VALUES).write_bytes(b""),
+            "is not a readable safetensors file .*Save the adapter again",
+        ),
         (
             lambda folder: (folder / VALUES).write_bytes((folder / VALUES).read_bytes()[:-9]),
-            "is no readable safetensors file .*Save the adapter again",
+            "is not a readable safetensors file .*Save the adapter again",
         ),
     ],
 )
@@ -292,7 +296,7 @@ def test_nothing_is_saved_of_a_model_without_its_experts(tmp_path: Path) -> None
     for take_out in (lambda model: model.unload(), lambda model: model.merge_and_unload(expert="expert1")):
         model = tiny_peft()
         take_out(model)
-        with pytest.raises(SRDEError, match="took the experts out of this model, there is nothing to save"):
+        with pytest.raises(SRDEError, match="removed the experts from this model, so there is nothing to save"):
             model.save_pretrained(tmp_path)
         assert not (tmp_path / VALUES).exists()
 
@@ -387,7 +391,7 @@ def test_statistics_are_those_of_the_blocks_inputs(tmp_path: Path) -> None:
     assert again.srde_model().origins.domain_tokens == {"math": 72, "code": 24}
     before = copied(tmp_path, tmp_path.with_name("before"))
     (before / VALUES).write_bytes(b"")
-    with pytest.raises(SRDEError, match="no readable safetensors file"):
+    with pytest.raises(SRDEError, match="not a readable safetensors file"):
         again.load_adapter(before, "default")
     assert again.srde_model().origins.domain_tokens == {"math": 72, "code": 24}
     assert torch.equal(again.srde_model().origins.statistics[0].mean[0], stored["layers.0.domain_mean"].load()[0])

@@ -274,7 +274,7 @@ def test_a_domain_without_an_expert_is_refused() -> None:
         warm_start_routers(new_model(), rows, WORDS)
     with pytest.raises(SRDEError, match="no column 'domain'"):
         warm_start_routers(new_model(), rows.remove_columns("domain"), WORDS)
-    with pytest.raises(SRDEError, match="no 'domain'"):
+    with pytest.raises(SRDEError, match="no column 'domain', only"):
         by_domain(rows.remove_columns("domain"))
 
 
