@@ -94,9 +94,9 @@ class GramMuonAdamW(torch.optim.Optimizer):
             eps: (muon) smallest Frobenius norm that the momentum is divided by, default 1e-7; (adamw) added to the root
                 of the second moment, default 1e-8.
             step: number of the coming update, from 1 on. With 0 (the default) `step()` only creates the state.
-                name: name for messages. Optional.
+            name: name for messages. Optional.
             count_steps: raise each group's `step` by one in each call of `step()`. False if others set it
-        (`optim.schedule.set_step`), since DeepSpeed calls `step()` once for each sub-group of parameters.
+                (`optim.schedule.set_step`), since DeepSpeed calls `step()` once for each sub-group of parameters.
 
     State of a parameter, fp32: `momentum_buffer` (muon), `exp_avg` and `exp_avg_sq` (adamw). `state_dict` and
     `load_state_dict` are torch's.

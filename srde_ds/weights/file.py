@@ -172,7 +172,7 @@ def read_header(path: str | Path) -> AdapterFile:
 
     Raises:
         SRDEError: the file does not exist, is not a safetensors file or not one of ours, or its metadata and tensors do
-        not fit each other.
+            not fit each other.
     """
     path = Path(path)
     with _opened(path) as file:
