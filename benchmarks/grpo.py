@@ -59,7 +59,7 @@ class Options:
     steps: int = 120
     generations: int = 8
     prompts: int = 4
-    muon_lr: float = 0.005
+    muon_lr: float = 0.002
     router_lr: float = 1e-4
     max_completion_length: int = 8
     dtype: str = "bfloat16"
