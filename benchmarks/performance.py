@@ -201,7 +201,8 @@ def side_by_side() -> str:
         about = (
             f"{base_name(result)}, {options['rows']} × {options['length']} tokens, {dtype}, {options['repeats']} rounds"
         )
-        parts.append(f"{about}; {here['machine']}; {versions}; {speed}.\n\n{table(result)}")
+        threads = "one thread" if here["threads"] == 1 else f"{here['threads']} threads"
+        parts.append(f"{about}; {here['machine']}, {threads}; {versions}; {speed}.\n\n{table(result)}")
     return "\n\n".join(parts)
 
 

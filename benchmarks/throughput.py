@@ -303,7 +303,7 @@ def measure(options: Options, say: Callable[[str], None] = print) -> dict[str, A
         "options": asdict(options),
         "matrix_tflops": speed / 1e12,
         "cases": rows,
-        "environment": measured_on(),
+        "environment": measured_on() | {"threads": torch.get_num_threads()},
     }
 
 
