@@ -14,24 +14,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from srde_ds.compose.names import parse_renames, renamed, with_entry
 from srde_ds.compose.options import CombineOptions
 from srde_ds.compose.train_routers import train_routers
-from srde_ds.config import AdapterConfig, CurriculumConfig
+from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.export.weights import write_weights
-from srde_ds.training.warm_start.clustering import fit_router
-from srde_ds.weights.origins import DomainStatistics, Origins
+from srde_ds.training.warm_start.from_statistics import of_domains, router_of
+from srde_ds.weights.origins import Origins
 from srde_ds.weights.schema import check_history, support_hash
 from srde_ds.weights.tensors import LazyTensor
-
-# Number of tokens drawn for each domain from its mean and spread; the warm start uses as many.
-DRAWN_TOKENS = CurriculumConfig.warm_start_samples
 
 
 def combine_command(options: CombineOptions) -> Path:
@@ -80,8 +76,14 @@ def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed
     supports = [layer.supports[0] if shared else layer.supports for layer in layers]
     tensors: dict[str, LazyTensor] = {}
     for number, (layer, support) in enumerate(zip(layers, supports, strict=True)):
-        statistics = origins.statistics[number]
-        router = _router(statistics, list(origins.domain_tokens), names, seed=seed, layer=number)
+        statistics = of_domains(origins.statistics[number], list(origins.domain_tokens), names)
+        try:
+            router = router_of(statistics, seed=seed, layer=number)
+        except SRDEError:
+            raise SRDEError(
+                f"weights: layer {number}: the statistics of the domains {', '.join(names)} are too similar for a "
+                "router to distinguish them. Give adapters of different domains."
+            ) from None
         tensors |= {
             f"layers.{number}.router.weight": LazyTensor.of(router),
             f"layers.{number}.support": LazyTensor.of(support.contiguous()),
@@ -197,24 +199,6 @@ def _origins(adapters: Sequence[AdapterSource]) -> Origins:
         together.history += [entry for entry in own.history if entry not in together.history]
     check_history(together.history)
     return together
-
-
-def _router(statistics: DomainStatistics, domains: list[str], names: list[str], *, seed: int, layer: int) -> Tensor:
-    """`[E, D]` fp32: the router that a warm start by domain means gives for tokens drawn from the statistics."""
-    order = [domains.index(name) for name in names]
-    generator = np.random.default_rng([seed, layer])
-    mean, spread = (part[order].numpy()[:, None] for part in (statistics.mean, statistics.spread))
-    noise = generator.standard_normal((len(names), DRAWN_TOKENS, mean.shape[-1]), dtype=np.float32)
-    inputs = (mean + spread * noise).reshape(-1, mean.shape[-1])
-    expert = np.repeat(np.arange(len(names)), DRAWN_TOKENS)
-    try:
-        fit = fit_router(inputs, expert, num_experts=len(names), method="domain_means", seed=seed, layer=layer)
-    except SRDEError:
-        raise SRDEError(
-            f"weights: layer {layer}: the statistics of the domains {', '.join(names)} are too similar for a router to "
-            "distinguish them. Give adapters of different domains."
-        ) from None
-    return torch.from_numpy(fit.weights)
 
 
 def _renamed(adapters: Sequence[AdapterSource], texts: Sequence[str]) -> list[AdapterSource]:

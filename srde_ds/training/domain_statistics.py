@@ -88,7 +88,7 @@ def sum_inputs(
 
 
 def statistics_of(sums: Tensor, counts: np.ndarray) -> list[DomainStatistics]:
-    """Mean and spread in each layer of the domains that have tokens.
+    """Mean and spread in each layer of the domains that have tokens, in host memory.
 
     Args:
         sums: as `sum_inputs` gives them.
@@ -97,4 +97,4 @@ def statistics_of(sums: Tensor, counts: np.ndarray) -> list[DomainStatistics]:
     total, found = torch.from_numpy(counts).to(sums.device), torch.from_numpy(counts > 0).to(sums.device)
     averages = sums[:, :, found] / total[found, None]
     mean, spread = averages[:, 0], (averages[:, 1] - averages[:, 0].square()).clamp(min=0).sqrt()
-    return [DomainStatistics(m, s) for m, s in zip(mean.float(), spread.float(), strict=True)]
+    return [DomainStatistics(m, s) for m, s in zip(mean.float().cpu(), spread.float().cpu(), strict=True)]

@@ -17,7 +17,7 @@ from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import RunState, SavedRun
 from srde_ds.training.run_inputs import check_start
 from srde_ds.training.schedule import Schedule
-from srde_ds.training.start_from import start_from
+from srde_ds.training.start_from import route_to_new_experts, start_from
 from srde_ds.utils.tables import aligned_table
 
 
@@ -46,6 +46,9 @@ class Engines:
         elif adapter := check_start(self.config):
             start_from(self.state.engine, adapter, self.config.training.seed)
             self._say(f"Started from {adapter.place}: {', '.join(adapter.metadata.expert_names)}.")
+            rows = self.state.stream.rows
+            if line := route_to_new_experts(self.state.engine, adapter, self.config, self.topology, rows):
+                self._say(line)
         elif calibrated:
             engine = self.state.engine
             calibration = Calibration.of(self.config, engine.model.config)

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import datasets
 import torch
+from torch import Tensor
 
+from srde_ds.config import Config
 from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.processes import Topology, broadcast_from_main
+from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.router import Router
+from srde_ds.training.domain_statistics import measure_domains
+from srde_ds.training.warm_start.from_statistics import add_rows, of_domains
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.origins import Origins
+from srde_ds.weights.origins import DomainStatistics, Origins
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
@@ -21,7 +28,7 @@ if TYPE_CHECKING:
 def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
     """Give a new engine the supports and values of an adapter; a collective, with the same adapter on all ranks.
 
-    Experts that the adapter lacks keep their supports, and begin as in any new run.
+    Experts that the adapter lacks keep their supports, and begin as in any new run; `route_to_new_experts` follows.
 
     Args:
         seed: seed for the initial values of the new experts.
@@ -67,7 +74,59 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
     model.origins = Origins.of(before, adapter.tensors)
 
 
-def _continued(parameter: Trainable, old: torch.Tensor) -> torch.Tensor:
+def route_to_new_experts(
+    engine: Engine, adapter: AdapterSource, config: Config, topology: Topology, rows: datasets.Dataset
+) -> str:
+    """Give new experts router rows that draw the tokens of their domains; a collective after `start_from`.
+
+    They follow from statistics of the domains' inputs: those of the old experts' domains are stored in the adapter,
+    those of the new ones are measured here. The old experts' rows stay the same. New experts keep their random rows
+    where statistics are missing.
+
+    Args:
+        rows: training rows as written by `build_dataset`, the same on all ranks.
+
+    Returns:
+        A line for the console; empty if there are no new experts.
+
+    Raises:
+        SRDEError: on every rank: the inputs of a new domain do not differ from those of the others.
+    """
+    old = adapter.metadata.expert_names
+    new = config.expert_names[len(old) :]
+    if not new:
+        return ""
+    unknown = [name for name in old if name not in adapter.metadata.domain_tokens]
+    if not unknown and config.training.domain_statistics_rows:
+        measure_domains(engine, config, topology, rows)
+        unknown = [name for name in new if name not in engine.model.origins.domain_tokens]
+    elif not unknown:
+        unknown = new
+    if unknown:
+        return f"Router rows of {', '.join(new)}: random, without statistics of the domain {unknown[0]}."
+    origins, seed = engine.model.origins, config.training.seed
+    shares, weights = [], {}
+    for layer, own in enumerate(engine.model.layers):
+        statistics = of_domains(origins.statistics[layer], list(origins.domain_tokens), [*old, *new])
+        router = torch.empty(len(old) + len(new), own.hidden)
+
+        def extend(layer: int = layer, statistics: DomainStatistics = statistics, router: Tensor = router) -> float:
+            rows, share = add_rows(adapter.router(layer).load().float(), statistics, seed=seed, layer=layer)
+            router.copy_(rows)
+            return share
+
+        shares.append(on_main_rank(extend, topology, long=True))
+        router = router.to(topology.device)
+        broadcast_from_main(router)
+        weights[f"layers.{layer}.router.weight"] = router.cpu()
+    engine.set_trainables(weights)
+    return (
+        f"Router rows of {', '.join(new)}: from the domains' inputs. In the mean over the layers, they draw "
+        f"{sum(shares) / len(shares):.1%} of the other domains' tokens."
+    )
+
+
+def _continued(parameter: Trainable, old: Tensor) -> Tensor:
     """A trainable's initial values, with the old experts' values at the front."""
     axis = 0 if parameter.srde_kind == "router" else parameter.srde_expert_axis
     if axis is None:

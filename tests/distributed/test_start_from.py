@@ -13,6 +13,7 @@ from srde_ds.config import Config, resolve
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.run_inputs import check_start, read_run_inputs
 from srde_ds.weights.file import read_metadata
 from tests.data_helpers import sums, write_jsonl
@@ -103,6 +104,11 @@ def test_a_run_starts_where_the_weights_are(
     with one.no_experts():  # with atoms, a new expert mixes those that are trained
         is_the_base = torch.allclose(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
         assert is_the_base == (not form)
+    other.set_active_experts(None)
+    ids, choices = load_tokenizer(inputs.base)(Path(law).read_text(), return_tensors="pt").input_ids[:, :400], {}
+    other(ids, policy=RoutingPolicy(choices=choices))
+    shares = [float((best == 3).float().mean()) for best in (choices[layer][:, 0] for layer in range(2))]
+    assert sum(shares) / 2 > 0.5  # by its row of the router, a new expert is the best one of its domain's tokens
 
 
 def test_all_of_it_goes_on_and_resumes(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:

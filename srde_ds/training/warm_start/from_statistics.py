@@ -1,0 +1,87 @@
+"""Router rows from the domains' statistics alone: of all experts, or of new ones beside rows that are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srde_ds.config import CurriculumConfig
+from srde_ds.errors import SRDEError
+from srde_ds.training.warm_start.clustering import TARGET_GAP, fit_router
+from srde_ds.weights.origins import DomainStatistics
+
+# Number of tokens drawn for each domain from its mean and spread; the warm start uses as many.
+DRAWN_TOKENS = CurriculumConfig.warm_start_samples
+
+
+def draw_inputs(statistics: DomainStatistics, *, seed: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `DRAWN_TOKENS` inputs of each domain: `[N, D]` fp32, and `[N]` the row of its statistics."""
+    generator = np.random.default_rng([seed, layer])
+    mean, spread = (part.numpy()[:, None] for part in (statistics.mean, statistics.spread))
+    noise = generator.standard_normal((len(mean), DRAWN_TOKENS, mean.shape[-1]), dtype=np.float32)
+    return (mean + spread * noise).reshape(-1, mean.shape[-1]), np.repeat(np.arange(len(mean)), DRAWN_TOKENS)
+
+
+def router_of(statistics: DomainStatistics, *, seed: int, layer: int) -> Tensor:
+    """`[E, D]` fp32: the router that a warm start by domain means gives for drawn inputs. Expert e belongs to domain e.
+
+    Raises:
+        SRDEError: the domains are too similar.
+    """
+    inputs, domain = draw_inputs(statistics, seed=seed, layer=layer)
+    experts = len(statistics.mean)
+    fit = fit_router(inputs, domain, num_experts=experts, method="domain_means", seed=seed, layer=layer)
+    return torch.from_numpy(fit.weights)
+
+
+def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: int) -> tuple[Tensor, float]:
+    """Add rows for new domains to a trained router, whose own rows do not change.
+
+    A new row points from the other domains to its own, as in `router_of`. Its length lets the new expert's median token
+    prefer it by as much as tokens of the other domains prefer their best expert, and at least as after a warm start.
+
+    Args:
+        router: `[E, D]` fp32.
+        statistics: of the domains of the router's E experts, in their order, and of the new domains after them.
+
+    Returns:
+        `[E + new, D]` fp32, and the share of the tokens drawn from the E domains whose best expert is a new one.
+
+    Raises:
+        SRDEError: a new domain is too similar to another one.
+    """
+    old = len(router)
+    inputs, domain = draw_inputs(statistics, seed=seed, layer=layer)
+    similar = f"layer {layer}: the inputs of a new domain are too similar to those of another domain."
+    try:
+        fitted = router_of(statistics, seed=seed, layer=layer)
+    except SRDEError:
+        raise SRDEError(similar) from None
+    common, x_ND = router.mean(0), torch.from_numpy(inputs)
+    # All logits without what the old experts' have in common, which no choice depends on.
+    rows = [router - common]
+    logits, of_old = x_ND @ rows[0].T, torch.from_numpy(domain < old)
+    best_old, gap = logits.amax(1), TARGET_GAP
+    if old > 1:
+        first, second = logits[of_old].topk(2).values.unbind(1)
+        gap = max(gap, float((first - second).median()))
+    for number, row in enumerate(fitted[old:], old):
+        direction = row - fitted[:old].mean(0)
+        own = torch.from_numpy(domain == number)
+        rise = x_ND[own] @ direction
+        needed = torch.where(rise > 0, (gap + best_old[own]) / rise, torch.inf).median()
+        if not needed.isfinite():
+            raise SRDEError(similar)
+        rows.append(direction[None] * needed)
+    logits = x_ND @ torch.cat(rows).T
+    drawn = (logits[of_old].argmax(1) >= old).float().mean()
+    return torch.cat([router, *(row + common for row in rows[1:])]), float(drawn)
+
+
+def of_domains(statistics: DomainStatistics, known: Sequence[str], wanted: Sequence[str]) -> DomainStatistics:
+    """The statistics of the wanted domains, in their order; `known` are those of the rows."""
+    order = [known.index(name) for name in wanted]
+    return DomainStatistics(statistics.mean[order], statistics.spread[order])
