@@ -105,7 +105,8 @@ def test_a_run_starts_where_the_weights_are(
         is_the_base = torch.allclose(other(ids).logits, one(ids).logits, rtol=1e-5, atol=1e-5)
         assert is_the_base == (not form)
     other.set_active_experts(None)
-    ids, choices = load_tokenizer(inputs.base)(Path(law).read_text(), return_tensors="pt").input_ids[:, :400], {}
+    choices: dict[int, Tensor] = {}
+    ids = load_tokenizer(inputs.base)(Path(law).read_text(), return_tensors="pt").input_ids[:, :400]
     other(ids, policy=RoutingPolicy(choices=choices))
     shares = [float((best == 3).float().mean()) for best in (choices[layer][:, 0] for layer in range(2))]
     assert sum(shares) / 2 > 0.5  # by its row of the router, a new expert is the best one of its domain's tokens
