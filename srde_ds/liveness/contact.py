@@ -214,8 +214,10 @@ class Hub(Contact):
             self._drop(connection)
 
     def _read(self, connection: socket.socket) -> None:
+        visitor = self._visitors.get(connection)
+        if visitor is None:  # closed since the selector found it readable; it may also be the listener
+            return
         try:
-            visitor = self._visitors[connection]
             for message in visitor.lines.read(connection):
                 if visitor.rank is None:
                     self._admit(connection, visitor, message)

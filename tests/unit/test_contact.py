@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -271,6 +272,58 @@ def test_a_rank_speaks_for_itself_alone(verdicts: dict[int, Verdict]) -> None:
     assert verdicts[0].rank == 1 and 2 not in hub._peers
     hub.leave("")
     link.leave("")
+
+
+@contextmanager
+def stalled(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hold the hub's thread, so that it finds all that comes meanwhile at once, in the order in which it came."""
+    held, go, own = threading.Event(), threading.Event(), hub._reporter.report
+
+    def wait() -> Report:
+        held.set()
+        assert go.wait(10)
+        return own()
+
+    monkeypatch.setattr(hub._reporter, "report", wait)
+    assert held.wait(10)
+    yield
+    go.set()
+
+
+def test_a_stranger_that_is_turned_away_while_it_speaks(
+    verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contact, "_MOST_STRANGERS", 2)
+    hub = Hub(2, 100, 100, "secret")
+    with connected(hub) as first, connected(hub) as second:
+        for stranger in (first, second):
+            assert Lines().next(stranger)["challenge"]
+        with stalled(hub, monkeypatch):
+            third = connected(hub)
+            first.sendall(b"x")
+        with third:
+            link = link_to(hub, 1)
+    until(lambda: 1 in hub._peers)
+    assert hub._thread.is_alive() and not verdicts
+    link.leave("")
+    hub.leave("")
+
+
+def test_a_stranger_that_comes_with_the_last_rank(
+    verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(2, 100, 100, "secret")
+    with connected(hub) as rank:
+        asked = str(Lines().next(rank)["challenge"])
+        with stalled(hub, monkeypatch):
+            rank.sendall(json.dumps(HELLO | {"proof": proof("secret", asked, 1, "rank")}).encode() + b"\n")
+            stranger = connected(hub)
+        with stranger:
+            assert "proof" in Lines().next(rank)
+            rank.sendall(json.dumps(report(1).__dict__).encode() + b"\n")
+            until(lambda: 1 in hub._peers)
+        assert hub._thread.is_alive() and hub._listener is None and not verdicts
+        hub.leave("")
 
 
 FEW_DESCRIPTORS = """
