@@ -172,7 +172,7 @@ def read_vastai(text: str, slots: int | None) -> list[VastInstance]:
     """
     try:
         listed = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SRDEError(f"vastai: not JSON ({error}). Give the output of `vastai show instances --raw`.") from None
     if not isinstance(listed, list) or not all(isinstance(entry, dict) and "id" in entry for entry in listed):
         raise SRDEError("vastai: not a list of instances. Give the output of `vastai show instances --raw`.")
@@ -213,9 +213,9 @@ def _slots(slots: int | None, entry: str) -> int:
 
 
 def _is_name(text: str) -> bool:
-    """Whether a text is NAME, `user@NAME`, or an IPv6 address."""
+    """Whether a text is NAME, `user@NAME`, or an IPv6 address without a scope, whose % pdsh would replace."""
     user, at, name = text.rpartition("@")
-    if ":" in name and not at:
+    if ":" in name and not at and "%" not in name:
         with suppress(ValueError):
             return bool(ipaddress.IPv6Address(name))
     return NAME.fullmatch(name) is not None and (not at or NAME.fullmatch(user) is not None)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from srde_ds.errors import SRDEError
-from srde_ds.liveness.heartbeat import FILE
+from srde_ds.liveness.heartbeat import FILE, read_heartbeat
 from srde_ds.utils.escape import one_line
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,10 @@ def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) 
         now: seconds since the epoch, by the run's clock.
     """
     folder = Path(run)
-    heartbeat = _read(folder / FILE)
+    heartbeat = read_heartbeat(folder)
     if not heartbeat:
-        return Observation("waiting", f"{folder}: no heartbeat yet")
+        found = f"{FILE} is damaged" if (folder / FILE).exists() else "no heartbeat yet"
+        return Observation("waiting", f"{folder}: {found}")
     place = _describe(heartbeat)
     if (folder / "completed.json").exists():
         return Observation("finished", f"{folder}: finished, {place}")
@@ -132,19 +133,11 @@ def notify(webhook: str, seen: Observation, post: Callable[..., Any] = urllib.re
         logger.warning("webhook: %s; the state was not reported there.", type(error).__name__)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) and {"state", "time", "host", "pid"} <= content.keys() else {}
-
-
 def _describe(heartbeat: dict[str, Any]) -> str:
-    parts = [f"step {heartbeat.get('step')}/{heartbeat.get('max_steps')}"]
-    if "loss" in heartbeat:
+    parts = [f"step {heartbeat['step']}/{heartbeat.get('max_steps')}"]
+    if heartbeat.get("loss") is not None:
         parts.append(f"loss {heartbeat['loss']:.4f}")
-    if "tokens_per_second" in heartbeat:
+    if heartbeat.get("tokens_per_second") is not None:
         parts.append(f"{heartbeat['tokens_per_second']:.0f} tokens/s")
     return ", ".join(parts)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import secrets
@@ -28,7 +27,7 @@ from srde_ds.cluster.hosts import Host, format_hostfile, read_hostfile
 from srde_ds.cluster.leftovers import VARIABLE, end_on_hosts, end_session
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
-from srde_ds.liveness.heartbeat import FILE as HEARTBEAT
+from srde_ds.liveness.heartbeat import read_heartbeat
 from srde_ds.weights.locate import completed_step, read_latest
 
 logger = logging.getLogger(__name__)
@@ -171,8 +170,7 @@ class Supervisor:
             words = self.command.changed(hostfile=file.name if hosts else None, options=options)
             self._say(f"attempt {attempt + 1} of {self.max_restarts + 1}: {shlex.join(words)}")
             began = time.time()
-            with suppress(OSError):
-                self._earlier_heartbeat = (self.run / HEARTBEAT).read_text()
+            self._earlier_heartbeat = read_heartbeat(self.run)
             status = self._run(words)
         heartbeat = self._heartbeat()
         if self._finished():
@@ -280,12 +278,8 @@ class Supervisor:
 
     def _heartbeat(self) -> dict[str, Any]:
         """The heartbeat of this attempt; empty until there is one."""
-        try:
-            text = (self.run / HEARTBEAT).read_text()
-            content: dict[str, Any] = {} if text == self._earlier_heartbeat else json.loads(text)
-        except (OSError, ValueError):
-            return {}
-        return content
+        content = read_heartbeat(self.run)
+        return {} if content == self._earlier_heartbeat else content
 
     def _cause(self, heartbeat: dict[str, Any], status: int) -> str:
         if "reason" in heartbeat:
@@ -324,7 +318,8 @@ class Supervisor:
     def _say(self, text: str) -> None:
         logger.info("supervisor: %s.", text)
 
-    _last_cause = _last_error = _earlier_heartbeat = ""
+    _last_cause = _last_error = ""
+    _earlier_heartbeat: dict[str, Any] = {}
 
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -196,7 +196,7 @@ def load_manifest(folder: str | Path) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         reason = "build_dataset has not made it" if Path(folder).exists() else "no such folder"
         raise SRDEError(f"'{folder}' holds no {FILE_NAME}: {reason}. Make one with srde-ds build_dataset.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise SRDEError(f"'{path}' is damaged: build the dataset again.") from None
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:

@@ -114,7 +114,7 @@ def _read(path: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SRDEError(f"deepspeed_config={path}: no such file.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SRDEError(f"deepspeed_config={path}: not valid JSON: {error}.") from None
     if not isinstance(content, dict) or not isinstance(content.get("zero_optimization", {}), dict):
         raise SRDEError(f"deepspeed_config={path}: must hold a JSON object.")

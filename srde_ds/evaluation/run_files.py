@@ -267,7 +267,7 @@ def _text(path: Path, remedy: str) -> str:
 def _object(path: Path, text: str, what: str, remedy: str = "train again") -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SRDEError(f"'{path}': not valid JSON ({error}): {remedy}.") from None
     if not isinstance(content, dict):
         raise SRDEError(f"'{path}': {what} must hold a JSON object; {remedy}.")

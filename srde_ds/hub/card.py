@@ -256,5 +256,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _parsed(path: Path, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SRDEError(f"'{path}': not valid JSON ({error}).") from None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from srde_ds.utils.files import write_text
 
@@ -24,6 +24,34 @@ SHORTEST_SECONDS = 1.0
 # Other ranks let rank 0 write first.
 RANK_0_SECONDS = 2.0
 State = Literal["running", "stopped", "failed", "finished"]
+_MOST_BYTES = 1 << 16
+_NUMBER = (int, float)
+# What readers need, and what else they show.
+_NEEDED: dict[str, tuple[type, ...]] = {"state": (str,), "time": _NUMBER, "host": (str,), "pid": (int,), "step": (int,)}
+_SHOWN: dict[str, tuple[type, ...]] = {
+    **{"max_steps": (int,), "reason": (str,), "bad_input": (bool,)},
+    **dict.fromkeys(("loss", "tokens_per_second", "seconds_per_step"), (*_NUMBER, type(None))),
+}
+
+
+def read_heartbeat(run: Path) -> dict[str, Any]:
+    """The content of a run's heartbeat; empty if there is no file, or it is not what `Heartbeat` writes."""
+    path = run / FILE
+    try:
+        if not path.is_file():  # reading a pipe would block
+            return {}
+        with open(path, "rb") as file:
+            content = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(content, dict) or not content.keys() >= _NEEDED.keys():
+        return {}
+    for key, kinds in (_NEEDED | _SHOWN).items():
+        value = content.get(key)
+        if key in content and (type(value) not in kinds or (type(value) is int and abs(value) >= 1 << 63)):
+            return {}
+    usual = content["state"] in get_args(State) and content["pid"] > 0 and math.isfinite(content["time"])
+    return content if usual else {}
 
 
 class Heartbeat:
@@ -89,8 +117,7 @@ class Heartbeat:
         before: dict[str, Any] = {}
         if not self.enabled:
             time.sleep(RANK_0_SECONDS)
-            with suppress(OSError, ValueError):
-                before = json.loads(self.path.read_text())
+            before = read_heartbeat(self.path.parent)
             # Rank 0 has already reported the failure, and knows more.
             if before.get("state") == "failed" and before["time"] > self._content["started"]:
                 return

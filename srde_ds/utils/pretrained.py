@@ -51,7 +51,7 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
     """
     try:
         return auto.from_pretrained(str(model_name), trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         reason = " ".join(str(error).split())
         named_by_adapter = options.get("local_files_only") and not Path(model_name).exists()
         if named_by_adapter and not _HUB_ID.fullmatch(str(model_name)):

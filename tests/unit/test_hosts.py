@@ -103,6 +103,8 @@ def test_hostfiles_are_read_as_deepspeed_does(tmp_path: Path) -> None:
         ("a slots=1\na slots=2", "'a' is listed 2 times"),
         ("a slots=0", "slots=0"),
         ("-oProxyCommand=x slots=1", "not a host name"),
+        ("fe80::1%$(id) slots=1", "not a host name"),
+        ("me@-oProxyCommand=x slots=1", "not a host name"),
     ],
 )
 def test_bad_hostfiles_are_refused(text: str, named: str) -> None:

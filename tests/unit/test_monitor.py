@@ -57,6 +57,28 @@ def test_a_run_without_a_heartbeat_is_waited_for(tmp_path: Path) -> None:
     assert observe(tmp_path, now=NOW).state == "waiting"
 
 
+HOSTILE: list[Any] = ["\x1b[2J", None, [], {"a": 1}, True, -1, float("nan"), 10**400, "../../self", "\0"]
+
+
+@pytest.mark.parametrize("key", ["state", "time", "host", "pid", "step", "loss", "tokens_per_second", "reason"])
+def test_a_heartbeat_of_others_is_one_line(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in HOSTILE:
+        heartbeat(tmp_path, **{"state": "failed", "reason": "no luck", key: value})
+        assert main(["monitor", str(tmp_path), "--once"]) in (0, 1)
+        shown = capsys.readouterr()
+        assert shown.out.count("\n") == 1 and shown.out[:-1].isprintable() and not shown.err
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"[]", b"\xff", b'{"state": "failed"}'])
+def test_a_damaged_heartbeat_is_named(content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    assert main(["monitor", str(tmp_path), "--once"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: heartbeat.json is damaged\n"
+    (tmp_path / FILE).unlink()
+    os.mkfifo(tmp_path / FILE)
+    assert "is damaged" in observe(tmp_path, now=NOW).text
+
+
 def test_a_given_limit_replaces_the_usual_one(tmp_path: Path) -> None:
     assert observe(heartbeat(tmp_path), now=NOW + 50, stall_seconds=40).state == "stalled"
 

@@ -71,6 +71,7 @@ def test_every_file_goes_through_the_same_reader(name: str, tmp_path: Path, caps
     commands = [
         ["doctor", "--config", str(path)],
         ["plan", "--config", str(path)],
+        ["train", "--config", str(path)],
         ["build_dataset", "--list_sources", "--sources_file", str(path)],
     ]
     for command in commands:

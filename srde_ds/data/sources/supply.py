@@ -26,7 +26,7 @@ def _read_lock(path: Path) -> dict[str, str]:
     """The commits, by Hub id."""
     try:
         lock = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         lock = None
     if not isinstance(lock, dict):
         raise SRDEError(f"'{path}' is damaged: delete it. Commits that no source pins are then looked up again.")

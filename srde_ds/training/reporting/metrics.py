@@ -224,7 +224,7 @@ def _step_of(line: bytes) -> float:
     """The step of a line; infinite if the line is damaged."""
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
 
 
