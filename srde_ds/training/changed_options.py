@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from srde_ds.config import Config
+from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.tables import Rows, markdown_table
@@ -102,9 +104,25 @@ _UNTOLD = ("resume_from", "output_dir", "preset")
 
 
 def former_config(saved: dict[str, Any]) -> dict[str, Any]:
-    """`{option: value}` of a run state. Options that are newer than the run state get their defaults."""
-    values = _flat(Config().to_dict())
-    return values | {key: value for key, value in _flat(saved).items() if key in values}
+    """`{option: value}` of a run state. Options that are newer than the run state get their defaults.
+
+    Raises:
+        SRDEError: a section is no mapping, or an option has an impossible value.
+    """
+    config = Config()
+    values = _flat(config.to_dict())
+    sections = [getattr(config, section.name) for section in fields(config)]
+    owner = {option.name: section for section in sections for option in fields(section)}
+    for name, options in saved.items():
+        if options is not None and not isinstance(options, dict):
+            raise SRDEError(f"the resumed run's configuration: section {name!r} must hold keys and values.")
+        for key, value in (options or {}).items():
+            if key in values:
+                try:
+                    values[key] = checked(owner[key], key, value)
+                except SRDEError as error:
+                    raise SRDEError(f"the resumed run's configuration: {error}") from None
+    return values
 
 
 def check_changes(folder: Path, saved: dict[str, Any], config: Config, step: int) -> None:

@@ -77,6 +77,23 @@ def test_nothing_is_said_of_options_that_stay() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("saved", "refused"),
+    [
+        ({"training": [1]}, "section 'training' must hold keys and values"),
+        ({"curriculum": {"expert_pretrain_steps": "x"}}, "expert_pretrain_steps='x': must be a whole number"),
+        ({"data": {"domains": {"a": 1}}}, "domains={'a': 1}: give a list of names"),
+        ({"model": {"bf16": []}}, "bf16=.*: must be true or false"),
+        ({"optimizer": {"muon_lr": float("nan")}}, "muon_lr=nan: must be finite"),
+        ({"optimizer": {"lr_schedule": [[]]}}, "lr_schedule=.*: choose one of"),
+    ],
+)
+def test_odd_options_of_others_are_refused(saved: dict[str, Any], refused: str) -> None:
+    for use in (lambda: check_changes(Path("run"), saved, Config(), 1), lambda: changes(saved, Config())):
+        with pytest.raises(SRDEError, match=f"^the resumed run's configuration: {refused}"):
+            use()
+
+
 PRETRAINED = {"supervised_experts": True, "expert_pretrain_steps": 5, "domains": ["red", "green"], "max_steps": 100}
 
 
