@@ -14,7 +14,7 @@ from torch import Tensor
 from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
 from srde_ds.model.base_files import BaseFiles
-from srde_ds.model.merging import merged_weight
+from srde_ds.model.merging import Rounding, merged_weight
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.tensors import LazyTensor
 
@@ -46,11 +46,7 @@ def write_dense(
 
     def merged(weight: LazyTensor, role: str, layer: int) -> LazyTensor:
         def load() -> Tensor:
-            before = weight.load()
-            after = merged_weight(before, role, *change(layer), granularity)
-            if after.dtype != torch.float32:
-                rounding.add(before, after, merged_weight(torch.zeros(before.shape), role, *change(layer), granularity))
-            return after
+            return merged_weight(weight.load(), role, *change(layer), granularity, rounding)
 
         return LazyTensor(weight.dtype, weight.shape, load)
 
@@ -67,44 +63,8 @@ def write_dense(
     with complete_folder(Path(output), size) as folder:
         write_model(folder, shards, with_dtype(base.config, dtype), base.companions())
     if rounding.changed:
-        log.info("%s", rounding)
+        log.info("%s; --dtype float32 keeps them exactly", rounding)
     return Path(output)
-
-
-class Rounding:
-    """Measures what rounding to the dtype of the weights loses of the experts' changes.
-
-    Attributes:
-        changed: number of weights that the experts change.
-    """
-
-    def __init__(self) -> None:
-        self.changed = self._same = 0
-        self._error = self._size = 0.0
-
-    def add(self, before: Tensor, after: Tensor, change: Tensor) -> None:
-        """Count one matrix: before and after the merge, and the exact change in float32."""
-        moved = after.float() - before.float()
-        self.changed += int((change != 0).sum())
-        self._same += int(((change != 0) & (moved == 0)).sum())
-        self._error += float((moved - change).square().sum())
-        self._size += float(change.square().sum())
-
-    @property
-    def relative_error(self) -> float:
-        """The norm of the error relative to the norm of the exact changes."""
-        return (self._error / self._size) ** 0.5 if self._size else 0.0
-
-    @property
-    def unchanged_share(self) -> float:
-        """The share of the weights to change that rounding leaves unchanged."""
-        return self._same / self.changed if self.changed else 0.0
-
-    def __str__(self) -> str:
-        return (
-            f"rounding: the merged changes have a relative error of {self.relative_error:.2g}, and "
-            f"{self.unchanged_share:.1%} of the weights to change stay the same; --dtype float32 keeps changes exactly"
-        )
 
 
 def with_dtype(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from srde_ds.export.moe_config import (
 )
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
 from srde_ds.model.base_files import BaseFiles
-from srde_ds.model.merging import merged_weight
+from srde_ds.model.merging import Rounding, merged_weight
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.tensors import LazyTensor
 
@@ -81,6 +81,8 @@ def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dt
     companions = [path for path in base.companions() if "processor" not in path.name]  # for images or sounds
     with complete_folder(Path(output), tensors_size(tensors)) as folder:
         write_model(folder, shards, config, companions)
+    if moe.rounding.changed:
+        log.info("%s; --dtype float32 keeps them exactly", moe.rounding)
     return Path(output)
 
 
@@ -97,7 +99,7 @@ class _Moe:
     """The tensors of the new model, each with a tensor of the base, whose file it goes into."""
 
     def __init__(self, adapter: AdapterSource, base: BaseFiles, dtype: torch.dtype | None) -> None:
-        self.adapter, self.base, self.dtype = adapter, base, dtype
+        self.adapter, self.base, self.dtype, self.rounding = adapter, base, dtype, Rounding()
         self.experts = range(adapter.metadata.config.num_experts)
         unions = [self._union(layer) for layer in range(adapter.num_layers)]
         self.width = padded(max(len(union) for union in unions))
@@ -210,7 +212,7 @@ class _Moe:
         axis = 1 if role == "down" else 0
         part = weight.index_select(axis, block.union)
         support = torch.searchsorted(block.union, block.experts[expert].long())
-        return merged_weight(part, role, support, block.deltas[:, expert], "neuron")
+        return merged_weight(part, role, support, block.deltas[:, expert], "neuron", self.rounding)
 
 
 def _filled(tensor: LazyTensor, size: int, *, axis: int) -> LazyTensor:

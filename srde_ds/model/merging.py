@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +14,51 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.base import ROLES
 from srde_ds.model.layer import SRDEFeedForward
 
+logger = logging.getLogger(__name__)
+
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, granularity: str) -> Tensor:
+class Rounding:
+    """Measures what rounding to the dtype of the weights loses of the experts' changes.
+
+    Attributes:
+        changed: number of weights that the experts change, in a dtype with less than float32's precision.
+    """
+
+    def __init__(self) -> None:
+        self.changed = self._same = 0
+        self._error = self._size = 0.0
+
+    @torch.no_grad()
+    def add(self, before: Tensor, after: Tensor, change: Tensor) -> None:
+        """Count weights before and after the merge, and their exact change."""
+        moved, change = after.float() - before.float(), change.float()
+        self.changed += int((change != 0).sum())
+        self._same += int(((change != 0) & (moved == 0)).sum())
+        self._error += float((moved - change).square().sum())
+        self._size += float(change.square().sum())
+
+    @property
+    def relative_error(self) -> float:
+        """The norm of the error relative to the norm of the exact changes."""
+        return (self._error / self._size) ** 0.5 if self._size else 0.0
+
+    @property
+    def unchanged_share(self) -> float:
+        """The share of the weights to change that rounding leaves unchanged."""
+        return self._same / self.changed if self.changed else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"rounding: the merged changes have a relative error of {self.relative_error:.2g}, and "
+            f"{self.unchanged_share:.1%} of the weights to change stay the same"
+        )
+
+
+def merged_weight(
+    weight: Tensor, role: str, support: Tensor, delta: Tensor, granularity: str, rounding: Rounding | None = None
+) -> Tensor:
     """W + delta_e for one of a block's matrices, as a new tensor in the dtype of W; the sum is rounded once.
 
     Args:
@@ -23,20 +66,24 @@ def merged_weight(weight: Tensor, role: str, support: Tensor, delta: Tensor, gra
         role: which of ROLES it is.
         support: the expert's `[m]` neurons, or `[n]` flat indices into gate, up, down.
         delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]` (element).
+        rounding: counts what the rounding loses.
     """
     merged, number = weight.detach().clone(), ROLES.index(role)
     index, precise = support.long(), torch.promote_types(weight.dtype, torch.float32)
+    place: Any = index
     if granularity == "element":
         first = number * weight.numel()
         here = (index >= first) & (index < first + weight.numel())
-        merged, index, change = merged.view(-1), index[here] - first, delta[here]
+        merged, place, change = merged.view(-1), index[here] - first, delta[here]
     elif role == "down":
-        change = delta[:, number]
-        merged[:, index] = (merged[:, index].to(precise) + change.to(precise)).to(weight.dtype)
-        return merged
+        place, change = (slice(None), index), delta[:, number]
     else:
         change = delta[:, number].T
-    merged[index] = (merged[index].to(precise) + change.to(precise)).to(weight.dtype)
+    before = merged[place]
+    after = (before.to(precise) + change.to(precise)).to(weight.dtype)
+    if rounding is not None and precise != weight.dtype:
+        rounding.add(before, after, change)
+    merged[place] = after
     return merged.view_as(weight)
 
 
@@ -53,8 +100,8 @@ def merge_into_base(base: PreTrainedModel, expert: int) -> None:
         if isinstance(child, SRDEFeedForward)
     ]
     check_mergeable([layer for _, _, layer in found])
+    merge_into_blocks([layer for _, _, layer in found], expert)
     for owner, name, layer in found:
-        merge_into_block(layer, expert)
         setattr(owner, name, layer.block)
 
 
@@ -70,12 +117,16 @@ def check_mergeable(layers: Sequence[SRDEFeedForward]) -> None:
 
 
 @torch.no_grad()
-def merge_into_block(layer: SRDEFeedForward, expert: int) -> None:
-    """Add one expert's deltas to the weights of the layer's block, in place."""
-    support = layer.support if layer.support.dim() == 1 else layer.support[expert]
-    delta = expert_delta(layer.deltas(), expert, layer.granularity)
-    for role, weight in _weights(layer).items():
-        weight.copy_(merged_weight(weight, role, support, delta, layer.granularity))
+def merge_into_blocks(layers: Sequence[SRDEFeedForward], expert: int) -> None:
+    """Add one expert's deltas to the weights of the layers' blocks, in place, and say what rounding loses."""
+    rounding = Rounding()
+    for layer in layers:
+        support = layer.support if layer.support.dim() == 1 else layer.support[expert]
+        delta = expert_delta(layer.deltas(), expert, layer.granularity)
+        for role, weight in _weights(layer).items():
+            weight.copy_(merged_weight(weight, role, support, delta, layer.granularity, rounding))
+    if rounding.changed:
+        logger.warning("%s; a base in float32 keeps them exactly", rounding)
 
 
 def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:

@@ -21,7 +21,7 @@ from srde_ds.model.attach import block_with_experts, support_chooser
 from srde_ds.model.base import ROLES, FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
 from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import Storage
-from srde_ds.model.merging import check_mergeable, merge_into_block
+from srde_ds.model.merging import check_mergeable, merge_into_blocks
 from srde_ds.model.policy import PolicyControl, RoutingPolicy, keep_policy_when_recomputing
 from srde_ds.model.supports.selection import check_support, support_shape
 from srde_ds.peft.config import OPTIONS, SRDEConfig
@@ -341,8 +341,7 @@ class SRDETuner(BaseTuner):
         check_mergeable(view.layers)
         if safe_merge and not all(bool(layer.deltas().isfinite().all()) for layer in view.layers):
             raise SRDEError(f"adapter '{adapter}': it has values that are not finite. Merge another one.")
-        for layer in view.layers:
-            merge_into_block(layer, number)
+        merge_into_blocks(view.layers, number)
         base = self.model
         self._unload_and_optionally_merge(merge=False, progressbar=progressbar)
         return base

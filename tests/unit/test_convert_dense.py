@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from srde_ds.cli.main import main
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import open_adapter
-from srde_ds.export.dense import Rounding, write_dense
+from srde_ds.export.dense import write_dense
 from srde_ds.export.moe import write_moe
 from srde_ds.model.adapter import load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.base_files import BaseFiles
+from srde_ds.model.merging import Rounding
 from srde_ds.weights.tensors import LazyTensor
 from tests.cli_helpers import fails
 from tests.convert_helpers import BASES, NAMES, Trained, save_base, trained
@@ -233,7 +234,28 @@ def test_what_rounding_loses_is_said(base: Path, tmp_path: Path, caplog: pytest.
     with caplog.at_level("INFO"):
         merged(made, tmp_path / "bfloat16", "green", dtype=torch.bfloat16)
     assert "rounding: the merged changes have a relative error of" in caplog.text
-    assert "of the weights to change stay the same; --dtype float32 keeps changes exactly" in caplog.text
+    assert "of the weights to change stay the same; --dtype float32 keeps them exactly" in caplog.text
+
+
+def test_every_way_to_merge_says_what_rounding_loses(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trained(save_base("llama", tmp_path / "base", dtype=torch.bfloat16), tmp_path)
+    source, files = open_adapter(made.weights), BaseFiles(made.base)
+    ways: list[tuple[Callable[[], object], str]] = [
+        (lambda: merged(made, tmp_path / "dense", "green"), "--dtype float32"),
+        (lambda: write_moe(source, files, tmp_path / "moe", dtype=None), "--dtype float32"),
+        (lambda: load_adapter(made.weights, dtype=torch.bfloat16).merge_and_unload("green"), "a base in float32"),
+    ]
+    said = []
+    for way, remedy in ways:
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            way()
+        said += [record.getMessage() for record in caplog.records if "rounding" in record.getMessage()]
+        assert said[-1].endswith(f"of the weights to change stay the same; {remedy} keeps them exactly")
+    assert len(said) == 3
+    caplog.clear()
+    load_adapter(made.weights, dtype=torch.float32).merge_and_unload("green")
+    assert "rounding" not in caplog.text
 
 
 def test_a_base_that_has_moved_is_asked_for(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
