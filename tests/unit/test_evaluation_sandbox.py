@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import shutil
 import socket
 import subprocess
@@ -268,6 +269,13 @@ def test_what_is_forged_above_is_understood() -> None:
     assert passes_tests(program, "assert add(1, 2) == 2")
 
 
+def test_what_a_program_answers_about_its_own_objects_is_believed() -> None:
+    """As docs/security.md says under "What remains"."""
+    program = ALWAYS + "    def __contains__(self, item): return True\ndef add(a, b): return Always()"
+    for weak in ("assert add(1, 2)", "assert 3 in add(1, 2)", "assert add(1, 2).startswith('3')"):
+        assert passes_tests(program, weak)
+
+
 def test_the_program_cannot_reach_into_what_tests_give_it() -> None:
     program = (
         "def steal(function):\n"
@@ -352,6 +360,23 @@ def test_a_program_starts_no_process(deed: str) -> None:
 def test_clone3_is_not_there() -> None:
     program = "import ctypes\nlibrary = ctypes.CDLL(None, use_errno=True)\nlibrary.syscall(435, b'0' * 88, 88)\n"
     assert passes_tests(program + "number = ctypes.get_errno()", f"assert number == {errno.ENOSYS}")
+
+
+def test_refused_system_calls() -> None:
+    """Those of the filter, and mounts, which need a capability that the program lacks."""
+    calls = sandbox._DENIED[platform.machine()] | sandbox._DENIED_EVERYWHERE
+    assert {"bpf", "keyctl", "ptrace", "setns", "unshare", "io_uring_setup", "fsopen"} <= calls.keys()
+    program = f"""
+import ctypes
+library, found = ctypes.CDLL(None, use_errno=True), {{}}
+for name, number in {calls!r}.items():
+    if library.syscall(number, 0, 0, 0, 0, 0) != -1:
+        os._exit(1)  # vfork, for instance
+    found[name] = ctypes.get_errno()
+library.mount(b"/tmp", b"/tmp", b"tmpfs", 0, None)
+found["mount"] = ctypes.get_errno()
+"""
+    assert passes_tests("import os" + program, f"assert set(found.values()) == {{{errno.EPERM}}}, found")
 
 
 def test_a_program_may_have_threads() -> None:
