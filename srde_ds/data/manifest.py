@@ -191,6 +191,8 @@ def load_manifest(folder: str | Path) -> Manifest:
         SRDEError: the folder or its manifest does not exist, or the manifest is damaged or has another format.
     """
     path = Path(folder) / FILE_NAME
+    if path.exists() and not path.is_file():  # a pipe would block its reader
+        raise SRDEError(f"'{path}' is damaged: build the dataset again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

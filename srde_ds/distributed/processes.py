@@ -96,6 +96,12 @@ def adopt_launcher() -> None:
         if int(os.environ["WORLD_SIZE"]) != size:
             raise SRDEError(f"{stray}but MPI has {os.environ['WORLD_SIZE']} processes. {remedy}")
     else:
+        of_several = {"WORLD_SIZE": launched_world_size() > 1, "OMPI_COMM_WORLD_RANK": launched_rank() > 0}
+        for name in (name for name, stray in of_several.items() if stray):
+            raise SRDEError(
+                f"{name}={os.environ[name]} is set in the environment, but RANK is not: no launcher has set it. "
+                f"Start with deepspeed, torchrun, mpirun or Slurm, or unset {name} to train on one process."
+            )
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
 

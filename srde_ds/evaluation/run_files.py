@@ -158,6 +158,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
     Raises:
         SRDEError: the file does not exist, or holds no lines of metrics.
     """
+    _check_ordinary(path, "train first")
     try:
         with open(path, "rb") as file:
             count = sum(1 for _ in file)
@@ -168,7 +169,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
                 for number, line in enumerate(file, 1)
                 if line.strip() and (number % every == 0 or number in (1, count) or any(key in line for key in _KEPT))
             ]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SRDEError(f"report: no such file '{path}': train first.") from None
     if chosen and not chosen[-1].endswith((b"\n", b"}")):
         chosen.pop()
@@ -255,10 +256,17 @@ def _manifest(folder: Path, config: dict[str, Any]) -> Manifest | None:
     return load_manifest(rows) if (rows / FILE_NAME).is_file() else None
 
 
+def _check_ordinary(path: Path, remedy: str) -> None:
+    """Refuse folders, pipes and devices: some would block whoever reads them, or never end."""
+    if path.exists() and not path.is_file():
+        raise SRDEError(f"'{path}': not an ordinary file: {remedy}.")
+
+
 def _text(path: Path, remedy: str) -> str:
+    _check_ordinary(path, remedy)
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise SRDEError(f"report: no such file '{path}': {remedy}.") from None
     except UnicodeDecodeError as error:
         raise SRDEError(f"'{path}': not UTF-8 ({error.reason} at byte {error.start}): {remedy}.") from None

@@ -63,6 +63,12 @@ def test_training_under_deepspeed_finds_its_arguments(tmp_path: Path) -> None:
         ({"WORLD_SIZE": None}, "RANK=1 is set in the environment, but WORLD_SIZE is not"),
         ({"RANK": "2"}, "RANK=2 is set in the environment, but WORLD_SIZE=2 is not above it"),
         ({"RANK": "one"}, "RANK='one' in the environment: not a number. Unset it"),
+        ({"RANK": None}, "WORLD_SIZE=2 is set in the environment, but RANK is not: .* unset WORLD_SIZE"),
+        ({"RANK": None, "WORLD_SIZE": "x"}, "WORLD_SIZE='x' in the environment: not a number. Unset it"),
+        (
+            {"RANK": None, "WORLD_SIZE": None, "OMPI_COMM_WORLD_RANK": "1"},
+            "OMPI_COMM_WORLD_RANK=1 is set .* unset OMPI",
+        ),
         ({}, None),
     ],
 )

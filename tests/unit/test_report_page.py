@@ -8,6 +8,7 @@ import hashlib
 import html
 import importlib
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ from srde_ds.pages.charts import Series, lines
 from srde_ds.pages.items import Answer, Item, pack
 from srde_ds.pages.render import render
 from srde_ds.utils.escape import terminal
+from tests.cli_helpers import fails
 from tests.report_helpers import HOSTILE, item, summary, write_run
 
 SECTIONS = [
@@ -300,6 +302,21 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: bytes) -> N
     (run / name).write_bytes(content)
     with pytest.raises(SRDEError, match=rf"{name}': (not UTF-8|(it|each line) must hold a JSON object)"):
         write_run_page(run)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "evaluation_items.jsonl"])
+def test_what_would_never_end_is_not_read(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    before = (run / name).read_bytes()
+    for spoil in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        (run / name).unlink()
+        spoil(run / name)
+        fails(capsys, ["report", str(run)], f"'{run / name}': not an ordinary file")
+        (run / name).rmdir() if (run / name).is_dir() else (run / name).unlink()
+        (run / name).write_bytes(before)
+    (run / name).write_text("[" * 100_000 + "\n")
+    fails(capsys, ["report", str(run)], f"'{run / name}': not valid JSON")
+    fails(capsys, ["report", str(run / name / "x")], "no such file")
 
 
 def damaged(run: Path, file: str, *keys: str | int, line: int = 0) -> None:
