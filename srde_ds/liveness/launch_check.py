@@ -7,7 +7,8 @@ from pathlib import Path
 
 from srde_ds.errors import SRDEError
 
-# Options of deepspeed 0.19.8 that select some of the hosts or GPUs, so that fewer processes are right.
+DEFAULT_HOSTFILE = Path("/job/hostfile")  # of deepspeed 0.19.8
+# Options of deepspeed that select some of the hosts or GPUs, so that fewer processes are right.
 _PARTS = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
 
 
@@ -29,7 +30,12 @@ def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
             f"hostfile={hostfile}: no such file, so deepspeed has started {processes} processes on this host alone. "
             "Write one with `srde-ds hosts`, or leave --hostfile out."
         )
-    if hostfile is None and given.get("--num_gpus", "").isdecimal() and int(given["--num_gpus"]) > 0:
+    if (
+        hostfile is None
+        and not DEFAULT_HOSTFILE.is_file()
+        and given.get("--num_gpus", "").isdecimal()
+        and int(given["--num_gpus"]) > 0
+    ):
         nodes = int(given["--num_nodes"]) if given.get("--num_nodes", "").isdecimal() else 1
         if nodes == 1 and int(given["--num_gpus"]) != processes:
             raise SRDEError(f"num_gpus={given['--num_gpus']}, but deepspeed has started {processes} processes.")

@@ -33,6 +33,7 @@ from srde_ds.training.run_inputs import check_start, domains_without_records
 from srde_ds.training.run_lock import refuse_living_run
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
+from srde_ds.utils.escape import one_line
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size
 from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, read_latest, saved_by_a_run
@@ -260,7 +261,7 @@ def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False
     named_so = any((folder / kept).is_dir() for kept in (name, f"{name}.old"))
     if goes_on_here and named_so and (before := read_latest(folder)) != name:
         write_latest(folder, name)
-        print(f"{name} is the latest checkpoint from now on, in place of {before}.", flush=True)
+        print(one_line(f"{name} is the latest checkpoint from now on, in place of {before}."), flush=True)
     (folder / "completed.json").unlink(missing_ok=True)
     if not config.training.resume_from:
         _rename_metrics(folder / "metrics.jsonl")

@@ -12,6 +12,7 @@ import pytest
 from srde_ds.cli.main import main
 from srde_ds.distributed.processes import adopt_launcher
 from srde_ds.errors import SRDEError
+from srde_ds.liveness import launch_check
 from srde_ds.liveness.launch_check import check_launch
 from tests.distributed.harness import free_port
 
@@ -43,6 +44,15 @@ def test_what_deepspeed_started(tmp_path: Path, words: list[str], processes: int
         with pytest.raises(SRDEError, match=refused):
             check_launch([*words, *TRAIN], tmp_path, processes)
     check_launch([*TRAIN, "--hostfile", "nope"], tmp_path, processes)  # of the script, not of deepspeed
+
+
+def test_a_hostfile_at_deepspeeds_own_place_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.launcher.runner import DLTS_HOSTFILE
+
+    assert str(launch_check.DEFAULT_HOSTFILE) == DLTS_HOSTFILE
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    monkeypatch.setattr(launch_check, "DEFAULT_HOSTFILE", tmp_path / "hosts")
+    check_launch(["--num_gpus", "2", *TRAIN], tmp_path, 4)  # on each host
 
 
 def test_training_under_deepspeed_finds_its_arguments(tmp_path: Path) -> None:

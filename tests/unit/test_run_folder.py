@@ -272,6 +272,16 @@ def test_a_latest_that_is_a_link_is_not_followed(refused: Refusal, tmp_path: Pat
     refused("links are not followed", output_dir=str(tmp_path / "earlier"), resume_from="latest")
 
 
+def test_a_latest_of_others_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "latest").write_text("\x1b[2Jcheckpoint-9\nx")
+    config = resolve({}, {"output_dir": str(tmp_path), "resume_from": str(tmp_path / "checkpoint-3")})
+    open_run_folder(config, 3, goes_on_here=True)
+    assert capsys.readouterr().out == (
+        "checkpoint-3 is the latest checkpoint from now on, in place of \\x1b[2Jcheckpoint-9\\nx.\n"
+    )
+
+
 def test_a_seed_is_shown_as_it_was_given(refused: Refusal) -> None:
     refused("seed=9007199254740993: must be at most", seed=2**53 + 1)
 
