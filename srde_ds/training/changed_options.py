@@ -149,7 +149,7 @@ def check_changes(folder: Path, saved: dict[str, Any], config: Config, step: int
 def changes(saved: dict[str, Any], config: Config) -> Rows:
     """A table of the options that differ from the resumed run; empty if none does."""
     before, now = former_config(saved), _flat(config.to_dict())
-    effects = REFUSED_IN_PART | EFFECTS
+    effects = REFUSED | REFUSED_IN_PART | EFFECTS
     rows = [
         (key, _shown(before[key]), _shown(now[key]), effects[key])
         for key in now

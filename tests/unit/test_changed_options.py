@@ -141,6 +141,14 @@ def test_the_run_folder_keeps_each_configuration(tmp_path: Path) -> None:
     assert rates == {"config-until-8.yaml": 0.1, "config-until-12.yaml": 0.2, "config.yaml": 0.4}
 
 
+def test_a_configuration_that_somebody_edited_is_kept_too(tmp_path: Path) -> None:
+    """The checkpoint decides what is refused, not the run folder's config.yaml."""
+    config = resolve({}, {"output_dir": str(tmp_path), "resume_from": "latest"})
+    (tmp_path / "config.yaml").write_text("training: {seed: 7}\n")
+    open_run_folder(config, 3)
+    assert (tmp_path / "config-until-3.yaml").read_text() == "training: {seed: 7}\n"
+
+
 def test_the_page_lists_the_rules() -> None:
     found = BLOCK.search(PAGE.read_text(encoding="utf-8"))
     assert found and found[0] == _block(), "run python -m tests.unit.test_changed_options"

@@ -22,7 +22,9 @@ from srde_ds.checkpoint.resume import (
     verify_checkpoint,
 )
 from srde_ds.checkpoint.shards import read_slices
+from srde_ds.config import Config
 from srde_ds.errors import SRDEError
+from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import check_saved
 from srde_ds.training.random_state import random_state, set_random_state
 from tests.checkpoint_helpers import blank, cut, make_tensors, save
@@ -84,6 +86,7 @@ def read_all(folder: Path) -> None:
     found = find_checkpoint("latest", folder.parent)
     values, common = load_run_state(found), load_common_tensors(found)
     check_saved(values, common, found)
+    changes(values["config"], Config())
     set_random_state(load_rank_state(found, 0).get("random_state"))
     read_slices(found, blank(cut(make_tensors(), 1)[0]))
 

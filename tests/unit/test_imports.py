@@ -146,14 +146,14 @@ def test_one_file_knows_the_inside_of_deepspeed(path: Path) -> None:
         assert used <= PUBLIC | {"ds_config"}
 
 
-def test_nothing_is_pickled_between_ranks() -> None:
-    """What one rank sends, another would execute. A plain search, which also finds a name in a text."""
+def test_nothing_is_pickled_between_ranks_or_in_files() -> None:
+    """What one rank sends or writes, another would execute. A plain search, which also finds a name in a text."""
     pickled = re.compile(
-        r"all_gather_object|broadcast_object|gather_object|scatter_object|(send|recv)_object|pickle[.]"
+        r"all_gather_object|broadcast_object|gather_object|scatter_object|(send|recv)_object|pickle[.]|torch[.](load|save)\b|allow_pickle"
     )
     found = {module_name(path) for path in FILES if pickled.search(path.read_text())}
     assert not found
-    assert pickled.search("dist.all_gather_object(values, value)")
+    assert pickled.search("dist.all_gather_object(values, value)") and pickled.search("torch.load(path)")
 
 
 def test_json_of_others_may_be_nested_too_deeply() -> None:
