@@ -143,7 +143,9 @@ class _ResultsSoFar:
         try:
             self._made_folder |= not self.path.parent.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a" if self._started else "w", encoding="utf-8", errors="replace") as file:
+            if not self._started:
+                self.path.unlink(missing_ok=True)  # left by a kill; if it is a link, not what it leads to
+            with self.path.open("a", encoding="utf-8", errors="replace") as file:
                 file.write(json.dumps({"item": record.where, "model": model, **result.as_json()}) + "\n")
         except OSError as error:
             raise SRDEError(f"output_file={self.path}: cannot be written: {error.strerror}.") from None

@@ -227,7 +227,10 @@ def _check_run_folder(folder: Path, resume_from: str | None) -> None:
             f"output_dir={folder}: it is a link to '{os.readlink(folder)}', which does not exist. Remove the link, or "
             "create the folder."
         )
-    (folder / "metrics.jsonl").exists()  # raises OSError if the names would become too long
+    metrics = folder / "metrics.jsonl"
+    # `exists` raises an OSError if the names would become too long.
+    if metrics.is_symlink() or (metrics.exists() and not metrics.is_file()):
+        raise SRDEError(f"'{metrics}' is not a plain file: training would cut and extend what it leads to. Remove it.")
     refuse_living_run(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

@@ -173,9 +173,13 @@ def test_results_are_written_as_they_come(run_folder: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(results_module, "is_right", judge)
     options = _options(run_folder, output_file=str(tmp_path / "out/evaluation.json"))
+    part, elsewhere = tmp_path / "out/evaluation_items.part0.jsonl", tmp_path / "elsewhere"
+    part.parent.mkdir()
+    elsewhere.write_text("kept")
+    part.symlink_to(elsewhere)  # in a folder of somebody else's
     with pytest.raises(KeyboardInterrupt):
         evaluate_command(options)
-    part = tmp_path / "out/evaluation_items.part0.jsonl"
+    assert elsewhere.read_text() == "kept" and not part.is_symlink()
     lines = [json.loads(line) for line in part.read_text().splitlines()]
     assert len(lines) >= 2 and all(line["model"] == "srde" for line in lines)
     assert {"item", "loss", "prediction", "correct"} <= set(lines[0])

@@ -272,6 +272,19 @@ def test_a_latest_that_is_a_link_is_not_followed(refused: Refusal, tmp_path: Pat
     refused("links are not followed", output_dir=str(tmp_path / "earlier"), resume_from="latest")
 
 
+def test_metrics_that_are_a_link_are_not_cut(refused: Refusal, tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "earlier", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.write_text("kept")
+    (folder / "metrics.jsonl").symlink_to(elsewhere)
+    for more in ({}, {"resume_from": "latest"}, {"dry_run": "true"}):
+        refused(f"'{folder}/metrics.jsonl' is not a plain file", output_dir=str(folder), **more)
+    (folder / "metrics.jsonl").unlink()
+    os.mkfifo(folder / "metrics.jsonl")
+    refused("is not a plain file", output_dir=str(folder))
+    assert elsewhere.read_text() == "kept"
+
+
 def test_a_latest_of_others_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "latest").write_text("\x1b[2Jcheckpoint-9\nx")
