@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +47,18 @@ def test_before_there_is_anything_to_save_the_first_signal_stops_at_once() -> No
         stop.at_once = False
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == "SIGTERM"
+
+
+def test_a_ctrl_c_while_the_script_loads_ends_without_a_traceback(tmp_path: Path) -> None:
+    """With a package that takes long to load in place of this one."""
+    (tmp_path / "srde_ds").mkdir()
+    (tmp_path / "srde_ds/__init__.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = [sys.executable, str(Path(__file__).parents[2] / "launch/train.py")]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as process:
+        assert process.stdout is not None and process.stdout.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.read() == "" and process.wait(10) == -signal.SIGINT  # 130 in a shell
 
 
 def test_handlers_return_after_an_error_too() -> None:
