@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/results.md from the results files: python -m benchmarks.learning.tables
+"""Writes the tables and plots of docs/learning_tables.md from the results files: python -m benchmarks.learning.tables
 
 Between `<!-- learning: BUDGET SUITE -->` and `<!-- end -->` everything is replaced; the rest of the page is written by
 hand. Rows without results are named: not run yet, or no rate of their sweep worked.
@@ -208,7 +208,7 @@ def write(page: Path, results: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/results.md")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs/learning_tables.md")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     options = parser.parse_args()
     write(options.page, options.results)

@@ -1,0 +1,303 @@
+"""Short runs in a plain loop on real items: which rates and ideas are worth a long run, or a place in the package?
+
+    python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
+    python -m benchmarks.learning.first_look [NAME ...]
+
+All runs read the same batches of the budget `medium` (seed 0), with its warm-up and cosine over 40 steps, in bfloat16
+with fp32 trainables. Each adds a line to results/first_look.jsonl: the loss of every step before its update, and the
+loss of held-out items by domain. A run that has a line is not repeated. A run takes four minutes of two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.learning import measure, methods, rivals
+from benchmarks.learning.data import Inputs, prepare
+from benchmarks.learning.plan import Plan, Run, late_loss
+from benchmarks.learning.store import RESULTS, read_records
+from benchmarks.tables import markdown, put_into
+from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig
+from srde_ds.config.values import checked
+from srde_ds.data.loader import RowStream
+from srde_ds.data.manifest import load_manifest
+from srde_ds.distributed.engine import packed_attention
+from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel, add_experts
+from srde_ds.model.attention import Documents
+from srde_ds.model.base import ROLES, find_feed_forward, load_base
+from srde_ds.model.policy import PolicyControl
+from srde_ds.model.targets import Targets
+from srde_ds.optim import for_trainer
+from srde_ds.training.run_folder import row_mixing
+from srde_ds.utils.environment import environment
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, WARMUP, SEED = 40, 4, 0
+NAME = "first_look"
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run.
+
+    Attributes:
+        kind: "srde", or a rival of `rivals.PARAMETERS`.
+        rates: options of the optimizer; with `muon_lr` matrices are updated by GramMuon (rivals: by Muon).
+        adapter: options of the adapter. With six experts, the routers start from the domains' means.
+        shared: neurons of each layer whose delta every token uses, beside the experts; at Muon's rate.
+        attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
+    """
+
+    kind: str = "srde"
+    rates: dict[str, Any] = field(default_factory=dict)
+    adapter: dict[str, Any] = field(default_factory=dict)
+    shared: int = 0
+    attention: int = 0
+    attention_rate: float = 2e-3
+
+
+ONE: dict[str, Any] = {"num_experts": 1, "top_k": 1, "density": 0.06}
+HALF: dict[str, Any] = {"density": 0.005}
+LOOKS = {
+    "LoRA, 0.001": Look("lora", {"learning_rate": 0.001}),
+    "LoRA, 0.003": Look("lora", {"learning_rate": 0.003}),
+    "SHiRA, 0.003": Look("shira", {"learning_rate": 0.003}),
+    "one delta, 0.01": Look(rates={"muon_lr": 0.01}, adapter=ONE),
+    "SRDE, 0.006": Look(rates={"muon_lr": 0.006}),
+    "SRDE, 0.01": Look(rates={"muon_lr": 0.01}),
+    "SRDE, 0.02": Look(rates={"muon_lr": 0.02}),
+    "SRDE, 0.01, supports for each expert": Look(rates={"muon_lr": 0.01}, adapter={"support_scope": "per_expert"}),
+    "SRDE, 0.01, half of the values in neurons of all tokens": Look(rates={"muon_lr": 0.01}, adapter=HALF, shared=45),
+    "SRDE, 0.01, a third of the values in attention": Look(
+        rates={"muon_lr": 0.01}, adapter={"density": 0.006}, attention=8
+    ),
+}
+AGAINST = "LoRA, 0.003"
+
+
+class ChangedRows(nn.Module):
+    """A linear layer with a delta for some of its outputs: `[rows, in]`."""
+
+    def __init__(self, linear: nn.Linear, rows: Tensor) -> None:
+        super().__init__()
+        self.linear, self.rows = linear, rows
+        self.delta = nn.Parameter(torch.zeros(len(rows), linear.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear(x)
+        return output.index_add(-1, self.rows, F.linear(x, self.delta.to(x.dtype)))
+
+
+class ChangedColumns(nn.Module):
+    """A linear layer with a delta for some of its inputs: `[out, columns]`."""
+
+    def __init__(self, linear: nn.Linear, columns: Tensor) -> None:
+        super().__init__()
+        self.linear, self.columns = linear, columns
+        self.delta = nn.Parameter(torch.zeros(linear.out_features, len(columns)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.linear(x)
+        return output + F.linear(x.index_select(-1, self.columns), self.delta.to(x.dtype))
+
+
+def add_shared_neurons(model: SRDEModel, count: int) -> list[nn.Parameter]:
+    """Deltas for the neurons of largest weights that the experts leave alone."""
+    deltas = []
+    for layer in model.layers:
+        block, projections = layer.block, [getattr(layer.block, layer.roles[role]) for role in ROLES]
+        gate, up, down = (projection.weight.float().square() for projection in projections)
+        sizes = gate.sum(1) + up.sum(1) + down.sum(0)
+        sizes[layer.support.flatten().long()] = -1
+        chosen = sizes.topk(count).indices
+        for role, projection in zip(ROLES, projections, strict=True):
+            changed = (ChangedColumns if role == "down" else ChangedRows)(projection, chosen)
+            setattr(block, layer.roles[role], changed)
+            deltas.append(changed.delta)
+    return deltas
+
+
+def add_attention(base: PreTrainedModel, rank: int) -> list[nn.Parameter]:
+    """PEFT's LoRA in the attention's four projections, in fp32."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    before = {parameter: parameter.requires_grad for parameter in base.parameters()}
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), base)
+    for parameter, required in before.items():
+        parameter.requires_grad_(required)
+    added = [parameter for parameter in base.parameters() if parameter not in before]
+    for parameter in added:
+        parameter.data = parameter.data.float()
+    return added
+
+
+@dataclass
+class Trainee:
+    """A model with what is trained in it.
+
+    Attributes:
+        masters: fp32 copies, where the trainables themselves are bfloat16.
+    """
+
+    model: SRDEModel
+    parameters: list[nn.Parameter]
+    optimizers: list[torch.optim.Optimizer]
+    masters: rivals.Masters | None = None
+
+
+def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
+    """The base with experts, and what the look puts beside them."""
+    options = {name: checked(AdapterConfig, name, value) for name, value in look.adapter.items()}
+    config = AdapterConfig(**options)
+    six = config.num_experts == len(DOMAINS)
+    routers = rivals.domain_routers(base, find_feed_forward(base), inputs, SEED) if six else []
+    names = list(DOMAINS) if six else [f"expert {number}" for number in range(config.num_experts)]
+    model = add_experts(base, config, expert_names=names, seed=SEED)
+    for _, parameter in model.trainable_parameters():
+        parameter.data = parameter.data.float()
+    for layer, router in zip(model.layers, routers, strict=False):
+        layer.router.weight.data.copy_(router)
+    optimizers: list[torch.optim.Optimizer] = [for_trainer(model, use_muon="muon_lr" in look.rates, **look.rates)]
+    shared = add_shared_neurons(model, look.shared) if look.shared else []
+    attention = add_attention(base, look.attention) if look.attention else []
+    if shared:
+        muon: dict[str, Any] = {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+        optimizers.append(torch.optim.Muon(shared, lr=look.rates["muon_lr"], **muon))
+    if attention:
+        optimizers.append(torch.optim.AdamW(attention, lr=look.attention_rate, betas=(0.9, 0.95), weight_decay=0.0))
+    own = [parameter for _, parameter in model.trainable_parameters()]
+    return Trainee(model, [*own, *shared, *attention], optimizers)
+
+
+def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
+    """The base with an adapter of another method, of as many values as SRDE's default has."""
+    run = Run(look.kind, "lora", {"values_of": {}}, SEED, False, False, Plan("medium", lambda _: None).budget)
+    parameters = rivals.PARAMETERS[look.kind](base, run, inputs)
+    masters = rivals.Masters(parameters)
+    optimizer = rivals.optimizer_of(masters.values, OptimizerConfig(**look.rates), muon="muon_lr" in look.rates)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"]
+    model = SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(inputs.base)})
+    return Trainee(model, masters.values, [optimizer], masters)
+
+
+def factor(step: int) -> float:
+    """Share of the peak rate: warm-up, then a half cosine."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+
+
+def train(trainee: Trainee, stream: RowStream, rows_at_once: int, micro_steps: int, steps: int) -> list[float]:
+    """The loss of each step, before its update."""
+    model, losses = trainee.model, []
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in trainee.optimizers]
+    model.train()
+    for step in range(steps):
+        batches = [
+            stream.micro_batch(step, micro, rank=0, world_size=1, batch_size=rows_at_once)
+            for micro in range(micro_steps)
+        ]
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            documents = Documents.of(batch["position_ids"])
+            inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
+            inputs |= {"documents": documents, "attention_mask": documents.no_mask}
+            loss_sum = model(**inputs, labels=Targets.of(batch["labels"], batch.get("label_weights"))).loss_sum
+            (loss_sum / labels).backward()
+            total += float(loss_sum.detach())
+            if trainee.masters:
+                trainee.masters.take_gradients()
+        nn.utils.clip_grad_norm_(trainee.parameters, 1.0)
+        losses.append(round(total / labels, 4))
+        for optimizer, schedule in zip(trainee.optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        if trainee.masters:
+            trainee.masters.publish()
+    return losses
+
+
+def run_look(name: str, base_folder: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Train and measure one run."""
+    look, budget, started = LOOKS[name], Plan("medium", lambda _: None).budget, time.monotonic()
+    inputs = prepare(budget, SEED, base=base_folder, folder=folder)
+    example = Plan("medium", lambda _: None).example(Plan("medium", lambda _: None).rows["SRDE from domain means"])
+    config = methods.config_of(example, inputs, folder)
+    torch.manual_seed(SEED)
+    base = load_base(inputs.base, dtype=torch.bfloat16, attn_implementation=packed_attention(config))
+    trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs)
+    stream = RowStream(
+        inputs.split("train"),
+        seed=SEED,
+        global_batch_rows=budget.rows_per_step,
+        phases=row_mixing(config.data, load_manifest(inputs.rows)),
+    )
+    losses = train(trainee, stream, budget.rows_at_once, budget.rows_per_step // budget.rows_at_once, steps)
+    trainee.model.eval()
+    held_out = measure.row_losses(trainee.model, inputs.split("validation"), budget.rows_at_once)
+    figures: dict[str, Any] = {"name": name, "values": sum(parameter.numel() for parameter in trainee.parameters)}
+    figures |= {"late_loss": round(late_loss({"losses": losses}), 4), "held_out": round(mean(held_out.values()), 4)}
+    figures |= {"by_domain": {domain: round(loss, 4) for domain, loss in held_out.items()}, "losses": losses}
+    return figures | {"seconds": round(time.monotonic() - started), "environment": environment()}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown, the lowest held-out loss first."""
+    against = next((record["held_out"] for record in records if record["name"] == AGAINST), math.nan)
+    head = ["", "trained values", "training loss, steps 21 to 40", "held-out loss", f"against {AGAINST}", *DOMAINS]
+    rows = [
+        [
+            record["name"],
+            f"{record['values']:,}",
+            f"{record['late_loss']:.3f}",
+            f"{record['held_out']:.3f}",
+            f"{record['held_out'] - against:+.3f}" if record["name"] != AGAINST else "",
+            *(f"{record['by_domain'][domain]:.2f}" for domain in DOMAINS),
+        ]
+        for record in sorted(records, key=lambda record: float(record["held_out"]))
+    ]
+    return markdown(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all. {'; '.join(LOOKS)}")
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data")
+    parser.add_argument("--results", type=Path, default=RESULTS / f"{NAME}.jsonl")
+    parser.add_argument("--steps", type=int, default=STEPS, help="only so many of the 40")
+    options = parser.parse_args()
+    unknown = set(options.names) - LOOKS.keys()
+    if unknown:
+        raise SRDEError(f"name={min(unknown)}: must be one of {'; '.join(LOOKS)}.")
+    done = {record["name"] for record in read_records(options.results)}
+    for name in options.names or LOOKS:
+        if name in done:
+            continue
+        record = run_look(name, options.base, options.folder, options.steps)
+        with options.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        print(f"{name}: late loss {record['late_loss']}, held out {record['held_out']}", flush=True)
+    if options.results == RESULTS / f"{NAME}.jsonl":
+        put_into("results.md", "first look", table(read_records(options.results)))
+
+
+if __name__ == "__main__":
+    main()
