@@ -26,7 +26,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The stand-in, which the libraries of this process take for the Hub."""
     with standin() as served:
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-        own = {"ENDPOINT": served.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
+        own: dict[str, object] = {"ENDPOINT": served.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache")}
         own |= {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
         own["HUGGINGFACE_CO_URL_TEMPLATE"] = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in own.items():
