@@ -88,17 +88,17 @@ def wait_for(url: str, server: subprocess.Popen[bytes], log: Path) -> None:
     raise SystemExit(f"{url} did not answer within {START_SECONDS} s")
 
 
-def served(url: str, model: str, prompt: str) -> str:
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "max_tokens": NEW_TOKENS,
-        "temperature": 0,
-        "seed": 0,
-    }
+def asked(url: str, model: str, messages: list[dict[str, str]], **options: Any) -> list[str]:
+    """A server's answers to a conversation."""
+    body = {"model": model, "messages": messages, **options}
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=600) as answer:
-        return str(json.load(answer)["choices"][0]["message"]["content"])
+        return [str(choice["message"]["content"]) for choice in json.load(answer)["choices"]]
+
+
+def served(url: str, model: str, prompt: str) -> str:
+    chat = [{"role": "user", "content": prompt}]
+    return asked(url, model, chat, max_tokens=NEW_TOKENS, temperature=0, seed=0)[0]
 
 
 def main() -> None:

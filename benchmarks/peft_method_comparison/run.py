@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PYTHON = (3, 12)
+"""What the harness needs: with an older Python it reports a wrong size of the checkpoint and no error"""
 
 
 def main(checkout: str, experiment: str, *options: str) -> None:
@@ -23,8 +25,18 @@ def main(checkout: str, experiment: str, *options: str) -> None:
     if not source.is_dir():
         known = ", ".join(sorted(path.name for path in source.parent.iterdir()))
         sys.exit(f"experiment '{experiment}': choose one of {known}.")
+    if sys.version_info < PYTHON:
+        sys.exit(f"Python {sys.version.split()[0]}: PEFT's harness needs {'.'.join(map(str, PYTHON))} or newer.")
+    import peft  # late, like srde_ds.peft: a bad argument is told at once
+
+    installed = Path(peft.__file__).parent
+    if not installed.resolve().is_relative_to(Path(checkout).resolve()):
+        sys.exit(
+            f"peft {peft.__version__} is installed in {installed}, but the harness asks git for the branch of the "
+            f"installed PEFT. Install the checkout: pip install -e {checkout}"
+        )
     place = Path("experiments") / "srde" / experiment
-    import srde_ds.peft  # noqa: F401  makes the method known; late: a bad argument is told at once
+    import srde_ds.peft  # noqa: F401  makes the method known
 
     shutil.copytree(source, harness / place, dirs_exist_ok=True)
     os.chdir(harness)

@@ -47,7 +47,7 @@ def attach_experts(
     base.requires_grad_(False)
     dtype = dtype or base.dtype
     for number, block in enumerate(blocks):
-        storage = Storage(dtype, block.weights()[0].device, sharding.pad_to)
+        storage = Storage(dtype, block.device, sharding.pad_to)
         support = choose_support(number, block)
         layer = block_with_experts(
             block, number, config, support, control=routing, seed=seed, storage=storage, target_density=target_density

@@ -87,9 +87,15 @@ class FeedForward:
     intermediate: int
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate `[F, D]`, up `[F, D]`, down `[D, F]`."""
-        gate, up, down = (getattr(self.block, self.roles[role]).weight for role in ROLES)
+        """Gate `[F, D]`, up `[F, D]`, down `[D, F]`; empty if a projection has no matrix, see `weight_of`."""
+        found = [weight_of(getattr(self.block, self.roles[role])) for role in ROLES]
+        gate, up, down = (torch.empty(0, device=self.device) if weight is None else weight for weight in found)
         return gate, up, down
+
+    @property
+    def device(self) -> torch.device:
+        """Where the block computes."""
+        return _device(self.block)
 
 
 def load_base(
@@ -343,7 +349,7 @@ def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: st
     Raises:
         SRDEError: no order gives the block's output.
     """
-    device = next(block.parameters()).device
+    device = _device(block)
     x = torch.randn(1, 8, hidden, generator=torch.Generator().manual_seed(0)).to(device=device, dtype=dtype)
     with torch.no_grad():
         expected = block(x)
@@ -378,10 +384,24 @@ def _is_gated(module: nn.Module, hidden: int) -> bool:
 
 
 def _activations(module: nn.Module) -> list[str]:
-    """Attributes that can be an activation: children without parameters, or plain functions."""
-    children = [name for name, child in module.named_children() if not any(True for _ in child.parameters())]
+    """Attributes that can be an activation: children that are not linear and have no parameters, or functions."""
+    others = [(name, child) for name, child in module.named_children() if _linear_shape(child) is None]
+    children = [name for name, child in others if not any(True for _ in child.parameters())]
     values = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
     return children + [name for name, value in values.items() if callable(value) and not isinstance(value, type)]
+
+
+def weight_of(projection: nn.Module) -> Tensor | None:
+    """The matrix of a linear-like module, which may be quantised; None if there is none, only packed buffers.
+
+    So it is with GPTQ and AWQ, where `weight` is missing or only describes a matrix.
+    """
+    weight = getattr(projection, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _device(block: nn.Module) -> torch.device:
+    return next(itertools.chain(block.parameters(), block.buffers())).device
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:

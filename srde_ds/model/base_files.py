@@ -212,6 +212,9 @@ def _in_other_dtypes(base: PreTrainedModel | BaseFiles, known: dict[str, str | i
         yield base.identity(torch.float16)
         return
     yield identity_in(base, torch.float16)
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is not None and quantizer.pre_quantized:  # its files hold the same values
+        return
     if getattr(base, "is_quantized", False):
         files = BaseFiles(str(known["name"]))
     elif base.dtype in ROUNDED and known["name"]:

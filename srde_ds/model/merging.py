@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import ROLES
+from srde_ds.model.base import ROLES, weight_of
 from srde_ds.model.layer import SRDEFeedForward
 
 logger = logging.getLogger(__name__)
@@ -108,11 +108,12 @@ def merge_into_base(base: PreTrainedModel, expert: int) -> None:
 def check_mergeable(layers: Sequence[SRDEFeedForward]) -> None:
     """Raise an SRDEError if the weights of a layer's block are quantised."""
     for layer in layers:
-        for weight in _weights(layer).values():
-            if weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
+        for projection in _projections(layer).values():
+            weight = weight_of(projection)
+            if weight is None or weight.dtype not in PLAIN_DTYPES or weight.dim() != 2:
                 raise SRDEError(
                     f"the expert cannot be merged: layer {layer.layer} of the base has quantised weights "
-                    f"({weight.dtype}, shape {list(weight.shape)}); load the base unquantised."
+                    f"({type(projection).__name__}); load the base unquantised."
                 )
 
 
@@ -123,7 +124,9 @@ def merge_into_blocks(layers: Sequence[SRDEFeedForward], expert: int) -> None:
     for layer in layers:
         support = layer.support if layer.support.dim() == 1 else layer.support[expert]
         delta = expert_delta(layer.deltas(), expert, layer.granularity)
-        for role, weight in _weights(layer).items():
+        for role, projection in _projections(layer).items():
+            weight = weight_of(projection)
+            assert weight is not None  # see check_mergeable
             weight.copy_(merged_weight(weight, role, support, delta, layer.granularity, rounding))
     if rounding.changed:
         logger.warning("%s; a base in float32 keeps them exactly", rounding)
@@ -134,5 +137,5 @@ def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
     return deltas[:, expert] if granularity == "neuron" else deltas[expert]
 
 
-def _weights(layer: SRDEFeedForward) -> dict[str, Tensor]:
-    return {role: getattr(layer.block, layer.roles[role]).weight for role in ROLES}
+def _projections(layer: SRDEFeedForward) -> dict[str, nn.Module]:
+    return {role: getattr(layer.block, layer.roles[role]) for role in ROLES}

@@ -2,6 +2,7 @@
 
     config.py        options of the method
     registration.py  adds the method to PEFT
+    blocks.py        reads the weights of quantised blocks
     layer.py         a feed-forward block with each adapter's experts
     tuner.py         attaches, merges and removes experts
     steps.py         routing in training

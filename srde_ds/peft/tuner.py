@@ -18,12 +18,13 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attach import block_with_experts, support_chooser
-from srde_ds.model.base import ROLES, FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
+from srde_ds.model.base import FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
 from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import Storage
 from srde_ds.model.merging import check_mergeable, merge_into_blocks
 from srde_ds.model.policy import PolicyControl, RoutingPolicy, keep_policy_when_recomputing
 from srde_ds.model.supports.selection import check_support, support_shape
+from srde_ds.peft.blocks import ReadableBlock
 from srde_ds.peft.config import OPTIONS, SRDEConfig
 from srde_ds.peft.layer import SRDELayer, check_adapter_name
 from srde_ds.peft.state import (
@@ -41,24 +42,6 @@ from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import support_hash
 
 PLAIN_REGISTRATION = nn.Module.register_parameter
-
-
-class ReadableBlock(FeedForward):
-    """A block whose weights may be quantised: they are read dequantised, so that supports can be chosen by them."""
-
-    @torch.no_grad()
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights of `FeedForward` in floating point. Quantised ones are read by projecting unit vectors."""
-        stored = super().weights()
-        if all(weight.is_floating_point() for weight in stored):
-            return stored
-        read = []
-        for role, width in zip(ROLES, (self.hidden, self.hidden, self.intermediate), strict=True):
-            units = torch.eye(width, device=stored[0].device)
-            projection = getattr(self.block, self.roles[role])
-            read.append((projection(units) - projection(torch.zeros_like(units[:1]))).T)
-        gate, up, down = read
-        return gate, up, down
 
 
 class SRDETuner(BaseTuner):
@@ -144,7 +127,7 @@ class SRDETuner(BaseTuner):
         block, config, stored = self.blocks[number], peft_config.adapter(), peft_config.stored()
         if stored is None:
             choose = support_chooser(config, None, seed=peft_config.seed, gather=no_gather)
-            support = choose(number, ReadableBlock(**vars(block)))
+            support = choose(number, ReadableBlock(**vars(block), dtype=self.model.dtype))
         else:
             support = torch.zeros(support_shape(config, block.hidden, block.intermediate), dtype=torch.int32)
         experts = block_with_experts(
@@ -154,7 +137,7 @@ class SRDETuner(BaseTuner):
             support,
             control=self.routing,
             seed=peft_config.seed,
-            storage=Storage(torch.float32, block.weights()[0].device),
+            storage=Storage(torch.float32, block.device),
         )
         if stored is not None:
             keep_statistics(experts, empty_statistics(len(stored.domain_tokens), block.hidden))

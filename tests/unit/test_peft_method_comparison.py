@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -57,10 +57,41 @@ def test_an_experiment_trains_a_tiny_model(experiment: Path, tmp_path: Path) -> 
     assert (tmp_path / SAFETENSORS_WEIGHTS_NAME).stat().st_size > 0
 
 
-def test_the_starter_names_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "method_comparison" / "MetaMathQA").mkdir(parents=True)
-    command = [sys.executable, str(FOLDER / "run.py"), str(tmp_path)]
-    environment = {"PYTHONPATH": str(FOLDER.parents[1])}
-    for arguments, message in [(["x"], "Give a checkout of PEFT"), ([], "usage: python run.py")]:
-        found = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
-        assert found.returncode == 1 and message in found.stderr
+def test_the_starter_names_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, name = tmp_path / "method_comparison" / "MetaMathQA", EXPERIMENTS[0].name
+    harness.mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="usage: python run.py"):
+        runpy.run_path(str(FOLDER / "run.py"), run_name="__main__")
+    main = runpy.run_path(str(FOLDER / "run.py"))["main"]
+    with pytest.raises(SystemExit, match="Give a checkout of PEFT"):
+        main(str(tmp_path), "x")
+    (harness / "run.py").touch()
+    with pytest.raises(SystemExit, match="experiment 'x': choose one of llama"):
+        main(str(tmp_path), "x")
+    monkeypatch.setitem(main.__globals__, "PYTHON", (4, 0))
+    with pytest.raises(SystemExit, match=r"PEFT's harness needs 4\.0 or newer"):
+        main(str(tmp_path), name)
+    monkeypatch.setitem(main.__globals__, "PYTHON", (3, 0))
+    with pytest.raises(SystemExit, match=f"Install the checkout: pip install -e {tmp_path}"):
+        main(str(tmp_path), name)
+    assert list(harness.iterdir()) == [harness / "run.py"]
+
+
+def test_the_starter_runs_the_harness_with_the_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness, name = tmp_path / "method_comparison" / "MetaMathQA", EXPERIMENTS[0].name
+    harness.mkdir(parents=True)
+    (harness / "harness_utils.py").write_text("from peft import PeftConfig as Config\n")
+    program = (
+        "import sys, harness_utils\nconfig = harness_utils.Config.from_pretrained(sys.argv[-1])\n"
+        "open('seen', 'w').write(f'{config.peft_type.value} {sys.argv}')\n"
+    )
+    (harness / "run.py").write_text(program)
+    main = runpy.run_path(str(FOLDER / "run.py"))["main"]
+    monkeypatch.setitem(main.__globals__, "PYTHON", (3, 0))
+    monkeypatch.setattr("peft.__file__", str(tmp_path / "src" / "peft" / "__init__.py"))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    main(str(tmp_path), name, "-v")
+    assert (harness / "seen").read_text() == f"SRDE ['run.py', '-v', 'experiments/srde/{name}']"
