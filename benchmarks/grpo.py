@@ -56,10 +56,11 @@ class Options:
     seed: int = 42
     train_items: int = 600
     held_out_items: int = 300
-    steps: int = 120
+    steps: int = 40
     generations: int = 8
     prompts: int = 4
-    muon_lr: float = 0.002
+    muon_lr: float = 0.003
+    lr_schedule: str = "linear"
     router_lr: float = 1e-4
     max_completion_length: int = 8
     dtype: str = "bfloat16"
@@ -173,7 +174,7 @@ def main(options: Options) -> None:
             num_generations=options.generations,
             max_completion_length=length,
             temperature=1.0,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=options.lr_schedule,
             save_strategy="no",
             report_to=[],
             bf16=False,
