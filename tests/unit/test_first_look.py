@@ -1,0 +1,68 @@
+"""benchmarks/learning/first_look.py: what is put beside the experts, and what its table says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.learning import first_look
+from benchmarks.learning.first_look import LOOKS, Look, difference, factor, table, with_experts
+from benchmarks.learning.plan import Plan
+from benchmarks.learning.store import RESULTS, read_records
+from srde_ds.config import AdapterConfig
+from srde_ds.config.values import checked
+from tests.helpers import tiny_llama, tokens
+
+SMALL: dict[str, Any] = {"num_experts": 2, "density": 0.05}
+
+
+@pytest.mark.parametrize(("shared", "attention"), [(0, 0), (2, 0), (0, 3), (2, 3)])
+def test_what_is_put_beside_the_experts_starts_as_the_base_and_learns(shared: int, attention: int) -> None:
+    base = tiny_llama()
+    ids = tokens()
+    with torch.no_grad():
+        expected = base(ids).logits
+    look = Look(rates={"muon_lr": 0.01}, adapter=SMALL, shared=shared, attention=attention)
+    trainee = with_experts(look, base, inputs=None)  # type: ignore[arg-type]  # only six experts read rows
+    experts = sum(parameter.numel() for _, parameter in trainee.model.trainable_parameters())
+    config = base.config
+    head = config.hidden_size // config.num_attention_heads
+    keys = config.num_key_value_heads * head
+    widths = 2 * (config.hidden_size + config.num_attention_heads * head) + 2 * (config.hidden_size + keys)
+    beside = config.num_hidden_layers * (3 * shared * config.hidden_size + attention * widths)
+    assert sum(parameter.numel() for parameter in trainee.parameters) == experts + beside
+    torch.testing.assert_close(trainee.model(ids).logits, expected)
+    trainee.model(ids, labels=ids).loss_sum.backward()
+    for optimizer in trainee.optimizers:
+        optimizer.step()
+    moved = [parameter for parameter in trainee.parameters if parameter.grad is not None and parameter.grad.any()]
+    assert len(moved) >= len(trainee.optimizers) and not torch.allclose(trainee.model(ids).logits, expected)
+    trained = {id(parameter) for parameter in trainee.parameters}
+    assert all(id(parameter) in trained for parameter in trainee.model.base.parameters() if parameter.requires_grad)
+
+
+def test_shared_neurons_are_not_those_of_the_experts() -> None:
+    trainee = with_experts(Look(rates={"muon_lr": 0.01}, adapter=SMALL, shared=3), tiny_llama(), None)  # type: ignore[arg-type]
+    for layer in trainee.model.layers:
+        changed: nn.Module = getattr(layer.block, layer.roles["gate"])
+        assert isinstance(changed, first_look.ChangedRows)
+        assert not set(changed.rows.tolist()) & set(layer.support.tolist())
+
+
+def test_looks_are_options_that_the_package_knows_and_the_rate_falls() -> None:
+    for look in LOOKS.values():
+        AdapterConfig(**{name: checked(AdapterConfig, name, value) for name, value in look.adapter.items()})
+    assert [factor(step) for step in (0, 3, 4, 22)] == pytest.approx([0.25, 1.0, 1.0, 0.5])
+    assert Plan("medium", lambda _: None).budget.steps > first_look.STEPS
+
+
+def test_the_table_pairs_the_steps() -> None:
+    assert difference([9.0, 9.0, 1.0, 1.2], [0.0, 0.0, 0.9, 1.0]) == "+0.150 ± 0.635"
+    records = read_records(RESULTS / "first_look.jsonl")
+    lines = table(records).splitlines()
+    assert len(lines) == len(records) + 2 and {record["name"] for record in records} <= LOOKS.keys()
+    losses = [float(line.split("|")[3]) for line in lines[2:]]
+    assert losses == sorted(losses)
