@@ -35,6 +35,8 @@ class OptionTraits(TypedDict, total=False):
     required: bool
 
 
+PLACES = ("FILE", "FILES", "FOLDER", "PATH", "WEIGHTS", "RUN")
+"""metavars of options that name a place; an empty name would mean the current folder"""
 PLAIN = OptionTraits(metavar=None, aliases=(), minimum=None, maximum=None, derived=None, common=False, required=False)
 
 
@@ -83,6 +85,9 @@ def checked(section: Any, key: str, value: Any) -> Any:
     hint = typing.get_type_hints(section if isinstance(section, type) else type(section))[key]
     metadata = next(f.metadata for f in fields(section) if f.name == key)
     value = _convert(key, hint, value)
+    if metadata["metavar"] in PLACES and isinstance(value, str) and not value.strip():
+        remedy = "Give a name." if metadata["required"] else f"Give a name, or leave {key} out."
+        raise SRDEError(f"{key}='' is empty. {remedy}")
     minimum, maximum = metadata["minimum"], metadata["maximum"]
     if isinstance(value, int | float) and not isinstance(value, bool):
         if isinstance(value, float) and not math.isfinite(value):

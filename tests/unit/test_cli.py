@@ -121,6 +121,39 @@ def test_flags_of_the_predecessor_are_understood() -> None:
     assert (config.parallel.deepspeed_config, config.training.resume_from) == ("d.json", "latest")
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "others"),
+    [
+        ("convert", "output", "w"),
+        ("build_dataset", "work_dir", "--examples_per_domain 1 --skip_tokenize"),
+        ("combine", "output", "a b"),
+        ("rename", "output", "w --names a=b"),
+        ("remove", "output", "w --experts a"),
+        ("evaluate", "output_file", "w --eval_file e"),
+        ("inference", "output_file", "w --prompts_file p"),
+        ("plan", "output_file", ""),
+        ("report", "output_file", "r"),
+        ("hosts", "output_file", "--list a:1"),
+        ("hosts", "environment_file", "--list a:1"),
+        ("hosts", "ssh_config", "--list a:1"),
+        ("train", "output_dir", ""),
+        ("convert", "weights", ""),
+    ],
+)
+def test_an_empty_name_is_not_the_current_folder(
+    verb: str,
+    option: str,
+    others: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for empty in ("", " "):
+        fails(capsys, [verb, *others.split(), f"--{option}", empty], f"{option}='' is empty. Give a name")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_launchers_rank_flag_is_no_option() -> None:
     assert train_config(["--local_rank", "0"])[0] == Config()
 

@@ -125,6 +125,8 @@ def build_dataset(
             a folder that holds something else.
     """
     output_dir = Path(output_dir)
+    if not output_dir.name:
+        raise SRDEError(f"output='{output_dir}' is no name for a new folder. Give another one.")
     hashes = inputs.hashes()
     made_for = inputs.max_length, inputs.too_long, inputs.seed, inputs.domains, tokenizer_identity(tokenizer)
     manifest = Manifest(FORMAT_VERSION, *made_for, splits={})
