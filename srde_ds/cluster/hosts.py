@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import check_ordinary
 
 # A name that pdsh and ssh take literally, not as an option, a list or something for the shell.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -68,6 +69,7 @@ def read_hostfile(path: str | Path) -> list[Host]:
         SRDEError: the file cannot be read, or has one of the faults of `parse_hostfile`.
     """
     try:
+        check_ordinary(Path(path), f"hostfile={path}", "write one with `srde-ds hosts`")
         return parse_hostfile(Path(path).read_text(encoding="utf-8"), f"hostfile={path}")
     except OSError as error:
         raise SRDEError(f"hostfile={path}: {error.strerror}. Write one with `srde-ds hosts`.") from None

@@ -13,6 +13,7 @@ from srde_ds.config.values import load_yaml
 from srde_ds.data.manifest import FILE_NAME, Manifest, load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
+from srde_ds.utils.files import check_ordinary
 from srde_ds.weights.locate import completed_step, run_folder
 
 MOST_LINES = 5000  # of metrics; a plot has fewer pixels
@@ -158,7 +159,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
     Raises:
         SRDEError: the file does not exist, or holds no lines of metrics.
     """
-    _check_ordinary(path, "train first")
+    check_ordinary(path, f"'{path}'", "train first")
     try:
         with open(path, "rb") as file:
             count = sum(1 for _ in file)
@@ -256,14 +257,8 @@ def _manifest(folder: Path, config: dict[str, Any]) -> Manifest | None:
     return load_manifest(rows) if (rows / FILE_NAME).is_file() else None
 
 
-def _check_ordinary(path: Path, remedy: str) -> None:
-    """Refuse folders, pipes and devices: some would block whoever reads them, or never end."""
-    if path.exists() and not path.is_file():
-        raise SRDEError(f"'{path}': not an ordinary file: {remedy}.")
-
-
 def _text(path: Path, remedy: str) -> str:
-    _check_ordinary(path, remedy)
+    check_ordinary(path, f"'{path}'", remedy)
     try:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):

@@ -16,7 +16,7 @@ from typing import Any
 
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.launcher_watch import start_time
-from srde_ds.utils.files import write_text
+from srde_ds.utils.files import check_ordinary, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -135,8 +135,13 @@ def _keep_touching(path: Path, done: threading.Event) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of a lock; empty if there is none, or it is not written yet."""
+    """The content of a lock; empty if there is none, or it is not written yet.
+
+    Raises:
+        SRDEError: it is a folder, a pipe or a device.
+    """
     try:
+        check_ordinary(path, f"'{path}'", "remove it to train there")
         with open(path, encoding="utf-8") as file:
             content = json.loads(file.read(_MAX_BYTES))
     except (OSError, ValueError, RecursionError):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from srde_ds.errors import SRDEError
+
 
 @contextmanager
 def replacement(target: Path, *, durable: bool = False, many_writers: bool = False) -> Iterator[Path]:
@@ -53,6 +55,17 @@ def write_text(target: Path, text: str, *, durable: bool = False, many_writers: 
     """Write a UTF-8 text file; for the arguments see `replacement`."""
     with replacement(target, durable=durable, many_writers=many_writers) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def check_ordinary(path: Path, place: str, remedy: str) -> None:
+    """Refuse folders, pipes and devices: some would block whoever reads them, or never end.
+
+    Args:
+        place: the beginning of the error message, such as "hostfile=hosts".
+        remedy: its end, without the full stop.
+    """
+    if path.exists() and not path.is_file():
+        raise SRDEError(f"{place}: not an ordinary file: {remedy}.")
 
 
 def sync(path: Path) -> None:

@@ -23,6 +23,7 @@ from srde_ds.cluster.hosts import (
     read_hostfile,
 )
 from srde_ds.errors import SRDEError
+from tests.cli_helpers import fails
 
 INSTANCES: list[dict[str, Any]] = [
     # One behind the provider's ssh proxy, one with its port mapped, one that is not up.
@@ -110,6 +111,17 @@ def test_hostfiles_are_read_as_deepspeed_does(tmp_path: Path) -> None:
 def test_bad_hostfiles_are_refused(text: str, named: str) -> None:
     with pytest.raises(SRDEError, match=named):
         parse_hostfile(text)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "hosts")
+    for path in (str(tmp_path / "hosts"), "/dev/zero"):
+        for arguments in (["hosts", "--hostfile", path], ["doctor", "--hostfile", path], _supervise(path)):
+            fails(capsys, arguments, f"hostfile={path}: not an ordinary file")
+
+
+def _supervise(hostfile: str) -> list[str]:
+    return ["supervise", "--", "deepspeed", "--hostfile", hostfile, "launch/train.py"]
 
 
 def test_the_verb_writes_hostfile_and_environment(

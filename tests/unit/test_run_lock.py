@@ -72,6 +72,15 @@ def test_a_lock_of_another_host_is_watched(
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+def test_a_pipe_in_its_place_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    for spoil in (os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/dev/zero")):
+        spoil(tmp_path / FILE)
+        for check in (refuse_living_run, lambda folder: run_lock(folder).__enter__()):
+            with pytest.raises(SRDEError, match=f"^'{tmp_path / FILE}': not an ordinary file: remove it"):
+                check(tmp_path)
+        (tmp_path / FILE).rmdir() if (tmp_path / FILE).is_dir() else (tmp_path / FILE).unlink()
+
+
 def test_a_lock_that_another_host_touches_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_LOOK_SECONDS", 0.01)
     path = write_lock(tmp_path, machine="another", host="node7", pid=12)
