@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import importlib
 import json
+import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,17 @@ def test_bad_input_is_one_line(run_folder: Path, tmp_path: Path, changes: dict[s
         evaluate_command(_options(run_folder, **{"output_file": str(output)} | changes))
     assert "\n" not in str(error.value)
     assert not output.parent.exists()
+
+
+def test_a_hostile_config_of_the_run_is_refused_in_time(run_folder: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    aliases = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    (run / "config.yaml").write_text(f"a0: &a0 [x]\n{aliases}")  # a bomb: 9^11 values
+    started = time.process_time()
+    options = _options(run, eval_file=str(run_folder.parent / "held_out.jsonl"))
+    with pytest.raises(SRDEError, match=f"config: '{run / 'config.yaml'}', line .*aliases written out") as error:
+        evaluate_command(options)
+    assert time.process_time() - started < 2 and "\n" not in str(error.value)
 
 
 def test_an_unknown_domain_is_named(run_folder: Path, tmp_path: Path) -> None:
