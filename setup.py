@@ -50,6 +50,7 @@ setup(
         "datasets>=4.0",
         "math-verify>=0.9",
         "packaging>=24.2",
+        "pydantic>=2.10",  # schemas of other people's files; deepspeed brings it
         "rensa>=0.5",  # MinHash
         "safetensors>=0.8",
         "scikit-learn>=1.6",

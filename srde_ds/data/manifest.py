@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from pydantic import ConfigDict, TypeAdapter
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.template import template_kind, template_text
 from srde_ds.errors import SRDEError
+from srde_ds.utils.schema import one_fault
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -22,8 +24,12 @@ UNEVEN = 10
 """ratio of the largest to the smallest domain's response tokens from which there is a warning"""
 
 
+class _KnownFields:
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+
 @dataclass
-class DomainCounts:
+class DomainCounts(_KnownFields):
     """One domain in one split."""
 
     documents: int = 0
@@ -44,7 +50,7 @@ class DomainCounts:
 
 
 @dataclass
-class Split:
+class Split(_KnownFields):
     """A folder of rows and the file that it was made from."""
 
     file: str
@@ -58,7 +64,7 @@ class Split:
 
 
 @dataclass
-class Manifest:
+class Manifest(_KnownFields):
     """The whole folder. `tokenizer` comes from `tokenizer_identity`."""
 
     format_version: int
@@ -85,24 +91,8 @@ class Manifest:
         """The content of `manifest.json`."""
         return asdict(self)
 
-    @staticmethod
-    def from_dict(content: dict[str, Any]) -> Manifest:
-        """The manifest from the content of `manifest.json`.
 
-        Raises:
-            KeyError, TypeError: a key is missing or unknown, or a value has another type.
-        """
-        splits = {
-            name: Split(**split | {"domains": {d: DomainCounts(**counts) for d, counts in split["domains"].items()}})
-            for name, split in content["splits"].items()
-        }
-        manifest = Manifest(**content | {"splits": splits})
-        names = manifest.domains
-        if any(sorted(split.domains) != sorted(names) for split in splits.values()):
-            raise KeyError("domains")
-        if not (isinstance(names, list) and isinstance(manifest.tokenizer, dict)):
-            raise TypeError
-        return manifest
+_SCHEMA = TypeAdapter(Manifest)
 
 
 def response_shares(split: Split) -> dict[str, float]:
@@ -203,10 +193,11 @@ def load_manifest(folder: str | Path) -> Manifest:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise SRDEError(f"'{path}': format_version {version}, but this release reads {FORMAT_VERSION}: build it again.")
-    try:
-        return Manifest.from_dict(content)
-    except (KeyError, TypeError, AttributeError):
-        raise SRDEError(f"'{path}' is damaged: build the dataset again.") from None
+    with one_fault(f"'{path}' is damaged", "build the dataset again"):
+        manifest = _SCHEMA.validate_python(content)
+    if any(sorted(split.domains) != sorted(manifest.domains) for split in manifest.splits.values()):
+        raise SRDEError(f"'{path}' is damaged: domains are not those of splits: build the dataset again.")
+    return manifest
 
 
 def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Dataset:

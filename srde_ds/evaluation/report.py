@@ -8,16 +8,16 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from srde_ds.config.values import load_yaml
 from srde_ds.data.manifest import counts_table
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.plots import plot_loss, plot_speed, plot_usage, plot_usage_by_layer
 from srde_ds.evaluation.run_files import (
     LOSS_MEANS,
     machine_rows,
+    read_environment,
     read_evaluation,
     read_items,
-    read_json,
+    read_settings,
     report_metrics,
 )
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
@@ -51,8 +51,7 @@ def write_report(run: str | Path) -> Path:
     metrics = report_metrics(folder / "metrics.jsonl")
     result = read_evaluation(folder)
     items = read_items(items_file(folder / "evaluation.json"))
-    environment = read_json(folder / "environment.json", "it is written when training starts")
-    config = load_yaml(folder / "config.yaml")
+    environment, config = read_environment(folder), read_settings(folder)
 
     page = folder / "report.md"
     sections = [
@@ -127,7 +126,7 @@ def _example(items: list[dict[str, Any]], domain: str) -> str:
     for name in ("base", "srde"):
         if name in item:
             verdict = "right" if item[name]["correct"] else "wrong"
-            lines.append(f"- {name} ({verdict}): {_inline(item[name]['prediction'])}")
+            lines.append(f"- {name} ({verdict}): {_inline(item[name]['prediction'] or '')}")
     return "\n\n".join([*lines[:2], "\n".join(lines[2:])])
 
 

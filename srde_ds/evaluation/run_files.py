@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,9 @@ from srde_ds.config.values import load_yaml
 from srde_ds.data.manifest import FILE_NAME, Manifest, load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
+from srde_ds.evaluation.run_schema import Environment, Evaluation, Experts, Item, Line, Settings
 from srde_ds.utils.files import check_ordinary
+from srde_ds.utils.schema import check_schema
 from srde_ds.weights.locate import completed_step, run_folder
 
 MOST_LINES = 5000  # of metrics; a plot has fewer pixels
@@ -23,16 +25,8 @@ LOSS_MEANS = {
     "domain": "each domain counts equally, or by its share of the rows if these are drawn by shares",
 }
 """what the training loss is, by `loss_weighting`"""
+_FORMER = re.compile(r"config-until-(\d{1,18})\.yaml", re.ASCII)
 _KEPT = (b'"held_out', b'"warm_start"')  # lines that hold one of these
-# What reports read of each file; other keys may be missing.
-_LINE = ("step", "tokens", "loss", "tokens_per_second", "tokens_per_expert")
-_ITEM = ("domain", "source", "prompt", "response", "answer", "scoring", "srde")
-_ANSWER = ("prediction", "correct")
-_RESULT = ("overall", "domains", "sources", "usage", "run")
-_USAGE = ("domains", "experts", "share", "share_by_layer")
-_MEANS = [f"{name}{part}" for name in ("loss", "perplexity", "accuracy") for part in ("", "_interval")]
-_FIGURES = ("items", "scored", *_MEANS)
-_DIFFERENCE = ("loss", "loss_interval", "accuracy", "accuracy_interval", "mcnemar_p")
 MACHINE = ("machine", "world_size", "python", "git_revision")
 Lines = list[dict[str, Any]]
 
@@ -76,16 +70,16 @@ class RunFiles:
         folder = run_folder(run)
         metrics = report_metrics(folder / "metrics.jsonl", most=most_lines)
         evaluated = (folder / "evaluation.json").is_file()
-        config = load_yaml(folder / "config.yaml")
+        config = read_settings(folder)
         return cls(
             folder,
             metrics,
             config,
-            read_json(folder / "environment.json", "it is written when training starts"),
+            read_environment(folder),
             read_evaluation(folder) if evaluated else None,
             read_items(items_file(folder / "evaluation.json")) if evaluated else [],
             _manifest(folder, config),
-            sorted(int(path.stem.rpartition("-")[2]) for path in folder.glob("config-until-*.yaml")),
+            sorted(int(found[1]) for path in folder.iterdir() if (found := _FORMER.fullmatch(path.name))),
             completed_step(folder) is not None,
         )
 
@@ -134,8 +128,8 @@ class RunFiles:
 
 def versions(environment: dict[str, Any]) -> dict[str, Any]:
     """Package -> version, from an `environment.json`; empty if it has none."""
-    found = environment.get("versions")
-    return found if isinstance(found, dict) else {}
+    found: dict[str, Any] = environment.get("versions", {})
+    return found
 
 
 def machine_rows(environment: dict[str, Any]) -> list[list[str]]:
@@ -182,9 +176,35 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
 def report_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
     """What `read_metrics` gives, if each line holds what reports show; errors as there, and for one that does not."""
     lines = read_metrics(path, most=most)
+    check_schema(Experts, lines[-1], _place(path, lines[-1]), "train again")
+    experts = len(lines[-1]["tokens_per_expert"])
     for line in lines:
-        _require(path, f"the line of step {line.get('step', '?')}", line, _LINE, "train again")
+        check_schema(Line, line, _place(path, line), "train again", context=experts)
     return lines
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`config.yaml`.
+
+    Raises:
+        SRDEError: it does not exist, or an option that reports read has a value of another type.
+    """
+    path = folder / "config.yaml"
+    config = load_yaml(path)
+    check_schema(Settings, config, f"'{path}'", "correct it")
+    return config
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """`environment.json`.
+
+    Raises:
+        SRDEError: it does not exist, or is damaged.
+    """
+    path = folder / "environment.json"
+    content = read_json(path, "it is written when training starts")
+    check_schema(Environment, content, f"'{path}'", "train again")
+    return content
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
@@ -197,18 +217,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
     result = read_json(path, f"evaluate first: srde-ds evaluate --checkpoint {folder} ...")
     if "sources" not in result:
         raise SRDEError(f"'{path}' was written by an earlier version: evaluate again.")
-    _require(path, "it", result, _RESULT, "evaluate again")
-    _require(path, "usage", result["usage"], _USAGE, "evaluate again")
-    _require(path, "run", result["run"], ("eval_file", "dtype", "seconds"), "evaluate again")
-    if "each_expert" in result:
-        _require(path, "each_expert", result["each_expert"], ("domains", "experts", "loss"), "evaluate again")
-    for part in ("domains", "sources"):
-        _require(path, part, result[part], (), "evaluate again")
-    for name, figures in [("overall", result["overall"]), *result["domains"].items(), *result["sources"].items()]:
-        _require(path, name, figures, ("srde",), "evaluate again")
-        for model, keys in (("srde", _FIGURES), ("base", _FIGURES), ("difference", _DIFFERENCE)):
-            if model in figures:
-                _require(path, f"{name}, {model}", figures[model], keys, "evaluate again")
+    check_schema(Evaluation, result, f"'{path}'", "evaluate again")
     return result
 
 
@@ -220,13 +229,7 @@ def read_items(path: Path) -> Lines:
     """
     lines = read_lines(path, "evaluate again")
     for number, line in enumerate(lines, 1):
-        _require(path, f"item {number}", line, _ITEM, "evaluate again")
-        for model in ("base", "srde"):
-            if model in line:
-                _require(path, f"item {number}, {model}", line[model], _ANSWER, "evaluate again")
-        messages = line["prompt"] if isinstance(line["prompt"], list) else []
-        if not messages or not all(isinstance(m, dict) and m.keys() >= {"role", "content"} for m in messages):
-            raise SRDEError(f"'{path}': item {number}: its prompt is no list of messages: evaluate again.")
+        check_schema(Item, line, f"'{path}': item {number}", "evaluate again", context="base" in lines[0])
     return lines
 
 
@@ -277,9 +280,7 @@ def _object(path: Path, text: str, what: str, remedy: str = "train again") -> di
     return content
 
 
-def _require(path: Path, where: str, values: Any, keys: Iterable[str], remedy: str) -> None:
-    if not isinstance(values, dict):
-        raise SRDEError(f"'{path}': {where} is no JSON object: {remedy}.")
-    for key in keys:
-        if key not in values:
-            raise SRDEError(f"'{path}': {where} lacks '{key}': {remedy}.")
+def _place(path: Path, line: dict[str, Any]) -> str:
+    """The file and the step of a line of metrics, for errors."""
+    step = line.get("step")
+    return f"'{path}': {f'the line of step {step}' if type(step) is int else 'a line without a step'}"

@@ -98,7 +98,7 @@ def _lead(run: RunFiles) -> str:
         parts.append(f"Training is not finished: so far {done}, of {run.setting('max_steps'):,} steps{machine}.")
     if run.result is not None:
         overall = run.result["overall"]
-        if "base" in overall and overall["srde"]["accuracy"] is not None:
+        if "base" in overall and None not in (overall["base"]["accuracy"], overall["srde"]["accuracy"]):
             parts.append(
                 f"Of {overall['srde']['scored']} held-out items the base has {percent(overall['base']['accuracy'])} "
                 f"right, the experts {percent(overall['srde']['accuracy'])}."

@@ -26,7 +26,10 @@ def expert_rows(result: dict[str, Any]) -> list[list[str]]:
     for title, model in (("as routed", "srde"), ("base", "base")):
         if model in result["overall"]:
             rows.append([title, *(result["domains"][domain][model]["loss"] for domain in table["domains"])])
-    return [["loss", *table["domains"]], *([title, *(f"{loss:.3f}" for loss in losses)] for title, *losses in rows)]
+    return [
+        ["loss", *table["domains"]],
+        *([title, *("–" if loss is None else f"{loss:.3f}" for loss in losses)] for title, *losses in rows),
+    ]
 
 
 def format_tables(result: dict[str, Any]) -> str:

@@ -335,17 +335,17 @@ def damaged(run: Path, file: str, *keys: str | int, line: int = 0) -> None:
 @pytest.mark.parametrize(
     ("file", "keys", "line", "message"),
     [
-        ("metrics.jsonl", ["tokens_per_second"], 3, "the line of step 4 lacks 'tokens_per_second': train again"),
+        ("metrics.jsonl", ["tokens_per_second"], 3, "the line of step 4: it lacks 'tokens_per_second': train again"),
         ("evaluation.json", ["usage"], 0, "it lacks 'usage': evaluate again"),
         ("evaluation.json", ["usage", "share"], 0, "usage lacks 'share': evaluate again"),
         ("evaluation.json", ["run", "seconds"], 0, "run lacks 'seconds': evaluate again"),
         ("evaluation.json", ["overall", "srde"], 0, "overall lacks 'srde': evaluate again"),
-        ("evaluation.json", ["domains", "math", "base", "loss"], 0, "math, base lacks 'loss': evaluate again"),
+        ("evaluation.json", ["domains", "math", "base", "loss"], 0, "domains.math.base lacks 'loss': evaluate again"),
         ("evaluation.json", ["sources", "made", "difference", "mcnemar_p"], 0, "difference lacks 'mcnemar_p'"),
-        ("evaluation_items.jsonl", ["scoring"], 2, "item 3 lacks 'scoring': evaluate again"),
-        ("evaluation_items.jsonl", ["prompt"], 0, "item 1 lacks 'prompt': evaluate again"),
-        ("evaluation_items.jsonl", ["prompt", 0, "content"], 0, "item 1: its prompt is no list of messages"),
-        ("evaluation_items.jsonl", ["srde", "correct"], 0, "item 1, srde lacks 'correct': evaluate again"),
+        ("evaluation_items.jsonl", ["scoring"], 2, "item 3: it lacks 'scoring': evaluate again"),
+        ("evaluation_items.jsonl", ["prompt"], 0, "item 1: it lacks 'prompt': evaluate again"),
+        ("evaluation_items.jsonl", ["prompt", 0, "content"], 0, "item 1: prompt[0] lacks 'content'"),
+        ("evaluation_items.jsonl", ["srde", "correct"], 0, "item 1: srde lacks 'correct': evaluate again"),
     ],
 )
 def test_what_a_report_needs_and_a_file_lacks_is_named(
