@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 DESKTOP, PHONE = 1280, 390
 WIDTHS = (DESKTOP, PHONE)
 HEIGHTS = {DESKTOP: 900, PHONE: 844}
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
+expect.set_options(timeout=20_000)  # milliseconds; beside other tests 5,000 are not always enough
 MISSING = "chromium is missing: apt-get install chromium"
 
 _STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(element => {

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +51,26 @@ def test_before_there_is_anything_to_save_the_first_signal_stops_at_once() -> No
         assert stop.requested == "SIGTERM"
 
 
+@contextmanager
+def _heeding_ctrl_c() -> Iterator[None]:
+    """A shell lets its background jobs ignore SIGINT, and a new process inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_ctrl_c_while_the_script_loads_ends_without_a_traceback(tmp_path: Path) -> None:
     """With a package that takes long to load in place of this one."""
     (tmp_path / "srde_ds").mkdir()
     (tmp_path / "srde_ds/__init__.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     command = [sys.executable, str(Path(__file__).parents[2] / "launch/train.py")]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as process:
+    with (
+        _heeding_ctrl_c(),
+        subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, **pipes) as process,
+    ):
         assert process.stdout is not None and process.stdout.readline() == "loading\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == "" and process.wait(10) == -signal.SIGINT  # 130 in a shell
