@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from tests.cli_helpers import flags
-from tests.distributed.harness import free_port
-from tests.distributed.training_helpers import Inputs, latest, make_inputs
+from tests.distributed.harness import Ranks, free_port
+from tests.distributed.training_helpers import Inputs, latest, make_inputs, train_here
 
 ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, "launch/train.py"]
@@ -62,15 +62,17 @@ def options(inputs: Inputs, run: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_before_the_first_step_nothing_is_left(inputs: Inputs, tmp_path: Path, number: signal.Signals) -> None:
+def test_before_the_first_step_nothing_is_left(
+    inputs: Inputs, one_rank: Ranks, tmp_path: Path, number: signal.Signals
+) -> None:
     with Training(options(inputs, tmp_path / "run")) as run:
         run.wait_for("72 records")  # the data are being prepared
         run.send_signal(number)
         assert run.ended() == 128 + number, run.output
     assert "Traceback" not in run.output and f"srde-ds: stopped by {number.name}." in run.output
     assert not (tmp_path / "run/latest").exists() and not (tmp_path / "run/run.lock").exists()
-    with Training(options(inputs, tmp_path / "run") | {"max_steps": 3}) as again:  # the folder blocks nothing
-        assert again.ended() == 0, again.output
+    again = options(inputs, tmp_path / "run") | {"max_steps": 3}
+    assert one_rank(train_here, again) == [None]  # the folder blocks nothing
     assert (tmp_path / "run/completed.json").exists()
 
 
@@ -87,15 +89,13 @@ def test_in_its_first_second_a_run_ends_without_a_traceback(inputs: Inputs, tmp_
         assert "Traceback" not in run.output
 
 
-def test_the_launcher_ends_with_the_signal_of_a_rank(inputs: Inputs, tmp_path: Path) -> None:
+def test_the_launcher_ends_with_the_signal_of_a_rank(inputs: Inputs, one_rank: Ranks, tmp_path: Path) -> None:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     launcher.append("launch/train.py")
     folder = tmp_path / "run"
     with Training(options(inputs, folder), launcher) as run:
         run.wait_for("step    2/1000")
-        with Training(options(inputs, folder) | {"resume_from": "latest"}) as second:  # beside the living one
-            assert second.ended() == 2
-        [error] = [line for line in second.output.splitlines() if "error:" in line]
+        (error,) = one_rank(train_here, options(inputs, folder) | {"resume_from": "latest"})  # beside the living one
         assert "is training there (run.lock)" in error
         os.kill(json.loads((folder / "heartbeat.json").read_text())["pid"], signal.SIGTERM)
         assert run.ended() == 128 + signal.SIGTERM, run.output
@@ -115,5 +115,5 @@ def test_the_launcher_ends_with_the_signal_of_a_rank(inputs: Inputs, tmp_path: P
         ["batch_size", "2", "4"],
     ]
     assert (folder / f"config-until-{done}.yaml").exists() and not (folder / "metrics.attempt-1.jsonl").exists()
-    with Training(options(inputs, folder) | more | {"max_steps": 3}) as fewer:
-        assert fewer.ended() == 2 and f"already has {done + 1} steps. Give --max_steps {done + 1}" in fewer.output
+    (error,) = one_rank(train_here, options(inputs, folder) | more | {"max_steps": 3})
+    assert f"already has {done + 1} steps. Give --max_steps {done + 1}" in error
