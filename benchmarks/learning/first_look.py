@@ -235,12 +235,12 @@ def train(trainee: Trainee, stream: RowStream, rows_at_once: int, micro_steps: i
     return losses
 
 
-def run_look(name: str, base_folder: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """Train and measure one run."""
-    look, budget, started = LOOKS[name], Plan("medium", lambda _: None).budget, time.monotonic()
+def run_look(name: str, base_folder: Path, folder: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Train and measure one run, or its first steps."""
+    look, plan, started = LOOKS[name], Plan("medium", lambda _: None), time.monotonic()
+    budget = plan.budget
     inputs = prepare(budget, SEED, base=base_folder, folder=folder)
-    example = Plan("medium", lambda _: None).example(Plan("medium", lambda _: None).rows["SRDE from domain means"])
-    config = methods.config_of(example, inputs, folder)
+    config = methods.config_of(plan.example(plan.rows["SRDE from domain means"]), inputs, folder)
     torch.manual_seed(SEED)
     base = load_base(inputs.base, dtype=torch.bfloat16, attn_implementation=packed_attention(config))
     trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs)
@@ -290,7 +290,6 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data")
     parser.add_argument("--results", type=Path, default=RESULTS / f"{NAME}.jsonl")
-    parser.add_argument("--steps", type=int, default=STEPS, help="only so many of the 40")
     options = parser.parse_args()
     unknown = set(options.names) - LOOKS.keys()
     if unknown:
@@ -299,7 +298,7 @@ def main() -> None:
     for name in options.names or LOOKS:
         if name in done:
             continue
-        record = run_look(name, options.base, options.folder, options.steps)
+        record = run_look(name, options.base, options.folder)
         with options.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print(f"{name}: late loss {record['late_loss']}, held out {record['held_out']}", flush=True)

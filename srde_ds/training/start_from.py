@@ -111,7 +111,13 @@ def route_to_new_experts(
         router = torch.empty(len(old) + len(new), own.hidden)
 
         def extend(layer: int = layer, statistics: DomainStatistics = statistics, router: Tensor = router) -> float:
-            rows, share = add_rows(adapter.router(layer).load().float(), statistics, seed=seed, layer=layer)
+            try:
+                rows, share = add_rows(adapter.router(layer).load().float(), statistics, seed=seed, layer=layer)
+            except SRDEError as error:
+                raise SRDEError(
+                    f"domains={','.join(new)} with start_from={adapter.place}: {error} Give data of another kind, or "
+                    "--domain_statistics_rows 0, which leaves the new rows of the routers random."
+                ) from None
             router.copy_(rows)
             return share
 

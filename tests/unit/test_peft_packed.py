@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from tests.helpers import adapter_config, randomize, tiny_llama, tokens
-from tests.peft_helpers import NAMES, loaded, logits, saved, tiny_peft
+from tests.peft_helpers import NAMES, loaded, logits, saved, tiny_peft, with_gradients
 
 
 class PackedLinear(nn.Module):
@@ -76,19 +76,8 @@ def unpacked(base: Any) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_are_trained_saved_and_loaded(kind: type[PackedLinear], tmp_path: Path) -> None:
-    bare = logits(packed(kind), tokens())
-    model = tiny_peft(packed(kind), random=False)
-    assert torch.equal(logits(model, tokens()), bare)
-    randomize(model.srde_model())
-    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 4
-    for parameter in trained:
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
-    expected = logits(model.eval(), tokens())
-    assert not torch.equal(expected, bare)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens()), bare)
+    model = with_gradients(packed(kind))
+    expected = logits(model, tokens())
     again = PeftModel.from_pretrained(packed(kind), saved(model, tmp_path), is_trainable=True).eval()
     assert torch.equal(logits(again, tokens()), expected)
     generated = model.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False, pad_token_id=0)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from tests.helpers import adapter_config, randomize, tiny_llama, tokens
-from tests.peft_helpers import NAMES, loaded, logits, saved, tiny_peft
+from tests.helpers import adapter_config, tiny_llama, tokens
+from tests.peft_helpers import NAMES, loaded, logits, saved, tiny_peft, with_gradients
 
 pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
@@ -39,18 +39,7 @@ def quantized(folder: Path, kind: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_are_trained_and_saved(kind: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     base = prepare_model_for_kbit_training(quantized(folder, kind), use_gradient_checkpointing=False)
-    bare = logits(base, tokens())
-    model = tiny_peft(base, random=False)
-    assert torch.equal(logits(model, tokens()), bare)
-    randomize(model.srde_model())
-    model.train()(input_ids=tokens(), labels=tokens()).loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert len(trained) == 4
-    for parameter in trained:
-        assert parameter.dtype == torch.float32 and parameter.grad is not None and parameter.grad.isfinite().all()
-    assert not torch.equal(logits(model.eval(), tokens()), bare)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, tokens()), bare)
+    model = with_gradients(base)
     with pytest.raises(SRDEError, match="expert cannot be merged: .*quantised"):
         model.merge_and_unload(expert="expert1")
     again = PeftModel.from_pretrained(quantized(folder, kind), saved(model, tmp_path))

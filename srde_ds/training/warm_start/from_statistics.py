@@ -31,8 +31,11 @@ def router_of(statistics: DomainStatistics, *, seed: int, layer: int) -> Tensor:
     Raises:
         SRDEError: the domains are too similar.
     """
-    inputs, domain = draw_inputs(statistics, seed=seed, layer=layer)
-    experts = len(statistics.mean)
+    return _fitted(*draw_inputs(statistics, seed=seed, layer=layer), seed=seed, layer=layer)
+
+
+def _fitted(inputs: np.ndarray, domain: np.ndarray, *, seed: int, layer: int) -> Tensor:
+    experts = int(domain[-1]) + 1
     fit = fit_router(inputs, domain, num_experts=experts, method="domain_means", seed=seed, layer=layer)
     return torch.from_numpy(fit.weights)
 
@@ -57,7 +60,7 @@ def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: 
     inputs, domain = draw_inputs(statistics, seed=seed, layer=layer)
     similar = f"layer {layer}: the inputs of a new domain are too similar to those of another domain."
     try:
-        fitted = router_of(statistics, seed=seed, layer=layer)
+        fitted = _fitted(inputs, domain, seed=seed, layer=layer)
     except SRDEError:
         raise SRDEError(similar) from None
     common, x_ND = router.mean(0), torch.from_numpy(inputs)
