@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
@@ -196,14 +197,21 @@ def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
     return Trainee(model, masters.values, [optimizer], masters)
 
 
-def factor(step: int) -> float:
+def factor(step: int, steps: int = STEPS, warmup: int = WARMUP) -> float:
     """Share of the peak rate: warm-up, then a half cosine."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def train(trainee: Trainee, stream: RowStream, rows_at_once: int, micro_steps: int, steps: int) -> list[float]:
+def train(
+    trainee: Trainee,
+    stream: RowStream,
+    rows_at_once: int,
+    micro_steps: int,
+    steps: int,
+    factor: Callable[[int], float] = factor,
+) -> list[float]:
     """The loss of each step, before its update."""
     model, losses = trainee.model, []
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in trainee.optimizers]

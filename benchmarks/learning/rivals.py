@@ -7,7 +7,7 @@ SRDE with the flags `values_of`; the target is the feed-forward projections or, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from srde_ds.model.base import ROLES, FeedForward, find_feed_forward
 from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.supports.selection import support_size
 from srde_ds.training.warm_start.clustering import fit_router
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 ROUTER_ROWS_A_DOMAIN = 4
 
@@ -82,15 +85,20 @@ def optimizer_of(values: list[nn.Parameter], settings: OptimizerConfig, *, muon:
 
 
 def lora(base: PreTrainedModel, run: Run, inputs: Inputs) -> list[nn.Parameter]:
-    """PEFT's LoRA; alpha = rank: the swept rate stands for any other scale. `rslora`: scaled by 1 / sqrt(rank)."""
-    from peft import LoraConfig, inject_adapter_in_model
+    """PEFT's LoRA."""
+    from peft import inject_adapter_in_model
 
-    targets, width = _targets(base, run.flags.get("target", "feed-forward"))
-    rank = equal_rank(base, width, run.flags["values_of"])
-    rslora = bool(run.flags.get("rslora"))
-    config = LoraConfig(r=rank, lora_alpha=rank, use_rslora=rslora, target_modules=targets)
-    inject_adapter_in_model(config, base)
+    inject_adapter_in_model(lora_config(base, run.flags), base)
     return [parameter for parameter in base.parameters() if parameter.requires_grad]
+
+
+def lora_config(base: PreTrainedModel, flags: Flags) -> LoraConfig:
+    """PEFT's options; alpha = rank: the swept rate stands for any other scale. `rslora`: scaled by 1 / sqrt(rank)."""
+    from peft import LoraConfig
+
+    targets, width = _targets(base, flags.get("target", "feed-forward"))
+    rank = equal_rank(base, width, flags["values_of"])
+    return LoraConfig(r=rank, lora_alpha=rank, use_rslora=bool(flags.get("rslora")), target_modules=targets)
 
 
 def shira(base: PreTrainedModel, run: Run, inputs: Inputs) -> list[nn.Parameter]:

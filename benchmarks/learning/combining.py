@@ -1,0 +1,339 @@
+"""Experts trained apart and put together, and domains learnt one after the other, against LoRA at equal values.
+
+    python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
+    python -m benchmarks.learning.combining [--seeds 1 2 3] [--method srde|lora] [--limit PARTS]
+
+A part is one training, or one merge, with its measurement on the test items of all domains; it adds a line to
+results/combining.jsonl. A part that has a line is not repeated, as long as its adapter is there. Each domain gets
+STEPS steps of ROWS rows of 512 tokens in bfloat16. Rates are chosen on SWEEP_SEED, by held-out items of two domains.
+
+Each method may run in a process of its own. A seed takes about an hour and a half of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal
+
+import datasets
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from benchmarks.learning import methods, rivals
+from benchmarks.learning.data import prepare
+from benchmarks.learning.first_look import Trainee, factor, train
+from benchmarks.learning.plan import Flags, Plan
+from benchmarks.learning.store import RESULTS, read_records
+from srde_ds.compose.combine import combine_command
+from srde_ds.compose.options import CombineOptions
+from srde_ds.config import DOMAINS, AdapterConfig, resolve
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
+from srde_ds.data.loader import RowStream, validation_batches
+from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
+from srde_ds.model.base import load_base
+from srde_ds.model.policy import PolicyControl, RoutingPolicy
+from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.training.run_inputs import read_run_inputs
+from srde_ds.utils.environment import environment
+from srde_ds.utils.files import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS, WARMUP, ROWS = 20, 2, 4
+SWEEP_SEED, SWEEP_DOMAINS = 0, ("code", "science")
+RATES = {"srde": (0.01, 0.02, 0.04), "lora": (0.001, 0.003, 0.01)}
+MERGES = [(kind, weight) for kind in ("cat", "linear", "ties", "dare_ties") for weight in (round(1 / 6, 3), 1.0)]
+ONE_EXPERT: Flags = {"num_experts": 1, "top_k": 1}
+
+Method = Literal["srde", "lora"]
+Record = dict[str, Any]
+Part = tuple[str, Callable[[], Record]]
+
+
+def held_out(model: SRDEModel, rows: datasets.Dataset) -> Record:
+    """Of each row, the sum of its labels' losses and their number, by domain; and the use of the experts by domain."""
+    domain_of_row = rows.with_format("numpy")["domain"][:]
+    experts = model.config.num_experts if model.layers else 0
+    losses: dict[str, list[tuple[float, int]]] = {}
+    usage: dict[str, list[float]] = {}
+    for number, name in enumerate(DOMAINS):
+        own = rows.select((domain_of_row == number).nonzero()[0].tolist())
+        statistics = RoutingStatistics(len(model.layers), experts) if experts > 1 else None
+        policy, losses[name] = RoutingPolicy(statistics=statistics), []
+        for batch in validation_batches(own, 1):
+            documents = Documents.of(batch["position_ids"])
+            inputs: dict[str, Any] = {key: batch[key] for key in methods.INPUTS} | {"attention_mask": documents.no_mask}
+            with torch.no_grad():
+                output = model(**inputs, documents=documents, policy=policy)
+            losses[name].append((round(float(output.loss_sum), 4), int(output.label_count)))
+        if statistics:
+            assignments = statistics.pop()["assignments"].sum(0)
+            usage[name] = (assignments / assignments.sum()).round(decimals=4).tolist()
+    return {"losses": losses} | ({"usage": usage} if usage else {})
+
+
+def loss_of(rows: list[tuple[float, int]]) -> float:
+    """Mean over the labels."""
+    return sum(total for total, _ in rows) / sum(count for _, count in rows)
+
+
+class Study:
+    """The parts of one seed.
+
+    Args:
+        folder: for data and adapters.
+        budget: gives the items and the rows' length.
+    """
+
+    def __init__(self, seed: int, base: Path, folder: Path, rates: dict[str, float], budget: str = "medium") -> None:
+        self.seed, self.base, self.rates, self.budget = seed, base, rates, Plan(budget, lambda _: None).budget
+        self.inputs = prepare(self.budget, seed, base=base, folder=folder)
+        self.folder = folder / f"combining-{seed}"
+
+    # Parts
+
+    def parts(self, method: Method) -> Iterator[Part]:
+        """In the order in which they need each other."""
+        alone, staged = (self.alone_lora, self.staged_lora) if method == "lora" else (self.alone, self.staged)
+        if method == "lora":
+            yield "base", self.bare_base
+        for domain in DOMAINS:
+            yield f"{method} alone, {domain}", partial(alone, domain)
+        if method == "srde":
+            yield "srde combined", self.combined
+            yield "srde joint", self.joint
+        else:
+            for kind, weight in MERGES:
+                yield f"lora merged, {kind}, {weight}", partial(self.merged_lora, kind, weight)
+        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
+            yield f"{method} stage {stage + 1}", partial(staged, stage)
+
+    def sweep(self, method: Method) -> Iterator[Part]:
+        """The rates."""
+        train_one = self.alone_lora if method == "lora" else self.alone
+        for rate in RATES[method]:
+            for domain in SWEEP_DOMAINS:
+                yield (
+                    f"{method} rate {rate}, {domain}",
+                    partial(train_one, domain, rate=rate, split="validation"),
+                )
+
+    def bare_base(self) -> Record:
+        return self._measured(self._bare(self._load()), values=0)
+
+    def alone(self, domain: str, rate: float | None = None, split: str = "test") -> Record:
+        """An adapter of one expert, trained on its domain."""
+        flags = {"jsonl_data": str(self._items(domain)), "domains": [domain]} | ONE_EXPERT
+        if rate is not None:
+            return self._srde(f"rate-{rate}-{domain}", flags | {"muon_lr": rate}, split)
+        return self._srde(f"alone-{domain}", flags)
+
+    def joint(self) -> Record:
+        """Six experts, trained together with as many steps and rows a domain as alone."""
+        weights = ",".join(f"{domain}=1" for domain in DOMAINS)
+        flags = {"pretokenized_dir": str(self.inputs.rows), "domains": list(DOMAINS), "domain_weights": weights}
+        accumulation = {"gradient_accumulation_steps": len(DOMAINS)}
+        return self._srde("joint", flags | {"warm_start": True, "warm_start_method": "domain_means"} | accumulation)
+
+    def combined(self) -> Record:
+        """The six adapters of one expert in one, without data."""
+        output = self.folder / "combined.safetensors"
+        places = [str(self._weights(f"alone-{domain}")) for domain in DOMAINS]
+        combine_command(CombineOptions(weights=places, output=str(output)))
+        return self._measured(self._adapted(output))
+
+    def staged(self, stage: int) -> Record:
+        """One more domain and expert after the others, which are locked."""
+        before = f"stage-{stage}" if stage > 1 else f"alone-{DOMAINS[0]}"
+        domain, known = DOMAINS[stage], list(DOMAINS[: stage + 1])
+        flags = {"jsonl_data": str(self._items(domain)), "domains": known}
+        flags |= {"start_from": str(self._weights(before)), "train_experts": [domain]}
+        return self._srde(f"stage-{stage + 1}", flags)
+
+    def alone_lora(self, domain: str, rate: float | None = None, split: str = "test") -> Record:
+        """A LoRA as large as one expert, trained on its domain."""
+        base = self._load()
+        torch.manual_seed(self.seed)
+        model = get_peft_model(base, rivals.lora_config(base, {"values_of": ONE_EXPERT}))
+        return self._lora(model, base, f"lora-{domain}", domain, rate, split)
+
+    def staged_lora(self, stage: int) -> Record:
+        """A LoRA as large as six experts, trained on with one more domain."""
+        base = self._load()
+        torch.manual_seed(self.seed)
+        if stage:
+            before = self.folder / f"lora-stage-{stage}"
+            model: Any = PeftModel.from_pretrained(base, before, is_trainable=True)
+        else:
+            model = get_peft_model(base, rivals.lora_config(base, {"values_of": {}}))
+        return self._lora(model, base, f"lora-stage-{stage + 1}", DOMAINS[stage])
+
+    def merged_lora(self, kind: str, weight: float) -> Record:
+        """The six LoRAs as one, by PEFT's `add_weighted_adapter`."""
+        base = self._load()
+        torch.manual_seed(self.seed)
+        model: Any = PeftModel.from_pretrained(base, self.folder / f"lora-{DOMAINS[0]}", adapter_name=DOMAINS[0])
+        for domain in DOMAINS[1:]:
+            model.load_adapter(self.folder / f"lora-{domain}", adapter_name=domain)
+        density = 0.5 if "ties" in kind else None
+        model.add_weighted_adapter(
+            list(DOMAINS), [weight] * len(DOMAINS), "merged", combination_type=kind, density=density
+        )
+        model.set_adapter("merged")
+        return self._measured(self._bare(base))
+
+    # How they are made
+
+    def _srde(self, name: str, flags: Flags, split: str = "test") -> Record:
+        fixed: Flags = {
+            "model_name": str(self.base),
+            "max_length": self.budget.max_length,
+            "too_long": "drop",
+            "output_dir": str(self.folder / name),
+            "bf16": True,
+            "max_steps": STEPS,
+            "warmup_steps": WARMUP,
+            "batch_size": ROWS,
+            "gradient_accumulation_steps": 1,
+            "muon_lr": self.rates.get("srde"),
+            "seed": self.seed,
+            "save_steps": 0,
+            "eval_steps": 0,
+            "log_steps": 10**6,
+            "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
+        }
+        shutil.rmtree(self.folder / name, ignore_errors=True)  # of a part that was stopped
+        trained = methods.train_srde(resolve({}, fixed | flags, read_inputs=read_run_inputs))
+        figures = {"training": trained.losses, "values": trained.values}
+        del trained
+        gc.collect()  # engines hold cycles
+        return self._measured(self._adapted(self._weights(name)), split, **figures)
+
+    def _lora(
+        self, model: Any, base: PreTrainedModel, name: str, domain: str, rate: float | None = None, split: str = "test"
+    ) -> Record:
+        parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        chosen = self.rates["lora"] if rate is None else rate
+        optimizer = torch.optim.AdamW(parameters, lr=chosen, betas=(0.9, 0.95), weight_decay=0.0)
+        trainee = Trainee(self._bare(base), parameters, [optimizer])
+        folder = self._rows(domain)
+        stream = RowStream(load_rows(folder, "train", load_manifest(folder)), seed=self.seed, global_batch_rows=ROWS)
+        losses = train(trainee, stream, ROWS, 1, STEPS, partial(factor, steps=STEPS, warmup=WARMUP))
+        if rate is None:
+            model.save_pretrained(self.folder / name)
+        trainee.model.eval()
+        values = sum(parameter.numel() for parameter in parameters)
+        return self._measured(trainee.model, split, training=losses, values=values)
+
+    def _measured(self, model: SRDEModel, split: str = "test", **figures: Any) -> Record:
+        model.eval()
+        return figures | held_out(model, self.inputs.split(split))
+
+    def _load(self) -> PreTrainedModel:
+        return load_base(self.base, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION)
+
+    def _bare(self, base: PreTrainedModel) -> SRDEModel:
+        return SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(self.base)})
+
+    def _adapted(self, weights: Path) -> SRDEModel:
+        dtype, attention = torch.bfloat16, DOCUMENT_ATTENTION
+        return load_adapter(weights, base=str(self.base), dtype=dtype, attn_implementation=attention)
+
+    def _weights(self, name: str) -> Path:
+        return self.folder / name / "srde_weights.safetensors"
+
+    def _items(self, domain: str) -> Path:
+        """The items of a domain, which is another file than that of all domains."""
+        path = self.folder / f"{domain}.jsonl"
+        if not path.exists():
+            lines = self.inputs.items.read_text(encoding="utf-8").splitlines(keepends=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(path, "".join(line for line in lines if json.loads(line)["domain"] == domain))
+        return path
+
+    def _rows(self, domain: str) -> Path:
+        """The rows that `srde-ds train` makes of them."""
+        length, folder = self.budget.max_length, self.folder / f"rows-{domain}"
+        rows = RowsOfFiles(self._items(domain), None, [domain], max_length=length, too_long="drop", seed=self.seed)
+        build_dataset(rows, folder, self.inputs.tokenizer())
+        return folder
+
+
+def chosen_rates(records: list[Record], methods_wanted: list[Method]) -> dict[str, float]:
+    """Of each method, the rate with the lowest mean loss of its sweep's held-out items."""
+    found: dict[str, float] = {}
+    for method in methods_wanted:
+        of_rate = {
+            rate: mean(
+                loss_of(record["losses"][domain])
+                for record in records
+                for domain in SWEEP_DOMAINS
+                if record["part"] == f"{method} rate {rate}, {domain}"
+            )
+            for rate in RATES[method]
+        }
+        found[method] = min(of_rate, key=lambda rate: of_rate[rate])
+    return found
+
+
+def run_parts(study: Study, parts: Iterator[Part], results: Path, limit: int) -> int:
+    """Do what is not done, at most `limit` parts; returns how many were done."""
+    done = 0
+    for name, part in parts:
+        known = {(record["seed"], record["part"]) for record in read_records(results)}
+        if (study.seed, name) in known:
+            continue
+        if done == limit:
+            return done
+        started = time.monotonic()
+        record: Record = {"seed": study.seed, "part": name} | part()
+        here = environment()
+        record |= {"rates": study.rates, "seconds": round(time.monotonic() - started)}
+        record |= {key: here[key] for key in ("versions", "python", "machine", "git_revision")}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        losses = " ".join(f"{loss_of(rows):.3f}" for rows in record["losses"].values())
+        print(f"seed {study.seed}, {name}: {losses} ({record['seconds']} s)", flush=True)
+        done += 1
+        gc.collect()
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--method", choices=["srde", "lora"], help="default: both, one after the other")
+    parser.add_argument("--limit", type=int, default=10**6, metavar="PARTS", help="stop after so many (default: none)")
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data and adapters")
+    parser.add_argument("--results", type=Path, default=RESULTS / "combining.jsonl")
+    parser.add_argument(
+        "--budget", default="medium", help="of run.py: gives items and row length (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    chosen: list[Method] = [options.method] if options.method else ["srde", "lora"]
+    left = options.limit
+    for method in chosen:
+        study = Study(SWEEP_SEED, options.base, options.folder, {}, options.budget)
+        left -= run_parts(study, study.sweep(method), options.results, left)
+    if left == 0:
+        return
+    rates = chosen_rates(read_records(options.results), chosen)
+    for seed in options.seeds:
+        for method in chosen:
+            study = Study(seed, options.base, options.folder, rates, options.budget)
+            left -= run_parts(study, study.parts(method), options.results, left)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The tables of combining.py in docs/results.md, from results/combining.jsonl.
+
+python -m benchmarks.learning.combining_tables
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.learning.combining import MERGES, Record, loss_of
+from benchmarks.learning.store import RESULTS, read_records
+from benchmarks.tables import markdown, put_into
+from srde_ds.config import DOMAINS
+from srde_ds.evaluation.bootstrap import RESAMPLES, interval, resampled_sums
+
+Rows = Sequence[tuple[float, int]]
+ByDomain = dict[str, Rows]
+
+
+class Results:
+    """The records, by seed and part; seeds of which a part is missing are left out."""
+
+    def __init__(self, records: list[Record]) -> None:
+        by_seed: dict[int, dict[str, Record]] = {}
+        for record in records:
+            by_seed.setdefault(record["seed"], {})[record["part"]] = record
+        wanted = set(of_apart(MERGES)) | {
+            f"{m} stage {n}" for m in ("srde", "lora") for n in range(2, len(DOMAINS) + 1)
+        }
+        self.by_seed = {seed: parts for seed, parts in sorted(by_seed.items()) if wanted <= parts.keys()}
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(self.by_seed)
+
+    def losses(self, part: str, seed: int) -> ByDomain:
+        """Of the test rows; `METHOD own`: of each domain by its own adapter."""
+        parts = self.by_seed[seed]
+        if part.endswith(" own"):
+            method = part.removesuffix(" own")
+            return {domain: parts[f"{method} alone, {domain}"]["losses"][domain] for domain in DOMAINS}
+        found: ByDomain = parts[part]["losses"]
+        return found
+
+    def loss(self, part: str, domain: str) -> float:
+        """Mean over the seeds."""
+        return mean(loss_of(list(self.losses(part, seed)[domain])) for seed in self.seeds)
+
+    def mean_loss(self, part: str) -> float:
+        return mean(self.loss(part, domain) for domain in DOMAINS)
+
+    def difference(self, part: str, against: str) -> tuple[float, list[float], list[float]]:
+        """Of mean losses: in all, its 95 % interval over test rows, drawn within domains, and by seed."""
+        samples, by_seed = np.zeros(RESAMPLES), []
+        for seed in self.seeds:
+            ours, theirs = self.losses(part, seed), self.losses(against, seed)
+            here = []
+            for number, domain in enumerate(DOMAINS):
+                columns = np.hstack([np.array(ours[domain]), np.array(theirs[domain])])
+                samples += _difference(resampled_sums(columns, number)) / (len(DOMAINS) * len(self.seeds))
+                here.append(float(_difference(columns.sum(0)[None])[0]))
+            by_seed.append(mean(here))
+        return mean(by_seed), interval(samples), by_seed
+
+
+def _difference(sums_R4: NDArray[np.float64]) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = sums_R4[:, 0] / sums_R4[:, 1] - sums_R4[:, 2] / sums_R4[:, 3]
+    return found
+
+
+def of_apart(merges: list[tuple[str, float]]) -> dict[str, str]:
+    """The parts of the first table, and what they are called."""
+    return {
+        "srde joint": "SRDE, six experts trained together",
+        "srde combined": "SRDE, six experts trained apart, then combined",
+        "base": "the base alone",
+    } | {f"lora merged, {kind}, {weight}": f"LoRA, six merged: {kind}, weights {weight}" for kind, weight in merges}
+
+
+def apart(results: Results) -> str:
+    """Trained apart and put together, the lowest loss first."""
+    names = of_apart(MERGES) | {
+        "srde own": "SRDE, of each domain its own adapter of one expert",
+        "lora own": "LoRA, of each domain its own adapter",
+    }
+    rows = []
+    for part in sorted(names, key=results.mean_loss):
+        against = ""
+        if part != "srde joint":
+            total, (low, high), _ = results.difference(part, "srde joint")
+            against = f"{total:+.3f} ({low:+.3f} to {high:+.3f})"
+        by_domain = [f"{results.loss(part, domain):.2f}" for domain in DOMAINS]
+        rows.append([names[part], f"{results.mean_loss(part):.3f}", against, *by_domain])
+    return markdown(["", "mean test loss", "against trained together", *DOMAINS], rows)
+
+
+def stage_part(method: str, stage: int) -> str:
+    """The part whose model has learnt the first `stage` domains."""
+    return "srde alone, math" if method == "srde" and stage == 1 else f"{method} stage {stage}"
+
+
+def forgetting(results: Results, method: str) -> dict[str, float]:
+    """Of each domain but the last: its loss at the end less that when it had just been learnt."""
+    last = stage_part(method, len(DOMAINS))
+    return {
+        domain: results.loss(last, domain) - results.loss(stage_part(method, stage), domain)
+        for stage, domain in enumerate(DOMAINS[:-1], start=1)
+    }
+
+
+def stages(results: Results) -> str:
+    """One domain after the other."""
+    rows = []
+    for method, name in (("srde", "SRDE, one more expert a domain, the others locked"), ("lora", "LoRA, trained on")):
+        lost, last = forgetting(results, method), stage_part(method, len(DOMAINS))
+        cells = [f"{results.loss(last, domain):.2f} ({lost[domain]:+.3f})" for domain in DOMAINS[:-1]]
+        final = f"{results.loss(last, DOMAINS[-1]):.2f}"
+        rows.append([name, f"{mean(lost.values()):+.3f}", f"{results.mean_loss(last):.3f}", *cells, final])
+    return markdown(["", "forgotten, mean", "mean test loss at the end", *DOMAINS], rows)
+
+
+def added(results: Results) -> str:
+    """What the last domain's expert does to the domains before it."""
+    last, before = stage_part("srde", len(DOMAINS)), stage_part("srde", len(DOMAINS) - 1)
+    rows: list[list[Any]] = [[], [], []]
+    for domain in DOMAINS[:-1]:
+        drawn = mean(results.by_seed[seed][last]["usage"][domain][-1] for seed in results.seeds)
+        rows[0].append(f"{drawn:.1%}")
+        rows[1].append(f"{results.loss(before, domain):.3f}")
+        rows[2].append(f"{results.loss(last, domain):.3f}")
+    new = DOMAINS[-1]
+    rows[0].append(f"{mean(results.by_seed[seed][last]['usage'][new][-1] for seed in results.seeds):.1%}")
+    rows[1].append(f"{results.loss(before, new):.3f}")
+    rows[2].append(f"{results.loss(last, new):.3f}")
+    names = [f"tokens that the expert of {new} draws", f"loss before {new} is learnt", "loss after"]
+    return markdown(["", *DOMAINS], [[name, *row] for name, row in zip(names, rows, strict=True)])
+
+
+def main() -> None:
+    results = Results(read_records(RESULTS / "combining.jsonl"))
+    put_into("results.md", "apart", apart(results))
+    put_into("results.md", "stages", stages(results))
+    put_into("results.md", "added", added(results))
+
+
+if __name__ == "__main__":
+    main()

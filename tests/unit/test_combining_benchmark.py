@@ -1,0 +1,89 @@
+"""benchmarks/learning/combining.py: all parts of a tiny base, and what the tables say of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.learning import combining, combining_tables
+from benchmarks.learning.combining_tables import Results
+from benchmarks.learning.store import read_records
+from srde_ds.config import DOMAINS
+from tests.data_helpers import tiny_tokenizer
+from tests.helpers import tiny_llama
+from tests.unit.test_learning_benchmark import TEMPLATE
+
+ROOT = Path(__file__).parents[2]
+MERGES = [("cat", 1.0), ("dare_ties", 0.5)]
+SHORT = f"""
+from benchmarks.learning import combining
+combining.STEPS, combining.WARMUP = 2, 1
+combining.RATES, combining.SWEEP_DOMAINS = {{"srde": (0.01,), "lora": (0.003,)}}, ("code",)
+combining.MERGES = {MERGES}
+combining.main()
+"""
+
+
+def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, results = tmp_path / "base", tmp_path / "combining.jsonl"
+    tokenizer = tiny_tokenizer(TEMPLATE)
+    tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=640).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    places = ["--base", str(base), "--folder", str(tmp_path), "--results", str(results)]
+    for _ in range(2):  # the second finds everything done
+        done = subprocess.run(
+            [sys.executable, "-c", SHORT, *places, "--seeds", "1", "--budget", "toy"],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    records = read_records(results)
+    parts = [record["part"] for record in records if record["seed"] == 1]
+    assert len(set(parts)) == len(parts) == 6 + 2 + 5 + 1 + 6 + len(MERGES) + 6
+    found: dict[str, Any] = {record["part"]: record for record in records if record["seed"] == 1}
+    for domain in DOMAINS:  # the same batches and the same loss: before its first update every method is the base
+        srde, lora = found[f"srde alone, {domain}"], found[f"lora alone, {domain}"]
+        assert srde["training"][0] == pytest.approx(lora["training"][0], rel=1e-3)
+        assert "usage" not in srde and all(count for _, count in srde["losses"][domain])
+    assert len(found["srde stage 3"]["usage"]["math"]) == 3 and len(found["srde combined"]["usage"]["math"]) == 6
+    assert found["lora stage 6"]["values"] == pytest.approx(found["srde joint"]["values"], rel=0.2)
+    monkeypatch.setattr(combining_tables, "MERGES", MERGES)
+    table = combining_tables.apart(Results(records))
+    assert len(table.splitlines()) == 2 + 3 + len(MERGES) + 2
+    assert len(combining_tables.added(Results(records)).splitlines()) == 2 + 3
+
+
+def rows(loss: float) -> dict[str, list[tuple[float, int]]]:
+    return {domain: [(10 * loss, 10), (loss, 1)] for domain in DOMAINS}
+
+
+def test_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combining_tables, "MERGES", MERGES)
+    losses = {"base": 3.0, "srde joint": 1.0, "srde combined": 1.25, "srde alone, math": 1.5}
+    losses |= {f"lora merged, {kind}, {weight}": 2.0 for kind, weight in MERGES}
+    losses |= {f"srde stage {stage}": 1.5 for stage in range(2, 7)}
+    losses |= {f"lora stage {stage}": 1 + stage / 10 for stage in range(1, 7)}
+    records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
+    results = Results([*records, {"seed": 2, "part": "base", "losses": rows(9.0)}])
+    assert results.seeds == [1]  # the second has one part only
+    total, limits, by_seed = results.difference("srde combined", "srde joint")
+    assert total == pytest.approx(0.25) and limits == pytest.approx([0.25, 0.25]) and by_seed == [total]
+    assert combining_tables.forgetting(results, "srde") == pytest.approx(dict.fromkeys(DOMAINS[:-1], 0.0))
+    assert combining_tables.forgetting(results, "lora")["code"] == pytest.approx(0.3)
+    assert "| LoRA, trained on | +0.300 | 1.600 |" in combining_tables.stages(results)
+
+
+def test_the_rate_with_the_lowest_loss_is_taken() -> None:
+    records = [
+        {"part": f"lora rate {rate}, {domain}", "losses": rows(1 + abs(rate - 0.003))}
+        for rate in combining.RATES["lora"]
+        for domain in combining.SWEEP_DOMAINS
+    ]
+    assert combining.chosen_rates(records, ["lora"]) == {"lora": 0.003}
