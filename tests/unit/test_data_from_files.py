@@ -326,6 +326,13 @@ def test_questions_that_are_held_out_but_for_case_and_spaces_are_told(
     assert "domains with fewer than 100 training records: math has 30, logic has 30." in caplog.text
 
 
+def test_domains_that_are_not_trained_need_no_records_and_no_warning(
+    files: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    build(files, domains=[*DOMAINS, "code", "law"], optional_domains=("code", "law"))
+    assert "training records: math has 30, logic has 30. An" in caplog.text
+
+
 def test_dropped_documents_are_told_by_domain_with_the_remedy(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     files = {"jsonl_data": CASES / "half_too_long.jsonl", "eval_file": None, "output_dir": tmp_path / "rows"}
     manifest = build(files, domains=["math", "code"], max_length=128)

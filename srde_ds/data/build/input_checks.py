@@ -85,7 +85,8 @@ class InputChecks:
                 len(self._held_out_plain),
                 alike[0],
             )
-        few = {domain: self._counts[domain] for domain in self._domains if self._counts[domain] < FEW_RECORDS}
+        counts = {domain: self._counts[domain] for domain in self._domains if domain not in optional}
+        few = {domain: count for domain, count in counts.items() if count < FEW_RECORDS}
         if few:
             log.warning(
                 "domains with fewer than %d training records: %s. An expert learns little from so few.",
