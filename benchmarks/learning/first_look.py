@@ -59,6 +59,7 @@ class Look:
         kind: "srde", or a rival of `rivals.PARAMETERS`.
         rates: options of the optimizer; with `muon_lr` matrices are updated by GramMuon (rivals: by Muon).
         adapter: options of the adapter. With six experts, the routers start from the domains' means.
+        rival: flags of a rival, see `plan.Run`.
         shared: neurons of each layer whose delta every token uses, beside the experts; at Muon's rate.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
     """
@@ -66,6 +67,7 @@ class Look:
     kind: str = "srde"
     rates: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
+    rival: dict[str, Any] = field(default_factory=dict)
     shared: int = 0
     attention: int = 0
     attention_rate: float = 2e-3
@@ -76,6 +78,7 @@ HALF: dict[str, Any] = {"density": 0.005}
 LOOKS = {
     "LoRA, 0.001": Look("lora", {"learning_rate": 0.001}),
     "LoRA, 0.003": Look("lora", {"learning_rate": 0.003}),
+    "LoRA on all linear layers, 0.003": Look("lora", {"learning_rate": 0.003}, rival={"target": "all"}),
     "SHiRA, 0.003": Look("shira", {"learning_rate": 0.003}),
     "one delta, 0.01": Look(rates={"muon_lr": 0.01}, adapter=ONE),
     "SRDE, 0.006": Look(rates={"muon_lr": 0.006}),
@@ -83,6 +86,7 @@ LOOKS = {
     "SRDE, 0.02": Look(rates={"muon_lr": 0.02}),
     "SRDE, 0.01, supports for each expert": Look(rates={"muon_lr": 0.01}, adapter={"support_scope": "per_expert"}),
     "SRDE, 0.01, half of the values in neurons of all tokens": Look(rates={"muon_lr": 0.01}, adapter=HALF, shared=45),
+    "SRDE, 0.02, half of the values in neurons of all tokens": Look(rates={"muon_lr": 0.02}, adapter=HALF, shared=45),
     "SRDE, 0.01, a third of the values in attention": Look(
         rates={"muon_lr": 0.01}, adapter={"density": 0.006}, attention=8
     ),
@@ -187,7 +191,9 @@ def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
 
 def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
     """The base with an adapter of another method, of as many values as SRDE's default has."""
-    run = Run(look.kind, "lora", {"values_of": {}}, SEED, False, False, Plan("medium", lambda _: None).budget)
+    run = Run(
+        look.kind, "lora", look.rival | {"values_of": {}}, SEED, False, False, Plan("medium", lambda _: None).budget
+    )
     parameters = rivals.PARAMETERS[look.kind](base, run, inputs)
     masters = rivals.Masters(parameters)
     optimizer = rivals.optimizer_of(masters.values, OptimizerConfig(**look.rates), muon="muon_lr" in look.rates)
