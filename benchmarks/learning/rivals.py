@@ -21,7 +21,7 @@ from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig, resolve
 from srde_ds.data.loader import validation_batches
 from srde_ds.model.base import ROLES, FeedForward, find_feed_forward
 from srde_ds.model.deltas import empty_deltas
-from srde_ds.model.supports.selection import support_size
+from srde_ds.model.supports.selection import shared_expert_size, support_size
 from srde_ds.training.warm_start.clustering import fit_router
 
 if TYPE_CHECKING:
@@ -239,7 +239,8 @@ def _targets(base: PreTrainedModel, target: str) -> tuple[list[str], int]:
 
 def _srde_values(adapter: AdapterConfig, hidden: int, intermediate: int) -> int:
     bank = empty_deltas(adapter, hidden=hidden, size=support_size(adapter, hidden, intermediate))
-    return sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
+    values = sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
+    return values + 3 * hidden * shared_expert_size(adapter, intermediate)
 
 
 def _parent(base: nn.Module, child: nn.Module) -> tuple[nn.Module, str]:

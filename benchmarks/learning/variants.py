@@ -47,14 +47,14 @@ def neurons_by_depth(sizes: Sequence[int]) -> Patch:
     def chooser(
         config: AdapterConfig, supports: Sequence[Tensor] | None, *, seed: int, gather: Gather
     ) -> attach.SupportChooser:
-        def choose(layer: int, block: FeedForward) -> Tensor:
+        def choose(layer: int, block: FeedForward) -> attach.Neurons:
             if supports is not None:
-                return supports[layer]
+                return attach.Neurons(supports[layer])
             own = replace(config, density=size_of(layer) / block.intermediate)
             shape = {"hidden": block.hidden, "intermediate": block.intermediate}
             weights = block.weights()
             with gather(list(weights)):  # type: ignore[arg-type]
-                return select_support(own, weights, **shape, seed=seed, layer=layer)
+                return attach.Neurons(select_support(own, weights, **shape, seed=seed, layer=layer))
 
         return choose
 

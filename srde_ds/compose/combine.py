@@ -153,6 +153,13 @@ def _check_together(adapters: Sequence[AdapterSource]) -> None:
     if len(adapters) < 2:
         raise SRDEError("weights: there is only one adapter to combine. Give at least two.")
     first, *others = adapters
+    for adapter in adapters:
+        if adapter.metadata.config.shared_expert_density:
+            raise SRDEError(
+                f"weights '{adapter.place}': its experts were trained beside a shared expert (shared_expert_density="
+                f"{adapter.metadata.config.shared_expert_density}), which those of other adapters would use as well. "
+                "Give adapters without one."
+            )
     for other in others:
         one, two = first.metadata, other.metadata
         if one.base["hash"] != two.base["hash"]:

@@ -16,6 +16,7 @@ from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.origins import Origins
+from srde_ds.weights.schema import SHARED_DELTA
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class AdapterSummary:
         experts: the experts' names.
         support_overlap: `[E][E]` share of one expert's support that also belongs to another's, averaged over layers.
         delta_norms: `[L][E]` norm of each expert's effective delta.
+        shared_expert_norms: `[L]` norm of the shared expert's delta; empty: there is none.
         router_norms: `[L][E]` norm of each expert's row of the router.
         selection_biases: layers whose router has a selection bias.
         domain_tokens: domain -> number of tokens behind its statistics; empty: there are no statistics.
@@ -49,6 +51,7 @@ class AdapterSummary:
     experts: list[str]
     support_overlap: list[list[float]]
     delta_norms: list[list[float]]
+    shared_expert_norms: list[float]
     router_norms: list[list[float]]
     selection_biases: list[int]
     domain_tokens: dict[str, int]
@@ -75,6 +78,7 @@ class AdapterSummary:
                 f"an expert changes {self.values_per_expert:,} weights",
             ),
             ("deltas", form),
+            *([("shared", self._shared_expert())] if self.shared_expert_norms else []),
             ("router", self._router()),
             ("domains", self._domains()),
         ]
@@ -87,6 +91,11 @@ class AdapterSummary:
         steps = [_step(entry) for entry in self.history]
         parts.append("History\n" + "\n".join(f"  {one_line(step)}" for step in steps or ["not recorded"]))
         return "\n\n".join(parts)
+
+    def _shared_expert(self) -> str:
+        low, high = min(self.shared_expert_norms), max(self.shared_expert_norms)
+        density = f"{self.config['shared_expert_density']:g}"
+        return f"a shared expert of density {density}, used by every token; delta of norm {low:.3g} to {high:.3g}"
 
     def _router(self) -> str:
         norms = [norm for row in self.router_norms for norm in row]
@@ -120,7 +129,9 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
     hidden = adapter.router(0).shape[1]
     entry = 3 * hidden if metadata.config.granularity == "neuron" else 1
     support_sizes = [adapter.tensors[f"layers.{layer}.support"].shape[-1] for layer in layers]
-    trained = [t for name, t in adapter.tensors.items() if ".deltas." in name or name.endswith(".router.weight")]
+    parts = (".deltas.", ".router.weight", f".{SHARED_DELTA}")
+    trained = [t for name, t in adapter.tensors.items() if any(part in name for part in parts)]
+    shared = [adapter.shared_expert(layer) for layer in layers]
     return AdapterSummary(
         place=str(adapter.place),
         base=metadata.base,
@@ -132,6 +143,7 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
         experts=metadata.expert_names,
         support_overlap=torch.stack(overlaps).mean(0).tolist(),
         delta_norms=deltas,
+        shared_expert_norms=[_norm(found[1]) for found in shared if found is not None],
         router_norms=routers,
         selection_biases=adapter.selection_biases(),
         domain_tokens=metadata.domain_tokens,

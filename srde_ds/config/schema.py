@@ -91,6 +91,14 @@ class AdapterConfig:
         0, "number of atoms that the experts share; 0: each expert's delta is a free parameter", metavar="N", minimum=0
     )
     atom_mixing: Literal["linear", "softmax"] = option("linear", "how an expert weights the atoms")
+    shared_expert_density: float = option(
+        0.0,
+        "share of the feed-forward weights that a shared expert may change, which every token uses beside its own; "
+        "0: none",
+        metavar="SHARE",
+        minimum=0.0,
+        maximum=1.0,
+    )
 
 
 @dataclass

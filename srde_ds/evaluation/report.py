@@ -28,7 +28,16 @@ from srde_ds.weights.locate import run_folder
 # The options of config.yaml that matter to a reader, by section.
 _SETTINGS = {
     "model": ["model_name", "bf16"],
-    "adapter": ["num_experts", "top_k", "granularity", "density", "num_atoms", "support_strategy", "support_scope"],
+    "adapter": [
+        "num_experts",
+        "top_k",
+        "granularity",
+        "density",
+        "num_atoms",
+        "support_strategy",
+        "support_scope",
+        "shared_expert_density",
+    ],
     "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
     "losses": ["loss_weighting"],
     "training": ["max_steps", "batch_size", "gradient_accumulation_steps", "seed"],

@@ -20,7 +20,15 @@ from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.merging import expert_delta
 from srde_ds.weights.file import AdapterMetadata, read_weights
 from srde_ds.weights.locate import locate_weights
-from srde_ds.weights.schema import SHARED_KINDS, check_fits_base, check_shapes, check_values, support_hash
+from srde_ds.weights.schema import (
+    NEURONS,
+    SHARED_DELTA,
+    SHARED_KINDS,
+    check_fits_base,
+    check_shapes,
+    check_values,
+    support_hash,
+)
 from srde_ds.weights.tensors import LazyTensor
 
 STATISTICS = (".domain_mean", ".domain_spread")
@@ -70,6 +78,13 @@ class AdapterSource:
     def expert_part(self, deltas: Tensor, expert: int) -> Tensor:
         """One expert's part of the result of `deltas`, in the shape of `expert_delta`."""
         return expert_delta(deltas, expert, self.metadata.config.granularity)
+
+    def shared_expert(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Neurons `[m]` and delta `[D, 3, m]`, fp32, of the layer's shared expert; None: there is none."""
+        if not self.metadata.config.shared_expert_density:
+            return None
+        neurons, delta = (self.tensors[f"layers.{layer}.{part}"].load() for part in (NEURONS, SHARED_DELTA))
+        return neurons, delta.float()
 
     def check_fits(self, base: BaseFiles) -> None:
         """Raise an SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
@@ -140,9 +155,10 @@ def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor]
 def select_experts(adapter: AdapterSource, names: Sequence[str]) -> AdapterSource:
     """An adapter with only these experts, in this order.
 
-    Atoms stay whole. Routers, selection biases, importance, mixing weights, free deltas and separate supports keep only
-    the rows of these experts, and top_k becomes at most their number. Statistics of other experts' domains are removed.
-    The result is the same as with `set_active_experts`: the softmax runs over the chosen experts among the remaining.
+    Atoms and a shared expert stay whole. Routers, selection biases, importance, mixing weights, free deltas and
+    separate supports keep only the rows of these experts, and top_k becomes at most their number. Statistics of other
+    experts' domains are removed. The result is the same as with `set_active_experts`: the softmax runs over the chosen
+    experts among the remaining.
 
     Raises:
         SRDEError: a name is unknown or occurs twice, or there is none.
@@ -171,7 +187,7 @@ def select_experts(adapter: AdapterSource, names: Sequence[str]) -> AdapterSourc
 
 def _of_experts(name: str, tensor: LazyTensor, rows: Tensor, metadata: AdapterMetadata) -> LazyTensor:
     kind, config = name.rpartition(".")[2], metadata.config
-    if kind == "atoms" or (kind == "support" and config.support_scope == "shared"):
+    if kind in ("atoms", "neurons", "delta") or (kind == "support" and config.support_scope == "shared"):
         return tensor
     axis = 0
     if kind in ("domain_mean", "domain_spread"):

@@ -26,8 +26,8 @@ def write_dense(
 ) -> Path:
     """Write the base with `expert` merged, with the base's file names and order, tokenizer and configuration.
 
-    It computes the same as the experts do with all tokens routed to this one. Memory holds one tensor and one layer's
-    deltas.
+    A shared expert is merged as well. The result computes the same as the experts do with all tokens routed to this
+    one. Memory holds one tensor and one layer's deltas.
 
     Args:
         dtype: dtype of the weights; None: the base's. Sums are rounded to it once.
@@ -39,14 +39,19 @@ def write_dense(
     adapter.check_fits(base)
 
     @lru_cache(maxsize=1)
-    def change(layer: int) -> tuple[Tensor, Tensor]:
-        return adapter.support(layer, number), adapter.expert_delta(layer, number)
+    def changes(layer: int) -> list[tuple[Tensor, Tensor, str]]:
+        own = (adapter.support(layer, number), adapter.expert_delta(layer, number), granularity)
+        shared = adapter.shared_expert(layer)
+        return [own] if shared is None else [own, (*shared, "neuron")]
 
     rounding = Rounding()
 
     def merged(weight: LazyTensor, role: str, layer: int) -> LazyTensor:
         def load() -> Tensor:
-            return merged_weight(weight.load(), role, *change(layer), granularity, rounding)
+            loaded = weight.load()
+            for change in changes(layer):
+                loaded = merged_weight(loaded, role, *change, rounding)
+            return loaded
 
         return LazyTensor(weight.dtype, weight.shape, load)
 

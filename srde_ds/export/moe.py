@@ -5,7 +5,8 @@ With neuron supports S_e, their union U in a layer, and p_e that add up to 1,
     y = FFN(x; W) + sum_e p_e [FFN(x; W + delta_e) - FFN(x; W)]
       = FFN(x; W without the neurons of U) + sum_e p_e FFN(x; the neurons of U in W + delta_e)
 
-so the shared block is the base with the down columns of U zeroed, and an expert holds the base's neurons of U, with its
+so the shared block is the base (with the delta of a shared expert, whose neurons are not in U) with the down columns of
+U zeroed, and an expert holds the base's neurons of U, with its
 delta added on S_e. Experts are equally wide in all layers: narrower ones are filled up with neurons of zeros.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,11 +90,13 @@ def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dt
 
 @dataclass(frozen=True)
 class _Block:
-    """One layer's experts. `union`: int64 `[u]`, ascending; `experts`: their supports; `deltas`: `[D, E, 3, m]`."""
+    """One layer's experts. `union`: int64 `[u]`, ascending; `experts`: their supports; `deltas`: `[D, E, 3, m]`;
+    `shared_expert`: its neurons and delta, if there is one."""
 
     union: Tensor
     experts: list[Tensor]
     deltas: Tensor
+    shared_expert: Any
 
 
 class _Moe:
@@ -125,7 +129,7 @@ class _Moe:
 
     def _block(self, layer: int) -> _Block:
         supports = [self.adapter.support(layer, expert) for expert in self.experts]
-        return _Block(self._union(layer), supports, self.adapter.deltas(layer))
+        return _Block(self._union(layer), supports, self.adapter.deltas(layer), self.adapter.shared_expert(layer))
 
     def tensors(self) -> Iterator[tuple[str, str, LazyTensor]]:
         """Yields the name of the base's tensor whose file it goes into, the tensor's name, and the tensor."""
@@ -160,7 +164,7 @@ class _Moe:
 
     def _mixture(self, place: str, layer: int) -> dict[str, tuple[str, LazyTensor]]:
         roles = self.base.roles
-        gate, up, down = (self._same(place + roles[role]) for role in ("gate", "up", "down"))
+        gate, up, down = (self._with_shared_expert(place + roles[role], role, layer) for role in ("gate", "up", "down"))
         hidden, intermediate = down.shape
         experts, width, dtype = len(self.experts), self.width, down.dtype
 
@@ -205,6 +209,17 @@ class _Moe:
                 LazyTensor(dtype, (experts, hidden, width), expert_output),
             ),
         }
+
+    def _with_shared_expert(self, name: str, role: str, layer: int) -> LazyTensor:
+        weight = self._same(name)
+        if not self.adapter.metadata.config.shared_expert_density:
+            return weight
+
+        def load() -> Tensor:
+            neurons, delta = self.block(layer).shared_expert
+            return merged_weight(weight.load(), role, neurons, delta, "neuron", self.rounding)
+
+        return LazyTensor(weight.dtype, weight.shape, load)
 
     def _neurons(self, weight: Tensor, role: str, layer: int, expert: int) -> Tensor:
         """The union's rows of a matrix (for down: columns) with the expert's delta, in the matrix's dtype."""

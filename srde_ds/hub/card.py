@@ -100,11 +100,13 @@ def _summary(metadata: AdapterMetadata) -> str:
     what = "neurons" if config.granularity == "neuron" else "single weights"
     scope = "the same for all experts" if config.support_scope == "shared" else "its own for each expert"
     form = "free values" if config.num_atoms == 0 else f"{config.num_atoms} shared atoms, {config.atom_mixing} mixing"
+    shared = f"a shared expert that changes {config.shared_expert_density:.2%} of these weights"
     rows = [
         ["experts", ", ".join(metadata.expert_names)],
         ["experts of a token", str(config.top_k)],
         ["an expert changes", f"{config.density:.2%} of the feed-forward weights: {what}, {scope}"],
         ["its values", form],
+        *([["every token also uses", shared]] if config.shared_expert_density else []),
         ["base", f"{_shown(metadata.model_name)}, {base['architecture']}, hash {str(base['hash'])[:12]}"],
     ]
     return (

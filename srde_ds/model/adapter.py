@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +41,7 @@ from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
 from srde_ds.weights.locate import locate_weights
 from srde_ds.weights.origins import Origins
-from srde_ds.weights.schema import check_fits_base, support_hash
+from srde_ds.weights.schema import NEURONS, check_fits_base, support_hash
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
@@ -295,8 +295,9 @@ class SRDEModel(nn.Module):
     def trainable_parameters(self) -> Iterator[tuple[str, Trainable]]:
         """Layer by layer, each parameter with its name (such as `layers.{i}.deltas.free`), the same on every base."""
         for number, layer in enumerate(self.layers):
-            for child in ("deltas", "router"):
-                for name, parameter in getattr(layer, child).named_parameters():
+            for child in ("deltas", "router", "shared_expert"):
+                module: nn.Module | None = getattr(layer, child)
+                for name, parameter in () if module is None else module.named_parameters():
                     yield f"layers.{number}.{child}.{name}", cast("Trainable", parameter)
 
     def adapter_tensors(self) -> dict[str, Tensor]:
@@ -308,17 +309,16 @@ class SRDEModel(nn.Module):
         return {name: p.detach()[: p.srde_shape[0]] for name, p in self.trainable_parameters()} | self.common_tensors()
 
     def common_tensors(self) -> dict[str, Tensor]:
-        """Tensors that every rank holds whole: the supports, copies of selection biases that are not zero, and the
-        domains' statistics, if there are any."""
-        supports = {f"layers.{number}.support": layer.support for number, layer in enumerate(self.layers)}
-        biases = {f"layers.{number}.router_bias": m.router.selection_bias for number, m in enumerate(self.layers)}
-        biases = {name: bias.clone() for name, bias in biases.items() if bool(bias.any())}
-        return supports | biases | self.origins.tensors()
+        """Tensors that every rank holds whole: those of the layers, and statistics of the domains, if there are any."""
+        own = ((number, layer.common_tensors()) for number, layer in enumerate(self.layers))
+        return {f"layers.{n}.{name}": t for n, found in own for name, t in found.items()} | self.origins.tensors()
 
-    def load_selection_biases(self, tensors: dict[str, Tensor]) -> None:
-        """Take each `layers.{i}.router_bias` out of `tensors`; a router without one gets zeros."""
+    def load_common_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take selection biases (zeros where there are none) and the shared experts' neurons from `tensors`."""
         for number, layer in enumerate(self.layers):
-            layer.router.load_selection_bias(tensors.pop(f"layers.{number}.router_bias", None))
+            layer.router.load_selection_bias(tensors.get(f"layers.{number}.router_bias"))
+            if layer.shared_expert is not None:
+                layer.shared_expert.neurons.copy_(tensors[f"layers.{number}.{NEURONS}"])
 
     def metadata(self) -> AdapterMetadata:
         """The metadata of the adapter in a weights file."""
@@ -441,7 +441,7 @@ def load_adapter(
     with torch.no_grad():
         for name, parameter in model.trainable_parameters():
             parameter.copy_(tensors[name].load())
-    biases = {name: tensor.load() for name, tensor in tensors.items() if name.endswith(".router_bias")}
-    model.load_selection_biases(biases)
+    common = (".router_bias", f".{NEURONS}")
+    model.load_common_tensors({name: tensor.load() for name, tensor in tensors.items() if name.endswith(common)})
     model.origins = Origins.of(metadata, tensors)
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +16,28 @@ from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import PolicyControl
 from srde_ds.model.router import Router
-from srde_ds.model.supports.selection import kept_size, select_support, support_shape, support_size
+from srde_ds.model.shared_expert import build_shared_expert
+from srde_ds.model.supports.selection import (
+    kept_size,
+    select_support,
+    shared_expert_neurons,
+    support_shape,
+    support_size,
+)
 
-SupportChooser = Callable[[int, FeedForward], Tensor]
-"""Chooses a layer's support, given its number and block."""
+
+class Neurons(NamedTuple):
+    """What the experts of a layer may change: the routed ones' support, and the neurons of the shared one.
+
+    `shared` is None if there is no shared expert, or if its neurons are loaded later.
+    """
+
+    support: Tensor
+    shared: Tensor | None = None
+
+
+SupportChooser = Callable[[int, FeedForward], Neurons]
+"""Chooses what a layer's experts may change, given its number and block."""
 
 
 def attach_experts(
@@ -48,9 +67,9 @@ def attach_experts(
     dtype = dtype or base.dtype
     for number, block in enumerate(blocks):
         storage = Storage(dtype, block.device, sharding.pad_to)
-        support = choose_support(number, block)
+        neurons = choose_support(number, block)
         layer = block_with_experts(
-            block, number, config, support, control=routing, seed=seed, storage=storage, target_density=target_density
+            block, number, config, neurons, control=routing, seed=seed, storage=storage, target_density=target_density
         )
         setattr(block.owner, block.name, layer.train(base.training))
     return routing, identity
@@ -71,7 +90,7 @@ def block_with_experts(
     block: FeedForward,
     layer: int,
     config: AdapterConfig,
-    support: Tensor,
+    neurons: Neurons,
     *,
     control: PolicyControl,
     seed: int,
@@ -107,7 +126,14 @@ def block_with_experts(
         block,
         deltas,
         router,
-        support.to(storage.device),
+        neurons.support.to(storage.device),
+        shared_expert=build_shared_expert(
+            config,
+            hidden=block.hidden,
+            intermediate=block.intermediate,
+            neurons=neurons.shared,
+            storage=storage,
+        ),
         granularity=config.granularity,
         layer=layer,
         control=control,
@@ -117,9 +143,12 @@ def block_with_experts(
 def support_chooser(
     config: AdapterConfig, supports: Sequence[Tensor] | None, *, seed: int, gather: Gather
 ) -> SupportChooser:
-    """A chooser that takes the given supports, one for each layer, or else chooses as the config says."""
+    """A chooser that takes the given supports, one for each layer, or else chooses as the config says.
 
-    def choose(layer: int, block: FeedForward) -> Tensor:
+    With given supports, the neurons of shared experts are loaded later.
+    """
+
+    def choose(layer: int, block: FeedForward) -> Neurons:
         if supports is not None:
             given = supports[layer] if layer < len(supports) else torch.empty(0)
             shape = support_shape(config, block.hidden, block.intermediate)
@@ -128,7 +157,7 @@ def support_chooser(
                     f"support of layer {layer}: its shape is {list(given.shape)}, but this base and these options "
                     f"need {list(shape)}. Use the base and the adapter options that the supports were chosen with."
                 )
-            return given
+            return Neurons(given)
         weights = block.weights()
         with gather(list(weights)):  # type: ignore[arg-type]
             shapes = [(block.intermediate, block.hidden)] * 2 + [(block.hidden, block.intermediate)]
@@ -138,8 +167,11 @@ def support_chooser(
                     f"support_strategy={config.support_strategy}: layer {layer} of the base has no plain weights of "
                     f"shapes {shapes} (quantised?); use support_strategy=random."
                 )
-            return select_support(
-                config, weights, hidden=block.hidden, intermediate=block.intermediate, seed=seed, layer=layer
-            )
+            options: dict[str, int] = {"hidden": block.hidden, "intermediate": block.intermediate}
+            options |= {"seed": seed, "layer": layer}
+            support = select_support(config, weights, **options)
+            if not config.shared_expert_density:
+                return Neurons(support)
+            return Neurons(support, shared_expert_neurons(config, weights, support, **options))
 
     return choose

@@ -2,8 +2,8 @@
 
     y = FFN(x; W) + sum_{e in topK(x)} p_e [FFN(x; W + delta_e) - FFN(x; W)]
 
-computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts. See
-docs/design.md, "The layer".
+computed as down(h + sum_e p_e (h_e - h)) + sum_e p_e dD_e h_e: one dense pass of the base for all experts. W includes
+the delta of a shared expert, if there is one (`shared_expert.py`). See docs/design.md, "The layer".
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from srde_ds.model.prepared import (
     arithmetic_dtype,
 )
 from srde_ds.model.router import Router, RouterLosses, Routing, route, router_loss_terms
+from srde_ds.model.shared_expert import SharedExpert, move
 from srde_ds.model.statistics import add_routing
+from srde_ds.weights.schema import NEURONS
 
 
 class TakeNeurons(torch.autograd.Function):
@@ -63,9 +65,9 @@ class SRDEFeedForward(nn.Module):
     It calls the base's projections as modules without reading their weights, so that quantised kernels and hooks which
     gather sharded weights keep working. Only the form prepared for decoding reads weights, if they are plain.
 
-    Children: `block` (the base's own), `deltas`, `router`. Buffers: `support`, int32, see `supports/selection.py`;
-    `number` `[1]`, the layer's number, which is a tensor so that torch.compile does not compile each layer separately.
-    `dispatch` may be replaced by one that reaches experts on other ranks.
+    Children: `block` (the base's own), `deltas`, `router`, and `shared_expert` or None. Buffers: `support`, int32, see
+    `supports/selection.py`; `number` `[1]`, the layer's number, which is a tensor so that torch.compile does not
+    compile each layer separately. `dispatch` may be replaced by one that reaches experts on other ranks.
 
     Args:
         granularity: "neuron" or "element".
@@ -86,11 +88,13 @@ class SRDEFeedForward(nn.Module):
         granularity: str,
         layer: int,
         control: PolicyControl,
+        shared_expert: SharedExpert | None = None,
     ) -> None:
         super().__init__()
         self.block = feed_forward.block
         self.deltas = deltas
         self.router = router
+        self.shared_expert = shared_expert
         self.register_buffer("support", support)
         self.register_buffer("number", torch.tensor([layer], device=support.device), persistent=False)
         self.roles = feed_forward.roles
@@ -114,6 +118,11 @@ class SRDEFeedForward(nn.Module):
         x_TD, block, roles, router = x.flatten(0, -2), self.block, self.roles, self.router
         act, down = getattr(block, roles["act"]), getattr(block, roles["down"])
         gate_TF, up_TF = getattr(block, roles["gate"])(x_TD), getattr(block, roles["up"])(x_TD)
+        shared = None
+        if self.shared_expert is not None:
+            delta, neurons = self.shared_expert(), self.shared_expert.neurons
+            shared = move(self._for_experts(act), x_TD, gate_TF, up_TF, delta, neurons)
+            gate_TF, up_TF = shared.gate_TF, shared.up_TF
         prepared = self._prepared(gate_TF)
         if prepared is None:
             routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
@@ -123,6 +132,8 @@ class SRDEFeedForward(nn.Module):
         else:
             routing = prepared.router(x_TD, policy)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
+        if shared is not None:
+            output_TD = output_TD + shared.extra_TD.to(output_TD.dtype)
         if policy.choices is not None:
             policy.choices[self.layer] = routing.choices_TK
         if policy.choice_weights is not None:
@@ -183,6 +194,14 @@ class SRDEFeedForward(nn.Module):
         if mode:
             self.preparation.drop()
         return super().train(mode)
+
+    def common_tensors(self) -> dict[str, Tensor]:
+        """What every rank holds whole, by names in files: the support, the shared expert's neurons, and a copy of the
+        selection bias unless it is zero."""
+        found, bias = {"support": self.support}, self.router.selection_bias
+        if self.shared_expert is not None:
+            found[NEURONS] = self.shared_expert.neurons
+        return found | ({"router_bias": bias.clone()} if bool(bias.any()) else {})
 
     def delta_square_norms(self) -> Tensor:
         """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be whole here."""

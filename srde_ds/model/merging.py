@@ -119,14 +119,19 @@ def check_mergeable(layers: Sequence[SRDEFeedForward]) -> None:
 
 @torch.no_grad()
 def merge_into_blocks(layers: Sequence[SRDEFeedForward], expert: int) -> None:
-    """Add one expert's deltas to the weights of the layers' blocks, in place, and say what rounding loses."""
+    """Add the deltas of one expert and of the shared one to the weights of the layers' blocks, in place.
+
+    A warning says what rounding loses."""
     rounding = Rounding()
     for layer in layers:
+        shared = layer.shared_expert
         support = layer.support if layer.support.dim() == 1 else layer.support[expert]
         delta = expert_delta(layer.deltas(), expert, layer.granularity)
         for role, projection in _projections(layer).items():
             weight = weight_of(projection)
             assert weight is not None  # see check_mergeable
+            if shared is not None:
+                weight.copy_(merged_weight(weight, role, shared.neurons, shared(), "neuron", rounding))
             weight.copy_(merged_weight(weight, role, support, delta, layer.granularity, rounding))
     if rounding.changed:
         logger.warning("%s; a base in float32 keeps them exactly", rounding)

@@ -57,6 +57,9 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
         torch.zeros(w.shape[0], dtype=torch.float64) if part.bias is None else part.bias.detach().double()
         for part, w in zip(parts, (gate, up, down), strict=True)
     )
+    if layer.shared_expert is not None:
+        shared = layer.shared_expert
+        gate, up, down = merge_expert((gate, up, down), shared.neurons, shared().detach().double(), "neuron")
     act = getattr(layer.block, roles["act"])
     deltas = layer.deltas().detach().double()
     router = layer.router.weight.detach().double()

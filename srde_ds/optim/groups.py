@@ -22,6 +22,7 @@ def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "ele
         "deltas.importance": "deltas",
         "deltas.mixing": "deltas",
         "deltas.scores": "deltas",
+        "shared_expert.delta": matrices,
         "router.weight": "routers",
     }
 
@@ -37,7 +38,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """
     kind = getattr(parameter, "srde_kind", None)
     if kind is not None:
-        return kind in ("free", "atoms") and parameter.ndim == 3
+        return kind in ("free", "atoms", "shared") and parameter.ndim == 3
     return parameter.ndim == 2 and not any(part in name.lower() for part in LOOK_UPS)
 
 

@@ -31,7 +31,8 @@ FROM_DATA = ("activation", "gradient", "learned")  # values of support_strategy
 class SRDEConfig(PeftConfig):
     """Experts in every feed-forward block of a decoder, for `peft.get_peft_model`.
 
-    Options from `num_experts` to `atom_mixing` are those of `AdapterConfig`; the two weights are those of `LossConfig`.
+    Options from `num_experts` to `shared_expert_density` are those of `AdapterConfig`; the two weights are those of
+    `LossConfig`.
 
     Attributes:
         num_experts: experts in each layer.
@@ -43,6 +44,8 @@ class SRDEConfig(PeftConfig):
         support_scope: one support for all experts of a layer, or one for each expert.
         num_atoms: number of atoms that the experts share; 0: each expert's delta is a free parameter.
         atom_mixing: how an expert weights the atoms.
+        shared_expert_density: share of the feed-forward weights that a shared expert may change, which every token uses
+            beside its own; 0: none.
         expert_names: a name for each expert; None: expert_0, expert_1, ...
         seed: seed of routers, random supports and the mixing of atoms.
         load_balancing_weight, router_z_weight: weights of the router's losses in training.
@@ -72,6 +75,7 @@ class SRDEConfig(PeftConfig):
     support_scope: Literal["shared", "per_expert"] = "shared"
     num_atoms: int = 0
     atom_mixing: Literal["linear", "softmax"] = "linear"
+    shared_expert_density: float = 0.0
     expert_names: list[str] | None = None
     seed: int = 42
     load_balancing_weight: float = 0.01

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.attach import block_with_experts, support_chooser
+from srde_ds.model.attach import Neurons, block_with_experts, support_chooser
 from srde_ds.model.base import FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
 from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import Storage
@@ -127,14 +127,15 @@ class SRDETuner(BaseTuner):
         block, config, stored = self.blocks[number], peft_config.adapter(), peft_config.stored()
         if stored is None:
             choose = support_chooser(config, None, seed=peft_config.seed, gather=no_gather)
-            support = choose(number, ReadableBlock(**vars(block), dtype=self.model.dtype))
+            neurons = choose(number, ReadableBlock(**vars(block), dtype=self.model.dtype))
         else:
-            support = torch.zeros(support_shape(config, block.hidden, block.intermediate), dtype=torch.int32)
+            shape = support_shape(config, block.hidden, block.intermediate)
+            neurons = Neurons(torch.zeros(shape, dtype=torch.int32))
         experts = block_with_experts(
             block,
             number,
             config,
-            support,
+            neurons,
             control=self.routing,
             seed=peft_config.seed,
             storage=Storage(torch.float32, block.device),

@@ -15,7 +15,7 @@ from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import shards_atoms, slots
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.head import chunk_rows
-from srde_ds.model.supports.selection import support_size, value_count
+from srde_ds.model.supports.selection import shared_expert_size, support_size, value_count
 
 FP32, INT64 = 4, 8
 
@@ -53,6 +53,9 @@ def layer_activations(
         experts += _neuron_remote(config, layer, width) if remote else _neuron(config, layer, width, first)
     else:
         experts += _element(config, layer, width, first=first, remote=remote)
+    # Of the shared expert: gate, its activation, up and hidden values, and a copy of its deltas.
+    size = shared_expert_size(adapter, layer.intermediate)
+    experts += (4 * t + 3 * layer.hidden) * size * width
     return {"attention": attention, "feed-forward": feed_forward, "router": router, "experts": experts}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
 from srde_ds.model.base_shape import BaseShape, LayerShape
-from srde_ds.model.supports.selection import support_size, value_count
+from srde_ds.model.supports.selection import shared_expert_size, support_size, value_count
 from srde_ds.planner.activations import tokens
 
 
@@ -30,6 +30,7 @@ def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: f
         frozen += 2 * t * (3 * layer.matrix + projections)
         attention += 2 * t * config.data.max_length * layer.query
         experts += _experts(config, layer, world_size, transport)
+        experts += 2 * t * 3 * layer.hidden * shared_expert_size(config.adapter, layer.intermediate)
     head = 2 * t * labelled * shape.vocabulary * shape.layers[-1].hidden
     parts = {
         "frozen base": frozen * (2 + again) + head * 2,

@@ -12,7 +12,7 @@ from srde_ds.config import Config
 from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.model.base_shape import BaseShape
-from srde_ds.model.supports.selection import support_shape
+from srde_ds.model.supports.selection import shared_expert_size, support_shape
 from srde_ds.optim.groups import group_of_tensor
 from srde_ds.planner.activations import (
     checkpointed_input,
@@ -83,7 +83,11 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
         "gradients": trained * FP32,
         "gradient bucket": zero["reduce_bucket_size"] * FP32,
         "optimizer state": _optimizer_state(config, shape, world_size),
-        "supports": sum(math.prod(support_shape(config.adapter, *block)) for block in shape.blocks) * INT32,
+        "supports": sum(
+            math.prod(support_shape(config.adapter, *block)) + shared_expert_size(config.adapter, block[1])
+            for block in shape.blocks
+        )
+        * INT32,
     }
     moments = _moments(config, shape, world_size, labelled, zero, schedule)
     moments["optimizer step"] = {"update": _update(config, shape, world_size, zero)}

@@ -12,7 +12,7 @@ from srde_ds.config import AdapterConfig, Config
 from srde_ds.distributed.expert_traffic import shards_atoms, slots
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.deltas import AtomDeltas, empty_deltas
-from srde_ds.model.supports.selection import support_size
+from srde_ds.model.supports.selection import shared_expert_size, support_size
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,9 @@ def layer_trainables(config: Config, layer: LayerShape, world_size: int) -> list
             shape[expert_axis] = shape[expert_axis] // adapter.num_experts * slots(adapter.num_experts, size)
             ranks, stride = world_size // size, size
         result.append(TrainableShape(name, tuple(shape), ranks, stride))
+    if size := shared_expert_size(adapter, layer.intermediate):
+        rows = math.ceil(layer.hidden / world_size) * world_size
+        result.append(TrainableShape("shared_expert.delta", (rows, 3, size), world_size))
     result.append(TrainableShape("router.weight", (adapter.num_experts, layer.hidden), world_size))
     return result
 

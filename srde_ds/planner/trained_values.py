@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from srde_ds.config import AdapterConfig
 from srde_ds.model.deltas import empty_deltas
-from srde_ds.model.supports.selection import support_size
+from srde_ds.model.supports.selection import shared_expert_size, support_size
 from srde_ds.utils.tables import aligned_table
 
 
@@ -16,7 +16,8 @@ class TrainedValues(NamedTuple):
     """The trained values from step `first_step` (counted from 0) until the next pruning.
 
     Attributes:
-        values: number over all layers: deltas with their atoms, importance and mixing, scores, and routers.
+        values: number over all layers: deltas with their atoms, importance and mixing, scores, shared experts and
+            routers.
     """
 
     first_step: int
@@ -55,4 +56,5 @@ def _values(final: AdapterConfig, density: float, blocks: Sequence[tuple[int, in
         keep = support_size(final, hidden, intermediate) if learning else None
         bank = empty_deltas(adapter, hidden=hidden, size=size, keep=keep)
         total += sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
+        total += 3 * hidden * shared_expert_size(adapter, intermediate)
     return total

@@ -31,6 +31,7 @@ REFUSED = {
             "support_scope",
             "num_atoms",
             "atom_mixing",
+            "shared_expert_density",
         ),
         "the trained experts have this form",
     ),

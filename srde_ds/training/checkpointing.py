@@ -234,7 +234,7 @@ class RunState:
         read_slices(folder, placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer))
         internals.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
-        model.load_selection_biases(common)
+        model.load_common_tensors(common)
         before = AdapterMetadata.from_dict(values["adapter"])
         model.origins = Origins.of(before, {name: LazyTensor.of(tensor) for name, tensor in common.items()})
         del model.origins.history[-1:]  # the entry of this run

@@ -57,7 +57,8 @@ class Curriculum:
         step, experts = self.scheduled, self.schedule.adapter.num_experts
         unlocked = self.unlocked_experts()
         locked = frozenset(range(experts)) - frozenset(unlocked)
-        engine.restrict(step.trained, locked | self._kept)
+        trained = step.trained - {"shared"} if self._kept else step.trained  # the experts that are kept rely on it
+        engine.restrict(trained, locked | self._kept)
         allowed = torch.zeros(experts, dtype=torch.bool)
         allowed[unlocked] = True
         if self._balancing.load_balancing_target == "uniform":

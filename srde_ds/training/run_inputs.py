@@ -24,7 +24,7 @@ _SCHEDULE = {
     "density_warmup_steps": "initial_density",
 }
 
-FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing")
+FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing", "shared_expert_density")
 """Options that describe the weights"""
 
 
@@ -93,6 +93,13 @@ def check_start(config: Config) -> AdapterSource | None:
             f"domains={','.join(config.data.domains)}: they must begin with the experts of start_from={place}, "
             f"{','.join(before.expert_names)}, in this order; new ones follow. Give --domains in this order, and "
             "build the rows with the same domains."
+        )
+    own_supports = config.adapter.support_scope == "per_expert"
+    if len(names) > len(before.expert_names) and own_supports and config.adapter.shared_expert_density:
+        raise SRDEError(
+            f"domains={','.join(config.data.domains)}: a new expert would get a support of its own (support_scope="
+            f"per_expert), and the shared expert of start_from={place} may already change those neurons. Train only "
+            f"{','.join(before.expert_names)}, or start from weights whose experts share a support."
         )
     return adapter
 

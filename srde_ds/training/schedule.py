@@ -16,7 +16,7 @@ from srde_ds.config import AdapterConfig, Config, CurriculumConfig
 from srde_ds.errors import SRDEError
 from srde_ds.utils.tables import aligned_table
 
-DELTA_VALUES = frozenset({"free", "atoms", "mixing"})
+DELTA_VALUES = frozenset({"free", "atoms", "mixing", "shared"})
 DELTA_MASKS = frozenset({"importance", "scores"})
 ROUTERS = frozenset({"router"})
 ALL_KINDS = DELTA_VALUES | DELTA_MASKS | ROUTERS
@@ -212,6 +212,7 @@ class Schedule:
 
     def _present_kinds(self, step: ScheduledStep) -> frozenset[str]:
         values = {"atoms", "mixing", "importance"} if self.adapter.num_atoms else {"free"}
+        values |= {"shared"} if self.adapter.shared_expert_density else set()
         return frozenset(values | ({"scores"} if step.learns_support else set())) | ROUTERS
 
 

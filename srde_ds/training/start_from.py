@@ -20,6 +20,7 @@ from srde_ds.training.domain_statistics import measure_domains
 from srde_ds.training.warm_start.from_statistics import add_rows, of_domains
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import DomainStatistics, Origins
+from srde_ds.weights.schema import NEURONS, SHARED_DELTA
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
@@ -66,6 +67,9 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
         values = {}
         for name, parameter in fresh.items():
             values[prefix + name] = _continued(parameter, old[name].load().float())  # type: ignore[arg-type]
+        if layer.shared_expert is not None:
+            layer.shared_expert.neurons.copy_(old[NEURONS].load())
+            values[prefix + SHARED_DELTA] = old[SHARED_DELTA].load().float()
         engine.set_trainables(values)
         bias = torch.zeros(config.num_experts)
         if "router_bias" in old:

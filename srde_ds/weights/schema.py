@@ -24,8 +24,10 @@ from srde_ds.weights.tensors import LazyTensor
 VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BASE_KEYS = ("name", "architecture", "hash")
 LONGEST_TEXT = 1000  # most characters of a name; a message shows a tenth of this
-SHARED_KINDS = ("support", "router_bias", "domain_mean", "domain_spread")
+SHARED_KINDS = ("support", "neurons", "router_bias", "domain_mean", "domain_spread")
 """Kinds of tensors that are not trained by gradients: they keep their dtype, and every rank holds them whole"""
+NEURONS, SHARED_DELTA = "shared_expert.neurons", "shared_expert.delta"
+"""Names of a shared expert's tensors within a layer"""
 LONGEST_HISTORY = 1000  # entries
 _TENSOR = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(.+)")
 
@@ -140,32 +142,40 @@ def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place
         if hidden is None and len(own["router.weight"].shape) == 2:
             hidden = own["router.weight"].shape[1]
         size = own["support"].shape[-1] if own["support"].shape else 0
-        expected = layer_shapes(config, hidden or 0, size, domains)
+        neurons = own.get(NEURONS)
+        moved = neurons.shape[-1] if neurons is not None and neurons.shape else 0
+        expected = layer_shapes(config, hidden or 0, size, domains, moved)
         for part in expected.keys() - own.keys() - {"router_bias"}:
             raise refuse(f"tensor layers.{number}.{part} is missing")
         for part, tensor in own.items():
             name = f"layers.{number}.{part}"
             if part not in expected:
                 raise refuse(f"unknown tensor {shown(name)}")
-            if tensor.dtype not in ((torch.int32,) if part == "support" else VALUE_DTYPES):
-                wanted = "int32" if part == "support" else "a floating-point type"
+            indices = part in ("support", NEURONS)
+            if tensor.dtype not in ((torch.int32,) if indices else VALUE_DTYPES):
+                wanted = "int32" if indices else "a floating-point type"
                 raise refuse(f"{name} has dtype {dtype_name(tensor.dtype)}, expected {wanted}")
             if tensor.shape != expected[part] or 0 in tensor.shape:
                 raise refuse(f"{name} has shape {list(tensor.shape)}, expected {list(expected[part])}")
 
 
-def layer_shapes(config: AdapterConfig, hidden: int, size: int, domains: int) -> dict[str, tuple[int, ...]]:
+def layer_shapes(
+    config: AdapterConfig, hidden: int, size: int, domains: int, neurons: int = 0
+) -> dict[str, tuple[int, ...]]:
     """The shapes of a layer's tensors, by their names within the layer.
 
     Args:
         hidden: D.
         size: number of entries in an expert's support, m or n.
         domains: number of domains with statistics.
+        neurons: number of neurons that the shared expert changes, if there is one.
     """
     experts, atoms, neuron = config.num_experts, config.num_atoms, config.granularity == "neuron"
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (experts, hidden), "router_bias": (experts,)}
     if domains:
         shapes |= {"domain_mean": (domains, hidden), "domain_spread": (domains, hidden)}
+    if config.shared_expert_density:
+        shapes |= {NEURONS: (neurons,), SHARED_DELTA: (hidden, 3, neurons)}
     shapes["support"] = (size,) if config.support_scope == "shared" else (experts, size)
     if atoms == 0:
         return shapes | {"deltas.free": (hidden, 3 * experts, size) if neuron else (experts, size)}
@@ -180,13 +190,13 @@ def check_values(tensors: Mapping[str, LazyTensor], expected_hash: str, place: o
     """Check the values of tensors whose shapes are correct; memory holds one tensor and the supports.
 
     Raises:
-        SRDEError: values are not finite, support indices are negative or repeated, or supports do not match
-            `expected_hash`.
+        SRDEError: values are not finite, indices of neurons or weights are negative or repeated, a shared expert
+            changes neurons of routed ones, or supports do not match `expected_hash`.
     """
     supports: dict[int, Tensor] = {}
     for name, tensor in tensors.items():
         values = tensor.load()
-        if not name.endswith(".support"):
+        if not name.endswith((".support", f".{NEURONS}")):
             if not bool(values.isfinite().all()):
                 raise SRDEError(f"weights '{place}': {name} holds values that are not finite. Export them again.")
             continue
@@ -195,7 +205,14 @@ def check_values(tensors: Mapping[str, LazyTensor], expected_hash: str, place: o
             raise SRDEError(f"weights '{place}': {name} names an index twice. Export them again.")
         if int(rows.min()) < 0:
             raise SRDEError(f"weights '{place}': {name} holds the index {int(rows.min())}. Export them again.")
-        supports[int(name.split(".")[1])] = values
+        if name.endswith(".support"):
+            supports[int(name.split(".")[1])] = values
+    for layer, support in supports.items():
+        shared = tensors.get(f"layers.{layer}.{NEURONS}")
+        if shared is not None and bool(torch.isin(shared.load(), support).any()):
+            raise SRDEError(
+                f"weights '{place}': layers.{layer}.{NEURONS} names neurons of the routed experts. Export them again."
+            )
     if support_hash([supports[layer] for layer in sorted(supports)]) != expected_hash:
         raise SRDEError(f"weights '{place}': the supports do not match support_hash; the file is damaged.")
 
@@ -220,12 +237,13 @@ def check_fits_base(
         if found != hidden:
             raise SRDEError(f"weights '{place}': layer {layer} is made for a hidden size of {found}, not {hidden}.")
         candidates = intermediate if config.granularity == "neuron" else 3 * hidden * intermediate
-        largest = int(tensors[f"layers.{layer}.support"].load().max())
-        if largest >= candidates:
-            raise SRDEError(
-                f"weights '{place}': layers.{layer}.support holds the index {largest}, the base has {candidates} "
-                f"{config.granularity}s in a layer. Give the base that they were trained on."
-            )
+        for part in ("support", NEURONS) if config.shared_expert_density else ("support",):
+            largest = int(tensors[f"layers.{layer}.{part}"].load().max())
+            if largest >= candidates:
+                raise SRDEError(
+                    f"weights '{place}': layers.{layer}.{part} holds the index {largest}, the base has {candidates} "
+                    f"{config.granularity}s in a layer. Give the base that they were trained on."
+                )
 
 
 def support_hash(supports: Iterable[Tensor]) -> str:

@@ -43,7 +43,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "sequential": PRETRAINING | {"expert_pretrain_steps": 2, "pretrain_objective": "sequential", "max_steps": 8},
     "unlocking": BY_CLUSTER,
     "four": {"training_phases": "four", "num_atoms": 4},
-    "annealing": ANNEALING,
+    "annealing": ANNEALING | {"shared_expert_density": 0.05},
     "learned": {
         "support_strategy": "learned",
         "initial_density": 0.2,

@@ -26,6 +26,7 @@ STANDSTILL: dict[str, Any] = {"muon_lr": 0, "learning_rate": 0, "router_lr": 0}
 FORMS: dict[str, dict[str, Any]] = {
     "neuron": {},
     "own supports": {"support_scope": "per_expert"},
+    "shared expert": {"shared_expert_density": 0.05},
     "element": {"granularity": "element", "density": 0.005, "use_muon": False, "support_scope": "per_expert"},
 }
 
@@ -49,7 +50,7 @@ def of_experts(tensors: dict[str, Tensor], experts: list[int]) -> dict[str, Tens
             found[name] = tensor.unflatten(1, (-1, 3))[:, experts]
         elif kind in ("free", "weight") or (kind == "support" and tensor.dim() == 2):
             found[name] = tensor[experts]
-        elif kind == "support":
+        elif kind == "support" or ".shared_expert." in name:
             found[name] = tensor
     return found
 
@@ -65,11 +66,11 @@ def test_experts_that_are_not_trained_stay_bit_for_bit(
     assert two_ranks(train_here, inputs.flags(second, **options)) == [None, None]
     before, after = weights(first), weights(second)
     old, kept = of_experts(before, [0, 1, 2]), of_experts(after, [0, 1, 2])
-    assert old.keys() == kept.keys() and len(old) == 6
+    assert old.keys() == kept.keys() and len(old) == (10 if form == "shared expert" else 6)
     assert all(torch.equal(old[name], kept[name]) for name in old)
     new = of_experts(after, [3])
     assert all(bool(new[f"layers.{layer}.deltas.free"].any()) for layer in range(2))
-    if form != "neuron":  # as many as the others', and places of its own
+    if form in ("own supports", "element"):  # as many as the others', and places of its own
         assert not any(torch.equal(new["layers.0.support"][0], own) for own in old["layers.0.support"])
     metadata = read_metadata(second / "srde_weights.safetensors")
     assert metadata.expert_names == list(metadata.domain_tokens) == [*DOMAINS, "law"]

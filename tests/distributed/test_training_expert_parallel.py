@@ -19,6 +19,7 @@ ROWS = 12  # a step's rows, for 1, 2, 3, 4 and 6 ranks
 ATOMS = {"num_atoms": 4, "atom_mixing": "linear"}
 ELEMENT = {"granularity": "element", "use_muon": False}
 MANY = {"num_experts": 64, "density": 0.02, "support_scope": "per_expert", "support_strategy": "random"}
+SHARED = {"shared_expert_density": 0.05}
 STEPS = 10
 # Losses and gradients are sums of the same fp32 terms in another order. Measured: 3e-6 after ten steps.
 SUMS = 2e-5
@@ -47,6 +48,7 @@ def alone(inputs: Inputs, ranks: dict[int, Ranks], tmp_path_factory: pytest.Temp
         "element": ELEMENT,
         "per_expert": {"support_scope": "per_expert"},
         "64 experts": MANY,
+        "shared expert": SHARED,
     }
     folders = {}
     for name, changes in cases.items():
@@ -95,6 +97,7 @@ def test_ten_steps_are_those_of_one_process(
         ("atoms", ATOMS, TOLERANCE),
         ("element", ELEMENT, LOOSE),
         ("per_expert", {"support_scope": "per_expert", "gradient_checkpointing": True}, TOLERANCE),
+        ("shared expert", SHARED, TOLERANCE),
     ],
 )
 @pytest.mark.parametrize("transport", ["tokens", "deltas"])

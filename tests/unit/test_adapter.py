@@ -178,7 +178,7 @@ def test_selection_biases_are_stored_where_they_are_not_zero(tmp_path: Path) -> 
     assert [layer.router.selection_bias.tolist() for layer in loaded.layers] == [[0, 0, 0], [0, 5, -1]]
     expected = model(tokens()).logits
     assert torch.equal(loaded(tokens()).logits, expected)
-    model.load_selection_biases({})
+    model.load_common_tensors({})
     assert not model.layers[1].router.selection_bias.any()
     assert not torch.equal(model(tokens()).logits, expected)
 

@@ -37,12 +37,45 @@ def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tupl
     return (size,) if config.support_scope == "shared" else (config.num_experts, size)
 
 
+def shared_expert_size(config: AdapterConfig, intermediate: int) -> int:
+    """Number of neurons that the shared expert changes in a layer; 0: there is none."""
+    if not config.shared_expert_density:
+        return 0
+    return max(1, round(config.shared_expert_density * intermediate))
+
+
+def shared_expert_neurons(
+    config: AdapterConfig,
+    weights: tuple[Tensor, Tensor, Tensor],
+    support: Tensor,
+    *,
+    hidden: int,
+    intermediate: int,
+    seed: int,
+    layer: int,
+) -> Tensor:
+    """The neurons of the shared expert, int32 on the CPU, ascending: of those that no routed expert changes, the ones
+    with the largest weights, or random ones with `support_strategy` random.
+
+    Args:
+        weights: gate, up and down; not read for `random`.
+        support: of the routed experts, see `select_support`.
+    """
+    size = shared_expert_size(config, intermediate)
+    if config.support_strategy == "random":
+        scores = torch.rand(intermediate, generator=seeded_generator(seed, "shared expert", layer))
+    else:
+        scores = magnitude_scores("neuron", *weights).cpu()
+    scores[support.flatten().long().cpu()] = -1
+    return best_entries(scores, size).to(torch.int32)
+
+
 def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None:
     """Check that a layer can hold the supports.
 
     Raises:
-        SRDEError: the experts' disjoint slices do not fit, indices exceed int32, or experts are to learn their own
-            supports although they share atoms.
+        SRDEError: the experts' disjoint slices do not fit, indices exceed int32, experts are to learn their own
+            supports although they share atoms, or there is no place for a shared expert.
     """
     candidates = _candidates(config, hidden, intermediate)
     if candidates > 2**31 - 1:
@@ -56,6 +89,8 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
             "atoms share their positions, so they cannot learn supports of their own; use support_scope=shared "
             "or num_atoms=0."
         )
+    if config.shared_expert_density:
+        _check_shared_expert(config, hidden, intermediate)
     disjoint = config.support_scope == "per_expert" and config.support_strategy == "magnitude"
     experts, size = config.num_experts, support_size(config, hidden, intermediate)
     if disjoint and experts * size > candidates:
@@ -63,6 +98,27 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
             f"density={config.density} for {experts} experts with support_scope=per_expert: {experts} disjoint slices "
             f"of {size} do not fit into {candidates} {config.granularity}s; lower density to "
             f"{1 / experts:.4g} or less, or use support_scope=shared."
+        )
+
+
+def _check_shared_expert(config: AdapterConfig, hidden: int, intermediate: int) -> None:
+    given = f"shared_expert_density={config.shared_expert_density}"
+    if config.granularity != "neuron":
+        raise SRDEError(
+            f"{given} with granularity={config.granularity}: a shared expert changes whole neurons. Leave "
+            "it out, or give --granularity neuron."
+        )
+    if config.support_strategy not in ("magnitude", "random"):
+        raise SRDEError(
+            f"{given} with support_strategy={config.support_strategy}: the shared expert's neurons are chosen before "
+            "the data are read. Leave it out, or give --support_strategy magnitude."
+        )
+    experts = config.num_experts if config.support_scope == "per_expert" else 1
+    routed, shared = experts * support_size(config, hidden, intermediate), shared_expert_size(config, intermediate)
+    if routed + shared > intermediate:
+        raise SRDEError(
+            f"{given}: {shared} neurons of the shared expert and {routed} of the routed ones are more than the "
+            f"{intermediate} of a layer. Lower it, or lower density."
         )
 
 
