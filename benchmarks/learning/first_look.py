@@ -21,9 +21,8 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import t
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks.learning import measure, methods, rivals
@@ -39,7 +38,7 @@ from srde_ds.distributed.engine import packed_attention
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import Documents
-from srde_ds.model.base import ROLES, find_feed_forward, load_base
+from srde_ds.model.base import find_feed_forward, load_base
 from srde_ds.model.policy import PolicyControl
 from srde_ds.model.targets import Targets
 from srde_ds.optim import for_trainer
@@ -60,7 +59,6 @@ class Look:
         rates: options of the optimizer; with `muon_lr` matrices are updated by GramMuon (rivals: by Muon).
         adapter: options of the adapter. With six experts, the routers start from the domains' means.
         rival: flags of a rival, see `plan.Run`.
-        shared: neurons of each layer whose delta every token uses, beside the experts; at Muon's rate.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
     """
 
@@ -68,13 +66,12 @@ class Look:
     rates: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
     rival: dict[str, Any] = field(default_factory=dict)
-    shared: int = 0
     attention: int = 0
     attention_rate: float = 2e-3
 
 
 ONE: dict[str, Any] = {"num_experts": 1, "top_k": 1, "density": 0.06}
-HALF: dict[str, Any] = {"density": 0.005}
+HALF: dict[str, Any] = {"density": 0.005, "shared_expert_density": 0.0293}
 LOOKS = {
     "LoRA, 0.001": Look("lora", {"learning_rate": 0.001}),
     "LoRA, 0.003": Look("lora", {"learning_rate": 0.003}),
@@ -85,55 +82,13 @@ LOOKS = {
     "SRDE, 0.01": Look(rates={"muon_lr": 0.01}),
     "SRDE, 0.02": Look(rates={"muon_lr": 0.02}),
     "SRDE, 0.01, supports for each expert": Look(rates={"muon_lr": 0.01}, adapter={"support_scope": "per_expert"}),
-    "SRDE, 0.01, half of the values in neurons of all tokens": Look(rates={"muon_lr": 0.01}, adapter=HALF, shared=45),
-    "SRDE, 0.02, half of the values in neurons of all tokens": Look(rates={"muon_lr": 0.02}, adapter=HALF, shared=45),
+    "SRDE, 0.01, half of the values in a shared expert": Look(rates={"muon_lr": 0.01}, adapter=HALF),
+    "SRDE, 0.02, half of the values in a shared expert": Look(rates={"muon_lr": 0.02}, adapter=HALF),
     "SRDE, 0.01, a third of the values in attention": Look(
         rates={"muon_lr": 0.01}, adapter={"density": 0.006}, attention=8
     ),
 }
 AGAINST = "LoRA, 0.003"
-
-
-class ChangedRows(nn.Module):
-    """A linear layer with a delta for some of its outputs: `[rows, in]`."""
-
-    def __init__(self, linear: nn.Linear, rows: Tensor) -> None:
-        super().__init__()
-        self.linear, self.rows = linear, rows
-        self.delta = nn.Parameter(torch.zeros(len(rows), linear.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.linear(x)
-        return output.index_add(-1, self.rows, F.linear(x, self.delta.to(x.dtype)))
-
-
-class ChangedColumns(nn.Module):
-    """A linear layer with a delta for some of its inputs: `[out, columns]`."""
-
-    def __init__(self, linear: nn.Linear, columns: Tensor) -> None:
-        super().__init__()
-        self.linear, self.columns = linear, columns
-        self.delta = nn.Parameter(torch.zeros(linear.out_features, len(columns)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.linear(x)
-        return output + F.linear(x.index_select(-1, self.columns), self.delta.to(x.dtype))
-
-
-def add_shared_neurons(model: SRDEModel, count: int) -> list[nn.Parameter]:
-    """Deltas for the neurons of largest weights that the experts leave alone."""
-    deltas = []
-    for layer in model.layers:
-        block, projections = layer.block, [getattr(layer.block, layer.roles[role]) for role in ROLES]
-        gate, up, down = (projection.weight.float().square() for projection in projections)
-        sizes = gate.sum(1) + up.sum(1) + down.sum(0)
-        sizes[layer.support.flatten().long()] = -1
-        chosen = sizes.topk(count).indices
-        for role, projection in zip(ROLES, projections, strict=True):
-            changed = (ChangedColumns if role == "down" else ChangedRows)(projection, chosen)
-            setattr(block, layer.roles[role], changed)
-            deltas.append(changed.delta)
-    return deltas
 
 
 def add_attention(base: PreTrainedModel, rank: int) -> list[nn.Parameter]:
@@ -178,15 +133,11 @@ def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
     for layer, router in zip(model.layers, routers, strict=False):
         layer.router.weight.data.copy_(router)
     optimizers: list[torch.optim.Optimizer] = [for_trainer(model, use_muon="muon_lr" in look.rates, **look.rates)]
-    shared = add_shared_neurons(model, look.shared) if look.shared else []
     attention = add_attention(base, look.attention) if look.attention else []
-    if shared:
-        muon: dict[str, Any] = {"momentum": 0.95, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
-        optimizers.append(torch.optim.Muon(shared, lr=look.rates["muon_lr"], **muon))
     if attention:
         optimizers.append(torch.optim.AdamW(attention, lr=look.attention_rate, betas=(0.9, 0.95), weight_decay=0.0))
     own = [parameter for _, parameter in model.trainable_parameters()]
-    return Trainee(model, [*own, *shared, *attention], optimizers)
+    return Trainee(model, [*own, *attention], optimizers)
 
 
 def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:

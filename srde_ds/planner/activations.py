@@ -45,17 +45,18 @@ def layer_activations(
     adapter = config.adapter
     copies = (t + adapter.num_experts) * layer.hidden * FP32 if config.model.bf16 else 0
     router = copies + t * adapter.num_experts * FP32 + t * adapter.top_k * (2 * INT64 + FP32) + t
+    shared = shared_expert_size(adapter, layer.intermediate)
     if first:
-        attention, feed_forward = 0.0, x + gate
+        attention, feed_forward = 0.0, x + (4 * gate if shared else gate)
+        first = not shared  # through its shared expert the block's values have a gradient
     remote = transport == "tokens" and config.parallel.expert_parallel_size > 1
     experts = _atoms(config, layer, world_size, width)
     if adapter.granularity == "neuron":
         experts += _neuron_remote(config, layer, width) if remote else _neuron(config, layer, width, first)
     else:
         experts += _element(config, layer, width, first=first, remote=remote)
-    # Of the shared expert: gate, its activation, up and hidden values, and a copy of its deltas.
-    size = shared_expert_size(adapter, layer.intermediate)
-    experts += (4 * t + 3 * layer.hidden) * size * width
+    # Of the shared expert: what is added to gate and up, gate, its activation, up, and the hidden values.
+    experts += 6 * t * shared * width
     return {"attention": attention, "feed-forward": feed_forward, "router": router, "experts": experts}
 
 

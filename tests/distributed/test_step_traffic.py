@@ -78,6 +78,7 @@ def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any
         ((2, 1), CHECKPOINTING, SCARCE),
         ((2, 1), CHECKPOINTING, SOME_STAY),
         ((2, 1), SELECTIVE, SCARCE),
+        ((2, 1), {"shared_expert_density": 0.1}, SCARCE),
         ((2, 1), ATOMS | CHECKPOINTING, SCARCE),
         ((2, 1), ATOMS | {"owner_computes": False}, SCARCE),
         ((2, 1), {"granularity": "element", "use_muon": False}, {}),

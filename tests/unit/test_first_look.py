@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.learning import first_look
 from benchmarks.learning.first_look import LOOKS, Look, difference, factor, table, with_experts
@@ -19,20 +18,20 @@ from tests.helpers import tiny_llama, tokens
 SMALL: dict[str, Any] = {"num_experts": 2, "density": 0.05}
 
 
-@pytest.mark.parametrize(("shared", "attention"), [(0, 0), (2, 0), (0, 3), (2, 3)])
-def test_what_is_put_beside_the_experts_starts_as_the_base_and_learns(shared: int, attention: int) -> None:
+@pytest.mark.parametrize("attention", [0, 3])
+def test_what_is_put_beside_the_experts_starts_as_the_base_and_learns(attention: int) -> None:
     base = tiny_llama()
     ids = tokens()
     with torch.no_grad():
         expected = base(ids).logits
-    look = Look(rates={"muon_lr": 0.01}, adapter=SMALL, shared=shared, attention=attention)
+    look = Look(rates={"muon_lr": 0.01}, adapter=SMALL, attention=attention)
     trainee = with_experts(look, base, inputs=None)  # type: ignore[arg-type]  # only six experts read rows
     experts = sum(parameter.numel() for _, parameter in trainee.model.trainable_parameters())
     config = base.config
     head = config.hidden_size // config.num_attention_heads
     keys = config.num_key_value_heads * head
     widths = 2 * (config.hidden_size + config.num_attention_heads * head) + 2 * (config.hidden_size + keys)
-    beside = config.num_hidden_layers * (3 * shared * config.hidden_size + attention * widths)
+    beside = config.num_hidden_layers * attention * widths
     assert sum(parameter.numel() for parameter in trainee.parameters) == experts + beside
     torch.testing.assert_close(trainee.model(ids).logits, expected)
     trainee.model(ids, labels=ids).loss_sum.backward()
@@ -42,14 +41,6 @@ def test_what_is_put_beside_the_experts_starts_as_the_base_and_learns(shared: in
     assert len(moved) >= len(trainee.optimizers) and not torch.allclose(trainee.model(ids).logits, expected)
     trained = {id(parameter) for parameter in trainee.parameters}
     assert all(id(parameter) in trained for parameter in trainee.model.base.parameters() if parameter.requires_grad)
-
-
-def test_shared_neurons_are_not_those_of_the_experts() -> None:
-    trainee = with_experts(Look(rates={"muon_lr": 0.01}, adapter=SMALL, shared=3), tiny_llama(), None)  # type: ignore[arg-type]
-    for layer in trainee.model.layers:
-        changed: nn.Module = getattr(layer.block, layer.roles["gate"])
-        assert isinstance(changed, first_look.ChangedRows)
-        assert not set(changed.rows.tolist()) & set(layer.support.tolist())
 
 
 def test_looks_are_options_that_the_package_knows_and_the_rate_falls() -> None:
