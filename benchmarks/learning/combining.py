@@ -256,9 +256,9 @@ class Study:
         """The items of a domain, which is another file than that of all domains."""
         path = self.folder / f"{domain}.jsonl"
         if not path.exists():
-            lines = self.inputs.items.read_text(encoding="utf-8").splitlines(keepends=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, "".join(line for line in lines if json.loads(line)["domain"] == domain))
+            with self.inputs.items.open(encoding="utf-8") as lines:
+                write_text(path, "".join(line for line in lines if json.loads(line)["domain"] == domain))
         return path
 
     def _rows(self, domain: str) -> Path:
