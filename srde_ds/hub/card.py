@@ -249,7 +249,7 @@ def _json(path: Path) -> Any:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = [_parsed(path, line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [_parsed(path, line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise SRDEError(f"'{path}' is empty: the run has done no step. Train first.")
     return lines
