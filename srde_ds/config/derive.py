@@ -79,6 +79,12 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
             "more experts than domains" if adapter.num_experts > means else "unlock_order=cluster_size needs clusters"
         )
         default("warm_start_method", "kmeans", reason)
+    if config.training.train_experts:
+        # The rows are those of the trained experts' domains, which must not be balanced away from them. With one
+        # expert a token the z-loss would be the only gradient of the routers' rows.
+        default("load_balancing_weight", 0.0, "only some experts are trained")
+        if adapter.top_k == 1:
+            default("router_z_weight", 0.0, "only some experts are trained, and each token uses one")
     if adapter.support_strategy == "learned":
         candidates = min(1.0, LEARNED_CANDIDATES * adapter.density)
         default("initial_density", candidates, f"{LEARNED_CANDIDATES} times density")

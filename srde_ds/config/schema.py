@@ -174,14 +174,18 @@ class LossConfig:
         "what counts equally in the loss: each response token, each document, or each domain (with domain_weights or "
         "mixing_temperature: by its share)",
     )
-    load_balancing_weight: float = option(0.01, "weight of the load-balancing loss", minimum=0.0)
+    load_balancing_weight: float = option(
+        0.01, "weight of the load-balancing loss", minimum=0.0, derived="0.01; 0 with train_experts"
+    )
     load_balancing_target: Literal["uniform", "domains"] = option(
         "uniform", "target shares of balancing: equal, or those of the domains among the tokens of the step"
     )
     balancing_bias_rate: float = option(
         0.0, "loss-free balancing: change of each expert's selection bias per step, in logits; 0: off", minimum=0.0
     )
-    router_z_weight: float = option(0.001, "weight of the router z-loss", minimum=0.0)
+    router_z_weight: float = option(
+        0.001, "weight of the router z-loss", minimum=0.0, derived="0.001; 0 with train_experts and top_k 1"
+    )
     delta_size_weight: float = option(0.0, "weight of the squared norm of the effective deltas", minimum=0.0)
     support_overlap_weight: float = option(
         0.0,

@@ -152,6 +152,16 @@ def test_options_follow_from_the_weights(started: Path, place: str) -> None:
     assert source is not None and source.metadata.expert_names == DOMAINS
 
 
+def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:
+    """Its rows are of its own domains alone. With one expert a token nothing but the z-loss would move the routers."""
+    every, two = resolved(started).losses, resolved(started, train_experts=["red"]).losses
+    one = resolved(started, train_experts=["red"], top_k=1).losses
+    weights = [(losses.load_balancing_weight, losses.router_z_weight) for losses in (every, two, one)]
+    assert weights == [(0.01, 0.001), (0.0, 0.001), (0.0, 0.0)]
+    given = resolved(started, train_experts=["red"], load_balancing_weight=0.02).losses
+    assert given.load_balancing_weight == 0.02
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
