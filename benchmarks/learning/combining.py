@@ -3,11 +3,11 @@
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
     python -m benchmarks.learning.combining [--seeds 1 2 3] [--method srde|lora] [--limit PARTS]
 
-A part is one training, or one merge, with its measurement on the test items of all domains; it adds a line to
-results/combining.jsonl. A part that has a line is not repeated, as long as its adapter is there. Each domain gets
-STEPS steps of ROWS rows of 512 tokens in bfloat16. Rates are chosen on SWEEP_SEED, by held-out items of two domains.
+A part is one training, or one merge, with its measurement on test items; it adds a line to results/combining.jsonl. A
+part that has a line is not repeated, as long as its adapter is there. Each domain gets STEPS steps of ROWS rows of 512
+tokens in bfloat16. Rates are chosen on SWEEP_SEED, by held-out items of two domains.
 
-Each method may run in a process of its own. A seed takes about an hour and a half of one thread.
+Each method may run in a process of its own. A seed takes about 40 minutes of one thread for each.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -49,7 +49,7 @@ from srde_ds.utils.environment import environment
 from srde_ds.utils.files import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, WARMUP, ROWS = 20, 2, 4
+STEPS, WARMUP, ROWS = 12, 2, 4
 SWEEP_SEED, SWEEP_DOMAINS = 0, ("code", "science")
 RATES = {"srde": (0.01, 0.02, 0.04), "lora": (0.001, 0.003, 0.01)}
 MERGES = [(kind, weight) for kind in ("cat", "linear", "ties", "dare_ties") for weight in (round(1 / 6, 3), 1.0)]
@@ -60,14 +60,14 @@ Record = dict[str, Any]
 Part = tuple[str, Callable[[], Record]]
 
 
-def held_out(model: SRDEModel, rows: datasets.Dataset) -> Record:
+def held_out(model: SRDEModel, rows: datasets.Dataset, domains: Sequence[str] = DOMAINS) -> Record:
     """Of each row, the sum of its labels' losses and their number, by domain; and the use of the experts by domain."""
     domain_of_row = rows.with_format("numpy")["domain"][:]
     experts = model.config.num_experts if model.layers else 0
     losses: dict[str, list[tuple[float, int]]] = {}
     usage: dict[str, list[float]] = {}
-    for number, name in enumerate(DOMAINS):
-        own = rows.select((domain_of_row == number).nonzero()[0].tolist())
+    for name in domains:
+        own = rows.select((domain_of_row == DOMAINS.index(name)).nonzero()[0].tolist())
         statistics = RoutingStatistics(len(model.layers), experts) if experts > 1 else None
         policy, losses[name] = RoutingPolicy(statistics=statistics), []
         for batch in validation_batches(own, 1):
@@ -85,6 +85,11 @@ def held_out(model: SRDEModel, rows: datasets.Dataset) -> Record:
 def loss_of(rows: list[tuple[float, int]]) -> float:
     """Mean over the labels."""
     return sum(total for total, _ in rows) / sum(count for _, count in rows)
+
+
+def _judged(stage: int) -> Sequence[str]:
+    """The domains that a stage, counted from 0, is measured on: its own, and all before and after the last."""
+    return DOMAINS if stage >= len(DOMAINS) - 2 else [DOMAINS[stage]]
 
 
 class Study:
@@ -135,8 +140,8 @@ class Study:
         """An adapter of one expert, trained on its domain."""
         flags = {"jsonl_data": str(self._items(domain)), "domains": [domain]} | ONE_EXPERT
         if rate is not None:
-            return self._srde(f"rate-{rate}-{domain}", flags | {"muon_lr": rate}, split)
-        return self._srde(f"alone-{domain}", flags)
+            return self._srde(f"rate-{rate}-{domain}", flags | {"muon_lr": rate}, [domain], split)
+        return self._srde(f"alone-{domain}", flags, [domain])
 
     def joint(self) -> Record:
         """Six experts, trained together with as many steps and rows a domain as alone."""
@@ -158,14 +163,14 @@ class Study:
         domain, known = DOMAINS[stage], list(DOMAINS[: stage + 1])
         flags = {"jsonl_data": str(self._items(domain)), "domains": known}
         flags |= {"start_from": str(self._weights(before)), "train_experts": [domain]}
-        return self._srde(f"stage-{stage + 1}", flags)
+        return self._srde(f"stage-{stage + 1}", flags, _judged(stage))
 
     def alone_lora(self, domain: str, rate: float | None = None, split: str = "test") -> Record:
         """A LoRA as large as one expert, trained on its domain."""
         base = self._load()
         torch.manual_seed(self.seed)
         model = get_peft_model(base, rivals.lora_config(base, {"values_of": ONE_EXPERT}))
-        return self._lora(model, base, f"lora-{domain}", domain, rate, split)
+        return self._lora(model, base, f"lora-{domain}", domain, [domain], rate, split)
 
     def staged_lora(self, stage: int) -> Record:
         """A LoRA as large as six experts, trained on with one more domain."""
@@ -176,7 +181,7 @@ class Study:
             model: Any = PeftModel.from_pretrained(base, before, is_trainable=True)
         else:
             model = get_peft_model(base, rivals.lora_config(base, {"values_of": {}}))
-        return self._lora(model, base, f"lora-stage-{stage + 1}", DOMAINS[stage])
+        return self._lora(model, base, f"lora-stage-{stage + 1}", DOMAINS[stage], _judged(stage))
 
     def merged_lora(self, kind: str, weight: float) -> Record:
         """The six LoRAs as one, by PEFT's `add_weighted_adapter`."""
@@ -194,7 +199,7 @@ class Study:
 
     # How they are made
 
-    def _srde(self, name: str, flags: Flags, split: str = "test") -> Record:
+    def _srde(self, name: str, flags: Flags, judged: Sequence[str] = DOMAINS, split: str = "test") -> Record:
         fixed: Flags = {
             "model_name": str(self.base),
             "max_length": self.budget.max_length,
@@ -217,10 +222,17 @@ class Study:
         figures = {"training": trained.losses, "values": trained.values}
         del trained
         gc.collect()  # engines hold cycles
-        return self._measured(self._adapted(self._weights(name)), split, **figures)
+        return self._measured(self._adapted(self._weights(name)), judged, split, **figures)
 
     def _lora(
-        self, model: Any, base: PreTrainedModel, name: str, domain: str, rate: float | None = None, split: str = "test"
+        self,
+        model: Any,
+        base: PreTrainedModel,
+        name: str,
+        domain: str,
+        judged: Sequence[str],
+        rate: float | None = None,
+        split: str = "test",
     ) -> Record:
         parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
         chosen = self.rates["lora"] if rate is None else rate
@@ -233,11 +245,13 @@ class Study:
             model.save_pretrained(self.folder / name)
         trainee.model.eval()
         values = sum(parameter.numel() for parameter in parameters)
-        return self._measured(trainee.model, split, training=losses, values=values)
+        return self._measured(trainee.model, judged, split, training=losses, values=values)
 
-    def _measured(self, model: SRDEModel, split: str = "test", **figures: Any) -> Record:
+    def _measured(
+        self, model: SRDEModel, judged: Sequence[str] = DOMAINS, split: str = "test", **figures: Any
+    ) -> Record:
         model.eval()
-        return figures | held_out(model, self.inputs.split(split))
+        return figures | held_out(model, self.inputs.split(split), judged)
 
     def _load(self) -> PreTrainedModel:
         return load_base(self.base, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION)
