@@ -52,7 +52,7 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         srde, lora = found[f"srde alone, {domain}"], found[f"lora alone, {domain}"]
         assert srde["training"][0] == pytest.approx(lora["training"][0], rel=1e-3)
         assert "usage" not in srde and all(count for _, count in srde["losses"][domain])
-    assert len(found["srde stage 3"]["usage"]["math"]) == 3 and len(found["srde combined"]["usage"]["math"]) == 6
+    assert len(found["srde stage 3"]["usage"]["code"]) == 3 and len(found["srde combined"]["usage"]["math"]) == 6
     assert found["lora stage 6"]["values"] == pytest.approx(found["srde joint"]["values"], rel=0.2)
     monkeypatch.setattr(combining_tables, "MERGES", MERGES)
     table = combining_tables.apart(Results(records))
