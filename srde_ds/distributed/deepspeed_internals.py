@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
 
 import deepspeed as deepspeed
-from deepspeed.runtime.zero import stage3
+from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 
@@ -111,6 +111,18 @@ def gather_in_one_order() -> None:
 
     if original.__name__ != ordered.__name__:  # not yet done
         setattr(PartitionedParameterCoordinator, name, ordered)
+
+
+def forget(model: nn.Module) -> None:
+    """Remove a model from where deepspeed keeps every one that it has trained, so that its memory is freed.
+
+    Those are a list of modules whose first entries are never taken out, and a cache of what to release after a module.
+    """
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not model]
+    release = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    for cell in release.__closure__:  # a wrapper without __wrapped__
+        cell.cell_contents.cache_clear()
 
 
 def is_hooked_for_nothing(module: object) -> bool:

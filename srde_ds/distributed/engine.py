@@ -162,6 +162,7 @@ class Engine:
     def close(self) -> None:
         """Free what DeepSpeed has attached to the model, so that another engine can be built."""
         self.deepspeed.destroy()
+        internals.forget(self.model)
 
     @property
     def global_grad_norm(self) -> float:

@@ -143,6 +143,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             current.finish_step(sums, time.monotonic() - started)
             for observer in watching:
                 observer.after_step(current)
+    current.engine.close()  # this process may train again
     if stopped:
         if topology.is_main:
             print(f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.", flush=True)

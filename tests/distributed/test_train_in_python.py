@@ -10,13 +10,15 @@ from tests.cli_helpers import save_base, write_records
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import os, sys
-from srde_ds import evaluate, train
+import gc, os, sys
+from srde_ds import SRDEModel, evaluate, train
 os.chdir(sys.argv[1])
 options = dict(model_name="base", jsonl_data="train.jsonl", domains=["red", "green"], density=0.05, bf16=False)
 options |= dict(max_steps=2, gradient_accumulation_steps=1, lr_schedule="constant")
 weights = [train(options, output_dir=name) for name in ("first", "second")]
 assert weights[0].read_bytes() == weights[1].read_bytes()
+gc.collect()
+assert not [thing for thing in gc.get_objects() if isinstance(thing, SRDEModel)]  # their memory is free again
 assert train(options, max_steps=3, output_dir="second", resume_from="latest") == weights[1]
 assert weights[0].read_bytes() != weights[1].read_bytes()
 evaluate("second", "train.jsonl", max_samples=2, bf16=False)
