@@ -236,9 +236,7 @@ def random_base(visit: Visit) -> PreTrainedModel:
 
 def _fill(parameters: Iterator[Any]) -> None:
     for parameter in parameters:
-        values = getattr(parameter, "ds_tensor", parameter).data
-        vector = len(getattr(parameter, "ds_shape", parameter.shape)) == 1
-        values.fill_(1) if vector else values.normal_(std=0.02)
+        parameter.data.fill_(1) if parameter.dim() == 1 else parameter.data.normal_(std=0.02)
 
 
 def model(visit: Visit) -> None:
@@ -349,25 +347,10 @@ def _profile(visit: Visit, case: Case) -> None:
 
 def engine(visit: Visit) -> None:
     """A step through ZeRO-3 on one process, update included: seconds, peak of all memory, the copies of a save."""
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
     from srde_ds.distributed import engine as engine_module  # the other parts need no deepspeed
-    from srde_ds.distributed.deepspeed_internals import note_whole_shapes
-    from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
     from srde_ds.distributed.zero_placement import state_slices
 
     options = visit.options
-
-    def sharded(config: Any, world_size: int) -> PreTrainedModel:
-        whole: Any = AutoConfig.from_pretrained(options.base, trust_remote_code=False)
-        keep_alive = HfDeepSpeedConfig(derive_ds_config(DeepSpeedOptions.of(config), world_size))
-        base: Any = AutoModelForCausalLM.from_config(
-            whole, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
-        )
-        del keep_alive
-        _fill(base.parameters())
-        note_whole_shapes(base)
-        return base
 
     kept: list[Any] = []
     build = engine_module.build_engine
@@ -377,7 +360,7 @@ def engine(visit: Visit) -> None:
         return kept[-1]
 
     with (
-        patch.object(engine_module, "load_sharded_base", sharded),
+        patch.object(engine_module, "load_frozen_base", lambda *_: random_base(visit)),
         patch.object(engine_module, "build_engine", building),
     ):
         case = engine_case(options, options.base, "SRDE neuron", True, updates=True)

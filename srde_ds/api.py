@@ -24,7 +24,7 @@ from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.inference.generate import Sampling, answer_length
 from srde_ds.inference.generate import generate as generate_answer
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.planner.recompute import settle_recompute
+from srde_ds.planner.settle import settle
 from srde_ds.training.run_inputs import read_base_inputs, read_run_inputs
 from srde_ds.training.trainer import train as train_experts
 from srde_ds.utils.launcher import stop_processes
@@ -66,7 +66,7 @@ def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> P
         sections = {key: value for key, value in given.items() if isinstance(value, Mapping)}
         flat = {key: value for key, value in given.items() if key not in sections}
         resolved = resolve(sections, flat | options, read_inputs=read_run_inputs)
-    resolved = settle_recompute(resolved)
+    resolved = settle(resolved)
     train_experts(resolved, leave=False)  # this process may train again
     atexit.register(stop_processes)
     folder = Path(resolved.training.output_dir)

@@ -87,8 +87,8 @@ def train(arguments: Sequence[str]) -> int:
 
     config, dry_run = train_config(arguments, read_run_inputs)
     with _ending_at_ctrl_c():
-        from srde_ds.planner.recompute import settle_recompute
-    config = settle_recompute(config)
+        from srde_ds.planner.settle import settle
+    config = settle(config)
     if dry_run:
         from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run

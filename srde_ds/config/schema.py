@@ -344,6 +344,13 @@ class ParallelConfig:
         aliases=("deepspeed", "ds_config"),
         common=True,
     )
+    base_placement: Literal["sharded", "resident", "auto"] = option(
+        "sharded",
+        "where the frozen base is. sharded: each process holds a share, and layers are gathered as they compute; "
+        "resident: each process holds all of it, and nothing of it is gathered; auto: resident if the plan says that "
+        "it fits. A process that is alone always holds all of it",
+        common=True,
+    )
     expert_parallel_size: int = option(
         1,
         "number of processes that divide the experts of a layer; must divide the number of processes",
@@ -364,6 +371,10 @@ class ParallelConfig:
     start_timeout: int = option(
         80, "seconds that a process waits for the others to start", metavar="SECONDS", minimum=10
     )
+
+    def whole_base(self, world_size: int) -> bool:
+        """Whether each of `world_size` processes holds the whole frozen base."""
+        return self.base_placement == "resident" or world_size == 1
 
 
 @dataclass

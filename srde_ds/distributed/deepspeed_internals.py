@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
@@ -22,6 +23,8 @@ if not torch.cuda.is_available():
 import deepspeed as deepspeed
 from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+_TORCH_LINEAR = F.linear
 
 
 def adopt_mpi_launcher() -> None:
@@ -78,6 +81,26 @@ def note_whole_shapes(model: nn.Module) -> None:
     for parameter in model.parameters():
         if hasattr(parameter, "ds_shape"):
             parameter.srde_whole_shape = tuple(parameter.ds_shape)
+
+
+def leave_alone(module: nn.Module) -> None:
+    """Have deepspeed neither partition nor gather the frozen parameters in `module`, before `deepspeed.initialize`.
+
+    They become buffers, which compute in the same way but are none of its business. A shared weight stays shared.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(part, name)
+                part.register_buffer(name, parameter)
+
+
+def restore_linear() -> None:
+    """Undo deepspeed's replacement of torch's linear function by one that gathered weights need.
+
+    Deepspeed never does. Its function keeps its input for the backward even if the weight is frozen.
+    """
+    F.linear = _TORCH_LINEAR
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from transformers.utils.logging import disable_progress_bar
 
 from srde_ds.config import AdapterConfig, Config
 from srde_ds.distributed import deepspeed_internals as internals
@@ -22,7 +23,7 @@ from srde_ds.distributed.deepspeed_internals import deepspeed
 from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config, prefetch_whole_layers
 from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
 from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
-from srde_ds.distributed.processes import Topology
+from srde_ds.distributed.processes import Topology, check_same
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documents
@@ -170,16 +171,21 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm())
 
 
-def load_sharded_base(config: Config, world_size: int) -> PreTrainedModel:
-    """Load the frozen base. From the start each rank keeps only its share of the weights, 1 / world_size."""
+def load_frozen_base(config: Config, topology: Topology) -> PreTrainedModel:
+    """Load the frozen base: all of it, or from the start only this rank's share of the weights, 1 / world_size."""
     attention = "flash_attention_2" if config.model.flash_attention else packed_attention(config)
+    ds_config = derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
+    whole = config.parallel.whole_base(topology.world_size)
+    if not topology.is_main:
+        disable_progress_bar()
     # from_pretrained finds the object through a weak reference, so it must exist until loading is done.
-    keep_alive = HfDeepSpeedConfig(derive_ds_config(DeepSpeedOptions.of(config), world_size))
+    keep_alive = None if whole else HfDeepSpeedConfig(ds_config)
     base = load_base(
         str(config.model.model_name),
         dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
         revision=config.model.model_revision,
         attn_implementation=attention,
+        device=topology.device if whole else None,
     )
     del keep_alive
     internals.note_whole_shapes(base)
@@ -202,7 +208,7 @@ def build_model(
     supports: Sequence[torch.Tensor] | None = None,
     target_density: float | None = None,
 ) -> SRDEModel:
-    """Build the sharded base with all its experts, the same on every rank.
+    """Build the base with all its experts, the same on every rank.
 
     Args:
         adapter: default: `config.adapter`; another one may have another density.
@@ -213,7 +219,7 @@ def build_model(
         raise SRDEError(
             f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave the flag out."
         )
-    base = load_sharded_base(config, topology.world_size)
+    base = load_frozen_base(config, topology)
     model = add_experts(
         base,
         adapter or config.adapter,
@@ -223,6 +229,8 @@ def build_model(
         target_density=target_density,
         sharding=Sharding(gather, pad_to=topology.world_size),
     )
+    if config.parallel.whole_base(topology.world_size):  # which each rank has read by itself
+        check_same({"hash of the base's weights": model.base_identity["hash"]}, topology)
     for layer in model.layers:
         layer.dispatch = LocalDispatch(compiled=config.model.compile, kernels=config.model.expert_kernels)
     if config.model.recomputed == "selective":
@@ -245,6 +253,9 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     elif groups is not None:
         place_experts(model, groups, transport)
     placement.mark_placement(model)
+    whole_base = config.parallel.whole_base(topology.world_size)
+    if whole_base:
+        internals.leave_alone(model.base)
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
     ds_config = derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
@@ -252,8 +263,11 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     largest = max(sum(prod(whole_shape(p)) for p in layer.parameters()) for layer in decoder)
     prefetch_whole_layers(ds_config, largest)
     internals.gather_in_one_order()
-    with internals.hooked_as_one(decoder):
+    # A process that is alone gathers nothing, so nothing need wait for its layer.
+    with internals.hooked_as_one([model] if topology.world_size == 1 else decoder):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
+    if whole_base:
+        internals.restore_linear()
     internals.note_whole_shapes(model)
     for layer in model.layers:
         layer.skip_activation_hooks = internals.is_hooked_for_nothing(getattr(layer.block, layer.roles["act"]))

@@ -105,10 +105,14 @@ def load_base(
     revision: str | None = None,
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Load the model of a Hub id or local folder, frozen and in eval mode.
 
     With `local_files_only` nothing is downloaded.
+
+    Args:
+        device: where to load it; None: on the CPU, or as an `HfDeepSpeedConfig` says.
 
     Raises:
         SRDEError: there is no such folder or id, it holds no language model, or weights are missing (which transformers
@@ -124,6 +128,7 @@ def load_base(
         attn_implementation=attn_implementation,
         local_files_only=local_files_only,
         adapter_kwargs={"local_files_only": local_files_only},  # it also looks for a PEFT adapter
+        device_map=None if device is None else {"": device},
         output_loading_info=True,
     )
     if report["missing_keys"]:

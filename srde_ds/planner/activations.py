@@ -1,6 +1,7 @@
 """What autograd keeps of a micro-batch, by layer; tests compare it with a real backward.
 
-In a training process DeepSpeed's linear function replaces torch's and keeps its input even if the weight is frozen.
+Unless each process holds the whole base, DeepSpeed's linear function replaces torch's, and keeps its input even if the
+weight is frozen.
 Attention in bf16 is a kernel that knows packed documents; in fp32 it is torch's scaled_dot_product_attention, document
 by document, with keys and values repeated for every head. A base with another attention (see `LayerShape.documents`)
 also needs a mask. `flash_attention` needs neither mask nor repetition.
@@ -38,8 +39,9 @@ def layer_activations(
     width, t = (2 if config.model.bf16 else 4), tokens(config)
     norm = t * (layer.hidden * FP32 + FP32)  # its input in fp32 and the inverse root mean square
     x, gate = t * layer.hidden * width, t * layer.intermediate * width
-    attention = norm + x + _attention(config, layer, width)
-    feed_forward = norm + x + 4 * gate  # gate, its activation, up, and the hidden values
+    inputs = kept_inputs(config, world_size)
+    attention = norm + inputs * x + _attention(config, layer, width, inputs)
+    feed_forward = norm + x + (3 + inputs) * gate  # gate, its activation, up, and the hidden values
     # The router's input and weight in fp32, if they have another dtype; logits, choices (for the products and for the
     # losses), their weights, and which tokens are real.
     adapter = config.adapter
@@ -47,7 +49,7 @@ def layer_activations(
     router = copies + t * adapter.num_experts * FP32 + t * adapter.top_k * (2 * INT64 + FP32) + t
     shared = shared_expert_size(adapter, layer.intermediate)
     if first:
-        attention, feed_forward = 0.0, x + (4 * gate if shared else gate)
+        attention, feed_forward = 0.0, x + ((3 + inputs) if shared else inputs) * gate
         first = not shared  # through its shared expert the block's values have a gradient
     remote = transport == "tokens" and config.parallel.expert_parallel_size > 1
     experts = _atoms(config, layer, world_size, width)
@@ -58,6 +60,11 @@ def layer_activations(
     # Of the shared expert: what is added to gate and up, gate, its activation, up, and the hidden values.
     experts += 6 * t * shared * width
     return {"attention": attention, "feed-forward": feed_forward, "router": router, "experts": experts}
+
+
+def kept_inputs(config: Config, world_size: int) -> int:
+    """How often a linear map with a frozen weight keeps its input: 0 or 1."""
+    return 0 if config.parallel.whole_base(world_size) else 1
 
 
 def shared_activations(config: Config, layer: LayerShape) -> dict[str, float]:
@@ -78,7 +85,7 @@ def kept_attention(config: Config, layer: LayerShape) -> float:
     return tokens(config) * (layer.query * width + layer.heads * FP32)
 
 
-def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
+def layer_gradients(config: Config, layer: LayerShape, world_size: int, experts: float) -> float:
     """Peak bytes of gradients within the backward of one layer, on top of what its forward kept.
 
     Args:
@@ -91,8 +98,8 @@ def layer_gradients(config: Config, layer: LayerShape, experts: float) -> float:
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
     else:  # of one expert's assignments, and of one of its matrices along with the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
-    # Gradients of the hidden values' two factors; the hidden values and their own gradient have been freed.
-    behind = 2 * t * layer.intermediate + n * adapter.num_experts
+    # Gradients of the hidden values and of their two factors; the hidden values have been freed, if they were kept.
+    behind = (3 - kept_inputs(config, world_size)) * t * layer.intermediate + n * adapter.num_experts
     residual = 2 * t * layer.hidden
     return max(within * width, behind * width - experts) + residual * width
 
@@ -116,14 +123,14 @@ def head_activations(config: Config, shape: BaseShape, labelled: float) -> dict[
     return {"head": kept, "logits": 3 * positions * shape.vocabulary * FP32}
 
 
-def _attention(config: Config, layer: LayerShape, width: int) -> float:
+def _attention(config: Config, layer: LayerShape, width: int, inputs: int) -> float:
     """Queries, keys, values, output, and the logarithm of each row's sum."""
     t = tokens(config)
     row = 2 * layer.query * width + layer.heads * FP32
     if config.model.flash_attention or (layer.documents and config.model.bf16):
         return t * (row + 2 * layer.key_value * width)
-    if layer.documents:  # the output twice: by document, and joined
-        return t * (row + 3 * layer.query * width)
+    if layer.documents:  # the output by document, and joined if the output projection keeps it
+        return t * (row + (2 + inputs) * layer.query * width)
     mask = t * config.data.max_length * width  # added to the scores
     return t * (row + 2 * layer.query * width) + mask
 

@@ -21,7 +21,7 @@ def describe_plan(plan: Plan) -> str:
         f"{machines.nodes} x {gpus} GPUs, {training.batch_size} x {training.gradient_accumulation_steps} rows of "
         f"{config.data.max_length} tokens per process: {plan.tokens_per_step:,} tokens per step",
         "",
-        *([plan.recompute_reason] if plan.recompute_reason else []),
+        *(reason for reason in (plan.recompute_reason, plan.placement_reason) if reason),
         *_memory_lines(plan),
         "",
         f"{'received by a GPU per step, GB':<36}{'all':>10}{'from other nodes':>18}",
@@ -55,7 +55,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    peak, machines = plan.memory, plan.machines
+    peak, machines, config = plan.memory, plan.machines, plan.config
     lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
     lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
     lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
@@ -64,7 +64,10 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.largest_micro_batch:
         lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
     else:
-        lines.append("no micro-batch fits: give more GPUs, --recompute full, a lower --max_length or another --density")
+        sharded = "--base_placement sharded, " if config.parallel.base_placement == "resident" else ""
+        lines.append(
+            f"no micro-batch fits: give more GPUs, {sharded}--recompute full, a lower --max_length or another --density"
+        )
     return lines
 
 

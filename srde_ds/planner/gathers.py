@@ -87,7 +87,7 @@ class Schedule:
     """What a micro-step gathers.
 
     Attributes:
-        weights: all weights of the model.
+        weights: all weights that ZeRO holds; a whole base is none of them.
         gathers: how often each weight that does not persist is gathered.
         live: peak number of gathered values at each moment, by kind, without persistent ones.
     """
@@ -110,8 +110,10 @@ def gather_schedule(config: Config, shape: BaseShape, world_size: int, zero: dic
 
 def prefetch_bucket(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> int:
     """How many values DeepSpeed prefetches, see `ds_config.prefetch_whole_layers`."""
+    whole_base = config.parallel.whole_base(world_size)
     layers = {
-        sum(layer.parameters) + sum(t.values for t in layer_trainables(config, layer, world_size))
+        (0 if whole_base else sum(layer.parameters))
+        + sum(t.values for t in layer_trainables(config, layer, world_size))
         for layer in set(shape.layers)
     }
     sized = {"zero_optimization": dict(zero)}
@@ -120,7 +122,7 @@ def prefetch_bucket(config: Config, shape: BaseShape, world_size: int, zero: dic
 
 
 def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) -> tuple[list[Use], list[Weight]]:
-    """The uses of modules in a micro-step, in the order of transformers' decoders, and all weights.
+    """The uses of modules in a micro-step, in the order of transformers' decoders, and all weights that ZeRO holds.
 
     Modules without weights also count: DeepSpeed prefetches a bucket at each, but nothing inside of a layer.
     """
@@ -131,10 +133,11 @@ def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) ->
         return weights[-1]
 
     checkpointing = config.model.recomputed == "full"
+    whole_base = config.parallel.whole_base(world_size)
     empty = Use(())
 
     def module(*values: int) -> Use:
-        return Use(tuple(weight("base", n) for n in values))
+        return Use(() if whole_base else tuple(weight("base", n) for n in values))
 
     def layer_of(layer: LayerShape) -> Use:
         attention = [n for own in layer.attention for n in own]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from srde_ds.config import Config
@@ -75,8 +75,11 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
         sum(weight.padded / weight.ranks for weight in schedule.weights if weight.kind == kind)
         for kind in ("base", "trainables")
     )
-    states = {
-        "base shard": (base + sum(shape.unused) / world_size) * width,
+    if config.parallel.whole_base(world_size):
+        held = {"whole base": float(shape.parameters * width)}
+    else:
+        held = {"base shard": (base + sum(shape.unused) / world_size) * width}
+    states = held | {
         "persistent weights": sum(weight.gathered for weight in schedule.weights if weight.persistent) * width,
         "trainables": trained * width,
         "fp32 masters": trained * FP32,  # even in fp32, since a comparison in DeepSpeed that always fails makes a copy
@@ -92,6 +95,12 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
     moments = _moments(config, shape, world_size, labelled, zero, schedule)
     moments["optimizer step"] = {"update": _update(config, shape, world_size, zero)}
     return Memory(states, moments)
+
+
+def largest_memory(config: Config, shape: BaseShape, world_size: int) -> Memory:
+    """`memory` at the largest density of the run, with a label at every position."""
+    density = config.curriculum.initial_density or config.adapter.density
+    return memory(replace(config, adapter=replace(config.adapter, density=density)), shape, world_size)
 
 
 def _optimizer_state(config: Config, shape: BaseShape, world_size: int) -> float:
@@ -141,7 +150,7 @@ def _moments(
     for number, layer in enumerate(shape.layers):
         first = number == 0 and recomputed != "full"
         whole = layer_activations(config, layer, world_size, transport, first=first)
-        working = {"gradients at work": layer_gradients(config, layer, whole["experts"])}
+        working = {"gradients at work": layer_gradients(config, layer, world_size, whole["experts"])}
         again: dict[str, float] = {}
         if recomputed == "none":
             kept.update(whole)

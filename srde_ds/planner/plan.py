@@ -12,6 +12,7 @@ from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, transport_bytes
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import BaseShape, base_shape
+from srde_ds.planner.base_placement import choose_base_placement, compare_placements, with_base_placement
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import Memory, memory
 from srde_ds.planner.recompute import least_recompute, with_recompute
@@ -105,6 +106,7 @@ class Plan:
         moved: bytes that each transport would move; empty without expert parallelism.
         largest_micro_batch: number of rows that fit; 0: not even one.
         recompute_reason: the choice of `recompute: auto` and its reason; else empty.
+        placement_reason: the base's placement, and what each one takes; empty with one process.
     """
 
     config: Config
@@ -119,6 +121,7 @@ class Plan:
     times: Times
     largest_micro_batch: int
     recompute_reason: str = ""
+    placement_reason: str = ""
 
     @property
     def tokens_per_step(self) -> int:
@@ -206,6 +209,7 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
     if config.model.recompute == "auto":
         recompute, why = least_recompute(config, shape, processes, machines.gpu_memory_gib * GIB)
         config = with_recompute(config, recompute)
+    config, placement = _with_placement(config, shape, machines)
     size = config.parallel.expert_parallel_size
     if processes % size:
         raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
@@ -233,7 +237,18 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
         times=step_times(machines, traffic, sum(flops.values())),
         largest_micro_batch=largest_micro_batch(at(largest), shape, machines),
         recompute_reason=why,
+        placement_reason=placement,
     )
+
+
+def _with_placement(config: Config, shape: BaseShape, machines: Machines) -> tuple[Config, str]:
+    """The config with `base_placement: auto` settled, and `Plan.placement_reason`."""
+    asked, processes = config.parallel.base_placement, machines.processes
+    if asked == "auto":
+        chosen, why = choose_base_placement(config, shape, processes, machines.gpu_memory_gib * GIB)
+        return with_base_placement(config, chosen), why
+    facts = compare_placements(config, shape, processes) if processes > 1 else ""
+    return config, f"base_placement={asked} ({facts})" if facts else ""
 
 
 def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Times:

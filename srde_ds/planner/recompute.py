@@ -10,7 +10,7 @@ import torch
 
 from srde_ds.config import Config
 from srde_ds.model.base_shape import BaseShape, base_shape
-from srde_ds.planner.memory import memory
+from srde_ds.planner.memory import largest_memory
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 CHOICES = ("none", "selective", "full")
@@ -21,7 +21,7 @@ GIB = 2**30
 
 def least_recompute(config: Config, shape: BaseShape, world_size: int, room: float) -> tuple[str, str]:
     """The first of CHOICES with which a process fits into `room` bytes, else the last one; and the reason as text."""
-    totals = {choice: memory(with_recompute(config, choice), shape, world_size).total for choice in CHOICES}
+    totals = {choice: largest_memory(with_recompute(config, choice), shape, world_size).total for choice in CHOICES}
     chosen = next((choice for choice in CHOICES if totals[choice] <= room), CHOICES[-1])
     needs = ", ".join(f"{choice} {totals[choice] / GIB:.1f}" for choice in CHOICES)
     return chosen, f"recompute=auto: {chosen}, for {room / GIB:.1f} GiB (GiB at the peak: {needs})"

@@ -98,7 +98,7 @@ EFFECTS = {
     **dict.fromkeys(("use_tensorboard", "use_wandb", "use_trackio"), _NEXT_STEP),
     **dict.fromkeys(("wandb_project", "wandb_run_name"), _PLACE),
     "deepspeed_config": _COST,
-    **dict.fromkeys(("expert_parallel_size", "expert_transport", "owner_computes"), _COST),
+    **dict.fromkeys(("base_placement", "expert_parallel_size", "expert_transport", "owner_computes"), _COST),
     **dict.fromkeys(("collective_timeout", "start_timeout"), _NEXT_STEP),
 }
 _UNTOLD = ("resume_from", "output_dir", "preset")

@@ -28,6 +28,7 @@ from tests.distributed.measures import Allocated, allocated, count_saved, train_
 from tests.distributed.training_helpers import MAX_LENGTH, Inputs
 
 ELEMENT = {"granularity": "element", "use_muon": False}
+RESIDENT = {"base_placement": "resident"}
 TOKENS = {"expert_parallel_size": 2, "expert_transport": "tokens"}
 
 
@@ -43,7 +44,8 @@ def saved(flags: dict[str, Any]) -> tuple[int, float]:
     forward, found = Engine.forward, []
 
     def counted(engine: Engine, batch: dict[str, torch.Tensor], *policy: RoutingPolicy) -> Any:
-        with count_saved(list(engine.model.parameters())) as kept:
+        frozen = [buffer for buffer in engine.model.buffers() if isinstance(buffer, torch.nn.Parameter)]
+        with count_saved([*engine.model.parameters(), *frozen]) as kept:
             output = forward(engine, batch, *policy)
         labelled = (batch["labels"][:, 1:] != -100).any(0).sum() / MAX_LENGTH
         found.append((kept(), float(labelled)))
@@ -68,6 +70,7 @@ def saved(flags: dict[str, Any]) -> tuple[int, float]:
         (1, {"shared_expert_density": 0.1}, 0.01),
         (1, ELEMENT, 0.01),
         (2, {"num_atoms": 4}, 0.01),
+        (2, {"num_atoms": 4} | RESIDENT, 0.01),
         (2, {"expert_parallel_size": 2, "expert_transport": "deltas"}, 0.01),
         # Not as many rows arrive as leave: two of the three experts are on one rank.
         (2, TOKENS, 0.1),
@@ -95,7 +98,7 @@ def test_saved_activations_are_those_of_the_model(
             expected += shared_activations(config, shape.layers[0])["attention"]
             if config.model.bf16:  # there is no kernel for the CPU, so attention keeps as much as in fp32
                 expected += sum(
-                    tokens(config) * 2 * (3 * layer.query - 2 * layer.key_value) for layer in shape.layers[1:]
+                    tokens(config) * 2 * (2 * layer.query - 2 * layer.key_value) for layer in shape.layers[1:]
                 )
         for number, layer in enumerate(shape.layers):
             if checkpointing:
@@ -110,19 +113,13 @@ def peak(flags: dict[str, Any]) -> Allocated:
     return found
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_peak_is_that_of_the_model(inputs: Inputs, tmp_path: Path, checkpointing: bool) -> None:
-    """In a fresh process; the gradient bucket is small so that it does not hide the rest."""
+@pytest.mark.parametrize(("processes", "options"), [(1, {}), (1, {"gradient_checkpointing": True}), (2, RESIDENT)])
+def test_peak_is_that_of_the_model(inputs: Inputs, tmp_path: Path, processes: int, options: dict[str, Any]) -> None:
+    """In fresh processes; the gradient bucket is small so that it does not hide the rest."""
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}}')
-    flags = run_flags(
-        inputs,
-        tmp_path,
-        batch_size=8,
-        gradient_checkpointing=checkpointing,
-        deepspeed_config=str(tmp_path / "ds.json"),
-    )
+    flags = run_flags(inputs, tmp_path, batch_size=8, deepspeed_config=str(tmp_path / "ds.json"), **options)
     config = resolve({}, flags)
-    with Ranks(1) as ranks:
+    with Ranks(processes) as ranks:
         found = ranks(peak, flags)[0]
-    predicted = memory(config, base_shape(config), 1, labelled=max(found.labelled))
+    predicted = memory(config, base_shape(config), processes, labelled=max(found.labelled))
     assert max(found.peaks.values()) == pytest.approx(predicted.total, rel=0.1)

@@ -23,6 +23,7 @@ CHECKPOINTING = {"gradient_checkpointing": True}
 SELECTIVE = {"recompute": "selective"}
 # Two experts, both chosen by each token: as many rows leave a rank as the model assumes, whatever the router learns.
 TOKENS = {"expert_transport": "tokens", "num_experts": 2, "top_k": 2}
+RESIDENT = {"base_placement": "resident"}
 # Far below the tiny base's 33,000 values, so that weights are released and gathered again.
 SCARCE = {
     "stage3_param_persistence_threshold": 0,
@@ -55,7 +56,9 @@ def counted(flags: dict[str, Any]) -> dict[tuple[str, int], float]:
 def check(ranks: Ranks, flags: dict[str, Any]) -> None:
     config = resolve({}, flags)
     expected: Counter[tuple[str, int]] = Counter()
+    whole_base = config.parallel.whole_base(ranks.world_size)
     for traffic in step_traffic(config, base_shape(config), ranks.world_size):
+        assert not (whole_base and traffic.kind == "base gathered")
         expected[NAMES[traffic.operation], traffic.ranks] += traffic.received  # type: ignore[assignment]
     for found in ranks(counted, flags):
         for entry in found.keys() | expected.keys():
@@ -82,6 +85,9 @@ def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any
         ((2, 1), ATOMS | CHECKPOINTING, SCARCE),
         ((2, 1), ATOMS | {"owner_computes": False}, SCARCE),
         ((2, 1), {"granularity": "element", "use_muon": False}, {}),
+        ((2, 1), RESIDENT, {}),
+        ((2, 1), RESIDENT | ATOMS | CHECKPOINTING, SCARCE),
+        ((2, 2), RESIDENT | TOKENS | CHECKPOINTING, SCARCE),
         ((2, 2), {}, {}),
         ((2, 2), CHECKPOINTING, SCARCE),
         ((2, 2), TOKENS, {}),
@@ -93,6 +99,7 @@ def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any
         ((4, 2), ATOMS | {"granularity": "element"}, {}),
         ((4, 2), ATOMS | {"owner_computes": False}, {}),
         ((4, 2), ATOMS | TOKENS | CHECKPOINTING, {}),
+        ((4, 2), RESIDENT, SOME_STAY),
     ],
 )
 def test_counted_bytes_are_those_of_the_cost_model(

@@ -143,7 +143,7 @@ def test_what_changes_memory(ministral: Path, tmp_path: Path) -> None:
     assert of(deepspeed_config=str(options)).moments["loss"]["gather buffer"] == 0
     middle = "backward of layer 20"
     assert of(deepspeed_config=str(options)).moments[middle]["gathered base"] < free.moments[middle]["gathered base"]
-    assert of(world_size=1).moments["loss"]["gathered base"] == 0
+    assert "gathered base" not in of(world_size=1).moments["loss"]
     checkpointed = of(gradient_checkpointing=True, max_length=4096)
     assert checkpointed.total < of(max_length=4096).total / 2
     assert of(flash_attention=True, max_length=4096).total < of(max_length=4096).total - 4096**2 * LAYERS

@@ -1,0 +1,124 @@
+"""`--base_placement`: which one a plan chooses and what it says, and when a run is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from srde_ds.config import Config, resolve
+from srde_ds.errors import SRDEError
+from srde_ds.model.base_shape import base_shape
+from srde_ds.planner import base_placement, recompute
+from srde_ds.planner.describe import describe_plan, describe_run
+from srde_ds.planner.memory import largest_memory, memory
+from srde_ds.planner.plan import GIB, Machines, make_plan
+from srde_ds.planner.settle import settle
+from srde_ds.planner.traffic import step_traffic
+
+MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
+BASE_GIB = 2 * 13_506_073_600 / 2**30
+
+
+def run(choice: str = "auto", **options: object) -> Config:
+    asked = {"model_name": str(MINISTRAL), "max_length": 4096, "recompute": "full", "base_placement": choice}
+    return resolve({}, asked | options)
+
+
+def at_hand(monkeypatch: pytest.MonkeyPatch, gib: float, processes: int = 8) -> None:
+    """Let this be a machine with so many GiB for each of so many processes."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    for module in (recompute, base_placement):
+        monkeypatch.setattr(module, "available_memory", lambda: gib * GIB)
+
+
+def test_a_process_holds_all_of_it_and_gathers_nothing_of_it() -> None:
+    shape = base_shape(run())
+    whole, shard = (memory(run(choice), shape, 8) for choice in ("resident", "sharded"))
+    assert whole.states["whole base"] == pytest.approx(BASE_GIB * GIB)
+    assert shard.states["base shard"] == pytest.approx(BASE_GIB * GIB / 8)
+    kinds = [{found.kind for found in step_traffic(run(choice), shape, 8)} for choice in ("sharded", "resident")]
+    assert kinds[0] - kinds[1] == {"base gathered"} and "trainables gathered" in kinds[1]
+    # A trainable's gathers do not depend on the base's placement, nor does what ZeRO holds of it.
+    assert {k: v for k, v in whole.states.items() if k not in ("whole base", "persistent weights")} == {
+        k: v for k, v in shard.states.items() if k not in ("base shard", "persistent weights")
+    }
+
+
+def test_one_process_holds_it_whole_whatever_is_asked() -> None:
+    shape = base_shape(run())
+    found = [memory(run(choice), shape, 1) for choice in ("sharded", "resident", "auto")]
+    assert found[0] == found[1] == found[2] and "whole base" in found[0].states
+    chosen, why = base_placement.choose_base_placement(run(), shape, 1, 0)
+    assert chosen == "resident" and "alone" in why
+
+
+def test_resident_where_it_fits() -> None:
+    shape = base_shape(run())
+    total = memory(run("resident"), shape, 8).total
+    for room, expected in ((total, "resident"), (total - 1, "sharded")):
+        chosen, why = base_placement.choose_base_placement(run(), shape, 8, room)
+        assert chosen == expected
+        assert why.startswith(f"base_placement=auto: {expected}, for {room / GIB:.1f} GiB")
+        assert f"resident {total / GIB:.1f}, sharded {memory(run('sharded'), shape, 8).total / GIB:.1f}" in why
+
+
+def test_supports_count_at_their_largest() -> None:
+    denser = run(initial_density=0.04, density_warmup_steps=100)
+    shape = base_shape(denser)
+    room = memory(run("resident"), shape, 8).total
+    assert largest_memory(denser, shape, 8).total == pytest.approx(memory(run(density=0.04), shape, 8).total)
+    assert base_placement.choose_base_placement(denser, shape, 8, room)[0] == "sharded"
+
+
+def test_the_plan_says_which_and_why() -> None:
+    large, small = (make_plan(run(), Machines(gpus=8, gpu_memory_gib=gib)) for gib in (72.0, 24.0))
+    for plan, expected in ((large, "resident"), (small, "sharded")):
+        assert plan.config.parallel.base_placement == expected
+        assert f"base_placement=auto: {expected}, for {plan.machines.gpu_memory_gib:.1f} GiB" in describe_plan(plan)
+    received = next(found.received for found in small.traffic if found.kind == "base gathered")
+    assert f"sharded gathers {received / 1e9:.2f} GB of the base in a step" in describe_plan(small)
+    assert "\nwhole base " in describe_plan(large) and "\nbase shard " in describe_plan(small)
+    assert large.times.step_in_turn < small.times.step_in_turn
+    asked = describe_plan(make_plan(run("resident"), Machines(gpus=8, gpu_memory_gib=24.0)))
+    assert "base_placement=resident (GiB at the peak: " in asked
+    assert "no micro-batch fits: give more GPUs, --base_placement sharded, " in asked
+    assert not make_plan(run("sharded"), Machines()).placement_reason
+
+
+def test_training_settles_it_by_the_memory_at_hand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for gib, expected in ((72, "resident"), (24, "sharded")):
+        at_hand(monkeypatch, gib)
+        settled = settle(run())
+        assert settled.parallel.base_placement == expected
+        assert f"base_placement=auto: {expected}, for {gib}.0 GiB" in capsys.readouterr().out
+        assert ("whole base" in describe_run(settled, base_shape(settled), 8)) == (expected == "resident")
+    monkeypatch.setenv("RANK", "1")
+    settle(run())
+    assert not capsys.readouterr().out
+
+
+def test_a_whole_base_never_costs_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could be kept beside a shard is not computed again to make room for the whole base; unless asked."""
+    shape = base_shape(run())
+    enough = memory(run("sharded", recompute="selective"), shape, 8).total / GIB
+    at_hand(monkeypatch, max(enough, memory(run("resident"), shape, 8).total / GIB - 1))
+    both = settle(run(recompute="auto"))
+    assert (both.model.recompute, both.parallel.base_placement) == ("selective", "sharded")
+    at_hand(monkeypatch, memory(run("resident"), shape, 8).total / GIB)
+    asked = settle(run("resident", recompute="auto"))
+    assert (asked.model.recompute, asked.parallel.base_placement) == ("full", "resident")
+
+
+def test_a_whole_base_that_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_hand(monkeypatch, 24)
+    with pytest.raises(
+        SRDEError, match=r"base_placement=resident: .* 25\.2 of them .* room for 24\.0\. Give --base_pl"
+    ):
+        settle(run("resident"))
+    assert settle(run("sharded")).parallel.base_placement == "sharded"
+    at_hand(monkeypatch, 24, processes=1)
+    with pytest.raises(SRDEError, match="Give --recompute full, or"):
+        settle(run("resident"))
