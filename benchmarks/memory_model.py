@@ -36,6 +36,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, {}),
     (2, {"batch_size": 4}),
     (2, {"batch_size": 4, "gradient_checkpointing": True}),
+    (2, {"batch_size": 4, "gradient_checkpointing": True, "base_placement": "resident"}),
     (2, {"batch_size": 4, "num_atoms": 16}),
     (2, {"batch_size": 4, "expert_parallel_size": 2, "expert_transport": "tokens"}),
 ]

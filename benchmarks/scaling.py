@@ -31,6 +31,7 @@ RUN = {
 }
 ADAPTERS: dict[str, dict[str, Any]] = {
     "free": {},
+    "free, resident base": {"base_placement": "resident"},
     "atoms": {"num_atoms": 16},
     "atoms gathered": {"num_atoms": 16, "owner_computes": False},
 }
