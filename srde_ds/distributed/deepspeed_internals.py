@@ -86,13 +86,14 @@ def note_whole_shapes(model: nn.Module) -> None:
 def leave_alone(module: nn.Module) -> None:
     """Have deepspeed neither partition nor gather the frozen parameters in `module`, before `deepspeed.initialize`.
 
-    They become buffers, which compute in the same way but are none of its business. A shared weight stays shared.
+    They become plain attributes, which compute in the same way, but which deepspeed does not see. Nor does it move
+    them: a buffer of int8 weights from bitsandbytes would lose its scales.
     """
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if not parameter.requires_grad:
                 delattr(part, name)
-                part.register_buffer(name, parameter)
+                object.__setattr__(part, name, parameter)
 
 
 def restore_linear() -> None:

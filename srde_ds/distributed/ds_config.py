@@ -64,8 +64,8 @@ def derive_ds_config(options: DeepSpeedOptions, world_size: int) -> dict[str, An
     if stage != 3:
         raise SRDEError(
             f"{path}: zero_optimization.stage={stage}: only stage 3 is supported. Stages 0 to 2 have no "
-            "per-parameter partition groups for experts. Set it to 3; --base_placement resident keeps the whole base on "
-            "every GPU."
+            "per-parameter partition groups for experts. Set it to 3; --base_placement resident keeps the whole "
+            "base on every GPU."
         )
     for key, reason in _REFUSED_ZERO_OPTIONS.items():
         value = zero.get(key)

@@ -1,10 +1,9 @@
 """What autograd keeps of a micro-batch, by layer; tests compare it with a real backward.
 
 Unless each process holds the whole base, DeepSpeed's linear function replaces torch's, and keeps its input even if the
-weight is frozen.
-Attention in bf16 is a kernel that knows packed documents; in fp32 it is torch's scaled_dot_product_attention, document
-by document, with keys and values repeated for every head. A base with another attention (see `LayerShape.documents`)
-also needs a mask. `flash_attention` needs neither mask nor repetition.
+weight is frozen. Attention in bf16 is a kernel that knows packed documents; in fp32 it is torch's
+scaled_dot_product_attention, document by document. A base with another attention (see `LayerShape.documents`) needs a
+mask, and keys and values repeated for every head. `flash_attention` needs neither.
 
 Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T assignments of a token to an expert,
 m neurons or n entries.
@@ -130,7 +129,7 @@ def _attention(config: Config, layer: LayerShape, width: int, inputs: int) -> fl
     if config.model.flash_attention or (layer.documents and config.model.bf16):
         return t * (row + 2 * layer.key_value * width)
     if layer.documents:  # the output by document, and joined if the output projection keeps it
-        return t * (row + (2 + inputs) * layer.query * width)
+        return t * (row + (2 * layer.key_value + inputs * layer.query) * width)
     mask = t * config.data.max_length * width  # added to the scores
     return t * (row + 2 * layer.query * width) + mask
 
