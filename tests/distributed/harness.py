@@ -172,7 +172,7 @@ def fork(log: Path, function: Callable[..., int | None], *args: Any) -> BaseProc
     return process
 
 
-def run_forked(log: Path, function: Callable[..., int | None], *args: Any, timeout: float = 120) -> int | None:
+def run_forked(log: Path, function: Callable[..., int | None], *args: Any, timeout: float = 600) -> int | None:
     """`fork`, and its exit status; None: it was killed, since it took more than `timeout` seconds."""
     process = fork(log, function, *args)
     process.join(timeout)
