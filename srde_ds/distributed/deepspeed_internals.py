@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # must be set before deepspeed is imported
 
 import deepspeed as deepspeed
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import parameter_offload, stage3
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
@@ -33,8 +34,25 @@ def adopt_mpi_launcher() -> None:
 
 
 def avoid_jit_builds() -> None:
-    """Keep deepspeed's CPU backend from compiling its shared-memory collectives at start, which takes 80 s."""
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    """Keep deepspeed's CPU backend from compiling its shared-memory collectives at start, which takes 80 s.
+
+    Only that backend looks into deepspeed's table of operators that can be compiled. Without an entry, the first look
+    would fill the whole table, for which every process runs compilers and other programs.
+    """
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def import_muon_uncompiled() -> None:
+    """Import deepspeed's Muon, which this package does not use, without torch's compiler.
+
+    `deepspeed.initialize` imports it for any optimizer. Its functions are compiled by decorators, and loading the
+    compiler for them takes each process more than a second.
+    """
+    original, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = original
 
 
 def limit_new_groups(limit: datetime.timedelta) -> None:

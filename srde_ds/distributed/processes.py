@@ -116,6 +116,7 @@ def start_processes(timeout_seconds: float) -> Topology:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     internals.deepspeed.utils.logger.setLevel(logging.WARNING)
     internals.avoid_jit_builds()
+    internals.import_muon_uncompiled()
     adopt_launcher()
     try:
         internals.deepspeed.init_distributed(timeout=limit, verbose=False)

@@ -15,7 +15,6 @@ from playwright.sync_api import Browser, Page, expect
 from srde_ds.data.inputs import read_records
 from srde_ds.inference.generate import Sampling
 from srde_ds.inference.page.command import address, listening
-from srde_ds.inference.page.server import chat_server
 from srde_ds.inference.page.visit import STOPPED, ChatPage
 from srde_ds.model.adapter import SRDEModel
 from tests.browser_helpers import DESKTOP, HEIGHTS, PHONE, collect_errors, cut_off, sticking_out
@@ -75,6 +74,9 @@ class Speaker:
 
 def _serve(model: SRDEModel, password: str | None) -> Iterator[str]:
     page = ChatPage(model, tiny_tokenizer(), Sampling(100, 0.7, 0.9), seed=1)
+    # Loads gradio, which only the worker that runs this file shall wait for.
+    from srde_ds.inference.page.server import chat_server
+
     server = chat_server(page, title="runs/first on a base", password=password)
     with listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

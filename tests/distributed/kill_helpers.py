@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ import torch
 
 from srde_ds.checkpoint.resume import find_checkpoint, verify_checkpoint
 from srde_ds.config import resolve
+from tests.cli_helpers import flags as command_line
 from tests.distributed.harness import free_port
 from tests.distributed.training_helpers import Inputs, metrics, without_clocks
 
@@ -117,14 +119,26 @@ def unkilled_folder(folder: Path, case: Case) -> Path:
 
 
 def train_rank(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+    _become_rank(environment, log)
+    from srde_ds.training.trainer import train
+
+    train(resolve({}, flags))
+
+
+def train_verb(flags: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+    """`srde-ds train`, which tells errors in a line and in the exit status."""
+    _become_rank(environment, log)
+    from srde_ds.cli.main import main
+
+    sys.exit(main(["train", *command_line(flags)]))
+
+
+def _become_rank(environment: dict[str, str], log: Path) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     output = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    from srde_ds.training.trainer import train
-
-    train(resolve({}, flags))
 
 
 @contextmanager

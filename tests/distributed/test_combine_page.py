@@ -28,6 +28,7 @@ NUMBER = re.compile(r"\d+\.\d+(e[-+]\d+)?|\b[0-9a-f]{12}\b")
 
 
 def commands(text: str) -> list[list[str]]:
+    text = text.replace("--router_steps 20", "--router_steps 2")
     return [shlex.split(line) for line in re.findall(r"^    srde-ds (.+)$", text, re.MULTILINE)]
 
 
@@ -76,7 +77,7 @@ def test_the_way_of_the_page(tmp_path: Path) -> None:
     assert tuned.keys() == both.keys()
     changed = {name for name in both if not torch.equal(both[name], tuned[name])}
     assert changed == {f"layers.{layer}.router.weight" for layer in range(2)}
-    assert "train routers: steps 20; seed 0; data few.jsonl" in run(["inspect", "tuned.safetensors"], tmp_path)
+    assert "train routers: steps 2; seed 0; data few.jsonl" in run(["inspect", "tuned.safetensors"], tmp_path)
     (error,) = run_distributed(refusal_of, 1, tmp_path)
     assert error.startswith("router_data=nowhere.jsonl: ")
 

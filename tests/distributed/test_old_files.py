@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from srde_ds.checkpoint.resume import verify_checkpoint
+from srde_ds.cli.main import main
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import load_adapter
+from tests.distributed.harness import run_forked
 from tests.distributed.training_helpers import assert_close
 
 ROOT = Path(__file__).parents[2]
@@ -42,12 +42,14 @@ def weights_of_step_3(folder: Path) -> Path:
     return export_weights(FILES / "run/checkpoint-3", folder / "weights.safetensors")
 
 
+def resume_in(folder: Path) -> int:
+    os.chdir(folder)
+    return main(["train", "--config", "run/config.yaml", "--resume_from", "latest"])
+
+
 def test_a_run_goes_on_to_the_weights_that_it_had_given(tmp_path: Path) -> None:
     shutil.copytree(FILES, tmp_path, dirs_exist_ok=True)
-    command = [sys.executable, "-m", "srde_ds.cli", "train", "--config", "run/config.yaml", "--resume_from", "latest"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert run_forked(tmp_path / "log", resume_in, tmp_path) == 0, (tmp_path / "log").read_text()
     found, expected = (load_file(tmp_path / path) for path in ("run/srde_weights.safetensors", "neuron.safetensors"))
     further = {f"layers.{layer}.domain_{part}" for layer in range(2) for part in ("mean", "spread")}
     assert found.keys() == expected.keys() | further

@@ -68,6 +68,7 @@ def check(ranks: Ranks, flags: dict[str, Any]) -> None:
 def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any) -> dict[str, Any]:
     (folder / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3} | zero}))
     once = {"max_steps": 2, "warmup_steps": 1, "eval_steps": 0, "save_steps": 0, "log_steps": 100}
+    once["domain_statistics_rows"] = 0
     own = once | {"gradient_accumulation_steps": 2, "deepspeed_config": str(folder / "ds.json")}
     return inputs.flags(folder / "run", **own | options)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from srde_ds.data.loader import validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.model.adapter import load_adapter
 from tests.distributed.harness import free_port
+from tests.distributed.kill_helpers import ended, ranks, train_verb
 from tests.distributed.training_helpers import (
     DOMAINS,
     Inputs,
@@ -45,14 +45,8 @@ class Launched:
     status: int
     output: str
 
-    @property
-    def errors(self) -> set[str]:
-        """Messages of SRDEErrors; ranks that fail alike say the same."""
-        lines = [line for line in self.output.splitlines() if "srde-ds: error:" in line]
-        return {re.sub(r"rank \d+: ", "", line) for line in lines}
 
-
-def launch(flags: dict[str, Any], *more: str) -> Launched:
+def launch(flags: dict[str, Any]) -> Launched:
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     command += ["launch/train.py"]
     for name, value in flags.items():
@@ -66,7 +60,7 @@ def launch(flags: dict[str, Any], *more: str) -> Launched:
         ]
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, *more],
+        command,
         cwd=ROOT,
         env=environment,
         text=True,
@@ -156,8 +150,10 @@ def test_bad_input_is_refused_in_one_line(inputs: Inputs, tmp_path: Path) -> Non
     broken = tmp_path / "broken.jsonl"
     lines = Path(inputs.jsonl).read_text().splitlines()
     broken.write_text("\n".join([*lines[:4], '{"prompt": "torn', *lines[4:]]))
-    result = launch(launch_flags(inputs, tmp_path / "run", jsonl_data=str(broken)))
-    assert result.status != 0
-    [error] = result.errors
-    assert "broken.jsonl:5: not valid JSON" in error, result.output
+    log = tmp_path / "log"
+    with ranks(launch_flags(inputs, tmp_path / "run", jsonl_data=str(broken)), 2, log, target=train_verb) as processes:
+        assert ended(processes) == [2, 1], log.read_text()  # rank 1 is told why rank 0 has ended
+    first, *others = (line for line in log.read_text().splitlines() if "error" in line or "Traceback" in line)
+    assert first.startswith(f"srde-ds: error: {broken}:5: not valid JSON"), log.read_text()
+    assert len(others) <= 1 and all("rank 0 (host " in line and "broken.jsonl:5: " in line for line in others)
     assert not (tmp_path / "run").exists()

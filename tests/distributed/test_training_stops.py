@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from srde_ds.cli.main import main
 from tests.cli_helpers import flags
-from tests.distributed.harness import Ranks, free_port
+from tests.distributed.harness import Ranks, fork, free_port, run_forked
+from tests.distributed.kill_helpers import wait_until
 from tests.distributed.training_helpers import Inputs, latest, make_inputs, train_here
 
 ROOT = Path(__file__).parents[2]
@@ -61,15 +63,24 @@ def options(inputs: Inputs, run: Path) -> dict[str, Any]:
     return values
 
 
+def train(options: dict[str, Any]) -> int:
+    """What launch/train.py does after its imports."""
+    return main(["train", *flags(options)])
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_before_the_first_step_nothing_is_left(
     inputs: Inputs, one_rank: Ranks, tmp_path: Path, number: signal.Signals
 ) -> None:
-    with Training(options(inputs, tmp_path / "run")) as run:
-        run.wait_for("72 records")  # the data are being prepared
-        run.send_signal(number)
-        assert run.ended() == 128 + number, run.output
-    assert "Traceback" not in run.output and f"srde-ds: stopped by {number.name}." in run.output
+    log = tmp_path / "log"
+    log.touch()
+    run = fork(log, train, options(inputs, tmp_path / "run"))
+    wait_until(lambda: "72 records" in log.read_text(), [run], log)  # the data are being prepared
+    os.kill(int(run.pid or 0), number)
+    run.join(120)
+    output = log.read_text()
+    assert run.exitcode == 128 + number, output
+    assert "Traceback" not in output and f"srde-ds: stopped by {number.name}." in output
     assert not (tmp_path / "run/latest").exists() and not (tmp_path / "run/run.lock").exists()
     again = options(inputs, tmp_path / "run") | {"max_steps": 3}
     assert one_rank(train_here, again) == [None]  # the folder blocks nothing
@@ -105,9 +116,9 @@ def test_the_launcher_ends_with_the_signal_of_a_rank(inputs: Inputs, one_rank: R
     assert not (folder / "run.lock").exists()
     done = int(latest(folder).removeprefix("checkpoint-"))
     more = {"resume_from": "latest", "max_steps": done + 1, "learning_rate": 0.05, "batch_size": 4}
-    with Training(options(inputs, folder) | more) as resumed:
-        assert resumed.ended() == 0, resumed.output
-    table = resumed.output[resumed.output.index("Resumed at step") :].splitlines()[1:5]
+    assert run_forked(tmp_path / "log", train, options(inputs, folder) | more) == 0, (tmp_path / "log").read_text()
+    resumed = (tmp_path / "log").read_text()
+    table = resumed[resumed.index("Resumed at step") :].splitlines()[1:5]
     assert [line.split()[:3] for line in table] == [
         ["option", "before", "now"],
         ["learning_rate", "0.01", "0.05"],

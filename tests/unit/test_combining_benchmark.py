@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -15,35 +14,30 @@ from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.store import read_records
 from srde_ds.config import DOMAINS
 from tests.data_helpers import tiny_tokenizer
+from tests.distributed.harness import run_forked
 from tests.helpers import tiny_llama
 from tests.unit.test_learning_benchmark import TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 MERGES = [("cat", 1.0), ("dare_ties", 0.5)]
-SHORT = f"""
-from benchmarks.learning import combining
-combining.STEPS, combining.WARMUP = 2, 1
-combining.RATES, combining.SWEEP_DOMAINS = {{"srde": (0.01,), "lora": (0.003,)}}, ("code",)
-combining.MERGES = {MERGES}
-combining.main()
-"""
+
+
+def measure_briefly(arguments: list[str]) -> None:
+    short: dict[str, Any] = {"STEPS": 2, "WARMUP": 1, "MERGES": MERGES, "SWEEP_DOMAINS": ("code",)}
+    short["RATES"] = {"srde": (0.01,), "lora": (0.003,)}
+    with patch.multiple(combining, **short), patch.object(sys, "argv", ["combining", *arguments]):
+        combining.main()
 
 
 def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, results = tmp_path / "base", tmp_path / "combining.jsonl"
+    base, results, log = tmp_path / "base", tmp_path / "combining.jsonl", tmp_path / "log"
     tokenizer = tiny_tokenizer(TEMPLATE)
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=640).save_pretrained(base)
     tokenizer.save_pretrained(base)
     places = ["--base", str(base), "--folder", str(tmp_path), "--results", str(results)]
     for _ in range(2):  # the second finds everything done
-        done = subprocess.run(
-            [sys.executable, "-c", SHORT, *places, "--seeds", "1", "--budget", "toy"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        arguments = [*places, "--seeds", "1", "--budget", "toy"]
+        assert run_forked(log, measure_briefly, arguments) == 0, log.read_text()[-3000:]
     records = read_records(results)
     parts = [record["part"] for record in records if record["seed"] == 1]
     assert len(set(parts)) == len(parts) == 6 + 2 + 5 + 1 + 6 + len(MERGES) + 6

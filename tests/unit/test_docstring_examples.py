@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.docstring_examples import EXAMPLES
-
-ROOT = Path(__file__).parents[2]
+from tests.distributed.harness import run_forked
+from tests.docstring_examples import EXAMPLES, main
 
 
 def test_every_public_name_has_an_example_that_works(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.docstring_examples", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{len(EXAMPLES)} names; with examples that fail, or without any: []" in result.stdout
+    status = run_forked(tmp_path / "log", main, tmp_path)
+    printed = (tmp_path / "log").read_text()
+    assert status == 0 and f"{len(EXAMPLES)} names; with examples that fail, or without any: []" in printed, printed

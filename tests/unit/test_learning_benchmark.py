@@ -7,8 +7,6 @@ import gzip
 import json
 import math
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +26,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import ROLES, find_feed_forward
 from tests.data_helpers import tiny_tokenizer
+from tests.distributed.harness import run_forked
 from tests.helpers import tiny_llama
 
 ROOT = Path(__file__).parents[2]
@@ -341,25 +340,21 @@ def test_where_a_curve_comes_down_to_a_loss() -> None:
     assert first_crossing([(0, 1.0), (10, 0.5)], 2.0) == 0
 
 
+def on_one_core(arguments: list[str]) -> None:
+    """Hence with one thread: two threads of so small a model only wait for each other."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    run.main(arguments)
+
+
 def test_a_few_runs_of_a_tiny_base(tmp_path: Path) -> None:
     base, results = tmp_path / "base", tmp_path / "results/toy.jsonl"
     tokenizer = tiny_tokenizer(TEMPLATE)
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=640).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    command = [sys.executable, "-m", "benchmarks.learning.run", "--suite", "baselines", "--budget", "toy"]
-    command += ["--rows", "base", "SRDE neuron", "LoRA", "--base", str(base), "--folder", str(tmp_path)]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    done = subprocess.run(
-        [*command, "--results", str(results)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        # One core, hence one thread: two threads of so small a model only wait for each other.
-        preexec_fn=lambda: os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}),
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"All done: {results}" in done.stdout
+    arguments = ["--suite", "baselines", "--budget", "toy", "--rows", "base", "SRDE neuron", "LoRA"]
+    arguments += ["--base", str(base), "--folder", str(tmp_path), "--results", str(results)]
+    assert run_forked(tmp_path / "log", on_one_core, arguments) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert f"All done: {results}" in (tmp_path / "log").read_text()
     found: dict[str, Any] = {record["row"]: record for record in read_records(results) if record["report"]}
     assert set(found) == {"base", "SRDE neuron", "LoRA"}
     srde, lora = found["SRDE neuron"], found["LoRA"]
