@@ -114,6 +114,8 @@ class Study:
             yield "base", self.bare_base
         for domain in DOMAINS:
             yield f"{method} alone, {domain}", partial(alone, domain)
+        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
+            yield f"{method} stage {stage + 1}", partial(staged, stage)
         if method == "srde":
             yield "srde combined", self.combined
             yield "srde combined, top 2", partial(self.combined, top_k=2)
@@ -121,8 +123,6 @@ class Study:
         else:
             for kind, weight in MERGES:
                 yield f"lora merged, {kind}, {weight}", partial(self.merged_lora, kind, weight)
-        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
-            yield f"{method} stage {stage + 1}", partial(staged, stage)
 
     def sweep(self, method: Method) -> Iterator[Part]:
         """The rates."""
