@@ -114,14 +114,15 @@ class Study:
             yield "base", self.bare_base
         for domain in DOMAINS:
             yield f"{method} alone, {domain}", partial(alone, domain)
+        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
+            yield f"{method} stage {stage + 1}", partial(staged, stage)
         if method == "srde":
             yield "srde combined", self.combined
+            yield "srde combined, top 2", partial(self.combined, top_k=2)
             yield "srde joint", self.joint
         else:
             for kind, weight in MERGES:
                 yield f"lora merged, {kind}, {weight}", partial(self.merged_lora, kind, weight)
-        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
-            yield f"{method} stage {stage + 1}", partial(staged, stage)
 
     def sweep(self, method: Method) -> Iterator[Part]:
         """The rates."""
@@ -150,11 +151,11 @@ class Study:
         accumulation = {"gradient_accumulation_steps": len(DOMAINS)}
         return self._srde("joint", flags | {"warm_start": True, "warm_start_method": "domain_means"} | accumulation)
 
-    def combined(self) -> Record:
+    def combined(self, top_k: int = 1) -> Record:
         """The six adapters of one expert in one, without data."""
-        output = self.folder / "combined.safetensors"
+        output = self.folder / f"combined-{top_k}.safetensors"
         places = [str(self._weights(f"alone-{domain}")) for domain in DOMAINS]
-        combine_command(CombineOptions(weights=places, output=str(output)))
+        combine_command(CombineOptions(weights=places, output=str(output), top_k=top_k))
         return self._measured(self._adapted(output))
 
     def staged(self, stage: int) -> Record:

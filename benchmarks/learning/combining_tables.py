@@ -77,7 +77,8 @@ def of_apart(merges: list[tuple[str, float]]) -> dict[str, str]:
     """The parts of the first table, and what they are called."""
     return {
         "srde joint": "SRDE, six experts trained together",
-        "srde combined": "SRDE, six experts trained apart, then combined",
+        "srde combined": "SRDE, six experts trained apart, then combined, one a token",
+        "srde combined, top 2": "SRDE, the same, two a token",
         "base": "the base alone",
     } | {f"lora merged, {kind}, {weight}": f"LoRA, six merged: {kind}, weights {weight}" for kind, weight in merges}
 
