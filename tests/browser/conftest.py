@@ -32,7 +32,7 @@ def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
         contexts.append(context)
         page = context.new_page()
         errors.append(collect_errors(page))
-        page.goto(url)
+        page.goto(url, timeout=120_000)  # milliseconds; beside other tests it may take most of a minute
         return page
 
     yield opened

@@ -125,7 +125,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         page.set_default_timeout(30_000)
         errors.append(collect_errors(page))
         page.on("request", lambda request: requests.append(request.url))
-        page.goto(url)
+        page.goto(url, timeout=120_000)  # milliseconds; beside other tests it may take most of a minute
         return page
 
     yield visited

@@ -190,6 +190,7 @@ OTHER_VALUES = {
     "train_on": "last",
     "loss_weighting": "domain",
     "train_experts": "math",
+    "base_placement": "resident",
     "expert_transport": "tokens",
     "on_save_failure": "continue",
     "lr_schedule": "wsd",
