@@ -52,6 +52,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP, ROWS = 12, 2, 4
 SWEEP_SEED, SWEEP_DOMAINS = 0, ("code", "science")
 RATES = {"srde": (0.01, 0.02, 0.04), "lora": (0.001, 0.003, 0.01)}
+STAGED_LORA_RATE = 0.003  # the better of two for a LoRA of this size, see first_look.py
 MERGES = [(kind, weight) for kind in ("cat", "linear", "ties", "dare_ties") for weight in (round(1 / 6, 3), 1.0)]
 ONE_EXPERT: Flags = {"num_experts": 1, "top_k": 1}
 
@@ -182,7 +183,7 @@ class Study:
             model: Any = PeftModel.from_pretrained(base, before, is_trainable=True)
         else:
             model = get_peft_model(base, rivals.lora_config(base, {"values_of": {}}))
-        return self._lora(model, base, f"lora-stage-{stage + 1}", DOMAINS[stage], _judged(stage))
+        return self._lora(model, base, f"lora-stage-{stage + 1}", DOMAINS[stage], _judged(stage), STAGED_LORA_RATE)
 
     def merged_lora(self, kind: str, weight: float) -> Record:
         """The six LoRAs as one, by PEFT's `add_weighted_adapter`."""
@@ -242,7 +243,7 @@ class Study:
         folder = self._rows(domain)
         stream = RowStream(load_rows(folder, "train", load_manifest(folder)), seed=self.seed, global_batch_rows=ROWS)
         losses = train(trainee, stream, ROWS, 1, STEPS, partial(factor, steps=STEPS, warmup=WARMUP))
-        if rate is None:
+        if split == "test":
             model.save_pretrained(self.folder / name)
         trainee.model.eval()
         values = sum(parameter.numel() for parameter in parameters)
