@@ -247,7 +247,7 @@ class Study:
             model.save_pretrained(self.folder / name)
         trainee.model.eval()
         values = sum(parameter.numel() for parameter in parameters)
-        return self._measured(trainee.model, judged, split, training=losses, values=values)
+        return self._measured(trainee.model, judged, split, training=losses, values=values, rate=chosen)
 
     def _measured(
         self, model: SRDEModel, judged: Sequence[str] = DOMAINS, split: str = "test", **figures: Any
