@@ -59,9 +59,9 @@ def move(act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, delta_D3
     shift = x_TD.to(delta.dtype) @ delta[:, :2].flatten(1)
     gate_TF = gate_TF.index_add(1, neurons, shift[:, :size])
     up_TF = up_TF.index_add(1, neurons, shift[:, size:])
-    own, base_down = neurons.long(), delta[:, 2]
+    own = neurons.long()
     hidden = act(gate_TF.index_select(1, own)) * up_TF.index_select(1, own)
-    return Moved(gate_TF, up_TF, F.linear(hidden, base_down))
+    return Moved(gate_TF, up_TF, F.linear(hidden, delta[:, 2]))
 
 
 def build_shared_expert(
