@@ -115,8 +115,6 @@ class Study:
             yield "base", self.bare_base
         for domain in DOMAINS:
             yield f"{method} alone, {domain}", partial(alone, domain)
-        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
-            yield f"{method} stage {stage + 1}", partial(staged, stage)
         if method == "srde":
             yield "srde combined", self.combined
             yield "srde combined, top 2", partial(self.combined, top_k=2)
@@ -124,6 +122,8 @@ class Study:
         else:
             for kind, weight in MERGES:
                 yield f"lora merged, {kind}, {weight}", partial(self.merged_lora, kind, weight)
+        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
+            yield f"{method} stage {stage + 1}", partial(staged, stage)
 
     def sweep(self, method: Method) -> Iterator[Part]:
         """The rates."""
@@ -150,7 +150,7 @@ class Study:
         weights = ",".join(f"{domain}=1" for domain in DOMAINS)
         flags = {"pretokenized_dir": str(self.inputs.rows), "domains": list(DOMAINS), "domain_weights": weights}
         accumulation = {"gradient_accumulation_steps": len(DOMAINS)}
-        return self._srde("joint", flags | {"warm_start": True, "warm_start_method": "domain_means"} | accumulation)
+        return self._srde("joint", flags | {"warm_start": True, "warm_start_method": "discriminant"} | accumulation)
 
     def combined(self, top_k: int = 1) -> Record:
         """The six adapters of one expert in one, without data."""

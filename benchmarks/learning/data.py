@@ -166,7 +166,7 @@ def describe_base(base: Path) -> str:
 
 def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_text(path, text, many_writers=True)
 
 
 def main() -> None:

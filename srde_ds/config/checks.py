@@ -159,10 +159,11 @@ def _check_curriculum(config: Config) -> None:
     if curriculum.warm_start and adapter.num_experts == 1:
         raise SRDEError("warm_start=true with num_experts=1: there is nothing to route. Leave --warm_start out.")
     warm_start = curriculum.warm_start_method if curriculum.warm_start else None
-    if warm_start == "domain_means" and adapter.num_experts > len(data.domains) + (len(data.domains) > 1):
+    allowed = len(data.domains) + (warm_start == "domain_means" and len(data.domains) > 1)
+    if warm_start in ("discriminant", "domain_means") and adapter.num_experts > allowed:
         raise SRDEError(
-            f"warm_start_method=domain_means with {len(data.domains)} domains and num_experts={adapter.num_experts}: "
-            "experts without a domain would share one mean. Give --warm_start_method kmeans, or fewer --num_experts."
+            f"warm_start_method={warm_start} with {len(data.domains)} domains and num_experts={adapter.num_experts}: "
+            "experts without a domain would share one row. Give --warm_start_method kmeans, or fewer --num_experts."
         )
     if curriculum.unlock_order == "cluster_size" and (warm_start != "kmeans" or curriculum.progressive_unlock == "all"):
         raise SRDEError(

@@ -73,12 +73,12 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))
         default("expert_pretrain_steps", steps, f"{PRETRAINING_PERCENT} % of max_steps divided by the domains")
-    means = len(data.domains) + (len(data.domains) > 1)
-    if curriculum.warm_start and (adapter.num_experts > means or curriculum.unlock_order == "cluster_size"):
-        reason = (
-            "more experts than domains" if adapter.num_experts > means else "unlock_order=cluster_size needs clusters"
-        )
-        default("warm_start_method", "kmeans", reason)
+    further = adapter.num_experts - len(data.domains)
+    if curriculum.warm_start and curriculum.unlock_order == "cluster_size":
+        default("warm_start_method", "kmeans", "unlock_order=cluster_size needs clusters")
+    elif curriculum.warm_start and further > 0:
+        method = "domain_means" if further == 1 < len(data.domains) else "kmeans"
+        default("warm_start_method", method, "more experts than domains")
     if config.training.train_experts:
         # The rows are those of the trained experts' domains, which must not be balanced away from them. With one
         # expert a token the z-loss would be the only gradient of the routers' rows.

@@ -280,10 +280,12 @@ class CurriculumConfig:
     warm_start: bool = option(
         False, "set the routers from their inputs, after pretraining or at the start", common=True
     )
-    warm_start_method: Literal["kmeans", "domain_means", "random"] = option(
-        "domain_means",
-        "set the routers from clusters aligned with the domains, from the mean of each domain, or at random",
-        derived="domain_means; kmeans if there are more experts than domains, or with unlock_order cluster_size",
+    warm_start_method: Literal["discriminant", "kmeans", "domain_means", "random"] = option(
+        "discriminant",
+        "set the routers from a discriminant of the domains' inputs, clusters aligned with the domains, the mean of "
+        "each domain, or at random",
+        derived="discriminant; with one more expert than domains domain_means, with further ones or unlock_order "
+        "cluster_size kmeans",
     )
     warm_start_samples: int = option(
         512, "number of tokens of each domain that warm_start uses in each layer", metavar="TOKENS", minimum=8

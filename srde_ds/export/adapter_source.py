@@ -24,14 +24,13 @@ from srde_ds.weights.schema import (
     NEURONS,
     SHARED_DELTA,
     SHARED_KINDS,
+    STATISTICS,
     check_fits_base,
     check_shapes,
     check_values,
     support_hash,
 )
 from srde_ds.weights.tensors import LazyTensor
-
-STATISTICS = (".domain_mean", ".domain_spread")
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ def _of_experts(name: str, tensor: LazyTensor, rows: Tensor, metadata: AdapterMe
     if kind in ("atoms", "neurons", "delta") or (kind == "support" and config.support_scope == "shared"):
         return tensor
     axis = 0
-    if kind in ("domain_mean", "domain_spread"):
+    if kind in STATISTICS:
         gone = set(metadata.expert_names) - {metadata.expert_names[row] for row in rows.tolist()}
         rows = torch.tensor([row for row, domain in enumerate(metadata.domain_tokens) if domain not in gone])
     if kind == "free" and config.granularity == "neuron":  # [D, 3*E, m], an expert's three side by side

@@ -13,7 +13,7 @@ from srde_ds.peft.layer import EXPERTS, SRDELayer
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.peft_folder import PEFT_PREFIX
-from srde_ds.weights.schema import check_fits_base, check_shapes, check_values
+from srde_ds.weights.schema import STATISTICS, check_fits_base, check_shapes, check_values
 from srde_ds.weights.tensors import LazyTensor
 
 BIAS_IN_MODEL, BIAS_IN_FILE = "router.selection_bias", "router_bias"
@@ -27,17 +27,18 @@ def experts_of(model: nn.Module, adapter: str) -> list[SRDEFeedForward]:
 
 def keep_statistics(experts: SRDEFeedForward, statistics: DomainStatistics | None) -> None:
     """Store in a layer's experts, to be saved with them, the layer's statistics of each domain; None removes them."""
-    for part in ("mean", "spread"):
-        name = f"domain_{part}"
+    for name in STATISTICS:
         if statistics is not None:
-            experts.register_buffer(name, getattr(statistics, part).to(experts.support.device))
+            part = getattr(statistics, name.removeprefix("domain_"))
+            experts.register_buffer(name, part.to(experts.support.device))
         elif hasattr(experts, name):
             delattr(experts, name)
 
 
 def empty_statistics(domains: int, hidden: int) -> DomainStatistics | None:
     """Zeros that a file's statistics are loaded into; None if there are no domains."""
-    return DomainStatistics(*(torch.zeros(domains, hidden) for _ in range(2))) if domains else None
+    zeros = torch.zeros(domains, hidden)
+    return DomainStatistics.independent(zeros, zeros.clone()) if domains else None
 
 
 def name_in_file(name: str, adapter: str) -> str | None:
@@ -53,9 +54,13 @@ def without_zero_biases(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(BIAS_IN_MODEL) or bool(tensor.any())}
 
 
-def with_zero_biases(tensors: Mapping[str, Tensor], layers: list[SRDEFeedForward]) -> dict[str, Tensor]:
-    """A file's tensors, completed by the selection biases that it leaves out."""
+def with_zeros(tensors: Mapping[str, Tensor], layers: list[SRDEFeedForward]) -> dict[str, Tensor]:
+    """A file's tensors, completed by selection biases and factors that it leaves out."""
     zeros = {f"{PEFT_PREFIX}layers.{m.layer}.{BIAS_IN_FILE}": torch.zeros_like(m.router.selection_bias) for m in layers}
+    for experts in layers:
+        factors = getattr(experts, "domain_factors", None)
+        if factors is not None:
+            zeros[f"{PEFT_PREFIX}layers.{experts.layer}.domain_factors"] = torch.zeros_like(factors)
     return zeros | dict(tensors)
 
 

@@ -26,7 +26,7 @@ def measure_domains(
     rows_a_domain: int = DEFAULTS.domain_statistics_rows,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Measure mean and spread of each block's input on each domain, and store them in the active adapter.
+    """Measure the statistics of each block's inputs on each domain, and store them in the active adapter.
 
     `save_pretrained` saves them, and `srde-ds combine` makes routers from them. With several processes, each one runs
     all rows.
@@ -54,7 +54,7 @@ def measure_domains(
         )
     with evaluated(model):
         batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
-        sums = sum_inputs(view, forward_of(view), batches, sample, len(domains))
+        sums = sum_inputs(view, forward_of(view, active=(True, False)), batches, sample, len(domains))
     tokens = {name: int(count) for name, count in zip(domains, counts, strict=True) if count}
     model.base_model.set_domain_statistics(view.adapter, tokens, statistics_of(sums, counts))
     return tokens

@@ -33,7 +33,7 @@ from srde_ds.peft.state import (
     experts_of,
     keep_statistics,
     name_in_file,
-    with_zero_biases,
+    with_zeros,
     without_zero_biases,
 )
 from srde_ds.peft.steps import TrainingSteps
@@ -376,7 +376,7 @@ class SRDETuner(BaseTuner):
         layers, stored = experts_of(model, adapter_name), config.stored()
         assert stored is not None  # injection gave it metadata
         check_tensors(state_dict, stored, layers, f"adapter '{adapter_name}'")
-        complete = with_zero_biases(state_dict, layers)
+        complete = with_zeros(state_dict, layers)
         for layer in model.modules():
             if isinstance(layer, SRDELayer):
                 layer.empty.discard(adapter_name)
@@ -394,7 +394,7 @@ class AdapterView(SRDEModel):
         super().__init__(base, stored.config, stored.expert_names, tuner.routing, stored.base)
         self.adapter = adapter
         own = [m for m in self.layers if hasattr(m, "domain_mean")]
-        statistics = [DomainStatistics(m.domain_mean, m.domain_spread) for m in own]
+        statistics = [DomainStatistics(m.domain_mean, m.domain_spread, m.domain_factors) for m in own]
         self.origins = Origins(list(stored.history), dict(stored.domain_tokens), statistics)
         self.training = base.training
 

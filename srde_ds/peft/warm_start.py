@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -89,13 +89,18 @@ def evaluated(model: Any) -> Iterator[None]:
         model.train(training)
 
 
-def forward_of(view: SRDEModel) -> Callable[[Batch], object]:
-    """A function that runs a batch of `validation_batches` through the model and returns nothing."""
+def forward_of(view: SRDEModel, *, active: Sequence[bool] = (True,)) -> Callable[[Batch], object]:
+    """A function that runs a batch of `validation_batches` through the model and returns nothing.
+
+    Args:
+        active: for each run of a batch, whether experts are in use.
+    """
     device = view.layers[0].router.weight.device
 
     def forward(batch: Batch) -> None:
         inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "token_mask")}
-        view(**inputs, logits_to_keep=1, policy=RoutingPolicy())
+        for experts in active:
+            view(**inputs, logits_to_keep=1, policy=RoutingPolicy(active=experts))
 
     return forward
 

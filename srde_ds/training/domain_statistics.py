@@ -1,4 +1,11 @@
-"""Measured at the end of training: each feed-forward block's inputs by domain, for routers made without data."""
+"""Measured at the end of training: each feed-forward block's inputs by domain, for routers made without data.
+
+Half of the inputs are those of the bare base, since a router meets inputs that other experts have changed: statistics
+of the own expert's inputs alone send tokens astray after the first mistake (docs/combine.md).
+
+The covariance of D dimensions is D x D numbers, too many to add up for each layer and domain. Its product with a few
+random directions is enough for its largest factors (Tropp et al. 2017, "Fixed-rank approximation of a positive-semi-
+definite matrix from streaming data", algorithm 3 without its shift)."""
 
 from __future__ import annotations
 
@@ -22,13 +29,14 @@ from srde_ds.training.reporting.step_metrics import sum_over_ranks
 from srde_ds.training.warm_start.routers import visit_inputs
 from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
 from srde_ds.weights.origins import DomainStatistics
+from srde_ds.weights.schema import FACTORS
 
 
 def measure_domains(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> None:
-    """Measure the mean and spread of each block's input on each domain, and keep them in the model; a collective.
+    """Measure the statistics of each block's inputs on each domain, and keep them in the model; a collective.
 
-    It runs `domain_statistics_rows` rows of each domain forward, with the experts that the router chooses. A domain
-    without usable tokens is left out.
+    It runs `domain_statistics_rows` rows of each domain forward, once with the experts that the router chooses and once
+    without experts. A domain without usable tokens is left out.
 
     Args:
         rows: training rows as written by `build_dataset`, the same on all ranks.
@@ -51,7 +59,8 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     def forward(batch: Batch) -> None:
         batch = {key: value.to(topology.device) for key, value in batch.items()}
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        engine.deepspeed(**inputs, logits_to_keep=1, policy=RoutingPolicy())
+        for active in (True, False):
+            engine.deepspeed(**inputs, logits_to_keep=1, policy=RoutingPolicy(active=active))
 
     batches = validation_batches(
         rows.select(sample.rows), training.batch_size, rank=topology.rank, world_size=topology.world_size
@@ -68,19 +77,25 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
 def sum_inputs(
     model: SRDEModel, forward: Callable[[Batch], object], batches: Iterable[Batch], sample: TokenSample, domains: int
 ) -> Tensor:
-    """`[L, 2, domains, D]` float64: sums of what enters each block on each domain, and of its squares.
+    """`[L, domains, 2 + S, D]` float64: sums over what enters each block on each domain.
+
+    They are the inputs' sum, that of their squares, and their second moment's product with S random directions.
 
     Args:
-        forward, batches: as of `visit_inputs`.
+        forward, batches: as of `visit_inputs`; `forward` runs a batch twice, with and without experts.
     """
     first = model.layers[0]
-    shape = (len(model.layers), 2, domains, first.hidden)
+    probes = _probes(first.hidden).to(first.support.device)
+    shape = (len(model.layers), domains, 2 + probes.shape[1], first.hidden)
     sums = torch.zeros(shape, dtype=torch.float64, device=first.support.device)
 
     def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
-        domain, inputs = torch.from_numpy(sample.domain[tokens]).to(inputs.device), inputs.double()
-        sums[layer, 0].index_add_(0, domain, inputs)
-        sums[layer, 1].index_add_(0, domain, inputs.square())
+        for domain in np.unique(sample.domain[tokens]).tolist():
+            own = torch.from_numpy(np.flatnonzero(sample.domain[tokens] == domain)).to(inputs.device)
+            x_ND = inputs.index_select(0, own).double()
+            sums[layer, domain, 0] += x_ND.sum(0)
+            sums[layer, domain, 1] += x_ND.square().sum(0)
+            sums[layer, domain, 2:] += (x_ND @ probes).T @ x_ND
 
     with torch.no_grad():
         visit_inputs(model, forward, batches, sample, add)
@@ -88,13 +103,34 @@ def sum_inputs(
 
 
 def statistics_of(sums: Tensor, counts: np.ndarray) -> list[DomainStatistics]:
-    """Mean and spread in each layer of the domains that have tokens, in host memory.
+    """The statistics in each layer of the domains that have tokens, in host memory.
 
     Args:
         sums: as `sum_inputs` gives them.
-        counts: `[domains]` tokens of each.
+        counts: `[domains]` tokens of each in the sample, each of which was run twice.
     """
-    total, found = torch.from_numpy(counts).to(sums.device), torch.from_numpy(counts > 0).to(sums.device)
-    averages = sums[:, :, found] / total[found, None]
-    mean, spread = averages[:, 0], (averages[:, 1] - averages[:, 0].square()).clamp(min=0).sqrt()
-    return [DomainStatistics(m, s) for m, s in zip(mean.float().cpu(), spread.float().cpu(), strict=True)]
+    found, probes = [], _probes(sums.shape[-1]).to(sums.device)
+    for of_layer in sums:
+        own = [_of_domain(of_layer[domain] / (2 * int(counts[domain])), probes) for domain in np.flatnonzero(counts)]
+        mean, spread, factors = (torch.stack(parts).float().cpu() for parts in zip(*own, strict=True))
+        found.append(DomainStatistics(mean, spread, factors))
+    return found
+
+
+def _of_domain(averages: Tensor, probes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean `[D]`, spread `[D]` and factors `[FACTORS, D]` from the averages `[2 + S, D]` over a domain's tokens."""
+    mean, variance = averages[0], averages[1] - averages[0].square()
+    sketch_DS = averages[2:].T - torch.outer(mean, mean @ probes)  # the covariance times the probes
+    values, vectors = torch.linalg.eigh(probes.T @ sketch_DS)
+    kept = values > values[-1].clamp(min=torch.finfo(torch.float32).tiny) * 1e-9
+    left, lengths, _ = torch.linalg.svd(sketch_DS @ vectors[:, kept] / values[kept].sqrt(), full_matrices=False)
+    factors = mean.new_zeros(FACTORS, len(mean))
+    longest = (left * lengths).T[:FACTORS]
+    factors[: len(longest)] = longest
+    return mean, variance.clamp(min=0).sqrt(), factors
+
+
+def _probes(hidden: int) -> Tensor:
+    """`[D, S]` float64: random directions, the same in every process."""
+    width = min(4 * FACTORS, hidden)
+    return torch.randn(hidden, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

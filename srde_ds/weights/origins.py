@@ -9,19 +9,42 @@ import torch
 from torch import Tensor
 
 from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.schema import FACTORS, STATISTICS
 from srde_ds.weights.tensors import LazyTensor
 
 
 @dataclass(frozen=True)
 class DomainStatistics:
-    """Statistics of a feed-forward block's inputs on a sample of each domain's tokens.
+    """Statistics of a feed-forward block's inputs on a sample of each domain's tokens, `domain_...` in a weights file.
+
+    They describe a domain's inputs by a factor model: the covariance of the dimensions i and j is about
+    sum_r factors_ri factors_rj, and the variance of dimension i is spread_i^2.
 
     Attributes:
         mean, spread: `[domains, D]` fp32; the spread is the standard deviation of each dimension.
+        factors: `[domains, FACTORS, D]` fp32, the longest first; zeros where none are known.
     """
 
     mean: Tensor
     spread: Tensor
+    factors: Tensor
+
+    @classmethod
+    def independent(cls, mean: Tensor, spread: Tensor) -> DomainStatistics:
+        """Statistics without factors, as weights of before 2026-11-29 hold them."""
+        return cls(mean, spread, mean.new_zeros(len(mean), FACTORS, mean.shape[1]))
+
+    def rows(self, kept: list[int]) -> DomainStatistics:
+        """Those of some domains."""
+        return DomainStatistics(self.mean[kept], self.spread[kept], self.factors[kept])
+
+    def beside(self, other: DomainStatistics) -> DomainStatistics:
+        """Those of these domains, followed by others'."""
+        return DomainStatistics(
+            torch.cat([self.mean, other.mean]),
+            torch.cat([self.spread, other.spread]),
+            torch.cat([self.factors, other.factors]),
+        )
 
 
 @dataclass
@@ -42,27 +65,28 @@ class Origins:
     def of(cls, metadata: AdapterMetadata, tensors: Mapping[str, LazyTensor]) -> Origins:
         """The origins of an adapter, from its metadata and tensors."""
         layers = sum(name.endswith(".domain_mean") for name in tensors)
-        statistics = [
-            DomainStatistics(*(tensors[f"layers.{layer}.domain_{part}"].load().float() for part in ("mean", "spread")))
-            for layer in range(layers)
-        ]
+
+        def of_layer(layer: int) -> DomainStatistics:
+            names = [f"layers.{layer}.{kind}" for kind in STATISTICS]
+            found = [tensors[name].load().float() for name in names if name in tensors]
+            return DomainStatistics(*found) if len(found) == len(names) else DomainStatistics.independent(*found)
+
+        statistics = [of_layer(layer) for layer in range(layers)]
         return cls(list(metadata.history), dict(metadata.domain_tokens), statistics)
 
     def tensors(self) -> dict[str, Tensor]:
         """The statistics, by their names in a weights file."""
         return {
-            f"layers.{layer}.domain_{part}": getattr(own, part)
+            f"layers.{layer}.{kind}": getattr(own, kind.removeprefix("domain_"))
             for layer, own in enumerate(self.statistics)
-            for part in ("mean", "spread")
+            for kind in STATISTICS
         }
 
     def update(self, domain_tokens: Mapping[str, int], statistics: list[DomainStatistics]) -> None:
         """Replace the statistics of some domains; the others stay."""
         kept = [row for row, domain in enumerate(self.domain_tokens) if domain not in domain_tokens]
         if self.statistics and kept:
-            statistics = [
-                DomainStatistics(torch.cat([old.mean[kept], new.mean]), torch.cat([old.spread[kept], new.spread]))
-                for old, new in zip(self.statistics, statistics, strict=True)
-            ]
+            pairs = zip(self.statistics, statistics, strict=True)
+            statistics = [old.rows(kept).beside(new) for old, new in pairs]
         old_tokens = {domain: count for domain, count in self.domain_tokens.items() if domain not in domain_tokens}
         self.domain_tokens, self.statistics = old_tokens | dict(domain_tokens), statistics

@@ -24,8 +24,14 @@ from srde_ds.weights.tensors import LazyTensor
 VALUE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BASE_KEYS = ("name", "architecture", "hash")
 LONGEST_TEXT = 1000  # most characters of a name; a message shows a tenth of this
-SHARED_KINDS = ("support", "neurons", "router_bias", "domain_mean", "domain_spread")
+FACTORS = 8
+"""Number of factors that are stored of each domain, see `origins.DomainStatistics`"""
+STATISTICS = ("domain_mean", "domain_spread", "domain_factors")
+"""Kinds of tensors that hold statistics of the domains"""
+SHARED_KINDS = ("support", "neurons", "router_bias", *STATISTICS)
 """Kinds of tensors that are not trained by gradients: they keep their dtype, and every rank holds them whole"""
+OPTIONAL = {"router_bias", "domain_factors"}
+"""Tensors that a file may lack: a bias of zero, and factors in files that are older than they are"""
 NEURONS, SHARED_DELTA = "shared_expert.neurons", "shared_expert.delta"
 """Names of a shared expert's tensors within a layer"""
 LONGEST_HISTORY = 1000  # entries
@@ -145,7 +151,7 @@ def check_shapes(config: AdapterConfig, tensors: Mapping[str, LazyTensor], place
         neurons = own.get(NEURONS)
         moved = neurons.shape[-1] if neurons is not None and neurons.shape else 0
         expected = layer_shapes(config, hidden or 0, size, domains, moved)
-        for part in expected.keys() - own.keys() - {"router_bias"}:
+        for part in expected.keys() - own.keys() - OPTIONAL:
             raise refuse(f"tensor layers.{number}.{part} is missing")
         for part, tensor in own.items():
             name = f"layers.{number}.{part}"
@@ -173,7 +179,9 @@ def layer_shapes(
     experts, atoms, neuron = config.num_experts, config.num_atoms, config.granularity == "neuron"
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (experts, hidden), "router_bias": (experts,)}
     if domains:
-        shapes |= {"domain_mean": (domains, hidden), "domain_spread": (domains, hidden)}
+        of_dimensions = (domains, hidden)
+        shapes |= {"domain_mean": of_dimensions, "domain_spread": of_dimensions}
+        shapes["domain_factors"] = (domains, FACTORS, hidden)
     if config.shared_expert_density:
         shapes |= {NEURONS: (neurons,), SHARED_DELTA: (hidden, 3, neurons)}
     shapes["support"] = (size,) if config.support_scope == "shared" else (experts, size)

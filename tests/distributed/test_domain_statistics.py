@@ -15,6 +15,8 @@ from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.export.adapter_source import open_adapter
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.training.warm_start.discriminant import statistics_of_inputs
 from srde_ds.training.warm_start.token_sample import special_token_ids
 from srde_ds.weights.file import read_weights
 from srde_ds.weights.origins import DomainStatistics, Origins
@@ -26,7 +28,10 @@ STEPS = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
 
 
 def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]:
-    """Over all rows, in one go, from tokens that are neither padding, special nor the beginning of other domains."""
+    """Over all rows, in one go, from tokens that are neither padding, special nor the beginning of other domains.
+
+    Each token counts twice: with experts and without.
+    """
     model = load_adapter(weights, base=inputs.base).eval()
     rows = load_rows(inputs.dataset, "train", load_manifest(inputs.dataset))
     special = torch.tensor(special_token_ids(load_tokenizer(inputs.base, revision=None)))
@@ -35,7 +40,9 @@ def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]
         layer.register_forward_pre_hook(lambda layer, args: seen[layer.layer].append(args[0].flatten(0, 1).double()))
     domains, usable, beginnings = [], [], []
     for batch in validation_batches(rows, 4):
-        model(**{key: batch[key] for key in ("input_ids", "position_ids", "token_mask")})
+        for active in (True, False):
+            kept = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
+            model(**kept, policy=RoutingPolicy(active=active))
         real = batch["token_mask"] & ~torch.isin(batch["input_ids"], special) & (batch["row_index"] >= 0)[:, None]
         domains.append(batch["domain"][:, None].expand_as(real).flatten())
         usable.append(real.flatten())
@@ -50,12 +57,8 @@ def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]
     used &= torch.tensor([len(owners.get(beginning, ())) == 1 for beginning in beginnings])
     result = []
     for chunks in seen:
-        x = torch.cat(chunks)
-        parts = [x[used & (domain == d)] for d in range(len(DOMAINS))]
-        mean, spread = (
-            torch.stack(values) for values in zip(*((p.mean(0), p.std(0, correction=0)) for p in parts), strict=True)
-        )
-        result.append(DomainStatistics(mean.float(), spread.float()))
+        parts = [torch.cat(chunks[half::2])[used].float().numpy() for half in (0, 1)]
+        result.append(statistics_of_inputs(np.concatenate(parts), np.tile(domain[used].numpy(), 2)))
     return result
 
 
@@ -68,6 +71,8 @@ def assert_close(found: list[DomainStatistics], expected: list[DomainStatistics]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.mean, theirs.mean, rtol=0, atol=tolerance)
         torch.testing.assert_close(ours.spread, theirs.spread, rtol=0, atol=tolerance)
+        for mine, other in zip(ours.factors, theirs.factors, strict=True):  # signs are free, and small ones approximate
+            torch.testing.assert_close(mine.T @ mine, other.T @ other, rtol=0, atol=max(100 * tolerance, 0.02))
 
 
 @torch.no_grad()

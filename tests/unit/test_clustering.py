@@ -12,6 +12,8 @@ import torch
 from srde_ds.errors import SRDEError
 from srde_ds.training.warm_start import clustering
 from srde_ds.training.warm_start.clustering import TARGET_GAP, RouterFit, align, fit_router
+from srde_ds.training.warm_start.discriminant import discriminant, statistics_of_inputs
+from srde_ds.weights.schema import FACTORS
 
 
 def planted(
@@ -37,6 +39,37 @@ def test_planted_domains_get_their_own_experts(method: str) -> None:
     assert found.own_domain_share == 1
     assert found.cluster_sizes == [60] * 4
     np.testing.assert_array_equal((inputs @ found.weights.T).argmax(1), domain)
+
+
+def test_the_discriminant_sees_past_what_varies_within_domains() -> None:
+    generator = np.random.default_rng(3)
+    inputs, domain = planted(4, rows=500)
+    test, test_domain = planted(4, rows=500, seed=0)
+    directions = generator.standard_normal((3, 24)).astype(np.float32)
+    for own in (inputs, test):
+        own += generator.standard_normal((len(own), 3)).astype(np.float32) @ directions
+    shares = {}
+    for method in ("discriminant", "domain_means"):
+        weights = fit(inputs, domain, experts=4, method=method).weights
+        shares[method] = float(((test @ weights.T).argmax(1) == test_domain).mean())
+    assert shares["discriminant"] > 0.95 > 0.8 > shares["domain_means"]
+
+
+def test_the_discriminant_is_the_least_squares_fit_where_the_factors_are_all_there_is() -> None:
+    generator = np.random.default_rng(0)
+    domain = np.repeat(np.arange(3), 400)
+    factors = generator.standard_normal((3, FACTORS, 12))
+    inputs = 4 + 2 * generator.standard_normal((3, 12))[domain] + 0.05 * generator.standard_normal((1200, 12))
+    inputs += np.einsum("nr,nrd->nd", generator.standard_normal((1200, FACTORS)), factors[domain])
+    found = discriminant(statistics_of_inputs(inputs.astype(np.float32), domain)).numpy()
+    expected = np.linalg.lstsq(inputs, np.eye(3)[domain], rcond=None)[0].T
+    assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
+
+
+def test_the_discriminant_of_inputs_without_spread_is_finite() -> None:
+    inputs = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]]
+    found = fit(inputs, np.array([0, 0, 1, 1]), experts=2, method="discriminant")
+    assert np.isfinite(found.weights).all() and found.own_domain_share == 1
 
 
 def test_a_random_router_knows_no_domain_and_depends_on_seed_and_layer() -> None:
@@ -82,7 +115,7 @@ def test_experts_without_a_domain_get_the_clusters_that_are_left() -> None:
     np.testing.assert_array_equal(found, directions[[0, 3, 4, 2, 1]])  # after the two domains' own, the largest first
 
 
-@pytest.mark.parametrize("method", ["kmeans", "domain_means", "random"])
+@pytest.mark.parametrize("method", ["discriminant", "kmeans", "domain_means", "random"])
 def test_more_experts_than_domains(method: str) -> None:
     inputs, cluster = planted(4, rows=50, noise=0.1)
     domain = np.minimum(cluster, 1)  # the second domain is made of three clusters
@@ -120,7 +153,7 @@ def test_a_silent_dimension_is_left_alone() -> None:
     assert np.isfinite(found.weights).all()
 
 
-@pytest.mark.parametrize("method", ["kmeans", "domain_means", "random"])
+@pytest.mark.parametrize("method", ["discriminant", "kmeans", "domain_means", "random"])
 @pytest.mark.parametrize("loudness", [0.01, 1.0, 100.0])
 def test_logits_have_a_sensible_scale_whatever_that_of_the_inputs(method: str, loudness: float) -> None:
     inputs, domain = planted(4, noise=1.0)
@@ -129,7 +162,7 @@ def test_logits_have_a_sensible_scale_whatever_that_of_the_inputs(method: str, l
     assert np.median(best[:, -1] - best[:, -2]) == pytest.approx(TARGET_GAP, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["kmeans", "domain_means", "random"])
+@pytest.mark.parametrize("method", ["discriminant", "kmeans", "domain_means", "random"])
 def test_experts_share_no_part_and_bfloat16_keeps_the_choices(method: str) -> None:
     """With a common direction that is 50 times as long as what differs, rounded centroids would all be alike."""
     inputs, domain = planted(4, common=50.0)
@@ -151,7 +184,7 @@ def test_a_large_sample_is_clustered_in_mini_batches() -> None:
         assert mini_batch.call_count == 1
 
 
-@pytest.mark.parametrize("method", ["kmeans", "domain_means", "random"])
+@pytest.mark.parametrize("method", ["discriminant", "kmeans", "domain_means", "random"])
 def test_inputs_that_are_all_alike_are_refused(method: str) -> None:
     inputs = np.tile(np.linspace(1, 2, 8, dtype=np.float32), (20, 1))
     with pytest.raises(SRDEError, match="layer 7: the routers' inputs do not tell 3 experts apart"):

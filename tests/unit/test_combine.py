@@ -210,7 +210,7 @@ def test_domains_that_are_alike_are_refused(tmp_path: Path) -> None:
     places = []
     for name in ("math", "code"):
         path, model = made(tmp_path, [name], seed=1)
-        same = [DomainStatistics(torch.ones(1, 32), torch.zeros(1, 32)) for _ in model.layers]
+        same = [DomainStatistics.independent(torch.ones(1, 32), torch.zeros(1, 32)) for _ in model.layers]
         model.origins.update({name: 5}, same)
         save_weights(path, model.adapter_tensors(), model.metadata())
         places.append(open_adapter(path))

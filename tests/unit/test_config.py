@@ -145,6 +145,7 @@ def test_the_neighbours_of_refused_relations_pass() -> None:
         ({"support_strategy": "learned", "density": 0.5}, {"initial_density": 1.0}),
         ({"support_strategy": "learned", "initial_density": 0.03}, {"initial_density": None}),
         ({"warm_start": True}, {"warm_start_method": None}),
+        ({"warm_start": True, "num_experts": 7}, {"warm_start_method": "domain_means"}),
         ({"warm_start": True, "num_experts": 8}, {"warm_start_method": "kmeans"}),
         (
             {"warm_start": True, "unlock_order": "cluster_size", "progressive_unlock": "linear"},

@@ -17,7 +17,8 @@ from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.weights.file import AdapterMetadata, read_weights, save_weights
 from srde_ds.weights.locate import WEIGHTS
-from srde_ds.weights.origins import DomainStatistics
+from srde_ds.weights.origins import DomainStatistics, Origins
+from srde_ds.weights.schema import FACTORS
 from tests.cli_helpers import fails
 from tests.helpers import randomize, tiny_llama, tiny_srde
 from tests.unit.test_adapter import FORMS
@@ -32,7 +33,9 @@ def with_statistics(model: SRDEModel, *domains: str, seed: int = 3) -> SRDEModel
 
     def drawn() -> DomainStatistics:
         mean = 3 * torch.randn(len(domains), hidden, generator=generator)
-        return DomainStatistics(mean, 0.1 + torch.rand(len(domains), hidden, generator=generator))
+        spread = 0.1 + torch.rand(len(domains), hidden, generator=generator)
+        factors = 0.02 * torch.randn(len(domains), FACTORS, hidden, generator=generator)
+        return DomainStatistics(mean, spread, factors)
 
     model.origins.update({name: 100 + place for place, name in enumerate(domains)}, [drawn() for _ in model.layers])
     model.origins.history = [dict(entry) for entry in HISTORY]
@@ -143,8 +146,19 @@ def test_statistics_have_to_fit_their_domains(tmp_path: Path) -> None:
     model = with_statistics(tiny_srde(), "a", "b")
     metadata = dataclasses.replace(model.metadata(), domain_tokens={"a": 1})
     save_weights(tmp_path / "file", model.adapter_tensors(), metadata)
-    with pytest.raises(SRDEError, match=r"domain_mean has shape \[2, 32\], expected \[1, 32\]"):
+    shapes = r"(mean|spread) has shape \[2, 32\], expected \[1, 32\]|factors has shape \[2, 8, 32\]"
+    with pytest.raises(SRDEError, match=rf"layers.0.domain_({shapes})"):
         read_weights(tmp_path / "file")
     save_weights(tmp_path / "file", tiny_srde().adapter_tensors(), metadata)
     with pytest.raises(SRDEError, match=r"tensor layers.0.domain_(mean|spread) is missing"):
         read_weights(tmp_path / "file")
+
+
+def test_files_of_before_factors_load(tmp_path: Path) -> None:
+    model = with_statistics(tiny_srde(), "a", "b")
+    tensors = {name: tensor for name, tensor in model.adapter_tensors().items() if "domain_factors" not in name}
+    save_weights(tmp_path / "file", tensors, model.metadata())
+    file = read_weights(tmp_path / "file")
+    found = Origins.of(file.metadata, file.tensors).statistics[1]
+    assert torch.equal(found.mean, model.origins.statistics[1].mean)
+    assert found.factors.shape == (2, FACTORS, 32) and not found.factors.any()

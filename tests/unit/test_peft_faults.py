@@ -376,12 +376,15 @@ def test_statistics_are_those_of_the_blocks_inputs(tmp_path: Path) -> None:
     inputs: list[torch.Tensor] = []
     hook = model.base_model.model.model.layers[1].mlp.register_forward_pre_hook(lambda _, a: inputs.append(a[0]))
     for own in rows:
+        ids = torch.tensor(own["input_ids"][:])
         with torch.no_grad():
-            model(input_ids=torch.tensor(own["input_ids"][:]))
+            model(input_ids=ids)
+            with model.disable_adapter():
+                model(input_ids=ids)
     hook.remove()
     measure_domains(model, datasets.concatenate_datasets(rows), tiny_tokenizer())
     stored = open_adapter(saved(model, tmp_path)).tensors
-    for row, own in enumerate(inputs):
+    for row, own in enumerate([torch.cat(inputs[:2]), torch.cat(inputs[2:])]):  # with experts and without
         mean, spread = (stored[f"layers.1.domain_{part}"].load()[row] for part in ("mean", "spread"))
         flat = own.flatten(0, 1)
         torch.testing.assert_close(mean, flat.mean(0), rtol=1e-4, atol=1e-5)

@@ -19,6 +19,7 @@ from srde_ds.model.adapter import load_adapter
 from srde_ds.weights.file import read_metadata, save_weights
 from srde_ds.weights.locate import WEIGHTS, WeightsLocation, locate_weights
 from srde_ds.weights.origins import DomainStatistics
+from srde_ds.weights.schema import FACTORS
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 from tests.peft_helpers import loaded, logits, saved, tiny_peft
 from tests.unit.test_adapter import FORMS
@@ -30,7 +31,7 @@ def own_weights(folder: Path, **form: Any) -> Path:
     """A weights file with all that one can hold."""
     model = randomize(tiny_srde(**form))
     model.layers[1].router.load_selection_bias(torch.tensor([2.0, -1.0, 0.5]))
-    statistics = [DomainStatistics(torch.randn(2, 32), torch.rand(2, 32)) for _ in range(2)]
+    statistics = [DomainStatistics(torch.randn(2, 32), torch.rand(2, 32), torch.rand(2, FACTORS, 32)) for _ in range(2)]
     model.origins.update({"red": 5, "green": 7}, statistics)
     model.origins.history.append({"action": "train", "steps": 3})
     save_weights(folder / WEIGHTS, model.adapter_tensors(), model.metadata())

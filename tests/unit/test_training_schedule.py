@@ -152,10 +152,11 @@ def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
         ({"progressive_unlock": "linear", "max_steps": 5}, "num_experts=6 and 5 routed steps: the last experts"),
         ({"unlock_order": "cluster_size", "warm_start": True}, "--progressive_unlock linear or warmup"),
         ({"unlock_order": "cluster_size", "progressive_unlock": "warmup"}, "--warm_start"),
-        ({"warm_start": True, "warm_start_method": "domain_means", "num_experts": 8}, "share one mean"),
+        ({"warm_start": True, "warm_start_method": "domain_means", "num_experts": 8}, "share one row"),
+        ({"warm_start": True, "warm_start_method": "discriminant", "num_experts": 7}, "share one row"),
         (
             {"warm_start": True, "warm_start_method": "domain_means", "num_experts": 2, "domains": "a"},
-            "share one mean",
+            "share one row",
         ),
         (
             {"unlock_order": "cluster_size", "progressive_unlock": "linear"}

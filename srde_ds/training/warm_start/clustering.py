@@ -1,7 +1,7 @@
 """Turns a sample of a layer's router inputs into router weights: a direction for each expert, and one scale for all.
 
-The router is linear without bias, so the clustering is as well: an input x belongs to the expert whose unit direction
-c_e is nearest to A x in angle, with a diagonal A. Then w_e = A c_e routes each input to its cluster.
+The router is linear without bias, so the discriminant and the clustering are as well: an input x belongs to the cluster
+whose unit direction c_e is nearest to A x in angle, with a diagonal A. Then w_e = A c_e routes it to its expert.
 
 scikit-learn is imported where it is used, since that takes a while and only rank 0 of a run with a warm start needs it.
 """
@@ -16,8 +16,9 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from srde_ds.errors import SRDEError
+from srde_ds.training.warm_start.discriminant import discriminant, statistics_of_inputs
 
-Method = Literal["kmeans", "domain_means", "random"]
+Method = Literal["discriminant", "kmeans", "domain_means", "random"]
 
 # Median gap, in nats, between a token's best and second logit: the best of the two experts weighs sigmoid(2) = 88 %.
 TARGET_GAP = 2.0
@@ -28,7 +29,7 @@ _MINI_BATCH = 4096
 _MOST_ITERATIONS = 40
 # How many times starting points are drawn for experts that have no domain; the best fit is kept.
 DRAWS = 5
-# A smaller gap, relative to the length of the inputs, is only rounding.
+# A smaller gap, relative to the lengths of inputs and directions, is only rounding.
 _SMALLEST_GAP = 1e-5
 
 
@@ -66,6 +67,10 @@ def fit_router(
         SRDEError: the inputs do not tell the experts apart.
     """
     generator = np.random.default_rng([seed, layer])
+    if method == "discriminant":
+        rows = discriminant(statistics_of_inputs(inputs, domain)).numpy()[:num_experts]
+        common = np.broadcast_to(rows.mean(0), (num_experts - len(rows), rows.shape[1]))
+        return scaled(np.concatenate([rows, common]), inputs, domain, layer=layer)
     scale, points = _even_points(inputs)
     means = _domain_means(points, domain, min(num_experts, int(domain.max()) + 1))
     if method == "random":
@@ -76,12 +81,21 @@ def fit_router(
         directions = np.concatenate([means, common])
     else:
         directions = align(_clusters(points, means, num_experts, generator), points, domain)
+    return scaled(directions * scale, inputs, domain, layer=layer)
+
+
+def scaled(directions: np.ndarray, inputs: np.ndarray, domain: np.ndarray, *, layer: int) -> RouterFit:
+    """The router of the experts' directions `[E, D]`, with a median gap of TARGET_GAP on the inputs.
+
+    Raises:
+        SRDEError: the inputs do not tell the experts apart.
+    """
     # What all experts have in common changes no choice, and in bfloat16 it would drown the differences.
-    weights = (directions - directions.mean(0)) * scale
-    logits = inputs @ weights.T
+    weights = directions - directions.mean(0)
+    num_experts, logits = len(weights), inputs @ weights.T
     best = np.partition(logits, num_experts - 2, axis=1)
     gap = float(np.median(best[:, -1] - best[:, -2]))
-    if not gap > _SMALLEST_GAP * _lengths(inputs).mean():
+    if not gap > _SMALLEST_GAP * _lengths(inputs).mean() * _lengths(directions).mean():
         raise SRDEError(
             f"warm_start: layer {layer}: the routers' inputs do not tell {num_experts} experts apart. Give more "
             "--warm_start_samples or fewer --num_experts."

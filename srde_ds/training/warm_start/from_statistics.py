@@ -10,7 +10,8 @@ from torch import Tensor
 
 from srde_ds.config import CurriculumConfig
 from srde_ds.errors import SRDEError
-from srde_ds.training.warm_start.clustering import TARGET_GAP, fit_router
+from srde_ds.training.warm_start.clustering import TARGET_GAP, scaled
+from srde_ds.training.warm_start.discriminant import discriminant
 from srde_ds.weights.origins import DomainStatistics
 
 # Number of tokens drawn for each domain from its mean and spread; the warm start uses as many.
@@ -20,24 +21,22 @@ DRAWN_TOKENS = CurriculumConfig.warm_start_samples
 def draw_inputs(statistics: DomainStatistics, *, seed: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw `DRAWN_TOKENS` inputs of each domain: `[N, D]` fp32, and `[N]` the row of its statistics."""
     generator = np.random.default_rng([seed, layer])
-    mean, spread = (part.numpy()[:, None] for part in (statistics.mean, statistics.spread))
+    mean, spread, factors = (part.numpy() for part in (statistics.mean, statistics.spread, statistics.factors))
+    own = np.sqrt(np.maximum(spread**2 - np.square(factors).sum(1), 0))
     noise = generator.standard_normal((len(mean), DRAWN_TOKENS, mean.shape[-1]), dtype=np.float32)
-    return (mean + spread * noise).reshape(-1, mean.shape[-1]), np.repeat(np.arange(len(mean)), DRAWN_TOKENS)
+    along = generator.standard_normal((len(mean), DRAWN_TOKENS, factors.shape[1]), dtype=np.float32)
+    inputs = mean[:, None] + own[:, None] * noise + along @ factors
+    return inputs.reshape(-1, mean.shape[-1]), np.repeat(np.arange(len(mean)), DRAWN_TOKENS)
 
 
 def router_of(statistics: DomainStatistics, *, seed: int, layer: int) -> Tensor:
-    """`[E, D]` fp32: the router that a warm start by domain means gives for drawn inputs. Expert e belongs to domain e.
+    """`[E, D]` fp32: the discriminant's router, scaled by drawn inputs. Expert e belongs to domain e.
 
     Raises:
         SRDEError: the domains are too similar.
     """
-    return _fitted(*draw_inputs(statistics, seed=seed, layer=layer), seed=seed, layer=layer)
-
-
-def _fitted(inputs: np.ndarray, domain: np.ndarray, *, seed: int, layer: int) -> Tensor:
-    experts = int(domain[-1]) + 1
-    fit = fit_router(inputs, domain, num_experts=experts, method="domain_means", seed=seed, layer=layer)
-    return torch.from_numpy(fit.weights)
+    inputs, domain = draw_inputs(statistics, seed=seed, layer=layer)
+    return torch.from_numpy(scaled(discriminant(statistics).numpy(), inputs, domain, layer=layer).weights)
 
 
 def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: int) -> tuple[Tensor, float]:
@@ -60,7 +59,7 @@ def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: 
     inputs, domain = draw_inputs(statistics, seed=seed, layer=layer)
     similar = f"layer {layer}: the inputs of a new domain are too similar to those of another domain."
     try:
-        fitted = _fitted(inputs, domain, seed=seed, layer=layer)
+        fitted = torch.from_numpy(scaled(discriminant(statistics).numpy(), inputs, domain, layer=layer).weights)
     except SRDEError:
         raise SRDEError(similar) from None
     common, x_ND = router.mean(0), torch.from_numpy(inputs)
@@ -87,4 +86,4 @@ def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: 
 def of_domains(statistics: DomainStatistics, known: Sequence[str], wanted: Sequence[str]) -> DomainStatistics:
     """The statistics of the wanted domains, in their order; `known` are those of the rows."""
     order = [known.index(name) for name in wanted]
-    return DomainStatistics(statistics.mean[order], statistics.spread[order])
+    return statistics.rows(order)
