@@ -33,9 +33,9 @@ test: env
 	# Files side by side in their order, the long ones first; one thread each, since many tests wait for others.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=40 \
 		--ignore tests/cluster
-	# Hosts and schedulers have timeouts of their own: after the others. Half of the time they wait, so two files at a
+	# Hosts and schedulers have timeouts of their own: after the others. Half of the time they wait, so three files at a
 	# time, each with a network of its own.
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/cluster
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests/cluster
 
 # The lowest versions that setup.py allows, on Python 3.12: what needs no other process, and one training.
 test-oldest:

@@ -10,3 +10,5 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Triton's own functions are made for its interpreter, or for a GPU, when something first imports it: torch.compile may.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Else each process that compiles starts others that would compile Triton's kernels: eight seconds of a core.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")

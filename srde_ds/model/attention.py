@@ -110,14 +110,25 @@ def _parameters(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+_TAKES_DOCUMENTS: dict[tuple[type, str], bool] = {}
+
+
 def takes_documents(empty: PreTrainedModel) -> bool:
     """Whether all layers of a base attend as `document_attention` does: to all of a document, without a cap or sinks.
 
-    This is tried out: a forward must pass the documents to every layer's attention, and nothing that changes it.
+    This is tried out, once for each class and configuration: a forward must pass the documents to every layer's
+    attention, and nothing that changes it.
 
     Args:
         empty: the base without storage (`base.empty_base`), made with DOCUMENT_ATTENTION.
     """
+    tried = type(empty), empty.config.to_json_string(use_diff=False)
+    if tried not in _TAKES_DOCUMENTS:
+        _TAKES_DOCUMENTS[tried] = _try_documents(empty)
+    return _TAKES_DOCUMENTS[tried]
+
+
+def _try_documents(empty: PreTrainedModel) -> bool:
     text = empty.config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     rotation = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")

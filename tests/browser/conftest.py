@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, Page
@@ -18,24 +19,32 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-@pytest.fixture
-def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """`open_page(url, width=DESKTOP, offline=False, **context_options)`: a page in a fresh window."""
-    contexts, errors = [], []
+@pytest.fixture(scope="module")
+def tab(browser: Browser) -> Iterator[tuple[Page, list[str]]]:
+    """One for all tests of a file, since it keeps the scripts that it has compiled; and what its pages report."""
+    context = browser.new_context()
+    page = context.new_page()
+    yield page, collect_errors(page)
+    context.close()
 
-    def opened(url: str, *, width: int = DESKTOP, offline: bool = False, **options: object) -> Page:
-        context = browser.new_context(
-            viewport={"width": width, "height": HEIGHTS[width]},
-            offline=offline,
-            **options,  # type: ignore[arg-type]
-        )
-        contexts.append(context)
-        page = context.new_page()
-        errors.append(collect_errors(page))
+
+@pytest.fixture
+def open_page(tab: tuple[Page, list[str]]) -> Iterator[Callable[..., Page]]:
+    """`open_page(url, width=DESKTOP, offline=False, color_scheme="light")`: a page that is visited the first time."""
+    page, errors = tab
+
+    def opened(
+        url: str, *, width: int = DESKTOP, offline: bool = False, color_scheme: Literal["light", "dark"] = "light"
+    ) -> Page:
+        page.set_viewport_size({"width": width, "height": HEIGHTS[width]})
+        page.emulate_media(color_scheme=color_scheme, media="screen")
+        page.context.set_offline(offline)
         page.goto(url, timeout=120_000)  # milliseconds; beside other tests it may take most of a minute
         return page
 
     yield opened
-    for context in contexts:
-        context.close()
-    assert not [error for found in errors for error in found]
+    page.evaluate("localStorage.clear()")  # it keeps the choice of a theme
+    page.goto("about:blank")
+    found = errors.copy()
+    errors.clear()
+    assert not found

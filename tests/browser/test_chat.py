@@ -7,10 +7,10 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from srde_ds.data.inputs import read_records
 from srde_ds.inference.generate import Sampling
@@ -113,15 +113,24 @@ def never_silent(speaker: Speaker) -> Iterator[None]:
     speaker.allow(None)
 
 
-@pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """`visit(url, width=..., **options)`: a page. In the end none may have reported an error or left the host."""
-    contexts, errors, requests = [], [], []
+@pytest.fixture(scope="module")
+def window(browser: Browser) -> Iterator[BrowserContext]:
+    """For all pages, so that each file of gradio is fetched and compiled once."""
+    context = browser.new_context()
+    yield context
+    context.close()
 
-    def visited(url: str, *, width: int = DESKTOP, **options: Any) -> Page:
-        context = browser.new_context(viewport={"width": width, "height": HEIGHTS[width]}, **options)
-        contexts.append(context)
-        page = context.new_page()
+
+@pytest.fixture
+def visit(window: BrowserContext) -> Iterator[Callable[..., Page]]:
+    """`visit(url, width=..., color_scheme=...)`: a page. In the end none may have told an error or left the host."""
+    pages, errors, requests = [], [], []
+
+    def visited(url: str, *, width: int = DESKTOP, color_scheme: Literal["light", "dark"] = "light") -> Page:
+        page = window.new_page()
+        pages.append(page)
+        page.set_viewport_size({"width": width, "height": HEIGHTS[width]})
+        page.emulate_media(color_scheme=color_scheme)
         page.set_default_timeout(30_000)
         errors.append(collect_errors(page))
         page.on("request", lambda request: requests.append(request.url))
@@ -129,8 +138,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
         return page
 
     yield visited
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     # Gradio itself aborts the stream of an answer that is over, and what was under way when its page is loaded anew.
     assert not [error for found in errors for error in found if not error.endswith("net::ERR_ABORTED")]
     assert requests and all(r.startswith(("http://127.0.0.1:", "data:", "blob:")) for r in requests)

@@ -34,6 +34,13 @@ def four_ranks() -> Iterator[Ranks]:
         yield ranks
 
 
+@pytest.fixture(scope="module")
+def ranks(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
+    """By their number; three and six only as long as a module needs them."""
+    with Ranks(3) as three, Ranks(6) as six:
+        yield {1: one_rank, 2: two_ranks, 3: three, 4: four_ranks, 6: six}
+
+
 @pytest.fixture(scope="session")
 def reference(inputs: Inputs, two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of six uninterrupted steps on two processes, four micro-steps each."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from signal import SIGTERM, SIGUSR1
 from typing import Any
@@ -212,12 +210,6 @@ def test_bf16_learns_and_resumes_bit_for_bit(inputs: Inputs, two_ranks: Ranks, t
 
 
 # --- with experts elsewhere ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def ranks(one_rank: Ranks, two_ranks: Ranks, four_ranks: Ranks) -> Iterator[dict[int, Ranks]]:
-    with ExitStack() as stack:
-        yield {1: one_rank, 2: two_ranks, 4: four_ranks} | {size: stack.enter_context(Ranks(size)) for size in (3, 6)}
 
 
 def moved_flags(inputs: Inputs, folder: Path, world_size: int, size: int, **changes: Any) -> dict[str, Any]:

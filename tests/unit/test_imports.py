@@ -74,24 +74,32 @@ def imported_modules(source: str) -> set[str]:
     return found
 
 
-MODULES = {module_name(path): imported_modules(path.read_text()) for path in FILES}
-MODULES["srde_ds"] = set()  # the front door: loads what it names at its first use, see below
-OWN = {module: {name for name in names if name in MODULES} - {module} for module, names in MODULES.items()}
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    """What each module imports. Not when this file is imported: reading all of them takes a second, in each worker."""
+    found = {module_name(path): imported_modules(path.read_text()) for path in FILES}
+    return found | {"srde_ds": set()}  # the front door: loads what it names at its first use, see below
+
+
+@pytest.fixture(scope="module")
+def own_imports(imports: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Those of the package itself."""
+    return {module: {name for name in names if name in imports} - {module} for module, names in imports.items()}
 
 
 def test_every_file_is_on_a_floor() -> None:
-    assert {part(module) for module in MODULES} <= set().union(*FLOORS)
+    assert {part(module_name(path)) for path in FILES} <= set().union(*FLOORS)
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_file_imports_only_its_floor_and_those_below(module: str) -> None:
-    above = [name for name in OWN[module] if floor(name) > floor(module)]
+@pytest.mark.parametrize("module", sorted(map(module_name, FILES)))
+def test_a_file_imports_only_its_floor_and_those_below(module: str, own_imports: dict[str, set[str]]) -> None:
+    above = [name for name in own_imports[module] if floor(name) > floor(module)]
     assert not above, f"{module} imports {above}"
 
 
-def test_no_file_imports_in_a_circle() -> None:
+def test_no_file_imports_in_a_circle(own_imports: dict[str, set[str]]) -> None:
     # A package's own __init__ runs before its files; importing a file is no import of what __init__ would load.
-    graph = {module: {name for name in names if name != "srde_ds"} for module, names in OWN.items()}
+    graph = {module: {name for name in names if name != "srde_ds"} for module, names in own_imports.items()}
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -113,13 +121,13 @@ def test_functions_have_few_parameters() -> None:
     assert not found
 
 
-def test_one_file_imports_deepspeed() -> None:
-    users = {module for module, names in MODULES.items() if any(name.split(".")[0] == "deepspeed" for name in names)}
+def test_one_file_imports_deepspeed(imports: dict[str, set[str]]) -> None:
+    users = {module for module, names in imports.items() if any(name.split(".")[0] == "deepspeed" for name in names)}
     assert users == {INTERNALS}
 
 
-def test_the_cost_model_serves_no_training() -> None:
-    users = {part(module) for module, names in OWN.items() if any(part(name) == "planner" for name in names)}
+def test_the_cost_model_serves_no_training(own_imports: dict[str, set[str]]) -> None:
+    users = {part(module) for module, names in own_imports.items() if any(part(name) == "planner" for name in names)}
     assert users == {"planner", "cli", "cluster", "api"}
 
 
