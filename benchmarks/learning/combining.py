@@ -18,6 +18,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -39,10 +40,12 @@ from srde_ds.config import DOMAINS, AdapterConfig, resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import RowStream, validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.packing import IGNORED
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
+from srde_ds.model.prompt_routing import votes_of_tokens
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.training.run_inputs import read_run_inputs
 from srde_ds.utils.environment import environment
@@ -61,26 +64,54 @@ Record = dict[str, Any]
 Part = tuple[str, Callable[[], Record]]
 
 
-def held_out(model: SRDEModel, rows: datasets.Dataset, domains: Sequence[str] = DOMAINS) -> Record:
-    """Of each row, the sum of its labels' losses and their number, by domain; and the use of the experts by domain."""
+def held_out(
+    model: SRDEModel, rows: datasets.Dataset, domains: Sequence[str] = DOMAINS, *, by_prompt: bool = False
+) -> Record:
+    """Of each row, the sum of its labels' losses and their number, by domain; and the use of the experts by domain.
+
+    Args:
+        by_prompt: each document uses the expert that its prompt's tokens choose most often; then `right` holds how many
+            documents of each domain got its own expert, and of how many.
+    """
     domain_of_row = rows.with_format("numpy")["domain"][:]
     experts = model.config.num_experts if model.layers else 0
     losses: dict[str, list[tuple[float, int]]] = {}
     usage: dict[str, list[float]] = {}
+    right: dict[str, tuple[int, int]] = {}
     for name in domains:
         own = rows.select((domain_of_row == DOMAINS.index(name)).nonzero()[0].tolist())
         statistics = RoutingStatistics(len(model.layers), experts) if experts > 1 else None
         policy, losses[name] = RoutingPolicy(statistics=statistics), []
+        chosen: list[int] = []
         for batch in validation_batches(own, 1):
             documents = Documents.of(batch["position_ids"])
             inputs: dict[str, Any] = {key: batch[key] for key in methods.INPUTS} | {"attention_mask": documents.no_mask}
+            if by_prompt:
+                forced, experts_here = chosen_by_prompts(model, inputs, documents)
+                policy, chosen = replace(policy, forced_experts=forced), chosen + experts_here
             with torch.no_grad():
                 output = model(**inputs, documents=documents, policy=policy)
             losses[name].append((round(float(output.loss_sum), 4), int(output.label_count)))
         if statistics:
             assignments = statistics.pop()["assignments"].sum(0)
             usage[name] = (assignments / assignments.sum()).round(decimals=4).tolist()
-    return {"losses": losses} | ({"usage": usage} if usage else {})
+        if by_prompt:
+            right[name] = chosen.count(DOMAINS.index(name)), len(chosen)
+    return {"losses": losses} | ({"usage": usage} if usage else {}) | ({"right": right} if right else {})
+
+
+def chosen_by_prompts(model: SRDEModel, inputs: Record, documents: Documents) -> tuple[torch.Tensor, list[int]]:
+    """`[1, S]`: for the tokens of each document of a row, its expert; and the documents' experts."""
+    others = {key: value for key, value in inputs.items() if key not in ("input_ids", "labels")}
+    votes_SE = votes_of_tokens(model, inputs["input_ids"], policy=RoutingPolicy(), documents=documents, **others)[0]
+    number = (inputs["position_ids"][0] == 0).cumsum(0)
+    labelled, forced, experts = inputs["labels"][0] != IGNORED, torch.zeros_like(number), []
+    for document in number[inputs["token_mask"][0]].unique().tolist():
+        own = number == document
+        prompt = own & ((labelled & own).cumsum(0) == 0)
+        experts.append(int(votes_SE[prompt].sum(0).argmax()))
+        forced[own] = experts[-1]
+    return forced[None], experts
 
 
 def loss_of(rows: list[tuple[float, int]]) -> float:
@@ -117,6 +148,7 @@ class Study:
             yield f"{method} alone, {domain}", partial(alone, domain)
         if method == "srde":
             yield "srde combined", self.combined
+            yield "srde combined, by prompt", partial(self.combined, by_prompt=True)
             yield "srde combined, top 2", partial(self.combined, top_k=2)
             yield "srde joint", self.joint
         else:
@@ -152,12 +184,13 @@ class Study:
         accumulation = {"gradient_accumulation_steps": len(DOMAINS)}
         return self._srde("joint", flags | {"warm_start": True, "warm_start_method": "discriminant"} | accumulation)
 
-    def combined(self, top_k: int = 1) -> Record:
+    def combined(self, top_k: int = 1, by_prompt: bool = False) -> Record:
         """The six adapters of one expert in one, without data."""
         output = self.folder / f"combined-{top_k}.safetensors"
         places = [str(self._weights(f"alone-{domain}")) for domain in DOMAINS]
         combine_command(CombineOptions(weights=places, output=str(output), top_k=top_k))
-        return self._measured(self._adapted(output))
+        model = self._adapted(output).eval()
+        return held_out(model, self.inputs.split("test"), by_prompt=by_prompt)
 
     def staged(self, stage: int) -> Record:
         """One more domain and expert after the others, which are locked."""

@@ -78,6 +78,7 @@ def of_apart(merges: list[tuple[str, float]]) -> dict[str, str]:
     return {
         "srde joint": "SRDE, six experts trained together",
         "srde combined": "SRDE, six experts trained apart, then combined, one a token",
+        "srde combined, by prompt": "SRDE, the same, one a text, chosen by its prompt",
         "srde combined, top 2": "SRDE, the same, two a token",
         "base": "the base alone",
     } | {f"lora merged, {kind}, {weight}": f"LoRA, six merged: {kind}, weights {weight}" for kind, weight in merges}

@@ -80,6 +80,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
 
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
+        model.route_by = options.route_by
         if processes.is_main:
             _tell_about_code(records, sandbox)
         max_new_tokens = options.max_new_tokens
@@ -109,6 +110,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         "dtype": "bfloat16" if bf16 else "float32",
         "batch_size": options.batch_size,
         "max_new_tokens": max_new_tokens,
+        "route_by": options.route_by,
         "seed": options.seed,
         "sandbox": sandbox,
         "seconds": time.monotonic() - started,

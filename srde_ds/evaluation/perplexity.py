@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.prompt_routing import routed_by_prompt
 
 
 @dataclass
@@ -43,7 +44,8 @@ def response_losses(
     """The losses of `records`, in order. Batches are sorted by length and padded on the right.
 
     Args:
-        expert: the expert that every token uses, with weight 1; default: the router decides.
+        expert: the expert that every token uses, with weight 1; default: the router decides, or with `model.route_by`
+            "prompt" the prompt.
 
     Raises:
         SRDEError: an item is longer than `max_length` tokens.
@@ -68,7 +70,10 @@ def response_losses(
         labels_BS = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
         choices: dict[int, Tensor] | None = {} if count_experts else None
         forced_BS = None if expert is None else torch.full_like(ids_BS, expert)
-        policy = RoutingPolicy(forced_experts=forced_BS, choices=choices)
+        policy = RoutingPolicy(forced_experts=forced_BS)
+        # Up to the first label; where several answers count, the later ones are no part of the prompt.
+        prompt_BS = mask_BS.bool() & ((labels_BS != IGNORED).cumsum(1) == 0)
+        policy = replace(routed_by_prompt(model, ids_BS, prompt_BS, policy, attention_mask=mask_BS), choices=choices)
         with torch.inference_mode():
             sums_B, counts_B = _losses(model, policy, ids_BS, mask_BS, labels_BS)
         assignments: Sequence[Tensor | None] = [None] * len(batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from srde_ds.config.values import option, weights_option
 
@@ -28,6 +29,11 @@ class InferenceOptions:
         aliases=("output",),
     )
     expert: str | None = option(None, "use only this expert", metavar="NAME")
+    route_by: Literal["token", "prompt"] = option(
+        "token",
+        "what decides on the experts: each token for itself, or the whole prompt, which is then read twice: all tokens "
+        "use the expert that most of its tokens choose",
+    )
     best_of_n: int = option(1, "number of samples, of which the most frequent answer is given", metavar="N", minimum=1)
     self_refine: int = option(0, "number of rounds in which the model checks its own answer", metavar="N", minimum=0)
     batch_size: int = option(16, "prompts of prompts_file in a batch", metavar="N", minimum=1)

@@ -49,6 +49,8 @@ class RoutingRecord:
         weights: dict[int, Tensor] = {}
 
         def record(*_: Any) -> None:
+            if not choices:  # a forward that follows another policy
+                return
             columns_TLK = torch.stack(list(choices.values()), dim=1) + 1
             columns_TC = columns_TLK.flatten(1)
             counts_TE = columns_TC.new_zeros(len(columns_TC), columns)
@@ -58,6 +60,7 @@ class RoutingRecord:
                 weights_TLK = torch.stack(list(weights.values()), dim=1).float()
                 weights_TLE = weights_TLK.new_zeros(*columns_TLK.shape[:2], columns)
                 self._weights.append(weights_TLE.scatter_(2, columns_TLK, weights_TLK)[..., 1:].cpu())
+            choices.clear()
 
         handle = model.base.register_forward_hook(record)
         try:

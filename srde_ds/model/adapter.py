@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from srde_ds.model.policy import (
     keep_policy_when_recomputing,
     refuse_foreign_checkpointing,
 )
+from srde_ds.model.prompt_routing import policy_of_generation
 from srde_ds.model.targets import Targets
 from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
@@ -73,6 +74,7 @@ class SRDEModel(nn.Module):
         base_identity: `base.base_identity` of the base before the experts were added.
         has_plain_head: whether the loss is computed without logits, see `head.py`.
         origins: how the weights were made, and their statistics of the domains.
+        route_by: "token", or "prompt": `generate` uses one expert for each text, see `prompt_routing`.
         run_folder: folder of the training run that the weights come from; None: they come from elsewhere.
 
     Examples:
@@ -100,6 +102,7 @@ class SRDEModel(nn.Module):
         self.base_identity = identity
         self.has_plain_head = has_plain_head(base)
         self.origins = Origins()
+        self.route_by: Literal["token", "prompt"] = "token"
 
     @classmethod
     def from_pretrained(
@@ -192,12 +195,12 @@ class SRDEModel(nn.Module):
         return SRDEOutput(loss_sum=loss(self.base, inputs, targets), label_count=targets.count)
 
     def generate(self, *args: Any, policy: RoutingPolicy | None = None, **kwargs: Any) -> Any:
-        """The base's `generate`, with experts.
+        """The base's `generate`, with experts. With `route_by` "prompt" it reads the prompts once more, before.
 
         Args:
             policy: the policy of all its forwards; default: the current one.
         """
-        with self.routing.running(self.routing.policy if policy is None else policy):
+        with self.routing.running(policy_of_generation(self, policy or self.routing.policy, *args, **kwargs)):
             return cast("Any", self.base).generate(*args, **kwargs)
 
     def enable_gradient_checkpointing(self, *, use_reentrant: bool = False) -> None:

@@ -68,7 +68,7 @@ class RoutingPolicy:
         allowed_experts: `[E]` bool, False for locked experts, which get no tokens. If fewer than top_k are allowed, a
             token uses only those. None: those of `set_active_experts`, by default all.
         forced_experts: `[B, S]` int64: each token uses only this expert, with weight 1, and the router and its losses
-            are left out.
+            are left out. `[B, 1]`: all tokens of a row use one expert, also in the steps of `generate`.
         token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding counts in no statistic and no loss.
         loss_weights: weights of the auxiliary losses, whose gradients the backward adds.
         loss_scale: scalar factor of the router's losses, which are sums over tokens. For a mean over the tokens of an

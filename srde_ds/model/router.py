@@ -104,7 +104,8 @@ def route(logits_TE: Tensor, bias_E: Tensor | None, top_k: int, policy: RoutingP
     chosen, not how much they count. A bias of zero may be left out, which is quicker.
     """
     if policy.forced_experts is not None:
-        index_TK = policy.forced_experts.reshape(-1, 1)
+        forced = policy.forced_experts
+        index_TK = forced.expand(-1, len(logits_TE) // len(forced)).reshape(-1, 1)
         weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
     else:
         if policy.allowed_experts is not None:

@@ -40,7 +40,7 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert run_forked(log, measure_briefly, arguments) == 0, log.read_text()[-3000:]
     records = read_records(results)
     parts = [record["part"] for record in records if record["seed"] == 1]
-    assert len(set(parts)) == len(parts) == 6 + 3 + 5 + 1 + 6 + len(MERGES) + 6
+    assert len(set(parts)) == len(parts) == 6 + 4 + 5 + 1 + 6 + len(MERGES) + 6
     found: dict[str, Any] = {record["part"]: record for record in records if record["seed"] == 1}
     for domain in DOMAINS:  # the same batches and the same loss: before its first update every method is the base
         srde, lora = found[f"srde alone, {domain}"], found[f"lora alone, {domain}"]
@@ -50,7 +50,10 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found["lora stage 6"]["values"] == pytest.approx(found["srde joint"]["values"], rel=0.2)
     monkeypatch.setattr(combining_tables, "MERGES", MERGES)
     table = combining_tables.apart(Results(records))
-    assert len(table.splitlines()) == 2 + 4 + len(MERGES) + 2
+    assert len(table.splitlines()) == 2 + 5 + len(MERGES) + 2
+    by_prompt = found["srde combined, by prompt"]
+    assert all(0 <= right <= count and count for right, count in by_prompt["right"].values())
+    assert by_prompt["losses"].keys() == found["srde combined"]["losses"].keys()
     assert len(combining_tables.added(Results(records)).splitlines()) == 2 + 3
 
 
@@ -60,7 +63,13 @@ def rows(loss: float) -> dict[str, list[tuple[float, int]]]:
 
 def test_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(combining_tables, "MERGES", MERGES)
-    losses = {"base": 3.0, "srde joint": 1.0, "srde combined": 1.25, "srde combined, top 2": 1.25}
+    losses = {
+        "base": 3.0,
+        "srde joint": 1.0,
+        "srde combined": 1.25,
+        "srde combined, by prompt": 1.0,
+        "srde combined, top 2": 1.25,
+    }
     losses["srde alone, math"] = 1.5
     losses |= {f"lora merged, {kind}, {weight}": 2.0 for kind, weight in MERGES}
     losses |= {f"srde stage {stage}": 1.5 for stage in range(2, 7)}

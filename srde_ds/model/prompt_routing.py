@@ -1,0 +1,69 @@
+"""Routes all tokens of a text by its prompt: to the expert that the prompt's tokens choose most often.
+
+Token by token, some go to experts of other domains. Above all the first ones: a template's beginning is the same in all
+domains, and attention leans on a text's first token throughout. For experts that were trained apart on their domains,
+one expert for a whole text is what they were trained with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from srde_ds.model.policy import RoutingPolicy
+
+if TYPE_CHECKING:
+    from srde_ds.model.adapter import SRDEModel
+
+
+def votes_of_tokens(model: SRDEModel, input_ids: Tensor, *, policy: RoutingPolicy, **inputs: Any) -> Tensor:
+    """`[B, S, E]` int64: in how many layers each token chooses each expert first. One forward.
+
+    Args:
+        inputs: further arguments of the model's forward.
+    """
+    choices: dict[int, Tensor] = {}
+    with torch.no_grad():
+        model(input_ids, policy=replace(policy, choices=choices), logits_to_keep=1, **inputs)
+    first_LT = torch.stack([choices_TK[:, 0] for choices_TK in choices.values()])
+    return F.one_hot(first_LT, len(model.expert_names)).sum(0).view(*input_ids.shape, -1)
+
+
+def experts_of_prompts(
+    model: SRDEModel, input_ids: Tensor, prompt_mask: Tensor, *, policy: RoutingPolicy, **inputs: Any
+) -> Tensor:
+    """`[B, 1]` for `RoutingPolicy.forced_experts`: the expert that a prompt's tokens choose most, over all layers.
+
+    Args:
+        prompt_mask: `[B, S]` bool, True for tokens of the prompt.
+        inputs: as of `votes_of_tokens`.
+    """
+    votes_BSE = votes_of_tokens(model, input_ids, policy=policy, **inputs)
+    return (votes_BSE * prompt_mask.to(votes_BSE.device)[..., None]).sum(1).argmax(1, keepdim=True)
+
+
+def routed_by_prompt(
+    model: SRDEModel, input_ids: Tensor, prompt_mask: Tensor, policy: RoutingPolicy, **inputs: Any
+) -> RoutingPolicy:
+    """The policy for texts with these prompts where `model.route_by` is "prompt"; otherwise the policy itself.
+
+    A policy that forces experts, or leaves them out, stays as it is.
+    """
+    if model.route_by == "token" or len(model.expert_names) == 1 or policy.forced_experts is not None:
+        return policy
+    if not (policy.active and model.routing.standing.active):
+        return policy
+    experts_B1 = experts_of_prompts(model, input_ids, prompt_mask, policy=policy, **inputs)
+    return replace(policy, forced_experts=experts_B1)
+
+
+def policy_of_generation(model: SRDEModel, policy: RoutingPolicy, *args: Any, **kwargs: Any) -> RoutingPolicy:
+    """`routed_by_prompt` for the arguments of transformers' `generate`."""
+    ids: Tensor = args[0] if args else kwargs["input_ids" if "input_ids" in kwargs else "inputs"]
+    mask = kwargs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    return routed_by_prompt(model, ids, mask.bool(), policy, attention_mask=mask)
