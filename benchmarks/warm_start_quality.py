@@ -35,10 +35,12 @@ from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens,
 
 ROOT = Path(__file__).resolve().parents[1]
 PER_DOMAIN, LAYERS_SHOWN = 512, 5
-Method = Literal["kmeans", "domain_means", "random"]
-METHODS: tuple[Method, ...] = ("kmeans", "domain_means", "random")
+Method = Literal["discriminant", "kmeans", "domain_means", "random"]
+METHODS: tuple[Method, ...] = ("discriminant", "kmeans", "domain_means", "random")
 # name -> method, sample, what replaces a choice of the design
 VARIANTS: dict[str, tuple[Method, str, str | None]] = {
+    "discriminant": ("discriminant", "usable", None),
+    "discriminant, all tokens sampled": ("discriminant", "all", None),
     "kmeans": ("kmeans", "usable", None),
     "kmeans, ten starts by k-means++": ("kmeans", "usable", "starts"),
     "kmeans, all tokens sampled": ("kmeans", "all", None),
