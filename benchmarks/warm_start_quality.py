@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, default=ROOT / "runs/quickstart-inputs")
     parser.add_argument("--rows", type=Path, default=ROOT / "runs/warm-start-rows", help="built if it is not there")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/warm_start_quality.json")
     options = parser.parse_args()
     base = options.inputs / "base"
     tokenizer = load_tokenizer(base)
@@ -137,7 +139,8 @@ def main() -> None:
     for seed in range(options.seeds):
         fits = {"usable": usable(train, seed), "all": all_tokens(train, seed)}
         fit_inputs = {name: inputs_of(model, train, sample) for name, sample in fits.items()}
-        for variant, (method, kind, choice) in VARIANTS.items():
+        for variant in options.variants:
+            method, kind, choice = VARIANTS[variant]
             for layer, inputs in enumerate(fit_inputs[kind]):
                 with replaced(choice):
                     fit = clustering.fit_router(
@@ -155,16 +158,18 @@ def main() -> None:
         return float(np.mean(found[variant][test][figure]))
 
     print("\n| Router | NMI | own expert first | own among two | own first, all tokens |\n|---|---|---|---|---|")
-    for variant in VARIANTS:
+    for variant in options.variants:
         cells = [mean(variant, "usable", figure) for figure in ("nmi", "own_first", "own_among_two")]
         cells.append(mean(variant, "all", "own_first"))
         print(f"| {variant} | {cells[0]:.3f} | " + " | ".join(f"{value:.1%}" for value in cells[1:]) + " |")
     layers = len(model.layers)
     shown = [round(i * (layers - 1) / LAYERS_SHOWN) for i in range(LAYERS_SHOWN + 1)]
-    print("\n| Layer | " + " | ".join(f"{method}: NMI, own first" for method in METHODS) + " |\n|---|---|---|---|")
+    methods = [method for method in METHODS if method in options.variants]
+    titles = " | ".join(f"{method}: NMI, own first" for method in methods)
+    print(f"\n| Layer | {titles} |\n|---|" + "---|" * len(methods))
     for layer in shown:
         texts = []
-        for method in METHODS:
+        for method in methods:
             nmi, own = (np.mean(found[method]["usable"][figure], axis=0)[layer] for figure in ("nmi", "own_first"))
             texts.append(f"{nmi:.2f}, {own:.0%}")
         print(f"| {layer + 1} | " + " | ".join(texts) + " |")
@@ -178,7 +183,7 @@ def main() -> None:
         "figures": found,
     }
     text = json.dumps(record, indent=1, default=float)
-    (ROOT / "benchmarks/results/warm_start_quality.json").write_text(text + "\n")
+    options.results.write_text(text + "\n")
 
 
 if __name__ == "__main__":
