@@ -36,7 +36,8 @@ for signal in USR1 TERM INT; do
     trap "stop $signal" "$signal"
 done
 status=0
-# A signal ends `wait` even though mpirun is still running.
+# A signal ends `wait` even though mpirun is still running. Where it has ended already, bash has kept its status.
+wait "$mpirun" && status=0 || status=$?
 while kill -0 "$mpirun" 2>/dev/null; do
     wait "$mpirun" && status=0 || status=$?
 done

@@ -13,6 +13,8 @@ PARTS_OF = {
     "warm_start_samples": "warm_start",
     "density_prunings": "initial_density",
 }
+# Defaults of earlier versions, which the config.yaml of their runs holds even where they have no effect.
+PAST_DEFAULTS = {"warm_start_method": "domain_means"}
 
 
 def check_relations(config: Config) -> None:
@@ -143,7 +145,8 @@ def _check_curriculum(config: Config) -> None:
         )
     for key, needed in PARTS_OF.items():
         value = getattr(curriculum, key)
-        if value != getattr(CurriculumConfig, key) and not getattr(curriculum, needed):
+        unused = (getattr(CurriculumConfig, key), PAST_DEFAULTS.get(key))
+        if value not in unused and not getattr(curriculum, needed):
             raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
     strategy, calibrated = adapter.support_strategy, ("activation", "gradient")
     if support.calibration_rows != SupportConfig.calibration_rows and strategy not in calibrated:

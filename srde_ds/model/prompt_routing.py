@@ -7,20 +7,27 @@ one expert for a whole text is what they were trained with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srde_ds.model.policy import RoutingPolicy
-
-if TYPE_CHECKING:
-    from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.policy import PolicyControl, RoutingPolicy
 
 
-def votes_of_tokens(model: SRDEModel, input_ids: Tensor, *, policy: RoutingPolicy, **inputs: Any) -> Tensor:
+class RoutedModel(Protocol):
+    """What is needed of `adapter.SRDEModel`."""
+
+    expert_names: list[str]
+    routing: PolicyControl
+    route_by: Any
+    __call__: Callable[..., Any]
+
+
+def votes_of_tokens(model: RoutedModel, input_ids: Tensor, *, policy: RoutingPolicy, **inputs: Any) -> Tensor:
     """`[B, S, E]` int64: in how many layers each token chooses each expert first. One forward.
 
     Args:
@@ -34,7 +41,7 @@ def votes_of_tokens(model: SRDEModel, input_ids: Tensor, *, policy: RoutingPolic
 
 
 def experts_of_prompts(
-    model: SRDEModel, input_ids: Tensor, prompt_mask: Tensor, *, policy: RoutingPolicy, **inputs: Any
+    model: RoutedModel, input_ids: Tensor, prompt_mask: Tensor, *, policy: RoutingPolicy, **inputs: Any
 ) -> Tensor:
     """`[B, 1]` for `RoutingPolicy.forced_experts`: the expert that a prompt's tokens choose most, over all layers.
 
@@ -47,7 +54,7 @@ def experts_of_prompts(
 
 
 def routed_by_prompt(
-    model: SRDEModel, input_ids: Tensor, prompt_mask: Tensor, policy: RoutingPolicy, **inputs: Any
+    model: RoutedModel, input_ids: Tensor, prompt_mask: Tensor, policy: RoutingPolicy, **inputs: Any
 ) -> RoutingPolicy:
     """The policy for texts with these prompts where `model.route_by` is "prompt"; otherwise the policy itself.
 
@@ -61,7 +68,7 @@ def routed_by_prompt(
     return replace(policy, forced_experts=experts_B1)
 
 
-def policy_of_generation(model: SRDEModel, policy: RoutingPolicy, *args: Any, **kwargs: Any) -> RoutingPolicy:
+def policy_of_generation(model: RoutedModel, policy: RoutingPolicy, *args: Any, **kwargs: Any) -> RoutingPolicy:
     """`routed_by_prompt` for the arguments of transformers' `generate`."""
     ids: Tensor = args[0] if args else kwargs["input_ids" if "input_ids" in kwargs else "inputs"]
     mask = kwargs.get("attention_mask")

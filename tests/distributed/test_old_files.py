@@ -51,7 +51,7 @@ def test_a_run_goes_on_to_the_weights_that_it_had_given(tmp_path: Path) -> None:
     shutil.copytree(FILES, tmp_path, dirs_exist_ok=True)
     assert run_forked(tmp_path / "log", resume_in, tmp_path) == 0, (tmp_path / "log").read_text()
     found, expected = (load_file(tmp_path / path) for path in ("run/srde_weights.safetensors", "neuron.safetensors"))
-    further = {f"layers.{layer}.domain_{part}" for layer in range(2) for part in ("mean", "spread")}
+    further = {f"layers.{layer}.domain_{part}" for layer in range(2) for part in ("mean", "spread", "factors")}
     assert found.keys() == expected.keys() | further
     for name, tensor in expected.items():
         assert_close(found[name], tensor, 1e-4, name)
