@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 def job(folder: Path, *flags: str, steps: int | None, status: int = 0) -> subprocess.CompletedProcess[str]:
     """A job whose ranks end with `status`, after they have finished `steps`."""
-    environment = {
+    environment = {name: os.environ[name] for name in ("BASH_ENV",) if name in os.environ} | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_JOB_NODELIST": "localhost",
@@ -66,3 +67,17 @@ def test_a_finished_run_is_extended(folder: Path, flags: list[str]) -> None:
 def test_ranks_that_end_without_finishing_are_a_failure(folder: Path) -> None:
     assert job(folder, steps=None).returncode == 1
     assert job(folder, steps=None, status=4).returncode == 4
+
+
+def test_the_status_of_a_launcher_that_ends_before_the_first_look_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "late").write_text('kill() { sleep 0.3; builtin kill "$@"; }\n')
+    monkeypatch.setenv("BASH_ENV", str(folder / "late"))
+    assert job(folder, steps=None, status=4).returncode == 4
+    shutil.copy(folder / "bin/srun", folder / "bin/mpirun")
+    (folder / "hosts").write_text("localhost slots=1\n")
+    environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PREFLIGHT": "false"}
+    environment |= {"STEPS": "none", "STATUS": "5"}
+    command = ["bash", str(SCRIPT.parents[1] / "mpi/train.sh"), "hosts", "--output_dir", "run"]
+    assert subprocess.run(command, env=environment, cwd=folder, check=False).returncode == 5
