@@ -5,7 +5,7 @@ python -m benchmarks.learning.combining_tables
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
@@ -23,16 +23,13 @@ ByDomain = dict[str, Rows]
 
 
 class Results:
-    """The records, by seed and part; seeds of which a part is missing are left out."""
+    """The records, by seed and part; seeds of which one of the parts `wanted` is missing are left out."""
 
-    def __init__(self, records: list[Record]) -> None:
+    def __init__(self, records: list[Record], wanted: Iterable[str]) -> None:
         by_seed: dict[int, dict[str, Record]] = {}
         for record in records:
             by_seed.setdefault(record["seed"], {})[record["part"]] = record
-        wanted = set(of_apart(MERGES)) | {
-            f"{m} stage {n}" for m in ("srde", "lora") for n in range(2, len(DOMAINS) + 1)
-        }
-        self.by_seed = {seed: parts for seed, parts in sorted(by_seed.items()) if wanted <= parts.keys()}
+        self.by_seed = {seed: parts for seed, parts in sorted(by_seed.items()) if set(wanted) <= parts.keys()}
 
     @property
     def seeds(self) -> list[int]:
@@ -143,11 +140,24 @@ def added(results: Results) -> str:
     return markdown(["", *DOMAINS], [[name, *row] for name, row in zip(names, rows, strict=True)])
 
 
+def parts_apart() -> list[str]:
+    """The parts that the first table needs."""
+    return [*of_apart(MERGES), *(f"{method} alone, {domain}" for method in ("srde", "lora") for domain in DOMAINS)]
+
+
+def parts_of_stages() -> list[str]:
+    """The parts that the other tables need."""
+    return [stage_part(method, stage) for method in ("srde", "lora") for stage in range(1, len(DOMAINS) + 1)]
+
+
 def main() -> None:
-    results = Results(read_records(RESULTS / "combining.jsonl"))
-    put_into("results.md", "apart", apart(results))
-    put_into("results.md", "stages", stages(results))
-    put_into("results.md", "added", added(results))
+    records = read_records(RESULTS / "combining.jsonl")
+    together, in_stages = Results(records, parts_apart()), Results(records, parts_of_stages())
+    put_into("results.md", "apart", apart(together))
+    put_into("results.md", "stages", stages(in_stages))
+    put_into("results.md", "added", added(in_stages))
+    for name, results in (("apart", together), ("stages", in_stages)):
+        print(f"{name}: seeds {results.seeds}")
 
 
 if __name__ == "__main__":

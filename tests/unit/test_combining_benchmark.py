@@ -49,12 +49,12 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(found["srde stage 3"]["usage"]["code"]) == 3 and len(found["srde combined"]["usage"]["math"]) == 6
     assert found["lora stage 6"]["values"] == pytest.approx(found["srde joint"]["values"], rel=0.2)
     monkeypatch.setattr(combining_tables, "MERGES", MERGES)
-    table = combining_tables.apart(Results(records))
+    table = combining_tables.apart(Results(records, combining_tables.parts_apart()))
     assert len(table.splitlines()) == 2 + 5 + len(MERGES) + 2
     by_prompt = found["srde combined, by prompt"]
     assert all(0 <= right <= count and count for right, count in by_prompt["right"].values())
     assert by_prompt["losses"].keys() == found["srde combined"]["losses"].keys()
-    assert len(combining_tables.added(Results(records)).splitlines()) == 2 + 3
+    assert len(combining_tables.added(Results(records, combining_tables.parts_of_stages())).splitlines()) == 2 + 3
 
 
 def rows(loss: float) -> dict[str, list[tuple[float, int]]]:
@@ -75,7 +75,7 @@ def test_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
     losses |= {f"srde stage {stage}": 1.5 for stage in range(2, 7)}
     losses |= {f"lora stage {stage}": 1 + stage / 10 for stage in range(1, 7)}
     records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
-    results = Results([*records, {"seed": 2, "part": "base", "losses": rows(9.0)}])
+    results = Results([*records, {"seed": 2, "part": "base", "losses": rows(9.0)}], losses)
     assert results.seeds == [1]  # the second has one part only
     total, limits, by_seed = results.difference("srde combined", "srde joint")
     assert total == pytest.approx(0.25) and limits == pytest.approx([0.25, 0.25]) and by_seed == [total]
