@@ -74,9 +74,9 @@ def of_apart(merges: list[tuple[str, float]]) -> dict[str, str]:
     """The parts of the first table, and what they are called."""
     return {
         "srde joint": "SRDE, six experts trained together",
-        "srde combined": "SRDE, six experts trained apart, then combined, one a token",
-        "srde combined, by prompt": "SRDE, the same, one a text, chosen by its prompt",
-        "srde combined, top 2": "SRDE, the same, two a token",
+        "srde combined": "SRDE, six experts trained apart, then combined: one a token",
+        "srde combined, by prompt": "SRDE, six experts trained apart, then combined: one a text, chosen by its prompt",
+        "srde combined, top 2": "SRDE, six experts trained apart, then combined: two a token",
         "base": "the base alone",
     } | {f"lora merged, {kind}, {weight}": f"LoRA, six merged: {kind}, weights {weight}" for kind, weight in merges}
 

@@ -66,6 +66,18 @@ def test_the_discriminant_is_the_least_squares_fit_where_the_factors_are_all_the
     assert np.abs(found - expected).max() < 0.01 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tokens", [3, 20, 100])  # fewer than factors, fewer than dimensions, more than both
+def test_the_factors_are_the_longest_principal_axes(tokens: int) -> None:
+    inputs = np.random.default_rng(0).standard_normal((tokens, 24)) * np.linspace(3, 0.1, 24)
+    factors = statistics_of_inputs(inputs.astype(np.float32), np.zeros(tokens, np.int64)).factors[0].double()
+    centred = torch.from_numpy(inputs - inputs.mean(0)) / tokens**0.5
+    _, lengths, axes = torch.linalg.svd(centred, full_matrices=False)
+    kept = min(FACTORS, len(lengths))
+    expected = (axes[:kept].T * lengths[:kept].square()) @ axes[:kept]
+    torch.testing.assert_close(factors.T @ factors, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(factors.norm(dim=1)[:kept], lengths[:kept], rtol=0, atol=2e-3)
+
+
 def test_the_discriminant_of_inputs_without_spread_is_finite() -> None:
     inputs = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]]
     found = fit(inputs, np.array([0, 0, 1, 1]), experts=2, method="discriminant")

@@ -44,11 +44,24 @@ def statistics_of_inputs(inputs: np.ndarray, domain: np.ndarray) -> DomainStatis
     for index in range(int(domain.max()) + 1):
         own = torch.from_numpy(inputs[domain == index])
         mean = own.mean(0)
-        _, lengths, directions = torch.linalg.svd((own - mean) / len(own) ** 0.5, full_matrices=False)
-        longest = own.new_zeros(FACTORS, own.shape[1])
-        found = (lengths[:, None] * directions)[:FACTORS]
-        longest[: len(found)] = found
         means.append(mean)
         spreads.append(own.std(0, correction=0))
-        factors.append(longest)
+        factors.append(_longest_factors((own - mean) / len(own) ** 0.5))
     return DomainStatistics(torch.stack(means), torch.stack(spreads), torch.stack(factors))
+
+
+def _longest_factors(inputs_ND: Tensor) -> Tensor:
+    """`[FACTORS, D]`: the right singular vectors times their singular values, the largest first, then zeros.
+
+    A singular value decomposition would find all of them, which takes far longer.
+    """
+    tokens, hidden = inputs_ND.shape
+    factors = inputs_ND.new_zeros(FACTORS, hidden)
+    count = min(FACTORS, tokens, hidden)
+    if tokens <= hidden:
+        left = torch.linalg.eigh(inputs_ND @ inputs_ND.T).eigenvectors[:, -count:]
+        factors[:count] = (left.T @ inputs_ND).flip(0)
+    else:
+        values, right = torch.linalg.eigh(inputs_ND.T @ inputs_ND)
+        factors[:count] = (right[:, -count:] * values[-count:].clamp(min=0).sqrt()).T.flip(0)
+    return factors
