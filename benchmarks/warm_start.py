@@ -32,7 +32,7 @@ from srde_ds.training.warm_start.token_sample import TokenSample
 
 LAYERS, HIDDEN, TOKENS, DOMAINS, TOKENS_A_ROW, RANKS = 40, 5120, 4096, 6, 32, 2
 TOKEN_TYPES, LATENT = 512, 24
-METHODS = ("discriminant", "kmeans", "domain_means", "random")
+METHODS = ("kmeans", "domain_means", "random", "discriminant")
 GIB = 2**30
 
 

@@ -91,7 +91,7 @@ def scaled(directions: np.ndarray, inputs: np.ndarray, domain: np.ndarray, *, la
         SRDEError: the inputs do not tell the experts apart.
     """
     # What all experts have in common changes no choice, and in bfloat16 it would drown the differences.
-    weights = directions - directions.mean(0)
+    weights = (directions - directions.mean(0)).astype(inputs.dtype)
     num_experts, logits = len(weights), inputs @ weights.T
     best = np.partition(logits, num_experts - 2, axis=1)
     gap = float(np.median(best[:, -1] - best[:, -2]))
