@@ -168,7 +168,7 @@ class Study:
                 )
 
     def bare_base(self) -> Record:
-        return self._measured(self._bare(self._load()), values=0)
+        return self._measured(self.bare(self._load()), values=0)
 
     def alone(self, domain: str, rate: float | None = None, split: str = "test") -> Record:
         """An adapter of one expert, trained on its domain."""
@@ -186,10 +186,7 @@ class Study:
 
     def combined(self, top_k: int = 1, by_prompt: bool = False) -> Record:
         """The six adapters of one expert in one, without data."""
-        output = self.folder / f"combined-{top_k}.safetensors"
-        places = [str(self._weights(f"alone-{domain}")) for domain in DOMAINS]
-        combine_command(CombineOptions(weights=places, output=str(output), top_k=top_k))
-        model = self._adapted(output).eval()
+        model = self._adapted(self.combined_weights(top_k)).eval()
         return held_out(model, self.inputs.split("test"), by_prompt=by_prompt)
 
     def staged(self, stage: int) -> Record:
@@ -197,7 +194,7 @@ class Study:
         before = f"stage-{stage}" if stage > 1 else f"alone-{DOMAINS[0]}"
         domain, known = DOMAINS[stage], list(DOMAINS[: stage + 1])
         flags = {"jsonl_data": str(self._items(domain)), "domains": known}
-        flags |= {"start_from": str(self._weights(before)), "train_experts": [domain]}
+        flags |= {"start_from": str(self.weights(before)), "train_experts": [domain]}
         return self._srde(f"stage-{stage + 1}", flags, _judged(stage))
 
     def alone_lora(self, domain: str, rate: float | None = None, split: str = "test") -> Record:
@@ -220,7 +217,28 @@ class Study:
 
     def merged_lora(self, kind: str, weight: float) -> Record:
         """The six LoRAs as one, by PEFT's `add_weighted_adapter`."""
-        base = self._load()
+        return self._measured(self.merge(self._load(), kind, weight))
+
+    # What they have made
+
+    def weights(self, name: str) -> Path:
+        """The adapter of a training."""
+        return self.folder / name / "srde_weights.safetensors"
+
+    def combined_weights(self, top_k: int) -> Path:
+        """The six adapters of one expert in one."""
+        output = self.folder / f"combined-{top_k}.safetensors"
+        places = [str(self.weights(f"alone-{domain}")) for domain in DOMAINS]
+        combine_command(CombineOptions(weights=places, output=str(output), top_k=top_k))
+        return output
+
+    def with_lora(self, base: PreTrainedModel, domain: str) -> SRDEModel:
+        """A base with the LoRA of a domain."""
+        PeftModel.from_pretrained(base, self.folder / f"lora-{domain}")
+        return self.bare(base)
+
+    def merge(self, base: PreTrainedModel, kind: str, weight: float) -> SRDEModel:
+        """A base with the six LoRAs as one."""
         torch.manual_seed(self.seed)
         model: Any = PeftModel.from_pretrained(base, self.folder / f"lora-{DOMAINS[0]}", adapter_name=DOMAINS[0])
         for domain in DOMAINS[1:]:
@@ -230,7 +248,11 @@ class Study:
             list(DOMAINS), [weight] * len(DOMAINS), "merged", combination_type=kind, density=density
         )
         model.set_adapter("merged")
-        return self._measured(self._bare(base))
+        return self.bare(base)
+
+    def bare(self, base: PreTrainedModel) -> SRDEModel:
+        """A base without experts, measured by the same code."""
+        return SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(self.base)})
 
     # How they are made
 
@@ -257,7 +279,7 @@ class Study:
         figures = {"training": trained.losses, "values": trained.values}
         del trained
         gc.collect()  # engines hold cycles
-        return self._measured(self._adapted(self._weights(name)), judged, split, **figures)
+        return self._measured(self._adapted(self.weights(name)), judged, split, **figures)
 
     def _lora(
         self,
@@ -272,7 +294,7 @@ class Study:
         parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
         chosen = self.rates["lora"] if rate is None else rate
         optimizer = torch.optim.AdamW(parameters, lr=chosen, betas=(0.9, 0.95), weight_decay=0.0)
-        trainee = Trainee(self._bare(base), parameters, [optimizer])
+        trainee = Trainee(self.bare(base), parameters, [optimizer])
         folder = self._rows(domain)
         stream = RowStream(load_rows(folder, "train", load_manifest(folder)), seed=self.seed, global_batch_rows=ROWS)
         losses = train(trainee, stream, ROWS, 1, STEPS, partial(factor, steps=STEPS, warmup=WARMUP))
@@ -291,15 +313,9 @@ class Study:
     def _load(self) -> PreTrainedModel:
         return load_base(self.base, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION)
 
-    def _bare(self, base: PreTrainedModel) -> SRDEModel:
-        return SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(self.base)})
-
     def _adapted(self, weights: Path) -> SRDEModel:
         dtype, attention = torch.bfloat16, DOCUMENT_ATTENTION
         return load_adapter(weights, base=str(self.base), dtype=dtype, attn_implementation=attention)
-
-    def _weights(self, name: str) -> Path:
-        return self.folder / name / "srde_weights.safetensors"
 
     def _items(self, domain: str) -> Path:
         """The items of a domain, which is another file than that of all domains."""

@@ -1,4 +1,4 @@
-"""The tables of combining.py in docs/results.md, from results/combining.jsonl.
+"""The tables of combining.py and combining_answers.py in docs/results.md, from their records in results/.
 
 python -m benchmarks.learning.combining_tables
 """
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.learning.combining import MERGES, Record, loss_of
+from benchmarks.learning.combining_answers import BEST_MERGE
 from benchmarks.learning.store import RESULTS, read_records
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS
@@ -81,12 +82,21 @@ def of_apart(merges: list[tuple[str, float]]) -> dict[str, str]:
     } | {f"lora merged, {kind}, {weight}": f"LoRA, six merged: {kind}, weights {weight}" for kind, weight in merges}
 
 
+OWN = {
+    "srde own": "SRDE, of each domain its own adapter of one expert",
+    "lora own": "LoRA, of each domain its own adapter",
+}
+
+
+def of_accuracy() -> dict[str, str]:
+    """The same of the table of right answers."""
+    without = ("srde combined, top 2",)
+    return {part: name for part, name in of_apart([BEST_MERGE]).items() if part not in without} | OWN
+
+
 def apart(results: Results) -> str:
     """Trained apart and put together, the lowest loss first."""
-    names = of_apart(MERGES) | {
-        "srde own": "SRDE, of each domain its own adapter of one expert",
-        "lora own": "LoRA, of each domain its own adapter",
-    }
+    names = of_apart(MERGES) | OWN
     rows = []
     for part in sorted(names, key=results.mean_loss):
         against = ""
@@ -96,6 +106,28 @@ def apart(results: Results) -> str:
         by_domain = [f"{results.loss(part, domain):.2f}" for domain in DOMAINS]
         rows.append([names[part], f"{results.mean_loss(part):.3f}", against, *by_domain])
     return markdown(["", "mean test loss", "against trained together", *DOMAINS], rows)
+
+
+def accuracy(results: Results) -> str:
+    """Right answers in percent, the most first. `results` holds `answers_as_losses`."""
+    names = of_accuracy()
+    rows = []
+    for part in sorted(names, key=lambda part: (-results.mean_loss(part), part)):
+        against = ""
+        if part != "srde joint":
+            total, (low, high), _ = results.difference(part, "srde joint")
+            against = f"{100 * total:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+        by_domain = [f"{results.loss(part, domain):.0%}" for domain in DOMAINS]
+        rows.append([names[part], f"{results.mean_loss(part):.1%}", against, *by_domain])
+    return markdown(["", "right answers, mean", "against trained together, points", *DOMAINS], rows)
+
+
+def answers_as_losses(records: list[Record]) -> list[Record]:
+    """Records of combining_answers.py in the form of combining.py's: an item is a row of one label."""
+    return [
+        {**record, "losses": {domain: [(right, 1) for right in own] for domain, own in record["right"].items()}}
+        for record in records
+    ]
 
 
 def stage_part(method: str, stage: int) -> str:
@@ -142,7 +174,17 @@ def added(results: Results) -> str:
 
 def parts_apart() -> list[str]:
     """The parts that the first table needs."""
-    return [*of_apart(MERGES), *(f"{method} alone, {domain}" for method in ("srde", "lora") for domain in DOMAINS)]
+    return [*of_apart(MERGES), *alone()]
+
+
+def alone() -> list[str]:
+    """The parts that `METHOD own` is made of."""
+    return [f"{method} alone, {domain}" for method in ("srde", "lora") for domain in DOMAINS]
+
+
+def parts_of_accuracy() -> list[str]:
+    """The parts that the table of right answers needs."""
+    return [*(part for part in of_accuracy() if part not in OWN), *alone()]
 
 
 def parts_of_stages() -> list[str]:
@@ -153,10 +195,12 @@ def parts_of_stages() -> list[str]:
 def main() -> None:
     records = read_records(RESULTS / "combining.jsonl")
     together, in_stages = Results(records, parts_apart()), Results(records, parts_of_stages())
+    answered = Results(answers_as_losses(read_records(RESULTS / "combining_answers.jsonl")), parts_of_accuracy())
     put_into("results.md", "apart", apart(together))
+    put_into("results.md", "accuracy", accuracy(answered))
     put_into("results.md", "stages", stages(in_stages))
     put_into("results.md", "added", added(in_stages))
-    for name, results in (("apart", together), ("stages", in_stages)):
+    for name, results in (("apart", together), ("accuracy", answered), ("stages", in_stages)):
         print(f"{name}: seeds {results.seeds}")
 
 

@@ -81,7 +81,7 @@ def item_figures(
     for domain in DOMAINS:
         own = [index for index, record in enumerate(records) if record.domain == domain]
         figures.loss[domain] = sum(losses[i].loss_sum for i in own) / sum(losses[i].tokens for i in own)
-        right = [_is_right(answers[i], records[i], scored=scored) for i in own]
+        right = [answer_is_right(answers[i], records[i], scored=scored) for i in own]
         figures.accuracy[domain] = sum(right) / len(right)
         if figures.usage is not None:
             counts_NLE = torch.stack([losses[i].assignments for i in own]).double()  # type: ignore[misc]
@@ -90,7 +90,8 @@ def item_figures(
     return figures
 
 
-def _is_right(answer: str, record: Record, *, scored: bool) -> bool:
+def answer_is_right(answer: str, record: Record, *, scored: bool) -> bool:
+    """Whether a generated answer is right; `scored` as in `item_figures`."""
     scoring = scoring_of(record, run_code=False) if scored else None
     return exact_match(answer, str(record.answer)) if scoring is None else is_right(answer, record, scoring)
 

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from benchmarks.learning import combining, combining_tables
+from benchmarks.learning import combining, combining_answers, combining_tables
 from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.store import read_records
 from srde_ds.config import DOMAINS
@@ -27,6 +27,11 @@ def measure_briefly(arguments: list[str]) -> None:
     short["RATES"] = {"srde": (0.01,), "lora": (0.003,)}
     with patch.multiple(combining, **short), patch.object(sys, "argv", ["combining", *arguments]):
         combining.main()
+
+
+def answer_briefly(arguments: list[str]) -> None:
+    with patch.object(combining_answers, "BEST_MERGE", MERGES[0]), patch.object(sys, "argv", ["answers", *arguments]):
+        combining_answers.main()
 
 
 def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,6 +60,15 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(0 <= right <= count and count for right, count in by_prompt["right"].values())
     assert by_prompt["losses"].keys() == found["srde combined"]["losses"].keys()
     assert len(combining_tables.added(Results(records, combining_tables.parts_of_stages())).splitlines()) == 2 + 3
+    answers = tmp_path / "answers.jsonl"
+    arguments = [*places[:-1], str(answers), "--seeds", "1", "--budget", "toy"]
+    assert run_forked(log, answer_briefly, arguments) == 0, log.read_text()[-3000:]
+    answered = {record["part"]: record["right"] for record in read_records(answers)}
+    monkeypatch.setattr(combining_tables, "BEST_MERGE", MERGES[0])
+    assert answered.keys() == set(combining_tables.parts_of_accuracy())
+    assert [len(right) for right in answered["base"].values()] == [2] * 6 and answered["lora alone, code"].keys() == {
+        "code"
+    }
 
 
 def rows(loss: float) -> dict[str, list[tuple[float, int]]]:
@@ -82,6 +96,16 @@ def test_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert combining_tables.forgetting(results, "srde") == pytest.approx(dict.fromkeys(DOMAINS[:-1], 0.0))
     assert combining_tables.forgetting(results, "lora")["code"] == pytest.approx(0.3)
     assert "| LoRA, trained on | +0.300 | 1.600 |" in combining_tables.stages(results)
+
+
+def test_what_the_table_of_right_answers_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(combining_tables, "BEST_MERGE", MERGES[0])
+    right = {part: [0, 0, 0, 1] for part in combining_tables.parts_of_accuracy()} | {"srde combined": [1, 1, 0, 1]}
+    records = [{"seed": 1, "part": part, "right": dict.fromkeys(DOMAINS, own)} for part, own in right.items()]
+    results = Results(combining_tables.answers_as_losses(records), combining_tables.parts_of_accuracy())
+    lines = combining_tables.accuracy(results).splitlines()
+    assert len(lines) == 2 + len(combining_tables.of_accuracy())
+    assert "one a token | 75.0% | +50.0 (" in lines[2] and lines[2].endswith("| 75% | 75% | 75% | 75% | 75% | 75% |")
 
 
 def test_the_rate_with_the_lowest_loss_is_taken() -> None:

@@ -1,0 +1,110 @@
+"""How many test items are answered rightly by what combining.py has trained.
+
+    python -m benchmarks.learning.combining_answers [--seeds 1 2]
+
+A model's answers to a seed's test items are a line of results/combining_answers.jsonl: of each item 1 if its greedy
+answer is right, else 0. A model that has a line is not asked again. One takes three to six minutes of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from benchmarks.learning.combining import ROOT, Record, Study
+from benchmarks.learning.measure import answer_is_right
+from benchmarks.learning.store import RESULTS, read_records
+from benchmarks.tables import measured_on
+from srde_ds.config import DOMAINS
+from srde_ds.evaluation.accuracy import generated_answers
+from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.base import load_base
+
+BEST_MERGE = ("dare_ties", round(1 / 6, 3))  # of the eight, by test loss
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, named as in combining.py, and the domains whose items it answers."""
+
+    part: str
+    model: Callable[[], SRDEModel]
+    domains: Sequence[str] = DOMAINS
+    route_by: Literal["token", "prompt"] = "token"
+
+
+def models(study: Study) -> Iterator[Asked]:
+    """Those whose accuracy the tables give; of adapters that were trained alone, each for its own domain."""
+    base, dtype = study.base, torch.bfloat16
+
+    def adapted(weights: Path) -> SRDEModel:
+        return load_adapter(weights, base=str(base), dtype=dtype)
+
+    def merged() -> SRDEModel:
+        return study.merge(load_base(base, dtype=dtype), *BEST_MERGE)
+
+    def own_lora(domain: str) -> SRDEModel:
+        return study.with_lora(load_base(base, dtype=dtype), domain)
+
+    yield Asked("srde combined", lambda: adapted(study.combined_weights(1)))
+    yield Asked("srde combined, by prompt", lambda: adapted(study.combined_weights(1)), route_by="prompt")
+    yield Asked("srde joint", lambda: adapted(study.weights("joint")))
+    yield Asked("lora merged, {}, {}".format(*BEST_MERGE), merged)
+    for domain in DOMAINS:
+        yield Asked(f"srde alone, {domain}", partial(adapted, study.weights(f"alone-{domain}")), [domain])
+        yield Asked(f"lora alone, {domain}", partial(own_lora, domain), [domain])
+    yield Asked("base", lambda: study.bare(load_base(base, dtype=dtype)))
+
+
+def answer(study: Study, asked: Asked) -> Record:
+    """Of each test item of the model's domains, in order, whether it is answered rightly."""
+    model = asked.model().eval()
+    model.route_by = asked.route_by
+    records = [record for record in study.inputs.test_records() if record.domain in asked.domains]
+    answers = generated_answers(
+        model,
+        study.inputs.tokenizer(),
+        records,
+        max_new_tokens=study.budget.new_tokens,
+        batch_size=study.budget.eval_batch,
+    )
+    right: dict[str, list[int]] = {domain: [] for domain in asked.domains}
+    for text, record in zip(answers, records, strict=True):
+        right[record.domain].append(int(answer_is_right(text, record, scored=True)))
+    return {"right": right}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="with combining.py's adapters")
+    parser.add_argument("--results", type=Path, default=RESULTS / "combining_answers.jsonl")
+    parser.add_argument("--budget", default="medium", help="as combining.py was given (default: %(default)s)")
+    options = parser.parse_args()
+    for seed in options.seeds:
+        study = Study(seed, options.base, options.folder, {}, options.budget)
+        for asked in models(study):
+            if (seed, asked.part) in {(record["seed"], record["part"]) for record in read_records(options.results)}:
+                continue
+            started = time.monotonic()
+            record: Record = {"seed": seed, "part": asked.part} | answer(study, asked)
+            record |= {"seconds": round(time.monotonic() - started)} | measured_on()
+            with options.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+            shares = " ".join(f"{sum(own) / len(own):.0%}" for own in record["right"].values())
+            print(f"seed {seed}, {asked.part}: {shares} ({record['seconds']} s)", flush=True)
+            gc.collect()
+
+
+if __name__ == "__main__":
+    main()
