@@ -65,11 +65,17 @@ Part = tuple[str, Callable[[], Record]]
 
 
 def held_out(
-    model: SRDEModel, rows: datasets.Dataset, domains: Sequence[str] = DOMAINS, *, by_prompt: bool = False
+    model: SRDEModel,
+    rows: datasets.Dataset,
+    domains: Sequence[str] = DOMAINS,
+    *,
+    names: Sequence[str] = DOMAINS,
+    by_prompt: bool = False,
 ) -> Record:
     """Of each row, the sum of its labels' losses and their number, by domain; and the use of the experts by domain.
 
     Args:
+        names: of the rows' domains, by number.
         by_prompt: each document uses the expert that its prompt's tokens choose most often; then `right` holds how many
             documents of each domain got its own expert, and of how many.
     """
@@ -79,7 +85,7 @@ def held_out(
     usage: dict[str, list[float]] = {}
     right: dict[str, tuple[int, int]] = {}
     for name in domains:
-        own = rows.select((domain_of_row == DOMAINS.index(name)).nonzero()[0].tolist())
+        own = rows.select((domain_of_row == names.index(name)).nonzero()[0].tolist())
         statistics = RoutingStatistics(len(model.layers), experts) if experts > 1 else None
         policy, losses[name] = RoutingPolicy(statistics=statistics), []
         chosen: list[int] = []
@@ -96,7 +102,7 @@ def held_out(
             assignments = statistics.pop()["assignments"].sum(0)
             usage[name] = (assignments / assignments.sum()).round(decimals=4).tolist()
         if by_prompt:
-            right[name] = chosen.count(DOMAINS.index(name)), len(chosen)
+            right[name] = chosen.count(names.index(name)), len(chosen)
     return {"losses": losses} | ({"usage": usage} if usage else {}) | ({"right": right} if right else {})
 
 

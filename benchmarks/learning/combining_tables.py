@@ -1,4 +1,4 @@
-"""The tables of combining.py and combining_answers.py in docs/results.md, from their records in results/.
+"""Tables and pictures of combining.py and combining_answers.py for docs, from their records in results/.
 
 python -m benchmarks.learning.combining_tables
 """
@@ -6,6 +6,7 @@ python -m benchmarks.learning.combining_tables
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -14,10 +15,14 @@ from numpy.typing import NDArray
 
 from benchmarks.learning.combining import MERGES, Record, loss_of
 from benchmarks.learning.combining_answers import BEST_MERGE
+from benchmarks.learning.plots import plot_differences, plot_forgetting
 from benchmarks.learning.store import RESULTS, read_records
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS
 from srde_ds.evaluation.bootstrap import RESAMPLES, interval, resampled_sums
+
+PICTURES = Path(__file__).resolve().parents[2] / "docs/learning_tables"
+FARTHEST = 0.5  # of loss; what is worse would leave no room for the others
 
 Rows = Sequence[tuple[float, int]]
 ByDomain = dict[str, Rows]
@@ -26,7 +31,8 @@ ByDomain = dict[str, Rows]
 class Results:
     """The records, by seed and part; seeds of which one of the parts `wanted` is missing are left out."""
 
-    def __init__(self, records: list[Record], wanted: Iterable[str]) -> None:
+    def __init__(self, records: list[Record], wanted: Iterable[str], domains: Sequence[str] = DOMAINS) -> None:
+        self.domains = domains
         by_seed: dict[int, dict[str, Record]] = {}
         for record in records:
             by_seed.setdefault(record["seed"], {})[record["part"]] = record
@@ -41,7 +47,7 @@ class Results:
         parts = self.by_seed[seed]
         if part.endswith(" own"):
             method = part.removesuffix(" own")
-            return {domain: parts[f"{method} alone, {domain}"]["losses"][domain] for domain in DOMAINS}
+            return {domain: parts[f"{method} alone, {domain}"]["losses"][domain] for domain in self.domains}
         found: ByDomain = parts[part]["losses"]
         return found
 
@@ -50,7 +56,7 @@ class Results:
         return mean(loss_of(list(self.losses(part, seed)[domain])) for seed in self.seeds)
 
     def mean_loss(self, part: str) -> float:
-        return mean(self.loss(part, domain) for domain in DOMAINS)
+        return mean(self.loss(part, domain) for domain in self.domains)
 
     def difference(self, part: str, against: str) -> tuple[float, list[float], list[float]]:
         """Of mean losses: in all, its 95 % interval over test rows, drawn within domains, and by seed."""
@@ -58,9 +64,9 @@ class Results:
         for seed in self.seeds:
             ours, theirs = self.losses(part, seed), self.losses(against, seed)
             here = []
-            for number, domain in enumerate(DOMAINS):
+            for number, domain in enumerate(self.domains):
                 columns = np.hstack([np.array(ours[domain]), np.array(theirs[domain])])
-                samples += _difference(resampled_sums(columns, number)) / (len(DOMAINS) * len(self.seeds))
+                samples += _difference(resampled_sums(columns, number)) / (len(self.domains) * len(self.seeds))
                 here.append(float(_difference(columns.sum(0)[None])[0]))
             by_seed.append(mean(here))
         return mean(by_seed), interval(samples), by_seed
@@ -144,10 +150,13 @@ def forgetting(results: Results, method: str) -> dict[str, float]:
     }
 
 
+STAGED = {"srde": "SRDE, one more expert a domain, the others locked", "lora": "LoRA, trained on"}
+
+
 def stages(results: Results) -> str:
     """One domain after the other."""
     rows = []
-    for method, name in (("srde", "SRDE, one more expert a domain, the others locked"), ("lora", "LoRA, trained on")):
+    for method, name in STAGED.items():
         lost, last = forgetting(results, method), stage_part(method, len(DOMAINS))
         cells = [f"{results.loss(last, domain):.2f} ({lost[domain]:+.3f})" for domain in DOMAINS[:-1]]
         final = f"{results.loss(last, DOMAINS[-1]):.2f}"
@@ -192,14 +201,35 @@ def parts_of_stages() -> list[str]:
     return [stage_part(method, stage) for method in ("srde", "lora") for stage in range(1, len(DOMAINS) + 1)]
 
 
+def draw_apart(results: Results, folder: Path) -> None:
+    """The rows of the first table that are at most `FARTHEST` from training together."""
+    names = of_apart(MERGES) | OWN
+    parts = [part for part in sorted(names, key=results.mean_loss) if part != "srde joint"]
+    found = {names[part]: results.difference(part, "srde joint")[:2] for part in parts}
+    near = {name: difference for name, difference in found.items() if difference[0] <= FARTHEST}
+    plot_differences(near, folder / "combining-apart.png", label="mean test loss against SRDE trained together")
+
+
+def draw_stages(results: Results, folder: Path) -> None:
+    """The losses of the second table."""
+    found: dict[str, dict[str, tuple[float, float]]] = {}
+    for method, name in STAGED.items():
+        lost, last = forgetting(results, method), stage_part(method, len(DOMAINS))
+        ends = {domain: results.loss(last, domain) for domain in lost}
+        found[name] = {domain: (end - lost[domain], end) for domain, end in ends.items()}
+    plot_forgetting(found, folder / "combining-stages.png")
+
+
 def main() -> None:
     records = read_records(RESULTS / "combining.jsonl")
     together, in_stages = Results(records, parts_apart()), Results(records, parts_of_stages())
     answered = Results(answers_as_losses(read_records(RESULTS / "combining_answers.jsonl")), parts_of_accuracy())
-    put_into("results.md", "apart", apart(together))
-    put_into("results.md", "accuracy", accuracy(answered))
-    put_into("results.md", "stages", stages(in_stages))
-    put_into("results.md", "added", added(in_stages))
+    put_into("learning_tables.md", "apart", apart(together))
+    put_into("learning_tables.md", "accuracy", accuracy(answered))
+    put_into("learning_tables.md", "stages", stages(in_stages))
+    put_into("learning_tables.md", "added", added(in_stages))
+    draw_apart(together, PICTURES)
+    draw_stages(in_stages, PICTURES)
     for name, results in (("apart", together), ("accuracy", answered), ("stages", in_stages)):
         print(f"{name}: seeds {results.seeds}")
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from benchmarks.learning import measure, methods, rivals
 from benchmarks.learning.data import Inputs, prepare
 from benchmarks.learning.plan import Plan, Run, late_loss
+from benchmarks.learning.plots import plot_differences
 from benchmarks.learning.store import RESULTS, read_records
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig
@@ -224,11 +225,11 @@ def run_look(name: str, base_folder: Path, folder: Path, steps: int = STEPS) -> 
     return figures | {"seconds": round(time.monotonic() - started), "environment": environment()}
 
 
-def difference(losses: list[float], against: list[float]) -> str:
-    """Mean difference of the steps of the second half, with a 95 % interval over the steps, whose batches are equal."""
+def difference(losses: list[float], against: list[float]) -> tuple[float, float]:
+    """Mean difference of the steps of the second half, and half of its 95 % interval over the steps, whose batches are
+    equal."""
     late = [a - b for a, b in zip(losses, against, strict=True)][len(losses) // 2 :]
-    half = t.ppf(0.975, len(late) - 1) * stdev(late) / math.sqrt(len(late))
-    return f"{mean(late):+.3f} ± {half:.3f}"
+    return mean(late), float(t.ppf(0.975, len(late) - 1)) * stdev(late) / math.sqrt(len(late))
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -240,13 +241,24 @@ def table(records: list[dict[str, Any]]) -> str:
             record["name"],
             f"{record['values']:,}",
             f"{record['late_loss']:.3f}",
-            difference(record["losses"], against) if record["name"] != AGAINST else "",
+            "{:+.3f} ± {:.3f}".format(*difference(record["losses"], against)) if record["name"] != AGAINST else "",
             f"{record['held_out']:.3f}",
             *(f"{record['by_domain'][domain]:.2f}" for domain in DOMAINS),
         ]
         for record in sorted(records, key=lambda record: float(record["late_loss"]))
     ]
     return markdown(head, rows)
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """The differences of the table, the lowest loss first."""
+    [against] = [record["losses"] for record in records if record["name"] == AGAINST]
+    found = {}
+    for record in sorted(records, key=lambda record: float(record["late_loss"])):
+        if record["name"] != AGAINST:
+            middle, half = difference(record["losses"], against)
+            found[record["name"]] = middle, (middle - half, middle + half)
+    plot_differences(found, path, label=f"training loss of steps {STEPS // 2 + 1} to {STEPS}, against {AGAINST}")
 
 
 def main() -> None:
@@ -268,7 +280,9 @@ def main() -> None:
             file.write(json.dumps(record) + "\n")
         print(f"{name}: late loss {record['late_loss']}, held out {record['held_out']}", flush=True)
     if options.results == RESULTS / f"{NAME}.jsonl":
-        put_into("results.md", "first look", table(read_records(options.results)))
+        records = read_records(options.results)
+        put_into("learning_tables.md", "first look", table(records))
+        draw(records, ROOT / "docs/learning_tables/first-look.png")
 
 
 if __name__ == "__main__":

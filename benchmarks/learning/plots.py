@@ -57,6 +57,39 @@ def plot_curves(results: Sequence[Result], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_differences(differences: Mapping[str, tuple[float, Sequence[float]]], path: Path, *, label: str) -> None:
+    """A line a row, the first on top: a difference and its interval (low, high); zero is marked."""
+    figure = Figure(figsize=(8, 0.7 + 0.32 * len(differences)), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for place, (middle, limits) in enumerate(differences.values()):
+        axes.plot(limits, [place, place], "-", color="tab:blue", linewidth=2)
+        axes.plot(middle, place, "o", color="tab:blue", markersize=5)
+    axes.axvline(0, color="0.4", linewidth=1)
+    axes.set_yticks(range(len(differences)), list(differences))
+    axes.invert_yaxis()
+    figure.supxlabel(label, fontsize="medium")
+    axes.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def plot_forgetting(methods: Mapping[str, Mapping[str, tuple[float, float]]], path: Path) -> None:
+    """Of each method and domain the loss when the domain had just been learnt (dot) and that at the end (bar)."""
+    figure = Figure(figsize=(8, 3.4), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, losses) in enumerate(methods.items()):
+        colour, aside = ("tab:blue", "tab:orange")[number], 0.12 * (2 * number - 1)
+        for place, (learnt, end) in enumerate(losses.values()):
+            axes.plot(place + aside, learnt, "o", color=colour, markersize=5, label=name if place == 0 else None)
+            axes.plot([place + aside] * 2, [learnt, end], "-", color=colour, linewidth=2)
+            axes.plot(place + aside, end, "_", color=colour, markersize=14, markeredgewidth=2)
+    axes.set_xticks(range(len(losses)), list(losses))
+    axes.set(ylabel="test loss: dot when learnt, bar at the end")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
+    _save(figure, path)
+
+
 def plot_usage(usages: Mapping[str, list[list[float]]], path: Path) -> None:
     """Share of each expert in the choices of each domain's tokens, a panel a row of the table."""
     lines = math.ceil(len(usages) / PANELS)

@@ -75,7 +75,7 @@ def rows(loss: float) -> dict[str, list[tuple[float, int]]]:
     return {domain: [(10 * loss, 10), (loss, 1)] for domain in DOMAINS}
 
 
-def test_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(combining_tables, "MERGES", MERGES)
     losses = {
         "base": 3.0,
@@ -96,6 +96,15 @@ def test_what_the_tables_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert combining_tables.forgetting(results, "srde") == pytest.approx(dict.fromkeys(DOMAINS[:-1], 0.0))
     assert combining_tables.forgetting(results, "lora")["code"] == pytest.approx(0.3)
     assert "| LoRA, trained on | +0.300 | 1.600 |" in combining_tables.stages(results)
+
+    losses |= {f"{method} alone, {domain}": 1.0 for method in ("srde", "lora") for domain in DOMAINS}
+    records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
+    with patch.object(combining_tables, "plot_differences", wraps=combining_tables.plot_differences) as plot:
+        combining_tables.draw_apart(Results(records, losses), tmp_path)
+    drawn = plot.call_args.args[0]
+    assert len(drawn) == 5 and not any("merged" in name for name in drawn)  # merges and base are too far away
+    combining_tables.draw_stages(results, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"combining-apart.png", "combining-stages.png"}
 
 
 def test_what_the_table_of_right_answers_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -50,10 +51,12 @@ def test_looks_are_options_that_the_package_knows_and_the_rate_falls() -> None:
     assert Plan("medium", lambda _: None).budget.steps > first_look.STEPS
 
 
-def test_the_table_pairs_the_steps() -> None:
-    assert difference([9.0, 9.0, 1.0, 1.2], [0.0, 0.0, 0.9, 1.0]) == "+0.150 ± 0.635"
+def test_the_table_pairs_the_steps(tmp_path: Path) -> None:
+    assert difference([9.0, 9.0, 1.0, 1.2], [0.0, 0.0, 0.9, 1.0]) == pytest.approx((0.15, 0.635), abs=1e-3)
     records = read_records(RESULTS / "first_look.jsonl")
     lines = table(records).splitlines()
     assert len(lines) == len(records) + 2 and {record["name"] for record in records} <= LOOKS.keys()
     losses = [float(line.split("|")[3]) for line in lines[2:]]
     assert losses == sorted(losses)
+    first_look.draw(records, tmp_path / "first.png")
+    assert (tmp_path / "first.png").stat().st_size > 10_000

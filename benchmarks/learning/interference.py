@@ -1,0 +1,240 @@
+"""Two domains that pull apart, in little capacity: what learning both at once costs each of them.
+
+    python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
+    python -m benchmarks.learning.interference [--seeds 1 2 3]
+
+The same multiple-choice questions come in two domains: `letter` wants the letter of the right option, `text` its words.
+SRDE with an expert a domain (one a token, routers from the domains' inputs) is set against LoRA of as many values,
+each trained on both domains at once, and on each of them alone with half of the values. Interference is the loss of
+learning both less that of learning one. Each domain gets STEPS steps of ROWS rows either way. Rates are chosen on
+SWEEP_SEED, of training on both, by held-out questions.
+
+A training is a line of results/interference.jsonl and is not repeated. One takes one to two minutes of one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
+
+import torch
+from peft import get_peft_model
+
+from benchmarks.learning import methods, rivals
+from benchmarks.learning.combining import ROOT, ROWS, STEPS, SWEEP_SEED, WARMUP, Method, Part, Record, held_out, loss_of
+from benchmarks.learning.combining_tables import Results
+from benchmarks.learning.data import item_set, make_real_items
+from benchmarks.learning.first_look import Trainee, factor, train
+from benchmarks.learning.plan import Budget, Flags, Plan
+from benchmarks.learning.store import RESULTS, read_records
+from benchmarks.tables import markdown, measured_on, put_into
+from srde_ds.config import AdapterConfig, resolve
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
+from srde_ds.data.loader import RowStream
+from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.attention import DOCUMENT_ATTENTION
+from srde_ds.model.base import load_base
+from srde_ds.model.policy import PolicyControl
+from srde_ds.training.run_inputs import read_run_inputs
+from srde_ds.utils.files import write_text
+
+PAIR = ("letter", "text")
+SOURCE = "science"  # its items are multiple choice
+ASKED = "Answer with the letter."
+OPTION = re.compile(r"^([A-E])\. (.*)$", re.MULTILINE)
+TEST_ITEMS = 300
+DENSITY = 0.0025  # four neurons an expert, and a LoRA of rank 2
+RATES: dict[Method, tuple[float, ...]] = {"srde": (0.01, 0.02, 0.04), "lora": (0.003, 0.01, 0.03)}
+METHODS: dict[Method, str] = {"srde": "SRDE, an expert a domain", "lora": "LoRA"}
+
+
+def pair_of(item: Record) -> Iterator[Record]:
+    """A question in both domains."""
+    options = dict(OPTION.findall(item["prompt"]))
+    question = item["prompt"].removesuffix(ASKED)
+    for domain, ending, answer in (
+        ("letter", ASKED, item["answer"]),
+        ("text", "Answer with the words of the option.", options[item["answer"]]),
+    ):
+        yield item | {"domain": domain, "prompt": question + ending, "response": answer, "answer": answer}
+
+
+def adapter(experts: int) -> Flags:
+    """Flags of SRDE; LoRA gets as many values."""
+    return {"num_experts": experts, "top_k": 1, "density": DENSITY}
+
+
+class Trial:
+    """The trainings of one seed.
+
+    Args:
+        folder: for data and runs.
+        budget: gives the items and the rows' length.
+    """
+
+    def __init__(self, seed: int, base: Path, folder: Path, budget: Budget) -> None:
+        self.seed, self.base, self.budget = seed, base, budget
+        self.items = folder / f"items/{item_set(budget, seed)}.jsonl"
+        make_real_items(budget, seed, self.items)
+        self.folder = folder / f"interference-{seed}"
+
+    def train(self, method: Method, domains: Sequence[str], rate: float, split: str = "test") -> Record:
+        """Train on these domains, and measure them on a split."""
+        rows, experts = self._rows(domains), len(domains)
+        make = self._srde if method == "srde" else self._lora
+        model, values = make(rows, domains, rate)
+        held = load_rows(rows, split, load_manifest(rows))
+        return (
+            {"rate": rate, "values": values}
+            | held_out(model.eval(), held, domains, names=list(domains))
+            | {"experts": experts}
+        )
+
+    def _srde(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
+        run = self.folder / "run"
+        shutil.rmtree(run, ignore_errors=True)
+        flags: Flags = {
+            "model_name": str(self.base),
+            "pretokenized_dir": str(rows),
+            "domains": list(domains),
+            "max_length": self.budget.max_length,
+            "output_dir": str(run),
+            "bf16": True,
+            "max_steps": STEPS,
+            "warmup_steps": WARMUP,
+            "batch_size": ROWS,
+            "gradient_accumulation_steps": len(domains),
+            "muon_lr": rate,
+            "seed": self.seed,
+            "save_steps": 0,
+            "eval_steps": 0,
+            "log_steps": 10**6,
+            "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
+        }
+        if len(domains) > 1:
+            flags |= {"domain_weights": ",".join(f"{domain}=1" for domain in domains), "warm_start": True}
+        trained = methods.train_srde(resolve({}, flags | adapter(len(domains)), read_inputs=read_run_inputs))
+        values = trained.values
+        del trained
+        gc.collect()  # engines hold cycles
+        weights, dtype = run / "srde_weights.safetensors", torch.bfloat16
+        return load_adapter(weights, base=str(self.base), dtype=dtype, attn_implementation=DOCUMENT_ATTENTION), values
+
+    def _lora(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
+        base = load_base(self.base, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION)
+        torch.manual_seed(self.seed)
+        get_peft_model(base, rivals.lora_config(base, {"values_of": adapter(len(domains))}))
+        parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+        model = SRDEModel(base, AdapterConfig(), [], PolicyControl(), {"name": str(self.base)})
+        batch, data = ROWS * len(domains), load_rows(rows, "train", load_manifest(rows))
+        stream = RowStream(data, seed=self.seed, global_batch_rows=batch)
+        schedule = partial(factor, steps=STEPS, warmup=WARMUP)
+        train(Trainee(model, parameters, [optimizer]), stream, ROWS, len(domains), STEPS, schedule)
+        return model, sum(parameter.numel() for parameter in parameters)
+
+    def _rows(self, domains: Sequence[str]) -> Path:
+        """Packed rows of the domains."""
+        items, folder = self.folder / f"{'-'.join(domains)}.jsonl", self.folder / f"rows-{'-'.join(domains)}"
+        if not items.exists():
+            items.parent.mkdir(parents=True, exist_ok=True)
+            with self.items.open(encoding="utf-8") as lines:
+                chosen = (item for item in map(json.loads, lines) if item["domain"] == SOURCE)
+                pairs = (version for item in chosen for version in pair_of(item) if version["domain"] in domains)
+                write_text(items, "".join(json.dumps(version) + "\n" for version in pairs))
+        length = self.budget.max_length
+        rows = RowsOfFiles(items, None, list(domains), max_length=length, too_long="drop", seed=self.seed)
+        build_dataset(rows, folder, load_tokenizer(self.base))
+        return folder
+
+
+def parts(trial: Trial, rates: dict[Method, float]) -> Iterator[Part]:
+    """Of each method: both domains at once, and each alone."""
+    for method in METHODS:
+        yield f"{method} both", partial(trial.train, method, PAIR, rates[method])
+        for domain in PAIR:
+            yield f"{method} alone, {domain}", partial(trial.train, method, [domain], rates[method])
+
+
+def sweep(trial: Trial) -> Iterator[Part]:
+    """The rates."""
+    for method, rates in RATES.items():
+        for rate in rates:
+            yield f"{method} rate {rate}", partial(trial.train, method, PAIR, rate, "validation")
+
+
+def chosen_rates(records: list[Record]) -> dict[Method, float]:
+    """Of each method, the rate with the lowest mean loss of its sweep's held-out questions."""
+    losses = {
+        record["part"]: mean(loss_of(rows) for rows in record["losses"].values())
+        for record in records
+        if record["seed"] == SWEEP_SEED
+    }
+    return {method: min(rates, key=lambda rate: losses[f"{method} rate {rate}"]) for method, rates in RATES.items()}
+
+
+def wanted() -> list[str]:
+    """The parts that the table needs."""
+    return [part for method in METHODS for part in (f"{method} both", *(f"{method} alone, {name}" for name in PAIR))]
+
+
+def table(results: Results) -> str:
+    """A line a method."""
+    rows = []
+    for method, name in METHODS.items():
+        total, (low, high), by_seed = results.difference(f"{method} both", f"{method} own")
+        cells = [f"{results.loss(f'{method} {way}', domain):.3f}" for domain in PAIR for way in ("both", "own")]
+        apart = " ".join(f"{difference:+.3f}" for difference in by_seed)
+        rows.append([name, f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, *cells])
+    ours, theirs = "srde both", "lora both"
+    total, (low, high), by_seed = results.difference(ours, theirs)
+    apart = " ".join(f"{difference:+.3f}" for difference in by_seed)
+    rows.append(["both at once, SRDE less LoRA", f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, "", "", "", ""])
+    heads = [f"{domain}, {way}" for domain in PAIR for way in ("both", "alone")]
+    return markdown(["", "interference", "by seed", *heads], rows)
+
+
+def run_missing(seed: int, todo: Iterator[Part], results: Path) -> None:
+    """Do what has no line yet."""
+    for name, part in todo:
+        if (seed, name) in {(record["seed"], record["part"]) for record in read_records(results)}:
+            continue
+        started = time.monotonic()
+        record: Record = {"seed": seed, "part": name} | part() | {"seconds": round(time.monotonic() - started)}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record | measured_on()) + "\n")
+        losses = " ".join(f"{loss_of(rows):.3f}" for rows in record["losses"].values())
+        print(f"seed {seed}, {name}: {losses} ({record['seconds']} s)", flush=True)
+        gc.collect()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data and runs")
+    parser.add_argument("--results", type=Path, default=RESULTS / "interference.jsonl")
+    options = parser.parse_args()
+    budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
+    run_missing(SWEEP_SEED, sweep(Trial(SWEEP_SEED, options.base, options.folder, budget)), options.results)
+    rates = chosen_rates(read_records(options.results))
+    for seed in options.seeds:
+        run_missing(seed, parts(Trial(seed, options.base, options.folder, budget), rates), options.results)
+    if options.results == RESULTS / "interference.jsonl":
+        results = Results(read_records(options.results), wanted(), PAIR)
+        put_into("learning_tables.md", "interference", table(results))
+
+
+if __name__ == "__main__":
+    main()
