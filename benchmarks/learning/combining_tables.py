@@ -225,7 +225,7 @@ def main() -> None:
     together, in_stages = Results(records, parts_apart()), Results(records, parts_of_stages())
     answered = Results(answers_as_losses(read_records(RESULTS / "combining_answers.jsonl")), parts_of_accuracy())
     put_into("learning_tables.md", "apart", apart(together))
-    put_into("learning_tables.md", "accuracy", accuracy(answered))
+    put_into("learning_tables.md", "accuracy", accuracy(answered) if answered.seeds else "Not measured yet.")
     put_into("learning_tables.md", "stages", stages(in_stages))
     put_into("learning_tables.md", "added", added(in_stages))
     draw_apart(together, PICTURES)
