@@ -10,7 +10,7 @@ from torch import Tensor
 
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.router import Router, Routing, route
-from srde_ds.model.statistics import RoutingStatistics, add_routing
+from srde_ds.model.statistics import RoutingStatistics, Softmax, add_routing
 from tests.helpers import randomize, tiny_srde, tokens
 
 
@@ -79,9 +79,8 @@ def test_statistics_are_sums_over_real_tokens() -> None:
     mask = torch.arange(10) < 7
     statistics = RoutingStatistics(1, 4)
     for _ in range(2):
-        add_routing(
-            statistics.sums(mask.device), torch.tensor([0]), routing.logits_TE.detach(), routing.choices_TK, mask
-        )
+        all_experts, chosen = Softmax.of(routing.logits_TE.detach(), mask), (routing.index_TK, routing.used_TK)
+        add_routing(statistics.sums(mask.device), torch.tensor([0]), all_experts, *chosen, mask)
     sums = statistics.pop()
     logits = (x @ router.weight.T).detach().double()[:7]
     p = logits.softmax(1)
