@@ -128,7 +128,11 @@ class SRDEFeedForward(nn.Module):
         if prepared is None:
             routing = route(router(x_TD), router.selection_bias, router.top_k, policy, self.number)
             deltas = self._effective_deltas(policy).to(gate_TF.dtype)
-            output_TD = self._dispatched(act, down, x_TD, gate_TF, up_TF, routing, deltas)
+            values = (x_TD, gate_TF, up_TF, routing, deltas)
+            output_TD = self._on_kernels(act, down, *values)
+            if output_TD is None:
+                hidden_TF, extra_TD = self._dispatched(act, *values)
+                output_TD = down(hidden_TF) + extra_TD
         else:
             routing = prepared.router(x_TD, policy)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
@@ -144,7 +148,7 @@ class SRDEFeedForward(nn.Module):
     def _after_loading(self, *_: object) -> None:
         self.preparation.drop()
 
-    def _dispatched(
+    def _on_kernels(
         self,
         act: Activation,
         down: nn.Module,
@@ -153,20 +157,18 @@ class SRDEFeedForward(nn.Module):
         up_TF: Tensor,
         routing: Routing,
         deltas: Tensor,
-    ) -> Tensor:
-        """`[T, D]`: down of the hidden values with the experts' change, plus what the experts add to the output."""
+    ) -> Tensor | None:
+        """The output, `[T, D]`, with the experts' elementwise work done by `FusedExperts`; None: it cannot be used."""
         kind = self._fused_activation(act, gate_TF)
         products = None if kind is None else self.dispatch.products(routing.index_TK, deltas)
-        if kind is not None and products is not None:
-            shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
-            chosen = (routing.weights_TK, routing.index_TK, self.support)
-            hidden_TF, weighted = FusedExperts.apply(gate_TF, up_TF, shift, *chosen, options)
-            return products.added(down(hidden_TF), weighted)
-        hidden_TF, extra_TD = self._readable(act, x_TD, gate_TF, up_TF, routing, deltas)
-        output_TD: Tensor = down(hidden_TF) + extra_TD
-        return output_TD
+        if kind is None or products is None:
+            return None
+        shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
+        chosen = (routing.weights_TK, routing.index_TK, self.support)
+        hidden_TF, weighted = FusedExperts.apply(gate_TF, up_TF, shift, *chosen, options)
+        return products.added(down(hidden_TF), weighted)
 
-    def _readable(
+    def _dispatched(
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing, deltas: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
