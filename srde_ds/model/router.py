@@ -132,8 +132,8 @@ def route(
     routing = Routing(index_TK, weights_TK, logits_TE, has_locked=forced is None and allowed is not None)
     if layer is not None and records:
         losses = router_losses(policy, layer, logits_TE)
-        sums = None if policy.statistics is None else policy.statistics.sums(logits_TE.device)
-        recorded = (policy.real_tokens(logits_TE), layer, losses, sums, routing.has_locked)
+        row = None if policy.statistics is None else (policy.statistics.sums(logits_TE.device), layer)
+        recorded = (policy.real_tokens(logits_TE), losses, row, routing.has_locked)
         routing.weights_TK = ExpertWeights.apply(logits_TE, weights_TK, index_TK, *recorded)
     return routing
 
@@ -193,9 +193,8 @@ class ExpertWeights(torch.autograd.Function):
         weights_TK: Tensor,
         index_TK: Tensor,
         mask_T: Tensor,
-        layer: Tensor,
         losses: RouterLosses | None,
-        sums: Tensor | None,
+        row: tuple[Tensor, Tensor] | None,
         has_locked: bool,
     ) -> Tensor:
         """The weights themselves, in a new view.
@@ -203,33 +202,33 @@ class ExpertWeights(torch.autograd.Function):
         Args:
             weights_TK: softmax of the chosen logits, or one for a forced expert; without gradient.
             mask_T: True for real tokens.
-            layer: `[1]`, the layer's number.
-            sums: sums of the statistics, see `statistics.add_routing`.
+            row: where the statistics belong: their sums and the layer's number, see `statistics.add_routing`.
             has_locked: see `Routing`.
         """
-        ctx.save_for_backward(logits_TE, weights_TK, index_TK, mask_T, layer)
-        ctx.losses, ctx.sums, ctx.has_locked = losses, sums, has_locked  # not as tensors: other layers change the sums
+        ctx.save_for_backward(logits_TE, weights_TK, index_TK, mask_T)
+        ctx.losses, ctx.row, ctx.has_locked = losses, row, has_locked  # not as tensors: other layers change the sums
         return weights_TK.view_as(weights_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_weights_TK: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of the logits."""
-        logits_TE, weights_TK, index_TK, mask_T, layer = ctx.saved_tensors
+        logits_TE, weights_TK, index_TK, mask_T = ctx.saved_tensors
         losses: RouterLosses | None = ctx.losses
         of_logits_TE = None
-        if losses is not None or ctx.sums is not None:
+        if losses is not None or ctx.row is not None:
             all_experts = Softmax.of(logits_TE, mask_T)
-            if ctx.sums is not None:
+            if ctx.row is not None:
+                sums, layer = ctx.row
                 used_TK = used_experts(logits_TE, index_TK) if ctx.has_locked else None
-                add_routing(ctx.sums, layer, all_experts, index_TK, used_TK, mask_T)
+                add_routing(sums, layer, all_experts, index_TK, used_TK, mask_T)
             if losses is not None:
                 of_logits_TE = _gradient_of_losses(losses, all_experts)
         if of_logits_TE is None:
             of_logits_TE = torch.zeros_like(logits_TE)
         # Through the softmax; for one expert, forced or not, it is zero.
         of_chosen_TK = torch.ops.aten._softmax_backward_data(of_weights_TK, weights_TK, 1, weights_TK.dtype)
-        return of_logits_TE.scatter_add_(1, index_TK, of_chosen_TK), *[None] * 7
+        return of_logits_TE.scatter_add_(1, index_TK, of_chosen_TK), *[None] * 6
 
 
 def _gradient_of_losses(losses: RouterLosses, all_experts: Softmax) -> Tensor:
