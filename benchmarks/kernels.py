@@ -20,7 +20,7 @@ from srde_ds.model.expert_kernels import experts_backward, experts_forward
 from srde_ds.model.fused import DENSE_BLOCK, GELU_TANH, LAUNCH, SILU, WIDEST_BLOCK, block_size
 
 CAPABILITY = 90
-POINTERS = {"index": "*i64", "neurons": "*i32"}
+POINTERS = {"index": "*i64", "neurons": "*i32", "weights": "*fp32", "of_weights": "*fp32"}
 NEURONS = (16, 164, WIDEST_BLOCK)  # of an expert: SmolLM2 and Ministral-3-14B at 1 %, and the widest
 
 

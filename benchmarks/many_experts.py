@@ -25,7 +25,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.config.schema import OptimizerConfig
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.policy import LossWeights, RoutingPolicy
-from srde_ds.model.products import GroupedProducts, JointProducts, slot_rows
+from srde_ds.model.products import GroupedProducts, JointProducts, TakenSlots, filled_slots
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
@@ -126,13 +126,11 @@ def ways(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
         index, gradient = torch.rand(tokens, experts).topk(2, dim=1).indices, torch.randn(tokens, HIDDEN, dtype=dtype)
 
         def run(way: Any, deltas: Any, x: Any, index: Any, gradient: Any) -> None:
-            (_, experts, _, neurons), products = deltas.shape, way(deltas, index)
+            products = way(deltas, index)
             shift = products.into(x)
             if products.by_expert:  # as the layer does it: only what a token uses goes on
-                rows = slot_rows(index, experts)
-                chosen = shift.flatten(0, 1).index_select(0, rows)
-                h = chosen.new_zeros(tokens * experts, neurons).index_copy(0, rows, chosen[:, 0] * chosen[:, 1])
-                h = h.unflatten(0, (tokens, experts))
+                chosen = TakenSlots.apply(shift, index)
+                h = filled_slots(chosen[:, :, 0] * chosen[:, :, 1], index, deltas.shape[1])
             else:
                 h = shift[:, :, 0] * shift[:, :, 1]
             products.back(h).backward(gradient)

@@ -3,8 +3,9 @@
     python -m benchmarks.static      # about two minutes; a table, and benchmarks/results/static.json
 
 * Kernels and waits of one decoder layer, forwards and backwards, by counting torch's operators; views and allocations
-  are none. Neuron experts are counted without computing, with a GPU's attention; single weights on the CPU, because
-  their shapes depend on values. A wait is an operator whose result the program must have before it can go on.
+  are none, and a launch of a Triton kernel is one. Neuron experts are counted without computing, with a GPU's
+  attention; single weights on the CPU, because their shapes depend on values. A wait is an operator whose result the
+  program must have before it can go on.
 * Graph breaks of the experts' block under torch.compile.
 * Memory of a micro-step of the 14 B shape without computing (2 x 4,096 tokens, bf16, checkpointing): the most that is
   alive above weights, masters and gradients, against the plan's figure.
@@ -18,12 +19,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import tempfile
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -36,7 +40,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig, Config, resolve
-from srde_ds.model import attach, dispatch
+from srde_ds.model import attach, dispatch, fused
 from srde_ds.model import base as base_module
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, document_attention
@@ -68,6 +72,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "neuron, a support each": {"support_scope": "per_expert"},
     "single weights": {"granularity": "element"},
 }
+WITH_KERNELS = "neuron, shared support, with --expert_kernels"
 RUN: dict[str, Any] = {
     "model_name": str(Path(__file__).resolve().parent / "ministral_3_14b"),
     "max_length": 4096,
@@ -120,13 +125,39 @@ class Operators(TorchDispatchMode):
         self.live -= size
 
 
+class CountedLaunch:
+    """Takes the place of a Triton kernel: each launch is counted as a kernel, and computes nothing."""
+
+    def __init__(self, name: str, kernels: Counter[str]) -> None:
+        self.name, self.kernels = name, kernels
+
+    def __getitem__(self, grid: tuple[int, ...]) -> CountedLaunch:
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        """Count a launch."""
+        self.kernels[self.name] += 1
+
+
+@contextmanager
+def launches_in(kernels: Counter[str]) -> Iterator[None]:
+    """Count the launches of the experts' Triton kernels, as if the CPU were a GPU. Triton is not needed."""
+    names = ("experts_forward", "experts_backward")
+    counted = SimpleNamespace(**{name: CountedLaunch(name, kernels) for name in names})
+    with (
+        patch.dict(sys.modules, {"srde_ds.model.expert_kernels": counted}),
+        patch.multiple(fused, HAS_TRITON=True, KERNEL_DEVICES={"cpu"}),
+    ):
+        yield
+
+
 def _storages(values: Any) -> list[Any]:
     """Of the tensors among the values; sparse ones consist of others."""
     dense = [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.layout == torch.strided]
     return [tensor.untyped_storage() for tensor in dense]
 
 
-def small_llama(layers: int, **adapter: Any) -> SRDEModel:
+def small_llama(layers: int, *, expert_kernels: bool = False, **adapter: Any) -> SRDEModel:
     """A Llama of D 64 with three experts, in training."""
     config = LlamaConfig(
         vocab_size=128,
@@ -142,7 +173,10 @@ def small_llama(layers: int, **adapter: Any) -> SRDEModel:
     base: Any = LlamaForCausalLM(config)
     base = base.to(torch.bfloat16).requires_grad_(False)
     options = AdapterConfig(**{"num_experts": 3, "top_k": 2, "density": 0.05} | adapter)
-    return add_experts(base, options, expert_names=["a", "b", "c"], seed=0).train()
+    model = add_experts(base, options, expert_names=["a", "b", "c"], seed=0)
+    for layer in model.layers:
+        layer.dispatch = dispatch.LocalDispatch(kernels=expert_kernels)
+    return model.train()
 
 
 def without_values(model: SRDEModel) -> FakeTensorMode:
@@ -202,7 +236,7 @@ def micro_step(model: SRDEModel, rows: int, length: int, mode: FakeTensorMode | 
     )
     attention = document_attention if mode is None else attention_of_a_gpu
     AttentionInterface.register(DOCUMENT_ATTENTION, attention)
-    with mode or nullcontext(), Operators() as found:
+    with mode or nullcontext(), Operators() as found, launches_in(found.kernels):
         model(**inputs, policy=policy).loss_sum.backward()
     AttentionInterface.register(DOCUMENT_ATTENTION, document_attention)
     return found
@@ -321,7 +355,8 @@ def collectives() -> dict[str, dict[str, float]]:
 def cheap() -> dict[str, Any]:
     """What a test can afford to measure anew."""
     with patch.object(dispatch, "element_deltas", DenseDeltas):  # as on a GPU
-        layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in FORMS.items()}
+        forms = FORMS | {WITH_KERNELS: {"expert_kernels": True}}
+        layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in forms.items()}
         breaks = {name: graph_breaks(form) for name, form in FORMS.items()}
     return {"layer": layers, "compiled_block": breaks, "memory_two_layers": micro_step_memory(2)["counted_gib"]}
 

@@ -49,6 +49,11 @@ def tagged(data: Tensor, kind: str, *, expert_axis: int | None, shape: tuple[int
     return cast("Trainable", parameter)
 
 
+def without_padding(parameter: Tensor, length: int) -> Tensor:
+    """The first `length` rows. Only if there are more, since the backward of a slice fills a tensor with zeros."""
+    return parameter if len(parameter) == length else parameter[:length]
+
+
 @dataclass(frozen=True)
 class Storage:
     """How the values of a bank are stored.
@@ -129,9 +134,10 @@ class DeltaBank(nn.Module):
 
     def square_norms(self, deltas: Tensor) -> Tensor:
         """`[E]`, at least fp32: squared norm of each expert's part of a tensor in the shape of the effective deltas."""
-        dims = [d for d in range(deltas.dim()) if d != self.expert_axis]
+        inner = tuple(range(self.expert_axis + 1, deltas.dim()))  # those first: they lie together in memory
         precision = torch.promote_types(deltas.dtype, torch.float32)
-        return torch.linalg.vector_norm(deltas, dim=dims, dtype=precision).square()
+        squares = torch.linalg.vector_norm(deltas, dim=inner, dtype=precision).square()
+        return squares.sum(0, dtype=torch.float64) if self.expert_axis else squares
 
 
 class DeltaLosses(torch.autograd.Function):
@@ -180,7 +186,7 @@ class FreeNeuronDeltas(DeltaBank):
 
     def values(self) -> Tensor:
         """`[D, E, 3, m]`: `free` without its padding."""
-        return self.free[: self.hidden].unflatten(1, (-1, 3))
+        return without_padding(self.free, self.hidden).unflatten(1, (-1, 3))
 
 
 class FreeElementDeltas(DeltaBank):
@@ -239,7 +245,7 @@ class AtomNeuronDeltas(AtomDeltas):
 
     def values(self) -> Tensor:
         """`[D, E, 3, m]`: the mixed atoms, scaled by the importance."""
-        atoms = self.atoms[: self.length].unflatten(1, (-1, 3))
+        atoms = without_padding(self.atoms, self.length).unflatten(1, (-1, 3))
         mixed = (self.coefficients() @ atoms.flatten(2)).unflatten(2, (3, -1))
         return mixed * self.importance.sigmoid().permute(2, 0, 1, 3)
 
@@ -261,7 +267,7 @@ class AtomElementDeltas(AtomDeltas):
 
     def values(self) -> Tensor:
         """`[E, n]`: the mixed atoms, scaled by the importance."""
-        mixed = self.coefficients() @ self.atoms[: self.length].squeeze(1).T
+        mixed = self.coefficients() @ without_padding(self.atoms, self.length).squeeze(1).T
         return mixed * self.importance.sigmoid()
 
 

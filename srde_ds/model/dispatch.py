@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.model.delta_linear import element_deltas
-from srde_ds.model.products import ByExpert, ExpertProducts, expert_products, slot_rows
+from srde_ds.model.products import ByExpert, ExpertProducts, TakenSlots, expert_products, filled_slots
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -127,18 +127,18 @@ def neuron_experts(
     differently from those that fill a vector register.
     """
     products = expert_products(deltas_DE3m, index_TK)
-    shift, shape = products.into(x_TD), (*index_TK.shape, gate_TXm.shape[2])
+    shift_TK2m, shape = products.into(x_TD), (*index_TK.shape, gate_TXm.shape[2])
     if products.by_expert:
-        rows = slot_rows(index_TK, shift.shape[1])
-        shift = shift.flatten(0, 1).index_select(0, rows).unflatten(0, index_TK.shape)
-    gate_TKm, up_TKm = (t.expand(shape).contiguous() for t in (gate_TXm, up_TXm))
-    h_TKm = act(gate_TKm + shift[:, :, 0]) * (up_TKm + shift[:, :, 1])
+        shift_TK2m = TakenSlots.apply(shift_TK2m, index_TK)
+    base_2TKm = torch.stack([gate_TXm.expand(shape), up_TXm.expand(shape)])
+    base_gate_TKm, base_up_TKm = base_2TKm.unbind()
+    gate_TKm, up_TKm = (base_2TKm + shift_TK2m.permute(2, 0, 1, 3)).unbind()
+    h_TKm = act(gate_TKm) * up_TKm
     weights_TK1 = weights_TK[:, :, None]
-    change = weights_TK1 * (h_TKm - act(gate_TKm) * up_TKm)
+    change = weights_TK1 * (h_TKm - act(base_gate_TKm) * base_up_TKm)
     weighted = weights_TK1 * h_TKm
     if products.by_expert:
-        every = weighted.new_zeros(len(x_TD) * deltas_DE3m.shape[1], shape[2])
-        weighted = every.index_copy(0, rows, weighted.flatten(0, 1)).unflatten(0, (len(x_TD), deltas_DE3m.shape[1]))
+        weighted = filled_slots(weighted, index_TK, deltas_DE3m.shape[1])
     return (change.sum(1, keepdim=True) if gate_TXm.shape[1] == 1 else change), products.back(weighted)
 
 

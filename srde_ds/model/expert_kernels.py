@@ -53,11 +53,15 @@ def experts_forward(  # type: ignore[no-untyped-def]
     """Add the experts' change to hidden `[T, F]`, in place, and write the weighted hidden values `[T, X, m]`.
 
     gate, up `[T, F]`; shift `[T, X, 2, m]`; weights, index `[T, K]`; neurons `[m]` if SHARED, else `[E, m]`. Slots of
-    experts that a token does not use (if BY_EXPERT) are not changed.
+    experts that a token does not use (if BY_EXPERT) become zero.
     """
     t = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < m
+    if BY_EXPERT:
+        for slot in range(X):
+            tl.store(weighted + (t * X + slot) * m + column, tl.zeros([BLOCK], tl.float32), inside)
+        tl.debug_barrier()  # other threads may fill the slots of the token's experts
     change = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):
         expert = tl.load(index + t * K + k).to(tl.int64)
@@ -117,6 +121,10 @@ def experts_backward(  # type: ignore[no-untyped-def]
         tl.store(of_up + place, d * activation(g, KIND), here)
     column = tl.arange(0, BLOCK)
     inside = column < m
+    if BY_EXPERT:
+        for half in range(2 * X):
+            tl.store(of_shift + (t * X * 2 + half) * m + column, tl.zeros([BLOCK], tl.float32), inside)
+        tl.debug_barrier()
     more_g = tl.zeros([BLOCK], tl.float32)
     more_u = tl.zeros([BLOCK], tl.float32)
     for k in tl.static_range(K):

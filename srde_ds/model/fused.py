@@ -55,14 +55,15 @@ class FusedExperts(torch.autograd.Function):
         neurons: Tensor,
         options: tuple[int, bool],
     ) -> tuple[Tensor, Tensor]:
-        """`neurons` is `[m]`, shared, or `[E, m]`; `options` are the activation's kind and `by_expert`."""
+        """Weights may have more precision than the rest; neurons is `[m]`, shared, or `[E, m]`; `options` are the
+        activation's kind and `by_expert`."""
         kind, by_expert = options
         hidden_TF = _activation(gate_TF, kind).mul_(up_TF)
         tokens, slots, _, size = shift_TX2m.shape
         from srde_ds.model.expert_kernels import experts_forward
 
         tensors = [t.contiguous() for t in (gate_TF, up_TF, shift_TX2m, weights_TK, index_TK, neurons)]
-        weighted = (shift_TX2m.new_zeros if by_expert else shift_TX2m.new_empty)(tokens, slots, size)
+        weighted = shift_TX2m.new_empty(tokens, slots, size)
         sizes = (gate_TF.shape[1], size, slots, index_TK.shape[1])
         ctx.sizes = (*sizes, neurons.dim() == 1, by_expert, kind, block_size(size))
         experts_forward[(tokens,)](*tensors, hidden_TF, weighted, *ctx.sizes, **LAUNCH)
@@ -76,9 +77,7 @@ class FusedExperts(torch.autograd.Function):
         from srde_ds.model.expert_kernels import experts_backward
 
         gate_TF, up_TF, shift, weights_TK, *_ = ctx.saved_tensors
-        by_expert = ctx.sizes[5]
-        results = [torch.empty_like(gate_TF), torch.empty_like(up_TF)]
-        results += [(torch.zeros_like if by_expert else torch.empty_like)(shift), torch.empty_like(weights_TK)]
+        results = [torch.empty_like(t) for t in (gate_TF, up_TF, shift, weights_TK)]
         given = of_hidden_TF.contiguous(), of_weighted.contiguous()
         kernel = experts_backward[(len(gate_TF),)]
         kernel(*ctx.saved_tensors, *given, *results, *ctx.sizes, DENSE_BLOCK, **LAUNCH)

@@ -31,9 +31,9 @@ from srde_ds.model.prepared import (
     PreparedRouter,
     arithmetic_dtype,
 )
-from srde_ds.model.router import Router, RouterLosses, Routing, route, router_loss_terms
+from srde_ds.model.router import Router, Routing, route
 from srde_ds.model.shared_expert import SharedExpert, move
-from srde_ds.model.statistics import add_routing
+from srde_ds.model.statistics import Softmax, add_routing
 from srde_ds.weights.schema import NEURONS
 
 
@@ -55,8 +55,9 @@ class TakeNeurons(torch.autograd.Function):
     def backward(ctx: Any, of_all_TF: Tensor, of_taken: Tensor) -> tuple[Tensor, None]:
         """The gradient of the values."""
         (neurons,) = ctx.saved_tensors
-        add = of_all_TF.index_add if neurons.dim() == 1 else of_all_TF.scatter_add
-        return add(1, neurons, of_taken), None
+        # In place: the block's product of the two factors has just made the gradient, and nobody else reads it.
+        add_ = of_all_TF.index_add_ if neurons.dim() == 1 else of_all_TF.scatter_add_
+        return add_(1, neurons, of_taken), None
 
 
 class SRDEFeedForward(nn.Module):
@@ -125,10 +126,13 @@ class SRDEFeedForward(nn.Module):
             gate_TF, up_TF = shared.gate_TF, shared.up_TF
         prepared = self._prepared(gate_TF)
         if prepared is None:
-            routing = route(router(x_TD), router.selection_bias, router.top_k, policy)
+            routing = route(router(x_TD), router.selection_bias, router.top_k, policy, self.number)
             deltas = self._effective_deltas(policy).to(gate_TF.dtype)
-            hidden_TF, extra_TD = self._dispatched(act, x_TD, gate_TF, up_TF, routing, deltas)
-            output_TD = down(hidden_TF) + extra_TD
+            values = (x_TD, gate_TF, up_TF, routing, deltas)
+            output_TD = self._on_kernels(act, down, *values)
+            if output_TD is None:
+                hidden_TF, extra_TD = self._dispatched(act, *values)
+                output_TD = down(hidden_TF) + extra_TD
         else:
             routing = prepared.router(x_TD, policy)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
@@ -138,30 +142,37 @@ class SRDEFeedForward(nn.Module):
             policy.choices[self.layer] = routing.choices_TK
         if policy.choice_weights is not None:
             policy.choice_weights[self.layer] = routing.weights_TK.detach()
-        return self._with_losses(output_TD, routing, policy).view_as(x)
+        self._record(routing, policy)
+        return output_TD.view_as(x)
 
     def _after_loading(self, *_: object) -> None:
         self.preparation.drop()
 
-    def _dispatched(
+    def _on_kernels(
         self,
         act: Activation,
+        down: nn.Module,
         x_TD: Tensor,
         gate_TF: Tensor,
         up_TF: Tensor,
         routing: Routing,
         deltas: Tensor,
+    ) -> Tensor | None:
+        """The output, `[T, D]`, with the experts' elementwise work done by `FusedExperts`; None: it cannot be used."""
+        kind = self._fused_activation(act, gate_TF)
+        products = None if kind is None else self.dispatch.products(routing.index_TK, deltas)
+        if kind is None or products is None:
+            return None
+        shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
+        chosen = (routing.weights_TK, routing.index_TK, self.support)
+        hidden_TF, weighted = FusedExperts.apply(gate_TF, up_TF, shift, *chosen, options)
+        return products.added(down(hidden_TF), weighted)
+
+    def _dispatched(
+        self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing, deltas: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The hidden values with the experts' change, `[T, F]`, and extra `[T, D]`, see `dispatch.py`."""
         index_TK, weights_TK = routing.index_TK, routing.weights_TK.to(gate_TF.dtype)
-        if (kind := self._fused_activation(act, gate_TF)) is not None:
-            products = self.dispatch.products(index_TK, deltas)
-            if products is not None:
-                shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
-                hidden_TF, weighted = FusedExperts.apply(
-                    gate_TF, up_TF, shift, weights_TK, index_TK, self.support, options
-                )
-                return hidden_TF, products.back(weighted)
         chosen = (index_TK, weights_TK, deltas)
         if self.granularity == "element":
             hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
@@ -204,9 +215,9 @@ class SRDEFeedForward(nn.Module):
         return found | ({"router_bias": bias.clone()} if bool(bias.any()) else {})
 
     def delta_square_norms(self) -> Tensor:
-        """`[E]`: squared norm of each expert's effective delta. The bank's parameters must be whole here."""
+        """`[E]` fp32: squared norm of each expert's effective delta. The bank's parameters must be whole here."""
         with torch.no_grad():
-            return self.deltas.square_norms(self.deltas())
+            return self.deltas.square_norms(self.deltas()).float()
 
     def _effective_deltas(self, policy: RoutingPolicy) -> Tensor:
         deltas: Tensor = self.deltas(
@@ -291,17 +302,11 @@ class SRDEFeedForward(nn.Module):
         shape[self.deltas.expert_axis] = slots
         return weights.view(shape)
 
-    def _with_losses(self, output: Tensor, routing: Routing, policy: RoutingPolicy) -> Tensor:
-        logits_TE, has_backward = routing.logits_TE, routing.logits_TE.requires_grad
+    def _record(self, routing: Routing, policy: RoutingPolicy) -> None:
+        """Add to the policy's statistics what no backward will add."""
+        logits_TE = routing.logits_TE
         # In train mode, a forward without gradients is the first of two: activations will be recomputed.
-        if not has_backward and (self.training or policy.statistics is None):
-            return output
-        mask = policy.token_mask
-        mask_T = logits_TE.new_ones(len(logits_TE), dtype=torch.bool) if mask is None else mask.reshape(-1)
-        sums = None if policy.statistics is None else policy.statistics.sums(logits_TE.device)
-        if has_backward:  # even without losses: a router without effect on the output gets a gradient of zero
-            terms = router_loss_terms(policy, self.number, logits_TE)
-            return RouterLosses.apply(output, logits_TE, routing.choices_TK, mask_T, terms, sums, self.number)
-        assert sums is not None
-        add_routing(sums, self.number, logits_TE, routing.choices_TK, mask_T)
-        return output
+        if policy.statistics is None or self.training or logits_TE.requires_grad:
+            return
+        mask_T, sums = policy.real_tokens(logits_TE), policy.statistics.sums(logits_TE.device)
+        add_routing(sums, self.number, Softmax.of(logits_TE, mask_T), routing.index_TK, routing.used_TK, mask_T)

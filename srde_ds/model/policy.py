@@ -39,7 +39,7 @@ class LossWeights:
     """Weights of the auxiliary losses of a training run; 0 leaves a loss out.
 
     Attributes:
-        load_balancing, router_z: weights of the router's losses, see `router.RouterLosses`; `RoutingPolicy.loss_scale`
+        load_balancing, router_z: weights of the router's losses, see `router.ExpertWeights`; `RoutingPolicy.loss_scale`
             multiplies both.
         delta_size: weight of the squared size of the unlocked experts' effective deltas.
         support_overlap: weight of the overlap between the experts' learned supports.
@@ -98,6 +98,12 @@ class RoutingPolicy:
     statistics: RoutingStatistics | None = None
     choices: dict[int, Tensor] | None = None
     choice_weights: dict[int, Tensor] | None = None
+
+    def real_tokens(self, values: Tensor) -> Tensor:
+        """`[T]` bool, on the device of values of T tokens: True for real ones."""
+        if self.token_mask is None:
+            return values.new_ones(len(values), dtype=torch.bool)
+        return self.token_mask.reshape(-1)
 
     def to(self, device: torch.device) -> RoutingPolicy:
         """The same policy with its tensors on a device."""

@@ -34,6 +34,10 @@ class ExpertProducts(Protocol):
         """`[T, D]`: the sum of dD_e h over a token's experts; h is zero for experts that it does not use."""
         ...
 
+    def added(self, output_TD: Tensor, h_TXm: Tensor) -> Tensor:
+        """The output plus `back`."""
+        ...
+
 
 def expert_products(deltas_DE3m: Tensor, index_TK: Tensor) -> ExpertProducts:
     """The quicker of the two ways, chosen by shapes, dtype and kind of device."""
@@ -93,12 +97,43 @@ class JointProducts:
 
     def back(self, h_TXm: Tensor) -> Tensor:
         """As `ExpertProducts.back`."""
-        return h_TXm.flatten(1) @ self.back_DE1m.reshape(len(self.back_DE1m), -1).T
+        return h_TXm.flatten(1) @ self._back_matrix()
+
+    def added(self, output_TD: Tensor, h_TXm: Tensor) -> Tensor:
+        """As `ExpertProducts.added`."""
+        return torch.addmm(output_TD, h_TXm.flatten(1), self._back_matrix())
+
+    def _back_matrix(self) -> Tensor:
+        return self.back_DE1m.reshape(len(self.back_DE1m), -1).T
 
 
-def slot_rows(index_TK: Tensor, slots: int) -> Tensor:
-    """`[T * K]`: positions of the slots of a token's experts among all T * E, with E = `slots`."""
-    return (torch.arange(len(index_TK), device=index_TK.device)[:, None] * slots + index_TK).flatten()
+class TakenSlots(torch.autograd.Function):
+    """`[T, E, ...]` -> `[T, K, ...]`: the slots of a token's experts. Autograd's `gather` would keep all slots."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index_TK: Tensor) -> Tensor:
+        """The slots `index_TK`."""
+        ctx.save_for_backward(index_TK)
+        ctx.slots = values.shape[1]
+        return values.gather(1, _expanded(index_TK, values))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient of all slots."""
+        (index_TK,) = ctx.saved_tensors
+        return filled_slots(gradient, index_TK, ctx.slots), None
+
+
+def filled_slots(values: Tensor, index_TK: Tensor, slots: int) -> Tensor:
+    """`[T, K, ...]` -> `[T, E, ...]`, with E = `slots`; zero for experts that a token does not use."""
+    empty = values.new_zeros(len(values), slots, *values.shape[2:])
+    return empty.scatter(1, _expanded(index_TK, values), values)
+
+
+def _expanded(index_TK: Tensor, values: Tensor) -> Tensor:
+    """`[T, K, ...]`: the same index for all values of a slot."""
+    return index_TK.view(*index_TK.shape, *[1] * (values.dim() - 2)).expand(-1, -1, *values.shape[2:])
 
 
 class GroupedProducts:
@@ -124,6 +159,10 @@ class GroupedProducts:
         """As `ExpertProducts.back`."""
         h_Rm = self.order.sorted(F.pad(h_TXm, (0, self.padding)))
         return self.order.unsorted(self._product(h_Rm, self.back_E1mD.squeeze(1))).sum(1)
+
+    def added(self, output_TD: Tensor, h_TXm: Tensor) -> Tensor:
+        """As `ExpertProducts.added`."""
+        return output_TD + self.back(h_TXm)
 
     def _product(self, rows_RX: Tensor, matrices: Tensor) -> Tensor:
         return F.grouped_mm(rows_RX, matrices, offs=self.ends_E)

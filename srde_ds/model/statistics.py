@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -29,50 +31,70 @@ class RoutingStatistics:
         return self._sums is None or self._sums._version == self._empty_version
 
     def sums(self, device: torch.device) -> Tensor:
-        """`[L, 3 * E + 3]`: assignments, probability_sum, entropy_sum, z_sum, tokens, delta_gradient_square."""
+        """`[L, 4 * E + 2]`: assignments, probability_sum, entropy_sum with a term for each expert, z_sum, tokens,
+        delta_gradient_square."""
         if self._sums is None:
-            self._sums = torch.zeros(self.num_layers, 3 * self.num_experts + 3, dtype=torch.float64, device=device)
+            self._sums = self._zeros(device)
         return self._sums
 
     def pop(self) -> dict[str, Tensor]:
         """Return all sums, and reset them to zero."""
-        sums = torch.zeros(self.num_layers, 3 * self.num_experts + 3, dtype=torch.float64)
+        sums = self._zeros()
         if self._sums is not None:
             sums = self._sums.clone()
             self._sums.zero_()  # in place, since a later backward may still add to it
             self._empty_version = self._sums._version
         experts = self.num_experts
-        parts = sums.split([experts, experts, 1, 1, 1, experts], dim=1)
-        names = ("assignments", "probability_sum", "entropy_sum", "z_sum", "tokens", "delta_gradient_square")
+        parts = sums.split([experts, experts, experts, 1, 1, experts], dim=1)
         return {
-            name: part.squeeze(1) if name in ("entropy_sum", "z_sum", "tokens") else part
-            for name, part in zip(names, parts, strict=True)
+            "assignments": parts[0],
+            "probability_sum": parts[1],
+            "entropy_sum": parts[2].sum(1),
+            "z_sum": parts[3].squeeze(1),
+            "tokens": parts[4].squeeze(1),
+            "delta_gradient_square": parts[5],
         }
 
+    def _zeros(self, device: torch.device | None = None) -> Tensor:
+        return torch.zeros(self.num_layers, 4 * self.num_experts + 2, dtype=torch.float64, device=device)
 
-def add_routing(sums: Tensor, layer: Tensor, logits_TE: Tensor, choices_TK: Tensor, mask_T: Tensor) -> None:
+
+class Softmax(NamedTuple):
+    """Full softmax probabilities of real tokens: p `[T, E]`, zero for padding, and the logarithm of their divisor."""
+
+    p_TE: Tensor
+    normalizer_T: Tensor
+
+    @classmethod
+    def of(cls, logits_TE: Tensor, mask_T: Tensor) -> Softmax:
+        """Of the logits of all tokens; the mask is True for real ones."""
+        return cls(logits_TE.softmax(dim=1) * mask_T[:, None], logits_TE.logsumexp(1))
+
+
+def add_routing(
+    sums: Tensor, layer: Tensor, all_experts: Softmax, index_TK: Tensor, used_TK: Tensor | None, mask_T: Tensor
+) -> None:
     """Add one forward's routing to `RoutingStatistics.sums`.
 
     Args:
         layer: `[1]` int64, the layer's number.
-        choices_TK: chosen experts, -1 for a locked one.
+        index_TK: chosen experts.
+        used_TK: False for a chosen expert that is locked; None: none is.
         mask_T: True for real tokens.
     """
-    probabilities_TE, experts = logits_TE.softmax(dim=1), logits_TE.shape[1]
-    entropy_T = torch.special.entr(probabilities_TE).sum(1)
-    mask = mask_T.to(logits_TE.dtype)
-    by_expert = mask @ probabilities_TE
-    scalars = torch.stack([entropy_T, logits_TE.logsumexp(1).square(), torch.ones_like(mask)]) @ mask
-    counted_TK = mask_T[:, None].expand_as(choices_TK).to(sums.dtype)
-    slots_TK = choices_TK.remainder(experts + 1)  # locked ones are counted in an extra column
-    assignments = sums.new_zeros(experts + 1).index_add_(0, slots_TK.flatten(), counted_TK.flatten())
-    row = torch.cat([assignments[:experts], by_expert.to(sums.dtype), scalars.to(sums.dtype)])
-    sums[:, : 2 * experts + 3].index_add_(0, layer, row[None])
+    p_TE, normalizer_T = all_experts
+    counted_TK = mask_T[:, None].expand_as(index_TK) if used_TK is None else used_TK & mask_T[:, None]
+    assigned_TE = torch.zeros_like(p_TE, dtype=torch.bool).scatter_(1, index_TK, counted_TK)
+    z_T = normalizer_T.square() * mask_T
+    # All columns in one sum; that of p log p is zero where p is.
+    columns = [assigned_TE, p_TE, torch.special.entr(p_TE), z_T[:, None], mask_T[:, None]]
+    row = torch.cat(columns, dim=1).sum(0, keepdim=True, dtype=sums.dtype)
+    sums[:, : row.shape[1]].index_add_(0, layer, row)
 
 
 def add_delta_gradient(sums: Tensor, layer: Tensor, squares: Tensor, first_expert: int) -> None:
     """Add the squared gradient norms, `[E]` from `first_expert` on, of a layer's effective deltas."""
-    experts = (sums.shape[1] - 3) // 3
-    first = 2 * experts + 3 + first_expert
+    experts = (sums.shape[1] - 2) // 4
+    first = 3 * experts + 2 + first_expert
     own = sums[:, first : first + len(squares)]  # slots after the last expert are padding
     own.index_add_(0, layer, squares[None, : own.shape[1]].to(sums.dtype))

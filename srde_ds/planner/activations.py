@@ -41,11 +41,11 @@ def layer_activations(
     inputs = kept_inputs(config, world_size)
     attention = norm + inputs * x + _attention(config, layer, width, inputs)
     feed_forward = norm + x + (3 + inputs) * gate  # gate, its activation, up, and the hidden values
-    # The router's input and weight in fp32, if they have another dtype; logits, choices (for the products and for the
-    # losses), their weights, and which tokens are real.
+    # The router's input and weight in fp32, if they have another dtype; logits, choices and their weights, and which
+    # tokens are real.
     adapter = config.adapter
     copies = (t + adapter.num_experts) * layer.hidden * FP32 if config.model.bf16 else 0
-    router = copies + t * adapter.num_experts * FP32 + t * adapter.top_k * (2 * INT64 + FP32) + t
+    router = copies + t * adapter.num_experts * FP32 + t * adapter.top_k * (INT64 + FP32) + t
     shared = shared_expert_size(adapter, layer.intermediate)
     if first:
         attention, feed_forward = 0.0, x + ((3 + inputs) if shared else inputs) * gate
@@ -150,18 +150,16 @@ def _neuron(config: Config, layer: LayerShape, width: int, first: bool) -> float
     """Bytes for all experts on all tokens, of which each token takes its own."""
     adapter, t = config.adapter, tokens(config)
     size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
-    # Shifted gate, its activation, shifted up, h, its change, and h times its weight (also in all experts' slots); with
-    # a shared support, the change of the hidden values.
-    values = 6 * assignments * size + t * adapter.num_experts * size
+    # Shifted gate, its activation, shifted up, h, its change; h times its weight, in all experts' slots; with a shared
+    # support, the change of the hidden values.
+    values = 5 * assignments * size + t * adapter.num_experts * size
     if adapter.support_scope == "shared":
         values += t * size
     matrices = layer.hidden * adapter.num_experts * size  # a copy in the order of the products
     if not first:
         values += 3 * assignments * size  # the base's values
         matrices *= 3
-    indices = assignments  # places of the slots
-    if adapter.support_scope == "per_expert":
-        indices += assignments * size
+    indices = assignments * size if adapter.support_scope == "per_expert" else 0
     weights = assignments if config.model.bf16 else 0
     return (values + matrices + weights) * width + indices * INT64
 
@@ -172,10 +170,10 @@ def _neuron_remote(config: Config, layer: LayerShape, width: int) -> float:
     size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
     experts = slots(adapter.num_experts, config.parallel.expert_parallel_size)
     # What arrives; the same as in `_neuron`, with the base's values; what comes back, and its weight.
-    values = layer.hidden + 2 * size + (9 + experts) * size + 1 + size + layer.hidden + 1
+    values = layer.hidden + 2 * size + (8 + experts) * size + 1 + size + layer.hidden + 1
     matrices = 3 * layer.hidden * experts * size
     change = t * size if adapter.support_scope == "shared" else 0
-    return (assignments * values + matrices + change) * width + 4 * assignments * INT64
+    return (assignments * values + matrices + change) * width + 3 * assignments * INT64
 
 
 def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:

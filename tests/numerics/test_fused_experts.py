@@ -74,7 +74,7 @@ def test_kernels_equal_the_readable_path(
     gate, up = random(TOKENS, WIDTH), random(TOKENS, WIDTH)
     shift = random(TOKENS, EXPERTS if by_expert else TOP_K, 2, neurons)
     index = torch.rand(TOKENS, EXPERTS, generator=generator).topk(TOP_K, dim=1).indices
-    weights = torch.rand(TOKENS, TOP_K, generator=generator).to(dtype).requires_grad_()
+    weights = torch.rand(TOKENS, TOP_K, generator=generator).requires_grad_()  # in fp32, as the router makes them
     # Of twelve neurons, so that experts of one token share some.
     rows = torch.rand(EXPERTS, 12, generator=generator).topk(neurons, dim=1).indices.int()
     rows = rows[:1].expand(EXPERTS, -1) if shared else rows

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.router import Router, Routing, route
-from srde_ds.model.statistics import RoutingStatistics, add_routing
-from tests.helpers import randomize, tiny_srde, tokens
+from srde_ds.model.statistics import RoutingStatistics, Softmax, add_routing
+from tests.helpers import gradient_of, randomize, tiny_srde, tokens
 
 
 def make(*, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Router, Tensor]:
@@ -79,9 +79,8 @@ def test_statistics_are_sums_over_real_tokens() -> None:
     mask = torch.arange(10) < 7
     statistics = RoutingStatistics(1, 4)
     for _ in range(2):
-        add_routing(
-            statistics.sums(mask.device), torch.tensor([0]), routing.logits_TE.detach(), routing.choices_TK, mask
-        )
+        all_experts, chosen = Softmax.of(routing.logits_TE.detach(), mask), (routing.index_TK, routing.used_TK)
+        add_routing(statistics.sums(mask.device), torch.tensor([0]), all_experts, *chosen, mask)
     sums = statistics.pop()
     logits = (x @ router.weight.T).detach().double()[:7]
     p = logits.softmax(1)
@@ -95,6 +94,28 @@ def test_statistics_are_sums_over_real_tokens() -> None:
     for name, value in expected.items():
         torch.testing.assert_close(sums[name][0], 2 * value, rtol=1e-5, atol=1e-6)
     assert all((value == 0).all() for value in statistics.pop().values())
+
+
+@pytest.mark.parametrize("allowed", [None, [True, False, True, False]])
+def test_recorded_weights_have_the_gradient_of_the_softmax_and_count_the_unlocked(
+    allowed: list[bool] | None,
+) -> None:
+    """All losses have a weight of zero here, so the gradient is that of the weights alone."""
+    router, x = make(top_k=3)
+    router.selection_bias.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1]))
+    statistics = RoutingStatistics(2, 4)
+    policy = RoutingPolicy(allowed_experts=None if allowed is None else torch.tensor(allowed), statistics=statistics)
+    found = []
+    for layer in (None, torch.tensor([1])):
+        router.zero_grad()
+        routing = route(router(x), router.selection_bias, router.top_k, policy, layer)
+        routing.weights_TE.sin().sum().backward()
+        found.append((routing.weights_TK, gradient_of(router.weight)))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[1][1], found[0][1])
+    counted = statistics.pop()["assignments"]
+    choices = routing.choices_TK[routing.choices_TK >= 0]
+    assert not counted[0].any() and counted[1].tolist() == choices.bincount(minlength=4).tolist()
 
 
 @pytest.mark.parametrize("training", [True, False])

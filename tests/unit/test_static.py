@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import static
+from benchmarks.performance import FIRST_EXPERT_KERNELS
 
 HOW = "If that is meant, run `python -m benchmarks.static`, commit its record and say why in the message."
 
@@ -46,6 +47,21 @@ def test_the_plan_knows_the_bytes_of_collectives(recorded: dict[str, Any]) -> No
 def test_neuron_experts_wait_for_nothing(recorded: dict[str, Any]) -> None:
     waits = {form: found["waits"] for form, found in recorded["layer"].items()}
     assert not any(count for form, count in waits.items() if form != "single weights")
+
+
+def test_with_kernels_the_experts_add_at_most_a_third_of_what_they_did(recorded: dict[str, Any]) -> None:
+    base = recorded["layer"]["frozen base"]["kernels"]
+    added = {form: found["kernels"] - base for form, found in recorded["layer"].items()}
+    assert added[static.WITH_KERNELS] <= FIRST_EXPERT_KERNELS / 3
+    assert added[static.WITH_KERNELS] < added["neuron, shared support"] < FIRST_EXPERT_KERNELS
+
+
+def test_launches_of_the_experts_kernels_are_counted() -> None:
+    model = static.small_llama(1, expert_kernels=True)
+    found = static.micro_step(model, 1, 8, static.without_values(model))
+    assert (found.kernels["experts_forward"], found.kernels["experts_backward"]) == (1, 1)
+    model = static.small_llama(1)
+    assert not static.micro_step(model, 1, 8, static.without_values(model)).kernels["experts_forward"]
 
 
 def test_more_is_worse_and_less_is_not() -> None:
