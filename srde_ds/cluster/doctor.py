@@ -127,15 +127,19 @@ def check_locks(folder: Path) -> Iterator[Finding]:
 
 def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: int) -> Iterator[Finding]:
     """Check that memory and disk suffice. `gpu_bytes` is 0 without a GPU."""
-    from srde_ds.model.base_shape import base_shape
+    from srde_ds.model.base_shape import base_shape, check_whole
+    from srde_ds.planner.base_placement import with_base_placement
     from srde_ds.planner.memory import memory
     from srde_ds.planner.trainables import trainable_values
 
     try:
         shape = base_shape(config)
+        check_whole(config, shape, processes)
     except SRDEError as error:
         yield Finding("fatal", str(error))
         return
+    if shape.packing is not None:  # whatever `auto` would say
+        config = with_base_placement(config, "resident")
     needed = memory(config, shape, processes).total
     if gpu_bytes and needed > USABLE_MEMORY * gpu_bytes:
         yield Finding(

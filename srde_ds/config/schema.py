@@ -22,6 +22,11 @@ class ModelConfig:
         None, "Hugging Face id or local folder of the frozen base (required)", metavar="BASE", common=True
     )
     model_revision: str | None = option(None, "revision of the base on the Hub: a branch, tag or commit")
+    base_quantization: Literal["none", "int8", "nf4"] = option(
+        "none",
+        "how bitsandbytes stores the linear maps of the frozen base: int8: in 8 bits; nf4: in 4 bits, as QLoRA does",
+        common=True,
+    )
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)
     flash_attention: bool = option(False, "compute attention with the flash-attn package instead of torch's sdpa")
     compile: bool = option(False, "use torch.compile for neuron experts: faster steps after a slow first one")
@@ -351,6 +356,7 @@ class ParallelConfig:
         "where the frozen base is. sharded: each process holds a share, and layers are gathered as they compute; "
         "resident: each process holds all of it, and nothing of it is gathered; auto: resident if the plan says that "
         "it fits. A process that is alone always holds all of it",
+        derived="sharded; resident with base_quantization",
         common=True,
     )
     expert_parallel_size: int = option(

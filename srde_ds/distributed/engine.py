@@ -30,6 +30,7 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documen
 from srde_ds.model.base import Sharding, decoder_layers, empty_base, load_base, whole_shape
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.quantization import loading_options
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.targets import Targets, on_device
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -180,12 +181,14 @@ def load_frozen_base(config: Config, topology: Topology) -> PreTrainedModel:
         disable_progress_bar()
     # from_pretrained finds the object through a weak reference, so it must exist until loading is done.
     keep_alive = None if whole else HfDeepSpeedConfig(ds_config)
+    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
     base = load_base(
         str(config.model.model_name),
-        dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        dtype=dtype,
         revision=config.model.model_revision,
         attn_implementation=attention,
         device=topology.device if whole else None,
+        quantization=loading_options(config.model.base_quantization, dtype),
     )
     del keep_alive
     internals.note_whole_shapes(base)

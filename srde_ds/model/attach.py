@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import WHOLE, FeedForward, Gather, Sharding, base_identity, find_feed_forward
+from srde_ds.model.base import WHOLE, FeedForward, Gather, Sharding, find_feed_forward
+from srde_ds.model.base_files import identity_before_quantization
 from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import PolicyControl
@@ -61,7 +62,7 @@ def attach_experts(
     """
     check_experts(config, expert_names)
     blocks = find_feed_forward(base, gather=sharding.gather)
-    identity = base_identity(base, gather=sharding.gather)
+    identity = identity_before_quantization(base, gather=sharding.gather)
     routing = PolicyControl()
     base.requires_grad_(False)
     dtype = dtype or base.dtype

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from srde_ds.errors import SRDEError
+from srde_ds.model.quantization import dense_weight, keep_differentiable
 from srde_ds.utils.pretrained import load_pretrained
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -87,8 +89,8 @@ class FeedForward:
     intermediate: int
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate `[F, D]`, up `[F, D]`, down `[D, F]`; empty if a projection has no matrix, see `weight_of`."""
-        found = [weight_of(getattr(self.block, self.roles[role])) for role in ROLES]
+        """Gate `[F, D]`, up `[F, D]`, down `[D, F]`; empty if a projection has no matrix, see `dense_weight`."""
+        found = [dense_weight(getattr(self.block, self.roles[role])) for role in ROLES]
         gate, up, down = (torch.empty(0, device=self.device) if weight is None else weight for weight in found)
         return gate, up, down
 
@@ -106,12 +108,14 @@ def load_base(
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
     device: torch.device | None = None,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """Load the model of a Hub id or local folder, frozen and in eval mode.
 
     With `local_files_only` nothing is downloaded.
 
     Args:
+        quantization: quantise the linear maps as they are read.
         device: where to load it; None: on the CPU, or as an `HfDeepSpeedConfig` says.
 
     Raises:
@@ -130,6 +134,7 @@ def load_base(
         adapter_kwargs={"local_files_only": local_files_only},  # it also looks for a PEFT adapter
         device_map=None if device is None else {"": device},
         output_loading_info=True,
+        **({} if quantization is None else {"quantization_config": quantization}),
     )
     if report["missing_keys"]:
         raise SRDEError(
@@ -253,8 +258,10 @@ def refuse_experts(model: nn.Module) -> None:
 
 
 def whole_shape(tensor: Tensor) -> tuple[Any, ...]:
-    """The whole shape of a tensor; for a parameter that ZeRO-3 partitions, `distributed` has noted it."""
-    return tuple(getattr(tensor, "srde_whole_shape", tensor.shape))
+    """The whole shape of a tensor; for a parameter that ZeRO-3 partitions, `distributed` has noted it, for one that
+    bitsandbytes has packed into 4 bits, its state."""
+    packed = getattr(tensor, "quant_state", None)
+    return tuple(getattr(tensor, "srde_whole_shape", tensor.shape) if packed is None else packed.shape)
 
 
 def enable_checkpointing(base: PreTrainedModel, *, use_reentrant: bool) -> None:
@@ -303,6 +310,7 @@ def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> l
         SRDEError: a layer has no such block or several, or a block computes something else.
     """
     refuse_experts(base)
+    keep_differentiable(base)
     return [_feed_forward(layer, number, base, gather) for number, layer in enumerate(decoder_layers(base))]
 
 
@@ -394,15 +402,6 @@ def _activations(module: nn.Module) -> list[str]:
     children = [name for name, child in others if not any(True for _ in child.parameters())]
     values = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "forward"}
     return children + [name for name, value in values.items() if callable(value) and not isinstance(value, type)]
-
-
-def weight_of(projection: nn.Module) -> Tensor | None:
-    """The matrix of a linear-like module, which may be quantised; None if there is none, only packed buffers.
-
-    So it is with GPTQ and AWQ, where `weight` is missing or only describes a matrix.
-    """
-    weight = getattr(projection, "weight", None)
-    return weight if isinstance(weight, Tensor) else None
 
 
 def _device(block: nn.Module) -> torch.device:

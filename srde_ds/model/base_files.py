@@ -18,12 +18,15 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import (
     ROLES,
+    Gather,
     base_identity,
     block_of_layer,
     decoder_layers,
     empty_base,
     identity_hash,
     identity_in,
+    no_gather,
+    refuse_experts,
     sample_digest,
     verify_block,
 )
@@ -51,10 +54,10 @@ class BaseFiles:
         SRDEError: the base does not exist, has no safetensors files, or is quantised.
     """
 
-    def __init__(self, model_name: str | Path, *, local_files_only: bool = False) -> None:
+    def __init__(self, model_name: str | Path, *, revision: str | None = None, local_files_only: bool = False) -> None:
         self.name = str(model_name)
-        self.empty: PreTrainedModel = empty_base(model_name, local_files_only=local_files_only)
-        self.folder = Path(model_name) if Path(model_name).is_dir() else self._download(local_files_only)
+        self.empty: PreTrainedModel = empty_base(model_name, revision=revision, local_files_only=local_files_only)
+        self.folder = Path(model_name) if Path(model_name).is_dir() else self._download(revision, local_files_only)
         self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
         if self.config.get("quantization_config"):
             raise self._error("its weights are quantised; give the unquantised checkpoint")
@@ -65,10 +68,10 @@ class BaseFiles:
     def _error(self, reason: str) -> SRDEError:
         return SRDEError(f"base '{self.name}': {reason}.")
 
-    def _download(self, local_files_only: bool) -> Path:
-        patterns = [*COMPANIONS, "model*.safetensors"]
+    def _download(self, revision: str | None, local_files_only: bool) -> Path:
+        options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
         try:
-            return Path(snapshot_download(self.name, allow_patterns=patterns, local_files_only=local_files_only))
+            return Path(snapshot_download(self.name, allow_patterns=[*COMPANIONS, "model*.safetensors"], **options))
         except (OSError, ValueError) as error:
             raise self._error(f"its files cannot be downloaded from the Hub ({' '.join(str(error).split())})") from None
 
@@ -171,6 +174,21 @@ class BaseFiles:
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         left_out = {"config.json"}
         return sorted(p for p in found if p.name not in left_out and not p.name.endswith(".safetensors.index.json"))
+
+
+def identity_before_quantization(base: PreTrainedModel, *, gather: Gather = no_gather) -> dict[str, str | int]:
+    """`base_identity`; of a base that was quantised on loading, that of its files, which hold the plain weights.
+
+    So experts that were trained on it fit the plain base as well.
+
+    Raises:
+        SRDEError: the model already carries experts, or its files cannot be read.
+    """
+    quantizer = getattr(base, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:  # its files hold the same values
+        return base_identity(base, gather=gather)
+    refuse_experts(base)
+    return BaseFiles(str(base.config.name_or_path), revision=getattr(base.config, "_commit_hash", None)).identity()
 
 
 def check_base(

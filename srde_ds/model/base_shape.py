@@ -13,6 +13,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.attention import DOCUMENT_ATTENTION, takes_documents
 from srde_ds.model.base import block_shapes, decoder_layers, empty_base
 from srde_ds.model.head import has_plain_head
+from srde_ds.model.quantization import PACKINGS, Packing, packing_of
 from srde_ds.model.supports.selection import check_support
 
 
@@ -26,6 +27,7 @@ class LayerShape:
         norms: number of values in each other parameter.
         heads, query, key_value: number of query heads, width of all queries, and width of all keys.
         documents: whether each packed document is attended to by itself, see `attention.py`.
+        int8: whether its linear maps are in 8 bits; those of bitsandbytes keep their inputs for the backward.
     """
 
     hidden: int
@@ -36,6 +38,7 @@ class LayerShape:
     query: int = 0
     key_value: int = 0
     documents: bool = False
+    int8: bool = False
 
     @property
     def matrix(self) -> int:
@@ -57,6 +60,8 @@ class BaseShape:
         last: number of values in each parameter between the layers and the head (the final norm).
         unused: number of values in each parameter that text does not use (a vision tower).
         plain_head: whether the loss is computed without logits, see `head.py`.
+        packing: how its linear maps are stored, apart from the head; None: as plain matrices.
+        linear: (outputs, inputs) of each of these maps.
     """
 
     layers: tuple[LayerShape, ...]
@@ -66,6 +71,8 @@ class BaseShape:
     unused: tuple[int, ...] = ()
     vocabulary: int = 0
     plain_head: bool = True
+    packing: Packing | None = None
+    linear: tuple[tuple[int, int], ...] = ()
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -78,6 +85,13 @@ class BaseShape:
         layers = sum(sum(layer.parameters) for layer in self.layers)
         return layers + self.embedding + self.head + sum(self.last + self.unused)
 
+    def stored_bytes(self, width: int) -> int:
+        """Bytes of all parameters as a process holds them; `width`: those of a plain value."""
+        if self.packing is None:
+            return self.parameters * width
+        packed = sum(self.packing.stored_bytes(*shape) for shape in self.linear)
+        return packed + (self.parameters - sum(out * inside for out, inside in self.linear)) * width
+
 
 def base_shape(config: Config) -> BaseShape:
     """Build the base without storage, check that it can serve the run, and measure it.
@@ -88,9 +102,9 @@ def base_shape(config: Config) -> BaseShape:
     """
     if not config.model.model_name:
         raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
-    base = empty_base(
-        str(config.model.model_name), revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION
-    )
+    name = str(config.model.model_name)
+    base = empty_base(name, revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION)
+    packing = packing_of(name, config.model.base_quantization, base.config)
     blocks = block_shapes(base)
     largest = replace(config.adapter, density=config.curriculum.initial_density or config.adapter.density)
     for hidden, intermediate in set(blocks):
@@ -112,10 +126,11 @@ def base_shape(config: Config) -> BaseShape:
         norms = [p.numel() for p in module.parameters()]
         for values in [hidden * intermediate] * 3 + [n for own in attention for n in own]:
             norms.remove(values)
-        sizes = heads, heads * size, key_value_heads * size, documents
+        sizes = heads, heads * size, key_value_heads * size, documents, packing == PACKINGS["int8"]
         layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes))
     embedding = cast("Tensor", base.get_input_embeddings().weight)
     head = cast("Tensor", base.get_output_embeddings().weight)
+    linear = [m for m in base.modules() if type(m) is nn.Linear and m is not base.get_output_embeddings()]
     known = {id(embedding), id(head)} | {id(p) for p in decoder_layers(base).parameters()}
     last = {id(p): p.numel() for p in base.get_decoder().parameters() if id(p) not in known}
     unused = [p.numel() for p in base.parameters() if id(p) not in known | last.keys()]
@@ -127,7 +142,18 @@ def base_shape(config: Config) -> BaseShape:
         unused=tuple(unused),
         vocabulary=head.shape[0],
         plain_head=has_plain_head(base),
+        packing=packing,
+        linear=tuple((module.out_features, module.in_features) for module in linear),
     )
+
+
+def check_whole(config: Config, shape: BaseShape, processes: int) -> None:
+    """Raise an SRDEError if a quantised base would be divided among processes, which ZeRO cannot do."""
+    if shape.packing is not None and config.parallel.base_placement == "sharded" and processes > 1:
+        raise SRDEError(
+            f"base_placement=sharded on {processes} processes: a quantised base cannot be "
+            "sharded. Give --base_placement resident."
+        )
 
 
 def _attention(child: nn.Module) -> list[tuple[int, ...]]:

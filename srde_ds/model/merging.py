@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import ROLES, weight_of
+from srde_ds.model.base import ROLES
 from srde_ds.model.layer import SRDEFeedForward
+from srde_ds.model.quantization import weight_of
 
 logger = logging.getLogger(__name__)
 

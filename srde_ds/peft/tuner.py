@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attach import Neurons, block_with_experts, support_chooser
-from srde_ds.model.base import FeedForward, base_identity, find_feed_forward, no_gather, refuse_experts
-from srde_ds.model.base_files import BaseFiles, check_base
+from srde_ds.model.base import FeedForward, find_feed_forward, no_gather
+from srde_ds.model.base_files import check_base, identity_before_quantization
 from srde_ds.model.deltas import Storage
 from srde_ds.model.merging import check_mergeable, merge_into_blocks
 from srde_ds.model.policy import PolicyControl, RoutingPolicy, keep_policy_when_recomputing
@@ -70,7 +70,7 @@ class SRDETuner(BaseTuner):
             )
         self.routing = PolicyControl()
         self.blocks: list[FeedForward] = find_feed_forward(model)
-        self.identity = _identity(model)
+        self.identity = identity_before_quantization(model)
         self._steps: dict[str, TrainingSteps] = {}
 
     def inject_adapter(
@@ -410,15 +410,6 @@ class AdapterView(SRDEModel):
 
 def _listed(value: Any) -> str:
     return (", ".join(value) or "none") if isinstance(value, list) else str(value)
-
-
-def _identity(base: PreTrainedModel) -> dict[str, str | int]:
-    """The base's identity. If loading quantised it, its files are read, since the weights in memory are repacked."""
-    quantizer = getattr(base, "hf_quantizer", None)
-    if quantizer is None or quantizer.pre_quantized:
-        return base_identity(base)
-    refuse_experts(base)
-    return BaseFiles(str(base.config.name_or_path)).identity()
 
 
 def _no_empty_experts() -> SRDEError:

@@ -1,9 +1,9 @@
 """What autograd keeps of a micro-batch, by layer; tests compare it with a real backward.
 
 Unless each process holds the whole base, DeepSpeed's linear function replaces torch's, and keeps its input even if the
-weight is frozen. Attention in bf16 is a kernel that knows packed documents; in fp32 it is torch's
-scaled_dot_product_attention, document by document. A base with another attention (see `LayerShape.documents`) needs a
-mask, and keys and values repeated for every head. `flash_attention` needs neither.
+weight is frozen. So does that of bitsandbytes in 8 bits. Attention in bf16 is a kernel that knows packed documents; in
+fp32 it is torch's scaled_dot_product_attention, document by document. A base with another attention (see
+`LayerShape.documents`) needs a mask, and keys and values repeated for every head. `flash_attention` needs neither.
 
 Shapes: T tokens of the micro-batch, D and F of the layer, E experts, R = top_k·T assignments of a token to an expert,
 m neurons or n entries.
@@ -38,7 +38,7 @@ def layer_activations(
     width, t = (2 if config.model.bf16 else 4), tokens(config)
     norm = t * (layer.hidden * FP32 + FP32)  # its input in fp32 and the inverse root mean square
     x, gate = t * layer.hidden * width, t * layer.intermediate * width
-    inputs = kept_inputs(config, world_size)
+    inputs = kept_inputs(config, layer, world_size)
     attention = norm + inputs * x + _attention(config, layer, width, inputs)
     feed_forward = norm + x + (3 + inputs) * gate  # gate, its activation, up, and the hidden values
     # The router's input and weight in fp32, if they have another dtype; logits, choices and their weights, and which
@@ -61,9 +61,20 @@ def layer_activations(
     return {"attention": attention, "feed-forward": feed_forward, "router": router, "experts": experts}
 
 
-def kept_inputs(config: Config, world_size: int) -> int:
+def kept_inputs(config: Config, layer: LayerShape, world_size: int) -> int:
     """How often a linear map with a frozen weight keeps its input: 0 or 1."""
-    return 0 if config.parallel.whole_base(world_size) else 1
+    return 0 if config.parallel.whole_base(world_size) and not layer.int8 else 1
+
+
+def kept_despite_recompute(config: Config, layer: LayerShape) -> float:
+    """Bytes of a layer's inputs that maps in 8 bits keep under selective recomputation, out of autograd's sight: those
+    of attention, of the feed-forward block, and of its down projection."""
+    return tokens(config) * (2 * layer.hidden + layer.intermediate) * (2 if config.model.bf16 else 4)
+
+
+def dequantized_weight(config: Config, layer: LayerShape) -> float:
+    """Bytes of the largest matrix in the dtype of the products, as which the backward reads each quantised one."""
+    return max(layer.matrix, layer.hidden * layer.query) * (2 if config.model.bf16 else 4)
 
 
 def shared_activations(config: Config, layer: LayerShape) -> dict[str, float]:
@@ -97,8 +108,10 @@ def layer_gradients(config: Config, layer: LayerShape, world_size: int, experts:
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
     else:  # of one expert's assignments, and of one of its matrices along with the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
-    # Gradients of the hidden values and of their two factors; the hidden values have been freed, if they were kept.
-    behind = (3 - kept_inputs(config, world_size)) * t * layer.intermediate + n * adapter.num_experts
+    # Gradients of the hidden values and of their two factors; the hidden values have been freed, if they were kept, but
+    # not by maps in 8 bits.
+    freed = 0 if layer.int8 else kept_inputs(config, layer, world_size)
+    behind = (3 - freed) * t * layer.intermediate + n * adapter.num_experts
     residual = 2 * t * layer.hidden
     return max(within * width, behind * width - experts) + residual * width
 

@@ -20,6 +20,8 @@ def choose_base_placement(config: Config, shape: BaseShape, world_size: int, roo
     """`resident` if a process that holds the whole base fits into `room` bytes, else `sharded`; the reason as text."""
     if world_size == 1:
         return "resident", "base_placement=auto: resident, since a process that is alone holds the whole base anyway"
+    if shape.packing is not None:
+        return "resident", "base_placement=auto: resident, since a quantised base cannot be sharded"
     total = largest_memory(with_base_placement(config, "resident"), shape, world_size).total
     chosen = "resident" if total <= room else "sharded"
     facts = compare_placements(config, shape, world_size)
@@ -27,7 +29,9 @@ def choose_base_placement(config: Config, shape: BaseShape, world_size: int, roo
 
 
 def compare_placements(config: Config, shape: BaseShape, world_size: int) -> str:
-    """What each placement takes, as text."""
+    """What each placement takes, as text. A quantised base has only one."""
+    if shape.packing is not None:
+        return f"GiB at the peak: {largest_memory(config, shape, world_size).total / GIB:.1f}"
     sharded = with_base_placement(config, "sharded")
     peaks = [
         f"{choice} {largest_memory(with_base_placement(config, choice), shape, world_size).total / GIB:.1f}"
@@ -49,20 +53,22 @@ def settle_base_placement(config: Config) -> Config:
     if asked == "sharded":
         return config
     shape, room = base_shape(config), available_memory()
-    if asked == "resident":
+    if asked == "auto":
+        chosen, why = choose_base_placement(config, shape, world_size, room)
+        if launched_rank() == 0:
+            print(why, flush=True)
+        config = with_base_placement(config, chosen)
+    if asked == "resident" or (shape.packing is not None and world_size > 1):
         refuse_too_large(config, shape, world_size, room)
-        return config
-    chosen, why = choose_base_placement(config, shape, world_size, room)
-    if launched_rank() == 0:
-        print(why, flush=True)
-    return with_base_placement(config, chosen)
+    return config
 
 
 def refuse_too_large(config: Config, shape: BaseShape, world_size: int, room: float) -> None:
     """Raise an SRDEError if a process does not fit into `room` bytes."""
     needed = largest_memory(config, shape, world_size)
     if needed.total > room:
-        base, elsewhere = needed.states["whole base"] / GIB, "--base_placement sharded, " if world_size > 1 else ""
+        sharded = world_size > 1 and shape.packing is None
+        base, elsewhere = needed.states["whole base"] / GIB, "--base_placement sharded, " if sharded else ""
         raise SRDEError(
             f"base_placement=resident: by the plan a process needs {needed.total / GIB:.1f} GiB at its peak, "
             f"{base:.1f} of them for the whole base, and there is room for {room / GIB:.1f}. Give {elsewhere}"

@@ -55,7 +55,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    peak, machines, config = plan.memory, plan.machines, plan.config
+    peak, machines, config, shape = plan.memory, plan.machines, plan.config, plan.shape
     lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
     lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
     lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
@@ -64,7 +64,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     if plan.largest_micro_batch:
         lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
     else:
-        sharded = "--base_placement sharded, " if config.parallel.base_placement == "resident" else ""
+        resident = config.parallel.base_placement == "resident" and shape.packing is None
+        sharded = "--base_placement sharded, " if resident else ""
         lines.append(
             f"no micro-batch fits: give more GPUs, {sharded}--recompute full, a lower --max_length or another --density"
         )

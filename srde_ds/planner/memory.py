@@ -16,8 +16,10 @@ from srde_ds.model.supports.selection import shared_expert_size, support_shape
 from srde_ds.optim.groups import group_of_tensor
 from srde_ds.planner.activations import (
     checkpointed_input,
+    dequantized_weight,
     head_activations,
     kept_attention,
+    kept_despite_recompute,
     layer_activations,
     layer_gradients,
     shared_activations,
@@ -76,7 +78,7 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
         for kind in ("base", "trainables")
     )
     if config.parallel.whole_base(world_size):
-        held = {"whole base": float(shape.parameters * width)}
+        held = {"whole base": float(shape.stored_bytes(width))}
     else:
         held = {"base shard": (base + sum(shape.unused) / world_size) * width}
     states = held | {
@@ -151,6 +153,8 @@ def _moments(
         first = number == 0 and recomputed != "full"
         whole = layer_activations(config, layer, world_size, transport, first=first)
         working = {"gradients at work": layer_gradients(config, layer, world_size, whole["experts"])}
+        if shape.packing is not None:
+            working["dequantised weight"] = dequantized_weight(config, layer)
         again: dict[str, float] = {}
         if recomputed == "none":
             kept.update(whole)
@@ -160,6 +164,8 @@ def _moments(
         if recomputed == "selective":
             kept["attention"] += kept_attention(config, layer)
             again["attention"] = max(0.0, again["attention"] - kept_attention(config, layer))
+            if layer.int8:
+                kept["inputs of linear maps"] += kept_despite_recompute(config, layer)
         moments[f"backward of layer {number}"] = _sum(kept, again, working, gathered(number))
     head = head_activations(config, shape, labelled)
     moments["loss"] = _sum(kept, head, gathered(len(shape.layers)))

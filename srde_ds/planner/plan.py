@@ -11,7 +11,7 @@ from typing import Any
 from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, transport_bytes
 from srde_ds.errors import SRDEError
-from srde_ds.model.base_shape import BaseShape, base_shape
+from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
 from srde_ds.planner.base_placement import choose_base_placement, compare_placements, with_base_placement
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import Memory, memory
@@ -244,6 +244,7 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
 def _with_placement(config: Config, shape: BaseShape, machines: Machines) -> tuple[Config, str]:
     """The config with `base_placement: auto` settled, and `Plan.placement_reason`."""
     asked, processes = config.parallel.base_placement, machines.processes
+    check_whole(config, shape, processes)
     if asked == "auto":
         chosen, why = choose_base_placement(config, shape, processes, machines.gpu_memory_gib * GIB)
         return with_base_placement(config, chosen), why

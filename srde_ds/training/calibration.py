@@ -31,7 +31,8 @@ from srde_ds.distributed.processes import Topology, broadcast_from_main
 from srde_ds.distributed.reproducible_sums import ReproducibleSum, ShardedReproducibleSum
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.base import ROLES, whole_shape
+from srde_ds.model.base import ROLES
+from srde_ds.model.quantization import dense_weight
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
@@ -144,9 +145,15 @@ def _scores(model: SRDEModel, adapter: AdapterConfig, device: torch.device) -> _
 
 
 def _block_shapes(model: SRDEModel) -> list[tuple[int, int]]:
-    """(D, F) of each layer; also works while ZeRO-3 keeps the weights partitioned."""
-    weights = [getattr(layer.block, layer.roles["down"]).weight for layer in model.layers]
-    return [whole_shape(weight) for weight in weights]
+    """(D, F) of each layer."""
+    return [(layer.hidden, layer.intermediate) for layer in model.layers]
+
+
+def _readable(projection: Any) -> Tensor:
+    """The matrix of a projection. That there is one was checked when the model was built."""
+    weight = dense_weight(projection)
+    assert weight is not None
+    return weight.detach()
 
 
 def _measure(engine: Engine, topology: Topology, rows: datasets.Dataset, scores: _Scores) -> None:
@@ -226,8 +233,9 @@ class _ActivationScores:
         module = self._model.layers[layer]
         hidden = self._hidden[layer]
         squares = self._sums.of_layer[layer]
-        gate, up, down = (getattr(module.block, module.roles[role]).weight for role in ROLES)
-        with gather([gate, up, down]):
+        projections = [getattr(module.block, module.roles[role]) for role in ROLES]
+        with gather([projection.weight for projection in projections]):
+            gate, up, down = map(_readable, projections)
             norms = squares[:hidden].sqrt(), squares[hidden:].sqrt()
             return activation_scores(module.granularity, gate, up, down, *norms)
 
@@ -251,7 +259,7 @@ class _GradientScores:
     def _square(self, layer: int, role: str, module: Any, x: Tensor, gradient: Tensor) -> None:
         precision = torch.promote_types(x.dtype, torch.float32)
         x_TI, gradient_TO = (t.reshape(-1, t.shape[-1]).to(precision) for t in (x, gradient))
-        self._add(layer, role, (gradient_TO.T @ x_TI).mul_(module.weight.detach()).square_())
+        self._add(layer, role, (gradient_TO.T @ x_TI).mul_(_readable(module)).square_())
 
     def _add(self, layer: int, role: str, squares: Tensor) -> None:
         raise NotImplementedError

@@ -38,6 +38,7 @@ REFUSED = {
     "domains": "the trained experts have these domains",
     "seed": "it determines the supports and the order of the rows",
     "use_muon": "the deltas' optimizer states belong to the other rule",
+    "base_quantization": "the experts were trained on the base's values in this form",
 }
 # Options of which some changes are refused, and which ones.
 REFUSED_IN_PART = {

@@ -26,7 +26,8 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
-from srde_ds.model.base_shape import base_shape
+from srde_ds.model.base_shape import base_shape, check_whole
+from srde_ds.model.quantization import check_package
 from srde_ds.training.changed_options import changes
 from srde_ds.training.reporting.metrics import load_trackers
 from srde_ds.training.run_inputs import check_start, domains_without_records
@@ -48,7 +49,8 @@ def check_inputs(config: Config) -> None:
         SRDEError: a required option or package is missing, the base does not exist, or the options do not fit it.
     """
     data = config.data
-    base_shape(config)
+    check_whole(config, base_shape(config), launched_world_size())
+    check_package(config.model.base_quantization)
     Schedule.of(config).check()
     check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
@@ -80,6 +82,8 @@ def check_dry_run(config: Config) -> None:
         SRDEError: the run would be refused.
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
+    check_whole(config, base_shape(config), launched_world_size())
+    check_package(config.model.base_quantization)
     Schedule.of(config).check()
     check_start(config)
     if config.data.domain_weights:

@@ -191,6 +191,7 @@ OTHER_VALUES = {
     "loss_weighting": "domain",
     "train_experts": "math",
     "base_placement": "resident",
+    "base_quantization": "nf4",
     "expert_transport": "tokens",
     "on_save_failure": "continue",
     "lr_schedule": "wsd",

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
+from srde_ds.model.base import base_identity
+from srde_ds.model.quantization import dense_weight, keep_differentiable
 from tests.helpers import adapter_config, tiny_llama, tokens
 from tests.peft_helpers import NAMES, loaded, logits, saved, tiny_peft, with_gradients
 
@@ -72,6 +74,28 @@ def test_an_adapter_of_the_whole_base_fits_the_quantised_one(folder: Path, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS[:2])
-def test_the_own_form_asks_for_a_random_support(kind: dict[str, Any], folder: Path) -> None:
-    with pytest.raises(SRDEError, match="no plain weights of shapes .*use support_strategy=random"):
-        add_experts(quantized(folder, kind), adapter_config(), expert_names=NAMES, seed=0)
+def test_the_own_form_has_the_same_support_and_gradients(kind: dict[str, Any], folder: Path) -> None:
+    model = add_experts(quantized(folder, kind), adapter_config(), expert_names=NAMES, seed=0)
+    peft = tiny_peft(quantized(folder, kind))
+    for layer, other in zip(model.layers, peft.srde_model().layers, strict=True):
+        assert torch.equal(layer.support, other.support)
+    assert model.base_identity == base_identity(tiny_llama(hidden_size=64, intermediate_size=128)) | {
+        "name": str(folder)
+    }
+    embedded = model.base.get_input_embeddings()(tokens()).requires_grad_()
+    for train in (False, True):  # a forward in eval mode changes nothing
+        output = model.train(train).base(inputs_embeds=embedded).logits
+    assert float(torch.autograd.grad(output.square().sum(), embedded)[0].abs().min()) > 0
+
+
+def test_a_base_that_was_repacked_for_inference(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = quantized(folder, KINDS[1])
+    projection = base.model.layers[0].mlp.up_proj
+    keep_differentiable(base)
+    assert not caplog.text and dense_weight(projection) is not None
+    monkeypatch.setattr(projection.weight.quant_state, "packing_format_for_cpu", True, raising=False)
+    keep_differentiable(base)
+    assert dense_weight(projection) is None
+    assert "No gradient passes them: to train, load the base again" in caplog.text

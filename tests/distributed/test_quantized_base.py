@@ -1,0 +1,93 @@
+"""Training on a base that bitsandbytes stores in 8 or 4 bits, in whole runs."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.base import load_base
+from srde_ds.model.quantization import dense_weight, loading_options
+from tests.distributed.harness import Ranks
+from tests.distributed.training_helpers import Inputs, assert_same_training, metrics, train_here, weights
+
+pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+
+ONCE = {"save_steps": 0, "eval_steps": 0, "domain_statistics_rows": 0}
+
+
+def dequantized(base: str, quantization: str, folder: Path) -> str:
+    """A plain base with the values that a quantised one has."""
+    plain, rounded = (
+        load_base(
+            base, dtype=torch.float32, device=torch.device("cpu"), quantization=loading_options(kind, torch.float32)
+        )
+        for kind in ("none", quantization)
+    )
+    changed = 0
+    for own, other in zip(plain.modules(), rounded.modules(), strict=True):
+        if type(own) is torch.nn.Linear and type(other) is not torch.nn.Linear:
+            weight = dense_weight(other)
+            assert weight is not None and not torch.equal(weight, own.weight)
+            own.weight.data.copy_(weight)
+            changed += 1
+    assert changed == 14  # all maps of two layers
+    plain.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).write_bytes((Path(base) / file).read_bytes())
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "options"),
+    [
+        ("nf4", {"support_strategy": "gradient", "calibration_rows": 8, "recompute": "selective"}),
+        ("int8", {"support_strategy": "activation", "calibration_rows": 8, "gradient_checkpointing": True}),
+        ("nf4", {"granularity": "element", "use_muon": False, "warm_start": True}),
+    ],
+)
+def test_the_same_training_as_on_the_dequantised_values(
+    inputs: Inputs, one_rank: Ranks, tmp_path: Path, quantization: str, options: dict[str, Any]
+) -> None:
+    plain = dequantized(inputs.base, quantization, tmp_path / "plain")
+    flags = options | ONCE | {"max_steps": 3, "warmup_steps": 1}
+    asked = inputs.flags(tmp_path / "quantised", base_quantization=quantization, **flags)
+    assert one_rank(train_here, asked) == [None]
+    assert one_rank(train_here, inputs.flags(tmp_path / "dequantised", model_name=plain, **flags)) == [None]
+    assert_same_training(tmp_path / "quantised", tmp_path / "dequantised", tolerance=1e-3)
+    found, expected = (weights(tmp_path / name) for name in ("quantised", "dequantised"))
+    for name in found:
+        if name.endswith(".support"):
+            assert torch.equal(found[name], expected[name])
+
+
+def test_it_resumes_bit_for_bit_and_its_experts_fit_the_plain_base(
+    inputs: Inputs, one_rank: Ranks, tmp_path: Path
+) -> None:
+    options = {"base_quantization": "nf4", "bf16": True, "save_steps": 2, "max_steps": 4, "eval_steps": 2}
+    whole = inputs.flags(tmp_path / "whole", **options)
+    assert one_rank(train_here, whole) == [None]
+    resumed = whole | {"output_dir": str(tmp_path / "resumed"), "resume_from": str(tmp_path / "whole/checkpoint-2")}
+    assert one_rank(train_here, resumed) == [None]
+    assert_same_training(tmp_path / "resumed", tmp_path / "whole", first_step=3, same_cut=True, tolerance=0)
+    assert metrics(tmp_path / "whole")[-1]["held_out"]
+    model = SRDEModel.from_pretrained(None, tmp_path / "whole")
+    assert type(model.layers[0].block.gate_proj) is torch.nn.Linear
+    model.merge_and_unload("red")
+    [error] = one_rank(train_here, resumed | {"base_quantization": "none", "output_dir": str(tmp_path / "other")})
+    assert error is not None and "base_quantization was nf4, this run has none" in error
+
+
+def test_experts_on_two_processes(inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
+    flags = inputs.flags(tmp_path / "one", base_quantization="int8", **ONCE | {"max_steps": 2, "warmup_steps": 1})
+    assert one_rank(train_here, flags | {"batch_size": 4}) == [None]
+    two = flags | {"output_dir": str(tmp_path / "two"), "expert_parallel_size": 2}
+    assert two_ranks(train_here, two) == [None, None]
+    assert_same_training(tmp_path / "two", tmp_path / "one", tolerance=1e-3)
+    for error in two_ranks(train_here, two | {"output_dir": str(tmp_path / "cut"), "base_placement": "sharded"}):
+        assert error is not None and "base_placement=sharded on 2 processes: a quantised base cannot be" in error
+    assert not (tmp_path / "cut").exists()
