@@ -4,8 +4,8 @@
     python -m benchmarks.quantized_base     # adds to benchmarks/results/quantized_base.json what is missing there
 
 Each run is a whole `srde-ds train`: a few steps of 2,048 positions with a warm start of the routers, and the loss of
-the same held-out rows before the first step and after the last. Runs of a seed read the same rows in the same order. The
-noise is how far the bfloat16 runs of different seeds are apart. A run that has a record is not repeated.
+the same held-out rows before the first step and after the last. Runs of a seed read the same rows in the same order.
+The noise is how far the bfloat16 runs of different seeds are apart. A run that has a record is not repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from srde_ds.config import DOMAINS
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/quantized_base.json"
 QUANTIZATIONS = {"none": "bfloat16", "int8": "8 bits", "nf4": "4 bits"}
-ITEMS = {"train_items": 100, "validation_items": 12, "test_items": 1}
+ITEMS: dict[str, Any] = {"train_items": 100, "validation_items": 12, "test_items": 1}
 """of each domain"""
 FLAGS: dict[str, Any] = {
     "bf16": "true",

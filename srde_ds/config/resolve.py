@@ -8,9 +8,21 @@ from typing import Any
 
 from srde_ds.config.checks import check_relations
 from srde_ds.config.derive import RunInputs, derive
-from srde_ds.config.schema import FORMER_SECTIONS, PRESETS, Config
+from srde_ds.config.schema import PRESETS, Config
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError, nearest
+
+# Options that have moved, with their former section, so that older files still load.
+FORMER_SECTIONS = {
+    "load_balancing_weight": "optimizer",
+    "load_balancing_target": "optimizer",
+    "balancing_bias_rate": "optimizer",
+    "router_z_weight": "optimizer",
+    "delta_size_weight": "optimizer",
+    "support_overlap_weight": "optimizer",
+    "calibration_rows": "curriculum",
+    "support_temperature": "curriculum",
+}
 
 ReadInputs = Callable[[Config, Collection[str]], RunInputs]
 

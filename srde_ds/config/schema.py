@@ -436,18 +436,6 @@ class Config:
         return "\n".join(lines) + "\n"
 
 
-# Options that have moved, with their former section, so that older files still load.
-FORMER_SECTIONS = {
-    "load_balancing_weight": "optimizer",
-    "load_balancing_target": "optimizer",
-    "balancing_bias_rate": "optimizer",
-    "router_z_weight": "optimizer",
-    "delta_size_weight": "optimizer",
-    "support_overlap_weight": "optimizer",
-    "calibration_rows": "curriculum",
-    "support_temperature": "curriculum",
-}
-
 # What `preset: reference` changes, unless an option is given explicitly.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

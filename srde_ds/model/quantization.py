@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
+from srde_ds.config import ModelConfig
 from srde_ds.errors import SRDEError
 
 log = logging.getLogger(__name__)
@@ -72,12 +73,13 @@ def packing_of(name: str, quantization: str, config: PretrainedConfig) -> Packin
     return Packing(4, bool(own.get("bnb_4bit_use_double_quant"))) if own.get("load_in_4bit") else None
 
 
-def check_package(quantization: str) -> None:
-    """Raise an SRDEError if `base_quantization` needs a package that is not installed."""
-    if quantization != "none" and find_spec("bitsandbytes") is None:
+def check_package(config: ModelConfig, packing: Packing | None) -> None:
+    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded, since bitsandbytes is not installed."""
+    if packing is not None and find_spec("bitsandbytes") is None:
         raise SRDEError(
-            f"base_quantization={quantization}: package 'bitsandbytes' is missing. Install it with "
-            "pip install 'srde-ds[quantized]', or leave the option out."
+            f"base_quantization={config.base_quantization}, model_name={config.model_name!r}: a base in {packing.bits} "
+            "bits needs package 'bitsandbytes'. Install it with pip install 'srde-ds[quantized]', or give a plain base "
+            "without this option."
         )
 
 

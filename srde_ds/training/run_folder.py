@@ -49,8 +49,7 @@ def check_inputs(config: Config) -> None:
         SRDEError: a required option or package is missing, the base does not exist, or the options do not fit it.
     """
     data = config.data
-    check_whole(config, base_shape(config), launched_world_size())
-    check_package(config.model.base_quantization)
+    _check_quantized(config)
     Schedule.of(config).check()
     check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
@@ -65,6 +64,12 @@ def check_inputs(config: Config) -> None:
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     load_trackers(config.tracking)
     derive_ds_config(DeepSpeedOptions.of(config), launched_world_size())
+
+
+def _check_quantized(config: Config) -> None:
+    shape = base_shape(config)
+    check_whole(config, shape, launched_world_size())
+    check_package(config.model, shape.packing)
 
 
 def check_groups(expert_parallel_size: int, processes: int) -> None:
@@ -82,8 +87,7 @@ def check_dry_run(config: Config) -> None:
         SRDEError: the run would be refused.
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
-    check_whole(config, base_shape(config), launched_world_size())
-    check_package(config.model.base_quantization)
+    _check_quantized(config)
     Schedule.of(config).check()
     check_start(config)
     if config.data.domain_weights:

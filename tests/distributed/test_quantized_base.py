@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base import load_base
 from srde_ds.model.quantization import dense_weight, loading_options
@@ -37,9 +38,13 @@ def dequantized(base: str, quantization: str, folder: Path) -> str:
             changed += 1
     assert changed == 14  # all maps of two layers
     plain.save_pretrained(folder)
+    copy_tokenizer(base, folder)
+    return str(folder)
+
+
+def copy_tokenizer(base: str, folder: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / file).write_bytes((Path(base) / file).read_bytes())
-    return str(folder)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +59,7 @@ def test_the_same_training_as_on_the_dequantised_values(
     inputs: Inputs, one_rank: Ranks, tmp_path: Path, quantization: str, options: dict[str, Any]
 ) -> None:
     plain = dequantized(inputs.base, quantization, tmp_path / "plain")
-    flags = options | ONCE | {"max_steps": 3, "warmup_steps": 1}
+    flags = options | ONCE | {"max_steps": 2, "warmup_steps": 1}
     asked = inputs.flags(tmp_path / "quantised", base_quantization=quantization, **flags)
     assert one_rank(train_here, asked) == [None]
     assert one_rank(train_here, inputs.flags(tmp_path / "dequantised", model_name=plain, **flags)) == [None]
@@ -80,6 +85,22 @@ def test_it_resumes_bit_for_bit_and_its_experts_fit_the_plain_base(
     model.merge_and_unload("red")
     [error] = one_rank(train_here, resumed | {"base_quantization": "none", "output_dir": str(tmp_path / "other")})
     assert error is not None and "base_quantization was nf4, this run has none" in error
+
+
+def test_files_that_are_quantised_train_as_they_are(inputs: Inputs, one_rank: Ranks, tmp_path: Path) -> None:
+    stored = tmp_path / "stored"
+    options = loading_options("nf4", torch.bfloat16)
+    load_base(inputs.base, dtype=torch.bfloat16, device=torch.device("cpu"), quantization=options).save_pretrained(
+        stored
+    )
+    copy_tokenizer(inputs.base, stored)
+    flags = ONCE | {"max_steps": 2, "warmup_steps": 1, "bf16": True}
+    assert one_rank(train_here, inputs.flags(tmp_path / "stored run", model_name=str(stored), **flags)) == [None]
+    assert one_rank(train_here, inputs.flags(tmp_path / "plain run", base_quantization="nf4", **flags)) == [None]
+    assert_same_training(tmp_path / "stored run", tmp_path / "plain run", same_cut=True, tolerance=0)
+    assert type(SRDEModel.from_pretrained(None, tmp_path / "stored run").layers[0].block.up_proj) is not torch.nn.Linear
+    with pytest.raises(SRDEError, match="trained on .*stored .*, but the base given is"):
+        SRDEModel.from_pretrained(inputs.base, tmp_path / "stored run")
 
 
 def test_experts_on_two_processes(inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:

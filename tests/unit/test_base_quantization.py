@@ -131,6 +131,6 @@ def test_it_is_resident_on_several_processes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    check_package("none")
-    with pytest.raises(SRDEError, match=r"base_quantization=nf4: package 'bitsandbytes' is missing.*srde-ds\[quantiz"):
-        check_package("nf4")
+    check_package(run(MINISTRAL, "none").model, None)
+    with pytest.raises(SRDEError, match=r"base_quantization=nf4, model_name=.*a base in 4 bits needs package 'bitsan"):
+        check_package(run(MINISTRAL).model, PACKINGS["nf4"])
