@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from srde_ds.config import PRESETS, Config, RunInputs, resolve
-from srde_ds.config.schema import FORMER_SECTIONS
+from srde_ds.config.resolve import FORMER_SECTIONS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 
