@@ -75,7 +75,7 @@ setup(
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         "quickstart": ["gguf>=0.17", "reasoning-gym>=0.1.20", "periodictable>=2.0", "matplotlib>=3.9", "plotly>=6"],
         "kernels": ["triton>=3.9; platform_system == 'Linux'"],  # its interpreter; torch for CUDA brings its own
-        "quantized": ["bitsandbytes>=0.50.2"],  # bases in 4 and 8 bits; earlier ones repack weights for CPUs in other ways
+        "quantized": ["bitsandbytes>=0.50.2"],  # bases in 4 and 8 bits
         "lm-eval": ["lm_eval>=0.4.13"],  # lm-evaluation-harness
         "tracking": ["tensorboard", "wandb", "trackio"],
         "mpi": ["mpi4py>=4.0"],
