@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from benchmarks.learning import combining, combining_answers, combining_tables
+from benchmarks.learning import combining, combining_answers, combining_tables, plots
 from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.store import read_records
 from srde_ds.config import DOMAINS
@@ -99,7 +99,7 @@ def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     losses |= {f"{method} alone, {domain}": 1.0 for method in ("srde", "lora") for domain in DOMAINS}
     records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
-    with patch.object(combining_tables, "plot_differences", wraps=combining_tables.plot_differences) as plot:
+    with patch.object(combining_tables, "plot_differences", wraps=plots.plot_differences) as plot:
         combining_tables.draw_apart(Results(records, losses), tmp_path)
     drawn = plot.call_args.args[0]
     assert len(drawn) == 5 and not any("merged" in name for name in drawn)  # merges and base are too far away
