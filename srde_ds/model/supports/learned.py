@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from srde_ds.model.seeding import seeded_generator
 
 # Entries of a support that share a score. With a score for each, element granularity would train twice as many values.
-BLOCK_SIZE = {"neuron": 1, "element": 64}
+BLOCK_SIZE = {"neuron": 1, "block": 1, "element": 64}
 
 
 def kept_entries(scores_SB: Tensor, *, entries: int, keep: int, block: int) -> Tensor:
