@@ -69,8 +69,8 @@ def check_relations(config: Config) -> None:
         )
     if optimizer.use_muon and adapter.granularity != "neuron" and adapter.num_atoms == 0:
         raise SRDEError(
-            f"use_muon=true with granularity={adapter.granularity} and num_atoms=0: free deltas of that kind are not "
-            "matrices, so Muon would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
+            f"use_muon=true with granularity={adapter.granularity} and num_atoms=0: such free deltas are not matrices, "
+            "so Muon would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
         )
     if losses.load_balancing_target == "domains" and not (losses.load_balancing_weight or losses.balancing_bias_rate):
         raise SRDEError(

@@ -23,8 +23,8 @@ def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: in
 
     Learned scores decide, if there are any. Otherwise the size of the effective delta does: the norm of a neuron's
     gate, up and down values or of a block's values, or a single weight's absolute value; among equal ones the lower
-    position stays. Experts that share a support keep the same positions, by the root of the sum of squares over the experts. So do experts with
-    their own supports but shared atoms, since an atom has one value for each position.
+    position stays. Experts that share a support keep the same positions, by the root of the sum of squares over the
+    experts. So do experts with their own supports but shared atoms, since an atom has one value for each position.
 
     Args:
         values: the layer's tensors without padding, by the last part of their names: "free", or "atoms", "importance"
