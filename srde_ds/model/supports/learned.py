@@ -40,7 +40,7 @@ class SupportGate:
     """Turns the scores of a layer into masks over its candidates. Holds no parameters.
 
     Args:
-        entries: number of candidates: neurons, or single weights.
+        entries: number of candidates: neurons, blocks of weights, or single weights.
         keep: how many of them stay.
         block: consecutive entries that share a score.
         seed: the noise depends only on it, the layer and the step, so it is the same on all ranks, in all micro-steps
