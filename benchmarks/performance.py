@@ -17,6 +17,7 @@ from benchmarks.throughput import table
 RESULTS = ROOT / "benchmarks/results"
 PAGE = "performance.md"
 NO_GPU = "not measured: no GPU"
+NO_RECORD = "not measured: no record in throughput.json"
 NOT_THERE = "not measured: the package does not have it"
 FIRST_EXPERT_KERNELS = 155  # that the experts of a layer added when the goal was set
 
@@ -29,6 +30,7 @@ CPU_GOALS = [
     ("SRDE neuron, engine / frozen", ENGINE, FROZEN, 1.05, False),
     ("LoRA / SRDE neuron", LORA, NEURON, 1.40, True),
     ("LoRA / SRDE neuron, engine", LORA, ENGINE, 1.40, True),
+    ("blocks of 16 × 16 / frozen", "SRDE blocks, plain", FROZEN, 1.50, False),
     ("single weights / frozen", "SRDE single weights, plain", FROZEN, 2.00, False),
 ]
 """What, two cases whose seconds are divided, the goal, and whether more is better."""
@@ -128,7 +130,12 @@ def cpu_goals() -> list[tuple[str, str, Figure]]:
             if (value := ratio(over, under)) is not None:
                 figure = at_least(value, limit) if more_is_better else at_most(value, limit)
                 goals.append((f"{what}, seconds; {where}", f"{'≥' if more_is_better else '≤'} {limit:.2f}", figure))
-    return goals
+    measured = {what.partition(",")[0] for what, _, _ in goals}
+    return goals + [
+        (f"{what}, seconds", f"{'≥' if more_is_better else '≤'} {limit:.2f}", Figure(NO_RECORD))
+        for what, _, _, limit, more_is_better in CPU_GOALS
+        if what.partition(",")[0] not in measured
+    ]
 
 
 def median_ratio(over: list[float], under: list[float]) -> float:
@@ -195,7 +202,6 @@ def missing_goals() -> list[tuple[str, str, Figure]]:
     spills = sum(row["spill_stores"] + row["spill_loads"] for row in kernels)
     registers, widest = (max(row[key] for row in kernels) for key in ("registers", "neurons"))
     return [
-        ("blocks of 16 × 16 / frozen, seconds", "≤ 1.50", there),
         ("spills of the kernels of `--expert_kernels`, compiled for sm_90", "0", at_most(spills, 0, "{}")),
         ("registers of a thread there", "told", Figure(f"at most {registers} (experts of up to {widest:,} neurons)")),
         *quantized_goals(),

@@ -57,6 +57,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 SRDE: dict[str, dict[str, Any]] = {
     "SRDE neuron": {},
+    "SRDE blocks": {"granularity": "block", "use_muon": False},
     "SRDE single weights": {"granularity": "element", "use_muon": False},
 }
 RIVALS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {

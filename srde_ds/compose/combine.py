@@ -21,6 +21,7 @@ from srde_ds.compose.names import parse_renames, renamed, with_entry
 from srde_ds.compose.options import CombineOptions
 from srde_ds.compose.train_routers import train_routers
 from srde_ds.config import AdapterConfig
+from srde_ds.config.granularity import entry_weights
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.export.weights import write_weights
@@ -125,19 +126,20 @@ class _Layer:
     def free(self, config: AdapterConfig) -> LazyTensor:
         """`deltas.free` of all experts, fp32."""
         experts, neuron = config.num_experts, config.granularity == "neuron"
-        shape = (self.hidden, 3 * experts, self.size) if neuron else (experts, self.size)
-        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron))
+        each = 1 if neuron else entry_weights(config.granularity, self.hidden)  # values of an entry on the last axis
+        shape = (self.hidden, 3 * experts, self.size) if neuron else (experts, self.size * each)
+        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron, each))
 
-    def _deltas(self, neuron: bool) -> Tensor:
+    def _deltas(self, neuron: bool, each: int) -> Tensor:
         found: list[Tensor] = []
         for adapter in self.adapters:
             deltas = adapter.deltas(self.layer)
             for expert in range(adapter.metadata.config.num_experts):
                 delta, place = adapter.expert_part(deltas, expert), len(found)
-                values = delta.new_zeros(*delta.shape[:-1], self.size)
+                values = delta.new_zeros(*delta.shape[:-1], self.size * each)
                 # Both are ascending, so the positions of the expert's own entries are as well.
                 kept = torch.isin(self.supports[place], adapter.support(self.layer, expert))
-                values[..., kept] = delta
+                values[..., kept.repeat_interleave(each)] = delta
                 found.append(values)
         return torch.cat(found, dim=1) if neuron else torch.stack(found)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srde_ds.config.granularity import entry_weights
 from srde_ds.data.manifest import VOCABULARY
 from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.utils.escape import one_line
@@ -127,7 +128,7 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
         deltas.append([_norm(adapter.expert_delta(layer, expert)) for expert in experts])
         routers.append([_norm(row) for row in adapter.router(layer).load()])
     hidden = adapter.router(0).shape[1]
-    entry = 3 * hidden if metadata.config.granularity == "neuron" else 1
+    entry = entry_weights(metadata.config.granularity, hidden)
     support_sizes = [adapter.tensors[f"layers.{layer}.support"].shape[-1] for layer in layers]
     parts = (".deltas.", ".router.weight", f".{SHARED_DELTA}")
     trained = [t for name, t in adapter.tensors.items() if any(part in name for part in parts)]

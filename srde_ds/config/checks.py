@@ -33,12 +33,12 @@ def check_relations(config: Config) -> None:
             f"warmup_steps={optimizer.warmup_steps}: must be less than max_steps={config.training.max_steps}. "
             "Lower --warmup_steps; 0 switches the warm-up off."
         )
-    if config.model.compile and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
+    if config.model.compile and (adapter.granularity != "neuron" or config.parallel.expert_parallel_size > 1):
         raise SRDEError(
             f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
             f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave compile out."
         )
-    if config.model.expert_kernels and (adapter.granularity == "element" or config.parallel.expert_parallel_size > 1):
+    if config.model.expert_kernels and (adapter.granularity != "neuron" or config.parallel.expert_parallel_size > 1):
         raise SRDEError(
             f"expert_kernels=true with granularity={adapter.granularity}, expert_parallel_size="
             f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave it out."
@@ -67,10 +67,10 @@ def check_relations(config: Config) -> None:
             f"jsonl_data={data.jsonl_data} and pretokenized_dir={data.pretokenized_dir}: "
             "both are given. Keep one of them."
         )
-    if optimizer.use_muon and adapter.granularity == "element" and adapter.num_atoms == 0:
+    if optimizer.use_muon and adapter.granularity != "neuron" and adapter.num_atoms == 0:
         raise SRDEError(
-            "use_muon=true with granularity=element and num_atoms=0: free element deltas are not matrices, so Muon "
-            "would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
+            f"use_muon=true with granularity={adapter.granularity} and num_atoms=0: such free deltas are not matrices, "
+            "so Muon would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
         )
     if losses.load_balancing_target == "domains" and not (losses.load_balancing_weight or losses.balancing_bias_rate):
         raise SRDEError(

@@ -69,8 +69,8 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("max_length", inputs.row_length, "the rows of pretokenized_dir")
     elif inputs.context is not None and inputs.context < data.max_length:
         default("max_length", inputs.context, "the context of the base")
-    if adapter.granularity == "element" and adapter.num_atoms == 0:
-        default("use_muon", False, "free element deltas are not matrices")
+    if adapter.granularity != "neuron" and adapter.num_atoms == 0:
+        default("use_muon", False, "free deltas of blocks or single weights are not matrices")
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))

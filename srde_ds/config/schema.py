@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from srde_ds.config.data_section import DataConfig
+from srde_ds.config.granularity import Granularity
 from srde_ds.config.values import option
 
 
@@ -80,8 +81,8 @@ class AdapterConfig:
         maximum=1.0,
         common=True,
     )
-    granularity: Literal["neuron", "element"] = option(
-        "neuron", "what an expert changes: whole neurons or single weights", common=True
+    granularity: Granularity = option(
+        "neuron", "what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
     support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = option(
         "magnitude",
@@ -130,7 +131,7 @@ class OptimizerConfig:
     use_muon: bool = option(
         True,
         "update delta matrices with GramMuon; false: AdamW for everything",
-        derived="true; false for free element deltas, which are not matrices",
+        derived="true; false for free deltas of blocks or single weights, which are not matrices",
         common=True,
     )
     muon_lr: float = option(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from srde_ds.config import Config
-from srde_ds.model.supports.selection import support_size, value_count
+from srde_ds.model.supports.selection import support_size, touched_neurons, value_count
 
 FP32 = 4
 Blocks = Sequence[tuple[int, int]]
@@ -89,13 +89,17 @@ def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: s
     assignments = config.adapter.top_k * config.training.batch_size * config.data.max_length * micro_steps
     found = []
     for number, (hidden, intermediate) in enumerate(blocks):
-        touched = support_size(config.adapter, hidden, intermediate)
-        neurons = config.adapter.granularity == "neuron"
-        long_side = hidden if neurons else touched  # a delta's; padded so that each process has an equal shard
+        granularity = config.adapter.granularity
+        long_side = hidden  # of a delta, padded so that each process has an equal shard
+        if granularity != "neuron":
+            long_side = value_count(config.adapter, hidden, intermediate)
         padding = math.ceil(long_side / world_size) * world_size / long_side
         values = value_count(config.adapter, hidden, intermediate) * micro_steps  # for one expert
         if transport == "tokens" and size > 1:
-            changed = touched if neurons else intermediate
+            changed = intermediate
+            if granularity != "element":
+                neurons = support_size if granularity == "neuron" else touched_neurons
+                changed = neurons(config.adapter, hidden, intermediate)
             there = hidden + 2 * changed  # the token, and its gate and up values
             back = changed + hidden  # the change of the hidden values, and the output
             # Without full recomputation, the input of the first layer's experts needs no gradient.

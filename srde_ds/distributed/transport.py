@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.model.dispatch import Activation, element_experts, neuron_experts
+from srde_ds.model.supports.blocks import SupportBlocks
 
 RunExperts = Callable[[Tensor, Tensor], Tensor]
 """From the inputs `[R, width]` of assignments and their slots `[R, 1]` to the results"""
@@ -61,7 +62,7 @@ class DeltaTransport:
         index_TK: Tensor,
         weights_TK: Tensor,
         deltas_En: Tensor,
-        support: Tensor,
+        support: Tensor | SupportBlocks,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: `element_experts` with the deltas of all ranks."""
         gathered = GatherParts.apply(deltas_En, self.group)[: self.num_experts]
@@ -114,15 +115,18 @@ class TokenTransport:
         index_TK: Tensor,
         weights_TK: Tensor,
         deltas_En: Tensor,
-        support: Tensor,
+        support: Tensor | SupportBlocks,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch`: each routed token is computed where its expert's deltas are."""
         sent = _Assignments(index_TK, weights_TK)
         width = gate_TF.shape[1]
-        if support.dim() == 2:  # supports of the slots here; a padding slot gets no tokens, so any support will do
-            first_expert = dist.get_rank(self.group) * len(deltas_En)
-            slots = torch.arange(first_expert, first_expert + len(deltas_En), device=support.device)
-            support = support[slots.clamp(max=len(support) - 1)]
+        # Supports of the slots here; a padding slot gets no tokens, so any support will do.
+        first = dist.get_rank(self.group) * len(deltas_En)
+        slots = torch.arange(first, first + len(deltas_En)).clamp(max=self.num_experts - 1)
+        if isinstance(support, SupportBlocks):
+            support = support.of_experts(slots.tolist())
+        elif support.dim() == 2:
+            support = support[slots.to(support.device)]
         inputs = torch.cat([t[sent.token_R] for t in (x_TD, gate_TF, up_TF)], dim=1)
 
         def run_experts(inputs: Tensor, slot_R1: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from srde_ds.config.granularity import Granularity
 from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
 from srde_ds.model.base_files import BaseFiles
@@ -39,7 +40,7 @@ def write_dense(
     adapter.check_fits(base)
 
     @lru_cache(maxsize=1)
-    def changes(layer: int) -> list[tuple[Tensor, Tensor, str]]:
+    def changes(layer: int) -> list[tuple[Tensor, Tensor, Granularity]]:
         own = (adapter.support(layer, number), adapter.expert_delta(layer, number), granularity)
         shared = adapter.shared_expert(layer)
         return [own] if shared is None else [own, (*shared, "neuron")]

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import GraniteMoeSharedConfig
 
+from srde_ds.config.granularity import PLURALS
 from srde_ds.errors import SRDEError
 from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
@@ -44,10 +45,10 @@ def check_expressible(adapter: AdapterSource, base: BaseFiles) -> None:
         SRDEError: with the reason and, if there is one, the remedy.
     """
     config = adapter.metadata.config
-    if config.granularity == "element":
+    if config.granularity != "neuron":
         raise _refusal(
-            "granularity=element changes single weights all over the matrices, but its experts consist of whole "
-            "neurons. Merge one expert with --to dense, or train with granularity=neuron"
+            f"granularity={config.granularity} changes {PLURALS[config.granularity]} all over the matrices, but "
+            "its experts consist of whole neurons. Merge one expert with --to dense, or train with granularity=neuron"
         )
     biased = adapter.selection_biases()
     if biased and config.top_k < config.num_experts:

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData, try_to_load_from_cache
 
+from srde_ds.config.granularity import PLURALS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import markdown, markdown_code
@@ -97,7 +98,7 @@ def _on_the_hub(name: str) -> bool:
 
 def _summary(metadata: AdapterMetadata) -> str:
     config, base = metadata.config, metadata.base
-    what = "neurons" if config.granularity == "neuron" else "single weights"
+    what = PLURALS[config.granularity]
     scope = "the same for all experts" if config.support_scope == "shared" else "its own for each expert"
     form = "free values" if config.num_atoms == 0 else f"{config.num_atoms} shared atoms, {config.atom_mixing} mixing"
     shared = f"a shared expert that changes {config.shared_expert_density:.2%} of these weights"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srde_ds.config import AdapterConfig
+from srde_ds.config.granularity import entry_weights
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.statistics import add_delta_gradient
 from srde_ds.model.supports.learned import BLOCK_SIZE, SupportGate
@@ -119,6 +120,8 @@ class DeltaBank(nn.Module):
         if len(mask) > 1:  # those of the experts held here; padding slots may take any
             last = self.first_expert + deltas.shape[self.expert_axis]
             mask = mask[torch.arange(self.first_expert, last, device=mask.device).clamp(max=len(mask) - 1)]
+        if (weights := deltas.shape[-1] // mask.shape[-1]) > 1:  # of a block
+            mask = mask.repeat_interleave(weights, dim=1)
         mask = mask.to(deltas.dtype)
         return deltas * (mask[:, None] if deltas.dim() == 4 else mask)
 
@@ -278,7 +281,7 @@ def build_deltas(
 
     Args:
         hidden: D.
-        size: m or n, see `supports.selection.support_size`.
+        size: number of entries in a support, see `supports.selection.support_size`.
         seed: with the layer's number, seeds the mixing and the noise of a learned support.
         layer: number of the decoder layer.
         keep: for a support that is being learned, how many of its candidate entries are kept.
@@ -299,10 +302,11 @@ def empty_deltas(
 
 
 def _bank(config: AdapterConfig, hidden: int, size: int, storage: Storage, generator: torch.Generator) -> DeltaBank:
-    if config.num_atoms == 0:
-        if config.granularity == "neuron":
-            return FreeNeuronDeltas(hidden, config.num_experts, size, storage)
-        return FreeElementDeltas(config.num_experts, size, storage)
     if config.granularity == "neuron":
+        if config.num_atoms == 0:
+            return FreeNeuronDeltas(hidden, config.num_experts, size, storage)
         return AtomNeuronDeltas(config, hidden, size, storage, generator)
-    return AtomElementDeltas(config, size, storage, generator)
+    values = size * entry_weights(config.granularity, hidden)
+    if config.num_atoms == 0:
+        return FreeElementDeltas(config.num_experts, values, storage)
+    return AtomElementDeltas(config, values, storage, generator)

@@ -18,8 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from srde_ds.model.block_experts import block_experts
 from srde_ds.model.delta_linear import element_deltas
 from srde_ds.model.products import ByExpert, ExpertProducts, TakenSlots, expert_products, filled_slots
+from srde_ds.model.supports.blocks import SupportBlocks
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -54,9 +56,14 @@ class ExpertDispatch(Protocol):
         index_TK: Tensor,
         weights_TK: Tensor,
         deltas_En: Tensor,
-        support: Tensor,
+        support: Tensor | SupportBlocks,
     ) -> tuple[Tensor, Tensor]:
-        """change `[T, F]` and extra `[T, D]`; support `[n]` or `[E, n]`, flat indices into gate, up, down."""
+        """change `[T, F]` and extra `[T, D]`.
+
+        Args:
+            support: `[n]` or `[E, n]`, flat indices into gate, up, down; or blocks, for which F counts only their
+                `neurons`.
+        """
         ...
 
 
@@ -98,7 +105,7 @@ class LocalDispatch:
         index_TK: Tensor,
         weights_TK: Tensor,
         deltas_En: Tensor,
-        support: Tensor,
+        support: Tensor | SupportBlocks,
     ) -> tuple[Tensor, Tensor]:
         """See `ExpertDispatch.element`; uses `element_experts`."""
         return element_experts(act, x_TD, gate_TF, up_TF, index_TK, weights_TK, deltas_En, support)
@@ -150,17 +157,20 @@ def element_experts(
     index_TK: Tensor,
     weights_TK: Tensor,
     deltas_En: Tensor,
-    support: Tensor,
+    support: Tensor | SupportBlocks,
 ) -> tuple[Tensor, Tensor]:
     """Compute expert by expert, on its own tokens."""
+    # A copy, so that autograd does not keep the buffer into which ZeRO-3 gathered the deltas.
+    deltas_En = deltas_En.clone()
+    if isinstance(support, SupportBlocks):
+        return block_experts(act, x_TD, gate_TF, up_TF, index_TK, weights_TK, deltas_En, support)
     sizes = x_TD.shape[1], gate_TF.shape[1]
     shared = element_deltas(support, *sizes) if support.dim() == 1 else None
     order = ByExpert(index_TK)
     counts = torch.bincount(index_TK.flatten(), minlength=len(deltas_En)).tolist()
     sorted_tokens = zip(*(order.sorted(t).split(counts) for t in (x_TD, gate_TF, up_TF)), strict=True)
     changes, extras = [], []
-    # A copy, so that autograd does not keep the buffer into which ZeRO-3 gathered the deltas.
-    for expert, (values, (x, base_gate, base_up)) in enumerate(zip(deltas_En.clone(), sorted_tokens, strict=True)):
+    for expert, (values, (x, base_gate, base_up)) in enumerate(zip(deltas_En, sorted_tokens, strict=True)):
         delta = shared or element_deltas(support[expert], *sizes)
         gate_shift, up_shift = delta.into(x, values)
         h = act(base_gate + gate_shift) * (base_up + up_shift)

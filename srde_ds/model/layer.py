@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from srde_ds.config.granularity import Granularity
 from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank, DeltaLosses
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
@@ -23,17 +24,19 @@ from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (
     Preparation,
     Prepared,
+    PreparedBlocks,
     PreparedDeltas,
-    PreparedElementDeltas,
     PreparedNeuronDeltas,
     PreparedNeurons,
     PreparedNoDeltas,
     PreparedRouter,
+    PreparedWeights,
     arithmetic_dtype,
 )
 from srde_ds.model.router import Router, Routing, route
 from srde_ds.model.shared_expert import SharedExpert, move
 from srde_ds.model.statistics import Softmax, add_routing
+from srde_ds.model.supports.blocks import SupportBlocks
 from srde_ds.weights.schema import NEURONS
 
 
@@ -71,7 +74,7 @@ class SRDEFeedForward(nn.Module):
     compile each layer separately. `dispatch` may be replaced by one that reaches experts on other ranks.
 
     Args:
-        granularity: "neuron" or "element".
+        granularity: "neuron", "block" or "element".
         layer: number of the decoder layer, from 0 at the bottom.
         control: gives all layers of the model their policy.
     """
@@ -86,7 +89,7 @@ class SRDEFeedForward(nn.Module):
         router: Router,
         support: Tensor,
         *,
-        granularity: str,
+        granularity: Granularity,
         layer: int,
         control: PolicyControl,
         shared_expert: SharedExpert | None = None,
@@ -178,6 +181,12 @@ class SRDEFeedForward(nn.Module):
             hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, *chosen, self.support)
             return hidden_TF + change_TF, extra_TD
+        if self.granularity == "block":
+            blocks = SupportBlocks.of(self.support, self.hidden, self.intermediate)
+            (gate_TF, gate), (up_TF, up) = (TakeNeurons.apply(t, blocks.neurons) for t in (gate_TF, up_TF))
+            hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
+            change_TU, extra_TD = self.dispatch.element(act, x_TD, gate, up, *chosen, blocks)
+            return hidden_TF.index_add_(1, blocks.neurons, change_TU), extra_TD
         shared = self.support.dim() == 1
         shape = (len(x_TD), 1 if shared else index_TK.shape[1], self.support.shape[-1])
         neurons = self.support if shared else self.support[index_TK].long().flatten(1)
@@ -196,7 +205,7 @@ class SRDEFeedForward(nn.Module):
     def _fused_activation(self, act: Any, gate_TF: Tensor) -> int | None:
         """The number of the activation for `FusedExperts`; None: it cannot be used."""
         hooked = (act._forward_hooks or act._forward_pre_hooks) and not self.skip_activation_hooks
-        if hooked or self.granularity == "element":
+        if hooked or self.granularity != "neuron":
             return None
         return fused_activation(act, gate_TF, self.support.shape[-1])
 
@@ -261,8 +270,9 @@ class SRDEFeedForward(nn.Module):
         experts: PreparedDeltas
         if not bool(deltas.any()):
             experts = PreparedNoDeltas()
-        elif self.granularity == "element":
-            experts = PreparedElementDeltas(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
+        elif self.granularity != "neuron":
+            kind = PreparedBlocks if self.granularity == "block" else PreparedWeights
+            experts = kind(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
         elif base:
             experts = PreparedNeurons(deltas, self.support, base)
         else:
@@ -275,7 +285,7 @@ class SRDEFeedForward(nn.Module):
 
         The base must compute with just these weights: not quantised, wrapped, hooked or on another device.
         """
-        if self.granularity == "element" or arithmetic_dtype(gate_TF).itemsize < 4:
+        if self.granularity != "neuron" or arithmetic_dtype(gate_TF).itemsize < 4:
             return []
         modules = [getattr(self.block, self.roles[role]) for role in ("gate", "up", "down")]
         for module in modules:

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from srde_ds.config.granularity import Granularity
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import ROLES
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.quantization import weight_of
+from srde_ds.model.supports.blocks import weight_indices
 
 logger = logging.getLogger(__name__)
 
@@ -58,21 +60,28 @@ class Rounding:
 
 
 def merged_weight(
-    weight: Tensor, role: str, support: Tensor, delta: Tensor, granularity: str, rounding: Rounding | None = None
+    weight: Tensor,
+    role: str,
+    support: Tensor,
+    delta: Tensor,
+    granularity: Granularity,
+    rounding: Rounding | None = None,
 ) -> Tensor:
     """W + delta_e for one of a block's matrices, as a new tensor in the dtype of W; the sum is rounded once.
 
     Args:
         weight: gate or up `[F, D]`, down `[D, F]`.
         role: which of ROLES it is.
-        support: the expert's `[m]` neurons, or `[n]` flat indices into gate, up, down.
-        delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]` (element).
+        support: the expert's `[m]` neurons, `[b]` blocks, or `[n]` flat indices into gate, up, down.
+        delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]`.
         rounding: counts what the rounding loses.
     """
     merged, number = weight.detach().clone(), ROLES.index(role)
     index, precise = support.long(), torch.promote_types(weight.dtype, torch.float32)
     place: Any = index
-    if granularity == "element":
+    if granularity != "neuron":
+        hidden, intermediate = weight.shape if role == "down" else weight.shape[::-1]
+        index = weight_indices(granularity, support, hidden, intermediate)
         first = number * weight.numel()
         here = (index >= first) & (index < first + weight.numel())
         merged, place, change = merged.view(-1), index[here] - first, delta[here]
@@ -138,7 +147,7 @@ def merge_into_blocks(layers: Sequence[SRDEFeedForward], expert: int) -> None:
         logger.warning("%s; a base in float32 keeps them exactly", rounding)
 
 
-def expert_delta(deltas: Tensor, expert: int, granularity: str) -> Tensor:
+def expert_delta(deltas: Tensor, expert: int, granularity: Granularity) -> Tensor:
     """One expert's part of a bank's effective deltas: `[D, 3, m]` or `[n]`."""
     return deltas[:, expert] if granularity == "neuron" else deltas[expert]
 

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srde_ds.model.block_experts import BlockMatrix
 from srde_ds.model.dispatch import Activation
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.router import Router, Routing, route
+from srde_ds.model.supports.blocks import block_places
 
 Projection = Callable[[Tensor], Tensor]
 
@@ -213,19 +215,11 @@ class PreparedNeuronDeltas:
         return torch.cat([neurons.flatten(), neurons.flatten() + self.intermediate])
 
 
-class PreparedElementDeltas:
-    """Each expert's delta as two sparse matrices: `[2 * F, D]` (gate above up) and `[D, F]` (down)."""
+class PreparedSparseDeltas:
+    """Each expert's delta as two matrices with few values: `[2 * F, D]` (gate above up) and `[D, F]` (down)."""
 
-    def __init__(self, deltas_En: Tensor, support: Tensor, *, hidden: int, intermediate: int) -> None:
-        size = hidden * intermediate
-        self.dtype = deltas_En.dtype
-        self.into, self.back = [], []
-        for expert, values in enumerate(deltas_En):
-            index, order = (support if support.dim() == 1 else support[expert]).long().sort()
-            values, first_down = values[order], int(torch.searchsorted(index, 2 * size))
-            above, below = index[:first_down], index[first_down:] - 2 * size
-            self.into.append(SparseMatrix(above, values[:first_down], rows=2 * intermediate, columns=hidden))
-            self.back.append(SparseMatrix(below, values[first_down:], rows=hidden, columns=intermediate))
+    def __init__(self, dtype: torch.dtype, into: Sequence[Projection], back: Sequence[Projection]) -> None:
+        self.dtype, self.into, self.back = dtype, into, back
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
@@ -257,6 +251,32 @@ class PreparedElementDeltas:
         gate_shift, up_shift = self.into[expert](x).chunk(2, dim=1)
         h = act(gate + gate_shift) * (up + up_shift)
         return p * (h - act(gate) * up), p * self.back[expert](h)
+
+
+class PreparedWeights(PreparedSparseDeltas):
+    """The deltas of single weights."""
+
+    def __init__(self, deltas_En: Tensor, support: Tensor, *, hidden: int, intermediate: int) -> None:
+        size = hidden * intermediate
+        into, back = [], []
+        for expert, values in enumerate(deltas_En):
+            index, order = (support if support.dim() == 1 else support[expert]).long().sort()
+            values, first_down = values[order], int(torch.searchsorted(index, 2 * size))
+            above, below = index[:first_down], index[first_down:] - 2 * size
+            into.append(SparseMatrix(above, values[:first_down], rows=2 * intermediate, columns=hidden))
+            back.append(SparseMatrix(below, values[first_down:], rows=hidden, columns=intermediate))
+        super().__init__(deltas_En.dtype, into, back)
+
+
+class PreparedBlocks(PreparedSparseDeltas):
+    """The deltas of blocks."""
+
+    def __init__(self, deltas_En: Tensor, support: Tensor, *, hidden: int, intermediate: int) -> None:
+        places = [block_places(own, hidden, intermediate) for own in support.view(-1, support.shape[-1])]
+        places = places * len(deltas_En) if len(places) == 1 else places
+        into = [BlockMatrix(own, values) for (own, _), values in zip(places, deltas_En, strict=True)]
+        back = [BlockMatrix(own, values) for (_, own), values in zip(places, deltas_En, strict=True)]
+        super().__init__(deltas_En.dtype, into, back)
 
 
 class SparseMatrix:

@@ -5,23 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from srde_ds.config.granularity import Granularity
 from srde_ds.model.dispatch import Activation
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import expert_delta
+from srde_ds.model.supports.blocks import weight_indices
 
 Weights = tuple[Tensor, Tensor, Tensor]
 
 
-def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: str) -> Weights:
+def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: Granularity) -> Weights:
     """W + delta_e as new tensors in the dtype of W.
 
     Args:
         weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`.
-        support: the expert's `[m]` neurons, or `[n]` flat indices into gate, up, down.
-        delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]` (element).
+        support: the expert's `[m]` neurons, `[b]` blocks, or `[n]` flat indices into gate, up, down.
+        delta: the expert's effective delta, `[D, 3, m]` (neuron) or `[n]`.
     """
-    index = support.long()
     if granularity == "neuron":
+        index = support.long()
         gate, up, down = (w.detach().clone() for w in weights)
         delta = delta.detach().to(gate.dtype)
         gate[index] += delta[:, 0].T
@@ -29,6 +31,7 @@ def merge_expert(weights: Weights, support: Tensor, delta: Tensor, granularity: 
         down[:, index] += delta[:, 2]
         return gate, up, down
     flat = torch.cat([w.detach().flatten() for w in weights])
+    index = weight_indices(granularity, support, *weights[2].shape)
     flat[index] += delta.detach().to(flat.dtype)
     parts = flat.split([w.numel() for w in weights])
     return parts[0].view_as(weights[0]), parts[1].view_as(weights[1]), parts[2].view_as(weights[2])

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from srde_ds.config import OptimizerConfig
+from srde_ds.config.granularity import Granularity
 from srde_ds.errors import SRDEError
 from srde_ds.utils.tables import aligned_table
 
 
-def group_of_tensor(config: OptimizerConfig, granularity: Literal["neuron", "element"]) -> dict[str, str]:
+def group_of_tensor(config: OptimizerConfig, granularity: Granularity) -> dict[str, str]:
     """The last two parts of a trainable's name -> its group."""
     matrices = "delta_matrices" if config.use_muon else "deltas"
     return {
-        # A free element delta is a list of values, not a matrix that could be orthogonalised.
+        # The free delta of blocks or single weights is a list of values, not a matrix that could be orthogonalised.
         "deltas.free": matrices if granularity == "neuron" else "deltas",
         "deltas.atoms": matrices,
         "deltas.importance": "deltas",
@@ -34,7 +35,8 @@ LOOK_UPS = ("embed", "wte", "wpe", "head", "router")
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon suits a parameter: the weight of a hidden layer, or the delta matrices of experts.
 
-    It does not suit the experts' other tensors: importance, mixing, scores, routers, and free deltas of single weights.
+    It does not suit the experts' other tensors: importance, mixing, scores, routers, and free deltas of
+    blocks or single weights.
     """
     kind = getattr(parameter, "srde_kind", None)
     if kind is not None:
@@ -45,7 +47,7 @@ def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
 def build_groups(
     named_params: Iterable[tuple[str, nn.Parameter]],
     config: OptimizerConfig,
-    granularity: Literal["neuron", "element"],
+    granularity: Granularity,
 ) -> list[dict[str, Any]]:
     """Parameter groups for `GramMuonAdamW`; a group without parameters is left out.
 

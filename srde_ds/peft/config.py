@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftType, TaskType
 
 from srde_ds.config import AdapterConfig, LossConfig, TrainingConfig
+from srde_ds.config.granularity import Granularity
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
 from srde_ds.model.attach import check_experts
@@ -38,7 +39,7 @@ class SRDEConfig(PeftConfig):
         num_experts: experts in each layer.
         top_k: experts that each token uses.
         density: share of the feed-forward weights that an expert may change.
-        granularity: what an expert changes: whole neurons or single weights.
+        granularity: what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights.
         support_strategy: how the weights that may change are chosen: "magnitude" or "random". A saved adapter that is
             loaded may have any strategy.
         support_scope: one support for all experts of a layer, or one for each expert.
@@ -70,7 +71,7 @@ class SRDEConfig(PeftConfig):
     num_experts: int = 6
     top_k: int = 2
     density: float = 0.01
-    granularity: Literal["neuron", "element"] = "neuron"
+    granularity: Granularity = "neuron"
     support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = "magnitude"
     support_scope: Literal["shared", "per_expert"] = "shared"
     num_atoms: int = 0

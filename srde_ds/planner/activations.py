@@ -15,7 +15,12 @@ from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import shards_atoms, slots
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.head import chunk_rows
-from srde_ds.model.supports.selection import shared_expert_size, support_size, value_count
+from srde_ds.model.supports.selection import (
+    shared_expert_size,
+    support_size,
+    touched_neurons,
+    value_count,
+)
 
 FP32, INT64 = 4, 8
 
@@ -54,6 +59,8 @@ def layer_activations(
     experts = _atoms(config, layer, world_size, width)
     if adapter.granularity == "neuron":
         experts += _neuron_remote(config, layer, width) if remote else _neuron(config, layer, width, first)
+    elif adapter.granularity == "block":
+        experts += _block(config, layer, width, remote)
     else:
         experts += _element(config, layer, width, first=first, remote=remote)
     # Of the shared expert: what is added to gate and up, gate, its activation, up, and the hidden values.
@@ -106,6 +113,11 @@ def layer_gradients(config: Config, layer: LayerShape, world_size: int, experts:
     if adapter.granularity == "neuron":
         # Gradients of the experts' values, and of all deltas at three points of the backward.
         within = 4 * t * adapter.num_experts * size + 3 * n * adapter.num_experts
+    elif adapter.granularity == "block":
+        # Of the inputs of all experts; and what one expert computes, about a dozen times its assignments' values.
+        touched = touched_neurons(adapter, layer.hidden, layer.intermediate)
+        own = adapter.top_k * t // adapter.num_experts
+        within = t * (4 * touched + 3 * layer.hidden) + 12 * own * touched + n * adapter.num_experts
     else:  # of one expert's assignments, and of one of its matrices along with the matrix itself
         within = 3 * adapter.top_k * t // adapter.num_experts * layer.intermediate + 2 * layer.matrix
     # Gradients of the hidden values and of their two factors; the hidden values have been freed, if they were kept, but
@@ -187,6 +199,19 @@ def _neuron_remote(config: Config, layer: LayerShape, width: int) -> float:
     matrices = 3 * layer.hidden * experts * size
     change = t * size if adapter.support_scope == "shared" else 0
     return (assignments * values + matrices + change) * width + 3 * assignments * INT64
+
+
+def _block(config: Config, layer: LayerShape, width: int, remote: bool) -> float:
+    """Bytes for the experts' inputs, from which the backward computes all else again, and a copy of the deltas."""
+    adapter = config.adapter
+    touched, assignments = touched_neurons(adapter, layer.hidden, layer.intermediate), adapter.top_k * tokens(config)
+    n = value_count(adapter, layer.hidden, layer.intermediate)
+    experts = slots(adapter.num_experts, config.parallel.expert_parallel_size) if remote else adapter.num_experts
+    if remote:  # what arrives, what comes back, and its weight, here and there
+        values = assignments * (2 * layer.hidden + 3 * touched + 2)
+    else:  # gate and up, and each assignment's weight
+        values = tokens(config) * 2 * touched + assignments
+    return (values + experts * n) * width + assignments * 2 * INT64 * (2 if remote else 1)
 
 
 def _element(config: Config, layer: LayerShape, width: int, *, first: bool, remote: bool) -> float:

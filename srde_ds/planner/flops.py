@@ -47,6 +47,8 @@ def _experts(config: Config, layer: LayerShape, world_size: int, transport: str)
     mixing = 2 * adapter.num_atoms * adapter.num_experts * n
     if shards_atoms(config, world_size):
         mixing = round(mixing / world_size)
+    if adapter.granularity == "block":
+        return 2 * t * adapter.top_k * n + mixing
     if adapter.granularity == "element":
         return 2 * t * adapter.top_k * 3 * layer.matrix + mixing
     # Neuron experts compute every token, unless the tokens travel.

@@ -5,7 +5,8 @@ A weight w_ij is scored by
     activation    |w_ij| * |x_j|            |x_j|: norm of the weight's input over all real tokens of the rows
     gradient      |w_ij| * |dL/dw_ij|       norm over the rows of the gradient of each row's response loss
 
-and a neuron by the norm of its weights' scores (gate and up: its row of the matrix; down: its column).
+and a neuron or a block by the norm of its weights' scores (of a neuron, gate and up: its row of the matrix; down: its
+column).
 
 The gradient is taken for one packed row at a time. A score is then a sum of squares over rows: gradients need not be
 stored, and rows cannot cancel each other. Each row is a batch of its own, and rows are added in a fixed order, so the
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig, Config
+from srde_ds.config.granularity import candidates
 from srde_ds.data.loader import validation_batches
 from srde_ds.distributed.engine import Engine, gather
 from srde_ds.distributed.frozen_base import backward_base, base_alone, forward_base
@@ -34,6 +36,7 @@ from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base import ROLES
 from srde_ds.model.quantization import dense_weight
 from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.supports.blocks import by_block
 from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
 
@@ -140,8 +143,9 @@ class _Scores(Protocol):
 def _scores(model: SRDEModel, adapter: AdapterConfig, device: torch.device) -> _Scores:
     if adapter.support_strategy == "activation":
         return _ActivationScores(model, device)
-    kind = _NeuronGradientScores if adapter.granularity == "neuron" else _ElementGradientScores
-    return kind(model, device)
+    if adapter.granularity == "element":
+        return _ElementGradientScores(model, device)
+    return _SummedGradientScores(model, device)
 
 
 def _block_shapes(model: SRDEModel) -> list[tuple[int, int]]:
@@ -265,21 +269,27 @@ class _GradientScores:
         raise NotImplementedError
 
 
-class _NeuronGradientScores(_GradientScores):
-    """F sums for each layer."""
+class _SummedGradientScores(_GradientScores):
+    """A sum for each neuron or block of a layer."""
 
     def __init__(self, model: SRDEModel, device: torch.device) -> None:
-        self._sums = _LayerSums([intermediate for _, intermediate in _block_shapes(model)], device)
+        self._granularity = model.config.granularity
+        sizes = [candidates(self._granularity, *shape) for shape in _block_shapes(model)]
+        self._sums = _LayerSums(sizes, device)
         self.end_row = self._sums.end_row
 
     def _add(self, layer: int, role: str, squares: Tensor) -> None:
-        neurons = squares.sum(0 if role == "down" else 1, dtype=torch.float64)
-        self._sums.row_of_layer[layer].add_(neurons)
+        row = self._sums.row_of_layer[layer]
+        if self._granularity == "neuron":
+            row.add_(squares.sum(0 if role == "down" else 1, dtype=torch.float64))
+        else:
+            blocks = by_block(squares).sum((1, 3), dtype=torch.float64).flatten()
+            row.narrow(0, ROLES.index(role) * len(blocks), len(blocks)).add_(blocks)
 
     def of_layer(self, layer: int) -> Tensor:
         return self._sums.of_layer[layer]
 
-    def merge(self, other: _NeuronGradientScores) -> None:
+    def merge(self, other: _SummedGradientScores) -> None:
         self._sums.merge(other._sums)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
+from srde_ds.config.granularity import candidates, entry_weights
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.dtypes import dtype_name
@@ -172,7 +173,7 @@ def layer_shapes(
 
     Args:
         hidden: D.
-        size: number of entries in an expert's support, m or n.
+        size: number of entries in an expert's support.
         domains: number of domains with statistics.
         neurons: number of neurons that the shared expert changes, if there is one.
     """
@@ -185,11 +186,12 @@ def layer_shapes(
     if config.shared_expert_density:
         shapes |= {NEURONS: (neurons,), SHARED_DELTA: (hidden, 3, neurons)}
     shapes["support"] = (size,) if config.support_scope == "shared" else (experts, size)
+    values = size * entry_weights(config.granularity, hidden)
     if atoms == 0:
-        return shapes | {"deltas.free": (hidden, 3 * experts, size) if neuron else (experts, size)}
+        return shapes | {"deltas.free": (hidden, 3 * experts, size) if neuron else (experts, values)}
     return shapes | {
-        "deltas.atoms": (hidden, 3 * atoms, size) if neuron else (size, 1, atoms),
-        "deltas.importance": (experts, 3, hidden, size) if neuron else (experts, size),
+        "deltas.atoms": (hidden, 3 * atoms, size) if neuron else (values, 1, atoms),
+        "deltas.importance": (experts, 3, hidden, size) if neuron else (experts, values),
         "deltas.mixing": (experts, atoms),
     }
 
@@ -244,12 +246,12 @@ def check_fits_base(
         found = tensors[f"layers.{layer}.router.weight"].shape[1]
         if found != hidden:
             raise SRDEError(f"weights '{place}': layer {layer} is made for a hidden size of {found}, not {hidden}.")
-        candidates = intermediate if config.granularity == "neuron" else 3 * hidden * intermediate
+        existing = candidates(config.granularity, hidden, intermediate)
         for part in ("support", NEURONS) if config.shared_expert_density else ("support",):
             largest = int(tensors[f"layers.{layer}.{part}"].load().max())
-            if largest >= candidates:
+            if largest >= existing:
                 raise SRDEError(
-                    f"weights '{place}': layers.{layer}.{part} holds the index {largest}, the base has {candidates} "
+                    f"weights '{place}': layers.{layer}.{part} holds the index {largest}, the base has {existing} "
                     f"{config.granularity}s in a layer. Give the base that they were trained on."
                 )
 

@@ -54,7 +54,7 @@ def one_gradient_at_a_time() -> Iterator[list[int]]:
         return watched
 
     with ExitStack() as patches:
-        for kind in (calibration._NeuronGradientScores, calibration._ElementGradientScores):
+        for kind in (calibration._SummedGradientScores, calibration._ElementGradientScores):
             patches.enter_context(patch.object(kind, "_add", watching(kind._add)))
         yield sizes
 

@@ -20,6 +20,7 @@ from srde_ds.distributed.transport import DeltaTransport, TokenTransport
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import ExpertDispatch, element_experts, neuron_experts
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.supports.blocks import SupportBlocks
 from srde_ds.model.supports.selection import support_size, value_count
 from tests.distributed.harness import Ranks
 from tests.helpers import gradient_of, randomize, tiny_srde
@@ -54,15 +55,20 @@ def check(transport: str, granularity: str, shared: bool, kind: str) -> None:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     width = NEURONS if granularity == "neuron" else WIDTH
-    copies = 1 if shared or granularity == "element" else 2
-    tokens = [
-        (random(TOKENS, HIDDEN), random(TOKENS, copies, width), random(TOKENS, copies, width)) for _ in range(size)
-    ]
+    copies = 1 if shared or granularity != "neuron" else 2
+    hidden, entries, size_of_support = HIDDEN, 3 * HIDDEN * WIDTH, 12
+    if granularity == "block":
+        hidden, entries, size_of_support = 16, 3 * 4, 5
+    support: Any = torch.stack([torch.randperm(entries, generator=generator)[:size_of_support] for _ in range(EXPERTS)])
+    support = support[0].int() if shared else support.int()
     shape = (EXPERTS, HIDDEN, 3, NEURONS) if granularity == "neuron" else (EXPERTS, 12)
+    if granularity == "block":
+        support, shape = SupportBlocks.of(support, hidden, 64), (EXPERTS, 5 * 256)
+        width = len(support.neurons)
+    tokens = [
+        (random(TOKENS, hidden), random(TOKENS, copies, width), random(TOKENS, copies, width)) for _ in range(size)
+    ]
     deltas = 0.3 * random(*shape)
-    entries = 3 * HIDDEN * WIDTH
-    support = torch.stack([torch.randperm(entries, generator=generator)[:12] for _ in range(EXPERTS)]).int()
-    support = support[0] if shared else support
     dispatch = TRANSPORTS[transport](group, EXPERTS)
 
     def run(deltas: Tensor, whose: int, local: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -106,7 +112,8 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 @pytest.mark.parametrize("kind", ["uneven", "all to one expert", "rank 0 routes nothing", "one expert gets none"])
 @pytest.mark.parametrize(
-    "granularity, shared", [("neuron", True), ("neuron", False), ("element", True), ("element", False)]
+    "granularity, shared",
+    [("neuron", True), ("neuron", False), ("block", True), ("block", False), ("element", True), ("element", False)],
 )
 @pytest.mark.parametrize("transport", ["tokens", "deltas"])
 def test_transport_equals_local_experts(

@@ -17,9 +17,10 @@ from srde_ds.model.merging import expert_delta
 from srde_ds.model.policy import LossWeights, RoutingPolicy
 from srde_ds.model.reference import element_support, merge_expert, reference_forward
 from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.model.supports.blocks import weight_indices
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
-GRANULARITIES = ("neuron", "element")
+GRANULARITIES = ("neuron", "block", "element")
 SCOPES = ("shared", "per_expert")
 ATOMS: tuple[dict[str, Any], ...] = (
     {"num_atoms": 0},
@@ -81,7 +82,7 @@ def test_prepared_deltas_are_made_anew_when_something_changes(granularity: str) 
     sixth = prepared()
     assert sixth is not fifth
     cast("nn.Linear", layer.block.up_proj).weight.mul_(1.5)
-    assert granularity == "element" or prepared() is not sixth
+    assert granularity != "neuron" or prepared() is not sixth
     layer.double()
     x = x.double()
     prepared()
@@ -174,7 +175,7 @@ def test_effective_deltas_follow_their_definition(granularity: str, atoms: dict[
 
         def value(name: str, i: int, k: int = k, row: int = row, column: int = column) -> Tensor:
             """Of expert or atom i, for the same weight."""
-            if granularity == "element":
+            if granularity != "neuron":
                 return p[name][row, 0, i] if name == "atoms" else p[name][i, row]
             return p[name][i, k, row, column] if name == "importance" else p[name][row, 3 * i + k, column]
 
@@ -261,6 +262,29 @@ def test_a_neuron_support_through_the_element_path_gives_the_same(scope: str) ->
     torch.testing.assert_close(neuron(tokens()).logits, element(tokens()).logits, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_blocks_through_the_element_path_give_the_same_values_and_gradients(scope: str, dtype: torch.dtype) -> None:
+    form: dict[str, Any] = {"dtype": dtype, "support_scope": scope, "density": 0.1, "support_strategy": "random"}
+    block, element = (randomize(tiny_srde(granularity=name, **form)) for name in ("block", "element"))
+    found = []
+    for source, target in zip(block.layers, element.layers, strict=True):
+        target.router.load_state_dict(source.router.state_dict())
+        rows = source.support.view(-1, source.support.shape[-1])
+        support = torch.stack([weight_indices("block", row, 32, 96) for row in rows]).int()
+        target.register_buffer("support", support[0] if scope == "shared" else support)
+        target.deltas.free.data = source.deltas.free.detach().clone()
+    for model in (block, element):
+        x = model.base.get_input_embeddings()(tokens()).requires_grad_()
+        logits = model.base(inputs_embeds=x).logits
+        logits.float().square().mean().backward()
+        gradients = [gradient_of(parameter) for _, parameter in model.trainable_parameters()]
+        found.append([logits, gradient_of(x), *gradients])
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    for one, two in zip(*found, strict=True):
+        assert (one - two).norm() <= tolerance * two.norm()
+
+
 def test_locked_experts_do_not_take_part() -> None:
     model = randomize(tiny_srde(dtype=torch.float64))
     statistics = RoutingStatistics(2, 3)
@@ -309,18 +333,19 @@ def test_an_expert_without_tokens_still_gets_a_gradient_tensor(granularity: str)
 @pytest.mark.parametrize("atoms", ATOMS)
 @pytest.mark.parametrize(("granularity", "scope"), itertools.product(GRANULARITIES, SCOPES))
 def test_gradients_equal_finite_differences(granularity: str, scope: str, atoms: dict[str, Any]) -> None:
-    base = tiny_llama(
-        dtype=torch.float64, hidden_size=4, intermediate_size=6, num_attention_heads=2, num_hidden_layers=1
-    )
+    hidden, intermediate = (16, 48) if granularity == "block" else (4, 6)
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": 2, "num_hidden_layers": 1}
+    base = tiny_llama(dtype=torch.float64, **sizes)
     model = randomize(tiny_srde(base=base, granularity=granularity, support_scope=scope, density=0.3, **atoms))
     layer = model.layers[0]
     names, values = zip(*((n, p) for n, p in layer.named_parameters() if p.requires_grad), strict=True)
-    x = torch.randn(1, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(4), requires_grad=True)
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(1, 3, hidden, dtype=torch.float64, generator=generator, requires_grad=True)
 
     def function(x: Tensor, *parameters: Tensor) -> Tensor:
         return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
 
-    assert torch.autograd.gradcheck(function, (x, *values))
+    assert torch.autograd.gradcheck(function, (x, *values), fast_mode=granularity == "block")  # it has many values
 
 
 def test_packed_documents_do_not_see_each_other() -> None:

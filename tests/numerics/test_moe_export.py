@@ -204,6 +204,7 @@ def test_a_selection_bias_is_refused_where_it_would_choose_other_experts(bases: 
     ("base", "adapter", "message"),
     [
         ("llama", {"granularity": "element"}, "granularity=element changes single weights.*--to dense"),
+        ("llama", {"granularity": "block"}, "granularity=block changes blocks of 16 x 16 weights.*--to dense"),
         ("qwen3", {}, r"layers have self_attn\.k_norm\.weight, self_attn\.q_norm\.weight, which it lacks"),
         ("gemma", {}, "of type 'gemma'; only these types are known to compute the same: llama"),
         ("llama with biases in its blocks", {}, r"layers have mlp\.down_proj\.bias, mlp\.gate_proj\.bias"),

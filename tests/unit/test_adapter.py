@@ -24,7 +24,7 @@ from tests.helpers import adapter_config, gradient_of, randomize, tiny_llama, ti
 D, F, E = 32, 96, 3
 FORMS = [
     {"granularity": granularity, "support_scope": scope} | atoms
-    for granularity in ("neuron", "element")
+    for granularity in ("neuron", "block", "element")
     for scope in ("shared", "per_expert")
     for atoms in ({"num_atoms": 0}, {"num_atoms": 4}, {"num_atoms": 4, "atom_mixing": "softmax"})
 ]
@@ -32,9 +32,13 @@ FORMS = [
 
 def expected_shapes(form: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     neuron, atoms = form["granularity"] == "neuron", form["num_atoms"]
-    size = 5 if neuron else round(0.05 * 3 * D * F)
+    size = {"neuron": 5, "block": round(0.05 * 3 * D * F / 256), "element": round(0.05 * 3 * D * F)}[
+        form["granularity"]
+    ]
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (E, D)}
     shapes["support"] = (size,) if form["support_scope"] == "shared" else (E, size)
+    if form["granularity"] == "block":
+        size *= 256
     if atoms == 0:
         shapes["deltas.free"] = (D, 3 * E, size) if neuron else (E, size)
     else:

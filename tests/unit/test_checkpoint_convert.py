@@ -43,7 +43,10 @@ def save_model(model: SRDEModel, run: Path, **given: Any) -> Path:
     return save(run, 5, slices=pieces, **(contents | given))
 
 
-@pytest.mark.parametrize("options", [{}, {"granularity": "element", "num_atoms": 2, "support_scope": "per_expert"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"granularity": "block"}, {"granularity": "element", "num_atoms": 2, "support_scope": "per_expert"}],
+)
 def test_the_exported_file_gives_the_saved_model(tmp_path: Path, options: dict[str, Any]) -> None:
     model = randomize(tiny_srde(**options))
     model.layers[1].router.load_selection_bias(torch.tensor([1.0, -2.0, 0.3]))

@@ -36,6 +36,8 @@ NEURONS: list[dict[str, Any]] = [
 ]
 ELEMENTS = [form | {"granularity": "element", "density": form["density"] / 10} for form in NEURONS]
 
+BLOCKS = [form | {"granularity": "block"} for form in NEURONS]
+
 
 def made(folder: Path, names: list[str], *, seed: int, base: Any = None, **form: Any) -> tuple[Path, SRDEModel]:
     """An adapter with random experts and statistics of their domains."""
@@ -53,7 +55,7 @@ def alone(model: SRDEModel, expert: str) -> Tensor:
         return model(tokens()).logits
 
 
-@pytest.mark.parametrize("forms", [NEURONS, ELEMENTS], ids=["neuron", "element"])
+@pytest.mark.parametrize("forms", [NEURONS, BLOCKS, ELEMENTS], ids=["neuron", "block", "element"])
 @pytest.mark.parametrize("training", [False, True])
 def test_each_expert_alone_computes_what_it_did(forms: list[dict[str, Any]], training: bool, tmp_path: Path) -> None:
     names = [["math", "code"], ["law"], ["red", "green", "blue"]]

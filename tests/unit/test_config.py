@@ -76,7 +76,7 @@ def test_defaults_are_valid_and_survive_a_round_trip(tmp_path: Path) -> None:
         ("muon_lr", float("inf"), "must be finite"),
         ("bf16", "maybe", "must be true or false"),
         ("bf16", 1, "must be true or false"),
-        ("granularity", "atom", "choose one of neuron, element"),
+        ("granularity", "atom", "choose one of neuron, block, element"),
         ("granularity", ["neuron"], "choose one of"),
         ("preset", ["reference"], "choose one of default, reference"),
         ("preset", "refrence", "choose one of default, reference"),

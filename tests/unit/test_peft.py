@@ -112,7 +112,7 @@ def test_another_peft_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
     ("options", "message"),
     [
         ({"density": 2.0}, "density=2.0: must be at most 1.0"),
-        ({"granularity": "row"}, "granularity='row': choose one of neuron, element"),
+        ({"granularity": "row"}, "granularity='row': choose one of neuron, block, element"),
         ({"router_z_weight": -1}, "router_z_weight=-1.0: must be at least 0"),
         ({"support_strategy": "gradient"}, "support_strategy=gradient: needs data"),
         ({"target_modules": ["q_proj"]}, "target_modules=.*Leave it out"),

@@ -85,7 +85,7 @@ def test_experts_are_trained_saved_and_loaded(kind: type[PackedLinear], tmp_path
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize("granularity", ["neuron", "block", "element"])
 def test_they_compute_what_they_would_on_plain_matrices(kind: type[PackedLinear], granularity: str) -> None:
     model = tiny_peft(packed(kind), granularity=granularity)
     whole = tiny_peft(unpacked(packed(kind)), granularity=granularity)

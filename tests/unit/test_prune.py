@@ -42,6 +42,9 @@ FORMS = [
     for scope in ("shared", "per_expert")
     for atoms in ATOMS
 ]
+BLOCKS: list[dict[str, Any]] = [
+    {"granularity": "block", "support_scope": scope, "num_atoms": 0} for scope in ("shared", "per_expert")
+]
 Tensors = dict[tuple[str, str], Tensor]
 
 
@@ -165,7 +168,7 @@ def test_values_and_optimizer_state_of_the_largest_deltas_stay(
                     assert torch.equal(found, entry(old[kind, name], part, form["granularity"], owner, where[j])), name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *BLOCKS])
 def test_the_pruned_model_is_the_old_one_without_the_dropped_entries(
     base: Path, tmp_path: Path, form: dict[str, Any]
 ) -> None:
@@ -184,6 +187,8 @@ def test_the_pruned_model_is_the_old_one_without_the_dropped_entries(
                     bank.importance[expert, ..., dropped] = -torch.inf  # its factor becomes zero
                 elif form["granularity"] == "neuron":
                     bank.free[:, 3 * expert : 3 * expert + 3, dropped] = 0
+                elif form["granularity"] == "block":
+                    bank.free[expert].view(-1, 256)[dropped] = 0
                 else:
                     bank.free[expert, dropped] = 0
     torch.testing.assert_close(pruned(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-4)
@@ -239,6 +244,8 @@ def test_any_number_of_ranks_prunes_what_any_other_saved(base: Path, tmp_path: P
 # --- learned supports ------------------------------------------------------------------------------------------------
 
 LEARNED = [
+    {"granularity": "block", "support_scope": "shared"},
+    {"granularity": "block", "support_scope": "per_expert"},
     {"granularity": "neuron", "support_scope": "shared"},
     {"granularity": "neuron", "support_scope": "per_expert"},
     {"granularity": "neuron", "support_scope": "shared", "num_atoms": 4},
@@ -265,7 +272,7 @@ def test_learned_scores_decide_and_go(base: Path, tmp_path: Path, form: dict[str
         assert torch.equal(tensor, late.adapter_tensors()[name]), name
     torch.testing.assert_close(late(tokens()).logits, model(tokens()).logits, rtol=1e-4, atol=1e-4)
     for layer, module in enumerate(model.layers):
-        block = 1 if form["granularity"] == "neuron" else 64
+        block = 64 if form["granularity"] == "element" else 1
         keep = late.layers[layer].support.shape[-1]
         for row, scores in enumerate(module.deltas.scores.detach()):
             entries = scores.repeat_interleave(block)[: module.support.shape[-1]]

@@ -8,18 +8,22 @@ import pytest
 import torch
 
 from srde_ds.errors import SRDEError
+from srde_ds.model.base import ROLES
 from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.supports.blocks import weight_indices
 from srde_ds.model.supports.selection import (
     activation_scores,
     best_entries,
+    magnitude_scores,
     random_subset,
     ranking,
     select_support,
     support_size,
     value_count,
 )
+from srde_ds.training.calibration import _SummedGradientScores
 from srde_ds.weights.schema import support_hash
-from tests.helpers import adapter_config
+from tests.helpers import adapter_config, tiny_srde
 
 D, F = 8, 24
 
@@ -130,6 +134,31 @@ def test_activation_scores_weigh_each_weight_by_its_input(dtype: torch.dtype) ->
     ]
     found = activation_scores("neuron", gate, up, down, input_norm, hidden_norm)
     torch.testing.assert_close(found, torch.stack(neurons).sqrt(), rtol=1e-6, atol=0)
+
+
+def test_blocks_with_the_largest_norms_are_chosen() -> None:
+    """Counted by hand: the largest weights are in one block of each matrix."""
+    gate, up, down = torch.ones(48, 32), torch.ones(48, 32), torch.ones(32, 48)
+    gate[17, 3], up[47, 31], down[16:32, 32:48] = 100, 90, 8  # norms of about 101, 91 and 128
+    config = adapter_config(granularity="block", density=3 / 18)
+    sizes: dict[str, int] = {"hidden": 32, "intermediate": 48, "seed": 0, "layer": 0}
+    assert select_support(config, (gate, up, down), **sizes).tolist() == [2, 6 + 5, 12 + 5]
+    found = activation_scores("block", gate, up, down, torch.ones(32), 2 * torch.ones(48))
+    assert found[12:].tolist() == [32.0] * 5 + [256.0]
+    indices = weight_indices("block", torch.tensor([2, 17]), 32, 48).view(2, 16, 16)
+    assert indices[0, 1, 3] == 17 * 32 + 3 and indices[1, 2, 4] == 2 * 48 * 32 + 18 * 48 + 36
+    with pytest.raises(SRDEError, match="granularity=block with a base of hidden size 40 and feed-forward size 48"):
+        select_support(config, (gate, up, down), **sizes | {"hidden": 40})
+
+
+def test_squares_of_gradients_are_summed_by_block() -> None:
+    scores = _SummedGradientScores(tiny_srde(granularity="block"), torch.device("cpu"))
+    squares = {role: torch.rand(shape) for role, shape in zip(ROLES, [(96, 32), (96, 32), (32, 96)], strict=True)}
+    for role in ("down", "gate", "up"):
+        scores._add(1, role, squares[role])
+    expected = magnitude_scores("block", *(squares[role].sqrt() for role in ROLES)).square()
+    torch.testing.assert_close(scores._sums.row_of_layer[1], expected, rtol=1e-6, atol=0)
+    assert not scores._sums.row_of_layer[0].any()
 
 
 def test_best_entries_come_in_ascending_order() -> None:

@@ -29,6 +29,7 @@ SPARE_MEMORY = 512 * 2**20
 FORMS: list[dict[str, Any]] = [
     {},
     {"num_atoms": 2, "support_scope": "per_expert"},
+    {"granularity": "block"},
     {"granularity": "element", "density": 0.002},
     {"granularity": "element", "density": 0.002, "num_atoms": 2, "support_scope": "per_expert"},
 ]

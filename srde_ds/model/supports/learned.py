@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from srde_ds.model.seeding import seeded_generator
 
 # Entries of a support that share a score. With a score for each, element granularity would train twice as many values.
-BLOCK_SIZE = {"neuron": 1, "element": 64}
+BLOCK_SIZE = {"neuron": 1, "block": 1, "element": 64}
 
 
 def kept_entries(scores_SB: Tensor, *, entries: int, keep: int, block: int) -> Tensor:
@@ -40,7 +40,7 @@ class SupportGate:
     """Turns the scores of a layer into masks over its candidates. Holds no parameters.
 
     Args:
-        entries: number of candidates: neurons, or single weights.
+        entries: number of candidates: neurons, blocks of weights, or single weights.
         keep: how many of them stay.
         block: consecutive entries that share a score.
         seed: the noise depends only on it, the layer and the step, so it is the same on all ranks, in all micro-steps

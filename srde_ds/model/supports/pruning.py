@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
+from srde_ds.config.granularity import BLOCK_SIDE
 from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.supports.learned import BLOCK_SIZE, kept_entries
 from srde_ds.model.supports.selection import ranking
@@ -21,9 +22,9 @@ def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: in
     """Positions in the support that stay, `[S, keep]` int64, ascending; S = E if each expert keeps its own, else 1.
 
     Learned scores decide, if there are any. Otherwise the size of the effective delta does: the norm of a neuron's
-    gate, up and down values, or a single weight's absolute value; among equal ones the lower position stays. Experts
-    that share a support keep the same positions, by the root of the sum of squares over the experts. So do experts with
-    their own supports but shared atoms, since an atom has one value for each position.
+    gate, up and down values or of a block's values, or a single weight's absolute value; among equal ones the lower
+    position stays. Experts that share a support keep the same positions, by the root of the sum of squares over the
+    experts. So do experts with their own supports but shared atoms, since an atom has one value for each position.
 
     Args:
         values: the layer's tensors without padding, by the last part of their names: "free", or "atoms", "importance"
@@ -48,6 +49,9 @@ def at_positions(config: AdapterConfig, name: str, tensor: Tensor, positions: Te
         positions: the result of `kept_positions`.
     """
     kind = name.rpartition(".")[2]
+    if config.granularity == "block" and kind in ("free", "importance", "atoms"):
+        inside = torch.arange(BLOCK_SIDE**2)
+        positions = (BLOCK_SIDE**2 * positions[:, :, None] + inside).flatten(1)
     if kind == "support":
         supports_Sm = tensor.view(-1, tensor.shape[-1])
         return supports_Sm.gather(1, positions.expand(len(supports_Sm), -1)).view(*tensor.shape[:-1], -1)
@@ -73,4 +77,5 @@ def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) ->
         deltas = bank()
         if neuron:
             return torch.linalg.vector_norm(deltas, dim=(0, 2), dtype=torch.float64)
-        return deltas.double().abs()
+        by_entry = deltas.unflatten(1, (size, -1))
+        return torch.linalg.vector_norm(by_entry, dim=2, dtype=torch.float64)

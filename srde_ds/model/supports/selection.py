@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
+from srde_ds.config.granularity import BLOCK_SIDE, candidates, entry_weights
 from srde_ds.errors import SRDEError
 from srde_ds.model.seeding import seeded_generator
+from srde_ds.model.supports.blocks import by_block
 
 
 def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
-    """Number of entries in an expert's support: m neurons, or n weights for element granularity."""
-    candidates = _candidates(config, hidden, intermediate)
-    return min(candidates, max(1, round(config.density * candidates)))
+    """Number of entries in an expert's support: m neurons, b blocks or n weights."""
+    total = candidates(config.granularity, hidden, intermediate)
+    return min(total, max(1, round(config.density * total)))
 
 
 def kept_size(config: AdapterConfig, target_density: float | None, hidden: int, intermediate: int) -> int | None:
@@ -27,12 +29,18 @@ def kept_size(config: AdapterConfig, target_density: float | None, hidden: int, 
 
 def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
     """The number of weights that an expert changes in a layer."""
-    size = support_size(config, hidden, intermediate)
-    return 3 * size * hidden if config.granularity == "neuron" else size
+    return support_size(config, hidden, intermediate) * entry_weights(config.granularity, hidden)
+
+
+def touched_neurons(config: AdapterConfig, hidden: int, intermediate: int) -> int:
+    """How many neurons have a weight in a block of some expert, if blocks may be anywhere; by magnitude they are fewer,
+    since large weights are close to each other."""
+    supports = 1 if config.support_scope == "shared" else config.num_experts
+    return round(intermediate * (1 - (1 - config.density) ** (3 * hidden / BLOCK_SIDE * supports)))
 
 
 def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tuple[int, ...]:
-    """`[m]` or `[n]` when the experts share the support, `[E, m]` or `[E, n]` otherwise."""
+    """`[size]` when the experts share the support, `[E, size]` otherwise."""
     size = support_size(config, hidden, intermediate)
     return (size,) if config.support_scope == "shared" else (config.num_experts, size)
 
@@ -77,11 +85,16 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
         SRDEError: the experts' disjoint slices do not fit, indices exceed int32, experts are to learn their own
             supports although they share atoms, or there is no place for a shared expert.
     """
-    candidates = _candidates(config, hidden, intermediate)
-    if candidates > 2**31 - 1:
+    total = candidates(config.granularity, hidden, intermediate)
+    if total > 2**31 - 1:
         raise SRDEError(
-            f"granularity=element: a layer of {candidates} feed-forward weights exceeds int32 indices; "
-            "use granularity=neuron."
+            f"granularity=element: a layer of {total} feed-forward weights exceeds int32 indices; "
+            "use granularity=neuron or block."
+        )
+    if config.granularity == "block" and (hidden % BLOCK_SIDE or intermediate % BLOCK_SIDE):
+        raise SRDEError(
+            f"granularity=block with a base of hidden size {hidden} and feed-forward size {intermediate}: both must "
+            f"be multiples of {BLOCK_SIDE}. Give --granularity neuron or element."
         )
     if config.support_strategy == "learned" and config.support_scope == "per_expert" and config.num_atoms:
         raise SRDEError(
@@ -93,10 +106,10 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
         _check_shared_expert(config, hidden, intermediate)
     disjoint = config.support_scope == "per_expert" and config.support_strategy == "magnitude"
     experts, size = config.num_experts, support_size(config, hidden, intermediate)
-    if disjoint and experts * size > candidates:
+    if disjoint and experts * size > total:
         raise SRDEError(
             f"density={config.density} for {experts} experts with support_scope=per_expert: {experts} disjoint slices "
-            f"of {size} do not fit into {candidates} {config.granularity}s; lower density to "
+            f"of {size} do not fit into {total} {config.granularity}s; lower density to "
             f"{1 / experts:.4g} or less, or use support_scope=shared."
         )
 
@@ -133,9 +146,9 @@ def select_support(
 ) -> Tensor:
     """The support of one layer, int32 on the CPU, in shape `support_shape`, with ascending indices for each expert.
 
-    Neuron granularity: indices into F. Element granularity: flat indices into the concatenation of the three weight
-    matrices. The result depends on the values of the weights (not their dtype or device), the seed and the layer, but
-    not on the number of processes.
+    Neuron granularity: indices into F. Block granularity: numbers of blocks, see `blocks.py`. Element granularity: flat
+    indices into the concatenation of the three weight matrices. The result depends on the values of the weights (not
+    their dtype or device), the seed and the layer, but not on the number of processes.
 
     Args:
         weights: gate `[F, D]`, up `[F, D]`, down `[D, F]`. They are not read for `random`.
@@ -144,12 +157,12 @@ def select_support(
         SRDEError: as `check_support`.
     """
     check_support(config, hidden, intermediate)
-    candidates = _candidates(config, hidden, intermediate)
+    total = candidates(config.granularity, hidden, intermediate)
     size = support_size(config, hidden, intermediate)
     count = 1 if config.support_scope == "shared" else config.num_experts
     if config.support_strategy == "random":
         support = torch.stack(
-            [random_subset(candidates, size, seeded_generator(seed, "support", layer, e)) for e in range(count)]
+            [random_subset(total, size, seeded_generator(seed, "support", layer, e)) for e in range(count)]
         )
     elif config.support_strategy == "magnitude":
         support = ranking(magnitude_scores(config.granularity, *weights), count * size).view(count, size)
@@ -160,11 +173,14 @@ def select_support(
 
 
 def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """`[F]` norms of the neurons, or `[3*F*D]` absolute values of the weights.
+    """`[F]` norms of the neurons, `[3*F*D/256]` norms of the blocks, or `[3*F*D]` absolute values of the weights.
 
     Neuron j is row j of gate and up, and column j of down. Norms are in float64, so that a checkpoint gives the same
     ranking in bf16 and in fp32.
     """
+    if granularity == "block":
+        squares = [by_block(w.detach()) for w in (gate, up, down)]
+        return torch.cat([torch.linalg.vector_norm(s, dim=(1, 3), dtype=torch.float64).flatten() for s in squares])
     if granularity == "element":
         return torch.cat([w.detach().flatten().abs().float() for w in (gate, up, down)])
     norms = [
@@ -176,7 +192,7 @@ def magnitude_scores(granularity: str, gate: Tensor, up: Tensor, down: Tensor) -
 def activation_scores(
     granularity: str, gate: Tensor, up: Tensor, down: Tensor, input_norm_D: Tensor, hidden_norm_F: Tensor
 ) -> Tensor:
-    """`magnitude_scores`, `[F]` or `[3*F*D]`, of the weights times the norms of their inputs.
+    """`magnitude_scores` of the weights times the norms of their inputs.
 
     This is |W| * |x| of Wanda (arXiv 2306.11695), but ranked over the layer instead of within each output.
 
@@ -221,7 +237,3 @@ def random_subset(total: int, count: int, generator: torch.Generator) -> Tensor:
         drawn = torch.randint(total, (count - chosen.numel(),), generator=generator)
         chosen = torch.cat([chosen, drawn]).unique()
     return chosen
-
-
-def _candidates(config: AdapterConfig, hidden: int, intermediate: int) -> int:
-    return intermediate if config.granularity == "neuron" else 3 * hidden * intermediate
