@@ -198,7 +198,7 @@ def quantized_goals() -> list[tuple[str, str, Figure]]:
 
 def missing_goals() -> list[tuple[str, str, Figure]]:
     """Asked for: the kernels of experts, which no GPU has run, and what has no figure."""
-    there, kernels = Figure(NOT_THERE), read("kernels.json")["rows"]
+    kernels = read("kernels.json")["rows"]
     spills = sum(row["spill_stores"] + row["spill_loads"] for row in kernels)
     registers, widest = (max(row[key] for row in kernels) for key in ("registers", "neurons"))
     return [
