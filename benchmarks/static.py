@@ -303,7 +303,7 @@ def large_model(config: Config, layers: int) -> SRDEModel:
     roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn"}
     with (  # both would read weights
         patch.object(base_module, "verify_block", lambda *_, **__: roles),
-        patch.object(attach, "base_identity", lambda *_, **__: {}),
+        patch.object(attach, "identity_before_quantization", lambda *_, **__: {}),
     ):
         return add_experts(base, config.adapter, expert_names=names, seed=0, supports=supports).train()
 

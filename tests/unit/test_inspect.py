@@ -61,7 +61,8 @@ def test_the_numbers_are_the_models(form: dict[str, Any], tmp_path: Path) -> Non
     assert found.selection_biases == [1]
     assert found.values == sum(parameter.numel() for _, parameter in model.trainable_parameters())
     size = model.layers[0].support.shape[-1]
-    assert found.values_per_expert == 2 * size * (3 * 32 if model.config.granularity == "neuron" else 1)
+    weights = {"neuron": 3 * 32, "block": 16 * 16, "element": 1}[model.config.granularity]
+    assert found.values_per_expert == 2 * size * weights
     expected = torch.eye(3) if form.get("support_scope") == "per_expert" else torch.ones(3, 3)
     torch.testing.assert_close(torch.tensor(found.support_overlap), expected, rtol=0, atol=0)
     assert found.domain_tokens == {"expert0": 100, "expert1": 101} and min(found.domain_distances) > 1
