@@ -45,7 +45,7 @@ setup(
         "torch>=2.11",
         "deepspeed==0.19.8",
         "transformers>=5.17",
-        "charset-normalizer>=3.0",  # names the encoding of a file that is not UTF-8
+        "charset-normalizer>=3.5",  # names the encoding of a file that is not UTF-8
         "accelerate>=1.10",  # transformers needs it to load a base sharded
         "datasets>=4.0",
         "math-verify>=0.9",

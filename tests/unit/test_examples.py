@@ -9,6 +9,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from srde_ds.optim import for_trainer
 from srde_ds.peft.rows import by_domain, conversations_of
 from tests.cli_helpers import DOMAINS, flags, save_base, write_records
 from tests.data_helpers import write_jsonl
+
+needs_trl = pytest.mark.skipif(find_spec("trl") is None, reason="trl is not installed: pip install srde-ds[trl]")
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -61,10 +64,12 @@ def differ(folder: Path, other: Path, part: str) -> bool:
     return all(not torch.equal(found[name], others[name]) for name in found if name.endswith(part))
 
 
+@needs_trl
 def test_sft(trained: Path) -> None:
     assert all(bool(tensor.any()) for name, tensor in tensors(trained).items() if name.endswith("deltas.free"))
 
 
+@needs_trl
 def test_dpo(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [{"prompt": f"{n}?", "chosen": "a" * n, "rejected": "b"} for n in range(1, 5)]
     write_jsonl(folder / "preferences.jsonl", pairs)
@@ -72,6 +77,7 @@ def test_dpo(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert differ(folder / "dpo", trained, "deltas.free")
 
 
+@needs_trl
 def test_grpo(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     items = [{"prompt": f"{n}?", "response": "a", "answer": "a", "domain": "red"} for n in range(4)]
     write_jsonl(folder / "items.jsonl", items)
@@ -81,6 +87,7 @@ def test_grpo(trained: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert differ(folder / "grpo", trained, "router.weight")  # all rewards are 0, but the router has its losses
 
 
+@needs_trl
 def test_thirty_lines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its commands run here, which saves their imports."""
 
@@ -104,6 +111,7 @@ def test_an_example_is_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < (31 if path.name == "thirty_lines.py" else 80)
 
 
+@needs_trl
 def test_the_page_works_as_it_stands(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("base", "train.jsonl", "held_out.jsonl"):
         (tmp_path / name).symlink_to(folder / name)

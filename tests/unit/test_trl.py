@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
@@ -24,6 +23,19 @@ from srde_ds.peft.warm_start import warm_start_routers
 from tests.data_helpers import tiny_tokenizer
 from tests.helpers import tiny_llama
 from tests.peft_helpers import NAMES, peft_config, tiny_peft
+
+pytest.importorskip("trl", reason="trl is not installed: pip install srde-ds[trl]")
+
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 WORDS = tiny_tokenizer()
 WORDS.pad_token = "<s>"
