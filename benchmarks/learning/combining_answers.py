@@ -9,9 +9,6 @@ answer is right, else 0. A model that has a line is not asked again. One takes a
 from __future__ import annotations
 
 import argparse
-import gc
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +19,7 @@ import torch
 
 from benchmarks.learning.combining import ROOT, Record, Study
 from benchmarks.learning.measure import answer_is_right
-from benchmarks.learning.store import RESULTS, read_records
-from benchmarks.tables import measured_on
+from benchmarks.learning.store import RESULTS, run_missing
 from srde_ds.config import DOMAINS
 from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.model.adapter import SRDEModel, load_adapter
@@ -78,6 +74,11 @@ def answer(study: Study, asked: Asked) -> Record:
     return {"right": right}
 
 
+def shares_of(record: Record) -> str:
+    """For the console."""
+    return " ".join(f"{sum(own) / len(own):.0%}" for own in record["right"].values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -88,17 +89,8 @@ def main() -> None:
     options = parser.parse_args()
     for seed in options.seeds:
         study = Study(seed, options.base, options.folder, {}, options.budget)
-        for asked in models(study):
-            if (seed, asked.part) in {(record["seed"], record["part"]) for record in read_records(options.results)}:
-                continue
-            started = time.monotonic()
-            record: Record = {"seed": seed, "part": asked.part} | answer(study, asked)
-            record |= {"seconds": round(time.monotonic() - started)} | measured_on()
-            with options.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            shares = " ".join(f"{sum(own) / len(own):.0%}" for own in record["right"].values())
-            print(f"seed {seed}, {asked.part}: {shares} ({record['seconds']} s)", flush=True)
-            gc.collect()
+        todo = ((asked.part, partial(answer, study, asked)) for asked in models(study))
+        run_missing(seed, todo, options.results, shares_of)
 
 
 if __name__ == "__main__":

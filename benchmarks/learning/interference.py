@@ -19,7 +19,6 @@ import gc
 import json
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -35,8 +34,8 @@ from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.data import item_set, make_real_items
 from benchmarks.learning.first_look import Trainee, factor, train
 from benchmarks.learning.plan import Budget, Flags, Plan
-from benchmarks.learning.store import RESULTS, read_records
-from benchmarks.tables import markdown, measured_on, put_into
+from benchmarks.learning.store import RESULTS, read_records, run_missing
+from benchmarks.tables import markdown, put_into
 from srde_ds.config import AdapterConfig, resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import RowStream
@@ -91,15 +90,11 @@ class Trial:
 
     def train(self, method: Method, domains: Sequence[str], rate: float, split: str = "test") -> Record:
         """Train on these domains, and measure them on a split."""
-        rows, experts = self._rows(domains), len(domains)
+        rows = self._rows(domains)
         make = self._srde if method == "srde" else self._lora
         model, values = make(rows, domains, rate)
         held = load_rows(rows, split, load_manifest(rows))
-        return (
-            {"rate": rate, "values": values}
-            | held_out(model.eval(), held, domains, names=list(domains))
-            | {"experts": experts}
-        )
+        return {"rate": rate, "values": values} | held_out(model.eval(), held, domains, names=list(domains))
 
     def _srde(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
         run = self.folder / "run"
@@ -205,18 +200,9 @@ def table(results: Results) -> str:
     return markdown(["", "interference", "by seed", *heads], rows)
 
 
-def run_missing(seed: int, todo: Iterator[Part], results: Path) -> None:
-    """Do what has no line yet."""
-    for name, part in todo:
-        if (seed, name) in {(record["seed"], record["part"]) for record in read_records(results)}:
-            continue
-        started = time.monotonic()
-        record: Record = {"seed": seed, "part": name} | part() | {"seconds": round(time.monotonic() - started)}
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record | measured_on()) + "\n")
-        losses = " ".join(f"{loss_of(rows):.3f}" for rows in record["losses"].values())
-        print(f"seed {seed}, {name}: {losses} ({record['seconds']} s)", flush=True)
-        gc.collect()
+def losses_of(record: Record) -> str:
+    """For the console."""
+    return " ".join(f"{loss_of(rows):.3f}" for rows in record["losses"].values())
 
 
 def main() -> None:
@@ -227,10 +213,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "interference.jsonl")
     options = parser.parse_args()
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
-    run_missing(SWEEP_SEED, sweep(Trial(SWEEP_SEED, options.base, options.folder, budget)), options.results)
+    run_missing(SWEEP_SEED, sweep(Trial(SWEEP_SEED, options.base, options.folder, budget)), options.results, losses_of)
     rates = chosen_rates(read_records(options.results))
     for seed in options.seeds:
-        run_missing(seed, parts(Trial(seed, options.base, options.folder, budget), rates), options.results)
+        run_missing(seed, parts(Trial(seed, options.base, options.folder, budget), rates), options.results, losses_of)
     if options.results == RESULTS / "interference.jsonl":
         results = Results(read_records(options.results), wanted(), PAIR)
         put_into("learning_tables.md", "interference", table(results))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.learning.plan import Record, Run
+from benchmarks.tables import measured_on
 
 RESULTS = Path(__file__).with_name("results")
 
@@ -48,3 +52,22 @@ def read_records(path: Path) -> list[Record]:
         except ValueError:
             continue
     return records
+
+
+def run_missing(
+    seed: int, todo: Iterable[tuple[str, Callable[[], Record]]], results: Path, describe: Callable[[Record], str]
+) -> None:
+    """Run the named parts of a seed that have no line in `results`, and add a line for each.
+
+    Args:
+        describe: what the console says of a part's record.
+    """
+    for name, part in todo:
+        if (seed, name) in {(record["seed"], record["part"]) for record in read_records(results)}:
+            continue
+        started = time.monotonic()
+        record: Record = {"seed": seed, "part": name} | part() | {"seconds": round(time.monotonic() - started)}
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record | measured_on()) + "\n")
+        print(f"seed {seed}, {name}: {describe(record)} ({record['seconds']} s)", flush=True)
+        gc.collect()

@@ -12,9 +12,9 @@ import pytest
 from benchmarks.learning import interference
 from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.data import REAL_FOLDER
-from benchmarks.learning.interference import PAIR, Trial
+from benchmarks.learning.interference import PAIR, Trial, losses_of
 from benchmarks.learning.plan import Plan
-from benchmarks.learning.store import read_records
+from benchmarks.learning.store import read_records, run_missing
 from srde_ds.config import DOMAINS
 from tests.data_helpers import tiny_tokenizer
 from tests.distributed.harness import run_forked
@@ -39,7 +39,7 @@ def try_briefly(base: Path, folder: Path, results: Path) -> None:
     rates: dict[Any, float] = {"srde": 0.01, "lora": 0.003}
     with patch.multiple(interference, STEPS=2, WARMUP=1, ROWS=1, DENSITY=0.05):
         for _ in range(2):  # the second finds everything done
-            interference.run_missing(1, interference.parts(Trial(1, base, folder, budget), rates), results)
+            run_missing(1, interference.parts(Trial(1, base, folder, budget), rates), results, losses_of)
 
 
 @pytest.mark.skipif(
