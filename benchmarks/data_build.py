@@ -5,7 +5,7 @@
 The sources are files that this script makes (JSONL, Parquet, `datasets` folders; reasoning-gym items with planted
 duplicates and broken rows), reasoning-gym tasks, and the package's own tasks to fill up. The build's time is CPU time
 of all processes, which a shared machine stretches less than wall time; it includes the making of reasoning-gym items
-(stage records). The comparison is made in turn, in one process, on 6,000 of the documents.
+(build records). The comparison is made in turn, in one process, on 6,000 of the documents.
 """
 
 import argparse

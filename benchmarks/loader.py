@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from srde_ds.data.loader import RowStream
-from srde_ds.data.mixing import Phase
+from srde_ds.data.mixing import MixingPeriod
 from srde_ds.data.packing import Document
 from srde_ds.data.rows import DomainRows, write_split
 from srde_ds.utils.environment import environment
 
 DOMAINS = ["math", "logic", "code", "science", "planning", "abstract"]
-PHASES = [Phase(0, (3, 2, 1, 1, 1, 1)), Phase(500_000, (1, 1, 1, 1, 1, 1))]
+PERIODS = [MixingPeriod(0, (3, 2, 1, 1, 1, 1)), MixingPeriod(500_000, (1, 1, 1, 1, 1, 1))]
 
 
 def make_rows(folder: Path, rows: int, max_length: int) -> None:
@@ -58,12 +58,12 @@ def main() -> None:
     shutil.rmtree(given.work_dir, ignore_errors=True)
     make_rows(given.work_dir, given.rows, given.max_length)
     result = {}
-    for name, phases in (("epochs", None), ("mixing", PHASES)):
+    for name, periods in (("epochs", None), ("mixing", PERIODS)):
         seconds, late = [], []
         for _ in range(3):
             started = time.process_time()
             rows = datasets.load_from_disk(str(given.work_dir / "train"))
-            stream = RowStream(rows, seed=0, global_batch_rows=8 * given.batch_size, phases=phases)
+            stream = RowStream(rows, seed=0, global_batch_rows=8 * given.batch_size, periods=periods)
             stream.micro_batch(1_000_000, 1, rank=0, world_size=4, batch_size=given.batch_size)
             late.append(time.process_time() - started)
             started = time.process_time()

@@ -32,13 +32,13 @@ cd "$(dirname "$0")/.."
 : "${MAX_LENGTH:=2048}" "${OUTPUT_DIR:=/workspace/runs/srde}" "${WORK_DIR:=/workspace/data}" "${SOURCES_FILE:=}"
 : "${TRAIN_ARGUMENTS:=}" "${CONVERT_TO:=}" "${UPLOAD_REPO:=}" "${MAX_RESTARTS:=3}" "${ENVIRONMENT:=}" "${PREFLIGHT:=true}"
 
-stage=setting-up
+task=setting-up
 monitor=
 finish() {
     status=$?
     if [ -n "$monitor" ]; then kill "$monitor" 2>/dev/null || true; fi
     if [ "$status" -ne 0 ]; then
-        say failed "$stage ended with status $status; $OUTPUT_DIR and the log say why"
+        say failed "$task ended with status $status; $OUTPUT_DIR and the log say why"
     fi
 }
 trap finish EXIT
@@ -59,14 +59,14 @@ mkdir -p "$OUTPUT_DIR" "$WORK_DIR"
 exec 9>"$WORK_DIR/.lock"
 flock --nonblock 9 || { echo "vastai_startup: another one is at work in $WORK_DIR" >&2; trap - EXIT; exit 3; }
 
-stage=installation
+task=installation
 if [ -z "$ENVIRONMENT" ]; then
     make env
     ENVIRONMENT=$PWD/.venv
 fi
 export PATH="$ENVIRONMENT/bin:$PATH"
 
-stage=data
+task=data
 if [ ! -e "$WORK_DIR/tokenized/manifest.json" ]; then
     say building "data, $EXAMPLES_PER_DOMAIN documents a domain"
     sources=()
@@ -75,7 +75,7 @@ if [ ! -e "$WORK_DIR/tokenized/manifest.json" ]; then
         --max_length "$MAX_LENGTH" --work_dir "$WORK_DIR" "${sources[@]}"
 fi
 
-stage=training
+task=training
 gpus=0
 if command -v nvidia-smi >/dev/null; then gpus=$(nvidia-smi --list-gpus | wc -l); fi
 if [ "$gpus" -gt 0 ]; then
@@ -99,7 +99,7 @@ srde-ds supervise --max_restarts "$MAX_RESTARTS" --preflight "$PREFLIGHT" -- "${
 
 results=("$OUTPUT_DIR/srde_weights.safetensors")
 if [ -n "$CONVERT_TO" ]; then
-    stage=conversion
+    task=conversion
     converted=$OUTPUT_DIR/converted-$CONVERT_TO
     if [ "$CONVERT_TO" = gguf ]; then converted=$converted.gguf; fi
     if [ ! -e "$converted" ]; then
@@ -113,7 +113,7 @@ if [ -n "$CONVERT_TO" ]; then
 fi
 
 if [ -n "$UPLOAD_REPO" ]; then
-    stage=upload
+    task=upload
     for result in "${results[@]}"; do
         # The Hub skips what it already has.
         inside=.

@@ -55,7 +55,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP, ROWS = 12, 2, 4
 SWEEP_SEED, SWEEP_DOMAINS = 0, ("code", "science")
 RATES = {"srde": (0.01, 0.02, 0.04), "lora": (0.001, 0.003, 0.01)}
-STAGED_LORA_RATE = 0.003  # the better of two for a LoRA of this size, see first_look.py
+LORA_IN_TURN_RATE = 0.003  # the better of two for a LoRA of this size, see first_look.py
 MERGES = [(kind, weight) for kind in ("cat", "linear", "ties", "dare_ties") for weight in (round(1 / 6, 3), 1.0)]
 ONE_EXPERT: Flags = {"num_experts": 1, "top_k": 1}
 
@@ -125,9 +125,9 @@ def loss_of(rows: list[tuple[float, int]]) -> float:
     return sum(total for total, _ in rows) / sum(count for _, count in rows)
 
 
-def _judged(stage: int) -> Sequence[str]:
-    """The domains that a stage, counted from 0, is measured on: its own, and all before and after the last."""
-    return DOMAINS if stage >= len(DOMAINS) - 2 else [DOMAINS[stage]]
+def _judged(turn: int) -> Sequence[str]:
+    """The domains that a turn, counted from 0, is measured on: its own, and all before and after the last."""
+    return DOMAINS if turn >= len(DOMAINS) - 2 else [DOMAINS[turn]]
 
 
 class Study:
@@ -147,7 +147,7 @@ class Study:
 
     def parts(self, method: Method) -> Iterator[Part]:
         """In the order in which they need each other."""
-        alone, staged = (self.alone_lora, self.staged_lora) if method == "lora" else (self.alone, self.staged)
+        alone, in_turn = (self.alone_lora, self.lora_in_turn) if method == "lora" else (self.alone, self.in_turn)
         if method == "lora":
             yield "base", self.bare_base
         for domain in DOMAINS:
@@ -160,8 +160,8 @@ class Study:
         else:
             for kind, weight in MERGES:
                 yield f"lora merged, {kind}, {weight}", partial(self.merged_lora, kind, weight)
-        for stage in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first stage is its first one alone
-            yield f"{method} stage {stage + 1}", partial(staged, stage)
+        for turn in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first turn is its first one alone
+            yield f"{method} turn {turn + 1}", partial(in_turn, turn)
 
     def sweep(self, method: Method) -> Iterator[Part]:
         """The rates."""
@@ -195,13 +195,13 @@ class Study:
         model = self._adapted(self.combined_weights(top_k)).eval()
         return held_out(model, self.inputs.split("test"), by_prompt=by_prompt)
 
-    def staged(self, stage: int) -> Record:
+    def in_turn(self, turn: int) -> Record:
         """One more domain and expert after the others, which are locked."""
-        before = f"stage-{stage}" if stage > 1 else f"alone-{DOMAINS[0]}"
-        domain, known = DOMAINS[stage], list(DOMAINS[: stage + 1])
+        before = f"turn-{turn}" if turn > 1 else f"alone-{DOMAINS[0]}"
+        domain, known = DOMAINS[turn], list(DOMAINS[: turn + 1])
         flags = {"jsonl_data": str(self._items(domain)), "domains": known}
         flags |= {"start_from": str(self.weights(before)), "train_experts": [domain]}
-        return self._srde(f"stage-{stage + 1}", flags, _judged(stage))
+        return self._srde(f"turn-{turn + 1}", flags, _judged(turn))
 
     def alone_lora(self, domain: str, rate: float | None = None, split: str = "test") -> Record:
         """A LoRA as large as one expert, trained on its domain."""
@@ -210,16 +210,16 @@ class Study:
         model = get_peft_model(base, rivals.lora_config(base, {"values_of": ONE_EXPERT}))
         return self._lora(model, base, f"lora-{domain}", domain, [domain], rate, split)
 
-    def staged_lora(self, stage: int) -> Record:
+    def lora_in_turn(self, turn: int) -> Record:
         """A LoRA as large as six experts, trained on with one more domain."""
         base = self._load()
         torch.manual_seed(self.seed)
-        if stage:
-            before = self.folder / f"lora-stage-{stage}"
+        if turn:
+            before = self.folder / f"lora-turn-{turn}"
             model: Any = PeftModel.from_pretrained(base, before, is_trainable=True)
         else:
             model = get_peft_model(base, rivals.lora_config(base, {"values_of": {}}))
-        return self._lora(model, base, f"lora-stage-{stage + 1}", DOMAINS[stage], _judged(stage), STAGED_LORA_RATE)
+        return self._lora(model, base, f"lora-turn-{turn + 1}", DOMAINS[turn], _judged(turn), LORA_IN_TURN_RATE)
 
     def merged_lora(self, kind: str, weight: float) -> Record:
         """The six LoRAs as one, by PEFT's `add_weighted_adapter`."""

@@ -136,28 +136,28 @@ def answers_as_losses(records: list[Record]) -> list[Record]:
     ]
 
 
-def stage_part(method: str, stage: int) -> str:
-    """The part whose model has learnt the first `stage` domains."""
-    return "srde alone, math" if method == "srde" and stage == 1 else f"{method} stage {stage}"
+def turn_part(method: str, turn: int) -> str:
+    """The part whose model has learnt the first `turn` domains."""
+    return "srde alone, math" if method == "srde" and turn == 1 else f"{method} turn {turn}"
 
 
 def forgetting(results: Results, method: str) -> dict[str, float]:
     """Of each domain but the last: its loss at the end less that when it had just been learnt."""
-    last = stage_part(method, len(DOMAINS))
+    last = turn_part(method, len(DOMAINS))
     return {
-        domain: results.loss(last, domain) - results.loss(stage_part(method, stage), domain)
-        for stage, domain in enumerate(DOMAINS[:-1], start=1)
+        domain: results.loss(last, domain) - results.loss(turn_part(method, turn), domain)
+        for turn, domain in enumerate(DOMAINS[:-1], start=1)
     }
 
 
-STAGED = {"srde": "SRDE, one more expert a domain, the others locked", "lora": "LoRA, trained on"}
+IN_TURN = {"srde": "SRDE, one more expert a domain, the others locked", "lora": "LoRA, trained on"}
 
 
-def stages(results: Results) -> str:
+def turns(results: Results) -> str:
     """One domain after the other."""
     rows = []
-    for method, name in STAGED.items():
-        lost, last = forgetting(results, method), stage_part(method, len(DOMAINS))
+    for method, name in IN_TURN.items():
+        lost, last = forgetting(results, method), turn_part(method, len(DOMAINS))
         cells = [f"{results.loss(last, domain):.2f} ({lost[domain]:+.3f})" for domain in DOMAINS[:-1]]
         final = f"{results.loss(last, DOMAINS[-1]):.2f}"
         rows.append([name, f"{mean(lost.values()):+.3f}", f"{results.mean_loss(last):.3f}", *cells, final])
@@ -166,7 +166,7 @@ def stages(results: Results) -> str:
 
 def added(results: Results) -> str:
     """What the last domain's expert does to the domains before it."""
-    last, before = stage_part("srde", len(DOMAINS)), stage_part("srde", len(DOMAINS) - 1)
+    last, before = turn_part("srde", len(DOMAINS)), turn_part("srde", len(DOMAINS) - 1)
     rows: list[list[Any]] = [[], [], []]
     for domain in DOMAINS[:-1]:
         drawn = mean(results.by_seed[seed][last]["usage"][domain][-1] for seed in results.seeds)
@@ -196,9 +196,9 @@ def parts_of_accuracy() -> list[str]:
     return [*(part for part in of_accuracy() if part not in OWN), *alone()]
 
 
-def parts_of_stages() -> list[str]:
+def parts_of_turns() -> list[str]:
     """The parts that the other tables need."""
-    return [stage_part(method, stage) for method in ("srde", "lora") for stage in range(1, len(DOMAINS) + 1)]
+    return [turn_part(method, turn) for method in ("srde", "lora") for turn in range(1, len(DOMAINS) + 1)]
 
 
 def draw_apart(results: Results, folder: Path) -> None:
@@ -210,27 +210,27 @@ def draw_apart(results: Results, folder: Path) -> None:
     plot_differences(near, folder / "combining-apart.png", label="mean test loss against SRDE trained together")
 
 
-def draw_stages(results: Results, folder: Path) -> None:
+def draw_turns(results: Results, folder: Path) -> None:
     """The losses of the second table."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
-    for method, name in STAGED.items():
-        lost, last = forgetting(results, method), stage_part(method, len(DOMAINS))
+    for method, name in IN_TURN.items():
+        lost, last = forgetting(results, method), turn_part(method, len(DOMAINS))
         ends = {domain: results.loss(last, domain) for domain in lost}
         found[name] = {domain: (end - lost[domain], end) for domain, end in ends.items()}
-    plot_forgetting(found, folder / "combining-stages.png")
+    plot_forgetting(found, folder / "combining-turns.png")
 
 
 def main() -> None:
     records = read_records(RESULTS / "combining.jsonl")
-    together, in_stages = Results(records, parts_apart()), Results(records, parts_of_stages())
+    together, one_by_one = Results(records, parts_apart()), Results(records, parts_of_turns())
     answered = Results(answers_as_losses(read_records(RESULTS / "combining_answers.jsonl")), parts_of_accuracy())
     put_into("learning_tables.md", "apart", apart(together))
     put_into("learning_tables.md", "accuracy", accuracy(answered) if answered.seeds else "Not measured yet.")
-    put_into("learning_tables.md", "stages", stages(in_stages))
-    put_into("learning_tables.md", "added", added(in_stages))
+    put_into("learning_tables.md", "turns", turns(one_by_one))
+    put_into("learning_tables.md", "added", added(one_by_one))
     draw_apart(together, PICTURES)
-    draw_stages(in_stages, PICTURES)
-    for name, results in (("apart", together), ("accuracy", answered), ("stages", in_stages)):
+    draw_turns(one_by_one, PICTURES)
+    for name, results in (("apart", together), ("accuracy", answered), ("turns", one_by_one)):
         print(f"{name}: seeds {results.seeds}")
 
 

@@ -214,7 +214,7 @@ def run_look(name: str, base_folder: Path, folder: Path, steps: int = STEPS) -> 
         inputs.split("train"),
         seed=SEED,
         global_batch_rows=budget.rows_per_step,
-        phases=row_mixing(config.data, load_manifest(inputs.rows)),
+        periods=row_mixing(config.data, load_manifest(inputs.rows)),
     )
     losses = train(trainee, stream, budget.rows_at_once, budget.rows_per_step // budget.rows_at_once, steps)
     trainee.model.eval()

@@ -190,7 +190,7 @@ def _fit(
         inputs.split("train"),
         seed=training.seed,
         global_batch_rows=training.batch_size * micro_steps,
-        phases=row_mixing(config.data, load_manifest(inputs.rows)),
+        periods=row_mixing(config.data, load_manifest(inputs.rows)),
     )
     masters = rivals.Masters(parameters)
     optimizer = rivals.optimizer_of(masters.values, settings, muon=muon)

@@ -35,7 +35,7 @@ class AdapterSummary:
         support_overlap: `[E][E]` share of one expert's support that also belongs to another's, averaged over layers.
         delta_norms: `[L][E]` norm of each expert's effective delta.
         shared_expert_norms: `[L]` norm of the shared expert's delta; empty: there is none.
-        router_norms: `[L][E]` norm of each expert's row of the router.
+        router_norms: `[L][E]` norm of each expert's routing vector.
         selection_biases: layers whose router has a selection bias.
         domain_tokens: domain -> number of tokens behind its statistics; empty: there are no statistics.
         domain_distances: `[L]` mean distance between two domains' mean inputs, in spreads; empty with fewer than two.
@@ -101,7 +101,7 @@ class AdapterSummary:
     def _router(self) -> str:
         norms = [norm for row in self.router_norms for norm in row]
         biased = f"; a selection bias in {len(self.selection_biases)} layers" if self.selection_biases else ""
-        return f"rows of norm {min(norms):.3g} to {max(norms):.3g}{biased}"
+        return f"vectors of norm {min(norms):.3g} to {max(norms):.3g}{biased}"
 
     def _domains(self) -> str:
         if not self.domain_tokens:

@@ -83,7 +83,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("warm_start_method", method, "more experts than domains")
     if config.training.train_experts:
         # The rows are those of the trained experts' domains, which must not be balanced away from them. With one
-        # expert a token the z-loss would be the only gradient of the routers' rows.
+        # expert a token the z-loss would be the only gradient of the routers.
         default("load_balancing_weight", 0.0, "only some experts are trained")
         if adapter.top_k == 1:
             default("router_z_weight", 0.0, "only some experts are trained, and each token uses one")

@@ -235,8 +235,7 @@ class TrainingConfig:
     )
     train_experts: list[str] | None = option(
         None,
-        "with start_from: train only these experts; the others and their rows of the router do not change "
-        "(default: all)",
+        "with start_from: train only these experts; the others and their routing vectors do not change (default: all)",
         metavar="NAME,...",
     )
     save_steps: int = option(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.data.loss_weights import LossWeights
-from srde_ds.data.mixing import Mixture, Phase
+from srde_ds.data.mixing import MixingPeriod, Mixture
 from srde_ds.errors import SRDEError
 
 COLUMNS = ("input_ids", "labels", "position_ids", "domain", "length")
@@ -22,9 +22,9 @@ class RowStream:
     """The endless stream of training rows.
 
     Step s takes `global_batch_rows` rows, beginning at position s * global_batch_rows, whatever the number of ranks.
-    Without `phases`, epochs follow one another. Each covers each row once, in an order fixed by (seed, epoch). A batch
-    may span two epochs, or repeat a dataset that is smaller than the batch. With `phases`, domains take turns according
-    to their shares, and each has its own epochs (see `Mixture`).
+    Without `periods`, epochs follow one another. Each covers each row once, in an order fixed by (seed, epoch). A batch
+    may span two epochs, or repeat a dataset that is smaller than the batch. With `periods`, domains take turns by their
+    shares, and each has its own epochs (see `Mixture`).
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class RowStream:
         *,
         seed: int,
         global_batch_rows: int,
-        phases: Sequence[Phase] | None = None,
+        periods: Sequence[MixingPeriod] | None = None,
         loss_weights: LossWeights | None = None,
     ) -> None:
         if len(dataset) == 0:
@@ -44,10 +44,10 @@ class RowStream:
         self.loss_weights = loss_weights or LossWeights()
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._mixture = None
-        if phases is not None:
+        if periods is not None:
             domain = np.asarray(self.rows["domain"][:])
-            places = [np.flatnonzero(domain == number) for number in range(len(phases[0].shares))]
-            self._mixture = Mixture(phases, places, seed=seed, rows_per_step=global_batch_rows)
+            places = [np.flatnonzero(domain == number) for number in range(len(periods[0].shares))]
+            self._mixture = Mixture(periods, places, seed=seed, rows_per_step=global_batch_rows)
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
@@ -62,7 +62,7 @@ class RowStream:
         return [int(self._order(epoch)[index]) for epoch, index in places]
 
     def epochs(self, step: int) -> list[float]:
-        """The epochs of each domain's rows before `step`, or, without `phases`, one number for all rows."""
+        """The epochs of each domain's rows before `step`, or, without `periods`, one number for all rows."""
         position = step * self.global_batch_rows
         if self._mixture is None:
             return [position / len(self.rows)]

@@ -15,17 +15,17 @@ CYCLE = 10_000
 
 
 @dataclass(frozen=True)
-class Phase:
+class MixingPeriod:
     """The shares of the domains from a step on. They need not add up to 1."""
 
     first_step: int
     shares: tuple[float, ...]
 
 
-def mixing_phases(
+def mixing_periods(
     domain_weights: str | None, mixing_temperature: float, domains: Sequence[str], rows: Sequence[int]
-) -> list[Phase] | None:
-    """The phases that the options describe; None if they are not set and each epoch simply covers each row once.
+) -> list[MixingPeriod] | None:
+    """The periods that the options describe; None if they are not set and each epoch simply covers each row once.
 
     Args:
         domain_weights: text for `parse_domain_weights`.
@@ -38,27 +38,27 @@ def mixing_phases(
     if domain_weights is None and mixing_temperature == 1.0:
         return None
     if domain_weights is None:
-        phases = [Phase(0, tuple(float(count) ** (1 / mixing_temperature) if count else 0.0 for count in rows))]
+        periods = [MixingPeriod(0, tuple(float(count) ** (1 / mixing_temperature) if count else 0.0 for count in rows))]
     else:
-        phases = parse_domain_weights(domain_weights, domains)
+        periods = parse_domain_weights(domain_weights, domains)
         if mixing_temperature != 1.0:
             raise SRDEError(
                 f"domain_weights={domain_weights} with mixing_temperature={mixing_temperature}: give one of them."
             )
-    for phase in phases:
-        for domain, share, count in zip(domains, phase.shares, rows, strict=True):
+    for period in periods:
+        for domain, share, count in zip(domains, period.shares, rows, strict=True):
             if share and not count:
                 raise SRDEError(f"domain_weights={domain_weights}: the dataset has no rows of '{domain}'.")
-    return phases
+    return periods
 
 
-def parse_domain_weights(text: str, domains: Sequence[str]) -> list[Phase]:
+def parse_domain_weights(text: str, domains: Sequence[str]) -> list[MixingPeriod]:
     """Read `math=2,code=1`, or with later changes `math=2,code=1; 500: math=1,code=1`. Other domains get no share.
 
     Raises:
         SRDEError: the form is wrong, a domain is unknown, all weights are 0, or steps are out of order.
     """
-    phases: list[Phase] = []
+    periods: list[MixingPeriod] = []
     for number, part in enumerate(text.split(";")):
         step, colon, weights = part.rpartition(":")
         if not colon:
@@ -69,10 +69,10 @@ def parse_domain_weights(text: str, domains: Sequence[str]) -> list[Phase]:
                 "'math=2,code=1; 500: math=1,code=1'."
             )
         given = _weights(weights, text, domains)
-        if phases and int(step) <= phases[-1].first_step:
+        if periods and int(step) <= periods[-1].first_step:
             raise SRDEError(f"domain_weights={text}: steps must increase, but {int(step)} does not.")
-        phases.append(Phase(int(step), tuple(given.get(domain, 0.0) for domain in domains)))
-    return phases
+        periods.append(MixingPeriod(int(step), tuple(given.get(domain, 0.0) for domain in domains)))
+    return periods
 
 
 def _weights(part: str, text: str, domains: Sequence[str]) -> dict[str, float]:
@@ -95,53 +95,53 @@ def _weights(part: str, text: str, domains: Sequence[str]) -> dict[str, float]:
 class Mixture:
     """The order in which domains take turns, which depends only on (seed, position).
 
-    Each phase consists of cycles of CYCLE draws. In a cycle each domain is drawn as often as its share says, in an
-    order fixed by (seed, phase, cycle). Each domain's rows are drawn in epochs, once per epoch.
+    Each period consists of cycles of CYCLE draws. In a cycle each domain is drawn as often as its share says, in an
+    order fixed by (seed, period, cycle). Each domain's rows are drawn in epochs, once per epoch.
     """
 
     def __init__(
-        self, phases: Sequence[Phase], rows_of_domain: Sequence[np.ndarray], *, seed: int, rows_per_step: int
+        self, periods: Sequence[MixingPeriod], rows_of_domain: Sequence[np.ndarray], *, seed: int, rows_per_step: int
     ) -> None:
         self.seed = seed
         self.rows_of_domain = rows_of_domain
-        self.counts = np.array([_cut(phase.shares) for phase in phases])
-        """[phase, domain]: number of draws in a cycle"""
-        self.starts = np.array([phase.first_step * rows_per_step for phase in phases])
-        """position of each phase's first draw"""
+        self.counts = np.array([_cut(period.shares) for period in periods])
+        """[period, domain]: number of draws in a cycle"""
+        self.starts = np.array([period.first_step * rows_per_step for period in periods])
+        """position of each period's first draw"""
         self._cycle = lru_cache(maxsize=4)(self._make_cycle)
         self._order = lru_cache(maxsize=2 * len(rows_of_domain))(self._make_order)
         self._before = np.zeros_like(self.counts)
-        """[phase, domain]: number of draws before the phase"""
-        for number in range(1, len(phases)):
+        """[period, domain]: number of draws before the period"""
+        for number in range(1, len(periods)):
             self._before[number] = self.draws(int(self.starts[number]), number - 1)
 
-    def draws(self, position: int, phase: int | None = None) -> np.ndarray:
-        """The number of rows of each domain before `position`, which is in `phase` or at its end."""
-        phase = self._phase(position) if phase is None else phase
-        cycles, rest = divmod(position - int(self.starts[phase]), CYCLE)
-        slots, _ = self._cycle(phase, cycles)
+    def draws(self, position: int, period: int | None = None) -> np.ndarray:
+        """The number of rows of each domain before `position`, which is in `period` or at its end."""
+        period = self._period(position) if period is None else period
+        cycles, rest = divmod(position - int(self.starts[period]), CYCLE)
+        slots, _ = self._cycle(period, cycles)
         started = np.bincount(slots[:rest], minlength=self.counts.shape[1])
-        return np.asarray(self._before[phase] + cycles * self.counts[phase] + started)
+        return np.asarray(self._before[period] + cycles * self.counts[period] + started)
 
     def row(self, position: int) -> int:
         """The row of the dataset at `position`."""
-        phase = self._phase(position)
-        cycle, place = divmod(position - int(self.starts[phase]), CYCLE)
-        slots, turns = self._cycle(phase, cycle)
+        period = self._period(position)
+        cycle, place = divmod(position - int(self.starts[period]), CYCLE)
+        slots, turns = self._cycle(period, cycle)
         domain = int(slots[place])
-        draw = int(self._before[phase, domain] + cycle * self.counts[phase, domain] + turns[place])
+        draw = int(self._before[period, domain] + cycle * self.counts[period, domain] + turns[place])
         epoch, index = divmod(draw, len(self.rows_of_domain[domain]))
         return int(self._order(domain, epoch)[index])
 
-    def _phase(self, position: int) -> int:
+    def _period(self, position: int) -> int:
         return int(np.searchsorted(self.starts, position, side="right")) - 1
 
-    def _make_cycle(self, phase: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    def _make_cycle(self, period: int, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """The domain of each draw in a cycle, and the number of earlier draws of the same domain in it."""
-        slots = np.repeat(np.arange(self.counts.shape[1]), self.counts[phase])
-        slots = np.random.default_rng([self.seed, phase, cycle, 1]).permutation(slots)
+        slots = np.repeat(np.arange(self.counts.shape[1]), self.counts[period])
+        slots = np.random.default_rng([self.seed, period, cycle, 1]).permutation(slots)
         turns = np.empty(CYCLE, np.int64)
-        for domain, count in enumerate(self.counts[phase]):
+        for domain, count in enumerate(self.counts[period]):
             turns[slots == domain] = np.arange(count)
         return slots, turns
 

@@ -116,29 +116,31 @@ def tokenize_each(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase)
 def _documents(
     records: Sequence[Record], parts_of: Sequence[list[Part]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Document]:
-    pieces_of: list[list[list[str]]] = []
+    segments_of: list[list[list[str]]] = []
     for parts in parts_of:
         # The text up to each border; the last one is the whole text.
-        pieces_of.append([_pieces(tokenizer, "".join(text for text, _ in parts[: i + 1])) for i in range(len(parts))])
-    # Many pieces are repeated, such as a template's system message, but each is tokenised only once.
-    distinct = list(dict.fromkeys(piece for beginnings in pieces_of for pieces in beginnings for piece in pieces))
+        segments_of.append(
+            [_segments(tokenizer, "".join(text for text, _ in parts[: i + 1])) for i in range(len(parts))]
+        )
+    # Many segments are repeated, such as a template's system message, but each is tokenised only once.
+    distinct = list(dict.fromkeys(chain.from_iterable(chain.from_iterable(segments_of))))
     tokens = dict(zip(distinct, _encode(tokenizer, distinct), strict=True))
     eos = tokenizer.eos_token_id
     documents = []
-    for record, parts, beginnings in zip(records, parts_of, pieces_of, strict=True):
+    for record, parts, beginnings in zip(records, parts_of, segments_of, strict=True):
         *prefixes, whole = beginnings
-        ids = list(chain.from_iterable(tokens[piece] for piece in whole))
-        lengths = [*(sum(len(tokens[piece]) for piece in pieces) for pieces in prefixes), len(ids)]
-        # A border is usually also one of pieces; then tokens need not be compared.
+        ids = list(chain.from_iterable(tokens[segment] for segment in whole))
+        lengths = [*(sum(len(tokens[segment]) for segment in segments) for segments in prefixes), len(ids)]
+        # A border is usually also a segment's; then tokens need not be compared.
         by_parts = any(
-            whole[: len(pieces)] != pieces
-            and ids[:length] != list(chain.from_iterable(tokens[piece] for piece in pieces))
-            for pieces, length in zip(prefixes, lengths, strict=False)
+            whole[: len(segments)] != segments
+            and ids[:length] != list(chain.from_iterable(tokens[segment] for segment in segments))
+            for segments, length in zip(prefixes, lengths, strict=False)
         )
         if by_parts:
             encoded = _encode(tokenizer, [text for text, _ in parts])
-            ids = [token for piece in encoded for token in piece]
-            lengths = np.cumsum([len(piece) for piece in encoded]).tolist()
+            ids = list(chain.from_iterable(encoded))
+            lengths = np.cumsum([len(part) for part in encoded]).tolist()
         is_response = np.zeros(len(ids) + 1, dtype=bool)
         for (_, labelled), start, end in zip(parts, [0, *lengths], lengths, strict=False):
             is_response[start:end] = labelled
@@ -150,7 +152,7 @@ def _documents(
     return documents
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+def _segments(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """Cut the text before each token that is always a token by itself, whatever is beside it."""
     border = _borders(tokenizer)
     if border is None:

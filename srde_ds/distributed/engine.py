@@ -75,8 +75,8 @@ class Engine:
         kind = parameter.srde_kind
         if kind not in self.trained_kinds:
             return torch.zeros_like(gradient)
-        # The optimizer skips locked deltas, and router rows that never got a gradient. Zeroing keeps them out of the
-        # norm as well. Atoms are shared: their experts are locked only while they get no tokens.
+        # The optimizer skips locked deltas, and routing vectors that never got a gradient. Zeroing keeps them out of
+        # the norm as well. Atoms are shared: their experts are locked only while they get no tokens.
         if not self.locked_experts or kind not in ("free", "router"):
             return None
         axis = parameter.srde_expert_axis or 0

@@ -65,7 +65,7 @@ def run_page(run: RunFiles) -> Page:
         Section("Data and licences", _data(run)),
         Section("Settings and versions", _settings(run)),
     ]
-    return Page(run.name, "Training run", _lead(run), sections, _facts(run))
+    return Page(run.name, "Training run", _lead(run), sections, _key_figures(run))
 
 
 def trained_on(run: RunFiles) -> str:
@@ -106,25 +106,25 @@ def _lead(run: RunFiles) -> str:
     return " ".join(parts)
 
 
-def _facts(run: RunFiles) -> list[tuple[str, str, str]]:
+def _key_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     last = run.last
-    facts = [("Experts", str(len(run.experts)), f"{run.setting('top_k')} per token")]
+    key_figures = [("Experts", str(len(run.experts)), f"{run.setting('top_k')} per token")]
     if run.result is not None:
         overall = run.result["overall"]
         for label, key, form in (("Accuracy", "accuracy", percent), ("Held-out loss", "loss", "{:.3f}".format)):
             values = [overall[name][key] for name in MODELS if name in overall]
             if None not in values:
                 shown = " → ".join(map(form, values))
-                facts.append((label, shown, "base → experts" if len(values) > 1 else "experts"))
-    facts += [
+                key_figures.append((label, shown, "base → experts" if len(values) > 1 else "experts"))
+    key_figures += [
         ("Steps", f"{last['step']:,}", f"of {run.setting('max_steps'):,}" if run.setting("max_steps") else ""),
         ("Tokens", f"{last['tokens']:,}", "seen in training"),
         ("Training loss", _form(last["loss"], ".3f"), "last step"),
         ("Speed", f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}", "tokens per second, median"),
     ]
     if "memory_gib" in last:
-        facts.append(("Memory", f"{last['memory_gib']:.1f} GiB", "peak of the first process"))
-    return facts
+        key_figures.append(("Memory", f"{last['memory_gib']:.1f} GiB", "peak of the first process"))
+    return key_figures
 
 
 def _against_base(run: RunFiles) -> list[Part]:

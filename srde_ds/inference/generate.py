@@ -29,7 +29,7 @@ class Generation:
         tokens: text of each token, prompt first; the answer begins at `prompt_length`.
         routing: the experts of the tokens; None if not requested. The last token is not read by the model, so it has
             no experts.
-        pieces: what each token of a streamed answer adds to `text`. A special token adds nothing, and a character
+        token_texts: what each token of a streamed answer adds to `text`. A special token adds nothing, and a character
             comes with the token that completes it.
     """
 
@@ -37,7 +37,7 @@ class Generation:
     tokens: list[str]
     prompt_length: int
     routing: RoutingRecord | None = None
-    pieces: list[str] = field(default_factory=list)
+    token_texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class _Streamer(BaseStreamer):
         for token in value.flatten().tolist():
             self.ids.append(token)
             self.generation.tokens.append(str(self.tokenizer.decode([token])))
-            self.generation.pieces.append("")
+            self.generation.token_texts.append("")
             text = decode(self.tokenizer, self.ids)
             if not text.endswith("\ufffd"):
                 self._add(text)
@@ -205,5 +205,5 @@ class _Streamer(BaseStreamer):
 
     def _add(self, text: str) -> None:
         piece = text[len(self.generation.text) :]
-        self.generation.pieces[-1] += piece
+        self.generation.token_texts[-1] += piece
         self.generation.text += piece

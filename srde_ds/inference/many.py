@@ -162,11 +162,11 @@ def generate_many(
             for place, (index, row) in enumerate(zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True)):
                 said = list(takewhile(lambda token: token not in stops, row))
                 read = [experts_BE[place].tolist() for experts_BE in shares[: len(said)]]
-                routing[index] = TokenExperts(pieces(tokenizer, said), read)
+                routing[index] = TokenExperts(token_texts(tokenizer, said), read)
     return [answers[index] for index in range(len(prompts))]
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """The text that each token adds; together they give the result of `decode`. Special tokens add nothing.
 
     A character that is split between tokens comes with the last of them.

@@ -102,11 +102,11 @@ class Page:
     Attributes:
         kicker: the kind of page, shown above the title.
         lead: a summary in a sentence or two.
-        facts: label, value and remark of the figures in a row below the lead.
+        key_figures: label, value and remark of the figures in a row below the lead.
     """
 
     title: str
     kicker: str
     lead: str
     sections: Sequence[Section]
-    facts: Sequence[tuple[str, str, str]] = field(default=())
+    key_figures: Sequence[tuple[str, str, str]] = field(default=())

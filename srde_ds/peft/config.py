@@ -121,7 +121,7 @@ class SRDEConfig(PeftConfig):
             return self.expert_names
         return [f"expert_{number}" for number in range(self.num_experts)]
 
-    def stored(self) -> AdapterMetadata | None:
+    def saved_metadata(self) -> AdapterMetadata | None:
         """The metadata of an adapter whose values are in a file; None for a new adapter.
 
         Raises:
@@ -129,24 +129,24 @@ class SRDEConfig(PeftConfig):
         """
         if self.metadata is None:
             return None
-        stored = AdapterMetadata.from_json(self.metadata, "adapter_config.json")
+        saved = AdapterMetadata.from_json(self.metadata, "adapter_config.json")
         for name in OPTIONS:
-            if getattr(stored.config, name) != getattr(self, name):
+            if getattr(saved.config, name) != getattr(self, name):
                 raise SRDEError(
-                    f"{name}={getattr(self, name)}: the adapter was made with {getattr(stored.config, name)}, and "
+                    f"{name}={getattr(self, name)}: the adapter was made with {getattr(saved.config, name)}, and "
                     "its configuration cannot change that. Save the adapter again, or give a new SRDEConfig."
                 )
-        if stored.expert_names != self.names:
+        if saved.expert_names != self.names:
             raise SRDEError(
-                f"expert_names={','.join(self.names)}: the adapter's experts are {', '.join(stored.expert_names)}. "
+                f"expert_names={','.join(self.names)}: the adapter's experts are {', '.join(saved.expert_names)}. "
                 "Rename them with srde-ds rename."
             )
-        return stored
+        return saved
 
     def adapter(self) -> AdapterConfig:
         """The same options for `srde_ds.model`."""
-        stored = self.stored()
-        return AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}) if stored is None else stored.config
+        saved = self.saved_metadata()
+        return AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}) if saved is None else saved.config
 
 
 def _checked_names(given: Any) -> list[str]:

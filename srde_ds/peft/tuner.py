@@ -94,15 +94,15 @@ class SRDETuner(BaseTuner):
         # A copy, since a user may give the same configuration to another base.
         config = copy.copy(self._config(adapter_name))
         config.check()  # again, since options may have been set after it was made
-        stored = config.stored()
+        saved = config.saved_metadata()
         for block in self.blocks:
             check_support(config.adapter(), block.hidden, block.intermediate)
-        if stored is not None:
-            check_base(self.model, stored.base, f"adapter '{adapter_name}'", known=self.identity)
+        if saved is not None:
+            check_base(self.model, saved.base, f"adapter '{adapter_name}'", known=self.identity)
         config.target_modules = self._block_names(model)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        if stored is None:
+        if saved is None:
             config.metadata = self._metadata(config, experts_of(model, adapter_name)).to_json()
 
     def _block_names(self, model: nn.Module) -> list[str]:
@@ -124,8 +124,8 @@ class SRDETuner(BaseTuner):
     ) -> None:
         assert isinstance(peft_config, SRDEConfig)
         number = next(n for n, block in enumerate(self.blocks) if block.owner is parent and block.name == target_name)
-        block, config, stored = self.blocks[number], peft_config.adapter(), peft_config.stored()
-        if stored is None:
+        block, config, saved = self.blocks[number], peft_config.adapter(), peft_config.saved_metadata()
+        if saved is None:
             choose = support_chooser(config, None, seed=peft_config.seed, gather=no_gather)
             neurons = choose(number, ReadableBlock(**vars(block), dtype=self.model.dtype))
         else:
@@ -140,11 +140,11 @@ class SRDETuner(BaseTuner):
             seed=peft_config.seed,
             storage=Storage(torch.float32, block.device),
         )
-        if stored is not None:
-            keep_statistics(experts, empty_statistics(len(stored.domain_tokens), block.hidden))
+        if saved is not None:
+            keep_statistics(experts, empty_statistics(len(saved.domain_tokens), block.hidden))
         layer = target if isinstance(target, SRDELayer) else SRDELayer(block.block)
-        twin = None if stored is None else self._twin(peft_config, adapter_name, layer)
-        layer.add(adapter_name, experts.train(block.block.training), empty=stored is not None and twin is None)
+        twin = None if saved is None else self._twin(peft_config, adapter_name, layer)
+        layer.add(adapter_name, experts.train(block.block.training), empty=saved is not None and twin is None)
         if twin is not None:
             experts.load_state_dict(layer.experts(twin).state_dict())
         experts.requires_grad_(adapter_name in self.active_adapters)
@@ -209,7 +209,7 @@ class SRDETuner(BaseTuner):
             SRDEError: its experts or options differ, so it is another adapter, or it was trained on another base.
         """
         own = self._config(adapter)
-        before, found = own.stored(), config.stored()
+        before, found = own.saved_metadata(), config.saved_metadata()
         if before is None or found is None:
             raise SRDEError(f"weights '{place}': it holds no metadata. Save the adapter again with save_pretrained.")
         compared = [("experts", before.expert_names, found.expert_names)]
@@ -240,13 +240,13 @@ class SRDETuner(BaseTuner):
     ) -> None:
         """Update an adapter's statistics of some domains, as `Origins.update` does."""
         config = self._config(adapter)
-        stored = config.stored()
-        assert stored is not None  # injection gave it metadata
+        saved = config.saved_metadata()
+        assert saved is not None  # injection gave it metadata
         origins = self.srde_model(adapter).origins
         origins.update(tokens, statistics)
         for experts, own in zip(experts_of(self.model, adapter), origins.statistics, strict=True):
             keep_statistics(experts, own)
-        config.metadata = replace(stored, domain_tokens=origins.domain_tokens).to_json()
+        config.metadata = replace(saved, domain_tokens=origins.domain_tokens).to_json()
 
     # Forward: PeftModelForCausalLM calls `forward` inside of the hook context; PeftModel uses only that context.
 
@@ -373,9 +373,9 @@ class SRDETuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         assert isinstance(config, SRDEConfig)
-        layers, stored = experts_of(model, adapter_name), config.stored()
-        assert stored is not None  # injection gave it metadata
-        check_tensors(state_dict, stored, layers, f"adapter '{adapter_name}'")
+        layers, saved = experts_of(model, adapter_name), config.saved_metadata()
+        assert saved is not None  # injection gave it metadata
+        check_tensors(state_dict, saved, layers, f"adapter '{adapter_name}'")
         complete = with_zeros(state_dict, layers)
         for layer in model.modules():
             if isinstance(layer, SRDELayer):
@@ -389,13 +389,13 @@ class AdapterView(SRDEModel):
     def __init__(self, tuner: SRDETuner, adapter: str) -> None:
         config, base = tuner.peft_config[adapter], tuner.model
         assert isinstance(config, SRDEConfig) and isinstance(base, PreTrainedModel)
-        stored = config.stored()
-        assert stored is not None
-        super().__init__(base, stored.config, stored.expert_names, tuner.routing, stored.base)
+        saved = config.saved_metadata()
+        assert saved is not None
+        super().__init__(base, saved.config, saved.expert_names, tuner.routing, saved.base)
         self.adapter = adapter
         own = [m for m in self.layers if hasattr(m, "domain_mean")]
         statistics = [DomainStatistics(m.domain_mean, m.domain_spread, m.domain_factors) for m in own]
-        self.origins = Origins(list(stored.history), dict(stored.domain_tokens), statistics)
+        self.origins = Origins(list(saved.history), dict(saved.domain_tokens), statistics)
         self.training = base.training
 
     @property

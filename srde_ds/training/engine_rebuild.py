@@ -37,7 +37,7 @@ class Engines:
         if calibrated and not saved:
             # A domain without rows is refused before the base is read.
             choose_rows(Calibration.of(self.config), self.state.stream.rows)
-        self._build(saved)
+        self._build_engine(saved)
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
@@ -73,10 +73,10 @@ class Engines:
         del self.state.engine
         gc.collect()  # engines hold cycles
         saved = self.state.saved_at(folder)
-        self._build(saved)
+        self._build_engine(saved)
         self.state.restore(saved)
 
-    def _build(self, saved: SavedRun | None) -> None:
+    def _build_engine(self, saved: SavedRun | None) -> None:
         density = saved.density if saved else Schedule.of(self.config).density_at(0)
         adapter = dataclasses.replace(self.config.adapter, density=density)
         supports = saved.supports if saved else None

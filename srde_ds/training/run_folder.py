@@ -21,7 +21,7 @@ from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
-from srde_ds.data.mixing import Phase, mixing_phases, parse_domain_weights
+from srde_ds.data.mixing import MixingPeriod, mixing_periods, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
@@ -198,7 +198,7 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
             )
 
 
-def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:
+def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | None:
     """The shares of the domains among the rows; None if the options set none.
 
     Raises:
@@ -206,7 +206,7 @@ def row_mixing(data: DataConfig, manifest: Manifest) -> list[Phase] | None:
     """
     counts = manifest.splits["train"].domains
     rows = [counts[domain].rows for domain in manifest.domains]
-    return mixing_phases(data.domain_weights, data.mixing_temperature, manifest.domains, rows)
+    return mixing_periods(data.domain_weights, data.mixing_temperature, manifest.domains, rows)
 
 
 def data_folder(config: Config) -> Path:

@@ -17,7 +17,7 @@ from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.router import Router
 from srde_ds.training.domain_statistics import measure_domains
-from srde_ds.training.warm_start.from_statistics import add_rows, of_domains
+from srde_ds.training.warm_start.from_statistics import add_routing_vectors, of_domains
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import NEURONS, SHARED_DELTA
@@ -81,10 +81,10 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
 def route_to_new_experts(
     engine: Engine, adapter: AdapterSource, config: Config, topology: Topology, rows: datasets.Dataset
 ) -> str:
-    """Give new experts router rows that draw the tokens of their domains; a collective after `start_from`.
+    """Give new experts routing vectors that draw the tokens of their domains; a collective after `start_from`.
 
     They follow from statistics of the domains' inputs: those of the old experts' domains are stored in the adapter,
-    those of the new ones are measured here. The old experts' rows stay the same. New experts keep their random rows
+    those of the new ones are measured here. The old experts' vectors stay the same. New experts keep their random ones
     where statistics are missing.
 
     Args:
@@ -107,7 +107,7 @@ def route_to_new_experts(
     elif not unknown:
         unknown = new
     if unknown:
-        return f"Router rows of {', '.join(new)}: random, without statistics of the domain {unknown[0]}."
+        return f"Routing vectors of {', '.join(new)}: random, without statistics of the domain {unknown[0]}."
     origins, seed = engine.model.origins, config.training.seed
     shares, weights = [], {}
     for layer, own in enumerate(engine.model.layers):
@@ -116,13 +116,15 @@ def route_to_new_experts(
 
         def extend(layer: int = layer, statistics: DomainStatistics = statistics, router: Tensor = router) -> float:
             try:
-                rows, share = add_rows(adapter.router(layer).load().float(), statistics, seed=seed, layer=layer)
+                vectors, share = add_routing_vectors(
+                    adapter.router(layer).load().float(), statistics, seed=seed, layer=layer
+                )
             except SRDEError as error:
                 raise SRDEError(
                     f"domains={','.join(new)} with start_from={adapter.place}: {error} Give data of another kind, or "
-                    "--domain_statistics_rows 0, which leaves the new rows of the routers random."
+                    "--domain_statistics_rows 0, which leaves the new routing vectors random."
                 ) from None
-            router.copy_(rows)
+            router.copy_(vectors)
             return share
 
         shares.append(on_main_rank(extend, topology, long=True))
@@ -131,7 +133,7 @@ def route_to_new_experts(
         weights[f"layers.{layer}.router.weight"] = router.cpu()
     engine.set_trainables(weights)
     return (
-        f"Router rows of {', '.join(new)}: from the domains' inputs. In the mean over the layers, they draw "
+        f"Routing vectors of {', '.join(new)}: from the domains' inputs. In the mean over the layers, they draw "
         f"{sum(shares) / len(shares):.1%} of the other domains' tokens."
     )
 

@@ -155,13 +155,13 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
 
 def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:
     """The training rows, in the order that the seed gives."""
-    training, phases = config.training, row_mixing(config.data, manifest)
+    training, periods = config.training, row_mixing(config.data, manifest)
     return RowStream(
         load_rows(folder, "train", manifest),
         seed=training.seed,
         global_batch_rows=training.batch_size * topology.world_size * training.gradient_accumulation_steps,
-        phases=phases,
-        loss_weights=LossWeights.of(config.losses.loss_weighting, manifest.splits["train"], mixed=phases is not None),
+        periods=periods,
+        loss_weights=LossWeights.of(config.losses.loss_weighting, manifest.splits["train"], mixed=periods is not None),
     )
 
 

@@ -1,4 +1,4 @@
-"""Slurm: the stages as dependent jobs, and training that is preempted, requeued and goes on by itself."""
+"""Slurm: the verbs as jobs that wait for each other, and training that is preempted, requeued and goes on by itself."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def slurm(hosts: Hosts) -> Iterator[Slurm]:
         hosts.clear()  # its daemons write there
 
 
-def test_the_stages_run_as_jobs_through_a_preemption(slurm: Slurm, inputs: Inputs, tmp_path: Path) -> None:
+def test_the_whole_way_runs_as_jobs_through_a_preemption(slurm: Slurm, inputs: Inputs, tmp_path: Path) -> None:
     run, logs = tmp_path / "run", str(tmp_path / "%x.log")
     changes = {"max_steps": STEPS, "save_steps": 40, "batch_size": 4, "gradient_accumulation_steps": 1}
     options = small_run(inputs, run, processes=2, **changes)
@@ -44,8 +44,8 @@ def test_the_stages_run_as_jobs_through_a_preemption(slurm: Slurm, inputs: Input
         "EVALUATE_FLAGS": "--max_samples 6 --max_new_tokens 4 --bf16 false",
         "TRAIN_SBATCH": "--nodes 2 --ntasks-per-node 1",
     }
-    for stage in ("BUILD", "TRAIN", "STAGE"):
-        variables[f"{stage}_SBATCH"] = f"{variables.get(f'{stage}_SBATCH', '')} --output {logs}"
+    for job in ("BUILD", "TRAIN", "VERB"):
+        variables[f"{job}_SBATCH"] = f"{variables.get(f'{job}_SBATCH', '')} --output {logs}"
     submitted = slurm("cluster/slurm/pipeline.sh", *arguments(options), env=ENVIRONMENT | variables)
     words = submitted.replace(",", "").split()
     build, train, evaluate, convert = (

@@ -110,7 +110,7 @@ def test_a_run_starts_where_the_weights_are(
     ids = load_tokenizer(inputs.base)(Path(law).read_text(), return_tensors="pt").input_ids[:, :400]
     other(ids, policy=RoutingPolicy(choices=choices))
     shares = [float((best == 3).float().mean()) for best in (choices[layer][:, 0] for layer in range(2))]
-    assert sum(shares) / 2 > 0.5  # by its row of the router, a new expert is the best one of its domain's tokens
+    assert sum(shares) / 2 > 0.5  # by its routing vector, a new expert is the best one of its domain's tokens
 
 
 def test_all_of_it_goes_on_and_resumes(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:

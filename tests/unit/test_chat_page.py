@@ -65,7 +65,7 @@ def _asked(page: ChatPage, visit: Visit, question: str, settings: Settings = EVE
 
 def _turn(model: SRDEModel) -> Turn:
     answer = generate(model, tiny_tokenizer(), [{"role": "user", "content": "hi"}], Sampling(8, 0.0), show_routing=True)
-    answer.pieces = answer.tokens[answer.prompt_length :]
+    answer.token_texts = answer.tokens[answer.prompt_length :]
     return Turn("hi", answer=answer)
 
 
@@ -99,7 +99,7 @@ def test_what_others_wrote_is_shown_as_text() -> None:
     turn = _turn(model)
     assert turn.answer is not None
     turn.question = HOSTILE
-    turn.answer.pieces[:2] = [HOSTILE, "<b>"]
+    turn.answer.token_texts[:2] = [HOSTILE, "<b>"]
     turn.base = Generation(HOSTILE, [], 0)
     names = [HOSTILE, "<i>", "code"]
     turn.experts = names[:2]

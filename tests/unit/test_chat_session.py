@@ -46,9 +46,9 @@ def test_streamed_tokens_are_those_of_generate() -> None:
     grown = []
     options = AnswerOptions(DRAWN, show_routing=True, seed=3)
     for turn in _session(model).ask("hi", options):
-        grown.append(len(turn.answer.pieces) if turn.answer else 0)
+        grown.append(len(turn.answer.token_texts) if turn.answer else 0)
     assert turn.answer and turn.answer.tokens == expected.tokens and turn.answer.text == expected.text
-    assert "".join(turn.answer.pieces) == expected.text
+    assert "".join(turn.answer.token_texts) == expected.text
     assert len(grown) > 5 and grown[-1] == len(expected.tokens) - expected.prompt_length
     assert turn.answer.routing and expected.routing
     torch.testing.assert_close(turn.answer.routing.weights_TE(), expected.routing.weights_TE(), rtol=0, atol=0)

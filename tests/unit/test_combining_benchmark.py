@@ -51,15 +51,15 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         srde, lora = found[f"srde alone, {domain}"], found[f"lora alone, {domain}"]
         assert srde["training"][0] == pytest.approx(lora["training"][0], rel=1e-3)
         assert "usage" not in srde and all(count for _, count in srde["losses"][domain])
-    assert len(found["srde stage 3"]["usage"]["code"]) == 3 and len(found["srde combined"]["usage"]["math"]) == 6
-    assert found["lora stage 6"]["values"] == pytest.approx(found["srde joint"]["values"], rel=0.2)
+    assert len(found["srde turn 3"]["usage"]["code"]) == 3 and len(found["srde combined"]["usage"]["math"]) == 6
+    assert found["lora turn 6"]["values"] == pytest.approx(found["srde joint"]["values"], rel=0.2)
     monkeypatch.setattr(combining_tables, "MERGES", MERGES)
     table = combining_tables.apart(Results(records, combining_tables.parts_apart()))
     assert len(table.splitlines()) == 2 + 5 + len(MERGES) + 2
     by_prompt = found["srde combined, by prompt"]
     assert all(0 <= right <= count and count for right, count in by_prompt["right"].values())
     assert by_prompt["losses"].keys() == found["srde combined"]["losses"].keys()
-    assert len(combining_tables.added(Results(records, combining_tables.parts_of_stages())).splitlines()) == 2 + 3
+    assert len(combining_tables.added(Results(records, combining_tables.parts_of_turns())).splitlines()) == 2 + 3
     answers = tmp_path / "answers.jsonl"
     arguments = [*places[:-1], str(answers), "--seeds", "1", "--budget", "toy"]
     assert run_forked(log, answer_briefly, arguments) == 0, log.read_text()[-3000:]
@@ -86,8 +86,8 @@ def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path:
     }
     losses["srde alone, math"] = 1.5
     losses |= {f"lora merged, {kind}, {weight}": 2.0 for kind, weight in MERGES}
-    losses |= {f"srde stage {stage}": 1.5 for stage in range(2, 7)}
-    losses |= {f"lora stage {stage}": 1 + stage / 10 for stage in range(1, 7)}
+    losses |= {f"srde turn {turn}": 1.5 for turn in range(2, 7)}
+    losses |= {f"lora turn {turn}": 1 + turn / 10 for turn in range(1, 7)}
     records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
     results = Results([*records, {"seed": 2, "part": "base", "losses": rows(9.0)}], losses)
     assert results.seeds == [1]  # the second has one part only
@@ -95,7 +95,7 @@ def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert total == pytest.approx(0.25) and limits == pytest.approx([0.25, 0.25]) and by_seed == [total]
     assert combining_tables.forgetting(results, "srde") == pytest.approx(dict.fromkeys(DOMAINS[:-1], 0.0))
     assert combining_tables.forgetting(results, "lora")["code"] == pytest.approx(0.3)
-    assert "| LoRA, trained on | +0.300 | 1.600 |" in combining_tables.stages(results)
+    assert "| LoRA, trained on | +0.300 | 1.600 |" in combining_tables.turns(results)
 
     losses |= {f"{method} alone, {domain}": 1.0 for method in ("srde", "lora") for domain in DOMAINS}
     records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
@@ -103,8 +103,8 @@ def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path:
         combining_tables.draw_apart(Results(records, losses), tmp_path)
     drawn = plot.call_args.args[0]
     assert len(drawn) == 5 and not any("merged" in name for name in drawn)  # merges and base are too far away
-    combining_tables.draw_stages(results, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"combining-apart.png", "combining-stages.png"}
+    combining_tables.draw_turns(results, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"combining-apart.png", "combining-turns.png"}
 
 
 def test_what_the_table_of_right_answers_says(monkeypatch: pytest.MonkeyPatch) -> None:

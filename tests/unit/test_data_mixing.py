@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from srde_ds.data.loader import RowStream
-from srde_ds.data.mixing import CYCLE, Mixture, Phase, mixing_phases, parse_domain_weights
+from srde_ds.data.mixing import CYCLE, MixingPeriod, Mixture, mixing_periods, parse_domain_weights
 from srde_ds.errors import SRDEError
 from tests.data_helpers import rows, step_rows
 
 DOMAINS = ["math", "logic", "code"]
 
 
-def mixture(phases: list[Phase], sizes: tuple[int, ...] = (30, 20, 10), rows_per_step: int = 8) -> Mixture:
+def mixture(periods: list[MixingPeriod], sizes: tuple[int, ...] = (30, 20, 10), rows_per_step: int = 8) -> Mixture:
     starts = np.cumsum([0, *sizes])
     places = [np.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-    return Mixture(phases, places, seed=1, rows_per_step=rows_per_step)
+    return Mixture(periods, places, seed=1, rows_per_step=rows_per_step)
 
 
 def drawn(mix: Mixture, start: int, stop: int) -> list[int]:
@@ -31,7 +31,7 @@ def domain(row: int) -> int:
 
 
 def test_each_cycle_has_exactly_its_shares() -> None:
-    mix = mixture([Phase(0, (5.0, 3.0, 2.0))])
+    mix = mixture([MixingPeriod(0, (5.0, 3.0, 2.0))])
     counts = Counter(map(domain, drawn(mix, 0, CYCLE)))
     assert counts == {0: 5000, 1: 3000, 2: 2000}
     assert mix.draws(CYCLE).tolist() == [5000, 3000, 2000]
@@ -40,7 +40,7 @@ def test_each_cycle_has_exactly_its_shares() -> None:
 
 
 def test_each_domain_has_epochs_of_its_own() -> None:
-    order = drawn(mixture([Phase(0, (1.0, 1.0, 1.0))]), 0, 2 * CYCLE + 100)
+    order = drawn(mixture([MixingPeriod(0, (1.0, 1.0, 1.0))]), 0, 2 * CYCLE + 100)
     for number, size in ((0, 30), (1, 20), (2, 10)):
         mine = [row for row in order if domain(row) == number]
         epochs = [mine[i : i + size] for i in range(0, len(mine) - size, size)]
@@ -48,9 +48,13 @@ def test_each_domain_has_epochs_of_its_own() -> None:
 
 
 def test_any_position_is_found_without_history() -> None:
-    phases = [Phase(0, (1.0, 1.0, 0.0)), Phase(300, (0.0, 1.0, 3.0)), Phase(4000, (1.0, 1.0, 1.0))]
-    order = drawn(mixture(phases), 0, 40_000)
-    fresh = mixture(phases)
+    periods = [
+        MixingPeriod(0, (1.0, 1.0, 0.0)),
+        MixingPeriod(300, (0.0, 1.0, 3.0)),
+        MixingPeriod(4000, (1.0, 1.0, 1.0)),
+    ]
+    order = drawn(mixture(periods), 0, 40_000)
+    fresh = mixture(periods)
     for position in (39_999, 2400, 2399, 31_999, 32_000, 0):
         assert fresh.row(position) == order[position]
     assert {domain(row) for row in order[:2400]} == {0, 1} and {domain(row) for row in order[2400:32_000]} == {1, 2}
@@ -63,18 +67,18 @@ def test_any_position_is_found_without_history() -> None:
 
 
 def test_small_shares_come_up_and_zero_ones_do_not() -> None:
-    mix = mixture([Phase(0, (1e6, 1e-3, 0.0))])
+    mix = mixture([MixingPeriod(0, (1e6, 1e-3, 0.0))])
     assert mix.counts.tolist() == [[CYCLE - 1, 1, 0]]
-    assert mixture([Phase(0, (1.0, 1.0, 1.0))]).counts.sum() == CYCLE
+    assert mixture([MixingPeriod(0, (1.0, 1.0, 1.0))]).counts.sum() == CYCLE
 
 
 def test_options_become_phases() -> None:
-    assert mixing_phases(None, 1.0, DOMAINS, [9, 4, 1]) is None
-    (phase,) = mixing_phases(None, 2.0, DOMAINS, [9, 4, 1]) or []
-    assert phase.shares == pytest.approx((3, 2, 1))
-    assert mixing_phases("math=2, code=.5", 1.0, DOMAINS, [9, 4, 1]) == [Phase(0, (2.0, 0.0, 0.5))]
-    later = mixing_phases("logic=1; 500: math=1,code=1;900:code=1", 1.0, DOMAINS, [9, 4, 1])
-    assert later == [Phase(0, (0, 1, 0)), Phase(500, (1, 0, 1)), Phase(900, (0, 0, 1))]
+    assert mixing_periods(None, 1.0, DOMAINS, [9, 4, 1]) is None
+    (period,) = mixing_periods(None, 2.0, DOMAINS, [9, 4, 1]) or []
+    assert period.shares == pytest.approx((3, 2, 1))
+    assert mixing_periods("math=2, code=.5", 1.0, DOMAINS, [9, 4, 1]) == [MixingPeriod(0, (2.0, 0.0, 0.5))]
+    later = mixing_periods("logic=1; 500: math=1,code=1;900:code=1", 1.0, DOMAINS, [9, 4, 1])
+    assert later == [MixingPeriod(0, (0, 1, 0)), MixingPeriod(500, (1, 0, 1)), MixingPeriod(900, (0, 0, 1))]
 
 
 @pytest.mark.parametrize(
@@ -101,16 +105,16 @@ def test_weights_of_another_form_are_refused(text: str, message: str) -> None:
 
 def test_options_that_do_not_fit_the_data_are_refused() -> None:
     with pytest.raises(SRDEError, match="the dataset has no rows of 'logic'"):
-        mixing_phases("math=1,logic=1", 1.0, DOMAINS, [5, 0, 5])
+        mixing_periods("math=1,logic=1", 1.0, DOMAINS, [5, 0, 5])
     with pytest.raises(SRDEError, match="mixing_temperature=2.0: give one of them"):
-        mixing_phases("math=1", 2.0, DOMAINS, [5, 5, 5])
-    assert mixing_phases(None, 2.0, DOMAINS, [4, 0, 4]) == [Phase(0, (2.0, 0.0, 2.0))]
+        mixing_periods("math=1", 2.0, DOMAINS, [5, 5, 5])
+    assert mixing_periods(None, 2.0, DOMAINS, [4, 0, 4]) == [MixingPeriod(0, (2.0, 0.0, 2.0))]
 
 
 @pytest.mark.parametrize(("world", "batch", "accumulation"), [(1, 4, 2), (2, 2, 2), (4, 1, 2), (8, 1, 1)])
 def test_ranks_cut_one_mixed_order(world: int, batch: int, accumulation: int) -> None:
-    phases = [Phase(0, (3.0, 1.0)), Phase(2, (0.0, 1.0))]
-    stream = RowStream(rows(21), seed=3, global_batch_rows=8, phases=phases)
+    periods = [MixingPeriod(0, (3.0, 1.0)), MixingPeriod(2, (0.0, 1.0))]
+    stream = RowStream(rows(21), seed=3, global_batch_rows=8, periods=periods)
     for step in range(4):
         assert step_rows(stream, step, world, batch, accumulation) == stream.rows_of_step(step)
     part = stream.micro_batch(3, 0, rank=0, world_size=world, batch_size=batch)
@@ -118,7 +122,7 @@ def test_ranks_cut_one_mixed_order(world: int, batch: int, accumulation: int) ->
 
 
 def test_epochs_are_told() -> None:
-    mixed = RowStream(rows(21), seed=3, global_batch_rows=8, phases=[Phase(0, (0.0, 1.0))])
+    mixed = RowStream(rows(21), seed=3, global_batch_rows=8, periods=[MixingPeriod(0, (0.0, 1.0))])
     assert mixed.epochs(5) == [0.0, 4.0]
     assert RowStream(rows(20), seed=3, global_batch_rows=8).epochs(5) == [2.0]
 
@@ -128,6 +132,8 @@ def test_a_late_step_of_a_large_dataset_is_found_at_once() -> None:
     starts = np.cumsum([0, *sizes])
     places = [np.arange(a, b) for a, b in zip(starts, starts[1:], strict=False)]
     started = time.perf_counter()
-    mix = Mixture([Phase(0, (1.0, 2.0, 3.0)), Phase(10**6, (1.0, 1.0, 1.0))], places, seed=0, rows_per_step=256)
+    mix = Mixture(
+        [MixingPeriod(0, (1.0, 2.0, 3.0)), MixingPeriod(10**6, (1.0, 1.0, 1.0))], places, seed=0, rows_per_step=256
+    )
     found = [mix.row(256 * 3 * 10**6 + i) for i in range(256)]
     assert time.perf_counter() - started < 1.0 and len(set(found)) > 200

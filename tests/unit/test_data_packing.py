@@ -240,7 +240,7 @@ def test_cutting_at_special_tokens_changes_no_token(template: str | None, monkey
     ]
     tokenizer = tiny_tokenizer(template)
     cut = tokenize(records, tokenizer)
-    monkeypatch.setattr("srde_ds.data.packing._pieces", lambda _, text: [text])
+    monkeypatch.setattr("srde_ds.data.packing._segments", lambda _, text: [text])
     for ours, whole in zip(cut, tokenize(records, tokenizer), strict=True):
         assert ours.input_ids.tolist() == whole.input_ids.tolist() and ours.by_parts == whole.by_parts
         assert ours.is_response.tolist() == whole.is_response.tolist()

@@ -1,4 +1,4 @@
-"""Router rows of new experts from the domains' statistics, beside rows that are trained."""
+"""Routing vectors of new experts from the domains' statistics, beside trained ones."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from srde_ds.errors import SRDEError
 from srde_ds.training.warm_start.clustering import TARGET_GAP
 from srde_ds.training.warm_start.discriminant import statistics_of_inputs
-from srde_ds.training.warm_start.from_statistics import add_rows, draw_inputs, of_domains, router_of
+from srde_ds.training.warm_start.from_statistics import add_routing_vectors, draw_inputs, of_domains, router_of
 from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.schema import FACTORS
 
@@ -36,7 +36,7 @@ def test_a_new_row_draws_its_domain_and_leaves_the_others(old: int, scale: float
     few = every.rows(list(range(old)))
     trained = torch.full((1, HIDDEN), 0.1) if old == 1 else router_of(few, seed=3, layer=0)
     trained = scale * trained + 5.0  # what all rows have in common changes no choice
-    router, share = add_rows(trained, every, seed=3, layer=0)
+    router, share = add_routing_vectors(trained, every, seed=3, layer=0)
     assert torch.equal(router[:old], trained) and router.shape == (old + 2, HIDDEN)
     logits, domain = drawn_logits(router, every)
     best = logits.argmax(1)
@@ -52,7 +52,7 @@ def test_domains_that_cannot_be_told_apart_are_refused() -> None:
     every = statistics(3)
     same = DomainStatistics.independent(every.mean[[0, 1, 1]], torch.zeros(3, HIDDEN))
     with pytest.raises(SRDEError, match="layer 4: the inputs of a new domain are too similar"):
-        add_rows(torch.randn(2, HIDDEN), same, seed=0, layer=4)
+        add_routing_vectors(torch.randn(2, HIDDEN), same, seed=0, layer=4)
 
 
 def test_statistics_are_taken_by_name() -> None:

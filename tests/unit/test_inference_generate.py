@@ -46,9 +46,9 @@ def test_pieces_joined_are_the_text() -> None:
     streamed = generate(model, tokenizer, MESSAGES, sampling, stream=lambda answer: so_far.append(answer.text))
     torch.manual_seed(0)
     whole = generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0))
-    assert "".join(streamed.pieces) == so_far[-1] == streamed.text == whole.text
+    assert "".join(streamed.token_texts) == so_far[-1] == streamed.text == whole.text
     assert all(later.startswith(earlier) for earlier, later in zip(so_far, so_far[1:], strict=False))
-    assert len(set(so_far)) > 10 and len(streamed.pieces) == len(streamed.tokens) - streamed.prompt_length
+    assert len(set(so_far)) > 10 and len(streamed.token_texts) == len(streamed.tokens) - streamed.prompt_length
     torch.manual_seed(1)
     assert generate(model, tokenizer, MESSAGES, Sampling(60, temperature=2.0, top_p=1.0)).text != whole.text
 
@@ -68,7 +68,7 @@ def test_a_character_of_several_tokens_is_streamed_whole() -> None:
     sampling = Sampling(7, temperature=0)
     answer = generate(model, tokenizer, MESSAGES, sampling, stream=lambda answer: so_far.append(answer.text))
     handle.remove()
-    assert answer.pieces == ["", "é", "", "", "€", "", "é"] and answer.text == "é€é"
+    assert answer.token_texts == ["", "é", "", "", "€", "", "é"] and answer.text == "é€é"
     assert so_far == ["", "é", "é", "é", "é€", "é€", "é€é", "é€é"]
 
 

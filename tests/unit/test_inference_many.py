@@ -21,7 +21,7 @@ from srde_ds.inference.many import (
     generate_many,
     left_padded,
     majority,
-    pieces,
+    token_texts,
 )
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.inference.prompts import Prompt, read_prompts
@@ -95,11 +95,11 @@ def test_the_experts_of_a_padded_batch_are_those_of_each_prompt_alone() -> None:
 def test_pieces_are_the_text_that_each_token_adds() -> None:
     tokenizer = tiny_tokenizer()
     ids = tokenizer.encode("it is é → 7", add_special_tokens=False)
-    found = pieces(tokenizer, ids)
+    found = token_texts(tokenizer, ids)
     assert len(found) == len(ids) and "".join(found) == decode(tokenizer, ids) and "\ufffd" not in "".join(found)
     cut = next(count for count in range(1, len(ids)) if decode(tokenizer, ids[:count]).endswith("\ufffd"))
-    assert "".join(pieces(tokenizer, ids[:cut])) == decode(tokenizer, ids[:cut])
-    assert pieces(tokenizer, []) == []
+    assert "".join(token_texts(tokenizer, ids[:cut])) == decode(tokenizer, ids[:cut])
+    assert token_texts(tokenizer, []) == []
 
 
 @pytest.mark.parametrize(

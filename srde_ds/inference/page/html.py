@@ -91,7 +91,7 @@ def _answer_tokens(turn: Turn, view: View) -> str:
     if turn.answer.routing is None:
         return html(turn.answer.text)
     rows = turn.answer.routing.weights_TE(view.layers)[turn.answer.prompt_length :].tolist()
-    return _tokens(turn.answer.pieces, rows, view)
+    return _tokens(turn.answer.token_texts, rows, view)
 
 
 def _mean(turn: Turn, view: View) -> str:
@@ -104,13 +104,13 @@ def _mean(turn: Turn, view: View) -> str:
     return f'<p class="mean">Mean: {_weights(weights_TE.mean(0).tolist(), view)}</p>'
 
 
-def _tokens(pieces: Sequence[str], rows: Sequence[Sequence[float]], view: View) -> str:
+def _tokens(token_texts: Sequence[str], rows: Sequence[Sequence[float]], view: View) -> str:
     """Tokens in the colour of the expert with the largest weight; the larger the weight, the stronger the colour.
 
     The arrow keys move between them, see `style.ARROW_KEYS`, so the tab key stops only at the first.
     """
     spans, stop = [], 0
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(token_texts):
         if not piece:  # a special token, or a part of a character
             continue
         row = rows[number] if number < len(rows) else None

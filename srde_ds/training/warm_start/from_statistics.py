@@ -1,4 +1,4 @@
-"""Router rows from the domains' statistics alone: of all experts, or of new ones beside rows that are trained."""
+"""Routing vectors from the domains' statistics alone: of all experts, or of new ones beside trained vectors."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ def router_of(statistics: DomainStatistics, *, seed: int, layer: int) -> Tensor:
     return torch.from_numpy(scaled(discriminant(statistics).numpy(), inputs, domain, layer=layer).weights)
 
 
-def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: int) -> tuple[Tensor, float]:
-    """Add rows for new domains to a trained router, whose own rows do not change.
+def add_routing_vectors(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: int) -> tuple[Tensor, float]:
+    """Add routing vectors for new domains to a trained router, whose own do not change.
 
-    A new row points from the other domains to its own, as in `router_of`. Its length lets the new expert's median token
-    prefer it by as much as tokens of the other domains prefer their best expert, and at least as after a warm start.
+    A new vector points from the other domains to its own, as in `router_of`. Its length lets the new expert's median
+    token prefer it by as much as tokens of the other domains prefer their best expert, and at least as after a warm
+    start.
 
     Args:
         router: `[E, D]` fp32.
@@ -64,23 +65,23 @@ def add_rows(router: Tensor, statistics: DomainStatistics, *, seed: int, layer: 
         raise SRDEError(similar) from None
     common, x_ND = router.mean(0), torch.from_numpy(inputs)
     # All logits without what the old experts' have in common, which no choice depends on.
-    rows = [router - common]
-    logits, of_old = x_ND @ rows[0].T, torch.from_numpy(domain < old)
+    vectors = [router - common]
+    logits, of_old = x_ND @ vectors[0].T, torch.from_numpy(domain < old)
     best_old, gap = logits.amax(1), TARGET_GAP
     if old > 1:
         first, second = logits[of_old].topk(2).values.unbind(1)
         gap = max(gap, float((first - second).median()))
-    for number, row in enumerate(fitted[old:], old):
-        direction = row - fitted[:old].mean(0)
+    for number, vector in enumerate(fitted[old:], old):
+        direction = vector - fitted[:old].mean(0)
         own = torch.from_numpy(domain == number)
         rise = x_ND[own] @ direction
         needed = torch.where(rise > 0, (gap + best_old[own]) / rise, torch.inf).median()
         if not needed.isfinite():
             raise SRDEError(similar)
-        rows.append(direction[None] * needed)
-    logits = x_ND @ torch.cat(rows).T
+        vectors.append(direction[None] * needed)
+    logits = x_ND @ torch.cat(vectors).T
     drawn = (logits[of_old].argmax(1) >= old).float().mean()
-    return torch.cat([router, *(row + common for row in rows[1:])]), float(drawn)
+    return torch.cat([router, *(vector + common for vector in vectors[1:])]), float(drawn)
 
 
 def of_domains(statistics: DomainStatistics, known: Sequence[str], wanted: Sequence[str]) -> DomainStatistics:
