@@ -13,7 +13,8 @@ Names of tensors end in their shape: `x_TD` is `[T, D]`, `weights_TE` is `[T, E]
     T   tokens: B * S, or fewer             F   feed-forward size (intermediate size)
     E   experts                             A   atoms
     K   experts that a token uses (top_k)   m   neurons in a support
-    P   processes that share the experts    n   values of an expert
+    W   processes                           b   blocks in a support
+    P   processes that share the experts    n   values that an expert changes in a layer
 
 A 1 stands for an axis of length one, and a number such as the 3 of `[D, E, 3, m]` for gate, up and down. In code about
 supports and masks, S is the number of a layer's supports: 1 if the experts share one, else E. `supports/learned.py` has
