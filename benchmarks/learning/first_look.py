@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from benchmarks.learning import measure, methods, rivals
 from benchmarks.learning.data import Inputs, prepare
-from benchmarks.learning.plan import Plan, Run, late_loss
+from benchmarks.learning.plan import Budget, Plan, Run, late_loss
 from benchmarks.learning.plots import plot_differences
 from benchmarks.learning.store import RESULTS, read_records
 from benchmarks.tables import markdown, put_into
@@ -44,6 +44,7 @@ from srde_ds.model.policy import PolicyControl
 from srde_ds.model.targets import Targets
 from srde_ds.optim import for_trainer
 from srde_ds.training.run_folder import row_mixing
+from srde_ds.training.warm_start.clustering import Method
 from srde_ds.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,7 +59,8 @@ class Look:
     Attributes:
         kind: "srde", or a rival of `rivals.PARAMETERS`.
         rates: options of the optimizer; with `muon_lr` matrices are updated by GramMuon (rivals: by Muon).
-        adapter: options of the adapter. With six experts, the routers start from the domains' means.
+        adapter: options of the adapter.
+        routers: with six experts, how they are made from the domains' inputs: "domain_means" or "discriminant".
         rival: flags of a rival, see `plan.Run`.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
     """
@@ -66,6 +68,7 @@ class Look:
     kind: str = "srde"
     rates: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
+    routers: Method = "domain_means"
     rival: dict[str, Any] = field(default_factory=dict)
     attention: int = 0
     attention_rate: float = 2e-3
@@ -76,12 +79,14 @@ HALF: dict[str, Any] = {"density": 0.005, "shared_expert_density": 0.0293}
 LOOKS = {
     "LoRA, 0.001": Look("lora", {"learning_rate": 0.001}),
     "LoRA, 0.003": Look("lora", {"learning_rate": 0.003}),
+    "LoRA, 0.01": Look("lora", {"learning_rate": 0.01}),
     "LoRA on all linear layers, 0.003": Look("lora", {"learning_rate": 0.003}, rival={"target": "all"}),
     "SHiRA, 0.003": Look("shira", {"learning_rate": 0.003}),
     "one delta, 0.01": Look(rates={"muon_lr": 0.01}, adapter=ONE),
     "SRDE, 0.006": Look(rates={"muon_lr": 0.006}),
     "SRDE, 0.01": Look(rates={"muon_lr": 0.01}),
     "SRDE, 0.02": Look(rates={"muon_lr": 0.02}),
+    "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
     "SRDE, 0.01, supports for each expert": Look(rates={"muon_lr": 0.01}, adapter={"support_scope": "per_expert"}),
     "SRDE, 0.01, half of the values in a shared expert": Look(rates={"muon_lr": 0.01}, adapter=HALF),
     "SRDE, 0.02, half of the values in a shared expert": Look(rates={"muon_lr": 0.02}, adapter=HALF),
@@ -121,14 +126,14 @@ class Trainee:
     masters: rivals.Masters | None = None
 
 
-def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
+def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -> Trainee:
     """The base with experts, and what the look puts beside them."""
     options = {name: checked(AdapterConfig, name, value) for name, value in look.adapter.items()}
     config = AdapterConfig(**options)
     six = config.num_experts == len(DOMAINS)
-    routers = rivals.domain_routers(base, find_feed_forward(base), inputs, SEED) if six else []
+    routers = rivals.domain_routers(base, find_feed_forward(base), inputs, seed, look.routers) if six else []
     names = list(DOMAINS) if six else [f"expert {number}" for number in range(config.num_experts)]
-    model = add_experts(base, config, expert_names=names, seed=SEED)
+    model = add_experts(base, config, expert_names=names, seed=seed)
     for _, parameter in model.trainable_parameters():
         parameter.data = parameter.data.float()
     for layer, router in zip(model.layers, routers, strict=False):
@@ -141,10 +146,10 @@ def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
     return Trainee(model, [*own, *attention], optimizers)
 
 
-def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs) -> Trainee:
+def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -> Trainee:
     """The base with an adapter of another method, of as many values as SRDE's default has."""
     run = Run(
-        look.kind, "lora", look.rival | {"values_of": {}}, SEED, False, False, Plan("medium", lambda _: None).budget
+        look.kind, "lora", look.rival | {"values_of": {}}, seed, False, False, Plan("medium", lambda _: None).budget
     )
     parameters = rivals.PARAMETERS[look.kind](base, run, inputs)
     masters = rivals.Masters(parameters)
@@ -201,23 +206,29 @@ def train(
     return losses
 
 
-def run_look(name: str, base_folder: Path, folder: Path, steps: int = STEPS) -> dict[str, Any]:
-    """Train and measure one run, or its first steps."""
-    look, plan, started = LOOKS[name], Plan("medium", lambda _: None), time.monotonic()
-    budget = plan.budget
-    inputs = prepare(budget, SEED, base=base_folder, folder=folder)
-    config = methods.config_of(plan.example(plan.rows["SRDE from domain means"]), inputs, folder)
-    torch.manual_seed(SEED)
+def train_look(look: Look, budget: Budget, inputs: Inputs, seed: int, steps: int) -> tuple[Trainee, list[float]]:
+    """Train a run, or its first steps, and give the loss of each."""
+    plan = Plan("medium", lambda _: None)
+    config = methods.config_of(plan.example(plan.rows["SRDE from domain means"]), inputs, inputs.rows.parent)
+    torch.manual_seed(seed)
     base = load_base(inputs.base, dtype=torch.bfloat16, attn_implementation=packed_attention(config))
-    trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs)
+    trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs, seed)
     stream = RowStream(
         inputs.split("train"),
-        seed=SEED,
+        seed=seed,
         global_batch_rows=budget.rows_per_step,
         periods=row_mixing(config.data, load_manifest(inputs.rows)),
     )
     losses = train(trainee, stream, budget.rows_at_once, budget.rows_per_step // budget.rows_at_once, steps)
     trainee.model.eval()
+    return trainee, losses
+
+
+def run_look(name: str, base_folder: Path, folder: Path, steps: int = STEPS) -> dict[str, Any]:
+    """Train and measure one run, or its first steps."""
+    budget, started = Plan("medium", lambda _: None).budget, time.monotonic()
+    inputs = prepare(budget, SEED, base=base_folder, folder=folder)
+    trainee, losses = train_look(LOOKS[name], budget, inputs, SEED, steps)
     held_out = measure.row_losses(trainee.model, inputs.split("validation"), budget.rows_at_once)
     figures: dict[str, Any] = {"name": name, "values": sum(parameter.numel() for parameter in trainee.parameters)}
     figures |= {"late_loss": round(late_loss({"losses": losses}), 4), "held_out": round(mean(held_out.values()), 4)}

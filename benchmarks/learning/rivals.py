@@ -22,7 +22,7 @@ from srde_ds.data.loader import validation_batches
 from srde_ds.model.base import ROLES, FeedForward, find_feed_forward
 from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.supports.selection import shared_expert_size, support_size
-from srde_ds.training.warm_start.clustering import fit_router
+from srde_ds.training.warm_start.clustering import Method, fit_router
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -174,8 +174,14 @@ def routed_lora(base: PreTrainedModel, run: Run, inputs: Inputs) -> list[nn.Para
 
 
 @torch.no_grad()
-def domain_routers(base: PreTrainedModel, blocks: list[FeedForward], inputs: Inputs, seed: int) -> list[Tensor]:
-    """Router weights `[E, D]` by layer, from the mean input of each block for each domain."""
+def domain_routers(
+    base: PreTrainedModel, blocks: list[FeedForward], inputs: Inputs, seed: int, method: Method = "domain_means"
+) -> list[Tensor]:
+    """Router weights `[E, D]` by layer, from the inputs of each block on each domain.
+
+    Args:
+        method: "domain_means" or "discriminant", see `fit_router`.
+    """
     rows = inputs.split("train")
     domain_of_row = rows.with_format("numpy")["domain"][:]
     seen: list[list[Tensor]] = [[] for _ in blocks]
@@ -201,7 +207,7 @@ def domain_routers(base: PreTrainedModel, blocks: list[FeedForward], inputs: Inp
     for layer, chunks in enumerate(kept):
         points = torch.cat(chunks).numpy()
         fit = fit_router(
-            points, np.concatenate(labels), num_experts=len(DOMAINS), method="domain_means", seed=seed, layer=layer
+            points, np.concatenate(labels), num_experts=len(DOMAINS), method=method, seed=seed, layer=layer
         )
         routers.append(torch.from_numpy(fit.weights))
     return routers

@@ -26,7 +26,7 @@ def test_what_is_put_beside_the_experts_starts_as_the_base_and_learns(attention:
     with torch.no_grad():
         expected = base(ids).logits
     look = Look(rates={"muon_lr": 0.01}, adapter=SMALL, attention=attention)
-    trainee = with_experts(look, base, inputs=None)  # type: ignore[arg-type]  # only six experts read rows
+    trainee = with_experts(look, base, inputs=None, seed=0)  # type: ignore[arg-type]  # only six experts read rows
     experts = sum(parameter.numel() for _, parameter in trainee.model.trainable_parameters())
     config = base.config
     head = config.hidden_size // config.num_attention_heads
