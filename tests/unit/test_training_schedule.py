@@ -146,17 +146,18 @@ def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"supervised_experts": True, "expert_pretrain_steps": 34}, "expert_pretrain_steps=34"),
+        ({"supervised_experts": True, "expert_pretrain_steps": 34}, "Lower it, or give more than 204 --max_steps"),
+        ({"supervised_experts": True, "max_steps": 6}, "max_steps=6. Give more than 6 --max_steps"),
         ({"supervised_experts": True, "expert_pretrain_steps": 1, "num_experts": 4}, "6 domains and num_experts=4"),
         ({"warm_start": True, "num_experts": 1, "top_k": 1}, "nothing to route"),
         ({"progressive_unlock": "linear", "max_steps": 5}, "num_experts=6 and 5 routed steps: the last experts"),
         ({"unlock_order": "cluster_size", "warm_start": True}, "--progressive_unlock linear or warmup"),
         ({"unlock_order": "cluster_size", "progressive_unlock": "warmup"}, "--warm_start"),
-        ({"warm_start": True, "warm_start_method": "domain_means", "num_experts": 8}, "share one row"),
-        ({"warm_start": True, "warm_start_method": "discriminant", "num_experts": 7}, "share one row"),
+        ({"warm_start": True, "warm_start_method": "domain_means", "num_experts": 8}, "share one routing vector"),
+        ({"warm_start": True, "warm_start_method": "discriminant", "num_experts": 7}, "share one routing vector"),
         (
             {"warm_start": True, "warm_start_method": "domain_means", "num_experts": 2, "domains": "a"},
-            "share one row",
+            "share one routing vector",
         ),
         (
             {"unlock_order": "cluster_size", "progressive_unlock": "linear"}
