@@ -131,8 +131,8 @@ def _check_curriculum(config: Config) -> None:
             lower = "Lower it, or give" if curriculum.expert_pretrain_steps > 1 else "Give"
             raise SRDEError(
                 f"supervised_experts=true: expert_pretrain_steps={curriculum.expert_pretrain_steps} for each of "
-                f"{len(data.domains)} domains leaves no routed step of max_steps={max_steps}. {lower} more than {steps} "
-                "--max_steps."
+                f"{len(data.domains)} domains leaves no routed step of max_steps={max_steps}. {lower} more than "
+                f"{steps} --max_steps."
             )
         if len(data.domains) > adapter.num_experts:
             raise SRDEError(
@@ -168,7 +168,8 @@ def _check_curriculum(config: Config) -> None:
     if warm_start in ("discriminant", "domain_means") and adapter.num_experts > allowed:
         raise SRDEError(
             f"warm_start_method={warm_start} with {len(data.domains)} domains and num_experts={adapter.num_experts}: "
-            "experts without a domain would share one routing vector. Give --warm_start_method kmeans, or fewer --num_experts."
+            "experts without a domain would share one routing vector. Give --warm_start_method kmeans, or fewer "
+            "--num_experts."
         )
     if curriculum.unlock_order == "cluster_size" and (warm_start != "kmeans" or curriculum.progressive_unlock == "all"):
         raise SRDEError(

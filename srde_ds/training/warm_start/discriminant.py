@@ -14,7 +14,7 @@ _FLOOR = 1e-6
 
 
 def discriminant(statistics: DomainStatistics) -> Tensor:
-    """`[E, D]` float64: the routing vectors w_e that fit w_e . x best to 1 for inputs x of domain e, and to 0 for all others.
+    """`[E, D]` float64: the vectors w_e that fit w_e . x best to 1 for inputs x of domain e, and to 0 for all others.
 
     With equal weights for the E domains, least squares gives w_e = M^-1 mean_e / E, where M is the inputs' second
     moment. Apart from the missing constant this is Fisher's discriminant. M comes from the factor model of
