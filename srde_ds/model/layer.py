@@ -111,6 +111,7 @@ class SRDEFeedForward(nn.Module):
         # torch.compile sees and have it compiled again for each layer.
         self.skip_activation_hooks = False
         self.preparation = Preparation()
+        self._located: tuple[Tensor, int, SupportBlocks] | None = None
         for module in (self, deltas, router):  # load_state_dict(assign=True) replaces their tensors
             module.register_load_state_dict_post_hook(self._after_loading)
 
@@ -171,6 +172,13 @@ class SRDEFeedForward(nn.Module):
         hidden_TF, weighted = FusedExperts.apply(gate_TF, up_TF, shift, *chosen, options)
         return products.added(down(hidden_TF), weighted)
 
+    def _support_blocks(self) -> SupportBlocks:
+        """Where the support's blocks are. It is found anew only for another support, because a GPU is waited for."""
+        support, version = self.support, 0 if self.support.is_inference() else self.support._version
+        if self._located is None or self._located[0] is not support or self._located[1] != version:
+            self._located = support, version, SupportBlocks.of(support, self.hidden, self.intermediate)
+        return self._located[2]
+
     def _dispatched(
         self, act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing, deltas: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -182,7 +190,7 @@ class SRDEFeedForward(nn.Module):
             change_TF, extra_TD = self.dispatch.element(act, x_TD, gate_TF, up_TF, *chosen, self.support)
             return hidden_TF + change_TF, extra_TD
         if self.granularity == "block":
-            blocks = SupportBlocks.of(self.support, self.hidden, self.intermediate)
+            blocks = self._support_blocks()
             (gate_TF, gate), (up_TF, up) = (TakeNeurons.apply(t, blocks.neurons) for t in (gate_TF, up_TF))
             hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
             change_TU, extra_TD = self.dispatch.element(act, x_TD, gate, up, *chosen, blocks)

@@ -285,6 +285,27 @@ def test_blocks_through_the_element_path_give_the_same_values_and_gradients(scop
         assert (one - two).norm() <= tolerance * two.norm()
 
 
+@torch.no_grad()
+def test_a_support_of_blocks_that_changes_is_followed_in_training() -> None:
+    layer = randomize(tiny_srde(granularity="block", density=0.2, dtype=torch.float64)).layers[0].train()
+    x = torch.randn(5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def followed() -> Tensor:
+        output: Tensor = layer(x)
+        torch.testing.assert_close(output, reference_forward(layer, x, top_k=2))
+        return output
+
+    first = followed()
+    blocks = 3 * (layer.hidden // 16) * (layer.intermediate // 16)
+    layer.support.copy_((layer.support + 1) % blocks)
+    second = followed()
+    layer.support = layer.support.flip(0)
+    third = followed()
+    assert not torch.allclose(first, second) and not torch.allclose(second, third)
+    layer.load_state_dict({**layer.state_dict(), "support": (layer.support + 1) % blocks}, assign=True)
+    assert not torch.allclose(third, followed())
+
+
 def test_locked_experts_do_not_take_part() -> None:
     model = randomize(tiny_srde(dtype=torch.float64))
     statistics = RoutingStatistics(2, 3)
