@@ -85,14 +85,17 @@ def static_goals() -> list[tuple[str, str, Figure]]:
                 third,
                 at_most(added[form], FIRST_EXPERT_KERNELS / 3, "{:.0f}"),
             )
-            for form, how in ((WITH_KERNELS, ", with `--expert_kernels`"), ("neuron, shared support", ", without it"))
+            for form, how in ((WITH_KERNELS, ", with --expert_kernels"), ("neuron, shared support", ", without it"))
         ),
         (
             "waits for the GPU in a layer, neuron experts",
             "0",
             at_most(layers["neuron, shared support"]["waits"], 0, "{}"),
         ),
-        ("waits in a layer, single weights", "0", at_most(layers["single weights"]["waits"], 0, "{}")),
+        *(
+            (f"waits in a layer, {form}", "0", at_most(layers[form]["waits"], 0, "{}"))
+            for form in ("blocks", "single weights")
+        ),
         (
             "graph breaks in the experts' block, neurons",
             "0",
@@ -202,7 +205,7 @@ def missing_goals() -> list[tuple[str, str, Figure]]:
     spills = sum(row["spill_stores"] + row["spill_loads"] for row in kernels)
     registers, widest = (max(row[key] for row in kernels) for key in ("registers", "neurons"))
     return [
-        ("spills of the kernels of `--expert_kernels`, compiled for sm_90", "0", at_most(spills, 0, "{}")),
+        ("spills of the kernels of --expert_kernels, compiled for sm_90", "0", at_most(spills, 0, "{}")),
         ("registers of a thread there", "told", Figure(f"at most {registers} (experts of up to {widest:,} neurons)")),
         *quantized_goals(),
         ("optimizer offloaded to the host", "refused or measured", Figure("refused, with the reason")),
