@@ -23,9 +23,10 @@ class ModelConfig:
         None, "Hugging Face id or local folder of the frozen base (required)", metavar="BASE", common=True
     )
     model_revision: str | None = option(None, "revision of the base on the Hub: a branch, tag or commit")
-    base_quantization: Literal["none", "int8", "nf4"] = option(
+    base_quantization: Literal["none", "int8", "nf4", "fp8"] = option(
         "none",
-        "how bitsandbytes stores the linear maps of the frozen base: int8: in 8 bits; nf4: in 4 bits, as QLoRA does",
+        "how the linear maps of the frozen base are stored: int8, nf4 (as QLoRA does): in 8 or 4 bits by bitsandbytes; "
+        "fp8: multiplied as such, for Hopper GPUs; untested on GPUs so far",
         common=True,
     )
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)

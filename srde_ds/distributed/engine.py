@@ -30,7 +30,6 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documen
 from srde_ds.model.base import Sharding, decoder_layers, empty_base, load_base, whole_shape
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
-from srde_ds.model.quantization import loading_options
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.targets import Targets, on_device
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -188,7 +187,7 @@ def load_frozen_base(config: Config, topology: Topology) -> PreTrainedModel:
         revision=config.model.model_revision,
         attn_implementation=attention,
         device=topology.device if whole else None,
-        quantization=loading_options(config.model.base_quantization, dtype),
+        quantization=config.model.base_quantization,
     )
     del keep_alive
     internals.note_whole_shapes(base)

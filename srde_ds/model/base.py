@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
@@ -27,7 +26,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.quantization import dense_weight, keep_differentiable
+from srde_ds.model.float8 import to_float8
+from srde_ds.model.quantization import dense_weight, keep_differentiable, loading_options
 from srde_ds.utils.pretrained import load_pretrained
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -108,14 +108,15 @@ def load_base(
     attn_implementation: str = "sdpa",
     local_files_only: bool = False,
     device: torch.device | None = None,
-    quantization: BitsAndBytesConfig | None = None,
+    quantization: str = "none",
 ) -> PreTrainedModel:
     """Load the model of a Hub id or local folder, frozen and in eval mode.
 
     With `local_files_only` nothing is downloaded.
 
     Args:
-        quantization: quantise the linear maps as they are read.
+        quantization: the option `base_quantization`. "fp8" rounds a base that is loaded whole; others quantise it as it
+            is read.
         device: where to load it; None: on the CPU, or as an `HfDeepSpeedConfig` says.
 
     Raises:
@@ -123,6 +124,7 @@ def load_base(
             would fill with random values).
     """
     config = load_pretrained(AutoConfig, "model", model_name, revision=revision, local_files_only=local_files_only)
+    options = loading_options(quantization, dtype)
     model, report = load_pretrained(
         _auto_class(config),
         "model",
@@ -134,13 +136,15 @@ def load_base(
         adapter_kwargs={"local_files_only": local_files_only},  # it also looks for a PEFT adapter
         device_map=None if device is None else {"": device},
         output_loading_info=True,
-        **({} if quantization is None else {"quantization_config": quantization}),
+        **({} if options is None else {"quantization_config": options}),
     )
     if report["missing_keys"]:
         raise SRDEError(
             f"model_name={str(model_name)!r}: the files lack {len(report['missing_keys'])} weights of "
             f"{type(model).__name__}, such as {min(report['missing_keys'])}; give a complete checkpoint."
         )
+    if quantization == "fp8":
+        to_float8(model, model.get_output_embeddings())
     return model.requires_grad_(False).eval()
 
 

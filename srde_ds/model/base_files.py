@@ -185,7 +185,7 @@ def identity_before_quantization(base: PreTrainedModel, *, gather: Gather = no_g
         SRDEError: the model already carries experts, or its files cannot be read.
     """
     quantizer = getattr(base, "hf_quantizer", None)
-    if quantizer is None or quantizer.pre_quantized:  # its files hold the same values
+    if not getattr(base, "is_quantized", False) or getattr(quantizer, "pre_quantized", False):
         return base_identity(base, gather=gather)
     refuse_experts(base)
     return BaseFiles(str(base.config.name_or_path), revision=getattr(base.config, "_commit_hash", None)).identity()

@@ -1,4 +1,4 @@
-"""Frozen bases whose linear maps bitsandbytes stores in 8 or 4 bits: loaded so, read, and counted."""
+"""Frozen bases whose linear maps are stored in 8 or 4 bits: loaded so, read, and counted."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from srde_ds.config import ModelConfig
 from srde_ds.errors import SRDEError
+from srde_ds.model.float8 import Float8Linear
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +23,17 @@ SCALES = 256  # scales that share a scale of their own
 
 
 class Packing(NamedTuple):
-    """How bitsandbytes stores linear maps.
+    """How linear maps are stored.
 
     Attributes:
         bits: 8 or 4.
         nested: with 4 bits: whether the scales are stored in 8 bits ("double quantisation").
+        own: whether the package does it, see `float8.py`; else bitsandbytes.
     """
 
     bits: int
     nested: bool = False
+    own: bool = False
 
     def stored_bytes(self, out: int, width: int) -> int:
         """Bytes of a matrix `[out, width]` with its scales."""
@@ -44,7 +47,7 @@ class Packing(NamedTuple):
         return packed + blocks + math.ceil(blocks / SCALES) * FP32 + 2**8 * FP32 + FP32  # table and offset of scales
 
 
-PACKINGS = {"int8": Packing(8), "nf4": Packing(4, nested=True)}
+PACKINGS = {"int8": Packing(8), "nf4": Packing(4, nested=True), "fp8": Packing(8, own=True)}
 """Those of `base_quantization`"""
 
 
@@ -74,8 +77,10 @@ def packing_of(name: str, quantization: str, config: PretrainedConfig) -> Packin
 
 
 def check_package(config: ModelConfig, packing: Packing | None) -> None:
-    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded, since bitsandbytes is not installed."""
-    if packing is not None and find_spec("bitsandbytes") is None:
+    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded or used."""
+    if packing == PACKINGS["fp8"] and not config.bf16:
+        raise SRDEError("base_quantization=fp8 with bf16=false: products in FP8 give bfloat16. Leave --bf16 false out.")
+    if packing is not None and not packing.own and find_spec("bitsandbytes") is None:
         raise SRDEError(
             f"base_quantization={config.base_quantization}, model_name={config.model_name!r}: a base in {packing.bits} "
             "bits needs package 'bitsandbytes'. Install it with pip install 'srde-ds[quantized]', or give a plain base "
@@ -84,7 +89,7 @@ def check_package(config: ModelConfig, packing: Packing | None) -> None:
 
 
 def loading_options(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """transformers' options for `base_quantization`; None: not quantised.
+    """transformers' options for `base_quantization`; None: not quantised, or not by bitsandbytes.
 
     Args:
         dtype: of the products; the weights are turned into it as they are used.
@@ -129,11 +134,13 @@ def weight_of(projection: nn.Module) -> Tensor | None:
 
 
 def dense_weight(projection: nn.Module) -> Tensor | None:
-    """`weight_of`, dequantised if bitsandbytes has packed it.
+    """`weight_of`, dequantised if it is stored in 8 or 4 bits.
 
-    None also if it has repacked it for inference, see `keep_differentiable`.
+    None also if bitsandbytes has repacked it for inference, see `keep_differentiable`.
     """
     weight = weight_of(projection)
+    if isinstance(projection, Float8Linear):
+        return projection.dense()
     if weight is None or type(weight).__name__ not in ("Params4bit", "Int8Params"):
         return weight
     if _is_repacked(weight):

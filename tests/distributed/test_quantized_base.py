@@ -12,7 +12,7 @@ import torch
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base import load_base
-from srde_ds.model.quantization import dense_weight, loading_options
+from srde_ds.model.quantization import dense_weight
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, assert_same_training, metrics, train_here, weights
 
@@ -24,9 +24,7 @@ ONCE = {"save_steps": 0, "eval_steps": 0, "domain_statistics_rows": 0}
 def dequantized(base: str, quantization: str, folder: Path) -> str:
     """A plain base with the values that a quantised one has."""
     plain, rounded = (
-        load_base(
-            base, dtype=torch.float32, device=torch.device("cpu"), quantization=loading_options(kind, torch.float32)
-        )
+        load_base(base, dtype=torch.float32, device=torch.device("cpu"), quantization=kind)
         for kind in ("none", quantization)
     )
     changed = 0
@@ -69,10 +67,11 @@ def test_the_same_training_as_on_the_dequantised_values(
             assert torch.equal(found[name], expected[name])
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "fp8"])
 def test_it_resumes_bit_for_bit_and_its_experts_fit_the_plain_base(
-    inputs: Inputs, one_rank: Ranks, tmp_path: Path
+    inputs: Inputs, one_rank: Ranks, tmp_path: Path, quantization: str
 ) -> None:
-    options = {"base_quantization": "nf4", "bf16": True, "save_steps": 2, "max_steps": 4, "eval_steps": 2}
+    options = {"base_quantization": quantization, "bf16": True, "save_steps": 2, "max_steps": 4, "eval_steps": 2}
     whole = inputs.flags(tmp_path / "whole", **options)
     assert one_rank(train_here, whole) == [None]
     resumed = whole | {"output_dir": str(tmp_path / "resumed"), "resume_from": str(tmp_path / "whole/checkpoint-2")}
@@ -83,15 +82,13 @@ def test_it_resumes_bit_for_bit_and_its_experts_fit_the_plain_base(
     assert type(model.layers[0].block.gate_proj) is torch.nn.Linear
     model.merge_and_unload("red")
     [error] = one_rank(train_here, resumed | {"base_quantization": "none", "output_dir": str(tmp_path / "other")})
-    assert error is not None and "base_quantization was nf4, this run has none" in error
+    assert error is not None and f"base_quantization was {quantization}, this run has none" in error
 
 
 def test_files_that_are_quantised_train_as_they_are(inputs: Inputs, one_rank: Ranks, tmp_path: Path) -> None:
     stored = tmp_path / "stored"
-    options = loading_options("nf4", torch.bfloat16)
-    load_base(inputs.base, dtype=torch.bfloat16, device=torch.device("cpu"), quantization=options).save_pretrained(
-        stored
-    )
+    device = torch.device("cpu")
+    load_base(inputs.base, dtype=torch.bfloat16, device=device, quantization="nf4").save_pretrained(stored)
     copy_tokenizer(inputs.base, stored)
     flags = ONCE | {"max_steps": 2, "warmup_steps": 1, "bf16": True}
     assert one_rank(train_here, inputs.flags(tmp_path / "stored run", model_name=str(stored), **flags)) == [None]
