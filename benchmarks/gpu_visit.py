@@ -32,14 +32,17 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, L
 from benchmarks.tables import ROOT, measured_on
 from benchmarks.throughput import Case, Options, engine_case, matrix_speed, plain_case, timed
 from srde_ds.config import AdapterConfig
+from srde_ds.model import attach
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, document_attention
 from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.model.float8 import to_float8
 from srde_ds.model.head import linear_cross_entropy
 from srde_ds.utils.launcher import stop_processes
 
 GIB = 2**30
 BASE = ROOT / "benchmarks/ministral_3_14b"
+IN_FP8 = "base in FP8"
 
 
 class Visit:
@@ -113,7 +116,7 @@ def machine(visit: Visit) -> None:
         a, b = (torch.randn(size, size, device=visit.device).to(torch.float8_e4m3fn) for _ in range(2))
         rows, columns = torch.ones(size, 1, device=visit.device), torch.ones(1, size, device=visit.device)
         seconds = visit.seconds(lambda: torch._scaled_mm(a, b.t(), rows, columns, out_dtype=torch.bfloat16))
-        visit.note("product, FP8, scales by row", tflops=2 * size**3 / seconds / 1e12)
+        visit.note("product, FP8, row-wise scales", tflops=2 * size**3 / seconds / 1e12)
 
 
 def tests(visit: Visit) -> None:
@@ -154,7 +157,7 @@ def _attention(visit: Visit) -> None:
 
 def _feed_forward(visit: Visit) -> None:
     experts, density = 6, visit.options.density
-    for granularity in ("neuron", "element"):
+    for granularity in ("neuron", "block", "element"):
         config = LlamaConfig(
             hidden_size=visit.hidden,
             intermediate_size=visit.intermediate,
@@ -249,11 +252,17 @@ def model(visit: Visit) -> None:
         if method == "SRDE neuron":
             _waits(visit, case)
             _profile(visit, case)
-    for switch in (_with_logits, _dense_mask, _compiled):
+    for switch in (_with_logits, _dense_mask, _compiled, _with_kernels):
         with switch(visit) as chosen:
             case = plain_case(chosen, base, options.base, "SRDE neuron", True)
             _note_case(visit, case, what=(switch.__doc__ or "").strip("."))
-    _note_case(visit, plain_case(options, base, options.base, "SRDE single weights", True))
+    for method in ("SRDE blocks", "SRDE single weights"):
+        _note_case(visit, plain_case(options, base, options.base, method, True))
+    to_float8(base, base.get_output_embeddings())
+    for method in ("frozen base", "SRDE neuron"):
+        with patch.object(attach, "identity_before_quantization", lambda *_, **__: {}):  # random weights have no files
+            case = plain_case(options, base, options.base, method, True)
+        _note_case(visit, case, what=f"{method}, {IN_FP8}")
 
 
 def _note_case(visit: Visit, case: Case, what: str = "") -> None:
@@ -313,6 +322,15 @@ def _compiled(visit: Visit) -> Iterator[Options]:
     from srde_ds.model import layer as layer_module
 
     with patch.object(layer_module, "LocalDispatch", lambda: LocalDispatch(compiled=True)):
+        yield visit.options
+
+
+@contextmanager
+def _with_kernels(visit: Visit) -> Iterator[Options]:
+    """SRDE neuron, Triton's kernels."""
+    from srde_ds.model import layer as layer_module
+
+    with patch.object(layer_module, "LocalDispatch", lambda: LocalDispatch(kernels=True)):
         yield visit.options
 
 

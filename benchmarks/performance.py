@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.gpu_visit import IN_FP8
 from benchmarks.quantized_base import comparison, of
 from benchmarks.static import WITH_KERNELS
 from benchmarks.tables import ROOT, markdown, put_into
@@ -18,7 +19,6 @@ RESULTS = ROOT / "benchmarks/results"
 PAGE = "performance.md"
 NO_GPU = "not measured: no GPU"
 NO_RECORD = "not measured: no record in throughput.json"
-NOT_THERE = "not measured: the package does not have it"
 FIRST_EXPERT_KERNELS = 155  # that the experts of a layer added when the goal was set
 
 
@@ -166,11 +166,13 @@ def gpu_goals() -> list[tuple[str, str, Figure]]:
     lines: dict[str, Any] = {line["what"]: line for line in read("gpu_visit.jsonl") or []}
     frozen, lora, srde = (lines.get(f"{case}, checkpointing") for case in (FROZEN, LORA, NEURON))
     engine = lines.get("step with update, engine")
-    of_frozen = beside_lora = speed = peak = Figure(NO_GPU)
+    of_frozen = beside_lora = speed = peak = in_fp8 = Figure(NO_GPU)
     if srde and frozen and lora:
         of_frozen = at_most(srde["seconds"] / frozen["seconds"], 1.05)
         beside_lora = at_least(lora["seconds"] / srde["seconds"], 1.35)
         speed = at_least(srde["tokens_per_second"], 7200, "{:,.0f}")
+    if float8 := lines.get(f"SRDE neuron, {IN_FP8}"):
+        in_fp8 = at_least(float8["tokens_per_second"], 11_000, "{:,.0f}")
     if engine:
         peak = at_most(engine["peak_gib"], 80e9 / 2**30, "{:.1f} GiB")
     return [
@@ -178,7 +180,7 @@ def gpu_goals() -> list[tuple[str, str, Figure]]:
         ("14 B on an H100, LoRA r=64 / SRDE neuron, seconds", "≥ 1.35", beside_lora),
         ("14 B on an H100, tokens a second in bf16", "≥ 7,200", speed),
         ("14 B on an H100, whole step", "≤ 80 GB", peak),
-        ("14 B on an H100, tokens a second in FP8", "≥ 11,000", Figure(NO_GPU)),
+        ("14 B on an H100, tokens a second with the base in FP8", "≥ 11,000", in_fp8),
     ]
 
 

@@ -50,7 +50,11 @@ def test_the_whole_model_with_its_switches(tmp_path: Path) -> None:
         "SRDE neuron, loss of all logits",
         "SRDE neuron, attention with a dense mask",
         "SRDE neuron, experts' arithmetic compiled",
+        "SRDE neuron, Triton's kernels",
+        "SRDE blocks, plain, checkpointing",
         "SRDE single weights, plain, checkpointing",
+        "frozen base, base in FP8",
+        "SRDE neuron, base in FP8",
     ]
     assert all(0 < line["host_seconds"] <= line["seconds"] for line in timed.values())
 
