@@ -9,7 +9,8 @@ import pytest
 from srde_ds.config import Config, resolve
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
-from srde_ds.planner import base_placement, recompute
+from srde_ds.planner import settle as settling
+from srde_ds.planner.base_placement import settle_base_placement
 from srde_ds.planner.describe import describe_plan, describe_run
 from srde_ds.planner.memory import largest_memory, memory
 from srde_ds.planner.plan import GIB, Machines, make_plan
@@ -28,8 +29,7 @@ def run(choice: str = "auto", **options: object) -> Config:
 def at_hand(monkeypatch: pytest.MonkeyPatch, gib: float, processes: int = 8) -> None:
     """Let this be a machine with so many GiB for each of so many processes."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    for module in (recompute, base_placement):
-        monkeypatch.setattr(module, "available_memory", lambda: gib * GIB)
+    monkeypatch.setattr(settling, "available_memory", lambda: gib * GIB)
 
 
 def test_a_process_holds_all_of_it_and_gathers_nothing_of_it() -> None:
@@ -49,16 +49,16 @@ def test_one_process_holds_it_whole_whatever_is_asked() -> None:
     shape = base_shape(run())
     found = [memory(run(choice), shape, 1) for choice in ("sharded", "resident", "auto")]
     assert found[0] == found[1] == found[2] and "whole base" in found[0].states
-    chosen, why = base_placement.choose_base_placement(run(), shape, 1, 0)
-    assert chosen == "resident" and "alone" in why
+    chosen, why = settle_base_placement(run(), shape, 1, 0)
+    assert chosen.parallel.base_placement == "resident" and "alone" in why
 
 
 def test_resident_where_it_fits() -> None:
     shape = base_shape(run())
     total = memory(run("resident"), shape, 8).total
     for room, expected in ((total, "resident"), (total - 1, "sharded")):
-        chosen, why = base_placement.choose_base_placement(run(), shape, 8, room)
-        assert chosen == expected
+        chosen, why = settle_base_placement(run(), shape, 8, room)
+        assert chosen == run(expected)
         assert why.startswith(f"base_placement=auto: {expected}, for {room / GIB:.1f} GiB")
         assert f"resident {total / GIB:.1f}, sharded {memory(run('sharded'), shape, 8).total / GIB:.1f}" in why
 
@@ -68,7 +68,7 @@ def test_supports_count_at_their_largest() -> None:
     shape = base_shape(denser)
     room = memory(run("resident"), shape, 8).total
     assert largest_memory(denser, shape, 8).total == pytest.approx(memory(run(density=0.04), shape, 8).total)
-    assert base_placement.choose_base_placement(denser, shape, 8, room)[0] == "sharded"
+    assert settle_base_placement(denser, shape, 8, room)[0].parallel.base_placement == "sharded"
 
 
 def test_the_plan_says_which_and_why() -> None:

@@ -19,7 +19,7 @@ from srde_ds.model.base import load_base
 from srde_ds.model.base_shape import base_shape, check_whole
 from srde_ds.model.float8 import Float8Linear
 from srde_ds.model.quantization import PACKINGS, Packing, check_package
-from srde_ds.planner import base_placement
+from srde_ds.planner import settle as settling
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GIB, Machines, make_plan
@@ -119,12 +119,12 @@ def test_it_is_resident_on_several_processes(monkeypatch: pytest.MonkeyPatch) ->
     assert "base_placement=auto: resident, since a quantised base cannot be sharded" in text
     assert "give more GPUs, --recompute full" in text
     sharded = run(MINISTRAL, base_placement="sharded")
-    check_whole(sharded, base_shape(sharded), 1)  # a process that is alone holds all of it
+    check_whole(sharded.parallel, base_shape(sharded), 1)  # a process that is alone holds all of it
     with pytest.raises(SRDEError, match="base_placement=sharded on 2 processes: .* Give --base_placement resident"):
         make_plan(sharded, Machines(gpus=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for gib in (20, 2):
-        monkeypatch.setattr(base_placement, "available_memory", lambda gib=gib: gib * GIB)
+        monkeypatch.setattr(settling, "available_memory", lambda gib=gib: gib * GIB)
         if gib == 20:
             assert settle(run(MINISTRAL, base_placement="auto")).parallel.base_placement == "resident"
             continue

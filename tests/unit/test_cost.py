@@ -12,6 +12,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, Mistral3Config, Mi
 
 from srde_ds.config import Config, resolve
 from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.head import CHUNK_BYTES
@@ -157,7 +158,7 @@ def test_processes_hold_their_own_parts(ministral: Path) -> None:
 
     def shapes(world_size: int, **options: Any) -> dict[str, tuple[tuple[int, ...], int, int]]:
         config = run_config(ministral, num_experts=6, **options)
-        found = layer_trainables(config, base_shape(config).layers[0], world_size)
+        found = layer_trainables(Workload.of(config, world_size), base_shape(config).layers[0])
         return {t.kind: (t.shape, t.ranks, t.stride) for t in found}
 
     m, router = 164, ((6, D), 8, 1)
@@ -189,7 +190,7 @@ def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
 
     def chosen(**options: Any) -> str:
         config = run_config(ministral, expert_parallel_size=8, **options)
-        return choose_transport(config, base_shape(config).blocks, 8)
+        return choose_transport(Workload.of(config, 8), base_shape(config).blocks)
 
     assert chosen(max_length=2048) == "deltas"
     assert chosen(max_length=128) == "tokens"
