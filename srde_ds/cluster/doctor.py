@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from queue import Empty, Queue
@@ -127,8 +127,8 @@ def check_locks(folder: Path) -> Iterator[Finding]:
 
 def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: int) -> Iterator[Finding]:
     """Check that memory and disk suffice. `gpu_bytes` is 0 without a GPU."""
+    from srde_ds.distributed.workload import Workload
     from srde_ds.model.base_shape import base_shape, check_whole
-    from srde_ds.planner.base_placement import with_base_placement
     from srde_ds.planner.memory import memory
     from srde_ds.planner.trainables import trainable_values
 
@@ -138,9 +138,10 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
     except SRDEError as error:
         yield Finding("fatal", str(error))
         return
+    work = Workload.of(config, processes)
     if shape.packing is not None:  # whatever `auto` would say
-        config = with_base_placement(config, "resident")
-    needed = memory(config, shape, processes).total
+        work = replace(work, whole_base=True)
+    needed = memory(work, shape).total
     if gpu_bytes and needed > USABLE_MEMORY * gpu_bytes:
         yield Finding(
             "fatal",

@@ -72,7 +72,7 @@ def expert_traffic(work: Workload, blocks: Blocks, transport: str) -> list[Traff
     With "tokens" the estimate assumes full rows, and tokens that are spread evenly over the experts.
     """
     adapter, width, world_size, micro_steps = work.adapter, work.width, work.world_size, work.micro_steps
-    size, granularity = work.parallel.expert_parallel_size, adapter.granularity
+    size, granularity = work.expert_parallel_size, adapter.granularity
     forwards = 1 if work.recomputed == "none" else 2
     assignments = adapter.top_k * work.tokens * micro_steps
     found = []
@@ -118,7 +118,7 @@ def transport_bytes(work: Workload, blocks: Blocks) -> dict[str, float]:
 
 def choose_transport(work: Workload, blocks: Blocks) -> str:
     """`expert_transport`, or for "auto" the one that moves fewer bytes for full rows."""
-    if work.parallel.expert_transport != "auto":
-        return work.parallel.expert_transport
+    if work.expert_transport != "auto":
+        return work.expert_transport
     moved = transport_bytes(work, blocks)
     return min(moved, key=lambda transport: moved[transport])

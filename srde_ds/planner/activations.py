@@ -41,7 +41,7 @@ def layer_activations(work: Workload, layer: LayerShape, transport: str, *, firs
     if first:
         attention, feed_forward = 0.0, x + ((3 + inputs) if shared else inputs) * gate
         first = not shared  # through its shared expert the block's values have a gradient
-    remote = transport == "tokens" and work.parallel.expert_parallel_size > 1
+    remote = transport == "tokens" and work.expert_parallel_size > 1
     experts = _atoms(work, layer)
     if adapter.granularity == "neuron":
         experts += _neuron_remote(work, layer) if remote else _neuron(work, layer, first)

@@ -20,7 +20,7 @@ def step_flops(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> di
     """
     again = 0 if work.recomputed == "none" else 1
     attention_again = 1 if work.recomputed == "full" else 0
-    t, remote = work.tokens, work.parallel.expert_parallel_size > 1
+    t, remote = work.tokens, work.expert_parallel_size > 1
     transport = choose_transport(work, shape.blocks) if remote else "deltas"
     frozen = attention = experts = 0.0
     for layer in shape.layers:

@@ -21,7 +21,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
 from srde_ds.distributed.ds_config import prefetch_whole_layers
 from srde_ds.distributed.workload import Workload
@@ -99,19 +98,15 @@ class Schedule:
     live: dict[int | str, Counter[str]] = field(default_factory=dict)
 
 
-def gather_schedule(work: Workload, shape: BaseShape, zero: dict[str, Any]) -> Schedule:
-    """Simulate one micro-step.
-
-    Args:
-        zero: the block `zero_optimization` of the derived DeepSpeed configuration.
-    """
-    limits = {key: int(zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
+def gather_schedule(work: Workload, shape: BaseShape) -> Schedule:
+    """Simulate one micro-step."""
+    limits = {key: int(work.zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
     trace, weights = _trace(work, shape, limits["param_persistence_threshold"])
     layers = {
         (0 if work.whole_base else sum(layer.parameters)) + sum(t.values for t in layer_trainables(work, layer))
         for layer in set(shape.layers)
     }
-    sized = {"zero_optimization": dict(zero)}
+    sized = {"zero_optimization": dict(work.zero)}
     prefetch_whole_layers(sized, max(layers))
     prefetched = int(sized["zero_optimization"]["stage3_prefetch_bucket_size"])
     return _follow(trace, Schedule(weights, prefetched), limits["max_live_parameters"], limits["max_reuse_distance"])

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from srde_ds.config import Config, OptimizerConfig
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
@@ -60,21 +58,13 @@ class Memory:
         return sum(self.peak.values())
 
 
-def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> Memory:
+def memory(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> Memory:
     """Memory of a process with full rows.
-
-    For a part of a curriculum with another density, give a config with that density.
 
     Args:
         labelled: share of positions with a label in any row of a micro-batch; 1 gives an upper bound.
-
-    Raises:
-        SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
-    work = Workload.of(config, world_size)
-    schedule, width = gather_schedule(work, shape, zero), work.width
-    owned = _values_by_group(work, shape, config.optimizer)
+    schedule, width, owned = gather_schedule(work, shape), work.width, _values_by_group(work, shape)
     base, trained = (
         sum(weight.padded / weight.ranks for weight in schedule.weights if weight.kind == kind)
         for kind in ("base", "trainables")
@@ -82,38 +72,37 @@ def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float
     if work.whole_base:
         held = {"whole base": float(shape.stored_bytes(width))}
     else:
-        held = {"base shard": (base + sum(shape.unused) / world_size) * width}
+        held = {"base shard": (base + sum(shape.unused) / work.world_size) * width}
     states = held | {
         "persistent weights": sum(weight.gathered for weight in schedule.weights if weight.persistent) * width,
         "trainables": trained * width,
         "fp32 masters": trained * FP32,  # even in fp32, since a comparison in DeepSpeed that always fails makes a copy
         "gradients": trained * FP32,
-        "gradient bucket": zero["reduce_bucket_size"] * FP32,
+        "gradient bucket": work.zero["reduce_bucket_size"] * FP32,
         # One fp32 moment for GramMuon, two for AdamW.
         "optimizer state": sum(n * FP32 * (1 if group == "delta_matrices" else 2) for (group, _), n in owned.items()),
         "supports": sum(
-            math.prod(support_shape(config.adapter, *block)) + shared_expert_size(config.adapter, block[1])
+            math.prod(support_shape(work.adapter, *block)) + shared_expert_size(work.adapter, block[1])
             for block in shape.blocks
         )
         * INT32,
     }
     moments = _moments(work, shape, schedule, labelled)
-    limit = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
+    limit = int(work.zero.get("sub_group_size", SUB_GROUP_SIZE))
     # The largest sub-group's gradients in one piece, and two intermediate results of AdamW.
     update = max(min(n, limit) * FP32 * (1 if group == "delta_matrices" else 3) for (group, _), n in owned.items())
     moments["optimizer step"] = {"update": update}
     return Memory(states, moments)
 
 
-def largest_memory(config: Config, shape: BaseShape, world_size: int) -> Memory:
+def largest_memory(work: Workload, shape: BaseShape) -> Memory:
     """`memory` at the largest density of the run, with a label at every position."""
-    density = config.curriculum.initial_density or config.adapter.density
-    return memory(replace(config, adapter=replace(config.adapter, density=density)), shape, world_size)
+    return memory(work.at(work.largest_density), shape)
 
 
-def _values_by_group(work: Workload, shape: BaseShape, optimizer: OptimizerConfig) -> Counter[tuple[str, int]]:
+def _values_by_group(work: Workload, shape: BaseShape) -> Counter[tuple[str, int]]:
     """Number of values that a process owns, by optimizer group and number of processes that divide the tensors."""
-    groups = group_of_tensor(optimizer, work.adapter.granularity)
+    groups = group_of_tensor(work.optimizer, work.adapter.granularity)
     values: Counter[tuple[str, int]] = Counter()
     for layer in shape.layers:
         for t in layer_trainables(work, layer):

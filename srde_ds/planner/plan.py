@@ -209,36 +209,28 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
     check_whole(config.parallel, shape, processes)
     config, why = settle_recompute(config, shape, processes, room)
     config, placement = settle_base_placement(config, shape, processes, room)
-    if not placement and processes > 1:
-        facts = compare_placements(config, shape, processes)
-        placement = f"base_placement={config.parallel.base_placement} ({facts})"
     size = config.parallel.expert_parallel_size
     if processes % size:
         raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
-    traffic = step_traffic(config, shape, processes)
     work = Workload.of(config, processes)
-    flops = step_flops(work, shape, labelled=machines.labelled_share)
-
-    def at(density: float) -> Config:
-        return replace(config, adapter=replace(config.adapter, density=density))
-
-    largest = config.curriculum.initial_density or config.adapter.density
-    starts = [(0, largest), *prunings] if prunings else []
+    if not placement and processes > 1:
+        placement = f"base_placement={config.parallel.base_placement} ({compare_placements(work, shape)})"
+    traffic = step_traffic(work, shape)
+    labelled = machines.labelled_share
+    flops = step_flops(work, shape, labelled=labelled)
+    starts = [(0, work.largest_density), *prunings] if prunings else []
     return Plan(
         config=config,
         shape=shape,
         machines=machines,
-        memory=memory(config, shape, processes, labelled=machines.labelled_share),
-        densities=[
-            (first, density, memory(at(density), shape, processes, labelled=machines.labelled_share))
-            for first, density in starts
-        ],
+        memory=memory(work, shape, labelled=labelled),
+        densities=[(first, density, memory(work.at(density), shape, labelled=labelled)) for first, density in starts],
         traffic=traffic,
         transport=choose_transport(work, shape.blocks) if size > 1 else "",
         moved=transport_bytes(work, shape.blocks) if size > 1 else {},
         flops=flops,
         times=step_times(machines, traffic, sum(flops.values())),
-        largest_micro_batch=largest_micro_batch(at(largest), shape, machines),
+        largest_micro_batch=largest_micro_batch(work.at(work.largest_density), shape, machines),
         recompute_reason=why,
         placement_reason=placement,
     )
@@ -257,13 +249,12 @@ def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Time
     return Times(flops / (machines.peak_tflops * 1e12 * machines.utilisation), overlapped, exposed)
 
 
-def largest_micro_batch(config: Config, shape: BaseShape, machines: Machines) -> int:
+def largest_micro_batch(work: Workload, shape: BaseShape, machines: Machines) -> int:
     """Number of rows of `max_length` tokens that fit into `gpu_memory_gib`; 0: not even one."""
-    most = 1 if config.model.flash_attention else MOST_ROWS  # flash-attn keeps documents apart only in single rows
+    most = 1 if work.flash_attention else MOST_ROWS  # flash-attn keeps documents apart only in single rows
 
     def fits(rows: int) -> bool:
-        sized = replace(config, training=replace(config.training, batch_size=rows))
-        total = memory(sized, shape, machines.processes, labelled=machines.labelled_share).total
+        total = memory(replace(work, batch_size=rows), shape, labelled=machines.labelled_share).total
         return total <= machines.gpu_memory_gib * GIB
 
     low, high = 0, 1

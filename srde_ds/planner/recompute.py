@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Literal
 
 from srde_ds.config import Config
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import largest_memory
 
@@ -19,11 +20,15 @@ def settle_recompute(config: Config, shape: BaseShape, world_size: int, room: fl
 
     Returns:
         The config, and the reason for the choice; empty if the config leaves none.
+
+    Raises:
+        SRDEError: a bad `deepspeed_config`.
     """
     if config.model.recompute != "auto":
         return config, ""
-    runs = {choice: replace(config, model=replace(config.model, recompute=choice)) for choice in CHOICES}
-    totals = {choice: largest_memory(run, shape, world_size).total for choice, run in runs.items()}
+    work = Workload.of(config, world_size)
+    totals = {choice: largest_memory(replace(work, recomputed=choice), shape).total for choice in CHOICES}
     chosen = next((choice for choice in CHOICES if totals[choice] <= room), CHOICES[-1])
     needs = ", ".join(f"{choice} {total / GIB:.1f}" for choice, total in totals.items())
-    return runs[chosen], f"recompute=auto: {chosen}, for {room / GIB:.1f} GiB (GiB at the peak: {needs})"
+    why = f"recompute=auto: {chosen}, for {room / GIB:.1f} GiB (GiB at the peak: {needs})"
+    return replace(config, model=replace(config.model, recompute=chosen)), why

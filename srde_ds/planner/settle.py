@@ -7,6 +7,7 @@ import os
 import torch
 
 from srde_ds.config import Config
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.base_placement import refuse_too_large, settle_base_placement
 from srde_ds.planner.recompute import settle_recompute
@@ -33,7 +34,7 @@ def settle(config: Config) -> Config:
         if launched_rank() == 0:
             print(reason, flush=True)
     if asked == "resident" or (asked == "auto" and shape.packing is not None and world_size > 1):
-        refuse_too_large(config, shape, world_size, room)
+        refuse_too_large(Workload.of(config, world_size), shape, room)
     return config
 
 

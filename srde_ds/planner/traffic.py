@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from srde_ds.config import Config
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, expert_traffic, merged
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
@@ -14,18 +12,13 @@ from srde_ds.planner.trainables import layer_trainables
 FP32, FP64 = 4, 8
 
 
-def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traffic]:
+def step_traffic(work: Workload, shape: BaseShape) -> list[Traffic]:
     """All traffic of an optimizer step, apart from a few numbers for stopping, clipping and counting.
 
     Held-out losses, checkpoints and the first two micro-steps are left out, see `gathers`.
-
-    Raises:
-        SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
-    work = Workload.of(config, world_size)
-    width, micro_steps = work.width, work.micro_steps
-    schedule = gather_schedule(work, shape, zero)
+    width, micro_steps, world_size = work.width, work.micro_steps, work.world_size
+    schedule = gather_schedule(work, shape)
     found = []
     for weight, times in schedule.gathers.items():
         size = weight.padded * width * times * micro_steps
@@ -37,7 +30,7 @@ def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traf
         if weight.kind == "trainables":
             found.append(Traffic("gradients", "reduce_scatter", weight.padded * FP32 * micro_steps, *group))
     found += expert_traffic(work, shape.blocks, choose_transport(work, shape.blocks))
-    groups = group_of_tensor(config.optimizer, config.adapter.granularity)
+    groups = group_of_tensor(work.optimizer, work.adapter.granularity)
     for layer in shape.layers:
         for trainable in layer_trainables(work, layer):
             if groups[trainable.kind] == "delta_matrices":
@@ -45,6 +38,6 @@ def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traf
                 # The atoms' shards are on all processes, although each is alone in its group.
                 group = (world_size, 1) if work.shards_atoms else (trainable.ranks, trainable.stride)
                 found.append(Traffic("Gram matrices", "all_reduce", batch * cols**2 * FP32, *group))
-    statistics = len(shape.layers) * (3 * config.adapter.num_experts + 3)
+    statistics = len(shape.layers) * (3 * work.adapter.num_experts + 3)
     found.append(Traffic("statistics", "all_reduce", statistics * FP64, world_size))
     return merged(found)

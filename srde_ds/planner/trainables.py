@@ -39,7 +39,7 @@ class TrainableShape:
 
 def layer_trainables(work: Workload, layer: LayerShape) -> list[TrainableShape]:
     """The trainables of one layer, without the few scores of a support that is being learned."""
-    world_size, size, sharded = work.world_size, work.parallel.expert_parallel_size, work.shards_atoms
+    world_size, size, sharded = work.world_size, work.expert_parallel_size, work.shards_atoms
     result = []
     for name, whole, expert_axis, shard_axis in _whole_shapes(astuple(work.adapter), layer, world_size):
         shape, ranks, stride = list(whole), world_size, 1

@@ -18,8 +18,7 @@ from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig, ModelConfig
 from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import warn_of_dropped
-from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
-from srde_ds.data.inputs import ReadOptions
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import MixingPeriod, mixing_periods, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
@@ -30,7 +29,7 @@ from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
 from srde_ds.model.quantization import check_package
 from srde_ds.training.changed_options import changes
 from srde_ds.training.reporting.metrics import load_trackers
-from srde_ds.training.run_inputs import check_start, domains_without_records
+from srde_ds.training.run_inputs import check_start
 from srde_ds.training.run_lock import refuse_living_run
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
@@ -96,10 +95,7 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
             check_rows(config, tokenizer)
         else:
             check_base(config.model, tokenizer, packed=data.packing)
-            reading = ReadOptions.of(data)
-            names = domains_without_records(config)
-            files = InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on, names)
-            check_files(files, tokenizer)
+            check_files(_files(config), tokenizer)
     check_run_folder(config.training.output_dir, config.training.resume_from)
 
 
@@ -115,8 +111,7 @@ def prepare_data(config: Config) -> Path:
     data, folder = config.data, data_folder(config.data, config.training.output_dir)
     if data.jsonl_data:
         check_base(config.model, tokenizer, packed=data.packing)
-        rows = RowsOfFiles.of(data, config.training.seed, data.jsonl_data)
-        manifest = build_dataset(replace(rows, optional_domains=domains_without_records(config)), folder, tokenizer)
+        manifest = build_dataset(_files(config), folder, tokenizer)
         check_manifest(config, manifest)
     else:
         check_rows(config, tokenizer)
@@ -126,6 +121,14 @@ def prepare_data(config: Config) -> Path:
     if warning and config.losses.loss_weighting == "token":
         log.warning("%s", warning)
     return folder
+
+
+def _files(config: Config) -> RowsOfFiles:
+    """Those of `jsonl_data`, which need no records of domains for which `start_from` has experts."""
+    adapter = check_start(config)
+    experts = [] if adapter is None else adapter.metadata.expert_names
+    files = RowsOfFiles.of(config.data, config.training.seed, str(config.data.jsonl_data))
+    return replace(files, optional_domains=experts)
 
 
 def check_base(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:

@@ -120,5 +120,5 @@ def test_peak_is_that_of_the_model(inputs: Inputs, tmp_path: Path, processes: in
     config = resolve({}, flags)
     with Ranks(processes) as ranks:
         found = ranks(peak, flags)[0]
-    predicted = memory(config, base_shape(config), processes, labelled=max(found.labelled))
+    predicted = memory(Workload.of(config, processes), base_shape(config), labelled=max(found.labelled))
     assert max(found.peaks.values()) == pytest.approx(predicted.total, rel=0.1)

@@ -80,13 +80,21 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
 
     def total(rows: int) -> float:
         config = resolve({}, RUN | {"batch_size": rows})
-        return memory(config, base_shape(config), 16).total
+        return memory(Workload.of(config, 16), base_shape(config)).total
 
     assert total(rows) <= 72 * GIB < total(rows + 1)
     assert planned({"gpu_memory_gib": 5.0}).largest_micro_batch == 0
     assert planned({"gpu_memory_gib": 30.0}).largest_micro_batch < rows
     assert planned({"labelled_share": 0.1}).largest_micro_batch == rows  # no more logits than a chunk in either
     assert planned(flash_attention=True).largest_micro_batch == 1  # flash-attn takes one row at a time
+
+
+def test_deepspeeds_options_may_name_the_micro_batch(tmp_path: Path) -> None:
+    """It is the run's own, although the plan looks for larger ones that fit."""
+    file = tmp_path / "zero3.json"
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1}))
+    named = planned(deepspeed_config=str(file), batch_size=1)
+    assert named.largest_micro_batch == planned(batch_size=1).largest_micro_batch > 1
 
 
 @pytest.mark.parametrize(

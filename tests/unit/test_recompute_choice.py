@@ -26,7 +26,7 @@ def run(choice: str = "auto", **options: object) -> Config:
 
 def test_the_first_that_fits() -> None:
     shape = base_shape(run())
-    totals = {choice: memory(run(choice), shape, 8).total for choice in CHOICES}
+    totals = {choice: memory(Workload.of(run(choice), 8), shape).total for choice in CHOICES}
     assert totals["none"] > totals["selective"] > totals["full"]
     for choice, total in totals.items():
         assert settle_recompute(run(), shape, 8, total)[0] == run(choice)
