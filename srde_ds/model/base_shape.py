@@ -130,7 +130,7 @@ def measure(model: ModelConfig) -> BaseShape:
 def _measure(name: str, revision: str | None, quantization: str, configuration: str) -> BaseShape:
     """Build the base without storage, and measure it.
 
-    That takes seconds for a large base, and a run needs its shape for the memory, the checks and the engine.
+    The cache is here because a run asks at several places: for the memory at hand, its checks, engines and prunings.
 
     Args:
         configuration: the base's config.json, which tells it from another one that takes its place in the folder.
