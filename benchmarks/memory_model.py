@@ -18,6 +18,7 @@ from benchmarks.tables import measured_on
 from srde_ds.config import resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.memory import memory
 from tests.data_helpers import sums, write_jsonl
@@ -83,7 +84,7 @@ def main() -> None:
             } | changes
             found = run_distributed(watched, processes, flags, timeout=1800)[0]
             config = resolve({}, flags)
-            predicted = memory(config, base_shape(config), processes, labelled=max(found.labelled))
+            predicted = memory(Workload.of(config, processes), base_shape(config), labelled=max(found.labelled))
             measured = max(found.peaks.values())
             row = {
                 "processes": processes,

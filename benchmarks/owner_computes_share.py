@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.config import resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.traffic import step_traffic
 from srde_ds.utils.environment import environment
@@ -28,7 +29,7 @@ def received(gpus: int, **options: Any) -> tuple[float, float]:
     """GB that a process gets in a micro-step: from all others, and from other nodes of eight."""
     values = {"model_name": str(BASE), "max_length": 4096, "gradient_checkpointing": True}
     config = resolve({}, values | options)
-    traffic = step_traffic(config, base_shape(config), gpus)
+    traffic = step_traffic(Workload.of(config, gpus), base_shape(config))
     scale = 1e-9 / config.training.gradient_accumulation_steps
     return sum(t.received for t in traffic) * scale, sum(t.between_nodes(8) for t in traffic) * scale
 

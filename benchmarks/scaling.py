@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.tables import ROOT, markdown, put_into
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.plan import DAY, GB, GIB, Machines, Plan, make_plan
@@ -72,7 +73,7 @@ def row(gpus: int, adapter: str, network: str) -> dict[str, Any]:
 def utilisation() -> dict[str, float]:
     """Share of 989 TFLOP/s that those measured tokens a second come to, by the model's count of operations."""
     config = resolve({}, RUN | {"gradient_accumulation_steps": 1})
-    flops = step_flops(config, base_shape(config), 1)
+    flops = step_flops(Workload.of(config, 1), base_shape(config))
     a_token = {"frozen base alone": sum(flops.values()) - flops["experts"], "with neuron experts": sum(flops.values())}
     return {name: rate * a_token[name] / (2 * 4096) / 989e12 for name, rate in MEASURED.items()}
 

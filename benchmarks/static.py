@@ -40,6 +40,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig, Config, resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.model import attach, dispatch, fused
 from srde_ds.model import base as base_module
 from srde_ds.model.adapter import SRDEModel, add_experts
@@ -332,7 +333,7 @@ def planned_memory(layers: int, recompute: str = "full") -> float:
     """GiB that the plan gives a micro-step above weights, masters and gradients."""
     config = resolve({}, RUN | {"recompute": recompute})
     whole = base_shape(config)
-    moments = memory(config, replace(whole, layers=whole.layers[:layers]), 1).moments
+    moments = memory(Workload.of(config, 1), replace(whole, layers=whole.layers[:layers])).moments
     return max(sum(parts.values()) for name, parts in moments.items() if name != "optimizer step") / GIB
 
 
@@ -351,7 +352,7 @@ def collectives() -> dict[str, dict[str, float]]:
             flags = two_steps(inputs, Path(folder), {}, gradient_checkpointing=checkpointing) | {"output_dir": output}
             received = run_distributed(counted, 2, flags, timeout=300)[0]
             config = resolve({}, flags)
-            planned = sum(traffic.received for traffic in step_traffic(config, base_shape(config), 2))
+            planned = sum(traffic.received for traffic in step_traffic(Workload.of(config, 2), base_shape(config)))
             name = "checkpointing" if checkpointing else "plain"
             found[name] = {"counted": sum(received.values()), "planned": planned}
     return found

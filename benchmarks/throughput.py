@@ -39,6 +39,7 @@ from benchmarks.learning.rivals import lora, shira
 from benchmarks.static import Operators
 from benchmarks.tables import measured_on
 from srde_ds.config import Config, resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import enable_checkpointing, load_base
@@ -220,12 +221,7 @@ def _values_of(options: Options) -> dict[str, Any]:
 
 
 def _flops(config: Config, method: str, values: int) -> float:
-    without = replace(
-        config,
-        model=replace(config.model, gradient_checkpointing=False),
-        training=replace(config.training, gradient_accumulation_steps=1),
-    )
-    parts = step_flops(without, base_shape(config), 1)
+    parts = step_flops(replace(Workload.of(config, 1), recomputed="none", micro_steps=1), base_shape(config))
     if method in SRDE:
         return sum(parts.values())
     adapters = 0 if method == "frozen base" else 6 * values * config.training.batch_size * config.data.max_length

@@ -117,7 +117,7 @@ def build_dataset(
             raise SRDEError(f"unknown option '{name}' of build_dataset.{nearest(name, known)}")
     config = resolve({}, {"model_name": str(model_name)} | options, read_inputs=read_base_inputs)
     tokenizer = load_tokenizer(str(model_name), revision=config.model.model_revision)
-    rows = dataclasses.replace(RowsOfFiles.of(config, files), eval_file=eval_file)
+    rows = dataclasses.replace(RowsOfFiles.of(config.data, config.training.seed, files), eval_file=eval_file)
     pack_files(rows, output, tokenizer, overwrite=overwrite)
     return Path(output)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3Config,
@@ -51,6 +55,23 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(LlamaConfig(**values))
     return model.to(dtype).requires_grad_(False).eval()
+
+
+@contextmanager
+def counted_measurements() -> Iterator[list[str]]:
+    """A list that gets an entry for each base that is built without weights in order to measure it."""
+    from srde_ds.model import base_shape
+
+    built: list[str] = []
+    build = AutoModelForCausalLM.from_config
+
+    def noted(config: Any, **options: Any) -> Any:
+        built.append(config.name_or_path)
+        return build(config, **options)
+
+    base_shape._measure.cache_clear()  # of what other tests have measured
+    with patch.object(AutoModelForCausalLM, "from_config", noted):
+        yield built
 
 
 def adapter_config(**overrides: Any) -> AdapterConfig:

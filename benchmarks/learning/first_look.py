@@ -211,7 +211,7 @@ def train_look(look: Look, budget: Budget, inputs: Inputs, seed: int, steps: int
     plan = Plan("medium", lambda _: None)
     config = methods.config_of(plan.example(plan.rows["SRDE from domain means"]), inputs, inputs.rows.parent)
     torch.manual_seed(seed)
-    base = load_base(inputs.base, dtype=torch.bfloat16, attn_implementation=packed_attention(config))
+    base = load_base(inputs.base, dtype=torch.bfloat16, attn_implementation=packed_attention(config.model))
     trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs, seed)
     stream = RowStream(
         inputs.split("train"),

@@ -15,11 +15,12 @@ from srde_ds.checkpoint.layout import COMMON, read_manifest
 from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
 from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
+from srde_ds.config import ModelConfig
 from srde_ds.config.values import checked
 from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
 from srde_ds.distributed.together import Collectives, Ranks, together
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import block_shapes, empty_base
+from srde_ds.model.base_shape import measure
 from srde_ds.model.supports.pruning import at_positions, kept_positions
 from srde_ds.model.supports.selection import support_size
 from srde_ds.weights.file import AdapterMetadata
@@ -98,7 +99,7 @@ class PrunedLayers:
         after = replace(before, density=checked(before, "density", density))
         self.metadata = replace(metadata, config=after)
         base = base or metadata.model_name
-        shapes = block_shapes(empty_base(base))
+        shapes = measure(ModelConfig(model_name=str(base))).blocks
         self.old_sizes = [support_size(before, hidden, intermediate) for hidden, intermediate in shapes]
         self.sizes = [support_size(after, hidden, intermediate) for hidden, intermediate in shapes]
         with open_tensors(folder / COMMON) as file:

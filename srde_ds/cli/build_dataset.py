@@ -42,6 +42,7 @@ def build_dataset(arguments: Sequence[str]) -> None:
     from srde_ds.data.build.command import build_dataset_command, check_request
     from srde_ds.training.run_inputs import read_base_inputs
 
-    check_request(resolved(dict(given)), request)  # before the base is required
+    early = resolved(dict(given))
+    check_request(early.model.model_name, early.data, request)  # before the base is required
     config = resolved(given, read_base_inputs)
     build_dataset_command(config, request, domains=config.data.domains if by_name else None)

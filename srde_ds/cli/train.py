@@ -97,7 +97,7 @@ def train(arguments: Sequence[str]) -> int:
         from srde_ds.training.schedule import Schedule
 
         shape = base_shape(config)  # first, since it reports what is wrong with a base
-        check_dry_run(config)
+        check_dry_run(config, shape)
         schedule = Schedule.of(config)
         parts = [describe_run(config, shape, world_size=launched_world_size()), schedule.describe()]
         if config.curriculum.initial_density:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from queue import Empty, Queue
@@ -64,7 +64,7 @@ def check(
     total = sum(host.slots for host in hosts) or here * nodes
     yield from check_here(config, total, processes_here=here)
     if hosts:
-        yield from check_hosts(config, hosts, port, rank_variables())
+        yield from check_hosts(config.model.model_name, config.training.output_dir, hosts, port)
 
 
 def check_here(config: Config, processes: int, *, processes_here: int = 1) -> Iterator[Finding]:
@@ -127,20 +127,21 @@ def check_locks(folder: Path) -> Iterator[Finding]:
 
 def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: int) -> Iterator[Finding]:
     """Check that memory and disk suffice. `gpu_bytes` is 0 without a GPU."""
+    from srde_ds.distributed.workload import Workload
     from srde_ds.model.base_shape import base_shape, check_whole
-    from srde_ds.planner.base_placement import with_base_placement
     from srde_ds.planner.memory import memory
     from srde_ds.planner.trainables import trainable_values
 
     try:
         shape = base_shape(config)
-        check_whole(config, shape, processes)
+        check_whole(config.parallel, shape, processes)
     except SRDEError as error:
         yield Finding("fatal", str(error))
         return
+    work = Workload.of(config, processes)
     if shape.packing is not None:  # whatever `auto` would say
-        config = with_base_placement(config, "resident")
-    needed = memory(config, shape, processes).total
+        work = replace(work, whole_base=True)
+    needed = memory(work, shape).total
     if gpu_bytes and needed > USABLE_MEMORY * gpu_bytes:
         yield Finding(
             "fatal",
@@ -160,13 +161,8 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
         yield Finding("ok", f"{text}; {free_bytes / GIB:.1f} GiB are free")
 
 
-def check_hosts(config: Config, hosts: Sequence[Host], port: int, variables: dict[str, str]) -> Iterator[Finding]:
-    """Check that the hosts can run together.
-
-    Args:
-        port: the rendezvous port.
-        variables: the ranks' environment variables (`.deepspeed_env`).
-    """
+def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: int) -> Iterator[Finding]:
+    """Check that the hosts can run together. `port` is that of the rendezvous."""
     with ExitStack() as stack:
         agents: dict[str, Agent] = {}
         for host in hosts:
@@ -176,17 +172,14 @@ def check_hosts(config: Config, hosts: Sequence[Host], port: int, variables: dic
             except AgentError as error:
                 yield Finding("fatal", f"{host.name}: {error}", f"try: {shlex.join([*SSH, host.name, error.test])}")
                 agents.pop(host.name, None)
-        found = {
-            name: agent.ask("describe_host", base=config.model.model_name, output_dir=config.training.output_dir)
-            for name, agent in agents.items()
-        }
+        found = {name: agent.ask("describe_host", base=base, output_dir=output_dir) for name, agent in agents.items()}
         yield from compare(found)
         for host in hosts:
             if host.name in found:
                 yield check_gpus(found[host.name]["gpus"], host.slots, host.name)
-        yield from check_interfaces(found, variables)
+        yield from check_interfaces(found, rank_variables())
         yield from _check_clocks(agents)
-        yield from _check_shared(agents, Path(config.training.output_dir).absolute())
+        yield from _check_shared(agents, Path(output_dir).absolute())
         yield from _check_ports(agents, port)
 
 

@@ -16,18 +16,20 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 from transformers.utils.logging import disable_progress_bar
 
-from srde_ds.config import AdapterConfig, Config
+from srde_ds.config import AdapterConfig, Config, ModelConfig
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.deepspeed_internals import deepspeed
 from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config, prefetch_whole_layers
 from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
-from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
+from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.distributed.processes import Topology, check_same
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
-from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, takes_documents
-from srde_ds.model.base import Sharding, decoder_layers, empty_base, load_base, whole_shape
+from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
+from srde_ds.model.base import Sharding, decoder_layers, load_base, whole_shape
+from srde_ds.model.base_shape import measure
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
@@ -171,35 +173,30 @@ class Engine:
         return float(self.deepspeed.get_global_grad_norm())
 
 
-def load_frozen_base(config: Config, topology: Topology) -> PreTrainedModel:
-    """Load the frozen base: all of it, or from the start only this rank's share of the weights, 1 / world_size."""
-    attention = "flash_attention_2" if config.model.flash_attention else packed_attention(config)
-    ds_config = derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
-    whole = config.parallel.whole_base(topology.world_size)
+def load_frozen_base(model: ModelConfig, topology: Topology, ds_config: dict[str, Any] | None) -> PreTrainedModel:
+    """Load the frozen base: with a DeepSpeed configuration only this rank's share of the weights, 1 / world_size."""
+    attention = "flash_attention_2" if model.flash_attention else packed_attention(model)
     if not topology.is_main:
         disable_progress_bar()
     # from_pretrained finds the object through a weak reference, so it must exist until loading is done.
-    keep_alive = None if whole else HfDeepSpeedConfig(ds_config)
-    dtype = torch.bfloat16 if config.model.bf16 else torch.float32
+    keep_alive = None if ds_config is None else HfDeepSpeedConfig(ds_config)
+    dtype = torch.bfloat16 if model.bf16 else torch.float32
     base = load_base(
-        str(config.model.model_name),
+        str(model.model_name),
         dtype=dtype,
-        revision=config.model.model_revision,
+        revision=model.model_revision,
         attn_implementation=attention,
-        device=topology.device if whole else None,
-        quantization=config.model.base_quantization,
+        device=topology.device if ds_config is None else None,
+        quantization=model.base_quantization,
     )
     del keep_alive
     internals.note_whole_shapes(base)
     return base
 
 
-def packed_attention(config: Config) -> str:
+def packed_attention(model: ModelConfig) -> str:
     """The name in transformers of the attention to use for packed rows."""
-    empty = empty_base(
-        str(config.model.model_name), revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION
-    )
-    return DOCUMENT_ATTENTION if takes_documents(empty) else "sdpa"
+    return DOCUMENT_ATTENTION if measure(model).layers[0].documents else "sdpa"
 
 
 def build_model(
@@ -221,7 +218,9 @@ def build_model(
         raise SRDEError(
             f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave the flag out."
         )
-    base = load_frozen_base(config, topology)
+    whole = config.parallel.whole_base(topology.world_size)
+    ds_config = None if whole else derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
+    base = load_frozen_base(config.model, topology, ds_config)
     model = add_experts(
         base,
         adapter or config.adapter,
@@ -231,7 +230,7 @@ def build_model(
         target_density=target_density,
         sharding=Sharding(gather, pad_to=topology.world_size),
     )
-    if config.parallel.whole_base(topology.world_size):  # which each rank has read by itself
+    if whole:  # each rank has read it by itself
         check_same({"hash of the base's weights": model.base_identity["hash"]}, topology)
     for layer in model.layers:
         layer.dispatch = LocalDispatch(compiled=config.model.compile, kernels=config.model.expert_kernels)
@@ -245,18 +244,16 @@ def build_model(
 
 def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine:
     """Partition the model, create the optimizer, and check that each part is on the right rank."""
-    groups, transport = None, ""
+    groups, transport, work = None, "", Workload.of(config, topology.world_size)
     if config.parallel.expert_parallel_size > 1:
         groups = expert_groups(config.parallel.expert_parallel_size)
-        blocks = [(layer.hidden, layer.intermediate) for layer in model.layers]
-        transport = choose_transport(config, blocks, topology.world_size)
-    if shards_atoms(config, topology.world_size):
+        transport = choose_transport(work, [(layer.hidden, layer.intermediate) for layer in model.layers])
+    if work.shards_atoms:
         shard_atoms(model, expert_groups(topology.world_size), groups, transport)
     elif groups is not None:
         place_experts(model, groups, transport)
     placement.mark_placement(model)
-    whole_base = config.parallel.whole_base(topology.world_size)
-    if whole_base:
+    if work.whole_base:
         internals.leave_alone(model.base)
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
@@ -268,7 +265,7 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
     # A process that is alone gathers nothing, so nothing need wait for its layer.
     with internals.hooked_as_one([model] if topology.world_size == 1 else decoder):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
-    if whole_base:
+    if work.whole_base:
         internals.restore_linear()
     internals.note_whole_shapes(model)
     for layer in model.layers:

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.delta_exchange import GatherShards, SendShards
-from srde_ds.distributed.expert_traffic import slots
 from srde_ds.distributed.transport import DeltaTransport, TokenTransport
+from srde_ds.distributed.workload import slots
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.deltas import AtomDeltas, tagged
 from srde_ds.model.layer import SRDEFeedForward

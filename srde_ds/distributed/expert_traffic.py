@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from srde_ds.config import Config
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.supports.selection import support_size, touched_neurons, value_count
 
 FP32 = 4
@@ -56,16 +56,6 @@ class Traffic:
         return rounds * self.size * (nodes - 1) / nodes / local
 
 
-def slots(num_experts: int, expert_parallel_size: int) -> int:
-    """Number of experts that a process holds, padding included."""
-    return math.ceil(num_experts / expert_parallel_size)
-
-
-def shards_atoms(config: Config, world_size: int) -> bool:
-    """Whether each process mixes only its own shard of the atoms, see `expert_parallel.shard_atoms`."""
-    return config.adapter.num_atoms > 0 and config.parallel.owner_computes and world_size > 1
-
-
 def merged(found: Iterable[Traffic]) -> list[Traffic]:
     """Add up traffic of the same kind, operation and group."""
     sizes: dict[tuple[str, str, int, int], float] = {}
@@ -76,62 +66,59 @@ def merged(found: Iterable[Traffic]) -> list[Traffic]:
     return [Traffic(kind, operation, size, ranks, stride) for (kind, operation, ranks, stride), size in sizes.items()]  # type: ignore[arg-type]
 
 
-def expert_traffic(config: Config, blocks: Blocks, world_size: int, transport: str) -> list[Traffic]:
+def expert_traffic(work: Workload, blocks: Blocks, transport: str) -> list[Traffic]:
     """The traffic that brings tokens and deltas together in an optimizer step, without ZeRO's gathers.
 
     With "tokens" the estimate assumes full rows, and tokens that are spread evenly over the experts.
     """
-    size, micro_steps = config.parallel.expert_parallel_size, config.training.gradient_accumulation_steps
-    width, experts = (2 if config.model.bf16 else 4), config.adapter.num_experts
-    sharded = shards_atoms(config, world_size)
-    checkpointing = config.model.recomputed == "full"
-    forwards = 1 if config.model.recomputed == "none" else 2
-    assignments = config.adapter.top_k * config.training.batch_size * config.data.max_length * micro_steps
+    adapter, width, world_size, micro_steps = work.adapter, work.width, work.world_size, work.micro_steps
+    size, granularity = work.expert_parallel_size, adapter.granularity
+    forwards = 1 if work.recomputed == "none" else 2
+    assignments = adapter.top_k * work.tokens * micro_steps
     found = []
     for number, (hidden, intermediate) in enumerate(blocks):
-        granularity = config.adapter.granularity
         long_side = hidden  # of a delta, padded so that each process has an equal shard
         if granularity != "neuron":
-            long_side = value_count(config.adapter, hidden, intermediate)
+            long_side = value_count(adapter, hidden, intermediate)
         padding = math.ceil(long_side / world_size) * world_size / long_side
-        values = value_count(config.adapter, hidden, intermediate) * micro_steps  # for one expert
+        values = value_count(adapter, hidden, intermediate) * micro_steps  # for one expert
         if transport == "tokens" and size > 1:
             changed = intermediate
             if granularity != "element":
                 neurons = support_size if granularity == "neuron" else touched_neurons
-                changed = neurons(config.adapter, hidden, intermediate)
+                changed = neurons(adapter, hidden, intermediate)
             there = hidden + 2 * changed  # the token, and its gate and up values
             back = changed + hidden  # the change of the hidden values, and the output
             # Without full recomputation, the input of the first layer's experts needs no gradient.
-            gradients = back + (there if number > 0 or checkpointing else 0)
+            gradients = back + (there if number > 0 or work.recomputed == "full" else 0)
             sent = assignments * (forwards * (there + back) + gradients) * width
             found.append(Traffic("experts' tokens", "all_to_all", sent, size))
-            if sharded:  # a rank's deltas go to all ranks with these experts; gradients in the training dtype
-                of_slot = padding * values * slots(experts, size)
+            if work.shards_atoms:  # a rank's deltas go to all ranks with these experts; gradients in the training dtype
+                of_slot = padding * values * work.slots
                 found.append(Traffic("delta shards", "all_to_all", of_slot * (forwards + 1) * width, world_size))
-        elif sharded:
-            padded = round(values * experts * padding)
+        elif work.shards_atoms:
+            padded = round(values * adapter.num_experts * padding)
             found.append(Traffic("delta shards", "all_gather", padded * width * forwards, world_size))
             found.append(Traffic("delta shards", "reduce_scatter", padded * FP32, world_size))
         else:
             # Effective deltas arrive in the training dtype; their gradients are summed in fp32.
-            values *= slots(experts, size) * size
+            values *= work.slots * size
             found.append(Traffic("experts' deltas", "all_gather", values * width * forwards, size))
             found.append(Traffic("experts' deltas", "reduce_scatter", values * FP32, size))
     return merged(found)
 
 
-def transport_bytes(config: Config, blocks: Blocks, world_size: int) -> dict[str, float]:
+def transport_bytes(work: Workload, blocks: Blocks) -> dict[str, float]:
     """Bytes that a process receives in an optimizer step for its experts, by transport."""
     return {
-        transport: sum(t.received for t in expert_traffic(config, blocks, world_size, transport))
+        transport: sum(t.received for t in expert_traffic(work, blocks, transport))
         for transport in ("tokens", "deltas")
     }
 
 
-def choose_transport(config: Config, blocks: Blocks, world_size: int) -> str:
+def choose_transport(work: Workload, blocks: Blocks) -> str:
     """`expert_transport`, or for "auto" the one that moves fewer bytes for full rows."""
-    if config.parallel.expert_transport != "auto":
-        return config.parallel.expert_transport
-    moved = transport_bytes(config, blocks, world_size)
+    if work.expert_transport != "auto":
+        return work.expert_transport
+    moved = transport_bytes(work, blocks)
     return min(moved, key=lambda transport: moved[transport])

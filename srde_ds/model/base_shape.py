@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import cast
 
 from torch import Tensor, nn
 
-from srde_ds.config import Config
+from srde_ds.config import Config, ModelConfig, ParallelConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.attention import DOCUMENT_ATTENTION, takes_documents
-from srde_ds.model.base import block_shapes, decoder_layers, empty_base
+from srde_ds.model.base import base_configuration, block_shapes, decoder_layers, empty_base
 from srde_ds.model.head import has_plain_head
 from srde_ds.model.quantization import PACKINGS, Packing, packing_of
 from srde_ds.model.supports.selection import check_support
@@ -62,6 +62,7 @@ class BaseShape:
         plain_head: whether the loss is computed without logits, see `head.py`.
         packing: how its linear maps are stored, apart from the head; None: as plain matrices.
         linear: (outputs, inputs) of each of these maps.
+        context: number of positions that the base knows; None: no limit.
     """
 
     layers: tuple[LayerShape, ...]
@@ -73,6 +74,7 @@ class BaseShape:
     plain_head: bool = True
     packing: Packing | None = None
     linear: tuple[tuple[int, int], ...] = ()
+    context: int | None = None
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -94,28 +96,48 @@ class BaseShape:
 
 
 def base_shape(config: Config) -> BaseShape:
-    """Build the base without storage, check that it can serve the run, and measure it.
+    """The shape of a run's base, once it is clear that the base can serve the run.
 
     Raises:
-        SRDEError: `model_name` is missing or names no base, the base has no gated feed-forward blocks or no room for
-            the supports, or rows are longer than its context.
+        SRDEError: see `measure`; or the base has no room for the supports, or rows are longer than its context.
     """
-    if not config.model.model_name:
-        raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
-    name = str(config.model.model_name)
-    base = empty_base(name, revision=config.model.model_revision, attn_implementation=DOCUMENT_ATTENTION)
-    packing = packing_of(name, config.model.base_quantization, base.config)
-    blocks = block_shapes(base)
+    shape, length = measure(config.model), config.data.max_length
     largest = replace(config.adapter, density=config.curriculum.initial_density or config.adapter.density)
-    for hidden, intermediate in set(blocks):
+    for hidden, intermediate in set(shape.blocks):
         check_support(largest, hidden, intermediate)
-    text = base.config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    if positions is not None and config.data.max_length > positions:
+    if shape.context is not None and length > shape.context:
         raise SRDEError(
-            f"max_length={config.data.max_length}: the base knows {positions} positions (max_position_embeddings). "
-            f"Give --max_length {positions} or less."
+            f"max_length={length}: the base knows {shape.context} positions (max_position_embeddings). "
+            f"Give --max_length {shape.context} or less."
         )
+    return shape
+
+
+def measure(model: ModelConfig) -> BaseShape:
+    """The shape of a base.
+
+    Raises:
+        SRDEError: `model_name` is missing or names no base, or the base has no gated feed-forward blocks.
+    """
+    if not model.model_name:
+        raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
+    name, revision = str(model.model_name), model.model_revision
+    configuration = base_configuration(name, revision=revision)
+    return _measure(name, revision, model.base_quantization, configuration.to_json_string())
+
+
+@lru_cache(maxsize=1)
+def _measure(name: str, revision: str | None, quantization: str, configuration: str) -> BaseShape:
+    """Build the base without storage, and measure it.
+
+    The cache is here because a run asks at several places: for the memory at hand, its checks, engines and prunings.
+
+    Args:
+        configuration: the base's config.json, which tells it from another one that takes its place in the folder.
+    """
+    base = empty_base(name, revision=revision, attn_implementation=DOCUMENT_ATTENTION)
+    packing = packing_of(name, quantization, base.config)
+    blocks, text = block_shapes(base), base.config.get_text_config()
     heads = text.num_attention_heads
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -144,12 +166,13 @@ def base_shape(config: Config) -> BaseShape:
         plain_head=has_plain_head(base),
         packing=packing,
         linear=tuple((module.out_features, module.in_features) for module in linear),
+        context=getattr(text, "max_position_embeddings", None),
     )
 
 
-def check_whole(config: Config, shape: BaseShape, processes: int) -> None:
+def check_whole(parallel: ParallelConfig, shape: BaseShape, processes: int) -> None:
     """Raise an SRDEError if a quantised base would be divided among processes, which ZeRO cannot do."""
-    if shape.packing is not None and config.parallel.base_placement == "sharded" and processes > 1:
+    if shape.packing is not None and parallel.base_placement == "sharded" and processes > 1:
         raise SRDEError(
             f"base_placement=sharded on {processes} processes: a quantised base cannot be "
             "sharded. Give --base_placement resident."

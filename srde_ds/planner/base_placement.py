@@ -3,79 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Literal
 
 from srde_ds.config import Config
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
-from srde_ds.model.base_shape import BaseShape, base_shape
+from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import largest_memory
-from srde_ds.planner.recompute import GIB, available_memory
+from srde_ds.planner.recompute import GIB
 from srde_ds.planner.traffic import step_traffic
-from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 GB = 1e9
 
 
-def choose_base_placement(config: Config, shape: BaseShape, world_size: int, room: float) -> tuple[str, str]:
-    """`resident` if a process that holds the whole base fits into `room` bytes, else `sharded`; the reason as text."""
-    if world_size == 1:
-        return "resident", "base_placement=auto: resident, since a process that is alone holds the whole base anyway"
-    if shape.packing is not None:
-        return "resident", "base_placement=auto: resident, since a quantised base cannot be sharded"
-    total = largest_memory(with_base_placement(config, "resident"), shape, world_size).total
-    chosen = "resident" if total <= room else "sharded"
-    facts = compare_placements(config, shape, world_size)
-    return chosen, f"base_placement=auto: {chosen}, for {room / GIB:.1f} GiB ({facts})"
+def settle_base_placement(config: Config, shape: BaseShape, world_size: int, room: float) -> tuple[Config, str]:
+    """Replace `base_placement: auto` by `resident` if a process then fits into `room` bytes, else by `sharded`.
 
-
-def compare_placements(config: Config, shape: BaseShape, world_size: int) -> str:
-    """What each placement takes, as text. A quantised base has only one."""
-    if shape.packing is not None:
-        return f"GiB at the peak: {largest_memory(config, shape, world_size).total / GIB:.1f}"
-    sharded = with_base_placement(config, "sharded")
-    peaks = [
-        f"{choice} {largest_memory(with_base_placement(config, choice), shape, world_size).total / GIB:.1f}"
-        for choice in ("resident", "sharded")
-    ]
-    traffic = step_traffic(sharded, shape, world_size)
-    gathered = sum(found.received for found in traffic if found.kind == "base gathered") / GB
-    return f"GiB at the peak: {', '.join(peaks)}; sharded gathers {gathered:.2f} GB of the base in a step"
-
-
-def settle_base_placement(config: Config) -> Config:
-    """The config with `base_placement: auto` replaced by the choice for this machine, which rank 0 prints.
+    Returns:
+        The config, and the reason for the choice; empty if the config leaves none.
 
     Raises:
-        SRDEError: `resident` does not fit into this machine's memory, or the base or the DeepSpeed configuration
-            cannot be used.
+        SRDEError: a bad `deepspeed_config`.
     """
-    asked, world_size = config.parallel.base_placement, launched_world_size()
-    if asked == "sharded":
-        return config
-    shape, room = base_shape(config), available_memory()
-    if asked == "auto":
-        chosen, why = choose_base_placement(config, shape, world_size, room)
-        if launched_rank() == 0:
-            print(why, flush=True)
-        config = with_base_placement(config, chosen)
-    if asked == "resident" or (shape.packing is not None and world_size > 1):
-        refuse_too_large(config, shape, world_size, room)
-    return config
+    if config.parallel.base_placement != "auto":
+        return config, ""
+    chosen: Literal["resident", "sharded"] = "resident"
+    if world_size == 1:
+        why = "since a process that is alone holds the whole base anyway"
+    elif shape.packing is not None:
+        why = "since a quantised base cannot be sharded"
+    else:
+        work = Workload.of(config, world_size)
+        if largest_memory(replace(work, whole_base=True), shape).total > room:
+            chosen = "sharded"
+        why = f"for {room / GIB:.1f} GiB ({compare_placements(work, shape)})"
+    settled = replace(config, parallel=replace(config.parallel, base_placement=chosen))
+    return settled, f"base_placement=auto: {chosen}, {why}"
 
 
-def refuse_too_large(config: Config, shape: BaseShape, world_size: int, room: float) -> None:
-    """Raise an SRDEError if a process does not fit into `room` bytes."""
-    needed = largest_memory(config, shape, world_size)
+def compare_placements(work: Workload, shape: BaseShape) -> str:
+    """What each placement takes, as text. A quantised base has only one."""
+    if shape.packing is not None:
+        return f"GiB at the peak: {largest_memory(work, shape).total / GIB:.1f}"
+    resident, sharded = replace(work, whole_base=True), replace(work, whole_base=False)
+    peaks = [largest_memory(placed, shape).total / GIB for placed in (resident, sharded)]
+    gathered = sum(found.received for found in step_traffic(sharded, shape) if found.kind == "base gathered") / GB
+    return (
+        f"GiB at the peak: resident {peaks[0]:.1f}, sharded {peaks[1]:.1f}; sharded gathers {gathered:.2f} GB of the "
+        "base in a step"
+    )
+
+
+def refuse_too_large(work: Workload, shape: BaseShape, room: float) -> None:
+    """Raise an SRDEError if a process that holds the whole base does not fit into `room` bytes."""
+    needed = largest_memory(work, shape)
     if needed.total > room:
-        sharded = world_size > 1 and shape.packing is None
+        sharded = work.world_size > 1 and shape.packing is None
         base, elsewhere = needed.states["whole base"] / GIB, "--base_placement sharded, " if sharded else ""
         raise SRDEError(
             f"base_placement=resident: by the plan a process needs {needed.total / GIB:.1f} GiB at its peak, "
             f"{base:.1f} of them for the whole base, and there is room for {room / GIB:.1f}. Give {elsewhere}"
             "--recompute full, or a lower --batch_size or --max_length."
         )
-
-
-def with_base_placement(config: Config, choice: Any) -> Config:
-    """The config with another choice of `base_placement`."""
-    return replace(config, parallel=replace(config.parallel, base_placement=choice))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from srde_ds.config import Config
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GB, GIB, Plan
@@ -80,7 +81,7 @@ def describe_run(config: Config, shape: BaseShape, world_size: int) -> str:
     lines.append(f"{'parameters':<20}{'values':>18}{'of base':>10}")
     lines += [f"{name:<20}{count:>18,}{count / shape.parameters:>10.3%}" for name, count in values.items()]
     lines.append(f"{'frozen base':<20}{shape.parameters:>18,}")
-    peak = memory(config, shape, world_size)
+    peak = memory(Workload.of(config, world_size), shape)
     table = peak.peak | {"sum": peak.total}
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     lines.append(f"\nGiB per process with {processes}, at its peak ({peak.peak_moment}), every position labelled")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from srde_ds.config import Config
-from srde_ds.distributed.expert_traffic import choose_transport, shards_atoms
+from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.supports.selection import shared_expert_size, support_size, value_count
-from srde_ds.planner.activations import tokens
 
 
-def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> dict[str, float]:
+def step_flops(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> dict[str, float]:
     """Operations of a process in an optimizer step, by part. A multiplication and an addition count as two.
 
     A frozen matrix costs its product in the forward and the input's gradient in the backward. A trained one also costs
@@ -19,34 +18,33 @@ def step_flops(config: Config, shape: BaseShape, world_size: int, *, labelled: f
     Args:
         labelled: share of positions whose logits are computed.
     """
-    again = 0 if config.model.recomputed == "none" else 1
-    attention_again = 1 if config.model.recomputed == "full" else 0
-    t, micro_steps = tokens(config), config.training.gradient_accumulation_steps
-    remote = config.parallel.expert_parallel_size > 1
-    transport = choose_transport(config, shape.blocks, world_size) if remote else "deltas"
+    again = 0 if work.recomputed == "none" else 1
+    attention_again = 1 if work.recomputed == "full" else 0
+    t, remote = work.tokens, work.expert_parallel_size > 1
+    transport = choose_transport(work, shape.blocks) if remote else "deltas"
     frozen = attention = experts = 0.0
     for layer in shape.layers:
         projections = sum(n for module in layer.attention for n in module)
         frozen += 2 * t * (3 * layer.matrix + projections)
-        attention += 2 * t * config.data.max_length * layer.query
-        experts += _experts(config, layer, world_size, transport)
-        experts += 2 * t * 3 * layer.hidden * shared_expert_size(config.adapter, layer.intermediate)
+        attention += 2 * t * work.max_length * layer.query
+        experts += _experts(work, layer, transport)
+        experts += 2 * t * 3 * layer.hidden * shared_expert_size(work.adapter, layer.intermediate)
     head = 2 * t * labelled * shape.vocabulary * shape.layers[-1].hidden
     parts = {
         "frozen base": frozen * (2 + again) + head * 2,
         "attention scores": attention * (3 + attention_again),
         "experts": experts * (3 + again),
     }
-    return {part: operations * micro_steps for part, operations in parts.items()}
+    return {part: operations * work.micro_steps for part, operations in parts.items()}
 
 
-def _experts(config: Config, layer: LayerShape, world_size: int, transport: str) -> float:
+def _experts(work: Workload, layer: LayerShape, transport: str) -> float:
     """Operations of a forward of one layer's experts, and of mixing their atoms."""
-    adapter, t = config.adapter, tokens(config)
+    adapter, t = work.adapter, work.tokens
     n = value_count(adapter, layer.hidden, layer.intermediate)
     mixing = 2 * adapter.num_atoms * adapter.num_experts * n
-    if shards_atoms(config, world_size):
-        mixing = round(mixing / world_size)
+    if work.shards_atoms:
+        mixing = round(mixing / work.world_size)
     if adapter.granularity == "block":
         return 2 * t * adapter.top_k * n + mixing
     if adapter.granularity == "element":

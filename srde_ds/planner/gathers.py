@@ -21,10 +21,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
 
-from srde_ds.config import Config
 from srde_ds.distributed.ds_config import prefetch_whole_layers
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.planner.trainables import layer_trainables
 
@@ -88,63 +87,53 @@ class Schedule:
 
     Attributes:
         weights: all weights that ZeRO holds; a whole base is none of them.
+        prefetched: number of values that DeepSpeed prefetches at a time, see `ds_config.prefetch_whole_layers`.
         gathers: how often each weight that does not persist is gathered.
         live: peak number of gathered values at each moment, by kind, without persistent ones.
     """
 
     weights: list[Weight]
+    prefetched: int
     gathers: Counter[Weight] = field(default_factory=Counter)
     live: dict[int | str, Counter[str]] = field(default_factory=dict)
 
 
-def gather_schedule(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> Schedule:
-    """Simulate one micro-step.
-
-    Args:
-        zero: the block `zero_optimization` of the derived DeepSpeed configuration.
-    """
-    limits = {key: int(zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
-    trace, weights = _trace(config, shape, world_size, limits["param_persistence_threshold"])
-    return _follow(trace, weights, limits | {"prefetch_bucket_size": prefetch_bucket(config, shape, world_size, zero)})
-
-
-def prefetch_bucket(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> int:
-    """How many values DeepSpeed prefetches, see `ds_config.prefetch_whole_layers`."""
-    whole_base = config.parallel.whole_base(world_size)
+def gather_schedule(work: Workload, shape: BaseShape) -> Schedule:
+    """Simulate one micro-step."""
+    limits = {key: int(work.zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
+    trace, weights = _trace(work, shape, limits["param_persistence_threshold"])
     layers = {
-        (0 if whole_base else sum(layer.parameters))
-        + sum(t.values for t in layer_trainables(config, layer, world_size))
+        (0 if work.whole_base else sum(layer.parameters)) + sum(t.values for t in layer_trainables(work, layer))
         for layer in set(shape.layers)
     }
-    sized = {"zero_optimization": dict(zero)}
+    sized = {"zero_optimization": dict(work.zero)}
     prefetch_whole_layers(sized, max(layers))
-    return int(sized["zero_optimization"]["stage3_prefetch_bucket_size"])
+    prefetched = int(sized["zero_optimization"]["stage3_prefetch_bucket_size"])
+    return _follow(trace, Schedule(weights, prefetched), limits["max_live_parameters"], limits["max_reuse_distance"])
 
 
-def _trace(config: Config, shape: BaseShape, world_size: int, threshold: int) -> tuple[list[Use], list[Weight]]:
+def _trace(work: Workload, shape: BaseShape, threshold: int) -> tuple[list[Use], list[Weight]]:
     """The uses of modules in a micro-step, in the order of transformers' decoders, and all weights that ZeRO holds.
 
     Modules without weights also count: DeepSpeed prefetches a bucket at each, but nothing inside of a layer.
     """
     weights: list[Weight] = []
 
-    def weight(kind: str, values: int, ranks: int = world_size, stride: int = 1) -> Weight:
+    def weight(kind: str, values: int, ranks: int = work.world_size, stride: int = 1) -> Weight:
         weights.append(Weight(kind, values, ranks, stride, values <= threshold))
         return weights[-1]
 
-    checkpointing = config.model.recomputed == "full"
-    whole_base = config.parallel.whole_base(world_size)
+    checkpointing = work.recomputed == "full"
     empty = Use(())
 
     def module(*values: int) -> Use:
-        return Use(() if whole_base else tuple(weight("base", n) for n in values))
+        return Use(() if work.whole_base else tuple(weight("base", n) for n in values))
 
     def layer_of(layer: LayerShape) -> Use:
         attention = [n for own in layer.attention for n in own]
         # In the order in which transformers creates them and DeepSpeed prefetches.
         base = module(*attention, *[layer.matrix] * 3, *layer.norms)
-        trainables = layer_trainables(config, layer, world_size)
-        trained = tuple(weight("trainables", t.values, t.ranks, t.stride) for t in trainables)
+        trained = [weight("trainables", t.values, t.ranks, t.stride) for t in layer_trainables(work, layer)]
         return Use((*base.weights, *trained), layer=True)
 
     embedding = module(shape.embedding)
@@ -180,13 +169,12 @@ class _Ahead:
         return self._passed[uses[again]] - self._passed[step + 1] if again < len(uses) else math.inf
 
 
-def _follow(trace: Sequence[Use], weights: list[Weight], limits: dict[str, int]) -> Schedule:
-    """Fetch, prefetch and release as DeepSpeed does with a complete trace."""
-    schedule = Schedule(weights)
+def _follow(trace: Sequence[Use], schedule: Schedule, most_live: int, reuse: int) -> Schedule:
+    """Fetch, prefetch and release as DeepSpeed does with a complete trace, and note it in the schedule."""
     queue = [(weight, step) for step, use in enumerate(trace) for weight in use.weights]
     after_layer = _Ahead([use.weights + use.within for use in trace])
     after_others = _Ahead([() if use.layer else use.weights for use in trace])
-    available = {weight for weight in weights if weight.persistent}
+    available = {weight for weight in schedule.weights if weight.persistent}
     live: Counter[str] = Counter()
     promised: dict[Weight, int] = {}  # the last use for which a weight has been prefetched
     position = fetched = 0
@@ -205,7 +193,7 @@ def _follow(trace: Sequence[Use], weights: list[Weight], limits: dict[str, int])
         while position < len(queue) and queue[position][1] <= step:
             promised[queue[position][0]] = step
             position += 1
-        room = min(limits["max_live_parameters"] - fetched, limits["prefetch_bucket_size"])
+        room = min(most_live - fetched, schedule.prefetched)
         while position < len(queue) and room > 0:
             weight, promised[weight] = queue[position]
             position += 1
@@ -216,7 +204,7 @@ def _follow(trace: Sequence[Use], weights: list[Weight], limits: dict[str, int])
             schedule.live[use.moment] = Counter(live)
         for weight in use.weights if use.releases else ():
             distance = (after_layer if use.layer else after_others).distance(weight, step)
-            kept = promised.get(weight, -1) > step + 1 or distance < limits["max_reuse_distance"]
+            kept = promised.get(weight, -1) > step + 1 or distance < reuse
             if not weight.persistent and not kept:
                 available.discard(weight)
                 fetched -= weight.values

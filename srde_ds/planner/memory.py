@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from srde_ds.config import Config
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.model.supports.selection import shared_expert_size, support_shape
 from srde_ds.optim.groups import group_of_tensor
@@ -24,7 +23,7 @@ from srde_ds.planner.activations import (
     layer_gradients,
     shared_activations,
 )
-from srde_ds.planner.gathers import Schedule, gather_schedule, prefetch_bucket
+from srde_ds.planner.gathers import Schedule, gather_schedule
 from srde_ds.planner.trainables import layer_trainables
 
 FP32, INT32 = 4, 4
@@ -59,115 +58,90 @@ class Memory:
         return sum(self.peak.values())
 
 
-def memory(config: Config, shape: BaseShape, world_size: int, *, labelled: float = 1.0) -> Memory:
+def memory(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> Memory:
     """Memory of a process with full rows.
-
-    For a part of a curriculum with another density, give a config with that density.
 
     Args:
         labelled: share of positions with a label in any row of a micro-batch; 1 gives an upper bound.
-
-    Raises:
-        SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
-    schedule = gather_schedule(config, shape, world_size, zero)
-    width = 2 if config.model.bf16 else 4
+    schedule, width, owned = gather_schedule(work, shape), work.width, _values_by_group(work, shape)
     base, trained = (
         sum(weight.padded / weight.ranks for weight in schedule.weights if weight.kind == kind)
         for kind in ("base", "trainables")
     )
-    if config.parallel.whole_base(world_size):
+    if work.whole_base:
         held = {"whole base": float(shape.stored_bytes(width))}
     else:
-        held = {"base shard": (base + sum(shape.unused) / world_size) * width}
+        held = {"base shard": (base + sum(shape.unused) / work.world_size) * width}
     states = held | {
         "persistent weights": sum(weight.gathered for weight in schedule.weights if weight.persistent) * width,
         "trainables": trained * width,
         "fp32 masters": trained * FP32,  # even in fp32, since a comparison in DeepSpeed that always fails makes a copy
         "gradients": trained * FP32,
-        "gradient bucket": zero["reduce_bucket_size"] * FP32,
-        "optimizer state": _optimizer_state(config, shape, world_size),
+        "gradient bucket": work.zero["reduce_bucket_size"] * FP32,
+        # One fp32 moment for GramMuon, two for AdamW.
+        "optimizer state": sum(n * FP32 * (1 if group == "delta_matrices" else 2) for (group, _), n in owned.items()),
         "supports": sum(
-            math.prod(support_shape(config.adapter, *block)) + shared_expert_size(config.adapter, block[1])
+            math.prod(support_shape(work.adapter, *block)) + shared_expert_size(work.adapter, block[1])
             for block in shape.blocks
         )
         * INT32,
     }
-    moments = _moments(config, shape, world_size, labelled, zero, schedule)
-    moments["optimizer step"] = {"update": _update(config, shape, world_size, zero)}
+    moments = _moments(work, shape, schedule, labelled)
+    limit = int(work.zero.get("sub_group_size", SUB_GROUP_SIZE))
+    # The largest sub-group's gradients in one piece, and two intermediate results of AdamW.
+    update = max(min(n, limit) * FP32 * (1 if group == "delta_matrices" else 3) for (group, _), n in owned.items())
+    moments["optimizer step"] = {"update": update}
     return Memory(states, moments)
 
 
-def largest_memory(config: Config, shape: BaseShape, world_size: int) -> Memory:
+def largest_memory(work: Workload, shape: BaseShape) -> Memory:
     """`memory` at the largest density of the run, with a label at every position."""
-    density = config.curriculum.initial_density or config.adapter.density
-    return memory(replace(config, adapter=replace(config.adapter, density=density)), shape, world_size)
+    return memory(work.at(work.largest_density), shape)
 
 
-def _optimizer_state(config: Config, shape: BaseShape, world_size: int) -> float:
-    """Bytes of the optimizer state: one fp32 moment for GramMuon, two for AdamW."""
-    return sum(
-        count * FP32 * (1 if group == "delta_matrices" else 2)
-        for (group, _), count in _values_by_group(config, shape, world_size).items()
-    )
-
-
-def _update(config: Config, shape: BaseShape, world_size: int, zero: dict[str, Any]) -> float:
-    """Bytes of the update: the largest sub-group's gradients in one piece, and two intermediate results of AdamW."""
-    limit = int(zero.get("sub_group_size", SUB_GROUP_SIZE))
-    return max(
-        min(count, limit) * FP32 * (1 if group == "delta_matrices" else 3)
-        for (group, _), count in _values_by_group(config, shape, world_size).items()
-    )
-
-
-def _values_by_group(config: Config, shape: BaseShape, world_size: int) -> Counter[tuple[str, int]]:
+def _values_by_group(work: Workload, shape: BaseShape) -> Counter[tuple[str, int]]:
     """Number of values that a process owns, by optimizer group and number of processes that divide the tensors."""
-    groups = group_of_tensor(config.optimizer, config.adapter.granularity)
+    groups = group_of_tensor(work.optimizer, work.adapter.granularity)
     values: Counter[tuple[str, int]] = Counter()
     for layer in shape.layers:
-        for t in layer_trainables(config, layer, world_size):
+        for t in layer_trainables(work, layer):
             values[groups[t.kind], t.ranks] += math.ceil(t.values / t.ranks)
     return values
 
 
-def _moments(
-    config: Config, shape: BaseShape, world_size: int, labelled: float, zero: dict[str, Any], schedule: Schedule
-) -> dict[str, dict[str, float]]:
+def _moments(work: Workload, shape: BaseShape, schedule: Schedule, labelled: float) -> dict[str, dict[str, float]]:
     """The moments of a step: the loss, and the backward of each layer, from the last to the first."""
-    width = 2 if config.model.bf16 else 4
-    transport = choose_transport(config, shape.blocks, world_size)
-    recomputed = config.model.recomputed
-    bucket = prefetch_bucket(config, shape, world_size, zero)
+    width, recomputed = work.width, work.recomputed
+    transport = choose_transport(work, shape.blocks)
 
     def gathered(moment: int | str) -> dict[str, float]:
         live = schedule.live[moment]
         # Weights of several modules arrive in one buffer and are copied out of it.
         found: dict[str, float] = {f"gathered {kind}": count * width for kind, count in live.items()}
-        return found | {"gather buffer": min(bucket, live.total()) * width}
+        return found | {"gather buffer": min(schedule.prefetched, live.total()) * width}
 
     moments = {}
-    kept: Any = Counter(shared_activations(config, shape.layers[0]))  # of floats
+    kept: Any = Counter(shared_activations(work, shape.layers[0]))  # of floats
     for number, layer in enumerate(shape.layers):
         first = number == 0 and recomputed != "full"
-        whole = layer_activations(config, layer, world_size, transport, first=first)
-        working = {"gradients at work": layer_gradients(config, layer, world_size, whole["experts"])}
+        whole = layer_activations(work, layer, transport, first=first)
+        working = {"gradients at work": layer_gradients(work, layer, whole["experts"])}
         if shape.packing is not None:
-            working["dequantised weight"] = dequantized_weight(config, layer)
+            working["dequantised weight"] = dequantized_weight(layer, width)
         again: dict[str, float] = {}
         if recomputed == "none":
             kept.update(whole)
         else:
-            kept["checkpoints"] += checkpointed_input(config, layer)
+            kept["checkpoints"] += checkpointed_input(work, layer)
             again = dict(whole)
         if recomputed == "selective":
-            kept["attention"] += kept_attention(config, layer)
-            again["attention"] = max(0.0, again["attention"] - kept_attention(config, layer))
+            kept["attention"] += kept_attention(work, layer)
+            again["attention"] = max(0.0, again["attention"] - kept_attention(work, layer))
             if layer.int8:
-                kept["inputs of linear maps"] += kept_despite_recompute(config, layer)
+                kept["inputs of linear maps"] += kept_despite_recompute(work, layer)
         moments[f"backward of layer {number}"] = _sum(kept, again, working, gathered(number))
-    head = head_activations(config, shape, labelled)
+    head = head_activations(work, shape, labelled)
     moments["loss"] = _sum(kept, head, gathered(len(shape.layers)))
     return dict(reversed(moments.items()))
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from srde_ds.config import Config
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, transport_bytes
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
-from srde_ds.planner.base_placement import choose_base_placement, compare_placements, with_base_placement
+from srde_ds.planner.base_placement import compare_placements, settle_base_placement
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import Memory, memory
-from srde_ds.planner.recompute import least_recompute, with_recompute
+from srde_ds.planner.recompute import settle_recompute
 from srde_ds.planner.traffic import step_traffic
 from srde_ds.planner.trainables import trainable_values
 
@@ -102,7 +103,7 @@ class Plan:
 
     Attributes:
         densities: for a run with prunings, first step (from 0), density and memory of each part; else empty.
-            traffic: traffic of a process in an optimizer step.
+        traffic: traffic of a process in an optimizer step.
         moved: bytes that each transport would move; empty without expert parallelism.
         largest_micro_batch: number of rows that fit; 0: not even one.
         recompute_reason: the choice of `recompute: auto` and its reason; else empty.
@@ -204,52 +205,35 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
     Raises:
         SRDEError: the base cannot be used, or the expert-parallel size does not divide the number of processes.
     """
-    shape, processes = base_shape(config), machines.processes
-    why = ""
-    if config.model.recompute == "auto":
-        recompute, why = least_recompute(config, shape, processes, machines.gpu_memory_gib * GIB)
-        config = with_recompute(config, recompute)
-    config, placement = _with_placement(config, shape, machines)
+    shape, processes, room = base_shape(config), machines.processes, machines.gpu_memory_gib * GIB
+    check_whole(config.parallel, shape, processes)
+    config, why = settle_recompute(config, shape, processes, room)
+    config, placement = settle_base_placement(config, shape, processes, room)
     size = config.parallel.expert_parallel_size
     if processes % size:
         raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
-    traffic = step_traffic(config, shape, processes)
-    flops = step_flops(config, shape, processes, labelled=machines.labelled_share)
-
-    def at(density: float) -> Config:
-        return replace(config, adapter=replace(config.adapter, density=density))
-
-    largest = config.curriculum.initial_density or config.adapter.density
-    starts = [(0, largest), *prunings] if prunings else []
+    work = Workload.of(config, processes)
+    if not placement and processes > 1:
+        placement = f"base_placement={config.parallel.base_placement} ({compare_placements(work, shape)})"
+    traffic = step_traffic(work, shape)
+    labelled = machines.labelled_share
+    flops = step_flops(work, shape, labelled=labelled)
+    starts = [(0, work.largest_density), *prunings] if prunings else []
     return Plan(
         config=config,
         shape=shape,
         machines=machines,
-        memory=memory(config, shape, processes, labelled=machines.labelled_share),
-        densities=[
-            (first, density, memory(at(density), shape, processes, labelled=machines.labelled_share))
-            for first, density in starts
-        ],
+        memory=memory(work, shape, labelled=labelled),
+        densities=[(first, density, memory(work.at(density), shape, labelled=labelled)) for first, density in starts],
         traffic=traffic,
-        transport=choose_transport(config, shape.blocks, processes) if size > 1 else "",
-        moved=transport_bytes(config, shape.blocks, processes) if size > 1 else {},
+        transport=choose_transport(work, shape.blocks) if size > 1 else "",
+        moved=transport_bytes(work, shape.blocks) if size > 1 else {},
         flops=flops,
         times=step_times(machines, traffic, sum(flops.values())),
-        largest_micro_batch=largest_micro_batch(at(largest), shape, machines),
+        largest_micro_batch=largest_micro_batch(work.at(work.largest_density), shape, machines),
         recompute_reason=why,
         placement_reason=placement,
     )
-
-
-def _with_placement(config: Config, shape: BaseShape, machines: Machines) -> tuple[Config, str]:
-    """The config with `base_placement: auto` settled, and `Plan.placement_reason`."""
-    asked, processes = config.parallel.base_placement, machines.processes
-    check_whole(config, shape, processes)
-    if asked == "auto":
-        chosen, why = choose_base_placement(config, shape, processes, machines.gpu_memory_gib * GIB)
-        return with_base_placement(config, chosen), why
-    facts = compare_placements(config, shape, processes) if processes > 1 else ""
-    return config, f"base_placement={asked} ({facts})" if facts else ""
 
 
 def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Times:
@@ -265,13 +249,12 @@ def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Time
     return Times(flops / (machines.peak_tflops * 1e12 * machines.utilisation), overlapped, exposed)
 
 
-def largest_micro_batch(config: Config, shape: BaseShape, machines: Machines) -> int:
+def largest_micro_batch(work: Workload, shape: BaseShape, machines: Machines) -> int:
     """Number of rows of `max_length` tokens that fit into `gpu_memory_gib`; 0: not even one."""
-    most = 1 if config.model.flash_attention else MOST_ROWS  # flash-attn keeps documents apart only in single rows
+    most = 1 if work.flash_attention else MOST_ROWS  # flash-attn keeps documents apart only in single rows
 
     def fits(rows: int) -> bool:
-        sized = replace(config, training=replace(config.training, batch_size=rows))
-        total = memory(sized, shape, machines.processes, labelled=machines.labelled_share).total
+        total = memory(replace(work, batch_size=rows), shape, labelled=machines.labelled_share).total
         return total <= machines.gpu_memory_gib * GIB
 
     low, high = 0, 1

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from srde_ds.config import Config
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
-from srde_ds.distributed.expert_traffic import Traffic, choose_transport, expert_traffic, merged, shards_atoms
+from srde_ds.distributed.expert_traffic import Traffic, choose_transport, expert_traffic, merged
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.optim.groups import group_of_tensor
 from srde_ds.planner.gathers import gather_schedule
@@ -13,17 +12,13 @@ from srde_ds.planner.trainables import layer_trainables
 FP32, FP64 = 4, 8
 
 
-def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traffic]:
+def step_traffic(work: Workload, shape: BaseShape) -> list[Traffic]:
     """All traffic of an optimizer step, apart from a few numbers for stopping, clipping and counting.
 
     Held-out losses, checkpoints and the first two micro-steps are left out, see `gathers`.
-
-    Raises:
-        SRDEError: a bad `deepspeed_config`.
     """
-    zero = derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"]
-    width, micro_steps = (2 if config.model.bf16 else 4), config.training.gradient_accumulation_steps
-    schedule = gather_schedule(config, shape, world_size, zero)
+    width, micro_steps, world_size = work.width, work.micro_steps, work.world_size
+    schedule = gather_schedule(work, shape)
     found = []
     for weight, times in schedule.gathers.items():
         size = weight.padded * width * times * micro_steps
@@ -34,15 +29,15 @@ def step_traffic(config: Config, shape: BaseShape, world_size: int) -> list[Traf
             found.append(Traffic("persistent weights", "all_gather", weight.padded * width, *group))
         if weight.kind == "trainables":
             found.append(Traffic("gradients", "reduce_scatter", weight.padded * FP32 * micro_steps, *group))
-    found += expert_traffic(config, shape.blocks, world_size, choose_transport(config, shape.blocks, world_size))
-    groups = group_of_tensor(config.optimizer, config.adapter.granularity)
+    found += expert_traffic(work, shape.blocks, choose_transport(work, shape.blocks))
+    groups = group_of_tensor(work.optimizer, work.adapter.granularity)
     for layer in shape.layers:
-        for trainable in layer_trainables(config, layer, world_size):
+        for trainable in layer_trainables(work, layer):
             if groups[trainable.kind] == "delta_matrices":
                 _, batch, cols = trainable.shape
                 # The atoms' shards are on all processes, although each is alone in its group.
-                group = (world_size, 1) if shards_atoms(config, world_size) else (trainable.ranks, trainable.stride)
+                group = (world_size, 1) if work.shards_atoms else (trainable.ranks, trainable.stride)
                 found.append(Traffic("Gram matrices", "all_reduce", batch * cols**2 * FP32, *group))
-    statistics = len(shape.layers) * (3 * config.adapter.num_experts + 3)
+    statistics = len(shape.layers) * (3 * work.adapter.num_experts + 3)
     found.append(Traffic("statistics", "all_reduce", statistics * FP64, world_size))
     return merged(found)

@@ -8,8 +8,8 @@ from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
-from srde_ds.config import AdapterConfig, Config
-from srde_ds.distributed.expert_traffic import shards_atoms, slots
+from srde_ds.config import AdapterConfig
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.deltas import AtomDeltas, empty_deltas
 from srde_ds.model.supports.selection import shared_expert_size, support_size
@@ -37,44 +37,43 @@ class TrainableShape:
         return math.prod(self.shape)
 
 
-def layer_trainables(config: Config, layer: LayerShape, world_size: int) -> list[TrainableShape]:
+def layer_trainables(work: Workload, layer: LayerShape) -> list[TrainableShape]:
     """The trainables of one layer, without the few scores of a support that is being learned."""
-    adapter, size = config.adapter, config.parallel.expert_parallel_size
-    sharded = shards_atoms(config, world_size)
+    world_size, size, sharded = work.world_size, work.expert_parallel_size, work.shards_atoms
     result = []
-    for name, whole, expert_axis, shard_axis in _bank_shape(astuple(adapter), layer, world_size):
+    for name, whole, expert_axis, shard_axis in _whole_shapes(astuple(work.adapter), layer, world_size):
         shape, ranks, stride = list(whole), world_size, 1
         if sharded and shard_axis is not None:
             shape[shard_axis] = math.ceil(shape[shard_axis] / world_size)
             ranks = 1
         elif expert_axis is not None and not sharded and size > 1:
-            shape[expert_axis] = shape[expert_axis] // adapter.num_experts * slots(adapter.num_experts, size)
+            shape[expert_axis] = shape[expert_axis] // work.adapter.num_experts * work.slots
             ranks, stride = world_size // size, size
         result.append(TrainableShape(name, tuple(shape), ranks, stride))
-    if size := shared_expert_size(adapter, layer.intermediate):
-        rows = math.ceil(layer.hidden / world_size) * world_size
-        result.append(TrainableShape("shared_expert.delta", (rows, 3, size), world_size))
-    result.append(TrainableShape("router.weight", (adapter.num_experts, layer.hidden), world_size))
     return result
 
 
 @cache
-def _bank_shape(
+def _whole_shapes(
     adapter: tuple[Any, ...], layer: LayerShape, world_size: int
 ) -> list[tuple[str, tuple[int, ...], int | None, int | None]]:
-    """For each parameter of a layer's deltas: name, shape, the experts' axis, and the axis of the atoms' shards."""
+    """For each trainable of a layer: name, shape, the experts' axis, and the axis of the atoms' shards."""
     config = AdapterConfig(*adapter)
     size = support_size(config, layer.hidden, layer.intermediate)
     bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size)
     shard_axis = bank.long_axis if isinstance(bank, AtomDeltas) else {}
     named: list[tuple[str, Any]] = list(bank.named_parameters())
-    return [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, shard_axis.get(p.srde_kind)) for name, p in named]
+    found = [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, shard_axis.get(p.srde_kind)) for name, p in named]
+    if shared := shared_expert_size(config, layer.intermediate):
+        rows = math.ceil(layer.hidden / world_size) * world_size
+        found.append(("shared_expert.delta", (rows, 3, shared), None, None))
+    return [*found, ("router.weight", (config.num_experts, layer.hidden), None, None)]
 
 
 def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:
     """Number of values of each trainable over all layers, by the end of its name, without padding."""
     values: Counter[str] = Counter()
     for layer, count in Counter(shape.layers).items():
-        for trainable in layer_trainables(Config(adapter=adapter), layer, world_size=1):
-            values[trainable.kind] += trainable.values * count
+        for name, whole, *_ in _whole_shapes(astuple(adapter), layer, world_size=1):
+            values[name] += math.prod(whole) * count
     return dict(values)

@@ -145,7 +145,7 @@ def check_changes(folder: Path, saved: dict[str, Any], config: Config, step: int
                 f"{folder}: {key} was {_shown(before[key])}, this run has {_shown(now[key])}, and {reason}. "
                 f"Resume with --{key} {_shown(before[key])}, or start a new run."
             )
-    _check_pretraining(folder, before, config, step)
+    _check_pretraining(folder, before, Schedule.of(config), step)
 
 
 def changes(saved: dict[str, Any], config: Config) -> Rows:
@@ -172,10 +172,9 @@ def rules_table() -> str:
     return markdown_table(rows)
 
 
-def _check_pretraining(folder: Path, before: dict[str, Any], config: Config, step: int) -> None:
-    curriculum = config.curriculum
-    old = len(config.data.domains) * before["expert_pretrain_steps"] if before["supervised_experts"] else 0
-    new = Schedule.of(config).pretraining_steps
+def _check_pretraining(folder: Path, before: dict[str, Any], schedule: Schedule, step: int) -> None:
+    curriculum, new = schedule.curriculum, schedule.pretraining_steps
+    old = len(schedule.domains) * before["expert_pretrain_steps"] if before["supervised_experts"] else 0
     if min(old, step) != min(new, step):
         raise SRDEError(
             f"{folder}: {min(old, step)} of its {step} steps were pretraining; with supervised_experts="

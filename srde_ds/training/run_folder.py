@@ -15,22 +15,21 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.checkpoint.layout import write_latest
 from srde_ds.checkpoint.resume import find_checkpoint
-from srde_ds.config import Config, DataConfig
+from srde_ds.config import Config, DataConfig, ModelConfig
 from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import warn_of_dropped
-from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
-from srde_ds.data.inputs import ReadOptions
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import MixingPeriod, mixing_periods, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
-from srde_ds.model.base_shape import base_shape, check_whole
+from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
 from srde_ds.model.quantization import check_package
 from srde_ds.training.changed_options import changes
 from srde_ds.training.reporting.metrics import load_trackers
-from srde_ds.training.run_inputs import check_start, domains_without_records
+from srde_ds.training.run_inputs import check_start
 from srde_ds.training.run_lock import refuse_living_run
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
@@ -49,7 +48,9 @@ def check_inputs(config: Config) -> None:
         SRDEError: a required option or package is missing, the base does not exist, or the options do not fit it.
     """
     data = config.data
-    _check_quantized(config)
+    shape = base_shape(config)
+    check_whole(config.parallel, shape, launched_world_size())
+    check_package(config.model, shape.packing)
     Schedule.of(config).check()
     check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
@@ -66,12 +67,6 @@ def check_inputs(config: Config) -> None:
     derive_ds_config(DeepSpeedOptions.of(config), launched_world_size())
 
 
-def _check_quantized(config: Config) -> None:
-    shape = base_shape(config)
-    check_whole(config, shape, launched_world_size())
-    check_package(config.model, shape.packing)
-
-
 def check_groups(expert_parallel_size: int, processes: int) -> None:
     """Raise an SRDEError if the processes cannot be divided into expert-parallel groups."""
     if processes % expert_parallel_size:
@@ -80,14 +75,15 @@ def check_groups(expert_parallel_size: int, processes: int) -> None:
         )
 
 
-def check_dry_run(config: Config) -> None:
+def check_dry_run(config: Config, shape: BaseShape) -> None:
     """Check all that can be checked without building, loading or writing anything.
 
     Raises:
         SRDEError: the run would be refused.
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
-    _check_quantized(config)
+    check_whole(config.parallel, shape, launched_world_size())
+    check_package(config.model, shape.packing)
     Schedule.of(config).check()
     check_start(config)
     if config.data.domain_weights:
@@ -98,11 +94,8 @@ def check_dry_run(config: Config) -> None:
         if data.pretokenized_dir:
             check_rows(config, tokenizer)
         else:
-            check_base(config, tokenizer, packed=data.packing)
-            reading = ReadOptions.of(data)
-            names = domains_without_records(config)
-            files = InputFiles(str(data.jsonl_data), data.eval_file, data.domains, reading, data.train_on, names)
-            check_files(files, tokenizer)
+            check_base(config.model, tokenizer, packed=data.packing)
+            check_files(_files(config), tokenizer)
     check_run_folder(config.training.output_dir, config.training.resume_from)
 
 
@@ -115,15 +108,12 @@ def prepare_data(config: Config) -> Path:
         SRDEError: bad records, or a dataset that is damaged or belongs to another base, length or set of domains.
     """
     tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
-    data = config.data
+    data, folder = config.data, data_folder(config.data, config.training.output_dir)
     if data.jsonl_data:
-        check_base(config, tokenizer, packed=data.packing)
-        folder = Path(config.training.output_dir) / "tokenized"
-        rows = replace(RowsOfFiles.of(config, data.jsonl_data), optional_domains=domains_without_records(config))
-        manifest = build_dataset(rows, folder, tokenizer)
+        check_base(config.model, tokenizer, packed=data.packing)
+        manifest = build_dataset(_files(config), folder, tokenizer)
         check_manifest(config, manifest)
     else:
-        folder = Path(str(data.pretokenized_dir))
         check_rows(config, tokenizer)
         manifest = load_manifest(folder)
     warn_of_dropped(manifest)
@@ -133,15 +123,23 @@ def prepare_data(config: Config) -> Path:
     return folder
 
 
-def check_base(config: Config, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:
+def _files(config: Config) -> RowsOfFiles:
+    """Those of `jsonl_data`, which need no records of domains for which `start_from` has experts."""
+    adapter = check_start(config)
+    experts = [] if adapter is None else adapter.metadata.expert_names
+    files = RowsOfFiles.of(config.data, config.training.seed, str(config.data.jsonl_data))
+    return replace(files, optional_domains=experts)
+
+
+def check_base(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, packed: bool) -> None:
     """Refuse a base that does not fit its tokenizer, or that cannot keep the documents in a row apart.
 
     Raises:
         SRDEError: the tokenizer has tokens without an embedding in the base, or documents in one row would see each
             other.
     """
-    name = str(config.model.model_name)
-    base = base_configuration(name, revision=config.model.model_revision)
+    name = str(model.model_name)
+    base = base_configuration(name, revision=model.model_revision)
     known, tokens = base.get_text_config().vocab_size, max(tokenizer.get_vocab().values()) + 1
     if tokens > known:
         raise SRDEError(
@@ -172,7 +170,7 @@ def check_rows(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
             load_rows(folder, split, manifest)
     except SRDEError as error:
         raise SRDEError(f"pretokenized_dir={folder}: {error}") from None
-    check_base(config, tokenizer, packed=manifest.packing)
+    check_base(config.model, tokenizer, packed=manifest.packing)
     check_manifest(config, manifest)
     if manifest.max_length != data.max_length:
         raise SRDEError(
@@ -209,11 +207,9 @@ def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | Non
     return mixing_periods(data.domain_weights, data.mixing_temperature, manifest.domains, rows)
 
 
-def data_folder(config: Config) -> Path:
-    """The folder where `prepare_data` left the dataset."""
-    if config.data.pretokenized_dir:
-        return Path(config.data.pretokenized_dir)
-    return Path(config.training.output_dir) / "tokenized"
+def data_folder(data: DataConfig, output_dir: str) -> Path:
+    """The folder of a run's dataset, which `prepare_data` fills."""
+    return Path(data.pretokenized_dir or Path(output_dir) / "tokenized")
 
 
 def check_run_folder(output_dir: str, resume_from: str | None) -> None:

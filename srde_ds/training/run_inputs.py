@@ -104,12 +104,6 @@ def check_start(config: Config) -> AdapterSource | None:
     return adapter
 
 
-def domains_without_records(config: Config) -> list[str]:
-    """Domains that need no records, since the weights that training starts from have experts for them."""
-    adapter = check_start(config)
-    return [] if adapter is None else adapter.metadata.expert_names
-
-
 def _started(place: str) -> dict[str, Any]:
     """The options of the weights that a run starts from, with the names of their experts as domains."""
     location = locate_weights(place)

@@ -106,13 +106,13 @@ def train(config: Config, *, leave: bool = True) -> str | None:
 
 def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
     """Run on this rank, once all ranks have met. Returns the signal that stopped the run, if one did."""
-    folder = data_folder(config)
+    folder = data_folder(config.data, config.training.output_dir)
     manifest = load_manifest(folder)
     check_same(values_to_compare(config, manifest), topology)
     doing("loading the base")
     torch.manual_seed(config.training.seed)
     stream = training_rows(config, topology, folder, manifest)
-    held_out = held_out_rows(config, topology, folder, manifest)
+    held_out = held_out_rows(config.training.batch_size, topology, folder, manifest)
     state = RunState(config, topology, stream, manifest)
     engines = Engines(config, topology, state)
     engines.build_first()
@@ -149,7 +149,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             print(f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.", flush=True)
         return stopped
     doing("exporting the weights")
-    on_main_rank(lambda: finish(config, state, heartbeat), topology)
+    on_main_rank(lambda: finish(state, heartbeat), topology)
     return None
 
 
@@ -165,17 +165,17 @@ def training_rows(config: Config, topology: Topology, folder: Path, manifest: Ma
     )
 
 
-def held_out_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> HeldOut | None:
+def held_out_rows(batch_size: int, topology: Topology, folder: Path, manifest: Manifest) -> HeldOut | None:
     """The validation rows, if the dataset has any."""
     if "validation" not in manifest.splits:
         return None
     rows = load_rows(folder, "validation", manifest)
-    return HeldOut(rows, config.data.domains, config.training.batch_size, topology)
+    return HeldOut(rows, manifest.domains, batch_size, topology)
 
 
-def finish(config: Config, state: RunState, heartbeat: Heartbeat) -> None:
-    """Export the weights, then write the completion marker."""
-    output = Path(config.training.output_dir)
+def finish(state: RunState, heartbeat: Heartbeat) -> None:
+    """Export the weights of the last checkpoint, then write the completion marker."""
+    output = state.folder.parent
     weights = export_weights(state.folder, output / "srde_weights.safetensors")
     marker = {"step": state.step, "tokens": state.tokens, "weights": weights.name, "checkpoint": state.folder.name}
     heartbeat.finished()

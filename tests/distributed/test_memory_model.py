@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srde_ds.config import resolve
 from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.planner.activations import (
@@ -90,18 +91,19 @@ def test_saved_activations_are_those_of_the_model(
 ) -> None:
     flags = run_flags(inputs, tmp_path, **options)
     config = resolve({}, flags)
+    work = Workload.of(config, processes)
     shape, ranks = base_shape(config), one_rank if processes == 1 else two_ranks
     for measured, labelled in ranks(saved, flags):
-        transport = choose_transport(config, shape.blocks, processes)
-        checkpointing = config.model.recomputed == "full"
-        expected = head_activations(config, shape, labelled)["head"]  # no logits are kept
+        transport = choose_transport(work, shape.blocks)
+        checkpointing = work.recomputed == "full"
+        expected = head_activations(work, shape, labelled)["head"]  # no logits are kept
         if not checkpointing:
-            expected += shared_activations(config, shape.layers[0])["attention"]
+            expected += shared_activations(work, shape.layers[0])["attention"]
         for number, layer in enumerate(shape.layers):
             if checkpointing:
-                expected += checkpointed_input(config, layer)
+                expected += checkpointed_input(work, layer)
             else:
-                expected += sum(layer_activations(config, layer, processes, transport, first=number == 0).values())
+                expected += sum(layer_activations(work, layer, transport, first=number == 0).values())
         assert measured == pytest.approx(expected, rel=tolerance)
 
 
@@ -118,5 +120,5 @@ def test_peak_is_that_of_the_model(inputs: Inputs, tmp_path: Path, processes: in
     config = resolve({}, flags)
     with Ranks(processes) as ranks:
         found = ranks(peak, flags)[0]
-    predicted = memory(config, base_shape(config), processes, labelled=max(found.labelled))
+    predicted = memory(Workload.of(config, processes), base_shape(config), labelled=max(found.labelled))
     assert max(found.peaks.values()) == pytest.approx(predicted.total, rel=0.1)

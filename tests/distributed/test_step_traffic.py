@@ -11,6 +11,7 @@ import pytest
 
 from srde_ds.config import resolve
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.traffic import step_traffic
 from tests.distributed.harness import Ranks
@@ -57,7 +58,7 @@ def check(ranks: Ranks, flags: dict[str, Any]) -> None:
     config = resolve({}, flags)
     expected: Counter[tuple[str, int]] = Counter()
     whole_base = config.parallel.whole_base(ranks.world_size)
-    for traffic in step_traffic(config, base_shape(config), ranks.world_size):
+    for traffic in step_traffic(Workload.of(config, ranks.world_size), base_shape(config)):
         assert not (whole_base and traffic.kind == "base gathered")
         expected[NAMES[traffic.operation], traffic.ranks] += traffic.received  # type: ignore[assignment]
     for found in ranks(counted, flags):

@@ -17,6 +17,7 @@ from srde_ds.config import Config, resolve
 from srde_ds.distributed.expert_parallel import ExpertGroups, place_experts
 from srde_ds.distributed.expert_traffic import transport_bytes
 from srde_ds.distributed.transport import DeltaTransport, TokenTransport
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import ExpertDispatch, element_experts, neuron_experts
 from srde_ds.model.policy import RoutingPolicy
@@ -252,6 +253,7 @@ def test_cost_model_equals_counted_bytes(ranks: Ranks, transport: str, granulari
     }
     config = resolve({}, flags)
     # The second of two equal layers: the first one's tokens need no gradient.
-    one, two = (transport_bytes(config, [(hidden, intermediate)] * count, size)[transport] for count in (1, 2))
+    work = Workload.of(config, size)
+    one, two = (transport_bytes(work, [(hidden, intermediate)] * count)[transport] for count in (1, 2))
     expected = two - one
     assert ranks(received_bytes, transport, granularity, config, hidden, intermediate) == [expected] * size

@@ -13,6 +13,7 @@ import torch
 
 from srde_ds.config import resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
+from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.planner.memory import memory
@@ -91,4 +92,6 @@ def test_peak_is_that_of_the_model(tmp_path: Path, checkpointing: bool) -> None:
     config = resolve({}, flags)
     with Ranks(1, backend="nccl") as ranks:
         measured, labelled = ranks(peak, flags)[0]
-    assert measured == pytest.approx(memory(config, base_shape(config), 1, labelled=labelled).total, rel=0.15)
+    assert measured == pytest.approx(
+        memory(Workload.of(config, 1), base_shape(config), labelled=labelled).total, rel=0.15
+    )

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from srde_ds.config import Config, resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
-from srde_ds.planner import base_placement, recompute
+from srde_ds.planner import settle as settling
+from srde_ds.planner.base_placement import settle_base_placement
 from srde_ds.planner.describe import describe_plan, describe_run
 from srde_ds.planner.memory import largest_memory, memory
 from srde_ds.planner.plan import GIB, Machines, make_plan
@@ -25,19 +27,22 @@ def run(choice: str = "auto", **options: object) -> Config:
     return resolve({}, asked | options)
 
 
+def work(choice: str = "auto", processes: int = 8, **options: object) -> Workload:
+    return Workload.of(run(choice, **options), processes)
+
+
 def at_hand(monkeypatch: pytest.MonkeyPatch, gib: float, processes: int = 8) -> None:
     """Let this be a machine with so many GiB for each of so many processes."""
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    for module in (recompute, base_placement):
-        monkeypatch.setattr(module, "available_memory", lambda: gib * GIB)
+    monkeypatch.setattr(settling, "available_memory", lambda: gib * GIB)
 
 
 def test_a_process_holds_all_of_it_and_gathers_nothing_of_it() -> None:
     shape = base_shape(run())
-    whole, shard = (memory(run(choice), shape, 8) for choice in ("resident", "sharded"))
+    whole, shard = (memory(work(choice), shape) for choice in ("resident", "sharded"))
     assert whole.states["whole base"] == pytest.approx(BASE_GIB * GIB)
     assert shard.states["base shard"] == pytest.approx(BASE_GIB * GIB / 8)
-    kinds = [{found.kind for found in step_traffic(run(choice), shape, 8)} for choice in ("sharded", "resident")]
+    kinds = [{found.kind for found in step_traffic(work(choice), shape)} for choice in ("sharded", "resident")]
     assert kinds[0] - kinds[1] == {"base gathered"} and "trainables gathered" in kinds[1]
     # A trainable's gathers do not depend on the base's placement, nor does what ZeRO holds of it.
     assert {k: v for k, v in whole.states.items() if k not in ("whole base", "persistent weights")} == {
@@ -47,28 +52,28 @@ def test_a_process_holds_all_of_it_and_gathers_nothing_of_it() -> None:
 
 def test_one_process_holds_it_whole_whatever_is_asked() -> None:
     shape = base_shape(run())
-    found = [memory(run(choice), shape, 1) for choice in ("sharded", "resident", "auto")]
+    found = [memory(work(choice, 1), shape) for choice in ("sharded", "resident", "auto")]
     assert found[0] == found[1] == found[2] and "whole base" in found[0].states
-    chosen, why = base_placement.choose_base_placement(run(), shape, 1, 0)
-    assert chosen == "resident" and "alone" in why
+    chosen, why = settle_base_placement(run(), shape, 1, 0)
+    assert chosen.parallel.base_placement == "resident" and "alone" in why
 
 
 def test_resident_where_it_fits() -> None:
     shape = base_shape(run())
-    total = memory(run("resident"), shape, 8).total
+    total = memory(work("resident"), shape).total
     for room, expected in ((total, "resident"), (total - 1, "sharded")):
-        chosen, why = base_placement.choose_base_placement(run(), shape, 8, room)
-        assert chosen == expected
+        chosen, why = settle_base_placement(run(), shape, 8, room)
+        assert chosen == run(expected)
         assert why.startswith(f"base_placement=auto: {expected}, for {room / GIB:.1f} GiB")
-        assert f"resident {total / GIB:.1f}, sharded {memory(run('sharded'), shape, 8).total / GIB:.1f}" in why
+        assert f"resident {total / GIB:.1f}, sharded {memory(work('sharded'), shape).total / GIB:.1f}" in why
 
 
 def test_supports_count_at_their_largest() -> None:
     denser = run(initial_density=0.04, density_warmup_steps=100)
     shape = base_shape(denser)
-    room = memory(run("resident"), shape, 8).total
-    assert largest_memory(denser, shape, 8).total == pytest.approx(memory(run(density=0.04), shape, 8).total)
-    assert base_placement.choose_base_placement(denser, shape, 8, room)[0] == "sharded"
+    room = memory(work("resident"), shape).total
+    assert largest_memory(Workload.of(denser, 8), shape).total == pytest.approx(memory(work(density=0.04), shape).total)
+    assert settle_base_placement(denser, shape, 8, room)[0].parallel.base_placement == "sharded"
 
 
 def test_the_plan_says_which_and_why() -> None:
@@ -103,11 +108,11 @@ def test_training_settles_it_by_the_memory_at_hand(
 def test_a_whole_base_never_costs_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     """What could be kept beside a shard is not computed again to make room for the whole base; unless asked."""
     shape = base_shape(run())
-    enough = memory(run("sharded", recompute="selective"), shape, 8).total / GIB
-    at_hand(monkeypatch, max(enough, memory(run("resident"), shape, 8).total / GIB - 1))
+    enough = memory(work("sharded", recompute="selective"), shape).total / GIB
+    at_hand(monkeypatch, max(enough, memory(work("resident"), shape).total / GIB - 1))
     both = settle(run(recompute="auto"))
     assert (both.model.recompute, both.parallel.base_placement) == ("selective", "sharded")
-    at_hand(monkeypatch, memory(run("resident"), shape, 8).total / GIB)
+    at_hand(monkeypatch, memory(work("resident"), shape).total / GIB)
     asked = settle(run("resident", recompute="auto"))
     assert (asked.model.recompute, asked.parallel.base_placement) == ("full", "resident")
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from srde_ds.config import Config, resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model import quantization
 from srde_ds.model.base import load_base
 from srde_ds.model.base_shape import base_shape, check_whole
 from srde_ds.model.float8 import Float8Linear
 from srde_ds.model.quantization import PACKINGS, Packing, check_package
-from srde_ds.planner import base_placement
+from srde_ds.planner import settle as settling
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GIB, Machines, make_plan
@@ -59,7 +60,7 @@ def test_the_plan_counts_what_is_loaded(quantization: str, form: str, tmp_path: 
     base.bfloat16().save_pretrained(tmp_path)
     loaded = load_base(tmp_path, dtype=torch.bfloat16, device=torch.device("cpu"), quantization=quantization)
     config = run(tmp_path, quantization)
-    planned = memory(config, base_shape(config), 1).states["whole base"]
+    planned = memory(Workload.of(config, 1), base_shape(config)).states["whole base"]
     assert planned == held(loaded)
     assert type(loaded.get_output_embeddings()) is nn.Linear
     if quantization == "fp8":
@@ -92,7 +93,7 @@ def test_bytes_of_a_matrix() -> None:
 def test_what_it_saves_of_a_base_of_14_b() -> None:
     options = {"max_length": 2048, "recompute": "full", "bf16": True}
     runs = {kind: run(MINISTRAL, kind, **options) for kind in ("none", "int8", "nf4")}
-    sizes = {kind: memory(config, base_shape(config), 1) for kind, config in runs.items()}
+    sizes = {kind: memory(Workload.of(config, 1), base_shape(config)) for kind, config in runs.items()}
     shares = {kind: found.states["whole base"] / sizes["none"].states["whole base"] for kind, found in sizes.items()}
     assert 0.53 < shares["int8"] < 0.56 and 0.31 < shares["nf4"] < 0.34  # embedding and head stay in 16 bits
     assert sizes["none"].moments["loss"] == sizes["nf4"].moments["loss"]
@@ -106,7 +107,7 @@ def test_selective_recomputation_keeps_the_inputs_of_maps_in_8_bits() -> None:
     config = run(MINISTRAL, "int8", recompute="selective")
     shape = base_shape(config)
     last = f"backward of layer {len(shape.layers) - 1}"
-    kept = memory(config, shape, 1).moments[last]["inputs of linear maps"]
+    kept = memory(Workload.of(config, 1), shape).moments[last]["inputs of linear maps"]
     assert kept == len(shape.layers) * 2 * 64 * (2 * 5120 + 16384)
 
 
@@ -119,12 +120,12 @@ def test_it_is_resident_on_several_processes(monkeypatch: pytest.MonkeyPatch) ->
     assert "base_placement=auto: resident, since a quantised base cannot be sharded" in text
     assert "give more GPUs, --recompute full" in text
     sharded = run(MINISTRAL, base_placement="sharded")
-    check_whole(sharded, base_shape(sharded), 1)  # a process that is alone holds all of it
+    check_whole(sharded.parallel, base_shape(sharded), 1)  # a process that is alone holds all of it
     with pytest.raises(SRDEError, match="base_placement=sharded on 2 processes: .* Give --base_placement resident"):
         make_plan(sharded, Machines(gpus=2))
     monkeypatch.setenv("WORLD_SIZE", "2")
     for gib in (20, 2):
-        monkeypatch.setattr(base_placement, "available_memory", lambda gib=gib: gib * GIB)
+        monkeypatch.setattr(settling, "available_memory", lambda gib=gib: gib * GIB)
         if gib == 20:
             assert settle(run(MINISTRAL, base_placement="auto")).parallel.base_placement == "resident"
             continue

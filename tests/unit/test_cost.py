@@ -12,6 +12,7 @@ from transformers import BertConfig, GPT2Config, LlamaConfig, Mistral3Config, Mi
 
 from srde_ds.config import Config, resolve
 from srde_ds.distributed.expert_traffic import choose_transport
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.head import CHUNK_BYTES
@@ -80,7 +81,7 @@ def test_deepspeeds_defaults_are_the_ones_assumed() -> None:
 def test_states_of_the_seed_configuration_by_hand(ministral: Path) -> None:
     """Eight processes, each with an eighth of the rows of atoms and importance."""
     config = run_config(ministral, preset="reference")
-    states = memory(config, base_shape(config), 8).states
+    states = memory(Workload.of(config, 8), base_shape(config)).states
     rows = 314_573  # an eighth of 2,516,582 rows, padded to 2,516,584
     atoms, importance = 16 * rows * LAYERS, 6 * rows * LAYERS
     whole = 6 * 16 * LAYERS + 6 * D * LAYERS  # mixing and routers, cut by ZeRO
@@ -103,7 +104,7 @@ def test_gathered_weights_by_hand(ministral: Path) -> None:
     """Before the loss: the head, and the two layers whose backward comes within a thousand million values."""
     config = run_config(ministral, gradient_checkpointing=True)
     shape = base_shape(config)
-    loss = memory(config, shape, 8).moments["loss"]
+    loss = memory(Workload.of(config, 8), shape).moments["loss"]
     layer, trained = 3 * D * F + 2 * D * 32 * 128 + 2 * D * 8 * 128, 6 * 3 * D * 164
     assert loss["gathered base"] == 2 * (2 * layer + VOCABULARY * D)
     assert loss["gathered trainables"] == 2 * 2 * trained
@@ -115,12 +116,12 @@ def test_logits_by_hand(ministral: Path) -> None:
     shape = base_shape(config)
     positions = 3 * 64
     in_one_chunk = (4 + 2) * positions * VOCABULARY
-    assert memory(config, shape, 1).moments["loss"]["logits"] == in_one_chunk
-    assert memory(config, shape, 1, labelled=0.25).moments["loss"]["logits"] == in_one_chunk / 4
-    many = memory(run_config(ministral, batch_size=3000), shape, 1).moments["loss"]["logits"]
+    assert memory(Workload.of(config, 1), shape).moments["loss"]["logits"] == in_one_chunk
+    assert memory(Workload.of(config, 1), shape, labelled=0.25).moments["loss"]["logits"] == in_one_chunk / 4
+    many = memory(Workload.of(run_config(ministral, batch_size=3000), 1), shape).moments["loss"]["logits"]
     assert CHUNK_BYTES - 6 * VOCABULARY < many <= CHUNK_BYTES
     changed = replace(shape, plain_head=False)  # then there are three copies of all
-    assert memory(config, changed, 1).moments["loss"]["logits"] == 3 * 4 * positions * VOCABULARY
+    assert memory(Workload.of(config, 1), changed).moments["loss"]["logits"] == 3 * 4 * positions * VOCABULARY
 
 
 def test_what_changes_memory(ministral: Path, tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_what_changes_memory(ministral: Path, tmp_path: Path) -> None:
     shape = base_shape(run_config(ministral))
 
     def of(world_size: int = 2, **changes: Any) -> Memory:
-        return memory(run_config(ministral, **changes), shape, world_size)
+        return memory(Workload.of(run_config(ministral, **changes), world_size), shape)
 
     free = of()
     values = sum(trainable_values(run_config(ministral).adapter, shape).values())
@@ -148,8 +149,8 @@ def test_what_changes_memory(ministral: Path, tmp_path: Path) -> None:
     assert checkpointed.total < of(max_length=4096).total / 2
     assert of(flash_attention=True, max_length=4096).total < of(max_length=4096).total - 4096**2 * LAYERS
     assert of(num_atoms=16, owner_computes=False).total > of(num_atoms=16).total + 2**30
-    denser = run_config(ministral, density=0.05)
-    assert memory(denser, shape, 2).states["gradients"] == pytest.approx(5 * free.states["gradients"], rel=0.01)
+    denser = Workload.of(run_config(ministral, density=0.05), 2)
+    assert memory(denser, shape).states["gradients"] == pytest.approx(5 * free.states["gradients"], rel=0.01)
 
 
 def test_processes_hold_their_own_parts(ministral: Path) -> None:
@@ -157,7 +158,7 @@ def test_processes_hold_their_own_parts(ministral: Path) -> None:
 
     def shapes(world_size: int, **options: Any) -> dict[str, tuple[tuple[int, ...], int, int]]:
         config = run_config(ministral, num_experts=6, **options)
-        found = layer_trainables(config, base_shape(config).layers[0], world_size)
+        found = layer_trainables(Workload.of(config, world_size), base_shape(config).layers[0])
         return {t.kind: (t.shape, t.ranks, t.stride) for t in found}
 
     m, router = 164, ((6, D), 8, 1)
@@ -178,7 +179,7 @@ def test_owners_that_compute_send_only_effective_deltas(ministral: Path) -> None
     def deltas(**options: Any) -> float:
         config = run_config(ministral, num_atoms=16, gradient_checkpointing=True, **options)
         kinds = ("trainables gathered", "gradients", "delta shards")
-        return sum(t.received for t in step_traffic(config, base_shape(config), 8) if t.kind in kinds)
+        return sum(t.received for t in step_traffic(Workload.of(config, 8), base_shape(config)) if t.kind in kinds)
 
     # 6 of 16 + 6 times as many values; routers and mixing travel as before.
     assert deltas() / deltas(owner_computes=False) == pytest.approx(6 / 22, rel=0.01)
@@ -189,7 +190,7 @@ def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
 
     def chosen(**options: Any) -> str:
         config = run_config(ministral, expert_parallel_size=8, **options)
-        return choose_transport(config, base_shape(config).blocks, 8)
+        return choose_transport(Workload.of(config, 8), base_shape(config).blocks)
 
     assert chosen(max_length=2048) == "deltas"
     assert chosen(max_length=128) == "tokens"

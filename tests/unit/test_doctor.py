@@ -144,6 +144,5 @@ def test_what_the_other_host_lacks_is_named_with_the_command_that_shows_it(
     else:
         monkeypatch.setattr(sys, "executable", "/no/such/python")
         named, shows = "node2: has no Python at '/no/such/python'", "node2 'ls -l /no/such/python'"
-    config = resolve({}, {"output_dir": str(tmp_path / "run")})
-    [finding] = doctor.check_hosts(config, [Host("node2", 1)], 29500, {})
+    [finding] = doctor.check_hosts(None, str(tmp_path / "run"), [Host("node2", 1)], 29500)
     assert finding.level == "fatal" and finding.text.startswith(named) and finding.remedy.endswith(shows)

@@ -11,6 +11,7 @@ import pytest
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.distributed.expert_traffic import Traffic
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.describe import describe_plan
@@ -58,17 +59,18 @@ def test_step_time_by_hand() -> None:
 
 def test_operations_by_hand() -> None:
     config = resolve({}, RUN | {"gradient_accumulation_steps": 2})
-    flops = step_flops(config, base_shape(config), 1)
+    shape = base_shape(config)
+    flops = step_flops(Workload.of(config, 1), shape)
     tokens = 2 * 4096
     layer = 3 * D * F + 2 * D * 4096 + 2 * D * 1024
     assert flops["frozen base"] == 2 * tokens * (3 * LAYERS * layer + 2 * VOCABULARY * D)
     assert flops["attention scores"] == 4 * 2 * tokens * 4096 * 4096 * LAYERS
     assert flops["experts"] == 4 * 2 * tokens * 6 * 3 * D * M * LAYERS
     plain = resolve({}, RUN | {"gradient_accumulation_steps": 2, "gradient_checkpointing": False})
-    assert step_flops(plain, base_shape(plain), 1)["experts"] == flops["experts"] * 3 / 4
+    assert step_flops(Workload.of(plain, 1), shape)["experts"] == flops["experts"] * 3 / 4
     element = resolve({}, RUN | {"granularity": "element", "use_muon": False, "gradient_accumulation_steps": 1})
     dense = 2 * 4096 * 2 * 3 * D * F * LAYERS * 4
-    assert step_flops(element, base_shape(element), 1)["experts"] == dense
+    assert step_flops(Workload.of(element, 1), shape)["experts"] == dense
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
@@ -78,13 +80,21 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
 
     def total(rows: int) -> float:
         config = resolve({}, RUN | {"batch_size": rows})
-        return memory(config, base_shape(config), 16).total
+        return memory(Workload.of(config, 16), base_shape(config)).total
 
     assert total(rows) <= 72 * GIB < total(rows + 1)
     assert planned({"gpu_memory_gib": 5.0}).largest_micro_batch == 0
     assert planned({"gpu_memory_gib": 30.0}).largest_micro_batch < rows
     assert planned({"labelled_share": 0.1}).largest_micro_batch == rows  # no more logits than a chunk in either
     assert planned(flash_attention=True).largest_micro_batch == 1  # flash-attn takes one row at a time
+
+
+def test_deepspeeds_options_may_name_the_micro_batch(tmp_path: Path) -> None:
+    """It is the run's own, although the plan looks for larger ones that fit."""
+    file = tmp_path / "zero3.json"
+    file.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1}))
+    named = planned(deepspeed_config=str(file), batch_size=1)
+    assert named.largest_micro_batch == planned(batch_size=1).largest_micro_batch > 1
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 
 from srde_ds.config import Config, resolve
+from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
-from srde_ds.planner import recompute
+from srde_ds.planner import settle
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import Machines, make_plan
+from srde_ds.planner.recompute import CHOICES, settle_recompute
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
 
@@ -24,12 +26,12 @@ def run(choice: str = "auto", **options: object) -> Config:
 
 def test_the_first_that_fits() -> None:
     shape = base_shape(run())
-    totals = {choice: memory(run(choice), shape, 8).total for choice in recompute.CHOICES}
+    totals = {choice: memory(Workload.of(run(choice), 8), shape).total for choice in CHOICES}
     assert totals["none"] > totals["selective"] > totals["full"]
     for choice, total in totals.items():
-        assert recompute.least_recompute(run(), shape, 8, total)[0] == choice
-    chosen, why = recompute.least_recompute(run(), shape, 8, totals["full"] / 2)
-    assert chosen == "full" and f"full {totals['full'] / 2**30:.1f}" in why
+        assert settle_recompute(run(), shape, 8, total)[0] == run(choice)
+    chosen, why = settle_recompute(run(), shape, 8, totals["full"] / 2)
+    assert chosen.model.recompute == "full" and f"full {totals['full'] / 2**30:.1f}" in why
 
 
 def test_the_plan_says_which_and_why() -> None:
@@ -43,16 +45,17 @@ def test_training_settles_it_by_the_memory_at_hand(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setattr(recompute, "available_memory", lambda: 10 * 2**30)
-    assert recompute.settle_recompute(run()).model.recompute == "full"
+    monkeypatch.setattr(settle, "available_memory", lambda: 10 * 2**30)
+    assert settle.settle(run()).model.recompute == "full"
     assert "recompute=auto: full, for 10.0 GiB" in capsys.readouterr().out
-    assert recompute.settle_recompute(run("none")).model.recompute == "none"
-    assert recompute.available_memory() > 0
+    assert settle.settle(run("none")) == run("none")
+    monkeypatch.undo()
+    assert settle.available_memory() > 0
 
 
 def test_operations_of_each_choice() -> None:
     shape = base_shape(run())
-    none, selective, full = (step_flops(run(choice), shape, 1) for choice in recompute.CHOICES)
+    none, selective, full = (step_flops(Workload.of(run(choice), 1), shape) for choice in CHOICES)
     assert none["attention scores"] == selective["attention scores"] == full["attention scores"] * 3 / 4
     assert none["experts"] < selective["experts"] == full["experts"]
 

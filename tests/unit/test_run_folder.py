@@ -355,7 +355,8 @@ def test_good_input_passes_and_its_folder_tells_where_it_came_from(inputs: dict[
     config.data.domains = DOMAINS
     config.training.output_dir = str(tmp_path / "run")
     check_inputs(config)
-    assert run_folder.prepare_data(config) == run_folder.data_folder(config) == Path(inputs["rows"])
+    rows = run_folder.data_folder(config.data, config.training.output_dir)
+    assert run_folder.prepare_data(config) == rows == Path(inputs["rows"])
     open_run_folder(config)
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text()) == config.to_dict()
     written = json.loads((tmp_path / "run/environment.json").read_text())

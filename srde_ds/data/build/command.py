@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.config import Config
+from srde_ds.config import Config, DataConfig
 from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
@@ -46,20 +46,20 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
     Raises:
         SRDEError: the options contradict each other, or the build fails.
     """
-    check_request(config, request)
+    check_request(config.model.model_name, config.data, request)
     work_dir = Path(request.work_dir)
     tokenizer = None
     if not request.skip_tokenize:
         tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
     if request.from_sources:
-        _from_sources(config, request, domains, tokenizer, work_dir)
+        _from_sources(config.data, config.training.seed, request, domains, tokenizer)
         return
     assert tokenizer is not None
     if domains is None and request.skip_download:
         domains = list(dict.fromkeys(source.domain for source in load_sources(request.sources_file)))
     jsonl = work_dir / JSONL if request.skip_download else str(config.data.jsonl_data)
     manifest = build_dataset(
-        RowsOfFiles.of(config, jsonl, domains),
+        RowsOfFiles.of(config.data, config.training.seed, jsonl, domains),
         work_dir / ROWS,
         tokenizer,
         num_processes=request.num_processes or 1,
@@ -70,13 +70,13 @@ def build_dataset_command(config: Config, request: BuildRequest, *, domains: lis
     print(f"Dataset: {work_dir / ROWS}")
 
 
-def check_request(config: Config, request: BuildRequest) -> None:
+def check_request(model_name: str | None, data: DataConfig, request: BuildRequest) -> None:
     """Refuse options that contradict each other.
 
     Raises:
         SRDEError: with the options and the remedy.
     """
-    jsonl_data, model_name = config.data.jsonl_data, config.model.model_name
+    jsonl_data = data.jsonl_data
     if not model_name and not request.skip_tokenize:
         raise SRDEError("model_name is missing: give --model_name, whose tokenizer is used, or --skip_tokenize.")
     if request.num_processes is not None and request.num_processes < 1:
@@ -96,16 +96,16 @@ def check_request(config: Config, request: BuildRequest) -> None:
             )
     if request.sources_file and jsonl_data:
         raise SRDEError(f"sources_file={request.sources_file}: excludes jsonl_data={jsonl_data}. Keep one of them.")
-    for key, value in ReadOptions.of(config.data).to_dict().items() if not jsonl_data else ():
+    for key, value in ReadOptions.of(data).to_dict().items() if not jsonl_data else ():
         raise SRDEError(f"{key}={value}: this option needs --jsonl_data. Leave it out.")
-    if config.data.eval_file and not jsonl_data:
+    if data.eval_file and not jsonl_data:
         raise SRDEError(
-            f"eval_file={config.data.eval_file}: this option needs --jsonl_data. A build from sources makes its own "
+            f"eval_file={data.eval_file}: this option needs --jsonl_data. A build from sources makes its own "
             "held-out splits; give --decontaminate_against to keep the file's questions out of training."
         )
-    if config.data.train_on != "all" and request.from_sources:
+    if data.train_on != "all" and request.from_sources:
         raise SRDEError(
-            f"train_on={config.data.train_on}: this option needs --jsonl_data. In a source, mark the turns that do not "
+            f"train_on={data.train_on}: this option needs --jsonl_data. In a source, mark the turns that do not "
             'count with "train": false.'
         )
     if request.skip_tokenize and not request.from_sources:
@@ -125,30 +125,31 @@ def check_request(config: Config, request: BuildRequest) -> None:
 
 
 def _from_sources(
-    config: Config,
+    data: DataConfig,
+    seed: int,
     request: BuildRequest,
     domains: list[str] | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    work_dir: Path,
 ) -> None:
     from srde_ds.data.build.report import write_report  # needs matplotlib: fails before anything is built
 
+    work_dir = Path(request.work_dir)
     sources = choose_domains(load_sources(request.sources_file), domains)
     if request.push_to_hub:
         check_upload(request.push_to_hub, private=request.private, sources=map(_terms, sources))
     options = BuildOptions(
         sources,
         int(request.examples_per_domain or 0),
-        config.data.max_length,
-        config.data.too_long,
-        config.training.seed,
+        data.max_length,
+        data.too_long,
+        seed,
         request.validation_fraction,
         request.test_fraction,
         request.near_duplicate_threshold,
         tuple(name.strip() for name in request.decontaminate_against.split(",") if name.strip()),
         request.on_missing_source,
         request.on_shortfall,
-        config.data.packing,
+        data.packing,
     )
     build = build_from_sources(
         options,
@@ -161,7 +162,7 @@ def _from_sources(
     report = write_report(work_dir, build, manifest)
     for domain, figures in build.domains.items():
         long = sum(s["counts"].get("too long", 0) for s in build.sources if s["domain"] == domain)
-        left_out = f", {long:,} longer than max_length={config.data.max_length} left out" if long else ""
+        left_out = f", {long:,} longer than max_length={data.max_length} left out" if long else ""
         print(f"{one_line(domain)}: {figures['documents']:,} documents{left_out}")
     if manifest:
         _print_rows(manifest)

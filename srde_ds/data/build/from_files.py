@@ -11,12 +11,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.config import Config
+from srde_ds.config import DataConfig
 from srde_ds.data.build.artifacts import Artifact, ArtifactStore
 from srde_ds.data.build.input_checks import InputChecks
 from srde_ds.data.build.rows_folder import Documents, write_rows
@@ -90,9 +90,8 @@ class RowsOfFiles(InputFiles):
     packing: bool = True
 
     @classmethod
-    def of(cls, config: Config, jsonl_data: str | Path, domains: Sequence[str] | None = None) -> RowsOfFiles:
-        """How these files become rows for a run with `config`; `domains` defaults to the run's."""
-        data = config.data
+    def of(cls, data: DataConfig, seed: int, jsonl_data: str | Path, domains: Sequence[str] | None = None) -> Self:
+        """How these files become rows for a run with these options; `domains` defaults to the run's."""
         return cls(
             jsonl_data=jsonl_data,
             eval_file=data.eval_file,
@@ -101,7 +100,7 @@ class RowsOfFiles(InputFiles):
             train_on=data.train_on,
             max_length=data.max_length,
             too_long=data.too_long,
-            seed=config.training.seed,
+            seed=seed,
             packing=data.packing,
         )
 
