@@ -7,10 +7,11 @@ import types
 import typing
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, get_origin
 
 from srde_ds.errors import SRDEError
 
+Value = TypeVar("Value")
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -62,6 +63,23 @@ def weights_option() -> Any:
         aliases=("checkpoint", "srde_weights", "run"),
         required=True,
     )
+
+
+def same_option(**names: Value | None) -> Value | None:
+    """The value of an option of a function that has several names; None: it is not given.
+
+    Args:
+        names: the argument of each name, None where it is not given.
+
+    Raises:
+        SRDEError: two names are given with different values.
+    """
+    given = {name: value for name, value in names.items() if value is not None}
+    values = list(given.values())
+    if any(value != values[0] for value in values):
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise SRDEError(f"{both} are two names of one option with different values: give one of them.")
+    return values[0] if values else None
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
