@@ -45,12 +45,12 @@ class Sampling:
     """How the tokens of an answer are chosen.
 
     Attributes:
-        max_tokens: length limit of the answer in tokens.
+        max_new_tokens: length limit of the answer in tokens.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that together have this probability.
     """
 
-    max_tokens: int = 256
+    max_new_tokens: int = 256
     temperature: float = 0.7
     top_p: float = 0.9
 
@@ -81,7 +81,7 @@ def generate(
     """
     settings = generation_settings(model, tokenizer, sampling)
     prompt = prompt_ids(tokenizer, messages, tools=tools)
-    check_context(model, len(prompt), sampling.max_tokens, where="prompt")
+    check_context(model, len(prompt), sampling.max_new_tokens, where="prompt")
     input_ids = torch.tensor([prompt], device=model.base.device)
     policy = model.routing.policy if policy is None else policy
     record = RoutingRecord() if show_routing else None
@@ -103,8 +103,8 @@ def generate(
 def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
     """The settings for transformers. Every value is set, since the base's generation config would fill gaps."""
     temperature, top_p = sampling.temperature, sampling.top_p
-    if sampling.max_tokens < 1:
-        raise SRDEError(f"max_tokens={sampling.max_tokens}: must be at least 1.")
+    if sampling.max_new_tokens < 1:
+        raise SRDEError(f"max_new_tokens={sampling.max_new_tokens}: must be at least 1.")
     if not temperature >= 0:
         raise SRDEError(f"temperature={temperature}: must be 0 (greedy) or more.")
     if not 0 < top_p <= 1:
@@ -113,7 +113,7 @@ def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sa
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=sampling.max_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=_stop_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
         num_beams=1,
@@ -139,7 +139,7 @@ def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> 
     if prompt + answer > limit:
         raise SRDEError(
             f"{where}: {prompt} tokens and up to {answer} new ones exceed the base's context of {limit}: "
-            "shorten the text or lower max_tokens."
+            "shorten the text or lower max_new_tokens."
         )
 
 

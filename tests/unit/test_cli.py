@@ -99,7 +99,7 @@ def test_two_names_of_one_option(capsys: pytest.CaptureFixture[str]) -> None:
     with patch("srde_ds.inference.command.inference_command", lambda options, _: seen.append(options)):
         for tokens, output in (("--max_tokens", "--output"), ("--max_new_tokens", "--output_file")):
             assert main(["inference", "w", tokens, "7", output, "o"]) == 0
-            assert (seen[-1].max_tokens, seen[-1].output_file) == (7, "o")
+            assert (seen[-1].max_new_tokens, seen[-1].output_file) == (7, "o")
     with patch("srde_ds.export.command.convert_command", seen.append):
         for output in ("--output", "--output_file"):
             assert main(["convert", "w", output, "o"]) == 0
