@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference.routing import RoutingRecord
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.utils.tables import aligned_table
 
 
 @dataclass
@@ -148,13 +150,11 @@ def format_routing(generation: Generation, expert_names: list[str]) -> str:
     if generation.routing is None:
         raise SRDEError("this answer was generated without show_routing: its experts were not recorded.")
     experts_TE = generation.routing.shares_TE
-    width = max(len(repr(token)) for token in generation.tokens)
-    lines = []
-    for index, row_E in enumerate(experts_TE):
-        if index in (0, generation.prompt_length):
-            lines.append("prompt:" if index == 0 else "answer:")
-        lines.append(f"  {generation.tokens[index]!r:<{width}}  {_shares(row_E, expert_names)}")
-    used_TE = experts_TE[generation.prompt_length :]
+    tokens = zip(generation.tokens, experts_TE, strict=False)  # the last token is not read, so it has no experts
+    table = aligned_table([[repr(token), _shares(row_E, expert_names)] for token, row_E in tokens])
+    rows, prompt = textwrap.indent(table, "  ").splitlines(), generation.prompt_length
+    lines = ["prompt:", *rows[:prompt], *(["answer:", *rows[prompt:]] if rows[prompt:] else [])]
+    used_TE = experts_TE[prompt:]
     if len(used_TE):
         lines.append(f"answer, mean: {_shares(used_TE.mean(0), expert_names)}")
     return "\n".join(lines)
