@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import DatasetCardData
 
 from srde_ds.data.build.options import BuildSummary
 from srde_ds.data.build.outputs import CARD, JSONL
@@ -88,14 +88,14 @@ def _report(build: BuildSummary, manifest: Manifest | None) -> str:
 
 def _card(build: BuildSummary, manifest: Manifest | None) -> str:
     documents = sum(figures["documents"] for figures in build.domains.values())
-    header = {
-        "license": "other",
-        "task_categories": ["text-generation"],
-        "tags": ["srde", *build.domains],
-        "configs": [{"config_name": "default", "data_files": JSONL}],
-    }
+    header = DatasetCardData(
+        license="other",
+        task_categories=["text-generation"],
+        tags=["srde", *build.domains],
+        configs=[{"config_name": "default", "data_files": JSONL}],
+    )
     sections = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---",
+        f"---\n{header.to_yaml()}\n---",
         "# Dataset card",
         f"{documents:,} conversations in {len(build.domains)} domains, made by `srde-ds build_dataset`. Each line of "
         f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (its origin), and "
