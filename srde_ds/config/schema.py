@@ -25,8 +25,8 @@ class ModelConfig:
     model_revision: str | None = option(None, "revision of the base on the Hub: a branch, tag or commit")
     base_quantization: Literal["none", "int8", "nf4", "fp8"] = option(
         "none",
-        "how the frozen base's linear maps are stored: in 8 bits, in 4 as in QLoRA, or, for Hopper GPUs, in fp8 "
-        "(untested on GPUs so far)",
+        "how the frozen base's linear maps are stored: in 8 bits, in 4 as in QLoRA, or in fp8 for Hopper GPUs, "
+        "which is untested so far",
         common=True,
     )
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)
@@ -38,8 +38,8 @@ class ModelConfig:
     gradient_checkpointing: bool = option(False, "the same as --recompute full")
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none",
-        "activations that the backward pass recomputes: all but attention's (selective), all, for about 30 % more "
-        "compute (full), or as few as the memory allows (auto)",
+        "activations that the backward pass recomputes: all but attention's, all (about 30 % more compute), or as few "
+        "as fit",
         common=True,
     )
 
