@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import Config, DataConfig, resolve
 from srde_ds.config.checks import check_relations
-from srde_ds.config.values import checked
+from srde_ds.config.values import options_given, same_option
 from srde_ds.data.build.from_files import RowsOfFiles
 from srde_ds.data.build.from_files import build_dataset as pack_files
 from srde_ds.data.tokenizer import load_tokenizer
@@ -129,14 +129,15 @@ def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict
         weights: a run folder, a checkpoint, a weights file or a repository of the Hub.
         eval_file: held-out records, read like training data; accuracy needs an answer in each.
         options: `base`, `compare_baseline`, `each_expert`, `run_code`, `max_samples`, `max_new_tokens`, `batch_size`,
-            `bf16`, `seed` and `output_file`; `srde-ds evaluate --help` describes them.
+            `bf16`, `seed` and `output_file`; `srde-ds evaluate --help-all` describes all of them and their other names.
 
     Returns:
         The figures, as written to `output_file` (evaluation.json beside the weights). `docs/evaluation.md` describes
         them.
 
     Raises:
-        SRDEError: missing or damaged weights, a bad file, or a value that is out of range.
+        SRDEError: missing or damaged weights, a bad file, an unknown option, a value that is out of range, or two names
+            of one option with different values.
 
     Examples:
         >>> from srde_ds import evaluate
@@ -146,12 +147,8 @@ def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict
         >>> figures["overall"]["srde"]["items"]
         12
     """
-    known = EvaluateOptions.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise SRDEError(f"unknown option '{name}' of evaluate.{nearest(name, known)}")
-    values = {name: checked(EvaluateOptions, name, value) for name, value in options.items()}
-    return evaluate_weights(EvaluateOptions(str(weights), str(eval_file), **values))[0]
+    given = {"weights": str(weights), "eval_file": str(eval_file)} | options
+    return evaluate_weights(EvaluateOptions(**options_given(EvaluateOptions, given, "evaluate")))[0]
 
 
 def generate(
@@ -159,38 +156,43 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Mapping[str, str]],
     *,
-    max_tokens: int | None = None,
+    max_new_tokens: int | None = None,
     temperature: float = 0.7,
     top_p: float = 0.9,
     seed: int | None = None,
+    max_tokens: int | None = None,
 ) -> str:
     """Answer a prompt with a base and its experts, using the tokenizer's chat template.
 
     Args:
         model: a model from `load_adapter` or `SRDEModel.from_pretrained`.
         prompt: a question, or a conversation as messages with role and content.
-        max_tokens: length limit of the answer in tokens; default: 256, at most half of the base's context.
+        max_new_tokens: length limit of the answer in tokens; default: 256, at most half of the base's context.
         temperature: sampling temperature; 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that together have this probability.
         seed: sampling seed; None: use torch's current random state.
+        max_tokens: another name of `max_new_tokens`.
 
     Returns:
         The answer without special tokens.
 
     Raises:
-        SRDEError: a value is out of range, or prompt and answer do not fit into the base's context.
+        SRDEError: a value is out of range, the two names of the limit have different values, or prompt and answer
+            do not fit into the base's context.
 
     Examples:
         >>> from srde_ds import generate, load_adapter
         >>> from transformers import AutoTokenizer
         >>> model = load_adapter("trained/srde_weights.safetensors").eval()
-        >>> answer = generate(model, AutoTokenizer.from_pretrained("base"), "red: 1 + 1?", max_tokens=4, temperature=0)
+        >>> answer = generate(model, AutoTokenizer.from_pretrained("base"), "red: 1 + 1?", max_new_tokens=4)
         >>> isinstance(answer, str)
         True
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     if seed is not None:
         torch.manual_seed(seed)
-    longest = answer_length(model, ANSWER_TOKENS) if max_tokens is None else max_tokens
+    longest = same_option(max_new_tokens=max_new_tokens, max_tokens=max_tokens)
+    if longest is None:
+        longest = answer_length(model, ANSWER_TOKENS)
     answer = generate_answer(model, tokenizer, messages, Sampling(longest, temperature, top_p))
     return answer.text

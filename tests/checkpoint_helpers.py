@@ -13,8 +13,8 @@ from torch import Tensor
 
 from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.checkpoint.shards import read_slices
-from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
-from srde_ds.distributed.together import Collectives
+from srde_ds.checkpoint.tensor_slice import KINDS, TensorSlice
+from srde_ds.utils.together import Collectives
 
 SHAPES = {
     "layers.0.deltas.free": (7, 6, 3),

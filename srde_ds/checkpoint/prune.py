@@ -15,14 +15,14 @@ from srde_ds.checkpoint.layout import COMMON, read_manifest
 from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
 from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
+from srde_ds.checkpoint.tensor_slice import KINDS, TensorSlice
 from srde_ds.config import ModelConfig
 from srde_ds.config.values import checked
-from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
-from srde_ds.distributed.together import Collectives, Ranks, together
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import measure
 from srde_ds.model.supports.pruning import at_positions, kept_positions
 from srde_ds.model.supports.selection import support_size
+from srde_ds.utils.together import Collectives, Ranks, together
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.schema import support_hash
 

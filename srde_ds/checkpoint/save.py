@@ -35,10 +35,10 @@ from srde_ds.checkpoint.layout import (
     write_manifest,
 )
 from srde_ds.checkpoint.shards import FileRecord, ShardIndex, shard_name, write_shard, write_tensors
-from srde_ds.distributed.tensor_slice import TensorSlice
-from srde_ds.distributed.together import Ranks, attempt
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import sync
+from srde_ds.utils.together import Ranks, attempt
 from srde_ds.weights.locate import read_latest
 
 logger = logging.getLogger(__name__)

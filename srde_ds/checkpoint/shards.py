@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from srde_ds.distributed.tensor_slice import KINDS, TensorSlice
+from srde_ds.checkpoint.tensor_slice import KINDS, TensorSlice
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.dtypes import SAFETENSORS_NAMES
 

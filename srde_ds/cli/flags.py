@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -16,7 +17,7 @@ from srde_ds.errors import SRDEError, nearest
 READING = ("format", "columns", "ignore_columns", "domain", "encoding", "on_bad_record")
 """Fields of the config that say how files of records are read"""
 Options = TypeVar("Options")
-HELP_POSITION = 34  # column where the texts begin
+HELP_POSITION = 26  # column where the texts begin
 
 
 class Parser(argparse.ArgumentParser):
@@ -167,6 +168,11 @@ class _Formatter(argparse.HelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=HELP_POSITION)
+
+    def _format_usage(self, usage: str | None, *_: Any) -> str:
+        """The usage, which argparse wraps only if it has made it itself."""
+        start = "usage: "
+        return textwrap.fill(f"{start}{usage}", self._width, subsequent_indent=" " * len(start)) + "\n\n"
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.nargs == 0:

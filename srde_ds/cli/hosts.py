@@ -11,6 +11,7 @@ from pathlib import Path
 from srde_ds.cli.flags import Parser
 from srde_ds.config.values import option
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import output
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ def hosts(arguments: Sequence[str]) -> None:
         written[ranks.environment_file] = format_rank_environment(variables)
     for path, text in written.items():
         try:
-            Path(path).write_text(text)
+            with output(Path(path)) as partial:
+                partial.write_text(text)
         except OSError as error:
             raise SRDEError(f"'{path}' cannot be written: {error.strerror}.") from None
         print(f"Written: {path}", file=sys.stderr)

@@ -23,18 +23,14 @@ from srde_ds.utils.launcher import launched_rank, launched_world_size
 class TrainOptions:
     """Options that do not belong to the run itself."""
 
-    dry_run: bool = option(
-        False, "print the resolved options, parameters, memory and time line, and exit without writing anything"
-    )
+    dry_run: bool = option(False, "print what would be done, and exit")
 
 
 @dataclass(frozen=True)
 class ConfigFile:
     """Where a run's options come from, apart from the flags."""
 
-    config: str | None = option(
-        None, "YAML file with the options below, by section; flags take precedence", metavar="FILE"
-    )
+    config: str | None = option(None, "YAML file of options by section; flags override it", metavar="FILE")
 
 
 def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None) -> tuple[Config, bool]:
@@ -45,7 +41,7 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
     """
     parser = Parser(
         "srde-ds train",
-        "Train experts on a frozen base. These are the common options; --help-all lists all of them.",
+        "Train experts on a frozen base. These are the common options; see --help-all.",
         usage="--model_name BASE (--jsonl_data FILE | --pretokenized_dir FOLDER) [options]",
     )
     parser.add_options(ConfigFile)

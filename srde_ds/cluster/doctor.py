@@ -46,7 +46,8 @@ class Finding:
     remedy: str = ""
 
     def __str__(self) -> str:
-        return f"{self.level:<8}{self.text}" + (f"\n        -> {self.remedy}" if self.remedy else "")
+        remedy = f"\n\t-> {self.remedy}" if self.remedy else ""
+        return f"{self.level}\t{self.text}{remedy}".expandtabs()
 
 
 def check(

@@ -23,8 +23,8 @@ from srde_ds.compose.train_routers import train_routers
 from srde_ds.config import AdapterConfig
 from srde_ds.config.granularity import entry_weights
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource, open_adapter
 from srde_ds.export.weights import write_weights
+from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.training.warm_start.from_statistics import of_domains, router_of
 from srde_ds.weights.origins import Origins
 from srde_ds.weights.schema import check_history, support_hash

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from srde_ds.errors import SRDEError, nearest
-from srde_ds.export.adapter_source import AdapterSource, open_adapter, select_experts
 from srde_ds.export.weights import write_weights
+from srde_ds.model.adapter_source import AdapterSource, open_adapter, select_experts
 from srde_ds.weights.schema import LONGEST_TEXT, check_history, check_names
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srde_ds.config.granularity import entry_weights
 from srde_ds.data.manifest import VOCABULARY
-from srde_ds.export.adapter_source import AdapterSource, open_adapter
+from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.tables import aligned_table
 from srde_ds.weights.origins import Origins

@@ -15,8 +15,8 @@ import torch
 from srde_ds.compose.names import with_entry
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.weights import write_weights
+from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.training.run_inputs import read_run_inputs
 from srde_ds.training.trainer import train
 from srde_ds.utils.launcher import stop_processes

@@ -16,8 +16,8 @@ class DataConfig:
 
     jsonl_data: str | None = option(
         None,
-        "training records: a file, a folder or a quoted pattern; JSON lines or array, Parquet, CSV or TSV, "
-        "also .gz or .zst (docs/data.md lists the forms)",
+        "training records: a file, a folder or a quoted pattern; JSON, Parquet, CSV or TSV, also .gz or .zst (forms: "
+        "docs/data.md)",
         metavar="FILES",
         aliases=("train_file",),
         common=True,
@@ -59,13 +59,13 @@ class DataConfig:
         "fail", "what to do with bad records: stop and list them, or leave them out and count them"
     )
     pretokenized_dir: str | None = option(
-        None, "folder written by build_dataset, instead of jsonl_data", metavar="FOLDER", common=True
+        None, "folder of build_dataset, instead of jsonl_data", metavar="FOLDER", common=True
     )
     domains: list[str] = option(
         list(DOMAINS),
         "domain names, in the order of the experts",
         metavar="NAME,...",
-        derived="those of pretokenized_dir, otherwise domain if that is given, otherwise " + ",".join(DOMAINS),
+        derived="those of pretokenized_dir, else domain, else " + ",".join(DOMAINS),
         common=True,
     )
     max_length: int = option(
@@ -73,7 +73,7 @@ class DataConfig:
         "length of a packed row, in tokens",
         metavar="TOKENS",
         minimum=8,
-        derived="that of pretokenized_dir, otherwise 2048, at most the base's context",
+        derived="that of pretokenized_dir, else 2048, at most the base's context",
         common=True,
     )
     too_long: Literal["error", "drop", "truncate"] = option(

@@ -25,8 +25,8 @@ class ModelConfig:
     model_revision: str | None = option(None, "revision of the base on the Hub: a branch, tag or commit")
     base_quantization: Literal["none", "int8", "nf4", "fp8"] = option(
         "none",
-        "how the linear maps of the frozen base are stored: int8, nf4 (as QLoRA does): in 8 or 4 bits by bitsandbytes; "
-        "fp8: multiplied as such, for Hopper GPUs; untested on GPUs so far",
+        "how the frozen base's linear maps are stored: in 8 bits, in 4 as in QLoRA, or in fp8 for Hopper GPUs, "
+        "which is untested so far",
         common=True,
     )
     bf16: bool = option(True, "train in bfloat16 with fp32 masters; false: everything in fp32", common=True)
@@ -35,11 +35,11 @@ class ModelConfig:
     expert_kernels: bool = option(
         False, "compute neuron experts with two Triton kernels; needs a CUDA device, and is untested on GPUs so far"
     )
-    gradient_checkpointing: bool = option(False, "the same as --recompute full", common=True)
+    gradient_checkpointing: bool = option(False, "the same as --recompute full")
     recompute: Literal["none", "selective", "full", "auto"] = option(
         "none",
-        "activations that the backward pass recomputes: full: a whole layer's, for about 30 % more compute; "
-        "selective: all but attention's; auto: as few as the memory allows",
+        "activations that the backward pass recomputes: all but attention's, all (about 30 % more compute), or as few "
+        "as fit",
         common=True,
     )
 
@@ -70,9 +70,7 @@ class AdapterConfig:
         derived="one for each domain, at least top_k",
         common=True,
     )
-    top_k: int = option(
-        2, "experts that each token uses", metavar="N", minimum=1, derived="2, at most num_experts", common=True
-    )
+    top_k: int = option(2, "experts per token", metavar="N", minimum=1, derived="2, at most num_experts", common=True)
     density: float = option(
         0.01,
         "share of the feed-forward weights that an expert may change",
@@ -83,12 +81,12 @@ class AdapterConfig:
         common=True,
     )
     granularity: Granularity = option(
-        "neuron", "what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights", common=True
+        "neuron", "what an expert changes: neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
     support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = option(
         "magnitude",
         "how the weights that may change are chosen: by |W|, at random, by |W| x |input| or |W x gradient| on "
-        "calibration_rows, or learned among the candidates of initial_density",
+        "calibration_rows, or learned",
         common=True,
     )
     support_scope: Literal["shared", "per_expert"] = option(
@@ -132,12 +130,10 @@ class OptimizerConfig:
     use_muon: bool = option(
         True,
         "update delta matrices with GramMuon; false: AdamW for everything",
-        derived="true; false for free deltas of blocks or single weights, which are not matrices",
+        derived="true; false for free deltas of blocks or weights",
         common=True,
     )
-    muon_lr: float = option(
-        0.02, "GramMuon's learning rate, on AdamW's scale", metavar="RATE", minimum=0.0, common=True
-    )
+    muon_lr: float = option(0.02, "GramMuon's learning rate", metavar="RATE", minimum=0.0, common=True)
     muon_momentum: float = option(0.95, "GramMuon's Nesterov momentum", minimum=0.0, maximum=0.9999)
     learning_rate: float = option(
         1e-3,
@@ -207,20 +203,20 @@ class TrainingConfig:
     """The loop."""
 
     output_dir: str = option("runs/srde", "folder of the run", metavar="FOLDER", common=True)
-    max_steps: int = option(1000, "length of the training, in optimizer steps", metavar="STEPS", minimum=1, common=True)
+    max_steps: int = option(1000, "optimizer steps of the training", metavar="STEPS", minimum=1, common=True)
     batch_size: int = option(
         1,
-        "number of rows per process in a micro-step",
+        "rows per process in a micro-step",
         metavar="ROWS",
         aliases=("micro_batch_size",),
         minimum=1,
         common=True,
     )
     gradient_accumulation_steps: int = option(
-        16, "number of micro-steps in an optimizer step", metavar="N", minimum=1, common=True
+        16, "micro-steps in an optimizer step", metavar="N", minimum=1, common=True
     )
     seed: int = option(
-        42, "seed of supports, routers and data order", metavar="N", minimum=0, maximum=2**32 - 1, common=True
+        42, "seed of supports, routers, data order", metavar="N", minimum=0, maximum=2**32 - 1, common=True
     )
     resume_from: str | None = option(
         None,
@@ -270,7 +266,7 @@ class CurriculumConfig:
 
     supervised_experts: bool = option(
         False,
-        "begin by training each expert only on its own domain: rows are routed by domain, without the router",
+        "begin by training each expert on its own domain only, without the router",
         common=True,
     )
     expert_pretrain_steps: int = option(
@@ -283,9 +279,7 @@ class CurriculumConfig:
     pretrain_objective: Literal["parallel", "sequential"] = option(
         "parallel", "pretrain all experts together in mixed batches, or one after another on the rows of their domains"
     )
-    warm_start: bool = option(
-        False, "set the routers from their inputs, after pretraining or at the start", common=True
-    )
+    warm_start: bool = option(False, "set the routers from their inputs before they are trained", common=True)
     warm_start_method: Literal["discriminant", "kmeans", "domain_means", "random"] = option(
         "discriminant",
         "set the routers from a discriminant of the domains' inputs, clusters aligned with the domains, the mean of "
@@ -347,16 +341,15 @@ class ParallelConfig:
 
     deepspeed_config: str | None = option(
         None,
-        "JSON with DeepSpeed's own options, as in ds_configs/ (default: DeepSpeed's defaults)",
+        "JSON with DeepSpeed's own options, as in ds_configs/ (default: DeepSpeed's)",
         metavar="FILE",
         aliases=("deepspeed", "ds_config"),
         common=True,
     )
     base_placement: Literal["sharded", "resident", "auto"] = option(
         "sharded",
-        "where the frozen base is. sharded: each process holds a share, and layers are gathered as they compute; "
-        "resident: each process holds all of it, and nothing of it is gathered; auto: resident if the plan says that "
-        "it fits. A process that is alone always holds all of it",
+        "whether each process holds a part of the frozen base, gathered layer by layer, or all of it; auto: all of it "
+        "if it fits",
         derived="sharded; resident with base_quantization",
         common=True,
     )

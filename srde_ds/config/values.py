@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, get_args, get_origin
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, get_args, get_origin
 
-from srde_ds.errors import SRDEError
+from srde_ds.errors import SRDEError, nearest
 
+Value = TypeVar("Value")
 BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
@@ -62,6 +64,42 @@ def weights_option() -> Any:
         aliases=("checkpoint", "srde_weights", "run"),
         required=True,
     )
+
+
+def same_option(**names: Value | None) -> Value | None:
+    """The value of an option of a function that has several names; None: it is not given.
+
+    Args:
+        names: the argument of each name, None where it is not given.
+
+    Raises:
+        SRDEError: two names are given with different values.
+    """
+    given = {name: value for name, value in names.items() if value is not None}
+    values = list(given.values())
+    if any(value != values[0] for value in values):
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise SRDEError(f"{both} are two names of one option with different values: give one of them.")
+    return values[0] if values else None
+
+
+def options_given(kind: type, given: Mapping[str, Any], function: str) -> dict[str, Any]:
+    """The arguments of a function that takes the options of a dataclass by any of their names, by main name.
+
+    Args:
+        function: name of the function, for messages.
+
+    Raises:
+        SRDEError: an unknown name, a value that does not fit its option, or two names with different values.
+    """
+    mains = {name: field.name for field in fields(kind) for name in (field.name, *field.metadata["aliases"])}
+    for name in given:
+        if name not in mains:
+            raise SRDEError(f"unknown option '{name}' of {function}.{nearest(name, mains)}")
+    found: dict[str, dict[str, Any]] = {}
+    for name, value in given.items():
+        found.setdefault(mains[name], {})[name] = value
+    return {main: checked(kind, main, same_option(**values)) for main, values in found.items()}
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

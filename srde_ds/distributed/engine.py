@@ -26,11 +26,12 @@ from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.distributed.processes import Topology, check_same
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import SRDEModel, SRDEOutput, add_experts
+from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import Sharding, decoder_layers, load_base, whole_shape
 from srde_ds.model.base_shape import measure
 from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.model.output import SRDEOutput
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.targets import Targets, on_device

@@ -14,9 +14,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.expert_parallel import ExpertGroups, TensorCut
-from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.optim.gram_muon import GramMuonAdamW

@@ -22,13 +22,12 @@ from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.results import ItemResult
 from srde_ds.evaluation.sandbox import Sandbox, check_sandbox
 from srde_ds.evaluation.table import format_tables
-from srde_ds.export.weights import weights_file
 from srde_ds.inference.generate import answer_length
 from srde_ds.inference.load import load_model
 from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.utils.environment import environment
-from srde_ds.weights.file import read_metadata
 from srde_ds.weights.locate import CHECKPOINT_NAME, run_folder
 
 MAX_NEW_TOKENS = 64
@@ -68,15 +67,14 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
     target = Path(options.output_file) if options.output_file else default_output(checkpoint)
 
     def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
-        with weights_file(checkpoint) as weights:
-            if is_main:
-                check_output(target)
-            domains = _domains(checkpoint, read_metadata(weights).expert_names)
-            how_read = ReadOptions.of(reading) if reading else None
-            records = _held_out(
-                list(read_records(eval_file, domains, how_read, option="eval_file")), eval_file, is_main
-            )
-            return *load_model(weights, base=base, bf16=bf16, allow_download=options.allow_download), records
+        source = open_adapter(checkpoint)
+        if is_main:
+            check_output(target)
+        domains = _domains(checkpoint, source.metadata.expert_names)
+        how_read = ReadOptions.of(reading) if reading else None
+        records = list(read_records(eval_file, domains, how_read, option="eval_file"))
+        records = _held_out(records, eval_file, is_main)
+        return *load_model(source, base=base, bf16=bf16, allow_download=options.allow_download), records
 
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))

@@ -1,6 +1,6 @@
 """Trained experts as a model of lm-evaluation-harness:
 
-    python -m srde_ds.evaluation.harness run --model srde --model_args srde_weights=RUN,base=BASE --tasks ...
+    python -m srde_ds.evaluation.harness run --model srde --model_args weights=RUN,base=BASE --tasks ...
 
 takes the options of `lm_eval`; importing this module registers the model for programs that call lm_eval themselves.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from srde_ds.config.values import same_option
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import DTYPES
 from srde_ds.inference.load import load_model
@@ -33,33 +34,38 @@ class SRDEHarnessModel(HFLM):
     """The base with its experts behind the harness's own Hugging Face model.
 
     Args:
-        srde_weights: a weights file, a run's or a checkpoint's folder, or a repository of the Hub.
+        weights: whatever `load_adapter` takes, such as the folder of a run.
         base: folder or id of the base; default: the one named in the weights.
         dtype: bfloat16 or float32.
         device: default: the GPU if there is one. As in HFLM, cuda means the CPU if there is no GPU.
         allow_download: without `base`, whether the one named in the weights may be downloaded from the Hub.
+        srde_weights: another name of `weights`.
         options: further options of HFLM, such as batch_size and max_length.
 
     Raises:
-        SRDEError: weights or base do not exist, the dtype is unknown, or there are several processes, each of which
-            would do all of the work.
+        SRDEError: there are no such weights or no such base, the dtype is unknown, or there are several processes, each
+            of which would do all of the work.
     """
 
     def __init__(
         self,
-        srde_weights: str,
+        weights: str | None = None,
         base: str | None = None,
         dtype: str = "bfloat16",
         device: str | None = None,
         allow_download: bool = False,
+        srde_weights: str | None = None,
         **options: Any,
     ) -> None:
+        place = same_option(weights=weights, srde_weights=srde_weights)
+        if place is None:
+            raise SRDEError("weights is missing: give weights=PLACE among the model's arguments.")
         if dtype not in DTYPES:
             raise SRDEError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
         if launched_world_size() > 1:
             raise SRDEError("the harness runs in one process: start it without a launcher.")
         bf16 = dtype == "bfloat16"
-        model, tokenizer = load_model(srde_weights, base=base, bf16=bf16, allow_download=allow_download)
+        model, tokenizer = load_model(place, base=base, bf16=bf16, allow_download=allow_download)
         # By default the command line asks for cuda:0, even if there is no GPU.
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)

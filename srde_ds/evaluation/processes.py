@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 from srde_ds.distributed.gathering import gather_json
-from srde_ds.distributed.together import attempt
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.utils.launcher import launched_rank, launched_world_size, stop_processes
+from srde_ds.utils.together import attempt
 
 # Seconds to meet: all processes are started together.
 MEETING = datetime.timedelta(minutes=10)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from srde_ds.data.manifest import counts_table
@@ -22,6 +20,7 @@ from srde_ds.evaluation.run_files import (
 )
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
 from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
+from srde_ds.utils.files import new_files
 from srde_ds.utils.tables import markdown_table
 from srde_ds.weights.locate import run_folder
 
@@ -88,14 +87,12 @@ def write_report(run: str | Path) -> Path:
         "## Machine and versions",
         markdown_table([["", ""], *machine_rows(environment)]),
     ]
-    with TemporaryDirectory(prefix=".report-", dir=folder) as partial:  # everything or nothing
-        plot_loss(metrics, Path(partial) / "loss.png")
-        plot_usage(result["usage"], Path(partial) / "expert_usage.png")
-        plot_usage_by_layer(result["usage"], Path(partial) / "expert_usage_by_layer.png")
-        plot_speed(metrics, Path(partial) / "speed.png")
-        (Path(partial) / page.name).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-        for path in Path(partial).iterdir():
-            os.replace(path, folder / path.name)
+    with new_files(folder) as partial:
+        plot_loss(metrics, partial / "loss.png")
+        plot_usage(result["usage"], partial / "expert_usage.png")
+        plot_usage_by_layer(result["usage"], partial / "expert_usage_by_layer.png")
+        plot_speed(metrics, partial / "speed.png")
+        (partial / page.name).write_text("\n\n".join(sections) + "\n", encoding="utf-8")
     return page
 
 

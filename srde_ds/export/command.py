@@ -8,12 +8,12 @@ from pathlib import Path
 from srde_ds.data.manifest import check_trained_with
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource, open_adapter, select_experts
 from srde_ds.export.dense import write_dense
 from srde_ds.export.gguf import write_gguf
 from srde_ds.export.moe import write_moe
 from srde_ds.export.options import ConvertOptions
 from srde_ds.export.weights import DTYPES, write_peft, write_weights
+from srde_ds.model.adapter_source import AdapterSource, open_adapter, select_experts
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.utils.pretrained import base_to_load
 from srde_ds.weights.locate import WEIGHTS

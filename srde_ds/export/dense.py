@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from srde_ds.config.granularity import Granularity
-from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
+from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.merging import Rounding, merged_weight
 from srde_ds.utils.dtypes import dtype_name

@@ -15,10 +15,10 @@ from transformers import GraniteMoeSharedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.moe import write_moe
 from srde_ds.export.moe_config import has_usual_heads, head_dim
 from srde_ds.export.streaming import complete_file
+from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
 
 CONVERTER = "convert_hf_to_gguf.py"

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource
 from srde_ds.export.moe_config import (
     ATTENTION,
     KEYS_AND_VALUES,
@@ -38,6 +37,7 @@ from srde_ds.export.moe_config import (
     padded,
 )
 from srde_ds.export.streaming import complete_folder, tensors_size, write_model
+from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.merging import Rounding, merged_weight
 from srde_ds.utils.dtypes import dtype_name

@@ -14,7 +14,7 @@ from transformers import GraniteMoeSharedConfig
 
 from srde_ds.config.granularity import PLURALS
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource
+from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.model.base_files import BaseFiles
 
 # Model types whose code was compared; everything else about a base shows in its tensors and configuration.

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from srde_ds.checkpoint.resume import find_checkpoint, verify_checkpoint
+from srde_ds.checkpoint.resume import verify_checkpoint
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource, checkpoint_adapter, select_experts
 from srde_ds.export.streaming import METADATA, complete_file, complete_folder, tensors_size, write_lazily
+from srde_ds.model.adapter_source import AdapterSource, checkpoint_adapter, select_experts
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.locate import WEIGHTS, locate_weights
 from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_TYPE, PEFT_WEIGHTS
 from srde_ds.weights.schema import SHARED_KINDS
 from srde_ds.weights.tensors import LazyTensor
 
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
-
-
-@contextmanager
-def weights_file(place: str | Path) -> Iterator[Path]:
-    """The weights file that `place` names, see `locate_weights`. One made from a checkpoint exists only in the block.
-
-    Raises:
-        SRDEError: it does not exist, or the checkpoint is damaged.
-    """
-    location = locate_weights(place)
-    if location.kind == "file":
-        yield location.path
-        return
-    checkpoint = find_checkpoint(location.path, location.path, field="weights")
-    with TemporaryDirectory(prefix="srde-") as scratch:
-        yield export_weights(checkpoint, Path(scratch) / WEIGHTS)
 
 
 def export_weights(

@@ -14,6 +14,7 @@ from srde_ds.inference.generate import Sampling, format_routing
 from srde_ds.inference.session import AnswerOptions, ChatSession, Turn
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.escape import terminal
+from srde_ds.utils.tables import aligned_table
 
 COMMANDS = {
     "/experts": "show or hide the experts of each token",
@@ -24,10 +25,7 @@ COMMANDS = {
     "/quit": "end",
 }
 BLOCK = '"""'
-HELP = "\n".join(
-    [*(f"  {name:<14}{what}" for name, what in COMMANDS.items())]
-    + [f"  A line that ends in \\ continues on the next one, and so does text between {BLOCK} and {BLOCK}."]
-)
+MULTILINE = f"A line that ends in \\ continues on the next one, and so does text between {BLOCK} and {BLOCK}."
 
 
 class Chat:
@@ -93,7 +91,7 @@ class Chat:
             self.compare = not self.compare
             self.say(f"The bare base's answer is {'shown beside' if self.compare else 'hidden'} from now on.")
         else:
-            self.say(HELP)
+            self.say(textwrap.indent(f"{aligned_table([*COMMANDS.items()])}\n{MULTILINE}", "  "))
 
     def _answer(self, text: str) -> None:
         options = AnswerOptions(self.sampling, show_routing=self.show_routing, base_beside=self.compare)

@@ -43,7 +43,7 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     if options.expert is not None:
         model.set_active_experts(options.expert)
     torch.manual_seed(options.seed)
-    longest = answer_length(model, MAX_TOKENS) if options.max_tokens is None else options.max_tokens
+    longest = answer_length(model, MAX_TOKENS) if options.max_new_tokens is None else options.max_new_tokens
     sampling = Sampling(longest, options.temperature, options.top_p)
 
     def answers_to(prompts: list[Prompt]) -> list[Answer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference.routing import RoutingRecord
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.utils.tables import aligned_table
 
 
 @dataclass
@@ -45,12 +47,12 @@ class Sampling:
     """How the tokens of an answer are chosen.
 
     Attributes:
-        max_tokens: length limit of the answer in tokens.
+        max_new_tokens: length limit of the answer in tokens.
         temperature: 0 takes the likeliest token each time.
         top_p: sample from the likeliest tokens that together have this probability.
     """
 
-    max_tokens: int = 256
+    max_new_tokens: int = 256
     temperature: float = 0.7
     top_p: float = 0.9
 
@@ -81,7 +83,7 @@ def generate(
     """
     settings = generation_settings(model, tokenizer, sampling)
     prompt = prompt_ids(tokenizer, messages, tools=tools)
-    check_context(model, len(prompt), sampling.max_tokens, where="prompt")
+    check_context(model, len(prompt), sampling.max_new_tokens, where="prompt")
     input_ids = torch.tensor([prompt], device=model.base.device)
     policy = model.routing.policy if policy is None else policy
     record = RoutingRecord() if show_routing else None
@@ -103,8 +105,8 @@ def generate(
 def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
     """The settings for transformers. Every value is set, since the base's generation config would fill gaps."""
     temperature, top_p = sampling.temperature, sampling.top_p
-    if sampling.max_tokens < 1:
-        raise SRDEError(f"max_tokens={sampling.max_tokens}: must be at least 1.")
+    if sampling.max_new_tokens < 1:
+        raise SRDEError(f"max_new_tokens={sampling.max_new_tokens}: must be at least 1.")
     if not temperature >= 0:
         raise SRDEError(f"temperature={temperature}: must be 0 (greedy) or more.")
     if not 0 < top_p <= 1:
@@ -113,7 +115,7 @@ def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sa
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
-        max_new_tokens=sampling.max_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=_stop_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
         num_beams=1,
@@ -139,7 +141,7 @@ def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> 
     if prompt + answer > limit:
         raise SRDEError(
             f"{where}: {prompt} tokens and up to {answer} new ones exceed the base's context of {limit}: "
-            "shorten the text or lower max_tokens."
+            "shorten the text or lower max_new_tokens."
         )
 
 
@@ -148,13 +150,11 @@ def format_routing(generation: Generation, expert_names: list[str]) -> str:
     if generation.routing is None:
         raise SRDEError("this answer was generated without show_routing: its experts were not recorded.")
     experts_TE = generation.routing.shares_TE
-    width = max(len(repr(token)) for token in generation.tokens)
-    lines = []
-    for index, row_E in enumerate(experts_TE):
-        if index in (0, generation.prompt_length):
-            lines.append("prompt:" if index == 0 else "answer:")
-        lines.append(f"  {generation.tokens[index]!r:<{width}}  {_shares(row_E, expert_names)}")
-    used_TE = experts_TE[generation.prompt_length :]
+    tokens = zip(generation.tokens, experts_TE, strict=False)  # the last token is not read, so it has no experts
+    table = aligned_table([[repr(token), _shares(row_E, expert_names)] for token, row_E in tokens])
+    rows, prompt = textwrap.indent(table, "  ").splitlines(), generation.prompt_length
+    lines = ["prompt:", *rows[:prompt], *(["answer:", *rows[prompt:]] if rows[prompt:] else [])]
+    used_TE = experts_TE[prompt:]
     if len(used_TE):
         lines.append(f"answer, mean: {_shares(used_TE.mean(0), expert_names)}")
     return "\n".join(lines)

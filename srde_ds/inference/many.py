@@ -140,10 +140,10 @@ def generate_many(
     settings = generation_settings(model, tokenizer, sampling)
     written = [prompt_ids(tokenizer, messages, tools=tools, where=place) for place, messages, tools in prompts]
     for prompt, ids in zip(prompts, written, strict=True):
-        check_context(model, len(ids), sampling.max_tokens, where=prompt.place)
+        check_context(model, len(ids), sampling.max_new_tokens, where=prompt.place)
     answers: dict[int, str] = {}
     stops = {*settings.eos_token_id}
-    for batch in batches_by_length([len(ids) + sampling.max_tokens for ids in written], batch_size, title):
+    for batch in batches_by_length([len(ids) + sampling.max_new_tokens for ids in written], batch_size, title):
         ids_BS, mask_BS = left_padded([written[i] for i in batch], pad_token_id(tokenizer))
         record, policy = RoutingRecord(with_weights=False), model.routing.policy
         recording = nullcontext(policy) if routing is None else record.recording(model, policy)

@@ -37,11 +37,11 @@ class InferenceOptions:
     best_of_n: int = option(1, "number of samples, of which the most frequent answer is given", metavar="N", minimum=1)
     self_refine: int = option(0, "number of rounds in which the model checks its own answer", metavar="N", minimum=0)
     batch_size: int = option(16, "prompts of prompts_file in a batch", metavar="N", minimum=1)
-    max_tokens: int | None = option(
+    max_new_tokens: int | None = option(
         None,
         "longest answer, in tokens",
         metavar="TOKENS",
-        aliases=("max_new_tokens",),
+        aliases=("max_tokens",),
         minimum=1,
         derived="256, at most half of the base's context",
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import replacement
+from srde_ds.utils.files import output
 
 
 def check_output(path: Path) -> None:
@@ -28,7 +28,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacement(path) as partial, partial.open("w", encoding="utf-8") as file:
+        with output(path) as partial, partial.open("w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in lines)
     except OSError as error:
         raise SRDEError(f"output_file={path}: cannot be written: {error.strerror}.") from None

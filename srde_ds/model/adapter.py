@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils.generic import ModelOutput
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.hub.sharing import push_adapter, save_adapter
+from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
 from srde_ds.model.base import (
     WHOLE,
     Gather,
     Sharding,
-    block_shapes,
     enable_checkpointing,
     load_base,
     no_gather,
 )
-from srde_ds.model.base_files import check_base
 from srde_ds.model.head import has_plain_head, loss_of_logits, loss_without_logits
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base
+from srde_ds.model.output import SRDEOutput
 from srde_ds.model.policy import (
     PolicyControl,
     RoutingPolicy,
@@ -39,29 +38,12 @@ from srde_ds.model.policy import (
 from srde_ds.model.prompt_routing import policy_of_generation
 from srde_ds.model.targets import Targets
 from srde_ds.utils.pretrained import base_to_load
-from srde_ds.weights.file import AdapterMetadata, expert_index, read_weights
-from srde_ds.weights.locate import locate_weights
+from srde_ds.weights.file import AdapterMetadata, expert_index
 from srde_ds.weights.origins import Origins
-from srde_ds.weights.schema import NEURONS, check_fits_base, support_hash
+from srde_ds.weights.schema import NEURONS, support_hash
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
-
-
-@dataclass
-class SRDEOutput(ModelOutput):
-    """The result of a forward.
-
-    Attributes:
-        loss_sum, label_count: with labels, their weighted sum of cross entropy in nats (fp32 scalar) and their number
-            (int64 scalar).
-            logits, past_key_values: without labels, those of the base.
-    """
-
-    loss_sum: Tensor | None = None
-    label_count: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
 
 
 class SRDEModel(nn.Module):
@@ -108,7 +90,7 @@ class SRDEModel(nn.Module):
     def from_pretrained(
         cls,
         base: str | Path | PreTrainedModel | None,
-        adapter: str | Path,
+        adapter: str | Path | AdapterSource,
         *,
         dtype: torch.dtype = torch.float32,
         attn_implementation: str = "sdpa",
@@ -119,7 +101,7 @@ class SRDEModel(nn.Module):
 
         Args:
             base: its id or folder, or a fresh model, which may be quantised; None: the one named in the weights.
-            adapter: a weights file, a folder of `save_pretrained` or of a finished run, or a repository of the Hub.
+            adapter: whatever `load_adapter` takes as weights.
             dtype: dtype of the experts, and of the base if it is loaded here.
             attn_implementation: transformers' name of the attention, for a base that is loaded here.
             revision: branch, tag or commit of the repository.
@@ -400,7 +382,7 @@ def _with_experts(
 
 
 def load_adapter(
-    weights: str | Path,
+    weights: str | Path | AdapterSource,
     *,
     base: str | Path | PreTrainedModel | None = None,
     dtype: torch.dtype = torch.float32,
@@ -411,11 +393,13 @@ def load_adapter(
     """A base with trained experts, in the mode (train or eval) of the base.
 
     Args:
-        weights: whatever `locate_weights` takes; a checkpoint has to be converted first.
+        weights: as every verb takes them: a weights file, a folder with one, a folder that PEFT has saved, the folder
+            of a run, finished or not, a checkpoint or a repository of the Hub (see `weights.locate.locate_weights`);
+            or the result of `open_adapter`.
         base: a fresh model, or the id or folder to load it from; default: the one named in the weights.
         dtype: dtype of the experts, and of the base if it is loaded here.
         revision: revision of a Hub repository.
-        allow_download: without `base`, whether the one named in the file may be downloaded from the Hub.
+        allow_download: without `base`, whether the one named in the weights may be downloaded from the Hub.
 
     Raises:
         SRDEError: weights or base do not exist, the weights are damaged (see `weights.schema`), or the experts were
@@ -427,20 +411,17 @@ def load_adapter(
         >>> model.config.density
         0.05
     """
-    location = locate_weights(weights, revision=revision)
-    path = location.file()
-    file = read_weights(path)
-    metadata, tensors = file.metadata, file.tensors
+    source = weights if isinstance(weights, AdapterSource) else open_adapter(weights, revision=revision)
+    metadata, tensors = source.metadata, source.tensors
     if base is None or isinstance(base, str | Path):
         name, local = base_to_load(base, metadata.model_name, allow_download=allow_download)
         base = load_base(name, dtype=dtype, attn_implementation=attn_implementation, local_files_only=local)
-    identity = check_base(base, metadata.base, path)
-    check_fits_base(metadata.config, tensors, block_shapes(base), path)
-    supports = [tensors[f"layers.{layer}.support"].load() for layer in range(len(block_shapes(base)))]
+    identity = source.check_fits(base)
+    supports = [tensors[f"layers.{layer}.support"].load() for layer in range(source.num_layers)]
     choose = support_chooser(metadata.config, supports, seed=0, gather=no_gather)
     model = _with_experts(base, metadata.config, metadata.expert_names, choose, seed=0, dtype=dtype)
     model.base_identity = identity
-    model.run_folder = location.run
+    model.run_folder = source.run
     with torch.no_grad():
         for name, parameter in model.trainable_parameters():
             parameter.copy_(tensors[name].load())

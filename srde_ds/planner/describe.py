@@ -10,6 +10,7 @@ from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GB, GIB, Plan
 from srde_ds.planner.trainables import trainable_values
+from srde_ds.utils.tables import aligned_table
 
 
 def describe_plan(plan: Plan) -> str:
@@ -25,7 +26,6 @@ def describe_plan(plan: Plan) -> str:
         *(reason for reason in (plan.recompute_reason, plan.placement_reason) if reason),
         *_memory_lines(plan),
         "",
-        f"{'received by a GPU per step, GB':<36}{'all':>10}{'from other nodes':>18}",
     ]
     received: Counter[str] = Counter()
     between: Counter[str] = Counter()
@@ -34,17 +34,18 @@ def describe_plan(plan: Plan) -> str:
             received[kind] += t.received  # type: ignore[assignment]
             between[kind] += t.between_nodes(gpus)  # type: ignore[assignment]
     kinds = sorted(received, key=lambda kind: (kind == "sum", -received[kind]))
-    lines += [f"{kind:<36}{received[kind] / GB:>10.2f}{between[kind] / GB:>18.2f}" for kind in kinds]
+    rows = [[kind, f"{received[kind] / GB:.2f}", f"{between[kind] / GB:.2f}"] for kind in kinds]
+    lines.append(aligned_table([["received by a GPU per step, GB", "all", "from other nodes"], *rows], right=1))
     if plan.moved:
         moved = ", ".join(f"{name} {bytes_ / GB:.2f} GB" for name, bytes_ in plan.moved.items())
         why = "fewest bytes" if config.parallel.expert_transport == "auto" else "as asked"
         lines.append(f"expert transport: {plan.transport} ({why}; {moved})")
     times = plan.times
-    lines += ["", f"{'seconds per step, lower bounds':<36}{'overlapped':>12}{'waited for':>12}"]
-    lines.append(f"{'computation':<36}{'':>12}{times.compute:>12.3f}")
-    for link in times.overlapped:
-        lines.append(f"{link:<36}{times.overlapped[link]:>12.3f}{times.exposed[link]:>12.3f}")
+    rows = [["seconds per step, lower bounds", "overlapped", "waited for"], ["computation", "", f"{times.compute:.3f}"]]
+    rows += [[link, f"{times.overlapped[link]:.3f}", f"{times.exposed[link]:.3f}"] for link in times.overlapped]
     lines += [
+        "",
+        aligned_table(rows, right=1),
         f"step: {times.step:.3f} s, bound by {times.bound}; {times.step_in_turn:.3f} s if nothing overlaps",
         f"tokens per day: {plan.tokens_per_day:,.0f} at {machines.utilisation:.0%} of {machines.peak_tflops:g} "
         f"TFLOP/s; {training.max_steps} steps: {plan.days:.2f} days",
@@ -58,10 +59,11 @@ def describe_plan(plan: Plan) -> str:
 def _memory_lines(plan: Plan) -> list[str]:
     peak, machines, config, shape = plan.memory, plan.machines, plan.config, plan.shape
     lines = [f"GiB of a GPU at its peak ({peak.peak_moment})"]
-    lines += [f"{kind:<36}{size / GIB:>10.2f}" for kind, size in peak.peak.items() if size]
-    lines.append(f"{'sum':<36}{peak.total / GIB:>10.2f}  of {machines.gpu_memory_gib:g}")
+    rows = [[kind, f"{size / GIB:.2f}", ""] for kind, size in peak.peak.items() if size]
+    rows.append(["sum", f"{peak.total / GIB:.2f}", f"of {machines.gpu_memory_gib:g}"])
     for first, density, memory_then in plan.densities:
-        lines.append(f"{f'sum from step {first + 1} on, density {density:.3g}':<36}{memory_then.total / GIB:>10.2f}")
+        rows.append([f"sum from step {first + 1} on, density {density:.3g}", f"{memory_then.total / GIB:.2f}", ""])
+    lines.append(aligned_table(rows, right=1))
     if plan.largest_micro_batch:
         lines.append(f"largest micro-batch that fits: {plan.largest_micro_batch} rows")
     else:
@@ -78,12 +80,12 @@ def describe_run(config: Config, shape: BaseShape, world_size: int) -> str:
     values = trainable_values(config.adapter, shape)
     values["all trainables"] = sum(values.values())
     lines = [config.to_yaml()]
-    lines.append(f"{'parameters':<20}{'values':>18}{'of base':>10}")
-    lines += [f"{name:<20}{count:>18,}{count / shape.parameters:>10.3%}" for name, count in values.items()]
-    lines.append(f"{'frozen base':<20}{shape.parameters:>18,}")
+    rows = [[name, f"{count:,}", f"{count / shape.parameters:.3%}"] for name, count in values.items()]
+    frozen = ["frozen base", f"{shape.parameters:,}", ""]
+    lines.append(aligned_table([["parameters", "values", "of base"], *rows, frozen], right=1))
     peak = memory(Workload.of(config, world_size), shape)
     table = peak.peak | {"sum": peak.total}
     processes = f"{world_size} process{'es' if world_size > 1 else ''}"
     lines.append(f"\nGiB per process with {processes}, at its peak ({peak.peak_moment}), every position labelled")
-    lines += [f"{kind:<26}{size / GIB:>12.3f}" for kind, size in table.items() if size]
+    lines.append(aligned_table([[kind, f"{size / GIB:.3f}"] for kind, size in table.items() if size], right=1))
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from srde_ds.planner.memory import Memory, memory
 from srde_ds.planner.recompute import settle_recompute
 from srde_ds.planner.traffic import step_traffic
 from srde_ds.planner.trainables import trainable_values
+from srde_ds.utils.files import output
 
 GIB, GB = 2**30, 1e9
 DAY = 86_400  # seconds
@@ -274,6 +275,7 @@ def write_plan(plan: Plan, path: str | Path) -> None:
         SRDEError: the file cannot be written.
     """
     try:
-        Path(path).write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
+        with output(Path(path)) as partial:
+            partial.write_text(json.dumps(plan.to_dict(), indent=1) + "\n")
     except OSError as error:
         raise SRDEError(f"output_file={path}: cannot be written: {error.strerror}. Give a path in a folder.") from None

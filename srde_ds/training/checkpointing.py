@@ -28,12 +28,12 @@ from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
-from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import SRDEError
 from srde_ds.training.changed_options import check_changes, former_config
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.schedule import Schedule
+from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import Origins
 from srde_ds.weights.tensors import LazyTensor

@@ -21,13 +21,13 @@ from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
-from srde_ds.distributed.together import on_main_rank
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
 from srde_ds.training.warm_start.routers import visit_inputs
 from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
+from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.schema import FACTORS
 

@@ -11,7 +11,7 @@ from srde_ds.checkpoint.resume import find_checkpoint, load_run_state
 from srde_ds.config import Config, RunInputs, TrainingConfig
 from srde_ds.data.manifest import load_manifest
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource, open_adapter
+from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.model.base import base_configuration
 from srde_ds.weights.file import AdapterMetadata, read_metadata
 from srde_ds.weights.locate import CHECKPOINT_NAME, locate_weights, read_latest

@@ -11,13 +11,13 @@ from torch import Tensor
 from srde_ds.config import Config
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, broadcast_from_main
-from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import AdapterSource
+from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.router import Router
 from srde_ds.training.domain_statistics import measure_domains
 from srde_ds.training.warm_start.from_statistics import add_routing_vectors, of_domains
+from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import NEURONS, SHARED_DELTA

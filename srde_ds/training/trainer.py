@@ -15,7 +15,6 @@ from srde_ds.data.loader import RowStream
 from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.manifest import Manifest, load_manifest, load_rows
 from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, launched_rank, start_processes
-from srde_ds.distributed.together import on_main_rank
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.liveness.heartbeat import Heartbeat
@@ -43,6 +42,7 @@ from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import StepOptions, optimizer_step
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
+from srde_ds.utils.together import on_main_rank
 
 
 def train(config: Config, *, leave: bool = True) -> str | None:

@@ -7,20 +7,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from srde_ds.errors import SRDEError
 
 
 @contextmanager
-def replacement(target: Path, *, durable: bool = False, many_writers: bool = False) -> Iterator[Path]:
+def replacement(
+    target: Path, *, durable: bool = False, many_writers: bool = False, overwrite: bool = False
+) -> Iterator[Path]:
     """A context with a path beside `target` to write a file or a folder to.
 
     What was written gets the name `target` when the block ends, and is removed if the block raises. A kill leaves
-    either the old file or the new one. A file is replaced; a folder must not exist yet.
+    either the old file or the new one. A file is replaced; a folder must not exist yet, except with `overwrite`.
 
     Args:
         durable: also after a power cut, the old file or the new one is there. The block must fsync files in a folder.
         many_writers: several processes may write `target` at the same time; the last one wins.
+        overwrite: replace a folder too. A kill in between may leave neither the old one nor the new one.
     """
     own = f".{os.getpid()}" if many_writers else ""
     partial = target.with_name(f"{target.name}{own}.tmp")
@@ -29,11 +33,33 @@ def replacement(target: Path, *, durable: bool = False, many_writers: bool = Fal
         yield partial
         if durable:
             sync(partial)
+        if overwrite:
+            remove(target)
         os.replace(partial, target)
         if durable:
             sync(target.parent)
     finally:
         remove(partial)
+
+
+@contextmanager
+def output(target: Path) -> Iterator[Path]:
+    """`replacement` for a file that the user named; pipes and devices, such as /dev/stdout, are written directly."""
+    folder = target.parent.resolve()
+    if folder == Path("/dev") or folder.is_relative_to("/proc") or target.is_fifo():
+        yield target
+        return
+    with replacement(target) as partial:
+        yield partial
+
+
+@contextmanager
+def new_files(folder: Path) -> Iterator[Path]:
+    """A context with an empty folder, whose files move to `folder` when the block ends, and vanish if it raises."""
+    with TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as partial:
+        yield Path(partial)
+        for path in Path(partial).iterdir():
+            os.replace(path, folder / path.name)
 
 
 @contextmanager

@@ -23,8 +23,8 @@ class WeightsLocation:
     """The location of an adapter's weights.
 
     Attributes:
-        kind: "file": a weights file, PEFT's or our own; "checkpoint": a checkpoint, which has to be converted.
-            path: the file; or the checkpoint's folder, or the run's folder, whose `latest` then counts.
+        kind: "file": a weights file, PEFT's or our own; "checkpoint": a checkpoint.
+        path: the file; or the checkpoint's folder, or the run's folder, whose `latest` then counts.
         run: the training run's folder; None: they do not belong to a local run.
         step: the checkpoint's step; None: a file, or a run without a readable `latest`.
     """
@@ -33,19 +33,6 @@ class WeightsLocation:
     path: Path
     run: Path | None
     step: int | None
-
-    def file(self) -> Path:
-        """The weights file.
-
-        Raises:
-            SRDEError: it is a checkpoint.
-        """
-        if self.kind == "checkpoint":
-            raise SRDEError(
-                f"weights '{self.path}': there is no {WEIGHTS} of a finished run. Make one from its checkpoint: "
-                f"srde-ds convert --checkpoint {self.path} --output FILE"
-            )
-        return self.path
 
 
 def locate_weights(place: str | Path, *, revision: str | None = None) -> WeightsLocation:

@@ -8,10 +8,10 @@ from typing import Any
 import datasets
 import torch
 
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.distributed.tensor_slice import TensorSlice
 from srde_ds.model.policy import RoutingPolicy
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.shards import ShardIndex
-from srde_ds.distributed.tensor_slice import TensorSlice
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.training.schedule import ALL_KINDS, DELTA_MASKS, DELTA_VALUES, ROUTERS
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.config import resolve
-from srde_ds.distributed.tensor_slice import TensorSlice
 from tests.distributed.engine_helpers import run_steps, state, whole
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, assert_close, cut

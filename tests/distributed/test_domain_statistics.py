@@ -13,8 +13,8 @@ from torch import Tensor
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.warm_start.discriminant import statistics_of_inputs
 from srde_ds.training.warm_start.token_sample import special_token_ids

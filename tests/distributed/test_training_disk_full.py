@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from srde_ds.checkpoint.resume import verify_checkpoint
-from srde_ds.model.adapter import SRDEOutput
+from srde_ds.model.output import SRDEOutput
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import (
     Inputs,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.resume import verify_checkpoint
-from srde_ds.model.adapter import SRDEOutput
+from srde_ds.model.output import SRDEOutput
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, at_training_forward, latest, metrics, train_here, without_clocks
 

@@ -20,7 +20,7 @@ from srde_ds.checkpoint.shards import ShardIndex, write_shard
 from srde_ds.data import loader
 from srde_ds.data.loader import RowStream
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import SRDEOutput
+from srde_ds.model.output import SRDEOutput
 from srde_ds.training import trainer
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE

@@ -378,7 +378,7 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
 def slow_main_rank() -> str:
     """What a rank sees that waits in one collective; rank 0 does not communicate before it must."""
     from srde_ds.distributed.processes import start_processes
-    from srde_ds.distributed.together import on_main_rank
+    from srde_ds.utils.together import on_main_rank
 
     topology = start_processes(60)
     set_timeout(TIMEOUT)

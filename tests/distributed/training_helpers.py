@@ -21,7 +21,8 @@ from torch import Tensor
 from srde_ds.config import Config, resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import SRDEModel, SRDEOutput
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.output import SRDEOutput
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.helpers import tiny_llama
 

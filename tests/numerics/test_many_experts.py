@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from srde_ds.compose.combine import combine
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.export.moe import write_moe
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter import add_experts, load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.products import (

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.export.moe import write_moe
 from srde_ds.export.moe_config import WIDTH_MULTIPLE
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.adapter_source import open_adapter, select_experts
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.weights.file import save_weights
 from tests.convert_helpers import BASES, Trained, reload, save_base, smollm2, trained

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM
 from srde_ds.compose.combine import combine
 from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.export.dense import write_dense
 from srde_ds.export.moe import write_moe
 from srde_ds.export.weights import write_peft, write_weights
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.adapter_source import open_adapter, select_experts
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.reference import reference_forward

@@ -11,6 +11,7 @@ import pytest
 
 from srde_ds import Config, SRDEError, build_dataset, evaluate, generate, train
 from srde_ds.data.manifest import load_manifest
+from srde_ds.evaluation.options import EvaluateOptions
 from tests.cli_helpers import DOMAINS, POSITIONS, save_base, write_records
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import tiny_model
@@ -102,20 +103,49 @@ def test_what_evaluate_refuses() -> None:
         evaluate("run", "e.jsonl", max_samples=0)
 
 
+def test_the_length_of_an_answer_has_two_names() -> None:
+    seen: list[EvaluateOptions] = []
+    model, tokenizer = tiny_model(context=200), tiny_tokenizer()
+
+    def evaluated(options: EvaluateOptions) -> tuple[dict[str, Any], None]:
+        seen.append(options)
+        return {}, None
+
+    with (
+        patch("srde_ds.api.evaluate_weights", evaluated),
+        patch("srde_ds.api.generate_answer", side_effect=lambda *given: _Said(json.dumps(vars(given[3])))),
+    ):
+        both: list[dict[str, Any]] = [{"max_new_tokens": 7}, {"max_tokens": 7}, {"max_new_tokens": 7, "max_tokens": 7}]
+        for given in both:
+            evaluate("run", "e.jsonl", **given)
+            assert seen.pop().max_new_tokens == 7
+            assert json.loads(generate(model, tokenizer, "hi", **given))["max_new_tokens"] == 7
+        evaluate("run", "e.jsonl", max_tokens=None, output="figures.json")
+        assert (seen[0].weights, seen[0].max_new_tokens, seen.pop().output_file) == ("run", None, "figures.json")
+        message = "max_new_tokens=7 and max_tokens=8 are two names of one option with different values: give one"
+        with pytest.raises(SRDEError, match=message):
+            evaluate("run", "e.jsonl", max_new_tokens=7, max_tokens=8)
+        with pytest.raises(SRDEError, match=message):
+            generate(model, tokenizer, "hi", max_new_tokens=7, max_tokens=8)
+        with pytest.raises(SRDEError, match="weights='run' and checkpoint='other' are two names"):
+            evaluate("run", "e.jsonl", checkpoint="other")
+    assert not seen
+
+
 def test_generate_takes_a_question_or_a_conversation() -> None:
     model, tokenizer = tiny_model(context=200), tiny_tokenizer()
-    greedy: dict[str, Any] = {"max_tokens": 5, "temperature": 0}
+    greedy: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0}
     answer = generate(model, tokenizer, "hi", **greedy)
     assert answer == generate(model, tokenizer, [{"role": "user", "content": "hi"}], **greedy)
     sampled = [
-        generate(model, tokenizer, "hi", max_tokens=8, temperature=2.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)
+        generate(model, tokenizer, "hi", max_new_tokens=8, temperature=2.0, top_p=1.0, seed=seed) for seed in (1, 1, 2)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
-    with pytest.raises(SRDEError, match="max_tokens=0"):
-        generate(model, tokenizer, "hi", max_tokens=0)
+    with pytest.raises(SRDEError, match="max_new_tokens=0"):
+        generate(model, tokenizer, "hi", max_new_tokens=0)
     with patch("srde_ds.api.generate_answer", side_effect=lambda *given: _Said(json.dumps(vars(given[3])))):
-        assert json.loads(generate(model, tokenizer, "hi"))["max_tokens"] == 100  # half of the context
-        assert json.loads(generate(tiny_model(context=4096), tokenizer, "hi"))["max_tokens"] == 256
+        assert json.loads(generate(model, tokenizer, "hi"))["max_new_tokens"] == 100  # half of the context
+        assert json.loads(generate(tiny_model(context=4096), tokenizer, "hi"))["max_new_tokens"] == 256
 
 
 class _Said:

@@ -30,7 +30,7 @@ from tests.cli_helpers import fails
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, save_model, tiny_model
 
-EVERYTHING = Settings([0, 1, 2], None, True, temperature=0.0, top_p=1.0, max_tokens=8, seed=1)
+EVERYTHING = Settings([0, 1, 2], None, True, temperature=0.0, top_p=1.0, max_new_tokens=8, seed=1)
 NEEDS_GRADIO = "gradio is not installed: pip install srde-ds[pages]"
 HOSTILE = "<script>alert(1)</script> \"'&\x1b[31m${1+1}{{value}}"
 
@@ -201,7 +201,7 @@ def test_an_error_is_shown_and_the_next_question_answered(
 def test_a_stopped_answer_is_forgotten() -> None:
     page = _page()
     visit = page.visit()
-    growing = page.ask(visit, "hi", replace(EVERYTHING, max_tokens=200, temperature=2.0))
+    growing = page.ask(visit, "hi", replace(EVERYTHING, max_new_tokens=200, temperature=2.0))
     next(growing)
     next(growing)
     growing.close()  # type: ignore[attr-defined]

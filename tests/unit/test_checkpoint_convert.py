@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srde_ds.distributed.tensor_slice import TensorSlice
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter

@@ -21,7 +21,7 @@ from srde_ds.checkpoint.resume import (
     verify_checkpoint,
 )
 from srde_ds.checkpoint.shards import read_slices
-from srde_ds.distributed.tensor_slice import TensorSlice
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from tests.checkpoint_helpers import save, save_on_ranks
 

@@ -25,8 +25,8 @@ from srde_ds.checkpoint.resume import (
     verify_checkpoint,
 )
 from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
-from srde_ds.distributed.together import Collectives
 from srde_ds.errors import SRDEError
+from srde_ds.utils.together import Collectives
 from tests.checkpoint_helpers import (
     ALONE,
     SUPPORT,

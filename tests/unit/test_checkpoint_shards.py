@@ -18,7 +18,7 @@ from srde_ds.checkpoint.shards import (
     write_shard,
     write_tensors,
 )
-from srde_ds.distributed.tensor_slice import TensorSlice
+from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from tests.checkpoint_helpers import SHAPES, Tensors, blank, cut, make_tensors
 

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 from srde_ds.cli.main import main
 from srde_ds.compose.combine import combine
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.export.weights import write_weights
 from srde_ds.inference.load import load_model
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.weights.file import read_weights, save_weights
 from srde_ds.weights.origins import DomainStatistics

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from srde_ds.cli.main import main
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.export.dense import write_dense
 from srde_ds.export.moe import write_moe
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.merging import Rounding

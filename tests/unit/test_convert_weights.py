@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.adapter_source import open_adapter, select_experts
 from srde_ds.weights.file import read_metadata, save_weights
 from srde_ds.weights.locate import WEIGHTS
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens

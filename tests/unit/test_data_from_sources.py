@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from huggingface_hub import DatasetCard
 
 from srde_ds.cli.main import main
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
@@ -388,12 +389,10 @@ def test_the_command_builds_reports_and_tokenises_again(
     for name in ("lengths.png", "domains.png", "removals.png"):
         assert (work / "report" / name).read_bytes()[:4] == b"\x89PNG"
         assert f"]({name})" in (work / "report" / "report.md").read_text()
-    card = (work / "README.md").read_text()
-    assert (
-        card.startswith("---\nlicense: other\n")
-        and "| sums | math | jsonl" in card
-        and "data_files: data.jsonl" in card
-    )
+    card = DatasetCard.load(work / "README.md")  # as the Hub reads it
+    assert (card.data.license, card.data.tags) == ("other", ["srde", "math", "logic"])
+    assert card.data.configs == [{"config_name": "default", "data_files": "data.jsonl"}]
+    assert "| sums | math | jsonl" in card.text
     again = {"work_dir": str(work), "model_name": base, "max_length": "300", "sources_file": str(tmp_path / "own.yaml")}
     fails(capsys, ["build_dataset", *flags(again), "--skip_download"], "It was built with max_length=256, not 300")
     assert main(["build_dataset", *flags(again), "--skip_download", "--overwrite"]) == 0

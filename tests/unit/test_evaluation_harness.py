@@ -111,8 +111,10 @@ def test_the_harness_asks_the_model_with_its_experts(weights: Path, tasks: Path)
 def test_the_command_lines_default_device_will_do_without_a_gpu(weights: Path) -> None:
     from srde_ds.evaluation.harness import SRDEHarnessModel
 
-    base = str(weights.parents[1] / "base")
-    assert SRDEHarnessModel(str(weights), base=base, dtype="float32", device="cuda:0").device.type == "cpu"
+    model = SRDEHarnessModel(
+        weights=str(weights), base=str(weights.parents[1] / "base"), dtype="float32", device="cuda:0"
+    )
+    assert model.device.type == "cpu"
 
 
 def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +122,10 @@ def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.M
 
     with pytest.raises(SRDEError, match="dtype=int8: must be one of float32, bfloat16"):
         SRDEHarnessModel(str(weights), dtype="int8")
+    with pytest.raises(SRDEError, match="weights is missing"):
+        SRDEHarnessModel()
+    with pytest.raises(SRDEError, match="weights='v' and srde_weights='w' are two names of one option"):
+        SRDEHarnessModel("v", srde_weights="w")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SRDEError, match="one process"):
         SRDEHarnessModel(str(weights))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from srde_ds.utils.files import replacement, write_text
+from srde_ds.utils.files import new_files, output, replacement, write_text
 from srde_ds.utils.tables import aligned_table, markdown_table
 
 
@@ -34,6 +34,36 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     with pytest.raises(OSError), replacement(tmp_path / "folder") as path:
         path.mkdir()
     assert [p.name for p in (tmp_path / "folder").iterdir()] == ["a"] and os.listdir(tmp_path) == ["folder"]
+    with replacement(tmp_path / "folder", overwrite=True) as path:
+        path.mkdir()
+        (path / "b").touch()
+        assert (tmp_path / "folder" / "a").exists()
+    assert [p.name for p in (tmp_path / "folder").iterdir()] == ["b"] and os.listdir(tmp_path) == ["folder"]
+
+
+def test_several_files_appear_together(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyError), new_files(tmp_path) as folder:
+        (folder / "a").write_text("half")
+        raise KeyError
+    assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+    with new_files(tmp_path) as folder:
+        (folder / "a").write_text("new")
+        (folder / "b").touch()
+        assert (tmp_path / "a").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "a").read_text() == "new"
+
+
+def test_a_pipe_that_the_user_names_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for target in (tmp_path / "pipe", Path("/dev/null"), tmp_path / "file"):
+        with output(target) as path:
+            path.write_text("text")
+            assert (path == target) == (target.name != "file")
+    assert os.read(reader, 9) == b"text" and (tmp_path / "file").read_text() == "text"
+    assert (tmp_path / "pipe").is_fifo() and Path("/dev/null").is_char_device()
+    os.close(reader)
 
 
 def test_what_is_durable_is_synced_before_and_after_it_gets_its_name(

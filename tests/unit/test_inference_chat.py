@@ -150,7 +150,7 @@ def test_a_conversation_that_grew_too_long_goes_on() -> None:
 
 
 def _options(**changes: Any) -> InferenceOptions:
-    options: dict[str, Any] = {"weights": "", "base": None, "prompt": None, "interactive": False, "max_tokens": 5}
+    options: dict[str, Any] = {"weights": "", "base": None, "prompt": None, "interactive": False, "max_new_tokens": 5}
     options |= {"prompts_file": None, "output_file": None, "expert": None, "best_of_n": 1, "self_refine": 0}
     options |= {"batch_size": 2}
     options |= {"temperature": 0.0, "top_p": 1.0, "stream": False, "show_routing": False, "bf16": False, "seed": 0}
@@ -190,8 +190,8 @@ def test_the_longest_answer_follows_from_the_context(tmp_path: Path) -> None:
 
     for given, expected in ((None, 128), (3, 3)):  # the context is 256
         with patch("srde_ds.inference.command.generate", generate):
-            inference_command(_options(weights=weights, prompt="hi", max_tokens=given))
-        assert seen.pop().max_tokens == expected
+            inference_command(_options(weights=weights, prompt="hi", max_new_tokens=given))
+        assert seen.pop().max_new_tokens == expected
     assert answer_length(tiny_model(context=4096), 256) == 256
 
 

@@ -114,11 +114,11 @@ def test_routing_is_shown_for_prompt_and_answer() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": float("nan")}, "top_p=nan"),
-        ({"max_tokens": 250}, "context of 256"),
+        ({"max_new_tokens": 250}, "context of 256"),
     ],
 )
 def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:

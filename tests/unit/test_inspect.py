@@ -13,8 +13,8 @@ import torch
 from srde_ds.cli.main import main
 from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter, select_experts
 from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.adapter_source import open_adapter, select_experts
 from srde_ds.weights.file import AdapterMetadata, read_weights, save_weights
 from srde_ds.weights.locate import WEIGHTS
 from srde_ds.weights.origins import DomainStatistics, Origins

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.weights import weights_file
-from srde_ds.model.adapter import load_adapter
-from srde_ds.weights.file import read_metadata, save_weights
+from srde_ds.export.weights import export_weights, write_peft
+from srde_ds.model.adapter import SRDEModel, load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.weights.locate import WEIGHTS, WeightsLocation, locate_weights, run_folder
-from tests.helpers import randomize, tiny_llama, tiny_srde
+from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
 from tests.unit.test_checkpoint_convert import save_model
 
 
@@ -30,7 +31,6 @@ def test_files_and_folders_with_weights(tmp_path: Path) -> None:
     for place in (file, tmp_path):
         assert locate_weights(place) == WeightsLocation("file", file, tmp_path, None)
         assert run_folder(place) == tmp_path
-    assert locate_weights(file).file() == file
 
 
 def test_weights_older_than_the_latest_checkpoint_are_not_taken(tmp_path: Path) -> None:
@@ -51,7 +51,9 @@ def test_weights_older_than_the_latest_checkpoint_are_not_taken(tmp_path: Path) 
         locate_weights(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     assert locate_weights(tmp_path) == training
-    with pytest.raises(SRDEError, match=f"there is no {WEIGHTS} of a finished run.*srde-ds convert --checkpoint"):
+    with pytest.raises(
+        SRDEError, match=r"weights=.*'checkpoint-9', but there is no folder.*no good checkpoint.*train first"
+    ):
         load_adapter(tmp_path, base=tiny_llama())
 
 
@@ -67,21 +69,40 @@ def test_a_checkpoint_is_known_by_its_name_or_its_manifest(tmp_path: Path) -> No
     assert locate_weights(renamed) == WeightsLocation("checkpoint", renamed, None, None)
 
 
-def test_a_checkpoint_is_converted_for_as_long_as_it_is_needed(tmp_path: Path) -> None:
-    model = randomize(tiny_srde())
-    folder = save_model(model, tmp_path)
-    for place in (folder, tmp_path):
-        with weights_file(place) as path:
-            assert read_metadata(path) == model.metadata() and path.parent not in (folder, tmp_path)
-        assert not path.exists()
-    save_weights(tmp_path / "file", model.adapter_tensors(), model.metadata())
-    with weights_file(tmp_path / "file") as path:
-        assert path == tmp_path / "file"
-    assert path.exists()
+@pytest.mark.parametrize("kind", ["checkpoint", "unfinished run", "finished run", "file", "PEFT folder", "Hub"])
+def test_python_takes_every_kind_of_weights(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, revision = randomize(tiny_srde()), None
+    checkpoint = save_model(model, make_run(tmp_path))  # whose weights file is empty until the run is finished
+    place, run = tmp_path, tmp_path
+    if kind == "checkpoint":
+        place = checkpoint
+    elif kind == "PEFT folder":
+        place = run = write_peft(open_adapter(checkpoint), tmp_path / "peft", dtype=None)
+    elif kind != "unfinished run":
+        export_weights(checkpoint, tmp_path / WEIGHTS)
+        (tmp_path / "completed.json").write_text("{}")
+    if kind == "file":
+        place = tmp_path / WEIGHTS
+    elif kind == "Hub":
+        place, revision = Path("somebody/something"), "v2"
+        found = {("somebody/something", WEIGHTS, revision): str(tmp_path / WEIGHTS)}
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *name, revision: found[*name, revision])
+    expected, before = model(tokens()).logits, sorted(tmp_path.rglob("*"))
+    for loaded in (
+        load_adapter(place, base=tiny_llama(), revision=revision),
+        SRDEModel.from_pretrained(tiny_llama(), place, revision=revision),
+        load_adapter(open_adapter(place, revision=revision), base=tiny_llama()),
+    ):
+        assert torch.equal(loaded(tokens()).logits, expected)
+        assert loaded.run_folder == (run if kind not in ("PEFT folder", "Hub") else None)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is converted on the disk
+
+
+def test_weights_without_a_checkpoint_are_named(tmp_path: Path) -> None:
+    save_model(randomize(tiny_srde()), tmp_path)
     (tmp_path / "latest").write_text("checkpoint-9")
-    message = r"weights=.*'checkpoint-9', but there is no folder.*give it as --weights"
-    with pytest.raises(SRDEError, match=message), weights_file(tmp_path):
-        pass
+    with pytest.raises(SRDEError, match=r"weights=.*'checkpoint-9', but there is no folder.*give it as --weights"):
+        SRDEModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ from transformers import LlamaForCausalLM
 from srde_ds.cli.main import main
 from srde_ds.compose import train_routers
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.base_files import BaseFiles
 from srde_ds.peft.statistics import measure_domains
 from srde_ds.weights.file import read_metadata

@@ -13,9 +13,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from srde_ds.cli.main import main
 from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.export.weights import write_peft, write_weights
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.weights.file import read_metadata, save_weights
 from srde_ds.weights.locate import WEIGHTS, WeightsLocation, locate_weights
 from srde_ds.weights.origins import DomainStatistics

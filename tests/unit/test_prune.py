@@ -20,12 +20,12 @@ from srde_ds.checkpoint.resume import (
     verify_checkpoint,
 )
 from srde_ds.checkpoint.shards import ShardIndex
-from srde_ds.distributed.together import Collectives
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.merging import expert_delta
+from srde_ds.utils.together import Collectives
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.schema import support_hash
 from tests.checkpoint_helpers import ALONE, cut, names, on_ranks, save

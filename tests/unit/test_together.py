@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from srde_ds.distributed import together as module
-from srde_ds.distributed.together import Collectives, on_main_rank, together
 from srde_ds.errors import SRDEError
 from srde_ds.training.run import Observer, Run, observed
+from srde_ds.utils import together as module
+from srde_ds.utils.together import Collectives, on_main_rank, together
 from tests.checkpoint_helpers import on_ranks
 
 

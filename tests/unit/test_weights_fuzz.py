@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.adapter_source import open_adapter
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.adapter_source import open_adapter
 from srde_ds.weights.file import read_weights, save_weights
 from srde_ds.weights.schema import support_hash
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens

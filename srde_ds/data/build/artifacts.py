@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import replacement, write_text
 
 Work = Callable[..., dict[str, Any]]
 """`work(path, **arguments)` writes the file `path` and returns figures that JSON can hold. A module-level function."""
@@ -177,15 +178,11 @@ def _done(path: Path) -> bool:
 
 
 def _make(work: Work, path: Path, arguments: dict[str, Any]) -> None:
-    half = path.with_suffix(f".{os.getpid()}.tmp")
     started = time.process_time()
-    try:
+    with replacement(path, many_writers=True) as half:
         figures = work(half, **arguments) | {"file_bytes": half.stat().st_size}
-        half.replace(path)
-        half.write_text(json.dumps(figures | {"cpu_seconds": time.process_time() - started}))
-        half.replace(_figures(path))
-    finally:
-        half.unlink(missing_ok=True)
+    figures["cpu_seconds"] = time.process_time() - started
+    write_text(_figures(path), json.dumps(figures), many_writers=True)
 
 
 def _start_worker(initialize: Callable[[], None] | None) -> None:

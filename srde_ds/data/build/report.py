@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import DatasetCardData
 
 from srde_ds.data.build.options import BuildSummary
 from srde_ds.data.build.outputs import CARD, JSONL
@@ -26,7 +26,7 @@ from srde_ds.data.conversation import all_text
 from srde_ds.data.manifest import Manifest, counts_of, counts_table, uneven_responses
 from srde_ds.pages.render import render
 from srde_ds.utils.escape import markdown, markdown_code, terminal
-from srde_ds.utils.files import write_text
+from srde_ds.utils.files import new_files, write_text
 from srde_ds.utils.tables import markdown_table
 
 _LONGEST_QUOTE = 600
@@ -40,12 +40,14 @@ def write_report(work_dir: Path, build: BuildSummary, manifest: Manifest | None)
     """
     folder = work_dir / "report"
     folder.mkdir(exist_ok=True)
-    plot_domains(build, folder / "domains.png")
-    plot_removals(build, RULES, folder / "removals.png")
-    if manifest is not None:
-        plot_lengths(build, folder / "lengths.png")
-    write_text(folder / "report.md", _report(build, manifest))
-    write_text(folder / "report.html", render(build_page(work_dir.resolve().name, build, manifest)))
+    with new_files(folder) as partial:
+        plot_domains(build, partial / "domains.png")
+        plot_removals(build, RULES, partial / "removals.png")
+        if manifest is not None:
+            plot_lengths(build, partial / "lengths.png")
+        (partial / "report.md").write_text(_report(build, manifest), encoding="utf-8")
+        page = render(build_page(work_dir.resolve().name, build, manifest))
+        (partial / "report.html").write_text(page, encoding="utf-8")
     write_text(work_dir / CARD, _card(build, manifest))
     return folder / "report.md"
 
@@ -86,14 +88,14 @@ def _report(build: BuildSummary, manifest: Manifest | None) -> str:
 
 def _card(build: BuildSummary, manifest: Manifest | None) -> str:
     documents = sum(figures["documents"] for figures in build.domains.values())
-    header = {
-        "license": "other",
-        "task_categories": ["text-generation"],
-        "tags": ["srde", *build.domains],
-        "configs": [{"config_name": "default", "data_files": JSONL}],
-    }
+    header = DatasetCardData(
+        license="other",
+        task_categories=["text-generation"],
+        tags=["srde", *build.domains],
+        configs=[{"config_name": "default", "data_files": JSONL}],
+    )
     sections = [
-        f"---\n{yaml.safe_dump(header, sort_keys=False).strip()}\n---",
+        f"---\n{header.to_yaml()}\n---",
         "# Dataset card",
         f"{documents:,} conversations in {len(build.domains)} domains, made by `srde-ds build_dataset`. Each line of "
         f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (its origin), and "

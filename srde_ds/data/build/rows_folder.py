@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from srde_ds.data.manifest import FILE_NAME, DomainCounts, Manifest
 from srde_ds.data.records import SPLITS
 from srde_ds.data.rows import write_split
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import replacement
 
 
 @dataclass(frozen=True)
@@ -57,26 +57,19 @@ def write_rows(
                 f"'{made_from[split][0]}': all {count.documents} documents of domain '{domain}' are longer than "
                 f"max_length={manifest.max_length}: raise max_length, or give --too_long truncate."
             )
-    with store.timed("write"):
-        building = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(building, ignore_errors=True)
-        try:
-            for split in SPLITS:
-                files = [packed[place] for place in places if place[0] == split]
-                if any(count.rows for place, count in counts.items() if place[0] == split):
-                    manifest.splits[split] = write_split(
-                        building / split,
-                        [artifact.path for artifact in files],
-                        made_from=made_from[split],
-                        counts={domain: count for (of, domain), count in counts.items() if of == split},
-                        digests=[artifact.figures["digest"] for artifact in files],
-                        max_length=manifest.max_length,
-                    )
-            (building / FILE_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            building.rename(folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+    with store.timed("write"), replacement(folder, overwrite=True) as building:
+        for split in SPLITS:
+            files = [packed[place] for place in places if place[0] == split]
+            if any(count.rows for place, count in counts.items() if place[0] == split):
+                manifest.splits[split] = write_split(
+                    building / split,
+                    [artifact.path for artifact in files],
+                    made_from=made_from[split],
+                    counts={domain: count for (of, domain), count in counts.items() if of == split},
+                    digests=[artifact.figures["digest"] for artifact in files],
+                    max_length=manifest.max_length,
+                )
+        (building / FILE_NAME).write_text(json.dumps(manifest.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _packing(domain: str, documents: Documents, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from typing import Any
 from srde_ds.config import DOMAINS
 from srde_ds.data.synthetic.science import SCIENCE
 from srde_ds.errors import SRDEError, nearest
+from srde_ds.utils.files import write_text
 
 Phrase = Callable[[dict[str, Any]], tuple[str, str]]
 """An item of reasoning-gym as (prompt, answer)."""
@@ -237,7 +238,7 @@ def write_quickstart_data(
     random.Random(f"{seed}/train").shuffle(train)
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
     for path, items in zip(paths, (train, held_out), strict=True):
-        path.write_text("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items), encoding="utf-8")
+        write_text(path, "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items))
     return paths
 
 

@@ -103,7 +103,9 @@ def chat_blocks(page: ChatPage, *, title: str) -> gr.Blocks:
                     info="0 takes the likeliest token.",
                 )
                 top_p = gr.Slider(min(0.05, sampling.top_p), 1.0, sampling.top_p, step=0.05, label="Top p")
-                longest = gr.Slider(1, context_length(page.model), sampling.max_tokens, step=1, label="Longest answer")
+                longest = gr.Slider(
+                    1, context_length(page.model), sampling.max_new_tokens, step=1, label="Longest answer"
+                )
                 seed = gr.Number(
                     page.seed, precision=0, minimum=0, label="Seed", info="Empty: another answer each time."
                 )

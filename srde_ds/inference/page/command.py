@@ -38,7 +38,7 @@ def chat_command(options: ChatOptions) -> None:
     with listening(options.host, options.port) as listener:
         base = {"base": options.base, "allow_download": options.allow_download}
         model, tokenizer = load_model(options.weights, bf16=options.bf16, **base)  # type: ignore[arg-type]
-        longest = answer_length(model, MAX_TOKENS) if options.max_tokens is None else options.max_tokens
+        longest = answer_length(model, MAX_TOKENS) if options.max_new_tokens is None else options.max_new_tokens
         sampling = Sampling(longest, options.temperature, options.top_p)
         page = ChatPage(model, tokenizer, sampling, seed=options.seed)
         server = chat_server(page, title=f"{options.weights} on {model.base_identity['name']}", password=password)

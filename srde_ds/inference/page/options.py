@@ -27,11 +27,11 @@ class ChatOptions:
         "printed)",
         metavar="FILE",
     )
-    max_tokens: int | None = option(
+    max_new_tokens: int | None = option(
         None,
         "longest answer, in tokens; this and the next three can be changed on the page",
         metavar="TOKENS",
-        aliases=("max_new_tokens",),
+        aliases=("max_tokens",),
         minimum=1,
         derived="256, at most half of the base's context",
     )

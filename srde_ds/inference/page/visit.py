@@ -37,7 +37,7 @@ class Settings:
     base_beside: bool
     temperature: float
     top_p: float
-    max_tokens: int
+    max_new_tokens: int
     seed: int | None
 
 
@@ -126,7 +126,7 @@ class ChatPage:
             raise SRDEError("All experts are switched off: switch at least one on.")
         names = [self.names[number] for number in sorted(chosen)]
         return AnswerOptions(
-            Sampling(settings.max_tokens, settings.temperature, settings.top_p),
+            Sampling(settings.max_new_tokens, settings.temperature, settings.top_p),
             show_routing=True,
             base_beside=settings.base_beside,
             experts=None if len(names) == len(self.names) else names,

@@ -19,13 +19,13 @@ from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, broadcast_from_main, gather_to_main
-from srde_ds.distributed.together import on_main_rank
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
 from srde_ds.training.warm_start.clustering import Method, RouterFit, fit_router
 from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens, special_token_ids
+from srde_ds.utils.together import on_main_rank
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from srde_ds.cli.main import main
-from srde_ds.model.adapter import SRDEModel, SRDEOutput
+from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.output import SRDEOutput
 from srde_ds.training import consistency
 from srde_ds.utils.environment import package_versions
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from srde_ds.checkpoint.prune import PrunedLayers
 from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load_run_state
@@ -39,11 +40,13 @@ class AdapterSource:
 
     Attributes:
         place: the adapter's file or folder, for messages.
+        run: folder of the training run that it comes from; None: it comes from elsewhere.
     """
 
     place: Path
     metadata: AdapterMetadata
     tensors: dict[str, LazyTensor]
+    run: Path | None = None
 
     @property
     def num_layers(self) -> int:
@@ -85,11 +88,18 @@ class AdapterSource:
         neurons, delta = (self.tensors[f"layers.{layer}.{part}"].load() for part in (NEURONS, SHARED_DELTA))
         return neurons, delta.float()
 
-    def check_fits(self, base: BaseFiles) -> None:
-        """Raise an SRDEError if the experts were trained on another base, or reach beyond this one's weights."""
-        check_base(base, self.metadata.base, self.place)
-        base.check_shapes()
-        check_fits_base(self.metadata.config, self.tensors, block_shapes(base.empty), self.place)
+    def check_fits(self, base: PreTrainedModel | BaseFiles) -> dict[str, str | int]:
+        """Check that these experts fit a base, and return its identity, see `check_base`.
+
+        Raises:
+            SRDEError: they were trained on another base, or reach beyond this one's weights.
+        """
+        identity = check_base(base, self.metadata.base, self.place)
+        if isinstance(base, BaseFiles):
+            base.check_shapes()
+            base = base.empty
+        check_fits_base(self.metadata.config, self.tensors, block_shapes(base), self.place)
+        return identity
 
     def selection_biases(self) -> list[int]:
         """The layers whose routers have a nonzero selection bias."""
@@ -97,8 +107,8 @@ class AdapterSource:
         return sorted(int(name.split(".")[1]) for name, tensor in biases.items() if bool(tensor.load().any()))
 
 
-def open_adapter(place: str | Path) -> AdapterSource:
-    """The adapter that `place` names, see `locate_weights`.
+def open_adapter(place: str | Path, *, revision: str | None = None) -> AdapterSource:
+    """The adapter that `place` names, for every verb and for Python; for the arguments see `locate_weights`.
 
     If supports are still being learned, it takes the best candidates, which count in eval mode. Their number follows
     from the configuration of the base that the checkpoint names.
@@ -107,11 +117,12 @@ def open_adapter(place: str | Path) -> AdapterSource:
         SRDEError: it does not exist or is damaged (see `weights.schema`), or supports are being learned and the base is
             not found.
     """
-    location = locate_weights(place)
+    location = locate_weights(place, revision=revision)
     if location.kind == "checkpoint":
-        return checkpoint_adapter(find_checkpoint(location.path, location.path, field="weights"))
+        found = checkpoint_adapter(find_checkpoint(location.path, location.path, field="weights"))
+        return replace(found, run=location.run)
     file = read_weights(location.path)
-    return AdapterSource(file.path, file.metadata, file.tensors)
+    return AdapterSource(file.path, file.metadata, file.tensors, location.run)
 
 
 def checkpoint_adapter(folder: Path) -> AdapterSource:
