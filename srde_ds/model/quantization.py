@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
@@ -13,7 +14,7 @@ from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from srde_ds.config import ModelConfig
 from srde_ds.errors import SRDEError
-from srde_ds.model.float8 import Float8Linear
+from srde_ds.model.float8 import Float8Linear, check_device, check_sizes
 
 log = logging.getLogger(__name__)
 
@@ -76,11 +77,23 @@ def packing_of(name: str, quantization: str, config: PretrainedConfig) -> Packin
     return Packing(4, bool(own.get("bnb_4bit_use_double_quant"))) if own.get("load_in_4bit") else None
 
 
-def check_package(config: ModelConfig, packing: Packing | None) -> None:
-    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded or used."""
-    if packing == PACKINGS["fp8"] and not config.bf16:
-        raise SRDEError("base_quantization=fp8 with bf16=false: products in FP8 give bfloat16. Leave --bf16 false out.")
-    if packing is not None and not packing.own and find_spec("bitsandbytes") is None:
+def check_quantized(config: ModelConfig, packing: Packing | None, shapes: Iterable[tuple[int, int]]) -> None:
+    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded or used here.
+
+    Args:
+        shapes: `(out, in)` of its linear maps.
+    """
+    if packing is None:
+        return
+    if packing.own:
+        if not config.bf16:
+            raise SRDEError(
+                "base_quantization=fp8 with bf16=false: products in FP8 give bfloat16. Leave --bf16 false out."
+            )
+        check_sizes(shapes)
+        if torch.cuda.is_available():
+            check_device(torch.device("cuda"))
+    elif find_spec("bitsandbytes") is None:
         raise SRDEError(
             f"base_quantization={config.base_quantization}, model_name={config.model_name!r}: a base in {packing.bits} "
             "bits needs package 'bitsandbytes'. Install it with pip install 'srde-ds[quantized]', or give a plain base "

@@ -14,6 +14,7 @@ from __future__ import annotations
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.head import chunk_rows
+from srde_ds.model.quantization import Packing
 from srde_ds.model.supports.selection import shared_expert_size, support_size, touched_neurons, value_count
 
 FP32, INT64 = 4, 8
@@ -65,8 +66,10 @@ def kept_despite_recompute(work: Workload, layer: LayerShape) -> float:
     return work.tokens * (2 * layer.hidden + layer.intermediate) * work.width
 
 
-def dequantized_weight(layer: LayerShape, width: int) -> float:
-    """Bytes of the largest matrix in the dtype of the products, as which the backward reads each quantised one."""
+def dequantized_weight(layer: LayerShape, packing: Packing, width: int) -> float:
+    """Bytes of the largest matrix as the backward reads each quantised one: in the dtype of the products, or in FP8
+    transposed."""
+    width = 1 if packing.own else width
     return max(layer.matrix, layer.hidden * layer.query) * width
 
 

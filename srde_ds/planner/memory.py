@@ -128,7 +128,7 @@ def _moments(work: Workload, shape: BaseShape, schedule: Schedule, labelled: flo
         whole = layer_activations(work, layer, transport, first=first)
         working = {"gradients at work": layer_gradients(work, layer, whole["experts"])}
         if shape.packing is not None:
-            working["dequantised weight"] = dequantized_weight(layer, width)
+            working["dequantised weight"] = dequantized_weight(layer, shape.packing, width)
         again: dict[str, float] = {}
         if recomputed == "none":
             kept.update(whole)

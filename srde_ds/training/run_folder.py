@@ -26,7 +26,7 @@ from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
-from srde_ds.model.quantization import check_package
+from srde_ds.model.quantization import check_quantized
 from srde_ds.training.changed_options import changes
 from srde_ds.training.reporting.metrics import load_trackers
 from srde_ds.training.run_inputs import check_start
@@ -50,7 +50,7 @@ def check_inputs(config: Config) -> None:
     data = config.data
     shape = base_shape(config)
     check_whole(config.parallel, shape, launched_world_size())
-    check_package(config.model, shape.packing)
+    check_quantized(config.model, shape.packing, shape.linear)
     Schedule.of(config).check()
     check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
@@ -83,7 +83,7 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     check_whole(config.parallel, shape, launched_world_size())
-    check_package(config.model, shape.packing)
+    check_quantized(config.model, shape.packing, shape.linear)
     Schedule.of(config).check()
     check_start(config)
     if config.data.domain_weights:

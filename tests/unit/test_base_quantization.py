@@ -19,7 +19,7 @@ from srde_ds.model import quantization
 from srde_ds.model.base import load_base
 from srde_ds.model.base_shape import base_shape, check_whole
 from srde_ds.model.float8 import Float8Linear
-from srde_ds.model.quantization import PACKINGS, Packing, check_package
+from srde_ds.model.quantization import PACKINGS, Packing, check_quantized
 from srde_ds.planner import settle as settling
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.memory import memory
@@ -100,6 +100,10 @@ def test_what_it_saves_of_a_base_of_14_b() -> None:
     # A matrix is dequantised as the backward reads it, and those in 8 bits keep their inputs.
     moments = [sizes[kind].moments["backward of layer 0"] for kind in ("none", "nf4", "int8")]
     assert moments[1].pop("dequantised weight") == moments[2].pop("dequantised weight") == 2 * 5120 * 16384
+    own = run(MINISTRAL, "fp8", **options)
+    in_fp8 = memory(Workload.of(own, 1), base_shape(own))
+    assert in_fp8.states["whole base"] == sizes["int8"].states["whole base"]
+    assert in_fp8.moments["backward of layer 0"] == moments[0] | {"dequantised weight": 5120 * 16384}
     assert moments[0] == moments[1] and moments[2]["feed-forward"] == moments[0]["feed-forward"] + 2 * 2048 * 16384
 
 
@@ -135,6 +139,6 @@ def test_it_is_resident_on_several_processes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    check_package(run(MINISTRAL, "none").model, None)
+    check_quantized(run(MINISTRAL, "none").model, None, [])
     with pytest.raises(SRDEError, match=r"base_quantization=nf4, model_name=.*a base in 4 bits needs package 'bitsan"):
-        check_package(run(MINISTRAL).model, PACKINGS["nf4"])
+        check_quantized(run(MINISTRAL).model, PACKINGS["nf4"], [])

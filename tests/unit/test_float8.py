@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import base_identity, load_base
-from srde_ds.model.float8 import LARGEST, Float8Linear, check_device, check_sizes, rowwise
-from srde_ds.model.quantization import PACKINGS, check_package, dense_weight
+from srde_ds.model.float8 import LARGEST, Float8Linear, check_device, rowwise
+from srde_ds.model.quantization import PACKINGS, check_quantized, dense_weight
 from tests.helpers import adapter_config, randomize, tiny_llama, tokens
 from tests.unit.test_base_quantization import MINISTRAL, run
 
@@ -72,12 +72,11 @@ def test_experts_on_such_a_base_fit_the_plain_one(tmp_path: Path) -> None:
 
 
 def test_what_the_products_do_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_sizes([(32, 64), (16, 16)])
     with pytest.raises(SRDEError, match="base_quantization=fp8: the base maps 40 values to 64, .* multiples of 16"):
-        check_sizes([(32, 64), (64, 40)])
+        check_quantized(run(MINISTRAL, "fp8").model, PACKINGS["fp8"], [(32, 64), (64, 40)])
     with pytest.raises(SRDEError, match="base_quantization=fp8 with bf16=false: .* Leave --bf16 false out"):
-        check_package(run(MINISTRAL, "fp8", bf16=False).model, PACKINGS["fp8"])
-    check_package(run(MINISTRAL, "fp8").model, PACKINGS["fp8"])
+        check_quantized(run(MINISTRAL, "fp8", bf16=False).model, PACKINGS["fp8"], [])
+    check_quantized(run(MINISTRAL, "fp8").model, PACKINGS["fp8"], [(32, 64), (16, 16)])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     for capability in ((8, 0), (8, 9)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
