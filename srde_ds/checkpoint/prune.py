@@ -31,7 +31,7 @@ _one_layer = threading.Lock()
 
 
 def prune_checkpoint(
-    folder: str | Path, density: float, *, ranks: Ranks, keep: int, base: str | Path | None = None
+    folder: str | Path, density: float, *, ranks: Ranks, keep: int, base: ModelConfig | None = None
 ) -> Path:
     """Replace `checkpoint-<step>` by one of the same step whose supports have `density`. Every rank calls this.
 
@@ -46,8 +46,8 @@ def prune_checkpoint(
     Args:
         ranks: the ranks that call this.
         keep: number of checkpoints to keep in the run's folder, including this one, which becomes the latest.
-        base: Hub id or folder of the base, whose configuration gives the supports' sizes; default: the base that the
-            checkpoint names.
+        base: names the base, whose configuration gives the supports' sizes; default: the base that the checkpoint
+            names.
 
     Returns:
         The new checkpoint: `checkpoint-<step>` beside `folder`.
@@ -89,7 +89,7 @@ class PrunedLayers:
         SRDEError: the checkpoint holds no adapter, or the base is missing or not the one that it was made with.
     """
 
-    def __init__(self, folder: Path, density: float, base: str | Path | None = None) -> None:
+    def __init__(self, folder: Path, density: float, base: ModelConfig | None = None) -> None:
         self.folder, self.index = folder, ShardIndex(folder)
         state = load_run_state(folder)
         if "adapter" not in state:
@@ -98,8 +98,8 @@ class PrunedLayers:
         before = metadata.config
         after = replace(before, density=checked(before, "density", density))
         self.metadata = replace(metadata, config=after)
-        base = base or metadata.model_name
-        shapes = measure(ModelConfig(model_name=str(base))).blocks
+        base = base or ModelConfig(model_name=str(metadata.model_name))
+        shapes = measure(base).blocks
         self.old_sizes = [support_size(before, hidden, intermediate) for hidden, intermediate in shapes]
         self.sizes = [support_size(after, hidden, intermediate) for hidden, intermediate in shapes]
         with open_tensors(folder / COMMON) as file:
@@ -108,7 +108,8 @@ class PrunedLayers:
         if saved_sizes != {_support_name(layer): size for layer, size in enumerate(self.old_sizes)}:
             raise SRDEError(
                 f"checkpoint '{folder}': its supports have {sorted(set(saved_sizes.values()))} entries, but with base "
-                f"'{base}' they would have {sorted(set(self.old_sizes))}. Give the base that it was made with."
+                f"'{base.model_name}' they would have {sorted(set(self.old_sizes))}. Give the base that it was "
+                "made with."
             )
 
     def positions(self, layer: int) -> Tensor:
@@ -155,7 +156,7 @@ def _step_and_ranks(source: Path) -> tuple[int, int]:
     return manifest["step"], manifest["world_size"]
 
 
-def _content(source: Path, density: float, base: str | Path | None, rank: int, ranks: int) -> dict[str, Any]:
+def _content(source: Path, density: float, base: ModelConfig | None, rank: int, ranks: int) -> dict[str, Any]:
     """The content that a rank saves; see `CheckpointSaver.start`."""
     if rank == 0:
         verify_checkpoint(source)

@@ -67,7 +67,7 @@ class Engines:
             density,
             ranks=self.topology,
             keep=self.config.training.save_total_limit,
-            base=self.config.model.model_name,
+            base=self.config.model,
         )
         self.state.engine.close()
         del self.state.engine

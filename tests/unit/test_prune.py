@@ -20,6 +20,7 @@ from srde_ds.checkpoint.resume import (
     verify_checkpoint,
 )
 from srde_ds.checkpoint.shards import ShardIndex
+from srde_ds.config import ModelConfig
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.model.adapter import SRDEModel, load_adapter
@@ -324,15 +325,15 @@ def test_another_base_is_refused(base: Path, tmp_path: Path) -> None:
     folder = save_run(unpruned(base), tmp_path / "run")
     tiny_llama(intermediate_size=64).save_pretrained(tmp_path / "other")
     with pytest.raises(SRDEError, match=r"supports have \[12\] entries, but with base .*other' they would have \[8\]"):
-        prune(folder, base=tmp_path / "other")
+        prune(folder, base=ModelConfig(model_name=str(tmp_path / "other")))
     with pytest.raises(SRDEError, match="cannot load the model"):
-        prune(folder, base=tmp_path / "nowhere")
+        prune(folder, base=ModelConfig(model_name=str(tmp_path / "nowhere")))
     assert_unpruned(tmp_path / "run")
     moved = base.rename(base.with_name("moved"))
     try:
         with pytest.raises(SRDEError, match="cannot load the model"):
             prune(folder)
-        assert density_of(prune(folder, base=moved)) == NEW
+        assert density_of(prune(folder, base=ModelConfig(model_name=str(moved)))) == NEW
     finally:
         moved.rename(base)
 
