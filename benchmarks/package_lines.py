@@ -20,7 +20,6 @@ REASONS = {
     "data": "real data: encodings, forms and columns of others' files, held-out splits, domain weights, faster packing",
     "distributed": "a resident base, decoder layers as leaf modules",
     "evaluation": "reports as pages, choices by likelihood, the sandbox of programs",
-    "export": "mixtures and GGUF with shared experts and blocks, what rounding loses",
     "inference": "batches, chat, one expert by the prompt, where tokens were sent",
     "liveness": "late ranks and lost hosts are named",
     "model": "shared experts, blocks, many experts, kernels, quantised bases, packed rows, loss without logits",
@@ -48,7 +47,12 @@ def lines_of(revision: str) -> Counter[str]:
 
 def table(before: Counter[str], now: Counter[str]) -> str:
     rows = [
-        [room.replace("__init__.py", "srde_ds itself"), f"{before[room]:,}", f"{now[room]:,}", REASONS.get(room, "")]
+        [
+            room.replace("__init__.py", "srde_ds itself"),
+            f"{before[room]:,}",
+            f"{now[room]:,}",
+            REASONS.get(room, "") if now[room] > before[room] else "",
+        ]
         for room in sorted(before | now, key=lambda room: before[room] - now[room])
     ]
     total = ["all", f"{before.total():,}", f"{now.total():,}", ""]
