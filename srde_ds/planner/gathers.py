@@ -62,8 +62,8 @@ class Weight:
 
 
 @dataclass(frozen=True)
-class Use:
-    """A module's forward or backward.
+class WeightUse:
+    """A module's forward or backward, which uses its weights.
 
     Attributes:
         moment: "forward", or the number of the layer whose backward it belongs to; the head counts as one more layer,
@@ -112,7 +112,7 @@ def gather_schedule(work: Workload, shape: BaseShape) -> Schedule:
     return _follow(trace, Schedule(weights, prefetched), limits["max_live_parameters"], limits["max_reuse_distance"])
 
 
-def _trace(work: Workload, shape: BaseShape, threshold: int) -> tuple[list[Use], list[Weight]]:
+def _trace(work: Workload, shape: BaseShape, threshold: int) -> tuple[list[WeightUse], list[Weight]]:
     """The uses of modules in a micro-step, in the order of transformers' decoders, and all weights that ZeRO holds.
 
     Modules without weights also count: DeepSpeed prefetches a bucket at each, but nothing inside of a layer.
@@ -124,23 +124,23 @@ def _trace(work: Workload, shape: BaseShape, threshold: int) -> tuple[list[Use],
         return weights[-1]
 
     checkpointing = work.recomputed == "full"
-    empty = Use(())
+    empty = WeightUse(())
 
-    def module(*values: int) -> Use:
-        return Use(() if work.whole_base else tuple(weight("base", n) for n in values))
+    def module(*values: int) -> WeightUse:
+        return WeightUse(() if work.whole_base else tuple(weight("base", n) for n in values))
 
-    def layer_of(layer: LayerShape) -> Use:
+    def layer_of(layer: LayerShape) -> WeightUse:
         attention = [n for own in layer.attention for n in own]
         # In the order in which transformers creates them and DeepSpeed prefetches.
         base = module(*attention, *[layer.matrix] * 3, *layer.norms)
         trained = [weight("trainables", t.values, t.ranks, t.stride) for t in layer_trainables(work, layer)]
-        return Use((*base.weights, *trained), layer=True)
+        return WeightUse((*base.weights, *trained), layer=True)
 
     embedding = module(shape.embedding)
     layers = list(map(layer_of, shape.layers))
     last = [*map(module, shape.last), module(shape.head) if shape.head else embedding]
-    decoder = Use((), within=tuple(w for use in (embedding, *layers, *last[:-1]) for w in use.weights))
-    model = Use((), within=tuple(weights))  # with experts, and the base in it
+    decoder = WeightUse((), within=tuple(w for use in (embedding, *layers, *last[:-1]) for w in use.weights))
+    model = WeightUse((), within=tuple(weights))  # with experts, and the base in it
     trace = [model, model, decoder, embedding, empty, *layers, *last]
     trace += [replace(use, moment=len(layers)) for use in [model, model, last[-1], decoder, *reversed(last[:-1])]]
     for number, layer in reversed(list(enumerate(layers))):
@@ -169,7 +169,7 @@ class _Ahead:
         return self._passed[uses[again]] - self._passed[step + 1] if again < len(uses) else math.inf
 
 
-def _follow(trace: Sequence[Use], schedule: Schedule, most_live: int, reuse: int) -> Schedule:
+def _follow(trace: Sequence[WeightUse], schedule: Schedule, most_live: int, reuse: int) -> Schedule:
     """Fetch, prefetch and release as DeepSpeed does with a complete trace, and note it in the schedule."""
     queue = [(weight, step) for step, use in enumerate(trace) for weight in use.weights]
     after_layer = _Ahead([use.weights + use.within for use in trace])

@@ -74,6 +74,7 @@ class Times:
     """The time of an optimizer step, in seconds.
 
     Attributes:
+        compute: time of the computation alone.
         overlapped, exposed: time by part, for what runs beside the computation and for what it waits for.
     """
 
