@@ -24,6 +24,7 @@ from benchmarks.learning.data import Inputs
 from benchmarks.learning.measure import ByDomain, row_losses
 from benchmarks.learning.plan import Flags, Run
 from srde_ds.config import DOMAINS, AdapterConfig, Config, resolve
+from srde_ds.config.strategy import CALIBRATED
 from srde_ds.data.loader import RowStream
 from srde_ds.data.manifest import load_manifest
 from srde_ds.distributed.processes import Topology, start_processes
@@ -116,7 +117,7 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
     for part, needed in (("warm_start_samples", "warm_start"), ("density_prunings", "initial_density")):
         if not own.get(needed):
             own.pop(part, None)
-    if own.get("support_strategy") not in ("activation", "gradient"):
+    if own.get("support_strategy") not in CALIBRATED:
         own.pop("calibration_rows", None)
     return resolve({}, fixed | own)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from srde_ds.config.schema import Config, CurriculumConfig, SupportConfig
+from srde_ds.config.strategy import CALIBRATED, WITHOUT_DATA
 from srde_ds.errors import SRDEError, nearest
 
 # Keys of the curriculum that refine what another of its keys switches on.
@@ -98,7 +99,7 @@ def _check_start(config: Config) -> None:
     idle = {
         "preset": adapter.preset != "default",
         "initial_density": config.curriculum.initial_density is not None,
-        "support_strategy": adapter.support_strategy not in ("magnitude", "random"),
+        "support_strategy": adapter.support_strategy not in WITHOUT_DATA,
     }
     for key in (key for key, given in idle.items() if given):
         raise SRDEError(f"{key} with start_from={training.start_from}: its experts have supports. Leave --{key} out.")
@@ -150,7 +151,7 @@ def _check_curriculum(config: Config) -> None:
         unused = (getattr(CurriculumConfig, key), PAST_DEFAULTS.get(key))
         if value not in unused and not getattr(curriculum, needed):
             raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
-    strategy, calibrated = adapter.support_strategy, ("activation", "gradient")
+    strategy, calibrated = adapter.support_strategy, CALIBRATED
     if support.calibration_rows != SupportConfig.calibration_rows and strategy not in calibrated:
         raise SRDEError(
             f"calibration_rows={support.calibration_rows} with support_strategy={strategy}: only activation and "

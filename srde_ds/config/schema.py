@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from srde_ds.config.data_section import DataConfig
 from srde_ds.config.granularity import Granularity
+from srde_ds.config.strategy import Strategy
 from srde_ds.config.values import option
 
 
@@ -83,7 +84,7 @@ class AdapterConfig:
     granularity: Granularity = option(
         "neuron", "what an expert changes: neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
-    support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = option(
+    support_strategy: Strategy = option(
         "magnitude",
         "how the weights that may change are chosen: by |W|, at random, by |W| x |input| or |W x gradient| on "
         "calibration_rows, or learned",

@@ -10,6 +10,7 @@ from peft import PeftConfig, PeftType, TaskType
 
 from srde_ds.config import AdapterConfig, LossConfig, TrainingConfig
 from srde_ds.config.granularity import Granularity
+from srde_ds.config.strategy import WITHOUT_DATA, Strategy
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
 from srde_ds.model.attach import check_experts
@@ -25,7 +26,6 @@ SECTIONS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (TrainingConfig, ("seed",)),
 )
 """Sections of a run's configuration, each with the options that it shares with `SRDEConfig`"""
-FROM_DATA = ("activation", "gradient", "learned")  # values of support_strategy
 
 
 @dataclass
@@ -72,7 +72,7 @@ class SRDEConfig(PeftConfig):
     top_k: int = 2
     density: float = 0.01
     granularity: Granularity = "neuron"
-    support_strategy: Literal["magnitude", "random", "activation", "gradient", "learned"] = "magnitude"
+    support_strategy: Strategy = "magnitude"
     support_scope: Literal["shared", "per_expert"] = "shared"
     num_atoms: int = 0
     atom_mixing: Literal["linear", "softmax"] = "linear"
@@ -102,7 +102,7 @@ class SRDEConfig(PeftConfig):
                 f"metadata={shown(self.metadata)}: must be the text that the model fills in. Leave it out, or save the "
                 "adapter again with save_pretrained."
             )
-        if self.metadata is None and self.support_strategy in FROM_DATA:
+        if self.metadata is None and self.support_strategy not in WITHOUT_DATA:
             raise SRDEError(
                 f"support_strategy={self.support_strategy}: needs data, which PEFT does not pass to its methods. Use "
                 "magnitude or random, or train with srde-ds and convert the result."

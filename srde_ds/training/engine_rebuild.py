@@ -7,6 +7,7 @@ import gc
 
 from srde_ds.checkpoint.prune import prune_checkpoint
 from srde_ds.config import Config
+from srde_ds.config.strategy import CALIBRATED
 from srde_ds.distributed.engine import build_engine, build_model
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.parameter_table import parameter_table
@@ -33,7 +34,7 @@ class Engines:
     def build_first(self) -> None:
         """Build the engine of a new run, or of one that `resume_from` continues."""
         saved = self.state.find_saved()
-        calibrated = self.config.adapter.support_strategy in ("activation", "gradient")
+        calibrated = self.config.adapter.support_strategy in CALIBRATED
         if calibrated and not saved:
             # A domain without rows is refused before the base is read.
             choose_rows(Calibration.of(self.config), self.state.stream.rows)

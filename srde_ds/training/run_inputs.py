@@ -9,6 +9,7 @@ from typing import Any
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.checkpoint.resume import find_checkpoint, load_run_state
 from srde_ds.config import Config, RunInputs, TrainingConfig
+from srde_ds.config.strategy import WITHOUT_DATA
 from srde_ds.data.manifest import load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
@@ -113,7 +114,7 @@ def _started(place: str) -> dict[str, Any]:
         folder = find_checkpoint(location.path, location.path, field="start_from")
         metadata = AdapterMetadata.from_dict(load_run_state(folder).get("adapter"))
     options = {key: getattr(metadata.config, key) for key in (*FIXED, "top_k", "support_strategy")}
-    if options["support_strategy"] not in ("magnitude", "random"):  # supports of new experts are not chosen by data
+    if options["support_strategy"] not in WITHOUT_DATA:  # supports of new experts are not chosen by data
         options["support_strategy"] = "magnitude"
     return {"domains": metadata.expert_names} | options
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from srde_ds.config import AdapterConfig
 from srde_ds.config.granularity import BLOCK_SIDE, candidates, entry_weights
+from srde_ds.config.strategy import CALIBRATED, WITHOUT_DATA
 from srde_ds.errors import SRDEError
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.blocks import by_block
@@ -121,7 +122,7 @@ def _check_shared_expert(config: AdapterConfig, hidden: int, intermediate: int) 
             f"{given} with granularity={config.granularity}: a shared expert changes whole neurons. Leave "
             "it out, or give --granularity neuron."
         )
-    if config.support_strategy not in ("magnitude", "random"):
+    if config.support_strategy not in WITHOUT_DATA:
         raise SRDEError(
             f"{given} with support_strategy={config.support_strategy}: the shared expert's neurons are chosen before "
             "the data are read. Leave it out, or give --support_strategy magnitude."
@@ -166,8 +167,11 @@ def select_support(
         )
     elif config.support_strategy == "magnitude":
         support = ranking(magnitude_scores(config.granularity, *weights), count * size).view(count, size)
-    else:  # learned: candidates, the same for all experts; chosen by data: a placeholder until `training.calibration`
+    elif config.support_strategy in (*CALIBRATED, "learned"):
+        # Learned: candidates, the same for all experts. Chosen by data: a placeholder until `training.calibration`.
         support = ranking(magnitude_scores(config.granularity, *weights), size).expand(count, size)
+    else:
+        raise SRDEError(f"support_strategy={config.support_strategy}: nothing here chooses supports by it.")
     support = support.sort(dim=1).values.to(device="cpu", dtype=torch.int32)
     return support[0] if config.support_scope == "shared" else support
 
