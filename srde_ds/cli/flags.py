@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from srde_ds.config import Config, resolve
 from srde_ds.config.resolve import ReadInputs
-from srde_ds.config.values import BOOLEANS, checked, load_yaml
+from srde_ds.config.values import BOOLEANS, checked, load_yaml, same_option
 from srde_ds.errors import SRDEError, nearest
 
 READING = ("format", "columns", "ignore_columns", "domain", "encoding", "on_bad_record")
@@ -50,6 +50,7 @@ class Parser(argparse.ArgumentParser):
         self._rare: set[str] = set()
         self._everything = False
         self._booleans: set[str] = set()
+        self._by_name: dict[str, dict[str, str]] = {}  # of each option: the values that were given, by its names
         how: dict[str, Any] = {"action": _Help, "nargs": 0, "default": argparse.SUPPRESS}
         self.add_argument("-h", "--help", **how, help="show the common options and exit")
         self.add_argument("--help-all", **how, help="show all options and their aliases, and exit")
@@ -73,7 +74,7 @@ class Parser(argparse.ArgumentParser):
         group = self.add_argument_group(title) if title and chosen else self
         for field in chosen:
             flags = [f"--{name}" for name in (field.name, *field.metadata["aliases"])]
-            how: dict[str, Any] = {"metavar": _metavar(field, hints[field.name])}
+            how: dict[str, Any] = {"action": _Store, "metavar": _metavar(field, hints[field.name])}
             if hints[field.name] is bool:
                 how |= {"nargs": "?", "const": "true"}
                 self._booleans.update(flags)
@@ -92,7 +93,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--local_rank", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The given flags, as texts by option name."""
+        """The given flags, as texts by option name.
+
+        Raises:
+            SRDEError: a flag is unknown, or two names of an option have different values.
+        """
+        self._by_name = {}
         namespace, others = self.parse_known_args(list(self._separated(arguments)))
         given = vars(namespace)
         given.pop("local_rank", None)
@@ -152,6 +158,15 @@ class Parser(argparse.ArgumentParser):
 def _without_secrets(word: str) -> str:
     """The word, unless it is the URL of a webhook, which is a secret wherever it was put by mistake."""
     return word.partition("://")[0] + "://…" if "://" in word else word
+
+
+class _Store(argparse.Action):
+    """The last value of a flag, as in argparse, but for two names of one option with different values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        by_name = parser._by_name.setdefault(self.dest, {})
+        by_name[str(option_string).lstrip("-")] = values
+        setattr(namespace, self.dest, same_option(**by_name))
 
 
 class _Help(argparse.Action):

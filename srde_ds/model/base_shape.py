@@ -13,7 +13,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.attention import DOCUMENT_ATTENTION, takes_documents
 from srde_ds.model.base import base_configuration, block_shapes, decoder_layers, empty_base
 from srde_ds.model.head import has_plain_head
-from srde_ds.model.quantization import PACKINGS, Packing, packing_of
+from srde_ds.model.quantization import PACKINGS, Packing, check_float8, packing_of
 from srde_ds.model.supports.selection import check_support
 
 
@@ -99,9 +99,11 @@ def base_shape(config: Config) -> BaseShape:
     """The shape of a run's base, once it is clear that the base can serve the run.
 
     Raises:
-        SRDEError: see `measure`; or the base has no room for the supports, or rows are longer than its context.
+        SRDEError: see `measure`; or the base has no room for the supports, rows are longer than its context, or it is
+            to be in FP8 and cannot.
     """
     shape, length = measure(config.model), config.data.max_length
+    check_float8(config.model, shape.packing, shape.linear)
     largest = replace(config.adapter, density=config.curriculum.initial_density or config.adapter.density)
     for hidden, intermediate in set(shape.blocks):
         check_support(largest, hidden, intermediate)

@@ -174,9 +174,13 @@ class SRDEFeedForward(nn.Module):
 
     def _support_blocks(self) -> SupportBlocks:
         """Where the support's blocks are. It is found anew only for another support, because a GPU is waited for."""
-        support, version = self.support, 0 if self.support.is_inference() else self.support._version
-        if self._located is None or self._located[0] is not support or self._located[1] != version:
-            self._located = support, version, SupportBlocks.of(support, self.hidden, self.intermediate)
+        support = self.support
+        if support.is_inference():  # such a tensor does not record changes
+            return SupportBlocks.of(support, self.hidden, self.intermediate)
+        if self._located is None or self._located[0] is not support or self._located[1] != support._version:
+            with torch.inference_mode(False):  # a backward may save what is kept
+                blocks = SupportBlocks.of(support, self.hidden, self.intermediate)
+            self._located = support, support._version, blocks
         return self._located[2]
 
     def _dispatched(

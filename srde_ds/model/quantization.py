@@ -77,20 +77,24 @@ def packing_of(name: str, quantization: str, config: PretrainedConfig) -> Packin
     return Packing(4, bool(own.get("bnb_4bit_use_double_quant"))) if own.get("load_in_4bit") else None
 
 
-def check_quantized(config: ModelConfig, packing: Packing | None, shapes: Iterable[tuple[int, int]]) -> None:
-    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded or used here.
+def check_float8(config: ModelConfig, packing: Packing | None, shapes: Iterable[tuple[int, int]]) -> None:
+    """Raise an SRDEError if a base is to be in FP8 and no GPU could multiply so.
 
     Args:
         shapes: `(out, in)` of its linear maps.
     """
+    if packing is None or not packing.own:
+        return
+    if not config.bf16:
+        raise SRDEError("base_quantization=fp8 with bf16=false: products in FP8 give bfloat16. Leave --bf16 false out.")
+    check_sizes(shapes)
+
+
+def check_quantized(config: ModelConfig, packing: Packing | None) -> None:
+    """Raise an SRDEError if a base in 8 or 4 bits cannot be loaded or used on this machine."""
     if packing is None:
         return
     if packing.own:
-        if not config.bf16:
-            raise SRDEError(
-                "base_quantization=fp8 with bf16=false: products in FP8 give bfloat16. Leave --bf16 false out."
-            )
-        check_sizes(shapes)
         if torch.cuda.is_available():
             check_device(torch.device("cuda"))
     elif find_spec("bitsandbytes") is None:

@@ -50,7 +50,7 @@ def check_inputs(config: Config) -> None:
     data = config.data
     shape = base_shape(config)
     check_whole(config.parallel, shape, launched_world_size())
-    check_quantized(config.model, shape.packing, shape.linear)
+    check_quantized(config.model, shape.packing)
     Schedule.of(config).check()
     check_start(config)
     if config.model.flash_attention and find_spec("flash_attn") is None:
@@ -83,7 +83,7 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
     """
     check_groups(config.parallel.expert_parallel_size, launched_world_size())
     check_whole(config.parallel, shape, launched_world_size())
-    check_quantized(config.model, shape.packing, shape.linear)
+    check_quantized(config.model, shape.packing)
     Schedule.of(config).check()
     check_start(config)
     if config.data.domain_weights:

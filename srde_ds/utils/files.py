@@ -44,13 +44,20 @@ def replacement(
 
 @contextmanager
 def output(target: Path) -> Iterator[Path]:
-    """`replacement` for a file that the user named; pipes and devices, such as /dev/stdout, are written directly."""
-    folder = target.parent.resolve()
-    if folder == Path("/dev") or folder.is_relative_to("/proc") or target.is_fifo():
+    """`replacement` for a file that the user named. It follows links, keeps a file's permissions, and leaves a
+    `target.tmp` of the user's alone; pipes and devices, such as /dev/stdout, are written directly."""
+    if _is_device(target) or _is_device(target := target.resolve()):
         yield target
         return
-    with replacement(target) as partial:
+    with replacement(target, many_writers=True) as partial:
         yield partial
+        if target.is_file():
+            shutil.copymode(target, partial)
+
+
+def _is_device(path: Path) -> bool:
+    folder = path.parent.resolve()
+    return folder == Path("/dev") or folder.is_relative_to("/proc") or path.is_fifo()
 
 
 @contextmanager

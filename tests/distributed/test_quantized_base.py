@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
@@ -15,6 +16,7 @@ from srde_ds.model.base import load_base
 from srde_ds.model.quantization import dense_weight
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import Inputs, assert_same_training, metrics, train_here, weights
+from tests.helpers import tiny_llama
 
 pytestmark = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
@@ -45,6 +47,13 @@ def copy_tokenizer(base: str, folder: Path) -> None:
         (folder / file).write_bytes((Path(base) / file).read_bytes())
 
 
+def base_for_float8(inputs: Inputs, folder: Path) -> str:
+    """A base whose sizes are multiples of 16."""
+    tiny_llama(vocab_size=AutoConfig.from_pretrained(inputs.base).vocab_size).save_pretrained(folder)
+    copy_tokenizer(inputs.base, folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("quantization", "options"),
     [
@@ -71,7 +80,15 @@ def test_the_same_training_as_on_the_dequantised_values(
 def test_it_resumes_bit_for_bit_and_its_experts_fit_the_plain_base(
     inputs: Inputs, one_rank: Ranks, tmp_path: Path, quantization: str
 ) -> None:
-    options = {"base_quantization": quantization, "bf16": True, "save_steps": 2, "max_steps": 4, "eval_steps": 2}
+    options: dict[str, Any] = {
+        "base_quantization": quantization,
+        "bf16": True,
+        "save_steps": 2,
+        "max_steps": 4,
+        "eval_steps": 2,
+    }
+    if quantization == "fp8":
+        options["model_name"] = base_for_float8(inputs, tmp_path / "base")
     whole = inputs.flags(tmp_path / "whole", **options)
     assert one_rank(train_here, whole) == [None]
     resumed = whole | {"output_dir": str(tmp_path / "resumed"), "resume_from": str(tmp_path / "whole/checkpoint-2")}

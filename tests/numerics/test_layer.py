@@ -306,6 +306,23 @@ def test_a_support_of_blocks_that_changes_is_followed_in_training() -> None:
     assert not torch.allclose(third, followed())
 
 
+def test_blocks_found_in_inference_mode_serve_training() -> None:
+    model = tiny_srde(granularity="block", density=0.2).train()
+    with torch.inference_mode():
+        model(tokens())
+    model(tokens(), labels=tokens()).loss_sum.backward()
+    assert gradient_of(next(model.layers[0].deltas.parameters())).abs().max() > 0
+
+
+def test_a_support_made_in_inference_mode_may_change_in_place() -> None:
+    with torch.inference_mode():
+        layer = randomize(tiny_srde(granularity="block", density=0.2, dtype=torch.float64)).layers[0].train()
+        x = torch.randn(5, 32, dtype=torch.float64)
+        layer(x)
+        layer.support.copy_((layer.support + 1) % (3 * (layer.hidden // 16) * (layer.intermediate // 16)))
+        torch.testing.assert_close(layer(x), reference_forward(layer, x, top_k=2))
+
+
 def test_locked_experts_do_not_take_part() -> None:
     model = randomize(tiny_srde(dtype=torch.float64))
     statistics = RoutingStatistics(2, 3)

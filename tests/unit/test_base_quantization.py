@@ -139,6 +139,6 @@ def test_it_is_resident_on_several_processes(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    check_quantized(run(MINISTRAL, "none").model, None, [])
+    check_quantized(run(MINISTRAL, "none").model, None)
     with pytest.raises(SRDEError, match=r"base_quantization=nf4, model_name=.*a base in 4 bits needs package 'bitsan"):
-        check_quantized(run(MINISTRAL).model, PACKINGS["nf4"], [])
+        check_quantized(run(MINISTRAL).model, PACKINGS["nf4"])

@@ -68,6 +68,15 @@ def test_boolean_flags_of_other_verbs(capsys: pytest.CaptureFixture[str]) -> Non
     fails(capsys, ["train", "--bf16", "maybe"], "bf16='maybe'", "true or false")
 
 
+def test_two_names_of_an_option_with_different_values_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["inference", "w", "--prompt", "x", "--max_tokens", "4"]
+    fails(capsys, [*words, "--max_new_tokens=8"], "max_tokens='4' and max_new_tokens='8' are two names of one option")
+    with patch("srde_ds.inference.command.inference_command") as command:
+        assert main([*words, "--max_new_tokens", "4"]) == 0
+        assert main([*words, "--max_tokens", "8"]) == 0  # of one name, the last value counts
+    assert [call.args[0].max_new_tokens for call in command.call_args_list] == [4, 8]
+
+
 def test_every_verb_takes_weights_by_the_same_names(capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
     commands = {

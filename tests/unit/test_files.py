@@ -66,6 +66,21 @@ def test_a_pipe_that_the_user_names_is_written_to(tmp_path: Path) -> None:
     os.close(reader)
 
 
+def test_an_output_changes_only_the_file_that_the_user_means(tmp_path: Path) -> None:
+    file, link, neighbour, nothing = (tmp_path / name for name in ("file", "link", "file.tmp", "nothing"))
+    for path in (file, neighbour):
+        path.write_text("the user's")
+    file.chmod(0o600)
+    link.symlink_to(file)
+    nothing.symlink_to("/dev/null")
+    for target in (link, nothing):
+        with output(target) as path:
+            path.write_text("text")
+    assert link.is_symlink() and file.read_text() == "text" and file.stat().st_mode & 0o777 == 0o600
+    assert neighbour.read_text() == "the user's" and nothing.is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["file", "file.tmp", "link", "nothing"]
+
+
 def test_what_is_durable_is_synced_before_and_after_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,8 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import base_identity, load_base
 from srde_ds.model.float8 import LARGEST, Float8Linear, check_device, rowwise
-from srde_ds.model.quantization import PACKINGS, check_quantized, dense_weight
+from srde_ds.model.quantization import PACKINGS, check_float8, dense_weight
+from srde_ds.planner.plan import Machines, make_plan
 from tests.helpers import adapter_config, randomize, tiny_llama, tokens
 from tests.unit.test_base_quantization import MINISTRAL, run
 
@@ -71,12 +72,15 @@ def test_experts_on_such_a_base_fit_the_plain_one(tmp_path: Path) -> None:
     torch.testing.assert_close(model.eval()(ids).logits, model.train()(ids).logits, rtol=0.05, atol=0.05)
 
 
-def test_what_the_products_do_not_take_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_products_do_not_take_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_llama(hidden_size=40, num_attention_heads=5, num_key_value_heads=5).config.save_pretrained(tmp_path)
+    with pytest.raises(SRDEError, match="base_quantization=fp8: the base maps 40 values to 40, .* multiples of 16"):
+        make_plan(run(tmp_path, "fp8"), Machines())
     with pytest.raises(SRDEError, match="base_quantization=fp8: the base maps 40 values to 64, .* multiples of 16"):
-        check_quantized(run(MINISTRAL, "fp8").model, PACKINGS["fp8"], [(32, 64), (64, 40)])
+        check_float8(run(MINISTRAL, "fp8").model, PACKINGS["fp8"], [(32, 64), (64, 40)])
     with pytest.raises(SRDEError, match="base_quantization=fp8 with bf16=false: .* Leave --bf16 false out"):
-        check_quantized(run(MINISTRAL, "fp8", bf16=False).model, PACKINGS["fp8"], [])
-    check_quantized(run(MINISTRAL, "fp8").model, PACKINGS["fp8"], [(32, 64), (16, 16)])
+        check_float8(run(MINISTRAL, "fp8", bf16=False).model, PACKINGS["fp8"], [])
+    check_float8(run(MINISTRAL, "fp8").model, PACKINGS["fp8"], [(32, 64), (16, 16)])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     for capability in ((8, 0), (8, 9)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
