@@ -13,8 +13,8 @@ scales into the gradient before that is rounded, and transposes the weight on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,15 @@ class Float8Linear(nn.Module):
         """`[..., in]` -> `[..., out]` in bfloat16."""
         y: Tensor = Float8Product.apply(x.flatten(0, -2), self.weight, self.scale)
         return (y if self.bias is None else y + self.bias).unflatten(0, x.shape[:-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to a device; another dtype would change what the weight's bits mean."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
 
     def dense(self) -> Tensor:
         """`[out, in]` fp32: the weight that the products are made with."""

@@ -44,6 +44,9 @@ def test_products_are_those_of_the_rounded_values_in_both_directions(bias: bool)
     for found, exact in ((y, linear(x)), (of_x, torch.autograd.grad(linear(x), x, of_y)[0])):
         assert (found - exact).norm() < 0.05 * exact.norm()
     assert module.weight.element_size() == 1 and not module.weight.requires_grad
+    assert torch.equal(
+        nn.Sequential(module).double()[0](x), y
+    )  # the bits of a weight in e4m3 are no values of their own
 
 
 def test_scales_reach_the_largest_value_and_zeros_stay() -> None:
