@@ -1,7 +1,7 @@
 """Six domains learnt at once: the best rates of first_look.py again, with three other seeds and on test items.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
-    python -m benchmarks.learning.joint [--seeds 1 2 3]
+    python -m benchmarks.learning.joint [--seeds 1 2 3 | --table_only]
 
 A seed draws the training items, the order of the rows and the first values; all methods read the same batches. Each
 run adds a line to results/joint.jsonl and is not repeated. A run takes four minutes of two quiet cores.
@@ -17,12 +17,11 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.learning.combining import ROOT, Part, Record, held_out
-from benchmarks.learning.combining_tables import PICTURES, Results
+from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.data import prepare
 from benchmarks.learning.first_look import LOOKS, STEPS, train_look
 from benchmarks.learning.interference import TEST_ITEMS, losses_of
 from benchmarks.learning.plan import Budget, Plan, late_loss
-from benchmarks.learning.plots import plot_differences
 from benchmarks.learning.store import RESULTS, read_records, run_missing
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS
@@ -70,29 +69,21 @@ def table(results: Results, names: Sequence[str]) -> str:
     return markdown(heads, rows)
 
 
-def draw(results: Results, names: Sequence[str], path: Path) -> None:
-    """The differences of the table, the lowest loss first."""
-    others = [name for name in sorted(names, key=results.mean_loss) if name != AGAINST]
-    found = {name: results.difference(name, AGAINST)[:2] for name in others}
-    plot_differences(found, path, label=f"mean test loss against {AGAINST}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data")
     parser.add_argument("--results", type=Path, default=RESULTS / "joint.jsonl")
+    parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is there")
     options = parser.parse_args()
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
-    for seed in options.seeds:
+    for seed in [] if options.table_only else options.seeds:
         run_missing(seed, parts(budget, seed, options.base, options.folder), options.results, losses_of)
     if options.results == RESULTS / "joint.jsonl":
         records = read_records(options.results)
         names = [name for name in PARTS if {record["seed"] for record in records if record["part"] == name}]
-        results = Results(records, names)
-        put_into("learning_tables.md", "joint", table(results, names))
-        draw(results, names, PICTURES / "joint.png")
+        put_into("learning_tables.md", "joint", table(Results(records, names), names))
 
 
 if __name__ == "__main__":
