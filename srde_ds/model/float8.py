@@ -24,6 +24,7 @@ from srde_ds.errors import SRDEError
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
+PRODUCT_DEVICES = {"cuda"}  # torch 2.11 has no such product on a CPU
 MULTIPLE = 16
 """The products take matrices whose sizes are multiples of this."""
 OLDEST_GPU = (9, 0)
@@ -35,6 +36,19 @@ def rowwise(values: Tensor) -> tuple[Tensor, Tensor]:
     scale = values.abs().amax(1, keepdim=True).float() / LARGEST
     scale = scale.where(scale > 0, 1.0)  # where all are zero
     return (values / scale).to(E4M3), scale
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[N, M]`: a b, with the scales of a's N rows and of b's M columns.
+
+    Args:
+        a: `[N, K]` e4m3, one row after the other in memory.
+        b: `[K, M]` e4m3, one column after the other.
+        scale_a, scale_b: `[N, 1]` and `[1, M]` fp32.
+    """
+    if a.device.type in PRODUCT_DEVICES:
+        return torch._scaled_mm(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=dtype)
+    return (a.float() @ b.float() * scale_a * scale_b).to(dtype)
 
 
 class Float8Product(torch.autograd.Function):
@@ -51,7 +65,7 @@ class Float8Product(torch.autograd.Function):
         """
         ctx.save_for_backward(weight, scale)
         rounded, own = rowwise(x)
-        return torch._scaled_mm(rounded, weight.T, scale_a=own, scale_b=scale.T, out_dtype=x.dtype)
+        return scaled_product(rounded, weight.T, own, scale.T, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -61,7 +75,7 @@ class Float8Product(torch.autograd.Function):
         rounded, own = rowwise(of_y * scale.T)
         column_major = weight.T.contiguous().T
         ones = scale.new_ones(1, weight.shape[1])
-        return torch._scaled_mm(rounded, column_major, scale_a=own, scale_b=ones, out_dtype=of_y.dtype), None, None
+        return scaled_product(rounded, column_major, own, ones, of_y.dtype), None, None
 
 
 class Float8Linear(nn.Module):

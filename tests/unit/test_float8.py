@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from srde_ds.errors import SRDEError
+from srde_ds.model import float8
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import base_identity, load_base
-from srde_ds.model.float8 import LARGEST, Float8Linear, check_device, rowwise
+from srde_ds.model.float8 import LARGEST, Float8Linear, check_device, rowwise, scaled_product
 from srde_ds.model.quantization import PACKINGS, check_float8, dense_weight
 from srde_ds.planner.plan import Machines, make_plan
 from tests.helpers import adapter_config, randomize, tiny_llama, tokens
@@ -47,6 +49,15 @@ def test_products_are_those_of_the_rounded_values_in_both_directions(bias: bool)
     assert torch.equal(
         nn.Sequential(module).double()[0](x), y
     )  # the bits of a weight in e4m3 are no values of their own
+
+
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason="torch scales whole matrices only on a CPU")
+def test_torchs_product_is_the_readable_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, scale_a = rowwise(torch.randn(5, 64).bfloat16())
+    b, scale_b = rowwise(torch.randn(48, 64).bfloat16())
+    readable = scaled_product(a, b.T, scale_a, scale_b.T, torch.bfloat16)
+    monkeypatch.setattr(float8, "PRODUCT_DEVICES", {"cpu"})
+    torch.testing.assert_close(scaled_product(a, b.T, scale_a, scale_b.T, torch.bfloat16), readable)
 
 
 def test_scales_reach_the_largest_value_and_zeros_stay() -> None:
