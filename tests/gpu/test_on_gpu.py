@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.model.float8 import OLDEST_GPU, Float8Linear
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.reference import muon_step
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
@@ -24,7 +26,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize("granularity", ["neuron", "block", "element"])
 def test_zero_deltas_give_the_bases_logits_in_bf16(granularity: str) -> None:
     base: Any = tiny_llama(dtype=torch.bfloat16)
     base.cuda()
@@ -34,7 +36,7 @@ def test_zero_deltas_give_the_bases_logits_in_bf16(granularity: str) -> None:
     assert torch.equal(model(ids).logits, expected)
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize("granularity", ["neuron", "block", "element"])
 def test_gpu_and_cpu_give_the_same_logits(granularity: str) -> None:
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity))
     expected = model(tokens()).logits
@@ -72,6 +74,21 @@ def test_gpu_and_cpu_draw_the_same_mask_of_a_learned_support(granularity: str) -
     bank = model.layers[0].deltas
     expected = bank(temperature=1.0, step=3)
     torch.testing.assert_close(bank.cuda()(temperature=1.0, step=3).cpu(), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < OLDEST_GPU, reason="products in FP8 need Hopper"
+)
+def test_products_in_fp8_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    module = Float8Linear.of(nn.Linear(64, 48).bfloat16())
+    x, of_y = torch.randn(5, 64).bfloat16().requires_grad_(), torch.randn(5, 48).bfloat16()
+    expected = module(x)
+    [of_x] = torch.autograd.grad(expected, x, of_y)
+    there = x.detach().cuda().requires_grad_()
+    found = module.cuda()(there)
+    torch.testing.assert_close(found.cpu(), expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(torch.autograd.grad(found, there, of_y.cuda())[0].cpu(), of_x, rtol=0.02, atol=0.02)
 
 
 def test_gram_muon_is_exact_although_tf32_is_allowed() -> None:
