@@ -194,8 +194,8 @@ def test_a_file_may_name_the_former_section_of_an_option() -> None:
 
 
 def test_the_options_of_a_run_before_the_move_load() -> None:
-    """The quick start's, as it was kept."""
-    stored = load_yaml(PACKAGE.parent / "docs/quickstart/config.yaml")
+    """Those of a run that was kept."""
+    stored = load_yaml(PACKAGE.parent / "tests/fixtures/before_rooms/run/config.yaml")
     config = resolve(stored, {})
     assert config.losses.load_balancing_weight == stored["optimizer"]["load_balancing_weight"]
     assert config.support.calibration_rows == stored["curriculum"]["calibration_rows"]
