@@ -128,7 +128,14 @@ def to_float8(base: nn.Module, keep: nn.Module | None) -> None:
             if type(child) is not nn.Linear or child is keep:
                 continue
             setattr(owner, name, Float8Linear.of(child))
-    vars(base)["is_quantized"] = True  # as transformers notes it
+    # As transformers notes it. Nothing reads files of such weights; it would take them for plain ones.
+    vars(base).update(is_quantized=True, save_pretrained=_refuse_to_save)
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    raise SRDEError(
+        "base_quantization=fp8: a base in this form cannot be saved. Load it without the option to save it."
+    )
 
 
 def check_sizes(shapes: Iterable[tuple[int, int]]) -> None:

@@ -72,6 +72,8 @@ def test_experts_on_such_a_base_fit_the_plain_one(tmp_path: Path) -> None:
     plain, base = load_base(tmp_path, **options), load_base(tmp_path, **options, quantization="fp8")
     maps = [module for module in base.modules() if isinstance(module, Float8Linear)]
     assert len(maps) == 14 and type(base.get_output_embeddings()) is nn.Linear
+    with pytest.raises(SRDEError, match="base_quantization=fp8: a base in this form cannot be saved"):
+        base.save_pretrained(tmp_path / "copy")
     weight, own = dense_weight(maps[0]), plain.get_decoder().layers[0].self_attn.q_proj.weight
     assert weight is not None and 0 < (weight - own).norm() < 0.05 * own.norm()
     ids, identity = tokens(), base_identity(plain)
