@@ -47,6 +47,8 @@ def locate_weights(place: str | Path, *, revision: str | None = None) -> Weights
     Raises:
         SRDEError: nothing has that name here or on the Hub, or the folder holds no weights.
     """
+    if not str(place):  # as a path it would mean the current folder
+        raise SRDEError("weights '': an empty name. Give a run, a checkpoint, a weights file or a Hub id.")
     path = Path(place)
     try:
         run = run_folder(path)

@@ -118,3 +118,8 @@ def test_what_names_no_weights(place: str, message: str, tmp_path: Path) -> None
     with pytest.raises(SRDEError, match=message) as error:
         locate_weights(tmp_path / place)
     assert "\n" not in str(error.value)
+
+
+def test_an_empty_name_does_not_mean_the_current_folder() -> None:
+    with pytest.raises(SRDEError, match="weights '': an empty name. Give a run"):
+        SRDEModel.from_pretrained(tiny_llama(), "")
