@@ -58,7 +58,7 @@ def row(gpus: int, adapter: str, network: str) -> dict[str, Any]:
         "largest_micro_batch": p.largest_micro_batch,
         "received_gb": received / GB,
         "into_a_node_gb": p.links()["between nodes"] * p.machines.gpus / GB,
-        "compute_s": times.compute,
+        "compute_s": times.computation,
         "within_nodes_s": times.overlapped["links within a node"],
         "between_nodes_s": times.overlapped["links between nodes"],
         "exposed_s": sum(times.exposed.values()),

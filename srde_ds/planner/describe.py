@@ -41,7 +41,10 @@ def describe_plan(plan: Plan) -> str:
         why = "fewest bytes" if config.parallel.expert_transport == "auto" else "as asked"
         lines.append(f"expert transport: {plan.transport} ({why}; {moved})")
     times = plan.times
-    rows = [["seconds per step, lower bounds", "overlapped", "waited for"], ["computation", "", f"{times.compute:.3f}"]]
+    rows = [
+        ["seconds per step, lower bounds", "overlapped", "waited for"],
+        ["computation", "", f"{times.computation:.3f}"],
+    ]
     rows += [[link, f"{times.overlapped[link]:.3f}", f"{times.exposed[link]:.3f}"] for link in times.overlapped]
     lines += [
         "",

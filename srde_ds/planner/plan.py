@@ -74,28 +74,28 @@ class Times:
     """The time of an optimizer step, in seconds.
 
     Attributes:
-        compute: time of the computation alone.
+        computation: time without any transfer.
         overlapped, exposed: time by part, for what runs beside the computation and for what it waits for.
     """
 
-    compute: float
+    computation: float
     overlapped: dict[str, float]
     exposed: dict[str, float]
 
     @property
     def step(self) -> float:
         """Seconds if transfers overlap with the computation as far as possible: a lower bound."""
-        return max(self.compute, *self.overlapped.values()) + sum(self.exposed.values())
+        return max(self.computation, *self.overlapped.values()) + sum(self.exposed.values())
 
     @property
     def step_in_turn(self) -> float:
         """Seconds if nothing overlaps."""
-        return self.compute + sum(self.overlapped.values()) + sum(self.exposed.values())
+        return self.computation + sum(self.overlapped.values()) + sum(self.exposed.values())
 
     @property
     def bound(self) -> str:
         """The slowest of the overlapped parts."""
-        times = {"computation": self.compute} | self.overlapped
+        times = {"computation": self.computation} | self.overlapped
         return max(times, key=lambda name: times[name])
 
 
@@ -184,8 +184,10 @@ class Plan:
             "transport": self.transport,
             "transport_bytes_per_step": self.moved,
             "flops_per_step": self.flops,
-            "seconds_per_step": asdict(self.times)
-            | {
+            "seconds_per_step": {
+                "compute": self.times.computation,
+                "overlapped": self.times.overlapped,
+                "exposed": self.times.exposed,
                 "lower_bound": self.times.step,
                 "nothing_overlapped": self.times.step_in_turn,
                 "bound": self.times.bound,

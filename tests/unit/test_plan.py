@@ -50,7 +50,7 @@ def test_step_time_by_hand() -> None:
     traffic = [Traffic("base gathered", "all_gather", 80 * GB, 8), Traffic("experts' deltas", "all_gather", 8 * GB, 8)]
     times = step_times(machines, traffic, flops=100e12)
     # Of 70 GB 10 come from the other node, 40 GB into the node at 10 GB/s.
-    assert times.compute == 2
+    assert times.computation == 2
     assert times.overlapped == {"links within a node": 6, "links between nodes": 4}
     assert times.exposed == pytest.approx({"links within a node": 0.6, "links between nodes": 0.4})
     assert (times.step, times.step_in_turn) == pytest.approx((7, 13))
