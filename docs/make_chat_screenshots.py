@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, expect
 
 from srde_ds.inference.generate import Sampling
 from srde_ds.inference.load import load_model
+from srde_ds.inference.options import ModelOptions
 from srde_ds.inference.page.command import address, listening
 from srde_ds.inference.page.server import chat_server
 from srde_ds.inference.page.visit import ChatPage
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--base", help="where the base is, if it has moved")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = load_model(options.run, base=options.base, bf16=False)
+    model, tokenizer = load_model(ModelOptions(options.run, options.base, bf16=False))
     chat = ChatPage(model, tokenizer, Sampling(60, temperature=0.0), seed=0)
     title = f"{options.run} on {Path(str(model.base_identity['name'])).name}"
     server = chat_server(chat, title=title, password=None)

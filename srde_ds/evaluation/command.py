@@ -63,7 +63,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
     sandbox = options.sandbox if options.run_code else None
     if sandbox is not None:
         check_sandbox(sandbox)
-    checkpoint, eval_file, base, bf16 = options.weights, options.eval_file, options.base, options.bf16
+    checkpoint, eval_file = options.weights, options.eval_file
     target = Path(options.output_file) if options.output_file else default_output(checkpoint)
 
     def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
@@ -74,7 +74,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         how_read = ReadOptions.of(reading) if reading else None
         records = list(read_records(eval_file, domains, how_read, option="eval_file"))
         records = _held_out(records, eval_file, is_main)
-        return *load_model(source, base=base, bf16=bf16, allow_download=options.allow_download), records
+        return *load_model(options, source), records
 
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
@@ -105,7 +105,8 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         "checkpoint": checkpoint,
         "eval_file": eval_file,
         "base": str(model.base_identity["name"]),
-        "dtype": "bfloat16" if bf16 else "float32",
+        "dtype": "bfloat16" if options.bf16 else "float32",
+        "base_quantization": options.base_quantization,
         "batch_size": options.batch_size,
         "max_new_tokens": max_new_tokens,
         "route_by": options.route_by,

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from srde_ds.config.values import same_option
+from srde_ds.config.values import checked, same_option
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import DTYPES
 from srde_ds.inference.load import load_model
+from srde_ds.inference.options import ModelOptions
 from srde_ds.utils.launcher import launched_world_size
 
 try:
@@ -39,6 +40,7 @@ class SRDEHarnessModel(HFLM):
         dtype: bfloat16 or float32.
         device: default: the GPU if there is one. As in HFLM, cuda means the CPU if there is no GPU.
         allow_download: without `base`, whether the one named in the weights may be downloaded from the Hub.
+        base_quantization: none, int8, nf4 or fp8, as in training.
         srde_weights: another name of `weights`.
         options: further options of HFLM, such as batch_size and max_length.
 
@@ -54,6 +56,7 @@ class SRDEHarnessModel(HFLM):
         dtype: str = "bfloat16",
         device: str | None = None,
         allow_download: bool = False,
+        base_quantization: str = "none",
         srde_weights: str | None = None,
         **options: Any,
     ) -> None:
@@ -64,8 +67,8 @@ class SRDEHarnessModel(HFLM):
             raise SRDEError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
         if launched_world_size() > 1:
             raise SRDEError("the harness runs in one process: start it without a launcher.")
-        bf16 = dtype == "bfloat16"
-        model, tokenizer = load_model(place, base=base, bf16=bf16, allow_download=allow_download)
+        stored = checked(ModelOptions, "base_quantization", base_quantization)
+        model, tokenizer = load_model(ModelOptions(str(place), base, allow_download, stored, bf16=dtype == "bfloat16"))
         # By default the command line asks for cuda:0, even if there is no GPU.
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             model.to(device)

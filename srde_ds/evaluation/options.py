@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from srde_ds.config.values import option, weights_option
+from srde_ds.config.values import option
 from srde_ds.evaluation.sandbox import Sandbox
+from srde_ds.inference.options import ModelOptions
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What to evaluate, and on which items."""
+class EvaluateOptions(ModelOptions):
+    """On which items experts are evaluated, and how."""
 
-    weights: str = weights_option()
     eval_file: str = option("", "held-out items with answers, as JSONL", metavar="FILE", required=True)
-    base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
-    allow_download: bool = option(
-        False, "download the base that the weights name from the Hub, if it is not on this machine"
-    )
     compare_baseline: bool = option(False, "also run the bare base on the same items")
     route_by: Literal["token", "prompt"] = option(
         "token",
@@ -38,7 +34,6 @@ class EvaluateOptions:
         derived="64, at most half of the base's context",
     )
     batch_size: int = option(32, "items in a batch", metavar="ITEMS", minimum=1)
-    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
     seed: int = option(42, "seed of the bootstrap", metavar="N", minimum=0)
     output_file: str | None = option(
         None,

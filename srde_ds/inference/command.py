@@ -37,8 +37,7 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     check_options(vars(options))
     how_read = ReadOptions.of(reading) if reading else None
     conversations = read_prompts(options.prompts_file, how_read) if options.prompts_file is not None else []
-    base = {"base": options.base, "allow_download": options.allow_download}
-    model, tokenizer = load_model(options.weights, bf16=options.bf16, **base)  # type: ignore[arg-type]
+    model, tokenizer = load_model(options)
     model.route_by = options.route_by
     if options.expert is not None:
         model.set_active_experts(options.expert)

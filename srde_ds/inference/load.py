@@ -5,35 +5,59 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from srde_ds.config import ModelConfig
 from srde_ds.data.manifest import check_trained_with
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
+from srde_ds.inference.options import ModelOptions
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
+from srde_ds.model.base import load_base
+from srde_ds.model.base_shape import measure
+from srde_ds.model.quantization import check_float8, check_quantized
+from srde_ds.utils.pretrained import base_to_load
 
 
-def load_model(
-    weights: str | Path | AdapterSource, *, base: str | None, bf16: bool, allow_download: bool = False
-) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
+def load_model(options: ModelOptions, source: AdapterSource | None = None) -> tuple[SRDEModel, PreTrainedTokenizerBase]:
     """Base with experts in eval mode, on the GPU if there is one.
 
     Args:
-        weights: whatever `load_adapter` takes.
-        base: the base's id or folder; None: the one named in the weights, downloaded only with `allow_download`.
+        options: say which. Without `base` it is the one named in the weights, downloaded only with `allow_download`.
+        source: what `open_adapter` gives for the weights, if it is open already.
 
     Raises:
-        SRDEError: see `load_adapter`, or nothing names the base.
+        SRDEError: see `load_adapter`; nothing names the base; or it cannot be quantised so.
     """
-    local = base is None and not allow_download
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    source = weights if isinstance(weights, AdapterSource) else open_adapter(weights)
-    metadata = source.metadata
-    if not (base or metadata.model_name):
+    source = open_adapter(options.weights) if source is None else source
+    named = source.metadata.model_name
+    if not (options.base or named):
         raise SRDEError(f"weights '{source.place}': they do not name their base. Give its folder or Hub id as --base.")
-    tokenizer = load_tokenizer(base or metadata.model_name, local_files_only=local)
-    check_trained_with(metadata.history, tokenizer, source.place)
-    model = load_adapter(source, base=base, dtype=dtype, allow_download=allow_download)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval(), tokenizer
+    local = options.base is None and not options.allow_download
+    tokenizer = load_tokenizer(options.base or named, local_files_only=local)
+    check_trained_with(source.metadata.history, tokenizer, source.place)
+    name, local = base_to_load(options.base, named, allow_download=options.allow_download)
+    base = _load_base(name, options, local_files_only=local)
+    return load_adapter(source, base=base, dtype=_dtype(options)).eval(), tokenizer
+
+
+def _load_base(name: str | Path, options: ModelOptions, *, local_files_only: bool) -> PreTrainedModel:
+    quantization = options.base_quantization
+    if quantization != "none":
+        config = ModelConfig(model_name=str(name), base_quantization=quantization, bf16=options.bf16)
+        shape = measure(config)
+        check_float8(config, shape.packing, shape.linear)
+        check_quantized(config, shape.packing)
+    return load_base(
+        name,
+        dtype=_dtype(options),
+        local_files_only=local_files_only,
+        # There at once: a quantised base cannot be moved, and a plain one may be larger than the host's memory.
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        quantization=quantization,
+    )
+
+
+def _dtype(options: ModelOptions) -> torch.dtype:
+    return torch.bfloat16 if options.bf16 else torch.float32

@@ -1,4 +1,4 @@
-"""The options of `srde-ds inference`."""
+"""The options of `srde-ds inference`, and those of every verb that runs trained experts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,25 @@ from srde_ds.config.values import option, weights_option
 
 
 @dataclass(frozen=True)
-class InferenceOptions:
-    """Which weights answer, which prompts, and how."""
+class ModelOptions:
+    """Which experts run on which base, and in which numbers."""
 
     weights: str = weights_option()
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
     allow_download: bool = option(
         False, "download the base that the weights name from the Hub, if it is not on this machine"
     )
+    base_quantization: Literal["none", "int8", "nf4", "fp8"] = option(
+        "none",
+        "how the base's linear maps are stored: in 8 bits, in 4 as in QLoRA, or in fp8 for Hopper GPUs",
+    )
+    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
+
+
+@dataclass(frozen=True)
+class InferenceOptions(ModelOptions):
+    """Which prompts are answered, and how."""
+
     prompt: str | None = option(None, "ask one question", metavar="TEXT")
     prompts_file: str | None = option(
         None, "ask many questions: JSONL with prompt or messages, or one question on each line", metavar="FILE"
@@ -49,5 +60,4 @@ class InferenceOptions:
     top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
     stream: bool = option(False, "print tokens as they come")
     show_routing: bool = option(False, "print the experts that each token used")
-    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
     seed: int = option(42, "sampling seed", metavar="N", minimum=0)

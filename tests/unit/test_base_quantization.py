@@ -15,16 +15,19 @@ from transformers import PreTrainedModel
 from srde_ds.config import Config, resolve
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
+from srde_ds.inference.load import load_model
+from srde_ds.inference.options import ModelOptions
 from srde_ds.model import quantization
 from srde_ds.model.base import load_base
 from srde_ds.model.base_shape import base_shape, check_whole
 from srde_ds.model.float8 import Float8Linear
-from srde_ds.model.quantization import PACKINGS, Packing, check_quantized
+from srde_ds.model.quantization import PACKINGS, Packing, check_quantized, dense_weight
 from srde_ds.planner import settle as settling
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.memory import memory
 from srde_ds.planner.plan import GIB, Machines, make_plan
 from srde_ds.planner.settle import settle
+from tests.evaluation_helpers import save_model
 from tests.helpers import tiny_llama, tiny_mistral3
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
@@ -135,6 +138,37 @@ def test_it_is_resident_on_several_processes(monkeypatch: pytest.MonkeyPatch) ->
             continue
         with pytest.raises(SRDEError, match=r"there is room for 2\.0\. Give --recompute full"):
             settle(run(MINISTRAL, base_placement="auto"))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("quantization", ["int8", "nf4", "fp8"])
+def test_trained_experts_run_on_it(quantization: Any, tmp_path: Path) -> None:
+    weights = save_model(tmp_path)
+    plain, tokenizer = load_model(ModelOptions(str(weights)))
+    model, _ = load_model(ModelOptions(str(weights), base_quantization=quantization))
+    ids = tokenizer("ab abc ab", return_tensors="pt")["input_ids"]
+    assert not model.training and model.base_identity == plain.base_identity
+    kind = {"int8": "Linear8bitLt", "nf4": "Linear4bit", "fp8": "Float8Linear"}[quantization]
+    with torch.no_grad():
+        stored = [(name, module) for name, module in model.base.named_modules() if type(module).__name__ == kind]
+        for name, module in stored:
+            weight = dense_weight(module)
+            assert weight is not None
+            plain.base.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
+        found, expected = model(ids).logits.float(), plain(ids).logits.float()
+    assert len(stored) == 7 * len(model.layers)
+    # What is left is the rounding of the products; in 8 bits, of their inputs.
+    assert 0 < (found - expected).norm() < {"int8": 0.15, "nf4": 0.05, "fp8": 0.12}[quantization] * expected.norm()
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[1] == ids.shape[1] + 2
+
+
+def test_what_cannot_run_on_it_is_refused_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = str(save_model(tmp_path))
+    with pytest.raises(SRDEError, match="base_quantization=fp8 with bf16=false"):
+        load_model(ModelOptions(weights, base_quantization="fp8", bf16=False))
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    with pytest.raises(SRDEError, match="base_quantization=nf4.*needs package 'bitsandbytes'"):
+        load_model(ModelOptions(weights, base_quantization="nf4"))
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from srde_ds.compose.combine import combine
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import write_weights
 from srde_ds.inference.load import load_model
+from srde_ds.inference.options import ModelOptions
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.policy import RoutingPolicy
@@ -161,7 +162,7 @@ def test_inference_and_evaluation_take_it(tmp_path: Path) -> None:
     load = AutoModelForCausalLM.from_pretrained
     places = [made(tmp_path, [name], seed=i, base=load(base))[0] for i, name in enumerate(["red", "green"])]
     assert main(["combine", *map(str, places), "--output", str(tmp_path / "all")]) == 0
-    model, _ = load_model(tmp_path / "all", base=str(base), bf16=False)
+    model, _ = load_model(ModelOptions(str(tmp_path / "all"), str(base), bf16=False))
     assert model.expert_names == ["red", "green"] and model.config.top_k == 1
     policy = RoutingPolicy(choices={})
     with torch.no_grad():

@@ -82,7 +82,7 @@ def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytes
             assert "".join(told) == line["srde"]["prediction"]
             shares = line["srde"]["answer_experts"]
             assert len(told) - 1 <= len(shares) <= len(told) and all(abs(sum(row) - 100) <= 2 for row in shares)
-    assert result["run"]["dtype"] == "float32"
+    assert (result["run"]["dtype"], result["run"]["base_quantization"]) == ("float32", "none")
     printed = capsys.readouterr().out
     assert "overall" in printed and "evaluation.json" in printed
     assert not list(run_folder.glob("*.tmp"))

@@ -12,6 +12,8 @@ import yaml
 
 from srde_ds.errors import SRDEError
 from srde_ds.inference.load import load_model
+from srde_ds.inference.options import ModelOptions
+from srde_ds.model.float8 import Float8Linear
 from tests.evaluation_helpers import save_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install srde-ds[lm-eval]")
@@ -74,7 +76,7 @@ def test_the_harness_asks_the_model_with_its_experts(weights: Path, tasks: Path)
         bootstrap_iters=0,
         task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
     )
-    model, tokenizer = load_model(weights, base=str(weights.parents[1] / "base"), bf16=False)
+    model, tokenizer = load_model(ModelOptions(str(weights), str(weights.parents[1] / "base"), bf16=False))
 
     def loglikelihood(context: list[int], text: list[int]) -> float:
         ids = torch.tensor([context + text])
@@ -122,6 +124,10 @@ def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.M
 
     with pytest.raises(SRDEError, match="dtype=int8: must be one of float32, bfloat16"):
         SRDEHarnessModel(str(weights), dtype="int8")
+    with pytest.raises(SRDEError, match="base_quantization='int4': choose one of none, int8, nf4, fp8"):
+        SRDEHarnessModel(str(weights), base_quantization="int4")
+    stored = SRDEHarnessModel(str(weights), base=str(weights.parents[1] / "base"), base_quantization="fp8", device="cpu")
+    assert any(isinstance(module, Float8Linear) for module in stored.model.modules())
     with pytest.raises(SRDEError, match="weights is missing"):
         SRDEHarnessModel()
     with pytest.raises(SRDEError, match="weights='v' and srde_weights='w' are two names of one option"):

@@ -36,8 +36,7 @@ def chat_command(options: ChatOptions) -> None:
         raise SRDEError(f"package '{error.name}' is missing, which the chat's page needs. {remedy}") from None
     password = page_password(options, os.environ)
     with listening(options.host, options.port) as listener:
-        base = {"base": options.base, "allow_download": options.allow_download}
-        model, tokenizer = load_model(options.weights, bf16=options.bf16, **base)  # type: ignore[arg-type]
+        model, tokenizer = load_model(options)
         longest = answer_length(model, MAX_TOKENS) if options.max_new_tokens is None else options.max_new_tokens
         sampling = Sampling(longest, options.temperature, options.top_p)
         page = ChatPage(model, tokenizer, sampling, seed=options.seed)

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from srde_ds.config.values import option, weights_option
+from srde_ds.config.values import option
+from srde_ds.inference.options import ModelOptions
 
 
 @dataclass(frozen=True)
-class ChatOptions:
-    """Who answers, where the page is, and who may see it."""
+class ChatOptions(ModelOptions):
+    """Where the page is, and who may see it."""
 
-    weights: str = weights_option()
-    base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
-    allow_download: bool = option(
-        False, "download the base that the weights name from the Hub, if it is not on this machine"
-    )
     host: str = option(
         "127.0.0.1", "address to listen on; if others can reach it, the page asks for a password", metavar="ADDRESS"
     )
@@ -38,4 +34,3 @@ class ChatOptions:
     temperature: float = option(0.7, "sampling temperature; 0: always the likeliest token", minimum=0.0)
     top_p: float = option(0.9, "sample from the likeliest tokens that together have this probability", maximum=1.0)
     seed: int = option(42, "sampling seed of each answer", metavar="N", minimum=0)
-    bf16: bool = option(True, "compute in bfloat16; false: in fp32")
