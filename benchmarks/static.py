@@ -6,7 +6,7 @@
   are none, and a launch of a Triton kernel is one. Neuron experts are counted without computing, with a GPU's
   attention; blocks and single weights on the CPU, because their shapes depend on values. A wait is an operator whose
   result the program must have before it can go on.
-* Graph breaks of the experts' block under torch.compile.
+* Graph breaks of the experts' block under torch.compile, and of decoding with a static cache.
 * Memory of a micro-step of the 14 B shape without computing (2 x 4,096 tokens, bf16, checkpointing): the most that is
   alive above weights, masters and gradients, against the plan's figure.
 * Bytes of all collectives in a step of a tiny run on two processes, against the plan's figure.
@@ -24,7 +24,7 @@ import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,13 +36,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig, Config, resolve
 from srde_ds.distributed.workload import Workload
 from srde_ds.model import attach, dispatch, fused
 from srde_ds.model import base as base_module
+from srde_ds.model import layer as layer_module
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, document_attention
 from srde_ds.model.base import block_shapes
@@ -291,6 +292,35 @@ def graph_breaks(form: dict[str, Any]) -> dict[str, int]:
     return {"graphs": found.graph_count, "graph_breaks": found.graph_break_count}
 
 
+def decoding(form: dict[str, Any]) -> dict[str, int]:
+    """Of a token that is decoded with a static cache and prepared experts, as on a GPU in bfloat16.
+
+    Returns:
+        The kernels that experts add to a layer, all waits, and the graph breaks of the whole model. A CUDA graph needs
+        zeros in the last two.
+    """
+    kernels, waits, breaks = [], [], []
+    token = torch.zeros(1, 1, dtype=torch.long)
+    for layers in (2, 3):
+        model = small_llama(layers, **form).eval()
+        model.base.set_attn_implementation("sdpa")
+        cache = {"past_key_values": StaticCache(config=model.base.config, max_cache_len=16), "use_cache": True}
+        with torch.no_grad(), ExitStack() as held, patch.object(layer_module, "arithmetic_dtype", lambda t: t.dtype):
+            for layer in model.layers:
+                layer.deltas.free.fill_(0.01)
+                held.enter_context(layer.hold_prepared(torch.bfloat16))
+            model.base(token.repeat(1, 4), **cache)
+            with Operators() as found:
+                model.base(token, **cache)
+            with model.no_experts(), Operators() as bare:
+                model.base(token, **cache)
+            breaks.append(torch._dynamo.explain(model.base)(token, **cache).graph_break_count)
+        kernels.append(found.kernels.total() - bare.kernels.total())
+        waits.append(found.waits.total())
+    torch._dynamo.reset()
+    return {"added_kernels": kernels[1] - kernels[0], "waits": max(waits), "graph_breaks": max(breaks)}
+
+
 def large_model(config: Config, layers: int) -> SRDEModel:
     """The 14 B shape without storage, with its experts and so many layers; on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -364,7 +394,13 @@ def cheap() -> dict[str, Any]:
         forms = FORMS | {WITH_KERNELS: {"expert_kernels": True}}
         layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in forms.items()}
         breaks = {name: graph_breaks(form) for name, form in FORMS.items()}
-    return {"layer": layers, "compiled_block": breaks, "memory_two_layers": micro_step_memory(2)["counted_gib"]}
+    neurons = {name: decoding(form) for name, form in FORMS.items() if name.startswith("neuron")}
+    return {
+        "layer": layers,
+        "compiled_block": breaks,
+        "decoding": neurons,
+        "memory_two_layers": micro_step_memory(2)["counted_gib"],
+    }
 
 
 def worse(found: Any, recorded: Any, path: str = "") -> list[str]:

@@ -80,10 +80,11 @@ class Trial:
     Args:
         folder: for data and runs.
         budget: gives the items and the rows' length.
+        dtype: of the base; what is trained is float32.
     """
 
-    def __init__(self, seed: int, base: Path, folder: Path, budget: Budget) -> None:
-        self.seed, self.base, self.budget = seed, base, budget
+    def __init__(self, seed: int, base: Path, folder: Path, budget: Budget, dtype: torch.dtype) -> None:
+        self.seed, self.base, self.budget, self.dtype = seed, base, budget, dtype
         self.items = folder / f"items/{item_set(budget, seed)}.jsonl"
         make_real_items(budget, seed, self.items)
         self.folder = folder / f"interference-{seed}"
@@ -94,7 +95,8 @@ class Trial:
         make = self._srde if method == "srde" else self._lora
         model, values = make(rows, domains, rate)
         held = load_rows(rows, split, load_manifest(rows))
-        return {"rate": rate, "values": values} | held_out(model.eval(), held, domains, names=list(domains))
+        record = {"rate": rate, "values": values, "dtype": str(self.dtype).removeprefix("torch.")}
+        return record | held_out(model.eval(), held, domains, names=list(domains))
 
     def _srde(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
         run = self.folder / "run"
@@ -105,7 +107,7 @@ class Trial:
             "domains": list(domains),
             "max_length": self.budget.max_length,
             "output_dir": str(run),
-            "bf16": True,
+            "bf16": self.dtype == torch.bfloat16,
             "max_steps": STEPS,
             "warmup_steps": WARMUP,
             "batch_size": ROWS,
@@ -123,11 +125,12 @@ class Trial:
         values = trained.values
         del trained
         gc.collect()  # engines hold cycles
-        weights, dtype = run / "srde_weights.safetensors", torch.bfloat16
-        return load_adapter(weights, base=str(self.base), dtype=dtype, attn_implementation=DOCUMENT_ATTENTION), values
+        weights = run / "srde_weights.safetensors"
+        model = load_adapter(weights, base=str(self.base), dtype=self.dtype, attn_implementation=DOCUMENT_ATTENTION)
+        return model, values
 
     def _lora(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
-        base = load_base(self.base, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION)
+        base = load_base(self.base, dtype=self.dtype, attn_implementation=DOCUMENT_ATTENTION)
         torch.manual_seed(self.seed)
         get_peft_model(base, rivals.lora_config(base, {"values_of": adapter(len(domains))}))
         parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
@@ -210,13 +213,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data and runs")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="give all parts of a seed the same"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS / "interference.jsonl")
     options = parser.parse_args()
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
-    run_missing(SWEEP_SEED, sweep(Trial(SWEEP_SEED, options.base, options.folder, budget)), options.results, losses_of)
+    trial = partial(Trial, base=options.base, folder=options.folder, budget=budget, dtype=getattr(torch, options.dtype))
+    run_missing(SWEEP_SEED, sweep(trial(SWEEP_SEED)), options.results, losses_of)
     rates = chosen_rates(read_records(options.results))
     for seed in options.seeds:
-        run_missing(seed, parts(Trial(seed, options.base, options.folder, budget), rates), options.results, losses_of)
+        run_missing(seed, parts(trial(seed), rates), options.results, losses_of)
     if options.results == RESULTS / "interference.jsonl":
         results = Results(read_records(options.results), wanted(), PAIR)
         put_into("learning_tables.md", "interference", table(results))

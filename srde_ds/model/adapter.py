@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -182,7 +182,11 @@ class SRDEModel(nn.Module):
         Args:
             policy: the policy of all its forwards; default: the current one.
         """
-        with self.routing.running(policy_of_generation(self, policy or self.routing.policy, *args, **kwargs)):
+        with ExitStack() as stack:
+            policy = policy_of_generation(self, policy or self.routing.policy, *args, **kwargs)
+            stack.enter_context(self.routing.running(policy))
+            for layer in self.layers:
+                stack.enter_context(layer.hold_prepared(self.base.dtype))
             return cast("Any", self.base).generate(*args, **kwargs)
 
     def enable_gradient_checkpointing(self, *, use_reentrant: bool = False) -> None:

@@ -8,6 +8,8 @@ the delta of a shared expert, if there is one (`shared_expert.py`). See docs/des
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -258,11 +260,13 @@ class SRDEFeedForward(nn.Module):
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
         """Router and effective deltas prepared for decoding (eval mode, no gradients); None: use `dispatch`.
 
-        None if other ranks hold a part of them, under autocast, and inside torch.compile, which would not notice when
-        they are out of date.
+        None if other ranks hold a part of them, and under autocast. Compiled code would not notice when they are out of
+        date, so there it is what is held, see `hold_prepared`.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.training or torch.is_grad_enabled():
             return None
+        if torch.compiler.is_compiling():
+            return self.preparation.held
         if torch.is_autocast_enabled(gate_TF.device.type):
             return None
         if self.router._forward_hooks or self.router._forward_pre_hooks:  # hooks expect the router to be called
@@ -291,6 +295,20 @@ class SRDEFeedForward(nn.Module):
             experts = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
         prepared = Prepared(PreparedRouter(self.router, gate_TF.dtype), experts)
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
+
+    @contextmanager
+    def hold_prepared(self, dtype: torch.dtype) -> Iterator[None]:
+        """A context in which nothing changes the weights, so that compiled code may use what is prepared.
+
+        Args:
+            dtype: of the base's values.
+        """
+        with torch.no_grad():
+            self.preparation.held = self._prepared(torch.empty(0, dtype=dtype, device=self.support.device))
+        try:
+            yield
+        finally:
+            self.preparation.held = None
 
     def _readable_weights(self, gate_TF: Tensor) -> list[Tensor]:
         """The weights of gate, up and down, if `PreparedNeurons` may replace the base's neurons; else empty.

@@ -317,6 +317,9 @@ class Preparation:
     after a tensor of the module has been replaced, call `drop`.
     """
 
+    held: Prepared | None = None
+    """What compiled code may use: it cannot ask `get`, so something else warrants that nothing changes, see `hold`."""
+
     def __init__(self) -> None:
         self.drop()
 

@@ -126,7 +126,9 @@ def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.M
         SRDEHarnessModel(str(weights), dtype="int8")
     with pytest.raises(SRDEError, match="base_quantization='int4': choose one of none, int8, nf4, fp8"):
         SRDEHarnessModel(str(weights), base_quantization="int4")
-    stored = SRDEHarnessModel(str(weights), base=str(weights.parents[1] / "base"), base_quantization="fp8", device="cpu")
+    stored = SRDEHarnessModel(
+        str(weights), base=str(weights.parents[1] / "base"), base_quantization="fp8", device="cpu"
+    )
     assert any(isinstance(module, Float8Linear) for module in stored.model.modules())
     with pytest.raises(SRDEError, match="weights is missing"):
         SRDEHarnessModel()

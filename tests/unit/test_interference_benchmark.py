@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from benchmarks.learning import interference
 from benchmarks.learning.combining_tables import Results
@@ -39,7 +40,7 @@ def try_briefly(base: Path, folder: Path, results: Path) -> None:
     rates: dict[Any, float] = {"srde": 0.01, "lora": 0.003}
     with patch.multiple(interference, STEPS=2, WARMUP=1, ROWS=1, DENSITY=0.05):
         for _ in range(2):  # the second finds everything done
-            run_missing(1, interference.parts(Trial(1, base, folder, budget), rates), results, losses_of)
+            run_missing(1, interference.parts(Trial(1, base, folder, budget, torch.float32), rates), results, losses_of)
 
 
 @pytest.mark.skipif(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, CompileConfig, pipeline
 
 from srde_ds import SRDEModel
 from srde_ds.config import Config
@@ -23,6 +23,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import load_base
+from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.weights.locate import WEIGHTS
 from tests.cli_helpers import DOMAINS, save_base, write_records
@@ -174,6 +175,49 @@ def test_compiled_in_one_graph(form: dict[str, Any], base: Path, tmp_path: Path)
         expected = model(tokens(vocabulary=50)).logits
         compiled = torch.compile(model.base, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(tokens(vocabulary=50), use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_a_static_cache_compiles_decoding_with_prepared_experts(
+    readable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As users ask for it; on a GPU transformers makes a CUDA graph of it."""
+    effective = SRDEFeedForward._effective_deltas
+    inputs: dict[str, Any] = {}
+
+    def eager_only(layer: SRDEFeedForward, policy: RoutingPolicy) -> torch.Tensor:
+        assert not torch.compiler.is_compiling()
+        return effective(layer, policy)
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        found = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        inputs.update({node.name: node.meta["tensor_dict"] for node in found if "preparation" in node.name})
+        return graph.forward
+
+    monkeypatch.setattr(SRDEFeedForward, "_effective_deltas", eager_only)
+    if not readable:
+        monkeypatch.setattr(SRDEFeedForward, "_readable_weights", lambda *_: [])
+    model = randomize(tiny_srde()).eval()
+    compiling = CompileConfig(fullgraph=True, dynamic=None, backend=backend, mode=None)  # type: ignore[arg-type]
+    compiling._compile_all_devices = True  # type: ignore[assignment]
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    static: dict[str, Any] = {"cache_implementation": "static", "compile_config": compiling}
+
+    def same_tokens() -> None:
+        expected = model.generate(tokens(1, 4), **options)
+        assert torch.equal(model.generate(tokens(1, 4), **static, **options), expected)
+        assert all(layer.preparation.held is None for layer in model.layers)
+
+    same_tokens()
+    # A CUDA graph would copy any other input for each token.
+    assert len(inputs) >= 2 * len(model.layers)
+    assert all(of["_dynamo_static_input_type"] == "unguarded" for of in inputs.values())
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.deltas.free.mul_(-3)
+    same_tokens()
+    model.set_active_experts(["expert1"])
+    same_tokens()
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")

@@ -49,6 +49,11 @@ def test_neuron_experts_wait_for_nothing(recorded: dict[str, Any]) -> None:
     assert not any(count for form, count in waits.items() if form not in ("blocks", "single weights"))
 
 
+def test_a_decoded_token_fits_into_a_cuda_graph(recorded: dict[str, Any]) -> None:
+    assert len(recorded["decoding"]) == 2
+    assert not any(found["waits"] or found["graph_breaks"] for found in recorded["decoding"].values())
+
+
 def test_with_kernels_the_experts_add_at_most_a_third_of_what_they_did(recorded: dict[str, Any]) -> None:
     base = recorded["layer"]["frozen base"]["kernels"]
     added = {form: found["kernels"] - base for form, found in recorded["layer"].items()}
