@@ -17,6 +17,7 @@ from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.base_shape import measure
 from srde_ds.model.quantization import check_float8, check_quantized
+from srde_ds.utils.dtypes import warn_of_slow_bfloat16
 from srde_ds.utils.pretrained import base_to_load
 
 
@@ -37,6 +38,7 @@ def load_model(options: ModelOptions, source: AdapterSource | None = None) -> tu
     local = options.base is None and not options.allow_download
     tokenizer = load_tokenizer(options.base or named, local_files_only=local)
     check_trained_with(source.metadata.history, tokenizer, source.place)
+    warn_of_slow_bfloat16(options.bf16)
     name, local = base_to_load(options.base, named, allow_download=options.allow_download)
     base = _load_base(name, options, local_files_only=local)
     return load_adapter(source, base=base, dtype=_dtype(options)).eval(), tokenizer

@@ -40,6 +40,7 @@ from srde_ds.training.run_folder import (
 from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import StepOptions, optimizer_step
+from srde_ds.utils.dtypes import warn_of_slow_bfloat16
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
@@ -83,6 +84,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
                 if rank == 0:
                     # Before any collective, so that none waits for tokenising.
                     check_run_folder(training.output_dir, training.resume_from)
+                    warn_of_slow_bfloat16(config.model.bf16)
                     until_the_end.enter_context(run_lock(training.output_dir))
                     doing("preparing the data")
                     prepare_data(config)
