@@ -17,7 +17,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,14 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    StaticCache,
+)
 
 from benchmarks.tables import ROOT, measured_on
 from benchmarks.throughput import Case, Options, engine_case, matrix_speed, plain_case, timed
@@ -220,12 +227,17 @@ def _loss(visit: Visit) -> None:
         visit.note(f"loss {what}", seconds=visit.seconds(work), peak_gib=visit.peak_gib(work))
 
 
-def random_base(visit: Visit) -> PreTrainedModel:
-    """The base of the options with random weights, made on the device."""
+def random_base(
+    visit: Visit, *, layers: int | None = None, attn_implementation: str = DOCUMENT_ATTENTION
+) -> PreTrainedModel:
+    """The base of the options with random weights, made on the device; `layers`: only so many."""
     config: Any = AutoConfig.from_pretrained(visit.options.base, trust_remote_code=False)
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers, text.layer_types = layers, None
     with torch.device("meta"):
         base: Any = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=DOCUMENT_ATTENTION
+            config, trust_remote_code=False, dtype=torch.bfloat16, attn_implementation=attn_implementation
         )
     base = base.to_empty(device=visit.device).requires_grad_(False)
     _fill(base.parameters())
@@ -399,11 +411,42 @@ def engine(visit: Visit) -> None:
     stop_processes()
 
 
+def decode(visit: Visit) -> None:
+    """A token after a prompt of 128, by four layers: the base and neuron experts, eagerly and under a CUDA graph."""
+    base = random_base(visit, layers=2 if visit.rehearse else 4, attn_implementation="sdpa")
+    adapter = AdapterConfig(num_experts=6, density=visit.options.density, support_strategy="random")
+    with patch.object(attach, "identity_before_quantization", lambda *_, **__: {}):  # it would copy weights to the host
+        model = add_experts(base, adapter, expert_names=[f"expert{e}" for e in range(6)], seed=0).eval()
+    # On a CPU there are no such graphs; the rehearsal shows that nothing breaks the one that torch.compile makes.
+    how: dict[str, Any] = {"backend": "aot_eager"} if visit.rehearse else {"mode": "reduce-overhead"}
+    token = torch.zeros(1, 1, dtype=torch.long, device=visit.device)
+    count = 2 if visit.rehearse else 20
+    with torch.no_grad(), ExitStack() as held:
+        for block in model.layers:
+            _fill(block.deltas.parameters())
+            held.enter_context(block.hold_prepared(torch.bfloat16))
+        for bare in (True, False):
+            compiled = torch.compile(model.base, fullgraph=True, **how)
+            for name, forward in (("eagerly", model.base), ("CUDA graph", compiled)):
+                cache = StaticCache(config=model.base.config, max_cache_len=1024)
+                options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
+
+                def tokens(forward: Any = forward, options: dict[str, Any] = options) -> None:
+                    for _ in range(count):
+                        forward(token, **options)
+
+                with model.no_experts() if bare else nullcontext():
+                    model.base(token.repeat(1, 128), **options)
+                    seconds = visit.seconds(tokens) / count
+                visit.note(f"token, {'base' if bare else 'SRDE neuron'}, {name}", seconds=seconds)
+
+
 PARTS: dict[str, Callable[[Visit], None]] = {
     "machine": machine,
     "layer": layer,
     "model": model,
     "engine": engine,
+    "decode": decode,
     "tests": tests,
 }
 

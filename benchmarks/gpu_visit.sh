@@ -16,9 +16,10 @@ while read -r part seconds; do
     { echo "== $part: ended with status $?"; failed=1; }
 done <<'PARTS'
 machine 45
-layer 75
-model 180
-engine 110
-tests 70
+layer 65
+model 165
+engine 95
+decode 60
+tests 50
 PARTS
 exit $failed

@@ -59,6 +59,14 @@ def test_the_whole_model_with_its_switches(tmp_path: Path) -> None:
     assert all(0 < line["host_seconds"] <= line["seconds"] for line in timed.values())
 
 
+def test_decoding(tmp_path: Path) -> None:
+    file = tmp_path / "visit.jsonl"
+    gpu_visit.main(["decode", "--rehearse", "--output_file", str(file)])
+    seconds = {line["what"]: line["seconds"] for line in lines(file)}
+    cases = [f"token, {model}, {how}" for model in ("base", "SRDE neuron") for how in ("eagerly", "CUDA graph")]
+    assert list(seconds) == [*cases, "done"] and all(seconds[case] > 0 for case in cases)
+
+
 def test_every_part_has_a_time_limit_and_all_together_eight_minutes() -> None:
     text = (ROOT / "benchmarks/gpu_visit.sh").read_text()
     limits = dict(line.split() for line in text.split("<<'PARTS'\n")[1].split("\nPARTS")[0].splitlines())
