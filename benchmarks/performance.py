@@ -190,19 +190,20 @@ def gpu_goals() -> list[tuple[str, str, Figure]]:
 
 
 def quantized_goals() -> list[tuple[str, str, Figure]]:
-    """Training on a base in 8 and 4 bits, held-out loss against bfloat16."""
-    runs = (read("quantized_base.json") or {"runs": []})["runs"]
+    """Training on a base in 8 and 4 bits, held-out loss against a plain one."""
+    record = read("quantized_base.json") or {"runs": [], "dtype": "bfloat16"}
+    runs, dtype = record["runs"], record["dtype"]
     goals = []
     for kind, name in (("int8", "8 bits"), ("nf4", "4 bits")):
         figure = Figure("not measured yet")
         if of(runs, kind).keys() & of(runs, "none").keys():
             found = comparison(runs, kind)
             text = (
-                f"{found['held_out']:+.3f} nats (untrained {found['at_start']:+.3f}); seeds of bf16 "
+                f"{found['held_out']:+.3f} nats (untrained {found['at_start']:+.3f}); seeds of the plain base "
                 f"{found['noise']:.3f} apart"
             )
             figure = Figure(text, found["held_out"] <= found["noise"])
-        goals.append((f"held-out loss after training on a base in {name}", "within noise of bf16", figure))
+        goals.append((f"held-out loss after training on a base in {name}", f"within noise of {dtype}", figure))
     return goals
 
 

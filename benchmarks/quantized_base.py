@@ -1,11 +1,12 @@
-"""Does SRDE learn as well on a base in 8 and 4 bits as on one in bfloat16? SmolLM2-135M, real items of six domains.
+"""Does SRDE learn as well on a base in 8 and 4 bits as on a plain one? SmolLM2-135M, real items of six domains.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
     python -m benchmarks.quantized_base     # adds to benchmarks/results/quantized_base.json what is missing there
 
 Each run is a whole `srde-ds train`: a few steps of 2,048 positions with a warm start of the routers, and the loss of
 the same held-out rows before the first step and after the last. Runs of a seed read the same rows in the same order.
-The noise is how far the bfloat16 runs of different seeds are apart. A run that has a record is not repeated.
+The noise is how far the plain base's runs of different seeds are apart. A run that has a record is not repeated.
+Products are in `--dtype`, for all runs of a record; bitsandbytes multiplies in 8 bits whatever it is.
 """
 
 from __future__ import annotations
@@ -29,11 +30,10 @@ from srde_ds.config import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/quantized_base.json"
-QUANTIZATIONS = {"none": "bfloat16", "int8": "8 bits", "nf4": "4 bits"}
+QUANTIZATIONS = {"none": "plain", "int8": "8 bits", "nf4": "4 bits"}
 ITEMS: dict[str, Any] = {"train_items": 100, "validation_items": 12, "test_items": 1}
 """of each domain"""
 FLAGS: dict[str, Any] = {
-    "bf16": "true",
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
     "muon_lr": 0.01,
@@ -45,13 +45,14 @@ FLAGS: dict[str, Any] = {
 }
 
 
-def run(inputs: Inputs, quantization: str, seed: int, steps: int, folder: Path) -> dict[str, Any]:
+def run(inputs: Inputs, quantization: str, seed: int, steps: int, bf16: bool, folder: Path) -> dict[str, Any]:
     """Train, and return the losses."""
     shutil.rmtree(folder, ignore_errors=True)
     options = FLAGS | {
         "model_name": inputs.base,
         "pretokenized_dir": inputs.rows,
         "base_quantization": quantization,
+        "bf16": bf16,
         "seed": seed,
         "max_steps": steps,
         "eval_steps": steps,
@@ -86,8 +87,8 @@ def of(records: list[dict[str, Any]], quantization: str) -> dict[int, dict[str, 
 
 
 def comparison(records: list[dict[str, Any]], quantization: str) -> dict[str, float]:
-    """A quantised base against bfloat16, in nats, mean over the seeds that both have: how much higher the held-out loss
-    is at the start and at the end, and the training loss of the late steps; and the noise of the end."""
+    """A quantised base against a plain one, in nats, mean over the seeds that both have: how much higher the held-out
+    loss is at the start and at the end, and the training loss of the late steps; and the noise of the end."""
     plain, other = of(records, "none"), of(records, quantization)
     seeds = sorted(plain.keys() & other.keys())
     held_out = [record["held_out"] for record in plain.values()]
@@ -125,16 +126,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/quantized_base", help="for data and runs")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--forms", nargs="+", choices=QUANTIZATIONS, default=[*QUANTIZATIONS], help="of the base")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     budget = replace(Plan("medium", lambda _: None).budget, steps=options.steps, rows_per_step=4, **ITEMS)
     inputs = prepare(budget, 0, base=options.base, folder=options.folder)
     found = json.loads(options.results.read_text()) if options.results.exists() else {"runs": []}
+    if found.setdefault("dtype", options.dtype) != options.dtype:
+        parser.error(f"--dtype {options.dtype}: the runs in {options.results} are in {found['dtype']}")
     for seed in range(options.seeds):
-        for quantization in QUANTIZATIONS:
+        for quantization in options.forms:
             if seed in of(found["runs"], quantization):
                 continue
-            record = run(inputs, quantization, seed, options.steps, options.folder / f"{quantization}-{seed}")
+            folder = options.folder / f"{quantization}-{seed}"
+            record = run(inputs, quantization, seed, options.steps, options.dtype == "bfloat16", folder)
             packages = {name: version(name) for name in ("bitsandbytes", "accelerate")}
             found |= {"positions_a_step": 4 * budget.max_length, "flags": FLAGS, "items_a_domain": ITEMS}
             found["measured_on"] = measured_on() | {"packages": packages}

@@ -56,10 +56,15 @@ def _load_base(name: str | Path, options: ModelOptions, *, local_files_only: boo
         dtype=_dtype(options),
         local_files_only=local_files_only,
         # There at once: a quantised base cannot be moved, and a plain one may be larger than the host's memory.
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_device(),
         quantization=quantization,
     )
 
 
 def _dtype(options: ModelOptions) -> torch.dtype:
     return torch.bfloat16 if options.bf16 else torch.float32
+
+
+def _device() -> torch.device:
+    # With its number, since loading takes a mere "cuda" for the first GPU.
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
