@@ -78,7 +78,6 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
 
     with launched_processes() as processes:
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
-        model.route_by = options.route_by
         if processes.is_main:
             _tell_about_code(records, sandbox)
         max_new_tokens = options.max_new_tokens

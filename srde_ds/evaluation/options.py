@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from srde_ds.config.values import option
 from srde_ds.evaluation.sandbox import Sandbox
@@ -16,11 +15,6 @@ class EvaluateOptions(ModelOptions):
 
     eval_file: str = option("", "held-out items with answers, as JSONL", metavar="FILE", required=True)
     compare_baseline: bool = option(False, "also run the bare base on the same items")
-    route_by: Literal["token", "prompt"] = option(
-        "token",
-        "what decides on the experts: each token for itself, or the whole prompt, which is then read twice: all tokens "
-        "use the expert that most of its tokens choose",
-    )
     each_expert: bool = option(False, "also measure the loss of every domain with each expert alone")
     run_code: bool = option(False, "score items with tests by running the programs that the model writes, in a sandbox")
     sandbox: Sandbox = option("bubblewrap", "what confines these programs; none: they can do everything that you can")

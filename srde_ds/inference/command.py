@@ -38,7 +38,6 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     how_read = ReadOptions.of(reading) if reading else None
     conversations = read_prompts(options.prompts_file, how_read) if options.prompts_file is not None else []
     model, tokenizer = load_model(options)
-    model.route_by = options.route_by
     if options.expert is not None:
         model.set_active_experts(options.expert)
     torch.manual_seed(options.seed)

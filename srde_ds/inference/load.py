@@ -41,7 +41,9 @@ def load_model(options: ModelOptions, source: AdapterSource | None = None) -> tu
     warn_of_slow_bfloat16(options.bf16)
     name, local = base_to_load(options.base, named, allow_download=options.allow_download)
     base = _load_base(name, options, local_files_only=local)
-    return load_adapter(source, base=base, dtype=_dtype(options)).eval(), tokenizer
+    model = load_adapter(source, base=base, dtype=_dtype(options)).eval()
+    model.route_by = options.route_by
+    return model, tokenizer
 
 
 def _load_base(name: str | Path, options: ModelOptions, *, local_files_only: bool) -> PreTrainedModel:

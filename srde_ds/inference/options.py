@@ -10,7 +10,7 @@ from srde_ds.config.values import option, weights_option
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which experts run on which base, and in which numbers."""
+    """Which experts run on which base, in which numbers, and what routes to them."""
 
     weights: str = weights_option()
     base: str | None = option(None, "folder or Hub id of the base (default: where it was in training)", metavar="BASE")
@@ -22,6 +22,11 @@ class ModelOptions:
         "how the base's linear maps are stored: in 8 bits, in 4 as in QLoRA, or in fp8 for Hopper GPUs",
     )
     bf16: bool = option(True, "compute in bfloat16; false: in fp32")
+    route_by: Literal["token", "prompt"] = option(
+        "token",
+        "what decides on the experts: each token for itself, or the whole prompt, which is then read twice: all tokens "
+        "use the expert that most of its tokens choose",
+    )
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,6 @@ class InferenceOptions(ModelOptions):
         aliases=("output",),
     )
     expert: str | None = option(None, "use only this expert", metavar="NAME")
-    route_by: Literal["token", "prompt"] = option(
-        "token",
-        "what decides on the experts: each token for itself, or the whole prompt, which is then read twice: all tokens "
-        "use the expert that most of its tokens choose",
-    )
     best_of_n: int = option(1, "number of samples, of which the most frequent answer is given", metavar="N", minimum=1)
     self_refine: int = option(0, "number of rounds in which the model checks its own answer", metavar="N", minimum=0)
     batch_size: int = option(16, "prompts of prompts_file in a batch", metavar="N", minimum=1)

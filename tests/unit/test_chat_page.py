@@ -264,15 +264,24 @@ def test_the_verb_serves_and_tells_where(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gradio", reason=NEEDS_GRADIO)
+    make = ChatPage.__init__
+
+    def kept(page: ChatPage, *arguments: Any, **options: Any) -> None:
+        pages.append(page)
+        make(page, *arguments, **options)
+
     served: list[socket.socket] = []
+    pages: list[ChatPage] = []
     monkeypatch.setattr("uvicorn.Server.run", lambda _, sockets: served.extend(sockets))
+    monkeypatch.setattr(ChatPage, "__init__", kept)
     weights = str(save_model(tmp_path))
     assert main(["chat", weights, "--port", "0", "--bf16", "false"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"The chat is at http://127.0.0.1:\d+ \(Ctrl-C", printed) and "password" not in printed
     assert len(served) == 1
-    assert main(["chat", weights, "--port", "0", "--ask_password"]) == 0
+    assert main(["chat", weights, "--port", "0", "--ask_password", "--route_by", "prompt"]) == 0
     assert re.search(r"Its password is \S{16}", capsys.readouterr().out)
+    assert [page.model.route_by for page in pages] == ["token", "prompt"]
     (tmp_path / "word").write_text("my own word")
     assert main(["chat", weights, "--port", "0", "--password_file", str(tmp_path / "word")]) == 0
     printed = capsys.readouterr().out
