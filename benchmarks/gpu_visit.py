@@ -27,6 +27,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -421,13 +422,15 @@ def decode(visit: Visit) -> None:
     how: dict[str, Any] = {"backend": "aot_eager"} if visit.rehearse else {"mode": "reduce-overhead"}
     token = torch.zeros(1, 1, dtype=torch.long, device=visit.device)
     count = 2 if visit.rehearse else 20
+    seconds: dict[tuple[str, str], float] = {}
     with torch.no_grad(), ExitStack() as held:
         for block in model.layers:
             _fill(block.deltas.parameters())
             held.enter_context(block.hold_prepared(torch.bfloat16))
-        for bare in (True, False):
+        for name in ("SRDE neuron", "base"):
             compiled = torch.compile(model.base, fullgraph=True, **how)
-            for name, forward in (("eagerly", model.base), ("CUDA graph", compiled)):
+            counters.clear()
+            for way, forward in (("CUDA graph", compiled), ("eagerly", model.base)):
                 cache = StaticCache(config=model.base.config, max_cache_len=1024)
                 options: dict[str, Any] = {"past_key_values": cache, "use_cache": True}
 
@@ -435,10 +438,16 @@ def decode(visit: Visit) -> None:
                     for _ in range(count):
                         forward(token, **options)
 
-                with model.no_experts() if bare else nullcontext():
+                with model.no_experts() if name == "base" else nullcontext():
                     model.base(token.repeat(1, 128), **options)
-                    seconds = visit.seconds(tokens) / count
-                visit.note(f"token, {'base' if bare else 'SRDE neuron'}, {name}", seconds=seconds)
+                    first = timed(tokens)
+                    seconds[name, way] = visit.seconds(tokens) / count
+                skips = {"cudagraph_skips": counters["inductor"]["cudagraph_skips"]}  # then it is no such graph
+                graphs = skips | {"graphs": counters["stats"]["unique_graphs"], "seconds_of_compiling": round(first, 1)}
+                visit.note(f"token, {name}, {way}", seconds=seconds[name, way], **graphs if forward is compiled else {})
+    for way in ("CUDA graph", "eagerly"):
+        added = (seconds["SRDE neuron", way] - seconds["base", way]) / len(model.layers)
+        visit.note(f"token, what the experts add to a layer, {way}", seconds=added)
 
 
 PARTS: dict[str, Callable[[Visit], None]] = {

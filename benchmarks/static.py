@@ -310,11 +310,11 @@ def decoding(form: dict[str, Any]) -> dict[str, int]:
                 layer.deltas.free.fill_(0.01)
                 held.enter_context(layer.hold_prepared(torch.bfloat16))
             model.base(token.repeat(1, 4), **cache)
+            breaks.append(torch._dynamo.explain(model.base)(token, **cache).graph_break_count)
             with Operators() as found:
                 model.base(token, **cache)
             with model.no_experts(), Operators() as bare:
                 model.base(token, **cache)
-            breaks.append(torch._dynamo.explain(model.base)(token, **cache).graph_break_count)
         kernels.append(found.kernels.total() - bare.kernels.total())
         waits.append(found.waits.total())
     torch._dynamo.reset()

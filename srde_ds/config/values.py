@@ -37,7 +37,7 @@ class OptionTraits(TypedDict, total=False):
     required: bool
 
 
-PLACES = ("FILE", "FILES", "FOLDER", "PATH", "WEIGHTS", "RUN")
+PLACES = ("FILE", "FILES", "FOLDER", "PATH", "WEIGHTS", "RUN", "BASE")
 """metavars of options that name a place; an empty name would mean the current folder"""
 PLAIN = OptionTraits(metavar=None, aliases=(), minimum=None, maximum=None, derived=None, common=False, required=False)
 

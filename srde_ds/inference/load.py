@@ -38,7 +38,7 @@ def load_model(options: ModelOptions, source: AdapterSource | None = None) -> tu
     local = options.base is None and not options.allow_download
     tokenizer = load_tokenizer(options.base or named, local_files_only=local)
     check_trained_with(source.metadata.history, tokenizer, source.place)
-    warn_of_slow_bfloat16(options.bf16)
+    warn_of_slow_bfloat16(options.bf16 and options.base_quantization != "fp8")
     name, local = base_to_load(options.base, named, allow_download=options.allow_download)
     base = _load_base(name, options, local_files_only=local)
     model = load_adapter(source, base=base, dtype=_dtype(options)).eval()
@@ -50,7 +50,7 @@ def _load_base(name: str | Path, options: ModelOptions, *, local_files_only: boo
     quantization = options.base_quantization
     if quantization != "none":
         config = ModelConfig(model_name=str(name), base_quantization=quantization, bf16=options.bf16)
-        shape = measure(config)
+        shape = measure(config, local_files_only=local_files_only)
         check_float8(config, shape.packing, shape.linear)
         check_quantized(config, shape.packing)
     return load_base(

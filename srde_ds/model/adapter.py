@@ -181,11 +181,15 @@ class SRDEModel(nn.Module):
 
         Args:
             policy: the policy of all its forwards; default: the current one.
+
+        Raises:
+            SRDEError: every expert is locked, or a prompt is to be routed by its tokens and there are none.
         """
+        policy = policy_of_generation(self, policy or self.routing.policy, *args, **kwargs)
         with ExitStack() as stack:
-            policy = policy_of_generation(self, policy or self.routing.policy, *args, **kwargs)
-            stack.enter_context(self.routing.running(policy))
-            for layer in self.layers:
+            # On the model's device, since a CUDA graph takes nothing from the CPU.
+            stack.enter_context(self.routing.running(policy, self.layers[0].support.device))
+            for layer in self.layers if self.routing.policy.active else ():
                 stack.enter_context(layer.hold_prepared(self.base.dtype))
             return cast("Any", self.base).generate(*args, **kwargs)
 

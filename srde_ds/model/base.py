@@ -148,13 +148,16 @@ def load_base(
     return model.requires_grad_(False).eval()
 
 
-def base_configuration(model_name: str | Path, *, revision: str | None = None) -> PretrainedConfig:
-    """The configuration of an id or folder.
+def base_configuration(
+    model_name: str | Path, *, revision: str | None = None, local_files_only: bool = False
+) -> PretrainedConfig:
+    """The configuration of an id or folder. With `local_files_only` nothing is downloaded.
 
     Raises:
         SRDEError: there is no such folder or id.
     """
-    config: PretrainedConfig = load_pretrained(AutoConfig, "model", model_name, revision=revision)
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    config: PretrainedConfig = load_pretrained(AutoConfig, "model", model_name, **options)
     return config
 
 

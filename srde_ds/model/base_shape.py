@@ -115,8 +115,8 @@ def base_shape(config: Config) -> BaseShape:
     return shape
 
 
-def measure(model: ModelConfig) -> BaseShape:
-    """The shape of a base.
+def measure(model: ModelConfig, *, local_files_only: bool = False) -> BaseShape:
+    """The shape of a base. With `local_files_only` nothing is downloaded.
 
     Raises:
         SRDEError: `model_name` is missing or names no base, or the base has no gated feed-forward blocks.
@@ -124,12 +124,14 @@ def measure(model: ModelConfig) -> BaseShape:
     if not model.model_name:
         raise SRDEError("model_name is missing: give a Hugging Face id or a local folder (--model_name).")
     name, revision = str(model.model_name), model.model_revision
-    configuration = base_configuration(name, revision=revision)
-    return _measure(name, revision, model.base_quantization, configuration.to_json_string())
+    configuration = base_configuration(name, revision=revision, local_files_only=local_files_only)
+    return _measure(name, revision, model.base_quantization, configuration.to_json_string(), local_files_only)
 
 
 @lru_cache(maxsize=1)
-def _measure(name: str, revision: str | None, quantization: str, configuration: str) -> BaseShape:
+def _measure(
+    name: str, revision: str | None, quantization: str, configuration: str, local_files_only: bool
+) -> BaseShape:
     """Build the base without storage, and measure it.
 
     The cache is here because a run asks at several places: for the memory at hand, its checks, engines and prunings.
@@ -137,7 +139,9 @@ def _measure(name: str, revision: str | None, quantization: str, configuration: 
     Args:
         configuration: the base's config.json, which tells it from another one that takes its place in the folder.
     """
-    base = empty_base(name, revision=revision, attn_implementation=DOCUMENT_ATTENTION)
+    base = empty_base(
+        name, revision=revision, local_files_only=local_files_only, attn_implementation=DOCUMENT_ATTENTION
+    )
     packing = packing_of(name, quantization, base.config)
     blocks, text = block_shapes(base), base.config.get_text_config()
     heads = text.num_attention_heads

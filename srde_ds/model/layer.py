@@ -292,7 +292,8 @@ class SRDEFeedForward(nn.Module):
         elif base:
             experts = PreparedNeurons(deltas, self.support, base)
         else:
-            experts = PreparedNeuronDeltas(deltas, self.support, intermediate=self.intermediate)
+            sizes = {"intermediate": self.intermediate, "top_k": self.router.top_k}
+            experts = PreparedNeuronDeltas(deltas, self.support, **sizes)
         prepared = Prepared(PreparedRouter(self.router, gate_TF.dtype), experts)
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
 
@@ -303,12 +304,13 @@ class SRDEFeedForward(nn.Module):
         Args:
             dtype: of the base's values.
         """
+        before = self.preparation.held
         with torch.no_grad():
             self.preparation.held = self._prepared(torch.empty(0, dtype=dtype, device=self.support.device))
         try:
             yield
         finally:
-            self.preparation.held = None
+            self.preparation.held = before
 
     def _readable_weights(self, gate_TF: Tensor) -> list[Tensor]:
         """The weights of gate, up and down, if `PreparedNeurons` may replace the base's neurons; else empty.

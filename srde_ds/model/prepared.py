@@ -130,15 +130,19 @@ class PreparedNeuronDeltas:
 
     vectors: `[3, E, m, D]`, gate, up and down. neurons: `[E, m]`. places: `[2 * E * m]`, the positions of these
     neurons' gate and up values in `[T, 2 * F]`, gate first.
+
+    Args:
+        top_k: the most experts of a token.
     """
 
-    def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int) -> None:
+    def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int, top_k: int) -> None:
         self.vectors = deltas_DE3m.permute(2, 1, 3, 0).contiguous()
         _, experts, _, self.hidden = self.vectors.shape
         self.shared, self.intermediate = support.dim() == 1, intermediate
         self.neurons = support.long().expand(experts, -1).contiguous()
         self.places = self._places(self.neurons)
-        self.repeated: dict[int, Tensor] = {}
+        # By number of experts, for a shared support. All at once, since a CUDA graph overwrites what it has made.
+        self.repeated = {count: self._places(self.neurons[:count]) for count in range(1, top_k + 1)}
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
@@ -177,7 +181,7 @@ class PreparedNeuronDeltas:
         vectors = self.vectors.index_select(1, index).view(3, tokens, -1, self.hidden)
         neurons_TKm = self.neurons.index_select(0, index).view(tokens, top_k, -1)
         if self.shared:
-            base = pair_T2F.index_select(1, self._repeated(top_k)).to(x_TD.dtype)
+            base = pair_T2F.index_select(1, self.repeated[top_k]).to(x_TD.dtype)
         else:
             flat = neurons_TKm.flatten(1)
             base = pair_T2F.gather(1, torch.cat([flat, flat + self.intermediate], dim=1)).to(x_TD.dtype)
@@ -204,12 +208,6 @@ class PreparedNeuronDeltas:
         (gate, up), (base_gate, base_up) = moved.view(shape).unbind(1), base.view(shape).unbind(1)
         hidden = act(gate) * up
         return hidden, hidden - act(base_gate) * base_up
-
-    def _repeated(self, count: int) -> Tensor:
-        """The places of a shared support, repeated for each of `count` experts."""
-        if count not in self.repeated:
-            self.repeated[count] = self._places(self.neurons[:count])
-        return self.repeated[count]
 
     def _places(self, neurons: Tensor) -> Tensor:
         return torch.cat([neurons.flatten(), neurons.flatten() + self.intermediate])
@@ -318,7 +316,7 @@ class Preparation:
     """
 
     held: Prepared | None = None
-    """What compiled code may use: it cannot ask `get`, so something else warrants that nothing changes, see `hold`."""
+    """What compiled code may use. It cannot ask `get`; `layer.hold_prepared` is for when nothing changes."""
 
     def __init__(self) -> None:
         self.drop()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srde_ds.errors import SRDEError
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
 
 
@@ -69,8 +70,16 @@ def routed_by_prompt(
 
 
 def policy_of_generation(model: RoutedModel, policy: RoutingPolicy, *args: Any, **kwargs: Any) -> RoutingPolicy:
-    """`routed_by_prompt` for the arguments of transformers' `generate`."""
-    ids: Tensor = args[0] if args else kwargs["input_ids" if "input_ids" in kwargs else "inputs"]
+    """`routed_by_prompt` for the arguments of transformers' `generate`.
+
+    Raises:
+        SRDEError: the prompts are given as embeddings, or not at all.
+    """
+    if model.route_by == "token":
+        return policy
+    ids: Tensor | None = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    if ids is None:
+        raise SRDEError('route_by="prompt": generate() needs the prompts\' tokens. Give input_ids, or route by token.')
     mask = kwargs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     return routed_by_prompt(model, ids, mask.bool(), policy, attention_mask=mask)

@@ -84,7 +84,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
                 if rank == 0:
                     # Before any collective, so that none waits for tokenising.
                     check_run_folder(training.output_dir, training.resume_from)
-                    warn_of_slow_bfloat16(config.model.bf16)
+                    warn_of_slow_bfloat16(config.model.bf16 and config.model.base_quantization != "fp8")
                     until_the_end.enter_context(run_lock(training.output_dir))
                     doing("preparing the data")
                     prepare_data(config)

@@ -30,7 +30,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def warn_of_slow_bfloat16(bf16: bool) -> None:
-    """Warn if a run in bfloat16 would be much slower than in float32.
+    """Warn if a run that could as well be in float32 would be much slower in bfloat16.
 
     Without AVX-512 a CPU converts the operands of every product: a base of 135 M took six times as long.
     """

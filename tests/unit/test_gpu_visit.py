@@ -62,9 +62,12 @@ def test_the_whole_model_with_its_switches(tmp_path: Path) -> None:
 def test_decoding(tmp_path: Path) -> None:
     file = tmp_path / "visit.jsonl"
     gpu_visit.main(["decode", "--rehearse", "--output_file", str(file)])
-    seconds = {line["what"]: line["seconds"] for line in lines(file)}
-    cases = [f"token, {model}, {how}" for model in ("base", "SRDE neuron") for how in ("eagerly", "CUDA graph")]
-    assert list(seconds) == [*cases, "done"] and all(seconds[case] > 0 for case in cases)
+    found = {line["what"]: line for line in lines(file)}
+    cases = [f"token, {model}, {how}" for model in ("SRDE neuron", "base") for how in ("CUDA graph", "eagerly")]
+    added = [f"token, what the experts add to a layer, {how}" for how in ("CUDA graph", "eagerly")]
+    assert list(found) == [*cases, *added, "done"] and all(found[case]["seconds"] > 0 for case in cases)
+    for case in cases[::2]:
+        assert found[case]["graphs"] == 1 and found[case]["cudagraph_skips"] == 0
 
 
 def test_every_part_has_a_time_limit_and_all_together_eight_minutes() -> None:
