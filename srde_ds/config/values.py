@@ -124,7 +124,9 @@ def checked(section: Any, key: str, value: Any) -> Any:
     metadata = next(f.metadata for f in fields(section) if f.name == key)
     value = _convert(key, hint, value)
     if metadata["metavar"] in PLACES and isinstance(value, str) and not value.strip():
-        remedy = "Give a name." if metadata["required"] else f"Give a name, or leave {key} out."
+        # A run cannot do without its base, although the option has a default.
+        needed = metadata["required"] or metadata["metavar"] == "BASE"
+        remedy = "Give a name." if needed else f"Give a name, or leave {key} out."
         raise SRDEError(f"{key}='' is empty. {remedy}")
     minimum, maximum = metadata["minimum"], metadata["maximum"]
     if isinstance(value, int | float) and not isinstance(value, bool):

@@ -147,6 +147,8 @@ def test_flags_of_the_predecessor_are_understood() -> None:
         ("hosts", "ssh_config", "--list a:1"),
         ("train", "output_dir", ""),
         ("convert", "weights", ""),
+        ("inference", "base", "w --prompt p"),
+        ("train", "model_name", ""),
     ],
 )
 def test_an_empty_name_is_not_the_current_folder(
