@@ -12,7 +12,7 @@ DESKTOP, PHONE = 1280, 390
 WIDTHS = (DESKTOP, PHONE)
 HEIGHTS = {DESKTOP: 900, PHONE: 844}
 PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser")
-expect.set_options(timeout=20_000)  # milliseconds; beside other tests 5,000 are not always enough
+expect.set_options(timeout=60_000)  # milliseconds; beside other tests, on a slow machine, 20,000 are not always enough
 MISSING = "chromium is missing: apt-get install chromium"
 
 _STICKING_OUT = """() => [...document.querySelectorAll('body *')].filter(element => {

@@ -188,7 +188,7 @@ class SRDEModel(nn.Module):
         policy = policy_of_generation(self, policy or self.routing.policy, *args, **kwargs)
         with ExitStack() as stack:
             # On the model's device, since a CUDA graph takes nothing from the CPU.
-            stack.enter_context(self.routing.running(policy, self.layers[0].support.device))
+            stack.enter_context(self.routing.running(policy, self.base.device))
             for layer in self.layers if self.routing.policy.active else ():
                 stack.enter_context(layer.hold_prepared(self.base.dtype))
             return cast("Any", self.base).generate(*args, **kwargs)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 
 def run_distributed(
-    function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120
+    function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 300
 ) -> list[Any]:
     """`function(*args)` on processes that live for this call alone; see `Ranks`."""
     with Ranks(world_size, backend=backend, timeout=timeout) as ranks:
@@ -39,7 +39,7 @@ class Ranks:
         timeout: seconds for a whole call, and for each collective.
     """
 
-    def __init__(self, world_size: int, *, backend: str = "gloo", timeout: float = 120) -> None:
+    def __init__(self, world_size: int, *, backend: str = "gloo", timeout: float = 300) -> None:
         self.world_size, self.backend, self.timeout = world_size, backend, timeout
         self._processes: list[BaseProcess] = []
         self._connections: list[Connection] = []

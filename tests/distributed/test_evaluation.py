@@ -36,7 +36,7 @@ def _approximately(value: Any) -> Any:
         return {key: _approximately(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_approximately(entry) for entry in value]
-    return pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+    return pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
 
 
 def _evaluate_on_rank(options: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def launch(flags: dict[str, Any]) -> Launched:
         cwd=ROOT,
         env=environment,
         text=True,
-        timeout=150,
+        timeout=400,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

@@ -46,7 +46,7 @@ class Training(subprocess.Popen[str]):
             self.output += line
 
     def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while text not in self.output:
             assert time.monotonic() < deadline and self.poll() is None, self.output
             time.sleep(0.02)

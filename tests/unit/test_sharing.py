@@ -196,6 +196,7 @@ def test_a_static_cache_compiles_decoding_with_prepared_experts(
     monkeypatch.setattr(SRDEFeedForward, "_effective_deltas", eager_only)
     if not readable:
         monkeypatch.setattr(SRDEFeedForward, "_readable_weights", lambda *_: [])
+    torch._dynamo.reset()  # what other tests have compiled counts towards its limit
     model = randomize(tiny_srde()).eval()
     compiling = CompileConfig(fullgraph=True, dynamic=None, backend=backend, mode=None)  # type: ignore[arg-type]
     compiling._compile_all_devices = True  # type: ignore[assignment]
