@@ -1,6 +1,6 @@
 """Float32 against bfloat16 on this CPU: forward and backward of the quick start's feed-forward block, one thread.
 
-python -m benchmarks.cpu_dtype      # prints a table, writes benchmarks/results/cpu_dtype.json
+python -m benchmarks.cpu_dtype      # prints a table, writes a record a machine to benchmarks/results/cpu_dtype.json
 """
 
 import json
@@ -22,10 +22,11 @@ def main() -> None:
     for dtype, value in timings.items():
         print(f"{dtype:<10}{value:>8.3f} s")
     print(f"bfloat16 / float32: {ratio:.2f}")
-    kept = measured_on()
-    record = {"seconds": timings, "bfloat16_over_float32": ratio, "environment": kept}
+    here = measured_on()
+    record = {"seconds": timings, "bfloat16_over_float32": ratio, "environment": here}
     target = ROOT / "benchmarks/results/cpu_dtype.json"
-    target.write_text(json.dumps(record, indent=1) + "\n")
+    records = json.loads(target.read_text()) | {here["machine"]: record}
+    target.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python -m benchmarks.learning.interference [--seeds 1 2 3]
 
 The same multiple-choice questions come in two domains: `letter` wants the letter of the right option, `text` its words.
-SRDE with an expert a domain (one a token, routers from the domains' inputs) is set against LoRA of as many values,
+SRDE with an expert a domain (one a token, routers from the domains' inputs) is set against LoRA of nearly as many values,
 each trained on both domains at once, and on each of them alone with half of the values. Interference is the loss of
 learning both less that of learning one. Each domain gets STEPS steps of ROWS rows either way. Rates are chosen on
 SWEEP_SEED, of training on both, by held-out questions.
@@ -46,6 +46,7 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import PolicyControl
 from srde_ds.training.run_inputs import read_run_inputs
+from srde_ds.utils.dtypes import dtype_name
 from srde_ds.utils.files import write_text
 
 PAIR = ("letter", "text")
@@ -95,7 +96,7 @@ class Trial:
         make = self._srde if method == "srde" else self._lora
         model, values = make(rows, domains, rate)
         held = load_rows(rows, split, load_manifest(rows))
-        record = {"rate": rate, "values": values, "dtype": str(self.dtype).removeprefix("torch.")}
+        record = {"rate": rate, "values": values, "dtype": dtype_name(self.dtype)}
         return record | held_out(model.eval(), held, domains, names=list(domains))
 
     def _srde(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
