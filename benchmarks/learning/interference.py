@@ -5,9 +5,9 @@
 
 The same multiple-choice questions come in two domains: `letter` wants the letter of the right option, `text` its words.
 SRDE with an expert a domain (one a token, routers from the domains' inputs) is set against LoRA of nearly as many
-values, each trained on both domains at once, and on each of them alone with half of the values. Interference is the loss of
-learning both less that of learning one. Each domain gets STEPS steps of ROWS rows either way. Rates are chosen on
-SWEEP_SEED, of training on both, by held-out questions.
+values, each trained on both domains at once, and on each of them alone with half of the values. Interference is the
+loss of learning both less that of learning one. Each domain gets STEPS steps of ROWS rows either way. Rates are chosen
+on SWEEP_SEED, of training on both, by held-out questions.
 
 A training is a line of results/interference.jsonl and is not repeated. One takes one to two minutes of one thread.
 """
