@@ -45,7 +45,7 @@ from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
-from srde_ds.model.prompt_routing import votes_of_tokens
+from srde_ds.model.prompt_routing import votes_of_tokens, winners
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.training.run_inputs import read_run_inputs
 from srde_ds.utils.environment import environment
@@ -76,7 +76,7 @@ def held_out(
 
     Args:
         names: of the rows' domains, by number.
-        by_prompt: each document uses the expert that its prompt's tokens choose most often; then `right` holds how many
+        by_prompt: each document uses the expert that its prompt chooses (`prompt_routing`); then `right` holds how many
             documents of each domain got its own expert, and of how many.
     """
     domain_of_row = rows.with_format("numpy")["domain"][:]
@@ -115,7 +115,7 @@ def chosen_by_prompts(model: SRDEModel, inputs: Record, documents: Documents) ->
     for document in number[inputs["token_mask"][0]].unique().tolist():
         own = number == document
         prompt = own & ((labelled & own).cumsum(0) == 0)
-        experts.append(int(votes_SE[prompt].sum(0).argmax()))
+        experts.append(int(winners(votes_SE[None], prompt[None])))
         forced[own] = experts[-1]
     return forced[None], experts
 

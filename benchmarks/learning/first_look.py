@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from scipy.stats import t
@@ -29,6 +29,7 @@ from benchmarks.learning import measure, methods, rivals
 from benchmarks.learning.data import Inputs, prepare
 from benchmarks.learning.plan import Budget, Plan, Run, late_loss
 from benchmarks.learning.plots import plot_differences
+from benchmarks.learning.routers import warm_start_routers
 from benchmarks.learning.store import RESULTS, read_records
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig
@@ -40,11 +41,13 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import Documents
 from srde_ds.model.base import find_feed_forward, load_base
-from srde_ds.model.policy import PolicyControl
+from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.targets import Targets
 from srde_ds.optim import for_trainer
+from srde_ds.training.reporting.held_out import forced_experts
 from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.warm_start.clustering import Method
+from srde_ds.training.warm_start.token_sample import special_token_ids
 from srde_ds.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +63,9 @@ class Look:
         kind: "srde", or a rival of `rivals.PARAMETERS`.
         rates: options of the optimizer; with `muon_lr` matrices are updated by GramMuon (rivals: by Muon).
         adapter: options of the adapter.
-        routers: with six experts, how they are made from the domains' inputs: "domain_means" or "discriminant".
+        routers: with six experts, how they are made from the domains' inputs: "domain_means" or "discriminant" of all
+            tokens, or "warm_start": as the package does it, from answers and prompts.
+        by_text: all tokens of a text use its domain's expert in training, and the one that its prompt chooses later.
         rival: flags of a rival, see `plan.Run`.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
     """
@@ -68,7 +73,8 @@ class Look:
     kind: str = "srde"
     rates: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
-    routers: Method = "domain_means"
+    routers: Method | Literal["warm_start"] = "domain_means"
+    by_text: bool = False
     rival: dict[str, Any] = field(default_factory=dict)
     attention: int = 0
     attention_rate: float = 2e-3
@@ -87,6 +93,10 @@ LOOKS = {
     "SRDE, 0.01": Look(rates={"muon_lr": 0.01}),
     "SRDE, 0.02": Look(rates={"muon_lr": 0.02}),
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
+    "SRDE, 0.02, warm start": Look(rates={"muon_lr": 0.02}, routers="warm_start"),
+    "SRDE, 0.02, one expert a text": Look(
+        rates={"muon_lr": 0.02}, adapter={"top_k": 1}, routers="warm_start", by_text=True
+    ),
     "SRDE, 0.01, supports for each expert": Look(rates={"muon_lr": 0.01}, adapter={"support_scope": "per_expert"}),
     "SRDE, 0.01, half of the values in a shared expert": Look(rates={"muon_lr": 0.01}, adapter=HALF),
     "SRDE, 0.02, half of the values in a shared expert": Look(rates={"muon_lr": 0.02}, adapter=HALF),
@@ -118,12 +128,14 @@ class Trainee:
 
     Attributes:
         masters: fp32 copies, where the trainables themselves are bfloat16.
+        by_text: as of `Look`.
     """
 
     model: SRDEModel
     parameters: list[nn.Parameter]
     optimizers: list[torch.optim.Optimizer]
     masters: rivals.Masters | None = None
+    by_text: bool = False
 
 
 def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -> Trainee:
@@ -131,19 +143,24 @@ def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -
     options = {name: checked(AdapterConfig, name, value) for name, value in look.adapter.items()}
     config = AdapterConfig(**options)
     six = config.num_experts == len(DOMAINS)
-    routers = rivals.domain_routers(base, find_feed_forward(base), inputs, seed, look.routers) if six else []
+    routers = []
+    if six and look.routers != "warm_start":
+        routers = rivals.domain_routers(base, find_feed_forward(base), inputs, seed, look.routers)
     names = list(DOMAINS) if six else [f"expert {number}" for number in range(config.num_experts)]
     model = add_experts(base, config, expert_names=names, seed=seed)
     for _, parameter in model.trainable_parameters():
         parameter.data = parameter.data.float()
     for layer, router in zip(model.layers, routers, strict=False):
         layer.router.weight.data.copy_(router)
+    if six and look.routers == "warm_start":
+        special = special_token_ids(inputs.tokenizer())
+        warm_start_routers(model.eval(), inputs.split("train"), names, special_ids=special, seed=seed)
     optimizers: list[torch.optim.Optimizer] = [for_trainer(model, use_muon="muon_lr" in look.rates, **look.rates)]
     attention = add_attention(base, look.attention) if look.attention else []
     if attention:
         optimizers.append(torch.optim.AdamW(attention, lr=look.attention_rate, betas=(0.9, 0.95), weight_decay=0.0))
     own = [parameter for _, parameter in model.trainable_parameters()]
-    return Trainee(model, [*own, *attention], optimizers)
+    return Trainee(model, [*own, *attention], optimizers, by_text=look.by_text)
 
 
 def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -> Trainee:
@@ -190,6 +207,8 @@ def train(
             documents = Documents.of(batch["position_ids"])
             inputs: dict[str, Any] = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
             inputs |= {"documents": documents, "attention_mask": documents.no_mask}
+            if trainee.by_text:
+                inputs["policy"] = RoutingPolicy(forced_experts=forced_experts(batch, "domain"))
             loss_sum = model(**inputs, labels=Targets.of(batch["labels"], batch.get("label_weights"))).loss_sum
             (loss_sum / labels).backward()
             total += float(loss_sum.detach())
@@ -206,12 +225,18 @@ def train(
     return losses
 
 
-def train_look(look: Look, budget: Budget, inputs: Inputs, seed: int, steps: int) -> tuple[Trainee, list[float]]:
-    """Train a run, or its first steps, and give the loss of each."""
+def train_look(
+    look: Look, budget: Budget, inputs: Inputs, seed: int, steps: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Trainee, list[float]]:
+    """Train a run, or its first steps, and give the loss of each.
+
+    Args:
+        dtype: of the base.
+    """
     plan = Plan("medium", lambda _: None)
     config = methods.config_of(plan.example(plan.rows["SRDE from domain means"]), inputs, inputs.rows.parent)
     torch.manual_seed(seed)
-    base = load_base(inputs.base, dtype=torch.bfloat16, attn_implementation=packed_attention(config.model))
+    base = load_base(inputs.base, dtype=dtype, attn_implementation=packed_attention(config.model))
     trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs, seed)
     stream = RowStream(
         inputs.split("train"),

@@ -5,11 +5,13 @@
 
 The same multiple-choice questions come in two domains: `letter` wants the letter of the right option, `text` its words.
 SRDE with an expert a domain (one a token, routers from the domains' inputs) is set against LoRA of nearly as many
-values, each trained on both domains at once, and on each of them alone with half of the values. Interference is the
-loss of learning both less that of learning one. Each domain gets STEPS steps of ROWS rows either way. Rates are chosen
-on SWEEP_SEED, of training on both, by held-out questions.
+values, each trained on both domains at once, and on each of them alone with half of the values. SRDE's two experts that
+were trained alone are also put together, without data. Interference is the loss of one model for both domains less that
+of one for each. Each domain gets STEPS steps of ROWS rows either way. Rates are chosen on SWEEP_SEED, of training on
+both, by held-out questions.
 
-A training is a line of results/interference.jsonl and is not repeated. One takes one to two minutes of one thread.
+A part is a line of results/interference.jsonl and is not repeated. A training takes one to two minutes of one thread
+where bfloat16 is fast, and ten to thirty in float32 on an AMD EPYC without AVX-512.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from benchmarks.learning.first_look import Trainee, factor, train
 from benchmarks.learning.plan import Budget, Flags, Plan
 from benchmarks.learning.store import RESULTS, read_records, run_missing
 from benchmarks.tables import markdown, put_into
+from srde_ds.compose.combine import combine_command
+from srde_ds.compose.options import CombineOptions
 from srde_ds.config import AdapterConfig, resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import RowStream
@@ -56,7 +60,15 @@ OPTION = re.compile(r"^([A-E])\. (.*)$", re.MULTILINE)
 TEST_ITEMS = 300
 DENSITY = 0.0025  # four neurons an expert, and a LoRA of rank 2
 RATES: dict[Method, tuple[float, ...]] = {"srde": (0.01, 0.02, 0.04), "lora": (0.003, 0.01, 0.03)}
-METHODS: dict[Method, str] = {"srde": "SRDE, an expert a domain", "lora": "LoRA"}
+METHODS: tuple[Method, ...] = ("srde", "lora")
+COMBINED, BY_PROMPT = "srde combined", "srde combined, by prompt"
+WAYS: dict[str, str] = {
+    "srde both": "SRDE, an expert a domain",
+    COMBINED: "SRDE, trained apart, then combined: one a token",
+    BY_PROMPT: "SRDE, trained apart, then combined: one a text, chosen by its prompt",
+    "lora both": "LoRA",
+}
+"""One model for both domains."""
 
 
 def pair_of(item: Record) -> Iterator[Record]:
@@ -92,15 +104,27 @@ class Trial:
 
     def train(self, method: Method, domains: Sequence[str], rate: float, split: str = "test") -> Record:
         """Train on these domains, and measure them on a split."""
-        rows = self._rows(domains)
+        rows = self.rows(domains)
         make = self._srde if method == "srde" else self._lora
         model, values = make(rows, domains, rate)
         held = load_rows(rows, split, load_manifest(rows))
         record = {"rate": rate, "values": values, "dtype": dtype_name(self.dtype)}
         return record | held_out(model.eval(), held, domains, names=list(domains))
 
+    def combined(self, rate: float, by_prompt: bool) -> Record:
+        """SRDE's experts of each domain alone in one adapter, made without data."""
+        for domain in PAIR:
+            if not self._weights([domain]).exists():
+                self._srde(self.rows([domain]), [domain], rate)
+        output = self.folder / "combined.safetensors"
+        combine_command(CombineOptions([str(self._weights([domain])) for domain in PAIR], output=str(output)))
+        model, rows = self._adapted(output), self.rows(PAIR)
+        held = load_rows(rows, "test", load_manifest(rows))
+        record = {"rate": rate, "dtype": dtype_name(self.dtype)}
+        return record | held_out(model.eval(), held, PAIR, names=list(PAIR), by_prompt=by_prompt)
+
     def _srde(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
-        run = self.folder / "run"
+        run = self._weights(domains).parent
         shutil.rmtree(run, ignore_errors=True)
         flags: Flags = {
             "model_name": str(self.base),
@@ -126,9 +150,14 @@ class Trial:
         values = trained.values
         del trained
         gc.collect()  # engines hold cycles
-        weights = run / "srde_weights.safetensors"
-        model = load_adapter(weights, base=str(self.base), dtype=self.dtype, attn_implementation=DOCUMENT_ATTENTION)
-        return model, values
+        return self._adapted(self._weights(domains)), values
+
+    def _weights(self, domains: Sequence[str]) -> Path:
+        """Those of SRDE that was trained on the domains."""
+        return self.folder / f"run-{'-'.join(domains)}" / "srde_weights.safetensors"
+
+    def _adapted(self, weights: Path) -> SRDEModel:
+        return load_adapter(weights, base=str(self.base), dtype=self.dtype, attn_implementation=DOCUMENT_ATTENTION)
 
     def _lora(self, rows: Path, domains: Sequence[str], rate: float) -> tuple[SRDEModel, int]:
         base = load_base(self.base, dtype=self.dtype, attn_implementation=DOCUMENT_ATTENTION)
@@ -143,7 +172,7 @@ class Trial:
         train(Trainee(model, parameters, [optimizer]), stream, ROWS, len(domains), STEPS, schedule)
         return model, sum(parameter.numel() for parameter in parameters)
 
-    def _rows(self, domains: Sequence[str]) -> Path:
+    def rows(self, domains: Sequence[str]) -> Path:
         """Packed rows of the domains."""
         items, folder = self.folder / f"{'-'.join(domains)}.jsonl", self.folder / f"rows-{'-'.join(domains)}"
         if not items.exists():
@@ -159,11 +188,13 @@ class Trial:
 
 
 def parts(trial: Trial, rates: dict[Method, float]) -> Iterator[Part]:
-    """Of each method: both domains at once, and each alone."""
+    """Of each method: both domains at once, and each alone; then SRDE's two combined."""
     for method in METHODS:
         yield f"{method} both", partial(trial.train, method, PAIR, rates[method])
         for domain in PAIR:
             yield f"{method} alone, {domain}", partial(trial.train, method, [domain], rates[method])
+    yield COMBINED, partial(trial.combined, rates["srde"], False)
+    yield BY_PROMPT, partial(trial.combined, rates["srde"], True)
 
 
 def sweep(trial: Trial) -> Iterator[Part]:
@@ -185,23 +216,25 @@ def chosen_rates(records: list[Record]) -> dict[Method, float]:
 
 def wanted() -> list[str]:
     """The parts that the table needs."""
-    return [part for method in METHODS for part in (f"{method} both", *(f"{method} alone, {name}" for name in PAIR))]
+    return [*WAYS, *(f"{method} alone, {domain}" for method in METHODS for domain in PAIR)]
 
 
 def table(results: Results) -> str:
-    """A line a method."""
+    """A line for each way to one model, against a model for each domain, and against LoRA of both."""
     rows = []
-    for method, name in METHODS.items():
-        total, (low, high), by_seed = results.difference(f"{method} both", f"{method} own")
-        cells = [f"{results.loss(f'{method} {way}', domain):.3f}" for domain in PAIR for way in ("both", "own")]
-        apart = " ".join(f"{difference:+.3f}" for difference in by_seed)
-        rows.append([name, f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, *cells])
-    ours, theirs = "srde both", "lora both"
-    total, (low, high), by_seed = results.difference(ours, theirs)
-    apart = " ".join(f"{difference:+.3f}" for difference in by_seed)
-    rows.append(["both at once, SRDE less LoRA", f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, "", "", "", ""])
+    for part, name in WAYS.items():
+        own = f"{part.split()[0]} own"
+        cells = [f"{results.loss(model, domain):.3f}" for domain in PAIR for model in (part, own)]
+        against = "" if part == "lora both" else _with_interval(results, part, "lora both")
+        rows.append([name, _with_interval(results, part, own), against, *cells])
     heads = [f"{domain}, {way}" for domain in PAIR for way in ("both", "alone")]
-    return markdown(["", "interference", "by seed", *heads], rows)
+    return markdown(["one model for both", "interference", "against LoRA", *heads], rows)
+
+
+def _with_interval(results: Results, part: str, against: str) -> str:
+    total, (low, high), by_seed = results.difference(part, against)
+    apart = f"; by seed {' '.join(f'{difference:+.3f}' for difference in by_seed)}" if len(by_seed) > 1 else ""
+    return f"{total:+.3f} ({low:+.3f} to {high:+.3f}{apart})"
 
 
 def losses_of(record: Record) -> str:

@@ -146,6 +146,8 @@ def _check_curriculum(config: Config) -> None:
             f"progressive_unlock=linear with num_experts={adapter.num_experts} and {routed} routed steps: the last "
             f"experts would stay locked. Raise --max_steps, or give --progressive_unlock all."
         )
+    if curriculum.training_phases == "by_domain":
+        _check_by_domain(config)
     for key, needed in PARTS_OF.items():
         value = getattr(curriculum, key)
         unused = (getattr(CurriculumConfig, key), PAST_DEFAULTS.get(key))
@@ -203,4 +205,28 @@ def _check_curriculum(config: Config) -> None:
         raise SRDEError(
             f"support_overlap_weight={config.losses.support_overlap_weight}: only supports that are learned for "
             "each expert can move apart. Give --support_strategy learned --support_scope per_expert, or 0."
+        )
+
+
+def _check_by_domain(config: Config) -> None:
+    data, curriculum, training = config.data, config.curriculum, config.training
+    experts, domains = config.adapter.num_experts, len(data.domains)
+    if experts != domains or domains == 1:
+        raise SRDEError(
+            f"training_phases=by_domain with {domains} domains and num_experts={experts}: each of several domains "
+            "needs one expert. Leave --num_experts out, or --training_phases."
+        )
+    idle = {
+        "supervised_experts": curriculum.supervised_experts and "it is what by_domain does in all steps",
+        "warm_start": curriculum.warm_start and "the routers are set at the end",
+        "progressive_unlock": curriculum.progressive_unlock != "all" and "no expert waits for another",
+        "train_experts": bool(training.train_experts) and "the routers of all experts are set at the end",
+    }
+    for key, reason in idle.items():
+        if reason:
+            raise SRDEError(f"{key} with training_phases=by_domain: {reason}. Leave --{key} out.")
+    if not training.domain_statistics_rows:
+        raise SRDEError(
+            "domain_statistics_rows=0 with training_phases=by_domain: the routers are made of these statistics. Give "
+            "some rows, or leave it out."
         )

@@ -60,6 +60,8 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("domains", [data.domain], "the one of domain")
     if config.model.base_quantization != "none":
         default("base_placement", "resident", "a quantised base cannot be sharded")
+    if curriculum.training_phases == "by_domain":
+        default("top_k", 1, "a text uses its domain's expert alone")
     least = adapter.top_k if "top_k" in given else 1
     reason = "one for each domain" if len(data.domains) >= least else "as many as top_k"
     default("num_experts", max(len(data.domains), least), reason)

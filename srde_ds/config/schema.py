@@ -316,10 +316,11 @@ class CurriculumConfig:
         derived="0; half of max_steps with initial_density",
     )
     density_prunings: int = option(4, "number of prunings from initial_density to density", metavar="N", minimum=1)
-    training_phases: Literal["joint", "four", "routers"] = option(
+    training_phases: Literal["joint", "four", "by_domain", "routers"] = option(
         "joint",
         "after pretraining, train all trainables together, or in the predecessor's four phases: warm-up, mask, delta, "
-        "joint; routers (with start_from): only the routers",
+        "joint; by_domain: each text with its domain's expert alone, the routers follow at the end (to be used with "
+        "--route_by prompt); routers (with start_from): only the routers",
     )
 
 

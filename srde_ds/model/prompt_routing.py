@@ -3,6 +3,9 @@
 Token by token, some go to experts of other domains. Above all the first ones: a template's beginning is the same in all
 domains, and attention leans on a text's first token throughout. For experts that were trained apart on their domains,
 one expert for a whole text is what they were trained with.
+
+The prompt's last token has as many votes as all of them together. It alone has read the whole prompt, and domains may
+differ only in what the last sentence asks for.
 """
 
 from __future__ import annotations
@@ -41,17 +44,28 @@ def votes_of_tokens(model: RoutedModel, input_ids: Tensor, *, policy: RoutingPol
     return F.one_hot(first_LT, len(model.expert_names)).sum(0).view(*input_ids.shape, -1)
 
 
-def experts_of_prompts(
-    model: RoutedModel, input_ids: Tensor, prompt_mask: Tensor, *, policy: RoutingPolicy, **inputs: Any
-) -> Tensor:
-    """`[B, 1]` for `RoutingPolicy.forced_experts`: the expert that a prompt's tokens choose most, over all layers.
+def winners(votes_BSE: Tensor, prompt_mask: Tensor) -> Tensor:
+    """`[B, 1]`: the expert with the most votes, where a prompt's last token has as many as all of its tokens together.
 
     Args:
         prompt_mask: `[B, S]` bool, True for tokens of the prompt.
+    """
+    mask = prompt_mask.to(votes_BSE.device).long()
+    last_BS = mask * (mask.flip(1).cumsum(1).flip(1) == 1)
+    weights_BS = mask + last_BS * mask.sum(1, keepdim=True)
+    return (votes_BSE * weights_BS[..., None]).sum(1).argmax(1, keepdim=True)
+
+
+def experts_of_prompts(
+    model: RoutedModel, input_ids: Tensor, prompt_mask: Tensor, *, policy: RoutingPolicy, **inputs: Any
+) -> Tensor:
+    """`[B, 1]` for `RoutingPolicy.forced_experts`: the winners of the votes of the prompts' tokens, over all layers.
+
+    Args:
+        prompt_mask: as of `winners`.
         inputs: as of `votes_of_tokens`.
     """
-    votes_BSE = votes_of_tokens(model, input_ids, policy=policy, **inputs)
-    return (votes_BSE * prompt_mask.to(votes_BSE.device)[..., None]).sum(1).argmax(1, keepdim=True)
+    return winners(votes_of_tokens(model, input_ids, policy=policy, **inputs), prompt_mask)
 
 
 def routed_by_prompt(

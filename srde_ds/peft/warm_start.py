@@ -17,6 +17,7 @@ from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.warm_start.clustering import Method, fit_router
 from srde_ds.training.warm_start.routers import capture_inputs
@@ -41,8 +42,8 @@ def warm_start_routers(
 
     Args:
         model: a PEFT model with the experts of `srde_ds.peft`.
-        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to. A few
-            thousand rows are enough.
+        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to, and what
+            tells answers from prompts, see `padded_rows`. A few thousand rows are enough.
         tokenizer: tells which tokens are special; these are left out.
         method, samples: like a run's options `warm_start_method` and `warm_start_samples`.
 
@@ -108,6 +109,9 @@ def forward_of(view: SRDEModel, *, active: Sequence[bool] = (True,)) -> Callable
 def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tuple[datasets.Dataset, list[str]]:
     """Pad the rows to the form that `build_dataset` gives, one document per row.
 
+    Labels are those of the column `labels`, or the tokens that TRL's `completion_mask` or `assistant_masks` marks;
+    without these columns, all tokens.
+
     Args:
         experts: names of the experts, which are the domains.
         option: the option that the rows were given for, in messages.
@@ -134,14 +138,24 @@ def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tupl
     lengths = [len(row) for row in ids]
     longest = max(lengths, default=0)
     position = np.arange(longest)
-    table = np.zeros((len(ids), longest), np.int64)
-    for row, own in zip(table, ids, strict=True):
-        row[: len(own)] = own
+    table = _padded(ids, longest)
+    labels = _padded(rows["labels"][:], longest) if "labels" in rows.column_names else table
+    for mask in ("completion_mask", "assistant_masks"):
+        if mask in rows.column_names:
+            labels = np.where(_padded(rows[mask][:], longest) > 0, labels, NO_LABEL)
     columns = {
         "input_ids": table,
-        "labels": table,
+        "labels": labels,
         "position_ids": np.broadcast_to(position, table.shape),
         "domain": np.asarray(numbers, np.int64),
         "length": np.asarray(lengths, np.int64),
     }
     return datasets.Dataset.from_dict(columns), experts[: max(numbers, default=-1) + 1]
+
+
+def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+    """`[R, length]` int64, with zeros at the end of rows."""
+    table = np.zeros((len(rows), length), np.int64)
+    for row, own in zip(table, rows, strict=True):
+        row[: len(own)] = own
+    return table

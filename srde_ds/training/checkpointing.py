@@ -266,6 +266,8 @@ class RunState:
             "data": Path(split.file).name,
             "dataset": split.content_sha256,
         }
+        if self.config.curriculum.training_phases == "by_domain":
+            entry["routing"] = "by domain"
         if VOCABULARY in self.manifest.tokenizer:  # older datasets do not record it
             entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
         return entry

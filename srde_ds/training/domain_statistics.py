@@ -20,11 +20,13 @@ from srde_ds.config import Config
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.processes import Topology
+from srde_ds.distributed.processes import Topology, broadcast_from_main
+from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
+from srde_ds.training.warm_start.from_statistics import of_domains, router_of
 from srde_ds.training.warm_start.routers import visit_inputs
 from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
 from srde_ds.utils.together import on_main_rank
@@ -74,10 +76,41 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     engine.model.origins.update(tokens, statistics_of(sum_over_ranks({"sums": sums}, topology.device)["sums"], counts))
 
 
+def set_routers(engine: Engine, topology: Topology, *, seed: int) -> str:
+    """Set all routers from the statistics of the domains, one expert each; a collective.
+
+    Returns:
+        A line for the console, if that is not possible and the routers are as they were; otherwise empty.
+    """
+    model, origins = engine.model, engine.model.origins
+    unknown = [name for name in model.expert_names if name not in origins.domain_tokens]
+    if unknown:
+        return f"The routers are random: there are no statistics of the domain {unknown[0]}."
+    weights = {}
+    for layer, own in enumerate(model.layers):
+        statistics = of_domains(origins.statistics[layer], list(origins.domain_tokens), model.expert_names)
+        router = torch.empty(len(model.expert_names), own.hidden)
+
+        def fit(statistics: DomainStatistics = statistics, router: Tensor = router, layer: int = layer) -> str:
+            try:
+                router.copy_(router_of(statistics, seed=seed, layer=layer))
+            except SRDEError as error:
+                return str(error)
+            return ""
+
+        if similar := on_main_rank(fit, topology, long=True):
+            return f"The routers are random: {similar}"
+        router = router.to(topology.device)
+        broadcast_from_main(router)
+        weights[f"layers.{layer}.router.weight"] = router.cpu()
+    engine.set_trainables(weights)
+    return ""
+
+
 def sum_inputs(
     model: SRDEModel, forward: Callable[[Batch], object], batches: Iterable[Batch], sample: TokenSample, domains: int
 ) -> Tensor:
-    """`[L, domains, 2 + S, D]` float64: sums over what enters each block on each domain.
+    """`[L, domains, 2 + S, D]` float64: sums over what enters each block on each domain, by the tokens' weights.
 
     They are the inputs' sum, that of their squares, and their second moment's product with S random directions.
 
@@ -88,14 +121,16 @@ def sum_inputs(
     probes = _probes(first.hidden).to(first.support.device)
     shape = (len(model.layers), domains, 2 + probes.shape[1], first.hidden)
     sums = torch.zeros(shape, dtype=torch.float64, device=first.support.device)
+    weight = np.ones(len(sample.domain)) if sample.weight is None else sample.weight
 
     def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
         for domain in np.unique(sample.domain[tokens]).tolist():
-            own = torch.from_numpy(np.flatnonzero(sample.domain[tokens] == domain)).to(inputs.device)
-            x_ND = inputs.index_select(0, own).double()
-            sums[layer, domain, 0] += x_ND.sum(0)
-            sums[layer, domain, 1] += x_ND.square().sum(0)
-            sums[layer, domain, 2:] += (x_ND @ probes).T @ x_ND
+            own = np.flatnonzero(sample.domain[tokens] == domain)
+            w_N = torch.from_numpy(weight[tokens[own]]).to(inputs.device)
+            x_ND = inputs.index_select(0, torch.from_numpy(own).to(inputs.device)).double()
+            sums[layer, domain, 0] += w_N @ x_ND
+            sums[layer, domain, 1] += w_N @ x_ND.square()
+            sums[layer, domain, 2:] += (x_ND @ probes).T @ (w_N[:, None] * x_ND)
 
     with torch.no_grad():
         visit_inputs(model, forward, batches, sample, add)

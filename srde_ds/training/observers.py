@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 from torch import Tensor
@@ -9,10 +10,12 @@ from torch import Tensor
 from srde_ds.data.manifest import counts_of
 from srde_ds.liveness.heartbeat import Heartbeat
 from srde_ds.liveness.status import doing
-from srde_ds.training.domain_statistics import measure_domains
+from srde_ds.training.domain_statistics import measure_domains, set_routers
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
 from srde_ds.training.reporting.step_metrics import ExpertWatch
 from srde_ds.training.run import Observer, Run
+
+logger = logging.getLogger(__name__)
 
 
 def observers(heartbeat: Heartbeat) -> list[Observer]:
@@ -90,13 +93,20 @@ class HeldOutLosses(Observer):
 
 
 class Domains(Observer):
-    """Statistics of each domain's inputs to the blocks, measured after the last step."""
+    """Statistics of each domain's inputs to the blocks, measured after the last step, and routers made of them."""
 
     def after_step(self, run: Run) -> None:
-        """Measure, if this was the last step."""
+        """Measure, if this was the last step, and set the routers if none was trained."""
         if run.is_last_step and run.config.training.domain_statistics_rows:
             doing("statistics of the domains")
             measure_domains(run.engine, run.config, run.topology, run.state.stream.rows)
+            if run.curriculum.schedule.trains_by_domain:
+                doing("setting the routers")
+                problem = set_routers(run.engine, run.topology, seed=run.config.training.seed)
+                if problem and run.topology.is_main:
+                    logger.warning(problem)
+                elif run.topology.is_main:
+                    print("Each text was trained with one expert: use the weights with --route_by prompt.", flush=True)
 
 
 class MetricsLines(Observer):

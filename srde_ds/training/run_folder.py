@@ -189,11 +189,16 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
     train = manifest.splits["train"].domains
     trained = config.training.train_experts or manifest.domains
     empty = [domain for domain in manifest.domains if train[domain].rows == 0 and domain in trained]
-    for key in ("supervised_experts", "warm_start"):
-        if empty and getattr(config.curriculum, key):
-            raise SRDEError(
-                f"{key}=true: domain '{empty[0]}' has no training rows. Add records of it, or build without the domain."
-            )
+    curriculum = config.curriculum
+    needed = {
+        "supervised_experts=true": curriculum.supervised_experts,
+        "warm_start=true": curriculum.warm_start,
+        "training_phases=by_domain": curriculum.training_phases == "by_domain",
+    }
+    for option in (option for option, given in needed.items() if empty and given):
+        raise SRDEError(
+            f"{option}: domain '{empty[0]}' has no training rows. Add records of it, or build without the domain."
+        )
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | None:

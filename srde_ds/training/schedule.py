@@ -93,8 +93,13 @@ class Schedule:
             experts = self.adapter.num_experts
             return ScheduledStep("pretraining", True, None, experts, trained, density, temperature)
         phase, trained = self._phase(number - self.pretraining_steps)
-        unlocked = self._unlocked(number - self.pretraining_steps)
-        return ScheduledStep(phase, False, None, unlocked, trained, density, temperature)
+        unlocked, forced = self._unlocked(number - self.pretraining_steps), self.trains_by_domain
+        return ScheduledStep(phase, forced, None, unlocked, trained, density, temperature)
+
+    @property
+    def trains_by_domain(self) -> bool:
+        """Whether each row uses its domain's expert throughout, so that the routers are set at the end."""
+        return self.curriculum.training_phases == "by_domain"
 
     @property
     def pretraining_steps(self) -> int:
@@ -190,6 +195,8 @@ class Schedule:
             return "routed", ALL_KINDS
         if self.curriculum.training_phases == "routers":
             return "routers", ROUTERS
+        if self.trains_by_domain:
+            return "by domain", ALL_KINDS - ROUTERS
         ends = accumulate(percent for _, percent, _ in FOUR_PHASES[:-1])
         index = sum(100 * routed_step >= end * self._routed_steps for end in ends)
         name, _, trained = FOUR_PHASES[index]

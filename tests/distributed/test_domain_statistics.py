@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed.processes import Topology
 from srde_ds.model.adapter import load_adapter
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.policy import RoutingPolicy
-from srde_ds.training.warm_start.discriminant import statistics_of_inputs
+from srde_ds.model.prompt_routing import experts_of_prompts
+from srde_ds.model.targets import NO_LABEL
+from srde_ds.training.domain_statistics import set_routers
+from srde_ds.training.warm_start.from_statistics import router_of
 from srde_ds.training.warm_start.token_sample import special_token_ids
 from srde_ds.weights.file import read_weights
 from srde_ds.weights.origins import DomainStatistics, Origins
-from srde_ds.weights.schema import support_hash
+from srde_ds.weights.schema import FACTORS, support_hash
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import DOMAINS, ROWS_PER_STEP, Inputs, cut, latest, train_here
+from tests.helpers import randomize, tiny_srde
 
 STEPS = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
 
@@ -30,7 +39,7 @@ STEPS = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
 def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]:
     """Over all rows, in one go, from tokens that are neither padding, special nor the beginning of other domains.
 
-    Each token counts twice: with experts and without.
+    Each token counts twice: with experts and without. Those that predict a label count half of a domain.
     """
     model = load_adapter(weights, base=inputs.base).eval()
     rows = load_rows(inputs.dataset, "train", load_manifest(inputs.dataset))
@@ -38,7 +47,7 @@ def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]
     seen: list[list[Tensor]] = [[] for _ in model.layers]
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda layer, args: seen[layer.layer].append(args[0].flatten(0, 1).double()))
-    domains, usable, beginnings = [], [], []
+    domains, usable, beginnings, predicting = [], [], [], []
     for batch in validation_batches(rows, 4):
         for active in (True, False):
             kept = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
@@ -46,6 +55,7 @@ def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]
         real = batch["token_mask"] & ~torch.isin(batch["input_ids"], special) & (batch["row_index"] >= 0)[:, None]
         domains.append(batch["domain"][:, None].expand_as(real).flatten())
         usable.append(real.flatten())
+        predicting.append((F.pad(batch["labels"][:, 1:], (0, 1), value=NO_LABEL) != NO_LABEL).flatten())
         ids, positions = batch["input_ids"].tolist(), batch["position_ids"].tolist()
         for row, places in zip(ids, positions, strict=True):
             beginnings += [tuple(row[s - place : s + 1]) for s, place in enumerate(places)]
@@ -55,11 +65,27 @@ def expected_statistics(inputs: Inputs, weights: Path) -> list[DomainStatistics]
         if use:
             owners.setdefault(beginning, set()).add(own)
     used &= torch.tensor([len(owners.get(beginning, ())) == 1 for beginning in beginnings])
-    result = []
-    for chunks in seen:
-        parts = [torch.cat(chunks[half::2])[used].float().numpy() for half in (0, 1)]
-        result.append(statistics_of_inputs(np.concatenate(parts), np.tile(domain[used].numpy(), 2)))
-    return result
+    domain, answers = domain[used], torch.cat(predicting)[used]
+    weight = torch.zeros(len(domain), dtype=torch.float64)
+    for own in (domain == index for index in range(len(DOMAINS))):
+        assert 0 < answers[own].double().mean() < 0.5
+        weight[own & answers] = 1 / int((own & answers).sum())
+        weight[own & ~answers] = 1 / int((own & ~answers).sum())
+    twice = (weight.repeat(2), domain.repeat(2))
+    return [_statistics(torch.cat([torch.cat(chunks[half::2])[used] for half in (0, 1)]), *twice) for chunks in seen]
+
+
+def _statistics(inputs_ND: Tensor, weight_N: Tensor, domain_N: Tensor) -> DomainStatistics:
+    """Plainly, of each domain's weighted inputs."""
+    found = []
+    for index in range(len(DOMAINS)):
+        x_ND, w_N = inputs_ND[domain_N == index], weight_N[domain_N == index]
+        w_N = w_N / w_N.sum()
+        mean = w_N @ x_ND
+        centred = (x_ND - mean) * w_N.sqrt()[:, None]
+        _, lengths, directions = torch.linalg.svd(centred, full_matrices=False)
+        found.append((mean, centred.square().sum(0).sqrt(), (lengths[:, None] * directions)[:FACTORS]))
+    return DomainStatistics(*(torch.stack(parts).float() for parts in zip(*found, strict=True)))
 
 
 def statistics(folder: Path) -> list[DomainStatistics]:
@@ -121,3 +147,51 @@ def test_a_domain_without_rows_is_left_out(inputs: Inputs) -> None:
     sample = all_tokens(rows, domains=[*DOMAINS, "law"], rows_a_domain=2, special_ids=[], seed=0)
     assert set(np.unique(sample.domain)) == {0, 1, 2}
     assert len(sample.rows) <= 6 and len(np.unique(sample.rows)) == len(sample.rows)
+
+
+@torch.no_grad()
+def test_experts_of_their_domains_alone_get_routers_at_the_end(
+    inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    flags: dict[str, Any] = STEPS | {"training_phases": "by_domain", "domain_statistics_rows": 1000}
+    assert one_rank(train_here, inputs.flags(alone, **flags, **cut(ROWS_PER_STEP, 1))) == [None]
+    assert two_ranks(train_here, inputs.flags(both, **flags)) == [None, None]
+    for layer, own in enumerate(statistics(alone)):
+        name = f"layers.{layer}.router.weight"
+        ours, theirs = (read_weights(run / "srde_weights.safetensors").tensors[name].load() for run in (alone, both))
+        torch.testing.assert_close(ours, router_of(own, seed=42, layer=layer))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.02 * float(ours.abs().max()))
+    lines = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["by domain"] * 2
+    model = load_adapter(alone / "srde_weights.safetensors", base=inputs.base).eval()
+    rows = load_rows(inputs.dataset, "train", load_manifest(inputs.dataset))
+    right = texts = 0
+    for batch in validation_batches(rows, 1):
+        prompt = (batch["position_ids"].cumsum(1) >= 0) & ((batch["labels"] != NO_LABEL).cumsum(1) == 0)
+        expert = experts_of_prompts(model, batch["input_ids"], prompt, policy=RoutingPolicy())
+        right, texts = right + int(expert[0, 0] == batch["domain"][0]), texts + 1
+    assert right > 0.9 * texts > 10
+
+
+def routers_set_from_equal_statistics(known: int) -> tuple[str, bool]:
+    """What is said for three experts, of which `known` have statistics, and whether the routers are as before."""
+    model = randomize(tiny_srde(num_experts=3))
+    before = [layer.router.weight.clone() for layer in model.layers]
+    same = torch.ones(known, model.layers[0].hidden)
+    alike = DomainStatistics.independent(same, torch.zeros_like(same))
+    model.origins = Origins([], {name: 10 for name in model.expert_names[:known]}, [alike] * len(model.layers))
+    engine: Any = SimpleNamespace(model=model)
+    said = set_routers(engine, Topology(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), seed=0)
+    return said, all(torch.equal(layer.router.weight, own) for layer, own in zip(model.layers, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("known", "problem"), [(2, "there are no statistics of the domain"), (3, "do not tell 3 experts apart")]
+)
+def test_without_statistics_that_differ_the_routers_stay_and_it_is_said(
+    two_ranks: Ranks, known: int, problem: str
+) -> None:
+    for said, same in two_ranks(routers_set_from_equal_statistics, known):
+        assert said.startswith("The routers are random: ") and problem in said
+        assert same

@@ -53,25 +53,34 @@ def test_both_methods_learn_one_domain_or_both(tmp_path: Path) -> None:
     tokenizer.save_pretrained(base)
     assert run_forked(log, try_briefly, base, tmp_path, results) == 0, log.read_text()[-3000:]
     records = {record["part"]: record for record in read_records(results)}
-    assert list(records) == interference.wanted()
+    assert set(records) == set(interference.wanted())
     for method in ("srde", "lora"):
         both = records[f"{method} both"]
         assert both["losses"].keys() == set(PAIR) and both["losses"]["text"] != both["losses"]["letter"]
         assert records[f"{method} alone, text"]["losses"].keys() == {"text"}
     assert records["srde both"]["usage"].keys() == set(PAIR)
+    for part in (interference.COMBINED, interference.BY_PROMPT):
+        assert records[part]["losses"].keys() == set(PAIR)
+    assert records[interference.BY_PROMPT]["right"].keys() == set(PAIR)
     assert records["lora both"]["values"] > records["lora alone, text"]["values"]
 
 
-def test_what_the_table_says() -> None:
+@pytest.mark.parametrize("seeds", [[1], [1, 2]])
+def test_what_the_table_says(seeds: list[int]) -> None:
     losses = dict.fromkeys(interference.wanted(), 1.0) | {"lora both": 1.5}
     records = [
-        {"seed": 1, "part": part, "losses": {domain: [(10 * loss, 10), (loss, 1)] for domain in PAIR}}
+        {"seed": seed, "part": part, "losses": {domain: [(10 * loss, 10), (loss, 1)] for domain in PAIR}}
         for part, loss in losses.items()
+        for seed in seeds
     ]
-    lines = interference.table(Results(records, interference.wanted(), PAIR)).splitlines()
-    assert lines[2].startswith("| SRDE, an expert a domain | +0.000 (+0.000 to +0.000) | +0.000 |")
-    assert lines[3].startswith("| LoRA | +0.500 (+0.500 to +0.500) | +0.500 | 1.500 | 1.000 |")
-    assert lines[4].startswith("| both at once, SRDE less LoRA | -0.500 ")
+    lines = interference.table(Results(records, interference.wanted(), PAIR)).splitlines()[2:]
+    zero, less, more = (
+        f"{value} ({value} to {value}" + ("; by seed " + " ".join([value] * 2) if len(seeds) > 1 else "") + ")"
+        for value in ("+0.000", "-0.500", "+0.500")
+    )
+    assert lines[0] == f"| SRDE, an expert a domain | {zero} | {less} | 1.000 | 1.000 | 1.000 | 1.000 |"
+    assert [line.split(" | ")[1] for line in lines[1:3]] == [zero, zero]
+    assert lines[3] == f"| LoRA | {more} |  | 1.500 | 1.000 | 1.500 | 1.000 |"
 
 
 def test_the_rate_with_the_lowest_loss_is_taken() -> None:

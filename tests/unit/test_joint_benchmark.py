@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.learning import joint
-from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.data import REAL_FOLDER
 from benchmarks.learning.first_look import LOOKS
 from benchmarks.learning.interference import losses_of
@@ -21,16 +21,16 @@ from tests.distributed.harness import run_forked
 from tests.helpers import tiny_llama
 from tests.unit.test_learning_benchmark import TEMPLATE
 
-TWO = [joint.AGAINST, "SRDE, 0.02, discriminant routers"]
+THREE = [joint.AGAINST, "SRDE, 0.02, discriminant routers", "SRDE, 0.02, one expert a text"]
 
 
 def try_briefly(base: Path, folder: Path, results: Path) -> None:
     budget = Plan("medium", lambda _: None).budget
     budget = replace(budget, train_items=8, validation_items=2, test_items=3, max_length=640)
     budget = replace(budget, rows_per_step=2, rows_at_once=1)
-    todo = [(name, partial(joint.train_part, name, budget, 1, base, folder, steps=2)) for name in TWO]
+    todo = partial(joint.parts, THREE, budget, 1, base=base, folder=folder, steps=2, dtype=torch.float32)
     for _ in range(2):  # the second finds everything done
-        run_missing(1, todo, results, losses_of)
+        run_missing(1, todo(), results, losses_of)
 
 
 @pytest.mark.skipif(
@@ -42,11 +42,15 @@ def test_methods_read_the_same_batches_and_start_as_the_base(tmp_path: Path) -> 
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=640).save_pretrained(base)
     tokenizer.save_pretrained(base)
     assert run_forked(log, try_briefly, base, tmp_path, results) == 0, log.read_text()[-3000:]
-    lora, srde = read_records(results)
-    assert [lora["part"], srde["part"]] == TWO and len(lora["training"]) == 2
+    lora, srde, by_text = read_records(results)
+    assert [lora["part"], srde["part"], by_text["part"]] == THREE and len(lora["training"]) == 2
     assert lora["training"][0] == pytest.approx(srde["training"][0], rel=1e-2)
+    assert by_text["training"][0] == pytest.approx(srde["training"][0], rel=1e-5)
+    assert by_text["training"][1] != srde["training"][1] and by_text["dtype"] == "float32"
     assert set(lora["losses"]) == set(srde["losses"]) == set(DOMAINS)
     assert "usage" not in lora and set(srde["usage"]) == set(DOMAINS)
+    assert set(by_text["right"]) == set(DOMAINS) and "right" not in srde
+    assert all(max(shares) < 1 for shares in srde["usage"].values())
 
 
 def test_the_table_pairs_test_rows_and_seeds() -> None:
@@ -54,9 +58,10 @@ def test_the_table_pairs_test_rows_and_seeds() -> None:
         rows = [[loss, 1], [2 * loss, 1]]
         return {"seed": seed, "part": name, "training": [9.0, loss], "losses": {domain: rows for domain in DOMAINS}}
 
-    records = [record(seed, name, seed + place / 10) for seed in (1, 2) for place, name in enumerate(TWO)]
-    results = Results(records, TWO)
-    first, second = joint.table(results, TWO).splitlines()[2:]
-    assert first.startswith(f"| {joint.AGAINST} | 1.500 | 2.250 |")
-    assert second.startswith(f"| {TWO[1]} | 1.600 | 2.400 | +0.150 (+0.125 to +0.175) | +0.150 +0.150 |")
+    measured = [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2)]
+    records = [record(seed, THREE[place], seed + place / 10) for seed, place in measured]
+    first, second, third = joint.table(records).splitlines()[2:]
+    assert first.startswith(f"| {joint.AGAINST} |  | 1, 2 | 1.500 | 2.250 |")
+    assert second.startswith(f"| {THREE[1]} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | 1.600 | 2.400 |")
+    assert third.startswith(f"| {THREE[2]} | +0.300 (+0.250 to +0.350) | 2: +0.300 | 2.200 | 3.300 |")
     assert set(joint.PARTS) <= LOOKS.keys()

@@ -14,7 +14,7 @@ from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.inference.generate import Sampling, generate
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
-from srde_ds.model.prompt_routing import experts_of_prompts, routed_by_prompt, votes_of_tokens
+from srde_ds.model.prompt_routing import experts_of_prompts, routed_by_prompt, votes_of_tokens, winners
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, records, save_model, tiny_model, write_jsonl
 from tests.helpers import randomize, tiny_srde, tokens
@@ -50,10 +50,20 @@ def test_the_most_votes_of_a_prompts_tokens_win(model: SRDEModel) -> None:
     assert bool((votes_BSE.sum(-1) == len(model.layers)).all())
     expected = []
     for row, mask in enumerate(prompt):
-        firsts = torch.stack([c[:, 0].view(ids.shape)[row][mask] for c in choices.values()]).flatten()
-        expected.append(int(torch.bincount(firsts, minlength=3).argmax()))
+        firsts = torch.stack([c[:, 0].view(ids.shape)[row][mask] for c in choices.values()], 1)
+        last = firsts[-1].repeat(int(mask.sum()))  # has read the prompt: as many votes as all together
+        expected.append(int(torch.bincount(torch.cat([firsts.flatten(), last.flatten()]), minlength=3).argmax()))
     found = experts_of_prompts(model, ids, prompt, policy=RoutingPolicy())
     assert found.flatten().tolist() == expected and len(set(expected)) > 1
+
+
+def test_the_last_token_wins_against_a_small_majority_of_the_others() -> None:
+    """Padding on the right and on the left, and an empty prompt."""
+    votes_BSE = torch.tensor([[[1, 0], [1, 0], [0, 1], [1, 0]], [[1, 0], [1, 0], [1, 0], [0, 1]], [[0, 1]] * 4])
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 1], [0, 0, 0, 0]]).bool()
+    assert winners(votes_BSE, mask).flatten().tolist() == [1, 1, 0]
+    mask[0] = True
+    assert winners(votes_BSE, mask).flatten().tolist() == [0, 1, 0]
 
 
 def test_only_allowed_experts_win_and_what_is_forced_or_off_stays(model: SRDEModel) -> None:

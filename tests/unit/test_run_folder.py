@@ -163,14 +163,20 @@ def test_domains_without_records(refused: Refusal) -> None:
     refused("no record of domain 'blue'", "leave it out of domains", domains=[*DOMAINS, "blue"])
 
 
-@pytest.mark.parametrize("option", ["supervised_experts", "warm_start"])
-def test_domains_without_rows(inputs: dict[str, str], option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "options"),
+    [
+        ("supervised_experts=true", {"supervised_experts": True, "expert_pretrain_steps": 10}),
+        ("warm_start=true", {"warm_start": True}),
+        ("training_phases=by_domain", {"training_phases": "by_domain"}),
+    ],
+)
+def test_domains_without_rows(inputs: dict[str, str], option: str, options: dict[str, Any]) -> None:
     """Their documents may all have been too long."""
     manifest = load_manifest(inputs["rows"])
     manifest.splits["train"].domains["green"].rows = 0
-    steps = {"expert_pretrain_steps": 10} if option == "supervised_experts" else {}
-    with pytest.raises(SRDEError, match=f"{option}=true: domain 'green' has no training rows"):
-        check_manifest(resolve({}, {"domains": DOMAINS, option: True} | steps), manifest)
+    with pytest.raises(SRDEError, match=f"{option}: domain 'green' has no training rows"):
+        check_manifest(resolve({}, {"domains": DOMAINS} | options), manifest)
     check_manifest(resolve({}, {"domains": DOMAINS}), manifest)
 
 

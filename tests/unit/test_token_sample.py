@@ -13,8 +13,16 @@ import torch
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
+from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.warm_start.routers import capture_inputs
-from srde_ds.training.warm_start.token_sample import TOKENS_A_ROW, TokenSample, choose_tokens, special_token_ids
+from srde_ds.training.warm_start.token_sample import (
+    MOST_ROWS_FOR_ANSWERS,
+    TOKENS_A_ROW,
+    TokenSample,
+    all_tokens,
+    choose_tokens,
+    special_token_ids,
+)
 from tests.data_helpers import CHATML, SPECIALS, sums, tiny_tokenizer, write_jsonl
 from tests.helpers import randomize, tiny_srde
 
@@ -80,6 +88,50 @@ def test_every_usable_token_of_the_rows_has_the_same_chance() -> None:
     assert share.mean() == pytest.approx(40 / 72)
     # Six standard deviations of a share among 300 draws.
     assert np.abs(share - 40 / 72).max() < 6 * np.sqrt(40 / 72 * 32 / 72 / 300)
+
+
+def with_answers(rows: datasets.Dataset, answers: slice) -> datasets.Dataset:
+    """The same rows, whose labels are at these positions alone."""
+    labels = np.full((len(rows), LENGTH), NO_LABEL)
+    labels[:, answers] = np.asarray(rows["input_ids"][:])[:, answers]
+    return rows.remove_columns("labels").add_column("labels", labels.tolist())
+
+
+@pytest.mark.parametrize(
+    ("answers", "of_answers"), [(slice(30, 36), 50), (slice(17, 24), 50), (slice(19, 36), 50), (slice(1, 36), 94)]
+)
+def test_at_least_half_of_the_tokens_predict_a_label(answers: slice, of_answers: int) -> None:
+    rows = with_answers(random_rows([60, 60, 60]), answers)
+    sample = choose(rows, 100)
+    predicting = (sample.position >= answers.start - 1) & (sample.position < answers.stop - 1)
+    predicting &= sample.position != 17  # the second document's first token is not predicted
+    for index in range(3):
+        assert predicting[sample.domain == index].sum() == of_answers
+    assert np.bincount(sample.domain).tolist() == [100] * 3
+
+
+def test_rows_with_short_answers_are_searched_within_bounds() -> None:
+    rows = with_answers(random_rows([1000] * 3), slice(35, 36))
+    sample = choose(rows, 640)
+    fewest = 640 // TOKENS_A_ROW
+    for index in range(3):
+        answers = (sample.position == 34)[sample.domain == index].sum()
+        assert answers == MOST_ROWS_FOR_ANSWERS * fewest
+    assert len(sample.rows) <= 3 * MOST_ROWS_FOR_ANSWERS * fewest
+
+
+def test_tokens_that_predict_labels_weigh_half_of_a_domain() -> None:
+    rows = with_answers(random_rows([20] * 3), slice(30, 36))
+    sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=10, special_ids=(), seed=0)
+    assert sample.weight is not None
+    answers = (sample.position >= 29) & (sample.position < 35)
+    for index in range(3):
+        own = sample.domain == index
+        assert sample.weight[own & answers].sum() == pytest.approx(own.sum() / 2)
+        assert sample.weight[own & ~answers].sum() == pytest.approx(own.sum() / 2)
+        assert len(np.unique(sample.weight[own])) == 2
+    every = all_tokens(random_rows([20] * 3), domains=DOMAINS, rows_a_domain=10, special_ids=(), seed=0)
+    assert every.weight is not None and (every.weight == 1).all()
 
 
 def test_padding_and_special_tokens_are_never_sampled() -> None:

@@ -94,6 +94,31 @@ def test_routers_alone() -> None:
         config(training_phases="routers")
 
 
+def test_each_text_with_its_domains_expert() -> None:
+    settings = resolve({}, {"domains": "red,green", "max_steps": 4, "training_phases": "by_domain"})
+    ((_, last, step),) = Schedule.of(settings).timeline()
+    assert (last, step.phase, step.forced, step.trained) == (3, "by domain", True, ALL_KINDS - ROUTERS)
+    assert settings.adapter.top_k == 1 and settings.derived["top_k"] == "a text uses its domain's expert alone"
+    assert "by domain" in Schedule.of(settings).describe()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts": 5}, "with 2 domains and num_experts=5: each of several domains needs one expert"),
+        ({"domains": "red"}, "with 1 domains and num_experts=1"),
+        ({"supervised_experts": True}, "supervised_experts with training_phases=by_domain"),
+        ({"warm_start": True}, "warm_start with training_phases=by_domain: the routers are set at the end"),
+        ({"progressive_unlock": "linear"}, "progressive_unlock with training_phases=by_domain"),
+        ({"start_from": "x", "train_experts": "red"}, "train_experts with training_phases=by_domain"),
+        ({"domain_statistics_rows": 0}, "domain_statistics_rows=0 with training_phases=by_domain"),
+    ],
+)
+def test_what_does_not_go_with_by_domain_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SRDEError, match=re.escape(message)):
+        resolve({}, {"domains": "red,green", "max_steps": 200, "training_phases": "by_domain"} | changes)
+
+
 def test_density_falls_by_equal_factors_to_its_target() -> None:
     settings = config(initial_density=0.16, density=0.01, density_warmup_steps=80, density_prunings=4)
     assert [step for step, _ in Schedule.of(settings).prunings] == [20, 40, 60, 80]

@@ -19,7 +19,7 @@ from srde_ds.optim import for_trainer
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.peft.callback import SRDECallback
 from srde_ds.peft.rows import by_domain, conversations_of
-from srde_ds.peft.warm_start import warm_start_routers
+from srde_ds.peft.warm_start import padded_rows, warm_start_routers
 from tests.data_helpers import tiny_tokenizer
 from tests.helpers import tiny_llama
 from tests.peft_helpers import NAMES, peft_config, tiny_peft
@@ -278,6 +278,26 @@ def test_conversations_are_made_of_records(tmp_path: Path) -> None:
     file.write_text(json.dumps({"messages": turns, "domain": "red", "tools": tools}))
     with pytest.raises(SRDEError, match="it uses tools"):
         conversations_of(file, ["red"])
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "expected"),
+    [
+        (None, [], [[5, 6, 7], [8, 9, 0]]),
+        ("labels", [[-100, -100, 7], [-100, 9]], [[-100, -100, 7], [-100, 9, 0]]),
+        ("completion_mask", [[0, 1, 1], [0, 1]], [[-100, 6, 7], [-100, 9, -100]]),
+        ("assistant_masks", [[0, 0, 1], [1, 1]], [[-100, -100, 7], [8, 9, -100]]),
+    ],
+)
+def test_the_routers_are_told_which_tokens_are_answers(
+    column: str | None, values: list[list[int]], expected: list[list[int]]
+) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "domain": ["red", "green"]})
+    if column is not None:
+        rows = rows.add_column(column, values)
+    padded, domains = padded_rows(rows, ["red", "green", "blue"], "warm_start")
+    assert padded["labels"][:] == expected and domains == ["red", "green"]
+    assert padded["length"][:] == [3, 2]
 
 
 def test_a_domain_without_an_expert_is_refused() -> None:

@@ -16,9 +16,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.errors import SRDEError
+from srde_ds.model.targets import NO_LABEL
 
 # Tokens of one row resemble each other, so a domain's sample takes at most this many from each.
 TOKENS_A_ROW = 32
+# Answers are searched for in at most this many times the rows that all tokens need: each row costs a forward.
+MOST_ROWS_FOR_ANSWERS = 4
 _STREAM = 0x77A7  # keeps this generator apart from those that draw the order of the rows from the same seed
 
 
@@ -31,12 +34,14 @@ class TokenSample:
         row: `[N]` index into `rows` of each token.
         position: `[N]` position of each token in its row.
         domain: `[N]` index of each token's domain.
+        weight: `[N]` how much each token counts, 1 in the mean over a domain's tokens; None: all count alike.
     """
 
     rows: np.ndarray
     row: np.ndarray
     position: np.ndarray
     domain: np.ndarray
+    weight: np.ndarray | None = None
 
     def owners(self, batch_size: int, world_size: int) -> np.ndarray:
         """`[N]`: the rank that runs each token when `validation_batches` cuts `rows` into batches."""
@@ -52,10 +57,13 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def choose_tokens(
     rows: datasets.Dataset, *, domains: Sequence[str], per_domain: int, special_ids: Collection[int], seed: int
 ) -> TokenSample:
-    """Draw up to `per_domain` tokens of each domain, evenly from the usable tokens of some of its rows.
+    """Draw up to `per_domain` tokens of each domain from the usable tokens of some of its rows.
 
     Padding and special tokens are not usable. Nor is a token whose document, up to this token, also begins a document
     of another domain, such as a chat template's system message: its router inputs are the same in both domains.
+
+    At least half of the sample are tokens that predict a label, if there are so many, since the loss is theirs: answers
+    are often a small part of the tokens, and a router of the prompts' tokens does not know them (docs/decisions.md).
 
     Args:
         rows: as written by `build_dataset`.
@@ -74,27 +82,36 @@ def choose_tokens(
             raise SRDEError(
                 f"warm_start: domain '{name}' has no training rows. Add some, or leave it out of --domains."
             )
-    count = ceil(per_domain / TOKENS_A_ROW)
+    fewest = ceil(per_domain / TOKENS_A_ROW)
+    counts = [fewest] * len(domains)
     while True:
-        pool = np.concatenate([order[:count] for order in orders])
-        usable = _usable(dataset, pool, special_ids)
-        found = np.minimum(usable.sum(1), TOKENS_A_ROW)
-        enough = [
-            count >= min(len(order), per_domain) or found[domain_of_row[pool] == index].sum() >= per_domain
-            for index, order in enumerate(orders)
+        pool = np.concatenate([order[:count] for order, count in zip(orders, counts, strict=True)])
+        usable, predicting = _usable(dataset, pool, special_ids)
+        of_domain = [domain_of_row[pool] == index for index in range(len(domains))]
+        lacking = [
+            count < min(len(order), per_domain)
+            and not (
+                _hold(usable[own], per_domain)
+                and (count >= MOST_ROWS_FOR_ANSWERS * fewest or _hold(predicting[own], per_domain // 2))
+            )
+            for order, count, own in zip(orders, counts, of_domain, strict=True)
         ]
-        if all(enough):
+        if not any(lacking):
             break
-        count *= 2
+        counts = [2 * count if more else count for count, more in zip(counts, lacking, strict=True)]
     chosen = np.zeros_like(usable)
     for index, name in enumerate(domains):
-        own = usable & (domain_of_row[pool] == index)[:, None]
+        own = usable & of_domain[index][:, None]
         if not own.any():
             raise SRDEError(
                 f"warm_start: domain '{name}': each token is special or also begins documents of other domains. "
                 "Give it documents of its own, or leave it out of --domains."
             )
-        chosen.flat[generator.permutation(np.flatnonzero(own))[:per_domain]] = True
+        answers, others = (generator.permutation(np.flatnonzero(own & kind)) for kind in (predicting, ~predicting))
+        share = max(1 / 2, len(answers) / (len(answers) + len(others)))
+        of_answers = min(len(answers), max(round(per_domain * share), per_domain - len(others)))
+        chosen.flat[answers[:of_answers]] = True
+        chosen.flat[others[: per_domain - of_answers]] = True
     # Domains are mixed, so that no batch goes to a single expert.
     run = generator.permutation(np.flatnonzero(chosen.any(1)))
     row, position = np.nonzero(chosen[run])
@@ -104,22 +121,41 @@ def choose_tokens(
 def all_tokens(
     rows: datasets.Dataset, *, domains: Sequence[str], rows_a_domain: int, special_ids: Collection[int], seed: int
 ) -> TokenSample:
-    """All usable tokens (see `choose_tokens`) of some rows of each domain; a domain may have none."""
+    """All usable tokens of some rows of each domain; a domain may have none.
+
+    Which are usable is said at `choose_tokens`. As there, those that predict a label count at least as much as all
+    others of their domain together.
+    """
     dataset = rows.with_format("numpy")
     domain_of_row = np.asarray(dataset["domain"][:])
     generator = np.random.default_rng([seed, _STREAM])
     orders = [generator.permutation(np.flatnonzero(domain_of_row == index)) for index in range(len(domains))]
     pool = generator.permutation(np.concatenate([order[:rows_a_domain] for order in orders]))
-    usable = _usable(dataset, pool, special_ids)
-    pool, usable = pool[usable.any(1)], usable[usable.any(1)]
+    usable, predicting = _usable(dataset, pool, special_ids)
+    run = usable.any(1)
+    pool, usable, predicting = pool[run], usable[run], predicting[run]
     row, position = np.nonzero(usable)
-    return TokenSample(pool, row, position, domain_of_row[pool][row])
+    domain, answers = domain_of_row[pool][row], predicting[usable]
+    weight = np.ones(len(row))
+    for index in np.unique(domain):
+        own = domain == index
+        share = answers[own].mean()
+        if 0 < share < 1 / 2:
+            weight[own] = np.where(answers[own], 1 / (2 * share), 1 / (2 * (1 - share)))
+    return TokenSample(pool, row, position, domain, weight)
 
 
-def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> np.ndarray:
-    """`[R, S]` bool for the rows of `pool`."""
+def _hold(tokens: np.ndarray, number: int) -> bool:
+    """Whether there are so many tokens with at most TOKENS_A_ROW from each row; `[R, S]` bool."""
+    return bool(np.minimum(tokens.sum(1), TOKENS_A_ROW).sum() >= number)
+
+
+def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
+    """For the rows of `pool` `[R, S]` bool: the usable tokens, and those of them that predict a label."""
     columns = dataset[pool.tolist()]
-    ids, position = np.asarray(columns["input_ids"]), np.asarray(columns["position_ids"])
+    ids, labels, position = (np.asarray(columns[name]) for name in ("input_ids", "labels", "position_ids"))
+    predicting = np.zeros(ids.shape, bool)
+    predicting[:, :-1] = (labels[:, 1:] != NO_LABEL) & (position[:, 1:] > 0)
     real = np.arange(ids.shape[1]) < np.asarray(columns["length"])[:, None]
     beginning = np.zeros(ids.shape, np.uint64)  # a hash of the document up to the token
     code = np.zeros(len(ids), np.uint64)
@@ -134,4 +170,4 @@ def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection
     np.minimum.at(lowest, group, domain)
     np.maximum.at(highest, group, domain)
     usable[usable] = (lowest == highest)[group]
-    return usable
+    return usable, usable & predicting
