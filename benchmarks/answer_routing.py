@@ -1,13 +1,13 @@
-"""Do routers know answers that were made from all tokens alike? Against those made from answers and prompts by halves.
+"""Do routers know answers if they were made from all tokens alike? And if answers count as much as prompts?
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
     python -m benchmarks.answer_routing     # writes benchmarks/results/answer_routing.json
 
 On real items: six domains, and two domains that ask the same questions and differ in the last words of the prompt.
-Routers are made as the warm start makes them, from training rows. Judged are held-out rows: the share of the answers'
-tokens (from where they are predicted) and of the prompts' that choose their domain's expert, mean over layers and
-domains; and how many texts go to their domain's expert by the votes of their prompts, as `--route_by prompt` counts
-them and with all tokens' votes alike. No expert is trained.
+Routers are made from the domains' statistics of training rows, as at the end of a run. Judged are held-out rows: the
+share of the answers' tokens (from where they are predicted) and of the prompts' that choose their domain's expert, mean
+over layers and domains; and how many texts go to their domain's expert by the votes of their prompts, as `--route_by
+prompt` counts them and with all tokens' votes alike. No expert is trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from benchmarks.learning.data import prepare
 from benchmarks.learning.interference import PAIR, TEST_ITEMS, Trial
 from benchmarks.learning.plan import Plan
-from benchmarks.learning.routers import SAMPLES, warm_start_routers
+from benchmarks.learning.routers import routers_of_domains
 from benchmarks.tables import markdown, measured_on
 from srde_ds.config import DOMAINS, AdapterConfig
 from srde_ds.data.loader import validation_batches
@@ -38,12 +38,12 @@ from srde_ds.model.base import load_base
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.prompt_routing import votes_of_tokens, winners
 from srde_ds.model.targets import NO_LABEL
-from srde_ds.training.warm_start.token_sample import special_token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/answer_routing.json"
 SEED = 1
-HELD_OUT_ROWS = {"six domains": 4, "two domains, same questions": 10}
+STATISTICS_ROWS = 12
+HELD_OUT_ROWS = {"six domains": 3, "two domains, same questions": 10}
 """of each domain"""
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
-    special = special_token_ids(load_tokenizer(options.base))
+    tokenizer = load_tokenizer(options.base)
     pair = Trial(SEED, options.base, options.folder, budget, torch.float32).rows(PAIR)
     folders = {
         "six domains": (prepare(budget, SEED, base=options.base, folder=options.folder).rows, list(DOMAINS)),
@@ -99,16 +99,23 @@ def main() -> None:
         base = load_base(options.base, dtype=torch.float32, attn_implementation=DOCUMENT_ATTENTION)
         config = AdapterConfig(num_experts=len(names), top_k=1)
         model = add_experts(base, config, expert_names=names, seed=0).eval()
-        all_answers = train.map(lambda row: {"labels": row["input_ids"]})
-        for sample, rows in (("all tokens alike", all_answers), ("half of it answers", train)):
-            warm_start_routers(model, rows, names, special_ids=special, seed=SEED)
-            found = figures.setdefault(data, {})[sample] = judge(model, test, names, HELD_OUT_ROWS[data])
-            lines.append([data, sample, *(f"{found[kind]:.1%}" for kind in ("answers", "prompts"))])
+        for weights in ("all tokens alike", "answers as prompts"):
+            alike = weights == "all tokens alike"
+            routers_of_domains(model, train, names, tokenizer, seed=SEED, rows_a_domain=STATISTICS_ROWS, alike=alike)
+            found = figures.setdefault(data, {})[weights] = judge(model, test, names, HELD_OUT_ROWS[data])
+            lines.append([data, weights, *(f"{found[kind]:.1%}" for kind in ("answers", "prompts"))])
             texts = found["texts"]
             lines[-1] += [f"{found[key]} of {texts}" for key in list(found)[2:4]]
-    heads = ["", "the routers' sample", "answers", "prompts", "texts, last token's votes count as all", "all alike"]
+    heads = [
+        "",
+        "weights in the statistics",
+        "answers",
+        "prompts",
+        "texts, last token's votes count as all",
+        "all alike",
+    ]
     print(markdown(heads, lines))
-    record = {"samples_a_domain": SAMPLES, "held_out_rows_a_domain": HELD_OUT_ROWS, "figures": figures}
+    record = {"statistics_rows_a_domain": STATISTICS_ROWS, "held_out_rows_a_domain": HELD_OUT_ROWS, "figures": figures}
     options.results.write_text(json.dumps(record | {"measured_on": measured_on()}, indent=1) + "\n")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from scipy.stats import t
@@ -29,7 +29,7 @@ from benchmarks.learning import measure, methods, rivals
 from benchmarks.learning.data import Inputs, prepare
 from benchmarks.learning.plan import Budget, Plan, Run, late_loss
 from benchmarks.learning.plots import plot_differences
-from benchmarks.learning.routers import warm_start_routers
+from benchmarks.learning.routers import routers_of_domains
 from benchmarks.learning.store import RESULTS, read_records
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig
@@ -47,7 +47,6 @@ from srde_ds.optim import for_trainer
 from srde_ds.training.reporting.held_out import forced_experts
 from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.warm_start.clustering import Method
-from srde_ds.training.warm_start.token_sample import special_token_ids
 from srde_ds.utils.environment import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,8 +62,7 @@ class Look:
         kind: "srde", or a rival of `rivals.PARAMETERS`.
         rates: options of the optimizer; with `muon_lr` matrices are updated by GramMuon (rivals: by Muon).
         adapter: options of the adapter.
-        routers: with six experts, how they are made from the domains' inputs: "domain_means" or "discriminant" of all
-            tokens, or "warm_start": as the package does it, from answers and prompts.
+        routers: with six experts, how they are made from the domains' inputs: "domain_means" or "discriminant".
         by_text: all tokens of a text use its domain's expert in training, and the one that its prompt chooses later.
         rival: flags of a rival, see `plan.Run`.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
@@ -73,7 +71,7 @@ class Look:
     kind: str = "srde"
     rates: dict[str, Any] = field(default_factory=dict)
     adapter: dict[str, Any] = field(default_factory=dict)
-    routers: Method | Literal["warm_start"] = "domain_means"
+    routers: Method = "domain_means"
     by_text: bool = False
     rival: dict[str, Any] = field(default_factory=dict)
     attention: int = 0
@@ -93,10 +91,7 @@ LOOKS = {
     "SRDE, 0.01": Look(rates={"muon_lr": 0.01}),
     "SRDE, 0.02": Look(rates={"muon_lr": 0.02}),
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
-    "SRDE, 0.02, warm start": Look(rates={"muon_lr": 0.02}, routers="warm_start"),
-    "SRDE, 0.02, one expert a text": Look(
-        rates={"muon_lr": 0.02}, adapter={"top_k": 1}, routers="warm_start", by_text=True
-    ),
+    "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.01, supports for each expert": Look(rates={"muon_lr": 0.01}, adapter={"support_scope": "per_expert"}),
     "SRDE, 0.01, half of the values in a shared expert": Look(rates={"muon_lr": 0.01}, adapter=HALF),
     "SRDE, 0.02, half of the values in a shared expert": Look(rates={"muon_lr": 0.02}, adapter=HALF),
@@ -143,18 +138,13 @@ def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -
     options = {name: checked(AdapterConfig, name, value) for name, value in look.adapter.items()}
     config = AdapterConfig(**options)
     six = config.num_experts == len(DOMAINS)
-    routers = []
-    if six and look.routers != "warm_start":
-        routers = rivals.domain_routers(base, find_feed_forward(base), inputs, seed, look.routers)
+    routers = rivals.domain_routers(base, find_feed_forward(base), inputs, seed, look.routers) if six else []
     names = list(DOMAINS) if six else [f"expert {number}" for number in range(config.num_experts)]
     model = add_experts(base, config, expert_names=names, seed=seed)
     for _, parameter in model.trainable_parameters():
         parameter.data = parameter.data.float()
     for layer, router in zip(model.layers, routers, strict=False):
         layer.router.weight.data.copy_(router)
-    if six and look.routers == "warm_start":
-        special = special_token_ids(inputs.tokenizer())
-        warm_start_routers(model.eval(), inputs.split("train"), names, special_ids=special, seed=seed)
     optimizers: list[torch.optim.Optimizer] = [for_trainer(model, use_muon="muon_lr" in look.rates, **look.rates)]
     attention = add_attention(base, look.attention) if look.attention else []
     if attention:
@@ -246,6 +236,8 @@ def train_look(
     )
     losses = train(trainee, stream, budget.rows_at_once, budget.rows_per_step // budget.rows_at_once, steps)
     trainee.model.eval()
+    if look.by_text:
+        routers_of_domains(trainee.model, inputs.split("train"), DOMAINS, inputs.tokenizer(), seed=seed)
     return trainee, losses
 
 

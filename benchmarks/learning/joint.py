@@ -39,7 +39,6 @@ PARTS = [
     "SRDE, 0.02",
     "SRDE, 0.02, discriminant routers",
     "SRDE, 0.02, one expert a text",
-    "SRDE, 0.02, warm start",
     "one delta, 0.01",
 ]
 """Names of first_look.py, each method at its best rate there."""

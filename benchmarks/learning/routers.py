@@ -1,39 +1,52 @@
-"""Routers as the warm start makes them, in the benchmarks' plain loops."""
+"""Routers made of the domains' statistics, as at the end of a run by domain, in the benchmarks' plain loops."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import datasets
-import torch
+import numpy as np
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from srde_ds.config import TrainingConfig
 from srde_ds.data.loader import validation_batches
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attention import Documents
-from srde_ds.training.warm_start.clustering import fit_router
-from srde_ds.training.warm_start.routers import capture_inputs
-from srde_ds.training.warm_start.token_sample import choose_tokens
-
-SAMPLES = 512
-"""of each domain, the default of `warm_start_samples`"""
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.training.domain_statistics import statistics_of, sum_inputs
+from srde_ds.training.warm_start.from_statistics import router_of
+from srde_ds.training.warm_start.token_sample import all_tokens, special_token_ids
 
 
-def warm_start_routers(
-    model: SRDEModel, rows: datasets.Dataset, domains: Sequence[str], *, special_ids: Collection[int], seed: int
+def routers_of_domains(
+    model: SRDEModel,
+    rows: datasets.Dataset,
+    domains: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    rows_a_domain: int = TrainingConfig.domain_statistics_rows,
+    alike: bool = False,
 ) -> None:
-    """Set the routers from inputs of packed rows: expert d belongs to domain d."""
-    sample = choose_tokens(rows, domains=domains, per_domain=SAMPLES, special_ids=special_ids, seed=seed)
+    """Set the routers from inputs of packed rows, with experts and without: expert d belongs to domain d.
+
+    Args:
+        alike: all tokens weigh the same, instead of answers as much as prompts.
+    """
+    special = special_token_ids(tokenizer)
+    sample = all_tokens(rows, domains=domains, rows_a_domain=rows_a_domain, special_ids=special, seed=seed)
+    sample = replace(sample, weight=None) if alike else sample
 
     def forward(batch: dict[str, Tensor]) -> None:
         documents = Documents.of(batch["position_ids"])
         inputs = {key: batch[key] for key in ("input_ids", "position_ids")} | {"attention_mask": documents.no_mask}
-        with torch.no_grad():
-            model(**inputs, documents=documents, logits_to_keep=1)
+        for active in (True, False):
+            model(**inputs, documents=documents, logits_to_keep=1, policy=RoutingPolicy(active=active))
 
-    inputs = capture_inputs(model, forward, validation_batches(rows.select(sample.rows), 1), sample)
-    for layer, x_ND in zip(model.layers, inputs, strict=True):
-        points = x_ND.float().numpy()
-        experts, number = len(domains), layer.layer
-        fit = fit_router(points, sample.domain, num_experts=experts, method="discriminant", seed=seed, layer=number)
-        layer.router.weight.data.copy_(torch.from_numpy(fit.weights))
+    batches = validation_batches(rows.select(sample.rows), 1)
+    counts = np.bincount(sample.domain, minlength=len(domains))
+    found = statistics_of(sum_inputs(model, forward, batches, sample, len(domains)), counts)
+    for number, (layer, statistics) in enumerate(zip(model.layers, found, strict=True)):
+        layer.router.weight.data.copy_(router_of(statistics, seed=seed, layer=number))

@@ -33,7 +33,7 @@ def measure_domains(
 
     Args:
         model: a trained PEFT model with the experts of `srde_ds.peft`.
-        rows: rows like those of `warm_start_routers`.
+        rows: rows like those of `warm_start_routers`, and what tells answers from prompts, see `padded_rows`.
         tokenizer: tells which tokens are special; these are left out.
         rows_a_domain: number of rows per domain to run.
 

@@ -42,8 +42,8 @@ def warm_start_routers(
 
     Args:
         model: a PEFT model with the experts of `srde_ds.peft`.
-        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to, and what
-            tells answers from prompts, see `padded_rows`. A few thousand rows are enough.
+        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to. A few
+            thousand rows are enough.
         tokenizer: tells which tokens are special; these are left out.
         method, samples: like a run's options `warm_start_method` and `warm_start_samples`.
 

@@ -16,7 +16,6 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.warm_start.routers import capture_inputs
 from srde_ds.training.warm_start.token_sample import (
-    MOST_ROWS_FOR_ANSWERS,
     TOKENS_A_ROW,
     TokenSample,
     all_tokens,
@@ -95,29 +94,6 @@ def with_answers(rows: datasets.Dataset, answers: slice) -> datasets.Dataset:
     labels = np.full((len(rows), LENGTH), NO_LABEL)
     labels[:, answers] = np.asarray(rows["input_ids"][:])[:, answers]
     return rows.remove_columns("labels").add_column("labels", labels.tolist())
-
-
-@pytest.mark.parametrize(
-    ("answers", "of_answers"), [(slice(30, 36), 50), (slice(17, 24), 50), (slice(19, 36), 50), (slice(1, 36), 94)]
-)
-def test_at_least_half_of_the_tokens_predict_a_label(answers: slice, of_answers: int) -> None:
-    rows = with_answers(random_rows([60, 60, 60]), answers)
-    sample = choose(rows, 100)
-    predicting = (sample.position >= answers.start - 1) & (sample.position < answers.stop - 1)
-    predicting &= sample.position != 17  # the second document's first token is not predicted
-    for index in range(3):
-        assert predicting[sample.domain == index].sum() == of_answers
-    assert np.bincount(sample.domain).tolist() == [100] * 3
-
-
-def test_rows_with_short_answers_are_searched_within_bounds() -> None:
-    rows = with_answers(random_rows([1000] * 3), slice(35, 36))
-    sample = choose(rows, 640)
-    fewest = 640 // TOKENS_A_ROW
-    for index in range(3):
-        answers = (sample.position == 34)[sample.domain == index].sum()
-        assert answers == MOST_ROWS_FOR_ANSWERS * fewest
-    assert len(sample.rows) <= 3 * MOST_ROWS_FOR_ANSWERS * fewest
 
 
 def test_tokens_that_predict_labels_weigh_half_of_a_domain() -> None:

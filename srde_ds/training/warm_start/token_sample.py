@@ -20,8 +20,6 @@ from srde_ds.model.targets import NO_LABEL
 
 # Tokens of one row resemble each other, so a domain's sample takes at most this many from each.
 TOKENS_A_ROW = 32
-# Answers are searched for in at most this many times the rows that all tokens need: each row costs a forward.
-MOST_ROWS_FOR_ANSWERS = 4
 _STREAM = 0x77A7  # keeps this generator apart from those that draw the order of the rows from the same seed
 
 
@@ -57,13 +55,10 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def choose_tokens(
     rows: datasets.Dataset, *, domains: Sequence[str], per_domain: int, special_ids: Collection[int], seed: int
 ) -> TokenSample:
-    """Draw up to `per_domain` tokens of each domain from the usable tokens of some of its rows.
+    """Draw up to `per_domain` tokens of each domain, evenly from the usable tokens of some of its rows.
 
     Padding and special tokens are not usable. Nor is a token whose document, up to this token, also begins a document
     of another domain, such as a chat template's system message: its router inputs are the same in both domains.
-
-    At least half of the sample are tokens that predict a label, if there are so many, since the loss is theirs: answers
-    are often a small part of the tokens, and a router of the prompts' tokens does not know them (docs/decisions.md).
 
     Args:
         rows: as written by `build_dataset`.
@@ -82,36 +77,27 @@ def choose_tokens(
             raise SRDEError(
                 f"warm_start: domain '{name}' has no training rows. Add some, or leave it out of --domains."
             )
-    fewest = ceil(per_domain / TOKENS_A_ROW)
-    counts = [fewest] * len(domains)
+    count = ceil(per_domain / TOKENS_A_ROW)
     while True:
-        pool = np.concatenate([order[:count] for order, count in zip(orders, counts, strict=True)])
-        usable, predicting = _usable(dataset, pool, special_ids)
-        of_domain = [domain_of_row[pool] == index for index in range(len(domains))]
-        lacking = [
-            count < min(len(order), per_domain)
-            and not (
-                _hold(usable[own], per_domain)
-                and (count >= MOST_ROWS_FOR_ANSWERS * fewest or _hold(predicting[own], per_domain // 2))
-            )
-            for order, count, own in zip(orders, counts, of_domain, strict=True)
+        pool = np.concatenate([order[:count] for order in orders])
+        usable, _ = _usable(dataset, pool, special_ids)
+        found = np.minimum(usable.sum(1), TOKENS_A_ROW)
+        enough = [
+            count >= min(len(order), per_domain) or found[domain_of_row[pool] == index].sum() >= per_domain
+            for index, order in enumerate(orders)
         ]
-        if not any(lacking):
+        if all(enough):
             break
-        counts = [2 * count if more else count for count, more in zip(counts, lacking, strict=True)]
+        count *= 2
     chosen = np.zeros_like(usable)
     for index, name in enumerate(domains):
-        own = usable & of_domain[index][:, None]
+        own = usable & (domain_of_row[pool] == index)[:, None]
         if not own.any():
             raise SRDEError(
                 f"warm_start: domain '{name}': each token is special or also begins documents of other domains. "
                 "Give it documents of its own, or leave it out of --domains."
             )
-        answers, others = (generator.permutation(np.flatnonzero(own & kind)) for kind in (predicting, ~predicting))
-        share = max(1 / 2, len(answers) / (len(answers) + len(others)))
-        of_answers = min(len(answers), max(round(per_domain * share), per_domain - len(others)))
-        chosen.flat[answers[:of_answers]] = True
-        chosen.flat[others[: per_domain - of_answers]] = True
+        chosen.flat[generator.permutation(np.flatnonzero(own))[:per_domain]] = True
     # Domains are mixed, so that no batch goes to a single expert.
     run = generator.permutation(np.flatnonzero(chosen.any(1)))
     row, position = np.nonzero(chosen[run])
@@ -121,10 +107,10 @@ def choose_tokens(
 def all_tokens(
     rows: datasets.Dataset, *, domains: Sequence[str], rows_a_domain: int, special_ids: Collection[int], seed: int
 ) -> TokenSample:
-    """All usable tokens of some rows of each domain; a domain may have none.
+    """All usable tokens (see `choose_tokens`) of some rows of each domain; a domain may have none.
 
-    Which are usable is said at `choose_tokens`. As there, those that predict a label count at least as much as all
-    others of their domain together.
+    Those that predict a label weigh at least as much as all others of their domain together. Answers are often a few
+    per cent of the tokens, and a router of prompts does not know them, nor a prompt's last token (docs/decisions.md).
     """
     dataset = rows.with_format("numpy")
     domain_of_row = np.asarray(dataset["domain"][:])
@@ -143,11 +129,6 @@ def all_tokens(
         if 0 < share < 1 / 2:
             weight[own] = np.where(answers[own], 1 / (2 * share), 1 / (2 * (1 - share)))
     return TokenSample(pool, row, position, domain, weight)
-
-
-def _hold(tokens: np.ndarray, number: int) -> bool:
-    """Whether there are so many tokens with at most TOKENS_A_ROW from each row; `[R, S]` bool."""
-    return bool(np.minimum(tokens.sum(1), TOKENS_A_ROW).sum() >= number)
 
 
 def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
