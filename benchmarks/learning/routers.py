@@ -16,6 +16,7 @@ from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attention import Documents
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.domain_statistics import statistics_of, sum_inputs
+from srde_ds.training.reporting.held_out import forced_experts
 from srde_ds.training.warm_start.from_statistics import router_of
 from srde_ds.training.warm_start.token_sample import all_tokens, special_token_ids
 
@@ -30,7 +31,7 @@ def routers_of_domains(
     rows_a_domain: int = TrainingConfig.domain_statistics_rows,
     alike: bool = False,
 ) -> None:
-    """Set the routers from inputs of packed rows, with experts and without: expert d belongs to domain d.
+    """Set the routers from inputs of packed rows, with each domain's expert and without: expert d is domain d's.
 
     Args:
         alike: all tokens weigh the same, instead of answers as much as prompts.
@@ -42,8 +43,8 @@ def routers_of_domains(
     def forward(batch: dict[str, Tensor]) -> None:
         documents = Documents.of(batch["position_ids"])
         inputs = {key: batch[key] for key in ("input_ids", "position_ids")} | {"attention_mask": documents.no_mask}
-        for active in (True, False):
-            model(**inputs, documents=documents, logits_to_keep=1, policy=RoutingPolicy(active=active))
+        for policy in (RoutingPolicy(forced_experts=forced_experts(batch, "domain")), RoutingPolicy(active=False)):
+            model(**inputs, documents=documents, logits_to_keep=1, policy=policy)
 
     batches = validation_batches(rows.select(sample.rows), 1)
     counts = np.bincount(sample.domain, minlength=len(domains))

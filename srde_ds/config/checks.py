@@ -214,13 +214,15 @@ def _check_by_domain(config: Config) -> None:
     if experts != domains or domains == 1:
         raise SRDEError(
             f"training_phases=by_domain with {domains} domains and num_experts={experts}: each of several domains "
-            "needs one expert. Leave --num_experts out, or --training_phases."
+            "needs one expert. Leave --num_experts and --top_k out, or --training_phases."
         )
     idle = {
         "supervised_experts": curriculum.supervised_experts and "it is what by_domain does in all steps",
         "warm_start": curriculum.warm_start and "the routers are set at the end",
         "progressive_unlock": curriculum.progressive_unlock != "all" and "no expert waits for another",
         "train_experts": bool(training.train_experts) and "the routers of all experts are set at the end",
+        "balancing_bias_rate": config.losses.balancing_bias_rate > 0 and "the router chooses nothing",
+        "load_balancing_target": config.losses.load_balancing_target != "uniform" and "the router chooses nothing",
     }
     for key, reason in idle.items():
         if reason:

@@ -251,7 +251,7 @@ class TrainingConfig:
     domain_statistics_rows: int = option(
         32,
         "number of rows of each domain that are run at the end, to save statistics of the domains' inputs, from which "
-        "srde-ds combine makes routers; 0: none",
+        "srde-ds combine and training_phases by_domain make routers; 0: none",
         metavar="ROWS",
         minimum=0,
     )

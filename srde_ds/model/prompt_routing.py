@@ -4,8 +4,8 @@ Token by token, some go to experts of other domains. Above all the first ones: a
 domains, and attention leans on a text's first token throughout. For experts that were trained apart on their domains,
 one expert for a whole text is what they were trained with.
 
-The prompt's last token has as many votes as all of them together. It alone has read the whole prompt, and domains may
-differ only in what the last sentence asks for.
+The votes of the prompt's last token are counted once more for each of its tokens, so that it decides where its layers
+agree. It alone has read the whole prompt, and domains may differ only in what the last sentence asks for.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def votes_of_tokens(model: RoutedModel, input_ids: Tensor, *, policy: RoutingPol
 
 
 def winners(votes_BSE: Tensor, prompt_mask: Tensor) -> Tensor:
-    """`[B, 1]`: the expert with the most votes, where a prompt's last token has as many as all of its tokens together.
+    """`[B, 1]`: the expert with the most votes. Those of a prompt's last token count once more for each of its tokens.
 
     Args:
         prompt_mask: `[B, S]` bool, True for tokens of the prompt.

@@ -138,24 +138,23 @@ def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tupl
     lengths = [len(row) for row in ids]
     longest = max(lengths, default=0)
     position = np.arange(longest)
-    table = _padded(ids, longest)
-    labels = _padded(rows["labels"][:], longest) if "labels" in rows.column_names else table
+    labels = _padded(rows["labels" if "labels" in rows.column_names else "input_ids"][:], longest, NO_LABEL)
     for mask in ("completion_mask", "assistant_masks"):
         if mask in rows.column_names:
-            labels = np.where(_padded(rows[mask][:], longest) > 0, labels, NO_LABEL)
+            labels = np.where(_padded(rows[mask][:], longest, 0) > 0, labels, NO_LABEL)
     columns = {
-        "input_ids": table,
+        "input_ids": _padded(ids, longest, 0),
         "labels": labels,
-        "position_ids": np.broadcast_to(position, table.shape),
+        "position_ids": np.broadcast_to(position, labels.shape),
         "domain": np.asarray(numbers, np.int64),
         "length": np.asarray(lengths, np.int64),
     }
     return datasets.Dataset.from_dict(columns), experts[: max(numbers, default=-1) + 1]
 
 
-def _padded(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-    """`[R, length]` int64, with zeros at the end of rows."""
-    table = np.zeros((len(rows), length), np.int64)
+def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> np.ndarray:
+    """`[R, length]` int64, with this value at the end of rows."""
+    table = np.full((len(rows), length), value, np.int64)
     for row, own in zip(table, rows, strict=True):
         row[: len(own)] = own
     return table

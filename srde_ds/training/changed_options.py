@@ -95,7 +95,7 @@ EFFECTS = {
     "initial_density": "applies to prunings that are still to come: supports never grow",
     "density_warmup_steps": "applies to prunings that are still to come: supports never grow",
     "density_prunings": "applies to prunings that are still to come: supports never grow",
-    "training_phases": _ROUTED,
+    "training_phases": f"{_ROUTED}; by_domain sets all routers anew at the end",
     **dict.fromkeys(("use_tensorboard", "use_wandb", "use_trackio"), _NEXT_STEP),
     **dict.fromkeys(("wandb_project", "wandb_run_name"), _PLACE),
     "deepspeed_config": _COST,

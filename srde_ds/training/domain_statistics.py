@@ -20,13 +20,13 @@ from srde_ds.config import Config
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.processes import Topology, broadcast_from_main
+from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
-from srde_ds.training.reporting.held_out import Batch
+from srde_ds.training.reporting.held_out import Batch, forced_experts
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
-from srde_ds.training.warm_start.from_statistics import of_domains, router_of
+from srde_ds.training.warm_start.from_statistics import fit_layers, router_of
 from srde_ds.training.warm_start.routers import visit_inputs
 from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
 from srde_ds.utils.together import on_main_rank
@@ -37,13 +37,15 @@ from srde_ds.weights.schema import FACTORS
 def measure_domains(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> None:
     """Measure the statistics of each block's inputs on each domain, and keep them in the model; a collective.
 
-    It runs `domain_statistics_rows` rows of each domain forward, once with the experts that the router chooses and once
-    without experts. A domain without usable tokens is left out.
+    It runs `domain_statistics_rows` rows of each domain forward, once with the experts that the router chooses (with
+    training_phases=by_domain: with the domain's expert) and once without experts. A domain without usable tokens is
+    left out.
 
     Args:
         rows: training rows as written by `build_dataset`, the same on all ranks.
     """
     base, data, training = config.model, config.data, config.training
+    by_domain = config.curriculum.training_phases == "by_domain"
     special = on_main_rank(
         lambda: special_token_ids(load_tokenizer(str(base.model_name), revision=base.model_revision)), topology
     )
@@ -61,8 +63,9 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     def forward(batch: Batch) -> None:
         batch = {key: value.to(topology.device) for key, value in batch.items()}
         inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        for active in (True, False):
-            engine.deepspeed(**inputs, logits_to_keep=1, policy=RoutingPolicy(active=active))
+        with_experts = RoutingPolicy(forced_experts=forced_experts(batch, "domain") if by_domain else None)
+        for policy in (with_experts, RoutingPolicy(active=False)):
+            engine.deepspeed(**inputs, logits_to_keep=1, policy=policy)
 
     batches = validation_batches(
         rows.select(sample.rows), training.batch_size, rank=topology.rank, world_size=topology.world_size
@@ -80,30 +83,24 @@ def set_routers(engine: Engine, topology: Topology, *, seed: int) -> str:
     """Set all routers from the statistics of the domains, one expert each; a collective.
 
     Returns:
-        A line for the console, if that is not possible and the routers are as they were; otherwise empty.
+        What prevents it, for the console, and then the routers stay as they are; otherwise empty.
     """
     model, origins = engine.model, engine.model.origins
-    unknown = [name for name in model.expert_names if name not in origins.domain_tokens]
+    names = model.expert_names
+    unknown = [name for name in names if name not in origins.domain_tokens]
     if unknown:
-        return f"The routers are random: there are no statistics of the domain {unknown[0]}."
-    weights = {}
-    for layer, own in enumerate(model.layers):
-        statistics = of_domains(origins.statistics[layer], list(origins.domain_tokens), model.expert_names)
-        router = torch.empty(len(model.expert_names), own.hidden)
+        return f"there are no statistics of the domain {unknown[0]}"
 
-        def fit(statistics: DomainStatistics = statistics, router: Tensor = router, layer: int = layer) -> str:
-            try:
-                router.copy_(router_of(statistics, seed=seed, layer=layer))
-            except SRDEError as error:
-                return str(error)
-            return ""
+    def fit(statistics: DomainStatistics, layer: int) -> tuple[Tensor, float]:
+        return router_of(statistics, seed=seed, layer=layer), 0.0
 
-        if similar := on_main_rank(fit, topology, long=True):
-            return f"The routers are random: {similar}"
-        router = router.to(topology.device)
-        broadcast_from_main(router)
-        weights[f"layers.{layer}.router.weight"] = router.cpu()
+    try:
+        weights, _ = fit_layers(model, topology, names, fit)
+    except SRDEError:
+        return f"the inputs of the domains {', '.join(names)} are too similar"
     engine.set_trainables(weights)
+    for layer in model.layers:
+        layer.router.load_selection_bias(None)  # of earlier routers
     return ""
 
 

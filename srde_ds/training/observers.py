@@ -104,7 +104,7 @@ class Domains(Observer):
                 doing("setting the routers")
                 problem = set_routers(run.engine, run.topology, seed=run.config.training.seed)
                 if problem and run.topology.is_main:
-                    logger.warning(problem)
+                    logger.warning("The routers stay as they were before training: %s.", problem)
                 elif run.topology.is_main:
                     print("Each text was trained with one expert: use the weights with --route_by prompt.", flush=True)
 

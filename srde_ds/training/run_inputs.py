@@ -17,8 +17,10 @@ from srde_ds.model.base import base_configuration
 from srde_ds.weights.file import AdapterMetadata, read_metadata
 from srde_ds.weights.locate import CHECKPOINT_NAME, locate_weights, read_latest
 
-# Options whose default follows from max_steps or density, each with the option that must be on for it to matter.
+# Options whose default follows from max_steps, density or training_phases, each with the option that must be on for it
+# to matter.
 _SCHEDULE = {
+    "top_k": None,
     "warmup_steps": None,
     "expert_pretrain_steps": "supervised_experts",
     "initial_density": "initial_density",

@@ -169,6 +169,8 @@ class Schedule:
                 notes.append("support being learned")
             if first and step.density != self.density_at(first - 1):
                 notes.append("pruned before")
+            if self.trains_by_domain and last == self.max_steps - 1:
+                notes.append("routers set after")
             lines.append(
                 (
                     f"{first + 1}-{last + 1}",

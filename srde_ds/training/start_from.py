@@ -10,14 +10,13 @@ from torch import Tensor
 
 from srde_ds.config import Config
 from srde_ds.distributed.engine import Engine
-from srde_ds.distributed.processes import Topology, broadcast_from_main
+from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter_source import AdapterSource
 from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.router import Router
 from srde_ds.training.domain_statistics import measure_domains
-from srde_ds.training.warm_start.from_statistics import add_routing_vectors, of_domains
-from srde_ds.utils.together import on_main_rank
+from srde_ds.training.warm_start.from_statistics import add_routing_vectors, fit_layers
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import NEURONS, SHARED_DELTA
@@ -108,29 +107,18 @@ def route_to_new_experts(
         unknown = new
     if unknown:
         return f"Routing vectors of {', '.join(new)}: random, without statistics of the domain {unknown[0]}."
-    origins, seed = engine.model.origins, config.training.seed
-    shares, weights = [], {}
-    for layer, own in enumerate(engine.model.layers):
-        statistics = of_domains(origins.statistics[layer], list(origins.domain_tokens), [*old, *new])
-        router = torch.empty(len(old) + len(new), own.hidden)
 
-        def extend(layer: int = layer, statistics: DomainStatistics = statistics, router: Tensor = router) -> float:
-            try:
-                vectors, share = add_routing_vectors(
-                    adapter.router(layer).load().float(), statistics, seed=seed, layer=layer
-                )
-            except SRDEError as error:
-                raise SRDEError(
-                    f"domains={','.join(new)} with start_from={adapter.place}: {error} Give data of another kind, or "
-                    "--domain_statistics_rows 0, which leaves the new routing vectors random."
-                ) from None
-            router.copy_(vectors)
-            return share
+    def extend(statistics: DomainStatistics, layer: int) -> tuple[Tensor, float]:
+        try:
+            old_router = adapter.router(layer).load().float()
+            return add_routing_vectors(old_router, statistics, seed=config.training.seed, layer=layer)
+        except SRDEError as error:
+            raise SRDEError(
+                f"domains={','.join(new)} with start_from={adapter.place}: {error} Give data of another kind, or "
+                "--domain_statistics_rows 0, which leaves the new routing vectors random."
+            ) from None
 
-        shares.append(on_main_rank(extend, topology, long=True))
-        router = router.to(topology.device)
-        broadcast_from_main(router)
-        weights[f"layers.{layer}.router.weight"] = router.cpu()
+    weights, shares = fit_layers(engine.model, topology, [*old, *new], extend)
     engine.set_trainables(weights)
     return (
         f"Routing vectors of {', '.join(new)}: from the domains' inputs. In the mean over the layers, they draw "

@@ -16,6 +16,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.warm_start.routers import capture_inputs
 from srde_ds.training.warm_start.token_sample import (
+    MOST_WEIGHT,
     TOKENS_A_ROW,
     TokenSample,
     all_tokens,
@@ -108,6 +109,28 @@ def test_tokens_that_predict_labels_weigh_half_of_a_domain() -> None:
         assert len(np.unique(sample.weight[own])) == 2
     every = all_tokens(random_rows([20] * 3), domains=DOMAINS, rows_a_domain=10, special_ids=(), seed=0)
     assert every.weight is not None and (every.weight == 1).all()
+
+
+def test_a_special_token_that_predicts_an_answer_is_usable_for_statistics_alone() -> None:
+    rows = with_answers(random_rows([20] * 3), slice(30, 36))
+    ids = np.asarray(rows["input_ids"][:])
+    ids[:, [5, 29]] = 3  # the second one ends the prompt
+    rows = rows.remove_columns("input_ids").add_column("input_ids", ids.tolist())
+    sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=10, special_ids=(3,), seed=0)
+    assert (sample.position == 29).sum() == 30 and 5 not in sample.position
+    assert not {5, 29} & set(choose(rows, 10_000, special_ids=(3,)).position.tolist())
+
+
+def test_a_few_answers_do_not_stand_for_half_of_a_domain() -> None:
+    rows = with_answers(random_rows([20] * 3), slice(0, 0))
+    labels = np.asarray(rows["labels"][:])
+    labels[0, 30] = 50
+    rows = rows.remove_columns("labels").add_column("labels", labels.tolist())
+    sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=20, special_ids=(), seed=0)
+    assert sample.weight is not None
+    answer = (sample.domain == 0) & (sample.weight > 1)
+    assert answer.sum() == 1 and sample.weight[answer] == MOST_WEIGHT
+    assert sample.weight[sample.domain == 0].sum() == pytest.approx((sample.domain == 0).sum())
 
 
 def test_padding_and_special_tokens_are_never_sampled() -> None:

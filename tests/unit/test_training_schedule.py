@@ -99,7 +99,7 @@ def test_each_text_with_its_domains_expert() -> None:
     ((_, last, step),) = Schedule.of(settings).timeline()
     assert (last, step.phase, step.forced, step.trained) == (3, "by domain", True, ALL_KINDS - ROUTERS)
     assert settings.adapter.top_k == 1 and settings.derived["top_k"] == "a text uses its domain's expert alone"
-    assert "by domain" in Schedule.of(settings).describe()
+    assert re.search(r"1-4 +by domain +by domain +2 +free +0.01 +routers set after", Schedule.of(settings).describe())
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,11 @@ def test_each_text_with_its_domains_expert() -> None:
         ({"warm_start": True}, "warm_start with training_phases=by_domain: the routers are set at the end"),
         ({"progressive_unlock": "linear"}, "progressive_unlock with training_phases=by_domain"),
         ({"start_from": "x", "train_experts": "red"}, "train_experts with training_phases=by_domain"),
+        (
+            {"balancing_bias_rate": 0.1},
+            "balancing_bias_rate with training_phases=by_domain: the router chooses nothing",
+        ),
+        ({"load_balancing_target": "domains"}, "load_balancing_target with training_phases=by_domain"),
         ({"domain_statistics_rows": 0}, "domain_statistics_rows=0 with training_phases=by_domain"),
     ],
 )

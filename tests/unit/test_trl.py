@@ -283,8 +283,8 @@ def test_conversations_are_made_of_records(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "values", "expected"),
     [
-        (None, [], [[5, 6, 7], [8, 9, 0]]),
-        ("labels", [[-100, -100, 7], [-100, 9]], [[-100, -100, 7], [-100, 9, 0]]),
+        (None, [], [[5, 6, 7], [8, 9, -100]]),
+        ("labels", [[-100, -100, 7], [-100, 9]], [[-100, -100, 7], [-100, 9, -100]]),
         ("completion_mask", [[0, 1, 1], [0, 1]], [[-100, 6, 7], [-100, 9, -100]]),
         ("assistant_masks", [[0, 0, 1], [1, 1]], [[-100, -100, 7], [8, 9, -100]]),
     ],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from srde_ds.config import CurriculumConfig
+from srde_ds.distributed.processes import Topology, broadcast_from_main
 from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel
 from srde_ds.training.warm_start.clustering import TARGET_GAP, scaled
 from srde_ds.training.warm_start.discriminant import discriminant
+from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.origins import DomainStatistics
 
 # Number of tokens drawn for each domain from its mean and spread; the warm start uses as many.
@@ -88,3 +91,39 @@ def of_domains(statistics: DomainStatistics, known: Sequence[str], wanted: Seque
     """The statistics of the wanted domains, in their order; `known` are those of the rows."""
     order = [known.index(name) for name in wanted]
     return statistics.rows(order)
+
+
+def fit_layers(
+    model: SRDEModel,
+    topology: Topology,
+    domains: Sequence[str],
+    fit: Callable[[DomainStatistics, int], tuple[Tensor, float]],
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Fit the routers layer by layer on rank 0, from the model's statistics; a collective.
+
+    Args:
+        domains: those of the experts, in their order.
+        fit: from a layer's statistics and its number, its router `[E, D]` and a figure.
+
+    Returns:
+        The routers by name, and the figures, the same on every rank.
+
+    Raises:
+        SRDEError: on every rank: what `fit` raises.
+    """
+    origins = model.origins
+    weights, figures = {}, []
+    for layer, own in enumerate(model.layers):
+        router = torch.empty(len(domains), own.hidden)
+
+        def fit_here(layer: int = layer, router: Tensor = router) -> float:
+            statistics = of_domains(origins.statistics[layer], list(origins.domain_tokens), domains)
+            found, figure = fit(statistics, layer)
+            router.copy_(found)
+            return figure
+
+        figures.append(on_main_rank(fit_here, topology, long=True))
+        router = router.to(topology.device)
+        broadcast_from_main(router)
+        weights[f"layers.{layer}.router.weight"] = router.cpu()
+    return weights, figures

@@ -20,6 +20,8 @@ from srde_ds.model.targets import NO_LABEL
 
 # Tokens of one row resemble each other, so a domain's sample takes at most this many from each.
 TOKENS_A_ROW = 32
+# Few answers' tokens must not stand for half of a domain.
+MOST_WEIGHT = 32.0
 _STREAM = 0x77A7  # keeps this generator apart from those that draw the order of the rows from the same seed
 
 
@@ -80,7 +82,7 @@ def choose_tokens(
     count = ceil(per_domain / TOKENS_A_ROW)
     while True:
         pool = np.concatenate([order[:count] for order in orders])
-        usable, _ = _usable(dataset, pool, special_ids)
+        usable, _ = _usable(dataset, pool, special_ids, answers=False)
         found = np.minimum(usable.sum(1), TOKENS_A_ROW)
         enough = [
             count >= min(len(order), per_domain) or found[domain_of_row[pool] == index].sum() >= per_domain
@@ -109,15 +111,16 @@ def all_tokens(
 ) -> TokenSample:
     """All usable tokens (see `choose_tokens`) of some rows of each domain; a domain may have none.
 
-    Those that predict a label weigh at least as much as all others of their domain together. Answers are often a few
-    per cent of the tokens, and a router of prompts does not know them, nor a prompt's last token (docs/decisions.md).
+    Special tokens that predict a label are usable, since a template may end its prompts with one. What predicts a label
+    weighs as much as all other tokens of its domain, at most MOST_WEIGHT times a token: answers are often a few per
+    cent of the tokens, and a router of prompts knows neither them nor a prompt's last token (docs/decisions.md).
     """
     dataset = rows.with_format("numpy")
     domain_of_row = np.asarray(dataset["domain"][:])
     generator = np.random.default_rng([seed, _STREAM])
     orders = [generator.permutation(np.flatnonzero(domain_of_row == index)) for index in range(len(domains))]
     pool = generator.permutation(np.concatenate([order[:rows_a_domain] for order in orders]))
-    usable, predicting = _usable(dataset, pool, special_ids)
+    usable, predicting = _usable(dataset, pool, special_ids, answers=True)
     run = usable.any(1)
     pool, usable, predicting = pool[run], usable[run], predicting[run]
     row, position = np.nonzero(usable)
@@ -127,12 +130,19 @@ def all_tokens(
         own = domain == index
         share = answers[own].mean()
         if 0 < share < 1 / 2:
-            weight[own] = np.where(answers[own], 1 / (2 * share), 1 / (2 * (1 - share)))
+            of_answer = min(1 / (2 * share), MOST_WEIGHT)
+            weight[own] = np.where(answers[own], of_answer, (1 - share * of_answer) / (1 - share))
     return TokenSample(pool, row, position, domain, weight)
 
 
-def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int]) -> tuple[np.ndarray, np.ndarray]:
-    """For the rows of `pool` `[R, S]` bool: the usable tokens, and those of them that predict a label."""
+def _usable(
+    dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection[int], *, answers: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """For the rows of `pool` `[R, S]` bool: the usable tokens, and those of them that predict a label.
+
+    Args:
+        answers: whether special tokens that predict a label are usable.
+    """
     columns = dataset[pool.tolist()]
     ids, labels, position = (np.asarray(columns[name]) for name in ("input_ids", "labels", "position_ids"))
     predicting = np.zeros(ids.shape, bool)
@@ -144,7 +154,7 @@ def _usable(dataset: datasets.Dataset, pool: np.ndarray, special_ids: Collection
         code = np.where(position[:, s] == 0, np.uint64(0), code) + ids[:, s].astype(np.uint64) + np.uint64(1)
         code = (code ^ (code >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
         beginning[:, s] = code ^ (code >> np.uint64(32))
-    usable = real & ~np.isin(ids, list(special_ids))
+    usable = real & (~np.isin(ids, list(special_ids)) | (predicting & answers))
     domain = np.broadcast_to(np.asarray(columns["domain"])[:, None], ids.shape)[usable]
     _, group = np.unique(beginning[usable], return_inverse=True)
     lowest, highest = np.full(len(group), domain.max(initial=0)), np.zeros(len(group), domain.dtype)
