@@ -24,8 +24,8 @@ class ModelOptions:
     bf16: bool = option(True, "compute in bfloat16; false: in fp32")
     route_by: Literal["token", "prompt"] = option(
         "token",
-        "what decides on the experts: each token for itself, or the whole prompt, which is then read twice: all tokens "
-        "use the expert that most of its tokens choose",
+        "what decides on the experts: each token for itself, or the prompt, which is then read twice: all tokens use "
+        "the expert that its tokens choose most, above all the last one",
     )
 
 
