@@ -1,4 +1,4 @@
-"""Do routers know answers if they were made from all tokens alike? And if answers count as much as prompts?
+"""Do routers made from all tokens alike know answers, and the prompts' last tokens? And if these weigh a third each?
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
     python -m benchmarks.answer_routing     # writes benchmarks/results/answer_routing.json
@@ -99,7 +99,7 @@ def main() -> None:
         base = load_base(options.base, dtype=torch.float32, attn_implementation=DOCUMENT_ATTENTION)
         config = AdapterConfig(num_experts=len(names), top_k=1)
         model = add_experts(base, config, expert_names=names, seed=0).eval()
-        for weights in ("all tokens alike", "answers as prompts"):
+        for weights in ("all tokens alike", "by thirds"):
             alike = weights == "all tokens alike"
             routers_of_domains(model, train, names, tokenizer, seed=SEED, rows_a_domain=STATISTICS_ROWS, alike=alike)
             found = figures.setdefault(data, {})[weights] = judge(model, test, names, HELD_OUT_ROWS[data])
@@ -111,7 +111,7 @@ def main() -> None:
         "weights in the statistics",
         "answers",
         "prompts",
-        "texts, last token's votes count as all",
+        "texts, above all by the last token",
         "all alike",
     ]
     print(markdown(heads, lines))

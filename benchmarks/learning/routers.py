@@ -29,12 +29,14 @@ def routers_of_domains(
     *,
     seed: int,
     rows_a_domain: int = TrainingConfig.domain_statistics_rows,
+    trained: bool = True,
     alike: bool = False,
 ) -> None:
     """Set the routers from inputs of packed rows, with each domain's expert and without: expert d is domain d's.
 
     Args:
-        alike: all tokens weigh the same, instead of answers as much as prompts.
+        trained: whether the deltas are not all zero, so that inputs with experts are others.
+        alike: all tokens weigh the same, instead of prompts' last tokens, answers and others by thirds.
     """
     special = special_token_ids(tokenizer)
     sample = all_tokens(rows, domains=domains, rows_a_domain=rows_a_domain, special_ids=special, seed=seed)
@@ -43,11 +45,13 @@ def routers_of_domains(
     def forward(batch: dict[str, Tensor]) -> None:
         documents = Documents.of(batch["position_ids"])
         inputs = {key: batch[key] for key in ("input_ids", "position_ids")} | {"attention_mask": documents.no_mask}
-        for policy in (RoutingPolicy(forced_experts=forced_experts(batch, "domain")), RoutingPolicy(active=False)):
+        own = [RoutingPolicy(forced_experts=forced_experts(batch, "domain"))] if trained else []
+        for policy in [*own, RoutingPolicy(active=False)]:
             model(**inputs, documents=documents, logits_to_keep=1, policy=policy)
 
     batches = validation_batches(rows.select(sample.rows), 1)
     counts = np.bincount(sample.domain, minlength=len(domains))
-    found = statistics_of(sum_inputs(model, forward, batches, sample, len(domains)), counts)
+    sums = sum_inputs(model, forward, batches, sample, len(domains))
+    found = statistics_of(sums if trained else 2 * sums, counts)
     for number, (layer, statistics) in enumerate(zip(model.layers, found, strict=True)):
         layer.router.weight.data.copy_(router_of(statistics, seed=seed, layer=number))

@@ -25,7 +25,7 @@ from srde_ds.model.prompt_routing import experts_of_prompts
 from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.domain_statistics import set_routers
 from srde_ds.training.warm_start.from_statistics import router_of
-from srde_ds.training.warm_start.token_sample import special_token_ids
+from srde_ds.training.warm_start.token_sample import FULL_GROUP, special_token_ids
 from srde_ds.weights.file import read_weights
 from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import FACTORS, support_hash
@@ -40,7 +40,8 @@ def expected_statistics(inputs: Inputs, weights: Path, *, by_domain: bool = Fals
     """Over all rows, in one go, from tokens that are neither padding nor the beginning of other domains, nor special
     without predicting a label.
 
-    Each token counts twice: with experts and without. Those that predict a label count half of a domain.
+    Each token counts twice: with experts and without. The prompts' last tokens, the answers and all others weigh a
+    third of a domain each.
     """
     model = load_adapter(weights, base=inputs.base).eval()
     rows = load_rows(inputs.dataset, "train", load_manifest(inputs.dataset))
@@ -48,7 +49,7 @@ def expected_statistics(inputs: Inputs, weights: Path, *, by_domain: bool = Fals
     seen: list[list[Tensor]] = [[] for _ in model.layers]
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda layer, args: seen[layer.layer].append(args[0].flatten(0, 1).double()))
-    domains, usable, beginnings, predicting = [], [], [], []
+    domains, usable, beginnings, groups = [], [], [], []
     for batch in validation_batches(rows, 4):
         for active in (True, False):
             kept = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
@@ -59,7 +60,7 @@ def expected_statistics(inputs: Inputs, weights: Path, *, by_domain: bool = Fals
         real = batch["token_mask"] & plain & (batch["row_index"] >= 0)[:, None]
         domains.append(batch["domain"][:, None].expand_as(real).flatten())
         usable.append(real.flatten())
-        predicting.append(predicts.flatten())
+        groups.append((predicts.long() * (1 + (batch["labels"] != NO_LABEL))).flatten())
         ids, positions = batch["input_ids"].tolist(), batch["position_ids"].tolist()
         for row, places in zip(ids, positions, strict=True):
             beginnings += [tuple(row[s - place : s + 1]) for s, place in enumerate(places)]
@@ -69,12 +70,13 @@ def expected_statistics(inputs: Inputs, weights: Path, *, by_domain: bool = Fals
         if use:
             owners.setdefault(beginning, set()).add(own)
     used &= torch.tensor([len(owners.get(beginning, ())) == 1 for beginning in beginnings])
-    domain, answers = domain[used], torch.cat(predicting)[used]
+    domain, group = domain[used], torch.cat(groups)[used]
     weight = torch.zeros(len(domain), dtype=torch.float64)
-    for own in (domain == index for index in range(len(DOMAINS))):
-        assert 0 < answers[own].double().mean() < 0.5
-        weight[own & answers] = 1 / int((own & answers).sum())
-        weight[own & ~answers] = 1 / int((own & ~answers).sum())
+    for index in range(len(DOMAINS)):
+        for which in range(3):
+            own = (domain == index) & (group == which)
+            assert own.sum() > FULL_GROUP
+            weight[own] = 1 / int(own.sum())
     twice = (weight.repeat(2), domain.repeat(2))
     return [_statistics(torch.cat([torch.cat(chunks[half::2])[used] for half in (0, 1)]), *twice) for chunks in seen]
 

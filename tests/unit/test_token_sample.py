@@ -16,7 +16,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.warm_start.routers import capture_inputs
 from srde_ds.training.warm_start.token_sample import (
-    MOST_WEIGHT,
+    FULL_GROUP,
     TOKENS_A_ROW,
     TokenSample,
     all_tokens,
@@ -97,18 +97,16 @@ def with_answers(rows: datasets.Dataset, answers: slice) -> datasets.Dataset:
     return rows.remove_columns("labels").add_column("labels", labels.tolist())
 
 
-def test_tokens_that_predict_labels_weigh_half_of_a_domain() -> None:
+def test_last_tokens_of_prompts_answers_and_others_weigh_the_same() -> None:
     rows = with_answers(random_rows([20] * 3), slice(30, 36))
-    sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=10, special_ids=(), seed=0)
+    sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=20, special_ids=(), seed=0)
     assert sample.weight is not None
-    answers = (sample.position >= 29) & (sample.position < 35)
+    last, answers = sample.position == 29, (sample.position > 29) & (sample.position < 35)
     for index in range(3):
         own = sample.domain == index
-        assert sample.weight[own & answers].sum() == pytest.approx(own.sum() / 2)
-        assert sample.weight[own & ~answers].sum() == pytest.approx(own.sum() / 2)
-        assert len(np.unique(sample.weight[own])) == 2
-    every = all_tokens(random_rows([20] * 3), domains=DOMAINS, rows_a_domain=10, special_ids=(), seed=0)
-    assert every.weight is not None and (every.weight == 1).all()
+        for group in (last, answers, ~last & ~answers):
+            assert sample.weight[own & group].sum() == pytest.approx(own.sum() / 3)
+        assert len(np.unique(sample.weight[own])) == 3
 
 
 def test_a_special_token_that_predicts_an_answer_is_usable_for_statistics_alone() -> None:
@@ -121,16 +119,25 @@ def test_a_special_token_that_predicts_an_answer_is_usable_for_statistics_alone(
     assert not {5, 29} & set(choose(rows, 10_000, special_ids=(3,)).position.tolist())
 
 
-def test_a_few_answers_do_not_stand_for_half_of_a_domain() -> None:
+def test_text_without_prompts_counts_evenly() -> None:
+    rows = random_rows([20] * 3)  # all tokens are labels; the last one of a document predicts none
+    sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=20, special_ids=(), seed=0)
+    assert sample.weight is not None and (sample.position == 17).any()
+    np.testing.assert_allclose(sample.weight, 1)
+
+
+def test_a_few_answers_do_not_stand_for_a_third_of_a_domain() -> None:
     rows = with_answers(random_rows([20] * 3), slice(0, 0))
     labels = np.asarray(rows["labels"][:])
-    labels[0, 30] = 50
+    labels[:2, 30] = 50
     rows = rows.remove_columns("labels").add_column("labels", labels.tolist())
     sample = all_tokens(rows, domains=DOMAINS, rows_a_domain=20, special_ids=(), seed=0)
     assert sample.weight is not None
-    answer = (sample.domain == 0) & (sample.weight > 1)
-    assert answer.sum() == 1 and sample.weight[answer] == MOST_WEIGHT
-    assert sample.weight[sample.domain == 0].sum() == pytest.approx((sample.domain == 0).sum())
+    own = sample.domain == 0
+    last = own & (sample.position == 29) & (sample.weight > 1)
+    assert last.sum() == 2
+    assert sample.weight[last].sum() / sample.weight[own].sum() == pytest.approx(2 / FULL_GROUP / (1 + 2 / FULL_GROUP))
+    assert (sample.weight[~own] == 1).all()
 
 
 def test_padding_and_special_tokens_are_never_sampled() -> None:

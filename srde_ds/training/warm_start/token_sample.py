@@ -20,8 +20,8 @@ from srde_ds.model.targets import NO_LABEL
 
 # Tokens of one row resemble each other, so a domain's sample takes at most this many from each.
 TOKENS_A_ROW = 32
-# Few answers' tokens must not stand for half of a domain.
-MOST_WEIGHT = 32.0
+# With fewer tokens a group of them weighs less than a third of its domain.
+FULL_GROUP = 16
 _STREAM = 0x77A7  # keeps this generator apart from those that draw the order of the rows from the same seed
 
 
@@ -111,9 +111,10 @@ def all_tokens(
 ) -> TokenSample:
     """All usable tokens (see `choose_tokens`) of some rows of each domain; a domain may have none.
 
-    Special tokens that predict a label are usable, since a template may end its prompts with one. What predicts a label
-    weighs as much as all other tokens of its domain, at most MOST_WEIGHT times a token: answers are often a few per
-    cent of the tokens, and a router of prompts knows neither them nor a prompt's last token (docs/decisions.md).
+    Special tokens that predict a label are usable, since a template may end its prompts with one. A third of a domain's
+    weight is that of its prompts' last tokens, a third that of its answers' tokens that predict the next one, and a
+    third that of all others. Answers are often a few per cent of the tokens, and routers of prompts do not know them. A
+    prompt's last token is alike in all domains, so it must not weigh more where answers are short (docs/decisions.md).
     """
     dataset = rows.with_format("numpy")
     domain_of_row = np.asarray(dataset["domain"][:])
@@ -124,15 +125,28 @@ def all_tokens(
     run = usable.any(1)
     pool, usable, predicting = pool[run], usable[run], predicting[run]
     row, position = np.nonzero(usable)
-    domain, answers = domain_of_row[pool][row], predicting[usable]
-    weight = np.ones(len(row))
+    domain, predicts = domain_of_row[pool][row], predicting[usable]
+    labelled = np.asarray(dataset[pool.tolist()]["labels"])[usable] != NO_LABEL
+    return TokenSample(pool, row, position, domain, _weights(domain, np.where(predicts, 1 + labelled, 0)))
+
+
+def _weights(domain: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """`[N]`: equal sums for the groups of a domain, and a mean of 1.
+
+    Args:
+        group: `[N]` 1 for last tokens of prompts, 2 for answers, 0 for others. None of these weighs more than an
+            answer's, so that text without prompts counts evenly.
+    """
+    weight = np.ones(len(domain))
     for index in np.unique(domain):
         own = domain == index
-        share = answers[own].mean()
-        if 0 < share < 1 / 2:
-            of_answer = min(1 / (2 * share), MOST_WEIGHT)
-            weight[own] = np.where(answers[own], of_answer, (1 - share * of_answer) / (1 - share))
-    return TokenSample(pool, row, position, domain, weight)
+        sizes = np.bincount(group[own], minlength=3)
+        of_group = np.minimum(1, sizes / FULL_GROUP) / np.maximum(sizes, 1)
+        if sizes[2]:
+            of_group[0] = min(of_group[0], of_group[2])
+        weight[own] = of_group[group[own]]
+        weight[own] /= weight[own].mean()
+    return weight
 
 
 def _usable(
