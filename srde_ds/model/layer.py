@@ -123,6 +123,11 @@ class SRDEFeedForward(nn.Module):
         if not policy.active:
             return self.block(x)
         x_TD, block, roles, router = x.flatten(0, -2), self.block, self.roles, self.router
+        if not policy.apply_experts:
+            if policy.choices is not None:
+                chosen = route(router(x_TD), router.selection_bias, router.top_k, policy)
+                policy.choices[self.layer] = chosen.choices_TK
+            return block(x)
         act, down = getattr(block, roles["act"]), getattr(block, roles["down"])
         gate_TF, up_TF = getattr(block, roles["gate"])(x_TD), getattr(block, roles["up"])(x_TD)
         shared = None

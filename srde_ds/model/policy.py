@@ -65,6 +65,7 @@ class RoutingPolicy:
 
     Attributes:
         active: False gives the base's own output.
+        apply_experts: False as well, but the routers choose from the base's inputs, and `choices` is filled.
         allowed_experts: `[E]` bool, False for locked experts, which get no tokens. If fewer than top_k are allowed, a
             token uses only those. None: those of `set_active_experts`, by default all.
         forced_experts: `[B, S]` int64: each token uses only this expert, with weight 1, and the router and its losses
@@ -86,6 +87,7 @@ class RoutingPolicy:
     """
 
     active: bool = True
+    apply_experts: bool = True
     allowed_experts: Tensor | None = None
     forced_experts: Tensor | None = None
     token_mask: Tensor | None = None

@@ -32,14 +32,16 @@ class RoutedModel(Protocol):
 
 
 def votes_of_tokens(model: RoutedModel, input_ids: Tensor, *, policy: RoutingPolicy, **inputs: Any) -> Tensor:
-    """`[B, S, E]` int64: in how many layers each token chooses each expert first. One forward.
+    """`[B, S, E]` int64: in how many layers each token chooses each expert first. One forward, without experts.
+
+    With them, tokens that go astray would change the inputs of later layers, and lead others astray.
 
     Args:
         inputs: further arguments of the model's forward.
     """
     choices: dict[int, Tensor] = {}
     with torch.no_grad():
-        model(input_ids, policy=replace(policy, choices=choices), logits_to_keep=1, **inputs)
+        model(input_ids, policy=replace(policy, choices=choices, apply_experts=False), logits_to_keep=1, **inputs)
     first_LT = torch.stack([choices_TK[:, 0] for choices_TK in choices.values()])
     return F.one_hot(first_LT, len(model.expert_names)).sum(0).view(*input_ids.shape, -1)
 

@@ -45,7 +45,8 @@ def test_the_most_votes_of_a_prompts_tokens_win(model: SRDEModel) -> None:
     prompt = torch.arange(ids.shape[1]) < torch.tensor([3, 5, 8, 16])[:, None]
     choices: dict[int, Tensor] = {}
     with torch.no_grad():
-        model(ids, policy=RoutingPolicy(choices=choices))
+        output = model(ids, policy=RoutingPolicy(choices=choices, apply_experts=False)).logits
+        assert torch.equal(output, model(ids, policy=RoutingPolicy(active=False)).logits)
     votes_BSE = votes_of_tokens(model, ids, policy=RoutingPolicy())
     assert bool((votes_BSE.sum(-1) == len(model.layers)).all())
     expected = []
@@ -55,6 +56,23 @@ def test_the_most_votes_of_a_prompts_tokens_win(model: SRDEModel) -> None:
         expected.append(int(torch.bincount(torch.cat([firsts.flatten(), last.flatten()]), minlength=3).argmax()))
     found = experts_of_prompts(model, ids, prompt, policy=RoutingPolicy())
     assert found.flatten().tolist() == expected and len(set(expected)) > 1
+
+
+def test_what_routers_choose_from_the_bases_inputs(model: SRDEModel) -> None:
+    ids = tokens()
+    seen: list[Tensor] = []
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in model.layers]
+    choices: dict[int, Tensor] = {}
+    with torch.no_grad():
+        model(ids, policy=RoutingPolicy(choices=choices, apply_experts=False))
+        for hook in hooks:
+            hook.remove()
+        for number, layer in enumerate(model.layers):
+            best = layer.router(seen[number].flatten(0, 1)).topk(2).indices
+            assert torch.equal(choices[number], best)
+        with_experts: dict[int, Tensor] = {}
+        model(ids, policy=RoutingPolicy(choices=with_experts))
+    assert torch.equal(choices[0], with_experts[0]) and not torch.equal(choices[1], with_experts[1])
 
 
 def test_the_last_token_wins_against_a_small_majority_of_the_others() -> None:
