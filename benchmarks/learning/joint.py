@@ -74,6 +74,8 @@ def table(records: list[Record]) -> str:
     rows = []
     for name in {record["part"]: None for record in records}:
         results = Results([record for record in records if record["part"] in (name, AGAINST)], [name, AGAINST])
+        if not results.seeds:
+            continue
         late = mean(late_loss({"losses": results.by_seed[seed][name]["training"]}) for seed in results.seeds)
         by_domain = [f"{results.loss(name, domain):.2f}" for domain in DOMAINS]
         total, (low, high), by_seed = results.difference(name, AGAINST)

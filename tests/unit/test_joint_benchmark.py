@@ -60,6 +60,7 @@ def test_the_table_pairs_test_rows_and_seeds() -> None:
 
     measured = [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2)]
     records = [record(seed, THREE[place], seed + place / 10) for seed, place in measured]
+    records.append(record(3, "one delta, 0.01", 1.0))  # nothing to compare it with yet
     first, second, third = joint.table(records).splitlines()[2:]
     assert first.startswith(f"| {joint.AGAINST} |  | 1, 2 | 1.500 | 2.250 |")
     assert second.startswith(f"| {THREE[1]} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | 1.600 | 2.400 |")
