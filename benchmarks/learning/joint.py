@@ -41,7 +41,7 @@ PARTS = [
     "SRDE, 0.02, one expert a text",
     "one delta, 0.01",
 ]
-"""Names of first_look.py, each method at its best rate there."""
+"""Names of first_look.py, each at its method's best rate there."""
 
 
 def train_part(
