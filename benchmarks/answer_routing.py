@@ -31,13 +31,13 @@ from benchmarks.tables import markdown, measured_on
 from srde_ds.config import DOMAINS, AdapterConfig
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.prompt_routing import votes_of_tokens, winners
-from srde_ds.model.targets import NO_LABEL
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/answer_routing.json"

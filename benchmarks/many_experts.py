@@ -24,7 +24,7 @@ from benchmarks.tables import markdown, measured_on
 from srde_ds.config import AdapterConfig
 from srde_ds.config.schema import OptimizerConfig
 from srde_ds.model.adapter import SRDEModel, add_experts
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.products import GroupedProducts, JointProducts, TakenSlots, filled_slots
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -80,7 +80,7 @@ def training_step(model: SRDEModel, tokens: int) -> Callable[[], None]:
     optimizer = GramMuonAdamW(build_groups(model.trainable_parameters(), OptimizerConfig(), "neuron"))
     ids = torch.randint(VOCABULARY, (tokens // 512, 512))
     policy = RoutingPolicy(
-        loss_weights=LossWeights(load_balancing=0.01, router_z=0.001),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=0.01, router_z=0.001),
         loss_scale=1 / tokens,
         expert_share=torch.full((LAYERS, experts), 1 / experts),
     )

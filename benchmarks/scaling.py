@@ -18,7 +18,8 @@ from srde_ds.config import resolve
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.flops import step_flops
-from srde_ds.planner.plan import DAY, GB, GIB, Machines, Plan, make_plan
+from srde_ds.planner.machines import Machines
+from srde_ds.planner.plan import DAY, GB, GIB, Plan, make_plan
 from srde_ds.utils.environment import environment
 
 BASE = Path(__file__).resolve().parent / "ministral_3_14b"

@@ -49,7 +49,7 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, d
 from srde_ds.model.base import block_shapes
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.delta_linear import DenseDeltas
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.model.supports.selection import support_shape
@@ -235,7 +235,7 @@ def micro_step(model: SRDEModel, rows: int, length: int, mode: FakeTensorMode | 
     }
     policy = RoutingPolicy(
         loss_scale=there(torch.ones(())),
-        loss_weights=LossWeights(load_balancing=0.01, router_z=0.001),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=0.01, router_z=0.001),
         expert_share=there(everything.repeat(len(model.layers), 1)),
         statistics=RoutingStatistics(len(model.layers), len(everything)),
     )
@@ -281,7 +281,7 @@ def graph_breaks(form: dict[str, Any]) -> dict[str, int]:
     """Graphs and breaks of the experts' block in training under torch.compile, with losses and statistics."""
     model = small_llama(1, **form)
     policy = RoutingPolicy(
-        loss_weights=LossWeights(load_balancing=0.01, router_z=0.001),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=0.01, router_z=0.001),
         expert_share=torch.ones(1, 3),
         statistics=RoutingStatistics(1, 3),
     )

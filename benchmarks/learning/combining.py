@@ -40,7 +40,7 @@ from srde_ds.config import DOMAINS, AdapterConfig, resolve
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import RowStream, validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
-from srde_ds.data.packing import IGNORED
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import load_base
@@ -111,7 +111,7 @@ def chosen_by_prompts(model: SRDEModel, inputs: Record, documents: Documents) ->
     others = {key: value for key, value in inputs.items() if key not in ("input_ids", "labels")}
     votes_SE = votes_of_tokens(model, inputs["input_ids"], policy=RoutingPolicy(), documents=documents, **others)[0]
     number = (inputs["position_ids"][0] == 0).cumsum(0)
-    labelled, forced, experts = inputs["labels"][0] != IGNORED, torch.zeros_like(number), []
+    labelled, forced, experts = inputs["labels"][0] != NO_LABEL, torch.zeros_like(number), []
     for document in number[inputs["token_mask"][0]].unique().tolist():
         own = number == document
         prompt = own & ((labelled & own).cumsum(0) == 0)

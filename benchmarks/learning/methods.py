@@ -34,10 +34,10 @@ from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import PolicyControl
 from srde_ds.model.targets import on_device
-from srde_ds.optim.schedule import set_learning_rates
+from srde_ds.optim.schedule import learning_rate_factor, set_learning_rates
 from srde_ds.training.run_folder import check_inputs, check_run_folder, prepare_data, row_mixing
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.step import count_tokens, scheduled_factor
+from srde_ds.training.step import count_tokens
 from srde_ds.training.trainer import run as run_trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,7 +215,7 @@ def _fit(
         losses.append(float(total) / int(counts["label_weight"]))
         if not (math.isfinite(losses[-1]) and math.isfinite(float(norm))):
             raise Diverged(f"step {step + 1}: the loss is {losses[-1]}, the gradient's norm {float(norm)}.")
-        set_learning_rates(optimizer, scheduled_factor(settings, training.max_steps, step))
+        set_learning_rates(optimizer, learning_rate_factor(step, training.max_steps, settings))
         optimizer.step()
         optimizer.zero_grad()
         masters.publish()

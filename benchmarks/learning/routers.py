@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import datasets
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -51,7 +52,8 @@ def routers_of_domains(
 
     batches = validation_batches(rows.select(sample.rows), 1)
     counts = np.bincount(sample.domain, minlength=len(domains))
-    sums = sum_inputs(model, forward, batches, sample, len(domains))
+    with torch.no_grad():
+        sums = sum_inputs(model, forward, batches, sample, len(domains))
     found = statistics_of(sums if trained else 2 * sums, counts)
     for number, (layer, statistics) in enumerate(zip(model.layers, found, strict=True)):
         layer.router.weight.data.copy_(router_of(statistics, seed=seed, layer=number))

@@ -9,7 +9,6 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -118,14 +117,14 @@ def _is_url(text: str) -> bool:
         return False
 
 
-def notify(webhook: str, seen: Observation, post: Callable[..., Any] = urllib.request.urlopen) -> None:
+def notify(webhook: str, seen: Observation) -> None:
     """Notify the webhook. Failures are warnings without the URL."""
     text = f"[{seen.state}] {seen.text}"
     body = json.dumps({"text": text, "content": text}).encode()
     # Some services refuse urllib's default user agent.
     headers = {"Content-Type": "application/json", "User-Agent": "srde-ds"}
     try:
-        with post(urllib.request.Request(webhook, body, headers), timeout=WEBHOOK_SECONDS):
+        with urllib.request.urlopen(urllib.request.Request(webhook, body, headers), timeout=WEBHOOK_SECONDS):
             pass
     except urllib.error.HTTPError as error:
         logger.warning("webhook: HTTP status %s; the state was not reported there.", error.code)

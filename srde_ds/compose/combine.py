@@ -25,7 +25,8 @@ from srde_ds.config.granularity import entry_weights
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
-from srde_ds.training.warm_start.from_statistics import of_domains, router_of
+from srde_ds.model.base_files import described_base
+from srde_ds.training.warm_start.from_statistics import router_of
 from srde_ds.weights.origins import Origins
 from srde_ds.weights.schema import check_history, support_hash
 from srde_ds.weights.tensors import LazyTensor
@@ -77,9 +78,8 @@ def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed
     supports = [layer.supports[0] if shared else layer.supports for layer in layers]
     tensors: dict[str, LazyTensor] = {}
     for number, (layer, support) in enumerate(zip(layers, supports, strict=True)):
-        statistics = of_domains(origins.statistics[number], list(origins.domain_tokens), names)
         try:
-            router = router_of(statistics, seed=seed, layer=number)
+            router = router_of(origins.statistics_of(names, number), seed=seed, layer=number)
         except SRDEError:
             raise SRDEError(
                 f"weights: layer {number}: the statistics of the domains {', '.join(names)} are too similar for a "
@@ -166,8 +166,8 @@ def _check_together(adapters: Sequence[AdapterSource]) -> None:
         one, two = first.metadata, other.metadata
         if one.base["hash"] != two.base["hash"]:
             raise SRDEError(
-                f"weights '{other.place}': trained on {_base(two.base)}, but '{first.place}' on {_base(one.base)}. "
-                "Give adapters of one base."
+                f"weights '{other.place}': trained on {described_base(two.base)}, but '{first.place}' on "
+                f"{described_base(one.base)}. Give adapters of one base."
             )
         if one.config.granularity != two.config.granularity:
             raise SRDEError(
@@ -185,10 +185,6 @@ def _check_together(adapters: Sequence[AdapterSource]) -> None:
                     f"Rename one: --rename {number}:{name}=NAME"
                 )
             owners[name] = number
-
-
-def _base(identity: dict[str, str | int]) -> str:
-    return f"{identity['name'] or 'an unnamed model'} ({identity['architecture']}, hash {str(identity['hash'])[:12]})"
 
 
 def _origins(adapters: Sequence[AdapterSource]) -> Origins:

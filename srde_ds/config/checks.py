@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from srde_ds.config.schema import Config, CurriculumConfig, SupportConfig
+from srde_ds.config.schema import Config, CurriculumConfig, ParallelConfig, SupportConfig
 from srde_ds.config.strategy import CALIBRATED, WITHOUT_DATA
 from srde_ds.errors import SRDEError, nearest
 
@@ -34,16 +34,14 @@ def check_relations(config: Config) -> None:
             f"warmup_steps={optimizer.warmup_steps}: must be less than max_steps={config.training.max_steps}. "
             "Lower --warmup_steps; 0 switches the warm-up off."
         )
-    if config.model.compile and (adapter.granularity != "neuron" or config.parallel.expert_parallel_size > 1):
-        raise SRDEError(
-            f"compile=true with granularity={adapter.granularity}, expert_parallel_size="
-            f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave compile out."
-        )
-    if config.model.expert_kernels and (adapter.granularity != "neuron" or config.parallel.expert_parallel_size > 1):
-        raise SRDEError(
-            f"expert_kernels=true with granularity={adapter.granularity}, expert_parallel_size="
-            f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave it out."
-        )
+    for key in ("compile", "expert_kernels"):
+        elsewhere = adapter.granularity != "neuron" or config.parallel.expert_parallel_size > 1
+        if getattr(config.model, key) and elsewhere:
+            raise SRDEError(
+                f"{key}=true with granularity={adapter.granularity}, expert_parallel_size="
+                f"{config.parallel.expert_parallel_size}: it needs neuron experts held by one process. Leave --{key} "
+                "out."
+            )
     if config.model.expert_kernels and config.model.compile:
         raise SRDEError("expert_kernels=true with compile=true: two ways to compute the same. Leave one of them out.")
     if config.model.gradient_checkpointing and config.model.recompute not in ("none", "full"):
@@ -124,8 +122,21 @@ def _check_start(config: Config) -> None:
 
 
 def _check_curriculum(config: Config) -> None:
+    curriculum = config.curriculum
+    _check_pretraining(config)
+    if curriculum.training_phases == "by_domain":
+        _check_by_domain(config)
+    for key, needed in PARTS_OF.items():
+        value = getattr(curriculum, key)
+        unused = (getattr(CurriculumConfig, key), PAST_DEFAULTS.get(key))
+        if value not in unused and not getattr(curriculum, needed):
+            raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
+    _check_warm_start(config)
+    _check_supports(config)
+
+
+def _check_pretraining(config: Config) -> None:
     adapter, data, curriculum, max_steps = config.adapter, config.data, config.curriculum, config.training.max_steps
-    support = config.support
     steps = len(data.domains) * curriculum.expert_pretrain_steps
     if curriculum.supervised_experts:
         if steps >= max_steps:
@@ -146,24 +157,10 @@ def _check_curriculum(config: Config) -> None:
             f"progressive_unlock=linear with num_experts={adapter.num_experts} and {routed} routed steps: the last "
             f"experts would stay locked. Raise --max_steps, or give --progressive_unlock all."
         )
-    if curriculum.training_phases == "by_domain":
-        _check_by_domain(config)
-    for key, needed in PARTS_OF.items():
-        value = getattr(curriculum, key)
-        unused = (getattr(CurriculumConfig, key), PAST_DEFAULTS.get(key))
-        if value not in unused and not getattr(curriculum, needed):
-            raise SRDEError(f"{key}={value} without {needed}: give --{needed}, or leave --{key} out.")
-    strategy, calibrated = adapter.support_strategy, CALIBRATED
-    if support.calibration_rows != SupportConfig.calibration_rows and strategy not in calibrated:
-        raise SRDEError(
-            f"calibration_rows={support.calibration_rows} with support_strategy={strategy}: only activation and "
-            "gradient use rows. Give --support_strategy, or leave --calibration_rows out."
-        )
-    if support.support_temperature != SupportConfig.support_temperature and strategy != "learned":
-        raise SRDEError(
-            f"support_temperature={support.support_temperature} with support_strategy={strategy}: give "
-            "--support_strategy learned, or leave --support_temperature out."
-        )
+
+
+def _check_warm_start(config: Config) -> None:
+    adapter, data, curriculum = config.adapter, config.data, config.curriculum
     if curriculum.warm_start and adapter.num_experts == 1:
         raise SRDEError("warm_start=true with num_experts=1: there is nothing to route. Leave --warm_start out.")
     warm_start = curriculum.warm_start_method if curriculum.warm_start else None
@@ -178,6 +175,21 @@ def _check_curriculum(config: Config) -> None:
         raise SRDEError(
             "unlock_order=cluster_size needs --progressive_unlock linear or warmup, and the clusters of --warm_start "
             "with warm_start_method=kmeans."
+        )
+
+
+def _check_supports(config: Config) -> None:
+    adapter, support, curriculum = config.adapter, config.support, config.curriculum
+    strategy, max_steps = adapter.support_strategy, config.training.max_steps
+    if support.calibration_rows != SupportConfig.calibration_rows and strategy not in CALIBRATED:
+        raise SRDEError(
+            f"calibration_rows={support.calibration_rows} with support_strategy={strategy}: only activation and "
+            "gradient use rows. Give --support_strategy, or leave --calibration_rows out."
+        )
+    if support.support_temperature != SupportConfig.support_temperature and strategy != "learned":
+        raise SRDEError(
+            f"support_temperature={support.support_temperature} with support_strategy={strategy}: give "
+            "--support_strategy learned, or leave --support_temperature out."
         )
     if curriculum.initial_density is None:
         if curriculum.density_warmup_steps:
@@ -232,3 +244,10 @@ def _check_by_domain(config: Config) -> None:
             "domain_statistics_rows=0 with training_phases=by_domain: the routers are made of these statistics. Give "
             "some rows, or leave it out."
         )
+
+
+def check_groups(parallel: ParallelConfig, processes: int) -> None:
+    """Raise an SRDEError if the processes cannot be divided into expert-parallel groups."""
+    size = parallel.expert_parallel_size
+    if processes % size:
+        raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")

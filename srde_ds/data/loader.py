@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.mixing import MixingPeriod, Mixture
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.errors import SRDEError
 
 COLUMNS = ("input_ids", "labels", "position_ids", "domain", "length")
@@ -104,7 +105,7 @@ def validation_batches(
         real = len(indices)
         batch = collate(rows, indices + [0] * (batch_size - real))
         batch["row_index"] = torch.tensor(indices + [-1] * (batch_size - real))
-        batch["labels"][real:] = -100
+        batch["labels"][real:] = NO_LABEL
         batch["token_mask"][real:] = False
         yield batch
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.data.manifest import Split
-from srde_ds.data.packing import IGNORED
+from srde_ds.data.packing import NO_LABEL
 
 Weighting = Literal["token", "document", "domain"]
 
@@ -54,7 +54,7 @@ class LossWeights:
         """The labels' weights, fp32 [B, S], 0 where there is no label; None if all labels count equally."""
         if self.weighting == "token":
             return None
-        counted = (batch["labels"] != IGNORED).float()
+        counted = (batch["labels"] != NO_LABEL).float()
         if self.weighting == "domain":
             return counted * torch.tensor(self.of_domain)[batch["domain"], None]
         document = (batch["position_ids"] == 0).cumsum(1)

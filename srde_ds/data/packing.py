@@ -20,7 +20,7 @@ from srde_ds.data.records import Record
 from srde_ds.data.template import turn_ends
 from srde_ds.errors import SRDEError
 
-IGNORED = -100
+NO_LABEL = -100
 """Label of tokens that carry no loss: prompts and padding."""
 
 
@@ -278,7 +278,7 @@ def pack(
         padding = max_length - len(ids)
         yield {
             "input_ids": np.pad(ids, (0, padding), constant_values=pad_id),
-            "labels": np.pad(np.where(is_response, ids, IGNORED), (0, padding), constant_values=IGNORED),
+            "labels": np.pad(np.where(is_response, ids, NO_LABEL), (0, padding), constant_values=NO_LABEL),
             "position_ids": np.concatenate(
                 [np.arange(length, dtype=np.int32) for length in (*map(len, members), padding)]
             ),

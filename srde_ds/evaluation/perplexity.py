@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.packing import IGNORED, pad_token_id, tokenize
+from srde_ds.data.packing import NO_LABEL, pad_token_id, tokenize
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
@@ -64,15 +64,15 @@ def response_losses(
     losses: dict[int, ItemLoss] = {}
     for batch in batches_by_length([len(document) for document in documents], batch_size, title):
         ids = [torch.from_numpy(documents[i].input_ids).long() for i in batch]
-        labels = [row.masked_fill(~labelled[i], IGNORED) for i, row in zip(batch, ids, strict=True)]
+        labels = [row.masked_fill(~labelled[i], NO_LABEL) for i, row in zip(batch, ids, strict=True)]
         mask_BS = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True).to(device)
         ids_BS = pad_sequence(ids, batch_first=True, padding_value=pad).to(device)
-        labels_BS = pad_sequence(labels, batch_first=True, padding_value=IGNORED).to(device)
+        labels_BS = pad_sequence(labels, batch_first=True, padding_value=NO_LABEL).to(device)
         choices: dict[int, Tensor] | None = {} if count_experts else None
         forced_BS = None if expert is None else torch.full_like(ids_BS, expert)
         policy = RoutingPolicy(forced_experts=forced_BS)
         # Up to the first label; where several answers count, the later ones are no part of the prompt.
-        prompt_BS = mask_BS.bool() & ((labels_BS != IGNORED).cumsum(1) == 0)
+        prompt_BS = mask_BS.bool() & ((labels_BS != NO_LABEL).cumsum(1) == 0)
         policy = replace(routed_by_prompt(model, ids_BS, prompt_BS, policy, attention_mask=mask_BS), choices=choices)
         with torch.inference_mode():
             sums_B, counts_B = _losses(model, policy, ids_BS, mask_BS, labels_BS)
@@ -88,11 +88,11 @@ def _losses(
     model: SRDEModel, policy: RoutingPolicy, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Each row's summed cross entropy and label count. Only positions with a label in some row go through the head."""
-    targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=IGNORED)
-    labelled = (targets_BS != IGNORED).any(0).nonzero().squeeze(1)
+    targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=NO_LABEL)
+    labelled = (targets_BS != NO_LABEL).any(0).nonzero().squeeze(1)
     logits = model(ids_BS, attention_mask=mask_BS, policy=policy, logits_to_keep=labelled).logits
     targets = targets_BS.index_select(1, labelled)
-    chosen = targets != IGNORED
+    chosen = targets != NO_LABEL
     losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
     losses[chosen] = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none").double()
     return losses.sum(1), chosen.sum(1)

@@ -6,8 +6,8 @@ With neuron supports S_e, their union U in a layer, and p_e that add up to 1,
       = FFN(x; W without the neurons of U) + sum_e p_e FFN(x; the neurons of U in W + delta_e)
 
 so the shared block is the base (with the delta of a shared expert, whose neurons are not in U) with the down columns of
-U zeroed, and an expert holds the base's neurons of U, with its
-delta added on S_e. Experts are equally wide in all layers: narrower ones are filled up with neurons of zeros.
+U zeroed, and an expert holds the base's neurons of U, with its delta added on S_e. Experts are equally wide in all
+layers: narrower ones are filled up with neurons of zeros.
 """
 
 from __future__ import annotations

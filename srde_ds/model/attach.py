@@ -114,15 +114,7 @@ def block_with_experts(
         storage=storage,
         keep=kept_size(config, target_density, block.hidden, block.intermediate),
     )
-    router = Router(
-        block.hidden,
-        config.num_experts,
-        config.top_k,
-        seed=seed,
-        layer=layer,
-        dtype=storage.dtype,
-        device=storage.device,
-    )
+    router = Router(block.hidden, config.num_experts, config.top_k, seed=seed, layer=layer, storage=storage)
     return SRDEFeedForward(
         block,
         deltas,

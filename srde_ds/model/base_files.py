@@ -220,8 +220,8 @@ def check_base(
         if other["hash"] == expected["hash"]:
             return other
     raise SRDEError(
-        f"weights '{weights}': trained on {_describe(expected)}, but the base given is {_describe(known)}; give the "
-        f"base that they were trained on.{_dtype_hint(base, known, expected)}"
+        f"weights '{weights}': trained on {described_base(expected)}, but the base given is {described_base(known)}; "
+        f"give the base that they were trained on.{_dtype_hint(base, known, expected)}"
     )
 
 
@@ -257,5 +257,6 @@ def _dtype_hint(base: PreTrainedModel | BaseFiles, known: dict[str, str | int], 
     )
 
 
-def _describe(identity: dict[str, str | int]) -> str:
+def described_base(identity: dict[str, str | int]) -> str:
+    """A base's name, architecture and hash, for messages."""
     return f"{identity['name'] or 'an unnamed model'} ({identity['architecture']}, hash {str(identity['hash'])[:12]})"

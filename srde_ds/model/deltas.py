@@ -24,7 +24,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.config.granularity import entry_weights
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.statistics import add_delta_gradient
-from srde_ds.model.supports.learned import BLOCK_SIZE, SupportGate
+from srde_ds.model.supports.learned import GROUP_SIZE, SupportGate
 
 # sigma(2) = 0.88 passes a new atom almost unscaled, so that its learning rate keeps its meaning, while the gate is
 # still steep enough (slope 0.1) to close.
@@ -132,7 +132,7 @@ class DeltaBank(nn.Module):
     def learn_support(self, gate: SupportGate, experts: int | None, dtype: torch.dtype) -> None:
         """Give each candidate a score of zero: one for each expert, or with None one for all of them."""
         device = next(self.parameters()).device
-        scores = torch.zeros(experts or 1, gate.blocks, dtype=dtype, device=device)
+        scores = torch.zeros(experts or 1, gate.groups, dtype=dtype, device=device)
         self.gate, self.scores = gate, tagged(scores, "scores", expert_axis=None if experts is None else 0)
 
     def square_norms(self, deltas: Tensor) -> Tensor:
@@ -220,6 +220,12 @@ class AtomDeltas(DeltaBank):
         """c, `[E, A]`."""
         return self.mixing.softmax(dim=1) if self.softmax else self.mixing
 
+    def init_values(self, atoms: tuple[int, ...], importance: tuple[int, ...], storage: Storage) -> None:
+        """Atoms and importance of these shapes; the long axis is the first of the atoms'."""
+        self.length = atoms[0]
+        self.atoms = tagged(storage.padded_zeros(atoms), "atoms", expert_axis=None, shape=atoms)
+        self.importance = tagged(storage.zeros(*importance).fill_(INITIAL_IMPORTANCE), "importance", expert_axis=0)
+
     def init_mixing(self, config: AdapterConfig, storage: Storage, generator: torch.Generator) -> None:
         """Random, so that experts differ from the first step on. An expert's linear coefficients have norm about 1."""
         self.softmax = config.atom_mixing == "softmax"
@@ -239,11 +245,7 @@ class AtomNeuronDeltas(AtomDeltas):
         self, config: AdapterConfig, hidden: int, size: int, storage: Storage, generator: torch.Generator
     ) -> None:
         super().__init__()
-        shape = (hidden, 3 * config.num_atoms, size)
-        importance = storage.zeros(config.num_experts, 3, hidden, size).fill_(INITIAL_IMPORTANCE)
-        self.length = hidden
-        self.atoms = tagged(storage.padded_zeros(shape), "atoms", expert_axis=None, shape=shape)
-        self.importance = tagged(importance, "importance", expert_axis=0)
+        self.init_values((hidden, 3 * config.num_atoms, size), (config.num_experts, 3, hidden, size), storage)
         self.init_mixing(config, storage, generator)
 
     def values(self) -> Tensor:
@@ -261,11 +263,7 @@ class AtomElementDeltas(AtomDeltas):
 
     def __init__(self, config: AdapterConfig, size: int, storage: Storage, generator: torch.Generator) -> None:
         super().__init__()
-        shape = (size, 1, config.num_atoms)
-        importance = storage.zeros(config.num_experts, size).fill_(INITIAL_IMPORTANCE)
-        self.length = size
-        self.atoms = tagged(storage.padded_zeros(shape), "atoms", expert_axis=None, shape=shape)
-        self.importance = tagged(importance, "importance", expert_axis=0)
+        self.init_values((size, 1, config.num_atoms), (config.num_experts, size), storage)
         self.init_mixing(config, storage, generator)
 
     def values(self) -> Tensor:
@@ -288,7 +286,7 @@ def build_deltas(
     """
     bank = _bank(config, hidden, size, storage, seeded_generator(seed, "mixing", layer))
     if keep is not None:
-        gate = SupportGate(entries=size, keep=keep, block=BLOCK_SIZE[config.granularity], seed=seed, layer=layer)
+        gate = SupportGate(entries=size, keep=keep, group=GROUP_SIZE[config.granularity], seed=seed, layer=layer)
         bank.learn_support(gate, config.num_experts if config.support_scope == "per_expert" else None, storage.dtype)
     return bank
 

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from srde_ds.model.targets import NO_LABEL, Targets
+from srde_ds.data.packing import NO_LABEL
+from srde_ds.model.targets import Targets
 
 # Bytes of logits at a time. With smaller chunks, reading the weight would take longer than the arithmetic.
 CHUNK_BYTES = 2**30

@@ -251,13 +251,13 @@ class SRDEFeedForward(nn.Module):
         deltas: Tensor = self.deltas(
             temperature=policy.support_temperature if self.training else None,
             step=policy.noise_step,
-            overlap_weight=policy.loss_weights.support_overlap,
+            overlap_weight=policy.auxiliary_weights.support_overlap,
         )
         # Both are needed: under torch.compile a slice keeps requires_grad even if gradients are off.
         if not (torch.is_grad_enabled() and deltas.requires_grad):
             return deltas
         sums = None if policy.statistics is None else policy.statistics.sums(deltas.device)
-        weights = self._size_weights(deltas, policy) if policy.loss_weights.delta_size else None
+        weights = self._size_weights(deltas, policy) if policy.auxiliary_weights.delta_size else None
         if sums is not None or weights is not None:
             deltas = DeltaLosses.apply(deltas, weights, self.deltas, sums, self.number)
         return deltas
@@ -343,7 +343,7 @@ class SRDEFeedForward(nn.Module):
         counted_E = (everyone if allowed is None else allowed).to(deltas)
         slots = deltas.shape[self.deltas.expert_axis]
         own = counted_E[first : first + slots]
-        weight = policy.loss_weights.delta_size * self.deltas.ranks_per_copy
+        weight = policy.auxiliary_weights.delta_size * self.deltas.ranks_per_copy
         weights = weight * F.pad(own, (0, slots - len(own)))
         shape = [1] * deltas.dim()
         shape[self.deltas.expert_axis] = slots

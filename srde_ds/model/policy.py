@@ -35,7 +35,7 @@ from srde_ds.model.targets import on_device
 
 
 @dataclass(frozen=True)
-class LossWeights:
+class AuxiliaryWeights:
     """Weights of the auxiliary losses of a training run; 0 leaves a loss out.
 
     Attributes:
@@ -71,7 +71,7 @@ class RoutingPolicy:
         forced_experts: `[B, S]` int64: each token uses only this expert, with weight 1, and the router and its losses
             are left out. `[B, 1]`: all tokens of a row use one expert, also in the steps of `generate`.
         token_mask: `[B, S]` bool, True for real tokens; None: all are. Padding counts in no statistic and no loss.
-        loss_weights: weights of the auxiliary losses, whose gradients the backward adds.
+        auxiliary_weights: weights of the auxiliary losses, whose gradients the backward adds.
         loss_scale: scalar factor of the router's losses, which are sums over tokens. For a mean over the tokens of an
             optimizer step under data-parallel averaging: number of ranks / tokens of the step on all ranks.
         expert_share: `[L, E]` each expert's share of the assignments of the previous optimizer step; None: not known
@@ -91,7 +91,7 @@ class RoutingPolicy:
     allowed_experts: Tensor | None = None
     forced_experts: Tensor | None = None
     token_mask: Tensor | None = None
-    loss_weights: LossWeights = LossWeights()
+    auxiliary_weights: AuxiliaryWeights = AuxiliaryWeights()
     loss_scale: float | Tensor = 0.0
     expert_share: Tensor | None = None
     target_share: Tensor | None = None

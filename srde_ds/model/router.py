@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.deltas import tagged
+from srde_ds.model.deltas import Storage, tagged
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.statistics import Softmax, add_routing
@@ -64,13 +64,11 @@ class Router(nn.Module):
 
     selection_bias: Tensor
 
-    def __init__(
-        self, hidden: int, experts: int, top_k: int, *, seed: int, layer: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, hidden: int, experts: int, top_k: int, *, seed: int, layer: int, storage: Storage) -> None:
         super().__init__()
         weight = torch.randn(experts, hidden, generator=seeded_generator(seed, "router", layer)) * 0.02
-        self.weight = tagged(weight.to(dtype=dtype, device=device), "router", expert_axis=None)
-        self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32, device=device))
+        self.weight = tagged(weight.to(dtype=storage.dtype, device=storage.device), "router", expert_axis=None)
+        self.register_buffer("selection_bias", torch.zeros(experts, dtype=torch.float32, device=storage.device))
         self.top_k = top_k
 
     def forward(self, x_TD: Tensor) -> Tensor:
@@ -156,7 +154,7 @@ class RouterLosses(NamedTuple):
 
 def router_losses(policy: RoutingPolicy, layer: Tensor, logits_TE: Tensor) -> RouterLosses | None:
     """A policy's losses of a layer; None: it has none."""
-    weights, share, excess_E = policy.loss_weights, policy.expert_share, None
+    weights, share, excess_E = policy.auxiliary_weights, policy.expert_share, None
     if policy.forced_experts is not None:
         return None
     if share is not None and weights.load_balancing:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_LABEL = -100
+from srde_ds.data.packing import NO_LABEL
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import TrainingConfig
 from srde_ds.data.loader import validation_batches
 from srde_ds.errors import SRDEError
-from srde_ds.peft.warm_start import BATCH_SIZE, evaluated, forward_of, padded_rows
+from srde_ds.model.evaluated import evaluated
+from srde_ds.model.policy import RoutingPolicy
+from srde_ds.peft.warm_start import BATCH_SIZE, padded_rows
 from srde_ds.training.domain_statistics import statistics_of, sum_inputs
+from srde_ds.training.warm_start.routers import forward_of
 from srde_ds.training.warm_start.token_sample import all_tokens, special_token_ids
 
 DEFAULTS = TrainingConfig()
@@ -52,9 +55,11 @@ def measure_domains(
         raise SRDEError(
             "domain_statistics: all tokens are special or in beginnings that several domains share. Give other rows."
         )
+    policies = [RoutingPolicy(), RoutingPolicy(active=False)]
+    forward = forward_of(view, view.layers[0].router.weight.device, lambda _: policies)
     with evaluated(model):
         batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
-        sums = sum_inputs(view, forward_of(view, active=(True, False)), batches, sample, len(domains))
+        sums = sum_inputs(view, forward, batches, sample, len(domains))
     tokens = {name: int(count) for name, count in zip(domains, counts, strict=True) if count}
     model.base_model.set_domain_statistics(view.adapter, tokens, statistics_of(sums, counts))
     return tokens

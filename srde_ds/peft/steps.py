@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.model.layer import SRDEFeedForward
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.peft.config import SRDEConfig
 
@@ -56,7 +56,7 @@ class TrainingSteps:
             mask = None
         return RoutingPolicy(
             token_mask=mask,
-            loss_weights=LossWeights(
+            auxiliary_weights=AuxiliaryWeights(
                 load_balancing=self._config.load_balancing_weight, router_z=self._config.router_z_weight
             ),
             loss_scale=1 / (self.micro_steps * tokens),

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
@@ -14,13 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import CurriculumConfig
 from srde_ds.data.loader import validation_batches
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.policy import RoutingPolicy
-from srde_ds.model.targets import NO_LABEL
-from srde_ds.training.reporting.held_out import Batch
+from srde_ds.model.evaluated import evaluated
 from srde_ds.training.warm_start.clustering import Method, fit_router
-from srde_ds.training.warm_start.routers import capture_inputs
+from srde_ds.training.warm_start.routers import capture_inputs, forward_of
 from srde_ds.training.warm_start.token_sample import choose_tokens, special_token_ids
 
 BATCH_SIZE = 8
@@ -60,7 +57,8 @@ def warm_start_routers(
     sample = choose_tokens(padded, domains=domains, per_domain=samples, special_ids=special, seed=seed)
     with evaluated(model):
         batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
-        inputs = capture_inputs(view, forward_of(view), batches, sample)
+        forward = forward_of(view, view.layers[0].router.weight.device)
+        inputs = capture_inputs(view, forward, batches, sample)
     shares = []
     for number, layer in enumerate(view.layers):
         found = fit_router(
@@ -76,34 +74,6 @@ def warm_start_routers(
             dist.broadcast(layer.router.weight.data, src=0)
         shares.append(found.own_domain_share)
     return shares
-
-
-@contextmanager
-def evaluated(model: Any) -> Iterator[None]:
-    """Put the model into eval mode, without gradients, inside this context."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def forward_of(view: SRDEModel, *, active: Sequence[bool] = (True,)) -> Callable[[Batch], object]:
-    """A function that runs a batch of `validation_batches` through the model and returns nothing.
-
-    Args:
-        active: for each run of a batch, whether experts are in use.
-    """
-    device = view.layers[0].router.weight.device
-
-    def forward(batch: Batch) -> None:
-        inputs = {key: batch[key].to(device) for key in ("input_ids", "position_ids", "token_mask")}
-        for experts in active:
-            view(**inputs, logits_to_keep=1, policy=RoutingPolicy(active=experts))
-
-    return forward
 
 
 def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tuple[datasets.Dataset, list[str]]:

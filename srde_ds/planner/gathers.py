@@ -82,7 +82,7 @@ class WeightUse:
 
 
 @dataclass
-class Schedule:
+class GatherSchedule:
     """What a micro-step gathers.
 
     Attributes:
@@ -98,7 +98,7 @@ class Schedule:
     live: dict[int | str, Counter[str]] = field(default_factory=dict)
 
 
-def gather_schedule(work: Workload, shape: BaseShape) -> Schedule:
+def gather_schedule(work: Workload, shape: BaseShape) -> GatherSchedule:
     """Simulate one micro-step."""
     limits = {key: int(work.zero.get(f"stage3_{key}", default)) for key, default in ZERO_DEFAULTS.items()}
     trace, weights = _trace(work, shape, limits["param_persistence_threshold"])
@@ -109,7 +109,9 @@ def gather_schedule(work: Workload, shape: BaseShape) -> Schedule:
     sized = {"zero_optimization": dict(work.zero)}
     prefetch_whole_layers(sized, max(layers))
     prefetched = int(sized["zero_optimization"]["stage3_prefetch_bucket_size"])
-    return _follow(trace, Schedule(weights, prefetched), limits["max_live_parameters"], limits["max_reuse_distance"])
+    return _follow(
+        trace, GatherSchedule(weights, prefetched), limits["max_live_parameters"], limits["max_reuse_distance"]
+    )
 
 
 def _trace(work: Workload, shape: BaseShape, threshold: int) -> tuple[list[WeightUse], list[Weight]]:
@@ -169,7 +171,7 @@ class _Ahead:
         return self._passed[uses[again]] - self._passed[step + 1] if again < len(uses) else math.inf
 
 
-def _follow(trace: Sequence[WeightUse], schedule: Schedule, most_live: int, reuse: int) -> Schedule:
+def _follow(trace: Sequence[WeightUse], schedule: GatherSchedule, most_live: int, reuse: int) -> GatherSchedule:
     """Fetch, prefetch and release as DeepSpeed does with a complete trace, and note it in the schedule."""
     queue = [(weight, step) for step, use in enumerate(trace) for weight in use.weights]
     after_layer = _Ahead([use.weights + use.within for use in trace])

@@ -23,7 +23,7 @@ from srde_ds.planner.activations import (
     layer_gradients,
     shared_activations,
 )
-from srde_ds.planner.gathers import Schedule, gather_schedule
+from srde_ds.planner.gathers import GatherSchedule, gather_schedule
 from srde_ds.planner.trainables import layer_trainables
 
 FP32, INT32 = 4, 4
@@ -110,7 +110,9 @@ def _values_by_group(work: Workload, shape: BaseShape) -> Counter[tuple[str, int
     return values
 
 
-def _moments(work: Workload, shape: BaseShape, schedule: Schedule, labelled: float) -> dict[str, dict[str, float]]:
+def _moments(
+    work: Workload, shape: BaseShape, schedule: GatherSchedule, labelled: float
+) -> dict[str, dict[str, float]]:
     """The moments of a step: the loss, and the backward of each layer, from the last to the first."""
     width, recomputed = work.width, work.recomputed
     transport = choose_transport(work, shape.blocks)

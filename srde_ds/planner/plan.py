@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from srde_ds.config import Config
+from srde_ds.config.checks import check_groups
 from srde_ds.distributed.expert_traffic import Traffic, choose_transport, transport_bytes
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
 from srde_ds.planner.base_placement import compare_placements, settle_base_placement
 from srde_ds.planner.flops import step_flops
+from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import Memory, memory
 from srde_ds.planner.recompute import settle_recompute
 from srde_ds.planner.traffic import step_traffic
@@ -26,47 +28,6 @@ DAY = 86_400  # seconds
 # They run on their own stream beside the computation, which waits for all other collectives.
 OVERLAPPED = ("base gathered", "trainables gathered", "gradients")
 MOST_ROWS = 4096  # the search for the largest micro-batch ends there
-
-
-@dataclass(frozen=True)
-class Machines:
-    """The machines that a run is planned for.
-
-    Attributes:
-        gpus: number of GPUs in each node.
-        gpu_memory_gib: GiB for tensors, without what the driver, NCCL and fragmentation take.
-        peak_tflops: dense TFLOP/s in the training dtype.
-        utilisation: share of the peak that computation reaches.
-        intra_node_gb_s: GB/s that a GPU receives from others of its node.
-        inter_node_gbit_s: Gbit/s that a node receives from the network.
-        labelled_share: share of positions with a label.
-        hourly_price: price of one GPU; None: unknown.
-    """
-
-    gpus: int = 1
-    nodes: int = 1
-    gpu_memory_gib: float = 72.0
-    peak_tflops: float = 989.0
-    utilisation: float = 0.4
-    intra_node_gb_s: float = 450.0
-    inter_node_gbit_s: float = 400.0
-    labelled_share: float = 1.0
-    hourly_price: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raise an SRDEError for a value that is not a number above zero, or a share above one."""
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if value is not None and not value > 0:
-                raise SRDEError(f"{item.name}={value}: must be above 0.")
-        for name in ("utilisation", "labelled_share"):
-            if getattr(self, name) > 1:
-                raise SRDEError(f"{name}={getattr(self, name)}: must be at most 1.")
-
-    @property
-    def processes(self) -> int:
-        """Number of processes, one per GPU."""
-        return self.gpus * self.nodes
 
 
 @dataclass(frozen=True)
@@ -213,9 +174,8 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
     check_whole(config.parallel, shape, processes)
     config, why = settle_recompute(config, shape, processes, room)
     config, placement = settle_base_placement(config, shape, processes, room)
-    size = config.parallel.expert_parallel_size
-    if processes % size:
-        raise SRDEError(f"expert_parallel_size={size}: must divide the number of processes, {processes}.")
+    check_groups(config.parallel, processes)
+    grouped = config.parallel.expert_parallel_size > 1
     work = Workload.of(config, processes)
     if not placement and processes > 1:
         placement = f"base_placement={config.parallel.base_placement} ({compare_placements(work, shape)})"
@@ -230,8 +190,8 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
         memory=memory(work, shape, labelled=labelled),
         densities=[(first, density, memory(work.at(density), shape, labelled=labelled)) for first, density in starts],
         traffic=traffic,
-        transport=choose_transport(work, shape.blocks) if size > 1 else "",
-        moved=transport_bytes(work, shape.blocks) if size > 1 else {},
+        transport=choose_transport(work, shape.blocks) if grouped else "",
+        moved=transport_bytes(work, shape.blocks) if grouped else {},
         flops=flops,
         times=step_times(machines, traffic, sum(flops.values())),
         largest_micro_batch=largest_micro_batch(work.at(work.largest_density), shape, machines),

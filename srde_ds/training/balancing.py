@@ -7,7 +7,7 @@ from torch import Tensor
 
 from srde_ds.config import LossConfig
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.policy import LossWeights
+from srde_ds.model.policy import AuxiliaryWeights
 
 
 def domain_target(domain_tokens: Tensor, num_experts: int, top_k: int, allowed: Tensor | None = None) -> Tensor:
@@ -72,16 +72,15 @@ def update_biases(
         layer.router.selection_bias += rate * missing.sign().to(layer.router.selection_bias)
 
 
-def loss_weights(losses: LossConfig, micro_steps: int) -> LossWeights:
+def auxiliary_weights(losses: LossConfig, micro_steps: int) -> AuxiliaryWeights:
     """Weights of the auxiliary losses in each backward of an optimizer step.
 
     DeepSpeed averages gradients over micro-steps by scaling the loss. Gradients that arise within the backward escape
     this scaling and add up, so the weights are divided by the number of micro-steps.
     """
-    share = 1 / micro_steps
-    return LossWeights(
+    return AuxiliaryWeights(
         load_balancing=losses.load_balancing_weight,
         router_z=losses.router_z_weight,
-        delta_size=losses.delta_size_weight * share,
+        delta_size=losses.delta_size_weight / micro_steps,
         support_overlap=losses.support_overlap_weight / micro_steps,
     )

@@ -29,6 +29,7 @@ from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
+from srde_ds.model.evaluated import evaluated
 from srde_ds.training.changed_options import check_changes, former_config
 from srde_ds.training.random_state import random_state, set_random_state
 from srde_ds.training.run_folder import row_mixing
@@ -159,7 +160,7 @@ class RunState:
             "config": self.config.to_dict(),
             "adapter": metadata.to_dict(),
             "dataset": self.manifest.splits["train"].content_sha256,
-            "rows_per_step": self.rows_per_step,
+            "rows_per_step": self.stream.global_batch_rows,
             "probe_loss": probe_loss,
         }
         in_background = self.config.training.save_in_background and not final
@@ -272,23 +273,14 @@ class RunState:
             entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
         return entry
 
-    @property
-    def rows_per_step(self) -> int:
-        """Number of rows in an optimizer step, over all ranks."""
-        training = self.config.training
-        return training.batch_size * self.topology.world_size * training.gradient_accumulation_steps
-
     def probe_loss(self) -> float:
         """Mean loss of the next step's first row. All ranks run this one row, so their number does not matter.
 
         The router may choose any expert, whatever the phase.
         """
         batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
-        engine = self.engine.deepspeed
-        engine.eval()
-        with torch.no_grad():
+        with evaluated(self.engine.deepspeed):
             loss_sum, label_count = self.engine.forward(batch)
-        engine.train()
         return float(loss_sum) / max(1, int(label_count))
 
     def _check_same_options(self, saved: SavedRun) -> None:
@@ -301,10 +293,11 @@ class RunState:
                 "Resume with the same pretokenized_dir."
             )
         self._check_same_mixing(saved)
-        if before["rows_per_step"] != self.rows_per_step:
+        rows = self.stream.global_batch_rows
+        if before["rows_per_step"] != rows:
             raise SRDEError(
                 f"{folder}: a step had {before['rows_per_step']} rows; here batch_size x processes x "
-                f"gradient_accumulation_steps = {self.rows_per_step}. Change them so that the product stays the same."
+                f"gradient_accumulation_steps = {rows}. Change them so that the product stays the same."
             )
 
     def _check_warm_start(self, saved: SavedRun) -> None:

@@ -14,7 +14,7 @@ from srde_ds.data.loader import RowStream
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.policy import RoutingPolicy
-from srde_ds.training.balancing import domain_target, loss_weights, update_biases
+from srde_ds.training.balancing import auxiliary_weights, domain_target, update_biases
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.reporting.held_out import Batch, HeldOut, forced_experts
 from srde_ds.training.schedule import Schedule, ScheduledStep
@@ -36,7 +36,7 @@ class Curriculum:
         self.schedule = Schedule.of(config)
         self.policy = RoutingPolicy()
         self._balancing = config.losses
-        self._loss_weights = loss_weights(config.losses, config.training.gradient_accumulation_steps)
+        self._auxiliary_weights = auxiliary_weights(config.losses, config.training.gradient_accumulation_steps)
         self._warm_start = WarmStart.of(config)
         self._streams: dict[int, RowStream] = {}
         names, trained = config.expert_names, config.training.train_experts
@@ -65,7 +65,7 @@ class Curriculum:
             self.state.target_share = None  # left over in a checkpoint if the option has changed since
         self.policy = RoutingPolicy(
             allowed_experts=allowed if locked else None,
-            loss_weights=self._loss_weights,
+            auxiliary_weights=self._auxiliary_weights,
             expert_share=self.state.expert_share,
             target_share=self.state.target_share,
             support_temperature=step.temperature,

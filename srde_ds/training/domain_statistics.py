@@ -23,11 +23,12 @@ from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.evaluated import evaluated
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
 from srde_ds.training.warm_start.from_statistics import fit_layers, router_of
-from srde_ds.training.warm_start.routers import visit_inputs
+from srde_ds.training.warm_start.routers import forward_of, visit_inputs
 from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.origins import DomainStatistics
@@ -60,21 +61,16 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     if not counts.any():
         return
 
-    def forward(batch: Batch) -> None:
-        batch = {key: value.to(topology.device) for key, value in batch.items()}
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        with_experts = RoutingPolicy(forced_experts=forced_experts(batch, "domain") if by_domain else None)
-        for policy in (with_experts, RoutingPolicy(active=False)):
-            engine.deepspeed(**inputs, logits_to_keep=1, policy=policy)
+    def policies(batch: Batch) -> list[RoutingPolicy]:
+        forced = forced_experts(batch, "domain") if by_domain else None
+        return [RoutingPolicy(forced_experts=forced), RoutingPolicy(active=False)]
 
     batches = validation_batches(
         rows.select(sample.rows), training.batch_size, rank=topology.rank, world_size=topology.world_size
     )
-    engine.deepspeed.eval()
-    try:
+    forward = forward_of(engine.deepspeed, topology.device, policies)
+    with evaluated(engine.deepspeed):
         sums = sum_inputs(engine.model, forward, batches, sample, len(data.domains))
-    finally:
-        engine.deepspeed.train()
     tokens = {name: int(count) for name, count in zip(data.domains, counts, strict=True) if count}
     engine.model.origins.update(tokens, statistics_of(sum_over_ranks({"sums": sums}, topology.device)["sums"], counts))
 
@@ -129,8 +125,7 @@ def sum_inputs(
             sums[layer, domain, 1] += w_N @ x_ND.square()
             sums[layer, domain, 2:] += (x_ND @ probes).T @ (w_N[:, None] * x_ND)
 
-    with torch.no_grad():
-        visit_inputs(model, forward, batches, sample, add)
+    visit_inputs(model, forward, batches, sample, add)
     return sums
 
 

@@ -16,6 +16,7 @@ from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import DelayedMax, Topology
 from srde_ds.errors import SRDEError
+from srde_ds.optim.schedule import learning_rate_factor
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.reporting.held_out import HeldOut
@@ -23,7 +24,6 @@ from srde_ds.training.reporting.metrics import memory_gib
 from srde_ds.training.reporting.step_metrics import expert_metrics
 from srde_ds.training.schedule import ScheduledStep
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.step import scheduled_factor
 
 
 @dataclass
@@ -99,7 +99,7 @@ class Run:
         curriculum.end_step(engine, sums)
         state.step += 1
         state.tokens += int(sums["real_tokens"])
-        factor = scheduled_factor(optimizer, self.config.training.max_steps, state.step - 1)
+        factor = learning_rate_factor(state.step - 1, self.config.training.max_steps, optimizer)
         self.line = {
             "step": state.step,
             "phase": self.scheduled.phase,

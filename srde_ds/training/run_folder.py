@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.checkpoint.layout import write_latest
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig, ModelConfig
+from srde_ds.config.checks import check_groups
 from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
@@ -48,11 +49,7 @@ def check_inputs(config: Config) -> None:
         SRDEError: a required option or package is missing, the base does not exist, or the options do not fit it.
     """
     data = config.data
-    shape = base_shape(config)
-    check_whole(config.parallel, shape, launched_world_size())
-    check_quantized(config.model, shape.packing)
-    Schedule.of(config).check()
-    check_start(config)
+    _check_options(config, base_shape(config))
     if config.model.flash_attention and find_spec("flash_attn") is None:
         raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
     if not (data.jsonl_data or data.pretokenized_dir):
@@ -62,17 +59,8 @@ def check_inputs(config: Config) -> None:
             f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
             "held-out rows. Hand the file to build_dataset instead."
         )
-    check_groups(config.parallel.expert_parallel_size, launched_world_size())
     load_trackers(config.tracking)
     derive_ds_config(DeepSpeedOptions.of(config), launched_world_size())
-
-
-def check_groups(expert_parallel_size: int, processes: int) -> None:
-    """Raise an SRDEError if the processes cannot be divided into expert-parallel groups."""
-    if processes % expert_parallel_size:
-        raise SRDEError(
-            f"expert_parallel_size={expert_parallel_size}: must divide the number of processes, {processes}."
-        )
 
 
 def check_dry_run(config: Config, shape: BaseShape) -> None:
@@ -81,11 +69,7 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
     Raises:
         SRDEError: the run would be refused.
     """
-    check_groups(config.parallel.expert_parallel_size, launched_world_size())
-    check_whole(config.parallel, shape, launched_world_size())
-    check_quantized(config.model, shape.packing)
-    Schedule.of(config).check()
-    check_start(config)
+    _check_options(config, shape)
     if config.data.domain_weights:
         parse_domain_weights(config.data.domain_weights, config.data.domains)
     data = config.data
@@ -97,6 +81,14 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
             check_base(config.model, tokenizer, packed=data.packing)
             check_files(_files(config), tokenizer)
     check_run_folder(config.training.output_dir, config.training.resume_from)
+
+
+def _check_options(config: Config, shape: BaseShape) -> None:
+    check_groups(config.parallel, launched_world_size())
+    check_whole(config.parallel, shape, launched_world_size())
+    check_quantized(config.model, shape.packing)
+    Schedule.of(config).check()
+    check_start(config)
 
 
 def prepare_data(config: Config) -> Path:

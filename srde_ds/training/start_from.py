@@ -53,15 +53,7 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
         bank = build_deltas(
             config, hidden=layer.hidden, size=support.shape[-1], seed=seed, layer=number, storage=storage
         )
-        router = Router(
-            layer.hidden,
-            config.num_experts,
-            config.top_k,
-            seed=seed,
-            layer=number,
-            dtype=storage.dtype,
-            device=storage.device,
-        )
+        router = Router(layer.hidden, config.num_experts, config.top_k, seed=seed, layer=number, storage=storage)
         fresh = {f"deltas.{name}": p for name, p in bank.named_parameters()} | {"router.weight": router.weight}
         values = {}
         for name, parameter in fresh.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from srde_ds.config import Config, OptimizerConfig
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.liveness.status import doing
@@ -71,7 +72,7 @@ def optimizer_step(
         for micro in range(options.micro_steps)
     ]
     counts = sum_over_ranks(count_tokens(batches, options.num_domains), topology.device)
-    factor = scheduled_factor(options.optimizer, options.max_steps, state.step)
+    factor = learning_rate_factor(state.step, options.max_steps, options.optimizer)
     set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
@@ -107,16 +108,4 @@ def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:
 def _label_weight(batch: Batch) -> torch.Tensor:
     if "label_weights" in batch:
         return batch["label_weights"][:, 1:].double().sum()
-    return (batch["labels"][:, 1:] != -100).sum()
-
-
-def scheduled_factor(optimizer: OptimizerConfig, max_steps: int, step: int) -> float:
-    """Share of the peak learning rates for the update after `step` finished steps, see `learning_rate_factor`."""
-    return learning_rate_factor(
-        step,
-        schedule=optimizer.lr_schedule,
-        max_steps=max_steps,
-        warmup_steps=optimizer.warmup_steps,
-        decay_ratio=optimizer.decay_ratio,
-        min_lr_ratio=optimizer.min_lr_ratio,
-    )
+    return (batch["labels"][:, 1:] != NO_LABEL).sum()

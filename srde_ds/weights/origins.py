@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +81,11 @@ class Origins:
             for layer, own in enumerate(self.statistics)
             for kind in STATISTICS
         }
+
+    def statistics_of(self, domains: Sequence[str], layer: int) -> DomainStatistics:
+        """The statistics of these domains in a layer, in this order; there are statistics of all of them."""
+        rows = list(self.domain_tokens)
+        return self.statistics[layer].rows([rows.index(domain) for domain in domains])
 
     def update(self, domain_tokens: Mapping[str, int], statistics: list[DomainStatistics]) -> None:
         """Replace the statistics of some domains; the others stay."""

@@ -22,15 +22,15 @@ def state_after_a_step(flags: dict[str, Any], size_weight: float) -> list[Tensor
     from srde_ds.distributed.engine import build_engine, build_model
     from srde_ds.distributed.processes import start_processes
     from srde_ds.model.policy import RoutingPolicy
-    from srde_ds.training.balancing import loss_weights
+    from srde_ds.training.balancing import auxiliary_weights
 
     config = resolve({}, flags | {"delta_size_weight": size_weight})
     topology = start_processes(60)
     model = randomize(build_model(config, topology))
     engine = build_engine(model, config, topology)
     # The router's losses have no scale here, so only the size's counts.
-    weights = loss_weights(config.losses, config.training.gradient_accumulation_steps)
-    run_steps(engine, config, topology, policy=RoutingPolicy(loss_weights=weights))
+    weights = auxiliary_weights(config.losses, config.training.gradient_accumulation_steps)
+    run_steps(engine, config, topology, policy=RoutingPolicy(auxiliary_weights=weights))
     return state(engine)
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.adapter import load_adapter
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.prompt_routing import experts_of_prompts
-from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.domain_statistics import set_routers
 from srde_ds.training.warm_start.from_statistics import router_of
 from srde_ds.training.warm_start.token_sample import FULL_GROUP, special_token_ids

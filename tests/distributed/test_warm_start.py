@@ -356,7 +356,7 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
         time.sleep(SLOW if layer == 0 else 0)
         return fit_router(*args, layer=layer, **kwargs)
 
-    def fit_layers(*args: Any) -> list[RouterFit]:
+    def cluster_layers(*args: Any) -> list[RouterFit]:
         set_timeout(TIMEOUT)
         seconds.append(time.monotonic())
         fits = original(*args)
@@ -365,11 +365,11 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
         return fits
 
     seconds: list[float] = []
-    original = warm_start.fit_layers
+    original = warm_start.cluster_layers
     with (
         running_engine(flags) as (engine, config, topology),
         patch.object(warm_start, "fit_router", slow),
-        patch.object(warm_start, "fit_layers", fit_layers),
+        patch.object(warm_start, "cluster_layers", cluster_layers),
     ):
         warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
     return seconds[1] - seconds[0]

@@ -21,8 +21,9 @@ from transformers import (
     StableLmConfig,
 )
 
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.model.head import chunk_rows, has_plain_head, linear_cross_entropy
-from srde_ds.model.targets import NO_LABEL, Targets
+from srde_ds.model.targets import Targets
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 ROWS, HIDDEN, VOCABULARY = 37, 16, 53

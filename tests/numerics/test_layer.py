@@ -14,7 +14,7 @@ from torch.func import functional_call
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.dispatch import neuron_experts
 from srde_ds.model.merging import expert_delta
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.reference import element_support, merge_expert, reference_forward
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.model.supports.blocks import weight_indices
@@ -345,7 +345,7 @@ def test_forced_routing_leaves_the_router_alone() -> None:
     statistics = RoutingStatistics(2, 3)
     policy = RoutingPolicy(
         loss_scale=1.0,
-        loss_weights=LossWeights(load_balancing=1.0, router_z=1.0),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=1.0, router_z=1.0),
         expert_share=torch.tensor([[0.5, 0.3, 0.2]] * 2),
         forced_experts=torch.full((2, 16), 1),
         statistics=statistics,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.reference import reference_forward
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.training.balancing import domain_target, update_biases
@@ -58,7 +58,9 @@ def run(model: SRDEModel, policy: RoutingPolicy) -> Tensor:
 def test_shares_approach_the_target_of_load_balancing(target: str, weight: float) -> None:
     model = skewed_model(top_k=1)
     statistics = RoutingStatistics(1, EXPERTS)
-    policy = RoutingPolicy(loss_weights=LossWeights(load_balancing=weight), loss_scale=1 / 400, statistics=statistics)
+    policy = RoutingPolicy(
+        auxiliary_weights=AuxiliaryWeights(load_balancing=weight), loss_scale=1 / 400, statistics=statistics
+    )
     aim = torch.full((EXPERTS,), 1 / EXPERTS)
     if target == "domains":
         aim = domain_target(torch.tensor([10, 40, 30, 20]), EXPERTS, top_k=1)
@@ -82,7 +84,7 @@ def test_the_z_loss_keeps_logits_small() -> None:
     for weight in (0.0, 0.1):
         model = skewed_model(top_k=1)
         layer = model.layers[0]
-        policy = RoutingPolicy(loss_weights=LossWeights(router_z=weight), loss_scale=1 / 400)
+        policy = RoutingPolicy(auxiliary_weights=AuxiliaryWeights(router_z=weight), loss_scale=1 / 400)
         optimizer = torch.optim.SGD([layer.router.weight], lr=0.02)
         for _ in range(100):
             optimizer.zero_grad()
@@ -149,7 +151,7 @@ def test_the_gradient_of_the_delta_size(form: dict[str, Any], use_reentrant: boo
     expected, of_the_loss = gradients(model), statistics.pop()["delta_gradient_square"]
     if use_reentrant is not None:
         model.enable_gradient_checkpointing(use_reentrant=use_reentrant)
-    policy = RoutingPolicy(loss_weights=LossWeights(delta_size=WEIGHT), statistics=statistics)
+    policy = RoutingPolicy(auxiliary_weights=AuxiliaryWeights(delta_size=WEIGHT), statistics=statistics)
     model(ids, labels=ids, policy=policy).loss_sum.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-9, msg=name)
@@ -164,7 +166,7 @@ def test_locked_experts_and_empty_slots_have_no_size(form: dict[str, Any], locke
     layer = model.layers[0]
     layer.deltas.first_expert = 1
     allowed = torch.arange(3) != locked if locked else None
-    policy = RoutingPolicy(loss_weights=LossWeights(delta_size=WEIGHT), allowed_experts=allowed)
+    policy = RoutingPolicy(auxiliary_weights=AuxiliaryWeights(delta_size=WEIGHT), allowed_experts=allowed)
     deltas = layer.deltas()
     parameters = list(layer.deltas.parameters())
     counted = deltas.transpose(0, layer.deltas.expert_axis)[: 1 if locked else 2]
@@ -178,7 +180,7 @@ def test_delta_norms_shrink_with_their_loss() -> None:
     norms = {}
     for weight in (0.0, 0.01, 0.1):
         model, ids = tiny_srde().train(), tokens(4, 16)
-        policy = RoutingPolicy(loss_weights=LossWeights(delta_size=weight))
+        policy = RoutingPolicy(auxiliary_weights=AuxiliaryWeights(delta_size=weight))
         optimizer = torch.optim.AdamW([p for _, p in model.trainable_parameters()], lr=0.01, weight_decay=0.0)
         for _ in range(50):
             optimizer.zero_grad()

@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.static import Operators
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
@@ -33,7 +33,7 @@ def step(model: SRDEModel, length: int = 16) -> tuple[Tensor, dict[str, Tensor],
     positions = (torch.arange(length) % (length - 3)).repeat(2, 1)
     documents, statistics = Documents.of(positions), RoutingStatistics(2, 3)
     policy = RoutingPolicy(
-        loss_weights=LossWeights(load_balancing=0.1, router_z=0.1, delta_size=0.1),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=0.1, router_z=0.1, delta_size=0.1),
         expert_share=torch.full((2, 3), 1 / 3),
         statistics=statistics,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_srde, tokens
 
@@ -20,7 +20,7 @@ SHARE = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6]])
 
 
 WITH_LOSSES = RoutingPolicy(
-    loss_weights=LossWeights(load_balancing=BALANCE, router_z=Z), loss_scale=SCALE, expert_share=SHARE
+    auxiliary_weights=AuxiliaryWeights(load_balancing=BALANCE, router_z=Z), loss_scale=SCALE, expert_share=SHARE
 )
 
 
@@ -154,7 +154,7 @@ def test_without_shares_only_the_z_loss_acts() -> None:
         WITH_LOSSES,
         target_share=torch.tensor([0.0, 0.5, 0.5]),
         expert_share=None,
-        loss_weights=LossWeights(load_balancing=BALANCE),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=BALANCE),
     )
     model(ids, labels=ids, policy=policy).loss_sum.backward()
     uniform = gradients(model)

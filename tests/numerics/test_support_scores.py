@@ -14,7 +14,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.deltas import DeltaBank, Storage, build_deltas
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.supports.learned import OverlapLoss, RelaxedTopK, SupportGate, kept_entries
 from srde_ds.model.supports.selection import check_support, select_support
 from tests.helpers import adapter_config, gradient_of, randomize, tiny_srde, tokens
@@ -52,7 +52,7 @@ def test_the_mask_keeps_the_best_entries_and_exactly_so_many(block: int, ties: b
     scores = torch.randn(4, blocks, generator=torch.Generator().manual_seed(2))
     if ties:
         scores = scores.round()
-    kept = kept_entries(scores, entries=C, keep=KEEP, block=block)
+    kept = kept_entries(scores, entries=C, keep=KEEP, group=block)
     assert kept.tolist() == [mask_by_hand(row, block) for row in scores.tolist()]
     assert kept.sum(1).tolist() == [KEEP] * 4
 
@@ -112,7 +112,7 @@ def test_noise_is_a_gumbel_draw() -> None:
     p = (scores[0] / temperature).softmax(0)
     second = p + torch.tensor([sum(float(p[j] * p[i] / (1 - p[j])) for j in range(4) if j != i) for i in range(4)])
     for keep, expected in ((1, p), (2, second)):
-        gate = SupportGate(entries=4, keep=keep, block=1, seed=0, layer=0)
+        gate = SupportGate(entries=4, keep=keep, group=1, seed=0, layer=0)
         kept = sum(gate.sample(scores, temperature=temperature, step=step)[0] for step in range(draws)) / draws
         assert (kept - expected).abs().max() < 4 * math.sqrt(0.25 / draws)
 
@@ -171,7 +171,9 @@ def test_recomputed_activations_draw_the_same_mask(reentrant: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         model = learning(support_scope="per_expert").train()
-        policy = RoutingPolicy(support_temperature=1.0, noise_step=3, loss_weights=LossWeights(support_overlap=0.5))
+        policy = RoutingPolicy(
+            support_temperature=1.0, noise_step=3, auxiliary_weights=AuxiliaryWeights(support_overlap=0.5)
+        )
         if checkpointing:
             model.enable_gradient_checkpointing(use_reentrant=reentrant)
         model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()

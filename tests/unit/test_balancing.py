@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from srde_ds.config import resolve
-from srde_ds.model.policy import LossWeights
-from srde_ds.training.balancing import domain_target, loss_weights, update_biases
+from srde_ds.model.policy import AuxiliaryWeights
+from srde_ds.training.balancing import auxiliary_weights, domain_target, update_biases
 from tests.helpers import tiny_srde
 
 
@@ -51,5 +51,5 @@ def test_biases_move_by_the_rate_towards_the_target() -> None:
 
 def test_the_micro_steps_share_the_delta_size() -> None:
     losses = resolve({}, {"delta_size_weight": 2.0, "load_balancing_weight": 0.5, "router_z_weight": 0.25}).losses
-    found = loss_weights(losses, micro_steps=4)
-    assert found == LossWeights(load_balancing=0.5, router_z=0.25, delta_size=0.5)
+    found = auxiliary_weights(losses, micro_steps=4)
+    assert found == AuxiliaryWeights(load_balancing=0.5, router_z=0.25, delta_size=0.5)

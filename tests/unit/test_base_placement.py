@@ -13,8 +13,9 @@ from srde_ds.model.base_shape import base_shape
 from srde_ds.planner import settle as settling
 from srde_ds.planner.base_placement import settle_base_placement
 from srde_ds.planner.describe import describe_plan, describe_run
+from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import largest_memory, memory
-from srde_ds.planner.plan import GIB, Machines, make_plan
+from srde_ds.planner.plan import GIB, make_plan
 from srde_ds.planner.settle import settle
 from srde_ds.planner.traffic import step_traffic
 

@@ -24,8 +24,9 @@ from srde_ds.model.float8 import Float8Linear
 from srde_ds.model.quantization import PACKINGS, Packing, check_quantized, dense_weight
 from srde_ds.planner import settle as settling
 from srde_ds.planner.describe import describe_plan
+from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import memory
-from srde_ds.planner.plan import GIB, Machines, make_plan
+from srde_ds.planner.plan import GIB, make_plan
 from srde_ds.planner.settle import settle
 from tests.evaluation_helpers import save_model
 from tests.helpers import tiny_llama, tiny_mistral3

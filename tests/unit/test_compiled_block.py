@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
@@ -22,7 +22,7 @@ def test_blocks_compile_whole_and_share_what_is_compiled(form: dict[str, Any]) -
     experts, ids = model.config.num_experts, tokens()
     statistics = RoutingStatistics(LAYERS, experts)
     policy = RoutingPolicy(
-        loss_weights=LossWeights(load_balancing=0.1, router_z=0.1, delta_size=0.1),
+        auxiliary_weights=AuxiliaryWeights(load_balancing=0.1, router_z=0.1, delta_size=0.1),
         loss_scale=torch.tensor(1.0),
         expert_share=torch.full((LAYERS, experts), 1 / experts),
         token_mask=torch.ones(2, 16, dtype=torch.bool),

@@ -36,7 +36,7 @@ def test_the_policy_of_a_routed_step() -> None:
     policy = curriculum.policy_of({})
     assert policy.allowed_experts is not None and policy.allowed_experts.tolist() == [True, False, True]
     assert policy.forced_experts is None and policy.noise_step == 12
-    assert policy.loss_weights.delta_size == pytest.approx(0.1)
+    assert policy.auxiliary_weights.delta_size == pytest.approx(0.1)
     assert policy.expert_share is curriculum.state.expert_share
 
 

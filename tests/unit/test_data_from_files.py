@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from srde_ds.data.build.dropped import warn_of_dropped
-from srde_ds.data.build.from_files import InputFiles, RowsOfFiles, build_dataset, check_files
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import (
     DomainCounts,
@@ -307,7 +307,7 @@ def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files
     ]
     with files["jsonl_data"].open("a") as file:
         file.write(json.dumps({"messages": turns, "domain": "math"}) + "\n")
-    inputs = InputFiles(files["jsonl_data"], None, DOMAINS)
+    inputs = RowsOfFiles(files["jsonl_data"], None, DOMAINS, max_length=64, too_long="drop", seed=0)
     with pytest.raises(SRDEError, match="train.jsonl:61: .*no system"):
         check_files(inputs, tiny_tokenizer(template))
     assert check_files(inputs, tiny_tokenizer()) == 0

@@ -16,7 +16,8 @@ from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import base_identity, load_base
 from srde_ds.model.float8 import LARGEST, Float8Linear, check_device, rowwise, scaled_product
 from srde_ds.model.quantization import PACKINGS, check_float8, dense_weight
-from srde_ds.planner.plan import Machines, make_plan
+from srde_ds.planner.machines import Machines
+from srde_ds.planner.plan import make_plan
 from tests.helpers import adapter_config, randomize, tiny_llama, tokens
 from tests.unit.test_base_quantization import MINISTRAL, run
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from srde_ds.errors import SRDEError
 from srde_ds.training.warm_start.clustering import TARGET_GAP
 from srde_ds.training.warm_start.discriminant import statistics_of_inputs
-from srde_ds.training.warm_start.from_statistics import add_routing_vectors, draw_inputs, of_domains, router_of
-from srde_ds.weights.origins import DomainStatistics
+from srde_ds.training.warm_start.from_statistics import add_routing_vectors, draw_inputs, router_of
+from srde_ds.weights.origins import DomainStatistics, Origins
 from srde_ds.weights.schema import FACTORS
 
 HIDDEN = 32
@@ -57,7 +57,8 @@ def test_domains_that_cannot_be_told_apart_are_refused() -> None:
 
 def test_statistics_are_taken_by_name() -> None:
     every = statistics(3)
-    chosen = of_domains(every, ["a", "b", "c"], ["c", "a"])
+    origins = Origins(domain_tokens={"a": 1, "b": 1, "c": 1}, statistics=[statistics(2), every])
+    chosen = origins.statistics_of(["c", "a"], layer=1)
     assert torch.equal(chosen.mean, every.mean[[2, 0]]) and torch.equal(chosen.spread, every.spread[[2, 0]])
     assert torch.equal(chosen.factors, every.factors[[2, 0]])
 

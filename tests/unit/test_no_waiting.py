@@ -17,7 +17,7 @@ from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attention import DOCUMENT_ATTENTION
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.training import step
 from srde_ds.training.reporting import step_metrics
 from srde_ds.training.reporting.held_out import forced_experts
@@ -55,7 +55,7 @@ class StepCurriculum:
         share = torch.empty(2, 3, device=META)
         self.policy = RoutingPolicy(
             allowed_experts=torch.tensor([True, False, True]),
-            loss_weights=LossWeights(load_balancing=0.1, router_z=0.1, delta_size=0.1, support_overlap=0.1),
+            auxiliary_weights=AuxiliaryWeights(load_balancing=0.1, router_z=0.1, delta_size=0.1, support_overlap=0.1),
             expert_share=share,
             target_share=share[0],
             support_temperature=1.0,

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_srde, tokens
 from tests.peft_helpers import peft_config, tiny_peft
 
-WEIGHTS = LossWeights(load_balancing=0.5, router_z=0.25)
+WEIGHTS = AuxiliaryWeights(load_balancing=0.5, router_z=0.25)
 OPTIONS: dict[str, Any] = {"load_balancing_weight": 0.5, "router_z_weight": 0.25}
 
 
@@ -30,7 +30,7 @@ def own_gradients(batches: list[tuple[torch.Tensor, torch.Tensor]], share: torch
     own = randomize(tiny_srde()).train()
     real = sum(float(mask.sum()) for _, mask in batches)
     for ids, mask in batches:
-        policy = RoutingPolicy(loss_weights=WEIGHTS, loss_scale=1 / real, expert_share=share)
+        policy = RoutingPolicy(auxiliary_weights=WEIGHTS, loss_scale=1 / real, expert_share=share)
         output = own(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100), policy=policy)
         assert output.loss_sum is not None and output.label_count is not None
         (output.loss_sum / (len(batches) * output.label_count)).backward()

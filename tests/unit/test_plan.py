@@ -16,8 +16,9 @@ from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.flops import step_flops
+from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import memory
-from srde_ds.planner.plan import GB, GIB, Machines, Plan, make_plan, step_times
+from srde_ds.planner.plan import GB, GIB, Plan, make_plan, step_times
 from srde_ds.training.schedule import Schedule
 from tests.cli_helpers import fails
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base import enable_checkpointing
-from srde_ds.model.policy import LossWeights, RoutingPolicy
+from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
@@ -45,7 +45,7 @@ def test_forwards_with_different_policies_before_one_backward(use_reentrant: boo
         policies = [
             forced(2),
             RoutingPolicy(allowed_experts=torch.tensor([True, True, False]), token_mask=mask, statistics=statistics),
-            RoutingPolicy(loss_scale=0.1, loss_weights=LossWeights(router_z=1.0, delta_size=0.1)),
+            RoutingPolicy(loss_scale=0.1, auxiliary_weights=AuxiliaryWeights(router_z=1.0, delta_size=0.1)),
             None,
         ]
         losses = [loss(model, policy, seed) for seed, policy in enumerate(policies)]

@@ -13,8 +13,9 @@ from srde_ds.model.base_shape import base_shape
 from srde_ds.planner import settle
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.flops import step_flops
+from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import memory
-from srde_ds.planner.plan import Machines, make_plan
+from srde_ds.planner.plan import make_plan
 from srde_ds.planner.recompute import CHOICES, settle_recompute
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from srde_ds.model.deltas import Storage
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.router import Router, Routing, route
 from srde_ds.model.statistics import RoutingStatistics, Softmax, add_routing
@@ -15,7 +16,7 @@ from tests.helpers import gradient_of, randomize, tiny_srde, tokens
 
 
 def make(*, top_k: int = 2, dtype: torch.dtype = torch.float32) -> tuple[Router, Tensor]:
-    router = Router(16, 4, top_k, seed=0, layer=0, dtype=dtype, device=torch.device("cpu"))
+    router = Router(16, 4, top_k, seed=0, layer=0, storage=Storage(dtype, torch.device("cpu")))
     x = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     return router, x
 
@@ -36,10 +37,8 @@ def test_weights_are_the_softmax_over_the_chosen() -> None:
 
 
 def test_initial_weights_depend_on_seed_and_layer_alone() -> None:
-    cpu = torch.device("cpu")
-    weights = [
-        Router(16, 4, 2, seed=s, layer=n, dtype=torch.float32, device=cpu).weight for s, n in ((0, 0), (0, 1), (1, 0))
-    ]
+    storage = Storage(torch.float32, torch.device("cpu"))
+    weights = [Router(16, 4, 2, seed=s, layer=n, storage=storage).weight for s, n in ((0, 0), (0, 1), (1, 0))]
     assert torch.equal(weights[0], make()[0].weight)
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert 0.01 < weights[0].std() < 0.03

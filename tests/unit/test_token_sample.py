@@ -12,8 +12,8 @@ import torch
 
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.loader import validation_batches
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.errors import SRDEError
-from srde_ds.model.targets import NO_LABEL
 from srde_ds.training.warm_start.routers import capture_inputs
 from srde_ds.training.warm_start.token_sample import (
     FULL_GROUP,

@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -38,14 +38,18 @@ from srde_ds.data.records import SPLITS, Record
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import scratch_folder
 
-__all__ = ["InputFiles", "RowsOfFiles", "build_dataset", "check_files", "load_manifest"]
-
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class InputFiles:
-    """The files of a build (each option is a path, a folder or a pattern), and how they are read."""
+class RowsOfFiles:
+    """The files of a build (each option is a path, a folder or a pattern), how they are read, and how their records
+    become rows. The fields are options of the same names, apart from two.
+
+    Attributes:
+        reading: the options of how files are read.
+        optional_domains: domains that need no training records.
+    """
 
     jsonl_data: str | Path
     eval_file: str | Path | None
@@ -53,7 +57,26 @@ class InputFiles:
     reading: ReadOptions = field(default_factory=ReadOptions)
     train_on: TrainOn = "all"
     optional_domains: Sequence[str] = ()
-    """domains that need no training records"""
+    _: KW_ONLY
+    max_length: int
+    too_long: str
+    seed: int
+    packing: bool = True
+
+    @classmethod
+    def of(cls, data: DataConfig, seed: int, jsonl_data: str | Path, domains: Sequence[str] | None = None) -> Self:
+        """How these files become rows for a run with these options; `domains` defaults to the run's."""
+        return cls(
+            jsonl_data=jsonl_data,
+            eval_file=data.eval_file,
+            domains=list(domains or data.domains),
+            reading=ReadOptions.of(data),
+            train_on=data.train_on,
+            max_length=data.max_length,
+            too_long=data.too_long,
+            seed=seed,
+            packing=data.packing,
+        )
 
     def name(self, split: str) -> str:
         """The option's value that a split's records come from."""
@@ -78,31 +101,6 @@ class InputFiles:
         """SHA-256 by option's value: of the file, or of the hashes of several files in order."""
         options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
         return {name: files_hash(find_files(name, option)) for name, option in options.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowsOfFiles(InputFiles):
-    """The files of a build, and how their records become rows. The fields are options of the same names."""
-
-    max_length: int
-    too_long: str
-    seed: int
-    packing: bool = True
-
-    @classmethod
-    def of(cls, data: DataConfig, seed: int, jsonl_data: str | Path, domains: Sequence[str] | None = None) -> Self:
-        """How these files become rows for a run with these options; `domains` defaults to the run's."""
-        return cls(
-            jsonl_data=jsonl_data,
-            eval_file=data.eval_file,
-            domains=list(domains or data.domains),
-            reading=ReadOptions.of(data),
-            train_on=data.train_on,
-            max_length=data.max_length,
-            too_long=data.too_long,
-            seed=seed,
-            packing=data.packing,
-        )
 
 
 def build_dataset(
@@ -152,7 +150,7 @@ def build_dataset(
 
 
 def check_files(
-    inputs: InputFiles, tokenizer: PreTrainedTokenizerBase, keep: Callable[[str, Record], None] | None = None
+    inputs: RowsOfFiles, tokenizer: PreTrainedTokenizerBase, keep: Callable[[str, Record], None] | None = None
 ) -> int:
     """Read all records and refuse what cannot be trained on, before anything is tokenised.
 
@@ -183,7 +181,7 @@ def check_files(
 def _check_same(
     existing: Manifest,
     wanted: Manifest,
-    inputs: InputFiles,
+    inputs: RowsOfFiles,
     hashes: dict[str, str],
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
@@ -232,7 +230,7 @@ class _RecordFiles:
 
 
 def _tokenize(
-    files: dict[tuple[str, str], list[tuple[Path, int]]], inputs: InputFiles, store: ArtifactStore
+    files: dict[tuple[str, str], list[tuple[Path, int]]], inputs: RowsOfFiles, store: ArtifactStore
 ) -> tuple[dict[tuple[str, str], Documents], int]:
     """The documents of each split and domain, in the order of the records, and the number of records left out."""
     work = [_tokenizing(path, count) for of_place in files.values() for path, count in of_place]

@@ -20,6 +20,8 @@ from srde_ds.utils.files import write_text
 
 Phrase = Callable[[dict[str, Any]], tuple[str, str]]
 """An item of reasoning-gym as (prompt, answer)."""
+PATIENCE = 200
+"""Known prompts in a row after which a task counts as exhausted."""
 
 
 def _as_asked(hint: str = "") -> Phrase:
@@ -259,9 +261,9 @@ def _science_streams(seed: int) -> dict[str, Iterator[tuple[str, str]]]:
     }
 
 
-def _next_new(stream: Iterator[tuple[str, str]], seen: set[str], patience: int = 200) -> tuple[str, str] | None:
-    """The next item whose prompt is new; None after `patience` known ones in a row."""
-    for _ in range(patience):
+def _next_new(stream: Iterator[tuple[str, str]], seen: set[str]) -> tuple[str, str] | None:
+    """The next item whose prompt is new; None after PATIENCE known ones in a row."""
+    for _ in range(PATIENCE):
         prompt, answer = next(stream)
         key = " ".join(prompt.lower().split())
         if key not in seen:

@@ -14,7 +14,7 @@ from torch import Tensor
 from srde_ds.config import AdapterConfig
 from srde_ds.config.granularity import BLOCK_SIDE
 from srde_ds.model.deltas import empty_deltas
-from srde_ds.model.supports.learned import BLOCK_SIZE, kept_entries
+from srde_ds.model.supports.learned import GROUP_SIZE, kept_entries
 from srde_ds.model.supports.selection import ranking
 
 
@@ -33,7 +33,7 @@ def kept_positions(config: AdapterConfig, values: Mapping[str, Tensor], size: in
         keep: number of entries that stay.
     """
     if "scores" in values:
-        kept = kept_entries(values["scores"], entries=size, keep=keep, block=BLOCK_SIZE[config.granularity])
+        kept = kept_entries(values["scores"], entries=size, keep=keep, group=GROUP_SIZE[config.granularity])
         return kept.nonzero()[:, 1].view(-1, keep)
     strength_Em = _strength(config, values, size)
     if config.support_scope == "shared" or config.num_atoms:

@@ -12,6 +12,7 @@ from torch import Tensor
 from srde_ds.data.loader import validation_batches
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, all_reduce_sum
+from srde_ds.model.evaluated import evaluated
 from srde_ds.model.policy import RoutingPolicy
 
 # Rows of each domain in the table of all experts on all domains. Each row is run once for every expert.
@@ -60,11 +61,8 @@ class HeldOut:
             allowed: `[E]` bool, the experts that the router may choose; default: all.
             max_rows: use only so many rows of each domain, the first ones.
         """
-        engine.deepspeed.eval()
-        try:
+        with evaluated(engine.deepspeed):
             return self._losses(engine, interrupted, expert, RoutingPolicy(allowed_experts=allowed), max_rows)
-        finally:
-            engine.deepspeed.train()
 
     def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]] | None:
         """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; None if interrupted."""
@@ -89,18 +87,17 @@ class HeldOut:
         max_rows: int | None,
     ) -> dict[str, float] | None:
         result = {}
-        with torch.no_grad():
-            for name, rows in self.rows.items():
-                sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
-                chosen = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
-                for batch in validation_batches(
-                    chosen, self.batch_size, rank=self.topology.rank, world_size=self.topology.world_size
-                ):
-                    if interrupted():
-                        return None
-                    if expert is not None:
-                        policy = replace(policy, forced_experts=forced_experts(batch, expert))
-                    sums += torch.stack([value.double() for value in engine.forward(batch, policy)])
-                total, count = all_reduce_sum(sums).tolist()
-                result[name] = total / count
+        for name, rows in self.rows.items():
+            sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
+            chosen = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
+            for batch in validation_batches(
+                chosen, self.batch_size, rank=self.topology.rank, world_size=self.topology.world_size
+            ):
+                if interrupted():
+                    return None
+                if expert is not None:
+                    policy = replace(policy, forced_experts=forced_experts(batch, expert))
+                sums += torch.stack([value.double() for value in engine.forward(batch, policy)])
+            total, count = all_reduce_sum(sums).tolist()
+            result[name] = total / count
         return result

@@ -87,12 +87,6 @@ def add_routing_vectors(router: Tensor, statistics: DomainStatistics, *, seed: i
     return torch.cat([router, *(vector + common for vector in vectors[1:])]), float(drawn)
 
 
-def of_domains(statistics: DomainStatistics, known: Sequence[str], wanted: Sequence[str]) -> DomainStatistics:
-    """The statistics of the wanted domains, in their order; `known` are those of the rows."""
-    order = [known.index(name) for name in wanted]
-    return statistics.rows(order)
-
-
 def fit_layers(
     model: SRDEModel,
     topology: Topology,
@@ -117,8 +111,7 @@ def fit_layers(
         router = torch.empty(len(domains), own.hidden)
 
         def fit_here(layer: int = layer, router: Tensor = router) -> float:
-            statistics = of_domains(origins.statistics[layer], list(origins.domain_tokens), domains)
-            found, figure = fit(statistics, layer)
+            found, figure = fit(origins.statistics_of(domains, layer), layer)
             router.copy_(found)
             return figure
 

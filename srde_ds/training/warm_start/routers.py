@@ -20,6 +20,7 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, broadcast_from_main, gather_to_main
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.evaluated import evaluated
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
@@ -104,7 +105,7 @@ def warm_start_routers(
     sample = choose_tokens(
         rows, domains=options.domains, per_domain=options.samples, special_ids=special, seed=options.seed
     )
-    fits = fit_layers(_own_inputs(engine, options, topology, rows, sample), sample, options, topology)
+    fits = cluster_layers(_own_inputs(engine, options, topology, rows, sample), sample, options, topology)
     engine.set_trainables(
         {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
     )
@@ -126,18 +127,32 @@ def _own_inputs(
         rows.select(sample.rows), options.batch_size, rank=topology.rank, world_size=topology.world_size
     )
 
-    def forward(batch: Batch) -> None:
-        batch = {key: value.to(topology.device) for key, value in batch.items()}
-        policy = RoutingPolicy(forced_experts=forced_experts(batch, "domain") if options.forced else None)
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        engine.deepspeed(**inputs, logits_to_keep=1, policy=policy)
+    def policies(batch: Batch) -> list[RoutingPolicy]:
+        return [RoutingPolicy(forced_experts=forced_experts(batch, "domain") if options.forced else None)]
 
-    engine.deepspeed.eval()
-    try:
-        with torch.no_grad():
-            return capture_inputs(engine.model, forward, batches, sample)
-    finally:
-        engine.deepspeed.train()
+    with evaluated(engine.deepspeed):
+        return capture_inputs(engine.model, forward_of(engine.deepspeed, topology.device, policies), batches, sample)
+
+
+def forward_of(
+    model: Callable[..., object],
+    device: torch.device,
+    policies: Callable[[Batch], Iterable[RoutingPolicy]] = lambda _: [RoutingPolicy()],
+) -> Callable[[Batch], object]:
+    """A function that runs a batch of `validation_batches` through a model, for what hooks see of it.
+
+    Args:
+        model: an SRDEModel or what wraps it.
+        policies: gets the batch on the device; the model runs once with each.
+    """
+
+    def forward(batch: Batch) -> None:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
+        for policy in policies(batch):
+            model(**inputs, logits_to_keep=1, policy=policy)
+
+    return forward
 
 
 def capture_inputs(
@@ -184,7 +199,7 @@ def visit_inputs(
             hook.remove()
 
 
-def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topology: Topology) -> list[RouterFit]:
+def cluster_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topology: Topology) -> list[RouterFit]:
     """Cluster layer after layer on rank 0, which holds the whole sample of one layer at a time.
 
     Args:
@@ -193,10 +208,10 @@ def fit_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topol
     Returns:
         One fit for each layer, the same on every rank.
     """
-    return [_fit_layer(inputs, layer, sample, options, topology) for layer, inputs in enumerate(own)]
+    return [_cluster_layer(inputs, layer, sample, options, topology) for layer, inputs in enumerate(own)]
 
 
-def _fit_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
+def _cluster_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
     owner = sample.owners(options.batch_size, topology.world_size)
     gathered = gather_to_main(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
     inputs = np.empty((0, 0), np.float32)  # only rank 0 gets inputs

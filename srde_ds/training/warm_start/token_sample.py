@@ -1,4 +1,5 @@
-"""Chooses the tokens of the training rows that the routers' warm start uses.
+"""Chooses the tokens of the training rows whose inputs are measured: for a warm start of the routers, and for the
+domains' statistics.
 
 The draw depends only on the rows and the seed, and is made before the first forward. Every rank makes the same draw and
 keeps the inputs of the tokens in its own rows. So the sample does not depend on the number of ranks, and no rank holds
@@ -15,10 +16,10 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from srde_ds.data.packing import NO_LABEL
 from srde_ds.errors import SRDEError
-from srde_ds.model.targets import NO_LABEL
 
-# Tokens of one row resemble each other, so a domain's sample takes at most this many from each.
+# Tokens of one row resemble each other, so a domain's sample comes from so many rows that this many of each would do.
 TOKENS_A_ROW = 32
 # With fewer tokens a group of them weighs less than a third of its domain.
 FULL_GROUP = 16
