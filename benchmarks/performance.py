@@ -190,11 +190,11 @@ def gpu_goals() -> list[tuple[str, str, Figure]]:
 
 
 def quantized_goals() -> list[tuple[str, str, Figure]]:
-    """Training on a base in 8 and 4 bits, held-out loss against a plain one."""
+    """Training on a base in 8 and 4 bits and in FP8, held-out loss against a plain one."""
     record = read("quantized_base.json") or {"runs": [], "dtype": "bfloat16"}
     runs, dtype = record["runs"], record["dtype"]
     goals = []
-    for kind, name in (("int8", "8 bits"), ("nf4", "4 bits")):
+    for kind, name in (("int8", "8 bits"), ("nf4", "4 bits"), ("fp8", "FP8")):
         figure = Figure("not measured yet")
         if of(runs, kind).keys() & of(runs, "none").keys():
             found = comparison(runs, kind)

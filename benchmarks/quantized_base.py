@@ -1,4 +1,4 @@
-"""Does SRDE learn as well on a base in 8 and 4 bits as on a plain one? SmolLM2-135M, real items of six domains.
+"""Does SRDE learn as well on a base in 8 and 4 bits, or in FP8, as on a plain one? SmolLM2-135M, real items of six domains.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
     python -m benchmarks.quantized_base     # adds to benchmarks/results/quantized_base.json what is missing there
@@ -6,7 +6,8 @@
 Each run is a whole `srde-ds train`: a few steps of 2,048 positions with a warm start of the routers, and the loss of
 the same held-out rows before the first step and after the last. Runs of a seed read the same rows in the same order.
 The noise is how far the plain base's runs of different seeds are apart. A run that has a record is not repeated.
-Products are in `--dtype`, for all runs of a record; bitsandbytes multiplies in 8 bits whatever it is.
+Products are in `--dtype`, for all runs of a record; bitsandbytes multiplies in 8 bits whatever it is, and with FP8 all
+that it does not multiply is in bfloat16.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from srde_ds.config import DOMAINS
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks/results/quantized_base.json"
-QUANTIZATIONS = {"none": "plain", "int8": "8 bits", "nf4": "4 bits"}
+QUANTIZATIONS = {"none": "plain", "int8": "8 bits", "nf4": "4 bits", "fp8": "FP8"}
 ITEMS: dict[str, Any] = {"train_items": 100, "validation_items": 12, "test_items": 1}
 """of each domain"""
 FLAGS: dict[str, Any] = {
@@ -52,7 +53,7 @@ def run(inputs: Inputs, quantization: str, seed: int, steps: int, bf16: bool, fo
         "model_name": inputs.base,
         "pretokenized_dir": inputs.rows,
         "base_quantization": quantization,
-        "bf16": bf16,
+        "bf16": bf16 or quantization == "fp8",
         "seed": seed,
         "max_steps": steps,
         "eval_steps": steps,

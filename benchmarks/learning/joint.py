@@ -38,6 +38,7 @@ PARTS = [
     "SRDE, 0.01, half of the values in a shared expert",
     "SRDE, 0.02",
     "SRDE, 0.02, discriminant routers",
+    "SRDE, 0.02, supports for each expert",
     "SRDE, 0.02, one expert a text",
     "one delta, 0.01",
 ]
