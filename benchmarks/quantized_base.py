@@ -1,4 +1,4 @@
-"""Does SRDE learn as well on a base in 8 and 4 bits, or in FP8, as on a plain one? SmolLM2-135M, real items of six domains.
+"""Does SRDE learn as well on a base in 8 and 4 bits, or in FP8, as on a plain one? SmolLM2-135M, six domains.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
     python -m benchmarks.quantized_base     # adds to benchmarks/results/quantized_base.json what is missing there

@@ -110,34 +110,8 @@ def evaluate(
     own = processes.share([sum(len(message["content"]) for message in record.messages) for record in records])
 
     def work() -> list[tuple[int, dict[str, Any]]]:
-        own_records = [records[index] for index in own]
-        results: dict[str, list[ItemResult]] = {}
-        for name in ("srde", "base") if settings.compare_baseline else ("srde",):
-            with model.no_experts() if name == "base" else nullcontext():
-                results[name] = []
-                for record, result in zip(
-                    own_records,
-                    results_of(
-                        model,
-                        tokenizer,
-                        own_records,
-                        batch_size=settings.batch_size,
-                        max_new_tokens=settings.max_new_tokens,
-                        run_code=settings.run_code,
-                        count_experts=name == "srde",
-                        title=name,
-                    ),
-                    strict=True,
-                ):
-                    on_result(name, record, result)
-                    results[name].append(result)
-        alone: list[list[ItemLoss]] = []
-        if settings.each_expert:
-            alone = _losses_of_each_expert(model, tokenizer, own_records, settings.batch_size)
-        return [
-            (index, _Measured({name: results[name][i] for name in results}, [losses[i] for losses in alone]).to_json())
-            for i, index in enumerate(own)
-        ]
+        measured = _measure(model, tokenizer, [records[index] for index in own], settings, on_result)
+        return [(index, item.to_json()) for index, item in zip(own, measured, strict=True)]
 
     measured = dict(chain.from_iterable(processes.together(work)))
     in_order = [_Measured.from_json(measured[index]) for index in range(len(records))]
@@ -174,6 +148,38 @@ def evenly_by_domain(records: Sequence[Record], max_samples: int) -> list[Record
         seen[record.domain] = seen.get(record.domain, 0) + 1
         order.append((seen[record.domain], index))
     return [records[index] for index in sorted(index for _, index in sorted(order)[:max_samples])]
+
+
+def _measure(
+    model: SRDEModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: Sequence[Record],
+    settings: EvaluationSettings,
+    on_result: Callable[[str, Record, ItemResult], None],
+) -> list[_Measured]:
+    """What `settings` asks for of each of these records, which are this process's."""
+    results: dict[str, list[ItemResult]] = {}
+    for name in ("srde", "base") if settings.compare_baseline else ("srde",):
+        with model.no_experts() if name == "base" else nullcontext():
+            found = results_of(
+                model,
+                tokenizer,
+                records,
+                batch_size=settings.batch_size,
+                max_new_tokens=settings.max_new_tokens,
+                run_code=settings.run_code,
+                count_experts=name == "srde",
+                title=name,
+            )
+            results[name] = []
+            for record, result in zip(records, found, strict=True):
+                on_result(name, record, result)
+                results[name].append(result)
+    alone = _losses_of_each_expert(model, tokenizer, records, settings.batch_size) if settings.each_expert else []
+    return [
+        _Measured({name: own[index] for name, own in results.items()}, [losses[index] for losses in alone])
+        for index in range(len(records))
+    ]
 
 
 def _losses_of_each_expert(
