@@ -100,20 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            print(f"usage: srde-ds {{{','.join(VERBS)}}} [options]\n")
-            print("`srde-ds VERB --help` lists the options of a verb, `srde-ds --version` the version.")
-            return 0
-        if arguments[0] == "--version":
-            print(__version__)
-            return 0
-        verb = arguments[0]
-        if verb not in VERBS:
-            raise SRDEError(f"unknown verb '{verb}': choose one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
-        with _console():
-            return VERBS[verb](arguments[1:]) or 0
+        status = _run(arguments)
+        sys.stdout.flush()  # so that a reader who has left is noticed here
+        return status
     except SRDEError as error:
         return _bad_input(str(error))
+    except BrokenPipeError:
+        if arguments[:1] == ["train"]:  # its record names who was killed
+            raise
+        # The reader of the output has seen enough, as `head` has. Python would tell of it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
@@ -127,6 +124,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"srde-ds: error: rank {launched_rank()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: srde-ds {{{','.join(VERBS)}}} [options]\n")
+        print("`srde-ds VERB --help` lists the options of a verb, `srde-ds --version` the version.")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb = arguments[0]
+    if verb not in VERBS:
+        raise SRDEError(f"unknown verb '{verb}': choose one of {', '.join(VERBS)}.{nearest(verb, VERBS)}")
+    with _console():
+        return VERBS[verb](arguments[1:]) or 0
 
 
 def _bad_input(reason: str) -> int:

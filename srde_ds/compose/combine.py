@@ -38,9 +38,19 @@ def combine_command(options: CombineOptions) -> Path:
     Raises:
         SRDEError: see `open_adapter` and `combine`, or the file cannot be written.
     """
+    for key, default in (("router_steps", CombineOptions.router_steps), ("base", None)):
+        if options.router_data is None and getattr(options, key) != default:
+            raise SRDEError(
+                f"{key}={getattr(options, key)} without router_data: give --router_data, or leave --{key} out."
+            )
     adapters = [open_adapter(place) for place in options.weights]
     combined = combine(_renamed(adapters, options.rename or []), top_k=options.top_k, seed=options.seed)
     if options.router_data is not None:
+        if combined.metadata.config.top_k == 1:
+            raise SRDEError(
+                "router_data with top_k=1: a token's one expert has weight 1, so what is answered does not depend on "
+                "the router's logits, and nothing can be learnt from data. Give --top_k 2, or leave --router_data out."
+            )
         combined = train_routers(
             combined, options.router_data, steps=options.router_steps, base=options.base, seed=options.seed
         )

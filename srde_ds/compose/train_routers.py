@@ -14,6 +14,8 @@ import torch
 
 from srde_ds.compose.names import with_entry
 from srde_ds.config import resolve
+from srde_ds.data.build.outputs import ROWS
+from srde_ds.data.manifest import load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter_source import AdapterSource
@@ -64,6 +66,12 @@ def train_routers(
         if stopped:
             raise SRDEError(f"router_data={records}: {stopped} stopped the routers' training. Nothing was written.")
         trained = read_weights(run / "srde_weights.safetensors").tensors
+        train_rows = load_manifest(run / ROWS).splits["train"].domains
+        if missing := [name for name, own in train_rows.items() if not own.rows]:
+            logger.warning(
+                "router_data=%s: no records of %s; training on the others' may change which tokens their experts get.",
+                *(records, ", ".join(missing)),
+            )
         routers = {key: LazyTensor.of(value.load()) for key, value in trained.items() if ".router" in key}
     logger.info("routers trained on %s: steps %d, base %s", records, steps, name)
     tensors = adapter.tensors | routers

@@ -94,6 +94,12 @@ def _check_start(config: Config) -> None:
                 "leave --training_phases out."
             )
         return
+    if config.curriculum.training_phases == "routers" and adapter.top_k == 1:
+        raise SRDEError(
+            f"training_phases=routers with top_k=1 (of start_from={training.start_from}): a token's one expert has "
+            "weight 1, so the loss does not depend on the router's logits. Start from an adapter with more, such as "
+            "srde-ds combine --top_k 2 makes."
+        )
     idle = {
         "preset": adapter.preset != "default",
         "initial_density": config.curriculum.initial_density is not None,
@@ -221,7 +227,7 @@ def _check_supports(config: Config) -> None:
 
 
 def _check_by_domain(config: Config) -> None:
-    data, curriculum, training = config.data, config.curriculum, config.training
+    data, curriculum, training, losses = config.data, config.curriculum, config.training, config.losses
     experts, domains = config.adapter.num_experts, len(data.domains)
     if experts != domains or domains == 1:
         raise SRDEError(
@@ -233,8 +239,8 @@ def _check_by_domain(config: Config) -> None:
         "warm_start": curriculum.warm_start and "the routers are set at the end",
         "progressive_unlock": curriculum.progressive_unlock != "all" and "no expert waits for another",
         "train_experts": bool(training.train_experts) and "the routers of all experts are set at the end",
-        "balancing_bias_rate": config.losses.balancing_bias_rate > 0 and "the router chooses nothing",
-        "load_balancing_target": config.losses.load_balancing_target != "uniform" and "the router chooses nothing",
+        "balancing_bias_rate": losses.balancing_bias_rate > 0 and "the router chooses nothing",
+        "load_balancing_target": losses.load_balancing_target != "uniform" and "the router chooses nothing",
     }
     for key, reason in idle.items():
         if reason:

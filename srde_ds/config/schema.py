@@ -71,7 +71,14 @@ class AdapterConfig:
         derived="one for each domain, at least top_k",
         common=True,
     )
-    top_k: int = option(2, "experts per token", metavar="N", minimum=1, derived="2, at most num_experts", common=True)
+    top_k: int = option(
+        2,
+        "experts per token; with 1 its weight is 1, and the loss does not train the router",
+        metavar="N",
+        minimum=1,
+        derived="2, at most num_experts",
+        common=True,
+    )
     density: float = option(
         0.01,
         "share of the feed-forward weights that an expert may change",

@@ -15,6 +15,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,6 +54,9 @@ JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "fun
 LONGEST_CELL = 2**27
 """most bytes in a CSV cell"""
 _HEAD = 65_536
+LARGEST_CHAOS, LEAST_COHERENCE, CLOSE_CALL = 0.1, 0.3, 0.05
+"""Of charset-normalizer's guess: the most noise, and how far letters are those of a language, at least for a code page;
+and a difference of the latter that decides nothing. From texts in tests/unit/test_data_files.py."""
 _ROWS_A_BATCH = 1000
 
 
@@ -64,12 +68,15 @@ def find_files(name: str | Path, option: str) -> list[Path]:
     """
     path = Path(name)
     if path.is_dir():
-        inside = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-        found = [p for p in inside if ending(p)[0] in KINDS]
+        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        found = [p for p in inside if p.is_file() and ending(p)[0] in KINDS]
+        deeper = ""
+        if any(p.is_dir() for p in inside):
+            deeper = f" For its folders, give a pattern such as '{path}/**/*.jsonl'."
         if not found:
-            raise SRDEError(f"{option}={name}: the folder holds no file of records ({', '.join(KINDS)}).")
-        if others := [p.name for p in inside if p not in found]:
-            log.info("%s: not read: %s", name, ", ".join(others))
+            raise SRDEError(f"{option}={name}: the folder holds no file of records ({', '.join(KINDS)}).{deeper}")
+        if others := [f"{p.name}/" if p.is_dir() else p.name for p in inside if p not in found]:
+            _tell(f"{name}: not read: {', '.join(others)}.{deeper}")
         return found
     if path.exists():
         if not path.is_file():
@@ -79,6 +86,12 @@ def find_files(name: str | Path, option: str) -> list[Path]:
     if not matched:
         raise SRDEError(f"{option}={name}: no such file. Give an existing file, a folder or a quoted pattern.")
     return matched
+
+
+@cache
+def _tell(text: str) -> None:
+    """Log it once, since a run looks for its files several times."""
+    log.info("%s", text)
 
 
 def ending(path: Path) -> tuple[str, str | None]:
@@ -170,7 +183,7 @@ def _json(path: Path, compression: str | None, given: str | None) -> Iterator[It
     for number, line in enumerate(_lines(path, compression, encoding), 1):
         place = f"{path}:{number}"
         if isinstance(line, UnicodeError):
-            yield place, SRDEError(f"{place}: {_not_text(line)}.")
+            yield place, SRDEError(f"{place}: {_not_text(line, head)}.")
         elif line.strip():
             yield place, _parsed(line, place)
 
@@ -218,18 +231,41 @@ def _lines(path: Path, compression: str | None, encoding: str) -> Iterable[str |
                 yield error
 
 
-def _not_text(error: UnicodeError) -> str:
-    """The fault and its remedy, such as `not UTF-8, looks like GBK: give --encoding gbk`."""
+def _not_text(error: UnicodeError, head: bytes = b"") -> str:
+    """The fault and its remedy, such as `not UTF-8, looks like GBK: give --encoding gbk and look at the rows`.
+
+    Args:
+        head: the file's beginning, which says more than one line, unless all of it is UTF-8.
+    """
     if not isinstance(error, UnicodeDecodeError):
         return f"not text: {error}"
     name = error.encoding.upper()
-    guess = charset_normalizer.from_bytes(error.object).best()
-    if guess is None or guess.encoding in ("ascii", "utf_8") or error.encoding not in ("utf-8", "utf8"):
+    if error.encoding not in ("utf-8", "utf8"):
         return f"not {name}: give its encoding, such as --encoding cp1252"
-    found = guess.encoding
-    if found == "gb18030":  # GBK, the better known name, if that suffices
-        found = "gbk" if _decodes(error.object, "gbk") else found
-    return f"not {name}, looks like {found.replace('_', '-').upper()}: give --encoding {found}"
+    found = _guessed_encoding(bytes(error.object[:_HEAD]) if _decodes(head, "utf-8") else head)
+    if found is None:
+        return f"not {name}: give its encoding, such as --encoding cp1252"
+    return f"not {name}, looks like {found.replace('_', '-').upper()}: give --encoding {found} and look at the rows"
+
+
+def _guessed_encoding(data: bytes) -> str | None:
+    """The likeliest encoding; None: none is likely, or there is too little text to tell code pages apart.
+
+    Where it is a close call, cp1252: the guess prefers code pages of Central Europe for some words of Western ones.
+    """
+    matches = list(charset_normalizer.from_bytes(data))
+    if not matches or matches[0].encoding in ("ascii", "utf_8"):
+        return None
+    best = matches[0]
+    if best.chaos > LARGEST_CHAOS or (best.multi_byte_usage == 0 and best.coherence < LEAST_COHERENCE):
+        return None
+    for match in matches:
+        close = match.chaos <= best.chaos and match.coherence >= best.coherence - CLOSE_CALL
+        if close and "cp1252" in match.could_be_from_charset:
+            return "cp1252"
+    if best.encoding == "gb18030":  # GBK, the better known name, if that suffices
+        return "gbk" if _decodes(data, "gbk") else "gb18030"
+    return best.encoding
 
 
 def _decodes(data: bytes, encoding: str) -> bool:
@@ -285,10 +321,11 @@ def _row(cells: dict[str, Any], place: str) -> Any:
 
 
 def _text_lines(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:
-    encoding = _encoding(_head(path, compression), given)
+    head = _head(path, compression)
+    encoding = _encoding(head, given)
     for number, line in enumerate(_lines(path, compression, encoding), 1):
         place = f"{path}:{number}"
         if isinstance(line, UnicodeError):
-            yield place, SRDEError(f"{place}: {_not_text(line)}.")
+            yield place, SRDEError(f"{place}: {_not_text(line, head)}.")
         elif line.strip():
             yield place, {"prompt": line.strip()}

@@ -142,7 +142,7 @@ def _sharegpt(fields: Fields, _: bool) -> Fields:
 
 def _alpaca(fields: Fields, answered: bool) -> Fields:
     instruction, given = fields.get("instruction"), fields.get("input", "")
-    if isinstance(instruction, str) and isinstance(given, str) and given.strip():
+    if isinstance(instruction, str) and instruction.strip() and isinstance(given, str) and given.strip():
         instruction = f"{instruction}\n\n{given}"
     elif not isinstance(given, str):
         raise BadForm(f"field 'input' must be text, not {kind(given)}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.config.values import load_yaml
+from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.manifest import FILE_NAME, Manifest, load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
@@ -256,7 +257,7 @@ def read_lines(path: Path, remedy: str) -> Lines:
 
 def _manifest(folder: Path, config: dict[str, Any]) -> Manifest | None:
     place = config.get("data", {}).get("pretokenized_dir")
-    rows = Path(place) if place else folder / "tokenized"
+    rows = Path(place) if place else folder / ROWS
     return load_manifest(rows) if (rows / FILE_NAME).is_file() else None
 
 

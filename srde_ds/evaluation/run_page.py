@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.conversation import all_text
 from srde_ds.data.manifest import counts_table
 from srde_ds.evaluation.run_charts import (
@@ -243,7 +244,7 @@ def _data(run: RunFiles) -> list[Part]:
         parts.append(Table(counts_table(run.metrics[0]["data"]), "What it was trained on", numbers=2))
     manifest = run.manifest
     if manifest is None:
-        place = run.setting("pretokenized_dir") or "tokenized"
+        place = run.setting("pretokenized_dir") or ROWS
         parts.append(Text(f"The training rows are no longer at {place}, so their sources are not known here."))
         return parts
     if manifest.sources:

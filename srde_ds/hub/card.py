@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData, try_to_load_from_cache
 
 from srde_ds.config.granularity import PLURALS
 from srde_ds.config.values import load_yaml
+from srde_ds.data.build.outputs import ROWS
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import markdown, markdown_code
 from srde_ds.utils.tables import markdown_table
@@ -171,7 +172,7 @@ def _manifest(run: Path) -> Any:
     """The manifest of the training rows, if they are still in place."""
     from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
 
-    folder = Path(load_yaml(run / "config.yaml")["data"]["pretokenized_dir"] or run / "tokenized")
+    folder = Path(load_yaml(run / "config.yaml")["data"]["pretokenized_dir"] or run / ROWS)
     return load_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 

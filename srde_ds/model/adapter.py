@@ -84,7 +84,18 @@ class SRDEModel(nn.Module):
         self.base_identity = identity
         self.has_plain_head = has_plain_head(base)
         self.origins = Origins()
-        self.route_by: Literal["token", "prompt"] = "token"
+        self._route_by: Literal["token", "prompt"] = "token"
+
+    @property
+    def route_by(self) -> Literal["token", "prompt"]:
+        """How `generate` routes."""
+        return self._route_by
+
+    @route_by.setter
+    def route_by(self, value: Literal["token", "prompt"]) -> None:
+        if value not in ("token", "prompt"):
+            raise SRDEError(f"route_by={value!r}: give 'token' or 'prompt'.")
+        self._route_by = value
 
     @classmethod
     def from_pretrained(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.merging import expert_delta
 from srde_ds.weights.file import AdapterMetadata, read_weights
 from srde_ds.weights.locate import locate_weights
+from srde_ds.weights.origins import ROUTERS_UNSET
 from srde_ds.weights.schema import (
     NEURONS,
     SHARED_DELTA,
@@ -32,6 +34,8 @@ from srde_ds.weights.schema import (
     support_hash,
 )
 from srde_ds.weights.tensors import LazyTensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -120,9 +124,23 @@ def open_adapter(place: str | Path, *, revision: str | None = None) -> AdapterSo
     location = locate_weights(place, revision=revision)
     if location.kind == "checkpoint":
         found = checkpoint_adapter(find_checkpoint(location.path, location.path, field="weights"))
-        return replace(found, run=location.run)
-    file = read_weights(location.path)
-    return AdapterSource(file.path, file.metadata, file.tensors, location.run)
+        found = replace(found, run=location.run)
+    else:
+        file = read_weights(location.path)
+        found = AdapterSource(file.path, file.metadata, file.tensors, location.run)
+    if found.metadata.history and found.metadata.history[-1].get("routing") == ROUTERS_UNSET:
+        _warn_of_unset_routers(found.place)
+    return found
+
+
+@cache
+def _warn_of_unset_routers(place: Path) -> None:
+    """Once, since a verb may open weights several times."""
+    logger.warning(
+        "weights '%s': training_phases=by_domain sets the routers after the last step, and this is an earlier one. "
+        "They choose as before training; name single experts, or train to the end.",
+        place,
+    )
 
 
 def checkpoint_adapter(folder: Path) -> AdapterSource:

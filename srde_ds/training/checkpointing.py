@@ -36,7 +36,7 @@ from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.origins import Origins
+from srde_ds.weights.origins import ROUTERS_SET, ROUTERS_UNSET, Origins
 from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class RunState:
         unlock_order: experts in the order in which they are unlocked.
         expert_share, target_share: `[L, E]` and `[E]`, shares of the last step's assignments, for the next step's load
             balancing (see `model.policy.RoutingPolicy`); None: not known.
+        routers_set: with training_phases=by_domain, whether the routers have been made of the domains' statistics.
         engine: the current engine; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
@@ -103,6 +104,7 @@ class RunState:
         self.step = 0
         self.tokens = 0
         self.warm_started = False
+        self.routers_set = False
         self.expert_share: torch.Tensor | None = None
         self.target_share: torch.Tensor | None = None
         self.unlock_order = list(range(config.adapter.num_experts))
@@ -214,6 +216,8 @@ class RunState:
             )
         self._check_same_options(saved)
         self._check_warm_start(saved)
+        if done == max_steps:
+            self._check_finished(saved)
         return saved
 
     def saved_at(self, folder: Path) -> SavedRun:
@@ -268,7 +272,7 @@ class RunState:
             "dataset": split.content_sha256,
         }
         if self.config.curriculum.training_phases == "by_domain":
-            entry["routing"] = "by domain"
+            entry["routing"] = ROUTERS_SET if self.routers_set else ROUTERS_UNSET
         if VOCABULARY in self.manifest.tokenizer:  # older datasets do not record it
             entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
         return entry
@@ -298,6 +302,23 @@ class RunState:
             raise SRDEError(
                 f"{folder}: a step had {before['rows_per_step']} rows; here batch_size x processes x "
                 f"gradient_accumulation_steps = {rows}. Change them so that the product stays the same."
+            )
+
+    def _check_finished(self, saved: SavedRun) -> None:
+        """Tell what a run lacks that ends where it is, before its planned end."""
+        done, measured = saved.values["step"], saved.values["adapter"].get("domain_tokens")
+        if self.config.curriculum.training_phases == "by_domain":
+            history = saved.values["adapter"].get("history") or [{}]
+            if history[-1].get("routing") != ROUTERS_SET:
+                raise SRDEError(
+                    f"max_steps={done} with training_phases=by_domain: '{saved.folder}' has {done} steps, and its "
+                    f"routers are not set, which follows a last step. Give --max_steps {done + 1} or more."
+                )
+        elif self.config.training.domain_statistics_rows and not measured and self.topology.is_main:
+            logger.warning(
+                "max_steps=%d: '%s' has %d steps, so nothing is trained, and the weights get no statistics of their "
+                "domains: srde-ds combine will refuse them. To have them measured, give --max_steps %d or more.",
+                *(done, saved.folder, done, done + 1),
             )
 
     def _check_warm_start(self, saved: SavedRun) -> None:

@@ -103,6 +103,7 @@ class Domains(Observer):
             if run.curriculum.schedule.trains_by_domain:
                 doing("setting the routers")
                 problem = set_routers(run.engine, run.topology, seed=run.config.training.seed)
+                run.state.routers_set = not problem
                 if problem and run.topology.is_main:
                     logger.warning("The routers stay as they were before training: %s.", problem)
                 elif run.topology.is_main:

@@ -20,6 +20,7 @@ from srde_ds.config.checks import check_groups
 from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
+from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import MixingPeriod, mixing_periods, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
@@ -177,7 +178,7 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
     Raises:
         SRDEError: it lacks rows of a domain, or its domains cannot be mixed as the options say.
     """
-    row_mixing(config.data, manifest)
+    periods = row_mixing(config.data, manifest)
     train = manifest.splits["train"].domains
     trained = config.training.train_experts or manifest.domains
     empty = [domain for domain in manifest.domains if train[domain].rows == 0 and domain in trained]
@@ -191,6 +192,12 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
         raise SRDEError(
             f"{option}: domain '{empty[0]}' has no training rows. Add records of it, or build without the domain."
         )
+    for number, domain in enumerate(manifest.domains if periods and curriculum.training_phases == "by_domain" else []):
+        if not any(period.shares[number] for period in periods or []):
+            raise SRDEError(
+                f"domain_weights={config.data.domain_weights} with training_phases=by_domain: '{domain}' has no share, "
+                "and nothing else would train its expert. Give it one, or leave it out of --domains."
+            )
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | None:
@@ -206,7 +213,7 @@ def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | Non
 
 def data_folder(data: DataConfig, output_dir: str) -> Path:
     """The folder of a run's dataset, which `prepare_data` fills."""
-    return Path(data.pretokenized_dir or Path(output_dir) / "tokenized")
+    return Path(data.pretokenized_dir or Path(output_dir) / ROWS)
 
 
 def check_run_folder(output_dir: str, resume_from: str | None) -> None:

@@ -12,6 +12,9 @@ from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.schema import FACTORS, STATISTICS
 from srde_ds.weights.tensors import LazyTensor
 
+ROUTERS_SET, ROUTERS_UNSET = "by domain", "by domain, routers not set yet"
+"""What the history of a run with training_phases=by_domain says under `routing`"""
+
 
 @dataclass(frozen=True)
 class DomainStatistics:

@@ -84,7 +84,7 @@ def test_the_way_of_the_page(tmp_path: Path) -> None:
 
 def refusal_of(folder: Path) -> str:
     os.chdir(folder)
-    options = CombineOptions(["runs/math", "runs/code"], "no.safetensors", router_data="nowhere.jsonl")
+    options = CombineOptions(["runs/math", "runs/code"], "no.safetensors", top_k=2, router_data="nowhere.jsonl")
     with pytest.raises(SRDEError) as error:
         combine_command(options)
     assert not Path("no.safetensors").exists()

@@ -204,6 +204,24 @@ def test_selection_biases_of_earlier_routers_go(inputs: Inputs, one_rank: Ranks,
     assert "layers.0.router_bias" not in read_weights(after / "srde_weights.safetensors").tensors
 
 
+def test_a_run_that_ends_early_does_not_pretend_that_its_routers_are_set(
+    inputs: Inputs, one_rank: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    flags = inputs.flags(run, **STEPS | {"save_steps": 1}, training_phases="by_domain", **cut(ROWS_PER_STEP, 1))
+    assert one_rank(train_here, flags) == [None]
+    early, last = run / "checkpoint-1", run / "checkpoint-2"
+    (refused,) = one_rank(train_here, flags | {"max_steps": 1, "resume_from": str(early)})
+    assert refused is not None and "routers are not set" in refused and "Give --max_steps 2 or more" in refused
+    assert one_rank(train_here, flags | {"resume_from": str(last)}) == [None]  # a finished run
+    open_adapter(early)
+    assert "checkpoint-1': training_phases=by_domain sets the routers after the last step" in caplog.text
+    caplog.clear()
+    for finished in (last, run):
+        assert open_adapter(finished).metadata.history[-1]["routing"] == "by domain"
+    assert not caplog.text
+
+
 @pytest.mark.parametrize(("known", "problem"), [(2, "there are no statistics of the domain"), (3, "are too similar")])
 def test_without_statistics_that_differ_the_routers_stay_and_it_is_said(
     two_ranks: Ranks, known: int, problem: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -358,6 +359,15 @@ def test_a_dry_run_starts_nothing(base: str, tmp_path: Path) -> None:
     assert yaml.safe_load(config)["training"]["output_dir"] == str(tmp_path / "run")
     assert "deltas.free" in table
     assert "GiB per process with 1 process," in table
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["hosts", "--list", "localhost:1"]])
+def test_a_reader_of_the_output_may_leave(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "srde_ds.cli", *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,9 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, capsys: p
         ([math, code], ["--rename", "math"], ["old=new"]),
         ([math, code], ["--rename", "math=code"], ["expert 'code'"]),
         ([math, tmp_path / "none"], [], ["none'"]),
+        ([math, code], ["--router_steps", "5"], ["router_steps=5 without router_data: give --router_data"]),
+        ([math, code], ["--base", "b"], ["base=b without router_data"]),
+        ([math, code], ["--router_data", "few.jsonl"], ["router_data with top_k=1", "Give --top_k 2"]),
     ):
         fails(capsys, ["combine", *map(str, places), *output, *options], *fragments)
     fails(capsys, ["combine", *output], "weights is missing")

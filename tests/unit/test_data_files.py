@@ -104,13 +104,29 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, kind: str, encodin
 
 
 def test_another_encoding_is_guessed_and_read_where_it_is_given(tmp_path: Path) -> None:
-    message = "gbk.jsonl:1: not UTF-8, looks like GBK: give --encoding gbk."
+    message = "gbk.jsonl:1: not UTF-8, looks like GBK: give --encoding gbk and look at the rows."
     assert refused(CASES / "gbk.jsonl").endswith(message)
     assert read(CASES / "gbk.jsonl", encoding="gbk")[0].messages[0]["content"].startswith("中文")
     refused(CASES / "gbk.jsonl", "encoding=gbq: no such encoding", encoding="gbq")
     for kind, text in ((".csv", "prompt,response\nÀ côté de la fenêtre ?,près\n"), (".json", '["é à è ê ç"]')):
         (tmp_path / f"french{kind}").write_bytes(text.encode("cp1252"))
-        refused(tmp_path / f"french{kind}", f"french{kind}' not UTF-8, looks like", "--encoding")
+        refused(tmp_path / f"french{kind}", f"french{kind}' not UTF-8", "--encoding cp1252")
+    western = "Où se trouve le café près de l’hôtel ? Schöne Grüße aus Österreich, mañana."
+    polish = "Zażółć gęślą jaźń, proszę odpowiedzieć krótko: ile to jest?"
+    russian = "Сколько будет два плюс три? Ответ: пять."
+    for text, guess in ((western, "cp1252"), (polish, "cp1250"), (russian, "cp1251")):
+        line = b'{"prompt": "a", "response": "' + text.encode(guess) + b'"}\n'
+        (tmp_path / "lines.jsonl").write_bytes(line * 20)
+        refused(
+            tmp_path / "lines.jsonl", f"lines.jsonl:1: not UTF-8, looks like {guess.upper()}: give --encoding {guess}"
+        )
+    line = '{"prompt": "a", "response": "ü"}\n'.encode("cp1252")  # too little to tell
+    (tmp_path / "lines.jsonl").write_bytes(line * 20)
+    refused(tmp_path / "lines.jsonl", "lines.jsonl:1: not UTF-8: give its encoding, such as --encoding cp1252.")
+    # A late line of another encoding: the file's beginning says nothing of it.
+    many = write(tmp_path / "mixed.jsonl", *[GOOD] * 2000).read_bytes()
+    (tmp_path / "mixed.jsonl").write_bytes(many + ('{"prompt": "' + western + '"}\n').encode("cp1252"))
+    refused(tmp_path / "mixed.jsonl", "mixed.jsonl:2001: not UTF-8, looks like CP1252")
     (tmp_path / "noise.jsonl").write_bytes(b'{"prompt": "\xff\xfe\x9d"}\n')
     refused(tmp_path / "noise.jsonl", "noise.jsonl:1: not UTF-8")
 
@@ -123,7 +139,8 @@ def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, caplog: pyte
     (tmp_path / "more").mkdir()
     with caplog.at_level("INFO"):
         assert [answer for _, answer in pairs(read(tmp_path))] == ["first", "56"]
-    assert "not read: README.md" in caplog.text
+    unread = f"not read: README.md, more/. For its folders, give a pattern such as '{tmp_path}/**/*.jsonl'."
+    assert caplog.text.count(unread) == 1
     assert len(read(f"{tmp_path}/*.jsonl")) == 1
     assert find_files(f"{tmp_path}/**/*.jsonl", "x") == [tmp_path / "b.jsonl"]
     refused(tmp_path / "more", "more: the folder holds no file of records (.jsonl, ")
@@ -211,6 +228,11 @@ def test_forms_are_told_by_their_keys(
     with caplog.at_level("INFO"):
         assert pairs(read(path)) == [(asked, answer)] * 2
     assert caplog.messages == [f"{path}: 2 records, {title}"]
+
+
+def test_an_alpaca_input_without_an_instruction_is_no_question(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", {"instruction": " ", "input": "7, 8", "output": "15"})
+    refused(path, "train.jsonl:1: field 'prompt' is empty")
 
 
 def test_an_alpaca_history_comes_before(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -425,12 +426,17 @@ def test_training_routers_tells_of_no_file_that_is_gone(
 
     monkeypatch.setattr(train_routers, "resolve", _plain_options)
     monkeypatch.setattr(train_routers, "train", run)
+    rows = {"math": SimpleNamespace(rows=3), "code": SimpleNamespace(rows=0)}
+    manifest = SimpleNamespace(splits={"train": SimpleNamespace(domains=rows)})
+    monkeypatch.setattr(train_routers, "load_manifest", lambda folder: manifest)
     output = tmp_path / "tuned.safetensors"
-    arguments = ["combine", *map(str, folders), "--router_data", str(tmp_path / "few.jsonl"), "--output", str(output)]
+    arguments = ["combine", *map(str, folders), "--top_k", "2", "--output", str(output)]
+    arguments += ["--router_data", str(tmp_path / "few.jsonl")]
     assert main(arguments) == 0
     printed = capsys.readouterr()
     assert printed.out == f"{output}\n" and "srde-routers" not in printed.err
     assert f"routers trained on {tmp_path / 'few.jsonl'}: steps 100, base {base}" in printed.err
+    assert "no records of code; training on the others' may change which tokens their experts get" in printed.err
     output.unlink()
 
     def refused(config: Any, *, leave: bool) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srde_ds.cli.main import main
 from srde_ds.data.packing import prompt_ids, tokenize
+from srde_ds.errors import SRDEError
 from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.inference.generate import Sampling, generate
 from srde_ds.model.adapter import SRDEModel
@@ -88,6 +89,8 @@ def test_only_allowed_experts_win_and_what_is_forced_or_off_stays(model: SRDEMod
     ids, policy = tokens(), RoutingPolicy()
     everywhere = torch.ones_like(ids).bool()
     assert routed_by_prompt(model, ids, everywhere, policy) is policy  # each token for itself, by default
+    with pytest.raises(SRDEError, match="route_by='tokens': give 'token' or 'prompt'"):
+        model.route_by = "tokens"  # type: ignore[assignment]
     model.route_by = "prompt"
     for name in model.expert_names:
         model.set_active_experts([name])

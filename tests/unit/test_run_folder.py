@@ -180,6 +180,14 @@ def test_domains_without_rows(inputs: dict[str, str], option: str, options: dict
     check_manifest(resolve({}, {"domains": DOMAINS}), manifest)
 
 
+def test_every_domain_has_a_share_where_only_its_rows_train_its_expert(inputs: dict[str, str]) -> None:
+    manifest = load_manifest(inputs["rows"])
+    options = {"domains": DOMAINS, "max_steps": 20, "training_phases": "by_domain"}
+    with pytest.raises(SRDEError, match="domain_weights=red=1 with training_phases=by_domain: 'green' has no share"):
+        check_manifest(resolve({}, options | {"domain_weights": "red=1"}), manifest)
+    check_manifest(resolve({}, options | {"domain_weights": "red=1; 10: green=1"}), manifest)
+
+
 def test_long_documents(refused: Refusal) -> None:
     records = refused.records({"prompt": "?", "response": "x" * 500, "domain": "red"})
     refused("bad.jsonl:13", f"max_length={POSITIONS}", "too_long", jsonl_data=records, too_long="error")
