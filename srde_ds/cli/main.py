@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -96,20 +98,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 for success, 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank,
-        128 + the signal if one stopped it. All but 0 come with one printed line.
+        128 + the signal if one stopped it. All but 0 come with one printed line, unless nobody reads the output
+        any more (128 + SIGPIPE).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         status = _run(arguments)
-        sys.stdout.flush()  # so that a reader who has left is noticed here
+        _flush()  # so that a reader who has left is noticed here
         return status
     except SRDEError as error:
         return _bad_input(str(error))
     except BrokenPipeError:
-        if arguments[:1] == ["train"]:  # its record names who was killed
+        if not _reader_has_left():
             raise
-        # The reader of the output has seen enough, as `head` has. Python would tell of it again at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _STORAGE:
@@ -124,6 +125,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"srde-ds: error: rank {launched_rank()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
     return 0
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _reader_has_left() -> bool:
+    """Whether it is the output that is broken, as after `| head`. If so it goes nowhere from now on, since Python would
+    tell of it again at its end."""
+    try:
+        output = sys.stdout.fileno()
+    except (AttributeError, io.UnsupportedOperation):  # closed, or replaced by what is no file
+        return False
+    asked = select.poll()
+    asked.register(output)
+    if not any(event & select.POLLERR for _, event in asked.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
 
 
 def _run(arguments: Sequence[str]) -> int:

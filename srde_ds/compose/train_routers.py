@@ -14,7 +14,6 @@ import torch
 
 from srde_ds.compose.names import with_entry
 from srde_ds.config import resolve
-from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.manifest import load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import write_weights
@@ -23,6 +22,7 @@ from srde_ds.training.run_inputs import read_run_inputs
 from srde_ds.training.trainer import train
 from srde_ds.utils.launcher import stop_processes
 from srde_ds.weights.file import read_weights
+from srde_ds.weights.locate import ROWS
 from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)

@@ -96,9 +96,8 @@ def _check_start(config: Config) -> None:
         return
     if config.curriculum.training_phases == "routers" and adapter.top_k == 1:
         raise SRDEError(
-            f"training_phases=routers with top_k=1 (of start_from={training.start_from}): a token's one expert has "
-            "weight 1, so the loss does not depend on the router's logits. Start from an adapter with more, such as "
-            "srde-ds combine --top_k 2 makes."
+            "training_phases=routers with top_k=1: a token's one expert has weight 1, so the loss does not depend on "
+            "the router's logits. Give --top_k 2."
         )
     idle = {
         "preset": adapter.preset != "default",

@@ -15,7 +15,7 @@ import logging
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,15 +53,18 @@ JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "fun
 """Columns of CSV files whose cells hold JSON"""
 LONGEST_CELL = 2**27
 """most bytes in a CSV cell"""
-_HEAD = 65_536
+_HEAD, _AROUND = 65_536, 2048
 LARGEST_CHAOS, LEAST_COHERENCE, CLOSE_CALL = 0.1, 0.3, 0.05
 """Of charset-normalizer's guess: the most noise, and how far letters are those of a language, at least for a code page;
 and a difference of the latter that decides nothing. From texts in tests/unit/test_data_files.py."""
 _ROWS_A_BATCH = 1000
 
 
-def find_files(name: str | Path, option: str) -> list[Path]:
+def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path]:
     """The file `name`, the files of records in a folder `name`, or those that match a pattern `name`; sorted.
+
+    Args:
+        tell: log what a folder holds beside them.
 
     Raises:
         SRDEError: there is no file, or it can be read only once, like a pipe.
@@ -76,7 +79,7 @@ def find_files(name: str | Path, option: str) -> list[Path]:
         if not found:
             raise SRDEError(f"{option}={name}: the folder holds no file of records ({', '.join(KINDS)}).{deeper}")
         if others := [f"{p.name}/" if p.is_dir() else p.name for p in inside if p not in found]:
-            _tell(f"{name}: not read: {', '.join(others)}.{deeper}")
+            log.log(logging.INFO if tell else logging.DEBUG, "%s: not read: %s.%s", name, ", ".join(others), deeper)
         return found
     if path.exists():
         if not path.is_file():
@@ -86,12 +89,6 @@ def find_files(name: str | Path, option: str) -> list[Path]:
     if not matched:
         raise SRDEError(f"{option}={name}: no such file. Give an existing file, a folder or a quoted pattern.")
     return matched
-
-
-@cache
-def _tell(text: str) -> None:
-    """Log it once, since a run looks for its files several times."""
-    log.info("%s", text)
 
 
 def ending(path: Path) -> tuple[str, str | None]:
@@ -242,12 +239,16 @@ def _not_text(error: UnicodeError, head: bytes = b"") -> str:
     name = error.encoding.upper()
     if error.encoding not in ("utf-8", "utf8"):
         return f"not {name}: give its encoding, such as --encoding cp1252"
-    found = _guessed_encoding(bytes(error.object[:_HEAD]) if _decodes(head, "utf-8") else head)
+    head = head[: head.rfind(b"\n") + 1] or head  # no character is cut in two
+    if _decodes(head, "utf-8"):
+        head = bytes(error.object[max(0, error.start - _AROUND) : error.start + _AROUND])
+    found = _guessed_encoding(head)
     if found is None:
         return f"not {name}: give its encoding, such as --encoding cp1252"
     return f"not {name}, looks like {found.replace('_', '-').upper()}: give --encoding {found} and look at the rows"
 
 
+@lru_cache(maxsize=4)  # each bad line of a file asks
 def _guessed_encoding(data: bytes) -> str | None:
     """The likeliest encoding; None: none is likely, or there is too little text to tell code pages apart.
 

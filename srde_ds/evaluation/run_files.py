@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.config.values import load_yaml
-from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.manifest import FILE_NAME, Manifest, load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.run_schema import Environment, Evaluation, Experts, Item, Line, Settings
 from srde_ds.utils.files import check_ordinary
 from srde_ds.utils.schema import check_schema
-from srde_ds.weights.locate import completed_step, run_folder
+from srde_ds.weights.locate import ROWS, completed_step, run_folder
 
 MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 LOSS_MEANS = {

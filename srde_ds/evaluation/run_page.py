@@ -7,7 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.conversation import all_text
 from srde_ds.data.manifest import counts_table
 from srde_ds.evaluation.run_charts import (
@@ -31,6 +30,7 @@ from srde_ds.pages.items import Answer, Item, pack
 from srde_ds.pages.parts import Folded, Items, Page, Part, Section, Table, Text
 from srde_ds.pages.render import render
 from srde_ds.utils.files import write_text
+from srde_ds.weights.locate import ROWS
 
 MOST_POINTS = 1500  # in a line of a chart
 NOT_EVALUATED = "This run has not been evaluated yet: srde-ds evaluate fills this section."

@@ -11,13 +11,12 @@ from huggingface_hub import ModelCardData, try_to_load_from_cache
 
 from srde_ds.config.granularity import PLURALS
 from srde_ds.config.values import load_yaml
-from srde_ds.data.build.outputs import ROWS
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import markdown, markdown_code
 from srde_ds.utils.tables import markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.locate import is_run
+from srde_ds.weights.locate import ROWS, is_run
 
 CARD = "README.md"
 # The options of config.yaml that matter to a reader, by section.

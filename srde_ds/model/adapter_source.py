@@ -20,9 +20,10 @@ from srde_ds.model.base import block_shapes
 from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.merging import expert_delta
+from srde_ds.utils.launcher import launched_rank
 from srde_ds.weights.file import AdapterMetadata, read_weights
 from srde_ds.weights.locate import locate_weights
-from srde_ds.weights.origins import ROUTERS_UNSET
+from srde_ds.weights.origins import awaits_routers
 from srde_ds.weights.schema import (
     NEURONS,
     SHARED_DELTA,
@@ -128,7 +129,7 @@ def open_adapter(place: str | Path, *, revision: str | None = None) -> AdapterSo
     else:
         file = read_weights(location.path)
         found = AdapterSource(file.path, file.metadata, file.tensors, location.run)
-    if found.metadata.history and found.metadata.history[-1].get("routing") == ROUTERS_UNSET:
+    if launched_rank() == 0 and awaits_routers(found.metadata):
         _warn_of_unset_routers(found.place)
     return found
 
@@ -137,8 +138,8 @@ def open_adapter(place: str | Path, *, revision: str | None = None) -> AdapterSo
 def _warn_of_unset_routers(place: Path) -> None:
     """Once, since a verb may open weights several times."""
     logger.warning(
-        "weights '%s': training_phases=by_domain sets the routers after the last step, and this is an earlier one. "
-        "They choose as before training; name single experts, or train to the end.",
+        "weights '%s': training_phases=by_domain sets the routers after the last step, and this is an earlier one, so "
+        "they are those that the run began with. Name single experts, or train to the end.",
         place,
     )
 

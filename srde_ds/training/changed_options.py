@@ -50,7 +50,7 @@ REFUSED_IN_PART = {
     "mixing_temperature": "refused if the rows of finished steps would change; later steps may have other shares",
     "batch_size": "refused unless batch_size x processes x gradient_accumulation_steps stays the same",
     "gradient_accumulation_steps": "refused unless batch_size x processes x gradient_accumulation_steps stays the same",
-    "max_steps": "the schedules are stretched; refused if it is below the number of finished steps",
+    "max_steps": "the schedules are stretched; refused below the number of finished steps (by_domain: also if equal)",
     "model_name": "may name another place of the same base; another base is refused",
     "model_revision": "may name another revision of the same base; another base is refused",
     "max_length": "refused: the rows have this length",

@@ -36,7 +36,7 @@ from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.origins import ROUTERS_SET, ROUTERS_UNSET, Origins
+from srde_ds.weights.origins import ROUTERS_UNSET, Origins, awaits_routers
 from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class RunState:
         unlock_order: experts in the order in which they are unlocked.
         expert_share, target_share: `[L, E]` and `[E]`, shares of the last step's assignments, for the next step's load
             balancing (see `model.policy.RoutingPolicy`); None: not known.
-        routers_set: with training_phases=by_domain, whether the routers have been made of the domains' statistics.
+        routing: with training_phases=by_domain, whether the routers have been set, for the history.
         engine: the current engine; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
     """
@@ -104,7 +104,7 @@ class RunState:
         self.step = 0
         self.tokens = 0
         self.warm_started = False
-        self.routers_set = False
+        self.routing = ROUTERS_UNSET
         self.expert_share: torch.Tensor | None = None
         self.target_share: torch.Tensor | None = None
         self.unlock_order = list(range(config.adapter.num_experts))
@@ -272,7 +272,7 @@ class RunState:
             "dataset": split.content_sha256,
         }
         if self.config.curriculum.training_phases == "by_domain":
-            entry["routing"] = ROUTERS_SET if self.routers_set else ROUTERS_UNSET
+            entry["routing"] = self.routing
         if VOCABULARY in self.manifest.tokenizer:  # older datasets do not record it
             entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
         return entry
@@ -306,15 +306,16 @@ class RunState:
 
     def _check_finished(self, saved: SavedRun) -> None:
         """Tell what a run lacks that ends where it is, before its planned end."""
-        done, measured = saved.values["step"], saved.values["adapter"].get("domain_tokens")
+        done, metadata = saved.values["step"], AdapterMetadata.from_dict(saved.values["adapter"])
         if self.config.curriculum.training_phases == "by_domain":
-            history = saved.values["adapter"].get("history") or [{}]
-            if history[-1].get("routing") != ROUTERS_SET:
+            if awaits_routers(metadata) or not any("routing" in entry for entry in metadata.history[-1:]):
                 raise SRDEError(
                     f"max_steps={done} with training_phases=by_domain: '{saved.folder}' has {done} steps, and its "
                     f"routers are not set, which follows a last step. Give --max_steps {done + 1} or more."
                 )
-        elif self.config.training.domain_statistics_rows and not measured and self.topology.is_main:
+            return
+        unmeasured = [name for name in self.config.data.domains if name not in metadata.domain_tokens]
+        if unmeasured and self.config.training.domain_statistics_rows and self.topology.is_main:
             logger.warning(
                 "max_steps=%d: '%s' has %d steps, so nothing is trained, and the weights get no statistics of their "
                 "domains: srde-ds combine will refuse them. To have them measured, give --max_steps %d or more.",

@@ -14,6 +14,7 @@ from srde_ds.training.domain_statistics import measure_domains, set_routers
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
 from srde_ds.training.reporting.step_metrics import ExpertWatch
 from srde_ds.training.run import Observer, Run
+from srde_ds.weights.origins import ROUTERS_KEPT, ROUTERS_SET
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class Domains(Observer):
             if run.curriculum.schedule.trains_by_domain:
                 doing("setting the routers")
                 problem = set_routers(run.engine, run.topology, seed=run.config.training.seed)
-                run.state.routers_set = not problem
+                run.state.routing = ROUTERS_KEPT if problem else ROUTERS_SET
                 if problem and run.topology.is_main:
                     logger.warning("The routers stay as they were before training: %s.", problem)
                 elif run.topology.is_main:

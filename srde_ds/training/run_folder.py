@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,6 @@ from srde_ds.config.checks import check_groups
 from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
-from srde_ds.data.build.outputs import ROWS
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import MixingPeriod, mixing_periods, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
@@ -38,7 +38,7 @@ from srde_ds.utils.environment import environment
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size
-from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, read_latest, saved_by_a_run
+from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, ROWS, read_latest, saved_by_a_run
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,6 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
         SRDEError: the run would be refused.
     """
     _check_options(config, shape)
-    if config.data.domain_weights:
-        parse_domain_weights(config.data.domain_weights, config.data.domains)
     data = config.data
     if data.pretokenized_dir or data.jsonl_data:
         tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
@@ -90,6 +88,20 @@ def _check_options(config: Config, shape: BaseShape) -> None:
     check_quantized(config.model, shape.packing)
     Schedule.of(config).check()
     check_start(config)
+    if config.data.domain_weights:
+        _check_shares(config, parse_domain_weights(config.data.domain_weights, config.data.domains))
+
+
+def _check_shares(config: Config, periods: Sequence[MixingPeriod]) -> None:
+    if config.curriculum.training_phases != "by_domain":
+        return
+    used = [period for period in periods if period.first_step < config.training.max_steps]
+    for number, domain in enumerate(config.data.domains):
+        if not any(period.shares[number] for period in used):
+            raise SRDEError(
+                f"domain_weights={config.data.domain_weights} with training_phases=by_domain: '{domain}' has no share, "
+                "and nothing else would train its expert. Give it one, or leave it out of --domains."
+            )
 
 
 def prepare_data(config: Config) -> Path:
@@ -178,7 +190,7 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
     Raises:
         SRDEError: it lacks rows of a domain, or its domains cannot be mixed as the options say.
     """
-    periods = row_mixing(config.data, manifest)
+    row_mixing(config.data, manifest)
     train = manifest.splits["train"].domains
     trained = config.training.train_experts or manifest.domains
     empty = [domain for domain in manifest.domains if train[domain].rows == 0 and domain in trained]
@@ -192,12 +204,6 @@ def check_manifest(config: Config, manifest: Manifest) -> None:
         raise SRDEError(
             f"{option}: domain '{empty[0]}' has no training rows. Add records of it, or build without the domain."
         )
-    for number, domain in enumerate(manifest.domains if periods and curriculum.training_phases == "by_domain" else []):
-        if not any(period.shares[number] for period in periods or []):
-            raise SRDEError(
-                f"domain_weights={config.data.domain_weights} with training_phases=by_domain: '{domain}' has no share, "
-                "and nothing else would train its expert. Give it one, or leave it out of --domains."
-            )
 
 
 def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | None:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from srde_ds.errors import SRDEError
 from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
 
-WEIGHTS = "srde_weights.safetensors"
+WEIGHTS, ROWS = "srde_weights.safetensors", "tokenized"
 LATEST, COMPLETED, MANIFEST = "latest", "completed.json", "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 

@@ -12,8 +12,26 @@ from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.schema import FACTORS, STATISTICS
 from srde_ds.weights.tensors import LazyTensor
 
-ROUTERS_SET, ROUTERS_UNSET = "by domain", "by domain, routers not set yet"
+ROUTERS_SET, ROUTERS_UNSET, ROUTERS_KEPT = (
+    "by domain",
+    "by domain, routers not set yet",
+    "by domain, routers could not be set",
+)
 """What the history of a run with training_phases=by_domain says under `routing`"""
+
+
+def awaits_routers(metadata: AdapterMetadata) -> bool:
+    """Whether weights come from the middle of a run with training_phases=by_domain, which sets the routers at its end.
+
+    Runs of before 2026-11-29 wrote ROUTERS_SET from their first checkpoint on, but had statistics only at the end.
+    """
+    for entry in reversed(metadata.history):
+        if "routing" in entry:
+            measured = all(name in metadata.domain_tokens for name in metadata.expert_names)
+            return entry["routing"] == ROUTERS_UNSET or (entry["routing"] == ROUTERS_SET and not measured)
+        if entry["verb"] in ("train", "combine", "train routers"):
+            return False
+    return False
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,12 @@ def test_another_encoding_is_guessed_and_read_where_it_is_given(tmp_path: Path) 
     line = '{"prompt": "a", "response": "ü"}\n'.encode("cp1252")  # too little to tell
     (tmp_path / "lines.jsonl").write_bytes(line * 20)
     refused(tmp_path / "lines.jsonl", "lines.jsonl:1: not UTF-8: give its encoding, such as --encoding cp1252.")
+    chinese = '{"prompt": "中文问题，二加三等于几？", "response": "五"}\n'.encode("gbk")
+    for cut in range(3):  # the first 64 KiB end inside of a character, or between two
+        (tmp_path / "lines.jsonl").write_bytes(b" " * cut + chinese * 3000)
+        refused(tmp_path / "lines.jsonl", ":1: not UTF-8, looks like GBK: give --encoding gbk")
+    (tmp_path / "array.json").write_bytes(b'["' + b"a b c " * 20_000 + western.encode("cp1252") * 20 + b'"]')
+    refused(tmp_path / "array.json", "array.json' not UTF-8, looks like CP1252")
     # A late line of another encoding: the file's beginning says nothing of it.
     many = write(tmp_path / "mixed.jsonl", *[GOOD] * 2000).read_bytes()
     (tmp_path / "mixed.jsonl").write_bytes(many + ('{"prompt": "' + western + '"}\n').encode("cp1252"))

@@ -180,12 +180,11 @@ def test_domains_without_rows(inputs: dict[str, str], option: str, options: dict
     check_manifest(resolve({}, {"domains": DOMAINS}), manifest)
 
 
-def test_every_domain_has_a_share_where_only_its_rows_train_its_expert(inputs: dict[str, str]) -> None:
-    manifest = load_manifest(inputs["rows"])
-    options = {"domains": DOMAINS, "max_steps": 20, "training_phases": "by_domain"}
-    with pytest.raises(SRDEError, match="domain_weights=red=1 with training_phases=by_domain: 'green' has no share"):
-        check_manifest(resolve({}, options | {"domain_weights": "red=1"}), manifest)
-    check_manifest(resolve({}, options | {"domain_weights": "red=1; 10: green=1"}), manifest)
+def test_every_domain_has_a_share_where_only_its_rows_train_its_expert(refused: Refusal) -> None:
+    options = {"training_phases": "by_domain", "max_steps": 20}
+    for weights in ("red=1", "red=1; 20: red=1, green=1"):
+        message = f"domain_weights={weights} with training_phases=by_domain: 'green' has no share"
+        refused(message, domain_weights=weights, **options)
 
 
 def test_long_documents(refused: Refusal) -> None:

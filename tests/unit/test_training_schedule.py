@@ -92,7 +92,7 @@ def test_routers_alone() -> None:
     assert found == {("routers", ROUTERS)}
     with pytest.raises(SRDEError, match="training_phases=routers without start_from: the experts would equal the base"):
         config(training_phases="routers")
-    with pytest.raises(SRDEError, match=r"training_phases=routers with top_k=1 .*srde-ds combine --top_k 2"):
+    with pytest.raises(SRDEError, match=r"training_phases=routers with top_k=1: .* Give --top_k 2\."):
         config(training_phases="routers", start_from="x", top_k=1)
 
 

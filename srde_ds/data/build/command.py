@@ -14,7 +14,7 @@ from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
-from srde_ds.data.build.outputs import JSONL, ROWS
+from srde_ds.data.build.outputs import JSONL
 from srde_ds.data.build.request import BuildRequest
 from srde_ds.data.inputs import ReadOptions
 from srde_ds.data.manifest import Manifest, counts_of, counts_table, load_manifest, uneven_responses
@@ -24,6 +24,7 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.tables import aligned_table
+from srde_ds.weights.locate import ROWS
 
 log = logging.getLogger(__name__)
 

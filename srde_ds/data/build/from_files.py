@@ -100,7 +100,7 @@ class RowsOfFiles:
     def hashes(self) -> dict[str, str]:
         """SHA-256 by option's value: of the file, or of the hashes of several files in order."""
         options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
-        return {name: files_hash(find_files(name, option)) for name, option in options.items()}
+        return {name: files_hash(find_files(name, option, tell=False)) for name, option in options.items()}
 
 
 def build_dataset(

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.build.artifacts import ArtifactStore, fingerprint
 from srde_ds.data.build.options import BuildOptions, BuildSummary
-from srde_ds.data.build.outputs import ARTIFACTS, JSONL, ROWS, check_free, check_ours, write_jsonl, write_selection
+from srde_ds.data.build.outputs import ARTIFACTS, JSONL, check_free, check_ours, write_jsonl, write_selection
 from srde_ds.data.build.selection import REFUSED, Pool, Selection, select
 from srde_ds.data.build.source_records import Records, apply_rules, ngrams_of, records_of
 from srde_ds.data.build.tokens import read_lines, set_tokenizer
@@ -26,6 +26,7 @@ from srde_ds.data.records import SPLITS
 from srde_ds.data.sources.supply import Supply
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import write_text
+from srde_ds.weights.locate import ROWS
 
 log = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import replacement
+from srde_ds.weights.locate import ROWS
 
-ROWS = "tokenized"
 JSONL = "data.jsonl"
 CARD = "README.md"
 ARTIFACTS = "artifacts"
