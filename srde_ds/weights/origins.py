@@ -29,7 +29,7 @@ def awaits_routers(metadata: AdapterMetadata) -> bool:
         if "routing" in entry:
             measured = all(name in metadata.domain_tokens for name in metadata.expert_names)
             return entry["routing"] == ROUTERS_UNSET or (entry["routing"] == ROUTERS_SET and not measured)
-        if entry["verb"] in ("train", "combine", "train routers"):
+        if entry.get("verb") in ("train", "combine", "train routers"):
             return False
     return False
 

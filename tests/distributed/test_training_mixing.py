@@ -47,12 +47,13 @@ def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path
         assert {domain for _, domain in seen} == {third}
 
 
-def test_weights_that_do_not_fit_stop_every_rank(
-    inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
-) -> None:
+def test_what_does_not_fit_stops_every_rank(inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     flags = inputs.flags(tmp_path / "run", domain_weights="maths=1")
+    for error in two_ranks(train_here, flags):
+        assert error is not None and "unknown domain 'maths'" in error
+    # What only the rows can tell, rank 0 finds while the other waits, and takes it along.
+    flags = inputs.flags(tmp_path / "run", max_length=32)
     [error] = one_rank(train_here, flags)
-    assert error is not None and "unknown domain 'maths'" in error
-    # Rank 0 prepares the data while the other waits, and takes it along.
+    assert error is not None and "max_length=32" in error
     with pytest.raises(AssertionError, match="rank 1 of 2 failed:\nthe process died"):
         two_ranks(train_here, flags)

@@ -21,6 +21,7 @@ def by_domain(routing: str) -> dict[str, str | int]:
     [
         ([], False, False),
         ([TRAINED], False, False),
+        ([{"run": "of someone"}], False, False),
         ([by_domain(ROUTERS_UNSET)], False, True),
         ([by_domain(ROUTERS_UNSET)], True, True),  # with statistics of an earlier run
         ([by_domain(ROUTERS_UNSET), RENAMED], False, True),
