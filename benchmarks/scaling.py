@@ -19,8 +19,9 @@ from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.machines import Machines
-from srde_ds.planner.plan import DAY, GB, GIB, Plan, make_plan
+from srde_ds.planner.plan import DAY, Plan, make_plan
 from srde_ds.utils.environment import environment
+from srde_ds.utils.units import GB, GIB
 
 BASE = Path(__file__).resolve().parent / "ministral_3_14b"
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)

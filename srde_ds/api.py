@@ -28,6 +28,7 @@ from srde_ds.planner.settle import settle
 from srde_ds.training.run_inputs import read_base_inputs, read_run_inputs
 from srde_ds.training.trainer import train as train_experts
 from srde_ds.utils.launcher import stop_processes
+from srde_ds.weights.locate import COMPLETED, WEIGHTS
 
 ANSWER_TOKENS = 256
 
@@ -70,9 +71,9 @@ def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> P
     train_experts(resolved, leave=False)  # this process may train again
     atexit.register(stop_processes)
     folder = Path(resolved.training.output_dir)
-    if not (folder / "completed.json").exists():
+    if not (folder / COMPLETED).exists():
         raise SRDEError(f"output_dir={folder}: the run was stopped. Continue it with resume_from='latest'.")
-    return folder / "srde_weights.safetensors"
+    return folder / WEIGHTS
 
 
 def build_dataset(

@@ -25,9 +25,9 @@ from srde_ds.cluster.host_agent import describe_host, gpus
 from srde_ds.cluster.hosts import Host
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
+from srde_ds.utils.units import GIB
 
 Level = Literal["ok", "warning", "fatal"]
-GIB = 2**30
 # Share of a GPU's memory; the rest goes to the driver, NCCL and fragmentation.
 USABLE_MEMORY = 0.9
 CLOCK_SECONDS = 2.0

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import FILE, read_heartbeat
 from srde_ds.utils.escape import one_line
+from srde_ds.weights.locate import COMPLETED
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) 
         found = f"{FILE} is damaged" if (folder / FILE).exists() else "no heartbeat yet"
         return Observation("waiting", f"{folder}: {found}")
     place = _describe(heartbeat)
-    if (folder / "completed.json").exists():
+    if (folder / COMPLETED).exists():
         return Observation("finished", f"{folder}: finished, {place}")
     state, reason = heartbeat["state"], heartbeat.get("reason", "")
     if state in ("failed", "stopped"):

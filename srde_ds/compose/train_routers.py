@@ -22,7 +22,7 @@ from srde_ds.training.run_inputs import read_run_inputs
 from srde_ds.training.trainer import train
 from srde_ds.utils.launcher import stop_processes
 from srde_ds.weights.file import read_weights
-from srde_ds.weights.locate import ROWS
+from srde_ds.weights.locate import ROWS, WEIGHTS
 from srde_ds.weights.tensors import LazyTensor
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def train_routers(
         atexit.register(stop_processes)
         if stopped:
             raise SRDEError(f"router_data={records}: {stopped} stopped the routers' training. Nothing was written.")
-        trained = read_weights(run / "srde_weights.safetensors").tensors
+        trained = read_weights(run / WEIGHTS).tensors
         train_rows = load_manifest(run / ROWS).splits["train"].domains
         if missing := [name for name, own in train_rows.items() if not own.rows]:
             logger.warning(

@@ -28,7 +28,7 @@ from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.utils.environment import environment
-from srde_ds.weights.locate import CHECKPOINT_NAME, run_folder
+from srde_ds.weights.locate import CHECKPOINT_NAME, RUN_CONFIG, run_folder
 
 MAX_NEW_TOKENS = 64
 
@@ -168,7 +168,7 @@ def default_output(checkpoint: str) -> Path:
 
 def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
     """The domains that items may have: those of the run's config.yaml, or without it DOMAINS and the experts'."""
-    config = run_folder(checkpoint) / "config.yaml"
+    config = run_folder(checkpoint) / RUN_CONFIG
     if config.is_file():
         return resolve(load_yaml(config), {}).data.domains
     return list(dict.fromkeys([*expert_names, *DOMAINS]))

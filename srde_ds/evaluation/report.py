@@ -22,7 +22,7 @@ from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
 from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
 from srde_ds.utils.files import new_files
 from srde_ds.utils.tables import markdown_table
-from srde_ds.weights.locate import run_folder
+from srde_ds.weights.locate import METRICS, run_folder
 
 # The options of config.yaml that matter to a reader, by section.
 _SETTINGS = {
@@ -56,7 +56,7 @@ def write_report(run: str | Path) -> Path:
         SRDEError: a file that the page needs is missing or damaged.
     """
     folder = run_folder(run)
-    metrics = report_metrics(folder / "metrics.jsonl")
+    metrics = report_metrics(folder / METRICS)
     result = read_evaluation(folder)
     items = read_items(items_file(folder / "evaluation.json"))
     environment, config = read_environment(folder), read_settings(folder)

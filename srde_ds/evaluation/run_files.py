@@ -16,7 +16,7 @@ from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.run_schema import Environment, Evaluation, Experts, Item, Line, Settings
 from srde_ds.utils.files import check_ordinary
 from srde_ds.utils.schema import check_schema
-from srde_ds.weights.locate import ROWS, completed_step, run_folder
+from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, completed_step, run_folder
 
 MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 LOSS_MEANS = {
@@ -68,7 +68,7 @@ class RunFiles:
             SRDEError: a file is missing or damaged.
         """
         folder = run_folder(run)
-        metrics = report_metrics(folder / "metrics.jsonl", most=most_lines)
+        metrics = report_metrics(folder / METRICS, most=most_lines)
         evaluated = (folder / "evaluation.json").is_file()
         config = read_settings(folder)
         return cls(
@@ -189,7 +189,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         SRDEError: it does not exist, or an option that reports read has a value of another type.
     """
-    path = folder / "config.yaml"
+    path = folder / RUN_CONFIG
     config = load_yaml(path)
     check_schema(Settings, config, f"'{path}'", "correct it")
     return config

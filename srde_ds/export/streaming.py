@@ -15,6 +15,7 @@ from srde_ds.checkpoint.shards import safetensors_header, tensor_bytes
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_files import INDEX
 from srde_ds.utils.files import io_reason, replacement
+from srde_ds.utils.units import GIB
 from srde_ds.weights.tensors import LazyTensor
 
 # transformers expects this in the header of each weights file.
@@ -91,7 +92,7 @@ def _complete(target: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         if free < size:
             raise SRDEError(
-                f"output={target}: {size / 2**30:.1f} GiB are needed, the disk has {free / 2**30:.1f} GiB left. "
+                f"output={target}: {size / GIB:.1f} GiB are needed, the disk has {free / GIB:.1f} GiB left. "
                 "Free space, or give an --output on another disk."
             )
         with replacement(target, durable=True) as partial:

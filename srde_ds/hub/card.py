@@ -16,7 +16,7 @@ from srde_ds.utils.escape import markdown, markdown_code
 from srde_ds.utils.tables import markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.locate import ROWS, is_run
+from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, is_run
 
 CARD = "README.md"
 # The options of config.yaml that matter to a reader, by section.
@@ -150,7 +150,7 @@ plain = model.merge_and_unload(expert={expert!r})  # an ordinary transformers mo
 
 
 def _training(run: Path) -> str:
-    config, metrics = load_yaml(run / "config.yaml"), _lines(run / "metrics.jsonl")
+    config, metrics = load_yaml(run / RUN_CONFIG), _lines(run / METRICS)
     last = metrics[-1]
     rows = [[key, str(config[section][key])] for section, keys in _SETTINGS.items() for key in keys]
     text = f"{last['step']} steps, {last['tokens']:,} tokens; last training loss {last['loss']:.3f}."
@@ -171,7 +171,7 @@ def _manifest(run: Path) -> Any:
     """The manifest of the training rows, if they are still in place."""
     from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
 
-    folder = Path(load_yaml(run / "config.yaml")["data"]["pretokenized_dir"] or run / ROWS)
+    folder = Path(load_yaml(run / RUN_CONFIG)["data"]["pretokenized_dir"] or run / ROWS)
     return load_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 
@@ -204,7 +204,7 @@ def _results(run: Path) -> str:
             f"## Results\n\nOn {items} held-out items: loss of the response tokens in nats, accuracy of greedy answers."
             f"\n\n{markdown_table([header, *rows])}"
         )
-    metrics = _lines(run / "metrics.jsonl")
+    metrics = _lines(run / METRICS)
     end = next((line["held_out"] for line in reversed(metrics) if "held_out" in line), None)
     if end is None:
         return ""

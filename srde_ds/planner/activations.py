@@ -16,8 +16,7 @@ from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.head import chunk_rows
 from srde_ds.model.quantization import Packing
 from srde_ds.model.supports.selection import shared_expert_size, support_size, touched_neurons, value_count
-
-FP32, INT64 = 4, 8
+from srde_ds.utils.units import FP32, INT64
 
 
 def layer_activations(work: Workload, layer: LayerShape, transport: str, *, first: bool = False) -> dict[str, float]:

@@ -10,10 +10,8 @@ from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import largest_memory
-from srde_ds.planner.recompute import GIB
 from srde_ds.planner.traffic import step_traffic
-
-GB = 1e9
+from srde_ds.utils.units import GB, GIB
 
 
 def settle_base_placement(config: Config, shape: BaseShape, world_size: int, room: float) -> tuple[Config, str]:

@@ -8,9 +8,10 @@ from srde_ds.config import Config
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import memory
-from srde_ds.planner.plan import GB, GIB, Plan
+from srde_ds.planner.plan import Plan
 from srde_ds.planner.trainables import trainable_values
 from srde_ds.utils.tables import aligned_table
+from srde_ds.utils.units import GB, GIB
 
 
 def describe_plan(plan: Plan) -> str:

@@ -25,8 +25,8 @@ from srde_ds.planner.activations import (
 )
 from srde_ds.planner.gathers import GatherSchedule, gather_schedule
 from srde_ds.planner.trainables import layer_trainables
+from srde_ds.utils.units import FP32, INT32
 
-FP32, INT32 = 4, 4
 SUB_GROUP_SIZE = 1_000_000_000  # deepspeed's default; values of a process that one call of the optimizer updates
 
 

@@ -22,8 +22,8 @@ from srde_ds.planner.recompute import settle_recompute
 from srde_ds.planner.traffic import step_traffic
 from srde_ds.planner.trainables import trainable_values
 from srde_ds.utils.files import output
+from srde_ds.utils.units import GB, GIB
 
-GIB, GB = 2**30, 1e9
 DAY = 86_400  # seconds
 # They run on their own stream beside the computation, which waits for all other collectives.
 OVERLAPPED = ("base gathered", "trainables gathered", "gradients")

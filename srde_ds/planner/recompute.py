@@ -9,10 +9,10 @@ from srde_ds.config import Config
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape
 from srde_ds.planner.memory import largest_memory
+from srde_ds.utils.units import GIB
 
 CHOICES: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 """From the fastest to the one with the least memory."""
-GIB = 2**30
 
 
 def settle_recompute(config: Config, shape: BaseShape, world_size: int, room: float) -> tuple[Config, str]:

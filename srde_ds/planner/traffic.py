@@ -8,8 +8,7 @@ from srde_ds.model.base_shape import BaseShape
 from srde_ds.optim.groups import group_of_tensor
 from srde_ds.planner.gathers import gather_schedule
 from srde_ds.planner.trainables import layer_trainables
-
-FP32, FP64 = 4, 8
+from srde_ds.utils.units import FP32, FP64
 
 
 def step_traffic(work: Workload, shape: BaseShape) -> list[Traffic]:

@@ -38,7 +38,16 @@ from srde_ds.utils.environment import environment
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size
-from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, ROWS, read_latest, saved_by_a_run
+from srde_ds.weights.locate import (
+    CHECKPOINT_NAME,
+    COMPLETED,
+    LATEST,
+    METRICS,
+    ROWS,
+    RUN_CONFIG,
+    read_latest,
+    saved_by_a_run,
+)
 
 log = logging.getLogger(__name__)
 
@@ -241,7 +250,7 @@ def _check_run_folder(folder: Path, resume_from: str | None) -> None:
             f"output_dir={folder}: it is a link to '{os.readlink(folder)}', which does not exist. Remove the link, or "
             "create the folder."
         )
-    metrics = folder / "metrics.jsonl"
+    metrics = folder / METRICS
     # `exists` raises an OSError if the names would become too long.
     if metrics.is_symlink() or (metrics.exists() and not metrics.is_file()):
         raise SRDEError(f"'{metrics}' is not a plain file: training would cut and extend what it leads to. Remove it.")
@@ -279,19 +288,19 @@ def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False
     if goes_on_here and named_so and (before := read_latest(folder)) != name:
         write_latest(folder, name)
         print(one_line(f"{name} is the latest checkpoint from now on, in place of {before}."), flush=True)
-    (folder / "completed.json").unlink(missing_ok=True)
+    (folder / COMPLETED).unlink(missing_ok=True)
     if not config.training.resume_from:
-        _rename_metrics(folder / "metrics.jsonl")
+        _rename_metrics(folder / METRICS)
     for name in ("evaluation.json", "evaluation_items.jsonl"):  # about weights that this run will replace
         if (folder / name).exists():
             os.replace(folder / name, folder / f"earlier_{name}")
     _keep_former_config(folder, config, step)
-    write_text(folder / "config.yaml", yaml.safe_dump(config.to_dict(), sort_keys=False))
+    write_text(folder / RUN_CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
     write_text(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 def _keep_former_config(folder: Path, config: Config, step: int) -> None:
-    former, kept = folder / "config.yaml", folder / f"config-until-{step}.yaml"
+    former, kept = folder / RUN_CONFIG, folder / f"config-until-{step}.yaml"
     # A config kept earlier did these steps; the one it was replaced by has saved none.
     if step and former.exists() and not kept.exists() and changes(load_yaml(former), config):
         os.replace(former, kept)

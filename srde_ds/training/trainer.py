@@ -44,6 +44,7 @@ from srde_ds.utils.dtypes import warn_of_slow_bfloat16
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
+from srde_ds.weights.locate import COMPLETED, WEIGHTS
 
 
 def train(config: Config, *, leave: bool = True) -> str | None:
@@ -178,11 +179,11 @@ def held_out_rows(batch_size: int, topology: Topology, folder: Path, manifest: M
 def finish(state: RunState, heartbeat: Heartbeat) -> None:
     """Export the weights of the last checkpoint, then write the completion marker."""
     output = state.folder.parent
-    weights = export_weights(state.folder, output / "srde_weights.safetensors")
+    weights = export_weights(state.folder, output / WEIGHTS)
     marker = {"step": state.step, "tokens": state.tokens, "weights": weights.name, "checkpoint": state.folder.name}
     heartbeat.finished()
     try:
-        write_text(output / "completed.json", json.dumps(marker, indent=2) + "\n")
+        write_text(output / COMPLETED, json.dumps(marker, indent=2) + "\n")
     except OSError as error:
         raise SRDEError(f"'{output / 'completed.json'}' cannot be written: {error.strerror}.") from None
     print(f"Finished: {weights}", flush=True)

@@ -14,6 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_WEIGHTS, is_peft_folder
 
 WEIGHTS, ROWS = "srde_weights.safetensors", "tokenized"
+RUN_CONFIG, METRICS = "config.yaml", "metrics.jsonl"
 LATEST, COMPLETED, MANIFEST = "latest", "completed.json", "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})")
 
@@ -71,7 +72,7 @@ def run_folder(place: str | Path) -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a training run has written to this folder."""
-    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+    return (folder / RUN_CONFIG).is_file() and (folder / METRICS).is_file()
 
 
 def read_latest(run: Path) -> str | None:

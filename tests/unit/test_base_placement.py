@@ -15,9 +15,10 @@ from srde_ds.planner.base_placement import settle_base_placement
 from srde_ds.planner.describe import describe_plan, describe_run
 from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import largest_memory, memory
-from srde_ds.planner.plan import GIB, make_plan
+from srde_ds.planner.plan import make_plan
 from srde_ds.planner.settle import settle
 from srde_ds.planner.traffic import step_traffic
+from srde_ds.utils.units import GIB
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
 BASE_GIB = 2 * 13_506_073_600 / 2**30

@@ -26,8 +26,9 @@ from srde_ds.planner import settle as settling
 from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import memory
-from srde_ds.planner.plan import GIB, make_plan
+from srde_ds.planner.plan import make_plan
 from srde_ds.planner.settle import settle
+from srde_ds.utils.units import GIB
 from tests.evaluation_helpers import save_model
 from tests.helpers import tiny_llama, tiny_mistral3
 

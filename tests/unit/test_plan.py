@@ -18,8 +18,9 @@ from srde_ds.planner.describe import describe_plan
 from srde_ds.planner.flops import step_flops
 from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import memory
-from srde_ds.planner.plan import GB, GIB, Plan, make_plan, step_times
+from srde_ds.planner.plan import Plan, make_plan, step_times
 from srde_ds.training.schedule import Schedule
+from srde_ds.utils.units import GB, GIB
 from tests.cli_helpers import fails
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"

@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
+from srde_ds.utils.units import GIB
+from srde_ds.weights.locate import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,7 @@ class MetricsWriter:
             return
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        path = folder / METRICS
         _cut_after(path, resume_step)
         self._file = self._closing.enter_context(path.open("ab", buffering=0))
         self._unwritten = b""
@@ -180,7 +182,7 @@ class ProgressLine:
 def memory_gib() -> float:
     """Peak memory of this process in GiB: allocated memory of the GPU if there is one, else resident memory."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
