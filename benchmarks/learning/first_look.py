@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from scipy.stats import t
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from benchmarks.learning import measure, methods, rivals
@@ -48,9 +49,12 @@ from srde_ds.training.reporting.held_out import forced_experts
 from srde_ds.training.run_folder import row_mixing
 from srde_ds.training.warm_start.clustering import Method
 from srde_ds.utils.environment import environment
+from srde_ds.utils.files import replacement
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, WARMUP, SEED = 40, 4, 0
+STEPS, SEED = 40, 0
+SAVE_STEPS = 10
+"""How often a run that can be resumed saves its state"""
 NAME = "first_look"
 
 
@@ -167,8 +171,9 @@ def with_rival(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -> 
     return Trainee(model, masters.values, [optimizer], masters)
 
 
-def factor(step: int, steps: int = STEPS, warmup: int = WARMUP) -> float:
-    """Share of the peak rate: warm-up, then a half cosine."""
+def factor(step: int, steps: int = STEPS, warmup: int | None = None) -> float:
+    """Share of the peak rate: warm-up (default: over a tenth of the steps), then a half cosine."""
+    warmup = steps // 10 if warmup is None else warmup
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
@@ -181,12 +186,18 @@ def train(
     micro_steps: int,
     steps: int,
     factor: Callable[[int], float] = factor,
+    resumable: Path | None = None,
 ) -> list[float]:
-    """The loss of each step, before its update."""
-    model, losses = trainee.model, []
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in trainee.optimizers]
+    """The loss of each step, before its update.
+
+    Args:
+        resumable: file for the run's state, from which the next call goes on.
+    """
+    model = trainee.model
+    schedules = [LambdaLR(optimizer, factor) for optimizer in trainee.optimizers]
+    losses = restore(trainee, schedules, resumable) if resumable and resumable.exists() else []
     model.train()
-    for step in range(steps):
+    for step in range(len(losses), steps):
         batches = [
             stream.micro_batch(step, micro, rank=0, world_size=1, batch_size=rows_at_once)
             for micro in range(micro_steps)
@@ -212,16 +223,51 @@ def train(
             optimizer.zero_grad()
         if trainee.masters:
             trainee.masters.publish()
+        if resumable and (step + 1) % SAVE_STEPS == 0:
+            save(trainee, schedules, losses, resumable)
+    return losses
+
+
+def save(trainee: Trainee, schedules: list[LambdaLR], losses: list[float], path: Path) -> None:
+    """Write what a run needs to go on."""
+    parts: list[Any] = [*trainee.optimizers, *schedules]
+    states = [part.state_dict() for part in parts]
+    with replacement(path, durable=False) as partial:
+        torch.save({"parameters": trainee.parameters, "parts": states, "losses": losses}, partial)
+
+
+def restore(trainee: Trainee, schedules: list[LambdaLR], path: Path) -> list[float]:
+    """Take up a state of `save`, and give the losses so far."""
+    state = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(trainee.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+    parts: list[Any] = [*trainee.optimizers, *schedules]
+    for part, values in zip(parts, state["parts"], strict=True):
+        part.load_state_dict(values)
+    if trainee.masters:
+        trainee.masters.publish()
+    losses: list[float] = state["losses"]
     return losses
 
 
 def train_look(
-    look: Look, budget: Budget, inputs: Inputs, seed: int, steps: int, dtype: torch.dtype = torch.bfloat16
+    look: Look,
+    budget: Budget,
+    inputs: Inputs,
+    seed: int,
+    steps: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    factor: Callable[[int], float] = factor,
+    resumable: Path | None = None,
 ) -> tuple[Trainee, list[float]]:
     """Train a run, or its first steps, and give the loss of each.
 
     Args:
         dtype: of the base.
+        factor: of the rates, by step.
+        resumable: see `train`.
     """
     plan = Plan("medium", lambda _: None)
     config = methods.config_of(plan.example(plan.rows["SRDE from domain means"]), inputs, inputs.rows.parent)
@@ -234,7 +280,8 @@ def train_look(
         global_batch_rows=budget.rows_per_step,
         periods=row_mixing(config.data, load_manifest(inputs.rows)),
     )
-    losses = train(trainee, stream, budget.rows_at_once, budget.rows_per_step // budget.rows_at_once, steps)
+    micro_steps = budget.rows_per_step // budget.rows_at_once
+    losses = train(trainee, stream, budget.rows_at_once, micro_steps, steps, factor, resumable)
     trainee.model.eval()
     if look.by_text:
         routers_of_domains(trainee.model, inputs.split("train"), DOMAINS, inputs.tokenizer(), seed=seed)

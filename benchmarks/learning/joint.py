@@ -1,16 +1,18 @@
 """Six domains learnt at once: the best rates of first_look.py again, with three other seeds and on test items.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
-    python -m benchmarks.learning.joint [--seeds 1 2 3 | --table_only]
+    python -m benchmarks.learning.joint [--seeds 1 2 3 | --table_only] [--steps 150]
 
 A seed draws the training items, the order of the rows and the first values; all methods read the same batches. Each
-run adds a line to results/joint.jsonl and is not repeated. A run takes four minutes of two quiet cores where bfloat16
-is fast, and about an hour of one in float32 on an AMD EPYC without AVX-512.
+run adds a line to results/joint.jsonl, or joint_150.jsonl with 150 steps, and is not repeated; one that was stopped
+goes on from its last state. 40 steps take four minutes of two quiet cores where bfloat16 is fast, and about an hour
+of one in float32 on an AMD EPYC without AVX-512.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +25,7 @@ import torch
 from benchmarks.learning.combining import ROOT, Part, Record, held_out
 from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.data import prepare
-from benchmarks.learning.first_look import LOOKS, STEPS, train_look
+from benchmarks.learning.first_look import LOOKS, STEPS, factor, train_look
 from benchmarks.learning.interference import TEST_ITEMS, losses_of
 from benchmarks.learning.plan import Budget, Plan, late_loss
 from benchmarks.learning.store import RESULTS, read_records, run_missing
@@ -43,6 +45,8 @@ PARTS = [
     "one delta, 0.01",
 ]
 """Names of first_look.py, each at its method's best rate there."""
+TABLES = {STEPS: "joint", 150: "joint 150"}
+"""Name of the table, and so of the results, by number of steps"""
 
 
 def train_part(
@@ -57,7 +61,9 @@ def train_part(
 ) -> Record:
     """Train and measure one method."""
     inputs = prepare(budget, seed, base=base, folder=folder)
-    trainee, losses = train_look(LOOKS[name], budget, inputs, seed, steps, dtype)
+    run = "-".join([str(seed), str(steps), dtype_name(dtype), re.sub(r"\W+", "-", name)])
+    how: dict[str, Any] = {"factor": partial(factor, steps=steps), "resumable": folder / f"joint-{run}.pt"}
+    trainee, losses = train_look(LOOKS[name], budget, inputs, seed, steps, dtype, **how)
     values = sum(parameter.numel() for parameter in trainee.parameters)
     test = load_rows(inputs.rows, "test", load_manifest(inputs.rows))
     figures = {"values": values, "dtype": dtype_name(dtype), "training": losses}
@@ -95,15 +101,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="one for all of a seed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="%(choices)s")
-    parser.add_argument("--results", type=Path, default=RESULTS / "joint.jsonl")
+    parser.add_argument("--steps", type=int, choices=TABLES, default=STEPS, help="of a run (default: %(default)s)")
+    parser.add_argument("--results", type=Path, help="default: joint.jsonl or joint_150.jsonl in results/")
     parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is there")
     options = parser.parse_args()
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
+    table_name = TABLES[options.steps]
+    results = options.results or RESULTS / f"{table_name.replace(' ', '_')}.jsonl"
     for seed in [] if options.table_only else options.seeds:
         how = {"base": options.base, "folder": options.folder, "dtype": getattr(torch, options.dtype)}
-        run_missing(seed, parts(options.parts, budget, seed, **how), options.results, losses_of)
-    if options.results == RESULTS / "joint.jsonl":
-        put_into("learning_tables.md", "joint", table(read_records(options.results)))
+        run_missing(seed, parts(options.parts, budget, seed, steps=options.steps, **how), results, losses_of)
+    if options.results is None:
+        put_into("learning_tables.md", table_name, table(read_records(results)))
 
 
 if __name__ == "__main__":

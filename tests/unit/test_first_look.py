@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from benchmarks.learning import first_look
-from benchmarks.learning.first_look import LOOKS, Look, difference, factor, table, with_experts
+from benchmarks.learning.first_look import LOOKS, Look, difference, factor, table, train, with_experts
 from benchmarks.learning.plan import Plan
+from benchmarks.learning.rivals import Masters
 from benchmarks.learning.store import RESULTS, read_records
 from srde_ds.config import AdapterConfig
 from srde_ds.config.values import checked
@@ -42,6 +46,38 @@ def test_what_is_put_beside_the_experts_starts_as_the_base_and_learns(attention:
     assert len(moved) >= len(trainee.optimizers) and not torch.allclose(trainee.model(ids).logits, expected)
     trained = {id(parameter) for parameter in trainee.parameters}
     assert all(id(parameter) in trained for parameter in trainee.model.base.parameters() if parameter.requires_grad)
+
+
+class Stream:
+    """Rows that depend on the step."""
+
+    def micro_batch(self, step: int, micro: int, **_: int) -> dict[str, Tensor]:
+        ids = tokens(seed=step)
+        places = torch.arange(ids.shape[1]).expand_as(ids)
+        return {"input_ids": ids, "labels": ids, "position_ids": places, "token_mask": torch.ones_like(ids).bool()}
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    masters: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(first_look, "SAVE_STEPS", 2)
+
+    def run(steps: int, resumable: Path | None) -> list[float]:
+        torch.manual_seed(0)
+        trainee = with_experts(Look(rates={"muon_lr": 0.01}, adapter=SMALL), tiny_llama(), None, seed=0)  # type: ignore[arg-type]
+        if masters:
+            copies = Masters(trainee.parameters)
+            optimizer = torch.optim.AdamW(copies.values, lr=0.01)
+            trainee = replace(trainee, parameters=copies.values, optimizers=[optimizer], masters=copies)
+        rates = partial(factor, steps=5)
+        return train(trainee, Stream(), 1, 1, steps, rates, resumable)  # type: ignore[arg-type]
+
+    state = tmp_path / "state.pt"
+    whole = run(5, None)
+    assert run(3, state) == whole[:3] and state.exists()
+    assert run(5, state) == whole
+    assert len(set(whole)) == 5
 
 
 def test_looks_are_options_that_the_package_knows_and_the_rate_falls() -> None:
