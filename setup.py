@@ -81,7 +81,7 @@ setup(
         "mpi": ["mpi4py>=4.0"],
         "peft": ["peft>=0.21"],  # SRDE as a PEFT method
         "trl": ["trl>=1.16", "peft>=0.21"],  # SFTTrainer, DPOTrainer, GRPOTrainer
-        "pages": ["plotly>=6", "gradio>=6"],  # report.html, `srde-ds chat`
+        "pages": ["matplotlib>=3.9", "plotly>=6", "gradio>=6"],  # reports, `srde-ds chat`
         "benchmarks": ["peft>=0.21"],  # besides quickstart
     },
     entry_points={"console_scripts": ["srde-ds = srde_ds.cli.main:entry_point"]},

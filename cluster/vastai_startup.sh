@@ -3,7 +3,7 @@
 #
 # In the instance's on-start script (put tokens into the account's environment variables, not into this text):
 #
-#   git clone --branch v1.0 https://github.com/OWNER/srde_ds /workspace/srde_ds
+#   git clone https://github.com/OWNER/srde_ds /workspace/srde_ds
 #   bash /workspace/srde_ds/cluster/vastai_startup.sh >> /workspace/srde.log 2>&1
 #
 # Environment variables:

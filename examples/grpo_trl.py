@@ -2,7 +2,7 @@
 
     python examples/grpo_trl.py --adapter sft --items items.jsonl
 
-Each line of the file is an item as for `srde-ds evaluate`, with an `answer`, `choices` or `tests`.
+Each line of the file is an item as for `srde-ds evaluate`, with an `answer` or `choices`; with --run_code also `tests`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ def main() -> None:
     parser.add_argument("--max_completion_length", type=int, default=64, help="longest answer, in tokens")
     parser.add_argument("--max_steps", type=int, default=100)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--run_code", action="store_true", help="run the programs of items with tests in bubblewrap")
     options = parser.parse_args()
 
     model = AutoPeftModelForCausalLM.from_pretrained(options.adapter, is_trainable=True)
     config = model.peft_config["default"]
-    rewards: Any = AnswerReward()
+    rewards: Any = AnswerReward(sandbox="bubblewrap" if options.run_code else None)
     arguments = GRPOConfig(
         output_dir=options.output,
         max_steps=options.max_steps,
@@ -50,7 +51,7 @@ def main() -> None:
         model=model,
         args=arguments,
         reward_funcs=[rewards],
-        train_dataset=prompts_of(options.items, config.names),
+        train_dataset=prompts_of(options.items, config.names, run_code=options.run_code),
         processing_class=AutoTokenizer.from_pretrained(config.base_model_name_or_path),
         optimizers=(for_trainer(model, muon_lr=0.001, router_lr=1e-4), None),
     )

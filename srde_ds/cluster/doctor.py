@@ -171,17 +171,20 @@ def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: 
                 agents[host.name] = stack.enter_context(Agent(host.name))
                 agents[host.name].ask("clock")
             except AgentError as error:
-                yield Finding("fatal", f"{host.name}: {error}", f"try: {shlex.join([*SSH, host.name, error.test])}")
+                yield error.finding()
                 agents.pop(host.name, None)
-        found = {name: agent.ask("describe_host", base=base, output_dir=output_dir) for name, agent in agents.items()}
-        yield from compare(found)
-        for host in hosts:
-            if host.name in found:
-                yield check_gpus(found[host.name]["gpus"], host.slots, host.name)
-        yield from check_interfaces(found, rank_variables())
-        yield from _check_clocks(agents)
-        yield from _check_shared(agents, Path(output_dir).absolute())
-        yield from _check_ports(agents, port)
+        try:
+            found = {name: one.ask("describe_host", base=base, output_dir=output_dir) for name, one in agents.items()}
+            yield from compare(found)
+            for host in hosts:
+                if host.name in found:
+                    yield check_gpus(found[host.name]["gpus"], host.slots, host.name)
+            yield from check_interfaces(found, rank_variables())
+            yield from _check_clocks(agents)
+            yield from _check_shared(agents, Path(output_dir).absolute())
+            yield from _check_ports(agents, port)
+        except AgentError as error:  # an answer that did not come, or a question that this host cannot answer
+            yield error.finding()
 
 
 def compare(found: dict[str, dict[str, Any]]) -> Iterator[Finding]:
@@ -289,9 +292,13 @@ class AgentError(Exception):
         test: a command to run there that shows the reason.
     """
 
-    def __init__(self, reason: str, test: str = "true") -> None:
+    def __init__(self, host: str, reason: str, test: str = "true") -> None:
         super().__init__(reason)
-        self.test = test
+        self.host, self.test = host, test
+
+    def finding(self) -> Finding:
+        """What the host said, and the command that shows it."""
+        return Finding("fatal", f"{self.host}: {self}", f"try: {shlex.join([*SSH, self.host, self.test])}")
 
 
 class Agent:
@@ -314,17 +321,17 @@ class Agent:
             self._process.stdin.flush()
             answer = self._answers.get(timeout=ANSWER_SECONDS)
         except Empty:
-            raise AgentError(f"no answer within {ANSWER_SECONDS:.0f} s") from None
+            raise AgentError(self.host, f"no answer within {ANSWER_SECONDS:.0f} s") from None
         except OSError:
             answer = ""
         if not answer:
             said = self._process.stderr.read().strip().splitlines()
             status = self._process.wait()
             if status == _NO_FOLDER:
-                raise AgentError(f"has no folder '{os.getcwd()}' like this host", f"ls -d {os.getcwd()}")
+                raise AgentError(self.host, f"has no folder '{os.getcwd()}' like this host", f"ls -d {os.getcwd()}")
             if status == _NO_PYTHON:
-                raise AgentError(f"has no Python at '{sys.executable}'", f"ls -l {sys.executable}")
-            raise AgentError(said[-1] if said else "the connection ended")
+                raise AgentError(self.host, f"has no Python at '{sys.executable}'", f"ls -l {sys.executable}")
+            raise AgentError(self.host, said[-1] if said else "the connection ended")
         return json.loads(answer)
 
     def _read(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from srde_ds.data.choices import right_option
 from srde_ds.data.conversation import REASONING, kind
 from srde_ds.data.sources.examples import BrokenRow, lettered_choice
 from srde_ds.errors import SRDEError, nearest
@@ -182,40 +183,25 @@ def _multiple_choice(fields: Fields, answered: bool) -> Fields:
     if not isinstance(question, str) or not question.strip():
         raise BadForm("field 'question' must be text, and not empty")
     given = fields.get("choices", fields.get("options"))
+    labels: list[str] | None
     if isinstance(given, dict) and isinstance(given.get("text"), list) and isinstance(given.get("label"), list):
         labels, options = [str(label) for label in given["label"]], given["text"]
     elif isinstance(given, dict):
         labels, options = list(given), list(given.values())
     else:
-        options = _list(given, "choices")
-        labels = [chr(ord("A") + number) for number in range(len(options))]
+        labels, options = None, _list(given, "choices")
     if not all(isinstance(option, str) for option in options):
         raise BadForm("field 'choices' must hold texts")
     answer = next((fields[name] for name in ("answer", "answerKey", "label") if name in fields), None)
-    right = _number_of(answer, options, labels) if answered else 0
+    try:
+        right = right_option(answer, options, labels) if answered else 0
+    except ValueError as error:
+        raise BadForm(f"field 'answer' is {error}") from None
     context, rationale = fields.get("context", ""), fields.get("rationale", "")
     example = lettered_choice(question.strip(), options, right, context=context, reasoning=rationale)
     if not answered:
         return {"prompt": example.messages[0]["content"]}
     return {"messages": example.messages, "answer": example.answer}
-
-
-def _number_of(answer: Any, options: list[str], labels: list[str]) -> int:
-    """The number of the option that an answer means, by its text, its letter or label, or its number from 0."""
-    if isinstance(answer, str):
-        for names in (options, labels, [label.upper() for label in labels]):
-            wanted = answer if names is options else answer.strip() if names is labels else answer.strip().upper()
-            if wanted in names:
-                return names.index(wanted)
-        answer = int(answer) if answer.strip().isdecimal() else answer
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return answer
-    raise BadForm(
-        f"field 'answer' is {json.dumps(answer)}: it must be one of the choices, its letter ({labels[0]} to "
-        f"{labels[-1]}) or its number (0 to {len(options) - 1})"
-        if labels
-        else "field 'choices' is empty"
-    )
 
 
 FORMS = {

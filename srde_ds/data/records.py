@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from srde_ds.data.choices import right_option
 from srde_ds.data.conversation import (
     REASONING,
     Message,
@@ -22,6 +22,7 @@ from srde_ds.data.conversation import (
 from srde_ds.errors import SRDEError, nearest
 
 SPLITS = ("train", "validation", "test")
+PLAIN = ("role", "content", "reasoning_content")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class Record:
     def prompt(self) -> list[Message]:
         """Everything before the last response."""
         return self.messages[:-1]
+
+    def plain_messages(self) -> list[Message]:
+        """The messages with their roles, contents and thoughts, for trainers that take no more.
+
+        Raises:
+            SRDEError: the record uses tools.
+        """
+        if self.tools is not None or any("tool_calls" in turn or turn["role"] == "tool" for turn in self.messages):
+            raise SRDEError(f"{self.where}: it uses tools. Leave such records out, or train with srde-ds.")
+        return [{key: turn[key] for key in PLAIN if key in turn} for turn in self.messages]
 
 
 def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:
@@ -75,7 +86,10 @@ def parse_record(values: Any, place: str, domains: Sequence[str], train_on: Trai
         messages = only_last_trained(messages)
     choices = _choices(fields["choices"], place) if "choices" in fields else None
     if choices is not None:
-        answer: str | None = _right_choice(fields, choices, place)
+        try:
+            answer: str | None = choices[right_option(fields.get("answer"), choices)]
+        except ValueError as error:
+            raise SRDEError(f"{place}: field 'answer' is {error}.") from None
     else:
         answer = check_text(fields["answer"], "answer", place) if "answer" in fields else None
     tests = check_text(fields["tests"], "tests", place) if "tests" in fields else None
@@ -161,21 +175,3 @@ def _choices(value: Any, where: str) -> list[str]:
     if len(set(choices)) < len(choices):
         raise SRDEError(f"{where}: field 'choices' holds the same text twice: keep one of them.")
     return choices
-
-
-def _right_choice(fields: dict[str, Any], choices: list[str], where: str) -> str:
-    """The choice that `answer` means: by its text, else its letter (A is the first) or number (0 is the first)."""
-    answer = fields.get("answer")
-    if isinstance(answer, str):
-        if answer in choices:
-            return answer
-        number = ord(answer.strip().upper()) - ord("A") if len(answer.strip()) == 1 else -1
-    else:
-        number = answer if isinstance(answer, int) and not isinstance(answer, bool) else -1
-    if not 0 <= number < len(choices):
-        last = len(choices) - 1
-        raise SRDEError(
-            f"{where}: field 'answer' is {json.dumps(answer)}: with 'choices' it must be one of them, the letter of "
-            f"one (A to {chr(ord('A') + last)}) or its number (0 to {last})."
-        )
-    return choices[number]

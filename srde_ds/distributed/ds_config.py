@@ -9,6 +9,7 @@ from typing import Any
 
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import check_ordinary
 
 DEFAULT_PREFETCH = 50_000_000
 """DeepSpeed's default of `stage3_prefetch_bucket_size`, in values"""
@@ -111,6 +112,7 @@ def prefetch_whole_layers(ds_config: dict[str, Any], values: int) -> None:
 
 
 def _read(path: str) -> dict[str, Any]:
+    check_ordinary(Path(path), f"deepspeed_config={path}", "give a JSON file, as in ds_configs/")
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

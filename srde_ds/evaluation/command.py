@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
+from srde_ds.data.conversation import TrainOn
 from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
@@ -35,22 +36,27 @@ MAX_NEW_TOKENS = 64
 _log = logging.getLogger(__name__)
 
 
-def evaluate_command(options: EvaluateOptions, reading: DataConfig | None = None) -> dict[str, Any]:
+def evaluate_command(
+    options: EvaluateOptions, reading: DataConfig | None = None, train_on: TrainOn | None = None
+) -> dict[str, Any]:
     """Evaluate as `evaluate_weights` does, and print the tables."""
-    result, target = evaluate_weights(options, reading)
+    result, target = evaluate_weights(options, reading, train_on)
     if target is not None:
         print(format_tables(result))
         print(f"Written: {target}")
     return result
 
 
-def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None) -> tuple[dict[str, Any], Path | None]:
+def evaluate_weights(
+    options: EvaluateOptions, reading: DataConfig | None = None, train_on: TrainOn | None = None
+) -> tuple[dict[str, Any], Path | None]:
     """Evaluate, and write the JSON and the items beside it (to `default_output` if the options name no file).
 
     Several processes under a launcher share the items; the first one writes.
 
     Args:
         reading: how `eval_file` is read.
+        train_on: which of the assistant's turns count in the loss; None: those that the run was trained on.
 
     Returns:
         The JSON's content and its path; no path on a process that does not write.
@@ -70,9 +76,11 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         source = open_adapter(checkpoint)
         if is_main:
             check_output(target)
-        domains = _domains(checkpoint, source.metadata.expert_names)
+        run = _data_of_run(checkpoint)
+        domains = run.domains if run else list(dict.fromkeys([*source.metadata.expert_names, *DOMAINS]))
         how_read = ReadOptions.of(reading) if reading else None
-        records = list(read_records(eval_file, domains, how_read, option="eval_file"))
+        counted = train_on or (run.train_on if run else "all")
+        records = list(read_records(eval_file, domains, how_read, option="eval_file", train_on=counted))
         records = _held_out(records, eval_file, is_main)
         return *load_model(options, source), records
 
@@ -80,6 +88,8 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         model, tokenizer, records = processes.own(lambda: load(processes.is_main))
         if processes.is_main:
             _tell_about_code(records, sandbox)
+            if len(records) > options.max_samples:
+                _log.info("%s: %d of %d items are taken (--max_samples)", eval_file, options.max_samples, len(records))
         max_new_tokens = options.max_new_tokens
         if max_new_tokens is None:
             max_new_tokens = answer_length(model, MAX_NEW_TOKENS)
@@ -166,12 +176,10 @@ def default_output(checkpoint: str) -> Path:
     return folder / (f"evaluation-{match[1]}.json" if match else "evaluation.json")
 
 
-def _domains(checkpoint: str, expert_names: Sequence[str]) -> list[str]:
-    """The domains that items may have: those of the run's config.yaml, or without it DOMAINS and the experts'."""
+def _data_of_run(checkpoint: str) -> DataConfig | None:
+    """The data options of the run that the weights belong to; None: its config.yaml is not beside them."""
     config = run_folder(checkpoint) / RUN_CONFIG
-    if config.is_file():
-        return resolve(load_yaml(config), {}).data.domains
-    return list(dict.fromkeys([*expert_names, *DOMAINS]))
+    return resolve(load_yaml(config), {}).data if config.is_file() else None
 
 
 def _tell_about_code(records: Sequence[Record], sandbox: Sandbox | None) -> None:

@@ -13,7 +13,9 @@ from srde_ds.inference.options import ModelOptions
 class EvaluateOptions(ModelOptions):
     """On which items experts are evaluated, and how."""
 
-    eval_file: str = option("", "held-out items with answers, as JSONL", metavar="FILE", required=True)
+    eval_file: str = option(
+        "", "held-out items with answers: records in a file, a folder or a pattern", metavar="FILE", required=True
+    )
     compare_baseline: bool = option(False, "also run the bare base on the same items")
     each_expert: bool = option(False, "also measure the loss of every domain with each expert alone")
     run_code: bool = option(False, "score items with tests by running the programs that the model writes, in a sandbox")

@@ -7,20 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from srde_ds.errors import SRDEError
+from srde_ds.pages.figures import Figure, new_figure
 from srde_ds.utils.escape import plot_label
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    raise SRDEError("package 'matplotlib' is missing, which plots need. Install it: pip install matplotlib") from None
 
 Lines = list[dict[str, Any]]
 
 
 def plot_loss(metrics: Lines, path: Path) -> None:
     """Plot the training loss by step, and the measured held-out losses of each domain; the base's are at step 0."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.plot([line["step"] for line in metrics], [line["loss"] for line in metrics], color="0.6", label="training")
     measured = [(0, line["held_out_at_start"]) for line in metrics if "held_out_at_start" in line]
     measured += [(line["step"], line["held_out"]) for line in metrics if "held_out" in line]
@@ -34,7 +29,7 @@ def plot_loss(metrics: Lines, path: Path) -> None:
 
 def plot_speed(metrics: Lines, path: Path) -> None:
     """Plot tokens per second by step."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.plot([line["step"] for line in metrics], [line["tokens_per_second"] for line in metrics])
     axes.set(xlabel="step", ylabel="tokens/s")
     axes.set_ylim(bottom=0)
@@ -43,7 +38,7 @@ def plot_speed(metrics: Lines, path: Path) -> None:
 
 def plot_usage(usage: dict[str, Any], path: Path) -> None:
     """Heat map of the share of each expert in each domain's tokens."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     share = usage["share"]
     picture = axes.imshow(share, cmap="viridis", vmin=0, aspect="auto")
     axes.set_xticks(range(len(usage["experts"])), [*map(plot_label, usage["experts"])], rotation=30, ha="right")
@@ -72,8 +67,3 @@ def plot_usage_by_layer(usage: dict[str, Any], path: Path) -> None:
     figure.supxlabel("expert", fontsize="medium")
     figure.colorbar(picture, ax=list(panels), label="share of the domain's choices")
     figure.savefig(path)
-
-
-def _figure() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    return figure, figure.add_subplot()

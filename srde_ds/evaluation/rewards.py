@@ -40,18 +40,19 @@ ANSWER_TAGS = r"(?s)\s*<think>.+?</think>\s*<answer>.+?</answer>\s*"
 _log = logging.getLogger(__name__)
 
 
-def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> datasets.Dataset:
+def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS, *, run_code: bool = False) -> datasets.Dataset:
     """The items of a file, as for `srde-ds evaluate`, that can be scored.
 
     Args:
         files: a file, a folder or a pattern.
         domains: domains that the items may name.
+        run_code: keep items with tests, which only an `AnswerReward` with a sandbox can score.
 
     Returns:
         Rows with `prompt` (messages before the last response), `domain`, and `item`, the record as JSON.
 
     Raises:
-        SRDEError: a record is bad, or no item has an answer, choices or tests.
+        SRDEError: a record is bad or uses tools, or no item has an answer, choices or tests.
 
     Examples:
         >>> from pathlib import Path
@@ -61,10 +62,15 @@ def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> datasets.
         [{'role': 'user', 'content': '2 + 2?'}]
     """
     records = list(read_records(files, domains, option="files"))
-    usable = [record for record in records if scoring_of(record, run_code=True) is not None]
+    usable = [record for record in records if scoring_of(record, run_code=run_code) is not None]
+    programs = 0 if run_code else sum(scoring_of(record, run_code=True) == "code" for record in records)
+    remedy = "Keep them with run_code=True, and give AnswerReward(sandbox='bubblewrap')." if programs else ""
     if not usable:
-        raise SRDEError(f"files={files}: no item has an 'answer', 'choices' or 'tests' to score it by.")
-    if left_out := len(records) - len(usable):
+        wanted = "an 'answer' or 'choices'" if programs else "an 'answer', 'choices' or 'tests'"
+        raise SRDEError(f"files={files}: no item has {wanted} to score it by. {remedy}".rstrip())
+    if programs:
+        _log.warning("%s: items with tests that are left out: %d. %s", files, programs, remedy)
+    if left_out := len(records) - len(usable) - programs:
         _log.warning("%s: items left out, since nothing says which answer is right: %d", files, left_out)
     return _rows(usable, [{}] * len(usable))
 
@@ -99,7 +105,7 @@ def gym_prompts(task: str, *, size: int, seed: int, domain: str, **options: Any)
 
 def _rows(records: Sequence[Record], more: Sequence[dict[str, Any]]) -> datasets.Dataset:
     def row(record: Record, verifier: dict[str, Any]) -> dict[str, Any]:
-        prompt = [{"role": turn["role"], "content": turn["content"]} for turn in record.prompt]
+        prompt = record.plain_messages()[:-1]
         item = json.dumps({"record": asdict(record), **verifier})
         return {"prompt": prompt, "domain": record.domain, "item": item}
 

@@ -35,7 +35,9 @@ class InferenceOptions(ModelOptions):
 
     prompt: str | None = option(None, "ask one question", metavar="TEXT")
     prompts_file: str | None = option(
-        None, "ask many questions: JSONL with prompt or messages, or one question on each line", metavar="FILE"
+        None,
+        "ask many questions: records with prompt or messages, or another file with one question on each line",
+        metavar="FILE",
     )
     interactive: bool = option(False, "hold a conversation; /help lists its commands")
     output_file: str | None = option(

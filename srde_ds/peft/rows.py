@@ -23,7 +23,8 @@ def conversations_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> dat
         Rows with `prompt` (all messages but the last), `completion` (the last message, which is learned) and `domain`.
 
     Raises:
-        SRDEError: a record is bad, or uses tools, for which TRL needs another form.
+        SRDEError: a record is bad, uses tools, for which TRL needs another form, or says that its last turn is not to
+            be trained on.
 
     Examples:
         >>> from pathlib import Path
@@ -34,9 +35,12 @@ def conversations_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> dat
     """
     rows = []
     for record in read_records(files, domains, option="files"):
-        turns = [{"role": turn["role"], "content": turn["content"]} for turn in record.messages]
-        if record.tools is not None or any(not isinstance(turn["content"], str) for turn in turns):
-            raise SRDEError(f"{record.where}: it uses tools. Leave such records out, or train with srde-ds.")
+        turns = record.plain_messages()
+        if record.messages[-1].get("train") is False:
+            raise SRDEError(
+                f"{record.where}: its last turn, the only one that TRL would learn, is not to be trained on. Leave the "
+                "record out, or train with srde-ds."
+            )
         rows.append({"prompt": turns[:-1], "completion": turns[-1:], "domain": record.domain})
     return datasets.Dataset.from_list(rows)
 

@@ -206,7 +206,7 @@ class RunState:
         resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
         if not resume_from:
             return None
-        folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology)
+        folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology, long=True)
         saved = self.saved_at(Path(folder))
         done, max_steps = saved.values["step"], self.config.training.max_steps
         if done > max_steps:

@@ -152,7 +152,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
             print(f"Stopped by {stopped} at step {state.step}. Continue with --resume_from latest.", flush=True)
         return stopped
     doing("exporting the weights")
-    on_main_rank(lambda: finish(state, heartbeat), topology)
+    on_main_rank(lambda: finish(state, heartbeat), topology, long=True)
     return None
 
 

@@ -84,6 +84,10 @@ def test_a_source_without_one_of_its_columns_is_refused(source: Source, tmp_path
          "B. b\nAnswer: B", "B"),
         ("multiple_choice", {}, {"question": "Which?", "options": ["a", "b"], "label": "b", "rationale": "So."},
          "Which?\nA. a\nB. b", "So.\nAnswer: B", "B"),
+        ("multiple_choice", {}, {"question": "Which?", "options": ["a", "b"], "label": "1"},
+         "Which?\nA. a\nB. b", "B. b\nAnswer: B", "B"),
+        ("multiple_choice", {}, {"question": "Which?", "options": ["a", "b"], "label": "0"},
+         "Which?\nA. a\nB. b", "A. a\nAnswer: A", "A"),
     ],
 )  # fmt: skip
 def test_general_formatters_take_other_columns(

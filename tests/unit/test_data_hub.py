@@ -104,6 +104,14 @@ def test_sources_are_loaded_retried_skipped_refilled_and_pushed(hub: Hub, tmp_pa
     report = (work / "report" / "report.md").read_text()
     assert "Source gated is missing" in report and sha[:12] in report
 
+    entry |= {"name": "half", "hub": "openai/gsm8k", "config": "main", "split": "train[75%:]"}
+    own = sources_file(tmp_path / "half.yaml", {"math": [entry]})
+    half = ["--sources_file", own, "--work_dir", str(tmp_path / "half"), "--examples_per_domain", "10"]
+    done = run(hub, tmp_path / "home", *half, "--num_processes", "1", "--skip_tokenize")
+    assert done.returncode == 0, done.stderr
+    last = [json.loads(line)["answer"] for line in (tmp_path / "half" / "data.jsonl").read_text().splitlines()]
+    assert sorted(map(int, last)) == list(range(31, 41))
+
     assert hub.private == {"me/sums": True} and hub.tokens == {"Bearer hf_secret"}
     uploaded = hub.files["me/sums"]
     kept = {str(path.relative_to(work)): path for path in work.rglob("*") if path.is_file()}

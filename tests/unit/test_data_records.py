@@ -66,7 +66,7 @@ def test_a_choice_that_is_a_letter_is_itself(tmp_path: Path) -> None:
         (GOOD | {"choices": ["a"], "answer": "a"}, "field 'choices' must be a list of at least two texts"),
         (GOOD | {"choices": ["a", 1], "answer": "a"}, "field 'choices' must be text, not a number"),
         (GOOD | {"choices": ["a", "a"], "answer": "a"}, "field 'choices' holds the same text twice"),
-        (GOOD | {"choices": ["a", "b"], "answer": "C"}, "field 'answer' is \"C\": with 'choices' it must be"),
+        (GOOD | {"choices": ["a", "b"], "answer": "C"}, "field 'answer' is \"C\": it must be one of the choices"),
         (GOOD | {"choices": ["a", "b"], "answer": 2}, "its number (0 to 1)"),
         (GOOD | {"choices": ["a", "b"]}, "field 'answer' is null"),
         (GOOD | {"choices": ["a", "b"], "answer": "a", "tests": "x"}, "has both 'choices' and 'tests'"),

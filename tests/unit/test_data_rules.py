@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,8 @@ def test_text_is_composed_and_freed_of_control_characters() -> None:
     assert [m["content"] for m in example.messages] == ["Caf\u00e9?\nYes", "ok"] and changed
     assert example.answer == "5\u0301"
     assert not normalise(asked("Caf\u00e9?", "ok"))[1]
+    choice, _ = normalise(replace(asked("Which?", "b", "Cafe\u0301 "), more={"choices": ["Cafe\u0301 ", "tea"]}))
+    assert choice.answer == choice.more["choices"][0] == "Caf\u00e9"
 
 
 def test_each_rule_counts_what_it_leaves_out(tmp_path: Path) -> None:
@@ -69,9 +71,15 @@ def test_each_rule_counts_what_it_leaves_out(tmp_path: Path) -> None:
         asked("Three\ufffd?", "3"),
         asked("Four?", "\udc80"),
         asked(" Five?", "5"),
+        replace(asked("Six?", "6", "a "), more={"choices": ["a ", "a"]}),
     )
-    assert figures["counts"] == {"read": 8, "no answer": 1, "broken": 3, "empty": 2, "normalised": 1}
-    assert figures["kept"] == 2 and figures["reasons"] == {"no text in 'answer'": 1, "lost characters": 2}
+    assert figures["counts"] == {"read": 9, "no answer": 1, "broken": 4, "empty": 2, "normalised": 1}
+    assert figures["kept"] == 2
+    assert figures["reasons"] == {
+        "no text in 'answer'": 1,
+        "lost characters": 2,
+        "choices that are empty or the same": 1,
+    }
     assert kept == [
         {"messages": asked("One?", "1").messages, "answer": "1", **LABELS, "row": 0},
         {"messages": asked("Five?", "5").messages, **LABELS, "row": 7},

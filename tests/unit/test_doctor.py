@@ -146,3 +146,12 @@ def test_what_the_other_host_lacks_is_named_with_the_command_that_shows_it(
         named, shows = "node2: has no Python at '/no/such/python'", "node2 'ls -l /no/such/python'"
     [finding] = doctor.check_hosts(None, str(tmp_path / "run"), [Host("node2", 1)], 29500)
     assert finding.level == "fatal" and finding.text.startswith(named) and finding.remedy.endswith(shows)
+
+
+def test_a_host_that_cannot_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = "#!/bin/sh\nread clock; echo 1.0; read host; echo 'PermissionError: config.json' >&2; exit 1\n"
+    (tmp_path / "ssh").write_text(program)
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setattr(doctor, "SSH", (str(tmp_path / "ssh"), *doctor.SSH[1:]))
+    [finding] = doctor.check_hosts(None, str(tmp_path / "run"), [Host("node2", 1)], 29500)
+    assert finding.level == "fatal" and finding.text == "node2: PermissionError: config.json"

@@ -21,7 +21,7 @@ from srde_ds.config import resolve
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import results as results_module
-from srde_ds.evaluation.command import default_output, evaluate_command
+from srde_ds.evaluation.command import default_output, evaluate_command, evaluate_weights
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.report import examples, write_report
 from srde_ds.evaluation.run_files import MOST_LINES, read_metrics
@@ -116,10 +116,10 @@ def test_report_is_made_of_the_run(run_folder: Path) -> None:
 
 def test_without_matplotlib_only_the_report_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for name in ("command", "report", "plots"):
-        monkeypatch.delitem(sys.modules, f"srde_ds.evaluation.{name}")
+    for name in ("evaluation.command", "evaluation.report", "evaluation.plots", "pages.figures"):
+        monkeypatch.delitem(sys.modules, f"srde_ds.{name}", raising=False)
     importlib.import_module("srde_ds.evaluation.command")
-    with pytest.raises(SRDEError, match="pip install matplotlib"):
+    with pytest.raises(SRDEError, match="matplotlib.* is missing"):
         importlib.import_module("srde_ds.evaluation.report")
 
 
@@ -246,6 +246,25 @@ def test_training_records_of_a_file_of_all_splits_are_left_out(
     result = evaluate_command(_options(run_folder, eval_file=str(path), output_file=str(tmp_path / "e.json")))
     assert result["overall"]["srde"]["items"] == 2
     assert f"{path}: 2 held-out items; left out as training items: 1" in caplog.text
+    assert "--max_samples" not in caplog.text
+    options = _options(run_folder, eval_file=str(path), output_file=str(tmp_path / "e.json"), max_samples=1)
+    assert evaluate_command(options)["overall"]["srde"]["items"] == 1
+    assert f"{path}: 1 of 2 items are taken (--max_samples)" in caplog.text
+
+
+def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(run_folder: Path, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": "red blue"} for role in ("user", "assistant", "user", "assistant")]
+    path = tmp_path / "talks.jsonl"
+    path.write_text(json.dumps({"domain": "math", "messages": turns, "answer": "red"}))
+
+    def tokens(run: Path, **how: Any) -> int:
+        result = evaluate_weights(_options(run, eval_file=str(path), output_file=str(tmp_path / "e.json")), **how)[0]
+        return int(result["overall"]["srde"]["tokens"])
+
+    last = tmp_path / "last"
+    shutil.copytree(run_folder, last)
+    (last / "config.yaml").write_text(yaml.safe_dump(resolve({}, {"train_on": "last"}).to_dict()))
+    assert tokens(run_folder) == tokens(last, train_on="all") > tokens(last) == tokens(run_folder, train_on="last")
 
 
 def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ def test_rows_hold_what_is_asked_and_what_is_right(tmp_path: Path, caplog: pytes
         prompts_of(write_jsonl(tmp_path / "open.jsonl", [OPEN]))
 
 
+def test_prompts_that_use_tools_are_refused(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    with pytest.raises(SRDEError, match=r"items.jsonl:1: it uses tools"):
+        prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM | {"tools": tools}]))
+
+
 def test_an_answer_is_judged_as_evaluation_judges_it(tmp_path: Path) -> None:
     rows, reward = prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM, COLOUR, WORD])), AnswerReward()
     assert rewards_of(reward, rows, "It is 1/4 more, so the answer is 0.5", "B", "Yes.") == [1, 1, 1]
@@ -50,11 +57,22 @@ def test_an_answer_is_judged_as_evaluation_judges_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not _starts(), reason="bubblewrap does not start on this machine")
 def test_programs_run_in_the_sandbox(tmp_path: Path) -> None:
-    rows = prompts_of(write_jsonl(tmp_path / "items.jsonl", [CODE]))
+    rows = prompts_of(write_jsonl(tmp_path / "items.jsonl", [CODE]), run_code=True)
     assert rewards_of(AnswerReward(sandbox="bubblewrap"), rows, f"```python\n{ADD}```") == [1]
     assert rewards_of(AnswerReward(sandbox="bubblewrap"), rows, "def add(a, b): return 0") == [0]
     with pytest.raises(SRDEError, match=r"items.jsonl:1: the item is scored by running .* AnswerReward\(sandbox="):
         rewards_of(AnswerReward(), rows, ADD)
+
+
+def test_programs_are_left_out_unless_they_may_be_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    remedy = r"Keep them with run_code=True, and give AnswerReward\(sandbox='bubblewrap'\)"
+    items = write_jsonl(tmp_path / "items.jsonl", [SUM, CODE, OPEN])
+    assert prompts_of(items)["domain"] == ["math"]
+    assert re.search(f"items with tests that are left out: 1. {remedy}", caplog.text)
+    assert "nothing says which answer is right: 1" in caplog.text
+    assert len(prompts_of(items, run_code=True)) == 2
+    with pytest.raises(SRDEError, match=f"no item has an 'answer' or 'choices' to score it by. {remedy}"):
+        prompts_of(write_jsonl(tmp_path / "programs.jsonl", [CODE]))
 
 
 def test_tasks_are_scored_by_their_own_verifier() -> None:

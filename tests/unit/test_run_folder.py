@@ -143,6 +143,7 @@ def test_missing_files(refused: Refusal, tmp_path: Path) -> None:
     refused(f"eval_file={none}", "no such file", eval_file=none)
     refused(f"pretokenized_dir={none}", "no such folder", "build_dataset", jsonl_data=None, pretokenized_dir=none)
     refused(f"deepspeed_config={none}", "no such file", deepspeed_config=none)
+    refused(f"deepspeed_config={tmp_path}", "not an ordinary file: give a JSON file", deepspeed_config=str(tmp_path))
 
 
 def test_a_bad_deepspeed_config_is_found_before_the_base_is_loaded(refused: Refusal, tmp_path: Path) -> None:

@@ -278,6 +278,17 @@ def test_conversations_are_made_of_records(tmp_path: Path) -> None:
     file.write_text(json.dumps({"messages": turns, "domain": "red", "tools": tools}))
     with pytest.raises(SRDEError, match="it uses tools"):
         conversations_of(file, ["red"])
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    file.write_text(
+        json.dumps({"messages": [turns[0], said("assistant", "")[0] | {"tool_calls": [call]}], "domain": "red"})
+    )
+    with pytest.raises(SRDEError, match="it uses tools"):
+        conversations_of(file, ["red"])
+    file.write_text(json.dumps({"messages": [*turns[:3], turns[3] | {"train": False}], "domain": "red"}))
+    with pytest.raises(SRDEError, match="its last turn, the only one that TRL would learn, is not to be trained on"):
+        conversations_of(file, ["red"])
+    file.write_text(json.dumps({"messages": [turns[0], turns[1] | {"reasoning_content": "why"}], "domain": "red"}))
+    assert conversations_of(file, ["red"])["completion"][0] == [turns[1] | {"reasoning_content": "why"}]
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.data.build.options import BuildSummary
-from srde_ds.errors import SRDEError
+from srde_ds.pages.figures import new_figure
 from srde_ds.utils.escape import plot_label
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    raise SRDEError("package 'matplotlib' is missing, which plots need. Install it: pip install matplotlib") from None
 
 
 def plot_lengths(build: BuildSummary, path: Path) -> None:
     """Plot the lengths of the documents, by domain."""
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for domain, figures in build.domains.items():
         axes.stairs(figures["lengths"]["counts"], figures["lengths"]["edges"], label=plot_label(domain))
     axes.set(xlabel="tokens in a document", ylabel="documents", xscale="log")
@@ -49,7 +44,7 @@ def plot_removals(build: BuildSummary, rules: Sequence[str], path: Path) -> None
 
 
 def _stacked(names: list[str], layers: dict[str, Any], label: str, path: Path) -> None:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     bottom = [0.0] * len(names)
     for layer, values in layers.items():
         axes.bar([*map(plot_label, names)], values, bottom=bottom, label=plot_label(layer))
@@ -59,8 +54,3 @@ def _stacked(names: list[str], layers: dict[str, Any], label: str, path: Path) -
     if layers:
         axes.legend(fontsize="x-small", ncols=2)
     figure.savefig(path)
-
-
-def _figure() -> tuple[Figure, Any]:
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    return figure, figure.add_subplot()

@@ -30,7 +30,7 @@ class BuildRequest:
         0.8, "similarity from which two documents count as duplicates, above 0 and at most 1", metavar="SHARE"
     )
     decontaminate_against: str = option(
-        "", "evaluation sets to keep out of training: JSONL files, or source:split", metavar="SET,..."
+        "", "evaluation sets to keep out of training: files of records, or source:split", metavar="SET,..."
     )
     skip_download: bool = option(False, "read no sources, but tokenise work_dir/data.jsonl as it is")
     skip_tokenize: bool = option(False, "stop after data.jsonl, which needs no base")

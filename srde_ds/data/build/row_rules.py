@@ -67,6 +67,10 @@ def make_records(
             counts["broken"] += 1
             reasons["lost characters"] += 1
             continue
+        if _unclear_choices(cleaned):
+            counts["broken"] += 1
+            reasons["choices that are empty or the same"] += 1
+            continue
         counts["normalised"] += changed
         turns = [all_text(m) for m in cleaned.messages if m["role"] != "system"]
         question = _plain(" ".join(turns[:-1]))
@@ -92,7 +96,10 @@ def normalise(example: Example) -> tuple[Example, bool]:
     messages = [m | {key: _normal(m[key]) for key in ("content", "reasoning_content") if key in m}
                 for m in example.messages]  # fmt: skip
     answer = _normal(example.answer) if example.answer is not None else None
-    return Example(messages, answer or None, example.group, example.more), messages != example.messages
+    more = dict(example.more)
+    if "choices" in more:
+        more["choices"] = [_normal(choice) for choice in more["choices"]]
+    return Example(messages, answer or None, example.group, more), messages != example.messages
 
 
 def _normal(text: str) -> str:
@@ -109,6 +116,12 @@ def _lost_characters(example: Example) -> bool:
     """Whether characters were lost, which leaves U+FFFD or lone halves of a surrogate pair."""
     texts = [*map(all_text, example.messages), example.answer or "", example.group or ""]
     return any("\ufffd" in text or has_surrogates(text) for text in texts)
+
+
+def _unclear_choices(example: Example) -> bool:
+    """Whether choices have become empty or the same."""
+    choices = example.more.get("choices", [])
+    return not all(choices) or len(set(choices)) < len(choices)
 
 
 def _record(example: Example, labels: dict[str, str], row: int) -> dict[str, Any]:

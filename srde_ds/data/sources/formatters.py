@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from srde_ds.data.choices import right_option
 from srde_ds.data.conversation import REASONING, has_surrogates
 from srde_ds.data.forms import convert
 from srde_ds.data.records import parse_record
@@ -278,9 +279,11 @@ def _conversation(fields: dict[str, Any], row: Row) -> Example:
 
 @formatter("question", "options", "label", optional=("context", "rationale", "group"))
 def multiple_choice(row: Row) -> Example:
-    """`label`: the right option's index from 0, or its letter."""
-    label = row["label"]
-    right = label if isinstance(label, int) else _index(str(label))
+    """`label`: the right option's text, letter, or index from 0."""
+    try:
+        right = right_option(row["label"], [str(option) for option in row["options"]])
+    except ValueError as error:
+        raise BrokenRow(f"'label' is {error}") from None
     return lettered_choice(
         text(row, "question"),
         row["options"],

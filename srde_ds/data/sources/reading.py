@@ -57,7 +57,7 @@ class OpenSource:
     """a commit of the Hub, a hash of the files, or the generator's version"""
     content: str
     rewritten: TemporaryDirectory[str] | None = None
-    """holds the rows as plain lines if the file has another form; exists as long as this object"""
+    """holds the rows as they can be read, if the source has another form; exists as long as this object"""
 
 
 def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -> OpenSource:
@@ -89,6 +89,10 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
             revision = revision or source.revision or with_retries(lambda: _newest(source), source.name)
             hub_revision = revision
             data = with_retries(lambda: _from_hub(source, hub_revision), source.name)
+            if "[" in source.split and not source.data_files:  # a slice's files hold the whole split
+                rewritten = TemporaryDirectory(prefix="srde-source-")
+                data.save_to_disk(rewritten.name)
+                data = datasets.load_from_disk(rewritten.name)
         else:
             paths = _local(source)
             revision = with_retries(lambda: _hash_files(paths), source.name)
