@@ -30,8 +30,6 @@ from srde_ds.training.trainer import train as train_experts
 from srde_ds.utils.launcher import stop_processes
 from srde_ds.weights.locate import COMPLETED, WEIGHTS
 
-ANSWER_TOKENS = 256
-
 
 def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> Path:
     """Train experts on a frozen base, in this process or, under a launcher, in all of its processes.
@@ -192,8 +190,6 @@ def generate(
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     if seed is not None:
         torch.manual_seed(seed)
-    longest = same_option(max_new_tokens=max_new_tokens, max_tokens=max_tokens)
-    if longest is None:
-        longest = answer_length(model, ANSWER_TOKENS)
+    longest = answer_length(model, same_option(max_new_tokens=max_new_tokens, max_tokens=max_tokens))
     answer = generate_answer(model, tokenizer, messages, Sampling(longest, temperature, top_p))
     return answer.text

@@ -21,7 +21,7 @@ from benchmarks.learning.combining import ROOT, Record, Study
 from benchmarks.learning.measure import answer_is_right
 from benchmarks.learning.store import RESULTS, run_missing
 from srde_ds.config import DOMAINS
-from srde_ds.evaluation.accuracy import generated_answers
+from srde_ds.evaluation.results import generated_answers
 from srde_ds.model.adapter import SRDEModel, load_adapter
 from srde_ds.model.base import load_base
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import DOMAINS
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.records import Record
-from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.evaluation.perplexity import response_losses
+from srde_ds.evaluation.results import generated_answers
 from srde_ds.evaluation.scoring import is_right, scoring_of
 from srde_ds.inference.answers import exact_match
 from srde_ds.inference.generate import context_length

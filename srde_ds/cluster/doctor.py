@@ -28,8 +28,6 @@ from srde_ds.errors import SRDEError
 from srde_ds.utils.units import GIB
 
 Level = Literal["ok", "warning", "fatal"]
-# Share of a GPU's memory; the rest goes to the driver, NCCL and fragmentation.
-USABLE_MEMORY = 0.9
 CLOCK_SECONDS = 2.0
 ANSWER_SECONDS = 90.0
 _AGENT = "srde_ds.cluster.host_agent"
@@ -131,6 +129,7 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
     from srde_ds.distributed.workload import Workload
     from srde_ds.model.base_shape import base_shape, check_whole
     from srde_ds.planner.memory import memory
+    from srde_ds.planner.settle import USABLE
     from srde_ds.planner.trainables import trainable_values
 
     try:
@@ -143,7 +142,7 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
     if shape.packing is not None:  # whatever `auto` would say
         work = replace(work, whole_base=True)
     needed = memory(work, shape).total
-    if gpu_bytes and needed > USABLE_MEMORY * gpu_bytes:
+    if gpu_bytes and needed > USABLE * gpu_bytes:
         yield Finding(
             "fatal",
             f"memory: {needed / GIB:.1f} GiB per process, but the GPU has {gpu_bytes / GIB:.1f}",

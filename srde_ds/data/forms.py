@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from srde_ds.data.choices import right_option
@@ -103,7 +103,7 @@ def _turns(prompt: Any, response: Any) -> list[Fields]:
     return [*asked, *(response if isinstance(response, list) else [{"role": "assistant", "content": response}])]
 
 
-def _pair(fields: Fields, asked: str, answer: str, answered: bool) -> Fields:
+def _pair(asked: str, answer: str, fields: Fields, answered: bool) -> Fields:
     for key in (asked, answer) if answered else (asked,):
         if key not in fields:
             raise BadForm(f"field '{key}' is missing")
@@ -147,7 +147,7 @@ def _alpaca(fields: Fields, answered: bool) -> Fields:
         instruction = f"{instruction}\n\n{given}"
     elif not isinstance(given, str):
         raise BadForm(f"field 'input' must be text, not {kind(given)}")
-    pair = _pair(fields | {"instruction": instruction}, "instruction", "output", answered)
+    pair = _pair("instruction", "output", fields | {"instruction": instruction}, answered)
     history = fields.get("history", [])
     if not history:
         return pair
@@ -157,20 +157,12 @@ def _alpaca(fields: Fields, answered: bool) -> Fields:
     return {"messages": [*before, *_turns(pair["prompt"], pair.get("response"))]}
 
 
-def _prompt_completion(fields: Fields, answered: bool) -> Fields:
-    return _pair(fields, "prompt", "completion", answered)
-
-
 def _prompt_response(fields: Fields, answered: bool) -> Fields:
-    pair = _pair(fields, "prompt", "response", answered)
+    pair = _pair("prompt", "response", fields, answered)
     thoughts = {key: fields[key] for key in REASONING if key in fields}
     if thoughts and "prompt" not in pair:
         raise BadForm(f"field '{min(thoughts)}' needs a response that is text: put it into the message")
     return pair | (thoughts if answered else {})
-
-
-def _question_answer(fields: Fields, answered: bool) -> Fields:
-    return _pair(fields, "question", "answer", answered)
 
 
 def _multiple_choice(fields: Fields, answered: bool) -> Fields:
@@ -221,7 +213,7 @@ FORMS = {
             "prompts and completions",
             (("prompt", "completion"), ("completion",)),
             ("prompt", "completion"),
-            _prompt_completion,
+            partial(_pair, "prompt", "completion"),
         ),
         Form(
             "prompt_response",
@@ -237,7 +229,13 @@ FORMS = {
             ("question", "choices", "options", "answer", "answerKey", "label", "context", "rationale"),
             _multiple_choice,
         ),
-        Form("question_answer", "questions and answers", (("question",),), ("question", "answer"), _question_answer),
+        Form(
+            "question_answer",
+            "questions and answers",
+            (("question",),),
+            ("question", "answer"),
+            partial(_pair, "question", "answer"),
+        ),
     )
 }
 """By name, in the order in which they are tried"""

@@ -90,9 +90,7 @@ def evaluate_weights(
             _tell_about_code(records, sandbox)
             if len(records) > options.max_samples:
                 _log.info("%s: %d of %d items are taken (--max_samples)", eval_file, options.max_samples, len(records))
-        max_new_tokens = options.max_new_tokens
-        if max_new_tokens is None:
-            max_new_tokens = answer_length(model, MAX_NEW_TOKENS)
+        max_new_tokens = answer_length(model, options.max_new_tokens, MAX_NEW_TOKENS)
         so_far = _ResultsSoFar(target, processes.rank)
         result, items = evaluate(
             model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.run_schema import Environment, Evaluation, Experts, Item, Line, Settings
 from srde_ds.utils.files import check_ordinary
+from srde_ds.utils.json_files import parsed_object, read_json, read_lines
 from srde_ds.utils.schema import check_schema
 from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, completed_step, run_folder
 
@@ -170,7 +170,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
         chosen.pop()
     if not chosen:
         raise SRDEError(f"'{path}' is empty: train first.")
-    return [_object(path, line.decode(errors="replace"), "each line") for line in chosen]
+    return [parsed_object(path, line.decode(errors="replace"), "each line", "train again") for line in chosen]
 
 
 def report_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
@@ -233,51 +233,10 @@ def read_items(path: Path) -> Lines:
     return lines
 
 
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object in a file.
-
-    Raises:
-        SRDEError: there is none; the message names the remedy.
-    """
-    return _object(path, _text(path, remedy), "it", remedy)
-
-
-def read_lines(path: Path, remedy: str) -> Lines:
-    """The objects in a file of lines. Only a line feed ends a line, since texts may contain other separators.
-
-    Raises:
-        SRDEError: there are none; the message names the remedy.
-    """
-    lines = [_object(path, line, "each line", remedy) for line in _text(path, remedy).split("\n") if line.strip()]
-    if not lines:
-        raise SRDEError(f"'{path}' is empty: {remedy}.")
-    return lines
-
-
 def _manifest(folder: Path, config: dict[str, Any]) -> Manifest | None:
     place = config.get("data", {}).get("pretokenized_dir")
     rows = Path(place) if place else folder / ROWS
     return load_manifest(rows) if (rows / FILE_NAME).is_file() else None
-
-
-def _text(path: Path, remedy: str) -> str:
-    check_ordinary(path, f"'{path}'", remedy)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise SRDEError(f"report: no such file '{path}': {remedy}.") from None
-    except UnicodeDecodeError as error:
-        raise SRDEError(f"'{path}': not UTF-8 ({error.reason} at byte {error.start}): {remedy}.") from None
-
-
-def _object(path: Path, text: str, what: str, remedy: str = "train again") -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SRDEError(f"'{path}': not valid JSON ({error}): {remedy}.") from None
-    if not isinstance(content, dict):
-        raise SRDEError(f"'{path}': {what} must hold a JSON object; {remedy}.")
-    return content
 
 
 def _place(path: Path, line: dict[str, Any]) -> str:

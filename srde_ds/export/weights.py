@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from srde_ds.checkpoint.resume import verify_checkpoint
 from srde_ds.errors import SRDEError
 from srde_ds.export.streaming import METADATA, complete_file, complete_folder, tensors_size, write_lazily
-from srde_ds.model.adapter_source import AdapterSource, checkpoint_adapter, select_experts
+from srde_ds.model.adapter_source import AdapterSource, checkpoint_adapter
 from srde_ds.utils.dtypes import dtype_name
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_TYPE, PEFT_WEIGHTS
@@ -23,22 +22,17 @@ DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
 
 
 def export_weights(
-    checkpoint_folder: str | Path,
-    output_path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    experts: Sequence[str] | None = None,
+    checkpoint_folder: str | Path, output_path: str | Path, *, dtype: torch.dtype = torch.float32
 ) -> Path:
     """Write the adapter of a checkpoint as `srde_weights.safetensors`, see `write_weights`.
 
     Raises:
-        SRDEError: the checkpoint is damaged or holds no adapter, an expert or dtype is unknown, supports are being
+        SRDEError: the checkpoint is damaged or holds no adapter, the dtype is unknown, supports are being
             learned and the base is not found, or the file cannot be written.
     """
     folder = Path(checkpoint_folder)
     verify_checkpoint(folder)
-    adapter = checkpoint_adapter(folder)
-    return write_weights(adapter if experts is None else select_experts(adapter, experts), output_path, dtype=dtype)
+    return write_weights(checkpoint_adapter(folder), output_path, dtype=dtype)
 
 
 def write_weights(adapter: AdapterSource, output: str | Path, *, dtype: torch.dtype | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from srde_ds.config.granularity import PLURALS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import markdown, markdown_code
+from srde_ds.utils.json_files import read_json, read_lines
 from srde_ds.utils.tables import markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
@@ -20,6 +20,7 @@ from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, is_run
 
 CARD = "README.md"
 # The options of config.yaml that matter to a reader, by section.
+_REMEDY = "train again, or leave run out"
 _SETTINGS = {
     "model": ["bf16"],
     "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
@@ -150,15 +151,17 @@ plain = model.merge_and_unload(expert={expert!r})  # an ordinary transformers mo
 
 
 def _training(run: Path) -> str:
-    config, metrics = load_yaml(run / RUN_CONFIG), _lines(run / METRICS)
+    config, metrics = load_yaml(run / RUN_CONFIG), read_lines(run / METRICS, _REMEDY, whole=False)
     last = metrics[-1]
-    rows = [[key, str(config[section][key])] for section, keys in _SETTINGS.items() for key in keys]
+    known = ((key, config.get(section, {}).get(key)) for section, keys in _SETTINGS.items() for key in keys)
+    rows = [[key, str(value)] for key, value in known if value is not None]
     text = f"{last['step']} steps, {last['tokens']:,} tokens; last training loss {last['loss']:.3f}."
     if (run / "environment.json").is_file():
-        environment = _json(run / "environment.json")
-        versions = ", ".join(f"{name} {number}" for name, number in environment["versions"].items())
-        machine = markdown(f"{environment['machine']}; {versions}")
-        text += f" {environment['world_size']} processes on {machine}."
+        environment = read_json(run / "environment.json", _REMEDY)
+        versions = ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items())
+        if "world_size" in environment and "machine" in environment:
+            machine = markdown(f"{environment['machine']}; {versions}".removesuffix("; "))
+            text += f" {environment['world_size']} processes on {machine}."
     return f"## Training\n\n{text}\n\n{markdown_table([['setting', 'value'], *rows])}"
 
 
@@ -171,7 +174,7 @@ def _manifest(run: Path) -> Any:
     """The manifest of the training rows, if they are still in place."""
     from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
 
-    folder = Path(load_yaml(run / RUN_CONFIG)["data"]["pretokenized_dir"] or run / ROWS)
+    folder = Path(load_yaml(run / RUN_CONFIG).get("data", {}).get("pretokenized_dir") or run / ROWS)
     return load_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 
@@ -196,7 +199,7 @@ def _data(run: Path, sources: Sequence[dict[str, Any]]) -> str:
 
 def _results(run: Path) -> str:
     if (run / "evaluation.json").is_file():
-        result = _json(run / "evaluation.json")
+        result = read_json(run / "evaluation.json", "evaluate again")
         rows = [_result_row(name, group) for name, group in [*result["domains"].items(), ("all", result["overall"])]]
         items = result["overall"]["srde"]["items"]
         header = ["domain", "loss of the base", "loss", "accuracy of the base", "accuracy"]
@@ -204,7 +207,7 @@ def _results(run: Path) -> str:
             f"## Results\n\nOn {items} held-out items: loss of the response tokens in nats, accuracy of greedy answers."
             f"\n\n{markdown_table([header, *rows])}"
         )
-    metrics = _lines(run / METRICS)
+    metrics = read_lines(run / METRICS, _REMEDY, whole=False)
     end = next((line["held_out"] for line in reversed(metrics) if "held_out" in line), None)
     if end is None:
         return ""
@@ -243,21 +246,3 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
-
-
-def _json(path: Path) -> Any:
-    return _parsed(path, path.read_text(encoding="utf-8"))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = [_parsed(path, line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    if not lines:
-        raise SRDEError(f"'{path}' is empty: the run has done no step. Train first.")
-    return lines
-
-
-def _parsed(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SRDEError(f"'{path}': not valid JSON ({error}).") from None

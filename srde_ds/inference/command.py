@@ -25,8 +25,6 @@ from srde_ds.inference.prompts import Prompt, read_prompts
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.utils.escape import json_line, terminal
 
-MAX_TOKENS = 256
-
 
 def inference_command(options: InferenceOptions, reading: DataConfig | None = None) -> None:
     """Answer on standard output or in `output_file`, or hold a conversation over standard input and output.
@@ -41,7 +39,7 @@ def inference_command(options: InferenceOptions, reading: DataConfig | None = No
     if options.expert is not None:
         model.set_active_experts(options.expert)
     torch.manual_seed(options.seed)
-    longest = answer_length(model, MAX_TOKENS) if options.max_new_tokens is None else options.max_new_tokens
+    longest = answer_length(model, options.max_new_tokens)
     sampling = Sampling(longest, options.temperature, options.top_p)
 
     def answers_to(prompts: list[Prompt]) -> list[Answer]:

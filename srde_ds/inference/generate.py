@@ -21,6 +21,8 @@ from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.utils.tables import aligned_table
 
+ANSWER_TOKENS = 256
+
 
 @dataclass
 class Generation:
@@ -130,9 +132,9 @@ def context_length(model: SRDEModel) -> int:
     return int(model.base.config.get_text_config().max_position_embeddings)
 
 
-def answer_length(model: SRDEModel, most: int) -> int:
-    """The default length limit of an answer in tokens: `most`, at most half of the base's context."""
-    return min(most, context_length(model) // 2)
+def answer_length(model: SRDEModel, given: int | None, most: int = ANSWER_TOKENS) -> int:
+    """The length limit of an answer in tokens: the given one, else `most`, at most half of the base's context."""
+    return min(most, context_length(model) // 2) if given is None else given
 
 
 def check_context(model: SRDEModel, prompt: int, answer: int, *, where: str) -> None:

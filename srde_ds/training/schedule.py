@@ -119,7 +119,7 @@ class Schedule:
         The density falls by equal factors. A learned support is pruned once, when its scores are frozen.
         """
         initial, target = self.curriculum.initial_density, self.adapter.density
-        if initial is None or initial == target:
+        if initial is None:
             return []
         steps, ratio = self.curriculum.density_warmup_steps, target / initial
         count = 1 if self._learned else min(self.curriculum.density_prunings, steps)

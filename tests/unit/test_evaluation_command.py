@@ -91,7 +91,7 @@ def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytes
 def test_the_longest_answer_follows_from_the_context(run_folder: Path) -> None:
     result = evaluate_command(_options(run_folder, max_new_tokens=None, max_samples=1))
     assert result["run"]["max_new_tokens"] == 64  # the context is 256
-    with patch("srde_ds.evaluation.command.answer_length", lambda model, most: most // 16):
+    with patch("srde_ds.evaluation.command.answer_length", lambda model, given, most: given or most // 16):
         assert evaluate_command(_options(run_folder, max_new_tokens=None))["run"]["max_new_tokens"] == 4
 
 

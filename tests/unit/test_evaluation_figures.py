@@ -12,10 +12,10 @@ import torch
 
 from srde_ds.data.packing import prompt_ids, tokenize
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.accuracy import generated_answers
 from srde_ds.evaluation.bootstrap import interval, resampled_sums
 from srde_ds.evaluation.compare import EvaluationSettings, evaluate, evenly_by_domain
 from srde_ds.evaluation.perplexity import response_losses
+from srde_ds.evaluation.results import generated_answers
 from srde_ds.evaluation.table import format_tables
 from srde_ds.inference import batches
 from srde_ds.model.policy import RoutingPolicy

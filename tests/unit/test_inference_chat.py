@@ -192,7 +192,7 @@ def test_the_longest_answer_follows_from_the_context(tmp_path: Path) -> None:
         with patch("srde_ds.inference.command.generate", generate):
             inference_command(_options(weights=weights, prompt="hi", max_new_tokens=given))
         assert seen.pop().max_new_tokens == expected
-    assert answer_length(tiny_model(context=4096), 256) == 256
+    assert answer_length(tiny_model(context=4096), None, 256) == 256
 
 
 def test_interactive_reads_standard_input(

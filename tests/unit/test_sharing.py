@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -338,6 +339,20 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(SRDEError, match="evaluation.json': not valid JSON"):
         model_card(model.metadata(), repo=None, run=run)
     (run / "evaluation.json").unlink()
+
+
+def test_a_card_of_a_killed_run_of_an_earlier_version(run: Path, tmp_path: Path) -> None:
+    model, old = SRDEModel.from_pretrained(None, run), tmp_path / "old"
+    shutil.copytree(run, old)
+    with (old / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["optimizer"]["router_lr"], config["data"]
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    (old / "environment.json").write_text('{"machine": "a machine", "world_size": 2}')
+    card = model_card(model.metadata(), repo=None, run=old)
+    assert "2 steps, 1,200 tokens; last training loss 1.500. 2 processes on a machine." in card
+    assert "| max_steps |" in card and "router_lr" not in card
 
 
 def test_a_card_without_a_run_says_nothing_of_training(made: Trained, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def write_selection(
     data_hash: str,
     tokenizer: PreTrainedTokenizerBase,
     store: ArtifactStore,
-) -> Manifest:
+) -> None:
     """Write `tokenized/`, replacing what was there."""
     documents = {
         (split, domain): _documents(number, domain, selection, pool, options)
@@ -108,7 +108,6 @@ def write_selection(
     )
     made_from = dict.fromkeys(SPLITS, (JSONL, data_hash))
     write_rows(work_dir / ROWS, manifest, documents, made_from, pad_token_id(tokenizer), store)
-    return manifest
 
 
 _ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable")

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from srde_ds.errors import SRDEError
-from srde_ds.inference.command import MAX_TOKENS
 from srde_ds.inference.generate import Sampling, answer_length
 from srde_ds.inference.load import load_model
 from srde_ds.inference.page.options import ChatOptions
@@ -37,7 +36,7 @@ def chat_command(options: ChatOptions) -> None:
     password = page_password(options, os.environ)
     with listening(options.host, options.port) as listener:
         model, tokenizer = load_model(options)
-        longest = answer_length(model, MAX_TOKENS) if options.max_new_tokens is None else options.max_new_tokens
+        longest = answer_length(model, options.max_new_tokens)
         sampling = Sampling(longest, options.temperature, options.top_p)
         page = ChatPage(model, tokenizer, sampling, seed=options.seed)
         server = chat_server(page, title=f"{options.weights} on {model.base_identity['name']}", password=password)
