@@ -27,7 +27,7 @@ from benchmarks.tables import measured_on
 from srde_ds.config import Config
 from srde_ds.distributed.processes import Topology
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.training.warm_start.routers import WarmStart, cluster_layers
+from srde_ds.training.warm_start.routers import cluster_layers
 from srde_ds.training.warm_start.token_sample import TokenSample
 
 LAYERS, HIDDEN, TOKENS, DOMAINS, TOKENS_A_ROW, RANKS = 40, 5120, 4096, 6, 32, 2
@@ -104,7 +104,7 @@ def process(rank: int, port: int, results: "torch.multiprocessing.Queue[dict[str
         dist.barrier()
         forget_peak()
         wall, cpu = time.perf_counter(), time.process_time()
-        fits = cluster_layers(own, tokens, WarmStart.of(config), topology)
+        fits = cluster_layers(own, tokens, config, topology)
         results.put(
             {
                 "wall_seconds": time.perf_counter() - wall,

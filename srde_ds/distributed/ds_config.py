@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +24,15 @@ _REFUSED_ZERO_OPTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class DeepSpeedOptions:
-    """The run's options that the DeepSpeed configuration depends on.
-
-    Attributes:
-        json_file: path of a file with DeepSpeed's own options; None: DeepSpeed's defaults.
-        batch_size: number of rows per process in a micro-step.
-        micro_steps: number of micro-steps in an optimizer step.
-        max_grad_norm: global gradient norm above which gradients are clipped; 0: no clipping.
-        bf16: train in bfloat16 instead of float32.
-    """
-
-    json_file: str | None
-    batch_size: int
-    micro_steps: int
-    max_grad_norm: float
-    bf16: bool
-
-    @classmethod
-    def of(cls, config: Config) -> DeepSpeedOptions:
-        """DeepSpeed's part of a run's options."""
-        rows = config.training.batch_size, config.training.gradient_accumulation_steps
-        return cls(config.parallel.deepspeed_config, *rows, config.optimizer.max_grad_norm, config.model.bf16)
-
-
-def derive_ds_config(options: DeepSpeedOptions, world_size: int) -> dict[str, Any]:
+def derive_ds_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
     Raises:
         SRDEError: the JSON is missing or broken, asks for another ZeRO stage, or holds "auto", an option that cannot
             work here, or a value that contradicts the run's config.
     """
-    path = options.json_file
+    training, path = config.training, config.parallel.deepspeed_config
+    micro_steps = training.gradient_accumulation_steps
     ds_config = _read(path) if path else {}
     _refuse_auto(ds_config, path)
     zero = ds_config.setdefault("zero_optimization", {})
@@ -84,11 +59,11 @@ def derive_ds_config(options: DeepSpeedOptions, world_size: int) -> dict[str, An
     # DeepSpeed's default bucket of 5e8 values takes 2 GB on every GPU; the trainables here are far smaller.
     zero.setdefault("reduce_bucket_size", 50_000_000)
     owned: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": options.batch_size,
-        "gradient_accumulation_steps": options.micro_steps,
-        "train_batch_size": options.batch_size * options.micro_steps * world_size,
-        "gradient_clipping": options.max_grad_norm,  # DeepSpeed's default is 1.0, not off
-        "bf16": {"enabled": options.bf16},
+        "train_micro_batch_size_per_gpu": training.batch_size,
+        "gradient_accumulation_steps": micro_steps,
+        "train_batch_size": training.batch_size * micro_steps * world_size,
+        "gradient_clipping": config.optimizer.max_grad_norm,  # DeepSpeed's default is 1.0, not off
+        "bf16": {"enabled": config.model.bf16},
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",

@@ -20,7 +20,7 @@ from srde_ds.config import AdapterConfig, Config, ModelConfig
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.deepspeed_internals import deepspeed
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config, prefetch_whole_layers
+from srde_ds.distributed.ds_config import derive_ds_config, prefetch_whole_layers
 from srde_ds.distributed.expert_parallel import ExpertGroups, expert_groups, place_experts, shard_atoms
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.distributed.processes import Topology, check_same
@@ -220,7 +220,7 @@ def build_model(
             f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave the flag out."
         )
     whole = config.parallel.whole_base(topology.world_size)
-    ds_config = None if whole else derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
+    ds_config = None if whole else derive_ds_config(config, topology.world_size)
     base = load_frozen_base(config.model, topology, ds_config)
     model = add_experts(
         base,
@@ -258,7 +258,7 @@ def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine
         internals.leave_alone(model.base)
     parameters = model.trainable_parameters()
     optimizer = GramMuonAdamW(build_groups(parameters, config.optimizer, config.adapter.granularity))
-    ds_config = derive_ds_config(DeepSpeedOptions.of(config), topology.world_size)
+    ds_config = derive_ds_config(config, topology.world_size)
     decoder = decoder_layers(model.base)
     largest = max(sum(prod(whole_shape(p)) for p in layer.parameters()) for layer in decoder)
     prefetch_whole_layers(ds_config, largest)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from srde_ds.config import AdapterConfig, Config, OptimizerConfig
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
+from srde_ds.distributed.ds_config import derive_ds_config
 
 
 def slots(num_experts: int, expert_parallel_size: int) -> int:
@@ -70,7 +70,7 @@ class Workload:
             bf16=model.bf16,
             flash_attention=model.flash_attention,
             recomputed=model.recomputed,
-            zero=derive_ds_config(DeepSpeedOptions.of(config), world_size)["zero_optimization"],
+            zero=derive_ds_config(config, world_size)["zero_optimization"],
         )
 
     def at(self, density: float) -> Workload:

@@ -16,7 +16,7 @@ scores do not depend on the number of processes (docs/curriculum.md).
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -40,29 +40,7 @@ from srde_ds.model.supports.blocks import by_block
 from srde_ds.model.supports.selection import activation_scores, best_entries, random_subset
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Which rows decide on the supports.
-
-    Attributes:
-        adapter: says how supports are chosen, and at which density.
-        rows: number of rows drawn: from all rows, or with `per_expert` from each domain.
-        domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
-    """
-
-    adapter: AdapterConfig
-    rows: int
-    seed: int
-    domains: tuple[str, ...]
-
-    @classmethod
-    def of(cls, config: Config, adapter: AdapterConfig | None = None) -> Calibration:
-        """The calibration that the options describe; `adapter` replaces theirs, with the current density."""
-        rows, seed = config.support.calibration_rows, config.training.seed
-        return cls(adapter or config.adapter, rows, seed, tuple(config.data.domains))
-
-
-def calibrate_supports(engine: Engine, calibration: Calibration, topology: Topology, rows: datasets.Dataset) -> None:
+def calibrate_supports(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> None:
     """Choose the supports as `support_strategy` says (activation or gradient), and write them into the layers.
 
     A collective of all ranks, which all get the same supports. Gradients and optimizer state are not touched.
@@ -73,7 +51,8 @@ def calibrate_supports(engine: Engine, calibration: Calibration, topology: Topol
     Raises:
         SRDEError: on every rank: a domain has no rows, or the scores are all zero or not finite.
     """
-    adapter, groups = calibration.adapter, choose_rows(calibration, rows)
+    adapter = replace(config.adapter, density=engine.model.config.density)  # the current one, with density annealing
+    groups = choose_rows(config, rows)
     per_expert = adapter.support_scope == "per_expert"
     beyond = range(len(groups), adapter.num_experts) if per_expert else range(0)
     everything = _scores(engine.model, adapter, topology.device) if beyond else None
@@ -88,7 +67,7 @@ def calibrate_supports(engine: Engine, calibration: Calibration, topology: Topol
         _choose(engine.model, everything, list(beyond))
 
 
-def choose_rows(calibration: Calibration, rows: datasets.Dataset) -> list[datasets.Dataset]:
+def choose_rows(config: Config, rows: datasets.Dataset) -> list[datasets.Dataset]:
     """The calibration rows: one draw from all rows, or with `per_expert` one from each domain that has an expert.
 
     They depend only on the seed and on the rows' domains.
@@ -96,12 +75,12 @@ def choose_rows(calibration: Calibration, rows: datasets.Dataset) -> list[datase
     Raises:
         SRDEError: a domain that has an expert has no rows.
     """
-    adapter, count, seed = calibration.adapter, calibration.rows, calibration.seed
+    adapter, count, seed = config.adapter, config.support.calibration_rows, config.training.seed
     if adapter.support_scope == "shared":
         return [_draw(rows, range(len(rows)), count, seed, "all")]
     domain_of_row = torch.as_tensor(rows.with_format("numpy")["domain"][:])
     groups = []
-    for domain, name in enumerate(calibration.domains[: adapter.num_experts]):
+    for domain, name in enumerate(config.data.domains[: adapter.num_experts]):
         own = (domain_of_row == domain).nonzero().squeeze(1).tolist()
         if not own:
             raise SRDEError(

@@ -18,7 +18,7 @@ from srde_ds.training.balancing import auxiliary_weights, domain_target, update_
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.reporting.held_out import Batch, HeldOut, forced_experts
 from srde_ds.training.schedule import Schedule, ScheduledStep
-from srde_ds.training.warm_start.routers import WarmStart, warm_start_routers
+from srde_ds.training.warm_start.routers import warm_start_routers
 
 
 class Curriculum:
@@ -32,12 +32,11 @@ class Curriculum:
     """
 
     def __init__(self, config: Config, topology: Topology, stream: RowStream, state: RunState) -> None:
-        self.topology, self.stream, self.state = topology, stream, state
+        self.config, self.topology, self.stream, self.state = config, topology, stream, state
         self.schedule = Schedule.of(config)
         self.policy = RoutingPolicy()
         self._balancing = config.losses
         self._auxiliary_weights = auxiliary_weights(config.losses, config.training.gradient_accumulation_steps)
-        self._warm_start = WarmStart.of(config)
         self._streams: dict[int, RowStream] = {}
         names, trained = config.expert_names, config.training.train_experts
         self._kept = frozenset(number for number, name in enumerate(names) if trained and name not in trained)
@@ -114,7 +113,7 @@ class Curriculum:
         # A run that is stopped before the step's end does this again. The result is the same, since the routers'
         # inputs do not depend on their weights, and the report then reaches the metrics.
         if step == self.schedule.warm_start_step and not interrupted():
-            report = warm_start_routers(engine, self._warm_start, self.topology, self.stream.rows)
+            report = warm_start_routers(engine, self.config, self.topology, self.stream.rows)
             self.state.warm_started = True
             found["warm_start"] = asdict(report)
             if self.schedule.curriculum.unlock_order == "cluster_size":

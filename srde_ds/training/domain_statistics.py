@@ -18,7 +18,6 @@ from torch import Tensor
 
 from srde_ds.config import Config
 from srde_ds.data.loader import validation_batches
-from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
@@ -28,9 +27,8 @@ from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
 from srde_ds.training.warm_start.from_statistics import fit_layers, router_of
-from srde_ds.training.warm_start.routers import forward_of, visit_inputs
-from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens, special_token_ids
-from srde_ds.utils.together import on_main_rank
+from srde_ds.training.warm_start.routers import forward_of, special_tokens, visit_inputs
+from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens
 from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.schema import FACTORS
 
@@ -45,16 +43,13 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     Args:
         rows: training rows as written by `build_dataset`, the same on all ranks.
     """
-    base, data, training = config.model, config.data, config.training
+    data, training = config.data, config.training
     by_domain = config.curriculum.training_phases == "by_domain"
-    special = on_main_rank(
-        lambda: special_token_ids(load_tokenizer(str(base.model_name), revision=base.model_revision)), topology
-    )
     sample = all_tokens(
         rows,
         domains=data.domains,
         rows_a_domain=training.domain_statistics_rows,
-        special_ids=special,
+        special_ids=special_tokens(config.model, topology),
         seed=training.seed,
     )
     counts = np.bincount(sample.domain, minlength=len(data.domains))

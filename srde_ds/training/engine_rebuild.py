@@ -13,7 +13,7 @@ from srde_ds.distributed.processes import Topology
 from srde_ds.model.parameter_table import parameter_table
 from srde_ds.model.supports.selection import support_size
 from srde_ds.optim.groups import build_groups, rule_table
-from srde_ds.training.calibration import Calibration, calibrate_supports, choose_rows
+from srde_ds.training.calibration import calibrate_supports, choose_rows
 from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import RunState, SavedRun
 from srde_ds.training.run_inputs import check_start
@@ -37,7 +37,7 @@ class Engines:
         calibrated = self.config.adapter.support_strategy in CALIBRATED
         if calibrated and not saved:
             # A domain without rows is refused before the base is read.
-            choose_rows(Calibration.of(self.config), self.state.stream.rows)
+            choose_rows(self.config, self.state.stream.rows)
         self._build_engine(saved)
         if saved:
             self.state.restore(saved)
@@ -51,9 +51,7 @@ class Engines:
             if line := route_to_new_experts(self.state.engine, adapter, self.config, self.topology, rows):
                 self._say(line)
         elif calibrated:
-            engine = self.state.engine
-            calibration = Calibration.of(self.config, engine.model.config)
-            calibrate_supports(engine, calibration, self.topology, self.state.stream.rows)
+            calibrate_supports(self.state.engine, self.config, self.topology, self.state.stream.rows)
 
     def prune_if_due(self) -> None:
         """If the supports are to be pruned before the coming step, replace the engine by one with smaller supports."""

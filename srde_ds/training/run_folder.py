@@ -24,7 +24,7 @@ from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_file
 from srde_ds.data.manifest import Manifest, check_domains, check_tokenizer, load_manifest, load_rows, uneven_responses
 from srde_ds.data.mixing import MixingPeriod, mixing_periods, parse_domain_weights
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
+from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import base_configuration, carries_state
 from srde_ds.model.base_shape import BaseShape, base_shape, check_whole
@@ -70,7 +70,7 @@ def check_inputs(config: Config) -> None:
             "held-out rows. Hand the file to build_dataset instead."
         )
     load_trackers(config.tracking)
-    derive_ds_config(DeepSpeedOptions.of(config), launched_world_size())
+    derive_ds_config(config, launched_world_size())
 
 
 def check_dry_run(config: Config, shape: BaseShape) -> None:

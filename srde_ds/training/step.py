@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from srde_ds.config import Config, OptimizerConfig
+from srde_ds.config import Config
 from srde_ds.data.packing import NO_LABEL
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology
@@ -20,35 +20,8 @@ from srde_ds.training.reporting.held_out import Batch
 from srde_ds.training.reporting.step_metrics import sum_over_ranks, to_host
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """The options that a step depends on.
-
-    Attributes:
-        batch_size: number of rows per process in a micro-step.
-        micro_steps: number of micro-steps in an optimizer step.
-        max_steps: number of optimizer steps of the run.
-        optimizer: gives the schedule of the learning rates.
-        num_domains, num_experts: number of domains, and of experts in each layer.
-    """
-
-    batch_size: int
-    micro_steps: int
-    max_steps: int
-    optimizer: OptimizerConfig
-    num_domains: int
-    num_experts: int
-
-    @classmethod
-    def of(cls, config: Config) -> StepOptions:
-        """The step's part of a run's options."""
-        training, domains = config.training, len(config.data.domains)
-        sizes = training.batch_size, training.gradient_accumulation_steps, training.max_steps
-        return cls(*sizes, config.optimizer, domains, config.adapter.num_experts)
-
-
 def optimizer_step(
-    options: StepOptions,
+    config: Config,
     topology: Topology,
     engine: Engine,
     curriculum: Curriculum,
@@ -67,21 +40,21 @@ def optimizer_step(
     doing("reading rows")
     batches = [
         stream.micro_batch(
-            state.step, micro, rank=topology.rank, world_size=topology.world_size, batch_size=options.batch_size
+            state.step, micro, rank=topology.rank, world_size=topology.world_size, batch_size=config.training.batch_size
         )
-        for micro in range(options.micro_steps)
+        for micro in range(config.training.gradient_accumulation_steps)
     ]
-    counts = sum_over_ranks(count_tokens(batches, options.num_domains), topology.device)
-    factor = learning_rate_factor(state.step, options.max_steps, options.optimizer)
+    counts = sum_over_ranks(count_tokens(batches, len(config.data.domains)), topology.device)
+    factor = learning_rate_factor(state.step, config.training.max_steps, config.optimizer)
     set_learning_rates(engine.optimizer, factor)
     set_step(engine.optimizer, state.step + 1)
     loss_sum = torch.zeros((), dtype=torch.float64, device=topology.device)
     # DeepSpeed averages over ranks and micro-steps; these factors turn that into the mean over the step's labels.
-    micro_steps = topology.world_size * options.micro_steps
+    micro_steps = topology.world_size * len(batches)
     weight = counts["label_weight"]
     loss_scale = (micro_steps / torch.where(weight == 0, torch.ones_like(weight), weight)).float()
     router_loss_scale = topology.world_size / counts["real_tokens"].clamp(min=1)
-    statistics = RoutingStatistics(len(engine.model.layers), options.num_experts)
+    statistics = RoutingStatistics(len(engine.model.layers), config.adapter.num_experts)
     for number, batch in enumerate(batches, 1):
         if interrupted():
             return None

@@ -39,7 +39,7 @@ from srde_ds.training.run_folder import (
 )
 from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
-from srde_ds.training.step import StepOptions, optimizer_step
+from srde_ds.training.step import optimizer_step
 from srde_ds.utils.dtypes import warn_of_slow_bfloat16
 from srde_ds.utils.files import write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
@@ -137,9 +137,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
                 observer.before_step(current)
             current.line |= curriculum.between_steps(current.engine, held_out, current.interrupted)
             started = time.monotonic()
-            sums = optimizer_step(
-                StepOptions.of(config), topology, current.engine, curriculum, state, current.interrupted
-            )
+            sums = optimizer_step(config, topology, current.engine, curriculum, state, current.interrupted)
             if sums is None:
                 stopped = current.stopped_by()
                 break  # a resumed run repeats the unfinished step

@@ -19,7 +19,7 @@ from srde_ds.config import Config, resolve
 from srde_ds.data.loader import collate
 from srde_ds.errors import SRDEError
 from srde_ds.model.supports.selection import support_size
-from srde_ds.training.calibration import Calibration, choose_rows
+from srde_ds.training.calibration import choose_rows
 from tests.distributed.engine_helpers import run_steps, state, training_rows
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import DOMAINS, Inputs, cut
@@ -73,7 +73,7 @@ def calibrated(options: dict[str, Any]) -> dict[str, list[Tensor]]:
     for strategy in STRATEGIES:
         config = resolve({}, options | {"support_strategy": strategy})
         with one_gradient_at_a_time() as sizes:
-            calibrate_supports(engine, Calibration.of(config), topology, training_rows(config))
+            calibrate_supports(engine, config, topology, training_rows(config))
         matrices = {hidden * intermediate for hidden, intermediate in base_shape(config).blocks}
         assert set(sizes) == (matrices if strategy == "gradient" else set())
         found[strategy] = [layer.support.clone() for layer in engine.model.layers]
@@ -82,7 +82,7 @@ def calibrated(options: dict[str, Any]) -> dict[str, list[Tensor]]:
 
 def dense_supports(config: Config) -> list[Tensor]:
     """From the whole base, with the gradients of its weights."""
-    groups = choose_rows(Calibration.of(config), training_rows(config))
+    groups = choose_rows(config, training_rows(config))
     per_group = [dense_squares(config, rows, range(len(rows))) for rows in groups]
     everything = [[sum(parts) for parts in zip(*layers, strict=True)] for layers in zip(*per_group, strict=True)]
     own = per_group + [everything] * (config.adapter.num_experts - len(DOMAINS))
@@ -153,7 +153,7 @@ def states_with_and_without_calibration(options: dict[str, Any]) -> list[list[An
     for _ in range(2):
         engine = build_engine(build_model(config, topology, supports=supports), config, topology)
         if supports is None:
-            calibrate_supports(engine, Calibration.of(config), topology, training_rows(config))
+            calibrate_supports(engine, config, topology, training_rows(config))
             supports = [layer.support.clone() for layer in engine.model.layers]
         assert engine.model.training and engine.model.routing.policy.active
         run_steps(engine, config, topology, steps=2)
@@ -179,15 +179,13 @@ def test_rows_are_drawn_by_seed_from_each_experts_domain(inputs: Inputs, tmp_pat
     options = flags(inputs, tmp_path, support_scope="per_expert")
     config = resolve({}, options)
     rows = training_rows(config)
-    groups = choose_rows(Calibration.of(config), rows)
+    groups = choose_rows(config, rows)
     assert [set(group["domain"]) for group in groups] == [{0}, {1}, {2}]
     assert all(len(group) == 5 for group in groups)
-    again, other = (choose_rows(Calibration.of(resolve({}, options | {"seed": seed})), rows) for seed in (42, 43))
+    again, other = (choose_rows(resolve({}, options | {"seed": seed}), rows) for seed in (42, 43))
     assert [group["input_ids"] for group in again] == [group["input_ids"] for group in groups]
     assert [group["input_ids"] for group in other] != [group["input_ids"] for group in groups]
-    (few,) = choose_rows(
-        Calibration.of(resolve({}, options | {"support_scope": "shared", "calibration_rows": 1000})), rows
-    )
+    (few,) = choose_rows(resolve({}, options | {"support_scope": "shared", "calibration_rows": 1000}), rows)
     assert len(few) == len(rows)
 
 
@@ -196,9 +194,9 @@ def test_a_domain_without_rows_is_named(inputs: Inputs, tmp_path: Path) -> None:
     rows = training_rows(config)
     rows = rows.select([i for i, domain in enumerate(rows["domain"]) if domain != 1])
     with pytest.raises(SRDEError, match="support_strategy=gradient, support_scope=per_expert: domain 'green' has no"):
-        choose_rows(Calibration.of(config), rows)
+        choose_rows(config, rows)
     config.adapter.support_scope = "shared"
-    assert len(choose_rows(Calibration.of(config), rows)) == 1
+    assert len(choose_rows(config, rows)) == 1
 
 
 def calibrate_without_responses(options: dict[str, Any]) -> str:
@@ -211,7 +209,7 @@ def calibrate_without_responses(options: dict[str, Any]) -> str:
     engine = build_engine(build_model(config, topology), config, topology)
     rows = training_rows(config).map(lambda row: {"labels": [-100] * len(row["labels"])}, keep_in_memory=True)
     with pytest.raises(SRDEError) as error:
-        calibrate_supports(engine, Calibration.of(config), topology, rows)
+        calibrate_supports(engine, config, topology, rows)
     return str(error.value)
 
 

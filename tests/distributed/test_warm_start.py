@@ -106,7 +106,7 @@ def flags_of(inputs: Inputs, folder: Path, **changes: Any) -> dict[str, Any]:
 def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
     """Warm start of an engine whose trainables are random: report, routers before and after, and the whole state."""
     from srde_ds.distributed import zero_placement as placement
-    from srde_ds.training.warm_start.routers import WarmStart, warm_start_routers
+    from srde_ds.training.warm_start.routers import warm_start_routers
 
     with running_engine(flags) as (engine, config, topology):
         engine.set_trainables(random_trainables(engine))
@@ -115,7 +115,7 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
             if piece.kind != "master":
                 piece.data.fill_(0.5)
         before, masters = routers(engine), {p.name: p.data.clone() for p in pieces if p.kind == "master"}
-        report = warm_start_routers(engine, WarmStart.of(config), topology, training_rows(config))
+        report = warm_start_routers(engine, config, topology, training_rows(config))
         after = routers(engine)
         for piece in pieces:
             router = piece.name.endswith("router.weight")
@@ -214,7 +214,7 @@ def inputs_under_routing(flags: dict[str, Any]) -> dict[str, Any]:
 
     with running_engine(flags) as (engine, config, topology), patch.object(warm_start, "fit_router", keep):
         engine.set_trainables(random_trainables(engine))
-        warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
+        warm_start.warm_start_routers(engine, config, topology, training_rows(config))
     return {"seen": seen}
 
 
@@ -262,12 +262,12 @@ def planted_rows() -> datasets.Dataset:
 
 
 def warm_started_on_planted_rows(flags: dict[str, Any]) -> dict[str, Any]:
-    from srde_ds.training.warm_start.routers import WarmStart, warm_start_routers
+    from srde_ds.training.warm_start.routers import warm_start_routers
 
     rows = planted_rows()
     with running_engine(flags) as (engine, config, topology):
         before = best_expert_shares(engine, rows)
-        report = warm_start_routers(engine, WarmStart.of(config), topology, rows)
+        report = warm_start_routers(engine, config, topology, rows)
         return {"report": asdict(report), "before": before, "after": best_expert_shares(engine, rows)}
 
 
@@ -309,7 +309,7 @@ def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:
         patch.object(warm_start, "gather_to_main", gather),
         patch.object(warm_start, "fit_router", fit),
     ):
-        warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
+        warm_start.warm_start_routers(engine, config, topology, training_rows(config))
     return {"alive": alive, "gathered": gathered, "arrays": len(held)}
 
 
@@ -327,7 +327,7 @@ def warm_start_with_failure(flags: dict[str, Any], kind: str) -> str:
 
     with running_engine(flags) as (engine, config, topology), patch.object(warm_start, "fit_router", fail):
         try:
-            warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
+            warm_start.warm_start_routers(engine, config, topology, training_rows(config))
         except (SRDEError, RuntimeError) as error:
             return f"{type(error).__name__}: {error}"
     return ""
@@ -371,7 +371,7 @@ def slow_warm_start(flags: dict[str, Any]) -> float:
         patch.object(warm_start, "fit_router", slow),
         patch.object(warm_start, "cluster_layers", cluster_layers),
     ):
-        warm_start.warm_start_routers(engine, warm_start.WarmStart.of(config), topology, training_rows(config))
+        warm_start.warm_start_routers(engine, config, topology, training_rows(config))
     return seconds[1] - seconds[0]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from srde_ds.config import resolve
-from srde_ds.distributed.ds_config import DeepSpeedOptions, derive_ds_config
+from srde_ds.distributed.ds_config import derive_ds_config
 from srde_ds.errors import SRDEError
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ OWNED = {
 
 def derive(path: Path | None) -> dict[str, Any]:
     config = resolve({}, FLAGS | ({"deepspeed_config": str(path)} if path else {}))
-    return derive_ds_config(DeepSpeedOptions.of(config), world_size=4)
+    return derive_ds_config(config, world_size=4)
 
 
 def refusal(tmp_path: Path, content: Any) -> str:

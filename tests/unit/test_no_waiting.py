@@ -100,7 +100,7 @@ def test_a_step_waits_for_the_device_at_its_end_alone(form: dict[str, Any], forc
     ):
         curriculum: Any = StepCurriculum(stream, forced=forced)
         engine: Any = PlainEngine(model)
-        sums = step.optimizer_step(step.StepOptions.of(config), topology, engine, curriculum, state, lambda: False)
+        sums = step.optimizer_step(config, topology, engine, curriculum, state, lambda: False)
     assert sums is not None and len(waits) == 1 and sums is waits[0]
     assert {name: value.device for name, value in sums.items()} == dict.fromkeys(sums, META)
     assert {"loss", "label_weight", "real_tokens", "domain_tokens", "assignments", "delta_gradient_square"} <= set(sums)

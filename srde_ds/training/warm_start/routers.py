@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from srde_ds.config import Config
+from srde_ds.config import Config, ModelConfig
 from srde_ds.data.loader import validation_batches
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
@@ -24,7 +24,7 @@ from srde_ds.model.evaluated import evaluated
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
-from srde_ds.training.warm_start.clustering import Method, RouterFit, fit_router
+from srde_ds.training.warm_start.clustering import RouterFit, fit_router
 from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens, special_token_ids
 from srde_ds.utils.together import on_main_rank
 
@@ -34,7 +34,7 @@ class WarmStartReport:
     """The result of the warm start, by layer, on the sample.
 
     Attributes:
-        method: as in `WarmStart`.
+        method: see `warm_start_method`.
         samples: domain -> number of tokens in the sample; fewer than asked for if the domain has no more.
         normalized_mutual_information: `[L]`, that of a token's best expert and its domain.
         own_domain_share: `[L]` share of the tokens whose best expert is their domain's.
@@ -48,49 +48,7 @@ class WarmStartReport:
     cluster_sizes: list[list[int]]
 
 
-@dataclass(frozen=True)
-class WarmStart:
-    """How the routers are set.
-
-    Attributes:
-        samples: number of tokens of each domain that are used in each layer.
-        domains: names in the order of the dataset's `domain` column; domain d belongs to expert d.
-        forced: run each row through its domain's expert, because the experts were trained on their domains. Otherwise
-            all deltas are zero, and any routing gives the same inputs.
-        batch_size: number of rows that a process runs at once.
-        model_name, revision: those of the base, whose tokenizer says which tokens are special.
-    """
-
-    method: Method
-    samples: int
-    num_experts: int
-    domains: tuple[str, ...]
-    forced: bool
-    batch_size: int
-    seed: int
-    model_name: str
-    revision: str | None
-
-    @classmethod
-    def of(cls, config: Config) -> WarmStart:
-        """The warm start that a run's options describe."""
-        curriculum = config.curriculum
-        return cls(
-            method=curriculum.warm_start_method,
-            samples=curriculum.warm_start_samples,
-            num_experts=config.adapter.num_experts,
-            domains=tuple(config.data.domains),
-            forced=curriculum.supervised_experts,
-            batch_size=config.training.batch_size,
-            seed=config.training.seed,
-            model_name=str(config.model.model_name),
-            revision=config.model.model_revision,
-        )
-
-
-def warm_start_routers(
-    engine: Engine, options: WarmStart, topology: Topology, rows: datasets.Dataset
-) -> WarmStartReport:
+def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> WarmStartReport:
     """Replace the weights of all routers; a collective of all ranks.
 
     Args:
@@ -99,36 +57,48 @@ def warm_start_routers(
     Raises:
         SRDEError: on every rank: a domain has no usable tokens, or the inputs do not tell the experts apart.
     """
-    special = on_main_rank(
-        lambda: special_token_ids(load_tokenizer(options.model_name, revision=options.revision)), topology
-    )
     sample = choose_tokens(
-        rows, domains=options.domains, per_domain=options.samples, special_ids=special, seed=options.seed
+        rows,
+        domains=config.data.domains,
+        per_domain=config.curriculum.warm_start_samples,
+        special_ids=special_tokens(config.model, topology),
+        seed=config.training.seed,
     )
-    fits = cluster_layers(_own_inputs(engine, options, topology, rows, sample), sample, options, topology)
+    fits = cluster_layers(_own_inputs(engine, config, topology, rows, sample), sample, config, topology)
     engine.set_trainables(
         {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
     )
-    counts = np.bincount(sample.domain, minlength=len(options.domains)).tolist()
+    counts = np.bincount(sample.domain, minlength=len(config.data.domains)).tolist()
     return WarmStartReport(
-        method=options.method,
-        samples=dict(zip(options.domains, counts, strict=True)),
+        method=config.curriculum.warm_start_method,
+        samples=dict(zip(config.data.domains, counts, strict=True)),
         normalized_mutual_information=[fit.normalized_mutual_information for fit in fits],
         own_domain_share=[fit.own_domain_share for fit in fits],
         cluster_sizes=[fit.cluster_sizes for fit in fits],
     )
 
 
+def special_tokens(base: ModelConfig, topology: Topology) -> list[int]:
+    """The special tokens of a base's tokenizer, which rank 0 reads."""
+    return on_main_rank(
+        lambda: special_token_ids(load_tokenizer(str(base.model_name), revision=base.model_revision)), topology
+    )
+
+
 def _own_inputs(
-    engine: Engine, options: WarmStart, topology: Topology, rows: datasets.Dataset, sample: TokenSample
+    engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset, sample: TokenSample
 ) -> list[Tensor]:
     """For each layer, `[n, D]` in host memory: the inputs of this rank's tokens of the sample."""
     batches = validation_batches(
-        rows.select(sample.rows), options.batch_size, rank=topology.rank, world_size=topology.world_size
+        rows.select(sample.rows), config.training.batch_size, rank=topology.rank, world_size=topology.world_size
     )
 
+    # Each row goes through its domain's expert if these were trained on their domains. Otherwise all deltas are zero,
+    # and any routing gives the same inputs.
+    forced = config.curriculum.supervised_experts
+
     def policies(batch: Batch) -> list[RoutingPolicy]:
-        return [RoutingPolicy(forced_experts=forced_experts(batch, "domain") if options.forced else None)]
+        return [RoutingPolicy(forced_experts=forced_experts(batch, "domain") if forced else None)]
 
     with evaluated(engine.deepspeed):
         return capture_inputs(engine.model, forward_of(engine.deepspeed, topology.device, policies), batches, sample)
@@ -199,7 +169,7 @@ def visit_inputs(
             hook.remove()
 
 
-def cluster_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, topology: Topology) -> list[RouterFit]:
+def cluster_layers(own: list[Tensor], sample: TokenSample, config: Config, topology: Topology) -> list[RouterFit]:
     """Cluster layer after layer on rank 0, which holds the whole sample of one layer at a time.
 
     Args:
@@ -208,11 +178,11 @@ def cluster_layers(own: list[Tensor], sample: TokenSample, options: WarmStart, t
     Returns:
         One fit for each layer, the same on every rank.
     """
-    return [_cluster_layer(inputs, layer, sample, options, topology) for layer, inputs in enumerate(own)]
+    return [_cluster_layer(inputs, layer, sample, config, topology) for layer, inputs in enumerate(own)]
 
 
-def _cluster_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmStart, topology: Topology) -> RouterFit:
-    owner = sample.owners(options.batch_size, topology.world_size)
+def _cluster_layer(own: Tensor, layer: int, sample: TokenSample, config: Config, topology: Topology) -> RouterFit:
+    owner = sample.owners(config.training.batch_size, topology.world_size)
     gathered = gather_to_main(own, np.bincount(owner, minlength=topology.world_size).tolist(), topology)
     inputs = np.empty((0, 0), np.float32)  # only rank 0 gets inputs
     if gathered is not None:
@@ -220,15 +190,15 @@ def _cluster_layer(own: Tensor, layer: int, sample: TokenSample, options: WarmSt
         inputs = gathered[torch.from_numpy(arrived)].float().cpu().numpy()
         del gathered
 
-    weights = torch.empty(options.num_experts, own.shape[1])
+    weights = torch.empty(config.adapter.num_experts, own.shape[1])
 
     def fit() -> dict[str, Any]:
         found = fit_router(
             inputs,
             sample.domain,
-            num_experts=options.num_experts,
-            method=options.method,
-            seed=options.seed,
+            num_experts=config.adapter.num_experts,
+            method=config.curriculum.warm_start_method,
+            seed=config.training.seed,
             layer=layer,
         )
         weights.copy_(torch.from_numpy(found.weights))
