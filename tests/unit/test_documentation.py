@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import runpy
 import subprocess
@@ -17,6 +19,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("clus
 STARTS = ("", "srde_ds", "benchmarks", "docs", "tests")
 FOLDERS = {path.name for start in STARTS for path in (ROOT / start).iterdir() if path.is_dir()}
 MADE = {"data", "runs", "site", "build", "dist"}  # by users and by builds
+CODE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|yaml|yml|json|jsonl|sh|sbatch|toml|md))`")
 
 
@@ -34,6 +37,16 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
 def test_a_file_that_is_gone_is_found() -> None:
     text = "`model/layer.py`, `model/no_such.py`, `srde_ds/parallel/engine.py`, `runs/x/a.json`"
     assert missing_files(text) == ["model/no_such.py", "srde_ds/parallel/engine.py"]
+
+
+def test_what_the_examples_import_is_there() -> None:
+    blocks = [block for page in PAGES for block in CODE.findall(page.read_text(encoding="utf-8"))]
+    imports = [node for block in blocks for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    every = {(str(one.module), name.name) for one in imports for name in one.names}
+    own = {(module, name) for module, name in every if module.startswith("srde_ds")}
+    assert len(own) >= 5
+    missing = [(module, name) for module, name in sorted(own) if not hasattr(importlib.import_module(module), name)]
+    assert not missing
 
 
 def test_the_design_lists_the_floors_that_the_import_test_keeps() -> None:

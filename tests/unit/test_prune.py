@@ -196,6 +196,14 @@ def test_the_pruned_model_is_the_old_one_without_the_dropped_entries(
     assert unlike > 1e-2
 
 
+def test_the_call_in_the_documentation_prunes(base: Path, tmp_path: Path) -> None:
+    folder = save_run(unpruned(base), tmp_path)
+    page = (Path(__file__).parents[2] / "docs/curriculum.md").read_text(encoding="utf-8")
+    [call] = [block.partition("```")[0] for block in page.split("```python\n") if "prune_checkpoint(" in block]
+    exec(call.replace("runs/first/checkpoint-500", str(folder)).replace("0.005", str(NEW)), {})
+    assert load_adapter(export_weights(folder, tmp_path / "weights")).config.density == NEW
+
+
 def test_of_equal_deltas_the_lower_position_stays(base: Path, tmp_path: Path) -> None:
     model = unpruned(base)
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -171,8 +172,8 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
     source = Source(domain=domain, **entry)
     if source.redistributable not in ("yes", "no", "unknown"):
         raise SRDEError(f'{place}: redistributable={source.redistributable!r}: must be "yes", "no" or unknown.')
-    if source.weight < 0:
-        raise SRDEError(f"{place}: weight={source.weight}: must not be negative.")
+    if not 0 <= source.weight < math.inf:  # refuses nan as well
+        raise SRDEError(f"{place}: weight={source.weight}: must be finite, and must not be negative.")
     if source.generated == (source.formatter is not None):
         has = "makes conversations by itself: leave formatter out" if source.generated else "needs a formatter"
         raise SRDEError(f"{place}: {has}.")
