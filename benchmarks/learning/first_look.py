@@ -300,10 +300,14 @@ def run_look(name: str, base_folder: Path, folder: Path, steps: int = STEPS) -> 
     return figures | {"seconds": round(time.monotonic() - started), "environment": environment()}
 
 
-def difference(losses: list[float], against: list[float]) -> tuple[float, float]:
+def difference(*pairs: tuple[list[float], list[float]]) -> tuple[float, float]:
     """Mean difference of the steps of the second half, and half of its 95 % interval over the steps, whose batches are
-    equal."""
-    late = [a - b for a, b in zip(losses, against, strict=True)][len(losses) // 2 :]
+    equal.
+
+    Args:
+        pairs: of each seed, a run's losses and those that they are compared with.
+    """
+    late = [a - b for run, against in pairs for a, b in list(zip(run, against, strict=True))[len(run) // 2 :]]
     return mean(late), float(t.ppf(0.975, len(late) - 1)) * stdev(late) / math.sqrt(len(late))
 
 
@@ -316,7 +320,7 @@ def table(records: list[dict[str, Any]]) -> str:
             record["name"],
             f"{record['values']:,}",
             f"{record['late_loss']:.3f}",
-            "{:+.3f} ± {:.3f}".format(*difference(record["losses"], against)) if record["name"] != AGAINST else "",
+            "{:+.3f} ± {:.3f}".format(*difference((record["losses"], against))) if record["name"] != AGAINST else "",
             f"{record['held_out']:.3f}",
             *(f"{record['by_domain'][domain]:.2f}" for domain in DOMAINS),
         ]
@@ -331,7 +335,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     found = {}
     for record in sorted(records, key=lambda record: float(record["late_loss"])):
         if record["name"] != AGAINST:
-            middle, half = difference(record["losses"], against)
+            middle, half = difference((record["losses"], against))
             found[record["name"]] = middle, (middle - half, middle + half)
     plot_differences(found, path, label=f"training loss of steps {STEPS // 2 + 1} to {STEPS}, against {AGAINST}")
 

@@ -12,6 +12,7 @@ of one in float32 on an AMD EPYC without AVX-512.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ import torch
 from benchmarks.learning.combining import ROOT, Part, Record, held_out
 from benchmarks.learning.combining_tables import Results
 from benchmarks.learning.data import prepare
-from benchmarks.learning.first_look import LOOKS, STEPS, factor, train_look
+from benchmarks.learning.first_look import LOOKS, STEPS, difference, factor, train_look
 from benchmarks.learning.interference import TEST_ITEMS, losses_of
 from benchmarks.learning.plan import Budget, Plan, late_loss
 from benchmarks.learning.store import RESULTS, read_records, run_missing
@@ -77,21 +78,25 @@ def parts(names: Sequence[str], budget: Budget, seed: int, **how: Any) -> Iterat
 
 
 def table(records: list[Record]) -> str:
-    """The smallest difference to LoRA first. A method is compared on the seeds that it has been measured with."""
-    rows = []
-    for name in {record["part"]: None for record in records}:
+    """LoRA's losses, and the differences to them on the seeds that a method has been measured with, smallest first."""
+    head = ["", "mean test loss", "by seed", "training loss, second half", *DOMAINS]
+    lora = Results([record for record in records if record["part"] == AGAINST], [AGAINST])
+    late = mean(late_loss({"losses": lora.by_seed[seed][AGAINST]["training"]}) for seed in lora.seeds)
+    own = [f"{lora.loss(AGAINST, domain):.2f}" for domain in DOMAINS]
+    seeds = ", ".join(map(str, lora.seeds))
+    rows = [(-math.inf, [AGAINST, f"{lora.mean_loss(AGAINST):.3f}", seeds, f"{late:.3f}", *own])]
+    for name in {record["part"]: None for record in records if record["part"] != AGAINST}:
         results = Results([record for record in records if record["part"] in (name, AGAINST)], [name, AGAINST])
         if not results.seeds:
             continue
-        late = mean(late_loss({"losses": results.by_seed[seed][name]["training"]}) for seed in results.seeds)
-        by_domain = [f"{results.loss(name, domain):.2f}" for domain in DOMAINS]
         total, (low, high), by_seed = results.difference(name, AGAINST)
-        against = f"{total:+.3f} ({low:+.3f} to {high:+.3f})" if name != AGAINST else ""
+        runs = [[results.by_seed[seed][part]["training"] for part in (name, AGAINST)] for seed in results.seeds]
+        middle, half = difference(*((run, against) for run, against in runs))
         apart = ", ".join(f"{seed}: {value:+.3f}" for seed, value in zip(results.seeds, by_seed, strict=True))
-        apart = apart if name != AGAINST else ", ".join(map(str, results.seeds))
-        rows.append((total, [name, against, apart, f"{late:.3f}", f"{results.mean_loss(name):.3f}", *by_domain]))
-    heads = ["", f"test loss against {AGAINST}", "by seed", "training loss, second half", "mean test loss", *DOMAINS]
-    return markdown(heads, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+        by_domain = [results.loss(name, domain) - results.loss(AGAINST, domain) for domain in DOMAINS]
+        cells = [name, f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, f"{middle:+.3f} ± {half:.3f}"]
+        rows.append((total, [*cells, *(f"{value:+.2f}" for value in by_domain)]))
+    return markdown(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
 
 
 def main() -> None:

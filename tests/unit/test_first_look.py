@@ -88,7 +88,7 @@ def test_looks_are_options_that_the_package_knows_and_the_rate_falls() -> None:
 
 
 def test_the_table_pairs_the_steps(tmp_path: Path) -> None:
-    assert difference([9.0, 9.0, 1.0, 1.2], [0.0, 0.0, 0.9, 1.0]) == pytest.approx((0.15, 0.635), abs=1e-3)
+    assert difference(([9.0, 9.0, 1.0, 1.2], [0.0, 0.0, 0.9, 1.0])) == pytest.approx((0.15, 0.635), abs=1e-3)
     records = read_records(RESULTS / "first_look.jsonl")
     lines = table(records).splitlines()
     assert len(lines) == len(records) + 2 and {record["name"] for record in records} <= LOOKS.keys()

@@ -56,13 +56,20 @@ def test_methods_read_the_same_batches_and_start_as_the_base(tmp_path: Path) -> 
 def test_the_table_pairs_test_rows_and_seeds() -> None:
     def record(seed: int, name: str, loss: float) -> dict[str, object]:
         rows = [[loss, 1], [2 * loss, 1]]
-        return {"seed": seed, "part": name, "training": [9.0, loss], "losses": {domain: rows for domain in DOMAINS}}
+        return {
+            "seed": seed,
+            "part": name,
+            "training": [9.0, 9.0, loss, loss],
+            "losses": {domain: rows for domain in DOMAINS},
+        }
 
     measured = [(1, 0), (2, 0), (1, 1), (2, 1), (2, 2)]
     records = [record(seed, THREE[place], seed + place / 10) for seed, place in measured]
     records.append(record(3, "one delta, 0.01", 1.0))  # nothing to compare it with yet
     first, second, third = joint.table(records).splitlines()[2:]
-    assert first.startswith(f"| {joint.AGAINST} |  | 1, 2 | 1.500 | 2.250 |")
-    assert second.startswith(f"| {THREE[1]} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | 1.600 | 2.400 |")
-    assert third.startswith(f"| {THREE[2]} | +0.300 (+0.250 to +0.350) | 2: +0.300 | 2.200 | 3.300 |")
+    assert first.startswith(f"| {joint.AGAINST} | 2.250 | 1, 2 | 1.500 | 2.25 |")
+    assert second.startswith(
+        f"| {THREE[1]} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | +0.100 ± 0.000 | +0.15"
+    )
+    assert third.startswith(f"| {THREE[2]} | +0.300 (+0.250 to +0.350) | 2: +0.300 | +0.200 ± 0.000 | +0.30 |")
     assert set(joint.PARTS) <= LOOKS.keys()
