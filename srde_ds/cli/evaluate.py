@@ -18,7 +18,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         positional="weights",
     )
     parser.add_options(EvaluateOptions)
-    parser.add_config_options(only=(*READING, "train_on"))
+    parser.add_config_options(only=READING)
     parser.add_launcher_flag()
     given = parser.parse(arguments)
     options = parser.options(EvaluateOptions, given)
@@ -26,4 +26,4 @@ def evaluate(arguments: Sequence[str]) -> None:
 
     from srde_ds.evaluation.command import evaluate_command
 
-    evaluate_command(options, reading, reading.train_on if "train_on" in given else None)
+    evaluate_command(options, reading)

@@ -172,8 +172,14 @@ def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: 
             except AgentError as error:
                 yield error.finding()
                 agents.pop(host.name, None)
+        found: dict[str, dict[str, Any]] = {}
+        for name, agent in list(agents.items()):
+            try:
+                found[name] = agent.ask("describe_host", base=base, output_dir=output_dir)
+            except AgentError as error:  # the other hosts are checked without this one
+                yield error.finding()
+                del agents[name]
         try:
-            found = {name: one.ask("describe_host", base=base, output_dir=output_dir) for name, one in agents.items()}
             yield from compare(found)
             for host in hosts:
                 if host.name in found:
@@ -182,7 +188,7 @@ def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: 
             yield from _check_clocks(agents)
             yield from _check_shared(agents, Path(output_dir).absolute())
             yield from _check_ports(agents, port)
-        except AgentError as error:  # an answer that did not come, or a question that this host cannot answer
+        except AgentError as error:
             yield error.finding()
 
 
@@ -331,7 +337,11 @@ class Agent:
             if status == _NO_PYTHON:
                 raise AgentError(self.host, f"has no Python at '{sys.executable}'", f"ls -l {sys.executable}")
             raise AgentError(self.host, said[-1] if said else "the connection ended")
-        return json.loads(answer)
+        try:
+            return json.loads(answer)
+        except ValueError:
+            said_instead = f"its shell prints {answer.strip()[:60]!r} where an answer should be"
+            raise AgentError(self.host, said_instead, "true") from None
 
     def _read(self) -> None:
         assert self._process.stdout

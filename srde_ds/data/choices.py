@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,22 +26,27 @@ def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | No
         >>> right_option(1, ["red", "blue"], labels=["1", "2"])
         0
     """
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)  # a column of integers that lacks some is one of floats
-    named = list(labels) if labels is not None else [letter_of(number) for number in range(len(options))]
-    numbered = bool(named) and all(label.strip().isdecimal() for label in named)
-    if isinstance(answer, (str, int)) and not isinstance(answer, bool):
-        text = str(answer).strip()
+    own = [_plain(label) for label in labels or ()]
+    named = own if labels is not None else [letter_of(number) for number in range(len(options))]
+    if isinstance(answer, str | int | float) and not isinstance(answer, bool):
         if isinstance(answer, str) and answer in options:
             return list(options).index(answer)
+        text = _plain(answer)
         for known, wanted in ((named, text), ([label.upper() for label in named], text.upper())):
-            if wanted in known:
+            if known.count(wanted) == 1:
                 return known.index(wanted)
-        if text in map(str, range(len(options))) and not numbered:
+        # A number is a position only where no label is one.
+        if text in map(str, range(len(options))) and not any(re.search(r"\d", label) for label in own):
             return int(text)
     shown = json.dumps(answer, default=str)
     if not named:
         raise ValueError(f"{shown}, but there are no choices")
     known_as = f"its {'letter' if labels is None else 'label'} ({named[0]} to {named[-1]})"
-    number = "" if numbered else f" or its number (0 to {len(options) - 1})"
+    number = f" or its number (0 to {len(options) - 1})" if labels is None else ""
     raise ValueError(f"{shown}: it must be one of the choices, {known_as}{number}")
+
+
+def _plain(label: Any) -> str:
+    """A label without outer space; a whole number without a decimal point, which a column that lacks some adds."""
+    text = str(label).strip()
+    return text.removesuffix(".0") if re.fullmatch(r"\d+\.0", text) else text

@@ -22,7 +22,7 @@ from srde_ds.data.conversation import (
 from srde_ds.errors import SRDEError, nearest
 
 SPLITS = ("train", "validation", "test")
-PLAIN = ("role", "content", "reasoning_content")
+PLAIN = ("role", "content", "train")
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,20 @@ class Record:
         return self.messages[:-1]
 
     def plain_messages(self) -> list[Message]:
-        """The messages with their roles, contents and thoughts, for trainers that take no more.
+        """The messages with their roles and contents, for trainers whose tables of messages hold no more.
 
         Raises:
-            SRDEError: the record uses tools.
+            SRDEError: the record uses tools, or a message holds more, such as a thought.
         """
-        if self.tools is not None or any("tool_calls" in turn or turn["role"] == "tool" for turn in self.messages):
-            raise SRDEError(f"{self.where}: it uses tools. Leave such records out, or train with srde-ds.")
-        return [{key: turn[key] for key in PLAIN if key in turn} for turn in self.messages]
+        more = [key for turn in self.messages for key in turn if key not in PLAIN]
+        if self.tools is not None or "tool_calls" in more or "tool_call_id" in more:
+            raise SRDEError(f"{self.where}: it uses tools, which rows for TRL do not hold. Leave such records out.")
+        if more:
+            raise SRDEError(
+                f"{self.where}: '{more[0]}' in a message, which rows for TRL do not hold. Write it into the content, "
+                "or leave such records out."
+            )
+        return [{key: turn[key] for key in ("role", "content")} for turn in self.messages]
 
 
 def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:

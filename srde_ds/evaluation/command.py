@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
-from srde_ds.data.conversation import TrainOn
 from srde_ds.data.inputs import ReadOptions, read_records
+from srde_ds.data.manifest import FILE_NAME, load_manifest
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import EvaluationSettings, evaluate, items_file
@@ -29,34 +30,29 @@ from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.utils.environment import environment
-from srde_ds.weights.locate import CHECKPOINT_NAME, RUN_CONFIG, run_folder
+from srde_ds.weights.locate import CHECKPOINT_NAME, ROWS, RUN_CONFIG, run_folder
 
 MAX_NEW_TOKENS = 64
 
 _log = logging.getLogger(__name__)
 
 
-def evaluate_command(
-    options: EvaluateOptions, reading: DataConfig | None = None, train_on: TrainOn | None = None
-) -> dict[str, Any]:
+def evaluate_command(options: EvaluateOptions, reading: DataConfig | None = None) -> dict[str, Any]:
     """Evaluate as `evaluate_weights` does, and print the tables."""
-    result, target = evaluate_weights(options, reading, train_on)
+    result, target = evaluate_weights(options, reading)
     if target is not None:
         print(format_tables(result))
         print(f"Written: {target}")
     return result
 
 
-def evaluate_weights(
-    options: EvaluateOptions, reading: DataConfig | None = None, train_on: TrainOn | None = None
-) -> tuple[dict[str, Any], Path | None]:
+def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None) -> tuple[dict[str, Any], Path | None]:
     """Evaluate, and write the JSON and the items beside it (to `default_output` if the options name no file).
 
     Several processes under a launcher share the items; the first one writes.
 
     Args:
         reading: how `eval_file` is read.
-        train_on: which of the assistant's turns count in the loss; None: those that the run was trained on.
 
     Returns:
         The JSON's content and its path; no path on a process that does not write.
@@ -71,16 +67,16 @@ def evaluate_weights(
         check_sandbox(sandbox)
     checkpoint, eval_file = options.weights, options.eval_file
     target = Path(options.output_file) if options.output_file else default_output(checkpoint)
+    run = _data_of_run(checkpoint)
+    train_on = options.train_on or (run.train_on if run else "all")
 
     def load(is_main: bool) -> tuple[SRDEModel, PreTrainedTokenizerBase, list[Record]]:
         source = open_adapter(checkpoint)
         if is_main:
             check_output(target)
-        run = _data_of_run(checkpoint)
         domains = run.domains if run else list(dict.fromkeys([*source.metadata.expert_names, *DOMAINS]))
         how_read = ReadOptions.of(reading) if reading else None
-        counted = train_on or (run.train_on if run else "all")
-        records = list(read_records(eval_file, domains, how_read, option="eval_file", train_on=counted))
+        records = list(read_records(eval_file, domains, how_read, option="eval_file", train_on=train_on))
         records = _held_out(records, eval_file, is_main)
         return *load_model(options, source), records
 
@@ -111,6 +107,7 @@ def evaluate_weights(
     result["run"] = {
         "checkpoint": checkpoint,
         "eval_file": eval_file,
+        "train_on": train_on,
         "base": str(model.base_identity["name"]),
         "dtype": "bfloat16" if options.bf16 else "float32",
         "base_quantization": options.base_quantization,
@@ -176,8 +173,14 @@ def default_output(checkpoint: str) -> Path:
 
 def _data_of_run(checkpoint: str) -> DataConfig | None:
     """The data options of the run that the weights belong to; None: its config.yaml is not beside them."""
-    config = run_folder(checkpoint) / RUN_CONFIG
-    return resolve(load_yaml(config), {}).data if config.is_file() else None
+    folder = run_folder(checkpoint)
+    if not (folder / RUN_CONFIG).is_file():
+        return None
+    data = resolve(load_yaml(folder / RUN_CONFIG), {}).data
+    rows = Path(data.pretokenized_dir or folder / ROWS)
+    if not (rows / FILE_NAME).is_file():
+        return data
+    return replace(data, train_on="last" if load_manifest(rows).train_on == "last" else "all")
 
 
 def _tell_about_code(records: Sequence[Record], sandbox: Sandbox | None) -> None:

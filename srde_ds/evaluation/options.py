@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from srde_ds.config.values import option
+from srde_ds.data.conversation import TrainOn
 from srde_ds.evaluation.sandbox import Sandbox
 from srde_ds.inference.options import ModelOptions
 
@@ -20,6 +21,11 @@ class EvaluateOptions(ModelOptions):
     each_expert: bool = option(False, "also measure the loss of every domain with each expert alone")
     run_code: bool = option(False, "score items with tests by running the programs that the model writes, in a sandbox")
     sandbox: Sandbox = option("bubblewrap", "what confines these programs; none: they can do everything that you can")
+    train_on: TrainOn | None = option(
+        None,
+        "which of the assistant's turns count in the loss (default: those that the run was trained on, else all)",
+        metavar="all|last",
+    )
     max_samples: int = option(1000, "most items, taken evenly from the domains", metavar="ITEMS", minimum=1)
     max_new_tokens: int | None = option(
         None,

@@ -52,7 +52,7 @@ def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS, *, run_code:
         Rows with `prompt` (messages before the last response), `domain`, and `item`, the record as JSON.
 
     Raises:
-        SRDEError: a record is bad or uses tools, or no item has an answer, choices or tests.
+        SRDEError: a record is bad, uses tools or holds thoughts, or no item has an answer, choices or tests.
 
     Examples:
         >>> from pathlib import Path

@@ -14,7 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.evaluation.compare import items_file
 from srde_ds.evaluation.run_schema import Environment, Evaluation, Experts, Item, Line, Settings
 from srde_ds.utils.files import check_ordinary
-from srde_ds.utils.json_files import parsed_object, read_json, read_lines
+from srde_ds.utils.json_files import is_torn, parsed_object, read_json, read_lines
 from srde_ds.utils.schema import check_schema
 from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, completed_step, run_folder
 
@@ -166,7 +166,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
             ]
     except (FileNotFoundError, NotADirectoryError):
         raise SRDEError(f"report: no such file '{path}': train first.") from None
-    if chosen and not chosen[-1].endswith((b"\n", b"}")):
+    if chosen and is_torn(chosen[-1]):
         chosen.pop()
     if not chosen:
         raise SRDEError(f"'{path}' is empty: train first.")

@@ -12,15 +12,15 @@ from srde_ds.config.granularity import PLURALS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import markdown, markdown_code
-from srde_ds.utils.json_files import read_json, read_lines
+from srde_ds.utils.json_files import read_growing_lines, read_json
 from srde_ds.utils.tables import markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
 from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, is_run
 
 CARD = "README.md"
-# The options of config.yaml that matter to a reader, by section.
 _REMEDY = "train again, or leave run out"
+# The options of config.yaml that matter to a reader, by section.
 _SETTINGS = {
     "model": ["bf16"],
     "optimizer": ["use_muon", "muon_lr", "learning_rate", "router_lr", "lr_schedule", "warmup_steps"],
@@ -151,14 +151,14 @@ plain = model.merge_and_unload(expert={expert!r})  # an ordinary transformers mo
 
 
 def _training(run: Path) -> str:
-    config, metrics = load_yaml(run / RUN_CONFIG), read_lines(run / METRICS, _REMEDY, whole=False)
+    config, metrics = load_yaml(run / RUN_CONFIG), read_growing_lines(run / METRICS, _REMEDY)
     last = metrics[-1]
-    known = ((key, config.get(section, {}).get(key)) for section, keys in _SETTINGS.items() for key in keys)
+    known = ((key, (config.get(section) or {}).get(key)) for section, keys in _SETTINGS.items() for key in keys)
     rows = [[key, str(value)] for key, value in known if value is not None]
-    text = f"{last['step']} steps, {last['tokens']:,} tokens; last training loss {last['loss']:.3f}."
+    text = f"{last['step']} steps, {last['tokens']:,} tokens; last training loss {_number(last['loss'])}."
     if (run / "environment.json").is_file():
         environment = read_json(run / "environment.json", _REMEDY)
-        versions = ", ".join(f"{name} {number}" for name, number in environment.get("versions", {}).items())
+        versions = ", ".join(f"{name} {number}" for name, number in (environment.get("versions") or {}).items())
         if "world_size" in environment and "machine" in environment:
             machine = markdown(f"{environment['machine']}; {versions}".removesuffix("; "))
             text += f" {environment['world_size']} processes on {machine}."
@@ -174,7 +174,7 @@ def _manifest(run: Path) -> Any:
     """The manifest of the training rows, if they are still in place."""
     from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
 
-    folder = Path(load_yaml(run / RUN_CONFIG).get("data", {}).get("pretokenized_dir") or run / ROWS)
+    folder = Path((load_yaml(run / RUN_CONFIG).get("data") or {}).get("pretokenized_dir") or run / ROWS)
     return load_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 
@@ -207,7 +207,7 @@ def _results(run: Path) -> str:
             f"## Results\n\nOn {items} held-out items: loss of the response tokens in nats, accuracy of greedy answers."
             f"\n\n{markdown_table([header, *rows])}"
         )
-    metrics = read_lines(run / METRICS, _REMEDY, whole=False)
+    metrics = read_growing_lines(run / METRICS, _REMEDY)
     end = next((line["held_out"] for line in reversed(metrics) if "held_out" in line), None)
     if end is None:
         return ""

@@ -23,8 +23,8 @@ def conversations_of(files: str | Path, domains: Sequence[str] = DOMAINS) -> dat
         Rows with `prompt` (all messages but the last), `completion` (the last message, which is learned) and `domain`.
 
     Raises:
-        SRDEError: a record is bad, uses tools, for which TRL needs another form, or says that its last turn is not to
-            be trained on.
+        SRDEError: a record is bad, uses tools or holds thoughts, for which TRL needs another form, or says that its
+            last turn is not to be trained on.
 
     Examples:
         >>> from pathlib import Path

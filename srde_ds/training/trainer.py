@@ -183,7 +183,7 @@ def finish(state: RunState, heartbeat: Heartbeat) -> None:
     try:
         write_text(output / COMPLETED, json.dumps(marker, indent=2) + "\n")
     except OSError as error:
-        raise SRDEError(f"'{output / 'completed.json'}' cannot be written: {error.strerror}.") from None
+        raise SRDEError(f"'{output / COMPLETED}' cannot be written: {error.strerror}.") from None
     print(f"Finished: {weights}", flush=True)
 
 

@@ -19,21 +19,32 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return parsed_object(path, _text(path, remedy), "it", remedy)
 
 
-def read_lines(path: Path, remedy: str, *, whole: bool = True) -> list[dict[str, Any]]:
+def read_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
     """The objects in a file of lines. Only a line feed ends a line, since texts may contain other separators.
-
-    Args:
-        whole: whether the last line must be complete; otherwise one that a kill has cut is left out.
 
     Raises:
         SRDEError: there are none; the message names the remedy.
     """
-    lines = [line for line in _text(path, remedy).split("\n") if line.strip()]
-    if lines and not whole and not lines[-1].endswith("}"):
+    return _objects(path, _text(path, remedy).split("\n"), remedy)
+
+
+def read_growing_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """As `read_lines`, of a file whose last line a kill may have cut; it is left out then."""
+    lines = _bytes(path, remedy).splitlines(keepends=True)
+    if lines and is_torn(lines[-1]):
         lines.pop()
-    if not lines:
-        raise SRDEError(f"'{path}' is empty: {remedy}.")
-    return [parsed_object(path, line, "each line", remedy) for line in lines]
+    return _objects(path, [line.decode(errors="replace") for line in lines], remedy)
+
+
+def is_torn(line: bytes) -> bool:
+    """Whether a kill has cut the last line of a file: it has no line feed, and is not JSON."""
+    if line.endswith(b"\n"):
+        return False
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def parsed_object(path: Path, text: str, what: str, remedy: str) -> dict[str, Any]:
@@ -51,11 +62,23 @@ def parsed_object(path: Path, text: str, what: str, remedy: str) -> dict[str, An
     return content
 
 
+def _objects(path: Path, lines: list[str], remedy: str) -> list[dict[str, Any]]:
+    found = [parsed_object(path, line, "each line", remedy) for line in lines if line.strip()]
+    if not found:
+        raise SRDEError(f"'{path}' is empty: {remedy}.")
+    return found
+
+
 def _text(path: Path, remedy: str) -> str:
-    check_ordinary(path, f"'{path}'", remedy)
     try:
-        return path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        raise SRDEError(f"no such file '{path}': {remedy}.") from None
+        return _bytes(path, remedy).decode()
     except UnicodeDecodeError as error:
         raise SRDEError(f"'{path}': not UTF-8 ({error.reason} at byte {error.start}): {remedy}.") from None
+
+
+def _bytes(path: Path, remedy: str) -> bytes:
+    check_ordinary(path, f"'{path}'", remedy)
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise SRDEError(f"no such file '{path}': {remedy}.") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -78,17 +79,18 @@ def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> 
         long: the work may take longer than the timeout of collectives. It runs in a thread and must not communicate;
             meanwhile the ranks exchange signs of life, so that only a lost one trips the timeout.
     """
+    own: Future[Result] = Future()
     if long:
-        with ThreadPoolExecutor(1) as executor:
-            own = executor.submit(work)
-            while ranks.all_reduce_max(int(not own.done())):
+        # A daemon, so that the process can end although the work goes on.
+        threading.Thread(target=_settle, args=(own, work), daemon=True).start()
+        while ranks.all_reduce_max(int(not own.done())):
+            try:
                 wait([own], SIGN_OF_LIFE_SECONDS)
+            except BaseException as raised:  # a signal's, which comes in the main thread
+                own = Future()
+                own.set_exception(raised)
     else:
-        own = Future()
-        try:
-            own.set_result(work())
-        except BaseException as raised:  # whatever has happened, no rank may wait for this one
-            own.set_exception(raised)
+        _settle(own, work)
     error = own.exception()
     foreseen, reason = error is None or isinstance(error, SRDEError | OSError), ""
     if isinstance(error, OSError):
@@ -101,6 +103,13 @@ def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> 
     failures = [Failure(rank, why, known) for rank, (known, why) in enumerate(reports) if why]
     # A bug comes first: it may have made the others fail.
     return Outcome(own, min(failures, key=lambda failure: (failure.foreseen, failure.rank), default=None))
+
+
+def _settle(own: Future[Result], work: Callable[[], Result]) -> None:
+    try:
+        own.set_result(work())
+    except BaseException as raised:  # whatever has happened, no rank may wait for this one
+        own.set_exception(raised)
 
 
 def together(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Result:

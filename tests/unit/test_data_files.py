@@ -263,6 +263,8 @@ def test_an_alpaca_history_comes_before(tmp_path: Path) -> None:
         ({"choices": {"X": "b", "Y": "a"}, "answer": "Y"}, "B"),
         ({"choices": {"X": "b", "Y": "a"}, "answer": 1}, "B"),
         ({"label": 1.0}, "B"),
+        ({"choices": {"text": ["b", "a"], "label": [1.0, 2.0]}, "answerKey": 1}, "A"),
+        ({"choices": {"text": ["b", "a"], "label": [" A", " B"]}, "answerKey": "A"}, "A"),
     ],
 )
 def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dict[str, Any], letter: str) -> None:
@@ -280,6 +282,14 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
         ),
         ({"question": "a", "choices": ["b", "c"], "answer": 2}, "its letter (A to B) or its number (0 to 1)"),
         ({"question": "a", "choices": {"1": "b", "2": "c"}, "answer": 0}, "one of the choices, its label (1 to 2)."),
+        (
+            {"question": "a", "choices": {"1)": "b", "2)": "c"}, "answer": 1},
+            "one of the choices, its label (1) to 2)).",
+        ),
+        (
+            {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "A"]}, "answer": "A"},
+            "one of the choices, its label (A to A).",
+        ),
         ({"question": "a", "choices": ["b", "c"], "answer": True}, "field 'answer' is true: it must be one"),
         ({"question": "a", "choices": ["b", "c"]}, "field 'answer' is missing"),
         ({"question": "a", "choices": ["b", 1], "answer": 1}, "field 'choices' must hold texts"),

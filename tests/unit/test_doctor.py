@@ -153,5 +153,9 @@ def test_a_host_that_cannot_answer_is_named(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "ssh").write_text(program)
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setattr(doctor, "SSH", (str(tmp_path / "ssh"), *doctor.SSH[1:]))
-    [finding] = doctor.check_hosts(None, str(tmp_path / "run"), [Host("node2", 1)], 29500)
-    assert finding.level == "fatal" and finding.text == "node2: PermissionError: config.json"
+    first, second = doctor.check_hosts(None, str(tmp_path / "run"), [Host("node2", 1), Host("node3", 1)], 29500)
+    assert first.level == "fatal" and first.text == "node2: PermissionError: config.json"
+    assert second.text == "node3: PermissionError: config.json"
+    (tmp_path / "ssh").write_text("#!/bin/sh\nread clock; echo Welcome\n")
+    [banner] = doctor.check_hosts(None, str(tmp_path / "run"), [Host("node2", 1)], 29500)
+    assert banner.text == "node2: its shell prints 'Welcome' where an answer should be"

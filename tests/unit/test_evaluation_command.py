@@ -21,7 +21,7 @@ from srde_ds.config import resolve
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import results as results_module
-from srde_ds.evaluation.command import default_output, evaluate_command, evaluate_weights
+from srde_ds.evaluation.command import default_output, evaluate_command
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.report import examples, write_report
 from srde_ds.evaluation.run_files import MOST_LINES, read_metrics
@@ -258,13 +258,20 @@ def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(run_folder: Path
     path.write_text(json.dumps({"domain": "math", "messages": turns, "answer": "red"}))
 
     def tokens(run: Path, **how: Any) -> int:
-        result = evaluate_weights(_options(run, eval_file=str(path), output_file=str(tmp_path / "e.json")), **how)[0]
+        result = evaluate_command(_options(run, eval_file=str(path), output_file=str(tmp_path / "e.json"), **how))
+        assert result["run"]["train_on"] == how.get("train_on", "all" if run == run_folder else "last")
         return int(result["overall"]["srde"]["tokens"])
 
-    last = tmp_path / "last"
-    shutil.copytree(run_folder, last)
+    last, built = tmp_path / "last", tmp_path / "built"
+    for folder in (last, built):
+        shutil.copytree(run_folder, folder)
     (last / "config.yaml").write_text(yaml.safe_dump(resolve({}, {"train_on": "last"}).to_dict()))
+    manifest = {"format_version": 1, "max_length": 8, "too_long": "drop", "seed": 0, "domains": ["math"], "splits": {}}
+    manifest |= {"tokenizer": {"name": "a"}, "train_on": "last"}
+    (built / "tokenized").mkdir()
+    (built / "tokenized" / "manifest.json").write_text(json.dumps(manifest))  # rows that build_dataset made
     assert tokens(run_folder) == tokens(last, train_on="all") > tokens(last) == tokens(run_folder, train_on="last")
+    assert tokens(built) == tokens(last)
 
 
 def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:

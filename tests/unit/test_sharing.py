@@ -345,7 +345,7 @@ def test_a_card_of_a_killed_run_of_an_earlier_version(run: Path, tmp_path: Path)
     model, old = SRDEModel.from_pretrained(None, run), tmp_path / "old"
     shutil.copytree(run, old)
     with (old / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
+        file.write('{"step": 3, "held_out": {"red": 1.0}')
     config = yaml.safe_load((old / "config.yaml").read_text())
     del config["optimizer"]["router_lr"], config["data"]
     (old / "config.yaml").write_text(yaml.safe_dump(config))

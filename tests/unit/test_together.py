@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import pytest
@@ -70,6 +72,32 @@ def test_the_others_meet_while_one_works(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert on_ranks(2, work) == ["done"] * 2
     assert meetings.count(1) > 3
+
+
+def test_a_signal_ends_long_work_at_once_and_the_others_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SIGN_OF_LIFE_SECONDS", 0.05)
+    ended = threading.Event()
+
+    def wait(own: Any, seconds: float) -> Any:
+        if threading.current_thread().name == "rank 0":
+            raise KeyboardInterrupt
+        return futures.wait(own, seconds)
+
+    monkeypatch.setattr(module, "wait", wait)
+
+    def work(ranks: Collectives) -> Any:
+        if ranks.rank == 0:
+            threading.current_thread().name = "rank 0"
+        try:
+            return together(lambda: ended.wait(20) if ranks.rank == 0 else None, ranks, long=True)
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    started = time.monotonic()
+    own, other = on_ranks(2, work)
+    assert own == "interrupted" and "rank 0: an unforeseen error, see its traceback (KeyboardInterrupt)" in str(other)
+    assert time.monotonic() - started < 10
+    ended.set()
 
 
 def test_rank_0_works_for_all() -> None:

@@ -143,11 +143,16 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
     base, _, split = name.partition(":")
     if base not in known:
         raise SRDEError(
-            f"decontaminate_against={name}: no such file or source.{nearest(base, known)} Give a JSONL file, or "
+            f"decontaminate_against={name}: no such file or source.{nearest(base, known)} Give a file of records, or "
             "source:split with a source that --list_sources shows."
         )
     if known[base].generated:
-        raise SRDEError(f"decontaminate_against={name}: a generated source has no test set. Give a JSONL file.")
+        raise SRDEError(f"decontaminate_against={name}: a generated source has no test set. Give a file of records.")
+    if split and known[base].data_files:
+        raise SRDEError(
+            f"decontaminate_against={name}: the source names its files (data_files), so it has no other split. Name it "
+            f"as {base}, or give a file."
+        )
     source = Source(**vars(known[base]) | ({"split": split} if split else {}))
     try:
         opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,12 @@ def _maybe(row: Row, column: str) -> str:
     return str(value).strip() if value is not None else ""
 
 
-def _index(letter: str) -> int:
-    """A, B, ... or 1, 2, ... as 0, 1, ..."""
-    letter = letter.strip().upper()
-    if len(letter) != 1 or not letter.isalnum():
-        raise BrokenRow(f"'{letter}' is not an option")
-    return int(letter) - 1 if letter.isdigit() else ord(letter) - ord("A")
+def _right(row: Row, column: str, options: Sequence[Any], labels: Sequence[str] | None = None) -> int:
+    """The number of the right option, see `right_option`."""
+    try:
+        return right_option(row.get(column), [str(option) for option in options], labels)
+    except ValueError as error:
+        raise BrokenRow(f"'{column}' is {error}") from None
 
 
 # -- math ------------------------------------------------------------------------------------------------------------
@@ -168,10 +168,8 @@ def arc(row: Row) -> Example | None:
     """Options are lettered A to E or numbered 1 to 4."""
     if _maybe(row, "answerKey") == "":
         return None
-    labels = [str(label) for label in row["choices"]["label"]]
-    if row["answerKey"] not in labels:
-        raise BrokenRow(f"'{row['answerKey']}' is not an option")
-    return lettered_choice(text(row, "question"), row["choices"]["text"], labels.index(row["answerKey"]))
+    options, labels = row["choices"]["text"], [str(label) for label in row["choices"]["label"]]
+    return lettered_choice(text(row, "question"), options, _right(row, "answerKey", options, labels))
 
 
 @formatter("problem_text", "answer_number", optional=("unit", "solution"))
@@ -190,7 +188,7 @@ def aqua_rat(row: Row) -> Example:
     """Options come as `A)21`."""
     options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", str(option)) for option in row["options"]]
     return lettered_choice(
-        text(row, "question"), options, _index(text(row, "correct")), reasoning=text(row, "rationale")
+        text(row, "question"), options, _right(row, "correct", options), reasoning=text(row, "rationale")
     )
 
 
@@ -225,9 +223,9 @@ def winogrande(row: Row) -> Example | None:
     sentence = text(row, "sentence")
     if "_" not in sentence:
         raise BrokenRow("no blank in the sentence")
-    return lettered_choice(
-        f"Which option fits the blank?\n{sentence}", [row["option1"], row["option2"]], _index(answer)
-    )
+    options = [row["option1"], row["option2"]]
+    right = _right(row, "answer", options, ("1", "2"))
+    return lettered_choice(f"Which option fits the blank?\n{sentence}", options, right)
 
 
 # -- for your own sources: `columns` in the sources file maps their columns to these -----------------------------------
@@ -280,14 +278,10 @@ def _conversation(fields: dict[str, Any], row: Row) -> Example:
 @formatter("question", "options", "label", optional=("context", "rationale", "group"))
 def multiple_choice(row: Row) -> Example:
     """`label`: the right option's text, letter, or index from 0."""
-    try:
-        right = right_option(row["label"], [str(option) for option in row["options"]])
-    except ValueError as error:
-        raise BrokenRow(f"'label' is {error}") from None
     return lettered_choice(
         text(row, "question"),
         row["options"],
-        right,
+        _right(row, "label", row["options"]),
         context=_maybe(row, "context"),
         reasoning=_maybe(row, "rationale"),
         group=_maybe(row, "group") or None,

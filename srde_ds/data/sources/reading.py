@@ -90,9 +90,8 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
             hub_revision = revision
             data = with_retries(lambda: _from_hub(source, hub_revision), source.name)
             if "[" in source.split and not source.data_files:  # a slice's files hold the whole split
-                rewritten = TemporaryDirectory(prefix="srde-source-")
-                data.save_to_disk(rewritten.name)
-                data = datasets.load_from_disk(rewritten.name)
+                folder = rewritten = TemporaryDirectory(prefix="srde-source-")
+                data = with_retries(lambda: _copied(data, folder.name), source.name)
         else:
             paths = _local(source)
             revision = with_retries(lambda: _hash_files(paths), source.name)
@@ -217,6 +216,11 @@ def _from_hub(source: Source, revision: str) -> datasets.Dataset:
         revision=revision,
         data_files=source.data_files,
     )
+
+
+def _copied(data: datasets.Dataset, folder: str) -> datasets.Dataset:
+    data.save_to_disk(folder)
+    return datasets.load_from_disk(folder)
 
 
 def _from_disk(source: Source, paths: Sequence[Path]) -> datasets.Dataset:

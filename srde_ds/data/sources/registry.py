@@ -179,6 +179,8 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
         raise SRDEError(f"{place}: {has}.")
     if source.formatter and source.formatter not in FORMATTERS:
         raise SRDEError(f"{place}: unknown formatter '{source.formatter}'.{nearest(source.formatter, FORMATTERS)}")
+    if "split" in entry and source.data_files:
+        raise SRDEError(f"{place}: split={source.split} with data_files, which are read whole: leave split out.")
     for key, of in KINDS_OF_KEY.items():
         if key in entry and source.kind not in of:
             raise SRDEError(f"{place}: {key} is only for {', '.join(of)}: leave it out.")
