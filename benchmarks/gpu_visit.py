@@ -47,8 +47,8 @@ from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.float8 import to_float8
 from srde_ds.model.head import linear_cross_entropy
 from srde_ds.utils.launcher import stop_processes
+from srde_ds.utils.units import GIB
 
-GIB = 2**30
 BASE = ROOT / "benchmarks/ministral_3_14b"
 IN_FP8 = "base in FP8"
 

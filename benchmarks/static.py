@@ -55,9 +55,9 @@ from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.model.supports.selection import support_shape
 from srde_ds.model.targets import Targets
 from srde_ds.planner.memory import memory
+from srde_ds.utils.units import GIB
 
 RECORD = Path(__file__).resolve().parent / "results/static.json"
-GIB = 2**30
 WAITS = ("_local_scalar_dense", "nonzero", "bincount", "equal", "is_nonzero", "_unique2", "masked_select")
 NO_KERNELS: tuple[str, ...] = (
     "empty",

@@ -29,11 +29,11 @@ from srde_ds.distributed.processes import Topology
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.training.warm_start.routers import cluster_layers
 from srde_ds.training.warm_start.token_sample import TokenSample
+from srde_ds.utils.units import GIB
 
 LAYERS, HIDDEN, TOKENS, DOMAINS, TOKENS_A_ROW, RANKS = 40, 5120, 4096, 6, 32, 2
 TOKEN_TYPES, LATENT = 512, 24
 METHODS = ("kmeans", "domain_means", "random", "discriminant")
-GIB = 2**30
 
 
 def sample() -> TokenSample:

@@ -62,13 +62,19 @@ def train_part(
 ) -> Record:
     """Train and measure one method."""
     inputs = prepare(budget, seed, base=base, folder=folder)
-    run = "-".join([str(seed), str(steps), dtype_name(dtype), re.sub(r"\W+", "-", name)])
-    how: dict[str, Any] = {"factor": partial(factor, steps=steps), "resumable": folder / f"joint-{run}.pt"}
+    state = state_of(folder, name, seed, steps, dtype)
+    how: dict[str, Any] = {"factor": partial(factor, steps=steps), "resumable": state}
     trainee, losses = train_look(LOOKS[name], budget, inputs, seed, steps, dtype, **how)
     values = sum(parameter.numel() for parameter in trainee.parameters)
     test = load_rows(inputs.rows, "test", load_manifest(inputs.rows))
     figures = {"values": values, "dtype": dtype_name(dtype), "training": losses}
     return figures | held_out(trainee.model, test, by_prompt=trainee.by_text)
+
+
+def state_of(folder: Path, name: str, seed: int, steps: int, dtype: torch.dtype) -> Path:
+    """The file that a stopped run goes on from."""
+    run = "-".join([str(seed), str(steps), dtype_name(dtype), re.sub(r"\W+", "-", name)])
+    return folder / f"joint-{run}.pt"
 
 
 def parts(names: Sequence[str], budget: Budget, seed: int, **how: Any) -> Iterator[Part]:
@@ -81,6 +87,8 @@ def table(records: list[Record]) -> str:
     """LoRA's losses, and the differences to them on the seeds that a method has been measured with, smallest first."""
     head = ["", "mean test loss", "by seed", "training loss, second half", *DOMAINS]
     lora = Results([record for record in records if record["part"] == AGAINST], [AGAINST])
+    if not lora.seeds:
+        return "not run"
     late = mean(late_loss({"losses": lora.by_seed[seed][AGAINST]["training"]}) for seed in lora.seeds)
     own = [f"{lora.loss(AGAINST, domain):.2f}" for domain in DOMAINS]
     seeds = ", ".join(map(str, lora.seeds))
@@ -114,8 +122,10 @@ def main() -> None:
     table_name = TABLES[options.steps]
     results = options.results or RESULTS / f"{table_name.replace(' ', '_')}.jsonl"
     for seed in [] if options.table_only else options.seeds:
-        how = {"base": options.base, "folder": options.folder, "dtype": getattr(torch, options.dtype)}
+        how: dict[str, Any] = {"base": options.base, "folder": options.folder, "dtype": getattr(torch, options.dtype)}
         run_missing(seed, parts(options.parts, budget, seed, steps=options.steps, **how), results, losses_of)
+        for name in options.parts:  # whose lines are written now
+            state_of(options.folder, name, seed, options.steps, how["dtype"]).unlink(missing_ok=True)
     if options.results is None:
         put_into("learning_tables.md", table_name, table(read_records(results)))
 

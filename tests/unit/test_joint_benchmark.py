@@ -73,3 +73,4 @@ def test_the_table_pairs_test_rows_and_seeds() -> None:
     )
     assert third.startswith(f"| {THREE[2]} | +0.300 (+0.250 to +0.350) | 2: +0.300 | +0.200 ± 0.000 | +0.30 |")
     assert set(joint.PARTS) <= LOOKS.keys()
+    assert joint.table(records[-1:]) == joint.table([]) == "not run"
