@@ -127,8 +127,9 @@ def evaluate(weights: str | Path, eval_file: str | Path, **options: Any) -> dict
     Args:
         weights: a run folder, a checkpoint, a weights file or a repository of the Hub.
         eval_file: held-out records, read like training data; accuracy needs an answer in each.
-        options: `base`, `compare_baseline`, `each_expert`, `run_code`, `max_samples`, `max_new_tokens`, `batch_size`,
-            `bf16`, `seed` and `output_file`; `srde-ds evaluate --help-all` describes all of them and their other names.
+        options: `base`, `compare_baseline`, `each_expert`, `run_code`, `train_on`, `max_samples`, `max_new_tokens`,
+            `batch_size`, `bf16`, `seed` and `output_file`; `srde-ds evaluate --help-all` describes all of them and
+            their other names.
 
     Returns:
         The figures, as written to `output_file` (evaluation.json beside the weights). `docs/evaluation.md` describes
