@@ -36,6 +36,7 @@ from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig
 from srde_ds.config.values import checked
 from srde_ds.data.loader import RowStream
+from srde_ds.data.loss_weights import LossWeights, Weighting
 from srde_ds.data.manifest import load_manifest
 from srde_ds.distributed.engine import packed_attention
 from srde_ds.errors import SRDEError
@@ -47,6 +48,7 @@ from srde_ds.model.targets import Targets
 from srde_ds.optim import for_trainer
 from srde_ds.training.reporting.held_out import forced_experts
 from srde_ds.training.run_folder import row_mixing
+from srde_ds.training.step import count_tokens
 from srde_ds.training.warm_start.clustering import Method
 from srde_ds.utils.environment import environment
 from srde_ds.utils.files import replacement
@@ -68,6 +70,7 @@ class Look:
         adapter: options of the adapter.
         routers: with six experts, how they are made from the domains' inputs: "domain_means" or "discriminant".
         by_text: all tokens of a text use its domain's expert in training, and the one that its prompt chooses later.
+        loss_weighting: what counts equally in the training loss, see `LossConfig`.
         rival: flags of a rival, see `plan.Run`.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
     """
@@ -77,6 +80,7 @@ class Look:
     adapter: dict[str, Any] = field(default_factory=dict)
     routers: Method = "domain_means"
     by_text: bool = False
+    loss_weighting: Weighting = "token"
     rival: dict[str, Any] = field(default_factory=dict)
     attention: int = 0
     attention_rate: float = 2e-3
@@ -97,6 +101,8 @@ LOOKS = {
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
     "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.02, supports for each expert": Look(rates={"muon_lr": 0.02}, adapter={"support_scope": "per_expert"}),
+    "LoRA, 0.003, each domain counts equally": Look("lora", {"learning_rate": 0.003}, loss_weighting="domain"),
+    "SRDE, 0.02, each domain counts equally": Look(rates={"muon_lr": 0.02}, loss_weighting="domain"),
     "SRDE, 0.01, half of the values in a shared expert": Look(rates={"muon_lr": 0.01}, adapter=HALF),
     "SRDE, 0.02, half of the values in a shared expert": Look(rates={"muon_lr": 0.02}, adapter=HALF),
     "SRDE, 0.01, a third of the values in attention": Look(
@@ -202,7 +208,7 @@ def train(
             stream.micro_batch(step, micro, rank=0, world_size=1, batch_size=rows_at_once)
             for micro in range(micro_steps)
         ]
-        labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+        labels = float(count_tokens(batches, len(DOMAINS))["label_weight"])
         total = 0.0
         for batch in batches:
             documents = Documents.of(batch["position_ids"])
@@ -274,11 +280,14 @@ def train_look(
     torch.manual_seed(seed)
     base = load_base(inputs.base, dtype=dtype, attn_implementation=packed_attention(config.model))
     trainee = (with_experts if look.kind == "srde" else with_rival)(look, base, inputs, seed)
+    manifest = load_manifest(inputs.rows)
+    periods = row_mixing(config.data, manifest)
     stream = RowStream(
         inputs.split("train"),
         seed=seed,
         global_batch_rows=budget.rows_per_step,
-        periods=row_mixing(config.data, load_manifest(inputs.rows)),
+        periods=periods,
+        loss_weights=LossWeights.of(look.loss_weighting, manifest.splits["train"], mixed=periods is not None),
     )
     micro_steps = budget.rows_per_step // budget.rows_at_once
     losses = train(trainee, stream, budget.rows_at_once, micro_steps, steps, factor, resumable)

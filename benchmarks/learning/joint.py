@@ -36,6 +36,7 @@ from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.utils.dtypes import dtype_name
 
 AGAINST = "LoRA, 0.003"
+AGAINST_BY_DOMAIN = "LoRA, 0.003, each domain counts equally"
 PARTS = [
     AGAINST,
     "SRDE, 0.01, half of the values in a shared expert",
@@ -44,6 +45,8 @@ PARTS = [
     "SRDE, 0.02, supports for each expert",
     "SRDE, 0.02, one expert a text",
     "one delta, 0.01",
+    AGAINST_BY_DOMAIN,
+    "SRDE, 0.02, each domain counts equally",
 ]
 """Names of first_look.py, each at its method's best rate there."""
 TABLES = {STEPS: "joint", 150: "joint 150"}
@@ -83,26 +86,34 @@ def parts(names: Sequence[str], budget: Budget, seed: int, **how: Any) -> Iterat
         yield name, partial(train_part, name, budget, seed, **how)
 
 
-def table(records: list[Record]) -> str:
-    """LoRA's losses, and the differences to them on the seeds that a method has been measured with, smallest first."""
+def weighting(part: str) -> str:
+    """What counts equally in a method's training loss."""
+    return LOOKS[part].loss_weighting if part in LOOKS else "token"
+
+
+def table(records: list[Record], against: str = AGAINST) -> str:
+    """The losses of `against`, and the differences to them on the seeds that a method has been measured with, smallest
+    first. Training losses that mean something else are not compared.
+    """
     head = ["", "mean test loss", "by seed", "training loss, second half", *DOMAINS]
-    lora = Results([record for record in records if record["part"] == AGAINST], [AGAINST])
+    lora = Results([record for record in records if record["part"] == against], [against])
     if not lora.seeds:
         return "not run"
-    late = mean(late_loss({"losses": lora.by_seed[seed][AGAINST]["training"]}) for seed in lora.seeds)
-    own = [f"{lora.loss(AGAINST, domain):.2f}" for domain in DOMAINS]
+    late = mean(late_loss({"losses": lora.by_seed[seed][against]["training"]}) for seed in lora.seeds)
+    own = [f"{lora.loss(against, domain):.2f}" for domain in DOMAINS]
     seeds = ", ".join(map(str, lora.seeds))
-    rows = [(-math.inf, [AGAINST, f"{lora.mean_loss(AGAINST):.3f}", seeds, f"{late:.3f}", *own])]
-    for name in {record["part"]: None for record in records if record["part"] != AGAINST}:
-        results = Results([record for record in records if record["part"] in (name, AGAINST)], [name, AGAINST])
+    rows = [(-math.inf, [against, f"{lora.mean_loss(against):.3f}", seeds, f"{late:.3f}", *own])]
+    for name in {record["part"]: None for record in records if record["part"] != against}:
+        results = Results([record for record in records if record["part"] in (name, against)], [name, against])
         if not results.seeds:
             continue
-        total, (low, high), by_seed = results.difference(name, AGAINST)
-        runs = [[results.by_seed[seed][part]["training"] for part in (name, AGAINST)] for seed in results.seeds]
-        middle, half = difference(*((run, against) for run, against in runs))
+        total, (low, high), by_seed = results.difference(name, against)
+        runs = [[results.by_seed[seed][part]["training"] for part in (name, against)] for seed in results.seeds]
+        middle, half = difference(*((run, other) for run, other in runs))
         apart = ", ".join(f"{seed}: {value:+.3f}" for seed, value in zip(results.seeds, by_seed, strict=True))
-        by_domain = [results.loss(name, domain) - results.loss(AGAINST, domain) for domain in DOMAINS]
-        cells = [name, f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, f"{middle:+.3f} ± {half:.3f}"]
+        by_domain = [results.loss(name, domain) - results.loss(against, domain) for domain in DOMAINS]
+        training = f"{middle:+.3f} ± {half:.3f}" if weighting(name) == weighting(against) else ""
+        cells = [name, f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, training]
         rows.append((total, [*cells, *(f"{value:+.2f}" for value in by_domain)]))
     return markdown(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
 
@@ -127,7 +138,11 @@ def main() -> None:
         for name in options.parts:  # whose lines are written now
             state_of(options.folder, name, seed, options.steps, how["dtype"]).unlink(missing_ok=True)
     if options.results is None:
-        put_into("learning_tables.md", table_name, table(read_records(results)))
+        records = read_records(results)
+        put_into("learning_tables.md", table_name, table(records))
+        if options.steps == STEPS:
+            by_domain = [record for record in records if weighting(record["part"]) == "domain"]
+            put_into("learning_tables.md", "joint, each domain", table(by_domain, AGAINST_BY_DOMAIN))
 
 
 if __name__ == "__main__":
