@@ -238,9 +238,16 @@ def _check_by_domain(config: Config) -> None:
         "warm_start": curriculum.warm_start and "the routers are set at the end",
         "progressive_unlock": curriculum.progressive_unlock != "all" and "no expert waits for another",
         "train_experts": bool(training.train_experts) and "the routers of all experts are set at the end",
-        "balancing_bias_rate": losses.balancing_bias_rate > 0 and "the router chooses nothing",
-        "load_balancing_target": losses.load_balancing_target != "uniform" and "the router chooses nothing",
     }
+    for owner, key in (
+        (losses, "balancing_bias_rate"),
+        (losses, "load_balancing_target"),
+        (losses, "load_balancing_weight"),
+        (losses, "router_z_weight"),
+        (config.optimizer, "router_lr"),
+    ):
+        value = getattr(owner, key)
+        idle[key] = value not in (getattr(type(owner), key), 0) and "the router chooses nothing"
     for key, reason in idle.items():
         if reason:
             raise SRDEError(f"{key} with training_phases=by_domain: {reason}. Leave --{key} out.")

@@ -118,6 +118,9 @@ def test_each_text_with_its_domains_expert() -> None:
             "balancing_bias_rate with training_phases=by_domain: the router chooses nothing",
         ),
         ({"load_balancing_target": "domains"}, "load_balancing_target with training_phases=by_domain"),
+        ({"load_balancing_weight": 0.1}, "load_balancing_weight with training_phases=by_domain"),
+        ({"router_z_weight": 0.1}, "router_z_weight with training_phases=by_domain"),
+        ({"router_lr": 0.1}, "router_lr with training_phases=by_domain: the router chooses nothing"),
         ({"domain_statistics_rows": 0}, "domain_statistics_rows=0 with training_phases=by_domain"),
     ],
 )
