@@ -69,12 +69,19 @@ def _options(run: Path, **changes: Any) -> EvaluateOptions:
     return EvaluateOptions(**options | {"output_file": None} | changes)
 
 
-def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = evaluate_command(_options(run_folder))
+def test_evaluate_writes_figures_items_and_table(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        result = evaluate_command(_options(run_folder))
     assert json.loads((run_folder / "evaluation.json").read_text()) == result
     items = (run_folder / "evaluation_items.jsonl").read_text().splitlines()
     assert len(items) == result["overall"]["srde"]["items"] == 8
     assert {"base", "srde", "prompt", "answer"} <= set(json.loads(items[0]))
+    longer = "4 of 7 reference responses are longer than max_new_tokens=4: an answer that is cut off before it"
+    assert longer in caplog.text and "The longest needs --max_new_tokens 6." in caplog.text
+    cut = sum(json.loads(line)["srde"].get("cut", False) for line in items)
+    assert cut and f"srde: answers that reached max_new_tokens ('cut' in the items): {cut}" in caplog.text
     for line in map(json.loads, items):
         told = line["srde"].get("answer_tokens")
         assert "answer_tokens" not in line["base"] and (told is None) == (line["scoring"] is None)
@@ -166,7 +173,7 @@ def test_without_a_sandbox_programs_are_refused_before_anything_loads(
 def test_results_are_written_as_they_come(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = 0
 
-    def judge(prediction: str, record: Record, scoring: str, sandbox: str | None = None) -> bool:
+    def judge(prediction: str, record: Record, scoring: str, sandbox: str | None = None, *, cut: bool) -> bool:
         nonlocal judged
         judged += 1
         if judged == 3:
