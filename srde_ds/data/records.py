@@ -92,8 +92,9 @@ def parse_record(values: Any, place: str, domains: Sequence[str], train_on: Trai
         messages = only_last_trained(messages)
     choices = _choices(fields["choices"], place) if "choices" in fields else None
     if choices is not None:
-        try:
-            answer: str | None = choices[right_option(fields.get("answer"), choices)]
+        named = fields.get("answer")
+        try:  # in this form, a text that is one of the choices is that choice
+            answer: str | None = named if named in choices else choices[right_option(named, choices)]
         except ValueError as error:
             raise SRDEError(f"{place}: field 'answer' is {error}.") from None
     else:

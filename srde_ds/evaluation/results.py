@@ -98,9 +98,10 @@ def results_of(
             continue
         answer = said[i]
         right = is_right(answer.text, record, scoring, run_code, cut=answer.cut)
-        used = answer.routing
-        routing = (used.tokens, _percent(used.shares)) if used else (None, None)
-        yield ItemResult(loss, answer.text, right, *routing, cut=answer.cut)
+        result = ItemResult(loss, answer.text, right, cut=answer.cut)
+        if answer.routing is not None:
+            result.answer_tokens, result.answer_experts = answer.routing.tokens, _percent(answer.routing.shares)
+        yield result
 
 
 def _percent(shares: list[list[float]]) -> list[list[int]]:

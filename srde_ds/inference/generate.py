@@ -236,8 +236,9 @@ def _raw_text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
 @cache
 def _silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens that begin, end or fill up texts and turns."""
-    markers = [token for token in turn_ends(tokenizer).markers if token in tokenizer.get_added_vocab()]
-    ids = [*tokenizer.convert_tokens_to_ids(markers), *stop_ids(tokenizer), pad_token_id(tokenizer)]
+    added = tokenizer.get_added_vocab()
+    markers = [added[token] for token in turn_ends(tokenizer).markers if token in added]
+    ids = [*markers, *stop_ids(tokenizer), pad_token_id(tokenizer)]
     return frozenset(ids if tokenizer.bos_token_id is None else [*ids, tokenizer.bos_token_id])
 
 

@@ -106,9 +106,9 @@ def test_an_end_of_turn_that_is_plain_text_is_no_part_of_the_answer() -> None:
 def test_marks_of_thoughts_stay_and_stops_go_whether_they_are_special_or_not() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer(CHATML.replace("<|im_end|>", "<turn_end>"))
     tokenizer.eos_token = "<|im_end|>"
-    names = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<turn_end>"])  # as [THINK] would be, and the turn's end
+    opens, ends = tokenizer("<|im_start|><turn_end>")["input_ids"]  # as [THINK] would be, and the turn's end
     seven = tokenizer("7", add_special_tokens=False)["input_ids"]
-    hook = scripted(model, [names[0], *seven, names[1]])
+    hook = scripted(model, [opens, *seven, ends])
     answer = generate(model, tokenizer, MESSAGES, Sampling(9, temperature=0))
     hook.remove()
     assert answer.text == "<|im_start|>7"
