@@ -32,14 +32,15 @@ def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | No
     if isinstance(answer, str | int | float) and not isinstance(answer, bool):
         text = _plain(answer)
         by_label = named.index(text) if named.count(text) == 1 else None
-        by_text = list(options).index(answer) if answer in options else None
+        by_text = list(options).index(answer) if isinstance(answer, str) and answer in options else None
         if labels is None and by_label is not None and by_text is not None and by_label != by_text:
             raise ValueError(
                 f"{json.dumps(answer)}, which is the text of one choice and the letter of another: give its number "
                 "(from 0), or the choices with their letters"
             )
-        if by_label is not None or by_text is not None:
-            return int(by_text if by_label is None else by_label)
+        found = by_text if by_label is None else by_label
+        if found is not None:
+            return found
         caseless = [label.upper() for label in named]
         if caseless.count(text.upper()) == 1:
             return caseless.index(text.upper())

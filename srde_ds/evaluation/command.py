@@ -32,7 +32,7 @@ from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.utils.environment import environment
-from srde_ds.weights.locate import CHECKPOINT_NAME, ROWS, RUN_CONFIG, run_folder
+from srde_ds.weights.locate import CHECKPOINT_NAME, RUN_CONFIG, rows_folder, run_folder
 
 MAX_NEW_TOKENS = 64
 
@@ -183,8 +183,11 @@ def _data_of_run(checkpoint: str) -> DataConfig | None:
     if not (folder / RUN_CONFIG).is_file():
         return None
     data = resolve(load_yaml(folder / RUN_CONFIG), {}).data
-    rows = Path(data.pretokenized_dir or folder / ROWS)
+    rows = rows_folder(folder, data.pretokenized_dir)
     if not (rows / FILE_NAME).is_file():
+        if data.pretokenized_dir:
+            told = "%s: the run's rows are no longer there; its %s says train_on=%s. Give --train_on if that is wrong."
+            _log.warning(told, rows, RUN_CONFIG, data.train_on)
         return data
     return replace(data, train_on="last" if load_manifest(rows).train_on == "last" else "all")
 

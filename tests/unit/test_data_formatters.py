@@ -106,8 +106,9 @@ def test_files_that_are_held_out_by_their_names_are_not_read(tmp_path: Path) -> 
         row = {"prompt": f"{split}?", "response": "a"}
         write_jsonl(tmp_path / f"{split}-00000-of-00001.jsonl", [row])
         Dataset.from_list([row]).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
-    for place in ({"jsonl": f"{tmp_path}/*.jsonl"}, {"parquet": f"{tmp_path}/*.parquet"}):
-        (example,) = read(Source("own", "math", formatter="prompt_response", **place))
+    own = Source("own", "math", formatter="prompt_response")
+    for source in (replace(own, jsonl=f"{tmp_path}/*.jsonl"), replace(own, parquet=f"{tmp_path}/*.parquet")):
+        (example,) = read(source)
         assert isinstance(example, Example) and example.messages[0]["content"] == "train?"
 
 

@@ -259,7 +259,9 @@ def test_training_records_of_a_file_of_all_splits_are_left_out(
     assert f"{path}: 1 of 2 items are taken (--max_samples)" in caplog.text
 
 
-def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(run_folder: Path, tmp_path: Path) -> None:
+def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     turns = [{"role": role, "content": "red blue"} for role in ("user", "assistant", "user", "assistant")]
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"domain": "math", "messages": turns, "answer": "red"}))
@@ -279,6 +281,10 @@ def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(run_folder: Path
     (built / "tokenized" / "manifest.json").write_text(json.dumps(manifest))  # rows that build_dataset made
     assert tokens(run_folder) == tokens(last, train_on="all") > tokens(last) == tokens(run_folder, train_on="last")
     assert tokens(built) == tokens(last)
+    gone = resolve({}, {"train_on": "last", "pretokenized_dir": str(tmp_path / "gone")})
+    (last / "config.yaml").write_text(yaml.safe_dump(gone.to_dict()))
+    assert tokens(last) == tokens(built)
+    assert f"{tmp_path}/gone: the run's rows are no longer there; its config.yaml says train_on=last" in caplog.text
 
 
 def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:
