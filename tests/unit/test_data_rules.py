@@ -225,6 +225,19 @@ def test_evaluation_files_of_several_forms_are_read(tmp_path: Path) -> None:
     lines = [{"prompt": "a"}, {"messages": asked("b", "no").messages}, {"question": "c", "answer": "no"}]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     assert list(read_evaluation_file(path)) == ["a", "b", "c"]
+    items = [
+        {"instruction": "Classify the sentiment.", "input": "What a film!", "output": "good", "id": 7, "rating": 5},
+        {"question": "Who?", "choices": ["Ann", "Bob"], "answer": 0, "context": "Ann ran."},
+        {"question": "Where?", "answer": "there", "context": "It is there."},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert list(read_evaluation_file(path)) == [
+        "Classify the sentiment.\n\nWhat a film!",
+        *("Ann ran.\n\nWho?\nA. Ann\nB. Bob", "Who?"),
+        *("It is there.\nWhere?", "Where?"),
+        "a",
+    ]
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(SRDEError, match=r"held_out.jsonl:2 holds no question"):
         list(read_evaluation_file(path))
