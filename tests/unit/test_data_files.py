@@ -180,6 +180,7 @@ def test_arrow_files_and_saved_datasets_are_read(tmp_path: Path) -> None:
         (b"PK\x03\x04 ", "is a zip archive or a workbook"),
         (b"PAR1 ", "is a Parquet file: name it so that it ends in .parquet."),
     ],
+    ids=["bzip2", "xz", "gzip", "zip", "parquet"],
 )
 def test_files_that_are_not_text_are_refused_as_what_they_are(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "data.jsonl").write_bytes(content)
