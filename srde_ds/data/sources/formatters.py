@@ -16,7 +16,7 @@ from typing import Any
 
 from srde_ds.data.choices import right_option
 from srde_ds.data.conversation import REASONING, has_surrogates
-from srde_ds.data.forms import convert
+from srde_ds.data.forms import convert, with_roles
 from srde_ds.data.records import parse_record
 from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved, trimmed
 from srde_ds.errors import SRDEError
@@ -248,8 +248,7 @@ def prompt_response(row: Row) -> Example:
 @formatter("messages", optional=("system", "tools", "functions", "answer", "group"))
 def messages(row: Row) -> Example:
     """A conversation of {role, content} or {from, value}, with all that `data.conversation` knows."""
-    names = {"from": "role", "value": "content"}
-    turns = [{names.get(k, k): value for k, value in turn.items() if value is not None} for turn in row["messages"]]
+    turns = [with_roles({key: value for key, value in turn.items() if value is not None}) for turn in row["messages"]]
     return _conversation({"messages": turns} | {key: row.get(key) for key in ("system", "tools", "functions")}, row)
 
 
