@@ -174,7 +174,7 @@ def generate(
         max_tokens: another name of `max_new_tokens`.
 
     Returns:
-        The answer without special tokens.
+        The answer without what ends it.
 
     Raises:
         SRDEError: a value is out of range, the two names of the limit have different values, or prompt and answer

@@ -70,7 +70,7 @@ def answer(study: Study, asked: Asked) -> Record:
         own = [item for item in items if item.domain == domain]
         answers = generated_answers(model, tokenizer, own, max_new_tokens=study.budget.new_tokens, batch_size=len(own))
         pairs = zip(answers, own, strict=True)
-        right[domain] = [int(answer_is_right(text, item, scored=True)) for text, item in pairs]
+        right[domain] = [int(answer_is_right(answer.text, item, scored=True)) for answer, item in pairs]
     return {"right": right}
 
 

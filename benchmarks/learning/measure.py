@@ -76,7 +76,8 @@ def item_figures(
         batch_size=batch_size,
         count_experts=bool(model.layers),
     )
-    answers = generated_answers(model, tokenizer, records, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    written = generated_answers(model, tokenizer, records, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = [answer.text for answer in written]
     figures = ItemFigures({}, {}, {} if model.layers else None)
     for domain in DOMAINS:
         own = [index for index, record in enumerate(records) if record.domain == domain]

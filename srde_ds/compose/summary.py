@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config.granularity import entry_weights
-from srde_ds.data.manifest import VOCABULARY
+from srde_ds.data.manifest import TEMPLATE, VOCABULARY
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.tables import aligned_table
@@ -155,7 +155,7 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
 
 def _step(entry: dict[str, str | int]) -> str:
     """An entry of the history in words, with a shortened hash of the dataset."""
-    shown = {key: value for key, value in entry.items() if key not in ("verb", VOCABULARY)}
+    shown = {key: value for key, value in entry.items() if key not in ("verb", VOCABULARY, TEMPLATE)}
     rest = {key: str(value)[:12] if key == "dataset" else value for key, value in shown.items()}
     return f"{entry.get('verb', 'unknown')}: " + "; ".join(f"{key} {value}" for key, value in rest.items())
 

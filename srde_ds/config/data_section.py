@@ -77,14 +77,19 @@ class DataConfig:
         common=True,
     )
     too_long: Literal["error", "drop", "truncate"] = option(
-        "drop", "what to do with a document longer than max_length; it is always counted and reported"
+        "drop",
+        "what to do with a document longer than max_length; it is always counted and reported",
+        derived="as in pretokenized_dir, else drop",
     )
     train_on: Literal["all", "last"] = option(
-        "all", "turns of the assistant that carry labels, apart from those marked with weight 0 or train false"
+        "all",
+        "turns of the assistant that carry labels, apart from those marked with weight 0 or train false",
+        derived="as in pretokenized_dir, else all",
     )
     packing: bool = option(
         True,
         "pack several documents into a row; false: one per row, which linear attention, Mamba and convolutions need",
+        derived="as in pretokenized_dir, else true",
     )
     domain_weights: str | None = option(
         None,

@@ -22,6 +22,7 @@ class RunInputs:
         context: the base's context in tokens.
         row_length: number of tokens in a row of `pretokenized_dir`.
         domains: domains of `pretokenized_dir`, in its order.
+        rows: how those rows were made.
         started: options of the weights that a new run starts from.
         resumed: options of the resumed run, so that new defaults do not change its schedule.
     """
@@ -29,6 +30,7 @@ class RunInputs:
     context: int | None = None
     row_length: int | None = None
     domains: list[str] | None = None
+    rows: dict[str, Any] = field(default_factory=dict)
     started: dict[str, Any] = field(default_factory=dict)
     resumed: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +73,8 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("max_length", inputs.row_length, "the rows of pretokenized_dir")
     elif inputs.context is not None and inputs.context < data.max_length:
         default("max_length", inputs.context, "the context of the base")
+    for key, value in inputs.rows.items():
+        default(key, value, "as in the rows of pretokenized_dir")
     if adapter.granularity != "neuron" and adapter.num_atoms == 0:
         default("use_muon", False, "free deltas of blocks or single weights are not matrices")
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")

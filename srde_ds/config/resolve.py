@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
@@ -56,6 +57,8 @@ def resolve(
         setattr(target, key, checked(target, key, value))
     derive(config, given.keys(), read_inputs(config, given.keys()) if read_inputs else RunInputs())
     check_relations(config)
+    if config.data.pretokenized_dir:  # a run is also evaluated from other folders
+        config.data.pretokenized_dir = os.path.abspath(config.data.pretokenized_dir)
     return config
 
 

@@ -11,13 +11,14 @@ from srde_ds.data.sources.examples import letter_of
 
 
 def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | None = None) -> int:
-    """The number of the option that an answer means: by its text, its label, or its number from 0.
+    """The number of the option that an answer means: by its label, its text, or its number from 0.
 
     Args:
         labels: the options' own labels, which may be numbers; None: A, B, and so on.
 
     Raises:
-        ValueError: it means none of them; the message goes on after "field NAME is".
+        ValueError: it means none of them, or, without labels, one by its letter and another by its text; the message
+            goes on after "field NAME is".
 
     Examples:
         >>> from srde_ds.data.choices import right_option
@@ -29,12 +30,20 @@ def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | No
     own = [_plain(label) for label in labels or ()]
     named = own if labels is not None else [letter_of(number) for number in range(len(options))]
     if isinstance(answer, str | int | float) and not isinstance(answer, bool):
-        if isinstance(answer, str) and answer in options:
-            return list(options).index(answer)
         text = _plain(answer)
-        for known, wanted in ((named, text), ([label.upper() for label in named], text.upper())):
-            if known.count(wanted) == 1:
-                return known.index(wanted)
+        by_label = named.index(text) if named.count(text) == 1 else None
+        by_text = list(options).index(answer) if isinstance(answer, str) and answer in options else None
+        if labels is None and by_label is not None and by_text is not None and by_label != by_text:
+            raise ValueError(
+                f"{json.dumps(answer)}, which is the text of one choice and the letter of another: give its number "
+                "(from 0), or the choices with their letters"
+            )
+        found = by_text if by_label is None else by_label
+        if found is not None:
+            return found
+        caseless = [label.upper() for label in named]
+        if caseless.count(text.upper()) == 1:
+            return caseless.index(text.upper())
         # A number is a position only where no label is one.
         if text in map(str, range(len(options))) and not any(re.search(r"\d", label) for label in own):
             return int(text)

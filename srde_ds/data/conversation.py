@@ -38,6 +38,8 @@ COUNTS = ("weight", "train", "training")
 KEYS = ("role", "content", *REASONING, "tool_calls", "function_call", "tool_call_id", "name", *COUNTS)
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING_PARTS = ("thinking", "reasoning")
+THOUGHT_MARKS = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+"""What opens a thought inside a text, and what closes it"""
 
 
 def parse_messages(value: Any, place: str) -> list[Message]:
@@ -79,6 +81,13 @@ def all_text(message: Message) -> str:
     """All text of a message: the thought, the content and the calls."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join(filter(None, [message.get("reasoning_content"), message["content"], *calls]))
+
+
+def after_thought(text: str) -> str:
+    """What follows the last thought that a text closes. The prompt may have opened it."""
+    for close in THOUGHT_MARKS.values():
+        text = text.rpartition(close)[2]
+    return text
 
 
 def parse_tools(value: Any, place: str) -> Tools | None:

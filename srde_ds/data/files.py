@@ -1,4 +1,4 @@
-"""Reads JSON lines, JSON arrays, Parquet, CSV, TSV and plain text, also compressed with gzip or Zstandard.
+"""Reads JSON lines, JSON arrays, Parquet, Arrow, CSV, TSV and plain text, also compressed with gzip or Zstandard.
 
 Each record comes with its place, `file:line` if the file has lines. A bad record does not stop the reading: an error
 that names it comes in its place.
@@ -12,8 +12,10 @@ import glob
 import io
 import json
 import logging
+import os
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -36,6 +38,7 @@ KINDS = {
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
+    ".arrow": "arrow",
     ".csv": "csv",
     ".tsv": "tsv",
 }
@@ -49,6 +52,22 @@ MARKS = {  # longer ones first, since UTF-32's mark begins with UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 """Byte order marks"""
+BEGINNINGS = {
+    b"ARROW1": "is an Arrow file: name it so that it ends in .arrow",
+    b"PAR1": "is a Parquet file: name it so that it ends in .parquet",
+    b"\x1f\x8b": "is compressed with gzip: name it so that it ends in .gz",
+    b"\x28\xb5\x2f\xfd": "is compressed with Zstandard: name it so that it ends in .zst",
+    b"BZh": "is compressed with bzip2, which is not read: unpack it, or use gzip",
+    b"\xfd7zXZ\x00": "is compressed with xz, which is not read: unpack it, or use gzip",
+    b"PK\x03\x04": "is a zip archive or a workbook, which is not read: unpack it, or save its table as CSV",
+}
+"""How files begin that are not text, and what to do with them"""
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""The words in names of files and folders by which the Hub tells splits"""
 JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "functions", "weight")
 """Columns of CSV files whose cells hold JSON"""
 LONGEST_CELL = 2**27
@@ -71,14 +90,22 @@ def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path
     """
     path = Path(name)
     if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            raise SRDEError(
+                f"{option}={name}: holds a folder for each split, made by save_to_disk. Give one of them, such as "
+                f"'{path}/train'."
+            )
+        saved = (path / "state.json").is_file() and (path / "dataset_info.json").is_file()  # by save_to_disk
         inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
         found = [p for p in inside if p.is_file() and ending(p)[0] in KINDS]
+        if saved:  # the rows alone, without what `map` has left beside them
+            found = [p for p in found if p.suffix == ".arrow" and not p.name.startswith("cache-")]
         deeper = ""
         if any(p.is_dir() for p in inside):
             deeper = f" For its folders, give a pattern such as '{path}/**/*.jsonl'."
         if not found:
             raise SRDEError(f"{option}={name}: the folder holds no file of records ({', '.join(KINDS)}).{deeper}")
-        if others := [f"{p.name}/" if p.is_dir() else p.name for p in inside if p not in found]:
+        if not saved and (others := [f"{p.name}/" if p.is_dir() else p.name for p in inside if p not in found]):
             log.log(logging.INFO if tell else logging.DEBUG, "%s: not read: %s.%s", name, ", ".join(others), deeper)
         return found
     if path.exists():
@@ -89,6 +116,23 @@ def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path
     if not matched:
         raise SRDEError(f"{option}={name}: no such file. Give an existing file, a folder or a quoted pattern.")
     return matched
+
+
+def splits_by_name(paths: Sequence[Path]) -> dict[Path, str]:
+    """The split that a file's name says, or else that of its folder below the folder of all.
+
+    There is none unless the names tell training files from others.
+    """
+    root = os.path.commonpath([path.parent for path in paths])
+    folders = {path: path.parent.relative_to(root).name for path in paths}
+    named = {path: split for path in paths if (split := _named_split(path.name) or _named_split(folders[path]))}
+    return named if {"train"} < set(named.values()) else {}
+
+
+def _named_split(name: str) -> str | None:
+    words = set(re.split(r"[-._ \d]+", name.lower()))
+    found = [split for split, names in SPLIT_NAMES.items() if words.intersection(names)]
+    return found[0] if len(found) == 1 else None
 
 
 def ending(path: Path) -> tuple[str, str | None]:
@@ -114,9 +158,11 @@ def read_items(path: Path, *, encoding: str | None = None, prompts: bool = False
     holds = KINDS.get(suffix, "text" if prompts else "json")
     if encoding is not None:
         _check_encoding(encoding)
-    readers = {"parquet": _parquet, "csv": _table, "tsv": _table, "text": _text_lines, "json": _json}
+    readers = {"parquet": _parquet, "arrow": _arrow, "csv": _table, "tsv": _table, "text": _text_lines, "json": _json}
     empty = True
     with _errors(path):
+        if compression is None and holds not in ("parquet", "arrow"):
+            _check_beginning(path)
         for item in readers[holds](path, compression, encoding):
             empty = False
             yield item
@@ -132,6 +178,14 @@ def has_plain_lines(path: Path) -> bool:
     head = _head(path, compression)
     start = head.decode("utf-8", "ignore").lstrip()
     return not (head.startswith(tuple(MARKS)) or start.startswith("[") or _is_spread(start, suffix))
+
+
+def _check_beginning(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(max(map(len, BEGINNINGS)))
+    said = next((said for beginning, said in BEGINNINGS.items() if head.startswith(beginning)), None)
+    if said is not None:
+        raise SRDEError(f"'{path}' {said}.")
 
 
 def _check_encoding(encoding: str) -> None:
@@ -281,17 +335,44 @@ def _decodes(data: bytes, encoding: str) -> bool:
 
 
 def _parquet(path: Path, compression: str | None, _: str | None) -> Iterator[Item]:
-    if compression:  # Parquet needs random access
-        with _open(path, compression) as file:
-            source: Any = pa.BufferReader(file.read())
-    else:
-        source = str(path)
+    with pq.ParquetFile(_random_access(path, compression)) as table:
+        yield from _rows(path, table.iter_batches(_ROWS_A_BATCH))
+
+
+def _arrow(path: Path, compression: str | None, _: str | None) -> Iterator[Item]:
+    """Read either of Arrow's formats; `save_to_disk` writes the one for streams."""
+    with _random_access(path, compression) as file:
+        if file.read(6) == b"ARROW1":
+            table = pa.ipc.open_file(file)
+            yield from _rows(path, (table.get_batch(number) for number in range(table.num_record_batches)))
+        else:
+            file.seek(0)
+            yield from _rows(path, pa.ipc.open_stream(file))
+
+
+def _random_access(path: Path, compression: str | None) -> Any:
+    if compression is None:
+        return pa.memory_map(str(path))
+    with _open(path, compression) as file:
+        return pa.BufferReader(file.read())
+
+
+def _rows(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[Item]:
     number = 0
-    with pq.ParquetFile(source) as table:
-        for batch in table.iter_batches(_ROWS_A_BATCH):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", record
+    for batch in batches:
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{path}: row {number}", {key: without_nulls(value) for key, value in record.items()}
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a Parquet or Arrow column without the keys whose value is null.
+
+    All rows of such a column have the same keys, so that a tool's call would get the arguments of all others as null.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _table(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:

@@ -137,8 +137,13 @@ def _sharegpt(fields: Fields, _: bool) -> Fields:
     turns = _list(fields.get("conversations"), "conversations")
     if not all(isinstance(turn, dict) for turn in turns):
         raise BadForm("field 'conversations' must be a list of objects with 'from' and 'value'")
+    return {"messages": [with_roles(turn) for turn in turns]}
+
+
+def with_roles(turn: Mapping[str, Any]) -> Fields:
+    """A message with `role` and `content` in place of ShareGPT's `from` and `value`."""
     names = {"from": "role", "value": "content"}
-    return {"messages": [{names.get(key, key): value for key, value in turn.items()} for turn in turns]}
+    return {names.get(key, key): value for key, value in turn.items()}
 
 
 def _alpaca(fields: Fields, answered: bool) -> Fields:

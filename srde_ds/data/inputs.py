@@ -11,7 +11,7 @@ from typing import Any
 
 from srde_ds.config import DataConfig
 from srde_ds.data.conversation import TrainOn
-from srde_ds.data.files import find_files, read_items
+from srde_ds.data.files import find_files, read_items, splits_by_name
 from srde_ds.data.forms import FORMS, Form, convert
 from srde_ds.data.records import Record, parse_record
 from srde_ds.errors import SRDEError
@@ -112,8 +112,12 @@ def read_fields(
     if options.format is not None and options.format not in FORMS:
         raise SRDEError(f"format={options.format}: choose one of {', '.join(FORMS)}.")
     unseen = set(options.columns.values())
-    for path in find_files(name, option):
+    paths = find_files(name, option)
+    splits = splits_by_name(paths) if answered else {}
+    for path in paths:
         forms: Counter[str] = Counter()
+        if path in splits:
+            log.info("%s: by its name, the split of its records is %s unless they name one", path, splits[path])
         for place, content in read_items(path, encoding=options.encoding, prompts=not answered):
             try:
                 if isinstance(content, SRDEError):
@@ -125,6 +129,8 @@ def read_fields(
                 bad.add(error)
                 continue
             forms[form.title] += 1
+            if path in splits:
+                fields.setdefault("split", splits[path])
             yield place, fields
         log.info("%s", _summary(path, forms))
     if unseen:

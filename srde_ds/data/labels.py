@@ -15,12 +15,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.conversation import Message, Tools
+from srde_ds.data.conversation import Message, Tools, after_thought
 from srde_ds.data.records import Record
 from srde_ds.data.template import CHANGE_TEMPLATE, TEMPLATE_ERRORS, render, render_batch, turn_ends, writes_tools
 from srde_ds.errors import SRDEError
 
-CLOSE_OF_THOUGHT = ("</think>", "[/THINK]")
 Part = tuple[str, bool]
 """A text, and whether it is labelled"""
 
@@ -200,7 +199,7 @@ def _check_context(
         for field, text in _fields(message):
             if field == "'reasoning_content'" or _holds(whole, text):
                 continue
-            if message["role"] == "assistant" and _holds(whole, _after_thought(text)):
+            if message["role"] == "assistant" and _holds(whole, after_thought(text)):
                 continue
             if _packed(text) not in _packed(whole):
                 raise SRDEError(
@@ -249,9 +248,3 @@ def _holds(text: str, part: str) -> bool:
 
 def _packed(text: str) -> str:
     return "".join(text.split())
-
-
-def _after_thought(text: str) -> str:
-    for close in CLOSE_OF_THOUGHT:
-        text = text.rpartition(close)[2]
-    return text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,9 +18,12 @@ from srde_ds.data.template import template_kind, template_text
 from srde_ds.errors import SRDEError
 from srde_ds.utils.schema import one_fault
 
+log = logging.getLogger(__name__)
+
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 VOCABULARY = "vocabulary_sha256"
+TEMPLATE = "chat_template_sha256"
 UNEVEN = 10
 """ratio of the largest to the smallest domain's response tokens from which there is a warning"""
 
@@ -154,20 +158,29 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | in
         "sha256": hashlib.sha256(serialisation.encode()).hexdigest(),
         VOCABULARY: hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template": template_kind(tokenizer),
-        "chat_template_sha256": hashlib.sha256(template_text(tokenizer).encode()).hexdigest(),
+        TEMPLATE: hashlib.sha256(template_text(tokenizer).encode()).hexdigest(),
     }
 
 
 def check_trained_with(
     history: Sequence[Mapping[str, str | int]], tokenizer: PreTrainedTokenizerBase, weights: object
 ) -> None:
-    """Refuse a base's tokenizer if its tokens are not those that the weights were trained on.
+    """Refuse a base's tokenizer if its tokens are not those that the weights were trained on; warn if its chat template
+    is another.
 
     Args:
-        history: the weights' history. Older runs did not record the vocabulary and pass.
+        history: the weights' history. Older runs did not record these and pass.
     """
-    known = {entry[VOCABULARY] for entry in history if VOCABULARY in entry}
-    if known - {tokenizer_identity(tokenizer)[VOCABULARY]}:
+    here = tokenizer_identity(tokenizer)
+    vocabularies, templates = ({entry[key] for entry in history if key in entry} for key in (VOCABULARY, TEMPLATE))
+    if templates - {here[TEMPLATE]}:
+        log.warning(
+            "weights '%s': they were trained with another chat template than that of '%s', so that prompts look "
+            "otherwise than in training. Give the base with its original tokenizer files as --base.",
+            weights,
+            tokenizer.name_or_path,
+        )
+    if vocabularies - {here[VOCABULARY]}:
         raise SRDEError(
             f"weights '{weights}': they were trained with another tokenizer than that of '{tokenizer.name_or_path}', "
             "whose tokens have other ids. Give the base with its original tokenizer files as --base."

@@ -49,13 +49,17 @@ class Record:
         """Everything before the last response."""
         return self.messages[:-1]
 
-    def plain_messages(self) -> list[Message]:
+    def plain_messages(self, *, prompt_only: bool = False) -> list[Message]:
         """The messages with their roles and contents, for trainers whose tables of messages hold no more.
 
+        Args:
+            prompt_only: only those before the last response.
+
         Raises:
-            SRDEError: the record uses tools, or a message holds more, such as a thought.
+            SRDEError: the record uses tools, or one of these messages holds more, such as a thought.
         """
-        more = [key for turn in self.messages for key in turn if key not in PLAIN]
+        messages = self.prompt if prompt_only else self.messages
+        more = [key for turn in messages for key in turn if key not in PLAIN]
         if self.tools is not None or "tool_calls" in more or "tool_call_id" in more:
             raise SRDEError(f"{self.where}: it uses tools, which rows for TRL do not hold. Leave such records out.")
         if more:
@@ -63,7 +67,7 @@ class Record:
                 f"{self.where}: '{more[0]}' in a message, which rows for TRL do not hold. Write it into the content, "
                 "or leave such records out."
             )
-        return [{key: turn[key] for key in ("role", "content")} for turn in self.messages]
+        return [{key: turn[key] for key in ("role", "content")} for turn in messages]
 
 
 def parse_record(values: Any, place: str, domains: Sequence[str], train_on: TrainOn = "all") -> Record:
@@ -92,8 +96,9 @@ def parse_record(values: Any, place: str, domains: Sequence[str], train_on: Trai
         messages = only_last_trained(messages)
     choices = _choices(fields["choices"], place) if "choices" in fields else None
     if choices is not None:
-        try:
-            answer: str | None = choices[right_option(fields.get("answer"), choices)]
+        named = fields.get("answer")
+        try:  # in this form, a text that is one of the choices is that choice
+            answer: str | None = named if named in choices else choices[right_option(named, choices)]
         except ValueError as error:
             raise SRDEError(f"{place}: field 'answer' is {error}.") from None
     else:

@@ -14,15 +14,17 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
+from srde_ds.data.conversation import all_text
 from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.manifest import FILE_NAME, load_manifest
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.compare import EvaluationSettings, evaluate, items_file
+from srde_ds.evaluation.compare import EvaluationSettings, evaluate, evenly_by_domain, items_file
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.results import ItemResult
 from srde_ds.evaluation.sandbox import Sandbox, check_sandbox
+from srde_ds.evaluation.scoring import scoring_of
 from srde_ds.evaluation.table import format_tables
 from srde_ds.inference.generate import answer_length
 from srde_ds.inference.load import load_model
@@ -30,7 +32,7 @@ from srde_ds.inference.output import check_output, write_lines
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.utils.environment import environment
-from srde_ds.weights.locate import CHECKPOINT_NAME, ROWS, RUN_CONFIG, run_folder
+from srde_ds.weights.locate import CHECKPOINT_NAME, RUN_CONFIG, rows_folder, run_folder
 
 MAX_NEW_TOKENS = 64
 
@@ -87,6 +89,9 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
             if len(records) > options.max_samples:
                 _log.info("%s: %d of %d items are taken (--max_samples)", eval_file, options.max_samples, len(records))
         max_new_tokens = answer_length(model, options.max_new_tokens, MAX_NEW_TOKENS)
+        if processes.is_main:
+            taken = evenly_by_domain(records, options.max_samples)
+            _warn_of_long_references(taken, tokenizer, max_new_tokens, run_code=sandbox is not None)
         so_far = _ResultsSoFar(target, processes.rank)
         result, items = evaluate(
             model,
@@ -120,6 +125,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         "environment": environment(),
     }
     if processes.is_main:
+        _tell_about_cut(items)
         write_lines(items_file(target), (json.dumps(item, ensure_ascii=False) for item in items))
         write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
     so_far.remove()
@@ -177,10 +183,39 @@ def _data_of_run(checkpoint: str) -> DataConfig | None:
     if not (folder / RUN_CONFIG).is_file():
         return None
     data = resolve(load_yaml(folder / RUN_CONFIG), {}).data
-    rows = Path(data.pretokenized_dir or folder / ROWS)
+    rows = rows_folder(folder, data.pretokenized_dir)
     if not (rows / FILE_NAME).is_file():
+        if data.pretokenized_dir:
+            told = "%s: the run's rows are no longer there; its %s says train_on=%s. Give --train_on if that is wrong."
+            _log.warning(told, rows, RUN_CONFIG, data.train_on)
         return data
     return replace(data, train_on="last" if load_manifest(rows).train_on == "last" else "all")
+
+
+def _warn_of_long_references(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, *, run_code: bool
+) -> None:
+    """Warn if answers like the references would be cut off."""
+    asked = [record for record in records if scoring_of(record, run_code=run_code) not in (None, "choice")]
+    if not asked:
+        return
+    texts = [all_text(record.messages[-1]) for record in asked]
+    lengths = [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    if longer := sum(length > max_new_tokens for length in lengths):
+        _log.warning(
+            "%d of %d reference responses are longer than max_new_tokens=%d: an answer that is cut off before it is "
+            "complete counts as wrong. The longest needs --max_new_tokens %d.",
+            longer,
+            len(asked),
+            max_new_tokens,
+            max(lengths),
+        )
+
+
+def _tell_about_cut(items: Sequence[dict[str, Any]]) -> None:
+    for model in ("srde", "base"):
+        if cut := sum(item[model].get("cut", False) for item in items if model in item):
+            _log.info("%s: answers that reached max_new_tokens ('cut' in the items): %d", model, cut)
 
 
 def _tell_about_code(records: Sequence[Record], sandbox: Sandbox | None) -> None:

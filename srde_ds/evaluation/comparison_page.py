@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.run_charts import percent
+from srde_ds.evaluation.run_charts import number_text, percent
 from srde_ds.evaluation.run_files import RunFiles, mean_loss, versions
 from srde_ds.evaluation.run_page import MOST_POINTS, setting_text, trained_on
 from srde_ds.pages.charts import Bars, Series, bars, lines
@@ -71,8 +71,8 @@ def _overview(names: Sequence[str], runs: Sequence[RunFiles]) -> list[list[str]]
                 name,
                 f"{last['step']:,}{state}",
                 f"{last['tokens']:,}",
-                _form(last["loss"]),
-                _form(mean_loss(held_out[-1][1])) if held_out else "–",
+                number_text(last["loss"]),
+                number_text(mean_loss(held_out[-1][1])) if held_out else "–",
                 right,
                 f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}",
                 f"{last['memory_gib']:.1f} GiB" if "memory_gib" in last else "–",
@@ -134,8 +134,8 @@ def _held_out(
     rows = [["step", *names]]
     for step in steps:
         found = [dict(zip(one.x, one.y, strict=True)).get(step) for one in series]
-        rows.append([f"{step:,}", *map(_form, found)])
-    last = ", ".join(f"{one.name} {_form(one.y[-1])}" for one in series if one.y)
+        rows.append([f"{step:,}", *map(number_text, found)])
+    last = ", ".join(f"{one.name} {number_text(one.y[-1])}" for one in series if one.y)
     figure = lines(series, x="step", y="cross entropy (nats per token)")
     return Chart(f"Held-out loss: {domain}", figure, f"Last measured: {last}.", Table(rows, f"Held-out loss: {domain}"))
 
@@ -195,7 +195,3 @@ def _curve(names: Sequence[str], runs: Sequence[RunFiles], key: str, title: str,
     rows += [[name, *(f"{value:,.4g}" for value in (of[0], median(of), of[-1]))] for name, of in known if of]
     told = "Last step: " + ", ".join(f"{name} {of[-1]:,.4g}" for name, of in known if of) + "."
     return Chart(title, lines(series, x="step", y=y, from_zero=key != "loss"), told, Table(rows, title))
-
-
-def _form(loss: float | None) -> str:
-    return "–" if loss is None else f"{loss:.3f}"

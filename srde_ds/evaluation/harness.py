@@ -7,13 +7,14 @@ takes the options of `lm_eval`; importing this module registers the model for pr
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
 import torch
 
 from srde_ds.config.values import checked, same_option
-from srde_ds.errors import SRDEError
+from srde_ds.errors import SRDEError, nearest
 from srde_ds.export.weights import DTYPES
 from srde_ds.inference.load import load_model
 from srde_ds.inference.options import ModelOptions
@@ -45,8 +46,8 @@ class SRDEHarnessModel(HFLM):
         options: further options of HFLM, such as batch_size and max_length.
 
     Raises:
-        SRDEError: there are no such weights or no such base, the dtype is unknown, or there are several processes, each
-            of which would do all of the work.
+        SRDEError: an option is unknown, there are no such weights or no such base, the dtype is unknown, or there are
+            several processes, each of which would do all of the work.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SRDEHarnessModel(HFLM):
             raise SRDEError("weights is missing: give weights=PLACE among the model's arguments.")
         if dtype not in DTYPES:
             raise SRDEError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}.")
+        _check_options(options)
         if launched_world_size() > 1:
             raise SRDEError("the harness runs in one process: start it without a launcher.")
         stored = checked(ModelOptions, "base_quantization", base_quantization)
@@ -93,6 +95,23 @@ class SRDEHarnessModel(HFLM):
         if not self._template_is_told:
             self._template_is_told = True
             log.warning("The experts were trained with the base's chat template: give --apply_chat_template.")
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what HFLM would take for an argument of a base that is loaded already, and ignore."""
+    if "route_by" in options:
+        raise SRDEError(
+            f"route_by={options['route_by']}: in the harness each token is routed for itself. Leave it out, or use "
+            "srde-ds evaluate."
+        )
+    own = ("self", "pretrained", "tokenizer", "backend", "kwargs")
+    of_harness = [name for name in inspect.signature(HFLM.__init__).parameters if name not in own]
+    known = [*("weights", "base", "dtype", "allow_download", "base_quantization"), *of_harness]
+    if unknown := [name for name in options if name not in of_harness]:
+        raise SRDEError(
+            f"model_args: unknown argument '{unknown[0]}={options[unknown[0]]}'.{nearest(unknown[0], known)} Leave it "
+            f"out; known are {', '.join(dict.fromkeys(known))}."
+        )
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ def _example(items: list[dict[str, Any]], domain: str) -> str:
     for name in ("base", "srde"):
         if name in item:
             verdict = "right" if item[name]["correct"] else "wrong"
+            if item[name].get("cut"):
+                verdict += ", cut off at max_new_tokens"
             lines.append(f"- {name} ({verdict}): {_inline(item[name]['prediction'] or '')}")
     return "\n\n".join([*lines[:2], "\n".join(lines[2:])])
 

@@ -52,7 +52,8 @@ def prompts_of(files: str | Path, domains: Sequence[str] = DOMAINS, *, run_code:
         Rows with `prompt` (messages before the last response), `domain`, and `item`, the record as JSON.
 
     Raises:
-        SRDEError: a record is bad, uses tools or holds thoughts, or no item has an answer, choices or tests.
+        SRDEError: a record is bad, uses tools, or holds a thought before its last response; or no item has an answer,
+            choices or tests.
 
     Examples:
         >>> from pathlib import Path
@@ -105,7 +106,7 @@ def gym_prompts(task: str, *, size: int, seed: int, domain: str, **options: Any)
 
 def _rows(records: Sequence[Record], more: Sequence[dict[str, Any]]) -> datasets.Dataset:
     def row(record: Record, verifier: dict[str, Any]) -> dict[str, Any]:
-        prompt = record.plain_messages()[:-1]
+        prompt = record.plain_messages(prompt_only=True)
         item = json.dumps({"record": asdict(record), **verifier})
         return {"prompt": prompt, "domain": record.domain, "item": item}
 

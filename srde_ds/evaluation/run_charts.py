@@ -38,7 +38,7 @@ def loss_chart(run: RunFiles) -> Chart:
         series.append(Series(f"held out: {domain}", at_steps, of_domain, marked=True))
     told = _from_to("Training loss", losses, ".3f")
     if measured:
-        first, last = (_form(mean_loss(values)) for _, values in (measured[0], measured[-1]))
+        first, last = (number_text(mean_loss(values)) for _, values in (measured[0], measured[-1]))
         told += f" Held-out loss, mean of the domains: {first} at step {measured[0][0]:,}"
         told += f", {last} at step {measured[-1][0]:,}." if len(measured) > 1 else "."
     rows = [["step", "training", *(one.name for one in series[1:])]]
@@ -49,8 +49,8 @@ def loss_chart(run: RunFiles) -> Chart:
         rows.append(
             [
                 f"{step:,}",
-                _form(at_step),
-                *(_form(values.get(one.name.removeprefix("held out: "))) for one in series[1:]),
+                number_text(at_step),
+                *(number_text(values.get(one.name.removeprefix("held out: "))) for one in series[1:]),
             ]
         )
     figure = lines(series, x="step", y="cross entropy (nats per token)")
@@ -205,7 +205,7 @@ def _by_expert(run: RunFiles, key: str) -> list[Series]:
 
 def _table(steps: Sequence[Any], series: Sequence[Series], form: str, caption: str) -> Table:
     values = [dict(zip(one.x, one.y, strict=True)) for one in series]
-    rows = [[f"{step:,}", *(_form(of.get(step), form) for of in values)] for step in _some(steps)]
+    rows = [[f"{step:,}", *(number_text(of.get(step), form) for of in values)] for step in _some(steps)]
     return Table([["step", *(one.name for one in series)], *rows], caption)
 
 
@@ -220,7 +220,8 @@ def _from_to(what: str, values: Sequence[float | None], form: str) -> str:
     return f"{what}: from {format(known[0], form)} to {format(known[-1], form)}." if known else f"{what}: not recorded."
 
 
-def _form(value: float | None, form: str = ".3f") -> str:
+def number_text(value: float | None, form: str = ".3f") -> str:
+    """A figure as text; a dash if it is not known."""
     return "–" if value is None else format(value, form)
 
 

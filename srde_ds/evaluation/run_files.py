@@ -16,7 +16,7 @@ from srde_ds.evaluation.run_schema import Environment, Evaluation, Experts, Item
 from srde_ds.utils.files import check_ordinary
 from srde_ds.utils.json_files import is_torn, parsed_object, read_json, read_lines
 from srde_ds.utils.schema import check_schema
-from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, completed_step, run_folder
+from srde_ds.weights.locate import METRICS, RUN_CONFIG, completed_step, rows_folder, run_folder
 
 MOST_LINES = 5000  # of metrics; a plot has fewer pixels
 LOSS_MEANS = {
@@ -234,8 +234,7 @@ def read_items(path: Path) -> Lines:
 
 
 def _manifest(folder: Path, config: dict[str, Any]) -> Manifest | None:
-    place = config.get("data", {}).get("pretokenized_dir")
-    rows = Path(place) if place else folder / ROWS
+    rows = rows_folder(folder, config.get("data", {}).get("pretokenized_dir"))
     return load_manifest(rows) if (rows / FILE_NAME).is_file() else None
 
 

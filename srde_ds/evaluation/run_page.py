@@ -17,6 +17,7 @@ from srde_ds.evaluation.run_charts import (
     held_out_charts,
     loss_chart,
     memory_chart,
+    number_text,
     percent,
     phase_chart,
     speed_chart,
@@ -120,7 +121,7 @@ def _key_figures(run: RunFiles) -> list[tuple[str, str, str]]:
     key_figures += [
         ("Steps", f"{last['step']:,}", f"of {run.setting('max_steps'):,}" if run.setting("max_steps") else ""),
         ("Tokens", f"{last['tokens']:,}", "seen in training"),
-        ("Training loss", _form(last["loss"], ".3f"), "last step"),
+        ("Training loss", number_text(last["loss"]), "last step"),
         ("Speed", f"{median(line['tokens_per_second'] for line in run.metrics):,.0f}", "tokens per second, median"),
     ]
     if "memory_gib" in last:
@@ -268,7 +269,8 @@ def _settings(run: RunFiles) -> list[Part]:
     parts: list[Part] = [Table([["machine and versions", ""], *machine], numbers=None)]
     if run.result is not None:
         told = {key: value for key, value in run.result["run"].items() if key != "environment"}
-        evaluated = [[key, _form(value, ".0f") if key == "seconds" else str(value)] for key, value in told.items()]
+        told["seconds"] = number_text(told["seconds"], ".0f")
+        evaluated = [[key, str(value)] for key, value in told.items()]
         parts.append(Folded("Evaluation", [Table([["evaluation", ""], *evaluated], numbers=None)]))
     for section, options in run.config.items():
         rows = [[key, setting_text(value)] for key, value in options.items()]
@@ -280,7 +282,3 @@ def _settings(run: RunFiles) -> list[Part]:
 def setting_text(value: Any) -> str:
     """A value of config.yaml as text for readers."""
     return ", ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
-
-
-def _form(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)

@@ -182,6 +182,7 @@ class _Answer(Schema):
     correct: bool | None
     answer_tokens: list[str] = []
     answer_experts: list[list[Count]] = []
+    cut: bool = False
 
 
 class Item(Schema):

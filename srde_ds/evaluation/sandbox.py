@@ -21,6 +21,7 @@ from typing import Literal
 
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import run_limited
+from srde_ds.inference.answers import without_thoughts
 
 Sandbox = Literal["bubblewrap", "none"]
 
@@ -30,7 +31,10 @@ MEMORY_BYTES = 2 << 30
 FILE_BYTES = 16 << 20
 ALL_FILES_BYTES = 64 << 20
 
-_FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+# Whole blocks, so that the end of one is not taken for the beginning of another; or a block within a line.
+_FENCED = re.compile(r"```([^`\n]*)\n(.*?)(```|\Z)|```[^`\n]*```", re.DOTALL)
+_PYTHON_NAMES = ("python", "py", "python3", "py3")
+_DEFINES = re.compile(r"^(?:async\s+def|def|class)\s", re.MULTILINE)
 _HARNESS = "/harness.py"
 # What Python needs, without anybody's data. Missing paths are skipped.
 _READABLE = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
@@ -57,10 +61,22 @@ _CLONE = {"x86_64": 56, "aarch64": 220}
 _CLONE3, _CLONE_THREAD = 435, 0x10000
 
 
-def program_in(text: str) -> str:
-    """The first fenced block of Python in an answer, else the whole answer."""
-    found = _FENCED.search(text)
-    return found[1] if found else text
+def program_in(text: str, *, cut: bool = False) -> str:
+    """The program in an answer, thoughts left out.
+
+    It is the last fenced block of Python that defines a function or class, else the last one of Python, else the last
+    without a language, else the whole answer.
+
+    Args:
+        cut: the answer was cut off, so that only a block that is closed counts.
+    """
+    text = without_thoughts(text).replace("\r\n", "\n")
+    blocks = [block for block in _FENCED.finditer(text) if block[3] or (block[3] == "" and not cut)]
+    named = [((block[1].split() or [""])[0].lower(), block[2]) for block in blocks]
+    of_python = [content for language, content in named if language in _PYTHON_NAMES]
+    defining = [content for content in of_python if _DEFINES.search(content)]
+    unnamed = [content for language, content in named if not language]
+    return next((found[-1] for found in (defining, of_python, unnamed) if found), "" if cut else text)
 
 
 def check_sandbox(sandbox: Sandbox) -> None:

@@ -16,7 +16,7 @@ from srde_ds.utils.json_files import read_growing_lines, read_json
 from srde_ds.utils.tables import markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.locate import METRICS, ROWS, RUN_CONFIG, is_run
+from srde_ds.weights.locate import METRICS, RUN_CONFIG, is_run, rows_folder
 
 CARD = "README.md"
 _REMEDY = "train again, or leave run out"
@@ -174,7 +174,7 @@ def _manifest(run: Path) -> Any:
     """The manifest of the training rows, if they are still in place."""
     from srde_ds.data.manifest import FILE_NAME, load_manifest  # late: it loads the datasets library
 
-    folder = Path((load_yaml(run / RUN_CONFIG).get("data") or {}).get("pretokenized_dir") or run / ROWS)
+    folder = rows_folder(run, (load_yaml(run / RUN_CONFIG).get("data") or {}).get("pretokenized_dir"))
     return load_manifest(folder) if (folder / FILE_NAME).is_file() else None
 
 

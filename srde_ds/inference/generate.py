@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from srde_ds.data.conversation import Message, Tools
 from srde_ds.data.packing import pad_token_id, prompt_ids, stop_ids
+from srde_ds.data.template import turn_ends
 from srde_ds.errors import SRDEError
 from srde_ds.inference.routing import RoutingRecord
 from srde_ds.model.adapter import SRDEModel
@@ -29,12 +32,11 @@ class Generation:
     """An answer, or its beginning while it is being generated.
 
     Attributes:
-        text: the answer without special tokens.
+        text: the answer, see `decode`.
         tokens: text of each token, prompt first; the answer begins at `prompt_length`.
         routing: the experts of the tokens; None if not requested. The last token is not read by the model, so it has
             no experts.
-        token_texts: what each token of a streamed answer adds to `text`. A special token adds nothing, and a character
-            comes with the token that completes it.
+        token_texts: what each token of a streamed answer adds to `text`, see `settled_text`.
     """
 
     text: str
@@ -91,21 +93,15 @@ def generate(
     record = RoutingRecord() if show_routing else None
     generation = Generation("", [str(tokenizer.decode([token])) for token in prompt], len(prompt), record)
     with torch.inference_mode(), record.recording(model, policy) if record else nullcontext(policy) as policy:
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            generation_config=settings,
-            streamer=_Streamer(tokenizer, generation, stream) if stream else None,
-            policy=policy,
-        )
-    ids = output[0, len(prompt) :].tolist()
-    generation.text = decode(tokenizer, ids)
+        streamer = _Streamer(tokenizer, generation, settings.eos_token_id, stream) if stream else None
+        (ids,) = new_tokens(model, settings, input_ids, torch.ones_like(input_ids), policy=policy, streamer=streamer)
+    generation.text = decode(tokenizer, before_stop(ids, settings.eos_token_id))
     generation.tokens[len(prompt) :] = [str(tokenizer.decode([token])) for token in ids]
     return generation
 
 
 def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling) -> GenerationConfig:
-    """The settings for transformers. Every value is set, since the base's generation config would fill gaps."""
+    """The settings for transformers, for `new_tokens`."""
     temperature, top_p = sampling.temperature, sampling.top_p
     if sampling.max_new_tokens < 1:
         raise SRDEError(f"max_new_tokens={sampling.max_new_tokens}: must be at least 1.")
@@ -113,18 +109,41 @@ def generation_settings(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, sa
         raise SRDEError(f"temperature={temperature}: must be 0 (greedy) or more.")
     if not 0 < top_p <= 1:
         raise SRDEError(f"top_p={top_p}: must be above 0 and at most 1.")
-    drawing: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    drawing: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=_stop_ids(model, tokenizer),
         pad_token_id=pad_token_id(tokenizer),
-        num_beams=1,
-        repetition_penalty=1.0,
-        use_cache=True,
         **drawing,
     )
+
+
+def new_tokens(
+    model: SRDEModel,
+    settings: GenerationConfig,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    *,
+    policy: RoutingPolicy,
+    streamer: BaseStreamer | None = None,
+) -> list[list[int]]:
+    """The tokens that `model` adds to each row, with padding after a row's end.
+
+    The base's own generation config is out of the way meanwhile: transformers fills the gaps of `settings` with it.
+    """
+    base = model.base
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        output = model.generate(
+            input_ids=ids_BS, attention_mask=mask_BS, generation_config=settings, streamer=streamer, policy=policy
+        )
+    finally:
+        base.generation_config = own
+    rows: list[list[int]] = output[:, ids_BS.shape[1] :].tolist()
+    return rows
 
 
 def context_length(model: SRDEModel) -> int:
@@ -173,18 +192,74 @@ def _stop_ids(model: SRDEModel, tokenizer: PreTrainedTokenizerBase) -> list[int]
     return sorted({int(stop) for stop in [*stops, *stop_ids(tokenizer)] if stop is not None})
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The text without special tokens; this also removes padding after EOS in a batch."""
-    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+# -- the text of an answer -------------------------------------------------------------------------------------------
+
+
+def before_stop(ids: Iterable[int], stops: Collection[int]) -> list[int]:
+    """The tokens before the first one that ends an answer."""
+    return list(takewhile(lambda token: token not in stops, ids))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """The text of an answer's tokens, up to the end of the turn if the template writes that as plain text.
+
+    Tokens that begin, end or fill up texts and turns add nothing. Others stay even if they are special, since those
+    around a thought or a call say what is what.
+    """
+    end = _written_end(tokenizer)
+    text = _raw_text(tokenizer, ids)
+    return text.partition(end)[0] if end else text
+
+
+def settled_text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    """The beginning of an unfinished answer's text that its next tokens cannot change.
+
+    A character that is cut between two tokens waits for its rest, and so does what may be the turn's end.
+    """
+    text, end = decode(tokenizer, ids).rstrip("\ufffd"), _written_end(tokenizer)
+    begun = next((count for count in range(len(end) - 1, 0, -1) if text.endswith(end[:count])), 0)
+    return text[: len(text) - begun]
+
+
+def is_cut(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stops: Collection[int]) -> bool:
+    """Whether generated tokens lack what ends an answer, so that only the length limit has ended it."""
+    end = _written_end(tokenizer)
+    return not (any(token in stops for token in ids) or (end and end in _raw_text(tokenizer, ids)))
+
+
+def _raw_text(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+    silent = _silent_ids(tokenizer)
+    said = [token for token in ids if token not in silent]
+    return str(tokenizer.decode(said, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+@cache
+def _silent_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that begin, end or fill up texts and turns."""
+    added = tokenizer.get_added_vocab()
+    markers = [added[token] for token in turn_ends(tokenizer).markers if token in added]
+    ids = [*markers, *stop_ids(tokenizer), pad_token_id(tokenizer)]
+    return frozenset(ids if tokenizer.bos_token_id is None else [*ids, tokenizer.bos_token_id])
+
+
+@cache
+def _written_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The plain text that ends a turn, before the token that does so, if there is one; often empty."""
+    ends = turn_ends(tokenizer)
+    return (ends.last.partition(ends.stop)[0] if ends.stop else ends.last).strip()
 
 
 class _Streamer(BaseStreamer):
-    """Adds each token to a generation; a character cut between two tokens waits for its rest."""
+    """Adds each token to a generation, and to its text what is settled."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, generation: Generation, emit: Callable[[Generation], None]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        generation: Generation,
+        stops: Collection[int],
+        emit: Callable[[Generation], None],
     ) -> None:
-        self.tokenizer, self.generation, self.emit = tokenizer, generation, emit
+        self.tokenizer, self.generation, self.stops, self.emit = tokenizer, generation, stops, emit
         self.ids: list[int] = []
         self.past_prompt = False
 
@@ -196,13 +271,11 @@ class _Streamer(BaseStreamer):
             self.ids.append(token)
             self.generation.tokens.append(str(self.tokenizer.decode([token])))
             self.generation.token_texts.append("")
-            text = decode(self.tokenizer, self.ids)
-            if not text.endswith("\ufffd"):
-                self._add(text)
+            self._add(settled_text(self.tokenizer, before_stop(self.ids, self.stops)))
         self.emit(self.generation)
 
     def end(self) -> None:
-        self._add(decode(self.tokenizer, self.ids))
+        self._add(decode(self.tokenizer, before_stop(self.ids, self.stops)))
         self.emit(self.generation)
 
     def _add(self, text: str) -> None:

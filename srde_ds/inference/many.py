@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.conversation import Message
 from srde_ds.data.packing import pad_token_id, prompt_ids
-from srde_ds.inference.answers import exact_match
+from srde_ds.inference.answers import exact_match, extract_answer
 from srde_ds.inference.batches import batches_by_length
-from srde_ds.inference.generate import Sampling, check_context, decode, generation_settings
+from srde_ds.inference.generate import (
+    Sampling,
+    before_stop,
+    check_context,
+    decode,
+    generation_settings,
+    is_cut,
+    new_tokens,
+    settled_text,
+)
 from srde_ds.inference.prompts import Prompt
 from srde_ds.inference.routing import RoutingRecord
 from srde_ds.model.adapter import SRDEModel
@@ -58,6 +66,20 @@ class TokenExperts:
     shares: list[list[float]]
 
 
+@dataclass
+class Written:
+    """What a model wrote in answer to a conversation.
+
+    Attributes:
+        cut: the length limit ended it.
+        routing: the experts that its tokens used; None if not requested.
+    """
+
+    text: str
+    cut: bool = False
+    routing: TokenExperts | None = None
+
+
 def answer_many(
     model: SRDEModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -79,10 +101,10 @@ def answer_many(
         SRDEError: a value is out of range, or a conversation does not fit into the base's context.
     """
     repeated = [prompt for prompt in prompts for _ in range(best_of_n)]
-    texts = generate_many(model, tokenizer, repeated, sampling, batch_size=batch_size * best_of_n)
+    written = generate_many(model, tokenizer, repeated, sampling, batch_size=batch_size * best_of_n)
     answers = []
-    for first in range(0, len(texts), best_of_n):
-        samples = texts[first : first + best_of_n]
+    for first in range(0, len(written), best_of_n):
+        samples = [sample.text for sample in written[first : first + best_of_n]]
         index, votes = majority(samples)
         answers.append(Answer(samples[index], samples, votes))
     for number in range(self_refine):
@@ -90,27 +112,32 @@ def answer_many(
             Prompt(f"{prompt.place}, refinement {number + 1}", refinement(prompt.messages, answer.text), prompt.tools)
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
-        texts = generate_many(model, tokenizer, asked, sampling, batch_size=batch_size)
-        for answer, text in zip(answers, texts, strict=True):
+        written = generate_many(model, tokenizer, asked, sampling, batch_size=batch_size)
+        for answer, refined in zip(answers, written, strict=True):
             answer.drafts.append(answer.text)
-            answer.text = text
+            answer.text = refined.text
     return answers
 
 
 def majority(texts: Sequence[str]) -> tuple[int, int]:
     """Index of the first text with the most frequent extracted answer (or the first of these), and its frequency.
 
-    Answers are the same if `answers.exact_match` says so.
+    Answers are the same if `answers.exact_match` says so. Texts without an answer, such as unfinished thoughts, have no
+    vote unless all are.
     """
     groups: list[list[int]] = []
-    for index, text in enumerate(texts):
-        group = next((group for group in groups if exact_match(text, texts[group[0]])), None)
+    for index in [i for i, text in enumerate(texts) if extract_answer(text)] or range(len(texts)):
+        group = next((group for group in groups if _agree(texts[index], texts[group[0]])), None)
         if group is None:
             groups.append([index])
         else:
             group.append(index)
     best = max(groups, key=len)  # the first of the largest
     return best[0], len(best)
+
+
+def _agree(text: str, other: str) -> bool:
+    return exact_match(text, other) or exact_match(other, text)
 
 
 def refinement(messages: Messages, answer: str) -> Messages:
@@ -126,57 +153,59 @@ def generate_many(
     *,
     batch_size: int,
     title: str = "answers",
-    routing: dict[int, TokenExperts] | None = None,
-) -> list[str]:
+    with_routing: bool = False,
+) -> list[Written]:
     """The answer to each conversation up to a stop token, in order. Batches are by length, and padded on the left.
 
     Args:
-        routing: is filled with the experts that each answer's tokens used, by number of the conversation.
+        with_routing: also note the experts that each answer's tokens used.
 
     Raises:
         SRDEError: a value is out of range, or a conversation (named by its place) is refused by the chat template or
             does not fit into the base's context.
     """
     settings = generation_settings(model, tokenizer, sampling)
-    written = [prompt_ids(tokenizer, messages, tools=tools, where=place) for place, messages, tools in prompts]
-    for prompt, ids in zip(prompts, written, strict=True):
-        check_context(model, len(ids), sampling.max_new_tokens, where=prompt.place)
-    answers: dict[int, str] = {}
+    asked = checked_prompts(model, tokenizer, prompts, sampling.max_new_tokens)
+    answers: dict[int, Written] = {}
     stops = {*settings.eos_token_id}
-    for batch in batches_by_length([len(ids) + sampling.max_new_tokens for ids in written], batch_size, title):
-        ids_BS, mask_BS = left_padded([written[i] for i in batch], pad_token_id(tokenizer))
+    for batch in batches_by_length([len(ids) + sampling.max_new_tokens for ids in asked], batch_size, title):
+        ids_BS, mask_BS = left_padded([asked[i] for i in batch], pad_token_id(tokenizer))
         record, policy = RoutingRecord(with_weights=False), model.routing.policy
-        recording = nullcontext(policy) if routing is None else record.recording(model, policy)
-        with torch.inference_mode(), recording as policy:
-            output = model.generate(
-                input_ids=ids_BS.to(model.base.device),
-                attention_mask=mask_BS.to(model.base.device),
-                generation_config=settings,
-                policy=policy,
-            )
-        for index, row in zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True):
-            answers[index] = decode(tokenizer, row)
-        if routing is not None:
-            # The first forward reads the prompts, and each later one reads a token of every answer.
-            shares = [experts_BE.unbind() for experts_BE in record.forwards[1:]]
-            for place, (index, row) in enumerate(zip(batch, output[:, ids_BS.shape[1] :].tolist(), strict=True)):
-                said = list(takewhile(lambda token: token not in stops, row))
+        device = model.base.device
+        with torch.inference_mode(), record.recording(model, policy) if with_routing else nullcontext(policy) as policy:
+            rows = new_tokens(model, settings, ids_BS.to(device), mask_BS.to(device), policy=policy)
+        # The first forward reads the prompts, and each later one reads a token of every answer.
+        shares = [experts_BE.unbind() for experts_BE in record.forwards[1:]]
+        for place, (index, row) in enumerate(zip(batch, rows, strict=True)):
+            said = before_stop(row, stops)
+            answers[index] = Written(decode(tokenizer, said), is_cut(tokenizer, row, stops))
+            if with_routing:
                 read = [experts_BE[place].tolist() for experts_BE in shares[: len(said)]]
-                routing[index] = TokenExperts(token_texts(tokenizer, said), read)
+                answers[index].routing = TokenExperts(token_texts(tokenizer, said), read)
     return [answers[index] for index in range(len(prompts))]
 
 
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; together they give the result of `decode`. Special tokens add nothing.
+def checked_prompts(
+    model: SRDEModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_new_tokens: int
+) -> list[list[int]]:
+    """The tokens of each prompt.
 
-    A character that is split between tokens comes with the last of them.
+    Raises:
+        SRDEError: the chat template refuses one, or it does not fit into the base's context with its answer.
     """
-    texts, shown = [], ""
+    asked = [prompt_ids(tokenizer, messages, tools=tools, where=place) for place, messages, tools in prompts]
+    for prompt, ids in zip(prompts, asked, strict=True):
+        check_context(model, len(ids), max_new_tokens, where=prompt.place)
+    return asked
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds, see `settled_text`; together they give the result of `decode`."""
+    texts, shown = [], 0
     for count in range(1, len(ids) + 1):
-        text = decode(tokenizer, list(ids[:count]))
-        whole = text if count == len(ids) or not text.endswith("\ufffd") else shown
-        texts.append(whole[len(shown) :])
-        shown = whole
+        text = decode(tokenizer, ids) if count == len(ids) else settled_text(tokenizer, ids[:count])
+        texts.append(text[shown:])
+        shown = max(shown, len(text))
     return texts
 
 

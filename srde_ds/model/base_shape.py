@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from srde_ds.config import Config, ModelConfig, ParallelConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.attention import DOCUMENT_ATTENTION, takes_documents
-from srde_ds.model.base import base_configuration, block_shapes, decoder_layers, empty_base
+from srde_ds.model.base import (
+    STATE_LAYERS,
+    base_configuration,
+    block_of_layer,
+    block_shapes,
+    decoder_layers,
+    empty_base,
+)
 from srde_ds.model.head import has_plain_head
 from srde_ds.model.quantization import PACKINGS, Packing, check_float8, packing_of
 from srde_ds.model.supports.selection import check_support
@@ -23,11 +30,13 @@ class LayerShape:
 
     Attributes:
         hidden, intermediate: D and F of its feed-forward block.
-        attention: number of values in the parameters of each module of the attention.
+        attention: number of values in the parameters of each module of the attention, or of what takes its place
+            (linear attention, Mamba, a convolution).
         norms: number of values in each other parameter.
         heads, query, key_value: number of query heads, width of all queries, and width of all keys.
         documents: whether each packed document is attended to by itself, see `attention.py`.
         int8: whether its linear maps are in 8 bits; those of bitsandbytes keep their inputs for the backward.
+        scores: whether tokens attend to each other.
     """
 
     hidden: int
@@ -39,6 +48,7 @@ class LayerShape:
     key_value: int = 0
     documents: bool = False
     int8: bool = False
+    scores: bool = True
 
     @property
     def matrix(self) -> int:
@@ -148,14 +158,17 @@ def _measure(
     key_value_heads = getattr(text, "num_key_value_heads", None) or heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     documents = takes_documents(base)
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(blocks)
     layers = []
-    for module, (hidden, intermediate) in zip(decoder_layers(base), blocks, strict=True):
-        attention = [own for _, child in module.named_children() for own in _attention(child)]
+    for number, (module, (hidden, intermediate)) in enumerate(zip(decoder_layers(base), blocks, strict=True)):
+        _, block, _ = block_of_layer(module, number, base)
+        attention = [own for child in module.children() if child is not block for own in _projections(child)]
         norms = [p.numel() for p in module.parameters()]
         for values in [hidden * intermediate] * 3 + [n for own in attention for n in own]:
             norms.remove(values)
         sizes = heads, heads * size, key_value_heads * size, documents, packing == PACKINGS["int8"]
-        layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes))
+        scores = kinds[number] not in STATE_LAYERS or kinds[number].startswith("hybrid")
+        layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes, scores))
     embedding = cast("Tensor", base.get_input_embeddings().weight)
     head = cast("Tensor", base.get_output_embeddings().weight)
     linear = [m for m in base.modules() if type(m) is nn.Linear and m is not base.get_output_embeddings()]
@@ -185,10 +198,9 @@ def check_whole(parallel: ParallelConfig, shape: BaseShape, processes: int) -> N
         )
 
 
-def _attention(child: nn.Module) -> list[tuple[int, ...]]:
-    """Number of values in each module of a decoder layer's attention; empty for another child of the layer."""
-    linear = [m for m in child.modules() if isinstance(m, nn.Linear)]
-    if child in linear or len(linear) < 4:  # a norm, or the feed-forward block with its three
+def _projections(child: nn.Module) -> list[tuple[int, ...]]:
+    """Number of values in each module of a layer's attention or mixer; empty for a child without linear maps."""
+    if not any(isinstance(module, nn.Linear) for module in child.modules()):
         return []
     own = [tuple(p.numel() for p in module.parameters(recurse=False)) for module in child.modules()]
     return [values for values in own if values]

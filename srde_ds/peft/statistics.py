@@ -47,7 +47,7 @@ def measure_domains(
         SRDEError: a column is missing, a domain names no expert, or no row has a usable token.
     """
     view = model.srde_model()
-    padded, domains = padded_rows(rows, view.expert_names, "domain_statistics")
+    padded, domains = padded_rows(rows, view.expert_names, "domain_statistics", most=rows_a_domain, seed=seed)
     special = special_token_ids(tokenizer)
     sample = all_tokens(padded, domains=domains, rows_a_domain=rows_a_domain, special_ids=special, seed=seed)
     counts = np.bincount(sample.domain, minlength=len(domains))

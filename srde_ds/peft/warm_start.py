@@ -39,8 +39,8 @@ def warm_start_routers(
 
     Args:
         model: a PEFT model with the experts of `srde_ds.peft`.
-        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to. A few
-            thousand rows are enough.
+        rows: rows with `input_ids` and `domain`: the name or number of the expert that the row belongs to. At most
+            `samples` of each domain are drawn.
         tokenizer: tells which tokens are special; these are left out.
         method, samples: like a run's options `warm_start_method` and `warm_start_samples`.
 
@@ -52,7 +52,7 @@ def warm_start_routers(
             distinguish the experts.
     """
     view = model.srde_model()
-    padded, domains = padded_rows(rows, view.expert_names, "warm_start")
+    padded, domains = padded_rows(rows, view.expert_names, "warm_start", most=samples, seed=seed)
     special = special_token_ids(tokenizer)
     sample = choose_tokens(padded, domains=domains, per_domain=samples, special_ids=special, seed=seed)
     with evaluated(model):
@@ -76,8 +76,10 @@ def warm_start_routers(
     return shares
 
 
-def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tuple[datasets.Dataset, list[str]]:
-    """Pad the rows to the form that `build_dataset` gives, one document per row.
+def padded_rows(
+    rows: datasets.Dataset, experts: list[str], option: str, *, most: int, seed: int
+) -> tuple[datasets.Dataset, list[str]]:
+    """Pad rows to the form that `build_dataset` gives, one document per row.
 
     Labels are those of the column `labels`, or the tokens that TRL's `completion_mask` or `assistant_masks` marks;
     without these columns, all tokens.
@@ -85,6 +87,7 @@ def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tupl
     Args:
         experts: names of the experts, which are the domains.
         option: the option that the rows were given for, in messages.
+        most: number of rows to draw from each domain that has more, since the padded ones are held in memory.
 
     Returns:
         The rows, and the domains up to the last one that they use.
@@ -104,6 +107,9 @@ def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tupl
                 "SRDEConfig the domains as expert_names."
             )
     numbers = [known[domain] for domain in column]
+    chosen = _drawn(np.asarray(numbers, np.int64), most, seed)
+    if len(chosen) < len(numbers):
+        rows, numbers = rows.select(chosen), [numbers[row] for row in chosen]
     ids = rows["input_ids"][:]
     lengths = [len(row) for row in ids]
     longest = max(lengths, default=0)
@@ -120,6 +126,13 @@ def padded_rows(rows: datasets.Dataset, experts: list[str], option: str) -> tupl
         "length": np.asarray(lengths, np.int64),
     }
     return datasets.Dataset.from_dict(columns), experts[: max(numbers, default=-1) + 1]
+
+
+def _drawn(numbers: np.ndarray, most: int, seed: int) -> list[int]:
+    """Up to `most` rows of each domain, in order."""
+    generator = np.random.default_rng(seed)
+    rows = [generator.permutation(np.flatnonzero(numbers == number))[:most] for number in np.unique(numbers)]
+    return sorted(int(row) for own in rows for row in own)
 
 
 def _padded(rows: Sequence[Sequence[int]], length: int, value: int) -> np.ndarray:

@@ -13,7 +13,8 @@ def step_flops(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> di
 
     A frozen matrix costs its product in the forward and the input's gradient in the backward. A trained one also costs
     its own gradient, and recomputation costs another forward of the layers. Attention counts each row as one document,
-    with the half of the scores that causality leaves. Norms, routers and the update are left out.
+    with the half of the scores that causality leaves. Of linear attention, Mamba and convolutions only the linear maps
+    are counted. Norms, routers and the update are left out.
 
     Args:
         labelled: share of positions whose logits are computed.
@@ -26,7 +27,7 @@ def step_flops(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> di
     for layer in shape.layers:
         projections = sum(n for module in layer.attention for n in module)
         frozen += 2 * t * (3 * layer.matrix + projections)
-        attention += 2 * t * work.max_length * layer.query
+        attention += 2 * t * work.max_length * layer.query * layer.scores
         experts += _experts(work, layer, transport)
         experts += 2 * t * 3 * layer.hidden * shared_expert_size(work.adapter, layer.intermediate)
     head = 2 * t * labelled * shape.vocabulary * shape.layers[-1].hidden

@@ -23,7 +23,7 @@ from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
 from srde_ds.checkpoint.shards import read_slices
 from srde_ds.config import Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
-from srde_ds.data.manifest import VOCABULARY, Manifest
+from srde_ds.data.manifest import TEMPLATE, VOCABULARY, Manifest
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed import zero_placement as placement
 from srde_ds.distributed.engine import Engine
@@ -273,8 +273,8 @@ class RunState:
         }
         if self.config.curriculum.training_phases == "by_domain":
             entry["routing"] = self.routing
-        if VOCABULARY in self.manifest.tokenizer:  # older datasets do not record it
-            entry[VOCABULARY] = self.manifest.tokenizer[VOCABULARY]
+        identity = self.manifest.tokenizer  # older datasets do not record the vocabulary
+        entry |= {key: identity[key] for key in (VOCABULARY, TEMPLATE) if key in identity}
         return entry
 
     def probe_loss(self) -> float:

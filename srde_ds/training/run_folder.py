@@ -43,9 +43,9 @@ from srde_ds.weights.locate import (
     COMPLETED,
     LATEST,
     METRICS,
-    ROWS,
     RUN_CONFIG,
     read_latest,
+    rows_folder,
     saved_by_a_run,
 )
 
@@ -228,7 +228,7 @@ def row_mixing(data: DataConfig, manifest: Manifest) -> list[MixingPeriod] | Non
 
 def data_folder(data: DataConfig, output_dir: str) -> Path:
     """The folder of a run's dataset, which `prepare_data` fills."""
-    return Path(data.pretokenized_dir or Path(output_dir) / ROWS)
+    return rows_folder(output_dir, data.pretokenized_dir)
 
 
 def check_run_folder(output_dir: str, resume_from: str | None) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.checkpoint.resume import find_checkpoint, load_run_state
-from srde_ds.config import Config, RunInputs, TrainingConfig
+from srde_ds.config import Config, DataConfig, RunInputs, TrainingConfig
 from srde_ds.config.strategy import WITHOUT_DATA
-from srde_ds.data.manifest import load_manifest
+from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.model.base import base_configuration
@@ -27,6 +27,9 @@ _SCHEDULE = {
     "density_warmup_steps": "initial_density",
 }
 
+_OF_ROWS = ("too_long", "train_on", "packing")
+_OF_RECORDS = ("format", "columns", "ignore_columns", "encoding", "on_bad_record")
+
 FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing", "shared_expert_density")
 """Options that describe the weights"""
 
@@ -38,19 +41,41 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
         given: names of options that need no default.
 
     Raises:
-        SRDEError: `pretokenized_dir` holds no rows, the base has no configuration, or the run state is damaged.
+        SRDEError: `pretokenized_dir` holds no rows, or they were made otherwise than `given` options say; the base has
+            no configuration, or the run state is damaged.
     """
     context = row_length = domains = None
-    if config.data.pretokenized_dir and not {"domains", "max_length"} <= set(given):
+    rows: dict[str, Any] = {}
+    if config.data.pretokenized_dir:
         try:
             manifest = load_manifest(config.data.pretokenized_dir)
         except SRDEError as error:
             raise SRDEError(f"pretokenized_dir={config.data.pretokenized_dir}: {error}") from None
+        _check_rows_options(config.data, given, manifest)
         row_length, domains = manifest.max_length, manifest.domains
+        rows = {key: getattr(manifest, key) for key in _OF_ROWS}
     elif config.model.model_name and "max_length" not in given:
         context = context_of(config.model.model_name, config.model.model_revision)
     started = _started(config.training.start_from) if config.training.start_from else {}
-    return RunInputs(context, row_length, domains, started, _resumed(config.training))
+    return RunInputs(context, row_length, domains, rows, started, _resumed(config.training))
+
+
+def _check_rows_options(data: DataConfig, given: Collection[str], manifest: Manifest) -> None:
+    """Refuse options that finished rows leave without effect."""
+    beside = f"with pretokenized_dir={data.pretokenized_dir}"
+    for key in _OF_ROWS:
+        wanted, made = getattr(data, key), getattr(manifest, key)
+        if key in given and wanted != made:
+            raise SRDEError(
+                f"{key}={wanted} {beside}: its rows were built with {key}={made}. Leave --{key} out, or build them "
+                "again."
+            )
+    for key in _OF_RECORDS:
+        if (wanted := getattr(data, key)) != getattr(DataConfig, key):
+            raise SRDEError(
+                f"{key}={wanted} {beside}: says how records are read, and its rows are finished. Leave --{key} out, or "
+                "hand it to build_dataset."
+            )
 
 
 def read_base_inputs(config: Config, given: Collection[str]) -> RunInputs:

@@ -70,6 +70,11 @@ def run_folder(place: str | Path) -> Path:
     return path.parent if path.is_file() or _is_checkpoint(path) else path
 
 
+def rows_folder(run: str | Path, pretokenized_dir: str | None) -> Path:
+    """The folder of a run's rows: that of its option `pretokenized_dir`, or its own."""
+    return Path(pretokenized_dir or Path(run) / ROWS)
+
+
 def is_run(folder: Path) -> bool:
     """Whether a training run has written to this folder."""
     return (folder / RUN_CONFIG).is_file() and (folder / METRICS).is_file()

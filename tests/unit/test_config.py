@@ -163,6 +163,12 @@ def test_a_default_does_not_contradict_what_was_given(given: dict[str, Any], der
     assert resolve(yaml.safe_load(config.to_yaml()), {}) == config  # the file that a run keeps holds the numbers
 
 
+def test_the_rows_of_a_run_are_named_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    kept = resolve({}, {"pretokenized_dir": "rows"}).to_dict()
+    assert kept["data"]["pretokenized_dir"] == str(tmp_path / "rows")
+
+
 def test_defaults_from_the_files_of_a_run() -> None:
     def read(config: Config, given: Any) -> RunInputs:
         assert config.training.max_steps == 40 and set(given) >= {"max_steps"}

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from srde_ds.cli.main import main
-from srde_ds.data.manifest import VOCABULARY, tokenizer_identity
+from srde_ds.data.manifest import TEMPLATE, VOCABULARY, tokenizer_identity
 from srde_ds.model.adapter import load_adapter
 from srde_ds.weights.file import read_metadata, save_weights
 from srde_ds.weights.locate import WEIGHTS
 from tests.cli_helpers import fails
 from tests.cli_helpers import save_base as save_base_with_tokenizer
 from tests.convert_helpers import Trained, save_base, trained
-from tests.data_helpers import tiny_tokenizer
+from tests.data_helpers import CHATML, tiny_tokenizer
 from tests.helpers import tiny_srde, tokens
 from tests.unit.test_checkpoint_convert import save_model
 
@@ -141,18 +141,25 @@ def test_heads_that_the_converter_ignores_are_refused(tmp_path: Path, capsys: py
     assert not (tmp_path / "m.gguf").exists()
 
 
-def test_a_base_with_another_tokenizer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_base_with_another_tokenizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     """Merged with other tokens the result would speak nonsense; weights from before say nothing and pass."""
     base = save_base_with_tokenizer(tmp_path / "base")
     made = trained(base, tmp_path / "old")
     identity = tokenizer_identity(tiny_tokenizer())
-    made.model.origins.history = [{"verb": "train", VOCABULARY: identity[VOCABULARY]}]
+    made.model.origins.history = [{"verb": "train", **{key: identity[key] for key in (VOCABULARY, TEMPLATE)}}]
     weights = tmp_path / "new.safetensors"
     save_weights(weights, made.model.adapter_tensors(), made.model.metadata())
     others = tiny_tokenizer()
     others.add_tokens(["<another>"])
     to_dense = ["--to", "dense", "--expert", "red", "--base", str(base), "--output"]
     assert main(["convert", str(weights), *to_dense, str(tmp_path / "same")]) == 0
+    assert "another chat template" not in caplog.text
+    changed = tiny_tokenizer(CHATML.replace("Be brief.", "Be long."))
+    changed.save_pretrained(base)
+    assert main(["convert", str(weights), *to_dense, str(tmp_path / "changed")]) == 0
+    assert f"weights '{weights}': they were trained with another chat template than that of '{base}'" in caplog.text
     others.save_pretrained(base)
     assert main(["convert", str(made.weights), *to_dense, str(tmp_path / "unknown")]) == 0
     told = f"weights '{weights}': they were trained with another tokenizer than that of '{base}'"

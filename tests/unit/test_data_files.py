@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +20,9 @@ import pytest
 from srde_ds.data.files import find_files, read_items
 from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.records import Record
+from srde_ds.data.sources.examples import Example
+from srde_ds.data.sources.reading import open_source
+from srde_ds.data.sources.registry import Source
 from srde_ds.errors import SRDEError
 from srde_ds.inference.prompts import read_prompts
 
@@ -153,6 +159,58 @@ def test_a_folder_and_a_pattern_are_all_their_files(tmp_path: Path, caplog: pyte
     refused(f"{tmp_path}/*.csv", "*.csv: no such file. Give an existing file, a folder or a quoted pattern.")
 
 
+def test_arrow_files_and_saved_datasets_are_read(tmp_path: Path) -> None:
+    data = datasets.Dataset.from_list([GOOD, GOOD | {"response": "fifty-six"}])
+    data.save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "cache-0.arrow").write_bytes(b"")
+    with pa.OSFile(str(tmp_path / "file.arrow"), "wb") as sink, pa.ipc.new_file(sink, data.data.table.schema) as file:
+        file.write_table(data.data.table)
+    for path in (tmp_path / "saved", tmp_path / "file.arrow"):
+        assert [answer for _, answer in pairs(read(path))] == ["56", "fifty-six"]
+    datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "splits")
+    refused(tmp_path / "splits", "holds a folder for each split, made by save_to_disk. Give one of them, such as '")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (bz2.compress(b"{}"), "data.jsonl' is compressed with bzip2, which is not read: unpack it, or use gzip."),
+        (lzma.compress(b"{}"), "data.jsonl' is compressed with xz, which is not read"),
+        (gzip.compress(b"{}"), "data.jsonl' is compressed with gzip: name it so that it ends in .gz."),
+        (b"PK\x03\x04 ", "is a zip archive or a workbook"),
+        (b"PAR1 ", "is a Parquet file: name it so that it ends in .parquet."),
+    ],
+    ids=["bzip2", "xz", "gzip", "zip", "parquet"],
+)
+def test_files_that_are_not_text_are_refused_as_what_they_are(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    refused(tmp_path / "data.jsonl", said)
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        (("test-00000-of-00001", "train-00000-of-00001", "dev"), {"dev": "validation", "test": "test"}),
+        (("train/a", "val/a", "b"), {"val": "validation"}),
+        (("latest", "train1", "train2"), {}),
+        (("test1", "b"), {}),
+        (("train-test", "train"), {}),
+    ],
+)
+def test_names_of_files_tell_splits_as_on_the_hub(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], splits: dict[str, str]
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / f"{name}.jsonl", GOOD | {"source": name}, GOOD | {"source": name, "split": "test"})
+    with caplog.at_level("INFO"):
+        found = read(f"{tmp_path}/**/*.jsonl")
+    for record in found[::2]:
+        assert record.split == next((split for word, split in splits.items() if word in record.source), "train")
+    assert {record.split for record in found[1::2]} == {"test"}  # as the record itself says
+    assert ("by its name, the split of its records is" in caplog.text) == bool(splits)
+
+
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     refused(tmp_path / "pipe.jsonl", "is a pipe or a device, which can be read only once. Save it to a file.")
@@ -265,6 +323,11 @@ def test_an_alpaca_history_comes_before(tmp_path: Path) -> None:
         ({"label": 1.0}, "B"),
         ({"choices": {"text": ["b", "a"], "label": [1.0, 2.0]}, "answerKey": 1}, "A"),
         ({"choices": {"text": ["b", "a"], "label": [" A", " B"]}, "answerKey": "A"}, "A"),
+        ({"choices": {"text": ["C", "Co", "Cp"], "label": ["A", "B", "C"]}, "answerKey": "C"}, "C"),
+        ({"choices": {"A": "B", "B": "A"}, "answer": "A"}, "A"),
+        ({"choices": {"1": "2", "2": "1"}, "answer": "2"}, "B"),
+        ({"choices": ["C", "Co", "Cp"], "answer": 2}, "C"),
+        ({"choices": ["a", "b"], "answer": "b"}, "B"),
     ],
 )
 def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dict[str, Any], letter: str) -> None:
@@ -279,6 +342,10 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
         (
             {"question": "a", "choices": ["b", "c"], "answer": "z"},
             "field 'answer' is \"z\": it must be one of the ch",
+        ),
+        (
+            {"question": "a", "choices": ["C", "Co", "Cp"], "answer": "C"},
+            "field 'answer' is \"C\", which is the text of one choice and the letter of another: give its number",
         ),
         ({"question": "a", "choices": ["b", "c"], "answer": 2}, "its letter (A to B) or its number (0 to 1)"),
         ({"question": "a", "choices": {"1": "b", "2": "c"}, "answer": 0}, "one of the choices, its label (1 to 2)."),
@@ -341,6 +408,28 @@ def test_records_of_one_domain_need_not_name_it(tmp_path: Path) -> None:
     refused(path, ":1: field 'domain' is missing. For records of one domain, give --domain.", domains=("math", "code"))
     refused(path, ":2: unknown domain 'code', must be one of math")
     assert read(write(tmp_path / "data.jsonl", unnamed))[0].domain == "math"
+
+
+def test_the_keys_that_parquet_adds_to_an_object_are_not_there(tmp_path: Path) -> None:
+    def record(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        kinds = {key: {"type": "string", "enum": ["a", None]} for key in arguments}
+        call = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+        turns = [TURNS[0], {"role": "assistant", "content": "", "tool_calls": [call]}, *TURNS]
+        return {"messages": turns, "tools": [{"name": name, "parameters": {"type": "object", "properties": kinds}}]}
+
+    rows = [record("weather", {"city": "Paris"}), record("mail", {"to": "Ann", "body": "Hi"})]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    saved = Source("own", "math", folder=str(tmp_path / "saved"), formatter="by_keys")
+    found = [(one.messages, one.tools) for one in read(tmp_path / "data.parquet")]
+    reader = open_source(saved, revision=None, seed=0, rows=0).reader
+    made = [one for one in reader.examples(0, 2) if isinstance(one, Example)]
+    assert [(one.messages, one.more["tools"]) for one in made] == found
+    for (messages, tools), row in zip(found, rows, strict=True):
+        assert messages[1]["tool_calls"] == row["messages"][1]["tool_calls"]
+        assert tools is not None and tools[0]["function"] == row["tools"][0]
+    null = write(tmp_path / "data.jsonl", record("weather", {"city": None}))
+    assert read(null)[0].messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": None}  # as it was written
 
 
 # -- bad records -----------------------------------------------------------------------------------------------------

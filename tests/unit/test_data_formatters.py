@@ -101,6 +101,17 @@ def test_general_formatters_take_other_columns(
     assert example.answer == answer
 
 
+def test_files_that_are_held_out_by_their_names_are_not_read(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        row = {"prompt": f"{split}?", "response": "a"}
+        write_jsonl(tmp_path / f"{split}-00000-of-00001.jsonl", [row])
+        Dataset.from_list([row]).to_parquet(tmp_path / f"{split}-00000-of-00001.parquet")
+    own = Source("own", "math", formatter="prompt_response")
+    for source in (replace(own, jsonl=f"{tmp_path}/*.jsonl"), replace(own, parquet=f"{tmp_path}/*.parquet")):
+        (example,) = read(source)
+        assert isinstance(example, Example) and example.messages[0]["content"] == "train?"
+
+
 def test_conversations_of_another_shape_are_broken(tmp_path: Path) -> None:
     turns = [
         [{"role": "assistant", "content": "a"}],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -161,13 +162,29 @@ def test_bad_input_is_named_before_anything_is_written(files: dict[str, Any]) ->
 
 def test_held_out_prompts_in_training_are_refused(files: dict[str, Any]) -> None:
     leaked = {"role": "user", "content": "math: 51 + 1?"}
-    turns = [{"role": "system", "content": "S"}, leaked, *({"role": r, "content": "x"} for r in ("assistant", "user"))]
+    turns = [leaked, *({"role": r, "content": "x"} for r in ("assistant", "user"))]
     with files["jsonl_data"].open("a") as file:
         file.write(json.dumps({"messages": [*turns, {"role": "assistant", "content": "y"}], "domain": "math"}) + "\n")
         file.write(json.dumps(sums("logic", [52])[0]) + "\n")
     fails(files, "2 held-out prompts also occur in the training file, the first is")
     fails(files, "held_out.jsonl:2 = ")
     fails(files, "train.jsonl:61: remove them from one of the files")
+
+
+def test_the_same_question_about_another_system_message_is_no_leak(
+    files: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    def asked(document: str) -> str:
+        return json.dumps({"prompt": "Summarise.", "response": "x", "system": document, "domain": "math"}) + "\n"
+
+    with files["jsonl_data"].open("a") as file:
+        file.write(asked("A first document."))
+    held_out = files["eval_file"].read_text()
+    files["eval_file"].write_text(held_out + asked("Another document."))
+    build(files)
+    assert re.search(r"1 of \d+ held-out questions equal a training question but for case, spaces or the", caplog.text)
+    files["eval_file"].write_text(held_out + asked("A first document."))
+    fails(files, "1 held-out prompts also occur in the training file", output_dir=files["output_dir"] / "other")
 
 
 def test_long_documents_are_counted_by_domain(files: dict[str, Any]) -> None:
@@ -319,10 +336,10 @@ def test_questions_that_are_held_out_but_for_case_and_spaces_are_told(
     with files["eval_file"].open("a") as file:
         file.write(json.dumps({"prompt": "MATH:  3 + 1? ", "response": "4", "domain": "math"}) + "\n")
     build(files)
-    assert (
-        "1 of 9 held-out questions equal a training question but for case and spaces, the first is" in caplog.text
-        and "held_out.jsonl:9." in caplog.text
+    told = (
+        "1 of 9 held-out questions equal a training question but for case, spaces or the system message, the first is"
     )
+    assert told in caplog.text and "held_out.jsonl:9." in caplog.text
     assert "domains with fewer than 100 training records: math has 30, logic has 30." in caplog.text
 
 

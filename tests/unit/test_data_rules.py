@@ -22,6 +22,7 @@ from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, n
 from srde_ds.data.build.row_rules import hashed, make_records, ngram_hashes, normalise, signatures, words
 from srde_ds.data.build.tables import read_table
 from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.errors import SRDEError
 
 LABELS = {"domain": "math", "source": "own", "revision": "1"}
@@ -58,6 +59,18 @@ def test_text_is_composed_and_freed_of_control_characters() -> None:
     assert not normalise(asked("Caf\u00e9?", "ok"))[1]
     choice, _ = normalise(replace(asked("Which?", "b", "Cafe\u0301 "), more={"choices": ["Cafe\u0301 ", "tea"]}))
     assert choice.answer == choice.more["choices"][0] == "Caf\u00e9"
+
+
+def test_the_first_line_of_code_keeps_its_indentation() -> None:
+    code = "    y = x\n    return y"
+    example, changed = normalise(asked("\n  \n\tx\n", f" \r\n\r\n{code} \n\n"))
+    assert [m["content"] for m in example.messages] == ["\tx", code] and changed
+    for formatter, row in (
+        ("code_alpaca", {"instruction": "Go on:", "input": code, "output": code}),
+        ("prompt_response", {"prompt": f"Go on:\n\n{code}", "response": f"\n{code}\n"}),
+    ):
+        made = FORMATTERS[formatter].format(row)
+        assert made is not None and [m["content"] for m in made.messages] == [f"Go on:\n\n{code}", code]
 
 
 def test_each_rule_counts_what_it_leaves_out(tmp_path: Path) -> None:
@@ -212,6 +225,19 @@ def test_evaluation_files_of_several_forms_are_read(tmp_path: Path) -> None:
     lines = [{"prompt": "a"}, {"messages": asked("b", "no").messages}, {"question": "c", "answer": "no"}]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     assert list(read_evaluation_file(path)) == ["a", "b", "c"]
+    items = [
+        {"instruction": "Classify the sentiment.", "input": "What a film!", "output": "good", "id": 7, "rating": 5},
+        {"question": "Who?", "choices": ["Ann", "Bob"], "answer": 0, "context": "Ann ran."},
+        {"question": "Where?", "answer": "there", "context": "It is there."},
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+    ]
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    assert list(read_evaluation_file(path)) == [
+        "Classify the sentiment.\n\nWhat a film!",
+        *("Ann ran.\n\nWho?\nA. Ann\nB. Bob", "Who?"),
+        *("It is there.\nWhere?", "Where?"),
+        "a",
+    ]
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(SRDEError, match=r"held_out.jsonl:2 holds no question"):
         list(read_evaluation_file(path))

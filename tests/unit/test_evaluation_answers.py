@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from srde_ds.inference.answers import exact_match, extract_answer
+from srde_ds.inference.answers import complete_part, exact_match, extract_answer
 
 SAME = [
     ("42", "42"),
@@ -26,6 +26,16 @@ SAME = [
     ("Answer: 3.", "3"),
     ("()[]", "()[]"),
     ("0", "-0"),
+    ("<think>\n\n</think>\n\nB", "B"),
+    (r"<think>maybe \boxed{5}</think><answer>4</answer>", "4"),
+    ("it is C, no</think>B", "B"),  # the prompt opened the thought
+    ("[THINK]C[/THINK]B", "B"),
+    ("B. iron", "B"),
+    ("(B) iron", "b"),
+    ("**B** iron", "B"),
+    ("The answer is B) iron", "B"),
+    ("**Final Answer**: B", "B"),
+    ("B\nsince iron is a metal: B.", "B\nsince iron is a metal: B"),
 ]
 DIFFERENT = [
     ("41", "42"),
@@ -41,6 +51,14 @@ DIFFERENT = [
     ("no", "yes"),
     ("0x10", "16"),
     ("9" * 5000, "9"),
+    ("<think>the answer is 8</think>\n9", "8"),
+    ("<think>the answer is B", "B"),
+    ("A ball falls.", "A"),
+    ("A* search", "A"),
+    ("A. iron\nB. gold", "A"),
+    ("(A) and (B)", "A"),
+    ("C. iron", "B"),
+    ("E", "E. coli"),
 ]
 
 
@@ -60,3 +78,20 @@ def test_a_mark_without_anything_after_it_is_no_answer_mark() -> None:
 
 def test_an_unclosed_box_is_not_taken() -> None:
     assert extract_answer(r"\boxed{12") == r"\boxed{12"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("3 + 4 = 7, so 7 - 5", ""),
+        ("The answer is 1", ""),
+        ("#### 12\nThe answer is 1", "#### 12"),
+        (r"It is \boxed{4}, as 2", r"It is \boxed{4}, as 2"),
+        (r"It is \boxed{4", ""),
+        ("<answer>4</answer> is", "<answer>4</answer> is"),
+        ("B. iron has", "B. iron has"),
+        (r"<think>So \boxed{4}", ""),
+    ],
+)
+def test_a_text_that_was_cut_answers_by_what_is_complete(text: str, part: str) -> None:
+    assert complete_part(text) == part

@@ -69,12 +69,19 @@ def _options(run: Path, **changes: Any) -> EvaluateOptions:
     return EvaluateOptions(**options | {"output_file": None} | changes)
 
 
-def test_evaluate_writes_figures_items_and_table(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = evaluate_command(_options(run_folder))
+def test_evaluate_writes_figures_items_and_table(
+    run_folder: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        result = evaluate_command(_options(run_folder))
     assert json.loads((run_folder / "evaluation.json").read_text()) == result
     items = (run_folder / "evaluation_items.jsonl").read_text().splitlines()
     assert len(items) == result["overall"]["srde"]["items"] == 8
     assert {"base", "srde", "prompt", "answer"} <= set(json.loads(items[0]))
+    longer = "4 of 7 reference responses are longer than max_new_tokens=4: an answer that is cut off before it"
+    assert longer in caplog.text and "The longest needs --max_new_tokens 6." in caplog.text
+    cut = sum(json.loads(line)["srde"].get("cut", False) for line in items)
+    assert cut and f"srde: answers that reached max_new_tokens ('cut' in the items): {cut}" in caplog.text
     for line in map(json.loads, items):
         told = line["srde"].get("answer_tokens")
         assert "answer_tokens" not in line["base"] and (told is None) == (line["scoring"] is None)
@@ -166,7 +173,7 @@ def test_without_a_sandbox_programs_are_refused_before_anything_loads(
 def test_results_are_written_as_they_come(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = 0
 
-    def judge(prediction: str, record: Record, scoring: str, sandbox: str | None = None) -> bool:
+    def judge(prediction: str, record: Record, scoring: str, sandbox: str | None = None, *, cut: bool) -> bool:
         nonlocal judged
         judged += 1
         if judged == 3:
@@ -252,7 +259,9 @@ def test_training_records_of_a_file_of_all_splits_are_left_out(
     assert f"{path}: 1 of 2 items are taken (--max_samples)" in caplog.text
 
 
-def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(run_folder: Path, tmp_path: Path) -> None:
+def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(
+    run_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     turns = [{"role": role, "content": "red blue"} for role in ("user", "assistant", "user", "assistant")]
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"domain": "math", "messages": turns, "answer": "red"}))
@@ -272,6 +281,10 @@ def test_the_loss_is_over_the_turns_that_the_run_was_trained_on(run_folder: Path
     (built / "tokenized" / "manifest.json").write_text(json.dumps(manifest))  # rows that build_dataset made
     assert tokens(run_folder) == tokens(last, train_on="all") > tokens(last) == tokens(run_folder, train_on="last")
     assert tokens(built) == tokens(last)
+    gone = resolve({}, {"train_on": "last", "pretokenized_dir": str(tmp_path / "gone")})
+    (last / "config.yaml").write_text(yaml.safe_dump(gone.to_dict()))
+    assert tokens(last) == tokens(built)
+    assert f"{tmp_path}/gone: the run's rows are no longer there; its config.yaml says train_on=last" in caplog.text
 
 
 def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:

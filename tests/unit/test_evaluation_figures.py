@@ -12,12 +12,14 @@ import torch
 
 from srde_ds.data.packing import prompt_ids, tokenize
 from srde_ds.errors import SRDEError
+from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.bootstrap import interval, resampled_sums
 from srde_ds.evaluation.compare import EvaluationSettings, evaluate, evenly_by_domain
 from srde_ds.evaluation.perplexity import response_losses
 from srde_ds.evaluation.results import generated_answers
 from srde_ds.evaluation.table import format_tables
-from srde_ds.inference import batches
+from srde_ds.inference import batches, many
+from srde_ds.inference.generate import decode
 from srde_ds.model.policy import RoutingPolicy
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import records, tiny_model
@@ -53,7 +55,7 @@ def test_batching_changes_neither_losses_nor_answers(batch_size: int) -> None:
     assert [item.tokens for item in cut] == [item.tokens for item in whole]
     answers = generated_answers(model, tokenizer, items, max_new_tokens=8, batch_size=2)
     assert generated_answers(model, tokenizer, items, max_new_tokens=8, batch_size=batch_size) == answers
-    assert len(set(answers)) > 1
+    assert len({answer.text for answer in answers}) > 1
 
 
 def test_answers_equal_greedy_decoding_without_cache_and_without_batch() -> None:
@@ -65,17 +67,21 @@ def test_answers_equal_greedy_decoding_without_cache_and_without_batch() -> None
         while len(ids) < length + 8 and tokenizer.eos_token_id not in ids[length:]:
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-        assert answer == tokenizer.decode(ids[length:], skip_special_tokens=True)
+        assert answer.text == decode(tokenizer, ids[length:]) and answer.cut == (
+            tokenizer.eos_token_id not in ids[length:]
+        )
 
 
 def test_a_batch_ends_at_eos_without_what_follows() -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
-    free = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
+    free = [answer.text for answer in generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)]
     stop = next(letter for letter in free[0][1:] if letter.isascii() and letter != free[0][0])
     model.base.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(stop)[:1])
-    stopped = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
-    cut = [text[: text.index(stop) + 1] if stop in text else text for text in free]
-    assert stopped == cut and cut != free
+    written = generated_answers(model, tokenizer, items, max_new_tokens=12, batch_size=9)
+    stopped = [answer.text for answer in written]
+    ended = [text.partition(stop)[0] for text in free]
+    assert stopped == ended and ended != free
+    assert [answer.cut for answer in written] == [stop not in text for text in free]
 
 
 def test_long_items_get_small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,13 +159,17 @@ def test_the_base_is_run_without_experts() -> None:
     assert result["overall"]["srde"]["loss"] != pytest.approx(loss, rel=1e-3)
 
 
-def test_a_right_answer_counts_and_a_domain_without_answers_has_no_accuracy() -> None:
+def test_a_right_answer_counts_and_a_domain_without_answers_has_no_accuracy(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, items = tiny_model(), tiny_tokenizer(), records()
     said = generated_answers(model, tokenizer, items, max_new_tokens=4, batch_size=4)
     items = [
-        replace(record, answer=text if record.domain == "math" else None)
-        for record, text in zip(items, said, strict=True)
+        replace(record, answer=answer.text if record.domain == "math" else None)
+        for record, answer in zip(items, said, strict=True)
     ]
+    cut, lines = evaluate(model, tokenizer, items, settings())
+    assert all(answer.cut for answer in said) and cut["domains"]["math"]["srde"]["accuracy"] == 0.0
+    assert all(line["srde"].get("cut", False) == (line["domain"] == "math") for line in lines)
+    monkeypatch.setattr(many, "is_cut", lambda *_: False)
     result, _ = evaluate(model, tokenizer, items, settings())
     assert result["domains"]["math"]["srde"]["accuracy"] == 1.0
     assert result["domains"]["logic"]["srde"]["accuracy"] is None
@@ -184,6 +194,12 @@ def test_an_item_that_is_too_long_is_named() -> None:
         response_losses(model, tokenizer, records(), max_length=64, batch_size=4)
     with pytest.raises(SRDEError, match=r"made:\d: \d+ tokens and up to 60 new ones exceed"):
         generated_answers(model, tokenizer, records(), max_new_tokens=60, batch_size=4)
+
+
+def test_prompts_are_checked_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results_module, "response_losses", None)
+    with pytest.raises(SRDEError, match=r"made:\d: \d+ tokens and up to 250 new ones exceed"):
+        evaluate(tiny_model(), tiny_tokenizer(), records(), settings(max_new_tokens=250))
 
 
 def test_bad_values_are_refused() -> None:

@@ -134,6 +134,10 @@ def test_what_the_harness_cannot_do_is_said(weights: Path, monkeypatch: pytest.M
         SRDEHarnessModel()
     with pytest.raises(SRDEError, match="weights='v' and srde_weights='w' are two names of one option"):
         SRDEHarnessModel("v", srde_weights="w")
+    with pytest.raises(SRDEError, match="route_by=prompt: in the harness each token is routed for itself"):
+        SRDEHarnessModel(str(weights), route_by="prompt")
+    with pytest.raises(SRDEError, match="unknown argument 'max_lenght=64'. Did you mean 'max_length'"):
+        SRDEHarnessModel(str(weights), max_lenght=64)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SRDEError, match="one process"):
         SRDEHarnessModel(str(weights))

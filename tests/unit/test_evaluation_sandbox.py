@@ -65,14 +65,25 @@ def test_what_is_run_by_hand_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("text", "program"),
     [
-        ("Here:\n```python\nx = 1\n```\nUse it:\n```python\ny = x\n```", "x = 1\n"),
-        ("```\nx = 1\n```", "x = 1\n"),
+        ("Here:\n```python\nx = 1\n```\nBetter:\n```python\ny = x\n```", "y = x\n"),
+        ("```python\ndef f(): ...\n```\nUse it:\n```python\nf()\n```", "def f(): ...\n"),
+        ("```bash\npip install x\n```\nThen:\n```python\nx = 1\n```", "x = 1\n"),
+        ("```\nx = 1\n```\n```text\n1\n```", "x = 1\n"),
+        ("```python3\r\nx = 1\r\n```\r\n", "x = 1\n"),
+        ("say ```x = 0``` or\n```Python\nx = 1\n```", "x = 1\n"),
+        ("<think>\n```python\nx = 0\n```\n</think>\n```python\nx = 1\n```", "x = 1\n"),
         ("```py\nx = 1\n", "x = 1\n"),
         ("x = 1", "x = 1"),
     ],
 )
-def test_the_first_fenced_block_is_the_program(text: str, program: str) -> None:
+def test_the_last_block_of_python_is_the_program(text: str, program: str) -> None:
     assert program_in(text) == program
+
+
+def test_of_an_answer_that_was_cut_only_a_closed_block_is_the_program() -> None:
+    text = "```python\nx = 1\n```\nBetter:\n```python\nx ="
+    assert program_in(text) == "x =" and program_in(text, cut=True) == "x = 1\n"
+    assert program_in("x = 1", cut=True) == ""
 
 
 SHAPES = """

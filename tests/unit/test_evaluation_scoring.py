@@ -22,6 +22,7 @@ from srde_ds.evaluation.perplexity import ItemLoss, response_losses
 from srde_ds.evaluation.results import ItemResult
 from srde_ds.evaluation.scoring import is_right, scoring_of
 from srde_ds.evaluation.table import format_tables
+from srde_ds.inference.many import Written
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import NAMES, records, scored_records, tiny_model
 
@@ -59,6 +60,7 @@ DIFFERENT = [
     ("42.1", "42"),
     ("", "7"),
     (r"$\frac{1}{$", "5"),
+    ("<think>the answer is 8</think>\n9", "8"),
     ("x", "$x^2$"),
     ("(2, 1)", "$(1,2)$"),
 ]
@@ -85,6 +87,10 @@ def test_what_an_item_carries_says_how_it_is_scored() -> None:
         "4", replace(number, answer="3"), "math"
     )
     assert is_right("Two words.", text, "exact") and not is_right("words", text, "exact")
+    solved = replace(number, answer="7")
+    assert is_right("3 + 4 is 7", solved, "math") and not is_right("3 + 4 is 7", solved, "math", cut=True)
+    assert is_right("#### 7\nQuestion: 3", solved, "math", cut=True)
+    assert not is_right("<think>it is 7", solved, "math")
     assert is_right("```python\ndef add(a, b):\n    return a + b\n```", program, "code", "bubblewrap")
     assert not is_right("def add(a, b):\n    return a - b", program, "code", "bubblewrap")
 
@@ -126,7 +132,7 @@ def test_all_kinds_of_items_in_one_evaluation(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         results_module,
         "generated_answers",
-        lambda model, tokenizer, asked, **_: [right.get(r.where, "") for r in asked],
+        lambda model, tokenizer, asked, **_: [Written(right.get(r.where, "")) for r in asked],
     )
     result, lines = evaluate(
         tiny_model(),

@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.data.packing import prompt_ids
 from srde_ds.errors import SRDEError
 from srde_ds.inference.generate import Sampling, format_routing, generate
+from srde_ds.inference.many import generate_many
+from srde_ds.inference.prompts import Prompt
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.policy import RoutingPolicy
-from tests.data_helpers import tiny_tokenizer
+from tests.data_helpers import CHATML, tiny_tokenizer
 from tests.evaluation_helpers import NAMES, tiny_model
 
 MESSAGES = [{"role": "user", "content": "what is é + ü?"}]
@@ -72,6 +74,51 @@ def test_a_character_of_several_tokens_is_streamed_whole() -> None:
     assert so_far == ["", "é", "é", "é", "é€", "é€", "é€é", "é€é"]
 
 
+def scripted(model: SRDEModel, ids: list[int]) -> Any:
+    """A hook that lets the model write these tokens, and after them the first one without end."""
+    script = iter([*ids, *[ids[0]] * 99])
+
+    def forced(_: torch.nn.Module, __: object, output: object) -> None:
+        output.logits[:] = 0  # type: ignore[attr-defined]
+        output.logits[..., next(script)] = 9  # type: ignore[attr-defined]
+
+    return model.base.register_forward_hook(forced)
+
+
+def test_an_end_of_turn_that_is_plain_text_is_no_part_of_the_answer() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer(CHATML.replace("<|im_end|>", "</turn>"))
+    assert len(tokenizer.tokenize("</turn>")) == 7
+    ids = tokenizer("7</ 8</turn>", add_special_tokens=False)["input_ids"]
+    so_far: list[str] = []
+    greedy = Sampling(len(ids) + 1, temperature=0)
+    hook = scripted(model, [*ids, tokenizer.eos_token_id])
+    answer = generate(model, tokenizer, MESSAGES, greedy, stream=lambda answer: so_far.append(answer.text))
+    hook.remove()
+    assert answer.text == "".join(answer.token_texts) == "7</ 8"
+    assert all(later.startswith(earlier) for earlier, later in zip(so_far, so_far[1:], strict=False))
+    hook = scripted(model, ids)
+    (written,) = generate_many(model, tokenizer, [Prompt("p", MESSAGES, None)], greedy, batch_size=1, with_routing=True)
+    hook.remove()
+    assert (written.text, written.cut) == ("7</ 8", False)
+    assert written.routing is not None and "".join(written.routing.tokens) == "7</ 8"
+
+
+def test_marks_of_thoughts_stay_and_stops_go_whether_they_are_special_or_not() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer(CHATML.replace("<|im_end|>", "<turn_end>"))
+    tokenizer.eos_token = "<|im_end|>"
+    opens, ends = tokenizer("<|im_start|><turn_end>")["input_ids"]  # as [THINK] would be, and the turn's end
+    seven = tokenizer("7", add_special_tokens=False)["input_ids"]
+    hook = scripted(model, [opens, *seven, ends])
+    answer = generate(model, tokenizer, MESSAGES, Sampling(9, temperature=0))
+    hook.remove()
+    assert answer.text == "<|im_start|>7"
+    stop = tokenizer("8", add_special_tokens=False)["input_ids"]
+    model.base.generation_config.eos_token_id = stop[0]
+    hook = scripted(model, [*seven, *stop])
+    assert generate(model, tokenizer, MESSAGES, Sampling(9, temperature=0)).text == "7"
+    hook.remove()
+
+
 def test_a_narrow_nucleus_is_greedy_despite_the_bases_own_settings() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     greedy = generate(model, tokenizer, MESSAGES, Sampling(20, temperature=0))
@@ -79,7 +126,10 @@ def test_a_narrow_nucleus_is_greedy_despite_the_bases_own_settings() -> None:
     assert narrow.tokens == greedy.tokens
     config = model.base.generation_config
     config.do_sample, config.temperature, config.repetition_penalty = True, 5.0, 9.0
+    config.no_repeat_ngram_size, config.suppress_tokens, config.min_p = 1, tokenizer("8")["input_ids"], 0.9
+    config.begin_suppress_tokens = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(greedy.text)[:1])
     assert generate(model, tokenizer, MESSAGES, Sampling(20, temperature=0)).tokens == greedy.tokens
+    assert model.base.generation_config is config
 
 
 def test_experts_are_those_of_a_forward_over_the_whole_text() -> None:

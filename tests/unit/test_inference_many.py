@@ -17,6 +17,7 @@ from srde_ds.inference.generate import Sampling, decode, generate
 from srde_ds.inference.many import (
     REFINE_PROMPT,
     TokenExperts,
+    Written,
     answer_many,
     generate_many,
     left_padded,
@@ -39,6 +40,10 @@ def asked(*texts: str) -> list[list[dict[str, str]]]:
 
 def prompts_of(*texts: str) -> list[Prompt]:
     return [Prompt(f"file:{number}", messages, None) for number, messages in enumerate(asked(*texts), start=1)]
+
+
+def texts_of(written: list[Written]) -> list[str]:
+    return [answer.text for answer in written]
 
 
 def alone(model: SRDEModel, tokenizer: PreTrainedTokenizerBase, ids: list[int], count: int) -> list[int]:
@@ -70,8 +75,8 @@ def test_a_padded_batch_with_a_cache_equals_single_prompts_without(granularity: 
 def test_answers_come_in_the_order_of_the_prompts() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     texts = ["a" * length for length in (3, 40, 1, 17, 9)]
-    together = generate_many(model, tokenizer, prompts_of(*texts), GREEDY, batch_size=2)
-    single = [generate_many(model, tokenizer, prompts_of(text), GREEDY, batch_size=1) for text in texts]
+    together = texts_of(generate_many(model, tokenizer, prompts_of(*texts), GREEDY, batch_size=2))
+    single = [texts_of(generate_many(model, tokenizer, prompts_of(text), GREEDY, batch_size=1)) for text in texts]
     assert [[text] for text in together] == single and len(set(together)) > 1
     with pytest.raises(SRDEError, match="file:2: .* exceed the base's context"):
         generate_many(model, tokenizer, prompts_of("a", "b" * 300), GREEDY, batch_size=2)
@@ -80,16 +85,17 @@ def test_answers_come_in_the_order_of_the_prompts() -> None:
 def test_the_experts_of_a_padded_batch_are_those_of_each_prompt_alone() -> None:
     model, tokenizer = tiny_model(), tiny_tokenizer()
     prompts = prompts_of(*("a" * length for length in (3, 40, 1, 17, 9)))
-    routing: dict[int, TokenExperts] = {}
-    texts = generate_many(model, tokenizer, prompts, GREEDY, batch_size=3, routing=routing)
-    assert texts == generate_many(model, tokenizer, prompts, GREEDY, batch_size=3) and sorted(routing) == [*range(5)]
+    written = generate_many(model, tokenizer, prompts, GREEDY, batch_size=3, with_routing=True)
+    plain = generate_many(model, tokenizer, prompts, GREEDY, batch_size=3)
+    texts, routing = texts_of(written), [answer.routing or TokenExperts([], []) for answer in written]
+    assert texts == texts_of(plain) and not any(answer.routing for answer in plain)
     for number, prompt in enumerate(prompts):
         single = generate(model, tokenizer, prompt.messages, GREEDY, show_routing=True)
         assert single.routing is not None
         own = single.routing.shares_TE[single.prompt_length :]
         assert "".join(routing[number].tokens) == texts[number] == single.text
         torch.testing.assert_close(torch.tensor(routing[number].shares), own[: len(routing[number].tokens)])
-    assert len({str(of.shares) for of in routing.values()}) > 1
+    assert len({str(of.shares) for of in routing}) > 1
 
 
 def test_pieces_are_the_text_that_each_token_adds() -> None:
@@ -109,6 +115,9 @@ def test_pieces_are_the_text_that_each_token_adds() -> None:
         (["a", "b", "b", "a"], (0, 2)),  # of equals the first seen
         (["1/2", "2", "<answer>0.5</answer>"], (0, 2)),
         (["only"], (0, 1)),
+        (["<think>a</think>B", "<think>b</think>\nB. iron", "A"], (0, 2)),
+        (["<think>a", "<think>b", "B"], (2, 1)),  # thoughts that never end have no vote
+        (["<think>a", "<think>b"], (0, 2)),
     ],
 )
 def test_the_majority_of_extracted_answers(texts: list[str], expected: tuple[int, int]) -> None:
@@ -119,9 +128,9 @@ def test_samples_are_one_batch_and_refinement_asks_about_the_winner(monkeypatch:
     calls: list[tuple[list[list[str]], int]] = []
     replies = iter([["it is 1", "answer: 2", "the answer is 2", "7", "8", "8.0"], ["better 2", "better 8"], ["x", "y"]])
 
-    def fake(_: Any, __: Any, prompts: list[Prompt], *___: Any, batch_size: int) -> list[str]:
+    def fake(_: Any, __: Any, prompts: list[Prompt], *___: Any, batch_size: int) -> list[Written]:
         calls.append(([[m["content"] for m in prompt.messages] for prompt in prompts], batch_size))
-        return next(replies)
+        return [Written(text) for text in next(replies)]
 
     monkeypatch.setattr(many, "generate_many", fake)
     model: Any = None

@@ -46,10 +46,23 @@ def test_prompts_that_use_tools_are_refused(tmp_path: Path) -> None:
         prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM | {"tools": tools}]))
 
 
+def test_a_thought_is_refused_only_where_rows_would_hold_it(tmp_path: Path) -> None:
+    thought = {"role": "assistant", "content": "1/2", "reasoning_content": "2/4"}
+    asked = {"role": "user", "content": "What is 1/4 + 1/4?"}
+    item = {"domain": "math", "messages": [asked, thought], "answer": "1/2"}
+    rows = prompts_of(write_jsonl(tmp_path / "items.jsonl", [item]))
+    assert rows["prompt"][0] == [asked]
+    assert rewards_of(AnswerReward(), rows, "<think>is it 3?</think>1/2") == [1]
+    assert rewards_of(AnswerReward(), rows, "<think>1/2</think>3") == [0]
+    with pytest.raises(SRDEError, match="items.jsonl:1: 'reasoning_content' in a message"):
+        prompts_of(write_jsonl(tmp_path / "items.jsonl", [item | {"messages": [asked, thought, asked, thought]}]))
+
+
 def test_an_answer_is_judged_as_evaluation_judges_it(tmp_path: Path) -> None:
     rows, reward = prompts_of(write_jsonl(tmp_path / "items.jsonl", [SUM, COLOUR, WORD])), AnswerReward()
     assert rewards_of(reward, rows, "It is 1/4 more, so the answer is 0.5", "B", "Yes.") == [1, 1, 1]
     assert rewards_of(reward, rows, "1/4 + 1/4", "The answer is red", "<answer>yes</answer>") == [0, 1, 1]
+    assert rewards_of(reward, rows, "1/2", "(B) red", "yes") == rewards_of(reward, rows, "1/2", "B", "yes") == [1, 1, 1]
     assert rewards_of(reward, rows, "", "A", "no") == [0, 0, 0]
     assert not reward.failures
     assert reward(completions=["yes"], item=[rows[2]["item"]]) == [1]  # not a conversation

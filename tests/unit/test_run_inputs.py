@@ -51,10 +51,20 @@ def test_a_tokenizer_alone_has_no_context(base: Path, tmp_path: Path) -> None:
 
 def test_length_and_domains_of_rows_that_are_there(base: Path, tmp_path: Path) -> None:
     data = write_records(tmp_path / "train.jsonl")
-    rows = build_dataset(data, model_name=base, output=tmp_path / "rows", domains=DOMAINS, max_length=64)
+    how: dict[str, Any] = {"too_long": "error", "train_on": "last", "packing": False}
+    rows = build_dataset(data, model_name=base, output=tmp_path / "rows", domains=DOMAINS, max_length=64, **how)
     config = resolved(model_name=str(base), pretokenized_dir=str(rows))
     assert (config.data.max_length, config.data.domains, config.adapter.num_experts) == (64, DOMAINS, 2)
     assert resolved(model_name=str(base), pretokenized_dir=str(rows), max_length=32).data.max_length == 32
+    assert (config.data.too_long, config.data.train_on, config.data.packing) == ("error", "last", False)
+    assert resolved(model_name=str(base), pretokenized_dir=str(rows), packing=False).data.train_on == "last"
+    for option, value in {"too_long": "drop", "train_on": "all", "packing": True}.items():
+        told = rf"^{option}={value} with pretokenized_dir={rows}: its rows were built with .*Leave --{option} out"
+        with pytest.raises(SRDEError, match=told):
+            resolved(pretokenized_dir=str(rows), **{option: value})
+    for option, given in {"format": "alpaca", "columns": "a=b", "encoding": "gbk", "on_bad_record": "skip"}.items():
+        with pytest.raises(SRDEError, match=f"^{option}={given} with pretokenized_dir={rows}: says how records are"):
+            resolved(pretokenized_dir=str(rows), **{option: given})
     with pytest.raises(SRDEError, match="^pretokenized_dir=.*no such folder"):
         resolved(pretokenized_dir=str(tmp_path / "none"))
 

@@ -307,9 +307,18 @@ def test_the_routers_are_told_which_tokens_are_answers(
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7], [8, 9]], "domain": ["red", "green"]})
     if column is not None:
         rows = rows.add_column(column, values)
-    padded, domains = padded_rows(rows, ["red", "green", "blue"], "warm_start")
+    padded, domains = padded_rows(rows, ["red", "green", "blue"], "warm_start", most=9, seed=0)
     assert padded["labels"][:] == expected and domains == ["red", "green"]
     assert padded["length"][:] == [3, 2]
+
+
+def test_of_many_rows_only_those_that_are_needed_are_held() -> None:
+    domains = ["red"] * 40 + ["green"] * 2
+    rows = datasets.Dataset.from_dict({"input_ids": [[number] for number in range(42)], "domain": domains})
+    padded, _ = padded_rows(rows, ["red", "green"], "warm_start", most=3, seed=0)
+    assert padded["domain"][:] == [0, 0, 0, 1, 1] and padded["input_ids"][3:] == [[40], [41]]
+    others, _ = padded_rows(rows, ["red", "green"], "warm_start", most=3, seed=1)
+    assert others["input_ids"][:] != padded["input_ids"][:]
 
 
 def test_a_domain_without_an_expert_is_refused() -> None:

@@ -14,6 +14,7 @@ from srde_ds.data.build.row_rules import hashed, ngram_hashes, words
 from srde_ds.data.build.tables import read_table, write_table
 from srde_ds.data.conversation import all_text
 from srde_ds.data.files import find_files, read_items
+from srde_ds.data.forms import FORMS, convert
 from srde_ds.errors import SRDEError
 
 NGRAM = 13
@@ -33,7 +34,9 @@ def evaluation_ngrams(texts: Iterable[str]) -> np.ndarray:
 
 
 def read_evaluation_file(name: str | Path) -> Iterator[str]:
-    """The question in each record of a file, folder or pattern: the user's turns, or the first field with a question.
+    """The questions in the records of a file, folder or pattern.
+
+    Of a record in a known form that is what the user says, after its `context`; else the first field with a question.
 
     Raises:
         SRDEError: the file does not exist, or a record holds no question.
@@ -43,21 +46,37 @@ def read_evaluation_file(name: str | Path) -> Iterator[str]:
             for place, item in read_items(path):
                 if isinstance(item, SRDEError):
                     raise item
-                yield _question(item, place)
+                yield from _questions(item, place)
         except SRDEError as error:
             raise SRDEError(f"decontaminate_against={name}: {error}") from None
 
 
-def _question(item: dict[str, Any], place: str) -> str:
-    for key, role, text in (("messages", "role", "content"), ("conversations", "from", "value")):
-        if isinstance(item.get(key), list):
-            turns = [turn for turn in item[key] if isinstance(turn, dict) and turn.get(role) in ("user", "human")]
-            if asked := " ".join(turn[text] for turn in turns if isinstance(turn.get(text), str)):
-                return asked
-    found = next((item[name] for name in _QUESTIONS if item.get(name)), None)
-    if found is None:
+def _questions(item: dict[str, Any], place: str) -> list[str]:
+    """What a record asks; a question with choices also without them, as others may put it."""
+    fields = {key: value for key, value in item.items() if value is not None}
+    asked = _asked(fields, place) or next((str(fields[name]) for name in _QUESTIONS if fields.get(name)), "")
+    if not asked:
         raise SRDEError(f"{place} holds no question: give records with messages or one of {', '.join(_QUESTIONS)}.")
-    return str(found)
+    context = fields.get("context")
+    if isinstance(context, str) and context.strip() not in asked:
+        asked = f"{context}\n{asked}"
+    alone = fields.get("question")
+    return [asked, alone] if isinstance(alone, str) and alone.strip() and alone != asked else [asked]
+
+
+def _asked(fields: dict[str, Any], place: str) -> str:
+    """The user's turns of a record in a known form; empty if it has none."""
+    form = next((one for one in FORMS.values() if one.fits(fields)), None)
+    if form is None:
+        return ""
+    known = {key: value for key, value in fields.items() if key in form.known}
+    try:
+        converted = convert(known, place, form=form.name, answered=False)[1]
+    except SRDEError:
+        return ""
+    turns = converted.get("messages", [{"role": "user", "content": converted.get("prompt")}])
+    users = [turn for turn in turns if isinstance(turn, dict) and turn.get("role") in ("user", "human")]
+    return " ".join(turn["content"] for turn in users if isinstance(turn.get("content"), str))
 
 
 def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class InputChecks:
         self._held_out: dict[int, str] = {}
         self._trained_plain: set[int] = set()
         self._held_out_plain: dict[int, str] = {}
-        """the same, ignoring case and spaces"""
+        """the same, ignoring case, spaces and the system message"""
         self._shapes: set[Any] = set()
 
     def add(self, split: str, record: Record) -> None:
@@ -46,13 +46,14 @@ class InputChecks:
             tokenize([record], self._tokenizer)
             self._shapes.add(shape)
         asked = _asked(record)
+        system = record.messages[0]["content"] if record.messages[0]["role"] == "system" else None
         if split == "train":
             self._counts[record.domain] += 1
             for turns in asked:
-                self._trained.setdefault(hash(turns), record.where)
+                self._trained.setdefault(hash((system, turns)), record.where)
                 self._trained_plain.add(_plain_hash(turns))
         else:
-            self._held_out.setdefault(hash(asked[-1]), record.where)
+            self._held_out.setdefault(hash((system, asked[-1])), record.where)
             self._held_out_plain.setdefault(_plain_hash(asked[-1]), record.where)
 
     def finish(self, training: str, held_out: str, *, optional: Collection[str] = ()) -> None:
@@ -78,8 +79,9 @@ class InputChecks:
         alike = [place for plain, place in self._held_out_plain.items() if plain in self._trained_plain]
         if alike:
             log.warning(
-                "%s: %d of %d held-out questions equal a training question but for case and spaces, the first is %s. "
-                "Remove them from one of the files: their scores would be too good.",
+                "%s: %d of %d held-out questions equal a training question but for case, spaces or the system message, "
+                "the first is %s. Remove them from one of the files, as their scores would be too good, unless the "
+                "system message holds what is asked about.",
                 held_out,
                 len(alike),
                 len(self._held_out_plain),

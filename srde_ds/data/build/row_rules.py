@@ -16,7 +16,7 @@ import rensa
 
 from srde_ds.data.build.tables import write_table
 from srde_ds.data.conversation import all_text, has_surrogates
-from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.examples import BrokenRow, Example, trimmed
 from srde_ds.data.sources.reading import Reader
 
 NUM_PERM = 128
@@ -92,19 +92,22 @@ def make_records(
 
 
 def normalise(example: Example) -> tuple[Example, bool]:
-    """Bring texts to NFC, with line feeds, without control characters or outer space; whether that changed anything."""
-    messages = [m | {key: _normal(m[key]) for key in ("content", "reasoning_content") if key in m}
+    """Bring texts to NFC, with line feeds, without control characters or outer space; whether that changed anything.
+
+    A message's first line keeps its indentation.
+    """
+    messages = [m | {key: trimmed(_normal(m[key])) for key in ("content", "reasoning_content") if key in m}
                 for m in example.messages]  # fmt: skip
-    answer = _normal(example.answer) if example.answer is not None else None
+    answer = _normal(example.answer).strip() if example.answer is not None else None
     more = dict(example.more)
     if "choices" in more:
-        more["choices"] = [_normal(choice) for choice in more["choices"]]
+        more["choices"] = [_normal(choice).strip() for choice in more["choices"]]
     return Example(messages, answer or None, example.group, more), messages != example.messages
 
 
 def _normal(text: str) -> str:
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _CONTROL.sub("", text).strip()
+    return _CONTROL.sub("", text)
 
 
 def _is_empty(example: Example) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,11 @@ def lettered_choice(
     lettered = [f"{letter_of(index)}. {option}" for index, option in enumerate(options)]
     prompt = "\n".join(filter(None, [context and f"{context}\n", question, *lettered]))
     return solved(prompt, reasoning or lettered[right], letter_of(right), group=group or context or question)
+
+
+def trimmed(text: str) -> str:
+    """A text without blank lines and space around it. The first line keeps its indentation, which code needs."""
+    return re.sub(r"\A(?:[^\S\n]*\n)*(?: (?!\s))?", "", text.rstrip())
 
 
 def letter_of(index: int) -> str:

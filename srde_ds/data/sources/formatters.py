@@ -16,9 +16,9 @@ from typing import Any
 
 from srde_ds.data.choices import right_option
 from srde_ds.data.conversation import REASONING, has_surrogates
-from srde_ds.data.forms import convert
+from srde_ds.data.forms import convert, with_roles
 from srde_ds.data.records import parse_record
-from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved
+from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved, trimmed
 from srde_ds.errors import SRDEError
 
 Row = Mapping[str, Any]
@@ -52,6 +52,12 @@ def text(row: Row, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BrokenRow(f"no text in '{column}'")
     return value.strip()
+
+
+def _passage(row: Row, column: str) -> str:
+    """As `text`, with the first line's indentation."""
+    text(row, column)
+    return trimmed(str(row[column]))
 
 
 def _maybe(row: Row, column: str) -> str:
@@ -139,14 +145,14 @@ def hellaswag(row: Row) -> Example | None:
 @formatter("instruction", "output", optional=("input",))
 def code_alpaca(row: Row) -> Example:
     """CodeAlpaca: an instruction, with or without an input."""
-    prompt, given = text(row, "instruction"), _maybe(row, "input")
-    return Example(ask(f"{prompt}\n\n{given}" if given else prompt, text(row, "output")))
+    prompt, given = _passage(row, "instruction"), trimmed(str(row.get("input") or ""))
+    return Example(ask(f"{prompt}\n\n{given}" if given else prompt, _passage(row, "output")))
 
 
 @formatter("query", "answer", optional=("resource", "lang"))
 def code_feedback(row: Row) -> Example:
     """Code-Feedback: a query and its answer."""
-    return Example(ask(text(row, "query"), text(row, "answer")))
+    return Example(ask(_passage(row, "query"), _passage(row, "answer")))
 
 
 # -- science ---------------------------------------------------------------------------------------------------------
@@ -188,7 +194,7 @@ def aqua_rat(row: Row) -> Example:
     """Options come as `A)21`."""
     options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", str(option)) for option in row["options"]]
     return lettered_choice(
-        text(row, "question"), options, _right(row, "correct", options), reasoning=text(row, "rationale")
+        text(row, "question"), options, _right(row, "correct", options, "ABCDE"), reasoning=text(row, "rationale")
     )
 
 
@@ -234,7 +240,7 @@ def winogrande(row: Row) -> Example | None:
 @formatter("prompt", "response", optional=("system", "answer", "group", *REASONING))
 def prompt_response(row: Row) -> Example:
     """A question and its answer, with the thought before it if there is one."""
-    turns = ask(text(row, "prompt"), text(row, "response"))
+    turns = ask(_passage(row, "prompt"), _passage(row, "response"))
     turns[1] |= {key: row[key] for key in REASONING if row.get(key)}
     return _conversation({"messages": turns, "system": row.get("system")}, row)
 
@@ -242,8 +248,7 @@ def prompt_response(row: Row) -> Example:
 @formatter("messages", optional=("system", "tools", "functions", "answer", "group"))
 def messages(row: Row) -> Example:
     """A conversation of {role, content} or {from, value}, with all that `data.conversation` knows."""
-    names = {"from": "role", "value": "content"}
-    turns = [{names.get(k, k): value for k, value in turn.items() if value is not None} for turn in row["messages"]]
+    turns = [with_roles({key: value for key, value in turn.items() if value is not None}) for turn in row["messages"]]
     return _conversation({"messages": turns} | {key: row.get(key) for key in ("system", "tools", "functions")}, row)
 
 

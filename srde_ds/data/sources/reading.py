@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import datasets
 from huggingface_hub import HfApi
 
 from srde_ds.data.build.artifacts import fingerprint
-from srde_ds.data.files import find_files, has_plain_lines, read_items
+from srde_ds.data.files import find_files, has_plain_lines, read_items, splits_by_name, without_nulls
 from srde_ds.data.sources.examples import BrokenRow, Example
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.data.sources.registry import Source
@@ -27,6 +28,8 @@ from srde_ds.data.synthetic import tasks
 from srde_ds.data.synthetic.science import SCIENCE
 from srde_ds.errors import SRDEError
 from srde_ds.utils.retry import SourceError, with_retries
+
+log = logging.getLogger(__name__)
 
 ROWS_A_PART = 5000
 ROWS_LOOKED_AT = 100
@@ -118,7 +121,7 @@ class ArrowReader:
         """See `Reader`."""
         columns: dict[str, list[Any]] = _arrow(self.files)[start:stop]
         for index in range(stop - start):
-            yield _formatted(self.source, {name: values[index] for name, values in columns.items()})
+            yield _formatted(self.source, {name: without_nulls(values[index]) for name, values in columns.items()})
 
 
 @dataclass(frozen=True)
@@ -242,13 +245,22 @@ def _local(source: Source) -> list[Path]:
         paths = [Path(path) for path in glob.glob(source.location, recursive=True)]
     if not paths:
         raise SourceError(f"no such {'folder' if source.kind == 'folder' else 'file'} '{source.location}'")
-    return sorted(paths)
+    return sorted(paths) if source.kind == "folder" else _training(sorted(paths))
+
+
+def _training(paths: Sequence[Path]) -> list[Path]:
+    """The files without those whose names say that they are held out."""
+    splits = splits_by_name(paths)
+    held_out = [path for path in paths if splits.get(path, "train") != "train"]
+    if held_out:
+        log.info("not read, by their names of splits: %s", ", ".join(map(str, held_out)))
+    return [path for path in paths if path not in held_out]
 
 
 def _files(source: Source) -> list[Path]:
     _local(source)  # a missing file gives the same error as for other sources
     try:
-        return find_files(source.location, source.kind)
+        return _training(find_files(source.location, source.kind))
     except SRDEError as error:
         raise SourceError(str(error).removeprefix(f"{source.kind}={source.location}: ").removesuffix(".")) from None
 
