@@ -63,13 +63,26 @@ def _verify(folder: Path) -> dict[str, Any]:
 def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
     """Find the checkpoint that `resume_from` names, and verify it. Call this on rank 0: it reads all files.
 
+    Arguments and errors are those of `locate_checkpoint`; a damaged checkpoint is an error too.
+    """
+    folder = locate_checkpoint(resume_from, output_dir, field=field)
+    try:
+        verify_checkpoint(folder)
+    except SRDEError as error:
+        raise SRDEError(f"{field}={resume_from}: {error}{_offer(folder.parent, field)}") from None
+    return folder
+
+
+def locate_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
+    """The folder of the checkpoint that `resume_from` names; none of its files are read.
+
     Args:
         resume_from: a checkpoint folder, a run folder (meaning its `latest`), or "latest" for that of `output_dir`.
         field: the option that gave `resume_from`, for messages.
 
     Raises:
-        SRDEError: there is none, or it is damaged. The message names it and offers the newest good checkpoint, but no
-            other checkpoint is ever used without asking.
+        SRDEError: there is none. The message names it and offers the newest good checkpoint, but no other checkpoint is
+            ever used without asking.
     """
     asked = f"{field}={resume_from}"
     given = Path(output_dir if str(resume_from) == "latest" else resume_from).absolute()
@@ -94,10 +107,6 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
             missing = folder.with_suffix("")
             says = "" if missing == given else f"'{run / LATEST}' names '{missing.name}', but "
             raise SRDEError(f"{asked}: {says}there is no folder '{missing}'.{_offer(run, field)}")
-    try:
-        verify_checkpoint(folder)
-    except SRDEError as error:
-        raise SRDEError(f"{asked}: {error}{_offer(run, field)}") from None
     return folder
 
 

@@ -14,7 +14,6 @@ import torch
 
 from srde_ds.checkpoint.layout import read_manifest
 from srde_ds.checkpoint.resume import (
-    find_checkpoint,
     load_common_tensors,
     load_rank_state,
     load_run_state,
@@ -197,16 +196,18 @@ class RunState:
             if self.topology.is_main:
                 logger.warning("%s Training continues (on_save_failure=continue).", error)
 
-    def find_saved(self) -> SavedRun | None:
+    def find_saved(self, found: Path | None) -> SavedRun | None:
         """The checkpoint that `resume_from` names; None if the run does not resume.
 
+        Args:
+            found: on rank 0: its folder, verified.
+
         Raises:
-            SRDEError: there is no good checkpoint, or it has another adapter, seed, dataset or batch.
+            SRDEError: it has another adapter, seed, dataset or batch.
         """
-        resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
-        if not resume_from:
+        if not self.config.training.resume_from:
             return None
-        folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology, long=True)
+        folder = on_main_rank(lambda: str(found), self.topology)
         saved = self.saved_at(Path(folder))
         done, max_steps = saved.values["step"], self.config.training.max_steps
         if done > max_steps:

@@ -82,9 +82,10 @@ def train(config: Config, *, leave: bool = True) -> str | None:
             others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
             check_inputs(config)
             with ExitStack() as until_the_end:
+                found = None
                 if rank == 0:
                     # Before any collective, so that none waits for tokenising.
-                    check_run_folder(training.output_dir, training.resume_from)
+                    found = check_run_folder(training.output_dir, training.resume_from)
                     warn_of_slow_bfloat16(config.model.bf16 and config.model.base_quantization != "fp8")
                     until_the_end.enter_context(run_lock(training.output_dir))
                     doing("preparing the data")
@@ -94,7 +95,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
                     others.wait_for_main()
                 doing("joining the process group")
                 topology = start_processes(timeout + VERDICT_SECONDS)  # the verdict comes before torch's own timeout
-                if stopped := run(config, topology, stop, heartbeat):
+                if stopped := run(config, topology, stop, heartbeat, found):
                     heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
                     # When the first rank returns 128 + the signal, launchers end the other ranks.
                     topology.all_reduce_max(0)
@@ -107,8 +108,15 @@ def train(config: Config, *, leave: bool = True) -> str | None:
     return stopped
 
 
-def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
-    """Run on this rank, once all ranks have met. Returns the signal that stopped the run, if one did."""
+def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat, found: Path | None) -> str | None:
+    """Run on this rank, once all ranks have met.
+
+    Args:
+        found: on rank 0: the verified checkpoint that `resume_from` names, from `check_run_folder`.
+
+    Returns:
+        The signal that stopped the run, if one did.
+    """
     folder = data_folder(config.data, config.training.output_dir)
     manifest = load_manifest(folder)
     check_same(values_to_compare(config, manifest), topology)
@@ -118,7 +126,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     held_out = held_out_rows(config.training.batch_size, topology, folder, manifest)
     state = RunState(config, topology, stream, manifest)
     engines = Engines(config, topology, state)
-    engines.build_first()
+    engines.build_first(found)
     # Not earlier: a run that is refused must leave the folder as it was.
     goes_on_here = state.saver.saved_step is not None
     on_main_rank(lambda: open_run_folder(config, state.step, goes_on_here=goes_on_here), topology)

@@ -28,6 +28,7 @@ from srde_ds.training import run_folder
 from srde_ds.training.run_folder import check_inputs, check_manifest, check_run_folder, open_run_folder, prepare_data
 from srde_ds.training.run_lock import run_lock
 from srde_ds.utils.environment import environment
+from tests.checkpoint_helpers import save
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 from tests.hybrids import qwen3_5
 
@@ -239,6 +240,18 @@ def test_an_earlier_run_is_not_overwritten(refused: Refusal, tmp_path: Path, nam
     (folder / name).write_text("kept")
     refused(f"output_dir={folder}", name, "--resume_from latest", output_dir=str(folder))
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "kept")]
+
+
+def test_a_run_is_not_replaced_by_going_on_from_another(tmp_path: Path) -> None:
+    save(tmp_path / "first", 5)
+    save(tmp_path / "second", 7)
+    place, second = tmp_path / "first/checkpoint-5", tmp_path / "second"
+    message = rf"output_dir={second}: it holds an earlier run \(latest\), and resume_from={place} is of another one. "
+    with pytest.raises(SRDEError, match=f"^{message}Continue it with --resume_from latest, or choose another"):
+        check_run_folder(str(second), str(place))
+    for folder in (tmp_path / "first", tmp_path / "third"):
+        assert check_run_folder(str(folder), str(place)) == place
+    assert check_run_folder(str(second), "latest") == second / "checkpoint-7"
 
 
 def test_advice_leads_on(refused: Refusal, tmp_path: Path) -> None:
