@@ -23,7 +23,7 @@ from srde_ds.checkpoint.layout import (
 )
 from srde_ds.checkpoint.shards import FileRecord, open_tensors
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import io_reason
+from srde_ds.utils.files import io_reason, may_pass
 from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, saved_by_a_run
 
 
@@ -69,7 +69,8 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
     try:
         verify_checkpoint(folder)
     except SRDEError as error:
-        raise SRDEError(f"{field}={resume_from}: {error}{_offer(folder.parent, field)}") from None
+        text = f"{field}={resume_from}: {error}{_offer(folder.parent, field)}"
+        raise SRDEError(text, may_pass=error.may_pass) from None
     return folder
 
 
@@ -130,10 +131,17 @@ def load_rank_state(folder: str | Path, rank: int) -> dict[str, Any]:
     return state
 
 
-def load_common_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """The saved `common_tensors`, on the CPU."""
+def load_common_tensors(folder: str | Path, *, but: str | None = None) -> dict[str, Tensor]:
+    """The saved `common_tensors`, on the CPU.
+
+    They are copies, since the library's own tensors keep the file mapped, and NFS does not remove an open file.
+
+    Args:
+        but: leave out those whose names end with this.
+    """
     with open_tensors(Path(folder) / COMMON) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = [name for name in file.keys() if but is None or not name.endswith(but)]  # noqa: SIM118 (not a dict)
+        return {name: file.get_tensor(name).clone() for name in names}
 
 
 @contextmanager
@@ -142,7 +150,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SRDEError(f"'{folder}' cannot be read: {io_reason(error)}.") from None
+        raise SRDEError(f"'{folder}' cannot be read: {io_reason(error)}.", may_pass=may_pass(error)) from None
 
 
 def _offer(run: Path, field: str) -> str:

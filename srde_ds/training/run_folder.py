@@ -36,7 +36,7 @@ from srde_ds.training.run_lock import refuse_living_run
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.escape import one_line
-from srde_ds.utils.files import write_text
+from srde_ds.utils.files import may_pass, write_text
 from srde_ds.utils.launcher import launched_world_size
 from srde_ds.weights.locate import (
     CHECKPOINT_NAME,
@@ -246,7 +246,8 @@ def check_run_folder(output_dir: str, resume_from: str | None) -> Path | None:
     try:
         return _check_run_folder(Path(output_dir), resume_from)
     except OSError as error:
-        raise SRDEError(f"output_dir={output_dir}: {error.strerror}. Choose another --output_dir.") from None
+        text = f"output_dir={output_dir}: {error.strerror}. Choose another --output_dir."
+        raise SRDEError(text, may_pass=may_pass(error)) from None
 
 
 def _check_run_folder(folder: Path, resume_from: str | None) -> Path | None:

@@ -41,7 +41,7 @@ from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step
 from srde_ds.utils.dtypes import warn_of_slow_bfloat16
-from srde_ds.utils.files import write_text
+from srde_ds.utils.files import may_pass, write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.locate import COMPLETED, WEIGHTS
@@ -103,7 +103,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
             if leave:
                 stop_processes()
     except Exception as error:
-        heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError))
+        heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError) and not error.may_pass)
         raise
     return stopped
 
@@ -191,7 +191,8 @@ def finish(state: RunState, heartbeat: Heartbeat) -> None:
     try:
         write_text(output / COMPLETED, json.dumps(marker, indent=2) + "\n")
     except OSError as error:
-        raise SRDEError(f"'{output / COMPLETED}' cannot be written: {error.strerror}.") from None
+        reason = f"'{output / COMPLETED}' cannot be written: {error.strerror}."
+        raise SRDEError(reason, may_pass=may_pass(error)) from None
     print(f"Finished: {weights}", flush=True)
 
 

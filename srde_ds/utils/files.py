@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from srde_ds.errors import SRDEError
+
+# What is wrong with a disk's room, permissions or a path's name stays wrong until somebody repairs it.
+LASTING_FAULTS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 @contextmanager
@@ -118,6 +130,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether the same may succeed later, as when a file server is out of reach for a while."""
+    return error.errno not in LASTING_FAULTS
+
+
 def io_reason(error: OSError) -> str:
     """The fault and the file, for a one-line message."""
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return (error.strerror or str(error) or type(error).__name__) + (f" ({error.filename})" if error.filename else "")
