@@ -41,10 +41,13 @@ from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step
 from srde_ds.utils.dtypes import warn_of_slow_bfloat16
-from srde_ds.utils.files import may_pass, write_text
+from srde_ds.utils.files import eventually, may_pass, write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.locate import COMPLETED, WEIGHTS
+
+# An NFS client believes for about half a minute that a file which it has looked for is not there.
+_LATE_FILES_SECONDS = 60.0
 
 
 def train(config: Config, *, leave: bool = True) -> str | None:
@@ -118,7 +121,9 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
         The signal that stopped the run, if one did.
     """
     folder = data_folder(config.data, config.training.output_dir)
-    manifest = load_manifest(folder)
+    # Rank 0 may just have made them, and has checked them. The others must not be late for the next collective.
+    patience = min(_LATE_FILES_SECONDS, config.parallel.collective_timeout / 2) if topology.rank else 0.0
+    manifest = eventually(lambda: _whole_dataset(folder), SRDEError, patience)
     check_same(values_to_compare(config, manifest), topology)
     doing("loading the base")
     torch.manual_seed(config.training.seed)
@@ -160,6 +165,14 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     doing("exporting the weights")
     on_main_rank(lambda: finish(state, heartbeat), topology, long=True)
     return None
+
+
+def _whole_dataset(folder: Path) -> Manifest:
+    """The manifest of a dataset all of whose rows are there."""
+    manifest = load_manifest(folder)
+    for split in manifest.splits:
+        load_rows(folder, split, manifest)
+    return manifest
 
 
 def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:

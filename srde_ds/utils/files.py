@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from srde_ds.errors import SRDEError
+
+Result = TypeVar("Result")
 
 # What is wrong with a disk's room, permissions or a path's name stays wrong until somebody repairs it.
 LASTING_FAULTS = {
@@ -111,6 +115,22 @@ def check_ordinary(path: Path, place: str, remedy: str) -> None:
     """
     if path.exists() and not path.is_file():
         raise SRDEError(f"{place}: not an ordinary file: {remedy}.")
+
+
+def eventually(read: Callable[[], Result], missing: type[Exception], seconds: float) -> Result:
+    """The result of `read`, which another host has made possible: network storage may show new files with some delay.
+
+    Args:
+        missing: what `read` raises until then; the last one is raised after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return read()
+        except missing:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def sync(path: Path) -> None:

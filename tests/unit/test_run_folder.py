@@ -348,10 +348,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process per GPU"):
+    with pytest.raises(SRDEError, match="rank 2: this process sees 2 .*CUDA_VISIBLE_DEVICES=0,1.*--gpus-per-node"):
         topology.start_processes(60)
 
 
