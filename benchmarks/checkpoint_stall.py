@@ -78,9 +78,9 @@ def timed_run(flags: dict[str, Any]) -> list[dict[str, float]]:
     begun = {"step": 0.0, "time": 0.0}
     save, probe_loss, poll = RunState.save, RunState.probe_loss, CheckpointSaver.poll
 
-    def timed_probe(state: RunState) -> float:
+    def timed_probe(state: RunState, row: int) -> float:
         started = time.perf_counter()
-        loss = probe_loss(state)
+        loss = probe_loss(state, row)
         spent["probe"] = time.perf_counter() - started
         return loss
 

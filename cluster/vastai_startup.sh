@@ -102,10 +102,10 @@ if [ -n "$CONVERT_TO" ]; then
     task=conversion
     converted=$OUTPUT_DIR/converted-$CONVERT_TO
     if [ "$CONVERT_TO" = gguf ]; then converted=$converted.gguf; fi
-    if [ ! -e "$converted" ]; then
+    if [ ! -e "$converted" ] || [ "${results[0]}" -nt "$converted" ]; then # none, or of fewer steps
         # Under another name until it is complete.
         partial=$OUTPUT_DIR/partial-${converted##*/}
-        rm -rf "$partial"
+        rm -rf "$partial" "$converted"
         srde-ds convert --checkpoint "$OUTPUT_DIR" --to "$CONVERT_TO" --output "$partial"
         mv "$partial" "$converted"
     fi

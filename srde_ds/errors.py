@@ -8,7 +8,15 @@ from collections.abc import Iterable
 
 
 class SRDEError(Exception):
-    """Bad input. The message names the field, the value and the remedy."""
+    """Bad input, or storage that fails. The message names the field, the value and the remedy.
+
+    Attributes:
+        may_pass: whether another start may succeed, as after a failure of storage that was out of reach.
+    """
+
+    def __init__(self, message: str = "", *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class LostContact(Exception):

@@ -135,12 +135,12 @@ def train_srde(config: Config) -> Trained:
     with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
         device = topology().device
         check_inputs(config)
-        check_run_folder(config.training.output_dir, config.training.resume_from)
+        found = check_run_folder(config.training.output_dir, config.training.resume_from)
         prepare_data(config)
         try:
             with StopRequest() as stop:
                 heartbeat = Heartbeat(folder, config.training.max_steps, world_size=1, enabled=False)
-                run_trainer(config, topology(), stop, heartbeat)
+                run_trainer(config, topology(), stop, heartbeat, found)
         except SRDEError as error:
             if "not finite" in str(error) or "made the loss" in str(error):
                 raise Diverged(str(error)) from error

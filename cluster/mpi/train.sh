@@ -19,7 +19,7 @@ fi
 if [ "$(id -u)" -eq 0 ]; then options+=(--allow-run-as-root); fi # as in most containers
 for file in ~/.deepspeed_env .deepspeed_env; do # the order in which deepspeed reads them
     [ -e "$file" ] || continue
-    while read -r variable; do options+=(-x "$variable"); done <"$file"
+    while read -r variable || [ -n "$variable" ]; do options+=(-x "$variable"); done <"$file"
 done
 
 # mpirun kills the ranks a second after SIGTERM or Ctrl-C, but passes USR1 on. A separate session keeps Ctrl-C from it.

@@ -17,7 +17,7 @@ mapfile -t lines <<<"${hosts// slots=/ }"
 variables=(PATH="$PATH")
 for file in ~/.deepspeed_env .deepspeed_env; do # the order in which deepspeed reads them
     [ -e "$file" ] || continue
-    while read -r variable; do variables+=("$variable"); done <"$file"
+    while read -r variable || [ -n "$variable" ]; do variables+=("$variable"); done <"$file"
 done
 if [ "${PREFLIGHT:-true}" != false ]; then
     python launch/doctor.py --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" "$@"

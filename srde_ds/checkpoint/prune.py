@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from srde_ds.checkpoint.layout import COMMON, read_manifest
-from srde_ds.checkpoint.resume import load_rank_state, load_run_state, verify_checkpoint
+from srde_ds.checkpoint.resume import load_common_tensors, load_rank_state, load_run_state, verify_checkpoint
 from srde_ds.checkpoint.save import CheckpointSaver
 from srde_ds.checkpoint.shards import ShardIndex, open_tensors
 from srde_ds.checkpoint.tensor_slice import KINDS, TensorSlice
@@ -134,9 +134,7 @@ class PrunedLayers:
 
     def common_tensors(self, supports: list[Tensor]) -> dict[str, Tensor]:
         """The tensors that all ranks share, with these supports."""
-        with open_tensors(self.folder / COMMON) as file:
-            names = [name for name in file.keys() if not name.endswith(".support")]  # noqa: SIM118 (not a dict)
-            others = {name: file.get_tensor(name) for name in names}
+        others = load_common_tensors(self.folder, but=".support")
         return others | {_support_name(layer): support for layer, support in enumerate(supports)}
 
     def _names(self, layer: int, kinds: Collection[str]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from srde_ds.checkpoint.layout import (
 )
 from srde_ds.checkpoint.shards import FileRecord, open_tensors
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import io_reason
+from srde_ds.utils.files import io_reason, may_pass
 from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, saved_by_a_run
 
 
@@ -63,13 +63,27 @@ def _verify(folder: Path) -> dict[str, Any]:
 def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
     """Find the checkpoint that `resume_from` names, and verify it. Call this on rank 0: it reads all files.
 
+    Arguments and errors are those of `locate_checkpoint`; a damaged checkpoint is an error too.
+    """
+    folder = locate_checkpoint(resume_from, output_dir, field=field)
+    try:
+        verify_checkpoint(folder)
+    except SRDEError as error:
+        text = f"{field}={resume_from}: {error}{_offer(folder.parent, field)}"
+        raise SRDEError(text, may_pass=error.may_pass) from None
+    return folder
+
+
+def locate_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
+    """The folder of the checkpoint that `resume_from` names; none of its files are read.
+
     Args:
         resume_from: a checkpoint folder, a run folder (meaning its `latest`), or "latest" for that of `output_dir`.
         field: the option that gave `resume_from`, for messages.
 
     Raises:
-        SRDEError: there is none, or it is damaged. The message names it and offers the newest good checkpoint, but no
-            other checkpoint is ever used without asking.
+        SRDEError: there is none. The message names it and offers the newest good checkpoint, but no other checkpoint is
+            ever used without asking.
     """
     asked = f"{field}={resume_from}"
     given = Path(output_dir if str(resume_from) == "latest" else resume_from).absolute()
@@ -94,10 +108,6 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
             missing = folder.with_suffix("")
             says = "" if missing == given else f"'{run / LATEST}' names '{missing.name}', but "
             raise SRDEError(f"{asked}: {says}there is no folder '{missing}'.{_offer(run, field)}")
-    try:
-        verify_checkpoint(folder)
-    except SRDEError as error:
-        raise SRDEError(f"{asked}: {error}{_offer(run, field)}") from None
     return folder
 
 
@@ -121,10 +131,17 @@ def load_rank_state(folder: str | Path, rank: int) -> dict[str, Any]:
     return state
 
 
-def load_common_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """The saved `common_tensors`, on the CPU."""
+def load_common_tensors(folder: str | Path, *, but: str | None = None) -> dict[str, Tensor]:
+    """The saved `common_tensors`, on the CPU.
+
+    They are copies, since the library's own tensors keep the file mapped, and NFS does not remove an open file.
+
+    Args:
+        but: leave out those whose names end with this.
+    """
     with open_tensors(Path(folder) / COMMON) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        names = [name for name in file.keys() if but is None or not name.endswith(but)]  # noqa: SIM118 (not a dict)
+        return {name: file.get_tensor(name).clone() for name in names}
 
 
 @contextmanager
@@ -133,7 +150,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SRDEError(f"'{folder}' cannot be read: {io_reason(error)}.") from None
+        raise SRDEError(f"'{folder}' cannot be read: {io_reason(error)}.", may_pass=may_pass(error)) from None
 
 
 def _offer(run: Path, field: str) -> str:

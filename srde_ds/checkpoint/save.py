@@ -37,7 +37,7 @@ from srde_ds.checkpoint.layout import (
 from srde_ds.checkpoint.shards import FileRecord, ShardIndex, shard_name, write_shard, write_tensors
 from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import sync
+from srde_ds.utils.files import io_reason, sync
 from srde_ds.utils.together import Ranks, attempt
 from srde_ds.weights.locate import read_latest
 
@@ -47,7 +47,6 @@ Result = TypeVar("Result")
 
 # A rank's progress with a part; the largest counts. A rank that fails waits for those that are still writing.
 _DONE, _FAILED, _RUNNING = 0, 1, 2
-_NOT_REMOVED = "checkpoint-{} was saved, but an older checkpoint could not be removed"
 # Waiting ranks poll often enough that no collective comes near its timeout.
 _LOOK_AGAIN_SECONDS = 0.1
 
@@ -145,7 +144,7 @@ class CheckpointSaver:
             [
                 _Part(write, problem, None),
                 _Part(publish, problem, step),
-                _Part(partial(self._remove_older, step), _NOT_REMOVED.format(step), None),
+                _Part(partial(self._remove_older, step), problem, None),
             ]
         )
         self._running = self._thread.submit(write)
@@ -181,17 +180,22 @@ class CheckpointSaver:
             wait([self._running], _LOOK_AGAIN_SECONDS)
 
     def remove_older(self) -> None:
-        """Keep `keep` checkpoints, also where a kill came after the last save and before it removed an older one.
-
-        Raises:
-            SaveFailed: on every rank, if one cannot be removed.
-        """
+        """Keep `keep` checkpoints, also where a kill came after the last save and before it removed an older one."""
         assert self.saved_step is not None
-        self._together(partial(self._remove_older, self.saved_step), _NOT_REMOVED.format(self.saved_step))
+        newest = self.saved_step
+        self._together(partial(self._remove_older, newest), f"checkpoint-{newest} was saved")
 
     def _remove_older(self, newest: int) -> None:
-        if self.ranks.rank == 0:
+        if self.ranks.rank != 0:
+            return
+        try:
             _remove_older(self.run, self.keep, newest)
+        except OSError as error:  # the new checkpoint is complete
+            logger.warning(
+                "'%s': checkpoint-%d was saved, but an older checkpoint could not be removed: %s. The next save tries "
+                "again.",
+                *(self.run, newest, io_reason(error)),
+            )
 
     def __enter__(self) -> CheckpointSaver:
         return self
@@ -220,14 +224,13 @@ class CheckpointSaver:
         if failure is None or (error is not None and not isinstance(error, SRDEError | OSError)):
             return outcome.own.result()
         if self.ranks.rank == 0:
-            with suppress(OSError):  # the next save tries again
-                _clear_leftovers(self.run)
+            _clear_leftovers(self.run)
         standing = None
         with suppress(OSError):
             standing = read_latest(self.run)
         stays = f" '{standing}' stays the latest checkpoint." if standing else ""
         message = f"'{self.run}': {problem}: rank {failure.rank}: {failure.reason.rstrip('.')}.{stays}"
-        raise SaveFailed(message) if failure.foreseen else SRDEError(message)
+        raise SaveFailed(message, may_pass=failure.may_pass) if failure.foreseen else SRDEError(message)
 
 
 class _HostCopies:
@@ -312,14 +315,19 @@ def _rank_records(folder: Path, rank: int) -> dict[str, FileRecord]:
 
 
 def _clear_leftovers(run: Path) -> None:
-    """Clean up after a kill: remove half-written folders, and give a folder that was renamed its name back."""
+    """Clean up after a kill: remove half-written folders, and give a folder that was renamed its name back.
+
+    What cannot be removed now, such as an open file on NFS, is left to the next save, unless that needs its name.
+    """
     for path in run.glob("checkpoint-*.old"):
-        if path.with_suffix("").exists():
-            shutil.rmtree(path)
-        else:
-            os.rename(path, path.with_suffix(""))
+        with suppress(OSError):
+            if path.with_suffix("").exists():
+                shutil.rmtree(path)
+            else:
+                os.rename(path, path.with_suffix(""))
     for path in run.glob("checkpoint-*.tmp"):
-        shutil.rmtree(path)
+        with suppress(OSError):
+            shutil.rmtree(path)
 
 
 def _remove_older(run: Path, keep: int, newest: int) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from srde_ds.checkpoint.tensor_slice import KINDS, TensorSlice
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.dtypes import SAFETENSORS_NAMES
+from srde_ds.utils.files import may_pass
 
 CHUNK_BYTES = 16 * 2**20
 
@@ -273,7 +274,8 @@ def open_tensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise SRDEError(f"'{path}': cannot be read as safetensors: {_reason(error)}.") from None
+        passing = isinstance(error, OSError) and may_pass(error)
+        raise SRDEError(f"'{path}': cannot be read as safetensors: {_reason(error)}.", may_pass=passing) from None
 
 
 def _reason(error: BaseException) -> str:

@@ -31,7 +31,7 @@ from srde_ds.cli.supervise import supervise
 from srde_ds.cli.train import train
 from srde_ds.errors import LostContact, SRDEError, Stopped, nearest
 from srde_ds.utils.escape import one_line, terminal
-from srde_ds.utils.files import io_reason
+from srde_ds.utils.files import LASTING_FAULTS, io_reason, may_pass
 from srde_ds.utils.launcher import launched_rank
 
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
@@ -55,16 +55,7 @@ VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 
 # Problems with a disk, permissions or a path's name, which are not bugs and need no traceback.
-_STORAGE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EIO,
-}
+_STORAGE = LASTING_FAULTS | {errno.EIO}
 
 
 class _Escaped(logging.Formatter):
@@ -97,9 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a verb.
 
     Returns:
-        The exit status: 0 for success, 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank,
-        128 + the signal if one stopped it. All but 0 come with one printed line, unless nobody reads the output
-        any more (128 + SIGPIPE).
+        The exit status: 0 for success, 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank
+        or storage that may be back later, 128 + the signal if one stopped it. All but 0 come with one printed line,
+        unless nobody reads the output any more (128 + SIGPIPE).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -107,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _flush()  # so that a reader who has left is noticed here
         return status
     except SRDEError as error:
-        return _bad_input(str(error))
+        return _failed(str(error), 1 if error.may_pass else 2)
     except BrokenPipeError:
         if not _reader_has_left():
             raise
@@ -115,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in _STORAGE:
             raise
-        return _bad_input(io_reason(error))
+        return _failed(io_reason(error), 1 if may_pass(error) else 2)
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         if launched_rank() == 0:
@@ -162,12 +153,12 @@ def _run(arguments: Sequence[str]) -> int:
         return VERBS[verb](arguments[1:]) or 0
 
 
-def _bad_input(reason: str) -> int:
+def _failed(reason: str, status: int) -> int:
     place = ""
     with suppress(SRDEError):  # the bad input may be the environment's rank
         place = f"rank {launched_rank()}: " if launched_rank() else ""
     print(f"srde-ds: error: {place}{one_line(reason)}", file=sys.stderr, flush=True)
-    return 2
+    return status
 
 
 def entry_point() -> None:

@@ -83,7 +83,9 @@ def check_here(config: Config, processes: int, *, processes_here: int = 1) -> It
         yield Finding("warning", "no --model_name: memory and disk were not checked", "give the options of the run")
         return
     memory = min((gpu["memory_gib"] for gpu in found["gpus"]), default=0.0)
-    yield from check_sizes(config, processes, memory * GIB, found["free_bytes"])
+    # Checkpoints that are there make room for later ones.
+    kept = sum(path.stat().st_size for path in Path(config.training.output_dir).glob("checkpoint-*/*"))
+    yield from check_sizes(config, processes, memory * GIB, found["free_bytes"] + kept)
 
 
 def check_packages() -> Iterator[Finding]:
@@ -125,10 +127,15 @@ def check_locks(folder: Path) -> Iterator[Finding]:
 
 
 def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: int) -> Iterator[Finding]:
-    """Check that memory and disk suffice. `gpu_bytes` is 0 without a GPU."""
+    """Check that memory and disk suffice, also before supports are pruned.
+
+    Args:
+        gpu_bytes: memory of a GPU; 0 without one.
+        free_bytes: room for the run's checkpoints, including those that are there.
+    """
     from srde_ds.distributed.workload import Workload
     from srde_ds.model.base_shape import base_shape, check_whole
-    from srde_ds.planner.memory import memory
+    from srde_ds.planner.memory import largest_memory
     from srde_ds.planner.settle import USABLE
     from srde_ds.planner.trainables import trainable_values
 
@@ -141,7 +148,7 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
     work = Workload.of(config, processes)
     if shape.packing is not None:  # whatever `auto` would say
         work = replace(work, whole_base=True)
-    needed = memory(work, shape).total
+    needed = largest_memory(work, shape).total
     if gpu_bytes and needed > USABLE * gpu_bytes:
         yield Finding(
             "fatal",
@@ -151,14 +158,14 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
     else:
         yield Finding("ok", f"memory: {needed / GIB:.2f} GiB per process planned")
     per_value = 8 if config.optimizer.use_muon else 12
-    checkpoint = per_value * sum(trainable_values(config.adapter, shape).values())
+    checkpoint = per_value * sum(trainable_values(work.at(work.largest_density).adapter, shape).values())
     room = checkpoint * (config.training.save_total_limit + 1)
     text = f"disk: {room / GIB:.2f} GiB for {config.training.save_total_limit} checkpoints and one being written"
     if room > free_bytes:
         remedy = "free some space, or give another --output_dir or a smaller --save_total_limit"
-        yield Finding("fatal", f"{text}; {free_bytes / GIB:.2f} GiB are free", remedy)
+        yield Finding("fatal", f"{text}; there is room for {free_bytes / GIB:.2f} GiB", remedy)
     else:
-        yield Finding("ok", f"{text}; {free_bytes / GIB:.1f} GiB are free")
+        yield Finding("ok", f"{text}; there is room for {free_bytes / GIB:.1f} GiB")
 
 
 def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: int) -> Iterator[Finding]:

@@ -163,6 +163,8 @@ class Supervisor:
             self._end_on_hosts(hosts)  # a host that was cut off may be back
         elif self.preflight:
             preflight(self.config, hosts, self.command.port)
+        if self._signal:  # it came before there was a launcher to pass it on to
+            return self._stopped()
         options = self._options(attempt, hosts)
         with tempfile.NamedTemporaryFile("w", prefix="srde-ds-hosts-") as file:
             file.write(format_hostfile(hosts))
@@ -177,13 +179,16 @@ class Supervisor:
             self._say("the run has finished")
             return 0
         if self._signal:
-            self._say(f"stopped by {signal.Signals(self._signal).name}; {self._position()}")
-            return 128 + self._signal
+            return self._stopped()
         self._last_cause = f"{self._cause(heartbeat, status)}; {self._position()}"
         self._say(f"attempt {attempt + 1} ended after {time.time() - began:.0f} s: {self._last_cause}")
         if status == BAD_INPUT or heartbeat.get("bad_input"):
             return BAD_INPUT
         return None
+
+    def _stopped(self) -> int:
+        self._say(f"stopped by {signal.Signals(self._signal).name}; {self._position()}")
+        return 128 + self._signal
 
     def _finished(self) -> bool:
         """Whether the run has done its steps; it continues if --max_steps has grown since then."""
@@ -203,6 +208,8 @@ class Supervisor:
             )
         except OSError as error:
             raise SRDEError(f"command '{words[0]}' cannot be started: {error.strerror}.") from None
+        if self._signal:  # it came while the launcher was being started
+            process.send_signal(signal.SIGTERM)
         threading.Thread(target=self._pass_on, args=(process.stderr,), daemon=True).start()
         ended_at = None
         while process.poll() is None:
@@ -221,11 +228,15 @@ class Supervisor:
             self._say(f"ended leftover processes of an attempt on {host}: {', '.join(map(str, processes))}")
 
     def _pass_on(self, errors: IO[bytes]) -> None:
-        """Print the command's errors, and keep the last error of training, since at the start there is no heartbeat."""
+        """Print the command's errors, and keep the last error of training, since at the start there is no heartbeat.
+
+        It reads to the end, whatever becomes of its own output: ranks would wait for room in a pipe that nobody reads.
+        """
         self._last_error = ""
         for line in errors:
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
+            with suppress(OSError, ValueError):  # a full disk, a reader that has left, a closed file
+                sys.stderr.buffer.write(line)
+                sys.stderr.flush()
             _, found, text = line.decode(errors="replace").partition("srde-ds: error: ")
             if found:
                 self._last_error = text.strip()
@@ -253,7 +264,7 @@ class Supervisor:
         return steps
 
     def _hosts_left(self) -> list[Host]:
-        """The hosts that answer, after waiting a while for all of them.
+        """The hosts that answer, after waiting a while for all of them, or until a signal comes.
 
         Raises:
             SRDEError: too few hosts answer.
@@ -262,9 +273,9 @@ class Supervisor:
         while True:
             left = answering(self.hosts)
             gone = [host.name for host in self.hosts if host not in left]
-            if not gone:
+            if not gone or self._signal:
                 return left
-            if time.monotonic() > deadline or self._signal:
+            if time.monotonic() > deadline:
                 break
             self._say(f"no answer over ssh from {', '.join(gone)}; waiting")
             self._pause(RESTART_SECONDS)

@@ -44,6 +44,7 @@ class RowStream:
         self.global_batch_rows = global_batch_rows
         self.loss_weights = loss_weights or LossWeights()
         self._order = lru_cache(maxsize=2)(self._permutation)
+        self._drawn = lru_cache(maxsize=1)(self._draw)  # all micro-steps of a step ask for the same
         self._mixture = None
         if periods is not None:
             domain = np.asarray(self.rows["domain"][:])
@@ -55,6 +56,9 @@ class RowStream:
 
     def rows_of_step(self, step: int) -> list[int]:
         """The row indices of a whole optimizer step; `step` counts from 0."""
+        return self._drawn(step)
+
+    def _draw(self, step: int) -> list[int]:
         first = step * self.global_batch_rows
         positions = range(first, first + self.global_batch_rows)
         if self._mixture is not None:

@@ -129,8 +129,11 @@ def start_processes(timeout_seconds: float) -> Topology:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
             raise SRDEError(
-                f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs. Start one process per GPU."
+                f"local rank {local_rank}: this process sees {torch.cuda.device_count()} of its host's GPUs "
+                f"(CUDA_VISIBLE_DEVICES={visible}), and takes the one with the number of its local rank. Start at "
+                "most one process per GPU, and let each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)."
             )
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)

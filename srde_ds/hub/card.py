@@ -213,7 +213,9 @@ def _results(run: Path) -> str:
         return ""
     start = metrics[0].get("held_out_at_start", {})
     rows = [[name, _number(start.get(name)), _number(loss)] for name, loss in end.items()]
-    table = markdown_table([["domain", "before training (the base)", "after"], *rows])
+    started = (load_yaml(run / RUN_CONFIG).get("training") or {}).get("start_from")
+    before = "before training" if started else "before training (the base)"
+    table = markdown_table([["domain", before, "after"], *rows])
     return f"## Results\n\nHeld-out loss in nats.\n\n{table}"
 
 

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import TCPStore
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.liveness.contact import Contact, Hub, Link
 from srde_ds.liveness.handshake import SecretFile, run_id
+from srde_ds.utils.files import eventually
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 # How long a rank whose collective failed waits for the verdict that names the lost rank.
@@ -122,15 +123,16 @@ def _open_hub(world_size: int, timeout: float, start_timeout: float, file: Secre
 
 def _secret(file: SecretFile, output_dir: str, seconds: float) -> str:
     """The secret that rank 0 has written; network storage may show it with some delay."""
-    deadline = time.monotonic() + seconds
-    while (secret := file.read()) is None:
-        if time.monotonic() > deadline:
+
+    def read() -> str:
+        if (secret := file.read()) is None:
             raise LostContact(
                 f"output_dir={output_dir}: this host does not see what rank 0 has written beside it. It must be on "
                 "storage that all hosts share."
             )
-        time.sleep(0.1)
-    return secret
+        return secret
+
+    return eventually(read, LostContact, seconds)
 
 
 def listening_address(master: str) -> str:

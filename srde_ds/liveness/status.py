@@ -23,8 +23,8 @@ class Report:
         step: the current optimizer step, from 1; 0 before the first.
         activity: such as "forward of micro-step 3", for `activity_seconds`.
         place: source line of the main thread.
-        collectives: number of collectives begun; equal on ranks that wait in the same one.
-        idle_seconds: seconds since the last one began.
+        collectives: number of collectives of all ranks begun; equal on ranks that wait in the same one.
+        idle_seconds: seconds since the last one began, in whatever group.
     """
 
     rank: int
@@ -66,13 +66,13 @@ class Reporter:
 
     def __init__(self, rank: int) -> None:
         self.rank, self.host, self.pid = rank, socket.gethostname(), os.getpid()
-        self._collectives, self._progress = 0, time.monotonic()
+        self._begun, self._progress = 0, time.monotonic()
 
     def report(self) -> Report:
         """What this rank is doing now."""
-        now, count = time.monotonic(), collectives_begun()
-        if count != self._collectives:
-            self._collectives, self._progress = count, now
+        now, (of_all_ranks, begun) = time.monotonic(), _collectives_begun()
+        if begun != self._begun:
+            self._begun, self._progress = begun, now
         return Report(
             self.rank,
             self.host,
@@ -81,20 +81,23 @@ class Reporter:
             _Current.activity,
             round(now - _Current.since, 1),
             _place(),
-            count,
+            of_all_ranks,
             round(now - self._progress, 1),
         )
 
 
-def collectives_begun() -> int:
-    """Number of collectives that this process has called, over all groups.
+def _collectives_begun() -> tuple[int, int]:
+    """Numbers of collectives that this process has called: in groups of all ranks, and in all groups.
 
-    torch counts them in each group, for gloo and NCCL, for its debug mode. There is no public way to read the numbers.
+    Only the former are comparable: in a group of some ranks there may be more of them than in another. torch counts
+    them in each group, for gloo and NCCL, for its debug mode. There is no public way to read the numbers.
     """
     if not dist.is_initialized():
-        return 0
+        return 0, 0
     groups: list[Any] = list(distributed_c10d._world.pg_map)
-    return sum(group._get_sequence_number_for_group() for group in groups)
+    counts = [(group.size(), group._get_sequence_number_for_group()) for group in groups]
+    world_size = dist.get_world_size()  # DeepSpeed has a group of all ranks of its own
+    return sum(count for size, count in counts if size == world_size), sum(count for _, count in counts)
 
 
 def _place() -> str:

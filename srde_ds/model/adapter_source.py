@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from srde_ds.checkpoint.prune import PrunedLayers
-from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load_run_state
+from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load_run_state, locate_checkpoint
 from srde_ds.checkpoint.shards import ShardIndex
+from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import block_shapes
 from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import empty_deltas
 from srde_ds.model.merging import expert_delta
 from srde_ds.utils.launcher import launched_rank
-from srde_ds.weights.file import AdapterMetadata, read_weights
+from srde_ds.weights.file import AdapterMetadata, read_header, read_metadata, read_weights
 from srde_ds.weights.locate import locate_weights
 from srde_ds.weights.origins import awaits_routers
 from srde_ds.weights.schema import (
@@ -112,8 +114,11 @@ class AdapterSource:
         return sorted(int(name.split(".")[1]) for name, tensor in biases.items() if bool(tensor.load().any()))
 
 
-def open_adapter(place: str | Path, *, revision: str | None = None) -> AdapterSource:
-    """The adapter that `place` names, for every verb and for Python; for the arguments see `locate_weights`.
+def open_adapter(place: str | Path, *, revision: str | None = None, verified: bool = False) -> AdapterSource:
+    """The adapter that `place` names, for every verb and for Python; for the other arguments see `locate_weights`.
+
+    Args:
+        verified: another rank has opened it, so that its files need not be hashed, nor its values checked, once more.
 
     If supports are still being learned, it takes the best candidates, which count in eval mode. Their number follows
     from the configuration of the base that the checkpoint names.
@@ -124,14 +129,34 @@ def open_adapter(place: str | Path, *, revision: str | None = None) -> AdapterSo
     """
     location = locate_weights(place, revision=revision)
     if location.kind == "checkpoint":
-        found = checkpoint_adapter(find_checkpoint(location.path, location.path, field="weights"))
+        find = locate_checkpoint if verified else find_checkpoint
+        found = checkpoint_adapter(find(location.path, location.path, field="weights"), check=not verified)
         found = replace(found, run=location.run)
     else:
-        file = read_weights(location.path)
+        file = read_header(location.path) if verified else read_weights(location.path)
         found = AdapterSource(file.path, file.metadata, file.tensors, location.run)
     if launched_rank() == 0 and awaits_routers(found.metadata):
         _warn_of_unset_routers(found.place)
     return found
+
+
+def read_adapter_metadata(place: str | Path) -> AdapterMetadata:
+    """The metadata of the result of `open_adapter`, from small files alone, so that every rank may read them.
+
+    Raises:
+        SRDEError: there are none, or they are damaged.
+    """
+    location = locate_weights(place)
+    if location.kind == "file":
+        return read_metadata(location.path)
+    folder = locate_checkpoint(location.path, location.path, field="weights")
+    state = load_run_state(folder)
+    metadata = _saved_metadata(state, folder)
+    # While supports are being learned, the metadata are those of the candidates.
+    if metadata.config.support_strategy == "learned":
+        config = metadata.config
+        metadata = replace(metadata, config=replace(config, density=checked(config, "density", _density(state))))
+    return metadata
 
 
 @cache
@@ -144,14 +169,16 @@ def _warn_of_unset_routers(place: Path) -> None:
     )
 
 
-def checkpoint_adapter(folder: Path) -> AdapterSource:
-    """The adapter in a verified checkpoint; errors as in `open_adapter`."""
+def checkpoint_adapter(folder: Path, *, check: bool = True) -> AdapterSource:
+    """The adapter in a verified checkpoint; errors as in `open_adapter`.
+
+    Args:
+        check: whether to check all values.
+    """
     state = load_run_state(folder)
-    if "adapter" not in state:
-        raise SRDEError(f"checkpoint '{folder}': its run state has no 'adapter': nothing to export.")
-    metadata, index = AdapterMetadata.from_dict(state["adapter"]), ShardIndex(folder)
+    metadata, index = _saved_metadata(state, folder), ShardIndex(folder)
     if any(name.endswith(".scores") for _, name in index.shapes):
-        masters, common, metadata = _learned_so_far(folder, state["config"]["adapter"]["density"])
+        masters, common, metadata = _learned_so_far(folder, _density(state))
     else:
         masters = {
             name: LazyTensor(torch.float32, shape, partial(index.tensor, kind, name))
@@ -164,8 +191,20 @@ def checkpoint_adapter(folder: Path) -> AdapterSource:
         raise SRDEError(f"checkpoint '{folder}': it holds no master weights or no supports: nothing to export.")
     tensors = masters | {name: LazyTensor.of(tensor) for name, tensor in kept.items()}
     check_shapes(metadata.config, tensors, folder, domains=len(metadata.domain_tokens))
-    check_values(tensors, metadata.support_hash, folder)
+    if check:
+        check_values(tensors, metadata.support_hash, folder)
     return AdapterSource(folder, metadata, tensors)
+
+
+def _saved_metadata(state: dict[str, Any], folder: Path) -> AdapterMetadata:
+    if "adapter" not in state:
+        raise SRDEError(f"checkpoint '{folder}': its run state has no 'adapter': nothing to export.")
+    return AdapterMetadata.from_dict(state["adapter"])
+
+
+def _density(state: dict[str, Any]) -> Any:
+    """The density that the run is to reach."""
+    return state["config"]["adapter"]["density"]
 
 
 def _learned_so_far(folder: Path, density: float) -> tuple[dict[str, LazyTensor], dict[str, Tensor], AdapterMetadata]:

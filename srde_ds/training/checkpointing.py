@@ -14,7 +14,6 @@ import torch
 
 from srde_ds.checkpoint.layout import read_manifest
 from srde_ds.checkpoint.resume import (
-    find_checkpoint,
     load_common_tensors,
     load_rank_state,
     load_run_state,
@@ -144,7 +143,8 @@ class RunState:
                     self.saver.remove_older()
             return
         model = self.engine.model
-        probe_loss = self.probe_loss()
+        probe_row = self.stream.rows_of_step(self.step)[0]
+        probe_loss = self.probe_loss(probe_row)
         if not math.isfinite(probe_loss):
             remedy = self.remedy()
             raise SRDEError(f"step {self.step}: its update made the loss {probe_loss}; it was not saved. {remedy}")
@@ -164,6 +164,7 @@ class RunState:
             "dataset": self.manifest.splits["train"].content_sha256,
             "rows_per_step": self.stream.global_batch_rows,
             "probe_loss": probe_loss,
+            "probe_row": probe_row,
         }
         in_background = self.config.training.save_in_background and not final
         with self._as_configured(always_stop=final):
@@ -197,16 +198,18 @@ class RunState:
             if self.topology.is_main:
                 logger.warning("%s Training continues (on_save_failure=continue).", error)
 
-    def find_saved(self) -> SavedRun | None:
+    def find_saved(self, found: Path | None) -> SavedRun | None:
         """The checkpoint that `resume_from` names; None if the run does not resume.
 
+        Args:
+            found: on rank 0: its folder, verified.
+
         Raises:
-            SRDEError: there is no good checkpoint, or it has another adapter, seed, dataset or batch.
+            SRDEError: it has another adapter, seed, dataset or batch.
         """
-        resume_from, output_dir = self.config.training.resume_from, self.config.training.output_dir
-        if not resume_from:
+        if not self.config.training.resume_from:
             return None
-        folder = on_main_rank(lambda: str(find_checkpoint(resume_from, output_dir)), self.topology, long=True)
+        folder = on_main_rank(lambda: str(found), self.topology)
         saved = self.saved_at(Path(folder))
         done, max_steps = saved.values["step"], self.config.training.max_steps
         if done > max_steps:
@@ -215,6 +218,11 @@ class RunState:
                 "or resume from an earlier checkpoint."
             )
         self._check_same_options(saved)
+        row = saved.values.get("probe_row", 0)
+        if type(row) is not int or not 0 <= row < len(self.stream.rows):
+            raise SRDEError(
+                f"{saved.folder}: probe_row={row!r} in its run state is no row: it is not a run's checkpoint."
+            )
         self._check_warm_start(saved)
         if done == max_steps:
             self._check_finished(saved)
@@ -251,7 +259,9 @@ class RunState:
         self.unlock_order = values.get("unlock_order", self.unlock_order)
         if folder.parent.resolve() == Path(self.config.training.output_dir).resolve():
             self.saver.saved_step = self.step
-        loss, expected = self.probe_loss(), values.get("probe_loss")
+        # Older checkpoints lack the row: it is the next step's first, unless domain_weights change there.
+        row = values.get("probe_row", self.stream.rows_of_step(self.step)[0])
+        loss, expected = self.probe_loss(row), values.get("probe_loss")
         # A pruned checkpoint holds no loss: it was never measured.
         rounded = self.config.model.bf16 or bool(former_config(values["config"])["bf16"])
         if expected is not None and abs(loss - expected) > _PROBE_TOLERANCE[rounded] * max(1.0, abs(expected)):
@@ -277,12 +287,12 @@ class RunState:
         entry |= {key: identity[key] for key in (VOCABULARY, TEMPLATE) if key in identity}
         return entry
 
-    def probe_loss(self) -> float:
-        """Mean loss of the next step's first row. All ranks run this one row, so their number does not matter.
+    def probe_loss(self, row: int) -> float:
+        """Mean loss of one row. All ranks run this one row, so their number does not matter.
 
         The router may choose any expert, whatever the phase.
         """
-        batch = collate(self.stream.rows, self.stream.rows_of_step(self.step)[:1])
+        batch = collate(self.stream.rows, [row])
         with evaluated(self.engine.deepspeed):
             loss_sum, label_count = self.engine.forward(batch)
         return float(loss_sum) / max(1, int(label_count))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from pathlib import Path
 
 from srde_ds.checkpoint.prune import prune_checkpoint
 from srde_ds.config import Config
@@ -16,7 +17,7 @@ from srde_ds.optim.groups import build_groups, rule_table
 from srde_ds.training.calibration import calibrate_supports, choose_rows
 from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import RunState, SavedRun
-from srde_ds.training.run_inputs import check_start
+from srde_ds.training.run_inputs import open_start
 from srde_ds.training.schedule import Schedule
 from srde_ds.training.start_from import route_to_new_experts, start_from
 from srde_ds.utils.tables import aligned_table
@@ -31,20 +32,22 @@ class Engines:
     def __init__(self, config: Config, topology: Topology, state: RunState) -> None:
         self.config, self.topology, self.state = config, topology, state
 
-    def build_first(self) -> None:
-        """Build the engine of a new run, or of one that `resume_from` continues."""
-        saved = self.state.find_saved()
+    def build_first(self, found: Path | None) -> None:
+        """Build the engine of a new run, or of one that `resume_from` continues; for `found` see `trainer.run`."""
+        saved = self.state.find_saved(found)
         calibrated = self.config.adapter.support_strategy in CALIBRATED
         if calibrated and not saved:
             # A domain without rows is refused before the base is read.
             choose_rows(self.config, self.state.stream.rows)
+        place = None if saved else self.config.training.start_from
+        adapter = open_start(place, self.topology) if place else None
         self._build_engine(saved)
         if saved:
             self.state.restore(saved)
             self._say(f"Resumed at step {self.state.step} after {self.state.tokens:,} tokens.")
             if rows := changes(saved.values["config"], self.config):
                 self._say(aligned_table(rows))
-        elif adapter := check_start(self.config):
+        elif adapter:
             start_from(self.state.engine, adapter, self.config.training.seed)
             self._say(f"Started from {adapter.place}: {', '.join(adapter.metadata.expert_names)}.")
             rows = self.state.stream.rows

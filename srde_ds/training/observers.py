@@ -70,10 +70,10 @@ class Statistics(Observer):
 
 
 class HeldOutLosses(Observer):
-    """Losses on held-out rows: of the base, then every `eval_steps` steps, and at the end."""
+    """Losses on held-out rows: before the first step, then every `eval_steps` steps, and at the end."""
 
     def before_step(self, run: Run) -> None:
-        """Measure the base, before the first step."""
+        """Measure before the first step: the base, or the weights of `start_from`."""
         if run.step == 0 and run.config.training.eval_steps:
             self._measure(run, "held_out_at_start")
 

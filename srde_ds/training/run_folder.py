@@ -36,7 +36,7 @@ from srde_ds.training.run_lock import refuse_living_run
 from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.escape import one_line
-from srde_ds.utils.files import write_text
+from srde_ds.utils.files import may_pass, write_text
 from srde_ds.utils.launcher import launched_world_size
 from srde_ds.weights.locate import (
     CHECKPOINT_NAME,
@@ -139,8 +139,10 @@ def prepare_data(config: Config) -> Path:
 
 def _files(config: Config) -> RowsOfFiles:
     """Those of `jsonl_data`, which need no records of domains for which `start_from` has experts."""
-    adapter = check_start(config)
-    experts = [] if adapter is None else adapter.metadata.expert_names
+    before = check_start(config)
+    experts = [] if before is None else before.expert_names
+    if config.training.start_from and config.training.resume_from:  # the dataset's hash must be the same anyway
+        experts = config.expert_names
     files = RowsOfFiles.of(config.data, config.training.seed, str(config.data.jsonl_data))
     return replace(files, optional_domains=experts)
 
@@ -231,20 +233,24 @@ def data_folder(data: DataConfig, output_dir: str) -> Path:
     return rows_folder(output_dir, data.pretokenized_dir)
 
 
-def check_run_folder(output_dir: str, resume_from: str | None) -> None:
-    """Check that a run may write into a folder.
+def check_run_folder(output_dir: str, resume_from: str | None) -> Path | None:
+    """Check that a run may write into a folder. Call this on rank 0: it reads all files of the checkpoint.
+
+    Returns:
+        The verified checkpoint that `resume_from` names; None without it.
 
     Raises:
         SRDEError: the folder cannot be written, another run is using it, or it holds an earlier run and `resume_from`
-            names no good checkpoint.
+            names no good checkpoint of that run.
     """
     try:
-        _check_run_folder(Path(output_dir), resume_from)
+        return _check_run_folder(Path(output_dir), resume_from)
     except OSError as error:
-        raise SRDEError(f"output_dir={output_dir}: {error.strerror}. Choose another --output_dir.") from None
+        text = f"output_dir={output_dir}: {error.strerror}. Choose another --output_dir."
+        raise SRDEError(text, may_pass=may_pass(error)) from None
 
 
-def _check_run_folder(folder: Path, resume_from: str | None) -> None:
+def _check_run_folder(folder: Path, resume_from: str | None) -> Path | None:
     if folder.is_symlink() and not folder.exists():
         raise SRDEError(
             f"output_dir={folder}: it is a link to '{os.readlink(folder)}', which does not exist. Remove the link, or "
@@ -259,16 +265,17 @@ def _check_run_folder(folder: Path, resume_from: str | None) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         reason = "not writable" if there.is_dir() else "not a folder"
         raise SRDEError(f"output_dir={folder}: '{there}' is {reason}. Choose another --output_dir.")
-    if resume_from:
-        find_checkpoint(resume_from, folder)
-        return
-    if earlier := saved_by_a_run(folder):
+    found = find_checkpoint(resume_from, folder) if resume_from else None
+    goes_on_here = found is not None and found.parent.resolve() == folder.resolve()
+    if not goes_on_here and (earlier := saved_by_a_run(folder)):
         start = "latest" if (folder / LATEST).is_file() else earlier
         start = str(folder / start) if CHECKPOINT_NAME.fullmatch(start) else "latest"
+        other = f", and resume_from={resume_from} is of another one" if found else ""
         raise SRDEError(
-            f"output_dir={folder}: it holds an earlier run ({earlier}). Continue it with --resume_from {start}, or "
-            "choose another --output_dir."
+            f"output_dir={folder}: it holds an earlier run ({earlier}){other}. Continue it with --resume_from {start}, "
+            "or choose another --output_dir."
         )
+    return found
 
 
 def open_run_folder(config: Config, step: int = 0, *, goes_on_here: bool = False) -> None:

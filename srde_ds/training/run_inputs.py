@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
-from srde_ds.checkpoint.resume import find_checkpoint, load_run_state
 from srde_ds.config import Config, DataConfig, RunInputs, TrainingConfig
 from srde_ds.config.strategy import WITHOUT_DATA
 from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.errors import SRDEError
-from srde_ds.model.adapter_source import AdapterSource, open_adapter
+from srde_ds.model.adapter_source import AdapterSource, open_adapter, read_adapter_metadata
 from srde_ds.model.base import base_configuration
-from srde_ds.weights.file import AdapterMetadata, read_metadata
-from srde_ds.weights.locate import CHECKPOINT_NAME, locate_weights, read_latest
+from srde_ds.utils.together import Ranks, Result, on_main_rank, together
+from srde_ds.weights.file import AdapterMetadata
+from srde_ds.weights.locate import CHECKPOINT_NAME, read_latest
 
 # Options whose default follows from max_steps, density or training_phases, each with the option that must be on for it
 # to matter.
@@ -32,6 +32,8 @@ _OF_RECORDS = ("format", "columns", "ignore_columns", "encoding", "on_bad_record
 
 FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing", "shared_expert_density")
 """Options that describe the weights"""
+
+_STARTED = ("domains", *FIXED, "top_k", "support_strategy")
 
 
 def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
@@ -56,8 +58,16 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
         rows = {key: getattr(manifest, key) for key in _OF_ROWS}
     elif config.model.model_name and "max_length" not in given:
         context = context_of(config.model.model_name, config.model.model_revision)
-    started = _started(config.training.start_from) if config.training.start_from else {}
-    return RunInputs(context, row_length, domains, rows, started, _resumed(config.training))
+    training = config.training
+    saved = _saved_options(training) if training.resume_from else {}
+    resumed = {key: saved[key] for key, on in _SCHEDULE.items() if key in saved and (not on or saved.get(on))}
+    started: dict[str, Any] = {}
+    if training.start_from and training.resume_from:  # the run has long left those weights, which may be gone
+        started = {key: saved[key] for key in _STARTED if key in saved}
+        resumed |= started
+    elif training.start_from:
+        started = _started(training.start_from)
+    return RunInputs(context, row_length, domains, rows, started, resumed)
 
 
 def _check_rows_options(data: DataConfig, given: Collection[str], manifest: Manifest) -> None:
@@ -97,20 +107,16 @@ def context_of(model_name: str, revision: str | None) -> int | None:
     return None if positions is None else int(positions)
 
 
-def check_start(config: Config) -> AdapterSource | None:
-    """The adapter that `start_from` names, checked against the options; None without that option.
+def check_start(config: Config) -> AdapterMetadata | None:
+    """The metadata of the adapter that a new run starts from, checked against the options; None if it starts from none.
 
     Raises:
-        SRDEError: it does not exist, is damaged, or the options do not fit it.
+        SRDEError: it does not exist, or the options do not fit it.
     """
     place = config.training.start_from
-    if not place:
+    if not place or config.training.resume_from:
         return None
-    try:
-        adapter = open_adapter(place)
-    except SRDEError as error:
-        raise SRDEError(f"start_from={place}: {error}") from None
-    before = adapter.metadata
+    before = _of_start(place, lambda: read_adapter_metadata(place))
     for key in FIXED:
         now, then = getattr(config.adapter, key), getattr(before.config, key)
         if now != then:
@@ -129,28 +135,43 @@ def check_start(config: Config) -> AdapterSource | None:
             f"per_expert), and the shared expert of start_from={place} may already change those neurons. Train only "
             f"{','.join(before.expert_names)}, or start from weights whose experts share a support."
         )
-    return adapter
+    return before
+
+
+def open_start(place: str, ranks: Ranks) -> AdapterSource:
+    """The adapter that `start_from` names, verified by rank 0 for all ranks; a collective.
+
+    Raises:
+        SRDEError: on every rank: it is damaged.
+    """
+
+    def verify() -> None:
+        open_adapter(place)
+
+    _of_start(place, lambda: on_main_rank(verify, ranks, long=True))
+    return _of_start(place, lambda: together(lambda: open_adapter(place, verified=True), ranks, long=True))
+
+
+def _of_start(place: str, read: Callable[[], Result]) -> Result:
+    try:
+        return read()
+    except SRDEError as error:
+        reason = str(error).removeprefix(f"weights={place}: ").replace("--weights", "--start_from")
+        raise SRDEError(f"start_from={place}: {reason}") from None
 
 
 def _started(place: str) -> dict[str, Any]:
     """The options of the weights that a run starts from, with the names of their experts as domains."""
-    location = locate_weights(place)
-    if location.kind == "file":
-        metadata = read_metadata(location.path)
-    else:
-        folder = find_checkpoint(location.path, location.path, field="start_from")
-        metadata = AdapterMetadata.from_dict(load_run_state(folder).get("adapter"))
+    metadata = _of_start(place, lambda: read_adapter_metadata(place))
     options = {key: getattr(metadata.config, key) for key in (*FIXED, "top_k", "support_strategy")}
     if options["support_strategy"] not in WITHOUT_DATA:  # supports of new experts are not chosen by data
         options["support_strategy"] = "magnitude"
     return {"domains": metadata.expert_names} | options
 
 
-def _resumed(training: TrainingConfig) -> dict[str, Any]:
-    """The schedule of the run that `resume_from` names. Its checkpoint is verified later."""
-    if not training.resume_from:
-        return {}
-    folder = Path(training.output_dir if training.resume_from == "latest" else training.resume_from)
+def _saved_options(training: TrainingConfig) -> dict[str, Any]:
+    """The options of the run that `resume_from` names. Its checkpoint is verified later."""
+    folder = Path(training.output_dir if training.resume_from == "latest" else str(training.resume_from))
     pointer = read_latest(folder)
     if pointer and CHECKPOINT_NAME.fullmatch(pointer):
         folder /= pointer
@@ -159,5 +180,4 @@ def _resumed(training: TrainingConfig) -> dict[str, Any]:
     sections = read_json(folder / RUN_STATE).get("config")
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise SRDEError(f"resume_from={training.resume_from}: '{folder / RUN_STATE}' is not a run state.")
-    saved = {key: value for section in sections.values() for key, value in section.items()}
-    return {key: saved[key] for key, switch in _SCHEDULE.items() if key in saved and (not switch or saved.get(switch))}
+    return {key: value for section in sections.values() for key, value in section.items()}

@@ -66,7 +66,10 @@ def optimizer_step(
         doing(f"update after micro-step {number}")
         engine.deepspeed.step()
         loss_sum += batch_loss.detach()
-    return to_host(counts | sum_over_ranks({"loss": loss_sum, **statistics.pop()}, topology.device))
+    routing = statistics.pop()
+    # Within the backward, gradients are those of the scaled loss; DeepSpeed divides by the ranks when it adds them up.
+    routing["delta_gradient_square"] /= topology.world_size**2
+    return to_host(counts | sum_over_ranks({"loss": loss_sum, **routing}, topology.device))
 
 
 def count_tokens(batches: list[Batch], domains: int) -> dict[str, torch.Tensor]:

@@ -41,10 +41,13 @@ from srde_ds.training.run_lock import run_lock
 from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step
 from srde_ds.utils.dtypes import warn_of_slow_bfloat16
-from srde_ds.utils.files import write_text
+from srde_ds.utils.files import eventually, may_pass, write_text
 from srde_ds.utils.launcher import launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.locate import COMPLETED, WEIGHTS
+
+# An NFS client believes for about half a minute that a file which it has looked for is not there.
+_LATE_FILES_SECONDS = 60.0
 
 
 def train(config: Config, *, leave: bool = True) -> str | None:
@@ -82,9 +85,10 @@ def train(config: Config, *, leave: bool = True) -> str | None:
             others.on_verdict = lambda verdict: heartbeat.failed(verdict.text, verdict.rank)
             check_inputs(config)
             with ExitStack() as until_the_end:
+                found = None
                 if rank == 0:
                     # Before any collective, so that none waits for tokenising.
-                    check_run_folder(training.output_dir, training.resume_from)
+                    found = check_run_folder(training.output_dir, training.resume_from)
                     warn_of_slow_bfloat16(config.model.bf16 and config.model.base_quantization != "fp8")
                     until_the_end.enter_context(run_lock(training.output_dir))
                     doing("preparing the data")
@@ -94,7 +98,7 @@ def train(config: Config, *, leave: bool = True) -> str | None:
                     others.wait_for_main()
                 doing("joining the process group")
                 topology = start_processes(timeout + VERDICT_SECONDS)  # the verdict comes before torch's own timeout
-                if stopped := run(config, topology, stop, heartbeat):
+                if stopped := run(config, topology, stop, heartbeat, found):
                     heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
                     # When the first rank returns 128 + the signal, launchers end the other ranks.
                     topology.all_reduce_max(0)
@@ -102,15 +106,24 @@ def train(config: Config, *, leave: bool = True) -> str | None:
             if leave:
                 stop_processes()
     except Exception as error:
-        heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError))
+        heartbeat.failed(describe(error), rank, bad_input=isinstance(error, SRDEError) and not error.may_pass)
         raise
     return stopped
 
 
-def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat) -> str | None:
-    """Run on this rank, once all ranks have met. Returns the signal that stopped the run, if one did."""
+def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartbeat, found: Path | None) -> str | None:
+    """Run on this rank, once all ranks have met.
+
+    Args:
+        found: on rank 0: the verified checkpoint that `resume_from` names, from `check_run_folder`.
+
+    Returns:
+        The signal that stopped the run, if one did.
+    """
     folder = data_folder(config.data, config.training.output_dir)
-    manifest = load_manifest(folder)
+    # Rank 0 may just have made them, and has checked them. The others must not be late for the next collective.
+    patience = min(_LATE_FILES_SECONDS, config.parallel.collective_timeout / 2) if topology.rank else 0.0
+    manifest = eventually(lambda: _whole_dataset(folder), SRDEError, patience)
     check_same(values_to_compare(config, manifest), topology)
     doing("loading the base")
     torch.manual_seed(config.training.seed)
@@ -118,7 +131,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     held_out = held_out_rows(config.training.batch_size, topology, folder, manifest)
     state = RunState(config, topology, stream, manifest)
     engines = Engines(config, topology, state)
-    engines.build_first()
+    engines.build_first(found)
     # Not earlier: a run that is refused must leave the folder as it was.
     goes_on_here = state.saver.saved_step is not None
     on_main_rank(lambda: open_run_folder(config, state.step, goes_on_here=goes_on_here), topology)
@@ -154,6 +167,14 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     return None
 
 
+def _whole_dataset(folder: Path) -> Manifest:
+    """The manifest of a dataset all of whose rows are there."""
+    manifest = load_manifest(folder)
+    for split in manifest.splits:
+        load_rows(folder, split, manifest)
+    return manifest
+
+
 def training_rows(config: Config, topology: Topology, folder: Path, manifest: Manifest) -> RowStream:
     """The training rows, in the order that the seed gives."""
     training, periods = config.training, row_mixing(config.data, manifest)
@@ -183,7 +204,8 @@ def finish(state: RunState, heartbeat: Heartbeat) -> None:
     try:
         write_text(output / COMPLETED, json.dumps(marker, indent=2) + "\n")
     except OSError as error:
-        raise SRDEError(f"'{output / COMPLETED}' cannot be written: {error.strerror}.") from None
+        reason = f"'{output / COMPLETED}' cannot be written: {error.strerror}."
+        raise SRDEError(reason, may_pass=may_pass(error)) from None
     print(f"Finished: {weights}", flush=True)
 
 

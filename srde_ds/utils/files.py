@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 from srde_ds.errors import SRDEError
+
+Result = TypeVar("Result")
+
+# What is wrong with a disk's room, permissions or a path's name stays wrong until somebody repairs it.
+LASTING_FAULTS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 @contextmanager
@@ -101,6 +117,22 @@ def check_ordinary(path: Path, place: str, remedy: str) -> None:
         raise SRDEError(f"{place}: not an ordinary file: {remedy}.")
 
 
+def eventually(read: Callable[[], Result], missing: type[Exception], seconds: float) -> Result:
+    """The result of `read`, which another host has made possible: network storage may show new files with some delay.
+
+    Args:
+        missing: what `read` raises until then; the last one is raised after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return read()
+        except missing:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
+
+
 def sync(path: Path) -> None:
     """Flush a file's content, or the names in a folder, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -118,6 +150,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether the same may succeed later, as when a file server is out of reach for a while."""
+    return error.errno not in LASTING_FAULTS
+
+
 def io_reason(error: OSError) -> str:
     """The fault and the file, for a one-line message."""
-    return f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    return (error.strerror or str(error) or type(error).__name__) + (f" ({error.filename})" if error.filename else "")

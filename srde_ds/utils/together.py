@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import io_reason
+from srde_ds.utils.files import io_reason, may_pass
 
 SIGN_OF_LIFE_SECONDS = 1.0  # far below any collective_timeout
 
@@ -52,11 +52,13 @@ class Failure(NamedTuple):
 
     Attributes:
         foreseen: True for bad input or a file that cannot be read or written; False for a bug.
+        may_pass: see `SRDEError`.
     """
 
     rank: int
     reason: str
     foreseen: bool
+    may_pass: bool
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,19 @@ def attempt(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> 
     else:
         _settle(own, work)
     error = own.exception()
-    foreseen, reason = error is None or isinstance(error, SRDEError | OSError), ""
-    if isinstance(error, OSError):
-        reason = io_reason(error)
-    elif isinstance(error, SRDEError):
-        reason = str(error)
-    elif error is not None:
-        reason = f"an unforeseen error, see its traceback ({type(error).__name__})"
-    reports = ranks.gather([foreseen, reason])
-    failures = [Failure(rank, why, known) for rank, (known, why) in enumerate(reports) if why]
+    reports = ranks.gather(None if error is None else _report(error))
+    failures = [Failure(rank, *report) for rank, report in enumerate(reports) if report is not None]
     # A bug comes first: it may have made the others fail.
     return Outcome(own, min(failures, key=lambda failure: (failure.foreseen, failure.rank), default=None))
+
+
+def _report(error: BaseException) -> tuple[str, bool, bool]:
+    """The fields of a `Failure` but its rank."""
+    if isinstance(error, OSError):
+        return io_reason(error), True, may_pass(error)
+    if isinstance(error, SRDEError):
+        return str(error), True, error.may_pass
+    return f"an unforeseen error, see its traceback ({type(error).__name__})", False, False
 
 
 def _settle(own: Future[Result], work: Callable[[], Result]) -> None:
@@ -130,7 +134,8 @@ def together(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) ->
     if isinstance(error, SRDEError) and failure.rank == ranks.rank:
         raise error
     plain = failure.foreseen and failure.rank in (0, ranks.rank)
-    raise SRDEError(failure.reason if plain else f"rank {failure.rank}: {failure.reason}") from error
+    reason = failure.reason if plain else f"rank {failure.rank}: {failure.reason}"
+    raise SRDEError(reason, may_pass=failure.may_pass) from error
 
 
 def on_main_rank(work: Callable[[], Result], ranks: Ranks, *, long: bool = False) -> Result:

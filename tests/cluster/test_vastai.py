@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,29 @@ def test_from_sources_to_uploaded_weights_and_again(
     for secret in (TOKEN, "secretPath"):
         assert secret not in failed.stdout + done.stdout + again.stdout
         assert secret.encode() not in written
+
+
+SRDE_DS = """#!/bin/sh
+case $1 in
+    supervise) echo "$MAX_STEPS" > "$OUTPUT_DIR/srde_weights.safetensors" ;;
+    convert) mkdir "$OUTPUT_DIR/partial-converted-moe"
+        cp "$OUTPUT_DIR/srde_weights.safetensors" "$OUTPUT_DIR/partial-converted-moe/of" ;;
+esac
+"""
+
+
+def test_a_continued_run_is_converted_again(tmp_path: Path) -> None:
+    """With a stand-in for srde-ds that writes the number of steps in place of weights."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/srde-ds").write_text(SRDE_DS)
+    (tmp_path / "bin/srde-ds").chmod(0o755)
+    (tmp_path / "data/tokenized").mkdir(parents=True)
+    (tmp_path / "data/tokenized/manifest.json").touch()
+    folders = {"ENVIRONMENT": tmp_path, "OUTPUT_DIR": tmp_path / "run", "WORK_DIR": tmp_path / "data"}
+    variables = os.environ | {name: str(folder) for name, folder in folders.items()} | {"CONVERT_TO": "moe"}
+    converted = tmp_path / "run/converted-moe"
+    for steps in ("4", "6"):
+        environment = variables | {"MAX_STEPS": steps}
+        subprocess.run(["bash", "cluster/vastai_startup.sh"], cwd=ROOT, env=environment, check=True)
+        assert [(path.name, path.read_text().strip()) for path in converted.iterdir()] == [("of", steps)]
+        time.sleep(0.05)  # more than the resolution of file times

@@ -12,6 +12,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
+from srde_ds.data import manifest
+from srde_ds.errors import SRDEError
+from srde_ds.liveness.status import Reporter
 from tests.distributed.harness import Ranks, free_port, run_distributed
 from tests.distributed.kill_helpers import ended, ranks, train_rank, wait_until
 from tests.distributed.training_helpers import Inputs, train_here
@@ -55,6 +58,43 @@ def group_timeouts() -> set[float]:
 
 def test_the_timeout_holds_for_the_groups_that_deepspeed_makes() -> None:
     assert run_distributed(group_timeouts, 1) == [{33.0}]
+
+
+def counted_collectives() -> int:
+    """Those of this rank's report after one in each group of all ranks, and some of rank 0 alone."""
+    alone, everyone = dist.new_group([0]), dist.new_group()
+    for group in (None, everyone, *[alone] * (3 if dist.get_rank() == 0 else 0)):
+        dist.all_reduce(torch.ones(1), group=group)
+    return Reporter(dist.get_rank()).report().collectives
+
+
+def test_only_collectives_of_all_ranks_tell_who_is_late() -> None:
+    """Ranks whose experts are locked have fewer with those that hold the same experts, and are not late."""
+    first, second = run_distributed(counted_collectives, 2)
+    assert first == second >= 2
+
+
+def train_with_late_files(flags: dict[str, Any]) -> str | None:
+    """`train_here`, where rank 1 does not see the rows at its first three looks."""
+    from srde_ds.training import trainer
+
+    looks: list[Path] = []
+
+    def load_manifest(folder: Path) -> Any:
+        looks.append(folder)
+        if dist.get_rank() == 1 and len(looks) < 4:
+            raise SRDEError("no such folder")
+        return manifest.load_manifest(folder)
+
+    with patch.object(trainer, "load_manifest", load_manifest):
+        return train_here(flags)
+
+
+def test_rows_that_the_other_hosts_do_not_see_yet_are_waited_for(
+    inputs: Inputs, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    flags = inputs.flags(tmp_path / "run", pretokenized_dir=None, jsonl_data=inputs.jsonl, max_steps=1, warmup_steps=0)
+    assert two_ranks(train_with_late_files, flags | {"eval_steps": 0}) == [None, None]
 
 
 def test_a_rank_that_is_alone_says_whom_it_waits_for(inputs: Inputs, tmp_path: Path) -> None:

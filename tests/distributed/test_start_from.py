@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from srde_ds.checkpoint import resume
+from srde_ds.checkpoint.layout import file_hash
 from srde_ds.config import Config, resolve
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
@@ -148,8 +153,50 @@ def test_options_follow_from_the_weights(started: Path, place: str) -> None:
     assert config.data.domains == DOMAINS and config.derived["density"] == "as in the weights of start_from"
     assert resolved(started, domain="law").data.domains == [*DOMAINS, "law"]
     assert resolved(started, domain="law").adapter.num_experts == 4
-    source = check_start(config)
-    assert source is not None and source.metadata.expert_names == DOMAINS
+    before = check_start(config)
+    assert before is not None and before.expert_names == DOMAINS
+
+
+def train_and_count(flags: dict[str, Any], place: Path) -> tuple[str | None, dict[str, int]]:
+    """`train_here`, and how often this rank has hashed each file of the checkpoint `place`."""
+    hashed: Counter[str] = Counter()
+
+    def counted(path: Path) -> str:
+        if path.parent == place:
+            hashed[path.name] += 1
+        return file_hash(path)
+
+    with patch.object(resume, "file_hash", counted):
+        return train_here(flags), dict(hashed)
+
+
+def test_a_checkpoint_is_read_once_by_one_rank(inputs: Inputs, two_ranks: Ranks, started: Path, tmp_path: Path) -> None:
+    """Before the ranks have met, they read only what the options need."""
+    place = shutil.copytree(started / "checkpoint-2", tmp_path / "gone/checkpoint-2")
+    once = {path.name: 1 for path in place.iterdir() if path.name != "manifest.json"}
+    options = SHORT | {"start_from": str(place)}
+    (outcome, by_main), other = two_ranks(train_and_count, inputs.flags(tmp_path / "run", **options), place)
+    assert (outcome, other) == (None, (None, {})) and by_main == once
+    shutil.rmtree(place)
+    goes_on = options | {"resume_from": "latest", "max_steps": 3}
+    flags, saved = inputs.flags(tmp_path / "run", **goes_on), tmp_path / "run/checkpoint-2"
+    (outcome, by_main), other = two_ranks(train_and_count, flags, saved)
+    assert (outcome, other) == (None, (None, {})) and by_main == once
+    own = resolved(place, output_dir=str(tmp_path / "run"), resume_from="latest")  # as the weights that are gone said
+    assert (own.adapter.density, own.data.domains) == (0.05, DOMAINS) and check_start(own) is None
+
+
+def test_damage_is_found_before_the_base_is_loaded(
+    inputs: Inputs, two_ranks: Ranks, started: Path, tmp_path: Path
+) -> None:
+    place = shutil.copytree(started / "checkpoint-2", tmp_path / "checkpoint-2")
+    shard = place / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    messages = two_ranks(train_here, inputs.flags(tmp_path / "run", **SHORT, start_from=str(place)))
+    for message in messages:
+        assert f"start_from={place}: checkpoint '{place}' is damaged: 'shard-00001.safetensors'" in message
+        assert "--weights" not in message
+    assert not (tmp_path / "run/config.yaml").exists()
 
 
 def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:

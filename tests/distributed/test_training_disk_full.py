@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import resource
@@ -9,10 +10,13 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from srde_ds.checkpoint import save
 from srde_ds.checkpoint.resume import verify_checkpoint
+from srde_ds.liveness.heartbeat import read_heartbeat
 from srde_ds.model.output import SRDEOutput
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import (
@@ -105,8 +109,27 @@ def test_the_run_stops(
     assert "checkpoint-4 was not saved: rank " in errors[0] and "No space left on device" in errors[0]
     assert "'checkpoint-2' stays the latest checkpoint" in errors[0] and "\n" not in errors[0]
     assert_only_the_first_checkpoint(run)
+    assert read_heartbeat(run).get("bad_input", True)
     enlarge(small_disk)
     assert_resumes(two_ranks, flags, undisturbed)
+
+
+def train_with_io_errors(flags: dict[str, Any]) -> str | None:
+    """`train_here`, on a disk that takes no shards."""
+
+    def write_shard(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with patch.object(save, "write_shard", write_shard):
+        return train_here(flags)
+
+
+def test_only_a_fault_that_may_pass_lets_the_supervisor_start_again(
+    inputs: Inputs, two_ranks: Ranks, tmp_path: Path
+) -> None:
+    errors = two_ranks(train_with_io_errors, inputs.flags(tmp_path / "run", max_steps=1, warmup_steps=0))
+    assert "checkpoint-1 was not saved: rank 0: Input/output error" in errors[0]
+    assert read_heartbeat(tmp_path / "run")["bad_input"] is False
 
 
 @pytest.mark.parametrize("in_background", [True, False])

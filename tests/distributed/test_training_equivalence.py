@@ -54,6 +54,16 @@ def test_world_size_and_accumulation_do_not_matter(
     assert_same_training(tmp_path / "run", reference, tolerance=TOLERANCE)
 
 
+def test_the_gradients_norm_is_that_of_the_loss(
+    inputs: Inputs, one_rank: Ranks, reference: Path, tmp_path: Path
+) -> None:
+    """With the same micro-batches as the reference, which two ranks share."""
+    flags = inputs.flags(tmp_path / "run", max_steps=1, warmup_steps=0, batch_size=2, gradient_accumulation_steps=4)
+    assert one_rank(train_here, flags) == [None]
+    alone, shared = (metrics(folder)[0]["expert_gradient_norm"] for folder in (tmp_path / "run", reference))
+    assert_close(alone, shared, TOLERANCE, "expert_gradient_norm")
+
+
 @pytest.mark.parametrize(
     ("changes", "tolerance"),
     [

@@ -47,6 +47,17 @@ def test_weights_change_with_the_step(inputs: Inputs, two_ranks: Ranks, tmp_path
         assert {domain for _, domain in seen} == {third}
 
 
+def test_shares_may_change_right_after_a_saved_step(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    """The row whose loss a resumed run compares is the one that was saved, not the first of the new shares."""
+    first, _, third = DOMAINS
+    options: dict[str, Any] = {"max_steps": 2, "warmup_steps": 1, "save_steps": 2, "eval_steps": 0}
+    flags = inputs.flags(tmp_path / "run", domain_weights=f"{first}=1", **options)
+    assert two_ranks(train_here, flags) == [None, None]
+    changed = {"max_steps": 3, "resume_from": "latest", "domain_weights": f"{first}=1; 2: {third}=1"}
+    for error, seen in two_ranks(domains_seen, flags | changed):
+        assert error is None and {domain for _, domain in seen} == {third}
+
+
 def test_what_does_not_fit_stops_every_rank(inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path) -> None:
     flags = inputs.flags(tmp_path / "run", domain_weights="maths=1")
     for error in two_ranks(train_here, flags):

@@ -115,7 +115,10 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
             if piece.kind != "master":
                 piece.data.fill_(0.5)
         before, masters = routers(engine), {p.name: p.data.clone() for p in pieces if p.kind == "master"}
+        for layer in engine.model.layers:
+            layer.router.load_selection_bias(torch.tensor([0.5, -0.5, 0.0]))
         report = warm_start_routers(engine, config, topology, training_rows(config))
+        assert not any(bool(layer.router.selection_bias.any()) for layer in engine.model.layers)  # of other routers
         after = routers(engine)
         for piece in pieces:
             router = piece.name.endswith("router.weight")

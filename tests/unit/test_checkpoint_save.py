@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -193,6 +194,41 @@ def test_disk_full_keeps_the_old_checkpoint_and_stops_every_rank(
     assert value_of(find_checkpoint("latest", tmp_path)) == 1
     assert "checkpoint-2.tmp" not in names(tmp_path)
     assert save_on_ranks(tmp_path, 2, 2) == [tmp_path / "checkpoint-2"] * 2
+
+
+def test_what_cannot_be_removed_is_no_failure_of_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where a file that a process has open keeps its folder."""
+
+    def rmtree(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", rmtree)
+        for step in (1, 2, 3, 4):
+            save(tmp_path, step, keep=2)
+    assert "checkpoint-4 was saved, but an older checkpoint could not be removed: Directory not empty" in caplog.text
+    assert value_of(find_checkpoint("latest", tmp_path)) == 4
+    save(tmp_path, 5, keep=2)
+    assert names(tmp_path) == ["checkpoint-4", "checkpoint-5", "latest"]
+
+
+@pytest.mark.parametrize(("number", "passing"), [(errno.ENOSPC, False), (errno.EIO, True)])
+def test_a_failed_save_knows_whether_another_start_may_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passing: bool
+) -> None:
+    def write_shard(folder: Path, rank: int, pieces: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(saving, "write_shard", write_shard)
+    assert [error.may_pass for error in save_on_ranks(tmp_path, 1, 2)] == [passing] * 2
+
+
+def test_common_tensors_keep_no_file_open(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    tensors = load_common_tensors(tmp_path / "checkpoint-1")
+    assert tensors and str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 def test_an_unforeseen_error_on_one_rank_does_not_leave_the_others_waiting(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from srde_ds.data.loader import RowStream, collate, validation_batches
+from srde_ds.data.mixing import MixingPeriod
 from srde_ds.errors import SRDEError
 from tests.data_helpers import ROW_LENGTH, rows, step_rows
 
@@ -32,6 +33,23 @@ def test_a_step_needs_no_history() -> None:
     resumed = RowStream(rows(21), seed=3, global_batch_rows=8)
     assert [resumed.rows_of_step(step) for step in reversed(range(20))] == expected[::-1]
     assert RowStream(rows(21), seed=4, global_batch_rows=8).rows_of_step(0) != expected[0]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_rows_of_a_step_are_drawn_once(mixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = RowStream._draw
+
+    def counted(stream: RowStream, step: int) -> list[int]:
+        drawn.append(step)
+        return draw(stream, step)
+
+    monkeypatch.setattr(RowStream, "_draw", counted)
+    periods = [MixingPeriod(0, (1.0, 1.0))] if mixed else None
+    stream = RowStream(rows(8), seed=0, global_batch_rows=4, periods=periods)
+    parts = [stream.micro_batch(1, micro, rank=0, world_size=1, batch_size=1) for micro in range(4)]
+    assert torch.cat([part["input_ids"][:, 0] for part in parts]).tolist() == stream.rows_of_step(1)
+    assert drawn == [1]
 
 
 def test_a_dataset_smaller_than_a_batch_wraps() -> None:

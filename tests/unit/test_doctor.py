@@ -16,6 +16,7 @@ from srde_ds.cluster import doctor
 from srde_ds.cluster.doctor import (
     Finding,
     check_gpus,
+    check_here,
     check_interfaces,
     check_locks,
     check_packages,
@@ -63,6 +64,32 @@ def test_memory_and_disk_are_held_against_the_plan(base: Path) -> None:
     memory, disk = check_sizes(config, 2, 1000, 1000)
     assert (memory.level, disk.level) == ("fatal", "fatal") and memory.remedy and disk.remedy
     assert only(check_sizes(resolve({}, {"model_name": "/none", "warmup_steps": 0}), 2, 0, 0)).level == "fatal"
+
+
+def test_the_supports_before_pruning_must_fit(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "GIB", 1)  # the base is tiny
+
+    def texts(**options: Any) -> list[str]:
+        config = resolve({}, {"model_name": str(base), "num_experts": 3, "max_length": 64} | options)
+        return [finding.text for finding in check_sizes(config, 1, 1, 1)]
+
+    whole, small = texts(density=0.5), texts(density=0.1)
+    assert texts(density=0.1, initial_density=0.5) == whole != small
+    assert texts(density=0.1, support_strategy="learned", initial_density=0.5)[1] == whole[1]
+
+
+def test_checkpoints_that_are_there_count_as_room(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve({}, {"model_name": str(base), "num_experts": 3, "max_length": 64, "output_dir": str(tmp_path)})
+    host = {"gpus": [], "writable": True, "free_bytes": 0}
+    monkeypatch.setattr(doctor, "describe_host", lambda *arguments: host)
+
+    def disk() -> Finding:
+        return only(found for found in check_here(config, 1) if found.text.startswith("disk: "))
+
+    assert disk().level == "fatal"
+    (tmp_path / "checkpoint-5").mkdir()
+    (tmp_path / "checkpoint-5/shard-00000.safetensors").write_bytes(bytes(10**7))
+    assert disk().level == "ok"
 
 
 def test_a_lock_of_a_killed_build_is_found(tmp_path: Path) -> None:

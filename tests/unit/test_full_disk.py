@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from srde_ds.cli.main import main
+from srde_ds.cli.main import VERBS, main
+from srde_ds.errors import SRDEError
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 from tests.convert_helpers import save_base as save_llama
 from tests.convert_helpers import trained
@@ -39,6 +41,18 @@ def spoil(disk: Path, how: str) -> None:
                 except OSError:
                     return
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("error", [SRDEError("no answer", may_pass=True), OSError(errno.EIO, "no answer")])
+def test_storage_that_may_be_back_is_no_bad_input(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def verb(arguments: Any) -> int:
+        raise error
+
+    monkeypatch.setitem(VERBS, "train", verb)
+    assert main(["train"]) == 1
+    assert capsys.readouterr().err == "srde-ds: error: no answer\n"
 
 
 @pytest.mark.parametrize("how", ["full", "read-only"])

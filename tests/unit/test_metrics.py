@@ -108,8 +108,10 @@ class Tracker(ModuleType):
     def __init__(self) -> None:
         super().__init__("tracker")
         self.calls: list[tuple[str, Any]] = []
+        self.runs: list[tuple[str, str]] = []
 
-    def init(self, *, project: str, name: str, config: dict[str, Any]) -> None:
+    def init(self, *, project: str, name: str, config: dict[str, Any], resume: str, id: str = "") -> None:
+        self.runs.append((resume, id))
         self.calls.append(("init", (project, name, config)))
 
     def log(self, numbers: dict[str, float], *, step: int) -> None:
@@ -117,6 +119,20 @@ class Tracker(ModuleType):
 
     def finish(self) -> None:
         self.calls.append(("finish", None))
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_resumed_run_goes_on_in_its_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tracker, tracking = Tracker(), TrackingConfig()
+    monkeypatch.setitem(sys.modules, name, tracker)
+    setattr(tracking, f"use_{name}", True)
+    for resume_step in (0, 3, 5, 0):
+        MetricsWriter(tmp_path / "run", tracking, enabled=True, resume_step=resume_step).__exit__(None, None, None)
+    resumes, ids = zip(*tracker.runs, strict=True)
+    if name == "wandb":
+        assert set(resumes) == {"allow"} and ids[0] == ids[1] == ids[2] != ids[3]
+    else:
+        assert resumes == ("never", "allow", "allow", "never")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

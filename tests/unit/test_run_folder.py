@@ -28,6 +28,7 @@ from srde_ds.training import run_folder
 from srde_ds.training.run_folder import check_inputs, check_manifest, check_run_folder, open_run_folder, prepare_data
 from srde_ds.training.run_lock import run_lock
 from srde_ds.utils.environment import environment
+from tests.checkpoint_helpers import save
 from tests.cli_helpers import DOMAINS, POSITIONS, fails, flags, save_base, write_records
 from tests.hybrids import qwen3_5
 
@@ -241,6 +242,18 @@ def test_an_earlier_run_is_not_overwritten(refused: Refusal, tmp_path: Path, nam
     assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, "kept")]
 
 
+def test_a_run_is_not_replaced_by_going_on_from_another(tmp_path: Path) -> None:
+    save(tmp_path / "first", 5)
+    save(tmp_path / "second", 7)
+    place, second = tmp_path / "first/checkpoint-5", tmp_path / "second"
+    message = rf"output_dir={second}: it holds an earlier run \(latest\), and resume_from={place} is of another one. "
+    with pytest.raises(SRDEError, match=f"^{message}Continue it with --resume_from latest, or choose another"):
+        check_run_folder(str(second), str(place))
+    for folder in (tmp_path / "first", tmp_path / "third"):
+        assert check_run_folder(str(folder), str(place)) == place
+    assert check_run_folder(str(second), "latest") == second / "checkpoint-7"
+
+
 def test_advice_leads_on(refused: Refusal, tmp_path: Path) -> None:
     """Whoever follows a message meets another one at most, not the first one again."""
     folder = tmp_path / "earlier"
@@ -335,10 +348,11 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(SRDEError, match="local rank 2: this host has 2 GPUs.*one process per GPU"):
+    with pytest.raises(SRDEError, match="rank 2: this process sees 2 .*CUDA_VISIBLE_DEVICES=0,1.*--gpus-per-node"):
         topology.start_processes(60)
 
 

@@ -351,6 +351,10 @@ def test_a_card_of_a_killed_run_of_an_earlier_version(run: Path, tmp_path: Path)
     (old / "config.yaml").write_text(yaml.safe_dump(config))
     (old / "environment.json").write_text('{"machine": "a machine", "world_size": 2}')
     card = model_card(model.metadata(), repo=None, run=old)
+    assert "before training (the base)" in card
+    config["training"]["start_from"] = "experts"
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "| before training |" in model_card(model.metadata(), repo=None, run=old)
     assert "2 steps, 1,200 tokens; last training loss 1.500. 2 processes on a machine." in card
     assert "| max_steps |" in card and "router_lr" not in card
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -129,6 +132,34 @@ def test_a_signal_goes_to_one_rank_and_is_no_reason_to_restart(script: Path) -> 
     assert "stopped by SIGTERM" in errors.splitlines()[-1] and len(calls(script)) == 1
 
 
+def test_a_signal_that_comes_before_the_launcher_is_kept(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [sys.executable, str(script), "--output_dir", str(script.parent / "run")]
+    (script.parent / "plan").write_text("0 wait")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "preflight", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["supervise", "--", *command]) == 128 + signal.SIGTERM
+    assert not (script.parent / "run").exists()
+    popen, began = subprocess.Popen, time.monotonic()
+
+    def started(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = popen(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)  # before the supervisor knows its process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    assert main(["supervise", "--preflight", "false", "--", *command]) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 20
+
+
+def test_errors_are_read_on_where_they_cannot_be_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supervisor = make(tmp_path)
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", SimpleNamespace(buffer=full, flush=full.flush))
+        supervisor._pass_on(io.BytesIO(b"a line\nsrde-ds: error: the last one\n"))
+        monkeypatch.undo()
+    assert supervisor._last_error == "the last one"
+
+
 def test_a_launcher_that_waits_on_is_ended(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
     script.write_text(STAND_IN.replace("sys.exit(int", "'failed' in first and time.sleep(60)\nsys.exit(int"))
@@ -180,6 +211,9 @@ def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(module, "answering", lambda hosts: [host for host in hosts if host.name != "b"])
     assert supervisor._hosts_left() == [Host("a", 2), Host("c", 2)]
     supervisor.min_nodes = 3
+    supervisor._signal = signal.SIGTERM  # it is no question any more
+    assert supervisor._hosts_left() == [Host("a", 2), Host("c", 2)]
+    supervisor._signal = 0
     with pytest.raises(SRDEError, match="no answer over ssh from b, and min_nodes=3"):
         supervisor._hosts_left()
 

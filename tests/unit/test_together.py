@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ def failing(errors: dict[int, Exception]) -> Callable[[int], str]:
         ({1: SRDEError("no.")}, ["SRDEError: rank 1: no.", "SRDEError: no.", "SRDEError: rank 1: no."]),
         ({1: SRDEError("b"), 2: SRDEError("c")}, ["SRDEError: rank 1: b", "SRDEError: b", "SRDEError: rank 1: b"]),
         ({0: OSError(28, "No space left on device", "/a")}, ["SRDEError: No space left on device (/a)"] * 3),
+        ({0: TimeoutError()}, ["SRDEError: TimeoutError"] * 3),
         (
             {0: SRDEError("no."), 2: KeyError("k")},  # the bug may be what made the other fail
             ["SRDEError: rank 2: an unforeseen error, see its traceback (KeyError)"] * 2 + ["KeyError: 'k'"],
@@ -51,6 +53,13 @@ def failing(errors: dict[int, Exception]) -> Callable[[int], str]:
 )
 def test_all_ranks_fail_together(errors: dict[int, Exception], expected: list[str], long: bool) -> None:
     assert outcomes(failing(errors), long=long) == expected
+
+
+@pytest.mark.parametrize(("number", "passing"), [(errno.ENOSPC, False), (errno.EROFS, False), (errno.ESTALE, True)])
+def test_all_ranks_know_whether_another_start_may_help(number: int, passing: bool) -> None:
+    error = OSError(number, "no")
+    found = on_ranks(2, lambda ranks: together(lambda: failing({1: error})(ranks.rank), ranks))
+    assert [one.may_pass for one in found] == [passing] * 2
 
 
 def test_the_others_meet_while_one_works(monkeypatch: pytest.MonkeyPatch) -> None:

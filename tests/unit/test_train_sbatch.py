@@ -1,10 +1,11 @@
-"""cluster/slurm/train.sbatch with programs that stand in for Slurm's: when a job counts as done."""
+"""The scripts of cluster/ with stand-ins for Slurm's and other programs: when a job is done, what ranks get."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "cluster/slurm/train.sbatch"
 SRUN = """#!/bin/sh
 echo "$@" >> calls
+rm -f run/completed.json # as a run does that opens its folder
+if [ -n "$SIGNAL" ]; then trap 'exit 138' USR1; kill -s "$SIGNAL" $PPID; while :; do sleep 0.05; done; fi
 if [ "$STEPS" != none ]; then echo "{\\"checkpoint\\": \\"c\\", \\"step\\": $STEPS}" > run/completed.json; fi
 exit "$STATUS"
 """
@@ -21,14 +24,16 @@ exit "$STATUS"
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "run").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": "#!/bin/sh\necho localhost\n"}.items():
+    for name, text in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >> scontrol\necho localhost\n'}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
 
 
-def job(folder: Path, *flags: str, steps: int | None, status: int = 0) -> subprocess.CompletedProcess[str]:
-    """A job whose ranks end with `status`, after they have finished `steps`."""
+def job(
+    folder: Path, *flags: str, steps: int | None, status: int = 0, signal: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """A job whose ranks end with `status`, after they have finished `steps`, or when the job gets `signal`."""
     environment = {name: os.environ[name] for name in ("BASH_ENV",) if name in os.environ} | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "SLURM_SUBMIT_DIR": str(folder),
@@ -38,6 +43,7 @@ def job(folder: Path, *flags: str, steps: int | None, status: int = 0) -> subpro
         "PREFLIGHT": "false",
         "STEPS": "none" if steps is None else str(steps),
         "STATUS": str(status),
+        "SIGNAL": signal,
     }
     command = ["bash", str(SCRIPT), "--output_dir", "run", *flags]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
@@ -64,6 +70,14 @@ def test_a_finished_run_is_extended(folder: Path, flags: list[str]) -> None:
     assert failed.returncode == 3 and "left no new 'run/completed.json'" in failed.stderr
 
 
+def test_a_finished_run_that_is_extended_is_requeued_at_its_time_limit(folder: Path) -> None:
+    job(folder, steps=5)
+    (folder / "run/latest").write_text("checkpoint-5")
+    stopped = job(folder, "--max_steps", "9", steps=None, signal="USR1")
+    assert stopped.returncode == 138 and "stopped by SIGUSR1, requeued" in stopped.stdout
+    assert "requeue 7" in (folder / "scontrol").read_text()
+
+
 def test_ranks_that_end_without_finishing_are_a_failure(folder: Path) -> None:
     assert job(folder, steps=None).returncode == 1
     assert job(folder, steps=None, status=4).returncode == 4
@@ -78,6 +92,20 @@ def test_the_status_of_a_launcher_that_ends_before_the_first_look_is_kept(
     shutil.copy(folder / "bin/srun", folder / "bin/mpirun")
     (folder / "hosts").write_text("localhost slots=1\n")
     environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "PREFLIGHT": "false"}
-    environment |= {"STEPS": "none", "STATUS": "5"}
+    environment |= {"STEPS": "none", "STATUS": "5", "SIGNAL": ""}
     command = ["bash", str(SCRIPT.parents[1] / "mpi/train.sh"), "hosts", "--output_dir", "run"]
     assert subprocess.run(command, env=environment, cwd=folder, check=False).returncode == 5
+
+
+@pytest.mark.parametrize(("script", "program"), [("mpi/train.sh", "mpirun"), ("ssh/train.sh", "ssh")])
+def test_the_last_variable_for_the_ranks_needs_no_line_feed(folder: Path, script: str, program: str) -> None:
+    (folder / f"bin/{program}").write_text('#!/bin/sh\necho "$@" >> calls\n')
+    (folder / f"bin/{program}").chmod(0o755)
+    (folder / "hosts").write_text("localhost slots=1\n")
+    (folder / ".deepspeed_env").write_text("FIRST=1\nLAST=2")
+    environment = os.environ | {"HOME": str(folder / "bin"), "PREFLIGHT": "false"}
+    environment |= {"PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["bash", str(SCRIPT.parents[1] / script), "hosts", "--output_dir", "run"]
+    subprocess.run(command, env=environment, cwd=folder, check=True)
+    given = (folder / "calls").read_text()
+    assert "FIRST=1" in given and "LAST=2" in given

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -20,12 +21,14 @@ from tqdm import tqdm
 
 from srde_ds.config import TrackingConfig
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import write_text
 from srde_ds.utils.units import GIB
 from srde_ds.weights.locate import METRICS
 
 logger = logging.getLogger(__name__)
 
 _BLOCK_BYTES = 2**20
+_RUN_ID = "wandb_run_id"
 
 # flag, module, package to install
 _TRACKERS = (
@@ -76,7 +79,12 @@ class MetricsWriter:
                 self._closing.callback(self._board.close)
             else:
                 name = tracking.wandb_run_name or folder.resolve().name
-                module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}))
+                goes_on = (
+                    {"id": _run_id(folder, new=resume_step == 0), "resume": "allow"}
+                    if flag == "use_wandb"
+                    else {"resume": "allow" if resume_step else "never"}  # it goes by the name
+                )
+                module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}), **goes_on)
                 self._closing.callback(module.finish)
                 self._trackers.append(module)
 
@@ -196,6 +204,14 @@ def _load(flag: str, module: str, package: str) -> Any:
         return import_module(module)
     except ImportError:
         raise SRDEError(f"{flag}=true: package '{package}' is missing. Install it: pip install {package}") from None
+
+
+def _run_id(folder: Path, *, new: bool) -> str:
+    """The id under which W&B knows this folder's run, so that a resumed run goes on there."""
+    path = folder / _RUN_ID
+    if new or not path.is_file():
+        write_text(path, secrets.token_hex(8) + "\n")
+    return path.read_text(encoding="utf-8").strip()
 
 
 def _cut_after(path: Path, step: int) -> None:

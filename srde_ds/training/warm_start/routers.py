@@ -68,6 +68,8 @@ def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows:
     engine.set_trainables(
         {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
     )
+    for layer in engine.model.layers:
+        layer.router.load_selection_bias(None)  # of earlier routers
     counts = np.bincount(sample.domain, minlength=len(config.data.domains)).tolist()
     return WarmStartReport(
         method=config.curriculum.warm_start_method,
