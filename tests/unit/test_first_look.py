@@ -54,7 +54,8 @@ class Stream:
     def micro_batch(self, step: int, micro: int, **_: int) -> dict[str, Tensor]:
         ids = tokens(seed=step)
         places = torch.arange(ids.shape[1]).expand_as(ids)
-        return {"input_ids": ids, "labels": ids, "position_ids": places, "token_mask": torch.ones_like(ids).bool()}
+        mask, domain = torch.ones_like(ids).bool(), torch.zeros(len(ids), dtype=torch.long)
+        return {"input_ids": ids, "labels": ids, "position_ids": places, "token_mask": mask, "domain": domain}
 
 
 @pytest.mark.parametrize("masters", [False, True])
