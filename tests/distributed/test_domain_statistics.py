@@ -34,6 +34,9 @@ from tests.distributed.training_helpers import DOMAINS, ROWS_PER_STEP, Inputs, c
 from tests.helpers import randomize, tiny_srde
 
 STEPS = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
+# Routers are set at the end, so what trains them is refused.
+UNTRAINED: dict[str, float] = dict.fromkeys(("router_lr", "load_balancing_weight", "router_z_weight"), 0.0)
+BY_DOMAIN: dict[str, Any] = UNTRAINED | {"training_phases": "by_domain"}
 
 
 def expected_statistics(inputs: Inputs, weights: Path, *, by_domain: bool = False) -> list[DomainStatistics]:
@@ -160,7 +163,7 @@ def test_experts_of_their_domains_alone_get_routers_at_the_end(
     inputs: Inputs, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path
 ) -> None:
     alone, both = tmp_path / "alone", tmp_path / "both"
-    flags: dict[str, Any] = STEPS | {"training_phases": "by_domain", "domain_statistics_rows": 1000}
+    flags: dict[str, Any] = STEPS | BY_DOMAIN | {"domain_statistics_rows": 1000}
     assert one_rank(train_here, inputs.flags(alone, **flags, **cut(ROWS_PER_STEP, 1))) == [None]
     assert two_ranks(train_here, inputs.flags(both, **flags)) == [None, None]
     found = statistics(alone)
@@ -199,7 +202,7 @@ def test_selection_biases_of_earlier_routers_go(inputs: Inputs, one_rank: Ranks,
     biased = STEPS | {"balancing_bias_rate": 0.5, "max_steps": 3}
     assert one_rank(train_here, inputs.flags(before, **biased, **cut(ROWS_PER_STEP, 1))) == [None]
     assert "layers.0.router_bias" in read_weights(before / "srde_weights.safetensors").tensors
-    flags = inputs.flags(after, **STEPS, training_phases="by_domain", start_from=str(before), top_k=2)
+    flags = inputs.flags(after, **STEPS, **BY_DOMAIN, start_from=str(before), top_k=2)
     assert one_rank(train_here, flags | cut(ROWS_PER_STEP, 1)) == [None]
     assert "layers.0.router_bias" not in read_weights(after / "srde_weights.safetensors").tensors
 
@@ -208,7 +211,7 @@ def test_a_run_that_ends_early_does_not_pretend_that_its_routers_are_set(
     inputs: Inputs, one_rank: Ranks, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    flags = inputs.flags(run, **STEPS | {"save_steps": 1}, training_phases="by_domain", **cut(ROWS_PER_STEP, 1))
+    flags = inputs.flags(run, **STEPS | BY_DOMAIN | {"save_steps": 1}, **cut(ROWS_PER_STEP, 1))
     assert one_rank(train_here, flags) == [None]
     early, last = run / "checkpoint-1", run / "checkpoint-2"
     (refused,) = one_rank(train_here, flags | {"max_steps": 1, "resume_from": str(early)})
