@@ -116,7 +116,7 @@ def warm_started(flags: dict[str, Any]) -> dict[str, Any]:
                 piece.data.fill_(0.5)
         before, masters = routers(engine), {p.name: p.data.clone() for p in pieces if p.kind == "master"}
         for layer in engine.model.layers:
-            layer.router.load_selection_bias(torch.tensor([0.5, -0.5, 0.0]))
+            layer.router.load_selection_bias(torch.linspace(-0.5, 0.5, layer.router.selection_bias.numel()))
         report = warm_start_routers(engine, config, topology, training_rows(config))
         assert not any(bool(layer.router.selection_bias.any()) for layer in engine.model.layers)  # of other routers
         after = routers(engine)
