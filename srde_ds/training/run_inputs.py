@@ -53,7 +53,8 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
             manifest = load_manifest(config.data.pretokenized_dir)
         except SRDEError as error:
             raise SRDEError(f"pretokenized_dir={config.data.pretokenized_dir}: {error}") from None
-        _check_rows_options(config.data, given, manifest)
+        if not config.training.resume_from:  # those of a resumed run may come from its folder, and change nothing
+            _check_rows_options(config.data, given, manifest)
         row_length, domains = manifest.max_length, manifest.domains
         rows = {key: getattr(manifest, key) for key in _OF_ROWS}
     elif config.model.model_name and "max_length" not in given:
