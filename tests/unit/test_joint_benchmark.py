@@ -72,5 +72,10 @@ def test_the_table_pairs_test_rows_and_seeds() -> None:
         f"| {THREE[1]} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | +0.100 ± 0.000 | +0.15"
     )
     assert third.startswith(f"| {THREE[2]} | +0.300 (+0.250 to +0.350) | 2: +0.300 | +0.200 ± 0.000 | +0.30 |")
+    by_domain = [record(2, name, 1.0 + place) for place, name in enumerate(joint.PARTS[-2:])]
+    other_loss = f"| {joint.AGAINST_BY_DOMAIN} | -1.500 (-1.750 to -1.250) | 2: -1.500 |  | -1.50"
+    assert other_loss in joint.table(records + by_domain)
+    _, second = joint.table(by_domain, joint.AGAINST_BY_DOMAIN).splitlines()[2:]
+    assert second.startswith(f"| {joint.PARTS[-1]} | +1.500 (+1.250 to +1.750) | 2: +1.500 | +1.000 ± 0.000 |")
     assert set(joint.PARTS) <= LOOKS.keys()
     assert joint.table(records[-1:]) == joint.table([]) == "not run"
