@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,19 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
             no configuration, or the run state is damaged.
     """
     context = row_length = domains = None
+    training = config.training
+    saved = _saved_options(training) if training.resume_from else {}
     rows: dict[str, Any] = {}
     if config.data.pretokenized_dir:
         try:
             manifest = load_manifest(config.data.pretokenized_dir)
         except SRDEError as error:
             raise SRDEError(f"pretokenized_dir={config.data.pretokenized_dir}: {error}") from None
-        if not config.training.resume_from:  # those of a resumed run may come from its folder, and change nothing
-            _check_rows_options(config.data, given, manifest)
+        _check_rows_options(config.data, given, manifest, saved)
         row_length, domains = manifest.max_length, manifest.domains
         rows = {key: getattr(manifest, key) for key in _OF_ROWS}
     elif config.model.model_name and "max_length" not in given:
         context = context_of(config.model.model_name, config.model.model_revision)
-    training = config.training
-    saved = _saved_options(training) if training.resume_from else {}
     resumed = {key: saved[key] for key, on in _SCHEDULE.items() if key in saved and (not on or saved.get(on))}
     started: dict[str, Any] = {}
     if training.start_from and training.resume_from:  # the run has long left those weights, which may be gone
@@ -71,18 +70,19 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
     return RunInputs(context, row_length, domains, rows, started, resumed)
 
 
-def _check_rows_options(data: DataConfig, given: Collection[str], manifest: Manifest) -> None:
-    """Refuse options that finished rows leave without effect."""
+def _check_rows_options(data: DataConfig, given: Collection[str], manifest: Manifest, saved: Mapping[str, Any]) -> None:
+    """Refuse options that finished rows leave without effect, but for those that the resumed run was saved with."""
     beside = f"with pretokenized_dir={data.pretokenized_dir}"
     for key in _OF_ROWS:
         wanted, made = getattr(data, key), getattr(manifest, key)
-        if key in given and wanted != made:
+        if key in given and wanted not in (made, saved.get(key, made)):
             raise SRDEError(
                 f"{key}={wanted} {beside}: its rows were built with {key}={made}. Leave --{key} out, or build them "
                 "again."
             )
     for key in _OF_RECORDS:
-        if (wanted := getattr(data, key)) != getattr(DataConfig, key):
+        default = getattr(DataConfig, key)
+        if (wanted := getattr(data, key)) not in (default, saved.get(key, default)):
             raise SRDEError(
                 f"{key}={wanted} {beside}: says how records are read, and its rows are finished. Leave --{key} out, or "
                 "hand it to build_dataset."

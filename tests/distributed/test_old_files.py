@@ -42,9 +42,15 @@ def weights_of_step_3(folder: Path) -> Path:
     return export_weights(FILES / "run/checkpoint-3", folder / "weights.safetensors")
 
 
-def resume_in(folder: Path) -> int:
+def resume_in(folder: Path, *more: str) -> int:
     os.chdir(folder)
-    return main(["train", "--config", "run/config.yaml", "--resume_from", "latest"])
+    return main(["train", "--config", "run/config.yaml", "--resume_from", "latest", *more])
+
+
+def test_a_new_option_without_effect_on_finished_rows_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(FILES, tmp_path, dirs_exist_ok=True)  # the run's own too_long is not that of its rows
+    assert run_forked(tmp_path / "log", resume_in, tmp_path, "--train_on", "last") == 2
+    assert "train_on=last with pretokenized_dir=" in (tmp_path / "log").read_text()
 
 
 def test_a_run_goes_on_to_the_weights_that_it_had_given(tmp_path: Path) -> None:
