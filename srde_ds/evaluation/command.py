@@ -19,7 +19,7 @@ from srde_ds.data.inputs import ReadOptions, read_records
 from srde_ds.data.manifest import FILE_NAME, load_manifest
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
-from srde_ds.evaluation.compare import EvaluationSettings, evaluate, evenly_by_domain, items_file
+from srde_ds.evaluation.compare import EvaluationSettings, evaluate, evenly_by_domain, items_file, items_hash
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.processes import launched_processes
 from srde_ds.evaluation.results import ItemResult
@@ -112,6 +112,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
     result["run"] = {
         "checkpoint": checkpoint,
         "eval_file": eval_file,
+        "items_sha256": items_hash(items),
         "train_on": train_on,
         "base": str(model.base_identity["name"]),
         "dtype": "bfloat16" if options.bf16 else "float32",

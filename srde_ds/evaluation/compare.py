@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -133,6 +134,12 @@ def evaluate(
             ],
         }
     return figures, _items(records, results, settings.run_code is not None)
+
+
+def items_hash(items: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of what was asked and expected: equal for evaluations of the same items in the same order."""
+    asked = [[item[key] for key in ("domain", "prompt", "response", "answer", "scoring")] for item in items]
+    return sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def items_file(evaluation: Path) -> Path:

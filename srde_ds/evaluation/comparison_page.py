@@ -17,6 +17,7 @@ from srde_ds.pages.render import render
 from srde_ds.utils.files import write_text
 
 _PLACES = {"output_dir", "resume_from"}  # differ in any two runs
+_EVALUATED_WITH = ("train_on", "dtype", "base_quantization", "max_new_tokens", "route_by")
 
 
 def write_comparison_page(runs: Sequence[str | Path], target: Path) -> Path:
@@ -148,19 +149,29 @@ def _evaluations(names: Sequence[str], runs: Sequence[RunFiles]) -> list[Part]:
     missing = [name for name in names if name not in dict(evaluated)]
     if missing:
         parts.append(Text(f"Not evaluated yet: {', '.join(missing)}."))
-    files = dict.fromkeys(
-        (str(result["run"]["eval_file"]), result["overall"]["srde"]["items"]) for _, result in evaluated
-    )
-    if len(files) > 1:
-        told = ", ".join(f"{items} of {file}" for file, items in files)
-        parts.append(
-            Text(f"The runs were evaluated on different items ({told}): their figures cannot be compared.", note=True)
-        )
+    parts += _differently_evaluated([result for _, result in evaluated])
     for key, title, x, form in (
         ("accuracy", "Right answers by domain", "share of the scored items", ".0%"),
         ("loss", "Loss on held-out items by domain", "cross entropy (nats per token)", ".2f"),
     ):
         parts.append(_by_domain(evaluated, key, title, x, form))
+    return parts
+
+
+def _differently_evaluated(results: Sequence[dict[str, Any]]) -> list[Part]:
+    """Notes about what the figures depend on beside the experts."""
+    parts: list[Part] = []
+    # Evaluations of earlier versions do not record a hash of their items.
+    key = "items_sha256" if all("items_sha256" in result["run"] for result in results) else "eval_file"
+    sets = {(result["run"][key], result["overall"]["srde"]["items"]): result["run"]["eval_file"] for result in results}
+    if len(sets) > 1:
+        told = ", ".join(f"{items} of {file}" for (_, items), file in sets.items())
+        text = f"The runs were evaluated on different items ({told}): their figures cannot be compared."
+        parts.append(Text(text, note=True))
+    for name in _EVALUATED_WITH:
+        values = dict.fromkeys(str(result["run"].get(name, "not recorded")) for result in results)
+        if len(values) > 1:
+            parts.append(Text(f"The runs were evaluated with different {name}: {', '.join(values)}.", note=True))
     return parts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ LOSS_MEANS = {
 """what the training loss is, by `loss_weighting`"""
 _FORMER = re.compile(r"config-until-(\d{1,18})\.yaml", re.ASCII)
 _KEPT = (b'"held_out', b'"warm_start"')  # lines that hold one of these
+_TRAINED = re.compile(rb'"(?:phase|density)": [^,}]*|"unlocked_experts": \[[^]]*\]')
+"""What a step trains: where it changes, the step and the one before it are kept"""
 MACHINE = ("machine", "world_size", "python", "git_revision")
 Lines = list[dict[str, Any]]
 
@@ -146,7 +149,8 @@ def mean_loss(by_domain: dict[str, float | None]) -> float | None:
 
 
 def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
-    """At most `most` lines of metrics, evenly spread, including the first and the last, plus those of rare events.
+    """At most `most` lines of metrics, evenly spread, including the first and the last, plus those of rare events and
+    those around a change of what is trained.
 
     An incomplete last line is left out.
 
@@ -158,12 +162,7 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
         with open(path, "rb") as file:
             count = sum(1 for _ in file)
             file.seek(0)
-            every = -(-count // most) or 1
-            chosen = [
-                line
-                for number, line in enumerate(file, 1)
-                if line.strip() and (number % every == 0 or number in (1, count) or any(key in line for key in _KEPT))
-            ]
+            chosen = list(_chosen(file, count, every=-(-count // most) or 1))
     except (FileNotFoundError, NotADirectoryError):
         raise SRDEError(f"report: no such file '{path}': train first.") from None
     if chosen and is_torn(chosen[-1]):
@@ -171,6 +170,24 @@ def read_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:
     if not chosen:
         raise SRDEError(f"'{path}' is empty: train first.")
     return [parsed_object(path, line.decode(errors="replace"), "each line", "train again") for line in chosen]
+
+
+def _chosen(lines: Iterable[bytes], count: int, *, every: int) -> Iterator[bytes]:
+    """Each `every`th of `count` lines, and those that `read_metrics` keeps beside them."""
+    skipped, before = b"", None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        trained = _TRAINED.findall(line)
+        changed = before not in (None, trained)
+        if changed and skipped:
+            yield skipped
+        if changed or number % every == 0 or number in (1, count) or any(key in line for key in _KEPT):
+            yield line
+            skipped = b""
+        else:
+            skipped = line
+        before = trained
 
 
 def report_metrics(path: Path, *, most: int = MOST_LINES) -> Lines:

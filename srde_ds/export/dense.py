@@ -67,7 +67,7 @@ def write_dense(
         shards[file] = {n: merged(t, *changed[n]) if n in changed else t for n, t in tensors.items()}
     size = tensors_size(tensor for tensors in shards.values() for tensor in tensors.values())
     with complete_folder(Path(output), size) as folder:
-        write_model(folder, shards, with_dtype(base.config, dtype), base.companions())
+        write_model(folder, shards, with_dtype(base.config, dtype), base.companions(), base=base.folder)
     if rounding.changed:
         log.info("%s; --dtype float32 keeps them exactly", rounding)
     return Path(output)

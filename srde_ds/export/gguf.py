@@ -15,7 +15,7 @@ from transformers import GraniteMoeSharedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from srde_ds.errors import SRDEError
-from srde_ds.export.moe import write_moe
+from srde_ds.export.moe import moe_size, write_moe
 from srde_ds.export.moe_config import has_usual_heads, head_dim
 from srde_ds.export.streaming import complete_file
 from srde_ds.model.adapter_source import AdapterSource
@@ -59,7 +59,8 @@ def write_gguf(
         )
     written = dtype or base.decoder_tensor("embed_tokens.weight").dtype
     target = Path(output)
-    with complete_file(target, 0) as partial, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    size = 2 * moe_size(adapter, base, dtype=dtype)  # the mixture in between is as large
+    with complete_file(target, size) as partial, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         folder = write_moe(adapter, base, Path(scratch) / target.stem, dtype=dtype)
         _make_up_for_yarn(folder / "config.json")
         command = [sys.executable, str(script), str(folder), "--outfile", str(partial), "--outtype", OUTTYPES[written]]

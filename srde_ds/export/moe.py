@@ -82,10 +82,16 @@ def write_moe(adapter: AdapterSource, base: BaseFiles, output: str | Path, *, dt
     )
     companions = [path for path in base.companions() if "processor" not in path.name]  # for images or sounds
     with complete_folder(Path(output), tensors_size(tensors)) as folder:
-        write_model(folder, shards, config, companions)
+        write_model(folder, shards, config, companions, base=base.folder)
     if moe.rounding.changed:
         log.info("%s; --dtype float32 keeps them exactly", moe.rounding)
     return Path(output)
+
+
+def moe_size(adapter: AdapterSource, base: BaseFiles, *, dtype: torch.dtype | None) -> int:
+    """Bytes of the weights that `write_moe` would write; errors as there."""
+    check_expressible(adapter, base)
+    return tensors_size(tensor for _, _, tensor in _Moe(adapter, base, dtype).tensors())
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,15 @@ def write_lazily(path: Path, tensors: Mapping[str, LazyTensor], metadata: Mappin
         os.fsync(file.fileno())
 
 
-def write_model(folder: Path, shards: Shards, config: Mapping[str, Any], companions: Iterable[Path]) -> None:
-    """Write a Hugging Face model: weights, an index if there are several files, configuration and companions."""
+def write_model(
+    folder: Path, shards: Shards, config: Mapping[str, Any], companions: Iterable[Path], *, base: Path
+) -> None:
+    """Write a Hugging Face model: weights, an index if there are several files, configuration and the base's
+    companions.
+
+    Args:
+        base: the folder of the companions, which keep their places in it.
+    """
     for file, tensors in shards.items():
         write_lazily(folder / file, tensors, METADATA)
     if len(shards) > 1:
@@ -56,7 +63,9 @@ def write_model(folder: Path, shards: Shards, config: Mapping[str, Any], compani
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for path in companions:
-        shutil.copyfile(path, folder / path.name)
+        copy = folder / path.relative_to(base)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class SRDEModel(nn.Module):
             attn_implementation=attn_implementation,
             revision=revision,
             allow_download=allow_download,
-        )
+        ).eval()
 
     @property
     def layers(self) -> list[SRDEFeedForward]:

@@ -35,7 +35,7 @@ from srde_ds.weights.tensors import LazyTensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Files of a base besides weights and configuration: tokenizer, generation defaults, licence.
-COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*")
+COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
 ROUNDED = {torch.float16: ("float16", "float32 or bfloat16"), torch.bfloat16: ("bfloat16", "float16")}
 """Dtypes whose rounding changes a base's identity: their name, and the dtypes with which it may have been trained"""
 
@@ -170,7 +170,7 @@ class BaseFiles:
         return {role: f"{name}.{roles[role]}.weight" for role in ROLES}
 
     def companions(self) -> list[Path]:
-        """The files to copy along with weights made from this base."""
+        """The files to copy along with weights made from this base, below `folder`."""
         found = {path for pattern in COMPANIONS for path in self.folder.glob(pattern) if path.is_file()}
         left_out = {"config.json"}
         return sorted(p for p in found if p.name not in left_out and not p.name.endswith(".safetensors.index.json"))

@@ -193,6 +193,7 @@ def test_the_base_named_in_the_file_is_loaded(tmp_path: Path) -> None:
     model = randomize(tiny_srde(base=base))
     loaded = load_adapter(saved(model, tmp_path))
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert not SRDEModel.from_pretrained(tiny_llama().train(), saved(model, tmp_path)).training
     narrow = load_adapter(saved(model, tmp_path), dtype=torch.bfloat16)
     assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections import namedtuple
 from pathlib import Path
 from shutil import copyfile
 
@@ -42,6 +44,18 @@ def made(tmp_path: Path) -> Trained:
 
 def convert(made: Trained, *options: str) -> list[str]:
     return ["convert", "--checkpoint", str(made.weights.parent), *options]
+
+
+def test_gguf_needs_room_for_the_mixture_as_well(
+    made: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "converter.py").write_text("raise SystemExit('not reached')")
+    assert main(convert(made, "--to", "moe", "--output", str(tmp_path / "moe"))) == 0
+    size = sum(path.stat().st_size for path in (tmp_path / "moe").glob("*.safetensors"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9 * size, 0, int(1.9 * size)))
+    options = ["--to", "gguf", "--gguf_converter", str(tmp_path / "converter.py"), "--output", str(tmp_path / "m.gguf")]
+    fails(capsys, convert(made, *options), "output=", "GiB are needed")
 
 
 @torch.no_grad()

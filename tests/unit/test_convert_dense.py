@@ -71,12 +71,15 @@ def test_files_are_those_of_the_base(tmp_path: Path) -> None:
     base = save_base("llama with biases and wide heads", tmp_path / "base", max_shard_size="40KB")
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
         (base / name).write_text("{}")
+    template = Path("additional_chat_templates/tool_use.jinja")
+    (base / template).parent.mkdir()
+    (base / template).write_text("{{ tools }}")
     (base / "README.md").write_text("the base's own page")
     (base / "training_args.bin").write_bytes(b"pickle")
     made = trained(base, tmp_path)
     dense = merged(made, tmp_path / "dense", "red")
     kept = {path.name for path in base.iterdir()} - {"README.md", "training_args.bin"}
-    assert {path.name for path in dense.iterdir()} == kept
+    assert {path.name for path in dense.iterdir()} == kept and (dense / template).read_text() == "{{ tools }}"
     assert json.loads((dense / "config.json").read_text()) == json.loads((base / "config.json").read_text())
     index, old = (json.loads((f / "model.safetensors.index.json").read_text()) for f in (dense, base))
     assert index["weight_map"] == old["weight_map"]

@@ -23,6 +23,7 @@ from srde_ds.cluster.doctor import (
     check_sizes,
     compare,
 )
+from srde_ds.cluster.host_agent import gpus
 from srde_ds.cluster.hosts import Host
 from srde_ds.config import resolve
 from tests.cli_helpers import fails, save_base
@@ -49,6 +50,14 @@ def test_a_wrong_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=99", "no-such-package>=1", "absent; extra == 'dev'"])
     texts = [finding.text for finding in check_packages()]
     assert len(texts) == 2 and "torch" in texts[0] and ">=99" in texts[0] and "no-such-package: none" in texts[1]
+
+
+def test_a_gpu_whose_memory_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580.95'; echo 'NVIDIA H100, 81920, 580.95'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert [(gpu["name"], gpu["memory_gib"]) for gpu in gpus()] == [("NVIDIA GB10", 0.0), ("NVIDIA H100", 80.0)]
 
 
 def test_gpus_and_processes_must_fit() -> None:

@@ -22,6 +22,7 @@ from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.command import default_output, evaluate_command
+from srde_ds.evaluation.compare import items_hash
 from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.evaluation.report import examples, write_report
 from srde_ds.evaluation.run_files import MOST_LINES, read_metrics
@@ -90,6 +91,7 @@ def test_evaluate_writes_figures_items_and_table(
             shares = line["srde"]["answer_experts"]
             assert len(told) - 1 <= len(shares) <= len(told) and all(abs(sum(row) - 100) <= 2 for row in shares)
     assert (result["run"]["dtype"], result["run"]["base_quantization"]) == ("float32", "none")
+    assert result["run"]["items_sha256"] == items_hash([json.loads(line) for line in items])
     printed = capsys.readouterr().out
     assert "overall" in printed and "evaluation.json" in printed
     assert not list(run_folder.glob("*.tmp"))
@@ -297,6 +299,14 @@ def test_a_week_of_metrics_makes_a_short_report(tmp_path: Path) -> None:
     steps = [line["step"] for line in lines]
     assert steps[0] == 1 and steps[-1] == count and steps == sorted(set(steps))
     assert len(steps) <= MOST_LINES + 11 and sum("held_out" in line for line in lines) == 10
+    # Whatever is left out, the phases keep their borders.
+    borders, count = {1: "pretraining", 1001: "routers", 1004: "routed"}, 12_000
+    with open(path, "w") as file:
+        for step in range(1, count + 1):
+            phase = borders[max(border for border in borders if border <= step)]
+            file.write(f'{{"step": {step}, "phase": "{phase}", "unlocked_experts": [0, {step // 6000}]}}\n')
+    steps = [line["step"] for line in read_metrics(path, most=100)]
+    assert {1000, 1001, 1003, 1004, 5999, 6000} < set(steps) and len(steps) <= 108
     path.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 8)))
     assert [line["step"] for line in read_metrics(path)] == list(range(1, 8))
 

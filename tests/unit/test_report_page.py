@@ -198,6 +198,16 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
     (runs[1] / "evaluation.json").write_text(json.dumps(result))
     page = write_comparison_page(runs, tmp_path / "out.html").read_text(encoding="utf-8")
     assert "evaluated on different items (9 of held_out.jsonl, 9 of others.jsonl)" in page
+    for run, settings in zip(runs, [{"route_by": "token"}, {"route_by": "prompt"}], strict=False):
+        result = json.loads((run / "evaluation.json").read_text())
+        result["run"] |= {"items_sha256": "ab"} | settings
+        (run / "evaluation.json").write_text(json.dumps(result))
+    page = write_comparison_page(runs, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "different items" not in page and "evaluated with different route_by: token, prompt." in page
+    result["run"]["items_sha256"] = "cd"
+    (runs[1] / "evaluation.json").write_text(json.dumps(result))
+    page = write_comparison_page(runs, tmp_path / "out.html").read_text(encoding="utf-8")
+    assert "evaluated on different items (9 of held_out.jsonl, 9 of others.jsonl)" in page
     with pytest.raises(SRDEError, match="is given twice"):
         write_comparison_page([runs[0], runs[0] / "metrics.jsonl"], tmp_path / "out.html")
 

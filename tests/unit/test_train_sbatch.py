@@ -24,7 +24,8 @@ exit "$STATUS"
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "bin").mkdir()
     (tmp_path / "run").mkdir()
-    for name, text in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "$@" >> scontrol\necho localhost\n'}.items():
+    scontrol, python = '#!/bin/sh\necho "$@" >> scontrol\necho localhost\n', f'#!/bin/sh\nexec {sys.executable} "$@"\n'
+    for name, text in {"srun": SRUN, "scontrol": scontrol, "python": python}.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     return tmp_path
@@ -60,8 +61,9 @@ def test_a_finished_run_is_left_alone(folder: Path) -> None:
     assert "'run' is a finished run of 5 steps; a larger --max_steps" in again.stderr
 
 
-@pytest.mark.parametrize("flags", [["--max_steps", "9"], ["--max_steps=9"]])
+@pytest.mark.parametrize("flags", [["--max_steps", "9"], ["--max_steps=9"], ["--config", "run.yaml"]])
 def test_a_finished_run_is_extended(folder: Path, flags: list[str]) -> None:
+    (folder / "run.yaml").write_text("training: {max_steps: 9}\n")
     job(folder, steps=5)
     (folder / "run/latest").write_text("checkpoint-5")
     assert job(folder, *flags, steps=9).returncode == 0
