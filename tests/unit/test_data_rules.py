@@ -21,7 +21,7 @@ from srde_ds.data.build.decontaminate import (
 from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
 from srde_ds.data.build.row_rules import hashed, make_records, ngram_hashes, normalise, signatures, words
 from srde_ds.data.build.tables import read_table
-from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.examples import BrokenRow, Example, unanswered
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.errors import SRDEError
 
@@ -32,13 +32,13 @@ LABELS = {"domain": "math", "source": "own", "revision": "1"}
 class Rows:
     """A reader of given examples."""
 
-    items: tuple[Example | None | BrokenRow, ...]
+    items: tuple[Example | BrokenRow, ...]
 
     @property
     def count(self) -> int:
         return len(self.items)
 
-    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+    def examples(self, start: int, stop: int) -> Iterator[Example | BrokenRow]:
         return iter(self.items[start:stop])
 
 
@@ -46,7 +46,7 @@ def asked(prompt: str, response: str, answer: str | None = None, group: str | No
     return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], answer, group)
 
 
-def records(path: Path, *items: Example | None | BrokenRow, near: bool = True) -> tuple[dict, list[dict]]:
+def records(path: Path, *items: Example | BrokenRow, near: bool = True) -> tuple[dict, list[dict]]:
     rows = Rows(items)
     figures = make_records(path, reader=rows, start=0, stop=len(items), labels=LABELS, near_duplicates=near)
     return figures, [json.loads(line) for line in read_table(path)["line"].to_pylist()]
@@ -77,7 +77,7 @@ def test_each_rule_counts_what_it_leaves_out(tmp_path: Path) -> None:
     figures, kept = records(
         tmp_path / "part",
         asked("One?", "1", "1"),
-        None,
+        unanswered("Nothing?"),
         BrokenRow("no text in 'answer'"),
         asked("\x00", "1"),
         asked("Two?", "<nooutput>"),

@@ -52,12 +52,12 @@ def make_records(
     texts: list[str] = []
     hashes: dict[str, list[int]] = {"content": [], "question": [], "group": []}
     for row, example in zip(range(start, stop), reader.examples(start, stop), strict=True):
-        if example is None:
-            counts["no answer"] += 1
-            continue
         if isinstance(example, BrokenRow):
             counts["broken"] += 1
             reasons[str(example)] += 1
+            continue
+        if not example.answered:
+            counts["no answer"] += 1
             continue
         cleaned, changed = normalise(example)
         if _is_empty(cleaned):
