@@ -27,14 +27,14 @@ def question(number: int) -> str:
     return f"What is {number} plus {number * number}?"
 
 
-def built(folder: Path, *sources: list[dict[str, Any]], wanted: int = 2 * COUNT) -> list[dict[str, Any]]:
+def built(folder: Path, *sources: list[dict[str, Any]], wanted: int = 2 * COUNT, **values: Any) -> list[dict[str, Any]]:
     """The records of a dataset from these sources of conversations, with a tenth in each held-out split."""
     given = [
         Source(f"s{n}", "math", jsonl=str(write_jsonl(folder / f"s{n}.jsonl", rows)), formatter="messages",
                near_duplicates=False)
         for n, rows in enumerate(sources)
     ]  # fmt: skip
-    options = BuildOptions(given, wanted, 256, "drop", 1, 0.1, 0.1, on_shortfall="keep")
+    options = BuildOptions(given, wanted, 256, "drop", 1, 0.1, 0.1, on_shortfall="keep", **values)
     build_from_sources(options, work_dir=folder / "data", tokenizer=None)
     return [json.loads(line) for line in (folder / "data" / "data.jsonl").read_text().splitlines()]
 
@@ -63,6 +63,15 @@ def test_no_turn_of_a_conversation_answers_a_held_out_question(grouped: bool, tm
         assert len(lines) == 2 * COUNT
     rows = RowsOfFiles(tmp_path / "data" / "data.jsonl", None, ["math"], max_length=256, too_long="drop", seed=1)
     assert build_dataset(rows, tmp_path / "again", tiny_tokenizer()).splits["train"].rows
+
+
+def test_many_answers_do_not_hide_a_question_of_an_evaluation_set(tmp_path: Path) -> None:
+    leaked = "How many apples does Ann have left if she gives three of her ten apples to Bob today?"
+    solutions = [{"messages": turns(leaked, f"Way {n}: it is seven.")} for n in range(12)]
+    others = [{"messages": turns(question(n), str(n))} for n in range(100)]
+    evaluation = write_jsonl(tmp_path / "bench.jsonl", [{"prompt": leaked}])
+    lines = built(tmp_path, solutions, others, wanted=112, decontaminate_against=(str(evaluation),))
+    assert {line["source"] for line in lines} == {"s1"} and len(lines) == 100
 
 
 def test_system_messages_that_hold_what_is_asked_about_tell_questions_apart(tmp_path: Path) -> None:
