@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
+import reasoning_gym
+from datasets import Dataset, DatasetDict, Features, Image, Value
 
 from srde_ds.data.build.row_rules import normalise
 from srde_ds.data.sources.examples import BrokenRow, Example
@@ -31,7 +32,7 @@ def local(source: Source, **place: Any) -> Source:
     return dataclasses.replace(source, hub=None, config=None, data_files=None, **place)
 
 
-def read(source: Source) -> list[Example | None | BrokenRow]:
+def read(source: Source) -> list[Example | BrokenRow]:
     opened = open_source(source, revision=None, seed=0, rows=0)
     return list(opened.reader.examples(0, opened.reader.count))
 
@@ -60,13 +61,13 @@ def test_a_row_keeps_question_context_options_rationale_and_answer(source: Sourc
     assert (first.answer, first.group) == (fixture.answer, fixture.group)
     if first.answer is not None:
         assert exact_match(first.messages[1]["content"], first.answer)
-    assert [e is None for e in examples].count(True) == fixture.none
+    assert sum(isinstance(e, Example) and not e.answered for e in examples) == fixture.none
     assert [isinstance(e, BrokenRow) for e in examples].count(True) == fixture.broken
 
 
 @pytest.mark.parametrize("source", HUB, ids=lambda source: source.name)
 def test_a_source_without_one_of_its_columns_is_refused(source: Source, tmp_path: Path) -> None:
-    column = FORMATTERS[str(source.formatter)].columns[0]
+    column = source.real_columns()[0]
     data = Dataset.from_list(FIXTURES[source.name].rows, features=features(source.name)).rename_column(column, "new")
     data.save_to_disk(str(tmp_path / "data"))
     with pytest.raises(SourceError, match=f"its columns do not fit: there is no '{column}', only .*new"):
@@ -99,6 +100,108 @@ def test_general_formatters_take_other_columns(
     assert isinstance(example, Example)
     assert [message["content"] for message in example.messages] == [prompt, response]
     assert example.answer == answer
+
+
+@pytest.mark.parametrize(
+    ("formatter", "row"),
+    [
+        ("prompt_response", {"prompt": "Hi?", "response": "Ho"}),
+        ("messages", {"messages": [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho"}]}),
+        ("multiple_choice", {"question": "Which?", "options": ["a", "b"], "label": "a"}),
+        ("by_keys", {"prompt": "Hi?", "response": "Ho"}),
+    ],
+)
+def test_general_formatters_leave_held_out_rows_out(formatter: str, row: dict[str, Any], tmp_path: Path) -> None:
+    rows = [row, row | {"part": "train"}, row | {"part": "test"}, row | {"part": None}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    source = Source("own", "math", jsonl=str(path), formatter=formatter, columns={"split": "part"})
+    first, second, held_out, fourth = read(source)
+    assert isinstance(first, Example) and first == second == fourth
+    assert isinstance(held_out, BrokenRow) and str(held_out) == "held out: its split is 'test'"
+
+
+def test_a_renamed_column_is_not_read_under_its_own_name_as_well(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "Hi?", "answer": "Ho, ho.", "group": "g"}])
+    columns = {"prompt": "question", "response": "answer", "group": "group"}
+    (example,) = read(Source("own", "math", jsonl=str(path), formatter="prompt_response", columns=columns))
+    assert isinstance(example, Example) and (example.answer, example.group) == (None, "g")
+
+
+@pytest.mark.parametrize(
+    ("formatter", "row"),
+    [
+        ("multiple_choice", {"question": "Which?", "options": ["a", None, "b"], "label": "b"}),
+        ("aqua_rat", {"question": "Which?", "options": ["A)a", None, "C)b"], "rationale": "So.", "correct": "A"}),
+        ("hellaswag", {"ctx": "He", "endings": ["runs.", None], "label": "0"}),
+        ("reclor", {"context": "It rained.", "question": "Why?", "answers": ["a", None], "label": 0}),
+        ("arc", {"question": "Why?", "choices": {"text": ["a", None], "label": ["A", "B"]}, "answerKey": "A"}),
+        ("piqa", {"goal": "Eat.", "sol1": "Bite.", "sol2": None, "label": 0}),
+        ("winogrande", {"sentence": "The _ ran.", "option1": None, "option2": "man", "answer": "2"}),
+    ],
+)
+def test_an_option_that_is_null_is_missing(formatter: str, row: dict[str, Any]) -> None:
+    with pytest.raises(BrokenRow, match="an option is missing|field 'choices' must hold texts"):
+        FORMATTERS[formatter].format(row)
+
+
+def test_there_are_no_more_options_than_letters() -> None:
+    options = [f"intent {n}" for n in range(26)]
+    row = {"question": "Which?", "options": options, "label": 25}
+    assert FORMATTERS["multiple_choice"].format(row).answer == "Z"
+    with pytest.raises(BrokenRow, match="there are 27 options, and letters for 26: give a question and its answer as"):
+        FORMATTERS["multiple_choice"].format(row | {"options": [*options, "another"]})
+
+
+def test_numbers_are_options_and_rows_with_a_passage_are_a_group() -> None:
+    row = {"question": "2 + 2?", "options": [3, 4], "label": "4"}
+    example = FORMATTERS["multiple_choice"].format(row)
+    assert example.messages[0]["content"] == "2 + 2?\nA. 3\nB. 4" and (example.answer, example.group) == ("B", "2 + 2?")
+    assert FORMATTERS["multiple_choice"].format(row | {"context": "Sums. "}).group == "Sums."
+    assert FORMATTERS["multiple_choice"].format(row | {"context": "Sums.", "group": 7}).group == "7"
+
+
+def test_a_column_that_nothing_reads_is_not_decoded(tmp_path: Path) -> None:
+    rows = [{"prompt": "Hi?", "response": "Ho", "picture": {"bytes": b"no picture", "path": None}}]
+    columns = Features({"prompt": Value("string"), "response": Value("string"), "picture": Image()})
+    Dataset.from_list(rows, features=columns).save_to_disk(str(tmp_path / "data"))
+    (example,) = read(Source("own", "math", folder=str(tmp_path / "data"), formatter="prompt_response"))
+    assert isinstance(example, Example) and example.messages[0]["content"] == "Hi?"
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path: Path) -> None:
+    row = {"prompt": "Hi?", "response": "Ho"}
+    jsonl = write_jsonl(tmp_path / "a[1].jsonl", [row])
+    Dataset.from_list([row]).to_parquet(parquet := tmp_path / "a[1].parquet")
+    own = Source("own", "math", formatter="prompt_response")
+    for source in (replace(own, jsonl=str(jsonl)), replace(own, parquet=str(parquet))):
+        (example,) = read(source)
+        assert isinstance(example, Example)
+
+
+def gym(task: str, start: int, stop: int) -> list[tuple[str, str | None]]:
+    opened = open_source(Source("own", "logic", reasoning_gym=task), revision=None, seed=3, rows=stop)
+    examples = list(opened.reader.examples(start, stop))
+    assert all(isinstance(example, Example) for example in examples)
+    return [(example.messages[0]["content"], example.answer) for example in examples if isinstance(example, Example)]
+
+
+@pytest.mark.parametrize("task", ["list_functions", "gsm_symbolic", "word_ladder"])
+def test_tasks_that_know_their_size_make_any_number_of_items(task: str) -> None:
+    found = gym(task, 998, 1003)
+    assert len(set(found)) == 5 and gym(task, 998, 999) == found[:1]
+
+
+def test_items_of_a_task_do_not_depend_on_how_many_are_made() -> None:
+    items = reasoning_gym.create_dataset("leg_counting", size=1, seed=3)
+    assert gym("leg_counting", 1500, 1502) == [
+        (items[number]["question"].strip(), items[number]["answer"]) for number in (1500, 1501)
+    ]
+
+
+@pytest.mark.parametrize("task", ["graph_color", "propositional_logic", "rush_hour", "boxnet"])
+def test_a_task_without_answers_is_refused(task: str) -> None:
+    with pytest.raises(SourceError, match="its items have no answer, as they are scored by a function"):
+        gym(task, 0, 1)
 
 
 def test_files_that_are_held_out_by_their_names_are_not_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
 from srde_ds.cli.main import main
@@ -391,7 +392,9 @@ def test_the_command_builds_reports_and_tokenises_again(
         assert f"]({name})" in (work / "report" / "report.md").read_text()
     card = DatasetCard.load(work / "README.md")  # as the Hub reads it
     assert (card.data.license, card.data.tags) == ("other", ["srde", "math", "logic"])
-    assert card.data.configs == [{"config_name": "default", "data_files": "data.jsonl"}]
+    shared = load_dataset(str(work))
+    assert shared.num_rows == {"all_splits": 100}  # as `train`, those held out would be trained on
+    assert Counter(shared["all_splits"]["split"])["train"] < 100
     assert "| sums | math | jsonl" in card.text
     again = {"work_dir": str(work), "model_name": base, "max_length": "300", "sources_file": str(tmp_path / "own.yaml")}
     fails(capsys, ["build_dataset", *flags(again), "--skip_download"], "It was built with max_length=256, not 300")

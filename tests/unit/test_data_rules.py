@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from srde_ds.data.build.decontaminate import (
-    MOST_DOCUMENTS,
+    MOST_QUESTIONS,
+    NGRAM,
     contaminated,
     evaluation_ngrams,
     find_ngrams,
@@ -21,7 +22,7 @@ from srde_ds.data.build.decontaminate import (
 from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
 from srde_ds.data.build.row_rules import hashed, make_records, ngram_hashes, normalise, signatures, words
 from srde_ds.data.build.tables import read_table
-from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.examples import BrokenRow, Example, unanswered
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.errors import SRDEError
 
@@ -32,13 +33,13 @@ LABELS = {"domain": "math", "source": "own", "revision": "1"}
 class Rows:
     """A reader of given examples."""
 
-    items: tuple[Example | None | BrokenRow, ...]
+    items: tuple[Example | BrokenRow, ...]
 
     @property
     def count(self) -> int:
         return len(self.items)
 
-    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+    def examples(self, start: int, stop: int) -> Iterator[Example | BrokenRow]:
         return iter(self.items[start:stop])
 
 
@@ -46,7 +47,7 @@ def asked(prompt: str, response: str, answer: str | None = None, group: str | No
     return Example([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}], answer, group)
 
 
-def records(path: Path, *items: Example | None | BrokenRow, near: bool = True) -> tuple[dict, list[dict]]:
+def records(path: Path, *items: Example | BrokenRow, near: bool = True) -> tuple[dict, list[dict]]:
     rows = Rows(items)
     figures = make_records(path, reader=rows, start=0, stop=len(items), labels=LABELS, near_duplicates=near)
     return figures, [json.loads(line) for line in read_table(path)["line"].to_pylist()]
@@ -77,7 +78,7 @@ def test_each_rule_counts_what_it_leaves_out(tmp_path: Path) -> None:
     figures, kept = records(
         tmp_path / "part",
         asked("One?", "1", "1"),
-        None,
+        unanswered("Nothing?"),
         BrokenRow("no text in 'answer'"),
         asked("\x00", "1"),
         asked("Two?", "<nooutput>"),
@@ -108,10 +109,23 @@ def test_hashes_ignore_case_and_spacing_and_groups_join_variants(tmp_path: Path)
         asked("Name two.", "2", group="What is 2?"),
     )
     table = read_table(tmp_path / "part")
-    content, question, group = (table[name].to_pylist() for name in ("content", "question", "group"))
+    content, asked_, group = (table[name].to_pylist() for name in ("content", "asked", "group"))
     assert content[0] == content[1] != content[2]
-    assert question[0] == question[1] == question[2] != question[3]
+    assert asked_[0] == asked_[1] == asked_[2] != asked_[3]
     assert len(set(group)) == 1
+
+
+def test_every_answer_has_its_question_and_the_system_message_belongs_to_the_group(tmp_path: Path) -> None:
+    short = asked("One?", "1")
+    long = Example([*short.messages, *asked("Two?", "2").messages])
+    systems = [Example([{"role": "system", "content": text}, *short.messages]) for text in ("First.", "Second.")]
+    records(tmp_path / "part", short, long, *systems)
+    table = read_table(tmp_path / "part")
+    first, both, *with_system = table["asked"].to_pylist()
+    assert len(both) == 2 and both[:1] == first == with_system[0] == with_system[1] and both[1] != both[0]
+    group, system = table["group"].to_pylist(), table["system"].to_pylist()
+    assert group[0] == group[1] and len({*group[1:]}) == 3
+    assert system[0] == system[1] and len({*system[1:]}) == 3
 
 
 def test_runs_of_words_are_hashed_in_order() -> None:
@@ -185,16 +199,21 @@ def test_signatures_of_all_parts_are_gathered(tmp_path: Path) -> None:
 LONG = "how many apples does ann have left if she gives three of her ten apples to bob"
 
 
-def matches(tmp_path: Path, evaluation: list[str], *items: Example) -> tuple[np.ndarray, np.ndarray]:
+Matches = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def matches(tmp_path: Path, evaluation: list[str], *items: Example) -> Matches:
     records(tmp_path / "part", *items)
     np.save(tmp_path / "ngrams.npy", evaluation_ngrams(evaluation))
     find_ngrams(tmp_path / "found", records=tmp_path / "part", ngrams=tmp_path / "ngrams.npy")
     table = read_table(tmp_path / "found")
-    return table["index"].to_numpy(), table["ngram"].to_numpy()
+    questions = [hashed(item.messages[0]["content"]) for item in items]
+    index, ngram, whole = (table[name].to_numpy() for name in ("index", "ngram", "whole"))
+    return index, ngram, whole, np.array(questions, np.uint64)
 
 
 def test_documents_that_hold_parts_of_evaluation_items_are_flagged(tmp_path: Path) -> None:
-    index, ngram = matches(
+    found = matches(
         tmp_path,
         [LONG, "Short one?"],
         asked(f"Hello. {LONG.title()}!", "7"),
@@ -204,20 +223,37 @@ def test_documents_that_hold_parts_of_evaluation_items_are_flagged(tmp_path: Pat
         asked("SHORT one", "1"),
         asked("A short one?", "1"),
     )
-    flagged, forms = contaminated(index, ngram, np.ones(6, bool))
+    flagged, forms = contaminated(*found, np.ones(6, bool))
     assert flagged.tolist() == [True, True, True, False, True, False] and forms == 0
     earlier = np.array([False, True, True, True, True, True])
-    assert contaminated(index, ngram, earlier)[0].tolist() == [False, True, True, False, True, False]
+    assert contaminated(*found, earlier)[0].tolist() == [False, True, True, False, True, False]
 
 
 def test_a_form_of_words_is_no_leak(tmp_path: Path) -> None:
     form = "answer the question below with one number only and do not explain how you got it"
-    items = [asked(f"{form} {number}", "1") for number in range(MOST_DOCUMENTS + 1)]
-    index, ngram = matches(tmp_path, [f"{form} 99"], *items)
-    flagged, forms = contaminated(index, ngram, np.ones(len(items), bool))
+    items = [asked(f"{form} {number}", "1") for number in range(MOST_QUESTIONS + 1)]
+    found = matches(tmp_path, [f"{form} 99"], *items)
+    flagged, forms = contaminated(*found, np.ones(len(items), bool))
     assert not flagged.any() and forms == 4
-    few = np.arange(len(items)) < MOST_DOCUMENTS
-    assert contaminated(index, ngram, few)[0].tolist() == few.tolist()
+    few = np.arange(len(items)) < MOST_QUESTIONS
+    assert contaminated(*found, few)[0].tolist() == few.tolist()
+
+
+@pytest.mark.parametrize("question", [LONG, "Short one?"])
+def test_a_question_with_many_answers_is_a_leak(question: str, tmp_path: Path) -> None:
+    items = [asked(question, f"answer {number}") for number in range(MOST_QUESTIONS + 2)]
+    found = matches(tmp_path, [question], asked("What?", "else"), *items)
+    flagged, forms = contaminated(*found, np.ones(len(items) + 1, bool))
+    assert flagged.tolist() == [False, *([True] * len(items))] and forms == 0
+
+
+def test_a_question_is_a_leak_in_any_turn_also_where_its_words_are_common(tmp_path: Path) -> None:
+    around = [asked(f"{number}. {LONG}", "7") for number in range(MOST_QUESTIONS + 1)]
+    later = Example([*asked("Hello", "Hi").messages, *asked(LONG, "7").messages, *asked("Why?", "So").messages])
+    found = matches(tmp_path, [LONG], later, asked(LONG, "seven"), *around)
+    assert len(words(LONG)) > NGRAM
+    flagged, forms = contaminated(*found, np.ones(len(around) + 2, bool))
+    assert flagged.tolist() == [True, True, *([False] * len(around))] and forms == len(words(LONG)) - NGRAM + 1
 
 
 def test_evaluation_files_of_several_forms_are_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,39 @@ def test_evaluation_sets_without_questions_are_refused(options: BuildOptions, tm
     for name, message in refused.items():
         with pytest.raises(SRDEError, match=f"decontaminate_against={name}: .*{message}"):
             build(options, tmp_path / "data", decontaminate_against=(name,))
+
+
+def test_questions_without_an_answer_are_searched_for_and_broken_rows_are_told(
+    options: BuildOptions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    goals = ["Open the lid.", "Close the lid.", " "]
+    rows = [{"goal": goal, "sol1": "Pull.", "sol2": "Push.", "label": -1} for goal in goals]
+    hidden = Source("hidden", "math", jsonl=str(write_jsonl(tmp_path / "hidden.jsonl", rows)), formatter="piqa")
+    leaked = "Which way is better to reach this goal?\nOpen the lid.\nA. Pull.\nB. Push."
+    path = write_jsonl(tmp_path / "own.jsonl", [*sums("math", range(20)), {"prompt": leaked, "response": "A"}])
+    own = replace(options.sources[0], jsonl=str(path))
+    result = build(options, tmp_path / "data", sources=[own, hidden], decontaminate_against=("hidden",))
+    assert result.sources[0]["counts"]["in an evaluation set"] == 1
+    assert result.sources[1]["counts"] == {"read": 3, "no answer": 2, "broken": 1}
+    assert caplog.messages[0] == (
+        "decontaminate_against=hidden: 1 of its 3 rows are broken (no text in 'goal'), and their questions are not "
+        "searched for"
+    )
+
+
+def test_a_package_that_a_filler_needs_is_missed_at_once(
+    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr("srde_ds.data.sources.reading.metadata.version", version)
+    filler = Source("filler", "math", tasks="math", weight=0)
+    with pytest.raises(SRDEError, match=r"source 'filler' .* package 'reasoning-gym' is missing: pip install reaso"):
+        build(options, tmp_path / "data", sources=[*options.sources, filler])
+    skipping = replace(options, sources=[*options.sources, filler], on_missing_source="skip")
+    result = build(skipping, tmp_path / "data")
+    assert result.domains["math"]["documents"] == 10 and result.skipped.keys() == {"filler"}
 
 
 def test_commits_are_looked_up_once(options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from srde_ds.data.build.row_rules import hashed, ngram_hashes, words
+from srde_ds.data.build.selection import joined
 from srde_ds.data.build.tables import read_table, write_table
 from srde_ds.data.conversation import all_text
 from srde_ds.data.files import find_files, read_items
@@ -19,17 +20,18 @@ from srde_ds.errors import SRDEError
 
 NGRAM = 13
 """words in an n-gram; a shorter evaluation item is searched for as a whole"""
-MOST_DOCUMENTS = 10
-"""an n-gram that occurs in more training documents than this is a common phrase, not a leak"""
+MOST_QUESTIONS = 10
+"""an n-gram that occurs under more different questions than this is a common phrase, not a leak"""
 _QUESTIONS = ("prompt", "question", "query", "problem", "problem_text", "goal", "instruction", "input")
 
 
 def evaluation_ngrams(texts: Iterable[str]) -> np.ndarray:
-    """Sorted distinct hashes (uint64) of the items' n-grams."""
+    """Sorted distinct hashes (uint64) of the items' n-grams, and of each item as a whole."""
     found: set[int] = set()
     for text in texts:
-        values = _hashes(words(text))
-        found.update(ngram_hashes(values, min(NGRAM, len(values))).tolist() if len(values) else [])
+        if len(values := _hashes(words(text))):
+            found.update(ngram_hashes(values, min(NGRAM, len(values))).tolist())
+            found.update(ngram_hashes(values, len(values)).tolist())
     return np.array(sorted(found), np.uint64)
 
 
@@ -80,41 +82,56 @@ def _asked(fields: dict[str, Any], place: str) -> str:
 
 
 def find_ngrams(path: Path, *, records: Path, ngrams: Path) -> dict[str, Any]:
-    """Write which n-grams of the file `ngrams` (.npy) occur in which of a part's records: columns `index`, `ngram`."""
+    """Write which n-grams of the file `ngrams` (.npy) occur in which of a part's records.
+
+    Columns: `index`, `ngram`, and `whole`, whether it is all that is asked, in more than NGRAM words.
+    """
     wanted = np.load(ngrams)
-    # Only n-grams of the evaluation items' sizes can match: NGRAM, or the length of a short item.
     documents: list[np.ndarray] = []
     matches: list[np.ndarray] = []
+    are_whole: list[np.ndarray] = []
     for index, line in enumerate(read_table(records)["line"].to_pylist()):
         messages = json.loads(line)["messages"]
         values = _hashes(words(" ".join(all_text(message) for message in messages if message["role"] != "system")))
-        asked = _hashes(words(" ".join(message["content"] for message in messages[:-1] if message["role"] == "user")))
-        runs = np.concatenate([ngram_hashes(values, NGRAM), ngram_hashes(asked, len(asked)) if len(asked) else asked])
+        users = [_hashes(words(m["content"])) for m in messages[:-1] if m["role"] == "user"]
+        turns = [*users, *(np.concatenate(users[:count]) for count in range(2, len(users) + 1))]
+        asked = [turn for turn in turns if len(turn)]
+        whole = [ngram_hashes(turn, len(turn)) for turn in asked]
+        runs = np.concatenate([ngram_hashes(values, NGRAM), *whole])
         found = np.unique(runs[np.isin(runs, wanted)])
         documents.append(np.full(len(found), index))
         matches.append(found)
-    index_of = np.concatenate([*documents, np.empty(0, np.int64)]).astype(np.int64)
-    ngram_of = np.concatenate([*matches, np.empty(0, np.uint64)])
-    write_table(path, pa.table({"index": pa.array(index_of), "ngram": pa.array(ngram_of)}))
-    return {"matches": len(index_of)}
+        long = [one for one, turn in zip(whole, asked, strict=True) if len(turn) > NGRAM]
+        are_whole.append(np.isin(found, long))
+    columns = {
+        "index": np.concatenate([*documents, np.empty(0, np.int64)]).astype(np.int64),
+        "ngram": np.concatenate([*matches, np.empty(0, np.uint64)]),
+        "whole": np.concatenate([*are_whole, np.empty(0, bool)]),
+    }
+    write_table(path, pa.table({name: pa.array(values) for name, values in columns.items()}))
+    return {"matches": len(columns["index"])}
 
 
-def contaminated(index: np.ndarray, ngram: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, int]:
+def contaminated(
+    index: np.ndarray, ngram: np.ndarray, whole: np.ndarray, question: np.ndarray, keep: np.ndarray
+) -> tuple[np.ndarray, int]:
     """`[N]` bool, documents that contain an evaluation n-gram, and how many n-grams counted as common phrases.
 
+    However many documents answer the same question, they do not make its words a common phrase.
+
     Args:
-        index: the document of each match.
-        ngram: the n-gram of each match.
+        index, ngram, whole: the columns of `find_ngrams`, of all matches.
+        question: `[N]` uint64, a hash of what each document asks.
         keep: `[N]` bool, documents that earlier rules have kept.
     """
     held = keep[index]
-    index, ngram = index[held], ngram[held]
-    distinct, position, documents = np.unique(ngram, return_inverse=True, return_counts=True)
-    form = documents > MOST_DOCUMENTS
+    index, ngram, whole = index[held], ngram[held], whole[held]
+    _, first = np.unique(joined(ngram, question[index]), return_index=True)
+    distinct, questions = np.unique(ngram[first], return_counts=True)
+    common = ~whole & np.isin(ngram, distinct[questions > MOST_QUESTIONS])
     flagged = np.zeros(len(keep), bool)
-    if len(distinct):
-        flagged[index[~form[position]]] = True
-    return flagged, int(form.sum())
+    flagged[index[~common]] = True
+    return flagged, len(np.unique(ngram[common]))
 
 
 _KNOWN: dict[str, int] = {}

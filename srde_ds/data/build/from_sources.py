@@ -76,6 +76,7 @@ def build_from_sources(
                 break
         counts, reasons = _left_out(supply, records, pool, selection)
         _handle_shortfall(selection, options, counts, reasons)
+        _check_splits(selection, pool, options)
         build = _describe(options, supply, records, pool, selection, _tokenizer_key(tokenizer), counts, reasons)
         if not overwrite:
             check_free(work_dir, build)
@@ -155,6 +156,25 @@ def _handle_shortfall(
     if options.on_shortfall == "trim":
         for chosen in selection.domains.values():
             chosen.trim(min(sizes.values()), options.seed)
+
+
+def _check_splits(selection: Selection, pool: Pool, options: BuildOptions) -> None:
+    """Refuse a domain without training documents, and warn of held-out splits that lack a domain's."""
+    for domain, chosen in selection.domains.items():
+        counts = np.bincount(pool.split[np.array(chosen.documents, int)], minlength=len(SPLITS)).tolist()
+        if not counts[0]:
+            raise SRDEError(
+                f"validation_fraction={options.validation_fraction}, test_fraction={options.test_fraction}: all "
+                f"{sum(counts):,} documents of domain '{domain}' are held out, because those of the same question or "
+                "group share one split. Give its sources more questions or groups, or lower the fractions."
+            )
+        for number, fraction in ((1, options.validation_fraction), (2, options.test_fraction)):
+            if fraction and not counts[number]:
+                log.warning(
+                    "domain %s: none of its %d documents is in the split %s (%s_fraction=%g), because there are few, "
+                    "or few questions or groups",
+                    *(domain, sum(counts), SPLITS[number], SPLITS[number], fraction),
+                )
 
 
 def _describe(

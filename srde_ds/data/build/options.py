@@ -44,7 +44,7 @@ class BuildSummary:
     domains: dict[str, dict[str, Any]]
     """`documents`, `by_split`, `by_source`, `missing`, `tokens`, `lengths` as a histogram"""
     forms_of_words: int = 0
-    """evaluation n-grams that occur in too many documents to be a leak"""
+    """evaluation n-grams that occur under too many questions to be a leak"""
     passes: dict[str, dict[str, float]] = field(default_factory=dict)
     """`wall_seconds`, `cpu_seconds` and `artifacts_made` (those that no earlier build had made)"""
     wall_seconds: float = 0.0

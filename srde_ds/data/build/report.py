@@ -30,6 +30,8 @@ from srde_ds.utils.files import new_files, write_text
 from srde_ds.utils.tables import markdown_table
 
 _LONGEST_QUOTE = 600
+_HUB_SPLIT = "all_splits"
+"""the Hub's name for the rows of all splits, which one file holds; as `train`, held-out rows would be trained on"""
 
 
 def write_report(work_dir: Path, build: BuildSummary, manifest: Manifest | None) -> Path:
@@ -92,14 +94,16 @@ def _card(build: BuildSummary, manifest: Manifest | None) -> str:
         license="other",
         task_categories=["text-generation"],
         tags=["srde", *build.domains],
-        configs=[{"config_name": "default", "data_files": JSONL}],
+        configs=[{"config_name": "default", "data_files": [{"split": _HUB_SPLIT, "path": JSONL}]}],
     )
     sections = [
         f"---\n{header.to_yaml()}\n---",
         "# Dataset card",
         f"{documents:,} conversations in {len(build.domains)} domains, made by `srde-ds build_dataset`. Each line of "
         f"`{JSONL}` holds `split`, `messages`, `domain`, `source`, `revision` and `row` (its origin), and "
-        "`answer` where the answer can be checked.",
+        "`answer` where the answer can be checked. The rows of all splits are in this file; train on those of the "
+        "split `train`:",
+        f'    load_dataset("USER/NAME", split="{_HUB_SPLIT}").filter(lambda row: row["split"] == "train")',
         markdown_table(domain_rows(build)),
         "## Sources and licences",
         "The licence of each row is that of its source. Unless the last column says `yes`, the licence does not allow, "

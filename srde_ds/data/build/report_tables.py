@@ -84,8 +84,8 @@ def problems(build: BuildSummary) -> list[str]:
             lines.append(f"Domain {domain} lacks {figures['missing']:,} examples: its sources have no more.")
     if build.forms_of_words:
         lines.append(
-            f"{build.forms_of_words} n-grams of the evaluation sets occur in so many documents that they count as "
-            "common phrases, not leaks."
+            f"{build.forms_of_words} n-grams of the evaluation sets occur under so many different questions that they "
+            "count as common phrases, not leaks."
         )
     return lines
 

@@ -36,8 +36,9 @@ def make_records(
 ) -> dict[str, Any]:
     """Write rows [start, stop) of a source as clean records to an Arrow file.
 
-    Columns: `line` (the record as JSON), `row`, the hashes `content`, `question` and `group` (uint64), and with
-    `near_duplicates` the MinHash `signature` (uint32 × NUM_PERM, as bytes).
+    Columns: `line` (the record as JSON), `row`; the hashes (uint64) `content`, `group`, `system` (of the system
+    message) and `asked` (a list: of all before each answer, without the system message); and with `near_duplicates`
+    the MinHash `signature` (uint32 × NUM_PERM, as bytes).
 
     Args:
         labels: the records' `domain`, `source` and `revision`.
@@ -50,14 +51,15 @@ def make_records(
     rows: list[int] = []
     lines: list[str] = []
     texts: list[str] = []
-    hashes: dict[str, list[int]] = {"content": [], "question": [], "group": []}
+    hashes: dict[str, list[int]] = {"content": [], "group": [], "system": []}
+    asked: list[list[int]] = []
     for row, example in zip(range(start, stop), reader.examples(start, stop), strict=True):
-        if example is None:
-            counts["no answer"] += 1
-            continue
         if isinstance(example, BrokenRow):
             counts["broken"] += 1
             reasons[str(example)] += 1
+            continue
+        if not example.answered:
+            counts["no answer"] += 1
             continue
         cleaned, changed = normalise(example)
         if _is_empty(cleaned):
@@ -72,16 +74,18 @@ def make_records(
             reasons["choices that are empty or the same"] += 1
             continue
         counts["normalised"] += changed
-        turns = [all_text(m) for m in cleaned.messages if m["role"] != "system"]
-        question = _plain(" ".join(turns[:-1]))
+        said = " ".join(all_text(m) for m in cleaned.messages if m["role"] != "system")
+        system, questions = _questions(cleaned)
         rows.append(row)
         lines.append(json.dumps(_record(cleaned, labels, row), ensure_ascii=False))
-        texts.append(" ".join(turns))
-        hashes["content"].append(hashed(_plain(" ".join(turns))))
-        hashes["question"].append(hashed(question))
-        hashes["group"].append(hashed(_plain(cleaned.group) if cleaned.group else question))
+        texts.append(said)
+        hashes["content"].append(hashed(_plain(said)))
+        hashes["group"].append(hashed(_plain(cleaned.group or f"{system} {questions[0]}")))
+        hashes["system"].append(hashed(_plain(system)))
+        asked.append([hashed(_plain(question)) for question in questions])
     columns = {"line": pa.array(lines, pa.large_string()), "row": pa.array(rows, pa.int64())}
     columns |= {name: pa.array(np.array(values, np.uint64)) for name, values in hashes.items()}
+    columns["asked"] = pa.array(asked, pa.list_(pa.uint64()))
     if near_duplicates:
         flat = signatures(texts).reshape(-1).view(np.uint8)
         columns["signature"] = pa.FixedSizeBinaryArray.from_buffers(
@@ -89,6 +93,14 @@ def make_records(
         )
     write_table(path, pa.table(columns))
     return {"kept": len(rows), "counts": dict(counts), "reasons": dict(reasons.most_common(3))}
+
+
+def _questions(example: Example) -> tuple[str, list[str]]:
+    """The system message, and what is asked at each answer: all before it, without thoughts and calls."""
+    system = " ".join(message["content"] for message in example.messages if message["role"] == "system")
+    turns = [message for message in example.messages if message["role"] != "system"]
+    said = [message["content"] for message in turns]
+    return system, [" ".join(said[:place]) for place, turn in enumerate(turns) if turn["role"] == "assistant"]
 
 
 def normalise(example: Example) -> tuple[Example, bool]:
@@ -151,11 +163,9 @@ def ngram_hashes(word_hashes: np.ndarray, size: int) -> np.ndarray:
     count = len(word_hashes) - size + 1
     if count < 1:
         return np.empty(0, np.uint64)
-    total = np.zeros(count, np.uint64)
-    for place in range(size):
-        # Each position has its own odd multiplier, so that order counts; overflow acts as the modulus.
-        total += word_hashes[place : place + count] * np.uint64(0x9E3779B97F4A7C15 ** (place + 1) % 2**64)
-    return total
+    # Each position has its own odd multiplier, so that order counts; overflow acts as the modulus.
+    multipliers = np.cumprod(np.full(size, 0x9E3779B97F4A7C15, np.uint64))
+    return np.correlate(word_hashes, multipliers)
 
 
 def signatures(texts: list[str]) -> np.ndarray:

@@ -31,7 +31,7 @@ class Pool:
     removed: dict[str, Counter[str]]
     """number of documents that each rule left out, by source"""
     forms_of_words: int
-    """evaluation n-grams that occur in too many documents to be a leak"""
+    """evaluation n-grams that occur under too many questions to be a leak"""
 
 
 @dataclass
@@ -138,6 +138,11 @@ def mixed(values: np.ndarray, salt: int) -> np.ndarray:
     mix = (mix ^ (mix >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mix = (mix ^ (mix >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return mix ^ (mix >> np.uint64(31))
+
+
+def joined(values: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """One uint64 value for each pair of values."""
+    return mixed(values ^ mixed(others, 1), 0)
 
 
 def _take(

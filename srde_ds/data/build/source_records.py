@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 
 from srde_ds.data.build.artifacts import Artifact, ArtifactStore, code_fingerprint, fingerprint, slices
 from srde_ds.data.build.decontaminate import contaminated, evaluation_ngrams, find_ngrams, read_evaluation_file
 from srde_ds.data.build.duplicates import exact_duplicates, gather_signatures, near_duplicates
 from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records
-from srde_ds.data.build.selection import Pool, mixed
+from srde_ds.data.build.selection import Pool, joined, mixed
 from srde_ds.data.build.tables import read_table
 from srde_ds.data.sources.examples import Example
 from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
@@ -25,6 +27,45 @@ from srde_ds.data.sources.registry import Source, load_sources
 from srde_ds.data.sources.supply import GENERATED_AT_ONCE
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.retry import SourceError
+
+log = logging.getLogger(__name__)
+
+MOST_SYSTEMS = 10
+"""A question that is asked under more system messages than this is about what they hold."""
+
+
+@dataclass
+class Questions:
+    """One entry for each answer of each record, in order: hashes of all that comes before it."""
+
+    record: np.ndarray
+    asked: np.ndarray
+    """without the system message"""
+    whole: np.ndarray
+    """with it"""
+    ends: np.ndarray
+    """`[records]`: one past each record's last entry"""
+
+    @property
+    def first(self) -> np.ndarray:
+        """`[records]`: `whole` of each record's first answer."""
+        return self.whole[np.concatenate([[0], self.ends[:-1]]).astype(int)] if len(self.ends) else self.whole
+
+    def leaked(self, held_out: np.ndarray) -> np.ndarray:
+        """`[records]` bool: those that ask, at any of their answers, what a held-out record asks at its last one.
+
+        The system message counts only where the same words are asked under many of them: these hold what is asked
+        about, such as a document to be summarised.
+
+        Args:
+            held_out: `[records]` bool.
+        """
+        _, distinct = np.unique(self.whole, return_index=True)
+        words, systems = np.unique(self.asked[distinct], return_counts=True)
+        key = np.where(np.isin(self.asked, words[systems > MOST_SYSTEMS]), self.whole, self.asked)
+        found = np.zeros(len(self.ends), bool)
+        found[self.record[np.isin(key, key[self.ends[held_out] - 1])]] = True
+        return found
 
 
 @dataclass
@@ -43,6 +84,14 @@ class Records:
     def column(self, name: str) -> np.ndarray:
         """`[records]`: a column of all files, concatenated."""
         return np.concatenate([read_table(made.path)[name].to_numpy() for made in self.parts])
+
+    def questions(self) -> Questions:
+        """What the records ask."""
+        lists = [read_table(made.path)["asked"] for made in self.parts]
+        asked = np.concatenate([pc.list_flatten(each).to_numpy() for each in lists])
+        counts = np.concatenate([pc.list_value_length(each).to_numpy() for each in lists])
+        record = np.repeat(np.arange(len(counts)), counts)
+        return Questions(record, asked, joined(asked, self.column("system")[record]), np.cumsum(counts))
 
 
 def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
@@ -96,12 +145,12 @@ def apply_rules(
             finally:
                 file.unlink(missing_ok=True)
     forms_of_words = 0
+    questions = records.questions()
     if ngrams is not None:
-        index, ngram = _matches(records, ngrams, store)
-        flagged, forms_of_words = contaminated(index, ngram, keep)
+        flagged, forms_of_words = contaminated(*_matches(records, ngrams, store), questions.first, keep)
         remove("in an evaluation set", flagged)
-    split, question = split_of(records.column("group"), options), records.column("question")
-    remove("held-out question", (split == 0) & np.isin(question, question[keep & (split > 0)]))
+    split = split_of(records.column("group"), options)
+    remove("held-out question", (split == 0) & questions.leaked(keep & (split > 0)))
     part = np.repeat(np.arange(len(lengths)), lengths)
     index = np.concatenate([np.arange(length) for length in lengths])
     return Pool(source[keep], part[keep], index[keep], content[keep], split[keep], removed, forms_of_words)
@@ -158,13 +207,21 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
         opened = open_source(source, revision=source.revision, seed=options.seed, rows=0)
     except SourceError as error:
         raise SRDEError(f"decontaminate_against={name}: cannot be read: {error}.") from None
+    broken: Counter[str] = Counter()
     for example in opened.reader.examples(0, opened.reader.count):
         if isinstance(example, Example):
             yield " ".join(message["content"] for message in example.messages if message["role"] == "user")
+        else:
+            broken[str(example)] += 1
+    if broken:
+        log.warning(
+            "decontaminate_against=%s: %d of its %d rows are broken (%s), and their questions are not searched for",
+            *(name, broken.total(), opened.reader.count, broken.most_common(1)[0][0]),
+        )
 
 
-def _matches(records: Records, ngrams: Path, store: ArtifactStore) -> tuple[np.ndarray, np.ndarray]:
-    """The document and the n-gram of each match."""
+def _matches(records: Records, ngrams: Path, store: ArtifactStore) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The columns of `find_ngrams` of all parts, with the number of the document in all of them as `index`."""
     code = code_fingerprint("srde_ds.data.build.decontaminate", "srde_ds.data.build.row_rules")
     work = [
         (fingerprint(code, made.key, ngrams.stem), {"records": made.path, "ngrams": ngrams}) for made in records.parts
@@ -172,4 +229,5 @@ def _matches(records: Records, ngrams: Path, store: ArtifactStore) -> tuple[np.n
     tables = [read_table(made.path) for made in store.run("decontaminate", find_ngrams, work)]
     starts = np.cumsum([0, *records.lengths])
     index = [table["index"].to_numpy() + start for table, start in zip(tables, starts, strict=False)]
-    return np.concatenate(index), np.concatenate([table["ngram"].to_numpy() for table in tables])
+    ngram, whole = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("ngram", "whole"))
+    return np.concatenate(index), ngram, whole

@@ -9,6 +9,9 @@ from typing import Any
 
 from srde_ds.data.conversation import Message
 
+MOST_OPTIONS = 26
+"""letters for options"""
+
 
 class BrokenRow(ValueError):
     """A row lacks something that its source promises."""
@@ -25,10 +28,20 @@ class Example:
     more: dict[str, Any] = field(default_factory=dict)
     """`tools`, `choices` and `tests`, as in records"""
 
+    @property
+    def answered(self) -> bool:
+        """Whether it ends with an answer. Test rows whose labels are hidden do not."""
+        return self.messages[-1]["role"] == "assistant"
+
 
 def ask(prompt: str, response: str) -> list[Message]:
     """A question and its answer as messages."""
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def unanswered(question: str, group: str | None = None) -> Example:
+    """A question whose answer is hidden, or is not a text."""
+    return Example([{"role": "user", "content": question}], None, group)
 
 
 def solved(question: str, reasoning: str, answer: str, *, group: str | None = None) -> Example:
@@ -40,21 +53,35 @@ def solved(question: str, reasoning: str, answer: str, *, group: str | None = No
 def lettered_choice(
     question: str,
     options: Sequence[Any],
-    right: int,
+    right: int | None,
     *,
     context: str = "",
     reasoning: str = "",
     group: str | None = None,
 ) -> Example:
-    """A question with lettered options. The response names the option, or explains it if there is a rationale."""
-    options = [str(option).strip() for option in options]
-    if len(options) < 2 or not all(options):
+    """A question with lettered options. The response names the option, or explains it if there is a rationale.
+
+    Args:
+        right: the number of the right option; None: it is hidden, and so the question is not answered.
+
+    Raises:
+        BrokenRow: an option or the right one is missing, or there are more options than letters.
+    """
+    texts = [str(option).strip() for option in options if option is not None]
+    if len(texts) < 2 or len(texts) < len(options) or not all(texts):
         raise BrokenRow("an option is missing")
-    if not 0 <= right < len(options):
-        raise BrokenRow(f"the right option is number {right} of {len(options)}")
-    lettered = [f"{letter_of(index)}. {option}" for index, option in enumerate(options)]
+    if len(texts) > MOST_OPTIONS:
+        raise BrokenRow(
+            f"there are {len(texts)} options, and letters for {MOST_OPTIONS}: give a question and its answer as texts"
+        )
+    if right is not None and not 0 <= right < len(texts):
+        raise BrokenRow(f"the right option is number {right} of {len(texts)}")
+    lettered = [f"{letter_of(index)}. {option}" for index, option in enumerate(texts)]
     prompt = "\n".join(filter(None, [context and f"{context}\n", question, *lettered]))
-    return solved(prompt, reasoning or lettered[right], letter_of(right), group=group or context or question)
+    group = group or context or question
+    if right is None:
+        return unanswered(prompt, group)
+    return solved(prompt, reasoning or lettered[right], letter_of(right), group=group)
 
 
 def trimmed(text: str) -> str:

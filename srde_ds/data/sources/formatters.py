@@ -1,8 +1,8 @@
 """One function for each source, which turns a row into a conversation and an answer that can be checked.
 
-Responses with a checkable answer end with the line `Answer: ...`, which evaluation looks for. A formatter returns None
-if the row has no answer (test rows whose labels are hidden), and raises `BrokenRow` if the row does not have the form
-that its source promises.
+Responses with a checkable answer end with the line `Answer: ...`, which evaluation looks for. Of a row without an
+answer (test rows whose labels are hidden) a formatter makes the question alone. It raises `BrokenRow` if the row does
+not have the form that its source promises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = Mapping[str, Any]
 class Formatter:
     """A function and the columns that it reads."""
 
-    format: Callable[[Row], Example | None]
+    format: Callable[[Row], Example]
     columns: tuple[str, ...]
     optional: tuple[str, ...] = ()
 
@@ -36,10 +36,10 @@ class Formatter:
 FORMATTERS: dict[str, Formatter] = {}
 
 
-def formatter(*columns: str, optional: tuple[str, ...] = ()) -> Callable[[Callable[[Row], Example | None]], Formatter]:
+def formatter(*columns: str, optional: tuple[str, ...] = ()) -> Callable[[Callable[[Row], Example]], Formatter]:
     """Register a function under its name. `optional` columns may be missing."""
 
-    def register(function: Callable[[Row], Example | None]) -> Formatter:
+    def register(function: Callable[[Row], Example]) -> Formatter:
         FORMATTERS[function.__name__] = Formatter(function, columns, optional)
         return FORMATTERS[function.__name__]
 
@@ -97,12 +97,6 @@ def metamath(row: Row) -> Example:
     return solved(text(row, "query"), reasoning, answer.strip(), group=text(row, "original_question"))
 
 
-@formatter("question", "answer")
-def orca_math(row: Row) -> Example:
-    """Free text. The final number is not marked, so there is no answer to check."""
-    return Example(ask(text(row, "question"), text(row, "answer")))
-
-
 # -- logic -----------------------------------------------------------------------------------------------------------
 
 
@@ -119,22 +113,20 @@ def reclor(row: Row) -> Example:
 
 
 @formatter("ctx", "endings", "label", optional=("activity_label", "source_id"))
-def hellaswag(row: Row) -> Example | None:
+def hellaswag(row: Row) -> Example:
     """How an activity continues; test rows have no label."""
-    if _maybe(row, "label") == "":
-        return None
 
     def plain(passage: str) -> str:
         # Remove the headings of how-to articles.
         return " ".join(re.sub(r"\[(?:header|title|step|substeps)\]", " ", passage).split())
 
-    label = _maybe(row, "activity_label")
+    activity, label = _maybe(row, "activity_label"), _maybe(row, "label")
     context = plain(text(row, "ctx"))
     return lettered_choice(
         "Which continuation makes the most sense?",
-        [plain(str(ending)) for ending in row["endings"]],
-        int(row["label"]),
-        context=f"{label}: {context}" if label else context,
+        [ending and plain(ending) for ending in row["endings"]],
+        int(label) if label else None,
+        context=f"{activity}: {context}" if activity else context,
         group=_maybe(row, "source_id") or context,
     )
 
@@ -147,12 +139,6 @@ def code_alpaca(row: Row) -> Example:
     """CodeAlpaca: an instruction, with or without an input."""
     prompt, given = _passage(row, "instruction"), trimmed(str(row.get("input") or ""))
     return Example(ask(f"{prompt}\n\n{given}" if given else prompt, _passage(row, "output")))
-
-
-@formatter("query", "answer", optional=("resource", "lang"))
-def code_feedback(row: Row) -> Example:
-    """Code-Feedback: a query and its answer."""
-    return Example(ask(_passage(row, "query"), _passage(row, "answer")))
 
 
 # -- science ---------------------------------------------------------------------------------------------------------
@@ -170,12 +156,11 @@ def sciq(row: Row) -> Example:
 
 
 @formatter("question", "choices", "answerKey")
-def arc(row: Row) -> Example | None:
-    """Options are lettered A to E or numbered 1 to 4."""
-    if _maybe(row, "answerKey") == "":
-        return None
+def arc(row: Row) -> Example:
+    """Options are lettered A to E or numbered 1 to 4; test rows may have an empty answer."""
     options, labels = row["choices"]["text"], [str(label) for label in row["choices"]["label"]]
-    return lettered_choice(text(row, "question"), options, _right(row, "answerKey", options, labels))
+    right = _right(row, "answerKey", options, labels) if _maybe(row, "answerKey") else None
+    return lettered_choice(text(row, "question"), options, right)
 
 
 @formatter("problem_text", "answer_number", optional=("unit", "solution"))
@@ -192,7 +177,7 @@ def scibench(row: Row) -> Example:
 @formatter("question", "options", "rationale", "correct")
 def aqua_rat(row: Row) -> Example:
     """Options come as `A)21`."""
-    options = [re.sub(r"^\s*[A-E]\s*\)\s*", "", str(option)) for option in row["options"]]
+    options = [option and re.sub(r"^\s*[A-E]\s*\)\s*", "", str(option)) for option in row["options"]]
     return lettered_choice(
         text(row, "question"), options, _right(row, "correct", options, "ABCDE"), reasoning=text(row, "rationale")
     )
@@ -212,32 +197,28 @@ def boardgame_qa(row: Row) -> Example:
 
 
 @formatter("goal", "sol1", "sol2", "label")
-def piqa(row: Row) -> Example | None:
+def piqa(row: Row) -> Example:
     """Test rows are labelled -1."""
-    if int(row["label"]) < 0:
-        return None
-    question = f"Which way is better to reach this goal?\n{text(row, 'goal')}"
-    return lettered_choice(question, [row["sol1"], row["sol2"]], int(row["label"]), group=text(row, "goal"))
+    question, label = f"Which way is better to reach this goal?\n{text(row, 'goal')}", int(row["label"])
+    right = None if label < 0 else label
+    return lettered_choice(question, [row["sol1"], row["sol2"]], right, group=text(row, "goal"))
 
 
 @formatter("sentence", "option1", "option2", "answer")
-def winogrande(row: Row) -> Example | None:
+def winogrande(row: Row) -> Example:
     """A sentence with a blank; test rows have no answer."""
-    answer = _maybe(row, "answer")
-    if answer == "":
-        return None
     sentence = text(row, "sentence")
     if "_" not in sentence:
         raise BrokenRow("no blank in the sentence")
     options = [row["option1"], row["option2"]]
-    right = _right(row, "answer", options, ("1", "2"))
+    right = _right(row, "answer", options, ("1", "2")) if _maybe(row, "answer") else None
     return lettered_choice(f"Which option fits the blank?\n{sentence}", options, right)
 
 
 # -- for your own sources: `columns` in the sources file maps their columns to these -----------------------------------
 
 
-@formatter("prompt", "response", optional=("system", "answer", "group", *REASONING))
+@formatter("prompt", "response", optional=("system", "answer", "group", "split", *REASONING))
 def prompt_response(row: Row) -> Example:
     """A question and its answer, with the thought before it if there is one."""
     turns = ask(_passage(row, "prompt"), _passage(row, "response"))
@@ -245,49 +226,54 @@ def prompt_response(row: Row) -> Example:
     return _conversation({"messages": turns, "system": row.get("system")}, row)
 
 
-@formatter("messages", optional=("system", "tools", "functions", "answer", "group"))
+@formatter("messages", optional=("system", "tools", "functions", "answer", "group", "split"))
 def messages(row: Row) -> Example:
     """A conversation of {role, content} or {from, value}, with all that `data.conversation` knows."""
     turns = [with_roles({key: value for key, value in turn.items() if value is not None}) for turn in row["messages"]]
     return _conversation({"messages": turns} | {key: row.get(key) for key in ("system", "tools", "functions")}, row)
 
 
-@formatter(optional=("group",))
+@formatter(optional=("group", "split"))
 def by_keys(row: Row) -> Example:
     """A record of any form that files may have, identified by its keys."""
-    try:
-        _, fields = convert({key: value for key, value in row.items() if key != "group"}, _ROW)
-    except SRDEError as error:
-        raise BrokenRow(str(error).removeprefix(f"{_ROW}: ").removesuffix(".")) from None
-    if (split := fields.pop("split", "train")) != "train":
-        raise BrokenRow(f"held out: its split is '{split}'")
-    return _conversation(fields, row)
+    return _conversation(_converted({key: value for key, value in row.items() if key != "group"}), row)
+
+
+@formatter("question", "options", "label", optional=("context", "rationale", "group", "split"))
+def multiple_choice(row: Row) -> Example:
+    """The form of that name. `label`: the right option's text, letter, or index from 0."""
+    fields = {key: row.get(key) for key in ("question", "options", "label")}
+    fields |= {key: _maybe(row, key) for key in ("context", "rationale")}
+    if isinstance(options := fields["options"], list):
+        fields["options"] = [str(option) if isinstance(option, int | float) else option for option in options]
+    group = row.get("group") or fields["context"] or fields["question"]
+    return _conversation(_converted(fields, "multiple_choice"), {**row, "group": group})
 
 
 _ROW = "row"
 _ANY = "any"
 
 
+def _converted(fields: dict[str, Any], form: str | None = None) -> dict[str, Any]:
+    try:
+        return convert(fields, _ROW, form=form)[1]
+    except SRDEError as error:
+        raise BrokenRow(_without_place(error)) from None
+
+
+def _without_place(error: SRDEError) -> str:
+    return str(error).removeprefix(f"{_ROW}: ").removesuffix(".")
+
+
 def _conversation(fields: dict[str, Any], row: Row) -> Example:
+    if row.get("split") not in (None, "train"):
+        raise BrokenRow(f"held out: its split is '{row['split']}'")
     fields = {"answer": _maybe(row, "answer") or None} | fields | {"domain": _ANY}
     try:
         record = parse_record(fields, _ROW, [_ANY])
     except SRDEError as error:
         if has_surrogates(json.dumps(fields, ensure_ascii=False, default=str)):
             raise BrokenRow("lost characters") from None
-        raise BrokenRow(str(error).removeprefix(f"{_ROW}: ").removesuffix(".")) from None
+        raise BrokenRow(_without_place(error)) from None
     more = {key: value for key in ("tools", "choices", "tests") if (value := getattr(record, key)) is not None}
     return Example(record.messages, record.answer, _maybe(row, "group") or None, more)
-
-
-@formatter("question", "options", "label", optional=("context", "rationale", "group"))
-def multiple_choice(row: Row) -> Example:
-    """`label`: the right option's text, letter, or index from 0."""
-    return lettered_choice(
-        text(row, "question"),
-        row["options"],
-        _right(row, "label", row["options"]),
-        context=_maybe(row, "context"),
-        reasoning=_maybe(row, "rationale"),
-        group=_maybe(row, "group") or None,
-    )

@@ -21,17 +21,20 @@ from huggingface_hub import HfApi
 
 from srde_ds.data.build.artifacts import fingerprint
 from srde_ds.data.files import find_files, has_plain_lines, read_items, splits_by_name, without_nulls
-from srde_ds.data.sources.examples import BrokenRow, Example
+from srde_ds.data.sources.examples import BrokenRow, Example, unanswered
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.data.sources.registry import Source
 from srde_ds.data.synthetic import tasks
 from srde_ds.data.synthetic.science import SCIENCE
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import one_line
 from srde_ds.utils.retry import SourceError, with_retries
 
 log = logging.getLogger(__name__)
 
 ROWS_A_PART = 5000
+ITEMS_A_BLOCK = 1000
+"""items of a reasoning-gym task that are made from one seed: some tasks draw all of them at once"""
 ROWS_LOOKED_AT = 100
 """number of lines that are read to find the columns of a JSONL file"""
 Maker = Callable[[int], tuple[str, str]]
@@ -46,8 +49,8 @@ class Reader(Protocol):
         """Number of rows."""
         ...
 
-    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
-        """Each row's example, None if it has no answer, or what is wrong with it."""
+    def examples(self, start: int, stop: int) -> Iterator[Example | BrokenRow]:
+        """Each row's example, which may lack an answer, or what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +120,13 @@ class ArrowReader:
     count: int
     source: Source
 
-    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+    def examples(self, start: int, stop: int) -> Iterator[Example | BrokenRow]:
         """See `Reader`."""
-        columns: dict[str, list[Any]] = _arrow(self.files)[start:stop]
-        for index in range(stop - start):
-            yield _formatted(self.source, {name: without_nulls(values[index]) for name, values in columns.items()})
+        data = _arrow(self.files)
+        read = data.select_columns(self.source.read_columns(data.column_names))
+        # As Arrow: images and sounds are not decoded, which needs further packages and fails for broken ones.
+        for row in read.with_format("arrow")[start:stop].to_pylist():
+            yield _formatted(self.source, {name: without_nulls(value) for name, value in row.items()})
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ class JsonlReader:
     rewritten: bool = False
     """a text in place of a row says what is wrong with it"""
 
-    def examples(self, start: int, stop: int) -> Iterator[Example | None | BrokenRow]:
+    def examples(self, start: int, stop: int) -> Iterator[Example | BrokenRow]:
         """See `Reader`; `start` is a multiple of ROWS_A_PART."""
         assert start % ROWS_A_PART == 0
         with open(self.path, "rb") as file:
@@ -163,12 +168,19 @@ class GymReader:
     seed: int
     count: int
 
-    def examples(self, start: int, stop: int) -> Iterator[Example]:
+    def examples(self, start: int, stop: int) -> Iterator[Example | BrokenRow]:
         """See `Reader`."""
-        items = _gym(self.task, self.options, self.seed)
         for index in range(start, stop):
-            item = items[index]
-            yield _task_example(item["question"].strip(), str(item["answer"]).strip())
+            block, place = divmod(index, ITEMS_A_BLOCK)
+            # An item's seed is the sum of the task's and its number, so this is item `index` of a task of any size.
+            items = _gym(self.task, self.options, self.seed + block * ITEMS_A_BLOCK, ITEMS_A_BLOCK)
+            try:
+                item = items[place]
+            except IndexError as error:
+                yield BrokenRow(one_line(str(error)))
+                continue
+            question, answer = item["question"].strip(), item["answer"]
+            yield unanswered(question) if answer is None else _task_example(question, str(answer).strip())
 
 
 @dataclass(frozen=True)
@@ -192,14 +204,11 @@ def _task_example(prompt: str, answer: str) -> Example:
     return Example(turns, answer or None)
 
 
-def _formatted(source: Source, row: dict[str, Any]) -> Example | None | BrokenRow:
-    renamed = row | {column: row.get(own) for column, own in source.columns.items()}
-    if source.formatter == "by_keys":
-        renamed = {key: value for key, value in renamed.items() if key not in source.columns.values()}
-        if row.get("domain") not in (None, source.domain):
-            return BrokenRow(f"its domain is '{row['domain']}', not '{source.domain}'")
+def _formatted(source: Source, row: dict[str, Any]) -> Example | BrokenRow:
+    if source.formatter == "by_keys" and row.get("domain") not in (None, source.domain):
+        return BrokenRow(f"its domain is '{row['domain']}', not '{source.domain}'")
     try:
-        return FORMATTERS[str(source.formatter)].format(renamed)
+        return FORMATTERS[str(source.formatter)].format(source.renamed(row))
     except BrokenRow as error:
         return error
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -228,7 +237,8 @@ def _copied(data: datasets.Dataset, folder: str) -> datasets.Dataset:
 
 def _from_disk(source: Source, paths: Sequence[Path]) -> datasets.Dataset:
     if source.kind == "parquet":
-        return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+        files = [glob.escape(str(path.absolute())) for path in paths]
+        return datasets.load_dataset("parquet", data_files=files, split="train")
     data = datasets.load_from_disk(source.location)
     if isinstance(data, datasets.DatasetDict):
         data = data[source.split]
@@ -241,6 +251,8 @@ def _local(source: Source) -> list[Path]:
     """The files of a local source, in a fixed order."""
     if source.kind == "folder":
         paths = [path for path in Path(source.location).rglob("*") if path.is_file()]
+    elif Path(source.location).exists():  # its name may look like a pattern
+        paths = [Path(source.location)]
     else:
         paths = [Path(path) for path in glob.glob(source.location, recursive=True)]
     if not paths:
@@ -314,18 +326,31 @@ def _columns_of(path: Path) -> list[str]:
     return list(columns)
 
 
-def _open_generated(source: Source, seed: int, rows: int) -> OpenSource:
+def generator_version(source: Source) -> str:
+    """The packages that make a generated source's items, and their versions.
+
+    Raises:
+        SourceError: one of them is missing.
+    """
     packages = ["periodictable", "scipy"] if source.tasks == "science" else ["reasoning-gym"]
     try:
-        revision = ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+        return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     except metadata.PackageNotFoundError as error:
-        raise SourceError(f"package '{error.name}' is missing: pip install {error.name}") from None
+        raise SourceError(
+            f"package '{error.name}' is missing: pip install {error.name}, or 'srde-ds[quickstart]' for all tasks"
+        ) from None
+
+
+def _open_generated(source: Source, seed: int, rows: int) -> OpenSource:
+    revision = generator_version(source)
     rows = min(rows, source.rows) if source.rows else rows
     reader: Reader
     if source.kind == "reasoning_gym":
         options = json.dumps(source.options, sort_keys=True)
-        with_retries(lambda: _gym(source.location, options, seed), source.name)
         reader = GymReader(source.location, options, seed, rows)
+        first = with_retries(lambda: next(reader.examples(0, 1)), source.name)
+        if isinstance(first, Example) and not first.answered:
+            raise SourceError("its items have no answer, as they are scored by a function: choose another task")
     else:
         if source.location not in (*tasks.TASKS, "science"):
             raise SourceError(f"no tasks for '{source.location}', only for {', '.join(tasks.TASKS)} and science")
@@ -338,13 +363,12 @@ def _arrow(files: tuple[str, ...]) -> datasets.Dataset:
     return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
 
 
-@cache
-def _gym(task: str, options: str, seed: int) -> Any:
+@lru_cache(maxsize=64)
+def _gym(task: str, options: str, seed: int, size: int) -> Any:
     import reasoning_gym  # takes two seconds, so only when items are made
 
-    # Any index works: the size bounds only iteration, which is not used.
     try:
-        return reasoning_gym.create_dataset(task, size=1, seed=seed, **json.loads(options))
+        return reasoning_gym.create_dataset(task, size=size, seed=seed, **json.loads(options))
     except AssertionError as error:  # this is how reasoning-gym refuses an option's value
         raise ValueError(str(error)) from None
 
@@ -354,8 +378,8 @@ def _makers(domain: str, seed: int) -> list[Maker]:
     """One function for each task."""
     if domain == "science":
         return [_numbered(name, make, seed) for name, make in SCIENCE.items()]
-    return [
-        _phrased(_gym(name, json.dumps(options, sort_keys=True), seed), phrase)
+    return [  # for these tasks the size bounds only iteration, which is not used
+        _phrased(_gym(name, json.dumps(options, sort_keys=True), seed, 1), phrase)
         for _, name, options, phrase in tasks.TASKS[domain]
     ]
 

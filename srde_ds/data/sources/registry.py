@@ -87,6 +87,19 @@ class Source:
         needed = FORMATTERS[self.formatter].columns if self.formatter else ()
         return [self.columns.get(column, column) for column in needed]
 
+    def read_columns(self, present: Sequence[str]) -> list[str]:
+        """Those of its columns that are read: all, if the formatter goes by a row's keys."""
+        read = FORMATTERS[str(self.formatter)]
+        names = {self.columns.get(column, column) for column in (*read.columns, *read.optional)}
+        return [column for column in present if column in names or self.formatter == "by_keys"]
+
+    def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A row under the formatter's names. What has another name here is not also an optional column of its own."""
+        needed = FORMATTERS[str(self.formatter)].columns
+        moved = set(self.columns.values()).difference(self.columns, needed)
+        kept = {column: value for column, value in row.items() if column not in moved}
+        return kept | {column: row.get(own) for column, own in self.columns.items()}
+
 
 def load_sources(path: str | Path | None = None) -> list[Source]:
     """Load the sources of a file, or those of the registry.

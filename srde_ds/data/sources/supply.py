@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from srde_ds.data.build.options import BuildOptions
-from srde_ds.data.sources.reading import OpenSource, open_source
+from srde_ds.data.sources.reading import OpenSource, generator_version, open_source
 from srde_ds.data.sources.registry import Source
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import write_text
@@ -51,7 +51,7 @@ class Supply:
         return [opened.source for opened in self.opened.values()]
 
     def _open_all(self, path: Path) -> None:
-        """Download or find every source. Generated ones that only fill gaps are opened when there is a gap.
+        """Download or find every source. Of generated ones that only fill gaps, only their packages are looked for.
 
         Commits that are looked up are kept in a file, so that a resumed build uses the same ones.
         """
@@ -61,6 +61,7 @@ class Supply:
                 weights = sum(other.weight for other in self.options.sources if other.domain == source.domain)
                 self._sizes[source.name] = 0
                 if not source.weight:
+                    self._check_generator(source)
                     continue
                 self._sizes[source.name] = max(1, int(self.options.examples_per_domain * source.weight / weights))
             self._open(source, lock.get(source.location))
@@ -80,17 +81,26 @@ class Supply:
         try:
             opened = open_source(source, revision=source.revision or revision, seed=self.options.seed, rows=size)
         except SourceError as error:
-            if self.options.on_missing_source == "fail":
-                raise SRDEError(
-                    f"source '{source.name}' ({source.kind} {source.location}) cannot be read: {error}. "
-                    "Correct it, or give --on_missing_source skip to have the domain's other sources make up for it."
-                ) from None
-            log.warning("source %s is skipped: %s", source.name, error)
-            self.skipped[source.name] = str(error)
+            self._skip(source, error)
             return
         self.opened[source.name] = opened
         order = [s.name for s in self.options.sources]
         self.opened = dict(sorted(self.opened.items(), key=lambda item: order.index(item[0])))
+
+    def _check_generator(self, source: Source) -> None:
+        try:
+            generator_version(source)
+        except SourceError as error:
+            self._skip(source, error)
+
+    def _skip(self, source: Source, error: SourceError) -> None:
+        if self.options.on_missing_source == "fail":
+            raise SRDEError(
+                f"source '{source.name}' ({source.kind} {source.location}) cannot be read: {error}. "
+                "Correct it, or give --on_missing_source skip to have the domain's other sources make up for it."
+            ) from None
+        log.warning("source %s is skipped: %s", source.name, error)
+        self.skipped[source.name] = str(error)
 
     def grow(self, missing: dict[str, int], found: dict[str, int]) -> bool:
         """Have generated sources make what the domains lack.
