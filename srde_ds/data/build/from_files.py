@@ -17,9 +17,9 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DataConfig
-from srde_ds.data.build.artifacts import Artifact, ArtifactStore
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore, one_build
 from srde_ds.data.build.input_checks import InputChecks
-from srde_ds.data.build.rows_folder import Documents, write_rows
+from srde_ds.data.build.rows_folder import Documents, check_replaceable, write_rows
 from srde_ds.data.build.tables import write_table
 from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, set_tokenizer, tokenize_records
 from srde_ds.data.conversation import TrainOn
@@ -36,7 +36,7 @@ from srde_ds.data.manifest import (
 from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS, Record
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import scratch_folder
+from srde_ds.utils.files import file_hash, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +97,14 @@ class RowsOfFiles:
             for record in read_records(self.eval_file, self.domains, option="eval_file", **how):
                 yield "validation", record
 
+    def files(self) -> dict[str, list[Path]]:
+        """The files by option's value."""
+        options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
+        return {name: find_files(name, option, tell=False) for name, option in options.items()}
+
     def hashes(self) -> dict[str, str]:
         """SHA-256 by option's value: of the file, or of the hashes of several files in order."""
-        options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
-        return {name: files_hash(find_files(name, option, tell=False)) for name, option in options.items()}
+        return {name: files_hash(paths) for name, paths in self.files().items()}
 
 
 def build_dataset(
@@ -119,11 +123,13 @@ def build_dataset(
 
     Raises:
         SRDEError: bad input, a domain without records, held-out prompts in the training files, or, without `overwrite`,
-            a folder that holds something else.
+            a folder that holds something else. Even with it, a folder that no build has made.
     """
     output_dir = Path(output_dir)
     if not output_dir.name:
         raise SRDEError(f"output='{output_dir}' is no name for a new folder. Give another one.")
+    if overwrite:
+        check_replaceable(output_dir, [path for paths in inputs.files().values() for path in paths])
     hashes = inputs.hashes()
     made_for = inputs.max_length, inputs.too_long, inputs.seed, inputs.domains, tokenizer_identity(tokenizer)
     manifest = Manifest(FORMAT_VERSION, *made_for, splits={})
@@ -135,8 +141,10 @@ def build_dataset(
         log.info("'%s' was built from the same files and options, so it is used as it is", output_dir)
         return existing
     with ExitStack() as stack:
+        building = output_dir.with_name(f"{output_dir.name}.building")
         try:
-            scratch = stack.enter_context(scratch_folder(output_dir.with_name(f"{output_dir.name}.building")))
+            stack.enter_context(one_build(output_dir, building.with_name(f"{building.name}.lock")))
+            scratch = stack.enter_context(scratch_folder(building))
         except OSError as error:
             raise SRDEError(f"'{output_dir}' cannot be made: {error.strerror}. Choose another folder.") from None
         with ArtifactStore(scratch / "artifacts", num_processes, partial(set_tokenizer, tokenizer)) as store:
@@ -273,19 +281,13 @@ def files_hash(paths: Sequence[Path]) -> str:
     Raises:
         SRDEError: a file cannot be read.
     """
-    hashes = [file_hash(path) for path in paths]
+    hashes = [_readable_hash(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        SRDEError: it does not exist or cannot be read.
-    """
+def _readable_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except FileNotFoundError:
         raise SRDEError(f"no such file '{path}': give an existing file.") from None
     except OSError as error:
