@@ -119,13 +119,14 @@ def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path
 
 
 def splits_by_name(paths: Sequence[Path]) -> dict[Path, str]:
-    """The split that a file's name says, or else that of its folder below the folder of all.
+    """The split that a file's name says, or else the nearest of its folders below the folder of all.
 
     There is none unless the names tell training files from others.
     """
     root = os.path.commonpath([path.parent for path in paths])
-    folders = {path: path.parent.relative_to(root).name for path in paths}
-    named = {path: split for path in paths if (split := _named_split(path.name) or _named_split(folders[path]))}
+    names = {path: [path.name, *reversed(path.parent.relative_to(root).parts)] for path in paths}
+    splits = {path: next(filter(None, map(_named_split, names[path])), None) for path in paths}
+    named = {path: split for path, split in splits.items() if split is not None}
     return named if {"train"} < set(named.values()) else {}
 
 

@@ -204,3 +204,22 @@ def read_records(
         yield record
     if bad is None:
         faults.report(options.on_bad_record)
+
+
+def only_held_out(records: list[Record], eval_file: str | Path, *, tell: bool = True) -> list[Record]:
+    """The records whose `split` says that they are held out, or all records if none says so.
+
+    Args:
+        eval_file: the option's value, for the log.
+        tell: log what is left out.
+    """
+    found = [record for record in records if record.split != "train"]
+    if not found or len(found) == len(records):
+        return records
+    left_out = len(records) - len(found)
+    log.log(
+        logging.INFO if tell else logging.DEBUG,
+        "%s: %d held-out items; left out as training items: %d",
+        *(eval_file, len(found), left_out),
+    )
+    return found

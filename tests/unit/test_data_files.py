@@ -192,6 +192,7 @@ def test_files_that_are_not_text_are_refused_as_what_they_are(tmp_path: Path, co
     [
         (("test-00000-of-00001", "train-00000-of-00001", "dev"), {"dev": "validation", "test": "test"}),
         (("train/a", "val/a", "b"), {"val": "validation"}),
+        (("train/algebra/a", "test/algebra/a", "test/sums/train-b"), {"test/algebra": "test"}),
         (("latest", "train1", "train2"), {}),
         (("test1", "b"), {}),
         (("train-test", "train"), {}),
@@ -201,7 +202,7 @@ def test_names_of_files_tell_splits_as_on_the_hub(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], splits: dict[str, str]
 ) -> None:
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / f"{name}.jsonl", GOOD | {"source": name}, GOOD | {"source": name, "split": "test"})
     with caplog.at_level("INFO"):
         found = read(f"{tmp_path}/**/*.jsonl")
@@ -209,6 +210,9 @@ def test_names_of_files_tell_splits_as_on_the_hub(
         assert record.split == next((split for word, split in splits.items() if word in record.source), "train")
     assert {record.split for record in found[1::2]} == {"test"}  # as the record itself says
     assert ("by its name, the split of its records is" in caplog.text) == bool(splits)
+    source = Source("own", "math", jsonl=f"{tmp_path}/**/*.jsonl", formatter="by_keys")
+    training = sum(record.split == "train" for record in found[::2])
+    assert open_source(source, revision=None, seed=0, rows=0).reader.count == 2 * training
 
 
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:

@@ -358,6 +358,31 @@ def test_bad_records_are_all_told_or_left_out_and_counted(
     assert ":62: the tokenizer's chat template refuses these messages: not this" in caplog.text
 
 
+def test_a_domain_whose_records_are_all_bad_is_refused(files: dict[str, Any]) -> None:
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    thought = [record | {"response": f"<think>x</think>{record['response']}"} for record in sums("code", range(30))]
+    with files["jsonl_data"].open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in thought)
+    given: dict[str, Any] = {"domains": [*DOMAINS, "code"], "tokenizer": tiny_tokenizer(template)}
+    given["reading"] = ReadOptions(on_bad_record="skip")
+    fails(files, "all records of domain 'code' are bad, as the report says: correct them, or leave it out of", **given)
+    manifest = build(files, **given, optional_domains=("code",))
+    assert (manifest.bad_records, manifest.splits["train"].domains["code"].documents) == (30, 0)
+
+
+def test_an_eval_file_of_all_splits_holds_out_what_evaluation_takes(
+    files: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_jsonl(folder / "train-0.jsonl", sums("math", range(100, 150)))
+    write_jsonl(folder / "test-0.jsonl", sums("math", range(200, 210)))
+    with caplog.at_level("INFO"):
+        manifest = build(files, eval_file=folder)
+    assert manifest.splits["validation"].domains["math"].documents == 10
+    assert f"{folder}: 10 held-out items; left out as training items: 50" in caplog.text
+
+
 def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files: dict[str, Any]) -> None:
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
     turns = [

@@ -24,7 +24,7 @@ from srde_ds.data.build.tables import write_table
 from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, set_tokenizer, tokenize_records
 from srde_ds.data.conversation import TrainOn
 from srde_ds.data.files import find_files
-from srde_ds.data.inputs import BadRecords, ReadOptions, read_records
+from srde_ds.data.inputs import BadRecords, ReadOptions, only_held_out, read_records
 from srde_ds.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -83,7 +83,8 @@ class RowsOfFiles:
         return str(self.eval_file if self.eval_file and split == "validation" else self.jsonl_data)
 
     def records(self, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-        """The split and the record, for all records. Those of `eval_file` make up the split validation.
+        """The split and the record, for all records. Those of `eval_file` make up the split validation, but for those
+        that it says are for training.
 
         Raises:
             SRDEError: `jsonl_data` holds a validation record as well.
@@ -94,8 +95,8 @@ class RowsOfFiles:
                 raise SRDEError(f"{record.where}: a validation record besides eval_file={self.eval_file}: keep one.")
             yield record.split, record
         if self.eval_file:
-            for record in read_records(self.eval_file, self.domains, option="eval_file", **how):
-                yield "validation", record
+            records = list(read_records(self.eval_file, self.domains, option="eval_file", **how))
+            yield from (("validation", record) for record in only_held_out(records, self.eval_file))
 
     def files(self) -> dict[str, list[Path]]:
         """The files by option's value."""
@@ -152,6 +153,7 @@ def build_dataset(
             manifest.bad_records = check_files(inputs, tokenizer, records.add)
             documents, refused = _tokenize(records.close(), inputs, store)
             manifest.bad_records += refused
+            _check_trained(documents, inputs)
             made_from = {split: (inputs.name(split), hashes[inputs.name(split)]) for split in SPLITS}
             write_rows(output_dir, manifest, documents, made_from, pad_token_id(tokenizer), store)
     return manifest
@@ -250,6 +252,20 @@ def _tokenize(
             _add(documents[place], artifact, bad)
     bad.report(inputs.reading.on_bad_record)
     return documents, bad.count
+
+
+def _check_trained(documents: dict[tuple[str, str], Documents], inputs: RowsOfFiles) -> None:
+    """Refuse a domain all of whose training records turned out to be bad when they were tokenised.
+
+    Raises:
+        SRDEError: with the domain and the remedy.
+    """
+    for (split, domain), made in documents.items():
+        if split == "train" and not made.index_of and domain not in inputs.optional_domains:
+            raise SRDEError(
+                f"'{inputs.jsonl_data}': all records of domain '{domain}' are bad, as the report says: correct them, "
+                "or leave it out of domains."
+            )
 
 
 def _places(files: dict[tuple[str, str], Any], domains: Sequence[str]) -> list[tuple[str, str]]:
