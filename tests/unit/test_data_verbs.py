@@ -97,6 +97,21 @@ def test_dropped_and_bad_records_are_told_on_the_console(
     assert load_manifest(tmp_path / "bad" / "tokenized").bad_records == 1
 
 
+def test_bad_records_are_told_a_line_each(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, forged = {"prompt": "a", "response": "b"}, "x'\nsrde-ds: forged"
+    path = write_jsonl(tmp_path / "train.jsonl", [good, {"prompt": "a", "response": ""}, good | {"domain": forged}])
+    report = [
+        f"{path}:2: field 'response' is empty.",
+        rf"{path}:3: unknown domain 'x'\nsrde-ds: forged', must be one of",
+    ]
+    assert main(command(base, tmp_path, jsonl_data=path)) == 2
+    head, *lines = capsys.readouterr().err.splitlines()[-3:]
+    assert head == "srde-ds: error: 2 bad records. Correct them, or give --on_bad_record skip to leave them out:"
+    assert all(line.startswith(f"  {fault}") for line, fault in zip(lines, report, strict=True))
+    assert main(command(base, tmp_path, jsonl_data=path, on_bad_record="skip")) == 0
+    assert "2 bad records are left out:\n  " + report[0] + "\n  " + report[1] in capsys.readouterr().err
+
+
 def test_a_dry_run_looks_at_the_files(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = {"model_name": base, "output_dir": tmp_path / "run", "max_length": 128, "dry_run": "true"}
     given |= {"warmup_steps": 0, "batch_size": 1, "max_steps": 2}
