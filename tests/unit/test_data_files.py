@@ -300,7 +300,23 @@ def test_forms_are_told_by_their_keys(
 
 def test_an_alpaca_input_without_an_instruction_is_no_question(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", {"instruction": " ", "input": "7, 8", "output": "15"})
-    refused(path, "train.jsonl:1: field 'prompt' is empty")
+    refused(path, "train.jsonl:1: field 'instruction' is empty")
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"instruction": "a", "output": ""}, "field 'output' is empty"),
+        ({"instruction": "a"}, "field 'output' is missing"),
+        ({"instruction": "a", "output": "b", "history": [["c", 1]]}, "field 'history' must be text, not a number"),
+        ({"question": "a", "answer": 42}, "field 'answer' must be text, not a number"),
+        ({"question": {"a": 1}, "answer": "b"}, "field 'question' must be text, not an object"),
+        ({"prompt": "a", "completion": "\ud83d"}, "field 'completion' holds half a surrogate pair: write the whole"),
+        ({"prompt": TURNS[:1], "completion": 1}, "field 'completion' must be text, not a number"),
+    ],
+)
+def test_a_fault_is_told_by_the_key_that_the_file_has(tmp_path: Path, record: dict[str, Any], fault: str) -> None:
+    refused(write(tmp_path / "train.jsonl", record), f"train.jsonl:1: {fault}")
 
 
 def test_an_alpaca_history_comes_before(tmp_path: Path) -> None:
