@@ -109,6 +109,23 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, kind: str, encodin
     assert pairs(read(tmp_path / f"data{kind}")) == JAPANESE[:1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "UTF_16BE", "utf-32-le", "UTF8"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
+def test_an_encoding_of_several_bytes_needs_no_mark(tmp_path: Path, kind: str, encoding: str) -> None:
+    lines = [f"日本語 \u0a0a\u0d0a {question}" for question in ("7*8?", "7*9?")]  # with bytes of a line feed
+    records = [{"prompt": line, "response": "1"} for line in lines]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if kind == ".csv":
+        text = "prompt,response\n" + "".join(f"{line},1\n" for line in lines)
+    elif kind == ".json":
+        text = json.dumps(records, ensure_ascii=False, indent=1)
+    (tmp_path / f"data{kind}").write_bytes(text.encode(encoding))
+    assert [asked for asked, _ in pairs(read(tmp_path / f"data{kind}", encoding=encoding))] == lines
+    (tmp_path / "prompts.txt").write_bytes("\n".join(lines).encode(encoding))
+    prompts = read_prompts(tmp_path / "prompts.txt", ReadOptions(encoding=encoding))
+    assert [prompt.messages[0]["content"] for prompt in prompts] == lines
+
+
 def test_another_encoding_is_guessed_and_read_where_it_is_given(tmp_path: Path) -> None:
     message = "gbk.jsonl:1: not UTF-8, looks like GBK: give --encoding gbk and look at the rows."
     assert refused(CASES / "gbk.jsonl").endswith(message)
@@ -247,6 +264,18 @@ def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
     first, second = read(tmp_path / "d.csv")
     assert (first.messages, first.answer, first.source) == (TURNS, None, "hand")
     assert (second.answer, second.source) == ("56", "")
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_tables_of_a_country_with_decimal_commas_have_semicolons(tmp_path: Path, compression: str) -> None:
+    text = 'prompt;"response";source\r\n"a; b\n c";0,5;\r\nd;"e, f";hand\r\n'
+    path = tmp_path / f"data.csv{compression}"
+    with pa.output_stream(str(path), compression="gzip" if compression else None) as file:
+        file.write(text.encode("utf-8-sig"))
+    first, second = read(path)
+    assert pairs([first, second]) == [("a; b\n c", "0,5"), ("d", "e, f")]
+    assert (first.where, second.where) == (f"{path}:3", f"{path}:4") and second.source == "hand"
+    refused(write(tmp_path / "e.csv", "prompt;response", "a;b;c"), "e.csv:2: has 3 cells, but the first line names 2")
 
 
 def test_large_files_are_not_held_in_memory(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_dropped_and_bad_records_are_told_on_the_console(
         assert f"srde-ds: train, {domain}: 4 of 8 documents are longer than max_length=128: 4 left out." in errors
     assert "half_too_long.jsonl: 16 records, prompts and responses" in errors
     bad = {"jsonl_data": CASES / "bad_line.jsonl", "domains": "math"}
-    fails_with = "bad_line.jsonl:2: unknown domain 'code'"
+    fails_with = "bad_line.jsonl:2: field 'response' is empty"
     assert main(command(base, tmp_path / "bad", **bad)) == 2
     assert fails_with in capsys.readouterr().err and not (tmp_path / "bad" / "tokenized").exists()
     assert main(command(base, tmp_path / "bad", **bad, on_bad_record="skip")) == 0
