@@ -93,11 +93,11 @@ def test_one_build_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_its_holder_removes_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flock, lock, removed = fcntl.flock, tmp_path / "lock", []
+    flock, lock = fcntl.flock, tmp_path / "lock"
 
     def late(file: IO[bytes], how: int) -> None:
-        if not removed:
-            removed.append(lock.unlink())
+        monkeypatch.undo()  # only the first time
+        lock.unlink()
         flock(file, how)
 
     monkeypatch.setattr("fcntl.flock", late)
