@@ -90,7 +90,7 @@ def build_dataset(
         model_name: Hub id or folder of the base, whose tokenizer and chat template are used.
         output: folder to write. One that was built from the same input is used as it is.
         eval_file: held-out records, read in the same way.
-        overwrite: replace a folder that holds something else.
+        overwrite: replace a folder that was built from something else.
         options: options of `train`: those of the section `data`, `seed` and `model_revision`. Among them are `domains`,
                 `max_length` (tokens in a row; default: 2048, at most the base's context), `format` and `columns`.
 

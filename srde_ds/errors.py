@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class SRDEError(Exception):
     """Bad input, or storage that fails. The message names the field, the value and the remedy.
 
     Attributes:
+        message: one line.
+        details: further lines, such as each of many faults.
         may_pass: whether another start may succeed, as after a failure of storage that was out of reach.
     """
 
-    def __init__(self, message: str = "", *, may_pass: bool = False) -> None:
-        super().__init__(message)
+    def __init__(self, message: str = "", *, details: Sequence[str] = (), may_pass: bool = False) -> None:
+        super().__init__("\n  ".join([message, *details]))
+        self.message, self.details = message, tuple(details)
         self.may_pass = may_pass
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.learning.plan import Budget, Plan
 from srde_ds.config import DOMAINS
-from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, file_hash
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, files_hash
 from srde_ds.data.inputs import read_records
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.data.records import Record
@@ -66,7 +66,7 @@ class Inputs:
 
     def content(self) -> str:
         """Hash of the items."""
-        return file_hash(self.items)
+        return files_hash([self.items])
 
 
 def prepare(budget: Budget, seed: int, *, base: Path, folder: Path) -> Inputs:

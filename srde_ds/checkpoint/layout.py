@@ -13,6 +13,7 @@ from typing import Any
 
 from srde_ds.checkpoint.shards import FileRecord, shard_name, write_bytes
 from srde_ds.errors import SRDEError
+from srde_ds.utils import json_files
 from srde_ds.utils.files import sync, write_text
 from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST
 
@@ -110,13 +111,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a plain file; SRDEError if it is damaged or has more than MAX_JSON_BYTES."""
     if regular_size(path) > MAX_JSON_BYTES:
         raise SRDEError(f"'{path}' is damaged: more than {MAX_JSON_BYTES} bytes.")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise SRDEError(f"'{path}' is damaged: not JSON.") from None
-    if not isinstance(content, dict):
-        raise SRDEError(f"'{path}' is damaged: not a JSON object.")
-    return content
+    return json_files.read_json(path, "the checkpoint is damaged")
 
 
 def regular_size(path: Path) -> int:
@@ -128,9 +123,3 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise SRDEError(f"checkpoint '{path.parent}' is damaged: '{path.name}' is not a plain file.")
     return status.st_size
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of the file's bytes, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,6 @@ from torch import Tensor
 from srde_ds.checkpoint.layout import (
     COMMON,
     RUN_STATE,
-    file_hash,
     rank_name,
     read_json,
     read_manifest,
@@ -23,7 +22,7 @@ from srde_ds.checkpoint.layout import (
 )
 from srde_ds.checkpoint.shards import FileRecord, open_tensors
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import io_reason, may_pass
+from srde_ds.utils.files import file_hash, io_reason, may_pass
 from srde_ds.weights.locate import CHECKPOINT_NAME, LATEST, MANIFEST, read_latest, saved_by_a_run
 
 

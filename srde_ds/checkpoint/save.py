@@ -26,7 +26,6 @@ from torch import Tensor
 from srde_ds.checkpoint.layout import (
     COMMON,
     RUN_STATE,
-    file_hash,
     rank_name,
     read_json,
     saved_checkpoints,
@@ -37,7 +36,7 @@ from srde_ds.checkpoint.layout import (
 from srde_ds.checkpoint.shards import FileRecord, ShardIndex, shard_name, write_shard, write_tensors
 from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import io_reason, sync
+from srde_ds.utils.files import file_hash, io_reason, sync
 from srde_ds.utils.together import Ranks, attempt
 from srde_ds.weights.locate import read_latest
 

@@ -89,8 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 for success, 2 for bad input or a disk that is full or cannot be written, 1 for a lost rank
-        or storage that may be back later, 128 + the signal if one stopped it. All but 0 come with one printed line,
-        unless nobody reads the output any more (128 + SIGPIPE).
+        or storage that may be back later, 128 + the signal if one stopped it. All but 0 come with one printed line (and
+        a report of bad records with one for each), unless nobody reads the output any more (128 + SIGPIPE).
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _flush()  # so that a reader who has left is noticed here
         return status
     except SRDEError as error:
-        return _failed(str(error), 1 if error.may_pass else 2)
+        return _failed(error.message, 1 if error.may_pass else 2, error.details)
     except BrokenPipeError:
         if not _reader_has_left():
             raise
@@ -153,11 +153,12 @@ def _run(arguments: Sequence[str]) -> int:
         return VERBS[verb](arguments[1:]) or 0
 
 
-def _failed(reason: str, status: int) -> int:
+def _failed(reason: str, status: int, details: Sequence[str] = ()) -> int:
     place = ""
     with suppress(SRDEError):  # the bad input may be the environment's rank
         place = f"rank {launched_rank()}: " if launched_rank() else ""
-    print(f"srde-ds: error: {place}{one_line(reason)}", file=sys.stderr, flush=True)
+    lines = "\n  ".join(map(one_line, [reason, *details]))
+    print(f"srde-ds: error: {place}{lines}", file=sys.stderr, flush=True)
     return status
 
 

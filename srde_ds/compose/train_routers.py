@@ -60,8 +60,9 @@ def train_routers(
             with redirect_stdout(StringIO()):  # it names files in the temporary folder
                 stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # it may train again
         except SRDEError as error:  # it names options of a run, not of this verb
-            text = str(error).replace("jsonl_data=", "router_data=").replace("--model_name", "--base")
-            raise SRDEError(text.replace(f"start_from={start}", f"weights '{adapter.place}'")) from None
+            text = error.message.replace("jsonl_data=", "router_data=").replace("--model_name", "--base")
+            text = text.replace(f"start_from={start}", f"weights '{adapter.place}'")
+            raise SRDEError(text, details=error.details) from None
         atexit.register(stop_processes)
         if stopped:
             raise SRDEError(f"router_data={records}: {stopped} stopped the routers' training. Nothing was written.")

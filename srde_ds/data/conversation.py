@@ -256,17 +256,20 @@ def check_text(value: Any, field: str, place: str, *, may_be_empty: bool = False
     Raises:
         SRDEError: it is missing, not text, empty, or contains half a surrogate pair.
     """
+    if fault := text_fault(value, may_be_empty=may_be_empty):
+        raise SRDEError(f"{place}: field '{field}' {fault}.")
+    return str(value)
+
+
+def text_fault(value: Any, *, may_be_empty: bool = False) -> str | None:
+    """What makes a value unusable as a text, such as `is empty`; None: nothing."""
     if value is None:
-        raise SRDEError(f"{place}: field '{field}' is missing.")
+        return "is missing"
     if not isinstance(value, str):
-        raise SRDEError(f"{place}: field '{field}' must be text, not {kind(value)}.")
+        return f"must be text, not {kind(value)}"
     if not may_be_empty and not value.strip():
-        raise SRDEError(f"{place}: field '{field}' is empty.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise SRDEError(f"{place}: field '{field}' holds half a surrogate pair: write the whole character.") from None
-    return value
+        return "is empty"
+    return "holds half a surrogate pair: write the whole character" if has_surrogates(value) else None
 
 
 def has_surrogates(text: str) -> bool:

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -119,13 +120,14 @@ def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path
 
 
 def splits_by_name(paths: Sequence[Path]) -> dict[Path, str]:
-    """The split that a file's name says, or else that of its folder below the folder of all.
+    """The split that a file's name says, or else the nearest of its folders below the folder of all.
 
     There is none unless the names tell training files from others.
     """
     root = os.path.commonpath([path.parent for path in paths])
-    folders = {path: path.parent.relative_to(root).name for path in paths}
-    named = {path: split for path in paths if (split := _named_split(path.name) or _named_split(folders[path]))}
+    names = {path: [path.name, *reversed(path.parent.relative_to(root).parts)] for path in paths}
+    splits = {path: next(filter(None, map(_named_split, names[path])), None) for path in paths}
+    named = {path: split for path, split in splits.items() if split is not None}
     return named if {"train"} < set(named.values()) else {}
 
 
@@ -217,8 +219,9 @@ def _head(path: Path, compression: str | None) -> bytes:
 
 
 def _encoding(head: bytes, given: str | None) -> str:
+    """The encoding by its one official name."""
     marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
-    return marked or given or "utf-8"
+    return codecs.lookup(marked or given or "utf-8").name
 
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ def _no_object(value: Any, place: str) -> SRDEError:
 def _lines(path: Path, compression: str | None, encoding: str) -> Iterable[str | UnicodeError]:
     """Each line, or the reason why it is not text. Only a line feed ends a line."""
     with _open(path, compression) as file:
-        if encoding in ("utf-16", "utf-32"):  # here a line feed's byte may be part of another character
+        if encoding.startswith(("utf-16", "utf-32")):  # here a line feed's byte may be part of another character
             yield from io.TextIOWrapper(file, encoding, newline="\n")
             return
         for line in file:
@@ -376,11 +379,16 @@ def without_nulls(value: Any) -> Any:
 
 
 def _table(path: Path, compression: str | None, given: str | None) -> Iterator[Item]:
-    """Read a CSV or TSV file with a header. An empty cell counts as absent."""
+    """Read a CSV or TSV file with a header. An empty cell counts as absent.
+
+    Where the comma is the decimal sign, Excel separates cells by semicolons.
+    """
     csv.field_size_limit(LONGEST_CELL)
     encoding = _encoding(_head(path, compression), given)
     with io.TextIOWrapper(_open(path, compression), encoding, newline="") as text:
-        rows = csv.reader(text, delimiter="\t" if ending(path)[0] == ".tsv" else ",", strict=True)
+        first = text.readline()
+        separator = "\t" if ending(path)[0] == ".tsv" else ";" if ";" in first and "," not in first else ","
+        rows = csv.reader(chain([first], text), delimiter=separator, strict=True)
         header = [name.strip() for name in next(rows, [])]
         if header and (not all(header) or len(set(header)) < len(header)):
             raise SRDEError(f"'{path}': its first line must name each column once: {', '.join(header)}.")

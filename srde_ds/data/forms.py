@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from srde_ds.data.choices import right_option
-from srde_ds.data.conversation import REASONING, kind
+from srde_ds.data.conversation import REASONING, kind, text_fault
 from srde_ds.data.sources.examples import BrokenRow, lettered_choice
 from srde_ds.errors import SRDEError, nearest
 
@@ -105,12 +105,17 @@ def _turns(prompt: Any, response: Any) -> list[Fields]:
 
 def _pair(asked: str, answer: str, fields: Fields, answered: bool) -> Fields:
     for key in (asked, answer) if answered else (asked,):
-        if key not in fields:
-            raise BadForm(f"field '{key}' is missing")
+        _check_text(fields.get(key), key)
     prompt, response = fields[asked], fields.get(answer) if answered else None
     if isinstance(prompt, list) or isinstance(response, list):
         return {"messages": _turns(prompt, response)}
     return {"prompt": prompt} | ({"response": response} if response is not None else {})
+
+
+def _check_text(value: Any, key: str) -> None:
+    """Refuse what is neither text nor a list of messages, by the key that the file has."""
+    if not isinstance(value, list) and (fault := text_fault(value)):
+        raise BadForm(f"field '{key}' {fault}")
 
 
 def _list(value: Any, key: str) -> list[Any]:
@@ -158,6 +163,8 @@ def _alpaca(fields: Fields, answered: bool) -> Fields:
         return pair
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise BadForm("field 'history' must be a list of pairs of an instruction and its answer")
+    for text in (text for turn in history for text in turn):
+        _check_text(text, "history")
     before = [message for asked, answer in history for message in _turns(asked, answer)]
     return {"messages": [*before, *_turns(pair["prompt"], pair.get("response"))]}
 

@@ -15,6 +15,7 @@ from srde_ds.data.files import find_files, read_items, splits_by_name
 from srde_ds.data.forms import FORMS, Form, convert
 from srde_ds.data.records import Record, parse_record
 from srde_ds.errors import SRDEError
+from srde_ds.utils.escape import one_line
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,13 @@ class BadRecords:
         if self.count == 1 and on_bad_record == "fail":
             raise self._first[0]
         more = self.count - len(self._first)
-        lines = [*(f"  {fault}" for fault in self._first), *([f"  and {more:,} more"] if more else [])]
+        faults = [*map(one_line, map(str, self._first)), *([f"and {more:,} more"] if more else [])]
         if on_bad_record == "skip":
             count = "1 bad record is" if self.count == 1 else f"{self.count:,} bad records are"
-            log.warning("%s left out:\n%s", count, "\n".join(lines))
+            log.warning("%s left out:\n%s", count, "\n".join(f"  {fault}" for fault in faults))
             return
         remedy = "Correct them, or give --on_bad_record skip to leave them out"
-        raise SRDEError(f"{self.count:,} bad records. {remedy}:\n" + "\n".join(lines))
+        raise SRDEError(f"{self.count:,} bad records. {remedy}:", details=faults)
 
 
 def read_fields(
@@ -204,3 +205,22 @@ def read_records(
         yield record
     if bad is None:
         faults.report(options.on_bad_record)
+
+
+def only_held_out(records: list[Record], eval_file: str | Path, *, tell: bool = True) -> list[Record]:
+    """The records whose `split` says that they are held out, or all records if none says so.
+
+    Args:
+        eval_file: the option's value, for the log.
+        tell: log what is left out.
+    """
+    found = [record for record in records if record.split != "train"]
+    if not found or len(found) == len(records):
+        return records
+    left_out = len(records) - len(found)
+    log.log(
+        logging.INFO if tell else logging.DEBUG,
+        "%s: %d held-out items; left out as training items: %d",
+        *(eval_file, len(found), left_out),
+    )
+    return found

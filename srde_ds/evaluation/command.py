@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from srde_ds.config import DOMAINS, DataConfig, resolve
 from srde_ds.config.values import load_yaml
 from srde_ds.data.conversation import all_text
-from srde_ds.data.inputs import ReadOptions, read_records
+from srde_ds.data.inputs import ReadOptions, only_held_out, read_records
 from srde_ds.data.manifest import FILE_NAME, load_manifest
 from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
@@ -79,7 +79,7 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         domains = run.domains if run else list(dict.fromkeys([*source.metadata.expert_names, *DOMAINS]))
         how_read = ReadOptions.of(reading) if reading else None
         records = list(read_records(eval_file, domains, how_read, option="eval_file", train_on=train_on))
-        records = _held_out(records, eval_file, is_main)
+        records = only_held_out(records, eval_file, tell=is_main)
         return *load_model(options, source), records
 
     with launched_processes() as processes:
@@ -131,17 +131,6 @@ def evaluate_weights(options: EvaluateOptions, reading: DataConfig | None = None
         write_lines(target, [json.dumps(result, indent=2, allow_nan=False)])
     so_far.remove()
     return result, target if processes.is_main else None
-
-
-def _held_out(records: list[Record], eval_file: str, is_main: bool) -> list[Record]:
-    """The records whose `split` says that they are held out, or all records if none says so."""
-    held_out = [record for record in records if record.split != "train"]
-    if not held_out or len(held_out) == len(records):
-        return records
-    if is_main:
-        left_out = len(records) - len(held_out)
-        _log.info("%s: %d held-out items; left out as training items: %d", eval_file, len(held_out), left_out)
-    return held_out
 
 
 class _ResultsSoFar:

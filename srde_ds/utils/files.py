@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
+import logging
 import os
 import shutil
 import time
@@ -10,9 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from srde_ds.errors import SRDEError
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -87,23 +92,72 @@ def new_files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """An empty folder that exists while the block runs. Parent folders made for it are removed if they are empty."""
+    """An empty folder that exists while the block runs."""
     remove(path)
-    made = [parent for parent in path.parents if not parent.exists()]
-    path.mkdir(parents=True)
+    path.mkdir()
     try:
         yield path
     finally:
         remove(path)
+
+
+@contextmanager
+def file_lock(path: Path, busy: str) -> Iterator[None]:
+    """Hold the file `path`, which exists only while the block runs. Parent folders made for it are removed if they are
+    empty.
+
+    Some storage (Lustre, FUSE, NFS) may know no locks: then nothing is held, and a line says so.
+
+    Raises:
+        SRDEError: somebody else holds it; the message is `busy`.
+    """
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        if made:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        while not _is_same(file := _locked(path, busy), path):  # its holder has removed it in between
+            file.close()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
+    finally:
         for parent in made:
             with suppress(OSError):  # not empty: it holds the result
                 parent.rmdir()
+
+
+def _locked(path: Path, busy: str) -> IO[bytes]:
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise SRDEError(busy) from None
+    except OSError as error:
+        told = "%s: this storage has no file locks (%s). Let only one process at a time write here."
+        log.warning(told, path.parent, error.strerror)
+    return file
+
+
+def _is_same(file: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def write_text(target: Path, text: str, *, durable: bool = False, many_writers: bool = False) -> None:
     """Write a UTF-8 text file; for the arguments see `replacement`."""
     with replacement(target, durable=durable, many_writers=many_writers) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_ordinary(path: Path, place: str, remedy: str) -> None:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint import resume
-from srde_ds.checkpoint.layout import file_hash
 from srde_ds.config import Config, resolve
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import load_adapter
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.run_inputs import check_start, read_run_inputs
+from srde_ds.utils.files import file_hash
 from srde_ds.weights.file import read_metadata
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import Ranks

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from srde_ds.checkpoint.layout import MAX_JSON_BYTES, content_hash, file_hash
+from srde_ds.checkpoint.layout import MAX_JSON_BYTES, content_hash
 from srde_ds.checkpoint.resume import (
     find_checkpoint,
     load_common_tensors,
@@ -27,6 +27,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.training.changed_options import changes
 from srde_ds.training.checkpointing import check_saved
 from srde_ds.training.random_state import random_state, set_random_state
+from srde_ds.utils.files import file_hash
 from tests.checkpoint_helpers import blank, cut, make_tensors, save
 
 CASES = 250

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from srde_ds.checkpoint import resume
-from srde_ds.checkpoint.layout import content_hash, file_hash
+from srde_ds.checkpoint.layout import content_hash
 from srde_ds.checkpoint.resume import (
     find_checkpoint,
     load_common_tensors,
@@ -23,6 +23,7 @@ from srde_ds.checkpoint.resume import (
 from srde_ds.checkpoint.shards import read_slices
 from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
+from srde_ds.utils.files import file_hash
 from tests.checkpoint_helpers import save, save_on_ranks
 
 # --- finding ---------------------------------------------------------------------------------------------------------

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from unittest.mock import Mock
 
 import pytest
 
 from srde_ds.data.build import artifacts as module
-from srde_ds.data.build.artifacts import ArtifactStore, code_fingerprint, fingerprint, slices
+from srde_ds.data.build.artifacts import ArtifactStore, code_fingerprint, fingerprint, one_build, slices
 from srde_ds.errors import SRDEError
 
 
@@ -76,10 +79,40 @@ def test_a_part_that_is_not_whole_is_made_again(tmp_path: Path, harm: Callable[[
 
 
 def test_one_build_at_a_time(tmp_path: Path) -> None:
-    with ArtifactStore(tmp_path), pytest.raises(SRDEError, match="another build is using this folder"):
-        ArtifactStore(tmp_path).__enter__()
-    with ArtifactStore(tmp_path):
+    lock = tmp_path / "made" / "for" / "lock"
+    with one_build(tmp_path, lock):
+        with pytest.raises(SRDEError, match="another build is using this folder"), one_build(tmp_path, lock):
+            pass
+        assert lock.exists()  # it belongs to the first
+    assert not (tmp_path / "made").exists()
+    lock.parent.mkdir(parents=True)
+    lock.touch()  # left by a kill
+    with one_build(tmp_path, lock):
         pass
+    assert list(lock.parent.iterdir()) == []
+
+
+def test_a_lock_that_its_holder_removes_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flock, lock = fcntl.flock, tmp_path / "lock"
+
+    def late(file: IO[bytes], how: int) -> None:
+        monkeypatch.undo()  # only the first time
+        lock.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with one_build(tmp_path, lock), pytest.raises(SRDEError, match="another build"), one_build(tmp_path, lock):
+        pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_storage_without_locks_is_told_of(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
+    with one_build(tmp_path, tmp_path / "lock"):
+        pass
+    assert f"{tmp_path}: this storage has no file locks ({os.strerror(number)})." in caplog.text
 
 
 def test_processes_share_the_work_and_report_errors_and_deaths(tmp_path: Path) -> None:

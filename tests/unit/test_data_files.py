@@ -109,6 +109,23 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path: Path, kind: str, encodin
     assert pairs(read(tmp_path / f"data{kind}")) == JAPANESE[:1]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "UTF_16BE", "utf-32-le", "UTF8"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".txt"])
+def test_an_encoding_of_several_bytes_needs_no_mark(tmp_path: Path, kind: str, encoding: str) -> None:
+    lines = [f"日本語 \u0a0a\u0d0a {question}" for question in ("7*8?", "7*9?")]  # with bytes of a line feed
+    records = [{"prompt": line, "response": "1"} for line in lines]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if kind == ".csv":
+        text = "prompt,response\n" + "".join(f"{line},1\n" for line in lines)
+    elif kind == ".json":
+        text = json.dumps(records, ensure_ascii=False, indent=1)
+    (tmp_path / f"data{kind}").write_bytes(text.encode(encoding))
+    assert [asked for asked, _ in pairs(read(tmp_path / f"data{kind}", encoding=encoding))] == lines
+    (tmp_path / "prompts.txt").write_bytes("\n".join(lines).encode(encoding))
+    prompts = read_prompts(tmp_path / "prompts.txt", ReadOptions(encoding=encoding))
+    assert [prompt.messages[0]["content"] for prompt in prompts] == lines
+
+
 def test_another_encoding_is_guessed_and_read_where_it_is_given(tmp_path: Path) -> None:
     message = "gbk.jsonl:1: not UTF-8, looks like GBK: give --encoding gbk and look at the rows."
     assert refused(CASES / "gbk.jsonl").endswith(message)
@@ -192,6 +209,7 @@ def test_files_that_are_not_text_are_refused_as_what_they_are(tmp_path: Path, co
     [
         (("test-00000-of-00001", "train-00000-of-00001", "dev"), {"dev": "validation", "test": "test"}),
         (("train/a", "val/a", "b"), {"val": "validation"}),
+        (("train/algebra/a", "test/algebra/a", "test/sums/train-b"), {"test/algebra": "test"}),
         (("latest", "train1", "train2"), {}),
         (("test1", "b"), {}),
         (("train-test", "train"), {}),
@@ -201,7 +219,7 @@ def test_names_of_files_tell_splits_as_on_the_hub(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, names: tuple[str, ...], splits: dict[str, str]
 ) -> None:
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / f"{name}.jsonl", GOOD | {"source": name}, GOOD | {"source": name, "split": "test"})
     with caplog.at_level("INFO"):
         found = read(f"{tmp_path}/**/*.jsonl")
@@ -209,6 +227,9 @@ def test_names_of_files_tell_splits_as_on_the_hub(
         assert record.split == next((split for word, split in splits.items() if word in record.source), "train")
     assert {record.split for record in found[1::2]} == {"test"}  # as the record itself says
     assert ("by its name, the split of its records is" in caplog.text) == bool(splits)
+    source = Source("own", "math", jsonl=f"{tmp_path}/**/*.jsonl", formatter="by_keys")
+    training = sum(record.split == "train" for record in found[::2])
+    assert open_source(source, revision=None, seed=0, rows=0).reader.count == 2 * training
 
 
 def test_pipes_and_devices_are_refused(tmp_path: Path) -> None:
@@ -243,6 +264,18 @@ def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
     first, second = read(tmp_path / "d.csv")
     assert (first.messages, first.answer, first.source) == (TURNS, None, "hand")
     assert (second.answer, second.source) == ("56", "")
+
+
+@pytest.mark.parametrize("compression", ["", ".gz"])
+def test_tables_of_a_country_with_decimal_commas_have_semicolons(tmp_path: Path, compression: str) -> None:
+    text = 'prompt;"response";source\r\n"a; b\n c";0,5;\r\nd;"e, f";hand\r\n'
+    path = tmp_path / f"data.csv{compression}"
+    with pa.output_stream(str(path), compression="gzip" if compression else None) as file:
+        file.write(text.encode("utf-8-sig"))
+    first, second = read(path)
+    assert pairs([first, second]) == [("a; b\n c", "0,5"), ("d", "e, f")]
+    assert (first.where, second.where) == (f"{path}:3", f"{path}:4") and second.source == "hand"
+    refused(write(tmp_path / "e.csv", "prompt;response", "a;b;c"), "e.csv:2: has 3 cells, but the first line names 2")
 
 
 def test_large_files_are_not_held_in_memory(tmp_path: Path) -> None:
@@ -296,7 +329,23 @@ def test_forms_are_told_by_their_keys(
 
 def test_an_alpaca_input_without_an_instruction_is_no_question(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", {"instruction": " ", "input": "7, 8", "output": "15"})
-    refused(path, "train.jsonl:1: field 'prompt' is empty")
+    refused(path, "train.jsonl:1: field 'instruction' is empty")
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ({"instruction": "a", "output": ""}, "field 'output' is empty"),
+        ({"instruction": "a"}, "field 'output' is missing"),
+        ({"instruction": "a", "output": "b", "history": [["c", 1]]}, "field 'history' must be text, not a number"),
+        ({"question": "a", "answer": 42}, "field 'answer' must be text, not a number"),
+        ({"question": {"a": 1}, "answer": "b"}, "field 'question' must be text, not an object"),
+        ({"prompt": "a", "completion": "\ud83d"}, "field 'completion' holds half a surrogate pair: write the whole"),
+        ({"prompt": TURNS[:1], "completion": 1}, "field 'completion' must be text, not a number"),
+    ],
+)
+def test_a_fault_is_told_by_the_key_that_the_file_has(tmp_path: Path, record: dict[str, Any], fault: str) -> None:
+    refused(write(tmp_path / "train.jsonl", record), f"train.jsonl:1: {fault}")
 
 
 def test_an_alpaca_history_comes_before(tmp_path: Path) -> None:

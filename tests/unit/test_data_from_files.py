@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -55,7 +56,9 @@ def fails(files: Mapping[str, Any], message: str, **changes: Any) -> None:
         build(files, **changes)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     folder = Path(changes.get("output_dir", files["output_dir"]))
-    assert not any(folder.with_name(folder.name + ending).exists() for ending in (".tmp", ".building"))
+    assert not any(
+        folder.with_name(folder.name + ending).exists() for ending in (".tmp", ".building", ".building.lock")
+    )
 
 
 def test_folder_manifest_and_rows_agree(files: dict[str, Any]) -> None:
@@ -138,6 +141,46 @@ def test_changed_content_is_noticed_and_foreign_folders_refused(files: dict[str,
     write_jsonl(files["jsonl_data"], sums("math", [90]) + sums("logic", [91]))
     fails(files, "It was built from other files or other content")
     fails(files, "holds no manifest.json: build_dataset has not made it", output_dir=files["jsonl_data"].parent)
+
+
+def test_overwriting_replaces_only_what_a_build_has_made(files: dict[str, Any], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for name in ("train", "test"):  # named like splits, yet nobody's build
+        (data / name).mkdir(parents=True)
+        write_jsonl(data / name / "math.jsonl", sums("math", range(9)))
+    inputs = {"jsonl_data": f"{data}/**/*.jsonl", "eval_file": None, "domains": ["math"], "output_dir": data}
+    fails(
+        inputs,
+        f"'{data}' was not made by build_dataset (holds no manifest.json), so it is not replaced. Choose ",
+        overwrite=True,
+    )
+    (data / "manifest.json").write_text("{}")
+    fails(inputs, f"'{data}' holds '{data}/test/math.jsonl', which the dataset is made from", overwrite=True)
+    (data / "notes.txt").write_text("the user's")
+    fails(files, f"'{data}' was not made by build_dataset (holds 'notes.txt')", output_dir=data, overwrite=True)
+    fails(files, "train.jsonl' is not a folder", output_dir=files["jsonl_data"], overwrite=True)
+    assert len(list(data.rglob("*.*"))) == 4 and files["jsonl_data"].is_file()
+    build(files)
+    (files["output_dir"] / "manifest.json").write_text("{")  # damaged, but ours
+    assert build(files, overwrite=True, max_length=256) == load_manifest(files["output_dir"])
+
+
+def test_two_builds_into_one_folder_do_not_harm_each_other(
+    files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def meanwhile(*arguments: Any) -> int:
+        with pytest.raises(SRDEError, match=r"rows': another build is using this folder. Wait for it, or choose") as no:
+            build(files)
+        refused.append(no)
+        return check_files(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srde_ds.data.build.from_files.check_files", meanwhile)
+        first = build(files, num_processes=1)
+    assert refused and load_manifest(files["output_dir"]) == first == build(files)
+    assert sorted(os.listdir(files["output_dir"].parent)) == ["held_out.jsonl", "rows", "train.jsonl"]
 
 
 def test_a_killed_build_leaves_nothing_that_stops_the_next(files: dict[str, Any]) -> None:
@@ -313,6 +356,31 @@ def test_bad_records_are_all_told_or_left_out_and_counted(
     assert skipped.bad_records == 3 and load_manifest(files["output_dir"]) == skipped
     assert skipped.splits["train"].domains["math"].documents == 30
     assert ":62: the tokenizer's chat template refuses these messages: not this" in caplog.text
+
+
+def test_a_domain_whose_records_are_all_bad_is_refused(files: dict[str, Any]) -> None:
+    template = CHATML.replace("{{ m['content'] }}", "{{ m['content'].split('</think>')[-1] }}")
+    thought = [record | {"response": f"<think>x</think>{record['response']}"} for record in sums("code", range(30))]
+    with files["jsonl_data"].open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in thought)
+    given: dict[str, Any] = {"domains": [*DOMAINS, "code"], "tokenizer": tiny_tokenizer(template)}
+    given["reading"] = ReadOptions(on_bad_record="skip")
+    fails(files, "all records of domain 'code' are bad, as the report says: correct them, or leave it out of", **given)
+    manifest = build(files, **given, optional_domains=("code",))
+    assert (manifest.bad_records, manifest.splits["train"].domains["code"].documents) == (30, 0)
+
+
+def test_an_eval_file_of_all_splits_holds_out_what_evaluation_takes(
+    files: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    write_jsonl(folder / "train-0.jsonl", sums("math", range(100, 150)))
+    write_jsonl(folder / "test-0.jsonl", sums("math", range(200, 210)))
+    with caplog.at_level("INFO"):
+        manifest = build(files, eval_file=folder)
+    assert manifest.splits["validation"].domains["math"].documents == 10
+    assert f"{folder}: 10 held-out items; left out as training items: 50" in caplog.text
 
 
 def test_a_template_that_refuses_a_kind_of_conversation_is_noticed_at_once(files: dict[str, Any]) -> None:

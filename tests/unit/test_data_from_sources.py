@@ -315,6 +315,11 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 256
     build(replace(options, max_length=300), tmp_path / "data", overwrite=True)
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 300
+    notes = tmp_path / "data" / "tokenized" / "notes.txt"
+    notes.write_text("the user's")
+    with pytest.raises(SRDEError, match=r"tokenized' was not made by build_dataset \(holds 'notes.txt'\)"):
+        build(options, tmp_path / "data", overwrite=True)
+    notes.unlink()
     # Records without rows do not leave the rows of other records beside them.
     with pytest.raises(SRDEError, match="holds another dataset"):
         build(options, tmp_path / "data", tokenizer=None)

@@ -89,12 +89,27 @@ def test_dropped_and_bad_records_are_told_on_the_console(
         assert f"srde-ds: train, {domain}: 4 of 8 documents are longer than max_length=128: 4 left out." in errors
     assert "half_too_long.jsonl: 16 records, prompts and responses" in errors
     bad = {"jsonl_data": CASES / "bad_line.jsonl", "domains": "math"}
-    fails_with = "bad_line.jsonl:2: unknown domain 'code'"
+    fails_with = "bad_line.jsonl:2: field 'response' is empty"
     assert main(command(base, tmp_path / "bad", **bad)) == 2
     assert fails_with in capsys.readouterr().err and not (tmp_path / "bad" / "tokenized").exists()
     assert main(command(base, tmp_path / "bad", **bad, on_bad_record="skip")) == 0
     assert f"1 bad record is left out:\n  {CASES / fails_with}" in capsys.readouterr().err
     assert load_manifest(tmp_path / "bad" / "tokenized").bad_records == 1
+
+
+def test_bad_records_are_told_a_line_each(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, forged = {"prompt": "a", "response": "b"}, "x'\nsrde-ds: forged"
+    path = write_jsonl(tmp_path / "train.jsonl", [good, {"prompt": "a", "response": ""}, good | {"domain": forged}])
+    report = [
+        f"{path}:2: field 'response' is empty.",
+        rf"{path}:3: unknown domain 'x'\nsrde-ds: forged', must be one of",
+    ]
+    assert main(command(base, tmp_path, jsonl_data=path)) == 2
+    head, *lines = capsys.readouterr().err.splitlines()[-3:]
+    assert head == "srde-ds: error: 2 bad records. Correct them, or give --on_bad_record skip to leave them out:"
+    assert all(line.startswith(f"  {fault}") for line, fault in zip(lines, report, strict=True))
+    assert main(command(base, tmp_path, jsonl_data=path, on_bad_record="skip")) == 0
+    assert "2 bad records are left out:\n  " + report[0] + "\n  " + report[1] in capsys.readouterr().err
 
 
 def test_a_dry_run_looks_at_the_files(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

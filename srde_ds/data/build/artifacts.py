@@ -7,7 +7,6 @@ names of the artifacts that depend on it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -20,14 +19,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import replacement, write_text
+from srde_ds.utils.files import file_lock, replacement, write_text
 
 Work = Callable[..., dict[str, Any]]
 """`work(path, **arguments)` writes the file `path` and returns figures that JSON can hold. A module-level function."""
@@ -53,12 +52,21 @@ def code_fingerprint(*modules: str) -> str:
     return fingerprint(*(inspect.getsource(sys.modules[name]) for name in modules))
 
 
-class ArtifactStore:
-    """The folder of artifacts, used by one build at a time, and the processes that make them.
+def one_build(folder: Path, lock: Path) -> AbstractContextManager[None]:
+    """Keep other builds out of `folder` while the block runs.
+
+    Args:
+        lock: a file that this build holds, outside of what it may remove.
 
     Raises:
-        SRDEError: on entering, if another build is using the folder.
+        SRDEError: on entering, if another build holds it.
     """
+    busy = f"'{folder}': another build is using this folder. Wait for it, or choose another folder."
+    return file_lock(lock, busy)
+
+
+class ArtifactStore:
+    """The folder of artifacts, for one build at a time (see `one_build`), and the processes that make them."""
 
     def __init__(self, folder: Path, num_processes: int = 1, initialize: Callable[[], None] | None = None) -> None:
         self.folder = folder
@@ -73,14 +81,6 @@ class ArtifactStore:
 
     def __enter__(self) -> ArtifactStore:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise SRDEError(
-                f"'{self.folder}': another build is using this folder. Wait for it, or choose another --work_dir."
-            ) from None
         self._remove_unfinished()  # from a build that was killed
         if self._initialize:
             self._initialize()
@@ -90,7 +90,6 @@ class ArtifactStore:
         if self._pool:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
-        self._lock.close()
 
     def run(self, name: str, work: Work, parts: Sequence[tuple[str, dict[str, Any]]]) -> list[Artifact]:
         """Make the artifacts of the pass `name` that do not exist yet, and return all of them in order.

@@ -17,14 +17,14 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from srde_ds.config import DataConfig
-from srde_ds.data.build.artifacts import Artifact, ArtifactStore
+from srde_ds.data.build.artifacts import Artifact, ArtifactStore, one_build
 from srde_ds.data.build.input_checks import InputChecks
-from srde_ds.data.build.rows_folder import Documents, write_rows
+from srde_ds.data.build.rows_folder import Documents, check_replaceable, write_rows
 from srde_ds.data.build.tables import write_table
 from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, set_tokenizer, tokenize_records
 from srde_ds.data.conversation import TrainOn
 from srde_ds.data.files import find_files
-from srde_ds.data.inputs import BadRecords, ReadOptions, read_records
+from srde_ds.data.inputs import BadRecords, ReadOptions, only_held_out, read_records
 from srde_ds.data.manifest import (
     FORMAT_VERSION,
     Manifest,
@@ -36,7 +36,7 @@ from srde_ds.data.manifest import (
 from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS, Record
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import scratch_folder
+from srde_ds.utils.files import file_hash, scratch_folder
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ class RowsOfFiles:
         return str(self.eval_file if self.eval_file and split == "validation" else self.jsonl_data)
 
     def records(self, bad: BadRecords) -> Iterator[tuple[str, Record]]:
-        """The split and the record, for all records. Those of `eval_file` make up the split validation.
+        """The split and the record, for all records. Those of `eval_file` make up the split validation, but for those
+        that it says are for training.
 
         Raises:
             SRDEError: `jsonl_data` holds a validation record as well.
@@ -94,13 +95,17 @@ class RowsOfFiles:
                 raise SRDEError(f"{record.where}: a validation record besides eval_file={self.eval_file}: keep one.")
             yield record.split, record
         if self.eval_file:
-            for record in read_records(self.eval_file, self.domains, option="eval_file", **how):
-                yield "validation", record
+            records = list(read_records(self.eval_file, self.domains, option="eval_file", **how))
+            yield from (("validation", record) for record in only_held_out(records, self.eval_file))
+
+    def files(self) -> dict[str, list[Path]]:
+        """The files by option's value."""
+        options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
+        return {name: find_files(name, option, tell=False) for name, option in options.items()}
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 by option's value: of the file, or of the hashes of several files in order."""
-        options = {str(self.jsonl_data): "jsonl_data"} | ({str(self.eval_file): "eval_file"} if self.eval_file else {})
-        return {name: files_hash(find_files(name, option, tell=False)) for name, option in options.items()}
+        return {name: files_hash(paths) for name, paths in self.files().items()}
 
 
 def build_dataset(
@@ -119,11 +124,13 @@ def build_dataset(
 
     Raises:
         SRDEError: bad input, a domain without records, held-out prompts in the training files, or, without `overwrite`,
-            a folder that holds something else.
+            a folder that holds something else. Even with it, a folder that no build has made.
     """
     output_dir = Path(output_dir)
     if not output_dir.name:
         raise SRDEError(f"output='{output_dir}' is no name for a new folder. Give another one.")
+    if overwrite:
+        check_replaceable(output_dir, [path for paths in inputs.files().values() for path in paths])
     hashes = inputs.hashes()
     made_for = inputs.max_length, inputs.too_long, inputs.seed, inputs.domains, tokenizer_identity(tokenizer)
     manifest = Manifest(FORMAT_VERSION, *made_for, splits={})
@@ -135,8 +142,10 @@ def build_dataset(
         log.info("'%s' was built from the same files and options, so it is used as it is", output_dir)
         return existing
     with ExitStack() as stack:
+        building = output_dir.with_name(f"{output_dir.name}.building")
         try:
-            scratch = stack.enter_context(scratch_folder(output_dir.with_name(f"{output_dir.name}.building")))
+            stack.enter_context(one_build(output_dir, building.with_name(f"{building.name}.lock")))
+            scratch = stack.enter_context(scratch_folder(building))
         except OSError as error:
             raise SRDEError(f"'{output_dir}' cannot be made: {error.strerror}. Choose another folder.") from None
         with ArtifactStore(scratch / "artifacts", num_processes, partial(set_tokenizer, tokenizer)) as store:
@@ -144,6 +153,7 @@ def build_dataset(
             manifest.bad_records = check_files(inputs, tokenizer, records.add)
             documents, refused = _tokenize(records.close(), inputs, store)
             manifest.bad_records += refused
+            _check_trained(documents, inputs)
             made_from = {split: (inputs.name(split), hashes[inputs.name(split)]) for split in SPLITS}
             write_rows(output_dir, manifest, documents, made_from, pad_token_id(tokenizer), store)
     return manifest
@@ -244,6 +254,20 @@ def _tokenize(
     return documents, bad.count
 
 
+def _check_trained(documents: dict[tuple[str, str], Documents], inputs: RowsOfFiles) -> None:
+    """Refuse a domain all of whose training records turned out to be bad when they were tokenised.
+
+    Raises:
+        SRDEError: with the domain and the remedy.
+    """
+    for (split, domain), made in documents.items():
+        if split == "train" and not made.index_of and domain not in inputs.optional_domains:
+            raise SRDEError(
+                f"'{inputs.jsonl_data}': all records of domain '{domain}' are bad, as the report says: correct them, "
+                "or leave it out of domains."
+            )
+
+
 def _places(files: dict[tuple[str, str], Any], domains: Sequence[str]) -> list[tuple[str, str]]:
     """Every domain, for each split that has records."""
     splits = {split for split, _ in files}
@@ -273,19 +297,13 @@ def files_hash(paths: Sequence[Path]) -> str:
     Raises:
         SRDEError: a file cannot be read.
     """
-    hashes = [file_hash(path) for path in paths]
+    hashes = [_readable_hash(path) for path in paths]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        SRDEError: it does not exist or cannot be read.
-    """
+def _readable_hash(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except FileNotFoundError:
         raise SRDEError(f"no such file '{path}': give an existing file.") from None
     except OSError as error:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from srde_ds.data.build.artifacts import ArtifactStore, fingerprint
+from srde_ds.data.build.artifacts import ArtifactStore, fingerprint, one_build
 from srde_ds.data.build.options import BuildOptions, BuildSummary
 from srde_ds.data.build.outputs import ARTIFACTS, JSONL, check_free, check_ours, write_jsonl, write_selection
+from srde_ds.data.build.rows_folder import check_replaceable
 from srde_ds.data.build.selection import REFUSED, Pool, Selection, select
 from srde_ds.data.build.source_records import Records, apply_rules, ngrams_of, records_of
 from srde_ds.data.build.tokens import read_lines, set_tokenizer
@@ -56,12 +57,16 @@ def build_from_sources(
     started = time.perf_counter()
     if not overwrite:
         check_ours(work_dir)
+    check_replaceable(work_dir / ROWS)
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SRDEError(f"work_dir={work_dir}: cannot be made: {error.strerror}. Choose another one.") from None
     initialize = partial(set_tokenizer, tokenizer) if tokenizer is not None else None
-    with ArtifactStore(work_dir / ARTIFACTS, num_processes, initialize) as store:
+    with (
+        one_build(work_dir, work_dir / ARTIFACTS / "lock"),
+        ArtifactStore(work_dir / ARTIFACTS, num_processes, initialize) as store,
+    ):
         with store.timed("open"):
             supply = Supply(options, work_dir)
             ngrams = ngrams_of(options, work_dir / ARTIFACTS / "ngrams")

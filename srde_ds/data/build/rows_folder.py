@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,29 @@ class Documents:
     """each document's file, as a position in `files`"""
     index_of: list[int]
     """each document's position in that file"""
+
+
+def check_replaceable(folder: Path, inputs: Sequence[Path] = ()) -> None:
+    """Check that `folder` may be replaced: it does not exist, is empty, or holds what a build has made and no more.
+
+    Args:
+        inputs: files that the build reads, which must lie outside.
+
+    Raises:
+        SRDEError: it may not.
+    """
+    if not folder.exists():
+        return
+    remedy = "so it is not replaced. Choose another folder"
+    if not folder.is_dir():
+        raise SRDEError(f"'{folder}' is not a folder, {remedy}.")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in (FILE_NAME, *SPLITS)]
+    if foreign or (names and FILE_NAME not in names):
+        what = f"holds '{foreign[0]}'" if foreign else f"holds no {FILE_NAME}"
+        raise SRDEError(f"'{folder}' was not made by build_dataset ({what}), {remedy}.")
+    if inside := [path for path in inputs if path.resolve().is_relative_to(folder.resolve())]:
+        raise SRDEError(f"'{folder}' holds '{inside[0]}', which the dataset is made from, {remedy}.")
 
 
 def write_rows(

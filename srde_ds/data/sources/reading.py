@@ -28,6 +28,7 @@ from srde_ds.data.synthetic import tasks
 from srde_ds.data.synthetic.science import SCIENCE
 from srde_ds.errors import SRDEError
 from srde_ds.utils.escape import one_line
+from srde_ds.utils.files import file_hash
 from srde_ds.utils.retry import SourceError, with_retries
 
 log = logging.getLogger(__name__)
@@ -294,8 +295,7 @@ def _rewrite(paths: Sequence[Path]) -> TemporaryDirectory[str]:
 def _hash_files(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_hash(path)))
     return digest.hexdigest()
 
 
