@@ -406,11 +406,13 @@ base, adapter, run = sys.argv[1:]
 model = SRDEModel.from_pretrained(base, adapter)
 print(model.push_to_hub("me/experts", run=run))
 print(model.push_to_hub("me/open", private=False))
+model.push_to_hub("me/experts"), model.push_to_hub("me/open", private=False)  # once more, into what exists
 again = SRDEModel.from_pretrained(base, "me/experts")
+load = lambda name: SRDEModel.from_pretrained(base, name)
 assert all(bool((a == b).all()) for a, b in zip(model.adapter_tensors().values(), again.adapter_tensors().values()))
-for name in ("me/none", "a/b/c"):
+for act, name in ((load, "me/none"), (load, "a/b/c"), (model.push_to_hub, "me/public")):
     try:
-        SRDEModel.from_pretrained(base, name)
+        act(name)
     except SRDEError as error:
         print(error)
 """
@@ -418,6 +420,7 @@ for name in ("me/none", "a/b/c"):
 
 def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path) -> None:
     with standin() as hub:
+        hub.add("me/public", {})
         own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         environment = os.environ | own | {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_TELEMETRY": "1"}
         command = [sys.executable, "-c", PUSH, str(base), str(run), str(run)]
@@ -426,7 +429,9 @@ def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path)
         lines = done.stdout.splitlines()
         assert lines[:2] == [f"{hub.endpoint}/me/experts", f"{hub.endpoint}/me/open"]
         assert "weights 'me/none': no such file or folder, nor can the Hub provide it (404" in lines[2]
-        assert "weights 'a/b/c': no such file or folder" in lines[3] and len(lines) == 4
+        assert "weights 'a/b/c': no such file or folder" in lines[3] and len(lines) == 5
+        assert "push_to_hub('me/public') with private=true: the repository exists and is public" in lines[4]
+        assert not hub.files["me/public"]
         assert hub.private == {"me/experts": True, "me/open": False} and hub.tokens == {"Bearer hf_secret"}
         files = hub.files["me/experts"]
         assert set(files) - {".gitattributes"} == {"README.md", WEIGHTS}
