@@ -161,6 +161,12 @@ def base_configuration(
     return config
 
 
+def layer_configurations(config: PretrainedConfig) -> list[Any]:
+    """The text configuration of each decoder layer: in some bases layers differ in the size of their heads."""
+    text = config.get_text_config()
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+
+
 def carries_state(config: PretrainedConfig) -> bool:
     """Whether a base has layers that carry a state from token to token, whatever the positions.
 
@@ -239,8 +245,9 @@ def identity_hash(config: Any, samples: Iterable[list[bytes]]) -> str:
     Args:
         samples: `sample_digest` of the weights of the embedding, of the first layer and of the last.
     """
-    text = config.get_text_config()
-    fields = {name: getattr(text, name, None) for name in IDENTITY_FIELDS}
+    layers = layer_configurations(config)
+    values = {name: [getattr(layer, name, None) for layer in layers] for name in IDENTITY_FIELDS}
+    fields = {name: own if any(value != own[0] for value in own) else own[0] for name, own in values.items()}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for module in samples:
         for sample in sorted(module):
@@ -369,6 +376,14 @@ def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: st
     Raises:
         SRDEError: no order gives the block's output.
     """
+    roles = roles_of(block, hidden, dtype=dtype)
+    if roles is None:
+        raise another_formula(block, where)
+    return roles
+
+
+def roles_of(block: nn.Module, hidden: int, *, dtype: torch.dtype) -> dict[str, str] | None:
+    """The roles that `verify_block` finds; None: it computes something else."""
     device = _device(block)
     x = torch.randn(1, 8, hidden, generator=torch.Generator().manual_seed(0)).to(device=device, dtype=dtype)
     with torch.no_grad():
@@ -377,7 +392,12 @@ def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: st
             gate, up, down, act = (getattr(block, roles[role]) for role in (*ROLES, "act"))
             if torch.equal(down(act(gate(x)) * up(x)), expected):
                 return roles
-    raise SRDEError(
+    return None
+
+
+def another_formula(block: nn.Module, where: str) -> SRDEError:
+    """The error for a block that has the parts of a gated one and computes something else."""
+    return SRDEError(
         f"{where}: {_describe(block)} looks like a gated feed-forward block but does not compute "
         "down(act(gate(x)) * up(x)); this base is not supported."
     )
