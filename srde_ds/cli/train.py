@@ -97,7 +97,7 @@ def train(arguments: Sequence[str]) -> int:
         schedule = Schedule.of(config)
         parts = [describe_run(config, shape, world_size=launched_world_size()), schedule.describe()]
         if config.curriculum.initial_density:
-            spans = trained_values(config.adapter, schedule.densities, shape.blocks)
+            spans = trained_values(config.adapter, schedule.densities, shape)
             parts.insert(1, describe_trained_values(spans, schedule.max_steps))
         if launched_rank() == 0:
             print("\n\n".join(parts))
