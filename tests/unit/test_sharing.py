@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, pipeline
 from srde_ds import SRDEModel
 from srde_ds.config import Config
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
@@ -286,6 +287,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
         {"step": 1, "loss": 3.0, "tokens": 100, "held_out_at_start": {"red": 3.5, "green": 3.25}},
         {"step": 2, "loss": 1.5, "tokens": 1200, "held_out": {"red": 1.25, "green": 1.125}},
     ]
+    lines[-1]["learning_rates"] = {"delta_matrices": 0.01, "routers": 0.0005}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     environment = {"versions": {"torch": "9.9"}, "world_size": 2, "machine": "a machine"}
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -316,6 +318,8 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         "| experts | red, green |",
         "SRDEModel.from_pretrained(",
         "2 steps, 1,200 tokens; last training loss 1.500. 2 processes on a machine; torch 9.9",
+        "| muon_lr | 0.02 |",
+        "| router_lr | 0.001 |",
         "| red | 6 |",
         "| sums | red | someone/sums | mit | no |",
         "| red | 3.500 | 1.250 |",
@@ -323,6 +327,7 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         "not known here: see the base's page",
     ):
         assert part in card, part
+    assert "| learning_rate |" not in card  # no trainable uses it
     evaluation = {
         "overall": {"srde": {"loss": 1.5, "accuracy": 0.25, "items": 40}, "base": {"loss": 2.5, "accuracy": 0.125}},
         "domains": {"red": {"srde": {"loss": 1.25, "accuracy": None}}},
@@ -378,6 +383,9 @@ def test_the_code_on_the_card_runs(made: Trained, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path / "here")
     variables: dict[str, Any] = {}
     exec(code, variables)
+    chat = [{"role": "user", "content": "What is 17 * 3?"}]
+    asked = load_tokenizer(made.base).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert variables["inputs"]["input_ids"].tolist() == [asked]
     assert type(variables["plain"]).__name__ == "LlamaForCausalLM"
 
 
