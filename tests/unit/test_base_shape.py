@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,7 +87,7 @@ def test_a_tiny_copy_computes_what_its_block_computes(sizes: tuple[int, int]) ->
         block = BitNetMLP(BitNetConfig(hidden_size=sizes[0], intermediate_size=sizes[1]))  # norms what down gets
         plain = LlamaMLP(LlamaConfig(hidden_size=sizes[0], intermediate_size=sizes[1], mlp_bias=True))
         dropping = SeedOssMLP(SeedOssConfig(hidden_size=sizes[0], intermediate_size=sizes[1], residual_dropout=0.5))
-    copied = tiny_copy(block, *sizes)
+    copied: Any = tiny_copy(block, *sizes)
     values = torch.randn(2, 8)
     inner = copied.ffn_sub_norm(copied.act_fn(copied.gate_proj(values)) * copied.up_proj(values))
     assert torch.equal(copied(values), copied.down_proj(inner))

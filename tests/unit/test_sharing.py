@@ -384,8 +384,8 @@ def test_the_code_on_the_card_runs(made: Trained, tmp_path: Path, monkeypatch: p
     variables: dict[str, Any] = {}
     exec(code, variables)
     chat = [{"role": "user", "content": "What is 17 * 3?"}]
-    asked = load_tokenizer(made.base).apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    assert variables["inputs"]["input_ids"].tolist() == [asked]
+    asked: Any = load_tokenizer(made.base).apply_chat_template(chat, add_generation_prompt=True)
+    assert variables["inputs"]["input_ids"].tolist() == [asked["input_ids"]]
     assert type(variables["plain"]).__name__ == "LlamaForCausalLM"
 
 
