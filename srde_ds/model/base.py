@@ -367,23 +367,20 @@ def _feed_forward(layer: nn.Module, number: int, base: PreTrainedModel, gather: 
     return FeedForward(block, layer, name, roles, hidden, intermediate[0])
 
 
-def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: str = "block") -> dict[str, str]:
+def verify_block(
+    block: nn.Module, hidden: int, *, dtype: torch.dtype, where: str = "block", original: nn.Module | None = None
+) -> dict[str, str]:
     """The roles for which down(act(gate(x)) * up(x)) equals the block's own output bit for bit on random input.
 
     The order that the attributes' names suggest is tried first, then all others that the shapes allow. The weights
     must be whole here.
 
+    Args:
+        original: the block that `block` is a copy of, for the message.
+
     Raises:
         SRDEError: no order gives the block's output.
     """
-    roles = roles_of(block, hidden, dtype=dtype)
-    if roles is None:
-        raise another_formula(block, where)
-    return roles
-
-
-def roles_of(block: nn.Module, hidden: int, *, dtype: torch.dtype) -> dict[str, str] | None:
-    """The roles that `verify_block` finds; None: it computes something else."""
     device = _device(block)
     x = torch.randn(1, 8, hidden, generator=torch.Generator().manual_seed(0)).to(device=device, dtype=dtype)
     with torch.no_grad():
@@ -392,13 +389,8 @@ def roles_of(block: nn.Module, hidden: int, *, dtype: torch.dtype) -> dict[str, 
             gate, up, down, act = (getattr(block, roles[role]) for role in (*ROLES, "act"))
             if torch.equal(down(act(gate(x)) * up(x)), expected):
                 return roles
-    return None
-
-
-def another_formula(block: nn.Module, where: str) -> SRDEError:
-    """The error for a block that has the parts of a gated one and computes something else."""
-    return SRDEError(
-        f"{where}: {_describe(block)} looks like a gated feed-forward block but does not compute "
+    raise SRDEError(
+        f"{where}: {_describe(original or block)} looks like a gated feed-forward block but does not compute "
         "down(act(gate(x)) * up(x)); this base is not supported."
     )
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from srde_ds.model.base import another_formula, block_of_layer, block_shapes, decoder_layers, roles_of
+from srde_ds.model.base import block_of_layer, block_shapes, decoder_layers, verify_block
 
 HIDDEN, INTERMEDIATE = 8, 16
 
@@ -22,8 +22,8 @@ def check_formulas(base: PreTrainedModel) -> None:
     """
     for number, (layer, (_, intermediate)) in enumerate(zip(decoder_layers(base), block_shapes(base), strict=True)):
         name, block, hidden = block_of_layer(layer, number, base)
-        if roles_of(tiny_copy(block, hidden, intermediate), HIDDEN, dtype=torch.float32) is None:
-            raise another_formula(block, f"base {type(base).__name__}, layer {number}, {name}")
+        where = f"base {type(base).__name__}, layer {number}, {name}"
+        verify_block(tiny_copy(block, hidden, intermediate), HIDDEN, dtype=torch.float32, where=where, original=block)
 
 
 def tiny_copy(block: nn.Module, hidden: int, intermediate: int) -> nn.Module:

@@ -17,7 +17,7 @@ from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import roles_of
+from srde_ds.model.base import verify_block
 from srde_ds.model.base_shape import base_shape, measure
 from srde_ds.model.tiny_block import tiny_copy
 from srde_ds.planner.flops import step_flops
@@ -91,10 +91,11 @@ def test_a_tiny_copy_computes_what_its_block_computes(sizes: tuple[int, int]) ->
     values = torch.randn(2, 8)
     inner = copied.ffn_sub_norm(copied.act_fn(copied.gate_proj(values)) * copied.up_proj(values))
     assert torch.equal(copied(values), copied.down_proj(inner))
-    assert roles_of(copied, 8, dtype=torch.float32) is None
+    with pytest.raises(SRDEError, match="does not compute"):
+        verify_block(copied, 8, dtype=torch.float32)
     assert {p.shape for p in copied.parameters()} <= {(8, 16), (16, 8), (16,), (8, 8), (8,)}
     for gated in (plain, dropping):
-        assert roles_of(tiny_copy(gated, *sizes), 8, dtype=torch.float32) == {
+        assert verify_block(tiny_copy(gated, *sizes), 8, dtype=torch.float32) == {
             "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn",
         }  # fmt: skip
     assert all(p.is_meta for p in block.parameters())
