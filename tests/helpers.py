@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     Mistral3Config,
@@ -55,6 +56,13 @@ def tiny_llama(*, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(LlamaConfig(**values))
     return model.to(dtype).requires_grad_(False).eval()
+
+
+def gemma4(**changes: Any) -> Gemma4TextConfig:
+    """A tiny base whose first layer has heads of 8 values, and its second of 16."""
+    own = {"head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    per_layer = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": SIZES["vocab_size"]}
+    return Gemma4TextConfig(**SIZES | own | per_layer | {"pad_token_id": 0} | changes)
 
 
 @contextmanager

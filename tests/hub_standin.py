@@ -111,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repository: str) -> None:
         if self._known(repository):
             siblings = [{"rfilename": path} for path in self.hub.files[repository]]
-            sha = self.hub.shas[repository]
-            self._send(200, {"id": repository, "sha": sha, "siblings": siblings, "private": False, "tags": []})
+            sha, private = self.hub.shas[repository], self.hub.private.get(repository, False)
+            self._send(200, {"id": repository, "sha": sha, "siblings": siblings, "private": private, "tags": []})
 
     def _tree(self, repository: str, folder: str) -> None:
         if not self._known(repository):
@@ -158,10 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'someone'}/{wanted['name']}"
+            kind = "datasets/" if wanted.get("type") == "dataset" else ""
+            answer = {"url": f"{self.hub.endpoint}/{kind}{name}", "id": name, "name": name}
+            if name in self.hub.files:  # as the Hub answers: what exists stays as it is
+                return self._send(409, answer | {"error": "You already created this repo"})
             self.hub.private[name] = bool(wanted.get("private")) or wanted.get("visibility") == "private"
             self.hub.add(name, {})
-            kind = "datasets/" if wanted.get("type") == "dataset" else ""
-            return self._send(200, {"url": f"{self.hub.endpoint}/{kind}{name}", "id": name, "name": name})
+            return self._send(200, answer)
         if match := re.fullmatch(rf"{API}/([^/]+/[^/]+)/preupload/(.+)", path):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(LARGE) else "regular",

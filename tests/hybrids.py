@@ -45,8 +45,8 @@ def bamba() -> PretrainedConfig:
     return BambaConfig(**SIZES, **MAMBA, attn_layer_indices=[1])
 
 
-def falcon_h1() -> PretrainedConfig:
-    return FalconH1Config(**SIZES, **MAMBA, mamba_d_ssm=64)
+def falcon_h1(**changes: Any) -> PretrainedConfig:
+    return FalconH1Config(**SIZES, **MAMBA, mamba_d_ssm=64, **changes)
 
 
 def lfm2() -> PretrainedConfig:

@@ -89,7 +89,7 @@ def train(arguments: Sequence[str]) -> int:
         from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run
         from srde_ds.planner.trained_values import describe_trained_values, trained_values
-        from srde_ds.training.run_folder import check_dry_run
+        from srde_ds.training.run_folder import NO_DATA, check_dry_run, has_data
         from srde_ds.training.schedule import Schedule
 
         shape = base_shape(config)  # first, since it reports what is wrong with a base
@@ -97,8 +97,10 @@ def train(arguments: Sequence[str]) -> int:
         schedule = Schedule.of(config)
         parts = [describe_run(config, shape, world_size=launched_world_size()), schedule.describe()]
         if config.curriculum.initial_density:
-            spans = trained_values(config.adapter, schedule.densities, shape.blocks)
+            spans = trained_values(config.adapter, schedule.densities, shape)
             parts.insert(1, describe_trained_values(spans, schedule.max_steps))
+        if not has_data(config.data):
+            parts.append(f"The run would be refused, since there is {NO_DATA}")
         if launched_rank() == 0:
             print("\n\n".join(parts))
     else:

@@ -44,6 +44,7 @@ def resolve(
             values contradict each other.
     """
     config = Config()
+    config.flags = frozenset(flag_values)
     sections = {f.name: getattr(config, f.name) for f in fields(config)}
     owner = {f.name: section for section, values in sections.items() for f in fields(values)}
     given = _file_values(file_values, sections, owner)

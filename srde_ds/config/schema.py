@@ -394,6 +394,7 @@ class Config:
 
     Attributes:
         derived: for options that were not given, option -> what its value follows from.
+        flags: names of the options that were given as flags.
 
     Examples:
         >>> from srde_ds.config import resolve
@@ -417,6 +418,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self.derived: dict[str, str] = {}
+        self.flags: frozenset[str] = frozenset()
 
     @property
     def expert_names(self) -> list[str]:

@@ -215,10 +215,6 @@ def build_model(
         supports: those of all layers, from a checkpoint; default: chosen as the adapter says.
         target_density: final density of a support that is being learned, see `add_experts`.
     """
-    if config.model.expert_kernels and topology.device.type != "cuda":
-        raise SRDEError(
-            f"expert_kernels=true on {topology.device.type}: Triton's kernels need a CUDA device. Leave the flag out."
-        )
     whole = config.parallel.whole_base(topology.world_size)
     ds_config = None if whole else derive_ds_config(config, topology.world_size)
     base = load_frozen_base(config.model, topology, ds_config)

@@ -19,6 +19,7 @@ from srde_ds.evaluation.run_files import (
     report_metrics,
 )
 from srde_ds.evaluation.table import expert_rows, source_rows, table_rows
+from srde_ds.optim.groups import unused_rates
 from srde_ds.utils.escape import markdown, markdown_code, markdown_quote
 from srde_ds.utils.files import new_files
 from srde_ds.utils.tables import markdown_table
@@ -83,7 +84,7 @@ def write_report(run: str | Path) -> Path:
         *_data(metrics[0]),
         "## Speed\n\n![tokens per second](speed.png)",
         "## Settings",
-        markdown_table([["setting", "value"], *_settings(config)]),
+        markdown_table([["setting", "value"], *_settings(config, unused_rates(metrics[-1]))]),
         "## Machine and versions",
         markdown_table([["", ""], *machine_rows(environment)]),
     ]
@@ -149,12 +150,12 @@ def _inline(text: str) -> str:
     return markdown_code(shown) if shown else "(nothing)"
 
 
-def _settings(config: dict[str, Any]) -> list[list[str]]:
+def _settings(config: dict[str, Any], unused: set[str]) -> list[list[str]]:
     return [
         [key, str(config[section][key])]
         for section, keys in _SETTINGS.items()
         for key in keys
-        if key in config.get(section, {})  # runs of earlier versions lack newer options
+        if key not in unused and key in config.get(section, {})  # runs of earlier versions lack newer options
     ]
 
 

@@ -67,6 +67,7 @@ class Line(Experts):
     phase: str = ""
     unlocked_experts: list[Annotated[Count, AfterValidator(_known)]] = []
     density: Number = 0.0
+    learning_rates: dict[str, Number] = {}
     grad_norm: Number | None = None
     expert_gradient_norm: PerExpert = []
     delta_norm: PerExpert = []

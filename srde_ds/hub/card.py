@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData, try_to_load_from_cache
 from srde_ds.config.granularity import PLURALS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
+from srde_ds.optim.groups import unused_rates
 from srde_ds.utils.escape import markdown, markdown_code
 from srde_ds.utils.json_files import read_growing_lines, read_json
 from srde_ds.utils.tables import markdown_table
@@ -140,8 +141,9 @@ from srde_ds import SRDEModel
 
 model = SRDEModel.from_pretrained({base!r}, {repo or "."!r})
 tokenizer = AutoTokenizer.from_pretrained({base!r})
-ids = tokenizer("What is 17 * 3?", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0]))
+question = [{{"role": "user", "content": "What is 17 * 3?"}}]
+inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 
 model.set_active_experts([{expert!r}])            # only these experts; None: all again
 plain = model.merge_and_unload(expert={expert!r})  # an ordinary transformers model
@@ -154,7 +156,7 @@ def _training(run: Path) -> str:
     config, metrics = load_yaml(run / RUN_CONFIG), read_growing_lines(run / METRICS, _REMEDY)
     last = metrics[-1]
     known = ((key, (config.get(section) or {}).get(key)) for section, keys in _SETTINGS.items() for key in keys)
-    rows = [[key, str(value)] for key, value in known if value is not None]
+    rows = [[key, str(value)] for key, value in known if value is not None and key not in unused_rates(last)]
     text = f"{last['step']} steps, {last['tokens']:,} tokens; last training loss {_number(last['loss'])}."
     if (run / "environment.json").is_file():
         environment = read_json(run / "environment.json", _REMEDY)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import get_token
 from torch import Tensor
 
-from srde_ds.errors import SRDEError
 from srde_ds.hub.card import CARD, model_card
 from srde_ds.utils.files import write_text
 from srde_ds.weights.file import AdapterMetadata, save_weights
@@ -32,26 +31,13 @@ def push_adapter(
     """Upload weights and model card in one commit, creating the repository if needed; returns its address.
 
     Raises:
-        SRDEError: there is no token or no such run, the name is bad, or the Hub refuses or cannot be reached.
+        SRDEError: there is no token or no such run, the name is bad or, with `private`, that of a public repository, or
+            the Hub refuses or cannot be reached.
     """
-    from srde_ds.utils.retry import SourceError, with_retries  # late: it loads the datasets library
+    from srde_ds.utils.upload import Upload  # late: it loads the datasets library
 
-    if repo.count("/") > 1 or not all(repo.split("/")):
-        raise SRDEError(f"push_to_hub('{repo}'): must be a repository's name, like user/model.")
-    if not get_token():
-        raise SRDEError(
-            f"push_to_hub('{repo}'): no token. Set the environment variable HF_TOKEN, or log in with `hf auth login`."
-        )
-    api = HfApi()
+    upload = Upload(repo, "model", private, get_token(), f"push_to_hub('{repo}')")
+    upload.check(remedy="Set the environment variable HF_TOKEN, or log in with `hf auth login`.")
     with tempfile.TemporaryDirectory() as temporary:
         save_adapter(Path(temporary), tensors, metadata, run=run, repo=repo)
-
-        def upload() -> str:
-            url = api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(repo_id=url.repo_id, folder_path=temporary, commit_message="Adapter by srde_ds")
-            return str(url)
-
-        try:
-            return with_retries(upload, repo)
-        except SourceError as error:
-            raise SRDEError(f"push_to_hub('{repo}'): {error}") from None
+        return upload.send(temporary, "Adapter by srde_ds")

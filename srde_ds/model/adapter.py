@@ -291,7 +291,7 @@ class SRDEModel(nn.Module):
             run: as in `save_pretrained`.
 
         Raises:
-            SRDEError: there is no token or no such run, the name is bad, or the Hub refuses or cannot be reached.
+            SRDEError: no token, no such run, a bad name, a public repository despite `private`, or the Hub refuses.
         """
         run = self.run_folder if run is None else Path(run)
         return push_adapter(repo, self.adapter_tensors(), self.metadata(), run=run, private=private)

@@ -161,6 +161,12 @@ def base_configuration(
     return config
 
 
+def layer_configurations(config: PretrainedConfig) -> list[Any]:
+    """The text configuration of each decoder layer: in some bases layers differ in the size of their heads."""
+    text = config.get_text_config()
+    return list(getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers)
+
+
 def carries_state(config: PretrainedConfig) -> bool:
     """Whether a base has layers that carry a state from token to token, whatever the positions.
 
@@ -239,8 +245,9 @@ def identity_hash(config: Any, samples: Iterable[list[bytes]]) -> str:
     Args:
         samples: `sample_digest` of the weights of the embedding, of the first layer and of the last.
     """
-    text = config.get_text_config()
-    fields = {name: getattr(text, name, None) for name in IDENTITY_FIELDS}
+    layers = layer_configurations(config)
+    values = {name: [getattr(layer, name, None) for layer in layers] for name in IDENTITY_FIELDS}
+    fields = {name: own if any(value != own[0] for value in own) else own[0] for name, own in values.items()}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     for module in samples:
         for sample in sorted(module):
@@ -360,11 +367,16 @@ def _feed_forward(layer: nn.Module, number: int, base: PreTrainedModel, gather: 
     return FeedForward(block, layer, name, roles, hidden, intermediate[0])
 
 
-def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: str = "block") -> dict[str, str]:
+def verify_block(
+    block: nn.Module, hidden: int, *, dtype: torch.dtype, where: str = "block", original: nn.Module | None = None
+) -> dict[str, str]:
     """The roles for which down(act(gate(x)) * up(x)) equals the block's own output bit for bit on random input.
 
     The order that the attributes' names suggest is tried first, then all others that the shapes allow. The weights
     must be whole here.
+
+    Args:
+        original: the block that `block` is a copy of, for the message.
 
     Raises:
         SRDEError: no order gives the block's output.
@@ -378,7 +390,7 @@ def verify_block(block: nn.Module, hidden: int, *, dtype: torch.dtype, where: st
             if torch.equal(down(act(gate(x)) * up(x)), expected):
                 return roles
     raise SRDEError(
-        f"{where}: {_describe(block)} looks like a gated feed-forward block but does not compute "
+        f"{where}: {_describe(original or block)} looks like a gated feed-forward block but does not compute "
         "down(act(gate(x)) * up(x)); this base is not supported."
     )
 

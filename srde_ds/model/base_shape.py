@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -18,10 +18,12 @@ from srde_ds.model.base import (
     block_shapes,
     decoder_layers,
     empty_base,
+    layer_configurations,
 )
 from srde_ds.model.head import has_plain_head
 from srde_ds.model.quantization import PACKINGS, Packing, check_float8, packing_of
 from srde_ds.model.supports.selection import check_support
+from srde_ds.model.tiny_block import check_formulas
 
 
 @dataclass(frozen=True)
@@ -152,21 +154,20 @@ def _measure(
     base = empty_base(
         name, revision=revision, local_files_only=local_files_only, attn_implementation=DOCUMENT_ATTENTION
     )
+    check_formulas(base)
     packing = packing_of(name, quantization, base.config)
     blocks, text = block_shapes(base), base.config.get_text_config()
-    heads = text.num_attention_heads
-    key_value_heads = getattr(text, "num_key_value_heads", None) or heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
     documents = takes_documents(base)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * len(blocks)
     layers = []
-    for number, (module, (hidden, intermediate)) in enumerate(zip(decoder_layers(base), blocks, strict=True)):
+    each = zip(decoder_layers(base), layer_configurations(base.config), blocks, strict=True)
+    for number, (module, own, (hidden, intermediate)) in enumerate(each):
         _, block, _ = block_of_layer(module, number, base)
-        attention = [own for child in module.children() if child is not block for own in _projections(child)]
+        attention = [values for child in module.children() if child is not block for values in _projections(child)]
         norms = [p.numel() for p in module.parameters()]
-        for values in [hidden * intermediate] * 3 + [n for own in attention for n in own]:
+        for values in [hidden * intermediate] * 3 + [n for projection in attention for n in projection]:
             norms.remove(values)
-        sizes = heads, heads * size, key_value_heads * size, documents, packing == PACKINGS["int8"]
+        sizes = *_head_widths(own), documents, packing == PACKINGS["int8"]
         scores = kinds[number] not in STATE_LAYERS or kinds[number].startswith("hybrid")
         layers.append(LayerShape(hidden, intermediate, tuple(attention), tuple(norms), *sizes, scores))
     embedding = cast("Tensor", base.get_input_embeddings().weight)
@@ -196,6 +197,14 @@ def check_whole(parallel: ParallelConfig, shape: BaseShape, processes: int) -> N
             f"base_placement=sharded on {processes} processes: a quantised base cannot be "
             "sharded. Give --base_placement resident."
         )
+
+
+def _head_widths(configuration: Any) -> tuple[int, int, int]:
+    """Of a layer's attention: number of query heads, width of all queries, and width of all keys."""
+    heads: int = configuration.num_attention_heads
+    key_value_heads = getattr(configuration, "num_key_value_heads", None) or heads
+    size = getattr(configuration, "head_dim", None) or configuration.hidden_size // heads
+    return heads, heads * size, key_value_heads * size
 
 
 def _projections(child: nn.Module) -> list[tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,16 @@ def group_of_tensor(config: OptimizerConfig, granularity: Granularity) -> dict[s
         "shared_expert.delta": matrices,
         "router.weight": "routers",
     }
+
+
+# Group -> the option that is its rate.
+RATES = {"delta_matrices": "muon_lr", "deltas": "learning_rate", "routers": "router_lr"}
+
+
+def unused_rates(line: Mapping[str, Any]) -> set[str]:
+    """The options of rates that no group of a run uses, by a line of its metrics; earlier versions wrote none."""
+    used = line.get("learning_rates", RATES)
+    return {option for group, option in RATES.items() if group not in used}
 
 
 # Found in the names of parameters that are matrices only in shape: embeddings and output layers.
@@ -63,12 +73,13 @@ def build_groups(
     adamw = {"rule": "adamw", "betas": (config.adam_beta1, config.adam_beta2), "eps": 1e-8}
     muon = {"rule": "muon", "momentum": config.muon_momentum, "eps": 1e-7}
     groups: dict[str, dict[str, Any]] = {
-        "delta_matrices": muon | {"lr": config.muon_lr, "weight_decay": config.weight_decay},
-        "deltas": adamw | {"lr": config.learning_rate, "weight_decay": config.weight_decay},
-        "routers": adamw | {"lr": config.router_lr, "weight_decay": 0.0},
+        "delta_matrices": muon | {"weight_decay": config.weight_decay},
+        "deltas": adamw | {"weight_decay": config.weight_decay},
+        "routers": adamw | {"weight_decay": 0.0},
     }
     for name, group in groups.items():
-        group |= {"name": name, "params": [], "peak_lr": group["lr"], "step": 0}
+        rate = getattr(config, RATES[name])
+        group |= {"name": name, "params": [], "lr": rate, "peak_lr": rate, "step": 0}
     table = group_of_tensor(config, granularity)
     for name, param in named_params:
         kind = ".".join(name.split(".")[-2:])

@@ -42,6 +42,7 @@ def describe_plan(plan: Plan) -> str:
         why = "fewest bytes" if config.parallel.expert_transport == "auto" else "as asked"
         lines.append(f"expert transport: {plan.transport} ({why}; {moved})")
     times = plan.times
+    assumed = f" (H100 SXM, {plan.dtype})" if machines.peak_tflops is None else ""
     rows = [
         ["seconds per step, lower bounds", "overlapped", "waited for"],
         ["computation", "", f"{times.computation:.3f}"],
@@ -51,8 +52,8 @@ def describe_plan(plan: Plan) -> str:
         "",
         aligned_table(rows, right=1),
         f"step: {times.step:.3f} s, bound by {times.bound}; {times.step_in_turn:.3f} s if nothing overlaps",
-        f"tokens per day: {plan.tokens_per_day:,.0f} at {machines.utilisation:.0%} of {machines.peak_tflops:g} "
-        f"TFLOP/s; {training.max_steps} steps: {plan.days:.2f} days",
+        f"tokens per day: {plan.tokens_per_day:,.0f} at {machines.utilisation:.0%} of {plan.peak_tflops:g} "
+        f"TFLOP/s{assumed}; {training.max_steps} steps: {plan.days:.2f} days",
     ]
     price = plan.price_per_day
     if price is not None:

@@ -95,6 +95,16 @@ class Plan:
         return rows * self.config.data.max_length
 
     @property
+    def dtype(self) -> str:
+        """The training dtype, "bf16" or "fp32"."""
+        return _dtype(self.config)
+
+    @property
+    def peak_tflops(self) -> float:
+        """Dense TFLOP/s of a GPU in the training dtype."""
+        return self.machines.peak(self.dtype)
+
+    @property
     def tokens_per_day(self) -> float:
         """Number of tokens in 24 hours of training."""
         return self.tokens_per_step / self.times.step * DAY
@@ -126,7 +136,7 @@ class Plan:
         price = self.price_per_day
         return {
             "config": self.config.to_dict(),
-            "machines": asdict(machines) | {"processes": machines.processes},
+            "machines": asdict(machines) | {"peak_tflops": self.peak_tflops, "processes": machines.processes},
             "base_parameters": self.shape.parameters,
             "trainable_values": trainable_values(self.config.adapter, self.shape),
             "memory_bytes": {
@@ -193,15 +203,19 @@ def make_plan(config: Config, machines: Machines, prunings: Sequence[tuple[int, 
         transport=choose_transport(work, shape.blocks) if grouped else "",
         moved=transport_bytes(work, shape.blocks) if grouped else {},
         flops=flops,
-        times=step_times(machines, traffic, sum(flops.values())),
+        times=step_times(machines, traffic, sum(flops.values()), _dtype(config)),
         largest_micro_batch=largest_micro_batch(work.at(work.largest_density), shape, machines),
         recompute_reason=why,
         placement_reason=placement,
     )
 
 
-def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Times:
-    """Lower bounds of the times of a step's parts."""
+def _dtype(config: Config) -> str:
+    return "bf16" if config.model.bf16 else "fp32"
+
+
+def step_times(machines: Machines, traffic: list[Traffic], flops: float, dtype: str) -> Times:
+    """Lower bounds of the times of a step's parts, with computation in `dtype`, see `Machines.peak`."""
     overlapped = {"links within a node": 0.0, "links between nodes": 0.0}
     exposed = dict(overlapped)
     for t in traffic:
@@ -210,7 +224,7 @@ def step_times(machines: Machines, traffic: list[Traffic], flops: float) -> Time
         times["links within a node"] += (t.received - between) / (machines.intra_node_gb_s * GB)
         # The processes of a node share its network.
         times["links between nodes"] += between * machines.gpus / (machines.inter_node_gbit_s * GB / 8)
-    return Times(flops / (machines.peak_tflops * 1e12 * machines.utilisation), overlapped, exposed)
+    return Times(flops / (machines.peak(dtype) * 1e12 * machines.utilisation), overlapped, exposed)
 
 
 def largest_micro_batch(work: Workload, shape: BaseShape, machines: Machines) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -39,8 +42,30 @@ def settle(config: Config) -> Config:
 
 
 def available_memory() -> float:
-    """Bytes for the tensors of a process, on its GPU or as an equal share of the host's memory."""
+    """Bytes for the tensors of a process, on its GPU or as an equal share of the memory of the host, or of what its
+    container or batch job may use of it."""
     if torch.cuda.is_available():
         return USABLE * min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    whole = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), control_group_limit())
     return USABLE * whole / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def control_group_limit(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes of memory that the container or batch job of this process may use; infinite without a limit.
+
+    Args:
+        mounted: where the control groups are.
+        own: the groups of this process: lines of number, controllers (none in version 2) and path.
+    """
+    limits = [math.inf]
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, name = (mounted / "memory", "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        inside = Path(path.lstrip("/"))
+        # A container sees its own group as the root, and may be told a path outside of it.
+        for group in (root, *(root / part for part in (inside, *inside.parents) if ".." not in part.parts)):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                limits.append(float(int((group / name).read_text())))
+    return min(limits)

@@ -12,7 +12,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape, LayerShape
 from srde_ds.model.deltas import AtomDeltas, empty_deltas
-from srde_ds.model.supports.selection import shared_expert_size, support_size
+from srde_ds.model.supports.selection import kept_size, shared_expert_size, support_size
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,13 @@ def layer_trainables(work: Workload, layer: LayerShape) -> list[TrainableShape]:
 
 @cache
 def _whole_shapes(
-    adapter: tuple[Any, ...], layer: LayerShape, world_size: int
+    adapter: tuple[Any, ...], layer: LayerShape, world_size: int, target_density: float | None = None
 ) -> list[tuple[str, tuple[int, ...], int | None, int | None]]:
     """For each trainable of a layer: name, shape, the experts' axis, and the axis of the atoms' shards."""
     config = AdapterConfig(*adapter)
     size = support_size(config, layer.hidden, layer.intermediate)
-    bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size)
+    keep = kept_size(config, target_density, layer.hidden, layer.intermediate)
+    bank = empty_deltas(config, hidden=layer.hidden, size=size, pad_to=world_size, keep=keep)
     shard_axis = bank.long_axis if isinstance(bank, AtomDeltas) else {}
     named: list[tuple[str, Any]] = list(bank.named_parameters())
     found = [(f"deltas.{name}", tuple(p.shape), p.srde_expert_axis, shard_axis.get(p.srde_kind)) for name, p in named]
@@ -70,10 +71,16 @@ def _whole_shapes(
     return [*found, ("router.weight", (config.num_experts, layer.hidden), None, None)]
 
 
-def trainable_values(adapter: AdapterConfig, shape: BaseShape) -> dict[str, int]:
-    """Number of values of each trainable over all layers, by the end of its name, without padding."""
+def trainable_values(
+    adapter: AdapterConfig, shape: BaseShape, *, target_density: float | None = None
+) -> dict[str, int]:
+    """Number of values of each trainable over all layers, by the end of its name, without padding.
+
+    Args:
+        target_density: final density of a support that is being learned, which has scores; None: it is fixed.
+    """
     values: Counter[str] = Counter()
     for layer, count in Counter(shape.layers).items():
-        for name, whole, *_ in _whole_shapes(astuple(adapter), layer, world_size=1):
+        for name, whole, *_ in _whole_shapes(astuple(adapter), layer, 1, target_density):
             values[name] += math.prod(whole) * count
     return dict(values)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from srde_ds.config import AdapterConfig
-from srde_ds.model.deltas import empty_deltas
-from srde_ds.model.supports.selection import shared_expert_size, support_size
+from srde_ds.model.base_shape import BaseShape
+from srde_ds.planner.trainables import trainable_values
 from srde_ds.utils.tables import aligned_table
 
 
@@ -26,16 +26,15 @@ class TrainedValues(NamedTuple):
 
 
 def trained_values(
-    adapter: AdapterConfig, densities: Sequence[tuple[int, float]], blocks: Sequence[tuple[int, int]]
+    adapter: AdapterConfig, densities: Sequence[tuple[int, float]], shape: BaseShape
 ) -> list[TrainedValues]:
     """One entry for each density, in order.
 
     Args:
         adapter: the adapter's options, with the final density.
         densities: (step, density from this step on), from `Schedule.densities`.
-        blocks: (D, F) of each layer's feed-forward block.
     """
-    return [TrainedValues(first, density, _values(adapter, density, blocks)) for first, density in densities]
+    return [TrainedValues(first, density, _values(adapter, density, shape)) for first, density in densities]
 
 
 def describe_trained_values(spans: Sequence[TrainedValues], max_steps: int) -> str:
@@ -47,14 +46,7 @@ def describe_trained_values(spans: Sequence[TrainedValues], max_steps: int) -> s
     return aligned_table(rows, right=1)
 
 
-def _values(final: AdapterConfig, density: float, blocks: Sequence[tuple[int, int]]) -> int:
-    adapter = replace(final, density=density)
-    learning = adapter.support_strategy == "learned" and density != final.density
-    total = 0
-    for hidden, intermediate in blocks:
-        size = support_size(adapter, hidden, intermediate)
-        keep = support_size(final, hidden, intermediate) if learning else None
-        bank = empty_deltas(adapter, hidden=hidden, size=size, keep=keep)
-        total += sum(parameter.numel() for parameter in bank.parameters()) + adapter.num_experts * hidden
-        total += 3 * hidden * shared_expert_size(adapter, intermediate)
-    return total
+def _values(final: AdapterConfig, density: float, shape: BaseShape) -> int:
+    learning = final.support_strategy == "learned" and density != final.density
+    target = final.density if learning else None
+    return sum(trainable_values(replace(final, density=density), shape, target_density=target).values())

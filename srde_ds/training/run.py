@@ -16,7 +16,6 @@ from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import DelayedMax, Topology
 from srde_ds.errors import SRDEError
-from srde_ds.optim.schedule import learning_rate_factor
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.reporting.held_out import HeldOut
@@ -93,21 +92,21 @@ class Run:
                 f"step {self.step + 1}: the loss is {loss} or its gradient is not finite; the update was not saved. "
                 f"{state.remedy()}"
             )
-        curriculum, optimizer = self.curriculum, self.config.optimizer
+        curriculum = self.curriculum
         self.scheduled, unlocked = curriculum.scheduled, curriculum.unlocked_experts()
         self.allowed_experts = curriculum.policy.allowed_experts
         curriculum.end_step(engine, sums)
         state.step += 1
         state.tokens += int(sums["real_tokens"])
-        factor = learning_rate_factor(state.step - 1, self.config.training.max_steps, optimizer)
+        rates = {group["name"]: group["lr"] for group in engine.optimizer.param_groups}
         self.line = {
             "step": state.step,
             "phase": self.scheduled.phase,
             "unlocked_experts": unlocked,
             "density": engine.model.config.density,
             "loss": loss,
-            "learning_rate": factor * optimizer.learning_rate,
-            "learning_rates": {group["name"]: group["lr"] for group in engine.optimizer.param_groups},
+            **({"learning_rate": rates["deltas"]} if "deltas" in rates else {}),
+            "learning_rates": rates,
             "grad_norm": engine.global_grad_norm,
             "tokens": state.tokens,
             "tokens_per_second": float(sums["real_tokens"]) / seconds,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from srde_ds.checkpoint.layout import write_latest
 from srde_ds.checkpoint.resume import find_checkpoint
 from srde_ds.config import Config, DataConfig, ModelConfig
 from srde_ds.config.checks import check_groups
+from srde_ds.config.idle_options import idle_options
 from srde_ds.config.values import load_yaml
 from srde_ds.data.build.dropped import warn_of_dropped
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset, check_files
@@ -37,7 +39,7 @@ from srde_ds.training.schedule import Schedule
 from srde_ds.utils.environment import environment
 from srde_ds.utils.escape import one_line
 from srde_ds.utils.files import may_pass, write_text
-from srde_ds.utils.launcher import launched_world_size
+from srde_ds.utils.launcher import launched_rank, launched_world_size
 from srde_ds.weights.locate import (
     CHECKPOINT_NAME,
     COMPLETED,
@@ -51,6 +53,8 @@ from srde_ds.weights.locate import (
 
 log = logging.getLogger(__name__)
 
+NO_DATA = "no training data: give --pretokenized_dir (made by build_dataset) or --jsonl_data."
+
 
 def check_inputs(config: Config) -> None:
     """Refuse what cannot work before anything long starts. It runs on every rank, so that all of them exit.
@@ -58,30 +62,20 @@ def check_inputs(config: Config) -> None:
     Raises:
         SRDEError: a required option or package is missing, the base does not exist, or the options do not fit it.
     """
-    data = config.data
     _check_options(config, base_shape(config))
-    if config.model.flash_attention and find_spec("flash_attn") is None:
-        raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
-    if not (data.jsonl_data or data.pretokenized_dir):
-        raise SRDEError("no training data: give --pretokenized_dir (made by build_dataset) or --jsonl_data.")
-    if data.pretokenized_dir and data.eval_file:
-        raise SRDEError(
-            f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
-            "held-out rows. Hand the file to build_dataset instead."
-        )
-    load_trackers(config.tracking)
-    derive_ds_config(config, launched_world_size())
+    if not has_data(config.data):
+        raise SRDEError(NO_DATA)
 
 
 def check_dry_run(config: Config, shape: BaseShape) -> None:
-    """Check all that can be checked without building, loading or writing anything.
+    """Check all that can be checked without building, loading or writing anything. Data may be missing.
 
     Raises:
         SRDEError: the run would be refused.
     """
     _check_options(config, shape)
     data = config.data
-    if data.pretokenized_dir or data.jsonl_data:
+    if has_data(data):
         tokenizer = load_tokenizer(str(config.model.model_name), revision=config.model.model_revision)
         if data.pretokenized_dir:
             check_rows(config, tokenizer)
@@ -91,14 +85,34 @@ def check_dry_run(config: Config, shape: BaseShape) -> None:
     check_run_folder(config.training.output_dir, config.training.resume_from)
 
 
+def has_data(data: DataConfig) -> bool:
+    """Whether the options name training data."""
+    return bool(data.jsonl_data or data.pretokenized_dir)
+
+
 def _check_options(config: Config, shape: BaseShape) -> None:
-    check_groups(config.parallel, launched_world_size())
-    check_whole(config.parallel, shape, launched_world_size())
+    """Refuse what can be told from the options, this machine and the base's configuration; warn of idle options."""
+    data, processes = config.data, launched_world_size()
+    check_groups(config.parallel, processes)
+    check_whole(config.parallel, shape, processes)
     check_quantized(config.model, shape.packing)
+    if config.model.flash_attention and find_spec("flash_attn") is None:
+        raise SRDEError("flash_attention=true: package 'flash-attn' is missing. Install it, or leave the flag out.")
+    if config.model.expert_kernels and not torch.cuda.is_available():
+        raise SRDEError("expert_kernels=true: Triton's kernels need a CUDA device, and there is none. Leave it out.")
+    if data.pretokenized_dir and data.eval_file:
+        raise SRDEError(
+            f"eval_file={data.eval_file} with pretokenized_dir={data.pretokenized_dir}: the folder holds its own "
+            "held-out rows. Hand the file to build_dataset instead."
+        )
+    load_trackers(config.tracking)
+    derive_ds_config(config, processes)
     Schedule.of(config).check()
     check_start(config)
-    if config.data.domain_weights:
-        _check_shares(config, parse_domain_weights(config.data.domain_weights, config.data.domains))
+    if data.domain_weights:
+        _check_shares(config, parse_domain_weights(data.domain_weights, data.domains))
+    for line in idle_options(config) if launched_rank() == 0 else ():
+        log.warning("%s", line)
 
 
 def _check_shares(config: Config, periods: Sequence[MixingPeriod]) -> None:

@@ -210,7 +210,7 @@ def assert_same_training(
     assert [line["step"] for line in ours] == [line["step"] for line in theirs] != []
     for line, other in zip(ours, theirs, strict=True):
         # A token that chose another expert would be a jump, not a rounding difference.
-        for key in ("tokens", "tokens_per_expert", "learning_rate"):
+        for key in ("tokens", "tokens_per_expert", "learning_rates"):
             assert line[key] == other[key], f"step {line['step']}: {key}"
         for key in numbers:
             assert_close(line[key], other[key], min(tolerance, metric_tolerance), f"step {line['step']}: {key}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
 from srde_ds.model.base import find_feed_forward, load_base
-from tests.helpers import SIZES, adapter_config, randomize, tiny_mistral3, tokens
+from tests.helpers import SIZES, adapter_config, gemma4, randomize, tiny_mistral3, tokens
 
 WITH_HEADS = SIZES | {"head_dim": 8}
 
@@ -28,6 +28,7 @@ SUPPORTED: dict[str, Callable[[], PreTrainedModel]] = {
     "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**WITH_HEADS, pad_token_id=0)),
     "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**WITH_HEADS, pad_token_id=0)),
     "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**WITH_HEADS, pad_token_id=0)),
+    "gemma4": lambda: t.Gemma4ForCausalLM(gemma4()),
     "granite": lambda: t.GraniteForCausalLM(t.GraniteConfig(**WITH_HEADS)),
 }
 

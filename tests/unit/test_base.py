@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,16 @@ from torch import nn
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from srde_ds.model.base import Sharding, base_identity, find_feed_forward, load_base, verify_block
-from tests.helpers import adapter_config, tiny_llama, tiny_srde, tokens
+from srde_ds.model.base import (
+    IDENTITY_FIELDS,
+    Sharding,
+    base_identity,
+    find_feed_forward,
+    identity_hash,
+    load_base,
+    verify_block,
+)
+from tests.helpers import adapter_config, gemma4, tiny_llama, tiny_srde, tokens
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +70,17 @@ def test_identity_sees_changed_weights_and_shapes(name: str) -> None:
     assert base_identity(tiny_llama(num_attention_heads=2))["hash"] != before
     base.get_parameter(name).data[0, 0] += 1
     assert base_identity(base)["hash"] != before
+
+
+def test_identity_of_a_base_whose_layers_differ_in_their_heads() -> None:
+    configuration = gemma4()
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        assert configuration.head_dim  # transformers lets only layers be asked
+    hashes = [identity_hash(c, []) for c in (configuration, gemma4(), gemma4(global_head_dim=32), gemma4(head_dim=4))]
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+    plain = tiny_llama().config  # of a base whose layers are alike, the hash is as it has always been
+    fields = {name: getattr(plain, name, None) for name in IDENTITY_FIELDS}
+    assert identity_hash(plain, []) == hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def test_a_base_that_carries_experts_is_refused() -> None:

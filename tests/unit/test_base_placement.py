@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,32 @@ def test_training_settles_it_by_the_memory_at_hand(
     monkeypatch.setenv("RANK", "1")
     settle(run())
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/\n", {"memory.max": "max"}, math.inf),
+        ("0::/job/step\n", {"memory.max": "900", "job/memory.max": "700", "job/step/memory.max": "max"}, 700),
+        ("0::/../outside\n", {"memory.max": "900", "outside/memory.max": "1"}, 900),  # seen from within a container
+        ("5:cpu:/x\n4:hugetlb,memory:/job\n", {"memory/job/memory.limit_in_bytes": "800", "x/memory.max": "1"}, 800),
+        ("4:memory:/docker/f7\n", {"memory/memory.limit_in_bytes": "600"}, 600),
+        (None, {}, math.inf),
+    ],
+)
+def test_a_containers_limit_bounds_the_memory(
+    groups: str | None, limits: dict[str, str], expected: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in limits.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(value + "\n")
+    if groups is not None:
+        (tmp_path / "own").write_text(groups)
+    assert settling.control_group_limit(tmp_path / "groups", tmp_path / "own") == expected
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(settling, "control_group_limit", lambda: 1000.0)
+    assert settling.available_memory() == settling.USABLE * 500
 
 
 def test_a_whole_base_never_costs_computation(monkeypatch: pytest.MonkeyPatch) -> None:

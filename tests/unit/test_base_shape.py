@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitNetConfig, LlamaConfig, SeedOssConfig
+from transformers.models.bitnet.modeling_bitnet import BitNetMLP
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.seed_oss.modeling_seed_oss import SeedOssMLP
 
 from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
+from srde_ds.model.base import verify_block
 from srde_ds.model.base_shape import base_shape, measure
+from srde_ds.model.tiny_block import tiny_copy
 from srde_ds.planner.flops import step_flops
-from tests.helpers import counted_measurements, tiny_llama
-from tests.hybrids import HYBRIDS
+from tests.cli_helpers import fails, flags
+from tests.helpers import counted_measurements, gemma4, tiny_llama
+from tests.hybrids import HYBRIDS, falcon_h1
 
 BOTH_AUTO = ["--recompute", "auto", "--base_placement", "auto"]
 
@@ -61,3 +70,45 @@ def test_a_base_is_checked_for_each_run(tmp_path: Path) -> None:
         with pytest.raises(SRDEError, match="max_length=129: the base knows 128 positions"):
             base_shape(resolve({}, options | {"max_length": 129}))
     assert len(built) == 1
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["train", "--dry_run"]])
+def test_a_block_that_computes_something_else_is_refused_without_its_weights(
+    verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    falcon_h1(mlp_multipliers=[0.5, 2.0]).save_pretrained(tmp_path)
+    fragments = "layer 0, feed_forward: FalconH1MLP", "Linear 32 -> 48", "does not compute down(act(gate(x)) * up(x))"
+    fails(capsys, [*verb, "--model_name", str(tmp_path), "--max_length", "64"], *fragments)
+
+
+@pytest.mark.parametrize("sizes", [(32, 96), (32, 32)])
+def test_a_tiny_copy_computes_what_its_block_computes(sizes: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        block = BitNetMLP(BitNetConfig(hidden_size=sizes[0], intermediate_size=sizes[1]))  # norms what down gets
+        plain = LlamaMLP(LlamaConfig(hidden_size=sizes[0], intermediate_size=sizes[1], mlp_bias=True))
+        dropping = SeedOssMLP(SeedOssConfig(hidden_size=sizes[0], intermediate_size=sizes[1], residual_dropout=0.5))
+    copied: Any = tiny_copy(block, *sizes)
+    values = torch.randn(2, 8)
+    inner = copied.ffn_sub_norm(copied.act_fn(copied.gate_proj(values)) * copied.up_proj(values))
+    assert torch.equal(copied(values), copied.down_proj(inner))
+    with pytest.raises(SRDEError, match="does not compute"):
+        verify_block(copied, 8, dtype=torch.float32)
+    assert {p.shape for p in copied.parameters()} <= {(8, 16), (16, 8), (16,), (8, 8), (8,)}
+    for gated in (plain, dropping):
+        assert verify_block(tiny_copy(gated, *sizes), 8, dtype=torch.float32) == {
+            "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn",
+        }  # fmt: skip
+    assert all(p.is_meta for p in block.parameters())
+
+
+def test_a_base_whose_layers_differ_in_their_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configuration = gemma4()
+    configuration.save_pretrained(tmp_path)
+    options = {"model_name": str(tmp_path), "max_length": 64, "density": 0.1}
+    shape = base_shape(resolve({}, options))
+    assert [(layer.heads, layer.query, layer.key_value) for layer in shape.layers] == [(4, 32, 16), (4, 64, 32)]
+    model = AutoModelForCausalLM.from_config(configuration)
+    assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    for verb in (["plan"], ["train", "--dry_run"]):
+        assert main([*verb, *flags(options)]) == 0
+    capsys.readouterr()

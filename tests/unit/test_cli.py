@@ -405,8 +405,19 @@ def test_only_the_first_rank_prints_a_dry_run(
     assert main(arguments) == 0
     assert "with 4 processes" in capsys.readouterr().out
     monkeypatch.setenv("RANK", "1")
-    assert main(arguments) == 0
-    assert capsys.readouterr().out == ""
+    assert main([*arguments, "--learning_rate", "5"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_dry_run_names_options_without_effect_and_missing_data(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", "--dry_run", "--model_name", base, "--max_length", "64", "--learning_rate", "5"]
+    assert main([*arguments, "--decay_ratio", "0.3"]) == 0
+    told = capsys.readouterr()
+    assert [line.partition(":")[2].partition(":")[0] for line in told.err.splitlines()] == [
+        " learning_rate=5.0",
+        " decay_ratio=0.3",
+    ]
+    assert told.out.splitlines()[-1].startswith("The run would be refused, since there is no training data: give --")
 
 
 def test_a_dry_run_refuses_what_a_run_would(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,6 +433,13 @@ def test_a_dry_run_refuses_what_a_run_would(base: str, tmp_path: Path, capsys: p
     fails(capsys, [*dry_run, "--resume_from", str(tmp_path)], f"resume_from={tmp_path}")
     annealing = ["--initial_sparsity", "0.05", "--density_warmup_steps", "1000"]
     fails(capsys, [*dry_run, *annealing], "give --density_warmup_steps", "max_steps - 1 = 999")
+    for package in ("wandb", "trackio"):
+        with patch.dict(sys.modules, {package: None}):
+            fails(capsys, [*dry_run, f"--use_{package}"], f"use_{package}=true", f"package '{package}' is missing")
+    with patch("srde_ds.training.run_folder.find_spec", return_value=None):
+        fails(capsys, [*dry_run, "--flash_attention"], "flash_attention=true", "'flash-attn' is missing")
+    with patch("torch.cuda.is_available", return_value=False):
+        fails(capsys, [*dry_run, "--expert_kernels"], "expert_kernels=true", "need a CUDA device")
 
 
 def test_a_dry_run_shows_what_is_derived(base: str, capsys: pytest.CaptureFixture[str]) -> None:

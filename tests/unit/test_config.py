@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from srde_ds.config import PRESETS, Config, RunInputs, resolve
+from srde_ds.config.idle_options import NEEDS, idle_options
 from srde_ds.config.resolve import FORMER_SECTIONS
 from srde_ds.config.values import load_yaml
 from srde_ds.errors import SRDEError
@@ -119,6 +121,74 @@ def test_the_neighbours_of_refused_relations_pass() -> None:
     resolve({}, {"granularity": "element", "num_atoms": 0, "use_muon": "false"})
     resolve({}, {"flash_attention": True, "batch_size": 1})
     resolve({}, {"load_balancing_target": "domains", "load_balancing_weight": 0, "balancing_bias_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (
+            {"learning_rate": 5},
+            ["learning_rate=5.0: no trainable uses it with use_muon=true and granularity=neuron. Give --muon_lr or "
+             "--router_lr."],
+        ),
+        (
+            {"use_muon": False, "muon_lr": 0.02, "muon_momentum": 0.9, "learning_rate": 5},
+            ["muon_lr=0.02: no trainable uses it with use_muon=false. Give --learning_rate.",
+             "muon_momentum=0.9: no trainable uses it with use_muon=false. Give --adam_beta1."],
+        ),
+        ({"num_atoms": 4, "learning_rate": 5, "atom_mixing": "softmax"}, []),
+        ({"support_strategy": "learned", "learning_rate": 5}, []),
+        ({"granularity": "element", "learning_rate": 5}, []),
+        (
+            {"atom_mixing": "softmax"},
+            ["atom_mixing=softmax: it has no effect with num_atoms=0. Give --num_atoms, or leave it out."],
+        ),
+        ({"preset": "reference"}, []),
+        (
+            {"decay_ratio": 0.5, "min_lr_ratio": 0.1},
+            ["decay_ratio=0.5: it has no effect with lr_schedule=cosine. Give --lr_schedule wsd."],
+        ),
+        ({"decay_ratio": 0.5, "min_lr_ratio": 0.1, "lr_schedule": "wsd"}, []),
+        (
+            {"min_lr_ratio": 0.1, "lr_schedule": "constant"},
+            ["min_lr_ratio=0.1: it has no effect with lr_schedule=constant. Give another --lr_schedule."],
+        ),
+        (
+            {"wandb_run_name": "x", "wandb_project": "y"},
+            [f"wandb_{what}: it has no effect with use_wandb=false and use_trackio=false. Give one of them, or leave "
+             "it out." for what in ("project=y", "run_name=x")],
+        ),
+        ({"wandb_run_name": "x", "wandb_project": "y", "use_trackio": True}, []),
+        (
+            {"num_experts": 1, "load_balancing_weight": 0.1, "support_scope": "per_expert"},
+            [f"{key}: it has no effect with num_experts=1. Give more experts, or leave it out."
+             for key in ("support_scope=per_expert", "load_balancing_weight=0.1")],
+        ),
+        (
+            {"expert_transport": "deltas", "owner_computes": "false"},
+            ["owner_computes=false: it has no effect with num_atoms=0. Give --num_atoms, or leave it out.",
+             "expert_transport=deltas: it has no effect with expert_parallel_size=1. Give --expert_parallel_size, or "
+             "leave it out."],
+        ),
+        (
+            {"training_phases": "routers", "start_from": "x", "muon_lr": 1, "router_lr": 1},
+            ["muon_lr=1.0: it has no effect with training_phases=routers. Leave it out: --router_lr is the rate of the "
+             "routers."],
+        ),
+    ],
+)  # fmt: skip
+def test_options_without_effect_are_named(flags: dict[str, Any], lines: list[str]) -> None:
+    config = resolve({}, flags)
+    assert list(idle_options(config)) == lines
+    again = resolve(config.to_dict(), {})  # the config.yaml of a run holds the defaults as well
+    at_default = [line for line in lines if line.startswith("muon_lr=0.02")]
+    assert list(idle_options(again)) == [line for line in lines if line not in at_default]
+
+
+def test_a_remedy_names_options_that_exist() -> None:
+    known = {field.name for _, field in FIELDS}
+    for needs in NEEDS:
+        assert {*needs.keys, *needs.settings, *re.findall(r"--(\w+)", needs.remedy)} <= known
 
 
 @pytest.mark.parametrize(

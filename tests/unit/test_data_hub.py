@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 
 from srde_ds.data.sources.hub import check_upload
 from srde_ds.errors import SRDEError
@@ -112,6 +112,14 @@ def test_sources_are_loaded_retried_skipped_refilled_and_pushed(hub: Hub, tmp_pa
     last = [json.loads(line)["answer"] for line in (tmp_path / "half" / "data.jsonl").read_text().splitlines()]
     assert sorted(map(int, last)) == list(range(31, 41))
 
+    hub.add("me/public", {})
+    entry |= {"redistributable": "no"}  # passes, since the upload is to be private
+    own = sources_file(tmp_path / "closed.yaml", {"math": [entry]})
+    options = ["--sources_file", own, "--work_dir", str(tmp_path / "closed"), "--examples_per_domain", "10"]
+    done = run(hub, tmp_path / "home", *options, "--skip_tokenize", "--push_to_hub", "me/public", token="hf_secret")
+    assert done.returncode == 2 and "push_to_hub=me/public with private=true: the repository exists" in done.stderr
+    assert not hub.files["me/public"] and not (tmp_path / "closed").exists()
+
     assert hub.private == {"me/sums": True} and hub.tokens == {"Bearer hf_secret"}
     uploaded = hub.files["me/sums"]
     kept = {str(path.relative_to(work)): path for path in work.rglob("*") if path.is_file()}
@@ -158,6 +166,7 @@ def test_only_what_passes_is_tried_again(monkeypatch: pytest.MonkeyPatch, caplog
 def test_uploads_that_may_not_be_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     free, closed = {"name": "gsm8k", "redistributable": "yes"}, {"name": "reclor", "redistributable": "no"}
     monkeypatch.setenv("HF_TOKEN", "x")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # what the Hub does not say by now passes
     check_upload("me/data", private=True, sources=[free, closed])
     check_upload("data", private=False, sources=[free])
     with pytest.raises(SRDEError, match="private=false: the licence of reclor does not allow"):

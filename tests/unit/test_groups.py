@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from srde_ds.config import OptimizerConfig
+from srde_ds.config import OptimizerConfig, resolve
+from srde_ds.config.idle_options import idle_options
 from srde_ds.errors import SRDEError
 from srde_ds.optim.gram_muon import GramMuonAdamW
-from srde_ds.optim.groups import build_groups, rule_table
+from srde_ds.optim.groups import RATES, build_groups, rule_table, unused_rates
+from tests.helpers import tiny_srde
+from tests.unit.test_adapter import FORMS
 
 CONFIG = OptimizerConfig(muon_lr=0.02, learning_rate=1e-3, router_lr=5e-4, weight_decay=0.1, adam_beta2=0.99)
 PREFIX = "base.model.layers.0.mlp."
@@ -58,6 +63,23 @@ def test_without_muon_delta_matrices_go_to_adamw() -> None:
         "router.weight": ROUTERS,
     }
     assert assignment(params("deltas.free"), config, "element") == {"deltas.free": DELTAS}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("use_muon", [True, False])
+def test_a_rate_that_no_group_uses_is_named(form: dict[str, Any], use_muon: bool) -> None:
+    model = tiny_srde(**form)
+    rates = {"muon_lr": 0.5, "learning_rate": 0.5, "router_lr": 0.5}
+    try:
+        config = resolve({}, form | rates | {"use_muon": use_muon})
+        groups = build_groups(model.trainable_parameters(), config.optimizer, config.adapter.granularity)
+    except SRDEError as error:
+        assert "use_muon" in str(error) and use_muon
+        return
+    unused = rates.keys() - {RATES[group["name"]] for group in groups}
+    assert {line.partition("=")[0] for line in idle_options(config)} & rates.keys() == unused
+    assert unused_rates({"learning_rates": {group["name"]: group["lr"] for group in groups}}) == unused
+    assert unused_rates({"learning_rate": 0.5}) == set()  # a run of an earlier version
 
 
 def test_settings_of_the_groups() -> None:

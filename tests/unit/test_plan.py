@@ -50,7 +50,7 @@ def test_links_by_hand() -> None:
 def test_step_time_by_hand() -> None:
     machines = Machines(gpus=4, nodes=2, peak_tflops=100, utilisation=0.5, intra_node_gb_s=10, inter_node_gbit_s=80)
     traffic = [Traffic("base gathered", "all_gather", 80 * GB, 8), Traffic("experts' deltas", "all_gather", 8 * GB, 8)]
-    times = step_times(machines, traffic, flops=100e12)
+    times = step_times(machines, traffic, 100e12, "bf16")
     # Of 70 GB 10 come from the other node, 40 GB into the node at 10 GB/s.
     assert times.computation == 2
     assert times.overlapped == {"links within a node": 6, "links between nodes": 4}
@@ -123,6 +123,17 @@ def test_price_and_tokens_follow_from_the_time() -> None:
     assert plan.tokens_per_day == pytest.approx(plan.tokens_per_step * 86_400 / plan.times.step)
     assert plan.price_per_day == 2.5 * 24 * 16
     assert plan.to_dict()["price"] == pytest.approx(2.5 * 16 * 100 * plan.times.step / 3600)
+
+
+def test_fp32_is_as_fast_as_the_machine_computes_in_fp32() -> None:
+    bf16, fp32 = planned(), planned(bf16=False)
+    ratio = fp32.times.computation / bf16.times.computation
+    assert ratio == pytest.approx(989 / 67) and fp32.to_dict()["machines"]["peak_tflops"] == 67
+    assert "40% of 989 TFLOP/s (H100 SXM, bf16)" in describe_plan(bf16)
+    assert "40% of 67 TFLOP/s (H100 SXM, fp32)" in describe_plan(fp32)
+    given = planned({"peak_tflops": 495.0}, bf16=False)  # TF32
+    assert "40% of 495 TFLOP/s; " in describe_plan(given)
+    assert given.times.computation == pytest.approx(fp32.times.computation * 67 / 495)
 
 
 def test_a_run_that_starts_denser_is_measured_at_every_stage() -> None:

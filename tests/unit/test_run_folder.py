@@ -100,7 +100,8 @@ def test_missing_fields(refused: Refusal) -> None:
 def test_two_sources_of_data(refused: Refusal, inputs: dict[str, str]) -> None:
     refused("jsonl_data=", "pretokenized_dir=", "Keep one", pretokenized_dir=inputs["rows"])
     both = {"jsonl_data": None, "pretokenized_dir": inputs["rows"], "eval_file": inputs["held_out"]}
-    refused("eval_file=", "pretokenized_dir=", "build_dataset", **both)
+    for more in ({}, {"dry_run": "true"}):
+        refused("eval_file=", "pretokenized_dir=", "build_dataset", **both | more)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_embeds(

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, pipeline
 from srde_ds import SRDEModel
 from srde_ds.config import Config
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
+from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.hub.card import base_license, model_card
 from srde_ds.model.adapter import add_experts
@@ -286,6 +287,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
         {"step": 1, "loss": 3.0, "tokens": 100, "held_out_at_start": {"red": 3.5, "green": 3.25}},
         {"step": 2, "loss": 1.5, "tokens": 1200, "held_out": {"red": 1.25, "green": 1.125}},
     ]
+    lines[-1]["learning_rates"] = {"delta_matrices": 0.01, "routers": 0.0005}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     environment = {"versions": {"torch": "9.9"}, "world_size": 2, "machine": "a machine"}
     (folder / "environment.json").write_text(json.dumps(environment))
@@ -316,6 +318,8 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         "| experts | red, green |",
         "SRDEModel.from_pretrained(",
         "2 steps, 1,200 tokens; last training loss 1.500. 2 processes on a machine; torch 9.9",
+        "| muon_lr | 0.02 |",
+        "| router_lr | 0.001 |",
         "| red | 6 |",
         "| sums | red | someone/sums | mit | no |",
         "| red | 3.500 | 1.250 |",
@@ -323,6 +327,7 @@ def test_the_card_tells_of_the_run(run: Path, tmp_path: Path) -> None:
         "not known here: see the base's page",
     ):
         assert part in card, part
+    assert "| learning_rate |" not in card  # no trainable uses it
     evaluation = {
         "overall": {"srde": {"loss": 1.5, "accuracy": 0.25, "items": 40}, "base": {"loss": 2.5, "accuracy": 0.125}},
         "domains": {"red": {"srde": {"loss": 1.25, "accuracy": None}}},
@@ -378,6 +383,9 @@ def test_the_code_on_the_card_runs(made: Trained, tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path / "here")
     variables: dict[str, Any] = {}
     exec(code, variables)
+    chat = [{"role": "user", "content": "What is 17 * 3?"}]
+    asked: Any = load_tokenizer(made.base).apply_chat_template(chat, add_generation_prompt=True)
+    assert variables["inputs"]["input_ids"].tolist() == [asked["input_ids"]]
     assert type(variables["plain"]).__name__ == "LlamaForCausalLM"
 
 
@@ -406,11 +414,13 @@ base, adapter, run = sys.argv[1:]
 model = SRDEModel.from_pretrained(base, adapter)
 print(model.push_to_hub("me/experts", run=run))
 print(model.push_to_hub("me/open", private=False))
+model.push_to_hub("me/experts"), model.push_to_hub("me/open", private=False)  # once more, into what exists
 again = SRDEModel.from_pretrained(base, "me/experts")
+load = lambda name: SRDEModel.from_pretrained(base, name)
 assert all(bool((a == b).all()) for a, b in zip(model.adapter_tensors().values(), again.adapter_tensors().values()))
-for name in ("me/none", "a/b/c"):
+for act, name in ((load, "me/none"), (load, "a/b/c"), (model.push_to_hub, "me/public")):
     try:
-        SRDEModel.from_pretrained(base, name)
+        act(name)
     except SRDEError as error:
         print(error)
 """
@@ -418,6 +428,7 @@ for name in ("me/none", "a/b/c"):
 
 def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path) -> None:
     with standin() as hub:
+        hub.add("me/public", {})
         own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         environment = os.environ | own | {"HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_TELEMETRY": "1"}
         command = [sys.executable, "-c", PUSH, str(base), str(run), str(run)]
@@ -426,7 +437,9 @@ def test_push_to_the_hub_and_load_from_it(run: Path, base: Path, tmp_path: Path)
         lines = done.stdout.splitlines()
         assert lines[:2] == [f"{hub.endpoint}/me/experts", f"{hub.endpoint}/me/open"]
         assert "weights 'me/none': no such file or folder, nor can the Hub provide it (404" in lines[2]
-        assert "weights 'a/b/c': no such file or folder" in lines[3] and len(lines) == 4
+        assert "weights 'a/b/c': no such file or folder" in lines[3] and len(lines) == 5
+        assert "push_to_hub('me/public') with private=true: the repository exists and is public" in lines[4]
+        assert not hub.files["me/public"]
         assert hub.private == {"me/experts": True, "me/open": False} and hub.tokens == {"Bearer hf_secret"}
         files = hub.files["me/experts"]
         assert set(files) - {".gitattributes"} == {"README.md", WEIGHTS}

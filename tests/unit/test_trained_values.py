@@ -9,12 +9,12 @@ import pytest
 
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.model.base_shape import base_shape
+from srde_ds.model.base_shape import BaseShape, LayerShape, base_shape
 from srde_ds.planner.trained_values import describe_trained_values, trained_values
 from srde_ds.training.schedule import Schedule
 from tests.helpers import tiny_llama, tiny_srde
 
-BLOCKS = [(32, 96)] * 2  # tiny_llama's
+SHAPE = BaseShape((LayerShape(32, 96),) * 2)  # tiny_llama's
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,7 @@ BLOCKS = [(32, 96)] * 2  # tiny_llama's
         {"num_atoms": 4, "support_scope": "per_expert"},
         {"support_strategy": "learned", "support_scope": "per_expert"},
         {"support_strategy": "learned", "granularity": "element", "num_atoms": 4},
+        {"shared_expert_density": 0.05},
     ],
 )
 def test_values_at_each_density(form: dict[str, Any]) -> None:
@@ -31,7 +32,7 @@ def test_values_at_each_density(form: dict[str, Any]) -> None:
     config = resolve({}, annealing | {"max_steps": 100, "num_experts": 3} | form)
     learned = form.get("support_strategy") == "learned"
     densities = [0.2, 0.05] if learned else [0.2, 0.1, 0.05]
-    spans = trained_values(config.adapter, Schedule.of(config).densities, BLOCKS)
+    spans = trained_values(config.adapter, Schedule.of(config).densities, SHAPE)
     assert [span.first_step for span in spans] == ([0, 40] if learned else [0, 20, 40])
     assert [span.density for span in spans] == pytest.approx(densities)
     for span in spans:
@@ -51,7 +52,7 @@ def test_supports_must_fit_at_the_initial_density(tmp_path: Path) -> None:
 
 def test_without_annealing_there_is_one_density() -> None:
     config = resolve({}, {"density": 0.05, "num_experts": 3, "max_steps": 100})
-    spans = trained_values(config.adapter, Schedule.of(config).densities, BLOCKS)
+    spans = trained_values(config.adapter, Schedule.of(config).densities, SHAPE)
     assert describe_trained_values(spans, max_steps=100).splitlines() == [
         "steps  density  trained values",
         f"1-100     0.05{2 * (32 * 9 * 5 + 3 * 32):>16,}",

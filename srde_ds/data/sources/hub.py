@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-
 from srde_ds.errors import SRDEError
-from srde_ds.utils.retry import SourceError, with_retries
+from srde_ds.utils.upload import Upload
 
 UPLOADED = ("README.md", "data.jsonl", "build.json", "sources.lock.json", "report/*", "tokenized/**")
 
@@ -22,41 +20,28 @@ def check_upload(repo: str, *, private: bool, sources: Iterable[dict[str, Any]])
         sources: with `name` and `redistributable`.
 
     Raises:
-        SRDEError: there is no token, the name is not a repository's, or a public upload would pass on data whose
-            licence does not allow that.
+        SRDEError: there is no token, the name is not a repository's or, with `private`, is that of a public one, or a
+            public upload would pass on data whose licence does not allow that.
     """
-    if not os.environ.get("HF_TOKEN"):
-        raise SRDEError(f"push_to_hub={repo}: no token. Set the environment variable HF_TOKEN.")
-    if repo.count("/") > 1 or not all(repo.split("/")):
-        raise SRDEError(f"push_to_hub={repo}: must be a repository's name, like user/dataset.")
+    upload = _upload(repo, private=private)
+    upload.check()
     kept = [source["name"] for source in sources if source["redistributable"] != "yes"]
     if kept and not private:
         raise SRDEError(
             f"push_to_hub={repo} with private=false: the licence of {', '.join(kept)} does not allow, or does not "
             "clearly allow, passing the data on. Leave --private on, or build without these sources."
         )
+    upload.refuse_public()
 
 
 def push_to_hub(work_dir: Path, repo: str, *, private: bool) -> str:
     """Upload the dataset, its card and its report in one commit; returns the repository's address.
 
     Raises:
-        SRDEError: the Hub refuses or cannot be reached.
+        SRDEError: it is to be private and the repository is public, or the Hub refuses or cannot be reached.
     """
-    api = HfApi(token=os.environ["HF_TOKEN"])
+    return _upload(repo, private=private).send(work_dir, "Dataset by srde-ds build_dataset", UPLOADED)
 
-    def upload() -> str:
-        url = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            repo_type="dataset",
-            folder_path=work_dir,
-            allow_patterns=list(UPLOADED),
-            commit_message="Dataset by srde-ds build_dataset",
-        )
-        return str(url)
 
-    try:
-        return with_retries(upload, repo)
-    except SourceError as error:
-        raise SRDEError(f"push_to_hub={repo}: {error}") from None
+def _upload(repo: str, *, private: bool) -> Upload:
+    return Upload(repo, "dataset", private, os.environ.get("HF_TOKEN"), f"push_to_hub={repo}")
