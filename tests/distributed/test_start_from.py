@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 from unittest.mock import patch
 
@@ -15,15 +17,28 @@ from torch import Tensor
 from srde_ds.checkpoint import resume
 from srde_ds.checkpoint.layout import file_hash
 from srde_ds.config import Config, resolve
+from srde_ds.data.loader import RowStream
 from srde_ds.data.tokenizer import load_tokenizer
+from srde_ds.distributed.engine import Engine
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import load_adapter
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.run_inputs import check_start, read_run_inputs
 from srde_ds.weights.file import read_metadata
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import Ranks
-from tests.distributed.training_helpers import DOMAINS, Inputs, metrics, train_here, weights
+from tests.distributed.training_helpers import (
+    DOMAINS,
+    ROWS_PER_STEP,
+    Inputs,
+    cut,
+    latest,
+    metrics,
+    train_here,
+    weights,
+    without_clocks,
+)
 from tests.helpers import tokens
 
 SHORT: dict[str, Any] = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
@@ -132,6 +147,35 @@ def test_all_of_it_goes_on_and_resumes(inputs: Inputs, two_ranks: Ranks, tmp_pat
     name = "srde_weights.safetensors"
     assert (halves / name).read_bytes() == (whole / name).read_bytes()
     assert [entry["steps"] for entry in read_metadata(whole / name).history] == [2, 4]
+
+
+def train_until_the_first_step(flags: dict[str, Any]) -> str | None:
+    """`train_here`, with a signal that stops it within the first step."""
+    original = Curriculum.begin_step
+
+    def begin_step(self: Curriculum, engine: Engine) -> RowStream:
+        os.kill(os.getpid(), SIGTERM)
+        return original(self, engine)
+
+    with patch.object(Curriculum, "begin_step", begin_step):
+        return train_here(flags)
+
+
+def test_a_stop_after_the_warm_start_changes_nothing(
+    inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path
+) -> None:
+    """The routers' inputs depend on the routers here, so the warm start must not be repeated."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = SHORT | cut(ROWS_PER_STEP, 1) | {"start_from": str(started), "warm_start": True, "eval_steps": 2}
+    options |= {"support_strategy": "random"}
+    assert one_rank(train_here, inputs.flags(whole, **options)) == [None]
+    assert one_rank(train_until_the_first_step, inputs.flags(parts, **options)) == [None]
+    assert latest(parts) == "checkpoint-0" and not metrics(parts)
+    assert one_rank(train_here, inputs.flags(parts, **options, resume_from="latest")) == [None]
+    assert without_clocks(metrics(parts)) == without_clocks(metrics(whole))
+    assert {"warm_start", "held_out_at_start", "data"} <= metrics(parts)[0].keys()
+    name = "srde_weights.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
