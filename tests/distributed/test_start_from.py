@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from pkgutil import resolve_name
 from signal import SIGTERM
 from typing import Any
 from unittest.mock import patch
@@ -16,14 +17,12 @@ from torch import Tensor
 
 from srde_ds.checkpoint import resume
 from srde_ds.checkpoint.layout import file_hash
+from srde_ds.checkpoint.resume import load_run_state
 from srde_ds.config import Config, resolve
-from srde_ds.data.loader import RowStream
 from srde_ds.data.tokenizer import load_tokenizer
-from srde_ds.distributed.engine import Engine
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import load_adapter
 from srde_ds.model.policy import RoutingPolicy
-from srde_ds.training.curriculum import Curriculum
 from srde_ds.training.run_inputs import check_start, read_run_inputs
 from srde_ds.weights.file import read_metadata
 from tests.data_helpers import sums, write_jsonl
@@ -149,28 +148,31 @@ def test_all_of_it_goes_on_and_resumes(inputs: Inputs, two_ranks: Ranks, tmp_pat
     assert [entry["steps"] for entry in read_metadata(whole / name).history] == [2, 4]
 
 
-def train_until_the_first_step(flags: dict[str, Any]) -> str | None:
-    """`train_here`, with a signal that stops it within the first step."""
-    original = Curriculum.begin_step
+def train_until(flags: dict[str, Any], target: str) -> str | None:
+    """`train_here`, with a signal before this function is called."""
+    original = resolve_name(target)
 
-    def begin_step(self: Curriculum, engine: Engine) -> RowStream:
+    def stopped(*arguments: Any) -> Any:
         os.kill(os.getpid(), SIGTERM)
-        return original(self, engine)
+        return original(*arguments)
 
-    with patch.object(Curriculum, "begin_step", begin_step):
+    with patch(target, stopped):
         return train_here(flags)
 
 
-def test_a_stop_after_the_warm_start_changes_nothing(
-    inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path
+@pytest.mark.parametrize("within", [True, False])
+def test_a_stop_in_the_warm_start_or_after_it_changes_nothing(
+    inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path, within: bool
 ) -> None:
-    """The routers' inputs depend on the routers here, so the warm start must not be repeated."""
+    """The routers' inputs depend on the routers here, so a finished warm start must not be repeated."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     options = SHORT | cut(ROWS_PER_STEP, 1) | {"start_from": str(started), "warm_start": True, "eval_steps": 2}
     options |= {"support_strategy": "random"}
     assert one_rank(train_here, inputs.flags(whole, **options)) == [None]
-    assert one_rank(train_until_the_first_step, inputs.flags(parts, **options)) == [None]
+    name = "warm_start_routers" if within else "Curriculum.begin_step"
+    assert one_rank(train_until, inputs.flags(parts, **options), f"srde_ds.training.curriculum.{name}") == [None]
     assert latest(parts) == "checkpoint-0" and not metrics(parts)
+    assert load_run_state(parts / "checkpoint-0")["warm_started"] != within
     assert one_rank(train_here, inputs.flags(parts, **options, resume_from="latest")) == [None]
     assert without_clocks(metrics(parts)) == without_clocks(metrics(whole))
     assert {"warm_start", "held_out_at_start", "data"} <= metrics(parts)[0].keys()
