@@ -98,7 +98,7 @@ class PrunedLayers:
         before = metadata.config
         after = replace(before, density=checked(before, "density", density))
         self.metadata = replace(metadata, config=after)
-        base = base or ModelConfig(model_name=str(metadata.model_name))
+        base = base or ModelConfig(model_name=str(metadata.model_name), model_revision=metadata.model_revision or None)
         shapes = measure(base).blocks
         self.old_sizes = [support_size(before, hidden, intermediate) for hidden, intermediate in shapes]
         self.sizes = [support_size(after, hidden, intermediate) for hidden, intermediate in shapes]

@@ -43,6 +43,7 @@ def train_routers(
         SRDEError: records are bad, the base is another one, or a signal stopped the run.
     """
     name = str(base or adapter.metadata.base["name"])
+    revision = "" if base else adapter.metadata.model_revision
     with tempfile.TemporaryDirectory(prefix="srde-routers-") as folder:
         start = write_weights(adapter, Path(folder) / "start.safetensors", dtype=torch.float32)
         run = Path(folder) / "run"
@@ -55,7 +56,7 @@ def train_routers(
             "save_steps": 0,
             "seed": seed,
             "output_dir": str(run),
-        }
+        } | ({"model_revision": revision} if revision else {})
         try:
             with redirect_stdout(StringIO()):  # it names files in the temporary folder
                 stopped = train(resolve({}, options, read_inputs=read_run_inputs), leave=False)  # it may train again

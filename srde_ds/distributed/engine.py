@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
 from srde_ds.model.base import Sharding, decoder_layers, load_base, whole_shape
 from srde_ds.model.base_shape import measure
 from srde_ds.model.dispatch import LocalDispatch
+from srde_ds.model.fused import idle_because
 from srde_ds.model.output import SRDEOutput
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
@@ -40,6 +42,8 @@ from srde_ds.optim.groups import build_groups
 
 if TYPE_CHECKING:
     from srde_ds.model.deltas import Trainable
+
+logger = logging.getLogger(__name__)
 
 
 def gather(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
@@ -229,6 +233,8 @@ def build_model(
     )
     if whole:  # each rank has read it by itself
         check_same({"hash of the base's weights": model.base_identity["hash"]}, topology)
+    if config.model.expert_kernels and topology.is_main:
+        warn_of_idle_kernels(model)
     for layer in model.layers:
         layer.dispatch = LocalDispatch(compiled=config.model.compile, kernels=config.model.expert_kernels)
     if config.model.recomputed == "selective":
@@ -237,6 +243,13 @@ def build_model(
         # The kind whose results are tested to equal plain training under ZeRO-3; see docs/decisions.md.
         model.enable_gradient_checkpointing(use_reentrant=True)
     return model.train()
+
+
+def warn_of_idle_kernels(model: SRDEModel) -> None:
+    """Tell why `expert_kernels` has no effect, if there is a reason."""
+    layer = model.layers[0]
+    if reason := idle_because(getattr(layer.block, layer.roles["act"]), layer.support.shape[-1]):
+        logger.warning("expert_kernels=true has no effect: %s. The experts are computed without them.", reason)
 
 
 def build_engine(model: SRDEModel, config: Config, topology: Topology) -> Engine:

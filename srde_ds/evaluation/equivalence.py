@@ -8,13 +8,19 @@ import re
 
 from math_verify import parse, verify
 
-from srde_ds.inference.answers import exact_match, extract_answer, is_number
+from srde_ds.inference.answers import answer_part, exact_match, extract_answer, is_number
 
 _FORMULA = re.compile(r"[\\^$]")
 # A sum or product that has not been calculated; but 1.5 * 10^3 is just a way to write a number.
 _UNEVALUATED = re.compile(r"\d\s*(?:[+*×·-]|\\times|\\cdot)\s*\d(?!0?\s*\^)")
 _QUOTIENT = re.compile(r"(\d{1,99})\s*/\s*(\d{1,99})|\\[dt]?frac\{(\d{1,99})\}\{(\d{1,99})\}")
 _LONGEST_FORMULA = 200
+# A number or formula that a text begins with, and the words, brackets or sentences that explain it. "12 or 13" and
+# "5 to 7" go on after the number.
+_EXPLAINED = re.compile(
+    r"[^\w\\+.-]*((?:[+-]?[\d.]|[+-]?\\|[^\W\d_]\s*=).*?)"
+    r"(?:[.,;:!?]\s+|(?<!\{)\s+(?=[^\W\d_]{2})|\s+(?=\([^)]{0,80}[^\W\d_]{2}))(?!(?:or|and|to|percent)\b)"
+)
 
 # A timeout simply counts as "no".
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -29,11 +35,13 @@ def is_mathematical(answer: str) -> bool:
 def equivalent(prediction: str, answer: str) -> bool:
     """Whether `prediction` (after `extract_answer`) has the value of a mathematical `answer`.
 
-    If the prediction is running text, its last formula or number counts. If the answer is a number, an uncalculated
-    sum, product or quotient is not accepted: it may repeat the question. This works only in the main thread, since the
-    library limits its time by a signal.
+    If the prediction is running text, its last formula or number counts. If the answer is a number, the one that
+    directly follows a mark counts, and an uncalculated sum, product or quotient is not accepted: it may repeat the
+    question. This works only in the main thread, since the library limits its time by a signal.
     """
-    answer, prediction = extract_answer(answer), extract_answer(prediction)
+    answer, (prediction, marked) = extract_answer(answer), answer_part(prediction)
+    if marked and is_number(answer) and (explained := _EXPLAINED.match(prediction)):
+        prediction = explained[1].strip(" $*_")
     same = exact_match(prediction, answer)
     found = [] if same else parse(_as_formula(prediction))
     if not same and not found:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +15,10 @@ from srde_ds.data.records import Record
 from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.head import token_losses
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.prompt_routing import routed_by_prompt
+from srde_ds.model.targets import Targets
 
 
 @dataclass
@@ -88,14 +89,15 @@ def _losses(
     model: SRDEModel, policy: RoutingPolicy, ids_BS: Tensor, mask_BS: Tensor, labels_BS: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Each row's summed cross entropy and label count. Only positions with a label in some row go through the head."""
-    targets_BS = F.pad(labels_BS[:, 1:], (0, 1), value=NO_LABEL)
-    labelled = (targets_BS != NO_LABEL).any(0).nonzero().squeeze(1)
-    logits = model(ids_BS, attention_mask=mask_BS, policy=policy, logits_to_keep=labelled).logits
-    targets = targets_BS.index_select(1, labelled)
-    chosen = targets != NO_LABEL
-    losses = torch.zeros(targets.shape, dtype=torch.float64, device=targets.device)
-    losses[chosen] = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none").double()
-    return losses.sum(1), chosen.sum(1)
+    targets = Targets.of(labels_BS)
+
+    def forward() -> Tensor:
+        logits = model(ids_BS, attention_mask=mask_BS, policy=policy, logits_to_keep=targets.columns).logits
+        assert logits is not None
+        return logits
+
+    losses_BN = token_losses(model.base, forward, targets.tokens, plain=model.has_plain_head)
+    return losses_BN.sum(1, dtype=torch.float64), (targets.tokens != NO_LABEL).sum(1)
 
 
 def _assignments(choices: dict[int, Tensor], experts: int, mask_BS: Tensor) -> list[Tensor]:

@@ -48,8 +48,9 @@ def convert_command(options: ConvertOptions) -> Path:
     elif to == "peft":
         written = write_peft(adapter, target, dtype=torch_dtype)
     else:
-        chosen, local = base_to_load(base, adapter.metadata.model_name, allow_download=options.allow_download)
-        files = BaseFiles(chosen, local_files_only=local)
+        named, revision = adapter.metadata.model_name, adapter.metadata.model_revision
+        chosen, loading = base_to_load(base, named, revision, allow_download=options.allow_download)
+        files = BaseFiles(chosen, **loading)
         _check_tokenizer(adapter, files)
         if to == "dense":
             written = write_dense(adapter, files, target, expert=expert or names[0], dtype=torch_dtype)

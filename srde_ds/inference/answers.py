@@ -23,17 +23,22 @@ def extract_answer(text: str) -> str:
     It is the last `\boxed{...}`, else the last `<answer>...</answer>`, else the line after the last `####`, `answer is`
     or `answer:`, else the whole text. Thoughts are no part of it, see `without_thoughts`.
     """
+    return answer_part(text)[0]
+
+
+def answer_part(text: str) -> tuple[str, bool]:
+    """The result of `extract_answer`, and whether it is the line after a mark, which begins with the answer."""
     text = without_thoughts(text)
     boxed = _last_boxed(text)
     if boxed is not None:
-        return boxed.strip()
+        return boxed.strip(), False
     if tags := _TAG.findall(text):
-        return str(tags[-1]).strip()
+        return str(tags[-1]).strip(), False
     if marks := list(_MARK.finditer(text)):
         rest = text[marks[-1].end() :].strip()
         if rest:
-            return rest.splitlines()[0].strip()
-    return text.strip()
+            return rest.splitlines()[0].strip(), True
+    return text.strip(), False
 
 
 def without_thoughts(text: str) -> str:

@@ -35,27 +35,32 @@ def load_model(options: ModelOptions, source: AdapterSource | None = None) -> tu
     named = source.metadata.model_name
     if not (options.base or named):
         raise SRDEError(f"weights '{source.place}': they do not name their base. Give its folder or Hub id as --base.")
-    local = options.base is None and not options.allow_download
-    tokenizer = load_tokenizer(options.base or named, local_files_only=local)
+    revision = source.metadata.model_revision
+    name, loading = base_to_load(options.base, named, revision, allow_download=options.allow_download)
+    tokenizer = load_tokenizer(name, **loading)
     check_trained_with(source.metadata.history, tokenizer, source.place)
     warn_of_slow_bfloat16(options.bf16 and options.base_quantization != "fp8")
-    name, local = base_to_load(options.base, named, allow_download=options.allow_download)
-    base = _load_base(name, options, local_files_only=local)
+    base = _load_base(name, options, **loading)
     model = load_adapter(source, base=base, dtype=_dtype(options)).eval()
     model.route_by = options.route_by
     return model, tokenizer
 
 
-def _load_base(name: str | Path, options: ModelOptions, *, local_files_only: bool) -> PreTrainedModel:
+def _load_base(
+    name: str | Path, options: ModelOptions, *, revision: str | None, local_files_only: bool
+) -> PreTrainedModel:
     quantization = options.base_quantization
     if quantization != "none":
-        config = ModelConfig(model_name=str(name), base_quantization=quantization, bf16=options.bf16)
+        config = ModelConfig(
+            model_name=str(name), model_revision=revision, base_quantization=quantization, bf16=options.bf16
+        )
         shape = measure(config, local_files_only=local_files_only)
         check_float8(config, shape.packing, shape.linear)
         check_quantized(config, shape.packing)
     return load_base(
         name,
         dtype=_dtype(options),
+        revision=revision,
         local_files_only=local_files_only,
         # There at once: a quantised base cannot be moved, and a plain one may be larger than the host's memory.
         device=_device(),

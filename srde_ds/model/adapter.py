@@ -335,6 +335,7 @@ class SRDEModel(nn.Module):
             support_hash=support_hash(supports),
             domain_tokens=dict(self.origins.domain_tokens),
             history=list(self.origins.history),
+            model_revision=getattr(self.base, "srde_revision", ""),
         )
 
     def delta_norms(self, *, gather: Gather = no_gather) -> Tensor:
@@ -433,14 +434,13 @@ def load_adapter(
     source = weights if isinstance(weights, AdapterSource) else open_adapter(weights, revision=revision)
     metadata, tensors = source.metadata, source.tensors
     if base is None or isinstance(base, str | Path):
-        name, local = base_to_load(base, metadata.model_name, allow_download=allow_download)
-        base = load_base(name, dtype=dtype, attn_implementation=attn_implementation, local_files_only=local)
+        name, loading = base_to_load(base, metadata.model_name, metadata.model_revision, allow_download=allow_download)
+        base = load_base(name, dtype=dtype, attn_implementation=attn_implementation, **loading)
     identity = source.check_fits(base)
     supports = [tensors[f"layers.{layer}.support"].load() for layer in range(source.num_layers)]
     choose = support_chooser(metadata.config, supports, seed=0, gather=no_gather)
     model = _with_experts(base, metadata.config, metadata.expert_names, choose, seed=0, dtype=dtype)
-    model.base_identity = identity
-    model.run_folder = source.run
+    model.base_identity, model.run_folder = identity, source.run
     with torch.no_grad():
         for name, parameter in model.trainable_parameters():
             parameter.copy_(tensors[name].load())

@@ -145,6 +145,7 @@ def load_base(
         )
     if quantization == "fp8":
         to_float8(model, model.get_output_embeddings())
+    model.srde_revision = revision or ""  # for the metadata of experts that are trained on it
     return model.requires_grad_(False).eval()
 
 

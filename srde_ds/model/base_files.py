@@ -233,11 +233,12 @@ def _in_other_dtypes(base: PreTrainedModel | BaseFiles, known: dict[str, str | i
     quantizer = getattr(base, "hf_quantizer", None)
     if quantizer is not None and quantizer.pre_quantized:  # its files hold the same values
         return
+    revision = getattr(base.config, "_commit_hash", None)
     if getattr(base, "is_quantized", False):
-        files = BaseFiles(str(known["name"]))
+        files = BaseFiles(str(known["name"]), revision=revision)
     elif base.dtype in ROUNDED and known["name"]:
         try:
-            files = BaseFiles(str(known["name"]), local_files_only=True)
+            files = BaseFiles(str(known["name"]), revision=revision, local_files_only=True)
         except SRDEError:  # then the error says what is not known of the base itself
             return
     else:

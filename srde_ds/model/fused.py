@@ -30,9 +30,23 @@ def fused_activation(module: Any, gate_TF: Tensor, neurons: int) -> int | None:
     """
     if gate_TF.device.type not in KERNEL_DEVICES or gate_TF.dtype == torch.float64 or not HAS_TRITON:
         return None
+    return None if block_size(neurons) > WIDEST_BLOCK else _kind(module)
+
+
+def idle_because(module: Any, neurons: int) -> str | None:
+    """Why the kernels cannot be used on any GPU; None: they can."""
+    if not HAS_TRITON:
+        return "the package triton is missing"
     if block_size(neurons) > WIDEST_BLOCK:
-        return None
-    if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation":
+        return f"an expert has {neurons:,} neurons, and the kernels take at most {WIDEST_BLOCK:,}"
+    if _kind(module) is None:
+        name = module if isinstance(module, nn.Module) else getattr(module, "__name__", type(module).__name__)
+        return f"the base's activation is {name}, and the kernels know SiLU and tanh-GELU"
+    return None
+
+
+def _kind(module: Any) -> int | None:
+    if isinstance(module, nn.SiLU) or type(module).__name__ == "SiLUActivation" or module is F.silu:
         return SILU
     gelu_tanh = isinstance(module, nn.GELU) and module.approximate == "tanh"
     return GELU_TANH if gelu_tanh or type(module).__name__ == "GELUTanh" else None

@@ -153,6 +153,32 @@ def loss_without_logits(base: PreTrainedModel, inputs: dict[str, Any], targets: 
         return base(**inputs, logits_to_keep=targets.columns).logits.squeeze()
 
 
+def token_losses(base: PreTrainedModel, forward: Callable[[], Tensor], tokens_BN: Tensor, *, plain: bool) -> Tensor:
+    """`[B, N]` float32: each token's cross entropy in nats, 0 for NO_LABEL. Computes no gradients.
+
+    No more than CHUNK_BYTES of logits exist at a time, beside those of a base whose head is not plain.
+
+    Args:
+        forward: runs the base on the positions that predict the tokens, and returns its logits.
+        plain: whether the base has a plain head, see `has_plain_head`.
+    """
+    head = base.get_output_embeddings()
+
+    def losses(x_BND: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        x_ND, tokens_N = x_BND.flatten(0, 1), tokens_BN.flatten()
+        found_N = torch.zeros(len(tokens_N), device=x_ND.device)
+        labelled = (tokens_N != NO_LABEL).nonzero().squeeze(1)
+        for part in labelled.split(chunk_rows(len(head.weight), x_ND.element_size(), CHUNK_BYTES)):
+            logits_nV = logits_of(x_ND[part]).float()
+            found_N[part] = F.cross_entropy(logits_nV, tokens_N[part], reduction="none")
+        return found_N.view_as(tokens_BN)
+
+    if not plain:
+        return losses(forward(), lambda logits: logits)
+    with _replaced(head, lambda x: losses(x, lambda part: F.linear(part, head.weight, head.bias))[..., None]):
+        return forward().squeeze(-1)
+
+
 @contextmanager
 def _replaced(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     before = vars(module).get("forward")

@@ -223,8 +223,8 @@ class SRDEFeedForward(nn.Module):
 
     def _fused_activation(self, act: Any, gate_TF: Tensor) -> int | None:
         """The number of the activation for `FusedExperts`; None: it cannot be used."""
-        hooked = (act._forward_hooks or act._forward_pre_hooks) and not self.skip_activation_hooks
-        if hooked or self.granularity != "neuron":
+        hooked = isinstance(act, nn.Module) and (act._forward_hooks or act._forward_pre_hooks)
+        if (hooked and not self.skip_activation_hooks) or self.granularity != "neuron":
             return None
         return fused_activation(act, gate_TF, self.support.shape[-1])
 

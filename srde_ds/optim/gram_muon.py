@@ -30,7 +30,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -98,8 +98,7 @@ class GramMuonAdamW(torch.optim.Optimizer):
             count_steps: raise each group's `step` by one in each call of `step()`. False if others set it
                 (`optim.schedule.set_step`), since DeepSpeed calls `step()` once for each sub-group of parameters.
 
-    State of a parameter, fp32: `momentum_buffer` (muon), `exp_avg` and `exp_avg_sq` (adamw). `state_dict` and
-    `load_state_dict` are torch's.
+    State of a parameter, fp32: `momentum_buffer` (muon), `exp_avg` and `exp_avg_sq` (adamw).
 
     Raises:
         SRDEError: a group has no known rule or no learning rate.
@@ -173,6 +172,15 @@ class GramMuonAdamW(torch.optim.Optimizer):
         if "lr" not in param_group:
             raise SRDEError(f"{name}: lr is missing: give each parameter group its learning rate.")
         super().add_param_group(RULE_DEFAULTS[rule] | param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but the state stays fp32 where the parameters are not."""
+        super().load_state_dict(state_dict)
+        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for number, param in zip(numbers, params, strict=True):
+            for name, given in state_dict["state"].get(number, {}).items():
+                self.state[param][name] = given.to(param.device, torch.float32, copy=True)
 
     def register_layout(
         self, flat_param: Tensor, shards: Sequence[MatrixShard], process_group: dist.ProcessGroup | None

@@ -70,6 +70,7 @@ def warm_start_routers(
             layer=number,
         )
         layer.router.weight.data.copy_(torch.from_numpy(found.weights))
+        layer.router.load_selection_bias(None)  # of earlier routers
         if dist.is_initialized():
             dist.broadcast(layer.router.weight.data, src=0)
         shares.append(found.own_domain_share)

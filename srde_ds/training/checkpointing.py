@@ -91,6 +91,8 @@ class RunState:
         unlock_order: experts in the order in which they are unlocked.
         expert_share, target_share: `[L, E]` and `[E]`, shares of the last step's assignments, for the next step's load
             balancing (see `model.policy.RoutingPolicy`); None: not known.
+        line: what is known of the line of metrics that is not written yet: of the coming step, or of the last finished
+            one while something is measured after it.
         routing: with training_phases=by_domain, whether the routers have been set, for the history.
         engine: the current engine; `Engines` sets it.
         saver: writes the checkpoints; the training loop runs inside its context.
@@ -103,6 +105,8 @@ class RunState:
         self.step = 0
         self.tokens = 0
         self.warm_started = False
+        self.line: dict[str, Any] = {}
+        self._saved_for_measurement = False
         self.routing = ROUTERS_UNSET
         self.expert_share: torch.Tensor | None = None
         self.target_share: torch.Tensor | None = None
@@ -114,6 +118,11 @@ class RunState:
     def folder(self) -> Path:
         """The last saved checkpoint."""
         return Path(self.config.training.output_dir) / f"checkpoint-{self.saver.saved_step}"
+
+    @property
+    def awaits_measurement(self) -> bool:
+        """Whether `line` is that of the last finished step."""
+        return "step" in self.line
 
     def remedy(self) -> str:
         """Advice after a step whose numbers are not finite. A collective, since it finishes the save in progress."""
@@ -129,6 +138,8 @@ class RunState:
     def save(self, *, final: bool = False) -> None:
         """Write `checkpoint-<step>` and make it the latest, in the background if the config says so.
 
+        A step that was saved before it was measured is saved again; otherwise a step that is saved stays as it is.
+
         Args:
             final: return when the checkpoint is complete, and fail if it cannot be written.
 
@@ -137,7 +148,7 @@ class RunState:
         """
         with self._as_configured():
             self.saver.wait()
-        if self.saver.saved_step == self.step:
+        if self.saver.saved_step == self.step and self._saved_for_measurement == self.awaits_measurement:
             if final:
                 with self._as_configured():
                     self.saver.remove_older()
@@ -166,6 +177,9 @@ class RunState:
             "probe_loss": probe_loss,
             "probe_row": probe_row,
         }
+        if self.line:
+            run_state["line"] = self.line
+        self._saved_for_measurement = self.awaits_measurement
         in_background = self.config.training.save_in_background and not final
         with self._as_configured(always_stop=final):
             self.saver.start(
@@ -224,7 +238,7 @@ class RunState:
                 f"{saved.folder}: probe_row={row!r} in its run state is no row: it is not a run's checkpoint."
             )
         self._check_warm_start(saved)
-        if done == max_steps:
+        if done == max_steps and "step" not in saved.values.get("line", {}):
             self._check_finished(saved)
         return saved
 
@@ -256,6 +270,8 @@ class RunState:
         self.step, self.tokens = values["step"], values["tokens"]
         # Older checkpoints, from before the curriculum, lack this entry.
         self.warm_started = values.get("warm_started", False)
+        self.line = values.get("line", {})
+        self._saved_for_measurement = self.awaits_measurement
         self.unlock_order = values.get("unlock_order", self.unlock_order)
         if folder.parent.resolve() == Path(self.config.training.output_dir).resolve():
             self.saver.saved_step = self.step
@@ -381,6 +397,9 @@ def check_saved(values: dict[str, Any], common: dict[str, torch.Tensor], folder:
         raise SRDEError(
             f"{folder}: unlock_order in its run state is not an order of experts: it is not a run's checkpoint."
         )
+    line = values.get("line", {})
+    if not isinstance(line, dict) or line.get("step", values["step"]) != values["step"]:
+        raise SRDEError(f"{folder}: line in its run state is not that of its step: it is not a run's checkpoint.")
     supports = {name for name in common if name.endswith(".support")}
     if supports != {f"layers.{layer}.support" for layer in range(len(supports))}:
         raise SRDEError(f"{folder}: it holds the supports of only some layers: it is not a run's checkpoint.")

@@ -18,6 +18,7 @@ from srde_ds.training.balancing import auxiliary_weights, domain_target, update_
 from srde_ds.training.checkpointing import RunState
 from srde_ds.training.reporting.held_out import Batch, HeldOut, forced_experts
 from srde_ds.training.schedule import Schedule, ScheduledStep
+from srde_ds.training.signals import Interrupted
 from srde_ds.training.warm_start.routers import warm_start_routers
 
 
@@ -46,24 +47,27 @@ class Curriculum:
         """The coming step."""
         return self.schedule.step(self.state.step)
 
-    def unlocked_experts(self) -> list[int]:
-        """Experts that the coming step may use and change, in the order of their unlocking."""
-        step = self.scheduled
+    def unlocked_experts(self, step: ScheduledStep) -> list[int]:
+        """Experts that a step may use and change, in the order of their unlocking."""
         return self.state.unlock_order[: step.unlocked] if step.only_domain is None else [step.only_domain]
+
+    def allowed_experts(self, step: ScheduledStep) -> Tensor | None:
+        """The same for `RoutingPolicy`: `[E]` bool, or None for all."""
+        allowed = torch.zeros(self.schedule.adapter.num_experts, dtype=torch.bool)
+        allowed[self.unlocked_experts(step)] = True
+        return None if bool(allowed.all()) else allowed
 
     def begin_step(self, engine: Engine) -> RowStream:
         """Freeze and lock what the coming step does not train, set its `policy`, and return the stream of its rows."""
-        step, experts = self.scheduled, self.schedule.adapter.num_experts
-        unlocked = self.unlocked_experts()
-        locked = frozenset(range(experts)) - frozenset(unlocked)
+        step = self.scheduled
+        allowed = self.allowed_experts(step)
+        locked = frozenset() if allowed is None else frozenset((~allowed).nonzero().flatten().tolist())
         trained = step.trained - {"shared"} if self._kept else step.trained  # the experts that are kept rely on it
         engine.restrict(trained, locked | self._kept)
-        allowed = torch.zeros(experts, dtype=torch.bool)
-        allowed[unlocked] = True
         if self._balancing.load_balancing_target == "uniform":
             self.state.target_share = None  # left over in a checkpoint if the option has changed since
         self.policy = RoutingPolicy(
-            allowed_experts=allowed if locked else None,
+            allowed_experts=allowed,
             auxiliary_weights=self._auxiliary_weights,
             expert_share=self.state.expert_share,
             target_share=self.state.target_share,
@@ -102,18 +106,20 @@ class Curriculum:
         """Do what is due before the coming step: the table of experts before and after pretraining, the warm start.
 
         Returns:
-            Entries for the coming step's line of metrics.
+            Entries for the coming step's line of metrics. Those that are in it already, from before a stop within the
+            step, are not measured again.
         """
         found: dict[str, Any] = {}
-        step, pretraining = self.state.step, self.schedule.pretraining_steps
-        if held_out and pretraining and step in (0, pretraining):
+        step, pretraining, known = self.state.step, self.schedule.pretraining_steps, self.state.line
+        if held_out and pretraining and step in (0, pretraining) and "expert_table" not in known:
             table = held_out.table(engine, interrupted)
             if table is not None:
                 found["expert_table"] = table
-        # A run that is stopped before the step's end does this again. The result is the same, since the routers'
-        # inputs do not depend on their weights, and the report then reaches the metrics.
-        if step == self.schedule.warm_start_step and not interrupted():
-            report = warm_start_routers(engine, self.config, self.topology, self.stream.rows)
+        if step == self.schedule.warm_start_step and "warm_start" not in known:
+            try:
+                report = warm_start_routers(engine, self.config, self.topology, self.stream.rows, interrupted)
+            except Interrupted:
+                return found
             self.state.warm_started = True
             found["warm_start"] = asdict(report)
             if self.schedule.curriculum.unlock_order == "cluster_size":

@@ -26,6 +26,7 @@ from srde_ds.model.evaluated import evaluated
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
 from srde_ds.training.reporting.step_metrics import sum_over_ranks
+from srde_ds.training.signals import until_interrupted
 from srde_ds.training.warm_start.from_statistics import fit_layers, router_of
 from srde_ds.training.warm_start.routers import forward_of, special_tokens, visit_inputs
 from srde_ds.training.warm_start.token_sample import TokenSample, all_tokens
@@ -33,7 +34,13 @@ from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.schema import FACTORS
 
 
-def measure_domains(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> None:
+def measure_domains(
+    engine: Engine,
+    config: Config,
+    topology: Topology,
+    rows: datasets.Dataset,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> None:
     """Measure the statistics of each block's inputs on each domain, and keep them in the model; a collective.
 
     It runs `domain_statistics_rows` rows of each domain forward, once with the experts that the router chooses (with
@@ -42,6 +49,9 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
 
     Args:
         rows: training rows as written by `build_dataset`, the same on all ranks.
+
+    Raises:
+        Interrupted: `interrupted` became true; nothing has changed.
     """
     data, training = config.data, config.training
     by_domain = config.curriculum.training_phases == "by_domain"
@@ -65,7 +75,8 @@ def measure_domains(engine: Engine, config: Config, topology: Topology, rows: da
     )
     forward = forward_of(engine.deepspeed, topology.device, policies)
     with evaluated(engine.deepspeed):
-        sums = sum_inputs(engine.model, forward, batches, sample, len(data.domains))
+        visited = until_interrupted(batches, interrupted)
+        sums = sum_inputs(engine.model, forward, visited, sample, len(data.domains))
     tokens = {name: int(count) for name, count in zip(data.domains, counts, strict=True) if count}
     engine.model.origins.update(tokens, statistics_of(sum_over_ranks({"sums": sums}, topology.device)["sums"], counts))
 

@@ -14,6 +14,7 @@ from srde_ds.training.domain_statistics import measure_domains, set_routers
 from srde_ds.training.reporting.metrics import MetricsWriter, ProgressLine
 from srde_ds.training.reporting.step_metrics import ExpertWatch
 from srde_ds.training.run import Observer, Run
+from srde_ds.training.signals import Interrupted
 from srde_ds.weights.origins import ROUTERS_KEPT, ROUTERS_SET
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ def observers(heartbeat: Heartbeat) -> list[Observer]:
         SilentExperts(),
         DataCounts(),
         Statistics(),
+        LastStep(),
         HeldOutLosses(),
         Domains(),
         MetricsLines(),
@@ -69,12 +71,22 @@ class Statistics(Observer):
                 run.line["epochs"] = run.state.stream.epochs(run.step)
 
 
+class LastStep(Observer):
+    """Saves the last step before what is measured after it, which takes long and may fail."""
+
+    def after_step(self, run: Run) -> None:
+        """Save, if this was the last step; `Checkpoints` saves it again with what was measured."""
+        if run.is_last_step and (run.held_out is not None or run.config.training.domain_statistics_rows):
+            doing(f"saving checkpoint-{run.step}")
+            run.state.save()
+
+
 class HeldOutLosses(Observer):
     """Losses on held-out rows: before the first step, then every `eval_steps` steps, and at the end."""
 
     def before_step(self, run: Run) -> None:
         """Measure before the first step: the base, or the weights of `start_from`."""
-        if run.step == 0 and run.config.training.eval_steps:
+        if run.step == 0 and run.config.training.eval_steps and "held_out_at_start" not in run.line:
             self._measure(run, "held_out_at_start")
 
     def after_step(self, run: Run) -> None:
@@ -89,7 +101,9 @@ class HeldOutLosses(Observer):
             return
         doing("held-out loss")
         losses = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
-        if losses is not None:  # None: a signal has interrupted the measurement
+        if losses is None:
+            run.measured = False
+        else:
             run.line[key] = losses
 
 
@@ -100,7 +114,11 @@ class Domains(Observer):
         """Measure, if this was the last step, and set the routers if none was trained."""
         if run.is_last_step and run.config.training.domain_statistics_rows:
             doing("statistics of the domains")
-            measure_domains(run.engine, run.config, run.topology, run.state.stream.rows)
+            try:
+                measure_domains(run.engine, run.config, run.topology, run.state.stream.rows, run.interrupted)
+            except Interrupted:
+                run.measured = False
+                return
             if run.curriculum.schedule.trains_by_domain:
                 doing("setting the routers")
                 problem = set_routers(run.engine, run.topology, seed=run.config.training.seed)
@@ -120,13 +138,15 @@ class MetricsLines(Observer):
             run.config.training.output_dir,
             run.config.tracking,
             enabled=run.topology.is_main,
-            resume_step=run.step,
+            resume_step=run.step - run.state.awaits_measurement,
             run_config=run.config.to_dict(),
         )
 
     def after_step(self, run: Run) -> None:
-        """Write the step's line."""
-        self._writer.write(run.line)
+        """Write the step's line. One that lacks something is kept in the checkpoint, for the run that continues."""
+        if run.measured:
+            self._writer.write(run.line)
+            run.state.line = {}
 
     def on_end(self, run: Run, error: BaseException | None) -> None:
         """Close the file and the trackers."""

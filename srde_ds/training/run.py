@@ -32,6 +32,7 @@ class Run:
     Attributes:
         held_out: None without validation rows.
         line: the coming step's line of metrics as it fills; after the step, the complete line.
+        measured: whether nothing that is measured after the last finished step was interrupted.
         allowed_experts: those of the last finished step, see `model.policy.RoutingPolicy`.
         scheduled: what the last finished step trained.
     """
@@ -43,6 +44,7 @@ class Run:
     held_out: HeldOut | None
     stop: StopRequest
     line: dict[str, Any] = field(default_factory=dict)
+    measured: bool = True
     allowed_experts: Tensor | None = field(init=False)
     scheduled: ScheduledStep = field(init=False)
 
@@ -93,8 +95,7 @@ class Run:
                 f"{state.remedy()}"
             )
         curriculum = self.curriculum
-        self.scheduled, unlocked = curriculum.scheduled, curriculum.unlocked_experts()
-        self.allowed_experts = curriculum.policy.allowed_experts
+        self._keep_schedule(curriculum.scheduled)
         curriculum.end_step(engine, sums)
         state.step += 1
         state.tokens += int(sums["real_tokens"])
@@ -102,7 +103,7 @@ class Run:
         self.line = {
             "step": state.step,
             "phase": self.scheduled.phase,
-            "unlocked_experts": unlocked,
+            "unlocked_experts": curriculum.unlocked_experts(self.scheduled),
             "density": engine.model.config.density,
             "loss": loss,
             **({"learning_rate": rates["deltas"]} if "deltas" in rates else {}),
@@ -114,6 +115,26 @@ class Run:
             "memory_gib": memory_gib(),
             **self.line,
         }
+        state.line = self.line
+
+    def reopen_step(self) -> None:
+        """Take up the last finished step of a run that ended before all was measured that follows it."""
+        self.line = self.state.line
+        self._keep_schedule(self.curriculum.schedule.step(self.step - 1))
+
+    def observe_step(self, observers: Sequence[Observer]) -> str | None:
+        """Let the observers see the finished step.
+
+        Returns:
+            The signal that has interrupted what they measure, if one did.
+        """
+        self.measured = True
+        for observer in observers:
+            observer.after_step(self)
+        return None if self.measured else self.stopped_by()
+
+    def _keep_schedule(self, step: ScheduledStep) -> None:
+        self.scheduled, self.allowed_experts = step, self.curriculum.allowed_experts(step)
 
 
 class Observer:

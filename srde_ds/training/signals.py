@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from srde_ds.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One Ctrl-C can arrive twice: from the terminal and forwarded by mpirun or the deepspeed runner.
 SAME_PRESS_SECONDS = 2.0
+
+Item = TypeVar("Item")
+
+
+class Interrupted(Exception):
+    """The ranks have agreed to stop, so what they were measuring is given up; all raise it together."""
+
+
+def until_interrupted(items: Iterable[Item], interrupted: Callable[[], bool]) -> Iterator[Item]:
+    """The items; Interrupted before the next one once `interrupted`, a collective, is true."""
+    for item in items:
+        if interrupted():
+            raise Interrupted
+        yield item
 
 
 class StopRequest:

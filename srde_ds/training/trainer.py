@@ -142,10 +142,13 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     stopped: str | None = None
     watching = observers(heartbeat)
     with observed(current, watching):
-        while state.step < config.training.max_steps:
+        if state.awaits_measurement:
+            current.reopen_step()
+            stopped = current.observe_step(watching)
+        while stopped is None and state.step < config.training.max_steps:
             doing("preparing the step", step=state.step + 1)
             engines.prune_if_due()
-            current.line = {}
+            current.line = state.line
             for observer in watching:
                 observer.before_step(current)
             current.line |= curriculum.between_steps(current.engine, held_out, current.interrupted)
@@ -155,8 +158,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
                 stopped = current.stopped_by()
                 break  # a resumed run repeats the unfinished step
             current.finish_step(sums, time.monotonic() - started)
-            for observer in watching:
-                observer.after_step(current)
+            stopped = current.observe_step(watching)
     current.engine.close()  # this process may train again
     if stopped:
         if topology.is_main:

@@ -15,20 +15,23 @@ _log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def base_to_load(base: str | Path | None, named: str, *, allow_download: bool) -> tuple[str | Path, bool]:
-    """The base of an adapter, and whether it must already be on this machine.
+def base_to_load(
+    base: str | Path | None, named: str, revision: str, *, allow_download: bool
+) -> tuple[str | Path, dict[str, Any]]:
+    """The base of an adapter, and the options to load it with: its revision, and whether only from this machine.
 
     Args:
         base: the base that the user named; it may be downloaded from the Hub.
         named: the base that the adapter names. Anybody may have chosen it, so it is logged, and downloaded only with
             `allow_download`.
+        revision: the revision that the adapter names; empty: none.
     """
     if base is not None:
-        return base, False
-    _log.info("base: %s, named by the adapter", named)
+        return base, {"revision": None, "local_files_only": False}
+    _log.info("base: %s%s, named by the adapter", named, f" at revision {revision}" if revision else "")
     if not _HUB_ID.fullmatch(named) and not Path(named).exists():
         raise moved_base(named)
-    return named, not allow_download
+    return named, {"revision": revision or None, "local_files_only": not allow_download}
 
 
 def moved_base(named: str | Path) -> SRDEError:
@@ -57,9 +60,15 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
         if named_by_adapter and not _HUB_ID.fullmatch(str(model_name)):
             raise moved_base(model_name) from error
         if named_by_adapter:
+            revision = options.get("revision")
+            place, ways = (
+                (f"'{model_name}' at revision {revision}", "--allow_download")
+                if revision
+                else (f"'{model_name}'", f"--base {model_name} or --allow_download")
+            )
             raise SRDEError(
-                f"base '{model_name}', named by the adapter, is not on this machine. If you trust it, download it from "
-                f"the Hub with --base {model_name} or --allow_download; else give your own as --base."
+                f"base {place}, named by the adapter, is not on this machine. If you trust it, download it from "
+                f"the Hub with {ways}; else give your own as --base."
             ) from error
         raise SRDEError(
             f"model_name={str(model_name)!r}: cannot load the {what}; give a Hugging Face id or a folder written by "

@@ -37,7 +37,7 @@ FORMAT_VERSION = 1
 METADATA_KEY = "srde"
 # 100 layers of 7 tensors take about 80 kB. Hostile JSON may take about 20 times its size in memory.
 LARGEST_HEADER = 4 * 2**20
-OPTIONAL = ("domain_tokens", "history")
+OPTIONAL = ("domain_tokens", "history", "model_revision")
 """Keys of the metadata that are left out if empty; older files lack them"""
 
 
@@ -49,6 +49,7 @@ class AdapterMetadata:
         domain_tokens: domain -> number of tokens behind its mean and spread, in the order of the rows of
             `layers.{i}.domain_mean` and `layers.{i}.domain_spread`; empty: the file has no such tensors.
         history: how these weights were made, oldest entry first: training runs, combinations, new names.
+        model_revision: the revision of the base's repository that the training was given; empty: none.
     """
 
     config: AdapterConfig
@@ -59,6 +60,7 @@ class AdapterMetadata:
     format_version: int = FORMAT_VERSION
     domain_tokens: dict[str, int] = field(default_factory=dict)
     history: list[dict[str, str | int]] = field(default_factory=list)
+    model_revision: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as written to a file; those of OPTIONAL only if they are not empty."""
@@ -84,9 +86,9 @@ class AdapterMetadata:
             raise SRDEError(f"weights: the metadata lack '{key}'; export the weights again.")
         for key in values.keys() - known:
             raise SRDEError(f"weights: unknown key {shown(key)} in the metadata; export the weights again.")
-        for key in ("model_name", "support_hash"):
-            if not is_printable(values[key]):
-                raise SRDEError(f"weights: {key}={shown(values[key])} in the metadata must be printable text.")
+        for key in ("model_name", "support_hash", "model_revision"):
+            if not is_printable(value := values.get(key, "")):
+                raise SRDEError(f"weights: {key}={shown(value)} in the metadata must be printable text.")
         config = adapter_config(values["config"])
         check_names(values["expert_names"], config)
         check_base_identity(values["base"])

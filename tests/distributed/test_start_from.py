@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from pkgutil import resolve_name
+from signal import SIGTERM
 from typing import Any
 from unittest.mock import patch
 
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint import resume
+from srde_ds.checkpoint.resume import load_run_state
 from srde_ds.config import Config, resolve
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
@@ -23,7 +27,17 @@ from srde_ds.utils.files import file_hash
 from srde_ds.weights.file import read_metadata
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import Ranks
-from tests.distributed.training_helpers import DOMAINS, Inputs, metrics, train_here, weights
+from tests.distributed.training_helpers import (
+    DOMAINS,
+    ROWS_PER_STEP,
+    Inputs,
+    cut,
+    latest,
+    metrics,
+    train_here,
+    weights,
+    without_clocks,
+)
 from tests.helpers import tokens
 
 SHORT: dict[str, Any] = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
@@ -132,6 +146,38 @@ def test_all_of_it_goes_on_and_resumes(inputs: Inputs, two_ranks: Ranks, tmp_pat
     name = "srde_weights.safetensors"
     assert (halves / name).read_bytes() == (whole / name).read_bytes()
     assert [entry["steps"] for entry in read_metadata(whole / name).history] == [2, 4]
+
+
+def train_until(flags: dict[str, Any], target: str) -> str | None:
+    """`train_here`, with a signal before this function is called."""
+    original = resolve_name(target)
+
+    def stopped(*arguments: Any) -> Any:
+        os.kill(os.getpid(), SIGTERM)
+        return original(*arguments)
+
+    with patch(target, stopped):
+        return train_here(flags)
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_stop_in_the_warm_start_or_after_it_changes_nothing(
+    inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path, within: bool
+) -> None:
+    """The routers' inputs depend on the routers here, so a finished warm start must not be repeated."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options = SHORT | cut(ROWS_PER_STEP, 1) | {"start_from": str(started), "warm_start": True, "eval_steps": 2}
+    options |= {"support_strategy": "random"}
+    assert one_rank(train_here, inputs.flags(whole, **options)) == [None]
+    name = "warm_start_routers" if within else "Curriculum.begin_step"
+    assert one_rank(train_until, inputs.flags(parts, **options), f"srde_ds.training.curriculum.{name}") == [None]
+    assert latest(parts) == "checkpoint-0" and not metrics(parts)
+    assert load_run_state(parts / "checkpoint-0")["warm_started"] != within
+    assert one_rank(train_here, inputs.flags(parts, **options, resume_from="latest")) == [None]
+    assert without_clocks(metrics(parts)) == without_clocks(metrics(whole))
+    assert {"warm_start", "held_out_at_start", "data"} <= metrics(parts)[0].keys()
+    name = "srde_weights.safetensors"
+    assert (parts / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.fixture(scope="module")

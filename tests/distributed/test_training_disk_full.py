@@ -140,8 +140,9 @@ def test_the_run_goes_on_but_does_not_end_well_without_its_last_checkpoint(
     flags = inputs.flags(run, on_save_failure="continue", save_in_background=in_background, **LARGE)
     (error, warnings), (other_error, other_warnings) = two_ranks(train_with_warnings, flags)
     assert error == other_error and error is not None and "checkpoint-6 was not saved" in error
-    assert len(warnings) == 1 and other_warnings == []
-    assert "checkpoint-4 was not saved" in warnings[0] and "Training continues" in warnings[0]
+    assert len(warnings) == 2 and other_warnings == []
+    for step, warning in zip((4, 6), warnings, strict=True):  # the last step is tried again at the end
+        assert f"checkpoint-{step} was not saved" in warning and "Training continues" in warning
     assert_only_the_first_checkpoint(run)
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     enlarge(small_disk)

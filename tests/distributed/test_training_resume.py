@@ -22,6 +22,8 @@ from srde_ds.data.loader import RowStream
 from srde_ds.errors import SRDEError
 from srde_ds.model.output import SRDEOutput
 from srde_ds.training import trainer
+from srde_ds.training.observers import Domains, HeldOutLosses
+from srde_ds.training.run import Observer, Run
 from tests.distributed.harness import Ranks
 from tests.distributed.test_training_equivalence import TOLERANCE
 from tests.distributed.training_helpers import (
@@ -57,6 +59,47 @@ def test_stopped_twice_by_a_signal_to_one_rank_equals_an_uninterrupted_run(
     assert stopped == [(None, 6), (None, 6)]
     assert latest(run) == "checkpoint-4" and [line["step"] for line in metrics(run)] == [1, 2, 3, 4]
     assert not (run / "completed.json").exists() and not (run / "srde_weights.safetensors").exists()
+    assert two_ranks(train_here, flags) == [None, None]
+    assert (run / "completed.json").exists()
+    assert without_clocks(metrics(run)) == without_clocks(metrics(reference))
+    assert (run / "srde_weights.safetensors").read_bytes() == (reference / "srde_weights.safetensors").read_bytes()
+
+
+def train_disturbed(flags: dict[str, Any], observer: type[Observer], step: int, error: str | None) -> str | None:
+    """`train_here`, with an error, or a signal to rank 0, when an observer sees this step."""
+    original = observer.after_step
+
+    def after_step(self: Observer, run: Run) -> None:
+        if run.step == step and error:
+            raise SRDEError(error)
+        if run.step == step and run.topology.is_main:
+            os.kill(os.getpid(), SIGUSR1)
+        original(self, run)
+
+    with patch.object(observer, "after_step", after_step):
+        return train_here(flags)
+
+
+@pytest.mark.parametrize(
+    ("observer", "step", "error"),
+    [(HeldOutLosses, 3, None), (HeldOutLosses, 6, None), (Domains, 6, None), (Domains, 6, "out of memory")],
+)
+def test_what_is_measured_after_a_step_is_measured_when_the_run_goes_on(
+    inputs: Inputs,
+    two_ranks: Ranks,
+    reference: Path,
+    tmp_path: Path,
+    observer: type[Observer],
+    step: int,
+    error: str | None,
+) -> None:
+    run = tmp_path / "run"
+    flags = inputs.flags(run)
+    assert two_ranks(train_disturbed, flags, observer, step, error) == [error, error]
+    assert latest(run) == f"checkpoint-{step}" and not (run / "completed.json").exists()  # the step is safe
+    assert [line["step"] for line in metrics(run)] == list(range(1, step))
+    flags["resume_from"] = "latest"
+    assert two_ranks(train_disturbed, flags, observer, step, error) == [error, error]  # and again
     assert two_ranks(train_here, flags) == [None, None]
     assert (run / "completed.json").exists()
     assert without_clocks(metrics(run)) == without_clocks(metrics(reference))

@@ -19,11 +19,12 @@ pytest.importorskip("triton", minversion="3.9")  # extra `kernels`; older interp
 import triton.language as tl
 from triton.runtime import interpreter
 
+from srde_ds.distributed.engine import warn_of_idle_kernels
 from srde_ds.model import fused
 from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.fused import GELU_TANH, SILU, FusedExperts, fused_activation
 from srde_ds.model.products import GROUPING, GroupingOverhead
-from tests.helpers import gradient_of, randomize, tiny_srde
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 3, 40, 4, 2
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
@@ -144,4 +145,25 @@ def test_what_the_kernels_do_not_know_is_left_to_the_readable_path() -> None:
         assert fused_activation(torch.nn.GELU(), gate, 4) is None
         assert fused_activation(torch.nn.SiLU(), gate.double(), 4) is None
         assert fused_activation(torch.nn.SiLU(), gate, 5000) is None
+        assert fused_activation(F.silu, gate, 4) == SILU
     assert fused_activation(torch.nn.SiLU(), gate, 4) is None  # no GPU
+
+
+def test_kernels_that_cannot_be_used_are_reported(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "HAS_TRITON", True)
+    warn_of_idle_kernels(tiny_srde())
+    assert not caplog.messages
+    warn_of_idle_kernels(tiny_srde(base=tiny_llama(hidden_act="gelu")))
+    warn_of_idle_kernels(tiny_srde(base=tiny_llama(intermediate_size=1200, num_hidden_layers=1), density=0.9))
+    monkeypatch.setattr(fused, "HAS_TRITON", False)
+    warn_of_idle_kernels(tiny_srde())
+    reasons = (
+        "the base's activation is GELUActivation(), and the kernels know SiLU and tanh-GELU",
+        "an expert has 1,080 neurons, and the kernels take at most 1,024",
+        "the package triton is missing",
+    )
+    assert caplog.messages == [
+        f"expert_kernels=true has no effect: {reason}. The experts are computed without them." for reason in reasons
+    ]

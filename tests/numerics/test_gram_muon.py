@@ -248,16 +248,18 @@ def test_bfloat16_parameter_keeps_its_state_in_float32() -> None:
     assert relative_error(param.detach().float(), expected) < 2**-7
 
 
-def test_state_survives_save_and_load() -> None:
+@pytest.mark.parametrize("rule", ["muon", "adamw"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_survives_save_and_load(dtype: torch.dtype, rule: str) -> None:
     def optimizer_of(param: nn.Parameter) -> GramMuonAdamW:
-        return GramMuonAdamW([{"params": [param], **MUON}])
+        return GramMuonAdamW([{"params": [param], **MUON} if rule == "muon" else adamw_group(param)])
 
     def one_step(param: nn.Parameter, optimizer: GramMuonAdamW, step: int) -> None:
         set_step(optimizer, step)
-        param.grad = random(8, 1, 2, seed=step)
+        param.grad = random(8, 1, 2, seed=step).to(dtype)
         optimizer.step()
 
-    first = nn.Parameter(random(8, 1, 2, seed=0))
+    first = nn.Parameter(random(8, 1, 2, seed=0).to(dtype))
     optimizer = optimizer_of(first)
     one_step(first, optimizer, 1)
     second = nn.Parameter(first.detach().clone())
@@ -266,6 +268,9 @@ def test_state_survives_save_and_load() -> None:
     one_step(first, optimizer, 2)
     one_step(second, resumed, 2)
     assert torch.equal(first, second)
+    assert {name: t.dtype for name, t in resumed.state[second].items()} == dict.fromkeys(
+        optimizer.state[first], torch.float32
+    )
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from srde_ds.data.packing import NO_LABEL
-from srde_ds.model.head import chunk_rows, has_plain_head, linear_cross_entropy
+from srde_ds.model import head
+from srde_ds.model.head import chunk_rows, has_plain_head, linear_cross_entropy, token_losses
 from srde_ds.model.targets import Targets
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
@@ -194,6 +195,28 @@ def test_a_model_gives_the_loss_and_the_gradients_of_its_logits(tied: bool) -> N
     for name, gradient in results[0][1].items():
         torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model(ids).logits, model.base(ids, use_cache=False).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Gemma2Config])
+def test_losses_of_tokens_need_few_logits(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = AutoModelForCausalLM.from_config(kind(**SIZES | {"vocab_size": 512, "head_dim": 8})).eval()
+    ids = tokens(4, 24, vocabulary=512)
+    labels = ids.masked_fill(torch.arange(24) < torch.tensor([[5], [0], [20], [24]]), NO_LABEL)
+    targets, plain = Targets.of(labels), has_plain_head(base)
+
+    def forward() -> Tensor:
+        logits: Tensor = base(ids, logits_to_keep=targets.columns, use_cache=False).logits
+        return logits
+
+    with torch.no_grad():
+        logits = forward().flatten(0, 1)
+        expected = F.cross_entropy(logits, targets.tokens.flatten(), ignore_index=NO_LABEL, reduction="none")
+        monkeypatch.setattr(head, "CHUNK_BYTES", 3 * 512 * 4)
+        with LargestTensor() as largest:
+            losses = token_losses(base, forward, targets.tokens, plain=plain)
+    torch.testing.assert_close(losses, expected.view_as(losses), rtol=1e-5, atol=1e-6)
+    assert not losses[targets.tokens == NO_LABEL].any() and not losses[3].any()
+    assert (largest.values < len(logits) * 512) == plain  # the logits of a head that is not plain exist at once
 
 
 def test_a_head_that_is_trained_gets_its_gradient() -> None:

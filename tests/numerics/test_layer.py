@@ -12,7 +12,7 @@ from torch._dynamo.exc import Unsupported
 from torch.func import functional_call
 
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.dispatch import neuron_experts
+from srde_ds.model.dispatch import LocalDispatch, neuron_experts
 from srde_ds.model.merging import expert_delta
 from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.reference import element_support, merge_expert, reference_forward
@@ -366,6 +366,25 @@ def test_an_expert_without_tokens_still_gets_a_gradient_tensor(granularity: str)
     policy = RoutingPolicy(forced_experts=torch.full((2, 16), 1))
     model(tokens(), labels=tokens(), policy=policy).loss_sum.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for _, p in model.trainable_parameters())
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_an_activation_may_be_a_function(granularity: str, kernels: bool) -> None:
+    results = []
+    for function in (False, True):
+        base: Any = tiny_llama()
+        if function:
+            for decoder in base.model.layers:
+                del decoder.mlp.act_fn
+                decoder.mlp.act_fn = nn.functional.silu
+        model = randomize(tiny_srde(base=base, granularity=granularity)).train()
+        for layer in model.layers:
+            layer.dispatch = LocalDispatch(kernels=kernels)
+        loss = model(tokens(), labels=tokens()).loss_sum
+        loss.backward()
+        results.append([loss.detach(), *(gradient_of(parameter) for _, parameter in model.trainable_parameters())])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("atoms", ATOMS)

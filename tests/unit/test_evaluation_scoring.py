@@ -47,6 +47,17 @@ SAME = [
     (r"So it is \boxed{\frac{3}{7}}.", "3/7"),
     ("24/56", "24/56"),
     ("(1, 2)", "$(1,2)$"),
+    ("The answer is 12 apples for 5 children.", "12"),
+    ("#### 12 (2 steps)", "12"),
+    ("The answer is 12. (I used 3 steps)", "12"),
+    ("The answer is **12**, not 5.", "12"),
+    ("The answer is 17 * 3 = 51 apples for 5 children.", "51"),
+    ("Answer: $1,000 for 5 children", "1000"),
+    ("The answer is $x = 12$, since 3 times 4 is that.", "12"),
+    (r"The answer is \frac{1}{2} of the 5 cakes.", "0.5"),
+    ("The answer is 50 percent of the 5 cakes.", "0.5"),
+    ("The answer is the sum of 5 and 7, which is 12", "12"),
+    ("5 children, 12 apples", "12"),  # running text
 ]
 DIFFERENT = [
     ("17 * 3", "51"),
@@ -63,6 +74,11 @@ DIFFERENT = [
     ("<think>the answer is 8</think>\n9", "8"),
     ("x", "$x^2$"),
     ("(2, 1)", "$(1,2)$"),
+    ("The answer is 5, not 12.", "12"),
+    ("The answer is 12 apples for 5 children.", "5"),
+    ("The answer is 12 or 13.", "12"),
+    ("The answer is 5 to 12.", "5"),
+    ("#### 17 * 3 (as 3 rows of 51)", "51"),
 ]
 
 

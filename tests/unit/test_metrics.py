@@ -6,7 +6,9 @@ import io
 import json
 import resource
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -153,6 +155,47 @@ def test_trackers_get_init_log_and_finish(tmp_path: Path, monkeypatch: pytest.Mo
         ("log", (4, numbers | {"entropy/0": 0.5, "entropy/1": 1.5})),
         ("finish", None),
     ]
+
+
+def test_a_board_on_a_full_disk_does_not_end_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import tensorboard
+
+    monkeypatch.setattr(tensorboard, "SummaryWriter", partial(tensorboard.SummaryWriter, flush_secs=0))
+    # The board writes in a thread, whose error comes out at a later step, or at the end.
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(tmp_path, TrackingConfig(use_tensorboard=True), enabled=True) as writer:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
+        try:
+            for step in range(1, 31):
+                writer.write({"step": step, "loss": 0.5})
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 31))
+    about_the_board = [message for message in caplog.messages if message.startswith("tensorboard")]
+    assert about_the_board == [
+        "tensorboard: [Errno 27] File too large; it gets no more numbers of this run, metrics.jsonl has them."
+    ]
+
+
+@pytest.mark.parametrize("name", ["log", "finish"])
+def test_a_tracker_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no network")
+
+    tracker = Tracker()
+    monkeypatch.setattr(tracker, name, unreachable)
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    with MetricsWriter(tmp_path, TrackingConfig(use_wandb=True), enabled=True) as writer:
+        for step in (1, 2):
+            writer.write({"step": step, "loss": 0.5})
+    assert caplog.messages == ["wandb: no network; it gets no more numbers of this run, metrics.jsonl has them."]
+    assert len(lines(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -127,3 +127,47 @@ def test_a_base_that_is_not_here_is_fetched_only_if_the_user_agrees(weights: Pat
         before = hub.requests.copy()
         assert ask().returncode == 0  # it is here now
         assert not [r for r in hub.requests - before if "/resolve/" in r]
+
+
+# Run where the cache holds the base at revision v1 alone.
+PINNED = """
+import sys
+import torch
+from srde_ds.cli.main import main
+from srde_ds.config import AdapterConfig
+from srde_ds.inference.load import load_model
+from srde_ds.inference.options import ModelOptions
+from srde_ds.model.adapter import add_experts, load_adapter
+from srde_ds.model.base import load_base
+from srde_ds.weights.file import read_metadata, save_weights
+
+weights, dense = sys.argv[1:]
+base = load_base("someone/base", dtype=torch.float32, revision="v1", local_files_only=True)
+model = add_experts(base, AdapterConfig(num_experts=1, top_k=1, density=0.05), expert_names=["math"], seed=0)
+save_weights(weights, model.adapter_tensors(), model.metadata())
+assert read_metadata(weights).model_revision == "v1"
+assert load_adapter(weights).metadata() == model.metadata()
+loaded, _ = load_model(ModelOptions(weights=weights, bf16=False))
+assert loaded.metadata() == model.metadata()
+assert main(["convert", "--weights", weights, "--to", "dense", "--output", dense]) == 0
+"""
+
+
+def test_the_base_is_loaded_at_the_revision_of_the_training(weights: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "hub/hub/models--someone--base"
+    commit = "3f2a" * 10
+    shutil.copytree(weights.parents[1] / "base", repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/v1").write_text(commit)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    pinned, dense = str(tmp_path / "pinned.safetensors"), str(tmp_path / "dense")
+    command = [sys.executable, "-c", PINNED, pinned, dense]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "base: someone/base at revision v1, named by the adapter" in done.stderr
+    (repository / "refs/v1").unlink()
+    command = [sys.executable, "-m", "srde_ds.cli", "inference", "--weights", pinned, "--prompt", "ab"]
+    refused = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert refused.returncode == 2
+    assert "base 'someone/base' at revision v1, named by the adapter, is not on this machine" in refused.stderr
+    assert "from the Hub with --allow_download;" in refused.stderr

@@ -256,7 +256,10 @@ def test_the_routers_start_by_domain_and_held_out_losses_are_by_domain(tmp_path:
     trainer.train()
     routers = [layer.router.weight.detach().clone() for layer in model.srde_model().layers]
     assert not torch.allclose(routers[0], untouched)
+    biases = [layer.router.selection_bias for layer in model.srde_model().layers]
+    biases[0].fill_(0.5)
     shares = warm_start_routers(model, trainer.train_dataset, WORDS, seed=trainer.args.seed)
+    assert not any(bias.any() for bias in biases)
     assert all(share > 0.4 for share in shares)
     # A learning rate of 0 leaves all as the warm start made it.
     assert all(

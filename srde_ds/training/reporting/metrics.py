@@ -10,8 +10,9 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,13 @@ class MetricsWriter:
         _cut_after(path, resume_step)
         self._file = self._closing.enter_context(path.open("ab", buffering=0))
         self._unwritten = b""
-        self._board: Any = None
-        self._trackers: list[Any] = []
+        self._trackers: dict[str, Callable[[Mapping[str, float], int], None]] = {}
         for flag, module in modules.items():
+            tracker = flag.removeprefix("use_")
             if flag == "use_tensorboard":
-                self._board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
-                self._closing.callback(self._board.close)
+                board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+                self._trackers[tracker] = partial(_add_scalars, board)
+                self._closing.callback(self._guarded, tracker, board.close)
             else:
                 name = tracking.wandb_run_name or folder.resolve().name
                 goes_on = (
@@ -85,14 +87,15 @@ class MetricsWriter:
                     else {"resume": "allow" if resume_step else "never"}  # it goes by the name
                 )
                 module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}), **goes_on)
-                self._closing.callback(module.finish)
-                self._trackers.append(module)
+                self._trackers[tracker] = partial(_log, module)
+                self._closing.callback(self._guarded, tracker, module.finish)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step. `metrics` holds `step`, and numbers, text, lists or nested dicts of these.
 
         A number that is not finite becomes null, so that the file stays valid JSON. If the disk is full, lines wait
-        until there is room; whether the run continues depends on its checkpoints.
+        until there is room; whether the run continues depends on its checkpoints. A tracker that fails gets no more
+        numbers.
         """
         if not self.enabled:
             return
@@ -103,11 +106,18 @@ class MetricsWriter:
             logger.warning("metrics.jsonl: %s; the lines are kept until there is room.", error.strerror)
         step = int(metrics["step"])
         numbers = {name: value for name, value in flatten(metrics) if name != "step"}
-        if self._board is not None:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
-        for tracker in self._trackers:
-            tracker.log(numbers, step=step)
+        for tracker, log in list(self._trackers.items()):
+            self._guarded(tracker, partial(log, numbers, step))
+
+    def _guarded(self, tracker: str, work: Callable[[], object]) -> None:
+        """Do something with a tracker that has not failed yet. What it raises must not end the run."""
+        if tracker not in self._trackers:
+            return
+        try:
+            work()
+        except Exception as error:
+            del self._trackers[tracker]
+            logger.warning("%s: %s; it gets no more numbers of this run, metrics.jsonl has them.", tracker, error)
 
     def _write_lines(self) -> None:
         while self._unwritten:
@@ -128,6 +138,15 @@ class MetricsWriter:
         with self._closing:
             if self.enabled and complete:
                 self._write_lines()
+
+
+def _add_scalars(board: Any, numbers: Mapping[str, float], step: int) -> None:
+    for name, value in numbers.items():
+        board.add_scalar(name, value, step)
+
+
+def _log(tracker: Any, numbers: Mapping[str, float], step: int) -> None:
+    tracker.log(numbers, step=step)
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

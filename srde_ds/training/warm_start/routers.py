@@ -24,6 +24,7 @@ from srde_ds.model.evaluated import evaluated
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.reporting.held_out import Batch, forced_experts
+from srde_ds.training.signals import until_interrupted
 from srde_ds.training.warm_start.clustering import RouterFit, fit_router
 from srde_ds.training.warm_start.token_sample import TokenSample, choose_tokens, special_token_ids
 from srde_ds.utils.together import on_main_rank
@@ -48,7 +49,13 @@ class WarmStartReport:
     cluster_sizes: list[list[int]]
 
 
-def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset) -> WarmStartReport:
+def warm_start_routers(
+    engine: Engine,
+    config: Config,
+    topology: Topology,
+    rows: datasets.Dataset,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> WarmStartReport:
     """Replace the weights of all routers; a collective of all ranks.
 
     Args:
@@ -56,6 +63,7 @@ def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows:
 
     Raises:
         SRDEError: on every rank: a domain has no usable tokens, or the inputs do not tell the experts apart.
+        Interrupted: `interrupted` became true; nothing has changed.
     """
     sample = choose_tokens(
         rows,
@@ -64,7 +72,11 @@ def warm_start_routers(engine: Engine, config: Config, topology: Topology, rows:
         special_ids=special_tokens(config.model, topology),
         seed=config.training.seed,
     )
-    fits = cluster_layers(_own_inputs(engine, config, topology, rows, sample), sample, config, topology)
+    batches = validation_batches(
+        rows.select(sample.rows), config.training.batch_size, rank=topology.rank, world_size=topology.world_size
+    )
+    own = _own_inputs(engine, config, topology, until_interrupted(batches, interrupted), sample)
+    fits = cluster_layers(until_interrupted(own, interrupted), sample, config, topology)
     engine.set_trainables(
         {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
     )
@@ -88,15 +100,11 @@ def special_tokens(base: ModelConfig, topology: Topology) -> list[int]:
 
 
 def _own_inputs(
-    engine: Engine, config: Config, topology: Topology, rows: datasets.Dataset, sample: TokenSample
+    engine: Engine, config: Config, topology: Topology, batches: Iterable[Batch], sample: TokenSample
 ) -> list[Tensor]:
     """For each layer, `[n, D]` in host memory: the inputs of this rank's tokens of the sample."""
-    batches = validation_batches(
-        rows.select(sample.rows), config.training.batch_size, rank=topology.rank, world_size=topology.world_size
-    )
-
     # Each row goes through its domain's expert if these were trained on their domains. Otherwise all deltas are zero,
-    # and any routing gives the same inputs.
+    # and any routing gives the same inputs, except with start_from, whose routers choose.
     forced = config.curriculum.supervised_experts
 
     def policies(batch: Batch) -> list[RoutingPolicy]:
@@ -171,7 +179,7 @@ def visit_inputs(
             hook.remove()
 
 
-def cluster_layers(own: list[Tensor], sample: TokenSample, config: Config, topology: Topology) -> list[RouterFit]:
+def cluster_layers(own: Iterable[Tensor], sample: TokenSample, config: Config, topology: Topology) -> list[RouterFit]:
     """Cluster layer after layer on rank 0, which holds the whole sample of one layer at a time.
 
     Args:
