@@ -159,6 +159,9 @@ def test_what_is_frozen_or_locked_does_not_change(inputs: Inputs, two_ranks: Ran
     saves = {"save_steps": 1, "save_total_limit": 20, "weight_decay": 0.1}
     options = {**PRETRAINING, "expert_parallel_size": 2, "expert_transport": "deltas"} | schedule | saves
     lines = run(two_ranks, inputs, tmp_path, **(options | FORMS[form]))
+    for line in lines:
+        assert line.get("learning_rate") == line["learning_rates"].get("deltas")
+    assert ("learning_rate" in lines[0]) == (form != "neuron, one expert after the other")
     trained = {
         "pretraining": DELTA_VALUES | DELTA_MASKS,
         "warm-up": DELTA_VALUES | ROUTERS,
