@@ -63,6 +63,8 @@ def test_an_answer_is_judged_as_evaluation_judges_it(tmp_path: Path) -> None:
     assert rewards_of(reward, rows, "It is 1/4 more, so the answer is 0.5", "B", "Yes.") == [1, 1, 1]
     assert rewards_of(reward, rows, "1/4 + 1/4", "The answer is red", "<answer>yes</answer>") == [0, 1, 1]
     assert rewards_of(reward, rows, "1/2", "(B) red", "yes") == rewards_of(reward, rows, "1/2", "B", "yes") == [1, 1, 1]
+    assert rewards_of(reward, rows, "The answer is 1/2 for 4 of them.", "B", "yes") == [1, 1, 1]
+    assert rewards_of(reward, rows, "The answer is 4, not 1/2.", "A", "no") == [0, 0, 0]
     assert rewards_of(reward, rows, "", "A", "no") == [0, 0, 0]
     assert not reward.failures
     assert reward(completions=["yes"], item=[rows[2]["item"]]) == [1]  # not a conversation
