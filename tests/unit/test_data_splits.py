@@ -90,6 +90,34 @@ def test_a_question_under_a_few_system_messages_is_one_question(tmp_path: Path) 
     assert not prompts(lines, held_out=True) & prompts(lines, held_out=False)
 
 
+def test_texts_in_system_messages_are_no_duplicates(tmp_path: Path) -> None:
+    rows = [{"messages": turns("Is it positive?", "Yes.", system=f"Text {n}.")} for n in range(COUNT)]
+    assert len(built(tmp_path, rows, wanted=COUNT)) == COUNT
+
+
+@pytest.mark.parametrize("characters", [5, 12])
+def test_characters_of_the_assistant_do_not_tell_questions_apart(characters: int, tmp_path: Path) -> None:
+    rows = [
+        {"messages": turns(question(n), f"{n}, says {who}.", system=f"You are number {who}.")}
+        for n in range(60)
+        for who in range(characters)
+    ]
+    lines = built(tmp_path, rows, wanted=len(rows))
+    assert len(prompts(lines, held_out=True)) > 5 and len(lines) == len(rows)
+    assert not prompts(lines, held_out=True) & prompts(lines, held_out=False)
+
+
+def test_conversations_that_begin_alike_are_told_apart_by_the_rest(tmp_path: Path) -> None:
+    task = "Use the tools that you are given, think first, and say in the end what you have found out about it."
+    rows = [{"messages": turns(task, "OK.", question(n), str(n))} for n in range(COUNT)]
+    evaluation = write_jsonl(tmp_path / "bench.jsonl", [{"prompt": f"{task} What is the capital of France, please?"}])
+    lines = built(tmp_path, rows, wanted=COUNT)
+    assert len(lines) == COUNT and len({line["split"] for line in lines}) == 3
+    (tmp_path / "other").mkdir()
+    boilerplate = [{"messages": turns("Hello.", "Hi.", f"{task} {question(n)}", str(n))} for n in range(COUNT)]
+    assert len(built(tmp_path / "other", boilerplate, wanted=COUNT, decontaminate_against=(str(evaluation),))) == COUNT
+
+
 def test_a_domain_of_which_all_is_held_out_is_refused(tmp_path: Path) -> None:
     for name in ("What?", "Why?", "Who?", "How?", "Where?", "When?", "Which?", "Whose?", "Whom?", "Whence?"):
         folder = tmp_path / name

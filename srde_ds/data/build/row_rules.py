@@ -36,9 +36,9 @@ def make_records(
 ) -> dict[str, Any]:
     """Write rows [start, stop) of a source as clean records to an Arrow file.
 
-    Columns: `line` (the record as JSON), `row`; the hashes (uint64) `content`, `group`, `system` (of the system
-    message) and `asked` (a list: of all before each answer, without the system message); and with `near_duplicates`
-    the MinHash `signature` (uint32 × NUM_PERM, as bytes).
+    Columns: `line` (the record as JSON), `row`; the hashes (uint64) `content` and `asked` (a list: of all before each
+    answer), both without the system message, `system` (of that) and `group` (0: none); and with `near_duplicates` the
+    MinHash `signature` (uint32 × NUM_PERM, as bytes).
 
     Args:
         labels: the records' `domain`, `source` and `revision`.
@@ -80,7 +80,7 @@ def make_records(
         lines.append(json.dumps(_record(cleaned, labels, row), ensure_ascii=False))
         texts.append(said)
         hashes["content"].append(hashed(_plain(said)))
-        hashes["group"].append(hashed(_plain(cleaned.group or f"{system} {questions[0]}")))
+        hashes["group"].append(hashed(_plain(cleaned.group)) if cleaned.group else 0)
         hashes["system"].append(hashed(_plain(system)))
         asked.append([hashed(_plain(question)) for question in questions])
     columns = {"line": pa.array(lines, pa.large_string()), "row": pa.array(rows, pa.int64())}

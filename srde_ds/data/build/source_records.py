@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +31,9 @@ from srde_ds.utils.retry import SourceError
 
 log = logging.getLogger(__name__)
 
-MOST_SYSTEMS = 10
-"""A question that is asked under more system messages than this is about what they hold."""
+MOST_ALIKE = 10
+"""More system messages with one question than this may hold what is asked about; more conversations with one beginning
+than this are not about it."""
 
 
 @dataclass
@@ -41,31 +43,55 @@ class Questions:
     record: np.ndarray
     asked: np.ndarray
     """without the system message"""
-    whole: np.ndarray
-    """with it"""
+    system: np.ndarray
+    """of the system message"""
     ends: np.ndarray
     """`[records]`: one past each record's last entry"""
 
+    @cached_property
+    def key(self) -> np.ndarray:
+        """What tells questions apart: their words, and the system message where that holds what is asked about.
+
+        It does if the same words stand under many system messages, each of which has fewer questions than that: texts
+        to be summarised. Under a dozen characters for an assistant stand many questions each.
+        """
+        pairs = joined(self.asked, self.system)
+        _, distinct = np.unique(pairs, return_index=True)
+        words, word_of, systems = np.unique(self.asked[distinct], return_inverse=True, return_counts=True)
+        _, system_of, questions = np.unique(self.system[distinct], return_inverse=True, return_counts=True)
+        questions_of_a_system = np.bincount(word_of, questions[system_of], len(words)) / systems
+        about_system = words[(systems > MOST_ALIKE) & (systems > questions_of_a_system)]
+        return np.where(np.isin(self.asked, about_system), pairs, self.asked)
+
     @property
-    def first(self) -> np.ndarray:
-        """`[records]`: `whole` of each record's first answer."""
-        return self.whole[np.concatenate([[0], self.ends[:-1]]).astype(int)] if len(self.ends) else self.whole
+    def last(self) -> np.ndarray:
+        """`[records]`: `key` of each record's last answer."""
+        return self.key[self.ends - 1]
+
+    @property
+    def beginnings(self) -> np.ndarray:
+        """`[records]`: `key` of the first answer, so that a question's conversations get one split; of the last one
+        where many conversations begin alike, with instructions for instance."""
+        last = self.last
+        first = self.key[np.concatenate([[0], self.ends[:-1]]).astype(int)] if len(last) else last
+        _, distinct = np.unique(joined(first, last), return_index=True)
+        openings, conversations = np.unique(first[distinct], return_counts=True)
+        return np.where(np.isin(first, openings[conversations > MOST_ALIKE]), last, first)
 
     def leaked(self, held_out: np.ndarray) -> np.ndarray:
         """`[records]` bool: those that ask, at any of their answers, what a held-out record asks at its last one.
 
-        The system message counts only where the same words are asked under many of them: these hold what is asked
-        about, such as a document to be summarised.
-
         Args:
             held_out: `[records]` bool.
         """
-        _, distinct = np.unique(self.whole, return_index=True)
-        words, systems = np.unique(self.asked[distinct], return_counts=True)
-        key = np.where(np.isin(self.asked, words[systems > MOST_SYSTEMS]), self.whole, self.asked)
         found = np.zeros(len(self.ends), bool)
-        found[self.record[np.isin(key, key[self.ends[held_out] - 1])]] = True
+        found[self.record[np.isin(self.key, self.last[held_out])]] = True
         return found
+
+    def apart(self, content: np.ndarray) -> np.ndarray:
+        """`[records]`: hashes of what records say, with the system message where that holds what is asked about."""
+        ends = self.ends - 1
+        return np.where(self.key[ends] != self.asked[ends], joined(content, self.system[ends]), content)
 
 
 @dataclass
@@ -91,7 +117,7 @@ class Records:
         asked = np.concatenate([pc.list_flatten(each).to_numpy() for each in lists])
         counts = np.concatenate([pc.list_value_length(each).to_numpy() for each in lists])
         record = np.repeat(np.arange(len(counts)), counts)
-        return Questions(record, asked, joined(asked, self.column("system")[record]), np.cumsum(counts))
+        return Questions(record, asked, self.column("system")[record], np.cumsum(counts))
 
 
 def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
@@ -133,10 +159,13 @@ def apply_rules(
             removed[one.source.name][rule] += count
         keep[which] = False
 
+    questions = records.questions()
     with store.timed("duplicates"):
-        content = records.column("content")
+        said = records.column("content")
+        content = questions.apart(said)
         remove("exact duplicate", exact_duplicates(content))
-        candidates = keep & np.array([one.source.near_duplicates for one in opened], bool)[source]
+        # Signatures are of what is said after the system message.
+        candidates = keep & np.array([one.source.near_duplicates for one in opened], bool)[source] & (content == said)
         if candidates.any():
             file = store.folder / f"signatures.{os.getpid()}.tmp"
             try:
@@ -145,11 +174,11 @@ def apply_rules(
             finally:
                 file.unlink(missing_ok=True)
     forms_of_words = 0
-    questions = records.questions()
     if ngrams is not None:
-        flagged, forms_of_words = contaminated(*_matches(records, ngrams, store), questions.first, keep)
+        flagged, forms_of_words = contaminated(*_matches(records, ngrams, store), questions.last, keep)
         remove("in an evaluation set", flagged)
-    split = split_of(records.column("group"), options)
+    group = records.column("group")
+    split = split_of(np.where(group, group, questions.beginnings), options)
     remove("held-out question", (split == 0) & questions.leaked(keep & (split > 0)))
     part = np.repeat(np.arange(len(lengths)), lengths)
     index = np.concatenate([np.arange(length) for length in lengths])
