@@ -68,7 +68,7 @@ SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""The words in names of files and folders by which the Hub tells splits"""
+"""The words by which the Hub tells splits in names of files and folders, and sources in a column `split`"""
 JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "functions", "weight")
 """Columns of CSV files whose cells hold JSON"""
 LONGEST_CELL = 2**27
@@ -135,6 +135,12 @@ def _named_split(name: str) -> str | None:
     words = set(re.split(r"[-._ \d]+", name.lower()))
     found = [split for split, names in SPLIT_NAMES.items() if words.intersection(names)]
     return found[0] if len(found) == 1 else None
+
+
+def names_held_out_split(value: str) -> bool:
+    """Whether a word of a record's split, such as `test_sft`, is one for validation or test data."""
+    words = set(re.split(r"[\W\d_]+", value.lower()))
+    return any(words.intersection(names) for split, names in SPLIT_NAMES.items() if split != "train")
 
 
 def ending(path: Path) -> tuple[str, str | None]:

@@ -112,12 +112,14 @@ def test_general_formatters_take_other_columns(
     ],
 )
 def test_general_formatters_leave_held_out_rows_out(formatter: str, row: dict[str, Any], tmp_path: Path) -> None:
-    rows = [row, row | {"part": "train"}, row | {"part": "test"}, row | {"part": None}]
+    trained = [None, "", " ", "train", "Train", "train_sft", "latest", "contested", 3]
+    held_out = ["test", "Test", "test_sft", "sft-test", "test[:10%]", "validation", "VAL", "dev2", "eval/hard"]
+    rows = [row, *(row | {"part": split} for split in (*trained, *held_out))]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     source = Source("own", "math", jsonl=str(path), formatter=formatter, columns={"split": "part"})
-    first, second, held_out, fourth = read(source)
-    assert isinstance(first, Example) and first == second == fourth
-    assert isinstance(held_out, BrokenRow) and str(held_out) == "held out: its split is 'test'"
+    first, *others = read(source)
+    assert isinstance(first, Example) and others[: len(trained)] == [first] * len(trained)
+    assert list(map(str, others[len(trained) :])) == [f"held out: its split is '{split}'" for split in held_out]
 
 
 def test_a_renamed_column_is_not_read_under_its_own_name_as_well(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
 from srde_ds.cli.main import main
+from srde_ds.data.build.artifacts import code_fingerprint
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions, BuildSummary
@@ -26,6 +29,7 @@ from srde_ds.data.build.report import write_report
 from srde_ds.data.build.selection import shares
 from srde_ds.data.build.source_records import split_of
 from srde_ds.data.manifest import load_manifest, load_rows
+from srde_ds.data.sources import registry
 from srde_ds.data.sources.registry import Source
 from srde_ds.errors import SRDEError
 from tests import killable_build
@@ -307,6 +311,24 @@ def test_a_changed_option_makes_only_what_depends_on_it(
     assert {name for name, figures in result.passes.items() if figures["artifacts_made"]} == made
 
 
+def test_records_are_made_again_by_other_code_of_the_columns(
+    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, again = build(options, tmp_path), build(options, tmp_path)
+    assert records_made(first) > records_made(again) == 0
+    source_of = inspect.getsource
+
+    def changed(module: ModuleType) -> str:
+        return source_of(module) + "# changed" * (module is registry)
+
+    monkeypatch.setattr("srde_ds.data.build.artifacts.inspect.getsource", changed)
+    code_fingerprint.cache_clear()
+    try:
+        assert records_made(build(options, tmp_path, overwrite=True)) == records_made(first)
+    finally:
+        code_fingerprint.cache_clear()
+
+
 def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_path: Path) -> None:
     first = build(options, tmp_path / "data")
     assert build(options, tmp_path / "data").fingerprint == first.fingerprint
@@ -317,9 +339,12 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 300
     notes = tmp_path / "data" / "tokenized" / "notes.txt"
     notes.write_text("the user's")
-    with pytest.raises(SRDEError, match=r"tokenized' was not made by build_dataset \(holds 'notes.txt'\)"):
-        build(options, tmp_path / "data", overwrite=True)
-    notes.unlink()
+    for tokenizer in (tiny_tokenizer(), None):  # without a tokenizer, the folder would go
+        with pytest.raises(SRDEError, match=r"tokenized' was not made by build_dataset \(holds 'notes.txt'\)"):
+            build(options, tmp_path / "data", tokenizer=tokenizer, overwrite=True)
+    notes.rename(notes.with_name(".DS_Store"))
+    build(options, tmp_path / "data", overwrite=True)
+    assert load_manifest(tmp_path / "data" / "tokenized").max_length == 256
     # Records without rows do not leave the rows of other records beside them.
     with pytest.raises(SRDEError, match="holds another dataset"):
         build(options, tmp_path / "data", tokenizer=None)

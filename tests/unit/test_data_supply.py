@@ -100,19 +100,40 @@ def test_questions_without_an_answer_are_searched_for_and_broken_rows_are_told(
     )
 
 
-def test_a_package_that_a_filler_needs_is_missed_at_once(
-    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_package_that_fillers_need_is_told_at_once_and_missed_only_for_a_gap(
+    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def version(package: str) -> str:
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr("srde_ds.data.sources.reading.metadata.version", version)
-    filler = Source("filler", "math", tasks="math", weight=0)
-    with pytest.raises(SRDEError, match=r"source 'filler' .* package 'reasoning-gym' is missing: pip install reaso"):
-        build(options, tmp_path / "data", sources=[*options.sources, filler])
-    skipping = replace(options, sources=[*options.sources, filler], on_missing_source="skip")
-    result = build(skipping, tmp_path / "data")
-    assert result.domains["math"]["documents"] == 10 and result.skipped.keys() == {"filler"}
+    logic = replace(options.sources[0], name="more", domain="logic")
+    logic = replace(logic, jsonl=str(write_jsonl(tmp_path / "more.jsonl", sums("logic", range(20, 40)))))
+    fillers = [Source(domain, domain, tasks=domain, weight=0) for domain in ("math", "logic")]
+    sources = [*options.sources, logic, *fillers]
+    enough = build(options, tmp_path / "data", sources=sources)
+    assert [figures["documents"] for figures in enough.domains.values()] == [10, 10] and not enough.skipped
+    missing = "package 'reasoning-gym' is missing: pip install reasoning-gym, or 'srde-ds[quickstart]' for all tasks"
+    told = [message for message in caplog.messages if "package" in message]
+    assert told == [f"would be needed if domain math or logic falls short: {missing}"]
+    short = replace(options, sources=sources, examples_per_domain=30)
+    with pytest.raises(SRDEError, match=r"source 'math' .* package 'reasoning-gym' is missing: pip install reaso"):
+        build(short, tmp_path / "data")
+    result = build(short, tmp_path / "data", on_missing_source="skip", on_shortfall="keep")
+    assert result.domains["math"]["documents"] == 20 and result.skipped.keys() == {"math", "logic"}
+    # Without another source of the domain, the gap is there from the start.
+    gone = [replace(options.sources[0], jsonl=str(tmp_path / "gone.jsonl")), fillers[0]]
+    with pytest.raises(SRDEError, match=r"domain 'math' has no source left \(sums: no such file .*; math: package 're"):
+        build(options, tmp_path / "data", sources=gone, on_missing_source="skip")
+
+
+def test_fillers_alone_make_a_domain_whose_sources_are_gone(options: BuildOptions, tmp_path: Path) -> None:
+    gone = replace(options.sources[0], jsonl=str(tmp_path / "gone.jsonl"))
+    fillers = [
+        Source(f"{topic} tasks", "math", tasks=topic, weight=0, near_duplicates=False) for topic in ("math", "code")
+    ]
+    result = build(options, tmp_path / "data", sources=[gone, *fillers], on_missing_source="skip")
+    assert result.domains["math"]["documents"] == 10 and result.skipped.keys() == {"sums"}
 
 
 def test_commits_are_looked_up_once(options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def build_from_sources(
     started = time.perf_counter()
     if not overwrite:
         check_ours(work_dir)
-    check_replaceable(work_dir / ROWS)
+    check_replaceable(work_dir / ROWS)  # every build writes these rows anew, or removes them
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

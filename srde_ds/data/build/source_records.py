@@ -124,7 +124,7 @@ def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
     """Read, format and clean the rows of every source, part by part."""
     modules = (
         "build.row_rules", "choices", "conversation", "files", "forms", "records", "sources.examples",
-        "sources.formatters", "sources.reading", "synthetic.tasks", "synthetic.science",
+        "sources.formatters", "sources.reading", "sources.registry", "synthetic.tasks", "synthetic.science",
     )  # fmt: skip
     code = code_fingerprint(*(f"srde_ds.data.{name}" for name in modules))
     work, source_of = [], []

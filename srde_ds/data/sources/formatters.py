@@ -16,6 +16,7 @@ from typing import Any
 
 from srde_ds.data.choices import right_option
 from srde_ds.data.conversation import REASONING, has_surrogates
+from srde_ds.data.files import names_held_out_split
 from srde_ds.data.forms import convert, with_roles
 from srde_ds.data.records import parse_record
 from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved, trimmed
@@ -236,7 +237,7 @@ def messages(row: Row) -> Example:
 @formatter(optional=("group", "split"))
 def by_keys(row: Row) -> Example:
     """A record of any form that files may have, identified by its keys."""
-    return _conversation(_converted({key: value for key, value in row.items() if key != "group"}), row)
+    return _conversation(_converted({key: value for key, value in row.items() if key not in ("group", "split")}), row)
 
 
 @formatter("question", "options", "label", optional=("context", "rationale", "group", "split"))
@@ -266,8 +267,8 @@ def _without_place(error: SRDEError) -> str:
 
 
 def _conversation(fields: dict[str, Any], row: Row) -> Example:
-    if row.get("split") not in (None, "train"):
-        raise BrokenRow(f"held out: its split is '{row['split']}'")
+    if names_held_out_split(split := _maybe(row, "split")):
+        raise BrokenRow(f"held out: its split is '{split}'")
     fields = {"answer": _maybe(row, "answer") or None} | fields | {"domain": _ANY}
     try:
         record = parse_record(fields, _ROW, [_ANY])

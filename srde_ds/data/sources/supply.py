@@ -51,17 +51,17 @@ class Supply:
         return [opened.source for opened in self.opened.values()]
 
     def _open_all(self, path: Path) -> None:
-        """Download or find every source. Of generated ones that only fill gaps, only their packages are looked for.
+        """Download or find every source, but generated ones that only fill gaps not before there is a gap.
 
         Commits that are looked up are kept in a file, so that a resumed build uses the same ones.
         """
         lock = _read_lock(path)
+        self._warn_of_missing_packages()
         for source in self.options.sources:
             if source.generated:
                 weights = sum(other.weight for other in self.options.sources if other.domain == source.domain)
                 self._sizes[source.name] = 0
                 if not source.weight:
-                    self._check_generator(source)
                     continue
                 self._sizes[source.name] = max(1, int(self.options.examples_per_domain * source.weight / weights))
             self._open(source, lock.get(source.location))
@@ -69,6 +69,8 @@ class Supply:
         lock |= {one.source.location: one.revision for one in looked_up}
         write_text(path, json.dumps(lock, indent=2) + "\n")
         for domain in self.options.domains:
+            if not any(opened.source.domain == domain for opened in self.opened.values()):
+                self._open_fillers(domain)
             if not self._of(domain):
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
                 raise SRDEError(f"domain '{domain}' has no source left ({reasons}): give it another one.")
@@ -87,11 +89,24 @@ class Supply:
         order = [s.name for s in self.options.sources]
         self.opened = dict(sorted(self.opened.items(), key=lambda item: order.index(item[0])))
 
-    def _check_generator(self, source: Source) -> None:
-        try:
-            generator_version(source)
-        except SourceError as error:
-            self._skip(source, error)
+    def _open_fillers(self, domain: str) -> None:
+        """Have the sources that only fill gaps make all of a domain, because its others could not be read."""
+        fillers = self._of(domain)
+        for source in fillers:
+            self._sizes[source.name] = -(-self.options.examples_per_domain // len(fillers))
+            self._open(source, None)
+
+    def _warn_of_missing_packages(self) -> None:
+        """Tell beforehand what a domain that falls short would need, since the gap shows late in a build."""
+        domains: dict[str, list[str]] = {}
+        for source in self.options.sources:
+            if source.generated and not source.weight:
+                try:
+                    generator_version(source)
+                except SourceError as error:
+                    domains.setdefault(str(error), []).append(source.domain)
+        for missing, of in domains.items():
+            log.warning("would be needed if domain %s falls short: %s", " or ".join(dict.fromkeys(of)), missing)
 
     def _skip(self, source: Source, error: SourceError) -> None:
         if self.options.on_missing_source == "fail":
