@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from srde_ds.data.build import source_records
 from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.build.from_sources import build_from_sources
 from srde_ds.data.build.options import BuildOptions
@@ -88,6 +90,20 @@ def test_a_question_under_a_few_system_messages_is_one_question(tmp_path: Path) 
     lines = built(tmp_path, plain, polite)
     assert len(prompts(lines, held_out=True)) > 20
     assert not prompts(lines, held_out=True) & prompts(lines, held_out=False)
+
+
+def test_held_out_rows_of_an_evaluation_source_are_what_is_searched_for(tmp_path: Path) -> None:
+    bench = write_jsonl(tmp_path / "bench.jsonl", [{"messages": turns(question(7), "56"), "split": "test"}])
+    again = Source("bench", "math", jsonl=str(bench), formatter="messages")
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns(question(n), str(n))} for n in range(40)])
+    own = Source("own", "math", jsonl=str(rows), formatter="messages", near_duplicates=False)
+    with patch.object(source_records, "load_sources", lambda: [again]):
+        options = BuildOptions(
+            [own], 40, 256, "drop", 1, 0.0, 0.0, on_shortfall="keep", decontaminate_against=("bench",)
+        )
+        build_from_sources(options, work_dir=tmp_path / "data", tokenizer=None)
+    lines = (tmp_path / "data" / "data.jsonl").read_text().splitlines()
+    assert len(lines) == 39 and not any(question(7) in line for line in lines)
 
 
 def test_texts_in_system_messages_are_no_duplicates(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ class Documents:
 def check_replaceable(folder: Path, inputs: Sequence[Path] = ()) -> None:
     """Check that `folder` may be replaced: it does not exist, is empty, or holds what a build has made and no more.
 
-    Names that begin with a dot do not count: systems and storage leave files such as `.DS_Store` or `.nfs...` there.
+    Files whose names begin with a dot do not count: systems and storage leave some there, such as `.DS_Store`.
 
     Args:
         inputs: files that the build reads, which must lie outside.
@@ -44,7 +44,7 @@ def check_replaceable(folder: Path, inputs: Sequence[Path] = ()) -> None:
     remedy = "so it is not replaced. Choose another folder"
     if not folder.is_dir():
         raise SRDEError(f"'{folder}' is not a folder, {remedy}.")
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() or not path.name.startswith("."))
     foreign = [name for name in names if name not in (FILE_NAME, *SPLITS)]
     if foreign or (names and FILE_NAME not in names):
         what = f"holds '{foreign[0]}'" if foreign else f"holds no {FILE_NAME}"

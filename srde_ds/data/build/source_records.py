@@ -22,7 +22,7 @@ from srde_ds.data.build.options import BuildOptions
 from srde_ds.data.build.row_rules import MINHASH_VERSION, make_records
 from srde_ds.data.build.selection import Pool, joined, mixed
 from srde_ds.data.build.tables import read_table
-from srde_ds.data.sources.examples import Example
+from srde_ds.data.sources.examples import Example, HeldOutRow
 from srde_ds.data.sources.reading import ROWS_A_PART, OpenSource, open_source
 from srde_ds.data.sources.registry import Source, load_sources
 from srde_ds.data.sources.supply import GENERATED_AT_ONCE
@@ -237,7 +237,8 @@ def _evaluation_texts(name: str, options: BuildOptions) -> Iterator[str]:
     except SourceError as error:
         raise SRDEError(f"decontaminate_against={name}: cannot be read: {error}.") from None
     broken: Counter[str] = Counter()
-    for example in opened.reader.examples(0, opened.reader.count):
+    for row in opened.reader.examples(0, opened.reader.count):
+        example = row.example if isinstance(row, HeldOutRow) else row
         if isinstance(example, Example):
             yield " ".join(message["content"] for message in example.messages if message["role"] == "user")
         else:

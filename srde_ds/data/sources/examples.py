@@ -17,6 +17,14 @@ class BrokenRow(ValueError):
     """A row lacks something that its source promises."""
 
 
+class HeldOutRow(BrokenRow):
+    """A row whose `split` says that it is not for training; `example` is what it holds."""
+
+    def __init__(self, split: str, example: Example) -> None:
+        super().__init__(f"held out: its split is '{split}'")
+        self.example = example
+
+
 @dataclass(frozen=True)
 class Example:
     """A row of a source as a conversation."""

@@ -19,7 +19,7 @@ from srde_ds.data.conversation import REASONING, has_surrogates
 from srde_ds.data.files import names_held_out_split
 from srde_ds.data.forms import convert, with_roles
 from srde_ds.data.records import parse_record
-from srde_ds.data.sources.examples import BrokenRow, Example, ask, lettered_choice, solved, trimmed
+from srde_ds.data.sources.examples import BrokenRow, Example, HeldOutRow, ask, lettered_choice, solved, trimmed
 from srde_ds.errors import SRDEError
 
 Row = Mapping[str, Any]
@@ -267,8 +267,6 @@ def _without_place(error: SRDEError) -> str:
 
 
 def _conversation(fields: dict[str, Any], row: Row) -> Example:
-    if names_held_out_split(split := _maybe(row, "split")):
-        raise BrokenRow(f"held out: its split is '{split}'")
     fields = {"answer": _maybe(row, "answer") or None} | fields | {"domain": _ANY}
     try:
         record = parse_record(fields, _ROW, [_ANY])
@@ -277,4 +275,7 @@ def _conversation(fields: dict[str, Any], row: Row) -> Example:
             raise BrokenRow("lost characters") from None
         raise BrokenRow(_without_place(error)) from None
     more = {key: value for key in ("tools", "choices", "tests") if (value := getattr(record, key)) is not None}
-    return Example(record.messages, record.answer, _maybe(row, "group") or None, more)
+    example = Example(record.messages, record.answer, _maybe(row, "group") or None, more)
+    if names_held_out_split(split := _maybe(row, "split")):
+        raise HeldOutRow(split, example)
+    return example
