@@ -15,12 +15,16 @@ _FORMULA = re.compile(r"[\\^$]")
 _UNEVALUATED = re.compile(r"\d\s*(?:[+*×·-]|\\times|\\cdot)\s*\d(?!0?\s*\^)")
 _QUOTIENT = re.compile(r"(\d{1,99})\s*/\s*(\d{1,99})|\\[dt]?frac\{(\d{1,99})\}\{(\d{1,99})\}")
 _LONGEST_FORMULA = 200
+_LONGEST_EXPLANATION = 500
 # A number or formula that a text begins with, and the words, brackets or sentences that explain it. "12 or 13" and
-# "5 to 7" go on after the number.
+# "5 to 7" go on after the number. A sign that has a meaning, as in ±3 and √16, is not skipped.
 _EXPLAINED = re.compile(
-    r"[^\w\\+.-]*((?:[+-]?[\d.]|[+-]?\\|[^\W\d_]\s*=).*?)"
+    r"[ \"'`“”‘’*()\[\]{}$€£¥₹₩₽]*((?:[+-]?[\d.]|[+-]?\\|[^\W\d_]\s*=).*?)"
     r"(?:[.,;:!?]\s+|(?<!\{)\s+(?=[^\W\d_]{2})|\s+(?=\([^)]{0,80}[^\W\d_]{2}))(?!(?:or|and|to|percent)\b)"
 )
+_END_OF_CALCULATION = re.compile(r"[.;!?]\s|\b(?:because|since)\b")
+# The number was part of a calculation whose result follows, but "which is less than 12" gives none.
+_RESULT = re.compile(r"(?:=|\b(?:equals|is)\b)(?:(?!\b(?:not|than|too)\b)\D)*\d")
 
 # A timeout simply counts as "no".
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -36,12 +40,14 @@ def equivalent(prediction: str, answer: str) -> bool:
     """Whether `prediction` (after `extract_answer`) has the value of a mathematical `answer`.
 
     If the prediction is running text, its last formula or number counts. If the answer is a number, the one that
-    directly follows a mark counts, and an uncalculated sum, product or quotient is not accepted: it may repeat the
-    question. This works only in the main thread, since the library limits its time by a signal.
+    directly follows a mark counts, unless it is the first of a calculation, and an uncalculated sum, product or
+    quotient is not accepted: it may repeat the question. This works only in the main thread, since the library limits
+    its time by a signal.
     """
+    answer, prediction = answer.replace("−", "-"), prediction.replace("−", "-")
     answer, (prediction, marked) = extract_answer(answer), answer_part(prediction)
-    if marked and is_number(answer) and (explained := _EXPLAINED.match(prediction)):
-        prediction = explained[1].strip(" $*_")
+    if marked and is_number(answer):
+        prediction = _explained(prediction)
     same = exact_match(prediction, answer)
     found = [] if same else parse(_as_formula(prediction))
     if not same and not found:
@@ -50,6 +56,19 @@ def equivalent(prediction: str, answer: str) -> bool:
     if is_number(answer) and _is_unevaluated(said) and not _is_unevaluated(answer):
         return False
     return same or bool(verify(parse(_as_formula(answer)), found))
+
+
+def _explained(text: str) -> str:
+    """The number or formula that a text begins with and explains; the whole text if there is none or a result follows.
+
+    Only the first `_LONGEST_EXPLANATION` characters are looked at, with single spaces, so that the time is bounded.
+    """
+    start = " ".join(text.split())[:_LONGEST_EXPLANATION]
+    found = _EXPLAINED.match(start)
+    if found is None:
+        return text
+    rest = _END_OF_CALCULATION.split(start[found.end(1) :], maxsplit=1)[0]
+    return text if _RESULT.search(rest) else found[1].strip(" $*_")
 
 
 def _is_unevaluated(text: str) -> bool:

@@ -138,7 +138,8 @@ class MetricsLines(Observer):
             run.config.training.output_dir,
             run.config.tracking,
             enabled=run.topology.is_main,
-            resume_step=run.step - run.state.awaits_measurement,
+            resume_step=run.step,
+            last_line_comes=run.state.awaits_measurement,
             run_config=run.config.to_dict(),
         )
 

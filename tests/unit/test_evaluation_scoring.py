@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from srde_ds.data.conversation import only_last_trained
 from srde_ds.data.packing import tokenize
 from srde_ds.data.records import Record
+from srde_ds.evaluation import equivalence
 from srde_ds.evaluation import results as results_module
 from srde_ds.evaluation.choices import likeliest_choices
 from srde_ds.evaluation.compare import EvaluationSettings, evaluate
@@ -58,6 +60,20 @@ SAME = [
     ("The answer is 50 percent of the 5 cakes.", "0.5"),
     ("The answer is the sum of 5 and 7, which is 12", "12"),
     ("5 children, 12 apples", "12"),  # running text
+    ("The answer is −12 degrees", "-12"),
+    ("Answer: €12 for 5 children", "12"),
+    ("Answer: “12” apples for 5 children", "12"),
+    ("#### 9 eggs * $2 = $18", "18"),
+    ("The answer is 9 eggs * $2 per egg = $18.", "18"),
+    ("Answer: 20 - 5 apples = 15 apples", "15"),
+    ("#### $20 per day + $5 fee = $25 total", "25"),
+    ("The answer is 5 plus 7, which equals 12.", "12"),
+    ("The answer is 5 plus 7, which is a total of 12.", "12"),
+    ("Answer: 50 - 38 is 12", "12"),
+    ("Answer: 2 hours 30 minutes = 150 minutes", "150"),
+    ("The answer is 12 apples. Then 2 + 3 = 5 are left", "12"),  # another sentence
+    ("The answer is 12, because Tom is 5 years old.", "12"),
+    ("Answer: 12 apples, which is more than 5", "12"),
 ]
 DIFFERENT = [
     ("17 * 3", "51"),
@@ -79,6 +95,12 @@ DIFFERENT = [
     ("The answer is 12 or 13.", "12"),
     ("The answer is 5 to 12.", "5"),
     ("#### 17 * 3 (as 3 rows of 51)", "51"),
+    ("The answer is −12 degrees", "12"),
+    ("#### −12 because it fell", "12"),
+    ("Answer: √16 because", "16"),
+    ("Answer: ±3 because", "3"),
+    ("The answer is 5, which is less than 12.", "12"),
+    ("The answer is 5, because Tom is 12.", "12"),
 ]
 
 
@@ -90,6 +112,22 @@ def test_same_value(prediction: str, answer: str) -> None:
 @pytest.mark.parametrize(("prediction", "answer"), DIFFERENT)
 def test_another_value(prediction: str, answer: str) -> None:
     assert is_mathematical(answer) and not equivalent(prediction, answer)
+
+
+def test_the_explanation_that_is_looked_at_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled = []
+
+    class Pattern:
+        def match(self, text: str) -> re.Match[str] | None:
+            handled.append(text)
+            return pattern.match(text)
+
+    pattern = equivalence._EXPLAINED
+    monkeypatch.setattr(equivalence, "_EXPLAINED", Pattern())
+    assert equivalent("#### 12" + " " * 16000 + "apples for 5 children", "12")
+    assert equivalent("#### 12 apples" + " for 5 children" * 1000, "12")
+    assert equivalence._explained("1" + " " * 16000 + "2") == "1" + " " * 16000 + "2"
+    assert [len(text) for text in handled] == [len("12 apples for 5 children"), 500, len("1 2")]
 
 
 def test_what_an_item_carries_says_how_it_is_scored() -> None:

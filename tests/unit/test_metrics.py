@@ -53,6 +53,8 @@ def test_resuming_cuts_what_comes_again_and_a_torn_line(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == list(range(10))
     write_steps(tmp_path, 1, 2)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2]
+    write_steps(tmp_path, 2, 3, resume_step=2, last_line_comes=True)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
@@ -128,13 +130,14 @@ def test_a_resumed_run_goes_on_in_its_tracker(tmp_path: Path, monkeypatch: pytes
     tracker, tracking = Tracker(), TrackingConfig()
     monkeypatch.setitem(sys.modules, name, tracker)
     setattr(tracking, f"use_{name}", True)
-    for resume_step in (0, 3, 5, 0):
-        MetricsWriter(tmp_path / "run", tracking, enabled=True, resume_step=resume_step).__exit__(None, None, None)
+    for resume_step, comes in ((0, False), (1, True), (3, False), (5, False), (0, False)):
+        how: dict[str, Any] = {"resume_step": resume_step, "last_line_comes": comes}
+        MetricsWriter(tmp_path / "run", tracking, enabled=True, **how).__exit__(None, None, None)
     resumes, ids = zip(*tracker.runs, strict=True)
     if name == "wandb":
-        assert set(resumes) == {"allow"} and ids[0] == ids[1] == ids[2] != ids[3]
+        assert set(resumes) == {"allow"} and ids[0] == ids[1] == ids[2] == ids[3] != ids[4]
     else:
-        assert resumes == ("never", "allow", "allow", "never")
+        assert resumes == ("never", "allow", "allow", "allow", "never")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -46,6 +46,7 @@ class MetricsWriter:
         enabled: True on rank 0. Other ranks write nothing, but they also fail if a tracker's package is missing.
         resume_step: number of steps done before this process began. Lines of later steps, whose work was lost with
             their process, are cut off, so that the file has each step once; so is a line that a kill left incomplete.
+        last_line_comes: the last of these steps was not measured to its end, so its line is still to be written.
         run_config: the resolved config, shown by W&B and trackio.
 
     Raises:
@@ -59,6 +60,7 @@ class MetricsWriter:
         *,
         enabled: bool,
         resume_step: int = 0,
+        last_line_comes: bool = False,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         modules = load_trackers(tracking)
@@ -69,14 +71,15 @@ class MetricsWriter:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / METRICS
-        _cut_after(path, resume_step)
+        last_line = resume_step - last_line_comes
+        _cut_after(path, last_line)
         self._file = self._closing.enter_context(path.open("ab", buffering=0))
         self._unwritten = b""
         self._trackers: dict[str, Callable[[Mapping[str, float], int], None]] = {}
         for flag, module in modules.items():
             tracker = flag.removeprefix("use_")
             if flag == "use_tensorboard":
-                board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+                board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=last_line + 1)
                 self._trackers[tracker] = partial(_add_scalars, board)
                 self._closing.callback(self._guarded, tracker, board.close)
             else:
