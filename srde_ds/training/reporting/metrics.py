@@ -11,7 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -136,11 +136,13 @@ class MetricsWriter:
         """Close the file and the trackers.
 
         Args:
-            complete: no error has ended the run, so lines that still wait for disk space must be written.
+            complete: no error has ended the run, so lines that still wait for disk space must be written. Otherwise
+                they are if there is room by now.
         """
         with self._closing:
-            if self.enabled and complete:
-                self._write_lines()
+            if self.enabled:
+                with nullcontext() if complete else suppress(OSError):
+                    self._write_lines()
 
 
 def _add_scalars(board: Any, numbers: Mapping[str, float], step: int) -> None:
