@@ -35,12 +35,11 @@ def supervise(arguments: Sequence[str]) -> int:
     separator = words.index("--") if "--" in words else len(words)
     options = parser.options(SuperviseOptions, parser.parse(words[:separator]))
 
-    from srde_ds.cli.train import train_config
+    from srde_ds.cli.train import train_config_of_launcher
     from srde_ds.cluster.supervisor import Command, Supervisor
 
     command = Command.parse(words[separator + 1 :])
-    # This host need not have the base; the ranks check it.
-    config, dry_run = train_config(command.train_arguments)
+    config, dry_run = train_config_of_launcher(command.train_arguments)
     if dry_run:
         raise SRDEError("dry_run=true: there is nothing to supervise. Leave --dry_run out, or `supervise` out.")
     return Supervisor(command, config, **asdict(options)).supervise()

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
@@ -15,7 +15,7 @@ from srde_ds.cli.flags import Parser, resolved
 from srde_ds.config import Config
 from srde_ds.config.resolve import ReadInputs
 from srde_ds.config.values import option
-from srde_ds.errors import Stopped
+from srde_ds.errors import SRDEError, Stopped
 from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 
@@ -51,6 +51,18 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
     given = parser.parse(arguments)
     options = parser.options(TrainOptions, given)
     return resolved(given, read_inputs), options.dry_run
+
+
+def train_config_of_launcher(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """`train_config` as a run resolves it, on a host that need not have the base and the rows; the ranks check them."""
+    from srde_ds.training.run_inputs import read_run_inputs
+
+    try:
+        return train_config(arguments, read_run_inputs)
+    except SRDEError:
+        with suppress(SRDEError):  # the first error is the one that the run would end with
+            return train_config(arguments)
+        raise
 
 
 @contextmanager

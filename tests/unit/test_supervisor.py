@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 
+from srde_ds.api import build_dataset
 from srde_ds.cli.main import main
 from srde_ds.cluster import supervisor as module
 from srde_ds.cluster.hosts import Host
 from srde_ds.cluster.supervisor import Command, Supervisor
 from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from tests.cli_helpers import fails
+from tests.cli_helpers import DOMAINS, fails, save_base, write_records
 
 # Does in each attempt what the next line of the plan says, and notes its arguments.
 STAND_IN = """
@@ -80,6 +81,14 @@ def test_a_checkpoint_that_is_there_is_used_at_once(script: Path) -> None:
 def test_without_a_checkpoint_a_restart_begins_anew(script: Path) -> None:
     assert supervise(script, ["1", "0 completed"]) == 0
     assert "--resume_from" not in calls(script)[1]
+
+
+def test_options_resolve_as_in_a_run_where_base_and_rows_can_be_read(script: Path, tmp_path: Path) -> None:
+    assert supervise(script, ["0 completed"], "--model_name", "/none") == 0  # on the ranks' hosts
+    data, base = write_records(tmp_path / "train.jsonl"), save_base(tmp_path / "base")
+    rows = build_dataset(data, model_name=base, output=tmp_path / "rows", domains=DOMAINS, max_length=64)
+    flags = ["--pretokenized_dir", str(rows), "--training_phases", "by_domain", "--num_experts", "2"]
+    assert supervise(script, ["1"], *flags) == 0
 
 
 def test_a_finished_run_goes_on_when_it_is_to_have_more_steps(script: Path) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from srde_ds.api import build_dataset
+from tests.cli_helpers import DOMAINS, save_base, write_records
+
 SCRIPT = Path(__file__).parents[2] / "cluster/slurm/train.sbatch"
 SRUN = """#!/bin/sh
 echo "$@" >> calls
@@ -37,6 +40,7 @@ def job(
     """A job whose ranks end with `status`, after they have finished `steps`, or when the job gets `signal`."""
     environment = {name: os.environ[name] for name in ("BASH_ENV",) if name in os.environ} | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(SCRIPT.parents[2]),  # a job is submitted from there
         "SLURM_SUBMIT_DIR": str(folder),
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_JOB_ID": "7",
@@ -59,6 +63,24 @@ def test_a_finished_run_is_left_alone(folder: Path) -> None:
     again = job(folder, "--max_steps", "5", steps=None)
     assert (again.returncode, (folder / "calls").read_text().count("\n")) == (0, 1)
     assert "'run' is a finished run of 5 steps; a larger --max_steps" in again.stderr
+
+
+def test_a_finished_run_whose_domains_its_rows_name_is_left_alone(folder: Path) -> None:
+    data, base = write_records(folder / "train.jsonl"), save_base(folder / "base")
+    build_dataset(data, model_name=base, output=folder / "rows", domains=DOMAINS, max_length=64)
+    job(folder, steps=5)
+    flags = ["--max_steps", "5", "--training_phases", "by_domain", "--num_experts", "2"]
+    again = job(folder, "--pretokenized_dir", str(folder / "rows"), *flags, steps=None)
+    assert (again.returncode, (folder / "calls").read_text().count("\n")) == (0, 1), again.stderr
+    assert "'run' is a finished run of 5 steps" in again.stderr
+
+
+@pytest.mark.parametrize("flags", [["--max_steps", "many"], ["--config", "none.yaml"]])
+def test_what_is_wrong_with_the_options_of_a_finished_run_its_ranks_say(folder: Path, flags: list[str]) -> None:
+    job(folder, steps=5)
+    again = job(folder, *flags, steps=None, status=2)
+    assert (again.returncode, (folder / "calls").read_text().count("\n")) == (2, 2)
+    assert "do not resolve here; the ranks will say why" in again.stderr and "Traceback" not in again.stderr
 
 
 @pytest.mark.parametrize("flags", [["--max_steps", "9"], ["--max_steps=9"], ["--config", "run.yaml"]])
