@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -106,26 +107,27 @@ class Curriculum:
         """Do what is due before the coming step: the table of experts before and after pretraining, the warm start.
 
         Returns:
-            Entries for the coming step's line of metrics. Those that are in it already, from before a stop within the
-            step, are not measured again.
+            Entries for the coming step's line of metrics, without what a signal has interrupted. Those that are in it
+            already, from before a stop within the step, are not measured again.
         """
         found: dict[str, Any] = {}
+        with suppress(Interrupted):
+            self._measure(found, engine, held_out, interrupted)
+        return found
+
+    def _measure(
+        self, found: dict[str, Any], engine: Engine, held_out: HeldOut | None, interrupted: Callable[[], bool]
+    ) -> None:
         step, pretraining, known = self.state.step, self.schedule.pretraining_steps, self.state.line
         if held_out and pretraining and step in (0, pretraining) and "expert_table" not in known:
-            table = held_out.table(engine, interrupted)
-            if table is not None:
-                found["expert_table"] = table
+            found["expert_table"] = held_out.table(engine, interrupted)
         if step == self.schedule.warm_start_step and "warm_start" not in known:
-            try:
-                report = warm_start_routers(engine, self.config, self.topology, self.stream.rows, interrupted)
-            except Interrupted:
-                return found
+            report = warm_start_routers(engine, self.config, self.topology, self.stream.rows, interrupted)
             self.state.warm_started = True
             found["warm_start"] = asdict(report)
             if self.schedule.curriculum.unlock_order == "cluster_size":
                 sizes = torch.tensor(report.cluster_sizes, dtype=torch.float64).sum(0)
                 self.state.unlock_order = sizes.argsort(descending=True, stable=True).tolist()
-        return found
 
     def _stream_of(self, domain: int) -> RowStream:
         if domain not in self._streams:

@@ -100,11 +100,10 @@ class HeldOutLosses(Observer):
         if run.held_out is None:
             return
         doing("held-out loss")
-        losses = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
-        if losses is None:
+        try:
+            run.line[key] = run.held_out.losses(run.engine, run.interrupted, expert=expert, allowed=allowed)
+        except Interrupted:
             run.measured = False
-        else:
-            run.line[key] = losses
 
 
 class Domains(Observer):

@@ -14,6 +14,7 @@ from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, all_reduce_sum
 from srde_ds.model.evaluated import evaluated
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.training.signals import until_interrupted
 
 # Rows of each domain in the table of all experts on all domains. Each row is run once for every expert.
 TABLE_ROWS = 8
@@ -51,8 +52,8 @@ class HeldOut:
         expert: int | Literal["domain"] | None = None,
         allowed: Tensor | None = None,
         max_rows: int | None = None,
-    ) -> dict[str, float] | None:
-        """Mean cross entropy (nats) of the response tokens by domain, or None if `interrupted` became true.
+    ) -> dict[str, float]:
+        """Mean cross entropy (nats) of the response tokens by domain.
 
         Every rank runs the same number of batches: under ZeRO-3 a forward is a collective.
 
@@ -60,22 +61,22 @@ class HeldOut:
             expert: use this expert for all tokens, or that of each row's domain; default: the router chooses.
             allowed: `[E]` bool, the experts that the router may choose; default: all.
             max_rows: use only so many rows of each domain, the first ones.
+
+        Raises:
+            Interrupted: `interrupted` became true.
         """
         with evaluated(engine.deepspeed):
             return self._losses(engine, interrupted, expert, RoutingPolicy(allowed_experts=allowed), max_rows)
 
-    def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]] | None:
-        """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; None if interrupted."""
+    def table(self, engine: Engine, interrupted: Callable[[], bool]) -> list[dict[str, float]]:
+        """The `losses` of each expert alone, on TABLE_ROWS rows of every domain; errors as there."""
         norms = engine.delta_norms()
         result: list[dict[str, float]] = []
         for expert, norm in enumerate(norms.tolist()):
             if norm == 0 and 0 in norms[:expert]:  # an expert whose deltas are zero is the base, bit for bit
                 result.append(result[norms.tolist().index(0)])
                 continue
-            losses = self.losses(engine, interrupted, expert=expert, max_rows=TABLE_ROWS)
-            if losses is None:
-                return None
-            result.append(losses)
+            result.append(self.losses(engine, interrupted, expert=expert, max_rows=TABLE_ROWS))
         return result
 
     def _losses(
@@ -85,16 +86,15 @@ class HeldOut:
         expert: int | Literal["domain"] | None,
         policy: RoutingPolicy,
         max_rows: int | None,
-    ) -> dict[str, float] | None:
+    ) -> dict[str, float]:
         result = {}
         for name, rows in self.rows.items():
             sums = torch.zeros(2, dtype=torch.float64, device=self.topology.device)
             chosen = rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
-            for batch in validation_batches(
+            batches = validation_batches(
                 chosen, self.batch_size, rank=self.topology.rank, world_size=self.topology.world_size
-            ):
-                if interrupted():
-                    return None
+            )
+            for batch in until_interrupted(batches, interrupted):
                 if expert is not None:
                     policy = replace(policy, forced_experts=forced_experts(batch, expert))
                 sums += torch.stack([value.double() for value in engine.forward(batch, policy)])
