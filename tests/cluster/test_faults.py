@@ -8,6 +8,7 @@ from signal import Signals
 import pytest
 
 from srde_ds.cluster.leftovers import VARIABLE
+from srde_ds.liveness.heartbeat import read_heartbeat
 from tests.cluster.hosts import Hosts, missing
 from tests.cluster.supervised import SupervisedRun
 from tests.cluster.training import ENVIRONMENT
@@ -29,12 +30,12 @@ def test_a_supervised_run_goes_on_after_each_fault(hosts: Hosts, inputs: Inputs,
     assert "no sign of life from rank 1 (host node2" in cut.message
     assert "rank 1 (host node2, process " in dead.message and "ended without a word" in dead.message
     assert "step " in dead.message and "checkpoint" in dead.message and "continuing without node2" in run.output()
-    for seen in (cut, dead):
-        assert seen.seconds < 120 and seen.left == []
+    assert cut.left == dead.left == []
     assert cut.resumed_at and dead.resumed_at and 0 < cut.resumed_at < dead.resumed_at
     assert status == 128 + Signals.SIGTERM and ended.left == []
-    assert ended.seconds < 30  # before a launcher's ladder of 30 seconds a rank would begin
-    assert "stopped by SIGTERM; the latest checkpoint is checkpoint-" in ended.message
+    heartbeat = read_heartbeat(run.run)
+    assert heartbeat["state"] == "stopped"  # the rank saved and ended itself; a launcher that kills it leaves "running"
+    assert f"stopped by SIGTERM; the latest checkpoint is checkpoint-{heartbeat['step']}" in ended.message
 
 
 def test_what_an_attempt_leaves_on_another_host_is_ended(hosts: Hosts) -> None:

@@ -25,7 +25,7 @@ def work(path: Path, *, text: str) -> dict[str, Any]:
         raise SRDEError("bad input")
     if text == "slow":
         path.write_text("half")
-        time.sleep(60)
+        time.sleep(600)
     if text == "killed":
         while not list(path.parent.glob("*.tmp")):  # of the slow one
             time.sleep(0.01)
@@ -125,7 +125,7 @@ def test_processes_share_the_work_and_report_errors_and_deaths(tmp_path: Path) -
         started = time.monotonic()
         with pytest.raises(SRDEError, match="num_processes=2: a process was killed"):
             store.run("c", work, parts("slow", "killed"))
-        assert time.monotonic() - started < 50
+        assert time.monotonic() - started < 200
         assert not list((tmp_path / "c").iterdir())
         store.run("c", work, parts("one", "two"))  # with processes of its own
         assert len(list((tmp_path / "c").iterdir())) == 4  # two parts and their figures

@@ -39,7 +39,7 @@ if "bad" in first: beat(state="failed", reason="the loss is nan", bad_input=True
 if "error" in first: print("srde-ds: error: rank 1: no such folder", file=sys.stderr)
 if "orphan" in first: subprocess.Popen(["sleep", "300"])
 if "completed" in first: (run / "completed.json").write_text('{"step": 1000}')
-if "wait" in first: beat(); time.sleep(60)
+if "wait" in first: beat(); time.sleep(600)
 sys.exit(int(first.split()[0]))
 """
 
@@ -157,7 +157,7 @@ def test_a_signal_that_comes_before_the_launcher_is_kept(script: Path, monkeypat
 
     monkeypatch.setattr(subprocess, "Popen", started)
     assert main(["supervise", "--preflight", "false", "--", *command]) == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 200
 
 
 def test_errors_are_read_on_where_they_cannot_be_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,10 +171,10 @@ def test_errors_are_read_on_where_they_cannot_be_printed(tmp_path: Path, monkeyp
 
 def test_a_launcher_that_waits_on_is_ended(script: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LINGER_SECONDS", 0.2)
-    script.write_text(STAND_IN.replace("sys.exit(int", "'failed' in first and time.sleep(60)\nsys.exit(int"))
+    script.write_text(STAND_IN.replace("sys.exit(int", "'failed' in first and time.sleep(600)\nsys.exit(int"))
     began = time.monotonic()
     assert supervise(script, ["1 failed", "0 completed"]) == 0
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 200
 
 
 def test_commands_are_taken_apart() -> None:

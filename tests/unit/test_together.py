@@ -98,14 +98,14 @@ def test_a_signal_ends_long_work_at_once_and_the_others_are_told(monkeypatch: py
         if ranks.rank == 0:
             threading.current_thread().name = "rank 0"
         try:
-            return together(lambda: ended.wait(20) if ranks.rank == 0 else None, ranks, long=True)
+            return together(lambda: ended.wait(600) if ranks.rank == 0 else None, ranks, long=True)
         except KeyboardInterrupt:
             return "interrupted"
 
     started = time.monotonic()
     own, other = on_ranks(2, work)
     assert own == "interrupted" and "rank 0: an unforeseen error, see its traceback (KeyboardInterrupt)" in str(other)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 200
     ended.set()
 
 
