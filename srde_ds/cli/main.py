@@ -115,7 +115,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LostContact as error:
         print(f"srde-ds: error: rank {launched_rank()}: {one_line(str(error))}", file=sys.stderr, flush=True)
         return 1
-    return 0
 
 
 def _flush() -> None:

@@ -47,11 +47,6 @@ class StopRequest:
         self._first_sigint: float | None = None
         self._former: dict[signal.Signals, Any] = {}
 
-    @property
-    def requested(self) -> str | None:
-        """Name of the signal that this rank received, if any."""
-        return signal.Signals(self._signal).name if self._signal else None
-
     def agreed(self, all_reduce_max: Callable[[int], int]) -> str | None:
         """The signal that all ranks stop for, or None; the same on all ranks. A collective.
 

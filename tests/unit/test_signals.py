@@ -29,9 +29,9 @@ def test_a_signal_only_sets_a_flag_and_the_former_handler_returns(number: signal
     former = signal.signal(number, lambda given, frame: received.append(given))
     try:
         with StopRequest() as stop:
-            assert stop.requested is None and stop.agreed(alone) is None
+            assert stop.agreed(alone) is None
             os.kill(os.getpid(), number)
-            assert stop.requested == stop.agreed(alone) == number.name
+            assert stop.agreed(alone) == number.name
         assert received == []
         os.kill(os.getpid(), number)
         assert received == [number]
@@ -43,12 +43,12 @@ def test_before_there_is_anything_to_save_the_first_signal_stops_at_once() -> No
     with StopRequest(at_once=True) as stop:
         with pytest.raises(Stopped, match="stopped by SIGTERM") as raised:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert raised.value.number == signal.SIGTERM and stop.requested == "SIGTERM"
+        assert raised.value.number == signal.SIGTERM and stop.agreed(alone) == "SIGTERM"
         os.kill(os.getpid(), signal.SIGTERM)  # its echo does not disturb what cleans up
     with StopRequest(at_once=True) as stop:
         stop.at_once = False
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested == "SIGTERM"
+        assert stop.agreed(alone) == "SIGTERM"
 
 
 @contextmanager
@@ -86,7 +86,7 @@ def test_handlers_return_after_an_error_too() -> None:
 def test_ranks_with_different_signals_agree_on_one() -> None:
     with StopRequest() as first, StopRequest() as second:
         os.kill(os.getpid(), signal.SIGUSR1)  # the inner one is installed: only `second` sees it
-        assert (first.requested, second.requested) == (None, "SIGUSR1")
+        assert (first.agreed(alone), second.agreed(alone)) == (None, "SIGUSR1")
         values: list[int] = []
         for rank in (first, second):
             rank.agreed(lambda value: values.append(value) or value)  # type: ignore[func-returns-value]
@@ -98,7 +98,7 @@ def test_the_first_signal_names_the_stop_and_repeats_change_nothing() -> None:
     with StopRequest() as stop:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             os.kill(os.getpid(), number)
-        assert stop.requested == "SIGUSR1"
+        assert stop.agreed(alone) == "SIGUSR1"
 
 
 def test_a_second_ctrl_c_stops_at_once_but_an_echo_of_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_stops_at_once_but_an_echo_of_the_first_does_not(monkeyp
         os.kill(os.getpid(), signal.SIGINT)
         now += signals.SAME_PRESS_SECONDS / 2
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested == "SIGINT"
+        assert stop.agreed(alone) == "SIGINT"
         now += signals.SAME_PRESS_SECONDS
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
