@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -50,6 +51,7 @@ from srde_ds.utils.launcher import stop_processes
 from srde_ds.utils.units import GIB
 
 BASE = ROOT / "benchmarks/ministral_3_14b"
+GPU_TESTS = ROOT / "tests/gpu"
 IN_FP8 = "base in FP8"
 
 
@@ -128,12 +130,20 @@ def machine(visit: Visit) -> None:
 
 
 def tests(visit: Visit) -> None:
-    """tests/gpu; on a CPU all of them are skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-n", "0", "tests/gpu"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = result.stdout.splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    visit.note("tests/gpu", status=result.returncode, summary=lines[-1] if lines else "", failed=failed)
+    """tests/gpu, those first that start no further processes; on a CPU all of them are skipped."""
+    files = sorted(GPU_TESTS.glob("test_*.py"), key=lambda path: path.name.startswith("test_memory"))
+    # Not quiet, so that it has a line for each test; the last lines say why one failed.
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "--no-header", "-n", "0", *map(str, files)]
+    last, failed = "", []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pytest:
+        assert pytest.stdout is not None
+        for line in map(str.strip, pytest.stdout):
+            if ended := re.match(r"\S*::(.+) (PASSED|FAILED|SKIPPED|ERROR)", line):
+                visit.note(ended[1], result=ended[2].lower())
+            elif line.startswith(("FAILED", "ERROR")):
+                failed.append(line)
+            last = line or last
+    visit.note("tests/gpu", status=pytest.returncode, summary=last, failed=failed)
 
 
 def layer(visit: Visit) -> None:

@@ -17,11 +17,11 @@ while read -r part seconds; do
   timeout --kill-after=5 "$seconds" "$python" -m benchmarks.gpu_visit "$part" --output_file "$file" ${rehearse:+"$rehearse"} ||
     { echo "== $part: ended with status $?"; failed=1; }
 done <<'PARTS'
-machine 45
-layer 65
-model 165
-engine 95
+machine 35
+layer 60
+model 150
+engine 85
 decode 60
-tests 50
+tests 90
 PARTS
 exit $failed

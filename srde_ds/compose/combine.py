@@ -85,9 +85,8 @@ def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed
         atom_mixing="linear",
         support_scope="shared" if shared else "per_expert",
     )
-    supports = [layer.supports[0] if shared else layer.supports for layer in layers]
     tensors: dict[str, LazyTensor] = {}
-    for number, (layer, support) in enumerate(zip(layers, supports, strict=True)):
+    for number, layer in enumerate(layers):
         try:
             router = router_of(origins.statistics_of(names, number), seed=seed, layer=number)
         except SRDEError:
@@ -97,7 +96,7 @@ def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed
             ) from None
         tensors |= {
             f"layers.{number}.router.weight": LazyTensor.of(router),
-            f"layers.{number}.support": LazyTensor.of(support.contiguous()),
+            f"layers.{number}.support": layer.support(config),
             f"layers.{number}.deltas.free": layer.free(config),
         }
     tensors |= {name: LazyTensor.of(tensor) for name, tensor in origins.tensors().items()}
@@ -105,7 +104,7 @@ def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed
         adapters[0].metadata,
         config=config,
         expert_names=names,
-        support_hash=support_hash(supports),
+        support_hash=support_hash(layer.support(config).load() for layer in layers),
         domain_tokens=origins.domain_tokens,
         history=origins.history,
     )
@@ -114,24 +113,24 @@ def combine(adapters: Sequence[AdapterSource], *, top_k: int | None = None, seed
 
 
 class _Layer:
-    """The experts of all adapters in one layer.
+    """The experts of all adapters in one layer, which are read when they are needed, one layer at a time.
 
     Attributes:
-        supports: `[E, n]`, each row in ascending order.
+        size: entries in each expert's support.
         is_shared: whether all experts have the same support.
     """
 
     def __init__(self, adapters: Sequence[AdapterSource], layer: int) -> None:
         self.adapters, self.layer = adapters, layer
         self.hidden = adapters[0].router(layer).shape[1]
-        own = [
-            adapter.support(layer, expert)
-            for adapter in adapters
-            for expert in range(adapter.metadata.config.num_experts)
-        ]
+        own = self._own_supports()
         self.size = max(len(support) for support in own)
-        self.supports = torch.stack([_filled_up(support, self.size) for support in own])
         self.is_shared = all(torch.equal(support, own[0]) for support in own)
+
+    def support(self, config: AdapterConfig) -> LazyTensor:
+        """`support` of the combined adapter, each row in ascending order."""
+        shape = (self.size,) if config.support_scope == "shared" else (config.num_experts, self.size)
+        return LazyTensor(torch.int32, shape, lambda: self._supports()[0] if len(shape) == 1 else self._supports())
 
     def free(self, config: AdapterConfig) -> LazyTensor:
         """`deltas.free` of all experts, fp32."""
@@ -142,16 +141,28 @@ class _Layer:
 
     def _deltas(self, neuron: bool, each: int) -> Tensor:
         found: list[Tensor] = []
+        supports = self._supports()
         for adapter in self.adapters:
             deltas = adapter.deltas(self.layer)
             for expert in range(adapter.metadata.config.num_experts):
                 delta, place = adapter.expert_part(deltas, expert), len(found)
                 values = delta.new_zeros(*delta.shape[:-1], self.size * each)
                 # Both are ascending, so the positions of the expert's own entries are as well.
-                kept = torch.isin(self.supports[place], adapter.support(self.layer, expert))
+                kept = torch.isin(supports[place], adapter.support(self.layer, expert))
                 values[..., kept.repeat_interleave(each)] = delta
                 found.append(values)
         return torch.cat(found, dim=1) if neuron else torch.stack(found)
+
+    def _own_supports(self) -> list[Tensor]:
+        return [
+            adapter.support(self.layer, expert)
+            for adapter in self.adapters
+            for expert in range(adapter.metadata.config.num_experts)
+        ]
+
+    def _supports(self) -> Tensor:
+        """`[E, n]`."""
+        return torch.stack([_filled_up(support, self.size) for support in self._own_supports()])
 
 
 def _filled_up(support: Tensor, size: int) -> Tensor:

@@ -77,7 +77,7 @@ def _serve(model: SRDEModel, password: str | None) -> Iterator[str]:
     # Loads gradio, which only the worker that runs this file shall wait for.
     from srde_ds.inference.page.server import chat_server
 
-    server = chat_server(page, title="runs/first on a base", password=password)
+    server = chat_server(page, title="runs/first on a base", password=password, host="127.0.0.2")
     with listening("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -275,7 +275,8 @@ def test_the_page_fits_and_can_be_read(url: str, visit: Callable[..., Page], wid
 
 def test_other_names_of_the_host_and_uploads_are_refused(url: str) -> None:
     host = url.removeprefix("http://")
-    for name, status in ((host, 200), (host.replace("127.0.0.1", "localhost"), 200), ("evil.example", 400)):
+    own = [host.replace("127.0.0.1", name) for name in ("127.0.0.1", "localhost", "127.0.0.2")]
+    for name, status in (*((name, 200) for name in own), ("evil.example", 400)):
         connection = http.client.HTTPConnection(host, timeout=30)
         connection.request("GET", "/", headers={"Host": name})
         assert connection.getresponse().status == status

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,28 @@ def test_decoding(tmp_path: Path) -> None:
     assert list(found) == [*cases, *added, "done"] and all(found[case]["seconds"] > 0 for case in cases)
     for case in cases[::2]:
         assert found[case]["graphs"] == 1 and found[case]["cudagraph_skips"] == 0
+
+
+def test_a_test_that_hangs_leaves_the_results_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_memory.py").write_text("import time\n\ndef test_hangs():\n    time.sleep(600)\n")
+    (tmp_path / "test_quick.py").write_text(
+        "import pytest\n\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_x(x):\n    assert x == 'c'\n"
+    )
+    file = tmp_path / "visit.jsonl"
+    program = (
+        "import pathlib, sys\nfrom benchmarks import gpu_visit\n"
+        f"gpu_visit.GPU_TESTS = pathlib.Path({str(tmp_path)!r})\n"
+        f"gpu_visit.main(['tests', '--rehearse', '--output_file', {str(file)!r}])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, start_new_session=True) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline and not (file.exists() and len(lines(file)) > 1):
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert [(line["what"], line["result"]) for line in lines(file)] == [
+        ("test_x[a b]", "failed"),
+        ("test_x[c]", "passed"),
+    ]
 
 
 def test_every_part_has_a_time_limit_and_all_together_eight_minutes() -> None:

@@ -39,7 +39,8 @@ def chat_command(options: ChatOptions) -> None:
         longest = answer_length(model, options.max_new_tokens)
         sampling = Sampling(longest, options.temperature, options.top_p)
         page = ChatPage(model, tokenizer, sampling, seed=options.seed)
-        server = chat_server(page, title=f"{options.weights} on {model.base_identity['name']}", password=password)
+        title = f"{options.weights} on {model.base_identity['name']}"
+        server = chat_server(page, title=title, password=password, host=options.host)
         print(terminal(f"The chat is at {address(listener)} (Ctrl-C ends it)."), flush=True)
         if password is not None:
             print(terminal(_password_told(password, options)), flush=True)

@@ -29,8 +29,8 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def chat_server(page: ChatPage, *, title: str, password: str | None) -> uvicorn.Server:
-    """A server of the page, to be run on a listening socket."""
+def chat_server(page: ChatPage, *, title: str, password: str | None, host: str = "127.0.0.1") -> uvicorn.Server:
+    """A server of the page, to be run on a socket that listens at `host`."""
     # Gradio must not report anything to anybody, nor keep a history in the browser.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     auth: dict[str, Any] = {}
@@ -38,7 +38,7 @@ def chat_server(page: ChatPage, *, title: str, password: str | None) -> uvicorn.
         auth = {"auth": _checks(password), "auth_message": "Enter any user name, and the chat's password."}
     application = FastAPI(openapi_url=None)
     if password is None:  # other sites must not reach it through a host name of theirs
-        application.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK_NAMES)
+        application.add_middleware(TrustedHostMiddleware, allowed_hosts=(*LOOPBACK_NAMES, host))
     gr.mount_gradio_app(
         application,
         chat_blocks(page, title=title),
