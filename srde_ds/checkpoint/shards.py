@@ -244,7 +244,7 @@ class ShardIndex:
         for path, parts in copies.items():
             with open_tensors(path) as file, torch.no_grad():
                 for key, start, stop, target in parts:
-                    target.copy_(file.get_slice(key)[start:stop])
+                    target.copy_(file.get_slice(key)[..., start:stop].view(-1))  # a run may be stored as [1, n]
 
     def _read_strided(self, key: tuple[str, str], slices: Sequence[TensorSlice]) -> None:
         """Assemble one tensor in host memory, and cut the slices out of it."""

@@ -194,6 +194,20 @@ def test_pieces_of_columns_are_read_as_others_and_as_runs(tmp_path: Path, cuts: 
     assert torch.equal(run.data, matrix.flatten()[7:32])
 
 
+def test_columns_of_a_matrix_with_one_row_are_read(tmp_path: Path) -> None:
+    """As of one expert's importance, whose atoms two ranks share: a block of one line."""
+    row = torch.arange(COLUMNS, dtype=torch.float32)
+    for rank, columns in enumerate(row.view(1, COLUMNS).split(5, dim=1)):
+        piece = TensorSlice("w", "master", (1, COLUMNS), 5 * rank, columns, stride=COLUMNS)
+        write_shard(tmp_path, rank, [piece])
+    shards = ShardIndex(tmp_path)
+    assert torch.equal(shards.tensor("master", "w"), row.view(1, COLUMNS))
+    for first, last in ((0, 3), (3, 7), (7, COLUMNS)):
+        wanted = TensorSlice("w", "master", (1, COLUMNS), first, torch.full((last - first,), -1.0))
+        shards.read([wanted])
+        assert torch.equal(wanted.data, row[first:last])
+
+
 def test_overlapping_and_missing_columns_are_named(tmp_path: Path) -> None:
     matrix = torch.zeros(ROWS, COLUMNS)
     left = TensorSlice("w", "master", (ROWS, COLUMNS), 0, matrix[:, :5].contiguous(), stride=COLUMNS)
