@@ -153,7 +153,7 @@ def test_unlike_hosts_choose_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     chosen = []
     for rank, gib in enumerate(rooms):
         at_hand(monkeypatch, gib)
-        ranks = Collectives(rank, 2, max, lambda _: [room * GIB for room in rooms])
+        ranks = Collectives(rank, 2, lambda value: value, lambda _: [room * GIB for room in rooms])
         chosen.append((settle(asked), settle_together(asked, ranks)))
     assert chosen[0][0].parallel.base_placement == "resident" != chosen[1][0].parallel.base_placement
     assert chosen[0][1] == chosen[1][1] == chosen[1][0]
