@@ -258,11 +258,6 @@ class ShardIndex:
                 item.data.view(size).copy_(flat.as_strided(tuple(size), (item.stride, 1), item.offset))
 
 
-def read_slices(folder: str | Path, wanted: Sequence[TensorSlice]) -> None:
-    """Fill each slice's `data` in place from the shards that hold its elements; see ShardIndex for errors."""
-    ShardIndex(folder).read(wanted)
-
-
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file for reading. The library checks its header and sizes before it creates any tensor.

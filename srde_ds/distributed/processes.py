@@ -18,8 +18,7 @@ from torch import Tensor
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.gathering import gather_json
 from srde_ds.errors import LostContact, SRDEError
-from srde_ds.utils.launcher import launched_rank as launched_rank
-from srde_ds.utils.launcher import launched_world_size
+from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 
 @dataclass(frozen=True)

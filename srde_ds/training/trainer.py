@@ -15,7 +15,7 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.manifest import Manifest, load_manifest, load_rows
-from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, launched_rank, start_processes
+from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, start_processes
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.liveness.heartbeat import Heartbeat
@@ -43,7 +43,7 @@ from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step
 from srde_ds.utils.dtypes import warn_of_slow_bfloat16
 from srde_ds.utils.files import eventually, may_pass, write_text
-from srde_ds.utils.launcher import launched_world_size, stop_processes
+from srde_ds.utils.launcher import launched_rank, launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.locate import COMPLETED, WEIGHTS
 
