@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from srde_ds.evaluation.options import EvaluateOptions
 from srde_ds.inference.generate import Sampling, answer_length
 from srde_ds.inference.generate import generate as generate_answer
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.planner.settle import settle
+from srde_ds.planner.settle import settle, settle_together
 from srde_ds.training.run_inputs import read_base_inputs, read_run_inputs
 from srde_ds.training.trainer import train as train_experts
 from srde_ds.utils.launcher import stop_processes
@@ -65,8 +66,8 @@ def train(config: Config | Mapping[str, Any] | None = None, **options: Any) -> P
         sections = {key: value for key, value in given.items() if isinstance(value, Mapping)}
         flat = {key: value for key, value in given.items() if key not in sections}
         resolved = resolve(sections, flat | options, read_inputs=read_run_inputs)
-    resolved = settle(resolved)
-    train_experts(resolved, leave=False)  # this process may train again
+    # This process may train again.
+    train_experts(settle(resolved), leave=False, settle=partial(settle_together, resolved))
     atexit.register(stop_processes)
     folder = Path(resolved.training.output_dir)
     if not (folder / COMPLETED).exists():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.checkpoint.save import CheckpointSaver
-from srde_ds.checkpoint.shards import read_slices
+from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.checkpoint.tensor_slice import KINDS, TensorSlice
 from srde_ds.utils.together import Collectives
 
@@ -119,7 +119,7 @@ def save_on_ranks(
 def value_of(folder: Path) -> float:
     """The step that the tensors in a checkpoint tell; every element must say the same."""
     wanted = blank(cut(make_tensors(), 1)[0])
-    read_slices(folder, wanted)
+    ShardIndex(folder).read(wanted)
     shifts = [
         found.data - piece.data
         for found, piece in zip(wanted, cut(make_tensors(), 1)[0], strict=True)

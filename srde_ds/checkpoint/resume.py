@@ -73,32 +73,38 @@ def find_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: s
     return folder
 
 
-def locate_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from") -> Path:
+def locate_checkpoint(
+    resume_from: str | Path, output_dir: str | Path, *, field: str = "resume_from", offer: bool = True
+) -> Path:
     """The folder of the checkpoint that `resume_from` names; none of its files are read.
 
     Args:
         resume_from: a checkpoint folder, a run folder (meaning its `latest`), or "latest" for that of `output_dir`.
         field: the option that gave `resume_from`, for messages.
+        offer: name the newest good checkpoint in the error, for which whole checkpoints are read.
 
     Raises:
         SRDEError: there is none. The message names it and offers the newest good checkpoint, but no other checkpoint is
             ever used without asking.
     """
-    asked = f"{field}={resume_from}"
+
+    def refusal(problem: str, run: Path) -> SRDEError:
+        return SRDEError(f"{field}={resume_from}: {problem}.{_offer(run, field) if offer else ''}")
+
     given = Path(output_dir if str(resume_from) == "latest" else resume_from).absolute()
     if given.name.endswith(".tmp"):
-        raise SRDEError(f"{asked}: '{given}' is a half-written checkpoint.{_offer(given.parent, field)}")
+        raise refusal(f"'{given}' is a half-written checkpoint", given.parent)
     if CHECKPOINT_NAME.fullmatch(given.name) or (given / MANIFEST).exists():
         run, folder = given.parent, given
     else:
         if not given.is_dir():
-            raise SRDEError(f"{asked}: there is no folder '{given}'.{_offer(Path(output_dir).absolute(), field)}")
+            raise refusal(f"there is no folder '{given}'", Path(output_dir).absolute())
         run = given
         with _readable(run):
             pointer = read_latest(run)
         if pointer is None or not CHECKPOINT_NAME.fullmatch(pointer):
             found = "there is no file" if pointer is None else f"{pointer!r} does not name a checkpoint in"
-            raise SRDEError(f"{asked}: {found} '{run / LATEST}'.{_offer(run, field)}")
+            raise refusal(f"{found} '{run / LATEST}'", run)
         folder = run / pointer
     if not folder.is_dir():
         # If a replacement is killed between its two renames, the old folder has this name.
@@ -106,7 +112,7 @@ def locate_checkpoint(resume_from: str | Path, output_dir: str | Path, *, field:
         if not folder.is_dir():
             missing = folder.with_suffix("")
             says = "" if missing == given else f"'{run / LATEST}' names '{missing.name}', but "
-            raise SRDEError(f"{asked}: {says}there is no folder '{missing}'.{_offer(run, field)}")
+            raise refusal(f"{says}there is no folder '{missing}'", run)
     return folder
 
 

@@ -244,7 +244,7 @@ class ShardIndex:
         for path, parts in copies.items():
             with open_tensors(path) as file, torch.no_grad():
                 for key, start, stop, target in parts:
-                    target.copy_(file.get_slice(key)[start:stop])
+                    target.copy_(file.get_slice(key)[..., start:stop].view(-1))  # a run may be stored as [1, n]
 
     def _read_strided(self, key: tuple[str, str], slices: Sequence[TensorSlice]) -> None:
         """Assemble one tensor in host memory, and cut the slices out of it."""
@@ -256,11 +256,6 @@ class ShardIndex:
             size = item.data.shape if item.data.dim() == 2 else (1, item.data.numel())
             with torch.no_grad():
                 item.data.view(size).copy_(flat.as_strided(tuple(size), (item.stride, 1), item.offset))
-
-
-def read_slices(folder: str | Path, wanted: Sequence[TensorSlice]) -> None:
-    """Fill each slice's `data` in place from the shards that hold its elements; see ShardIndex for errors."""
-    ShardIndex(folder).read(wanted)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from srde_ds.cli.flags import Parser, resolved
@@ -93,10 +94,10 @@ def train(arguments: Sequence[str]) -> int:
     with _ending_at_ctrl_c():
         from srde_ds.training.run_inputs import read_run_inputs
 
-    config, dry_run = train_config(arguments, read_run_inputs)
+    asked, dry_run = train_config(arguments, read_run_inputs)
     with _ending_at_ctrl_c():
-        from srde_ds.planner.settle import settle
-    config = settle(config)
+        from srde_ds.planner.settle import settle, settle_together
+    config = settle(asked)
     if dry_run:
         from srde_ds.model.base_shape import base_shape
         from srde_ds.planner.describe import describe_run
@@ -119,6 +120,6 @@ def train(arguments: Sequence[str]) -> int:
         with _ending_at_ctrl_c():
             from srde_ds.training.trainer import train as train_experts
 
-        if stopped := train_experts(config):
+        if stopped := train_experts(config, settle=partial(settle_together, asked)):
             return 128 + signal.Signals[stopped]
     return 0

@@ -18,8 +18,7 @@ from torch import Tensor
 from srde_ds.distributed import deepspeed_internals as internals
 from srde_ds.distributed.gathering import gather_json
 from srde_ds.errors import LostContact, SRDEError
-from srde_ds.utils.launcher import launched_rank as launched_rank
-from srde_ds.utils.launcher import launched_world_size
+from srde_ds.utils.launcher import launched_rank, launched_world_size
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ def start_processes(timeout_seconds: float) -> Topology:
     internals.avoid_jit_builds()
     internals.import_muon_uncompiled()
     adopt_launcher()
+    device = _own_device()  # before torch refuses a number out of range when it joins, without a remedy
     try:
         internals.deepspeed.init_distributed(timeout=limit, verbose=False)
     except dist.DistNetworkError as error:
@@ -126,21 +126,24 @@ def start_processes(timeout_seconds: float) -> Topology:
             f"port {port} cannot be opened or reached ({reason}). Another run may use it: give this one another port "
             "(--master_port of deepspeed and torchrun)."
         ) from None
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-            raise SRDEError(
-                f"local rank {local_rank}: this process sees {torch.cuda.device_count()} of its host's GPUs "
-                f"(CUDA_VISIBLE_DEVICES={visible}), and takes the one with the number of its local rank. Start at "
-                "most one process per GPU, and let each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)."
-            )
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    else:
-        device = torch.device("cpu")
     internals.limit_new_groups(limit)
     return Topology(dist.get_rank(), dist.get_world_size(), device)
+
+
+def _own_device() -> torch.device:
+    """The GPU with the number of this process on its host, made the current one; without GPUs the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        raise SRDEError(
+            f"local rank {local_rank}: this process sees {torch.cuda.device_count()} of its host's GPUs "
+            f"(CUDA_VISIBLE_DEVICES={visible}), and takes the one with the number of its local rank. Start at "
+            "most one process per GPU, and let each see all of them (Slurm: --gpus-per-node, not --gpus-per-task)."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def _free_port() -> int:

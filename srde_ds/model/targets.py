@@ -50,5 +50,6 @@ class Targets:
 def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A copy on a device. From the CPU to a GPU it goes through pinned memory, so that the CPU does not wait."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
+        # Pinning keeps the strides, and torch copies no values into an expanded tensor, whose elements share memory.
+        tensor = tensor.contiguous().pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import base_shape
 from srde_ds.planner.base_placement import refuse_too_large, settle_base_placement
 from srde_ds.planner.recompute import settle_recompute
-from srde_ds.utils.launcher import launched_rank, launched_world_size
+from srde_ds.utils.launcher import launched_on_host, launched_rank, launched_world_size
+from srde_ds.utils.together import Ranks
 
 USABLE = 0.9  # share of a GPU's memory; the rest goes to the driver, NCCL and fragmentation
 
@@ -27,15 +29,28 @@ def settle(config: Config) -> Config:
     Raises:
         SRDEError: `base_placement: resident` does not fit, or the base or the DeepSpeed configuration cannot be used.
     """
+    return _settle(config, available_memory, told=launched_rank() == 0)
+
+
+def settle_together(config: Config, ranks: Ranks) -> Config:
+    """`settle` by the least memory of all ranks, so that hosts with unlike GPUs choose the same; a collective.
+
+    Rank 0 prints the reasons only if it has more, since it may have chosen otherwise before.
+    """
+    own = available_memory()
+    least = min(ranks.gather(own))
+    return _settle(config, lambda: least, told=ranks.rank == 0 and least < own)
+
+
+def _settle(config: Config, memory: Callable[[], float], *, told: bool) -> Config:
     asked, world_size = config.parallel.base_placement, launched_world_size()
     if config.model.recompute != "auto" and asked == "sharded":
         return config
-    shape, room = base_shape(config), available_memory()
+    shape, room = base_shape(config), memory()
     config, recompute_reason = settle_recompute(config, shape, world_size, room)
     config, placement_reason = settle_base_placement(config, shape, world_size, room)
-    for reason in filter(None, (recompute_reason, placement_reason)):
-        if launched_rank() == 0:
-            print(reason, flush=True)
+    for reason in filter(None, (recompute_reason, placement_reason)) if told else ():
+        print(reason, flush=True)
     if asked == "resident" or (asked == "auto" and shape.packing is not None and world_size > 1):
         refuse_too_large(Workload.of(config, world_size), shape, room)
     return config
@@ -47,7 +62,7 @@ def available_memory() -> float:
     if torch.cuda.is_available():
         return USABLE * min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
     whole = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), control_group_limit())
-    return USABLE * whole / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return USABLE * whole / launched_on_host()
 
 
 def control_group_limit(mounted: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

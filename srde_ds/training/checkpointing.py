@@ -19,7 +19,7 @@ from srde_ds.checkpoint.resume import (
     load_run_state,
 )
 from srde_ds.checkpoint.save import CheckpointSaver, SaveFailed
-from srde_ds.checkpoint.shards import read_slices
+from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.config import Config, DataConfig
 from srde_ds.data.loader import RowStream, collate
 from srde_ds.data.manifest import TEMPLATE, VOCABULARY, Manifest
@@ -258,7 +258,7 @@ class RunState:
         """
         model, values, folder = self.engine.model, saved.values, saved.folder
         self._check_same_model(saved)
-        read_slices(folder, placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer))
+        ShardIndex(folder).read(placement.state_slices(self.engine.deepspeed, model, self.engine.optimizer))
         internals.publish_masters(self.engine.deepspeed)
         common = load_common_tensors(folder)
         model.load_common_tensors(common)

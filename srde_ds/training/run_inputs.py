@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
+from srde_ds.checkpoint.resume import locate_checkpoint
 from srde_ds.config import Config, DataConfig, RunInputs, TrainingConfig
 from srde_ds.config.strategy import WITHOUT_DATA
 from srde_ds.data.manifest import Manifest, load_manifest
@@ -15,7 +16,6 @@ from srde_ds.model.adapter_source import AdapterSource, open_adapter, read_adapt
 from srde_ds.model.base import base_configuration
 from srde_ds.utils.together import Ranks, Result, on_main_rank, together
 from srde_ds.weights.file import AdapterMetadata
-from srde_ds.weights.locate import CHECKPOINT_NAME, read_latest
 
 # Options whose default follows from max_steps, density or training_phases, each with the option that must be on for it
 # to matter.
@@ -171,11 +171,11 @@ def _started(place: str) -> dict[str, Any]:
 
 
 def _saved_options(training: TrainingConfig) -> dict[str, Any]:
-    """The options of the run that `resume_from` names. Its checkpoint is verified later."""
-    folder = Path(training.output_dir if training.resume_from == "latest" else str(training.resume_from))
-    pointer = read_latest(folder)
-    if pointer and CHECKPOINT_NAME.fullmatch(pointer):
-        folder /= pointer
+    """The options of the run that `resume_from` names; none if it names none, which is refused later."""
+    try:
+        folder = locate_checkpoint(str(training.resume_from), training.output_dir, offer=False)
+    except SRDEError:
+        return {}
     if not (folder / RUN_STATE).is_file():
         return {}
     sections = read_json(folder / RUN_STATE).get("config")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from srde_ds.config import Config
 from srde_ds.data.loader import RowStream
 from srde_ds.data.loss_weights import LossWeights
 from srde_ds.data.manifest import Manifest, load_manifest, load_rows
-from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, launched_rank, start_processes
+from srde_ds.distributed.processes import Topology, adopt_launcher, check_same, start_processes
 from srde_ds.errors import LostContact, SRDEError
 from srde_ds.export.weights import export_weights
 from srde_ds.liveness.heartbeat import Heartbeat
@@ -42,7 +43,7 @@ from srde_ds.training.signals import StopRequest
 from srde_ds.training.step import optimizer_step
 from srde_ds.utils.dtypes import warn_of_slow_bfloat16
 from srde_ds.utils.files import eventually, may_pass, write_text
-from srde_ds.utils.launcher import launched_world_size, stop_processes
+from srde_ds.utils.launcher import launched_rank, launched_world_size, stop_processes
 from srde_ds.utils.together import on_main_rank
 from srde_ds.weights.locate import COMPLETED, WEIGHTS
 
@@ -50,7 +51,7 @@ from srde_ds.weights.locate import COMPLETED, WEIGHTS
 _LATE_FILES_SECONDS = 60.0
 
 
-def train(config: Config, *, leave: bool = True) -> str | None:
+def train(config: Config, *, leave: bool = True, settle: Callable[[Topology], Config] | None = None) -> str | None:
     """Train until `max_steps`, a signal or an error.
 
     Writes the run folder that docs/guide.md describes; `completed.json` is its last file and the only sign of success.
@@ -58,6 +59,8 @@ def train(config: Config, *, leave: bool = True) -> str | None:
     Args:
         leave: whether to leave the process group at the end. DeepSpeed cannot join a second one, so a process that
             trains again must keep it.
+        settle: the config with the options that depend on the memory of all ranks, once they have met; a collective.
+            Until then, and without it, `config` counts.
 
     Returns:
         The name of the signal that stopped the run, after its last checkpoint; None if the run is complete.
@@ -98,6 +101,8 @@ def train(config: Config, *, leave: bool = True) -> str | None:
                     others.wait_for_main()
                 doing("joining the process group")
                 topology = start_processes(timeout + VERDICT_SECONDS)  # the verdict comes before torch's own timeout
+                if settle is not None:
+                    config = settle(topology)
                 if stopped := run(config, topology, stop, heartbeat, found):
                     heartbeat.stopped(f"stopped by {stopped}{launchers_gone(launchers, topology)}")
                     # When the first rank returns 128 + the signal, launchers end the other ranks.

@@ -32,6 +32,9 @@ LASTING_FAULTS = {
     errno.ELOOP,
 }
 
+# A folder that others may only pass through (mode 711), and what SMB and some FUSE answer to a flush of a folder.
+_NO_FOLDER_FLUSH = {errno.EACCES, errno.EINVAL, errno.ENOTSUP, errno.EBADF}
+
 
 @contextmanager
 def replacement(
@@ -188,12 +191,19 @@ def eventually(read: Callable[[], Result], missing: type[Exception], seconds: fl
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or the names in a folder, to disk, so that they survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Flush a file's content, or the names in a folder, to disk, so that they survive a power cut.
+
+    A folder that this user may not list, or that its storage cannot flush, is left to the storage, as databases do.
+    """
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_FLUSH or not path.is_dir():
+            raise
 
 
 def remove(path: Path) -> None:

@@ -20,6 +20,13 @@ def launched_world_size() -> int:
     return _number("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", default=1)
 
 
+def launched_on_host() -> int:
+    """The number of the run's processes on this host; 1 without a launcher."""
+    # Of torchrun, deepspeed, Open MPI, and Slurm, whose job may also hold a process that is alone.
+    names = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"
+    return min(_number(*names, default=1), launched_world_size())
+
+
 def stop_processes() -> None:
     """Leave the process group, if there is one, so that the interpreter can end."""
     import torch.distributed as dist
@@ -32,7 +39,7 @@ def stop_processes() -> None:
 
 
 def _number(*names: str, default: int) -> int:
-    """The first variable that is set: that of deepspeed's launcher (and torchrun), else Open MPI's.
+    """The value of the first variable that is set.
 
     Raises:
         SRDEError: it is not a number.

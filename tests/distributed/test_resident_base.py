@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,6 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.config.schema import ParallelConfig
 from srde_ds.model.base import load_base
 from tests.distributed.harness import Ranks
@@ -60,6 +62,24 @@ def test_a_run_goes_on_with_the_other_placement(
         flags = inputs.flags(tmp_path / placement, resume_from=str(source / "checkpoint-3"), base_placement=placement)
         assert two_ranks(train_here, flags) == [None, None]
         assert_same_training(tmp_path / placement, reference, first_step=4, same_cut=True, tolerance=0)
+
+
+def train_on_unlike_hosts(flags: dict[str, Any]) -> None:
+    """`srde_ds.train` where rank 1 has no room for anything, and rank 0 has enough."""
+    from srde_ds import api
+    from srde_ds.planner import settle
+
+    room = 0.0 if os.environ["RANK"] == "1" else 2.0**60
+    with patch.object(settle, "available_memory", lambda: room), patch.object(api, "stop_processes", lambda: None):
+        api.train(**flags)
+
+
+def test_hosts_with_unlike_memory_agree_on_what_fits_all(inputs: Inputs, two_ranks: Ranks, tmp_path: Path) -> None:
+    auto = {"base_placement": "auto", "recompute": "auto"}
+    once = {"max_steps": 1, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
+    two_ranks(train_on_unlike_hosts, inputs.flags(tmp_path, **auto, **once))
+    options = read_json(tmp_path / "checkpoint-1" / RUN_STATE)["config"]
+    assert (options["parallel"]["base_placement"], options["model"]["recompute"]) == ("sharded", "full")
 
 
 def with_another_weight(flags: dict[str, Any]) -> str | None:

@@ -108,16 +108,19 @@ def test_gram_muon_is_exact_although_tf32_is_allowed() -> None:
     torch.testing.assert_close(parameter.detach().cpu().double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_training_runs_to_its_end(tmp_path: Path) -> None:
-    """One process on one GPU in bf16, from JSONL to weights."""
+@pytest.mark.parametrize("phases", [{}, {"supervised_experts": "true", "expert_pretrain_steps": 1, "eval_steps": 2}])
+def test_training_runs_to_its_end(tmp_path: Path, phases: dict[str, Any]) -> None:
+    """One process on one GPU in bf16, from JSONL to weights; also with each row's expert given."""
     tokenizer = tiny_tokenizer()
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     domains = ["red", "green"]
     data = write_jsonl(tmp_path / "train.jsonl", [record for d in domains for record in sums(d, range(24))])
-    flags = {
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", [record for d in domains for record in sums(d, range(24, 32))])
+    flags: dict[str, Any] = {
         "model_name": tmp_path / "base",
         "jsonl_data": data,
+        "eval_file": held_out,
         "domains": ",".join(domains),
         "num_experts": 2,
         "density": 0.05,
@@ -126,7 +129,7 @@ def test_training_runs_to_its_end(tmp_path: Path) -> None:
         "warmup_steps": 1,
         "gradient_accumulation_steps": 2,
         "output_dir": tmp_path / "run",
-    }
+    } | phases
     command = [
         sys.executable,
         "launch/train.py",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -12,6 +13,8 @@ import pytest
 from srde_ds import Config, SRDEError, build_dataset, evaluate, generate, train
 from srde_ds.data.manifest import load_manifest
 from srde_ds.evaluation.options import EvaluateOptions
+from srde_ds.utils.together import Collectives
+from tests.checkpoint_helpers import ALONE
 from tests.cli_helpers import DOMAINS, POSITIONS, save_base, write_records
 from tests.data_helpers import tiny_tokenizer
 from tests.evaluation_helpers import tiny_model
@@ -26,8 +29,8 @@ def trained(*args: Any, finishes: bool = True, **options: Any) -> Config:
     """The config that `train` hands on."""
     seen: list[Config] = []
 
-    def run(config: Config, *, leave: bool) -> None:
-        assert not leave
+    def run(config: Config, *, leave: bool, settle: Callable[[Collectives], Config]) -> None:
+        assert not leave and settle(ALONE) is config
         seen.append(config)
         if finishes:
             folder = Path(config.training.output_dir)

@@ -17,8 +17,9 @@ from srde_ds.planner.describe import describe_plan, describe_run
 from srde_ds.planner.machines import Machines
 from srde_ds.planner.memory import largest_memory, memory
 from srde_ds.planner.plan import make_plan
-from srde_ds.planner.settle import settle
+from srde_ds.planner.settle import settle, settle_together
 from srde_ds.planner.traffic import step_traffic
+from srde_ds.utils.together import Collectives
 from srde_ds.utils.units import GIB
 
 MINISTRAL = Path(__file__).parents[2] / "benchmarks/ministral_3_14b"
@@ -129,9 +130,34 @@ def test_a_containers_limit_bounds_the_memory(
         (tmp_path / "own").write_text(groups)
     assert settling.control_group_limit(tmp_path / "groups", tmp_path / "own") == expected
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(settling, "control_group_limit", lambda: 1000.0)
-    assert settling.available_memory() == settling.USABLE * 500
+    assert settling.available_memory() == settling.USABLE * 1000
+
+
+@pytest.mark.parametrize(
+    "name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"]
+)
+def test_the_processes_of_a_host_share_its_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each launcher says in its own way how many there are."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(settling, "control_group_limit", lambda: 1000.0)
+    monkeypatch.setenv(name, "4")
+    for processes, share in ((8, 250), (1, 1000)):  # a process may be alone in a job of four tasks
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert settling.available_memory() == settling.USABLE * share
+
+
+def test_unlike_hosts_choose_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the least memory of all; a rank 0 that has more says what they agree on."""
+    asked, rooms = run(recompute="auto"), [80.0, 24.0]
+    chosen = []
+    for rank, gib in enumerate(rooms):
+        at_hand(monkeypatch, gib)
+        ranks = Collectives(rank, 2, lambda value: value, lambda _: [room * GIB for room in rooms])
+        chosen.append((settle(asked), settle_together(asked, ranks)))
+    assert chosen[0][0].parallel.base_placement == "resident" != chosen[1][0].parallel.base_placement
+    assert chosen[0][1] == chosen[1][1] == chosen[1][0]
+    assert capsys.readouterr().out.count("for 24.0 GiB") == 4
 
 
 def test_a_whole_base_never_costs_computation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from srde_ds.checkpoint.resume import (
     load_run_state,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.shards import read_slices
+from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.training.changed_options import changes
@@ -89,7 +89,7 @@ def read_all(folder: Path) -> None:
     check_saved(values, common, found)
     changes(values["config"], Config())
     set_random_state(load_rank_state(found, 0).get("random_state"))
-    read_slices(found, blank(cut(make_tensors(), 1)[0]))
+    ShardIndex(found).read(blank(cut(make_tensors(), 1)[0]))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from srde_ds.checkpoint.resume import (
     load_common_tensors,
     verify_checkpoint,
 )
-from srde_ds.checkpoint.shards import read_slices
+from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.checkpoint.tensor_slice import TensorSlice
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import file_hash
@@ -209,4 +209,4 @@ def test_a_disk_that_cannot_read_counts_as_damage(tmp_path: Path, monkeypatch: p
 
 def test_a_piece_of_another_model_is_refused_on_reading(folder: Path) -> None:
     with pytest.raises(SRDEError, match=r"'layers.9.router.weight' \(master\) is not in it"):
-        read_slices(folder, [TensorSlice("layers.9.router.weight", "master", (2, 7), 0, torch.zeros(3))])
+        ShardIndex(folder).read([TensorSlice("layers.9.router.weight", "master", (2, 7), 0, torch.zeros(3))])

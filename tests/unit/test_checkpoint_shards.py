@@ -13,7 +13,6 @@ from torch import Tensor
 
 from srde_ds.checkpoint.shards import (
     ShardIndex,
-    read_slices,
     shard_name,
     write_shard,
     write_tensors,
@@ -35,7 +34,7 @@ def test_any_world_size_reads_any_other(tmp_path: Path, written_by: int, read_by
     write_all(tmp_path, tensors, written_by)
     for expected in cut(tensors, read_by, seed=9):
         wanted = blank(expected)
-        read_slices(tmp_path, wanted)
+        ShardIndex(tmp_path).read(wanted)
         for found, piece in zip(wanted, expected, strict=True):
             assert torch.equal(found.data, piece.data), piece.name
 
@@ -45,7 +44,7 @@ def test_reads_into_a_view_without_touching_its_neighbours(tmp_path: Path) -> No
     write_all(tmp_path, tensors, 3)
     flat_partition = torch.zeros(50, requires_grad=True)
     name = "layers.1.deltas.importance"
-    read_slices(tmp_path, [TensorSlice(name, "exp_avg", SHAPES[name], 5, flat_partition.data[10:30])])
+    ShardIndex(tmp_path).read([TensorSlice(name, "exp_avg", SHAPES[name], 5, flat_partition.data[10:30])])
     assert torch.equal(flat_partition[10:30], tensors["exp_avg", name].flatten()[5:25])
     assert not flat_partition[:10].any() and not flat_partition[30:].any()
 
@@ -77,9 +76,9 @@ def test_a_rank_without_pieces_writes_a_shard_too(tmp_path: Path) -> None:
 def test_a_missing_tensor_and_another_shape_are_named(tmp_path: Path) -> None:
     write_all(tmp_path, make_tensors(), 2)
     with pytest.raises(SRDEError, match=r"'layers.0.deltas.fre' .* is not in it.*\(7, 6, 3\).*'layers.0.deltas.free'"):
-        read_slices(tmp_path, [TensorSlice("layers.0.deltas.fre", "master", (7, 6, 3), 0, torch.zeros(4))])
+        ShardIndex(tmp_path).read([TensorSlice("layers.0.deltas.fre", "master", (7, 6, 3), 0, torch.zeros(4))])
     with pytest.raises(SRDEError, match=r"'layers.0.deltas.free' .*\(7, 6, 3\).*\(7, 9, 3\)"):
-        read_slices(tmp_path, [TensorSlice("layers.0.deltas.free", "master", (7, 9, 3), 0, torch.zeros(4))])
+        ShardIndex(tmp_path).read([TensorSlice("layers.0.deltas.free", "master", (7, 9, 3), 0, torch.zeros(4))])
 
 
 @pytest.mark.parametrize(
@@ -95,7 +94,7 @@ def test_gaps_and_overlaps_are_refused(tmp_path: Path, second_start: int, fault:
 def test_a_lost_tail_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path, 0, [TensorSlice("w", "master", (3, 4), 0, torch.zeros(6))])
     with pytest.raises(SRDEError, match="is missing elements 6:12 of 'w'"):
-        read_slices(tmp_path, [TensorSlice("w", "master", (3, 4), 0, torch.zeros(2))])
+        ShardIndex(tmp_path).read([TensorSlice("w", "master", (3, 4), 0, torch.zeros(2))])
 
 
 @pytest.mark.parametrize(
@@ -186,12 +185,26 @@ def test_pieces_of_columns_are_read_as_others_and_as_runs(tmp_path: Path, cuts: 
     for other_cuts, blocks in (([], 1), ([4], 2), (cuts, row_blocks)):
         empty = torch.full((ROWS, COLUMNS), -1.0)
         wanted = [piece for shard in column_pieces(other_cuts, blocks, empty) for piece in shard]
-        read_slices(tmp_path, wanted)
+        ShardIndex(tmp_path).read(wanted)
         for got, expected in zip(wanted, column_pieces(other_cuts, blocks, matrix), strict=True):
             assert torch.equal(got.data, expected[0].data)
     run = TensorSlice("w", "master", (ROWS, COLUMNS), 7, torch.zeros(25))
-    read_slices(tmp_path, [run])
+    ShardIndex(tmp_path).read([run])
     assert torch.equal(run.data, matrix.flatten()[7:32])
+
+
+def test_columns_of_a_matrix_with_one_row_are_read(tmp_path: Path) -> None:
+    """As of one expert's importance, whose atoms two ranks share: a block of one line."""
+    row = torch.arange(COLUMNS, dtype=torch.float32)
+    for rank, columns in enumerate(row.view(1, COLUMNS).split(5, dim=1)):
+        piece = TensorSlice("w", "master", (1, COLUMNS), 5 * rank, columns, stride=COLUMNS)
+        write_shard(tmp_path, rank, [piece])
+    shards = ShardIndex(tmp_path)
+    assert torch.equal(shards.tensor("master", "w"), row.view(1, COLUMNS))
+    for first, last in ((0, 3), (3, 7), (7, COLUMNS)):
+        wanted = TensorSlice("w", "master", (1, COLUMNS), first, torch.full((last - first,), -1.0))
+        shards.read([wanted])
+        assert torch.equal(wanted.data, row[first:last])
 
 
 def test_overlapping_and_missing_columns_are_named(tmp_path: Path) -> None:

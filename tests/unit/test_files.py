@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from srde_ds.utils.files import new_files, output, replacement, write_text
+from srde_ds.utils.files import new_files, output, replacement, sync, write_text
 from srde_ds.utils.tables import aligned_table, markdown_table
 
 
@@ -101,6 +105,41 @@ def test_what_is_durable_is_synced_before_and_after_it_gets_its_name(
     assert done == ["replace"]
     write_text(tmp_path / "a", "text", durable=True)
     assert done[1:] == [str(tmp_path / "a.tmp"), "replace", str(tmp_path)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "fails"),
+    [
+        (stat.S_ISDIR, errno.EINVAL, False),
+        (stat.S_ISDIR, errno.ENOTSUP, False),
+        (stat.S_ISDIR, errno.EBADF, False),
+        (stat.S_ISDIR, errno.EIO, True),
+        (stat.S_ISREG, errno.EINVAL, True),
+    ],
+)
+def test_storage_that_cannot_flush_a_folder_takes_what_is_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[int], bool], fault: int, fails: bool
+) -> None:
+    def fsync(file: int) -> None:
+        if kind(os.fstat(file).st_mode):
+            raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(OSError) if fails else nullcontext():
+        write_text(tmp_path / "a", "text", durable=True)
+
+
+def test_a_folder_that_may_not_be_listed_is_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the parent of the users' folders, with mode 711. A file that may not be read is an error."""
+
+    def denied(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("os.open", denied)
+    sync(tmp_path)
+    with pytest.raises(PermissionError):
+        sync(tmp_path / "file")
 
 
 def test_writers_of_one_file_do_not_share_what_they_write_to(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import resource
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -34,14 +35,26 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@contextmanager
+def writer_of(folder: Path, tracking: TrackingConfig | None = None, **options: Any) -> Iterator[MetricsWriter]:
+    """A writer for the steps in the block, closed as a run does."""
+    writer = MetricsWriter(folder, tracking or TrackingConfig(), **{"enabled": True} | options)
+    try:
+        yield writer
+    except BaseException:
+        writer.close(complete=False)
+        raise
+    writer.close(complete=True)
+
+
 def write_steps(folder: Path, first: int, last: int, **options: Any) -> None:
-    with MetricsWriter(folder, TrackingConfig(), enabled=True, **options) as writer:
+    with writer_of(folder, **options) as writer:
         for step in range(first, last + 1):
             writer.write({"step": step, "loss": float(step)})
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "run", TrackingConfig(), enabled=True) as writer:
+    with writer_of(tmp_path / "run") as writer:
         writer.write({"step": 1} | STEP)
         assert lines(tmp_path / "run") == [{"step": 1} | STEP]
 
@@ -59,7 +72,7 @@ def test_resuming_cuts_what_comes_again_and_a_torn_line(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path, TrackingConfig(), enabled=True) as writer:
+    with writer_of(tmp_path) as writer:
         writer.write({"step": 1, "loss": float("nan"), "norms": {"math": [float("inf"), 1.0]}})
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text) == {"step": 1, "loss": None, "norms": {"math": [None, 1.0]}}
@@ -72,7 +85,7 @@ def test_on_a_full_disk_lines_wait_for_room(
 ) -> None:
     """A limit on the size of files stands for the full disk: a write stops in mid-line, the next one fails."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with suppress(SRDEError), MetricsWriter(tmp_path, TrackingConfig(), enabled=True) as writer:
+    with suppress(SRDEError), writer_of(tmp_path) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30, limits[1]))
         try:
             for step in range(1, 5):
@@ -88,7 +101,7 @@ def test_on_a_full_disk_lines_wait_for_room(
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
-    with MetricsWriter(tmp_path / "run", TrackingConfig(use_tensorboard=True), enabled=False) as writer:
+    with writer_of(tmp_path / "run", TrackingConfig(use_tensorboard=True), enabled=False) as writer:
         writer.write({"step": 1, "loss": 1.0})
     assert not (tmp_path / "run").exists()
 
@@ -101,10 +114,10 @@ def test_flatten_joins_names_and_drops_what_is_no_number() -> None:
 def test_tensorboard_events_read_back(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with MetricsWriter(tmp_path, TrackingConfig(use_tensorboard=True), enabled=True) as writer:
+    with writer_of(tmp_path, TrackingConfig(use_tensorboard=True)) as writer:
         for step in (1, 2, 3):
             writer.write({"step": step} | STEP)
-    with MetricsWriter(tmp_path, TrackingConfig(use_tensorboard=True), enabled=True, resume_step=1) as writer:
+    with writer_of(tmp_path, TrackingConfig(use_tensorboard=True), resume_step=1) as writer:
         writer.write({"step": 2, "loss": 7.0})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
@@ -138,7 +151,7 @@ def test_a_resumed_run_goes_on_in_its_tracker(tmp_path: Path, monkeypatch: pytes
     setattr(tracking, f"use_{name}", True)
     for resume_step, comes in ((0, False), (1, True), (3, False), (5, False), (0, False)):
         how: dict[str, Any] = {"resume_step": resume_step, "last_line_comes": comes}
-        MetricsWriter(tmp_path / "run", tracking, enabled=True, **how).__exit__(None, None, None)
+        MetricsWriter(tmp_path / "run", tracking, enabled=True, **how).close(complete=True)
     resumes, ids = zip(*tracker.runs, strict=True)
     if name == "wandb":
         assert set(resumes) == {"allow"} and ids[0] == ids[1] == ids[2] == ids[3] != ids[4]
@@ -154,7 +167,7 @@ def test_trackers_get_init_log_and_finish(tmp_path: Path, monkeypatch: pytest.Mo
     setattr(tracking, f"use_{name}", True)
     with (
         pytest.raises(ZeroDivisionError),
-        MetricsWriter(tmp_path / "run7", tracking, enabled=True, run_config={"training": {"seed": 3}}) as writer,
+        writer_of(tmp_path / "run7", tracking, run_config={"training": {"seed": 3}}) as writer,
     ):
         writer.write({"step": 4} | STEP)
         raise ZeroDivisionError  # the run is closed on the way out of an error too
@@ -175,7 +188,7 @@ def test_a_board_on_a_full_disk_does_not_end_the_run(
     # The board writes in a thread, whose error comes out at a later step, or at the end.
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with MetricsWriter(tmp_path, TrackingConfig(use_tensorboard=True), enabled=True) as writer:
+    with writer_of(tmp_path, TrackingConfig(use_tensorboard=True)) as writer:
         resource.setrlimit(resource.RLIMIT_FSIZE, (200, limits[1]))
         try:
             for step in range(1, 31):
@@ -190,7 +203,7 @@ def test_a_board_on_a_full_disk_does_not_end_the_run(
     ]
 
 
-@pytest.mark.parametrize("name", ["log", "finish"])
+@pytest.mark.parametrize("name", ["init", "log", "finish"])
 def test_a_tracker_that_fails_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
@@ -200,11 +213,12 @@ def test_a_tracker_that_fails_does_not_end_the_run(
     tracker = Tracker()
     monkeypatch.setattr(tracker, name, unreachable)
     monkeypatch.setitem(sys.modules, "wandb", tracker)
-    with MetricsWriter(tmp_path, TrackingConfig(use_wandb=True), enabled=True) as writer:
+    with writer_of(tmp_path, TrackingConfig(use_wandb=True)) as writer:
         for step in (1, 2):
             writer.write({"step": step, "loss": 0.5})
     assert caplog.messages == ["wandb: no network; it gets no more numbers of this run, metrics.jsonl has them."]
     assert len(lines(tmp_path)) == 2
+    assert {call for call, _ in tracker.calls} == {"init": set(), "log": {"init"}, "finish": {"init", "log"}}[name]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -278,7 +292,7 @@ def test_a_week_of_lines_slows_neither_a_resume_nor_a_step(tmp_path: Path) -> No
     with open(path, "w") as file:
         file.writelines(f'{{"step": {step}, "loss": 1.0, "tokens": 1}}\n' for step in range(1, count + 1))
     before = bytes_read()
-    with MetricsWriter(tmp_path, TrackingConfig(), enabled=True, resume_step=count - 100) as writer:
+    with writer_of(tmp_path, resume_step=count - 100) as writer:
         writer.write({"step": count - 99} | STEP)
     assert bytes_read() - before < 2**22 < path.stat().st_size / 4
     with open(path, "rb") as file:

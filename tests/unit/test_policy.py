@@ -13,6 +13,7 @@ from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.base import enable_checkpointing
 from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.statistics import RoutingStatistics
+from srde_ds.training.reporting.held_out import forced_experts
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 
@@ -122,3 +123,21 @@ def test_recomputation_that_would_forget_the_policy_is_refused() -> None:
     loss(model, forced(1)).backward()
     free = gradient_of(model.layers[0].deltas.free)
     assert (free[:, [0, 1, 2, 6, 7, 8]] == 0).all() and (free[:, 3:6] != 0).any()
+
+
+def test_the_experts_of_rows_can_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are one column, expanded. On the way to a GPU, torch copies them into memory with the same strides."""
+
+    def pinned(self: Tensor) -> Tensor:
+        elements = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride(), strict=True)) + 1
+        storage = torch.UntypedStorage(elements * self.element_size())
+        return torch.empty(0, dtype=self.dtype).set_(storage, 0, self.shape, self.stride()).copy_(self)
+
+    batch = {"domain": torch.tensor([1, 0]), "input_ids": tokens()}
+    expected = torch.tensor([1, 0])[:, None].expand(2, 16)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        pinned(expected)
+    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking: self)
+    moved = RoutingPolicy(forced_experts=forced_experts(batch, "domain")).to(torch.device("cuda"))
+    assert moved.forced_experts is not None and torch.equal(moved.forced_experts, expected)

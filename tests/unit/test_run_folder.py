@@ -350,7 +350,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: None)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    # It takes the device too, and would refuse it without a remedy.
+    monkeypatch.setattr(deepspeed_internals.deepspeed, "init_distributed", lambda **_: pytest.fail("joined"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SRDEError, match="rank 2: this process sees 2 .*CUDA_VISIBLE_DEVICES=0,1.*--gpus-per-node"):

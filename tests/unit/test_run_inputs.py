@@ -81,6 +81,17 @@ def test_a_schedule_does_not_change_when_its_run_goes_on(tmp_path: Path) -> None
     assert resolved(max_steps=600, resume_from=str(tmp_path / "none")).optimizer.warmup_steps == 30  # refused later
 
 
+def test_options_are_taken_from_a_folder_that_a_kill_left_half_renamed(tmp_path: Path) -> None:
+    """Its weights may be those of a `start_from` that is gone."""
+    checkpoint = saved_run(tmp_path, density=0.05, granularity="block", top_k=1, domains="a,b")
+    checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.old"))
+    for resume_from in (str(tmp_path), str(checkpoint), "latest"):
+        config = resolved(output_dir=str(tmp_path), resume_from=resume_from, start_from="gone")
+        adapter = config.adapter
+        assert (adapter.density, adapter.granularity, adapter.top_k) == (0.05, "block", 1)
+        assert config.data.domains == ["a", "b"]
+
+
 def test_a_schedule_that_was_not_in_use_is_not_taken_over(tmp_path: Path) -> None:
     saved_run(tmp_path, max_steps=300)
     config = resolved(max_steps=300, supervised_experts=True, initial_density=0.05, resume_from=str(tmp_path))

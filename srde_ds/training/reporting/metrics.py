@@ -11,11 +11,11 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -37,6 +37,11 @@ _TRACKERS = (
     ("use_wandb", "wandb", "wandb"),
     ("use_trackio", "trackio", "trackio"),
 )
+
+
+class _Tracker(NamedTuple):
+    log: Callable[[Mapping[str, float], int], None]
+    close: Callable[[], object]
 
 
 class MetricsWriter:
@@ -65,7 +70,6 @@ class MetricsWriter:
     ) -> None:
         modules = load_trackers(tracking)
         self.enabled = enabled
-        self._closing = ExitStack()
         if not enabled:
             return
         folder = Path(output_dir)
@@ -73,25 +77,26 @@ class MetricsWriter:
         path = folder / METRICS
         last_line = resume_step - last_line_comes
         _cut_after(path, last_line)
-        self._file = self._closing.enter_context(path.open("ab", buffering=0))
+        self._file = path.open("ab", buffering=0)
         self._unwritten = b""
-        self._trackers: dict[str, Callable[[Mapping[str, float], int], None]] = {}
-        for flag, module in modules.items():
-            tracker = flag.removeprefix("use_")
+        self._trackers: dict[str, _Tracker] = {}
+
+        def start(flag: str, module: Any) -> None:
             if flag == "use_tensorboard":
                 board = module.SummaryWriter(str(folder / "tensorboard"), purge_step=last_line + 1)
-                self._trackers[tracker] = partial(_add_scalars, board)
-                self._closing.callback(self._guarded, tracker, board.close)
-            else:
-                name = tracking.wandb_run_name or folder.resolve().name
-                goes_on = (
-                    {"id": _run_id(folder, new=resume_step == 0), "resume": "allow"}
-                    if flag == "use_wandb"
-                    else {"resume": "allow" if resume_step else "never"}  # it goes by the name
-                )
-                module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}), **goes_on)
-                self._trackers[tracker] = partial(_log, module)
-                self._closing.callback(self._guarded, tracker, module.finish)
+                self._trackers[flag] = _Tracker(partial(_add_scalars, board), board.close)
+                return
+            name = tracking.wandb_run_name or folder.resolve().name
+            goes_on = (
+                {"id": _run_id(folder, new=resume_step == 0), "resume": "allow"}
+                if flag == "use_wandb"
+                else {"resume": "allow" if resume_step else "never"}  # it goes by the name
+            )
+            module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}), **goes_on)
+            self._trackers[flag] = _Tracker(partial(_log, module), module.finish)
+
+        for flag, module in modules.items():
+            self._guarded(flag, partial(start, flag, module))
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step. `metrics` holds `step`, and numbers, text, lists or nested dicts of these.
@@ -109,28 +114,21 @@ class MetricsWriter:
             logger.warning("metrics.jsonl: %s; the lines are kept until there is room.", error.strerror)
         step = int(metrics["step"])
         numbers = {name: value for name, value in flatten(metrics) if name != "step"}
-        for tracker, log in list(self._trackers.items()):
-            self._guarded(tracker, partial(log, numbers, step))
+        for flag, tracker in list(self._trackers.items()):
+            self._guarded(flag, partial(tracker.log, numbers, step))
 
-    def _guarded(self, tracker: str, work: Callable[[], object]) -> None:
-        """Do something with a tracker that has not failed yet. What it raises must not end the run."""
-        if tracker not in self._trackers:
-            return
+    def _guarded(self, flag: str, work: Callable[[], object]) -> None:
+        """Do something with a tracker. What it raises must not end the run, but the tracker's part in it."""
         try:
             work()
         except Exception as error:
-            del self._trackers[tracker]
-            logger.warning("%s: %s; it gets no more numbers of this run, metrics.jsonl has them.", tracker, error)
+            self._trackers.pop(flag, None)
+            told = "%s: %s; it gets no more numbers of this run, metrics.jsonl has them."
+            logger.warning(told, flag.removeprefix("use_"), error)
 
     def _write_lines(self) -> None:
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
-
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close(complete=exception == (None, None, None))
 
     def close(self, *, complete: bool) -> None:
         """Close the file and the trackers.
@@ -139,10 +137,15 @@ class MetricsWriter:
             complete: no error has ended the run, so lines that still wait for disk space must be written. Otherwise
                 they are if there is room by now.
         """
-        with self._closing:
-            if self.enabled:
+        if not self.enabled:
+            return
+        with self._file:
+            try:
                 with nullcontext() if complete else suppress(OSError):
                     self._write_lines()
+            finally:
+                for flag, tracker in list(self._trackers.items()):
+                    self._guarded(flag, tracker.close)
 
 
 def _add_scalars(board: Any, numbers: Mapping[str, float], step: int) -> None:
