@@ -16,7 +16,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.inference.batches import batches_by_length
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.head import token_losses
-from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.policy import RoutingPolicy, of_all_layers
 from srde_ds.model.prompt_routing import routed_by_prompt
 from srde_ds.model.targets import Targets
 
@@ -103,7 +103,7 @@ def _losses(
 def _assignments(choices: dict[int, Tensor], experts: int, mask_BS: Tensor) -> list[Tensor]:
     """[L, E] for each row of a forward: how often its real tokens used each expert in each layer."""
     rows = mask_BS.shape[0]
-    choices_LTK = torch.stack(list(choices.values()))
+    choices_LTK = of_all_layers(choices)
     choices_LBSK = choices_LTK.view(len(choices_LTK), *mask_BS.shape, -1)
     used_LBSK = (choices_LBSK >= 0) & mask_BS[None, :, :, None]
     row_L, row_B = (torch.arange(n, device=mask_BS.device) for n in (len(choices_LTK), rows))

@@ -70,6 +70,7 @@ def _peft_config(metadata: AdapterMetadata) -> dict[str, Any]:
         "peft_type": PEFT_TYPE,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": metadata.model_name or None,
+        "revision": metadata.model_revision or None,
         "inference_mode": True,
         "expert_names": metadata.expert_names,
         "metadata": metadata.to_json(),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.policy import RoutingPolicy, of_all_layers
 
 
 class RoutingRecord:
@@ -51,13 +51,13 @@ class RoutingRecord:
         def record(*_: Any) -> None:
             if not choices:  # a forward that follows another policy
                 return
-            columns_TLK = torch.stack(list(choices.values()), dim=1) + 1
+            columns_TLK = of_all_layers(choices, dim=1) + 1
             columns_TC = columns_TLK.flatten(1)
             counts_TE = columns_TC.new_zeros(len(columns_TC), columns)
             counts_TE = counts_TE.scatter_add_(1, columns_TC, torch.ones_like(columns_TC))[:, 1:]
             self.forwards.append((counts_TE / counts_TE.sum(1, keepdim=True)).cpu())
             if self._weights is not None:
-                weights_TLK = torch.stack(list(weights.values()), dim=1).float()
+                weights_TLK = of_all_layers(weights, dim=1).float()
                 weights_TLE = weights_TLK.new_zeros(*columns_TLK.shape[:2], columns)
                 self._weights.append(weights_TLE.scatter_(2, columns_TLK, weights_TLK)[..., 1:].cpu())
             choices.clear()

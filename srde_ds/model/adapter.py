@@ -343,7 +343,7 @@ class SRDEModel(nn.Module):
         squares = []
         for layer in self.layers:
             with gather(list(layer.deltas.parameters())):
-                squares.append(layer.delta_square_norms())
+                squares.append(layer.delta_square_norms().to(self.layers[0].support.device))
         return torch.stack(squares).sum(0).sqrt()
 
 

@@ -18,6 +18,9 @@ from srde_ds.model.targets import on_device
 DOCUMENT_ATTENTION = "srde_documents"
 """Its name in transformers, for `attn_implementation`"""
 
+OLDEST_GPU = (8, 0)
+"""Compute capability from which a GPU has the kernel for documents: Ampere"""
+
 # Arguments of transformers' attention functions that affect the weights beyond the position in a document.
 _CHANGES = ("sliding_window", "softcap", "position_bias", "s_aux")
 # Rotations that depend on the longest document, for which the positions must be read.
@@ -80,7 +83,11 @@ def document_attention(
         return result
     rows, heads, length, width = query.shape
     flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and width <= 256 and not dropout:
+    if (
+        query.is_cuda
+        and not dropout
+        and _has_kernel(torch.cuda.get_device_capability(query.device), query.dtype, width, value.shape[3])
+    ):
         output = _by_kernel(flat[0], flat[1], flat[2], documents, scaling)
     else:
         causal: dict[str, Any] = {"dropout": dropout, "scaling": scaling, "is_causal": True}
@@ -90,6 +97,12 @@ def document_attention(
             outputs.append(sdpa_attention_forward(module, q, k, v, None, **causal)[0][0])
         output = torch.cat(outputs)
     return output.view(rows, length, heads, -1), None
+
+
+def _has_kernel(capability: tuple[int, int], dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Whether `_by_kernel` can compute on a GPU of this compute capability."""
+    fits = width <= 256 and width % 8 == 0 and value_width == width
+    return capability >= OLDEST_GPU and dtype in (torch.float16, torch.bfloat16) and fits
 
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None) -> Tensor:

@@ -105,13 +105,19 @@ class RoutingPolicy:
         """`[T]` bool, on the device of values of T tokens: True for real ones."""
         if self.token_mask is None:
             return values.new_ones(len(values), dtype=torch.bool)
-        return self.token_mask.reshape(-1)
+        return self.token_mask.reshape(-1).to(values.device)
 
     def to(self, device: torch.device) -> RoutingPolicy:
         """The same policy with its tensors on a device."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         moved: dict[str, Any] = {name: on_device(value, device) for name, value in tensors.items()}
         return replace(self, **moved)
+
+
+def of_all_layers(recorded: dict[int, Tensor], dim: int = 0) -> Tensor:
+    """What all layers have recorded in `choices` or `choice_weights`, stacked on the first layer's device."""
+    values = list(recorded.values())
+    return torch.stack([own.to(values[0].device) for own in values], dim=dim)
 
 
 class PolicyControl:

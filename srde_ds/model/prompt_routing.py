@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.policy import PolicyControl, RoutingPolicy
+from srde_ds.model.policy import PolicyControl, RoutingPolicy, of_all_layers
 
 
 class RoutedModel(Protocol):
@@ -42,7 +42,7 @@ def votes_of_tokens(model: RoutedModel, input_ids: Tensor, *, policy: RoutingPol
     choices: dict[int, Tensor] = {}
     with torch.no_grad():
         model(input_ids, policy=replace(policy, choices=choices, apply_experts=False), logits_to_keep=1, **inputs)
-    first_LT = torch.stack([choices_TK[:, 0] for choices_TK in choices.values()])
+    first_LT = of_all_layers(choices)[..., 0]
     return F.one_hot(first_LT, len(model.expert_names)).sum(0).view(*input_ids.shape, -1)
 
 

@@ -114,6 +114,7 @@ def route(
     allowed, forced = policy.allowed_experts, policy.forced_experts
     records = layer is not None and logits_TE.requires_grad
     if forced is not None:
+        forced = forced.to(logits_TE.device)
         index_TK = forced.expand(-1, len(logits_TE) // len(forced)).reshape(-1, 1)
         weights_TK = torch.ones_like(index_TK, dtype=logits_TE.dtype)
     else:
@@ -158,12 +159,14 @@ def router_losses(policy: RoutingPolicy, layer: Tensor, logits_TE: Tensor) -> Ro
     if policy.forced_experts is not None:
         return None
     if share is not None and weights.load_balancing:
-        excess_E = share.index_select(0, layer)[0].to(logits_TE)
+        excess_E = share.to(logits_TE.device).index_select(0, layer)[0].to(logits_TE)
         if policy.target_share is not None:
             excess_E = excess_E - policy.target_share.to(logits_TE)
     if excess_E is None and not weights.router_z:
         return None
-    return RouterLosses(excess_E, logits_TE.shape[1] * weights.load_balancing, weights.router_z, policy.loss_scale)
+    scale = policy.loss_scale
+    scale = scale.to(logits_TE.device) if isinstance(scale, Tensor) else scale
+    return RouterLosses(excess_E, logits_TE.shape[1] * weights.load_balancing, weights.router_z, scale)
 
 
 class ExpertWeights(torch.autograd.Function):

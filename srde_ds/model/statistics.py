@@ -9,41 +9,44 @@ from torch import Tensor
 
 
 class RoutingStatistics:
-    """Float64 sums over the real tokens of all forwards that it was passed to, on the device of the layers.
+    """Float64 sums over the real tokens of all forwards that it was passed to, on the devices of the layers.
 
     assignments `[L, E]`: tokens that chose an expert; probability_sum `[L, E]`: full softmax probabilities;
     entropy_sum, z_sum, tokens `[L]`: entropy (nats) and squared logsumexp of the router's logits;
     delta_gradient_square `[L, E]`: squared norm of the gradient of an expert's effective delta, summed over
     micro-batches.
 
-    All are columns of one tensor. A layer adds to it with tensor operations only, so torch.compile can include them,
-    and since a layer's number is a tensor as well, it need not compile again for each layer.
+    All are columns of one tensor for each device, to which the layers there add with tensor operations only, so
+    torch.compile can include them, and since a layer's number is a tensor as well, it need not compile again for each
+    layer.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self.num_layers, self.num_experts = num_layers, num_experts
-        self._sums: Tensor | None = None
-        self._empty_version = 0  # torch counts the changes of a tensor
+        self._sums: dict[torch.device, Tensor] = {}
+        self._empty_versions: dict[torch.device, int] = {}  # torch counts the changes of a tensor
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been added since the last `pop`."""
-        return self._sums is None or self._sums._version == self._empty_version
+        return all(own._version == self._empty_versions.get(device, 0) for device, own in self._sums.items())
 
     def sums(self, device: torch.device) -> Tensor:
         """`[L, 4 * E + 2]`: assignments, probability_sum, entropy_sum with a term for each expert, z_sum, tokens,
         delta_gradient_square."""
-        if self._sums is None:
-            self._sums = self._zeros(device)
-        return self._sums
+        if device not in self._sums:
+            self._sums[device] = self._zeros(device)
+        return self._sums[device]
 
     def pop(self) -> dict[str, Tensor]:
-        """Return all sums, and reset them to zero."""
-        sums = self._zeros()
-        if self._sums is not None:
-            sums = self._sums.clone()
-            self._sums.zero_()  # in place, since a later backward may still add to it
-            self._empty_version = self._sums._version
+        """Return all sums, on the newest device, and reset them to zero."""
+        sums: Tensor | None = None
+        for device, own in reversed(self._sums.items()):  # a model that was moved is on the last one
+            sums = own.clone() if sums is None else sums + own.to(sums.device)
+            own.zero_()  # in place, since a later backward may still add to it
+            self._empty_versions[device] = own._version
+        if sums is None:
+            sums = self._zeros()
         experts = self.num_experts
         parts = sums.split([experts, experts, experts, 1, 1, experts], dim=1)
         return {

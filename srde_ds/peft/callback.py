@@ -129,6 +129,11 @@ def _check(args: TrainingArguments) -> None:
             "fp16=True: float16 training scales the loss, but not the gradients of the router's losses, which would "
             "vanish beside it. Train with bf16=True, or in float32."
         )
+    if args.n_gpu > 1:
+        raise SRDEError(
+            f"n_gpu={args.n_gpu}: in one process transformers copies the model to all GPUs with torch.nn.DataParallel, "
+            "which experts do not support. Start it with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0."
+        )
     if getattr(args, "packing", False) and getattr(args, "packing_strategy", "") == "wrapped":
         raise SRDEError(
             "packing_strategy=wrapped: tokens would attend to other documents in their row. Use 'bfd' or 'bfd_split', "

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -162,6 +162,7 @@ class SRDETuner(BaseTuner):
             base=self.identity,
             model_name=str(self.identity["name"]),
             support_hash=support_hash(layer.support for layer in layers),
+            model_revision=config.revision or str(getattr(self.model, "srde_revision", "")),
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -254,6 +255,24 @@ class SRDETuner(BaseTuner):
         """The base's forward, with experts."""
         with self._routed(*args, **kwargs):
             return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `generate`.
+
+        Trainers sample in train mode, where experts are not prepared for decoding. So theirs is eval mode meanwhile.
+        """
+        experts = [layer for name in self.active_adapters for layer in experts_of(self.model, name) if layer.training]
+        policy = self.routing.policy
+        if experts:  # in eval mode their tokens would be counted with those of the training step
+            policy = replace(policy, statistics=None)
+        try:
+            for layer in experts:
+                layer.eval()
+            with self.routing.running(policy):
+                return cast("Any", self.model).generate(*args, **kwargs)
+        finally:
+            for layer in experts:
+                layer.train()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -392,7 +411,7 @@ class AdapterView(SRDEModel):
         saved = config.saved_metadata()
         assert saved is not None
         super().__init__(base, saved.config, saved.expert_names, tuner.routing, saved.base)
-        self.adapter = adapter
+        self.adapter, self._revision = adapter, saved.model_revision or config.revision or ""
         own = [m for m in self.layers if hasattr(m, "domain_mean")]
         statistics = [DomainStatistics(m.domain_mean, m.domain_spread, m.domain_factors) for m in own]
         self.origins = Origins(list(saved.history), dict(saved.domain_tokens), statistics)
@@ -402,6 +421,10 @@ class AdapterView(SRDEModel):
     def layers(self) -> list[Any]:
         """The adapter's layers, in the order in which tokens pass them."""
         return experts_of(self.base, self.adapter)
+
+    def metadata(self) -> AdapterMetadata:
+        """As in `SRDEModel`."""
+        return replace(super().metadata(), model_revision=self._revision)
 
     def merge_and_unload(self, expert: str | None = None) -> PreTrainedModel:
         """Raise SRDEError: only the PEFT model can do this."""

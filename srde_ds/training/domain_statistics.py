@@ -123,6 +123,7 @@ def sum_inputs(
     weight = np.ones(len(sample.domain)) if sample.weight is None else sample.weight
 
     def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
+        inputs = inputs.to(sums.device)
         for domain in np.unique(sample.domain[tokens]).tolist():
             own = np.flatnonzero(sample.domain[tokens] == domain)
             w_N = torch.from_numpy(weight[tokens[own]]).to(inputs.device)

@@ -19,7 +19,7 @@ from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError, nearest
 from srde_ds.utils.dtypes import DTYPES
 from srde_ds.utils.files import replacement
-from srde_ds.weights.peft_folder import PEFT_PREFIX, PEFT_WEIGHTS, read_peft_metadata
+from srde_ds.weights.peft_folder import PEFT_CONFIG, PEFT_PREFIX, PEFT_WEIGHTS, read_peft_metadata
 from srde_ds.weights.schema import (
     adapter_config,
     check_base_identity,
@@ -181,14 +181,18 @@ def read_header(path: str | Path) -> AdapterFile:
         header = file.metadata() or {}
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         kinds = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    prefix, text = "", header.get(METADATA_KEY)
+    prefix, text, revision = "", header.get(METADATA_KEY), ""
     if text is None and path.name == PEFT_WEIGHTS:
-        prefix, text = PEFT_PREFIX, read_peft_metadata(path.parent)
+        prefix, (text, revision) = PEFT_PREFIX, read_peft_metadata(path.parent)
     if text is None:
         raise SRDEError(
             f"weights '{path}': a safetensors file without SRDE metadata; give an srde_weights.safetensors."
         )
     metadata = AdapterMetadata.from_json(text, path)
+    if revision and not metadata.model_revision:  # PEFT's users give it there
+        if not is_printable(revision):
+            raise SRDEError(f"weights '{path}': revision={shown(revision)} in {PEFT_CONFIG}: must be printable text.")
+        metadata = dataclasses.replace(metadata, model_revision=revision)
     for name, (dtype, _) in kinds.items():
         if dtype not in DTYPES:
             raise SRDEError(f"weights '{path}': tensor {shown(name)} has dtype {dtype}, which adapters do not use.")

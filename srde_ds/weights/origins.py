@@ -60,11 +60,12 @@ class DomainStatistics:
         return DomainStatistics(self.mean[kept], self.spread[kept], self.factors[kept])
 
     def beside(self, other: DomainStatistics) -> DomainStatistics:
-        """Those of these domains, followed by others'."""
+        """Those of these domains, followed by others', on the device of these."""
+        device = self.mean.device
         return DomainStatistics(
-            torch.cat([self.mean, other.mean]),
-            torch.cat([self.spread, other.spread]),
-            torch.cat([self.factors, other.factors]),
+            torch.cat([self.mean, other.mean.to(device)]),
+            torch.cat([self.spread, other.spread.to(device)]),
+            torch.cat([self.factors, other.factors.to(device)]),
         )
 
 

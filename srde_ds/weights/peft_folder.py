@@ -23,8 +23,8 @@ def is_peft_folder(folder: Path) -> bool:
     return (folder / PEFT_CONFIG).is_file() and (folder / PEFT_WEIGHTS).is_file()
 
 
-def read_peft_metadata(folder: Path) -> str:
-    """The JSON text of the metadata in the folder's configuration.
+def read_peft_metadata(folder: Path) -> tuple[str, str]:
+    """The JSON text of the metadata in the folder's configuration, and PEFT's own note of the base's revision, or "".
 
     Raises:
         SRDEError: the configuration does not exist, cannot be read, belongs to another method, or has no metadata.
@@ -47,4 +47,4 @@ def read_peft_metadata(folder: Path) -> str:
         raise SRDEError(f"weights '{folder}': an adapter of the PEFT method {method}; give one of {PEFT_TYPE}.")
     if not isinstance(values.get("metadata"), str):
         raise SRDEError(f"weights '{path}': it holds no metadata. Save the adapter again with save_pretrained.")
-    return str(values["metadata"])
+    return values["metadata"], str(values.get("revision") or "")

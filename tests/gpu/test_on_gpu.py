@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import nn
@@ -16,8 +17,10 @@ from srde_ds.model.dispatch import LocalDispatch
 from srde_ds.model.float8 import OLDEST_GPU, Float8Linear
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.reference import muon_step
+from srde_ds.peft.statistics import measure_domains
 from tests.data_helpers import sums, tiny_tokenizer, write_jsonl
 from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
+from tests.peft_helpers import tiny_peft
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -41,6 +44,17 @@ def test_gpu_and_cpu_give_the_same_logits(granularity: str) -> None:
     model = randomize(tiny_srde(dtype=torch.float64, granularity=granularity))
     expected = model(tokens()).logits
     torch.testing.assert_close(model.cuda()(tokens().cuda()).logits.cpu(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_domains_are_measured_one_after_the_other() -> None:
+    """The first domain's statistics are on the GPU with the model when the second's come from host memory."""
+    model = tiny_peft(num_experts=2, top_k=1, expert_names=["math", "code"]).cuda()
+    for domain in ("math", "code"):
+        rows = {"input_ids": [row.tolist() for row in tokens(vocabulary=60)], "domain": [domain] * 2}
+        measure_domains(model, datasets.Dataset.from_dict(rows), tiny_tokenizer())
+    own = model.srde_model().origins
+    assert list(own.domain_tokens) == ["math", "code"]
+    assert all(statistics.mean.is_cuda and len(statistics.mean) == 2 for statistics in own.statistics)
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_expert"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -19,6 +19,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from srde_ds.model import attention as attending
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, takes_documents
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
@@ -113,6 +114,41 @@ def test_the_kernel_is_called_as_this_release_of_torch_has_it() -> None:
     query, key, value = (torch.empty(48, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
     documents = documents.to(query.device)
     assert _by_kernel(query, key, value, documents, 0.1).shape == (48, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "value_width", "has"),
+    [
+        ((8, 0), torch.bfloat16, 128, 128, True),
+        ((12, 0), torch.float16, 256, 256, True),
+        ((7, 5), torch.bfloat16, 128, 128, False),  # T4
+        ((7, 0), torch.float16, 128, 128, False),
+        ((9, 0), torch.float32, 128, 128, False),
+        ((9, 0), torch.bfloat16, 264, 264, False),
+        ((9, 0), torch.bfloat16, 100, 100, False),
+        ((9, 0), torch.bfloat16, 192, 128, False),  # multi-head latent attention
+    ],
+)
+def test_gpus_and_widths_without_the_kernel_attend_without_it(
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    value_width: int,
+    has: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    query, value = (torch.randn(1, 2, 6, size).to(dtype) for size in (width, value_width))
+    documents, called = Documents.of(positions([[4, 2]])), []
+
+    def by_kernel(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+        called.append(query)
+        return value
+
+    monkeypatch.setattr(attending, "_by_kernel", by_kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    output, _ = attending.document_attention(nn.Module(), query, query, value, None, documents=documents)
+    assert output.shape == (1, 6, 2, value_width) and bool(called) == has
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from peft import (
 from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
+from srde_ds.model.prepared import Preparation
 from srde_ds.peft import SRDEConfig, SRDETuner, registration
 from tests.cli_helpers import save_base
 from tests.helpers import adapter_config, randomize, tiny_llama, tiny_srde, tokens
@@ -364,6 +365,32 @@ def test_generation_follows_the_experts() -> None:
     assert torch.equal(model.generate(input_ids=tokens(1, 5), **options), expected)
     assert torch.equal(model.generate(tokens(1, 5), **options), expected)
     assert not torch.equal(base.generate(tokens(1, 5), **options), expected)
+
+
+def test_rollouts_in_train_mode_use_what_is_prepared_for_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prepared = tiny_peft(), []
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens(1, 5), **options)
+    put = Preparation.put
+
+    def counted(preparation: Preparation, *made: Any) -> Any:
+        prepared.append(preparation)
+        return put(preparation, *made)
+
+    monkeypatch.setattr(Preparation, "put", counted)
+    model.train()
+    versions = [parameter._version for parameter in model.parameters()]
+    for gradients in (False, True):
+        prepared.clear()
+        with torch.set_grad_enabled(gradients):
+            assert torch.equal(model.generate(tokens(1, 5), **options), expected)
+        assert len(set(map(id, prepared))) == len(prepared) == 2  # each layer once, not for each token
+        assert all(module.training for module in model.modules())
+    assert [parameter._version for parameter in model.parameters()] == versions
+    assert model.training_steps._statistics.is_empty
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        model.generate(tokens(1, 5), max_new_tokens=-1)
+    assert all(module.training for module in model.modules())
 
 
 def test_a_compiled_model_gives_the_same_gradients() -> None:

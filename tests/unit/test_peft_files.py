@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from peft import PeftConfig, get_peft_model
 
 from srde_ds.cli.main import main
 from srde_ds.compose.summary import inspect_weights
@@ -21,7 +22,7 @@ from srde_ds.weights.locate import WEIGHTS, WeightsLocation, locate_weights
 from srde_ds.weights.origins import DomainStatistics
 from srde_ds.weights.schema import FACTORS
 from tests.helpers import randomize, tiny_llama, tiny_srde, tokens
-from tests.peft_helpers import loaded, logits, saved, tiny_peft
+from tests.peft_helpers import loaded, logits, peft_config, saved, tiny_peft
 from tests.unit.test_adapter import FORMS
 
 VALUES = "adapter_model.safetensors"
@@ -76,6 +77,31 @@ def test_the_verb_converts_both_ways(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "base has no effect with to=peft" in capsys.readouterr().err
     assert main(["convert", str(weights), "--to", "peft", "--output", str(tmp_path / "peft")]) == 2
     assert "already exists" in capsys.readouterr().err
+
+
+def test_the_bases_revision_stays_with_the_adapter(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), peft_config(), revision="v1")
+    assert model.srde_model().metadata().model_revision == "v1"
+    folder = saved(model, tmp_path / "peft")
+    assert open_adapter(folder).metadata.model_revision == "v1"
+    weights = write_weights(open_adapter(folder), tmp_path / WEIGHTS, dtype=None)
+    back = write_peft(open_adapter(weights), tmp_path / "back", dtype=None)
+    assert PeftConfig.from_pretrained(str(back)).revision == "v1"  # AutoPeftModelForCausalLM loads the base there
+    assert loaded(back).srde_model().metadata().model_revision == "v1"
+
+
+def test_a_revision_that_peft_alone_has_noted_is_read(tmp_path: Path) -> None:
+    folder = saved(tiny_peft(), tmp_path / "peft")  # as folders of before 2026-11-30
+    assert open_adapter(folder).metadata.model_revision == ""
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for revision in ("v1", "v\n1"):
+        path.write_text(json.dumps(config | {"revision": revision}))
+        if revision == "v1":
+            assert open_adapter(folder).metadata.model_revision == "v1"
+        else:
+            with pytest.raises(SRDEError, match="revision="):
+                open_adapter(folder)
 
 
 def test_where_peft_saves_weights_are_found(tmp_path: Path) -> None:

@@ -238,6 +238,13 @@ def test_what_would_go_wrong_is_refused(name: str, options: dict[str, Any], mess
         trainer.train()
 
 
+def test_copies_on_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    trainer = trainer_of("SFT", tmp_path, new_model())
+    trainer.args._n_gpu = 2
+    with pytest.raises(SRDEError, match=r"n_gpu=2: .*torchrun"):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
+
+
 # The callback
 
 
