@@ -6,11 +6,9 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from srde_ds.cli.flags import Parser, resolved
-from srde_ds.cli.train import ConfigFile, TrainOptions
-from srde_ds.config import Config
+from srde_ds.cli.flags import Parser
+from srde_ds.cli.train import ConfigFile, TrainOptions, resolved_of_launcher
 from srde_ds.config.values import option
-from srde_ds.errors import SRDEError
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def doctor(arguments: Sequence[str]) -> int:
     from srde_ds.cluster.hosts import read_hostfile
     from srde_ds.utils.escape import one_line, terminal
 
-    config = _config(given)
+    config = resolved_of_launcher(given)  # what cannot be read, `check` reports
     hosts = read_hostfile(options.hostfile) if options.hostfile else []
     fatal = []
     for finding in check(config, hosts, options.master_port, processes=options.processes, nodes=options.nodes):
@@ -55,13 +53,3 @@ def doctor(arguments: Sequence[str]) -> int:
     verdict = f"{len(fatal)} to repair before training: {'; '.join(fatal)}" if fatal else "fit to train"
     print(one_line(f"{host}: {verdict}"))
     return int(bool(fatal))
-
-
-def _config(given: dict[str, str]) -> Config:
-    """The config as a run would resolve it; unresolved if base or rows cannot be read, which `check` reports."""
-    from srde_ds.training.run_inputs import read_run_inputs
-
-    try:
-        return resolved(dict(given), read_run_inputs)
-    except SRDEError:
-        return resolved(given)

@@ -6,15 +6,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
+from typing import Any
 
 from srde_ds.cli.flags import Parser, resolved
 from srde_ds.config import Config
-from srde_ds.config.resolve import ReadInputs
 from srde_ds.config.values import option
 from srde_ds.errors import SRDEError, Stopped
 from srde_ds.utils.launcher import launched_rank, launched_world_size
@@ -34,12 +34,10 @@ class ConfigFile:
     config: str | None = option(None, "YAML file of options by section; flags override it", metavar="FILE")
 
 
-def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None) -> tuple[Config, bool]:
-    """The resolved config of a `train` command line, and whether it is a dry run.
-
-    Args:
-        read_inputs: see `config.resolve`.
-    """
+def train_config(
+    arguments: Sequence[str], resolve: Callable[[dict[str, Any]], Config] = resolved
+) -> tuple[Config, bool]:
+    """The config of a `train` command line, made of its flags by `resolve`, and whether it is a dry run."""
     parser = Parser(
         "srde-ds train",
         "Train experts on a frozen base. These are the common options; see --help-all.",
@@ -51,18 +49,23 @@ def train_config(arguments: Sequence[str], read_inputs: ReadInputs | None = None
     parser.add_config_options(rare=None)
     given = parser.parse(arguments)
     options = parser.options(TrainOptions, given)
-    return resolved(given, read_inputs), options.dry_run
+    return resolve(given), options.dry_run
 
 
 def train_config_of_launcher(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """`train_config` as a run resolves it, on a host that need not have the base and the rows; the ranks check them."""
+    """`train_config` on a host of `resolved_of_launcher`."""
+    return train_config(arguments, resolved_of_launcher)
+
+
+def resolved_of_launcher(given: dict[str, Any]) -> Config:
+    """The config as a run resolves it, on a host that need not have the base and the rows; the ranks check them."""
     from srde_ds.training.run_inputs import read_run_inputs
 
     try:
-        return train_config(arguments, read_run_inputs)
+        return resolved(dict(given), read_run_inputs)
     except SRDEError:
         with suppress(SRDEError):  # the first error is the one that the run would end with
-            return train_config(arguments)
+            return resolved(given)
         raise
 
 
@@ -94,7 +97,7 @@ def train(arguments: Sequence[str]) -> int:
     with _ending_at_ctrl_c():
         from srde_ds.training.run_inputs import read_run_inputs
 
-    asked, dry_run = train_config(arguments, read_run_inputs)
+    asked, dry_run = train_config(arguments, lambda given: resolved(given, read_run_inputs))
     with _ending_at_ctrl_c():
         from srde_ds.planner.settle import settle, settle_together
     config = settle(asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -59,11 +60,18 @@ def check(
         processes: without a hostfile, the number of processes on this host (default: one per GPU).
         nodes: without a hostfile, the number of hosts with so many processes.
     """
-    here = hosts[0].slots if hosts else processes or max(1, len(gpus()))
+    here = hosts[0].slots if hosts else processes or max(1, _visible_gpus())
     total = sum(host.slots for host in hosts) or here * nodes
     yield from check_here(config, total, processes_here=here)
     if hosts:
         yield from check_hosts(config.model.model_name, config.training.output_dir, hosts, port)
+
+
+def _visible_gpus() -> int:
+    """Number of GPUs that processes of this shell may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = len(gpus())
+    return found if visible is None else min(found, len(visible.split(",")))
 
 
 def check_here(config: Config, processes: int, *, processes_here: int = 1) -> Iterator[Finding]:
@@ -286,15 +294,17 @@ def _check_ports(agents: dict[str, Agent], port: int) -> Iterator[Finding]:
         if reason := agent.ask("listen", port=port):
             failures += 1
             yield Finding("fatal", f"{name}: port {port}: {reason}", "end what uses it, or give another --master_port")
-    for one in agents:
-        for other in agents:
-            if one != other and (reason := agents[one].ask("connect", host=Host(other, 1).address, port=port)):
+    chosen = {name: agent.ask("listen_anywhere") for name, agent in agents.items()} if len(agents) > 1 else {}
+    for one, other in itertools.permutations(agents, 2):
+        for number, also in ((port, ""), (chosen[other], " (ranks need ports that the system chooses, too)")):
+            if reason := agents[one].ask("connect", host=Host(other, 1).address, port=number):
                 failures += 1
-                yield Finding(
-                    "fatal", f"{one} cannot reach {other}:{port}: {reason}", "check firewall, routes, /etc/hosts"
-                )
+                text = f"{one} cannot reach {other}:{number}{also}: {reason}"
+                yield Finding("fatal", text, "check firewall, routes, /etc/hosts")
+                break
     if len(agents) > 1 and not failures:
-        yield Finding("ok", f"all pairs of {len(agents)} hosts can connect on port {port}")
+        text = f"all pairs of {len(agents)} hosts can connect on port {port}, and on one that the system chooses"
+        yield Finding("ok", text)
 
 
 class AgentError(Exception):

@@ -89,9 +89,19 @@ def _own_address() -> str:
 def listen(port: int) -> str:
     """Accept connections on a port until this process ends; returns "" or the reason why not."""
     try:
-        server = socket.create_server(("", port))
+        _accept_on(port)
     except OSError as error:
         return str(error.strerror)
+    return ""
+
+
+def listen_anywhere() -> int:
+    """The same on a port that the system chooses, as it does for ranks."""
+    return _accept_on(0)
+
+
+def _accept_on(port: int) -> int:
+    server = socket.create_server(("", port))
 
     def accept() -> None:
         with suppress(OSError):
@@ -99,7 +109,7 @@ def listen(port: int) -> str:
                 server.accept()[0].close()
 
     threading.Thread(target=accept, daemon=True).start()
-    return ""
+    return int(server.getsockname()[1])
 
 
 def connect(host: str, port: int) -> str:
@@ -125,6 +135,7 @@ ANSWERS: dict[str, Callable[..., Any]] = {
     "describe_host": describe_host,
     "clock": time.time,
     "listen": listen,
+    "listen_anywhere": listen_anywhere,
     "connect": connect,
     "write": write,
     "see": lambda path: Path(path).exists(),

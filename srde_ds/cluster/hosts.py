@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,8 +23,12 @@ from typing import Any
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import check_ordinary
 
+logger = logging.getLogger(__name__)
+
 # A name that pdsh and ssh take literally, not as an option, a list or something for the shell.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+# From the best to the worst source of the number of processes.
+_SLURM_SLOTS = ("SLURM_GPUS_PER_NODE", "SLURM_GPUS_ON_NODE", "SLURM_TASKS_PER_NODE")
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(?:\s+max[_-]slots=\d+)?(?:\s+#.*)?")
 
 
@@ -100,7 +105,8 @@ def hosts_from_list(names: Sequence[str], slots: int | None) -> list[Host]:
 def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Host]:
     """The hosts of the current Slurm job.
 
-    Without `slots`, a host gets as many as the job has GPUs on each node, or else as many as it has tasks there.
+    Without `slots`, a host gets as many as the job has GPUs on each node, which Slurm says for `--gpus-per-node` only.
+    Else it is the number of GPUs on this node, since nodes of a job are usually alike, or else that of tasks on each.
 
     Raises:
         SRDEError: this is not a Slurm job, or the job gives neither number.
@@ -109,14 +115,16 @@ def hosts_from_slurm(variables: Mapping[str, str], slots: int | None) -> list[Ho
     if nodes is None:
         raise SRDEError("slurm: SLURM_JOB_NODELIST is not set. Run this inside a job, or give the hosts with --list.")
     names = expand_nodelist(nodes)
-    if slots is None and "SLURM_GPUS_PER_NODE" in variables:
-        # "8", "h100:8" or "h100:4,a100:4"
-        counts = [int(part.rpartition(":")[2]) for part in variables["SLURM_GPUS_PER_NODE"].split(",")]
-        per_host = [sum(counts)] * len(names)
-    elif slots is None and "SLURM_TASKS_PER_NODE" in variables:
-        per_host = _tasks_per_node(variables["SLURM_TASKS_PER_NODE"])
-    else:
+    variable = next((name for name in _SLURM_SLOTS if name in variables), None)
+    if slots is not None or variable is None:
         per_host = [_slots(slots, nodes)] * len(names)
+    else:
+        value = variables[variable]
+        logger.info("slots by %s=%s; --slots gives another number.", variable, value)
+        if variable == "SLURM_TASKS_PER_NODE":
+            per_host = _tasks_per_node(value)
+        else:  # "8", "h100:8" or "h100:4,a100:4"
+            per_host = [sum(int(part.rpartition(":")[2]) for part in value.split(","))] * len(names)
     return _checked([Host(name, number) for name, number in zip(names, per_host, strict=True)], "slurm")
 
 

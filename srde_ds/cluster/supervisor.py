@@ -28,6 +28,7 @@ from srde_ds.cluster.leftovers import VARIABLE, end_on_hosts, end_session
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import read_heartbeat
+from srde_ds.liveness.launch_check import launcher_options
 from srde_ds.weights.locate import completed_step, read_latest
 
 logger = logging.getLogger(__name__)
@@ -67,17 +68,39 @@ class Command:
     @property
     def hostfile(self) -> str | None:
         """The hostfile of DeepSpeed's runner."""
-        if Path(self.words[0]).name != "deepspeed":
-            return None
-        return _value(self.words[: self.train], ("--hostfile", "-H"))
+        return self._option("--hostfile", "-H") if self._program == "deepspeed" else None
 
     @property
     def port(self) -> int:
         """The rendezvous port; deepspeed has the same default as torchrun."""
-        port = _value(self.words[: self.train], ("--master_port", "--master-port")) or "29500"
+        port = self._option("--master_port", "--master-port") or "29500"
         if not port.isdecimal():
             raise SRDEError(f"master_port={port}: must be a number.")
         return int(port)
+
+    @property
+    def processes(self) -> int | None:
+        """Number of processes on this host without a hostfile; None: one per GPU."""
+        if given := self._option("--num_gpus", "--nproc_per_node", "--nproc-per-node"):
+            return int(given) if given.isdecimal() else None
+        if included := self._option("--include", "-i"):
+            slots = included.partition(":")[2]
+            return len(slots.split(",")) if slots else None
+        return 1 if self._program.startswith(("srde-ds", "python", "torchrun")) else None
+
+    @property
+    def nodes(self) -> int:
+        """Number of hosts of torchrun with so many processes."""
+        nodes = self._option("--nnodes") or "1"
+        return int(nodes) if nodes.isdecimal() else 1
+
+    @property
+    def _program(self) -> str:
+        return Path(self.words[0]).name
+
+    def _option(self, *names: str) -> str | None:
+        given = launcher_options(self.words[: self.train])
+        return next((given[name] for name in names if name in given), None)
 
     def changed(self, *, hostfile: str | None, options: dict[str, str]) -> list[str]:
         """The command with another hostfile and other options of training."""
@@ -89,13 +112,13 @@ class Command:
         return launcher + train
 
 
-def preflight(config: Config, hosts: Sequence[Host], port: int) -> None:
-    """Run `srde-ds doctor` on this host, or on all hosts of a hostfile.
+def preflight(config: Config, hosts: Sequence[Host], command: Command) -> None:
+    """Run `srde-ds doctor` for a command on this host, or on all hosts of a hostfile.
 
     Raises:
         SRDEError: there is a problem that would end the run.
     """
-    findings = list(check(config, hosts, port))
+    findings = list(check(config, hosts, command.port, processes=command.processes, nodes=command.nodes))
     for finding in findings:
         if finding.level != "ok":
             logger.info("preflight: %s", finding)
@@ -133,6 +156,7 @@ class Supervisor:
         self.run = Path(config.training.output_dir)
         self.hosts = read_hostfile(command.hostfile) if command.hostfile else []
         self._signal = 0
+        self._opened = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def supervise(self) -> int:
@@ -162,10 +186,10 @@ class Supervisor:
         if attempt:
             self._end_on_hosts(hosts)  # a host that was cut off may be back
         elif self.preflight:
-            preflight(self.config, hosts, self.command.port)
+            preflight(self.config, hosts, self.command)
         if self._signal:  # it came before there was a launcher to pass it on to
             return self._stopped()
-        options = self._options(attempt, hosts)
+        options = self._options(hosts)
         with tempfile.NamedTemporaryFile("w", prefix="srde-ds-hosts-") as file:
             file.write(format_hostfile(hosts))
             file.flush()
@@ -175,6 +199,7 @@ class Supervisor:
             self._earlier_heartbeat = read_heartbeat(self.run)
             status = self._run(words)
         heartbeat = self._heartbeat()
+        self._opened = self._opened or bool(heartbeat)
         if self._finished():
             self._say("the run has finished")
             return 0
@@ -241,10 +266,11 @@ class Supervisor:
             if found:
                 self._last_error = text.strip()
 
-    def _options(self, attempt: int, hosts: list[Host]) -> dict[str, str]:
+    def _options(self, hosts: list[Host]) -> dict[str, str]:
         """Options of training that are added to those of the command."""
         options: dict[str, str] = {}
-        if (self.run / "latest").exists() and (attempt or not self.config.training.resume_from):
+        # Until an attempt has opened the folder, "latest" may name a checkpoint that the command goes back from.
+        if (self.run / "latest").exists() and (self._opened or not self.config.training.resume_from):
             options["resume_from"] = "latest"
         if sum(host.slots for host in hosts) != sum(host.slots for host in self.hosts):
             options["gradient_accumulation_steps"] = str(self._accumulation(hosts))
@@ -351,14 +377,6 @@ def answering(hosts: Sequence[Host]) -> list[Host]:
 def _end_with_parent() -> None:
     """Have the new process get SIGTERM when the supervisor dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _value(words: Sequence[str], names: Sequence[str]) -> str | None:
-    for index, word in enumerate(words):
-        name, has_value, value = word.partition("=")
-        if name in names:
-            return value if has_value else (words[index + 1] if index + 1 < len(words) else None)
-    return None
 
 
 def _without(words: Sequence[str], name: str) -> list[str]:

@@ -74,7 +74,8 @@ def adopt_launcher() -> None:
     """Copy what the launcher says about the processes into torch's environment variables, unless they are set.
 
     Raises:
-        SRDEError: the variables contradict each other, so they come from another program, not a launcher.
+        SRDEError: the variables contradict each other, so they come from another program, or the launcher is one that
+            does not tell the processes their ranks.
     """
     if "RANK" in os.environ:
         missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -83,6 +84,13 @@ def adopt_launcher() -> None:
             raise SRDEError(
                 f"RANK={os.environ['RANK']} is set in the environment, but {fault}: no launcher has set it. Start with "
                 "deepspeed, torchrun, mpirun or Slurm, or unset RANK to train on one process."
+            )
+        if launched_world_size() == 1:
+            os.environ.setdefault("LOCAL_RANK", "0")
+        if "LOCAL_RANK" not in os.environ:
+            raise SRDEError(
+                f"LOCAL_RANK is not set in the environment, but RANK={os.environ['RANK']} is: each process takes the "
+                "GPU with its LOCAL_RANK. Set it to the process's number on its host, 0 with one process on each."
             )
         return
     if "OMPI_COMM_WORLD_SIZE" in os.environ:
@@ -96,10 +104,13 @@ def adopt_launcher() -> None:
             raise SRDEError(f"{stray}but MPI has {os.environ['WORLD_SIZE']} processes. {remedy}")
     else:
         of_several = {"WORLD_SIZE": launched_world_size() > 1, "OMPI_COMM_WORLD_RANK": launched_rank() > 0}
+        # srun and the mpiexec of MPICH and Intel, whose processes would be as many runs in one folder.
+        of_several |= {name: os.environ.get(name, "1") != "1" for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE")}
         for name in (name for name, stray in of_several.items() if stray):
             raise SRDEError(
                 f"{name}={os.environ[name]} is set in the environment, but RANK is not: no launcher has set it. "
-                f"Start with deepspeed, torchrun, mpirun or Slurm, or unset {name} to train on one process."
+                "Start with deepspeed, torchrun, Open MPI's mpirun or, under srun, cluster/slurm/task.sh, or unset "
+                f"{name} to train on one process."
             )
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
@@ -119,7 +130,8 @@ def start_processes(timeout_seconds: float) -> Topology:
     adopt_launcher()
     device = _own_device()  # before torch refuses a number out of range when it joins, without a remedy
     try:
-        internals.deepspeed.init_distributed(timeout=limit, verbose=False)
+        # Its own look for MPI would make every process rank 0 of 1.
+        internals.deepspeed.init_distributed(timeout=limit, verbose=False, auto_mpi_discovery=False)
     except dist.DistNetworkError as error:
         port, reason = os.environ["MASTER_PORT"], str(error).splitlines()[0]
         raise LostContact(

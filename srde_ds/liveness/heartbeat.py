@@ -75,6 +75,8 @@ class Heartbeat:
             "pid": os.getpid(),
             "started": time.time(),
         }
+        if "SLURM_JOB_ID" in os.environ:  # cluster/slurm/train.sbatch looks for it when the job has been requeued
+            self._content["slurm_job"] = os.environ["SLURM_JOB_ID"]
         self._written = 0.0
         self._started = False
         self._step_ended: float | None = None

@@ -23,7 +23,7 @@ def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
     Raises:
         SRDEError: the numbers differ; the message names the hostfile or the number.
     """
-    given = _options(words)
+    given = launcher_options(words)
     hostfile = given.get("--hostfile", given.get("-H"))
     if hostfile is not None and not (folder / hostfile).is_file():
         raise SRDEError(
@@ -47,8 +47,8 @@ def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
             )
 
 
-def _options(words: Sequence[str]) -> dict[str, str]:
-    """The options before the script."""
+def launcher_options(words: Sequence[str]) -> dict[str, str]:
+    """The options before the script, with the word that follows as their value, whatever it is."""
     found = {}
     for index, word in enumerate(words):
         name, has_value, value = word.partition("=")

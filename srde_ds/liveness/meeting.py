@@ -97,10 +97,19 @@ def _meet(rank: int, world_size: int, output_dir: str, timeout: float, start_tim
                 f"port {port} of {address} belongs to another run, or --output_dir is not the same on all ranks. "
                 f"{_OTHER_PORT}"
             )
+        reached = f"rank 0 answers at {address}:{port}, but not at its port {hub_port} of {hub_address or address}"
         try:
             connection = socket.create_connection((hub_address or address, int(hub_port)), start_timeout)
         except ConnectionRefusedError:
-            raise LostContact(f"the run at port {port} of {address} has all its ranks. {_OTHER_PORT}") from None
+            raise LostContact(
+                f"{reached}: the run there has all its ranks, so that this one needs another port (--master_port of "
+                "deepspeed and torchrun), or a firewall refuses it. The hosts must reach each other on any port."
+            ) from None
+        except OSError as error:
+            raise LostContact(
+                f"{reached} ({error.strerror or error}). It changes from run to run: open all ports between the hosts "
+                "(`srde-ds doctor --hostfile` shows which cannot connect)."
+            ) from None
         return Link(rank, connection, _secret(file, output_dir, start_timeout), timeout)
     except (dist.DistError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -22,7 +22,6 @@ from srde_ds.errors import LostContact, SRDEError
 from srde_ds.liveness import contact
 from srde_ds.liveness.contact import Contact, Hub, Link
 from srde_ds.liveness.handshake import SecretFile, proof, run_id
-from srde_ds.liveness.meeting import listening_address
 from srde_ds.liveness.messages import LONGEST_MESSAGE, Lines
 from srde_ds.liveness.status import Report, Reporter, doing
 from srde_ds.liveness.verdict import Peer, Verdict, judge
@@ -380,21 +379,6 @@ def test_a_secret_that_a_killed_run_left_is_replaced(tmp_path: Path) -> None:
 
 def test_runs_are_told_apart() -> None:
     assert len({run_id("a", 2), run_id("b", 2), run_id("a", 4)}) == 3
-
-
-def test_rank_0_listens_on_the_interface_that_the_group_uses(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        monkeypatch.delenv(variable, raising=False)
-    assert listening_address("127.0.0.1") == listening_address("localhost") == "127.0.0.1"
-    assert listening_address("192.0.2.1") == ""  # not one of this host's
-    assert listening_address("no.such.host.invalid") == ""
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")  # no plain name
-    assert listening_address("192.0.2.1") == ""
-    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
-    assert listening_address("192.0.2.1") == "127.0.0.1"
-    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(2, 1, 6, "", ("127.0.1.1", 0))])
-    assert listening_address("node0") == ""  # the other hosts know it by another address
 
 
 def test_a_report_says_what_the_process_does() -> None:

@@ -66,6 +66,18 @@ def test_gpus_and_processes_must_fit() -> None:
     assert "1 GPUs for 2 processes" in check_gpus([GPU], 2, "node7").text
 
 
+@pytest.mark.parametrize(("visible", "processes"), [(None, 8), ("2,5", 2), ("", 1)])
+def test_without_a_number_there_is_a_process_for_each_visible_gpu(
+    visible: str | None, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "gpus", lambda: [GPU] * 8)
+    monkeypatch.setattr(doctor, "check_here", lambda config, total, **_: [total])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert [*doctor.check(resolve({}, {"warmup_steps": 0}), [], 29500)] == [processes]
+
+
 def test_memory_and_disk_are_held_against_the_plan(base: Path) -> None:
     config = resolve({}, {"model_name": str(base), "num_experts": 3, "max_length": 64})
     memory, disk = check_sizes(config, 2, 80 * 2**30, 10**12)
@@ -140,7 +152,7 @@ def test_the_agent_answers_line_by_line(base: Path, tmp_path: Path) -> None:
     questions: list[Any] = [["clock", {}], ["listen", {"port": port}], ["see", {"path": str(tmp_path / "f")}]]
     questions += [["write", {"path": str(tmp_path / "f")}], ["see", {"path": str(tmp_path / "f")}]]
     questions += [["describe_host", {"base": str(base), "output_dir": str(tmp_path / "run/deep")}]]
-    questions += [["write", {"path": "/proc/none/f"}]]
+    questions += [["write", {"path": "/proc/none/f"}], ["listen_anywhere", {}]]
     done = subprocess.run(
         [sys.executable, "-m", "srde_ds.cluster.host_agent"],
         input="".join(json.dumps(question) + "\n" for question in questions),
@@ -148,8 +160,8 @@ def test_the_agent_answers_line_by_line(base: Path, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    clock, listen, before, write, after, facts, refused = map(json.loads, done.stdout.splitlines())
-    assert clock > 1e9 and (listen, before, write, after) == ("", False, "", True) and refused
+    clock, listen, before, write, after, facts, refused, chosen = map(json.loads, done.stdout.splitlines())
+    assert clock > 1e9 and (listen, before, write, after) == ("", False, "", True) and refused and chosen > 1023
     assert "model.safetensors" in facts["base"] and facts["versions"]["deepspeed"] == "0.19.8" and facts["writable"]
 
 
@@ -165,6 +177,23 @@ def test_the_verb_prints_findings_and_ends_with_1_if_one_is_fatal(
     printed = capsys.readouterr().out
     assert "2 to repair before training: output_dir=/proc/run is not writable; " in printed.splitlines()[-1]
     fails(capsys, ["doctor", "--hostfile", str(tmp_path / "none")], "hostfile=")
+
+
+def test_a_host_that_lets_only_the_rendezvous_port_through() -> None:
+    class FakeAgent:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def ask(self, question: str, **arguments: Any) -> Any:
+            if question != "connect":
+                return 40000 if question == "listen_anywhere" else ""
+            return "timed out" if arguments == {"host": "node2", "port": 40000} else ""
+
+    agents: Any = {name: FakeAgent(name) for name in ("node1", "node2")}
+    blocked = only(doctor._check_ports(agents, 29500))
+    assert blocked.level == "fatal" and blocked.text.startswith("node1 cannot reach node2:40000 (ranks need ports")
+    reached: Any = {"node1": FakeAgent("node1"), "node3": FakeAgent("node3")}
+    assert "port 29500, and on one that the system chooses" in only(doctor._check_ports(reached, 29500)).text
 
 
 @pytest.mark.parametrize("missing", ["folder", "interpreter"])

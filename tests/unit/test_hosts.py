@@ -77,11 +77,17 @@ def test_bad_nodelists_are_refused(bad: str) -> None:
     [
         ({"SLURM_GPUS_PER_NODE": "8", "SLURM_TASKS_PER_NODE": "1(x3)"}, [8, 8, 8]),
         ({"SLURM_GPUS_PER_NODE": "h100:4"}, [4, 4, 4]),
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "1(x3)"}, [8, 8, 8]),  # --gres=gpu:8
         ({"SLURM_TASKS_PER_NODE": "2(x2),1"}, [2, 2, 1]),
     ],
 )
-def test_a_slurm_job_tells_its_slots(variables: dict[str, str], slots: list[int]) -> None:
-    found = hosts_from_slurm({"SLURM_JOB_NODELIST": "n[1-3]"} | variables, None)
+def test_a_slurm_job_tells_its_slots(
+    variables: dict[str, str], slots: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "srde_ds"):
+        found = hosts_from_slurm({"SLURM_JOB_NODELIST": "n[1-3]"} | variables, None)
+    name, value = next(iter(variables.items()))
+    assert f"slots by {name}={value}" in caplog.text
     assert found == [Host(f"n{number}", count) for number, count in zip((1, 2, 3), slots, strict=True)]
     assert [host.slots for host in hosts_from_slurm({"SLURM_JOB_NODELIST": "n[1-3]"} | variables, 5)] == [5, 5, 5]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,8 @@ from tests.distributed.harness import free_port
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["launch/train.py", "--max_steps", "3"]
-ALONE = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+ALONE = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+NOT_TOLD: dict[str, Any] = dict.fromkeys(("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
 @pytest.mark.parametrize(
@@ -79,6 +81,12 @@ def test_training_under_deepspeed_finds_its_arguments(tmp_path: Path) -> None:
             {"RANK": None, "WORLD_SIZE": None, "OMPI_COMM_WORLD_RANK": "1"},
             "OMPI_COMM_WORLD_RANK=1 is set .* unset OMPI",
         ),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set in the environment, but RANK=1 is: .* Set it to"),
+        ({"LOCAL_RANK": None, "RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({**NOT_TOLD, "SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 is set .* cluster/slurm/task.sh"),
+        ({**NOT_TOLD, "PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, "PMI_SIZE=2 is set .* unset PMI_SIZE"),
+        ({**NOT_TOLD, "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, None),
         ({}, None),
     ],
 )
@@ -86,11 +94,13 @@ def test_a_stray_rank(
     changes: dict[str, Any], refused: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in (ALONE | changes).items():
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value or "")  # so that what becomes of it is undone
+        if value is None:
+            monkeypatch.delenv(name)
     if refused is None:
         adopt_launcher()
+        assert os.environ["RANK"] == ((ALONE | changes)["RANK"] or "0")
+        assert os.environ["LOCAL_RANK"] == "0"
     else:
         with pytest.raises(SRDEError, match=refused):
             adopt_launcher()

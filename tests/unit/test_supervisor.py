@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -83,6 +84,16 @@ def test_without_a_checkpoint_a_restart_begins_anew(script: Path) -> None:
     assert "--resume_from" not in calls(script)[1]
 
 
+def test_a_checkpoint_to_go_back_to_counts_until_the_run_has_begun(script: Path) -> None:
+    (script.parent / "run").mkdir()
+    (script.parent / "run/latest").write_text("checkpoint-1000")
+    earlier = {"state": "failed", "step": 1400, "host": "here", "pid": 1, "time": 1.0}
+    (script.parent / "run/heartbeat.json").write_text(json.dumps(earlier))  # of the run that went too far
+    back = ["--resume_from", str(script.parent / "run/checkpoint-500")]
+    assert supervise(script, ["1", "1 failed", "0 completed"], *back) == 0
+    assert [call.split()[-1] for call in calls(script)] == [back[1], back[1], "latest"]
+
+
 def test_options_resolve_as_in_a_run_where_base_and_rows_can_be_read(script: Path, tmp_path: Path) -> None:
     assert supervise(script, ["0 completed"], "--model_name", "/none") == 0  # on the ranks' hosts
     data, base = write_records(tmp_path / "train.jsonl"), save_base(tmp_path / "base")
@@ -130,13 +141,13 @@ def test_a_signal_goes_to_one_rank_and_is_no_reason_to_restart(script: Path) -> 
     words = [sys.executable, "-m", "srde_ds.cli", "supervise", "--preflight", "false", "--", *command]
     program = f"import sys; sys.argv[1:] = {words[3:]}; from srde_ds.cli.main import entry_point; entry_point()"
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 200
         while not (script.parent / "run/heartbeat.json").exists():
             assert time.monotonic() < deadline
             time.sleep(0.05)
         time.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in errors.splitlines()[-1] and len(calls(script)) == 1
 
@@ -206,13 +217,13 @@ def make(tmp_path: Path, **changes: Any) -> Supervisor:
 
 def test_fewer_hosts_take_the_same_rows(tmp_path: Path) -> None:
     supervisor = make(tmp_path)
-    assert supervisor._options(0, supervisor.hosts) == {}
-    assert supervisor._options(1, supervisor.hosts[:2]) == {"gradient_accumulation_steps": "6"}
-    assert supervisor._options(1, supervisor.hosts[:1]) == {"gradient_accumulation_steps": "12"}
+    assert supervisor._options(supervisor.hosts) == {}
+    assert supervisor._options(supervisor.hosts[:2]) == {"gradient_accumulation_steps": "6"}
+    assert supervisor._options(supervisor.hosts[:1]) == {"gradient_accumulation_steps": "12"}
     with pytest.raises(SRDEError, match="4 processes cannot take over from 6: .* must stay 18"):
-        make(tmp_path, gradient_accumulation_steps=3)._options(1, supervisor.hosts[:2])
+        make(tmp_path, gradient_accumulation_steps=3)._options(supervisor.hosts[:2])
     with pytest.raises(SRDEError, match="expert_parallel_size=6 must divide"):
-        make(tmp_path, expert_parallel_size=6)._options(1, supervisor.hosts[:1])
+        make(tmp_path, expert_parallel_size=6)._options(supervisor.hosts[:1])
 
 
 def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,6 +236,34 @@ def test_hosts_that_do_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     supervisor._signal = 0
     with pytest.raises(SRDEError, match="no answer over ssh from b, and min_nodes=3"):
         supervisor._hosts_left()
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "nodes"),
+    [
+        ("deepspeed", None, 1),
+        ("deepspeed --num_gpus 2", 2, 1),
+        ("deepspeed --include=localhost:0,3,4", 3, 1),
+        ("deepspeed --include localhost", None, 1),
+        ("torchrun", 1, 1),
+        ("torchrun --nproc_per_node=gpu", None, 1),
+        ("torchrun --nnodes 2 --nproc-per-node 4", 4, 2),
+        ("python -m torch.distributed.run --nnodes 1:4 --nproc_per_node 4", 4, 1),
+        ("python", 1, 1),
+    ],
+)
+def test_the_preflight_plans_for_the_processes_that_will_start(
+    words: str, processes: int | None, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def check(*arguments: Any, **numbers: Any) -> list[Any]:
+        asked.update(numbers)
+        return []
+
+    monkeypatch.setattr(module, "check", check)
+    module.preflight(resolve({}, {"warmup_steps": 0}), [], Command.parse([*words.split(), "launch/train.py"]))
+    assert asked == {"processes": processes, "nodes": nodes}
 
 
 def test_a_command_that_cannot_start_and_one_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from srde_ds.api import build_dataset
+from srde_ds.liveness.heartbeat import Heartbeat
 from tests.cli_helpers import DOMAINS, save_base, write_records
 
 SCRIPT = Path(__file__).parents[2] / "cluster/slurm/train.sbatch"
@@ -100,6 +102,21 @@ def test_a_finished_run_that_is_extended_is_requeued_at_its_time_limit(folder: P
     stopped = job(folder, "--max_steps", "9", steps=None, signal="USR1")
     assert stopped.returncode == 138 and "stopped by SIGUSR1, requeued" in stopped.stdout
     assert "requeue 7" in (folder / "scontrol").read_text()
+
+
+@pytest.mark.parametrize("flags", [["--resume_from", "run/checkpoint-5"], ["--config", "run.yaml"]])
+def test_a_job_that_goes_back_to_a_checkpoint_does_so_once(folder: Path, flags: list[str]) -> None:
+    (folder / "run.yaml").write_text("training: {resume_from: run/checkpoint-5}\n")
+    (folder / "run/latest").write_text("checkpoint-10")
+    (folder / "run/heartbeat.json").write_text('{\n "slurm_job": "6"\n}\n')  # of the job that went too far
+    job(folder, *flags, steps=None, signal="TERM")  # while the ranks start
+    (folder / "run/heartbeat.json").unlink()
+    job(folder, *flags, steps=None)
+    with patch.dict(os.environ, {"SLURM_JOB_ID": "7"}):
+        Heartbeat(folder / "run", 20, world_size=1, enabled=True).start(5)
+    job(folder, *flags, steps=20)
+    given = [call.partition("--output_dir run ")[2] for call in (folder / "calls").read_text().splitlines()]
+    assert given == [*[" ".join(flags)] * 2, " ".join(flags) + " --resume_from latest"]
 
 
 def test_ranks_that_end_without_finishing_are_a_failure(folder: Path) -> None:
