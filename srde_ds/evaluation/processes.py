@@ -92,7 +92,7 @@ def launched_processes() -> Iterator[Processes]:
     They communicate by gloo, since results are few and small. An existing group is used and left unchanged.
 
     Raises:
-        SRDEError: there are more processes than GPUs, or the launcher does not say where to meet.
+        SRDEError: there are more processes than GPUs, or the launcher does not say where to meet or which GPU to take.
         LostContact: not all of them have come.
     """
     if dist.is_initialized():
@@ -118,7 +118,13 @@ def launched_processes() -> Iterator[Processes]:
 def _take_gpu() -> None:
     if not torch.cuda.is_available():
         return
-    local = int(os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK", "0")))
+    given = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
+    if given is None:
+        raise SRDEError(
+            "LOCAL_RANK is not set by the launcher: each process takes the GPU with its LOCAL_RANK. Set it to the "
+            "process's number on its host, 0 with one process on each."
+        )
+    local = int(given)
     if local >= torch.cuda.device_count():
         raise SRDEError(f"local rank {local}: this host has {torch.cuda.device_count()} GPUs; start one per GPU.")
     torch.cuda.set_device(local)
