@@ -134,7 +134,7 @@ def tests(visit: Visit) -> None:
     files = sorted(GPU_TESTS.glob("test_*.py"), key=lambda path: path.name.startswith("test_memory"))
     # Not quiet, so that it has a line for each test; the last lines say why one failed.
     command = [sys.executable, "-u", "-m", "pytest", "-v", "--no-header", "-n", "0", *map(str, files)]
-    last, failed = "", []
+    summary, failed = "", []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pytest:
         assert pytest.stdout is not None
         for line in map(str.strip, pytest.stdout):
@@ -142,8 +142,9 @@ def tests(visit: Visit) -> None:
                 visit.note(ended[1], result=ended[2].lower())
             elif line.startswith(("FAILED", "ERROR")):
                 failed.append(line)
-            last = line or last
-    visit.note("tests/gpu", status=pytest.returncode, summary=last, failed=failed)
+            elif line.startswith("="):
+                summary = line.strip("= ")
+    visit.note("tests/gpu", status=pytest.returncode, summary=summary, failed=failed)
 
 
 def layer(visit: Visit) -> None:

@@ -71,7 +71,9 @@ def _visible_gpus() -> int:
     """Number of GPUs that processes of this shell may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     found = len(gpus())
-    return found if visible is None else min(found, len(visible.split(",")))
+    if visible is None:
+        return found
+    return min(found, sum(number.strip() not in ("", "-1") for number in visible.split(",")))
 
 
 def check_here(config: Config, processes: int, *, processes_here: int = 1) -> Iterator[Finding]:
@@ -83,14 +85,15 @@ def check_here(config: Config, processes: int, *, processes_here: int = 1) -> It
     """
     yield from check_packages()
     found = describe_host(None, config.training.output_dir)
-    yield check_gpus(found["gpus"], processes_here)
+    visible = found["gpus"][: _visible_gpus()]
+    yield check_gpus(visible, processes_here)
     yield from check_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")))
     if not found["writable"]:
         yield Finding("fatal", f"output_dir={config.training.output_dir} is not writable", "choose another one")
     if config.model.model_name is None:
         yield Finding("warning", "no --model_name: memory and disk were not checked", "give the options of the run")
         return
-    memory = min((gpu["memory_gib"] for gpu in found["gpus"]), default=0.0)
+    memory = min((gpu["memory_gib"] for gpu in visible), default=0.0)
     # Checkpoints that are there make room for later ones.
     kept = sum(path.stat().st_size for path in Path(config.training.output_dir).glob("checkpoint-*/*"))
     yield from check_sizes(config, processes, memory * GIB, found["free_bytes"] + kept)

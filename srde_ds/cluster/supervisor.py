@@ -29,7 +29,7 @@ from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import read_heartbeat
 from srde_ds.liveness.launch_check import launcher_options
-from srde_ds.weights.locate import completed_step, read_latest
+from srde_ds.weights.locate import completed_step, goes_back, read_latest
 
 logger = logging.getLogger(__name__)
 
@@ -269,8 +269,11 @@ class Supervisor:
     def _options(self, hosts: list[Host]) -> dict[str, str]:
         """Options of training that are added to those of the command."""
         options: dict[str, str] = {}
-        # Until an attempt has opened the folder, "latest" may name a checkpoint that the command goes back from.
-        if (self.run / "latest").exists() and (self._opened or not self.config.training.resume_from):
+        # Until an attempt has opened the folder, "latest" may name a checkpoint that the command goes back from. From a
+        # checkpoint of another run this one has begun already.
+        if (self.run / "latest").exists() and (
+            self._opened or not goes_back(self.config.training.resume_from, self.run)
+        ):
             options["resume_from"] = "latest"
         if sum(host.slots for host in hosts) != sum(host.slots for host in self.hosts):
             options["gradient_accumulation_steps"] = str(self._accumulation(hosts))

@@ -105,11 +105,11 @@ def adopt_launcher() -> None:
     else:
         of_several = {"WORLD_SIZE": launched_world_size() > 1, "OMPI_COMM_WORLD_RANK": launched_rank() > 0}
         # srun and the mpiexec of MPICH and Intel, whose processes would be as many runs in one folder.
-        of_several |= {name: os.environ.get(name, "1") != "1" for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE")}
+        of_several |= {name: (os.environ.get(name) or "1") != "1" for name in ("SLURM_STEP_NUM_TASKS", "PMI_SIZE")}
         for name in (name for name, stray in of_several.items() if stray):
             raise SRDEError(
-                f"{name}={os.environ[name]} is set in the environment, but RANK is not: no launcher has set it. "
-                "Start with deepspeed, torchrun, Open MPI's mpirun or, under srun, cluster/slurm/task.sh, or unset "
+                f"{name}={os.environ[name]} is set in the environment, but RANK is not: this process does not know its "
+                "place. Start with deepspeed, torchrun, Open MPI's mpirun or, under srun, cluster/slurm/task.sh, or unset "
                 f"{name} to train on one process."
             )
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

@@ -119,12 +119,17 @@ def _take_gpu() -> None:
     if not torch.cuda.is_available():
         return
     given = os.environ.get("LOCAL_RANK", os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK"))
-    if given is None:
+    visible = torch.cuda.device_count()
+    if given is None and visible > 1:
         raise SRDEError(
             "LOCAL_RANK is not set by the launcher: each process takes the GPU with its LOCAL_RANK. Set it to the "
             "process's number on its host, 0 with one process on each."
         )
-    local = int(given)
-    if local >= torch.cuda.device_count():
-        raise SRDEError(f"local rank {local}: this host has {torch.cuda.device_count()} GPUs; start one per GPU.")
+    local = int(given or 0)
+    if local >= visible:
+        raise SRDEError(
+            f"local rank {local}: this process sees {visible} of its host's GPUs "
+            f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Start one process per GPU, "
+            "and let each see all of them."
+        )
     torch.cuda.set_device(local)

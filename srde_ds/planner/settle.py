@@ -29,31 +29,40 @@ def settle(config: Config) -> Config:
     Raises:
         SRDEError: `base_placement: resident` does not fit, or the base or the DeepSpeed configuration cannot be used.
     """
-    return _settle(config, available_memory, told=launched_rank() == 0)
+    settled, reasons = _settle(config, available_memory)
+    if launched_rank() == 0:
+        _tell(reasons)
+    return settled
 
 
 def settle_together(config: Config, ranks: Ranks) -> Config:
     """`settle` by the least memory of all ranks, so that hosts with unlike GPUs choose the same; a collective.
 
-    Rank 0 prints the reasons only if it has more, since it may have chosen otherwise before.
+    Rank 0 prints the reasons if it has chosen otherwise before.
     """
     own = available_memory()
     least = min(ranks.gather(own))
-    return _settle(config, lambda: least, told=ranks.rank == 0 and least < own)
+    agreed, reasons = _settle(config, lambda: least)
+    if ranks.rank == 0 and agreed != _settle(config, lambda: own)[0]:
+        _tell(reasons)
+    return agreed
 
 
-def _settle(config: Config, memory: Callable[[], float], *, told: bool) -> Config:
+def _tell(reasons: list[str]) -> None:
+    for reason in reasons:
+        print(reason, flush=True)
+
+
+def _settle(config: Config, memory: Callable[[], float]) -> tuple[Config, list[str]]:
     asked, world_size = config.parallel.base_placement, launched_world_size()
     if config.model.recompute != "auto" and asked == "sharded":
-        return config
+        return config, []
     shape, room = base_shape(config), memory()
     config, recompute_reason = settle_recompute(config, shape, world_size, room)
     config, placement_reason = settle_base_placement(config, shape, world_size, room)
-    for reason in filter(None, (recompute_reason, placement_reason)) if told else ():
-        print(reason, flush=True)
     if asked == "resident" or (asked == "auto" and shape.packing is not None and world_size > 1):
         refuse_too_large(Workload.of(config, world_size), shape, room)
-    return config
+    return config, list(filter(None, (recompute_reason, placement_reason)))
 
 
 def available_memory() -> float:

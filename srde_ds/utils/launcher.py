@@ -22,8 +22,8 @@ def launched_world_size() -> int:
 
 def launched_on_host() -> int:
     """The number of the run's processes on this host; 1 without a launcher."""
-    # Of torchrun, deepspeed, Open MPI, and Slurm, whose job may also hold a process that is alone.
-    names = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"
+    # Of torchrun and cluster/slurm/task.sh, of deepspeed, and of Open MPI.
+    names = "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"
     return min(_number(*names, default=1), launched_world_size())
 
 

@@ -70,6 +70,11 @@ def run_folder(place: str | Path) -> Path:
     return path.parent if path.is_file() or _is_checkpoint(path) else path
 
 
+def goes_back(resume_from: str | None, run: str | Path) -> bool:
+    """Whether `resume_from` names a checkpoint of this very run, which may be an earlier one than its newest."""
+    return bool(resume_from) and Path(str(resume_from)).resolve().parent == Path(run).resolve()
+
+
 def rows_folder(run: str | Path, pretokenized_dir: str | None) -> Path:
     """The folder of a run's rows: that of its option `pretokenized_dir`, or its own."""
     return Path(pretokenized_dir or Path(run) / ROWS)

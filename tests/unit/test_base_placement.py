@@ -134,15 +134,13 @@ def test_a_containers_limit_bounds_the_memory(
     assert settling.available_memory() == settling.USABLE * 1000
 
 
-@pytest.mark.parametrize(
-    "name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"]
-)
+@pytest.mark.parametrize("name", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"])
 def test_the_processes_of_a_host_share_its_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each launcher says in its own way how many there are."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(settling, "control_group_limit", lambda: 1000.0)
     monkeypatch.setenv(name, "4")
-    for processes, share in ((8, 250), (1, 1000)):  # a process may be alone in a job of four tasks
+    for processes, share in ((8, 250), (1, 1000)):  # a process may be alone on a host of four
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert settling.available_memory() == settling.USABLE * share
 
@@ -158,6 +156,10 @@ def test_unlike_hosts_choose_the_same(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert chosen[0][0].parallel.base_placement == "resident" != chosen[1][0].parallel.base_placement
     assert chosen[0][1] == chosen[1][1] == chosen[1][0]
     assert capsys.readouterr().out.count("for 24.0 GiB") == 4
+    ranks = Collectives(0, 2, lambda value: value, lambda _: [80.001 * GIB, 80.0 * GIB])
+    at_hand(monkeypatch, 80.001)
+    assert settle(asked) == settle_together(asked, ranks)
+    assert capsys.readouterr().out.count("base_placement=auto") == 1  # the same choice is not told twice
 
 
 def test_a_whole_base_never_costs_computation(monkeypatch: pytest.MonkeyPatch) -> None:

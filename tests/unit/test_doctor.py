@@ -66,6 +66,17 @@ def test_gpus_and_processes_must_fit() -> None:
     assert "1 GPUs for 2 processes" in check_gpus([GPU], 2, "node7").text
 
 
+@pytest.mark.parametrize(
+    ("visible", "processes", "level"), [("0,1", 4, "fatal"), ("0,1", 2, "ok"), ("", 4, "warning"), ("-1", 4, "warning")]
+)
+def test_only_visible_gpus_count(visible: str, processes: int, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "gpus", lambda: [GPU] * 8)
+    monkeypatch.setattr(doctor, "describe_host", lambda *_: {"gpus": [GPU] * 8, "writable": True})
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = doctor.check(resolve({}, {"warmup_steps": 0}), [], 29500, processes=processes)
+    assert [finding.level for finding in found if "this host: " in finding.text] == [level]
+
+
 @pytest.mark.parametrize(("visible", "processes"), [(None, 8), ("2,5", 2), ("", 1)])
 def test_without_a_number_there_is_a_process_for_each_visible_gpu(
     visible: str | None, processes: int, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from srde_ds.evaluation.processes import launched_processes
     [
         ({"MASTER_PORT": None}, "MASTER_ADDR and MASTER_PORT are not set by the launcher"),
         ({"LOCAL_RANK": None}, "LOCAL_RANK is not set by the launcher: .*0 with one process on each"),
-        ({"LOCAL_RANK": "2"}, "local rank 2: this host has 2 GPUs"),
+        ({"LOCAL_RANK": "2"}, "local rank 2: this process sees 2 of its host's GPUs .CUDA_VISIBLE_DEVICES="),
     ],
 )
 def test_a_launcher_that_does_not_say_enough_is_refused(

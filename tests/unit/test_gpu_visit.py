@@ -72,6 +72,19 @@ def test_decoding(tmp_path: Path) -> None:
         assert found[case]["graphs"] == 1 and found[case]["cudagraph_skips"] == 0
 
 
+def test_the_summary_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_visit, "GPU_TESTS", tmp_path)
+    (tmp_path / "test_quick.py").write_text(
+        "import atexit, sys\natexit.register(print, 'a warning at the end', file=sys.stderr)\n\n"
+        "def test_a():\n    pass\n\ndef test_b():\n    assert 1 == 2\n"
+    )
+    file = tmp_path / "visit.jsonl"
+    gpu_visit.main(["tests", "--rehearse", "--output_file", str(file)])
+    *_, last, _ = lines(file)
+    assert last["status"] == 1 and last["summary"].startswith("1 failed, 1 passed in")
+    assert len(last["failed"]) == 1 and "test_b - assert 1 == 2" in last["failed"][0]
+
+
 def test_a_test_that_hangs_leaves_the_results_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_memory.py").write_text("import time\n\ndef test_hangs():\n    time.sleep(600)\n")
     (tmp_path / "test_quick.py").write_text(

@@ -86,6 +86,7 @@ def test_training_under_deepspeed_finds_its_arguments(tmp_path: Path) -> None:
         ({**NOT_TOLD, "SLURM_STEP_NUM_TASKS": "8"}, "SLURM_STEP_NUM_TASKS=8 is set .* cluster/slurm/task.sh"),
         ({**NOT_TOLD, "PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, "PMI_SIZE=2 is set .* unset PMI_SIZE"),
         ({**NOT_TOLD, "PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({**NOT_TOLD, "PMI_SIZE": ""}, None),
         ({"PMI_SIZE": "2", "SLURM_STEP_NUM_TASKS": "2"}, None),
         ({}, None),
     ],

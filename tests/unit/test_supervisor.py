@@ -94,6 +94,14 @@ def test_a_checkpoint_to_go_back_to_counts_until_the_run_has_begun(script: Path)
     assert [call.split()[-1] for call in calls(script)] == [back[1], back[1], "latest"]
 
 
+def test_a_checkpoint_of_another_run_counts_until_this_run_has_one(script: Path) -> None:
+    other = ["--resume_from", str(script.parent / "other/checkpoint-5")]
+    assert supervise(script, ["1"], *other, max_restarts=0) == 1
+    (script.parent / "run/latest").write_text("checkpoint-8")
+    assert supervise(script, ["0 completed"], *other) == 0
+    assert [call.split()[-1] for call in calls(script)] == [other[1], "latest"]
+
+
 def test_options_resolve_as_in_a_run_where_base_and_rows_can_be_read(script: Path, tmp_path: Path) -> None:
     assert supervise(script, ["0 completed"], "--model_name", "/none") == 0  # on the ranks' hosts
     data, base = write_records(tmp_path / "train.jsonl"), save_base(tmp_path / "base")

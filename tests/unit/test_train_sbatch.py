@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def job(
-    folder: Path, *flags: str, steps: int | None, status: int = 0, signal: str = ""
+    folder: Path, *flags: str, steps: int | None, status: int = 0, signal: str = "", preflight: str = "false"
 ) -> subprocess.CompletedProcess[str]:
     """A job whose ranks end with `status`, after they have finished `steps`, or when the job gets `signal`."""
     environment = {name: os.environ[name] for name in ("BASH_ENV",) if name in os.environ} | {
@@ -47,7 +47,8 @@ def job(
         "SLURM_JOB_NODELIST": "localhost",
         "SLURM_JOB_ID": "7",
         "SLURM_TASKS_PER_NODE": "1",
-        "PREFLIGHT": "false",
+        "SLURM_JOB_NUM_NODES": "1",
+        "PREFLIGHT": preflight,
         "STEPS": "none" if steps is None else str(steps),
         "STATUS": str(status),
         "SIGNAL": signal,
@@ -117,6 +118,37 @@ def test_a_job_that_goes_back_to_a_checkpoint_does_so_once(folder: Path, flags: 
     job(folder, *flags, steps=20)
     given = [call.partition("--output_dir run ")[2] for call in (folder / "calls").read_text().splitlines()]
     assert given == [*[" ".join(flags)] * 2, " ".join(flags) + " --resume_from latest"]
+
+
+def test_a_checkpoint_of_another_run_counts_until_this_run_has_one(folder: Path) -> None:
+    flags = ["--resume_from", "other/checkpoint-5"]
+    job(folder, *flags, steps=None)
+    (folder / "run/latest").write_text("checkpoint-8")
+    job(folder, *flags, steps=None)
+    job(folder, *flags, "--max_steps", "many", steps=None)  # cannot be resolved
+    job(folder, "--max_steps", "many", steps=None)
+    latest = [call.endswith("--resume_from latest") for call in (folder / "calls").read_text().splitlines()]
+    assert latest == [False, True, False, True]
+
+
+def test_a_signal_before_the_preflight_leaves_it_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "run/latest").write_text("checkpoint-8")
+    python = folder / "bin/python"
+    python.write_text(python.read_text().replace("exec", "kill -s TERM $(ps -o ppid= $PPID)\nexec"))
+    stopped = job(folder, steps=None, preflight="true")
+    assert stopped.returncode == 143 and "requeue 7" in (folder / "scontrol").read_text()
+    assert not (folder / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "own"), [("8", 0, 8), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("1,2(x3)", 0, 1)]
+)
+def test_a_task_knows_how_many_are_on_its_node(tasks: str, node: int, own: int) -> None:
+    slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "11", "SLURM_NODEID": str(node)}
+    environment = {"PATH": os.environ["PATH"], "SLURM_STEP_TASKS_PER_NODE": tasks} | slurm
+    command = [SCRIPT.parent / "task.sh", "sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"]
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert told == f"5 1 11 {own}\n"
 
 
 def test_ranks_that_end_without_finishing_are_a_failure(folder: Path) -> None:
