@@ -109,8 +109,8 @@ def adopt_launcher() -> None:
         for name in (name for name, stray in of_several.items() if stray):
             raise SRDEError(
                 f"{name}={os.environ[name]} is set in the environment, but RANK is not: this process does not know its "
-                "place. Start with deepspeed, torchrun, Open MPI's mpirun or, under srun, cluster/slurm/task.sh, or unset "
-                f"{name} to train on one process."
+                "place. Start with deepspeed, torchrun, Open MPI's mpirun or, under srun, cluster/slurm/task.sh, or "
+                f"unset {name} to train on one process."
             )
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
