@@ -146,7 +146,7 @@ def test_a_signal_before_the_preflight_leaves_it_out(folder: Path, monkeypatch: 
 def test_a_task_knows_how_many_are_on_its_node(tasks: str, node: int, own: int) -> None:
     slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "11", "SLURM_NODEID": str(node)}
     environment = {"PATH": os.environ["PATH"], "SLURM_STEP_TASKS_PER_NODE": tasks} | slurm
-    command = [SCRIPT.parent / "task.sh", "sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"]
+    command = [str(SCRIPT.parent / "task.sh"), "sh", "-c", "echo $RANK $LOCAL_RANK $WORLD_SIZE $LOCAL_WORLD_SIZE"]
     told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     assert told == f"5 1 11 {own}\n"
 
