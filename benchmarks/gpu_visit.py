@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -135,7 +136,9 @@ def tests(visit: Visit) -> None:
     # Not quiet, so that it has a line for each test; the last lines say why one failed.
     command = [sys.executable, "-u", "-m", "pytest", "-v", "--no-header", "-n", "0", *map(str, files)]
     summary, failed = "", []
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as pytest:
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    wide = os.environ | {"COLUMNS": "500"}  # so that reasons are not cut
+    with subprocess.Popen(command, cwd=ROOT, env=wide, **output) as pytest:
         assert pytest.stdout is not None
         for line in map(str.strip, pytest.stdout):
             if ended := re.match(r"\S*::(.+) (PASSED|FAILED|SKIPPED|ERROR)", line):
