@@ -57,12 +57,12 @@ def model_card(metadata: AdapterMetadata, *, repo: str | None, run: Path | None)
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def base_license(base: str) -> str | None:
+def base_license(base: str, revision: str | None = None) -> str | None:
     """The licence in the YAML header of the base's README.md, if that is on this machine; else None."""
     path = Path(base) / CARD
     if not Path(base).is_dir():
         try:
-            cached = try_to_load_from_cache(base, CARD)
+            cached = try_to_load_from_cache(base, CARD, revision=revision)
         except ValueError:  # neither an existing folder nor a repository's name
             return None
         if not isinstance(cached, str):
@@ -70,7 +70,7 @@ def base_license(base: str) -> str | None:
         path = Path(cached)
     if not path.is_file():
         return None
-    parts = path.read_text(encoding="utf-8").split("---\n", 2)
+    parts = path.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return None
     try:
@@ -88,7 +88,7 @@ def _header(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str
         pipeline_tag="text-generation",
         tags=["srde", "adapter", "mixture-of-experts"],
         base_model=metadata.model_name if _on_the_hub(metadata.model_name) else None,
-        license=base_license(metadata.model_name),
+        license=base_license(metadata.model_name, metadata.model_revision or None),
         datasets=datasets or None,
     )
     return f"---\n{header.to_yaml()}\n---"
@@ -233,7 +233,7 @@ def _result_row(name: str, group: dict[str, Any]) -> list[str]:
 
 
 def _licence(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
-    base = base_license(metadata.model_name) or "not known here: see the base's page"
+    base = base_license(metadata.model_name, metadata.model_revision or None) or "not known here: see the base's page"
     lines = [f"## Licence\n\nThe base's licence ({markdown(base)}) also applies to what is derived from it."]
     closed = sorted({str(source["name"]) for source in sources if source["redistributable"] != "yes"})
     if closed:

@@ -400,6 +400,17 @@ def test_the_bases_licence_is_read_from_its_page(page: str | None, expected: str
     assert base_license("no/such-base-anywhere") is None and base_license("/no/such/folder/at/all") is None
 
 
+def test_the_licence_is_that_of_the_bases_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision, text in (("1" * 40, b"---\nlicense: mit\n---\n"), ("2" * 40, b"---\nlicense: other\n---\n\xff")):
+        folder = tmp_path / "models--an--base/snapshots" / revision
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_bytes(text)
+    assert base_license("an/base", "1" * 40) == "mit"
+    assert base_license("an/base", "2" * 40) == "other"  # whatever its text is encoded in
+    assert base_license("an/base", "3" * 40) is None
+
+
 def test_the_quick_starts_base_names_its_licence(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(runpy.run_path(str(ROOT / "launch/quickstart_inputs.py"))["PAGE"])
     assert base_license(str(tmp_path)) == "apache-2.0"
