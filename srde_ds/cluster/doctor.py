@@ -123,7 +123,9 @@ def check_gpus(gpus: Sequence[dict[str, Any]], processes: int, host: str = "this
     """Check that the host has a GPU for each process; only a warning if it has none at all."""
     if not gpus:
         return Finding(
-            "warning", f"{host}: no GPU found (nvidia-smi)", "training uses CPUs over gloo; otherwise check the driver"
+            "warning",
+            f"{host}: no GPU found (nvidia-smi)",
+            "training uses CPUs over gloo; otherwise check driver and CUDA_VISIBLE_DEVICES",
         )
     names = sorted({f"{gpu['name']}, driver {gpu['driver']}" for gpu in gpus})
     if len(gpus) < processes:
