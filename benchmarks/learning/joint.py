@@ -48,7 +48,7 @@ PARTS = [
     AGAINST_BY_DOMAIN,
     "SRDE, 0.02, each domain counts equally",
 ]
-"""Names of first_look.py, each at its method's best rate there."""
+"""Names of first_look.py, each at its method's best rate at 40 steps."""
 TABLES = {STEPS: "joint", 150: "joint 150"}
 """Name of the table, and so of the results, by number of steps"""
 
@@ -124,18 +124,25 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="one for all of a seed")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help="%(choices)s")
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=LOOKS,
+        metavar="NAME",
+        help=f"default: {'; '.join(PARTS)}; others: first_look.py's",
+    )
     parser.add_argument("--steps", type=int, choices=TABLES, default=STEPS, help="of a run (default: %(default)s)")
     parser.add_argument("--results", type=Path, help="default: joint.jsonl or joint_150.jsonl in results/")
     parser.add_argument("--table_only", action="store_true", help="run nothing, write the table of what is there")
     options = parser.parse_args()
+    names = options.parts or PARTS
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
     table_name = TABLES[options.steps]
     results = options.results or RESULTS / f"{table_name.replace(' ', '_')}.jsonl"
     for seed in [] if options.table_only else options.seeds:
         how: dict[str, Any] = {"base": options.base, "folder": options.folder, "dtype": getattr(torch, options.dtype)}
-        run_missing(seed, parts(options.parts, budget, seed, steps=options.steps, **how), results, losses_of)
-        for name in options.parts:  # whose lines are written now
+        run_missing(seed, parts(names, budget, seed, steps=options.steps, **how), results, losses_of)
+        for name in names:  # whose lines are written now
             state_of(options.folder, name, seed, options.steps, how["dtype"]).unlink(missing_ok=True)
     if options.results is None:
         records = read_records(results)
