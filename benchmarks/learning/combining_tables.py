@@ -58,6 +58,12 @@ class Results:
     def mean_loss(self, part: str) -> float:
         return mean(self.loss(part, domain) for domain in self.domains)
 
+    def named(self, part: str, name: str) -> str:
+        """The name, and how many texts have been sent to their own expert if the part's prompts choose."""
+        counts = [pair for seed in self.seeds for pair in self.by_seed[seed].get(part, {}).get("right", {}).values()]
+        right, texts = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+        return f"{name} (the right one for {right:,} of {texts:,} texts)" if counts else name
+
     def difference(self, part: str, against: str) -> tuple[float, list[float], list[float]]:
         """Of mean losses: in all, its 95 % interval over test rows, drawn within domains, and by seed."""
         samples, by_seed = np.zeros(RESAMPLES), []
@@ -105,13 +111,13 @@ def apart(results: Results) -> str:
     names = of_apart(MERGES) | OWN
     rows = []
     for part in sorted(names, key=results.mean_loss):
-        against = ""
-        if part != "srde joint":
-            total, (low, high), _ = results.difference(part, "srde joint")
-            against = f"{total:+.3f} ({low:+.3f} to {high:+.3f})"
+        against = []
+        for other in ("srde joint", "lora own"):
+            total, (low, high), _ = results.difference(part, other)
+            against.append(f"{total:+.3f} ({low:+.3f} to {high:+.3f})" if part != other else "")
         by_domain = [f"{results.loss(part, domain):.2f}" for domain in DOMAINS]
-        rows.append([names[part], f"{results.mean_loss(part):.3f}", against, *by_domain])
-    return markdown(["", "mean test loss", "against trained together", *DOMAINS], rows)
+        rows.append([results.named(part, names[part]), f"{results.mean_loss(part):.3f}", *against, *by_domain])
+    return markdown(["", "mean test loss", "against trained together", "against six LoRAs", *DOMAINS], rows)
 
 
 def accuracy(results: Results) -> str:

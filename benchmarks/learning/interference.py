@@ -226,7 +226,7 @@ def table(results: Results) -> str:
         own = f"{part.split()[0]} own"
         cells = [f"{results.loss(model, domain):.3f}" for domain in PAIR for model in (part, own)]
         against = "" if part == "lora both" else _with_interval(results, part, "lora both")
-        rows.append([name, _with_interval(results, part, own), against, *cells])
+        rows.append([results.named(part, name), _with_interval(results, part, own), against, *cells])
     heads = [f"{domain}, {way}" for domain in PAIR for way in ("both", "alone")]
     return markdown(["one model for both", "interference", "against LoRA", *heads], rows)
 

@@ -99,6 +99,15 @@ def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     losses |= {f"{method} alone, {domain}": 1.0 for method in ("srde", "lora") for domain in DOMAINS}
     records = [{"seed": 1, "part": part, "losses": rows(loss)} for part, loss in losses.items()]
+    by_prompt = next(record for record in records if record["part"] == "srde combined, by prompt")
+    by_prompt["right"] = {"math": [1500, 2000], "code": [200, 200]}
+    of_apart = combining_tables.apart(Results(records, losses))
+    assert "chosen by its prompt (the right one for 1,700 of 2,200 texts) | 1.000 | +0.000" in of_apart
+    assert (
+        "| SRDE, six experts trained apart, then combined: one a token | 1.250 | +0.250 (+0.250 to +0.250) |"
+        in of_apart
+    )
+    assert of_apart.count("| LoRA, of each domain its own adapter | 1.000 | +0.000 (+0.000 to +0.000) |  |") == 1
     with patch.object(combining_tables, "plot_differences", wraps=plots.plot_differences) as plot:
         combining_tables.draw_apart(Results(records, losses), tmp_path)
     drawn = plot.call_args.args[0]
