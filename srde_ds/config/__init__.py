@@ -2,9 +2,9 @@
 
 from srde_ds.config.data_section import DOMAINS, DataConfig
 from srde_ds.config.derive import RunInputs
+from srde_ds.config.presets import PRESETS
 from srde_ds.config.resolve import resolve
 from srde_ds.config.schema import (
-    PRESETS,
     AdapterConfig,
     Config,
     CurriculumConfig,

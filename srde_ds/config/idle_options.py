@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from srde_ds.config.schema import PRESETS, Config
+from srde_ds.config.presets import PRESETS
+from srde_ds.config.schema import Config
 from srde_ds.config.strategy import CALIBRATED
 
 

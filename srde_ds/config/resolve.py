@@ -9,7 +9,8 @@ from typing import Any
 
 from srde_ds.config.checks import check_relations
 from srde_ds.config.derive import RunInputs, derive
-from srde_ds.config.schema import PRESETS, Config
+from srde_ds.config.presets import PRESETS
+from srde_ds.config.schema import Config
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError, nearest
 

@@ -420,6 +420,12 @@ class Config:
         self.derived: dict[str, str] = {}
         self.flags: frozenset[str] = frozenset()
 
+    def with_sections(self, **sections: Any) -> Config:
+        """A copy with other sections, that still knows what was derived and what was a flag."""
+        copy = dataclasses.replace(self, **sections)
+        copy.derived, copy.flags = self.derived, self.flags
+        return copy
+
     @property
     def expert_names(self) -> list[str]:
         """The names of the domains, in order, then numbers for further experts."""
@@ -439,10 +445,3 @@ class Config:
             reason = self.derived.get(line.partition(":")[0].strip())
             lines.append(f"{line}  # derived: {reason}" if reason else line)
         return "\n".join(lines) + "\n"
-
-
-# What `preset: reference` changes, unless an option is given explicitly.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reference": {"granularity": "element", "support_scope": "shared", "num_atoms": 16, "atom_mixing": "softmax"},
-}

@@ -35,7 +35,7 @@ def settle_base_placement(config: Config, shape: BaseShape, world_size: int, roo
         if largest_memory(replace(work, whole_base=True), shape).total > room:
             chosen = "sharded"
         why = f"for {room / GIB:.1f} GiB ({compare_placements(work, shape)})"
-    settled = replace(config, parallel=replace(config.parallel, base_placement=chosen))
+    settled = config.with_sections(parallel=replace(config.parallel, base_placement=chosen))
     return settled, f"base_placement=auto: {chosen}, {why}"
 
 

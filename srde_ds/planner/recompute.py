@@ -31,4 +31,4 @@ def settle_recompute(config: Config, shape: BaseShape, world_size: int, room: fl
     chosen = next((choice for choice in CHOICES if totals[choice] <= room), CHOICES[-1])
     needs = ", ".join(f"{choice} {total / GIB:.1f}" for choice, total in totals.items())
     why = f"recompute=auto: {chosen}, for {room / GIB:.1f} GiB (GiB at the peak: {needs})"
-    return replace(config, model=replace(config.model, recompute=chosen)), why
+    return config.with_sections(model=replace(config.model, recompute=chosen)), why

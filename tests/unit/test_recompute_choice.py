@@ -50,6 +50,10 @@ def test_training_settles_it_by_the_memory_at_hand(
     assert settle.settle(run()).model.recompute == "full"
     assert "recompute=auto: full, for 10.0 GiB" in capsys.readouterr().out
     assert settle.settle(run("none")) == run("none")
+    asked = run()
+    asked.flags = frozenset({"warm_start_samples"})
+    settled = settle.settle(asked)
+    assert settled is not asked and settled.flags == asked.flags and settled.derived == asked.derived != {}
     monkeypatch.undo()
     assert settle.available_memory() > 0
 
