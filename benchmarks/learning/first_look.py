@@ -101,6 +101,10 @@ LOOKS = {
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
     "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.02, supports for each expert": Look(rates={"muon_lr": 0.02}, adapter={"support_scope": "per_expert"}),
+    "SRDE, 0.02, all experts a token": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 6}),
+    "SRDE, 0.02, all experts a token, supports for each": Look(
+        rates={"muon_lr": 0.02}, adapter={"top_k": 6, "support_scope": "per_expert"}
+    ),
     "LoRA, 0.003, each domain counts equally": Look("lora", {"learning_rate": 0.003}, loss_weighting="domain"),
     "SRDE, 0.02, each domain counts equally": Look(rates={"muon_lr": 0.02}, loss_weighting="domain"),
     "SRDE, 0.01, half of the values in a shared expert": Look(rates={"muon_lr": 0.01}, adapter=HALF),
