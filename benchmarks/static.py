@@ -46,9 +46,9 @@ from srde_ds.model import base as base_module
 from srde_ds.model import layer as layer_module
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, document_attention
-from srde_ds.model.base import block_shapes
 from srde_ds.model.base_shape import base_shape
 from srde_ds.model.delta_linear import DenseDeltas
+from srde_ds.model.feed_forward import block_shapes
 from srde_ds.model.policy import AuxiliaryWeights, RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
 from srde_ds.model.statistics import RoutingStatistics

@@ -42,7 +42,8 @@ from srde_ds.distributed.engine import packed_attention
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import Documents
-from srde_ds.model.base import find_feed_forward, load_base
+from srde_ds.model.base import load_base
+from srde_ds.model.feed_forward import find_feed_forward
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.targets import Targets
 from srde_ds.optim import for_trainer

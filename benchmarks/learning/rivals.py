@@ -19,8 +19,8 @@ from benchmarks.learning.data import Inputs
 from benchmarks.learning.plan import Flags, Run
 from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig, resolve
 from srde_ds.data.loader import validation_batches
-from srde_ds.model.base import ROLES, FeedForward, find_feed_forward
 from srde_ds.model.deltas import empty_deltas
+from srde_ds.model.feed_forward import ROLES, FeedForward, find_feed_forward
 from srde_ds.model.supports.selection import shared_expert_size, support_size
 from srde_ds.training.warm_start.clustering import Method, fit_router
 

@@ -19,8 +19,9 @@ from torch import Tensor
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model import attach
-from srde_ds.model.base import FeedForward, Gather
+from srde_ds.model.base import Gather
 from srde_ds.model.deltas import DeltaBank, FreeNeuronDeltas, build_deltas
+from srde_ds.model.feed_forward import FeedForward
 from srde_ds.model.router import Router
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.selection import select_support

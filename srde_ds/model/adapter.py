@@ -17,14 +17,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.hub.sharing import push_adapter, save_adapter
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
 from srde_ds.model.attach import SupportChooser, attach_experts, support_chooser
-from srde_ds.model.base import (
-    WHOLE,
-    Gather,
-    Sharding,
-    enable_checkpointing,
-    load_base,
-    no_gather,
-)
+from srde_ds.model.base import WHOLE, Gather, Sharding, enable_checkpointing, load_base, no_gather
 from srde_ds.model.head import has_plain_head, loss_of_logits, loss_without_logits
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.merging import merge_into_base

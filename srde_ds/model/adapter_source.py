@@ -18,9 +18,9 @@ from srde_ds.checkpoint.resume import find_checkpoint, load_common_tensors, load
 from srde_ds.checkpoint.shards import ShardIndex
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import block_shapes
 from srde_ds.model.base_files import BaseFiles, check_base
 from srde_ds.model.deltas import empty_deltas
+from srde_ds.model.feed_forward import block_shapes
 from srde_ds.model.merging import expert_delta
 from srde_ds.utils.launcher import launched_rank
 from srde_ds.weights.file import AdapterMetadata, read_header, read_metadata, read_weights

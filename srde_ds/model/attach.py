@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from srde_ds.config import AdapterConfig
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import WHOLE, FeedForward, Gather, Sharding, find_feed_forward
+from srde_ds.model.base import WHOLE, Gather, Sharding
 from srde_ds.model.base_files import identity_before_quantization
 from srde_ds.model.deltas import Storage, build_deltas
+from srde_ds.model.feed_forward import FeedForward, find_feed_forward
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import PolicyControl
 from srde_ds.model.router import Router

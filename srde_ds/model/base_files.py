@@ -17,10 +17,8 @@ from transformers import PreTrainedModel
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import (
-    ROLES,
     Gather,
     base_identity,
-    block_of_layer,
     decoder_layers,
     empty_base,
     identity_hash,
@@ -28,8 +26,8 @@ from srde_ds.model.base import (
     no_gather,
     refuse_experts,
     sample_digest,
-    verify_block,
 )
+from srde_ds.model.feed_forward import ROLES, block_of_layer, verify_block
 from srde_ds.utils.dtypes import DTYPES
 from srde_ds.weights.tensors import LazyTensor
 

@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from srde_ds.config import Config, ModelConfig, ParallelConfig
 from srde_ds.errors import SRDEError
 from srde_ds.model.attention import DOCUMENT_ATTENTION, takes_documents
-from srde_ds.model.base import (
-    STATE_LAYERS,
-    base_configuration,
-    block_of_layer,
-    block_shapes,
-    decoder_layers,
-    empty_base,
-    layer_configurations,
-)
+from srde_ds.model.base import STATE_LAYERS, base_configuration, decoder_layers, empty_base, layer_configurations
+from srde_ds.model.feed_forward import block_of_layer, block_shapes
 from srde_ds.model.head import has_plain_head
 from srde_ds.model.quantization import PACKINGS, Packing, check_float8, packing_of
 from srde_ds.model.supports.selection import check_support

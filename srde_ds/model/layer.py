@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srde_ds.config.granularity import Granularity
-from srde_ds.model.base import FeedForward
 from srde_ds.model.deltas import DeltaBank, DeltaLosses
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
+from srde_ds.model.feed_forward import FeedForward
 from srde_ds.model.fused import FusedExperts, fused_activation
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
 from srde_ds.model.prepared import (

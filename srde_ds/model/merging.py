@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from srde_ds.config.granularity import Granularity
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import ROLES
+from srde_ds.model.feed_forward import ROLES
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.quantization import weight_of
 from srde_ds.model.supports.blocks import weight_indices

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from srde_ds.model.base import block_of_layer, block_shapes, decoder_layers, verify_block
+from srde_ds.model.base import decoder_layers
+from srde_ds.model.feed_forward import block_of_layer, block_shapes, verify_block
 
 HIDDEN, INTERMEDIATE = 8, 16
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from srde_ds.model.base import ROLES, FeedForward
+from srde_ds.model.feed_forward import ROLES, FeedForward
 
 
 @dataclass

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.attach import Neurons, block_with_experts, support_chooser
-from srde_ds.model.base import FeedForward, find_feed_forward, no_gather
+from srde_ds.model.base import no_gather
 from srde_ds.model.base_files import check_base, identity_before_quantization
 from srde_ds.model.deltas import Storage
+from srde_ds.model.feed_forward import FeedForward, find_feed_forward
 from srde_ds.model.merging import check_mergeable, merge_into_blocks
 from srde_ds.model.policy import PolicyControl, RoutingPolicy, keep_policy_when_recomputing
 from srde_ds.model.supports.selection import check_support, support_shape

@@ -33,7 +33,7 @@ from srde_ds.distributed.processes import Topology, broadcast_from_main
 from srde_ds.distributed.reproducible_sums import ReproducibleSum, ShardedReproducibleSum
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel
-from srde_ds.model.base import ROLES
+from srde_ds.model.feed_forward import ROLES
 from srde_ds.model.quantization import dense_weight
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.blocks import by_block

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from srde_ds.model.base import find_feed_forward, load_base
+from srde_ds.model.base import load_base
+from srde_ds.model.feed_forward import find_feed_forward
 from tests.helpers import SIZES, adapter_config, gemma4, randomize, tiny_mistral3, tokens
 
 WITH_HEADS = SIZES | {"head_dim": 8}

@@ -15,15 +15,8 @@ from torch import nn
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from srde_ds.model.base import (
-    IDENTITY_FIELDS,
-    Sharding,
-    base_identity,
-    find_feed_forward,
-    identity_hash,
-    load_base,
-    verify_block,
-)
+from srde_ds.model.base import IDENTITY_FIELDS, Sharding, base_identity, identity_hash, load_base
+from srde_ds.model.feed_forward import find_feed_forward, verify_block
 from tests.helpers import adapter_config, gemma4, tiny_llama, tiny_srde, tokens
 
 

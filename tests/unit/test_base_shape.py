@@ -17,8 +17,8 @@ from srde_ds.cli.main import main
 from srde_ds.config import resolve
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import verify_block
 from srde_ds.model.base_shape import base_shape, measure
+from srde_ds.model.feed_forward import verify_block
 from srde_ds.model.tiny_block import tiny_copy
 from srde_ds.planner.flops import step_flops
 from tests.cli_helpers import fails, flags

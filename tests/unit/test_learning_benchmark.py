@@ -24,7 +24,7 @@ from benchmarks.learning.summary import first_crossing, result_of, sweep_of
 from srde_ds.config import DOMAINS
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import add_experts
-from srde_ds.model.base import ROLES, find_feed_forward
+from srde_ds.model.feed_forward import ROLES, find_feed_forward
 from tests.data_helpers import tiny_tokenizer
 from tests.distributed.harness import run_forked
 from tests.helpers import tiny_llama

@@ -6,23 +6,28 @@ tensors of different devices, as torch does.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
+from srde_ds.config import AdapterConfig
+from srde_ds.errors import SRDEError
 from srde_ds.inference.routing import RoutingRecord
+from srde_ds.model.adapter import add_experts
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.prompt_routing import experts_of_prompts
 from srde_ds.model.statistics import RoutingStatistics
 from srde_ds.training import domain_statistics
 from srde_ds.training.warm_start.token_sample import TokenSample
 from srde_ds.weights.origins import DomainStatistics
-from tests.helpers import tiny_srde
+from tests.helpers import tiny_llama, tiny_srde
 from tests.peft_helpers import tiny_peft
 
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu:1")
@@ -124,3 +129,14 @@ def test_new_statistics_of_domains_join_those_in_a_model(device: torch.device) -
         joined = old.beside(new)
     assert {part.device for part in vars(joined).values()} == {device}
     assert joined.mean.shape == (2, 8)
+
+
+def test_a_base_with_offloaded_layers_is_refused(tmp_path: Path) -> None:
+    base = tiny_llama()
+    names = [name for name, _ in base.model.named_children()]
+    places = {f"model.{name}": "cpu" for name in names if name != "layers"} | {"lm_head": "cpu"}
+    layers = {f"model.layers.{number}": "disk" if number else "cpu" for number in range(len(base.model.layers))}
+    dispatch_model(base, places | layers, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert base.model.layers[1].mlp.up_proj.weight.is_meta
+    with pytest.raises(SRDEError, match="^device_map: parts of the base are on disk, .* load it whole"):
+        add_experts(base, AdapterConfig(num_experts=1, top_k=1), expert_names=["code"], seed=0)

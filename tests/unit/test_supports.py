@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from srde_ds.errors import SRDEError
-from srde_ds.model.base import ROLES
+from srde_ds.model.feed_forward import ROLES
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.supports.blocks import weight_indices
 from srde_ds.model.supports.selection import (
