@@ -102,6 +102,8 @@ LOOKS = {
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
     "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.02, supports for each expert": Look(rates={"muon_lr": 0.02}, adapter={"support_scope": "per_expert"}),
+    "SRDE, AdamW, 0.004": Look(rates={"learning_rate": 0.004}),
+    "SRDE, AdamW, 0.01": Look(rates={"learning_rate": 0.01}),
     "SRDE, 0.02, all experts a token": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 6}),
     "SRDE, 0.02, all experts a token, supports for each": Look(
         rates={"muon_lr": 0.02}, adapter={"top_k": 6, "support_scope": "per_expert"}
