@@ -118,12 +118,16 @@ def _check_start(config: Config) -> None:
             f"train_experts={names} with num_atoms={adapter.num_atoms}: the others share the atoms and would change. "
             "Turn them into free deltas with srde-ds combine, or leave --train_experts out."
         )
-    for key, given in {
-        "warm_start": config.curriculum.warm_start,
-        "balancing_bias_rate": config.losses.balancing_bias_rate > 0,
+    curriculum, changed = config.curriculum, "the others' routers would change"
+    waiting, in_turn = curriculum.progressive_unlock != "all", curriculum.pretrain_objective == "sequential"
+    for key, reason in {
+        "warm_start": curriculum.warm_start and changed,
+        "balancing_bias_rate": config.losses.balancing_bias_rate > 0 and changed,
+        "pretrain_objective": in_turn and "the steps of the others' domains would train nothing",
+        "progressive_unlock": waiting and "steps that unlock only the others would train nothing",
     }.items():
-        if given:
-            raise SRDEError(f"{key} with train_experts={names}: the others' routers would change. Leave --{key} out.")
+        if reason:
+            raise SRDEError(f"{key} with train_experts={names}: {reason}. Leave --{key} out.")
 
 
 def _check_curriculum(config: Config) -> None:

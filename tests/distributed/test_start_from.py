@@ -264,6 +264,11 @@ def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:
         ({"train_experts": ["lore"], "domain": "law"}, "no expert 'lore' in red, green, blue, law"),
         ({"train_experts": ["red"], "warm_start": True}, "warm_start with train_experts=red"),
         ({"train_experts": ["red"], "balancing_bias_rate": 0.1}, "balancing_bias_rate with train_experts=red"),
+        ({"train_experts": ["blue"], "progressive_unlock": "linear"}, "progressive_unlock .* would train nothing"),
+        (
+            {"train_experts": ["red"], "supervised_experts": True, "pretrain_objective": "sequential", "max_steps": 9},
+            "pretrain_objective with train_experts=red: the steps of the others' domains would train nothing",
+        ),
         ({"train_experts": ["red"], "num_atoms": 2}, "train_experts=red with num_atoms=2: the others share the atoms"),
         ({"train_experts": ["red"], "start_from": None}, "train_experts=red without start_from"),
         ({"initial_density": 0.2}, "initial_density with start_from="),
