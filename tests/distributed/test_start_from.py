@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from signal import SIGTERM
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from srde_ds.checkpoint import resume
@@ -21,10 +23,11 @@ from srde_ds.config import Config, resolve
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.run_inputs import check_start, read_run_inputs
 from srde_ds.utils.files import file_hash
-from srde_ds.weights.file import read_metadata
+from srde_ds.weights.file import read_metadata, save_weights
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import (
@@ -280,6 +283,18 @@ def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:
 def test_options_that_do_not_fit_are_refused(started: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SRDEError, match=message):
         check_start(resolved(started, **options))
+
+
+def test_experts_whose_base_was_float16_in_training_fit_it(
+    inputs: Inputs, two_ranks: Ranks, started: Path, tmp_path: Path
+) -> None:
+    files, place = BaseFiles(inputs.base), tmp_path / "experts.safetensors"
+    rounded = files.identity(torch.float16)
+    assert rounded["hash"] != files.identity()["hash"]
+    source = started / "srde_weights.safetensors"
+    save_weights(place, load_file(source), replace(read_metadata(source), base=rounded))
+    flags = inputs.flags(tmp_path / "run", **SHORT, start_from=str(place))
+    assert two_ranks(train_here, flags) == [None, None]
 
 
 def test_another_base_is_refused(inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path) -> None:
