@@ -54,6 +54,10 @@ def check_relations(config: Config) -> None:
             f"batch_size={config.training.batch_size} with flash_attention=true: flash-attn separates packed documents "
             "only in batches of one row. Give --batch_size 1 and raise --max_length or --gradient_accumulation_steps."
         )
+    if config.model.flash_attention and not config.model.bf16:
+        raise SRDEError(
+            "bf16=false with flash_attention=true: flash-attn takes 16-bit values only. Leave one of them out."
+        )
     repeated = sorted({d for d in data.domains if data.domains.count(d) > 1})
     if repeated:
         raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice. Name each once.")
