@@ -78,11 +78,11 @@ def timed_run(flags: dict[str, Any]) -> list[dict[str, float]]:
     begun = {"step": 0.0, "time": 0.0}
     save, probe_loss, poll = RunState.save, RunState.probe_loss, CheckpointSaver.poll
 
-    def timed_probe(state: RunState, row: int) -> float:
+    def timed_probe(state: RunState, row: int) -> tuple[float, int]:
         started = time.perf_counter()
-        loss = probe_loss(state, row)
+        found = probe_loss(state, row)
         spent["probe"] = time.perf_counter() - started
-        return loss
+        return found
 
     def timed_save(state: RunState, *, final: bool = False) -> None:
         if final:

@@ -54,6 +54,10 @@ def check_relations(config: Config) -> None:
             f"batch_size={config.training.batch_size} with flash_attention=true: flash-attn separates packed documents "
             "only in batches of one row. Give --batch_size 1 and raise --max_length or --gradient_accumulation_steps."
         )
+    if config.model.flash_attention and not config.model.bf16:
+        raise SRDEError(
+            "bf16=false with flash_attention=true: flash-attn takes 16-bit values only. Leave one of them out."
+        )
     repeated = sorted({d for d in data.domains if data.domains.count(d) > 1})
     if repeated:
         raise SRDEError(f"domains={','.join(data.domains)}: '{repeated[0]}' is named twice. Name each once.")
@@ -118,12 +122,16 @@ def _check_start(config: Config) -> None:
             f"train_experts={names} with num_atoms={adapter.num_atoms}: the others share the atoms and would change. "
             "Turn them into free deltas with srde-ds combine, or leave --train_experts out."
         )
-    for key, given in {
-        "warm_start": config.curriculum.warm_start,
-        "balancing_bias_rate": config.losses.balancing_bias_rate > 0,
+    curriculum, changed = config.curriculum, "the others' routers would change"
+    waiting, in_turn = curriculum.progressive_unlock != "all", curriculum.pretrain_objective == "sequential"
+    for key, reason in {
+        "warm_start": curriculum.warm_start and changed,
+        "balancing_bias_rate": config.losses.balancing_bias_rate > 0 and changed,
+        "pretrain_objective": in_turn and "the steps of the others' domains would train nothing",
+        "progressive_unlock": waiting and "steps that unlock only the others would train nothing",
     }.items():
-        if given:
-            raise SRDEError(f"{key} with train_experts={names}: the others' routers would change. Leave --{key} out.")
+        if reason:
+            raise SRDEError(f"{key} with train_experts={names}: {reason}. Leave --{key} out.")
 
 
 def _check_curriculum(config: Config) -> None:

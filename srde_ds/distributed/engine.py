@@ -28,7 +28,7 @@ from srde_ds.distributed.processes import Topology, check_same
 from srde_ds.distributed.workload import Workload
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import SRDEModel, add_experts
-from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents
+from srde_ds.model.attention import DOCUMENT_ATTENTION, inputs_of
 from srde_ds.model.base import Sharding, decoder_layers, load_base, whole_shape
 from srde_ds.model.base_shape import measure
 from srde_ds.model.dispatch import LocalDispatch
@@ -36,7 +36,7 @@ from srde_ds.model.fused import idle_because
 from srde_ds.model.output import SRDEOutput
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.recompute import recompute_selectively
-from srde_ds.model.targets import Targets, on_device
+from srde_ds.model.targets import Targets
 from srde_ds.optim.gram_muon import GramMuonAdamW
 from srde_ds.optim.groups import build_groups
 
@@ -153,14 +153,8 @@ class Engine:
 
         Labels and document boundaries are examined on the CPU, before the copy.
         """
-        inputs: dict[str, Any] = {}
-        for key in ("input_ids", "position_ids", "token_mask"):
-            inputs[key] = on_device(batch[key], self.device)
-        inputs["labels"] = Targets.of(batch["labels"], batch.get("label_weights"))
-        if self.model.base.config.get_text_config()._attn_implementation == DOCUMENT_ATTENTION:
-            documents = Documents.of(batch["position_ids"]).to(self.device)
-            inputs |= {"documents": documents, "attention_mask": documents.no_mask}
-        return inputs
+        labels = Targets.of(batch["labels"], batch.get("label_weights"))
+        return {"labels": labels} | inputs_of(self.model.base, batch, self.device)
 
     @property
     def device(self) -> torch.device:

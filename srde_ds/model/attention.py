@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -53,6 +54,18 @@ class Documents:
     def to(self, device: torch.device) -> Documents:
         """A copy on a device, made without waiting."""
         return replace(self, borders=on_device(self.borders, device), no_mask=on_device(self.no_mask, device))
+
+
+def inputs_of(base: PreTrainedModel, batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """An SRDEModel's inputs, on `device`, from a CPU batch of the loader, without its labels.
+
+    A base made with DOCUMENT_ATTENTION gets the documents; without them it would make a mask of S x S.
+    """
+    inputs: dict[str, Any] = {key: on_device(batch[key], device) for key in ("input_ids", "position_ids", "token_mask")}
+    if base.config.get_text_config()._attn_implementation == DOCUMENT_ATTENTION:
+        documents = Documents.of(batch["position_ids"]).to(device)
+        inputs |= {"documents": documents, "attention_mask": documents.no_mask}
+    return inputs
 
 
 def document_attention(

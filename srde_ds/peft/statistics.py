@@ -56,10 +56,9 @@ def measure_domains(
             "domain_statistics: all tokens are special or in beginnings that several domains share. Give other rows."
         )
     policies = [RoutingPolicy(), RoutingPolicy(active=False)]
-    forward = forward_of(view, view.layers[0].router.weight.device, lambda _: policies)
     with evaluated(model):
         batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
-        sums = sum_inputs(view, forward, batches, sample, len(domains))
+        sums = sum_inputs(view, forward_of(view, lambda _: policies), batches, sample, len(domains))
     tokens = {name: int(count) for name, count in zip(domains, counts, strict=True) if count}
     model.base_model.set_domain_statistics(view.adapter, tokens, statistics_of(sums, counts))
     return tokens

@@ -57,8 +57,7 @@ def warm_start_routers(
     sample = choose_tokens(padded, domains=domains, per_domain=samples, special_ids=special, seed=seed)
     with evaluated(model):
         batches = validation_batches(padded.select(sample.rows), BATCH_SIZE)
-        forward = forward_of(view, view.layers[0].router.weight.device)
-        inputs = capture_inputs(view, forward, batches, sample)
+        inputs = capture_inputs(view, forward_of(view), batches, sample)
     shares = []
     for number, layer in enumerate(view.layers):
         found = fit_router(

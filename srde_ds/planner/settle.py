@@ -66,10 +66,11 @@ def _settle(config: Config, memory: Callable[[], float]) -> tuple[Config, list[s
 
 
 def available_memory() -> float:
-    """Bytes for the tensors of a process, on its GPU or as an equal share of the memory of the host, or of what its
-    container or batch job may use of it."""
-    if torch.cuda.is_available():
-        return USABLE * min(torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count()))
+    """Bytes for the tensors of a process, on the smallest GPU that the run uses on this host, or as an equal share of
+    the host's memory, or of what its container or batch job may use of it."""
+    if torch.cuda.is_available():  # a process takes the GPU with its LOCAL_RANK; others may drive a display
+        used = range(min(torch.cuda.device_count(), launched_on_host()))
+        return USABLE * min(torch.cuda.get_device_properties(number).total_memory for number in used)
     whole = min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), control_group_limit())
     return USABLE * whole / launched_on_host()
 

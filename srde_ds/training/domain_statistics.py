@@ -73,12 +73,13 @@ def measure_domains(
     batches = validation_batches(
         rows.select(sample.rows), training.batch_size, rank=topology.rank, world_size=topology.world_size
     )
-    forward = forward_of(engine.deepspeed, topology.device, policies)
+    forward = forward_of(engine.model, policies, through=engine.deepspeed)
     with evaluated(engine.deepspeed):
         visited = until_interrupted(batches, interrupted)
         sums = sum_inputs(engine.model, forward, visited, sample, len(data.domains))
     tokens = {name: int(count) for name, count in zip(data.domains, counts, strict=True) if count}
-    engine.model.origins.update(tokens, statistics_of(sum_over_ranks({"sums": sums}, topology.device)["sums"], counts))
+    whole = (sum_over_ranks({"sums": of_layer}, topology.device)["sums"] for of_layer in sums)
+    engine.model.origins.update(tokens, statistics_of(whole, counts))
 
 
 def set_routers(engine: Engine, topology: Topology, *, seed: int) -> str:
@@ -111,40 +112,42 @@ def sum_inputs(
 ) -> Tensor:
     """`[L, domains, 2 + S, D]` float64: sums over what enters each block on each domain, by the tokens' weights.
 
-    They are the inputs' sum, that of their squares, and their second moment's product with S random directions.
+    They are the inputs' sum, that of their squares, and their second moment's product with S random directions. They
+    are in host memory: for many domains they would not fit beside the model.
 
     Args:
         forward, batches: as of `visit_inputs`; `forward` runs a batch twice, with and without experts.
     """
     first = model.layers[0]
-    probes = _probes(first.hidden).to(first.support.device)
+    device = first.support.device
+    probes = _probes(first.hidden).to(device)
     shape = (len(model.layers), domains, 2 + probes.shape[1], first.hidden)
-    sums = torch.zeros(shape, dtype=torch.float64, device=first.support.device)
+    sums = torch.zeros(shape, dtype=torch.float64)
     weight = np.ones(len(sample.domain)) if sample.weight is None else sample.weight
 
     def add(layer: int, inputs: Tensor, tokens: np.ndarray) -> None:
-        inputs = inputs.to(sums.device)
+        inputs = inputs.to(device)
         for domain in np.unique(sample.domain[tokens]).tolist():
             own = np.flatnonzero(sample.domain[tokens] == domain)
-            w_N = torch.from_numpy(weight[tokens[own]]).to(inputs.device)
-            x_ND = inputs.index_select(0, torch.from_numpy(own).to(inputs.device)).double()
-            sums[layer, domain, 0] += w_N @ x_ND
-            sums[layer, domain, 1] += w_N @ x_ND.square()
-            sums[layer, domain, 2:] += (x_ND @ probes).T @ (w_N[:, None] * x_ND)
+            w_N = torch.from_numpy(weight[tokens[own]]).to(device)
+            x_ND = inputs.index_select(0, torch.from_numpy(own).to(device)).double()
+            moment = (x_ND @ probes).T @ (w_N[:, None] * x_ND)
+            sums[layer, domain] += torch.cat([(w_N @ x_ND)[None], (w_N @ x_ND.square())[None], moment]).cpu()
 
     visit_inputs(model, forward, batches, sample, add)
     return sums
 
 
-def statistics_of(sums: Tensor, counts: np.ndarray) -> list[DomainStatistics]:
+def statistics_of(sums: Iterable[Tensor], counts: np.ndarray) -> list[DomainStatistics]:
     """The statistics in each layer of the domains that have tokens, in host memory.
 
     Args:
-        sums: as `sum_inputs` gives them.
+        sums: for each layer, as `sum_inputs` gives them.
         counts: `[domains]` tokens of each in the sample, each of which was run twice.
     """
-    found, probes = [], _probes(sums.shape[-1]).to(sums.device)
+    found = []
     for of_layer in sums:
+        probes = _probes(of_layer.shape[-1]).to(of_layer.device)
         own = [_of_domain(of_layer[domain] / (2 * int(counts[domain])), probes) for domain in np.flatnonzero(counts)]
         mean, spread, factors = (torch.stack(parts).float().cpu() for parts in zip(*own, strict=True))
         found.append(DomainStatistics(mean, spread, factors))

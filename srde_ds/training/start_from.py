@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import Config
-from srde_ds.distributed.engine import Engine
+from srde_ds.distributed.engine import Engine, gather
 from srde_ds.distributed.processes import Topology
 from srde_ds.errors import SRDEError
+from srde_ds.model.adapter import SRDEModel
 from srde_ds.model.adapter_source import AdapterSource
+from srde_ds.model.base import identity_in
 from srde_ds.model.deltas import Storage, build_deltas
 from srde_ds.model.router import Router
 from srde_ds.training.domain_statistics import measure_domains
@@ -37,7 +39,7 @@ def start_from(engine: Engine, adapter: AdapterSource, seed: int) -> None:
         SRDEError: the adapter was trained on another base.
     """
     model, before = engine.model, adapter.metadata
-    _check_base(before, model.base_identity, adapter.place)
+    _check_base(before, model, adapter.place)
     for number, layer in enumerate(model.layers):
         prefix, config = f"layers.{number}.", model.config
         old = {name.removeprefix(prefix): t for name, t in adapter.tensors.items() if name.startswith(prefix)}
@@ -128,8 +130,10 @@ def _continued(parameter: Trainable, old: Tensor) -> Tensor:
     return values
 
 
-def _check_base(before: AdapterMetadata, base: dict[str, str | int], place: object) -> None:
-    if before.base["hash"] != base["hash"]:
+def _check_base(before: AdapterMetadata, model: SRDEModel, place: object) -> None:
+    base, expected = model.base_identity, before.base["hash"]
+    # A base that was float16 in training, as it may be with PEFT, is identified by its values in float16.
+    if base["hash"] != expected and identity_in(model.base, torch.float16, gather=gather)["hash"] != expected:
         raise SRDEError(
             f"start_from={place}: trained on {before.base['name']} (hash {str(before.base['hash'])[:12]}), the base is "
             f"{base['name']} (hash {str(base['hash'])[:12]}). Give the base that they were trained on as --model_name."

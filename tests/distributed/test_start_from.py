@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from pkgutil import resolve_name
 from signal import SIGTERM
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from srde_ds.checkpoint import resume
@@ -21,10 +23,11 @@ from srde_ds.config import Config, resolve
 from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter import load_adapter
+from srde_ds.model.base_files import BaseFiles
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.training.run_inputs import check_start, read_run_inputs
 from srde_ds.utils.files import file_hash
-from srde_ds.weights.file import read_metadata
+from srde_ds.weights.file import read_metadata, save_weights
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.harness import Ranks
 from tests.distributed.training_helpers import (
@@ -264,6 +267,11 @@ def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:
         ({"train_experts": ["lore"], "domain": "law"}, "no expert 'lore' in red, green, blue, law"),
         ({"train_experts": ["red"], "warm_start": True}, "warm_start with train_experts=red"),
         ({"train_experts": ["red"], "balancing_bias_rate": 0.1}, "balancing_bias_rate with train_experts=red"),
+        ({"train_experts": ["blue"], "progressive_unlock": "linear"}, "progressive_unlock .* would train nothing"),
+        (
+            {"train_experts": ["red"], "supervised_experts": True, "pretrain_objective": "sequential", "max_steps": 9},
+            "pretrain_objective with train_experts=red: the steps of the others' domains would train nothing",
+        ),
         ({"train_experts": ["red"], "num_atoms": 2}, "train_experts=red with num_atoms=2: the others share the atoms"),
         ({"train_experts": ["red"], "start_from": None}, "train_experts=red without start_from"),
         ({"initial_density": 0.2}, "initial_density with start_from="),
@@ -275,6 +283,18 @@ def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:
 def test_options_that_do_not_fit_are_refused(started: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(SRDEError, match=message):
         check_start(resolved(started, **options))
+
+
+def test_experts_whose_base_was_float16_in_training_fit_it(
+    inputs: Inputs, two_ranks: Ranks, started: Path, tmp_path: Path
+) -> None:
+    files, place = BaseFiles(inputs.base), tmp_path / "experts.safetensors"
+    rounded = files.identity(torch.float16)
+    assert rounded["hash"] != files.identity()["hash"]
+    source = started / "srde_weights.safetensors"
+    save_weights(place, load_file(source), replace(read_metadata(source), base=rounded))
+    flags = inputs.flags(tmp_path / "run", **SHORT, start_from=str(place))
+    assert two_ranks(train_here, flags) == [None, None]
 
 
 def test_another_base_is_refused(inputs: Inputs, one_rank: Ranks, started: Path, tmp_path: Path) -> None:

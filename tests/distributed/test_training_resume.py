@@ -22,6 +22,7 @@ from srde_ds.data.loader import RowStream
 from srde_ds.errors import SRDEError
 from srde_ds.model.output import SRDEOutput
 from srde_ds.training import trainer
+from srde_ds.training.checkpointing import RunState
 from srde_ds.training.observers import Domains, HeldOutLosses
 from srde_ds.training.run import Observer, Run
 from tests.distributed.harness import Ranks
@@ -152,6 +153,29 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     for path in (reference / "checkpoint-3").glob("*.safetensors"):
         assert (run / "checkpoint-3" / path.name).read_bytes() == path.read_bytes(), path.name
     assert (run / "srde_weights.safetensors").read_bytes() == (reference / "srde_weights.safetensors").read_bytes()
+
+
+def train_with_another_loss(flags: dict[str, Any], difference: float, labels: int) -> str | None:
+    """The restored model's loss on its probe row, of that many labels, is not the saved one."""
+    original = RunState.probe_loss
+
+    def probe_loss(state: RunState, row: int) -> tuple[float, int]:
+        return original(state, row)[0] * (1 + difference), labels
+
+    with patch.object(RunState, "probe_loss", probe_loss):
+        return train_here(flags)
+
+
+@pytest.mark.parametrize(("difference", "labels", "fits"), [(1.5e-4, 4, True), (1.5e-4, 40, False), (1e-3, 4, False)])
+def test_a_restored_model_gives_the_saved_loss(
+    inputs: Inputs, one_rank: Ranks, reference: Path, tmp_path: Path, difference: float, labels: int, fits: bool
+) -> None:
+    flags = inputs.flags(tmp_path / "run", resume_from=str(reference), batch_size=4)
+    (error,) = one_rank(train_with_another_loss, flags, difference, labels)
+    if fits:
+        assert error is None
+    else:
+        assert error is not None and "Resume on hardware of the same kind, with the bf16" in error
 
 
 @pytest.mark.parametrize("world_size", [1, 4])

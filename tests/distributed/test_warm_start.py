@@ -21,14 +21,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from srde_ds.config import resolve
+from srde_ds.data.build.from_files import RowsOfFiles, build_dataset
 from srde_ds.data.manifest import load_manifest, load_rows
 from srde_ds.errors import SRDEError
+from srde_ds.model.attention import DOCUMENT_ATTENTION
 from srde_ds.model.base import load_base
 from srde_ds.model.policy import RoutingPolicy
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.training.warm_start.clustering import TARGET_GAP, RouterFit, fit_router
+from tests.data_helpers import tiny_tokenizer
 from tests.distributed.harness import Ranks, run_distributed
-from tests.distributed.training_helpers import DOMAINS, Inputs
+from tests.distributed.test_domain_statistics import assert_close
+from tests.distributed.training_helpers import DOMAINS, MAX_LENGTH, SEED, TEMPLATE, Inputs
 
 METHODS = ["discriminant", "kmeans", "domain_means", "random"]
 SAMPLES = 24
@@ -285,6 +289,42 @@ def test_planted_domains_are_recovered(inputs: Inputs, two_ranks: Ranks, tmp_pat
         else:
             assert max(result["before"]) < 0.9
             assert min(nmi) > 0.99 and min(share) > 0.99 and min(result["after"]) > 0.99
+
+
+def measured_with(attention: str, flags: dict[str, Any]) -> dict[str, Any]:
+    """Statistics and routers with this attention, and whether each forward told the base its documents."""
+    from srde_ds.training.domain_statistics import measure_domains
+    from srde_ds.training.warm_start.routers import warm_start_routers
+
+    told = set()
+
+    def look(base: Any, args: Any, inputs: dict[str, Any]) -> None:
+        told.add("documents" in inputs and inputs["attention_mask"].shape == (1, 1, 1, 1))
+
+    with running_engine(flags) as (engine, config, topology):
+        base, rows = engine.model.base, training_rows(config)
+        base.register_forward_pre_hook(look, with_kwargs=True)
+        base.config._attn_implementation = attention
+        engine.set_trainables(random_trainables(engine))
+        measure_domains(engine, config, topology, rows)
+        warm_start_routers(engine, config, topology, rows)
+        return {"told": told, "statistics": engine.model.origins.statistics, "routers": routers(engine)}
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_long_rows_are_measured_without_a_mask_over_all_pairs(
+    inputs: Inputs, two_ranks: Ranks, tmp_path: Path, packing: bool
+) -> None:
+    rows = RowsOfFiles(inputs.jsonl, None, DOMAINS, max_length=MAX_LENGTH, too_long="error", seed=SEED, packing=packing)
+    build_dataset(rows, tmp_path / "dataset", tiny_tokenizer(TEMPLATE))
+    changes = {"pretokenized_dir": str(tmp_path / "dataset"), "packing": packing, "eval_steps": 0}
+    flags = flags_of(inputs, tmp_path / "run", **changes)
+    masked = two_ranks(measured_with, "sdpa", flags)[0]
+    for found in two_ranks(measured_with, DOCUMENT_ATTENTION, flags):
+        assert (found["told"], masked["told"]) == ({True}, {False})
+        assert_close(found["statistics"], masked["statistics"], 1e-5)
+        for ours, theirs in zip(found["routers"], masked["routers"], strict=True):
+            assert float((ours - theirs).abs().max()) <= 1e-4 * float(theirs.abs().max())
 
 
 def layers_in_memory(flags: dict[str, Any]) -> dict[str, Any]:

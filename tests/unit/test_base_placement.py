@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -143,6 +144,19 @@ def test_the_processes_of_a_host_share_its_memory(name: str, monkeypatch: pytest
     for processes, share in ((8, 250), (1, 1000)):  # a process may be alone on a host of four
         monkeypatch.setenv("WORLD_SIZE", str(processes))
         assert settling.available_memory() == settling.USABLE * share
+
+
+@pytest.mark.parametrize(("processes", "gib"), [(1, 24), (2, 16), (3, 2), (4, 2)])
+def test_a_gpu_that_the_run_does_not_use_does_not_count(
+    processes: int, gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [24, 16, 2]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: len(sizes))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda n: SimpleNamespace(total_memory=sizes[n] * GIB))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, str(processes))
+    assert settling.available_memory() == settling.USABLE * gib * GIB
 
 
 def test_unlike_hosts_choose_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

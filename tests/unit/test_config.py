@@ -104,6 +104,7 @@ def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(key: str, value
         (["use_muon=true", "num_atoms=0", "--use_muon false"], {"granularity": "element", "use_muon": True}),
         (["jsonl_data=a", "pretokenized_dir=b", "Keep one"], {"jsonl_data": "a", "pretokenized_dir": "b"}),
         (["batch_size=2", "flash_attention=true", "--batch_size 1"], {"flash_attention": True, "batch_size": 2}),
+        (["bf16=false", "flash_attention=true", "one of them out"], {"flash_attention": True, "bf16": False}),
         (["domains=a,b,a", "'a'", "twice"], {"domains": "a,b,a"}),
         (
             ["load_balancing_target=domains", "load_balancing_weight=0", "leave --load_balancing_target out"],

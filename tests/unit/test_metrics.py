@@ -126,10 +126,11 @@ def test_tensorboard_events_read_back(tmp_path: Path) -> None:
 
 
 class Tracker(ModuleType):
-    """What W&B and trackio have in common."""
+    """W&B or trackio. As W&B does, it drops numbers for a step that is not its last one or a later one."""
 
     def __init__(self) -> None:
         super().__init__("tracker")
+        self.step = 0
         self.calls: list[tuple[str, Any]] = []
         self.runs: list[tuple[str, str]] = []
 
@@ -137,8 +138,14 @@ class Tracker(ModuleType):
         self.runs.append((resume, id))
         self.calls.append(("init", (project, name, config)))
 
-    def log(self, numbers: dict[str, float], *, step: int) -> None:
-        self.calls.append(("log", (step, numbers)))
+    def define_metric(self, name: str, *, step_metric: str | None = None) -> None:
+        self.calls.append(("axis", (name, step_metric)))
+
+    def log(self, numbers: dict[str, float], *, step: int | None = None) -> None:
+        step = self.step + 1 if step is None else step
+        if step >= self.step:
+            self.calls.append(("log", (step, numbers)))
+        self.step = max(self.step, step)
 
     def finish(self) -> None:
         self.calls.append(("finish", None))
@@ -172,11 +179,25 @@ def test_trackers_get_init_log_and_finish(tmp_path: Path, monkeypatch: pytest.Mo
         writer.write({"step": 4} | STEP)
         raise ZeroDivisionError  # the run is closed on the way out of an error too
     numbers = {"loss": 2.5, "tokens": 100, "tokens_per_expert/math": 0.75, "tokens_per_expert/code": 0.25}
+    numbers |= {"entropy/0": 0.5, "entropy/1": 1.5}
+    axes = [("axis", ("step", None)), ("axis", ("*", "step"))]
     assert tracker.calls == [
         ("init", ("experts", "run7", {"training": {"seed": 3}})),
-        ("log", (4, numbers | {"entropy/0": 0.5, "entropy/1": 1.5})),
+        *(axes if name == "wandb" else []),
+        ("log", (1, numbers | {"step": 4}) if name == "wandb" else (4, numbers)),
         ("finish", None),
     ]
+
+
+def test_wandb_gets_the_steps_that_a_resumed_run_does_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
+    for resume_step in (0, 1):
+        with writer_of(tmp_path, TrackingConfig(use_wandb=True), resume_step=resume_step) as writer:
+            for step in range(resume_step + 1, 4):
+                writer.write({"step": step, "loss": 1.0})
+    logged = [what[1]["step"] for call, what in tracker.calls if call == "log"]
+    assert logged == [1, 2, 3, 2, 3]
 
 
 def test_a_board_on_a_full_disk_does_not_end_the_run(
@@ -218,7 +239,11 @@ def test_a_tracker_that_fails_does_not_end_the_run(
             writer.write({"step": step, "loss": 0.5})
     assert caplog.messages == ["wandb: no network; it gets no more numbers of this run, metrics.jsonl has them."]
     assert len(lines(tmp_path)) == 2
-    assert {call for call, _ in tracker.calls} == {"init": set(), "log": {"init"}, "finish": {"init", "log"}}[name]
+    assert {call for call, _ in tracker.calls} == {
+        "init": set(),
+        "log": {"init", "axis"},
+        "finish": {"init", "axis", "log"},
+    }[name]
 
 
 @pytest.mark.parametrize("enabled", [True, False])

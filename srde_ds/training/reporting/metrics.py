@@ -93,7 +93,12 @@ class MetricsWriter:
                 else {"resume": "allow" if resume_step else "never"}  # it goes by the name
             )
             module.init(project=tracking.wandb_project, name=name, config=dict(run_config or {}), **goes_on)
-            self._trackers[flag] = _Tracker(partial(_log, module), module.finish)
+            log = _log
+            if flag == "use_wandb":  # it drops what comes for an earlier step of its own, so the axis is ours
+                module.define_metric("step")
+                module.define_metric("*", step_metric="step")
+                log = _log_with_step
+            self._trackers[flag] = _Tracker(partial(log, module), module.finish)
 
         for flag, module in modules.items():
             self._guarded(flag, partial(start, flag, module))
@@ -155,6 +160,10 @@ def _add_scalars(board: Any, numbers: Mapping[str, float], step: int) -> None:
 
 def _log(tracker: Any, numbers: Mapping[str, float], step: int) -> None:
     tracker.log(numbers, step=step)
+
+
+def _log_with_step(tracker: Any, numbers: Mapping[str, float], step: int) -> None:
+    tracker.log({**numbers, "step": step})
 
 
 def flatten(metrics: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

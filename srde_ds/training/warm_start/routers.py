@@ -20,6 +20,7 @@ from srde_ds.data.tokenizer import load_tokenizer
 from srde_ds.distributed.engine import Engine
 from srde_ds.distributed.processes import Topology, broadcast_from_main, gather_to_main
 from srde_ds.model.adapter import SRDEModel
+from srde_ds.model.attention import inputs_of
 from srde_ds.model.evaluated import evaluated
 from srde_ds.model.layer import SRDEFeedForward
 from srde_ds.model.policy import RoutingPolicy
@@ -75,7 +76,7 @@ def warm_start_routers(
     batches = validation_batches(
         rows.select(sample.rows), config.training.batch_size, rank=topology.rank, world_size=topology.world_size
     )
-    own = _own_inputs(engine, config, topology, until_interrupted(batches, interrupted), sample)
+    own = _own_inputs(engine, config, until_interrupted(batches, interrupted), sample)
     fits = cluster_layers(until_interrupted(own, interrupted), sample, config, topology)
     engine.set_trainables(
         {f"layers.{layer}.router.weight": torch.from_numpy(fit.weights) for layer, fit in enumerate(fits)}
@@ -99,9 +100,7 @@ def special_tokens(base: ModelConfig, topology: Topology) -> list[int]:
     )
 
 
-def _own_inputs(
-    engine: Engine, config: Config, topology: Topology, batches: Iterable[Batch], sample: TokenSample
-) -> list[Tensor]:
+def _own_inputs(engine: Engine, config: Config, batches: Iterable[Batch], sample: TokenSample) -> list[Tensor]:
     """For each layer, `[n, D]` in host memory: the inputs of this rank's tokens of the sample."""
     # Each row goes through its domain's expert if these were trained on their domains. Otherwise all deltas are zero,
     # and any routing gives the same inputs, except with start_from, whose routers choose.
@@ -111,26 +110,28 @@ def _own_inputs(
         return [RoutingPolicy(forced_experts=forced_experts(batch, "domain") if forced else None)]
 
     with evaluated(engine.deepspeed):
-        return capture_inputs(engine.model, forward_of(engine.deepspeed, topology.device, policies), batches, sample)
+        forward = forward_of(engine.model, policies, through=engine.deepspeed)
+        return capture_inputs(engine.model, forward, batches, sample)
 
 
 def forward_of(
-    model: Callable[..., object],
-    device: torch.device,
+    model: SRDEModel,
     policies: Callable[[Batch], Iterable[RoutingPolicy]] = lambda _: [RoutingPolicy()],
+    *,
+    through: Callable[..., object] | None = None,
 ) -> Callable[[Batch], object]:
     """A function that runs a batch of `validation_batches` through a model, for what hooks see of it.
 
     Args:
-        model: an SRDEModel or what wraps it.
         policies: gets the batch on the device; the model runs once with each.
+        through: what wraps the model and is to be called instead, such as DeepSpeed's engine.
     """
+    device, run = model.layers[0].support.device, through or model
 
     def forward(batch: Batch) -> None:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids", "token_mask")}
-        for policy in policies(batch):
-            model(**inputs, logits_to_keep=1, policy=policy)
+        inputs = inputs_of(model.base, batch, device)
+        for policy in policies({key: value.to(device) for key, value in batch.items()}):
+            run(**inputs, logits_to_keep=1, policy=policy)
 
     return forward
 
