@@ -266,6 +266,23 @@ def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
     assert (second.answer, second.source) == ("56", "")
 
 
+def test_a_quote_of_a_tsv_file_without_quoting_is_text(tmp_path: Path) -> None:
+    head = "prompt\tresponse"
+    records = read(write(tmp_path / "a.tsv", head, '"Inception is what?\ta film', 'Who said "\tI did', "a\tb"))
+    assert pairs(records) == [('"Inception is what?', "a film"), ('Who said "', "I did"), ("a", "b")]
+    assert [record.where.rpartition(":")[2] for record in records] == ["2", "3", "4"]
+    write(tmp_path / "b.tsv", head, '"Inception" is what?\ta "film"', '"a ""b""\nc"\td', 'e\t"f')
+    assert pairs(read(tmp_path / "b.tsv")) == [('"Inception" is what?', 'a "film"'), ('a "b"\nc', "d"), ("e", '"f')]
+    go = '"func f() {\n\treturn\n\t}"'  # some of its lines have as many cells as the header
+    assert pairs(read(write(tmp_path / "c.tsv", head, f"write\t{go}")))[0][1] == go[1:-1]
+
+
+def test_a_quote_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
+    escaped = r'"he said \"hello\"",b'
+    refused(write(tmp_path / "a.csv", "prompt,response", "a,b", escaped), "a.csv:3: a quote does not enclose", "JSONL")
+    refused(write(tmp_path / "b.tsv", "prompt\tresponse", '"a', "b\tc"), "b.tsv:2: a quote does not enclose its cell")
+
+
 @pytest.mark.parametrize("compression", ["", ".gz"])
 def test_tables_of_a_country_with_decimal_commas_have_semicolons(tmp_path: Path, compression: str) -> None:
     text = 'prompt;"response";source\r\n"a; b\n c";0,5;\r\nd;"e, f";hand\r\n'
