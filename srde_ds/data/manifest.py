@@ -90,6 +90,8 @@ class Manifest(_KnownFields):
     """reading options other than the defaults, such as format, columns, domain and encoding"""
     bad_records: int = 0
     """number of bad records left out, with on_bad_record=skip"""
+    named_splits: list[str] | None = None
+    """the split that each file's name says, or an empty text, in order; None: not known (older releases, sources)"""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `manifest.json`."""

@@ -331,6 +331,20 @@ def test_records_of_many_files_make_one_dataset(tmp_path: Path) -> None:
     fails(files, "It was built from other files or other content")
 
 
+def test_files_renamed_so_that_their_names_say_the_split_are_other_files(tmp_path: Path) -> None:
+    for name, numbers in (("part1", range(30)), ("part2", range(30, 40))):
+        write_jsonl(tmp_path / f"{name}.jsonl", sums("math", numbers))
+    files = {"jsonl_data": Path(f"{tmp_path}/*.jsonl"), "eval_file": None, "output_dir": tmp_path / "rows"}
+    options: dict[str, Any] = files | {"domains": ["math"]}
+    assert list(build(options).splits) == ["train"]
+    (tmp_path / "part1.jsonl").rename(tmp_path / "train.jsonl")
+    (tmp_path / "part2.jsonl").rename(tmp_path / "validation.jsonl")
+    fails(options, "It was built when the names of the files told other splits")
+    path = tmp_path / "rows/manifest.json"  # of a release that did not note them
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "named_splits"}))
+    assert list(build(options).splits) == ["train"]
+
+
 def test_how_files_are_read_is_part_of_what_a_folder_is(files: dict[str, Any], tmp_path: Path) -> None:
     renamed = [{"q": r["prompt"], "response": r["response"]} for r in sums("math", range(20))]
     write_jsonl(files["jsonl_data"], renamed)
