@@ -165,6 +165,16 @@ def test_near_duplicates_are_found_and_others_left() -> None:
     assert not near_duplicates(signatures(texts), np.ones(900, bool), 1.0).any()
 
 
+@pytest.mark.parametrize("threshold", [0.8, 0.7, 0.5, 0.3])
+def test_pairs_above_any_threshold_are_found(threshold: float) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 2**32, (400, 128), np.uint32)
+    other = generator.integers(0, 2**32, (400, 128), np.uint32)
+    alike = np.where(generator.random(values.shape) < threshold + 0.1, values, other)
+    found = near_duplicates(np.concatenate([values, alike]), np.ones(800, bool), threshold)
+    assert not found[:400].any() and found[400:].mean() > 0.95
+
+
 def test_only_candidates_are_compared_and_short_texts_too() -> None:
     texts = ["two words", "two words", "other words", "+", "-", "+"]
     everything = near_duplicates(signatures(texts), np.ones(6, bool), 0.8)
