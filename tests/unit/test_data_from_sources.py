@@ -352,6 +352,24 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
     assert not (tmp_path / "data" / "tokenized").exists()
 
 
+def test_records_of_another_build_or_edited_ones_are_replaced_only_on_request(
+    options: BuildOptions, tmp_path: Path
+) -> None:
+    build(options, tmp_path / "data", tokenizer=None)
+    records = tmp_path / "data/data.jsonl"
+    made = records.read_bytes()
+    build(options, tmp_path / "data", tokenizer=None)
+    fewer = replace(options, examples_per_domain=options.examples_per_domain // 2)
+    with pytest.raises(SRDEError, match="its data.jsonl holds other records than this build makes"):
+        build(fewer, tmp_path / "data", tokenizer=None)
+    assert records.read_bytes() == made and not records.with_name("data.jsonl.tmp").exists()
+    records.write_bytes(made.replace(b"?", b"!", 1))
+    with pytest.raises(SRDEError, match="or edited by hand. Give --overwrite to replace it"):
+        build(options, tmp_path / "data", tokenizer=None)
+    build(options, tmp_path / "data", tokenizer=None, overwrite=True)
+    assert records.read_bytes() == made
+
+
 def test_too_long_is_a_policy(options: BuildOptions, tmp_path: Path) -> None:
     rows = [*items("logic", range(40)), *items("logic", range(40, 60), answer="word " * 300 + "{}")]
     one = replace(options, sources=[source(tmp_path / "p.jsonl", "logic", rows)], examples_per_domain=60)
