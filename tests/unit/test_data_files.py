@@ -446,6 +446,12 @@ def test_what_a_form_does_not_know_is_refused_by_name(tmp_path: Path, record: di
     assert refused(path, message).startswith(f"{path}:1: ")
 
 
+def test_a_column_may_stand_for_several_keys(tmp_path: Path) -> None:
+    names = {"prompt": "text", "answer": "label", "response": "label"}
+    (found,) = read(write(tmp_path / "a.jsonl", {"text": "7*8?", "label": "56"}), columns=names)
+    assert (found.answer, found.messages[-1]["content"]) == ("56", "56")
+
+
 def test_columns_are_renamed_and_left_out(tmp_path: Path) -> None:
     record = {"q": "7*8?", "response": "long", "reply": "56", "topic": "math", "id": 3, "note": "x", "extra": None}
     path = write(tmp_path / "data.jsonl", record)
