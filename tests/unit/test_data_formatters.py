@@ -314,6 +314,25 @@ def test_records_of_another_domain_or_held_out_ones_are_no_rows(tmp_path: Path) 
     ]
 
 
+def test_a_source_may_have_another_encoding_and_columns_that_no_form_has(tmp_path: Path) -> None:
+    rows = 'prompt,response,note\n"Un café?","près de la fenêtre",à côté\n'
+    (tmp_path / "faq.csv").write_text(rows, encoding="cp1252")
+    source = Source("own", "math", jsonl=str(tmp_path / "faq.csv"), formatter="by_keys")
+    with pytest.raises(SourceError, match="not UTF-8.* the source's encoding "):
+        read(source)
+    (broken,) = read(replace(source, encoding="cp1252"))
+    assert str(broken).endswith("or leave it out with the source's ignore_columns note")
+    (example,) = read(replace(source, encoding="cp1252", ignore_columns=["note"]))
+    assert isinstance(example, Example) and example.messages[0]["content"] == "Un café?"
+    line = json.dumps({"prompt": "é", "response": "b"}, ensure_ascii=False) + "\n"
+    (tmp_path / "lines.jsonl").write_text(line, encoding="cp1252")
+    source = replace(source, jsonl=str(tmp_path / "lines.jsonl"))
+    (broken,) = read(source)
+    assert str(broken) == "not UTF-8: give the source's encoding, such as cp1252"
+    (example,) = read(replace(source, encoding="cp1252"))
+    assert isinstance(example, Example) and example.messages[0]["content"] == "é"
+
+
 def test_several_files_are_one_source_and_bad_lines_are_told(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "1", "response": "b"}])
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "2", "response": "b"}\n{"prompt"\n'))

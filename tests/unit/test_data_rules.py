@@ -127,6 +127,12 @@ def test_every_answer_has_its_question_and_the_system_message_a_hash_of_its_own(
     assert system[0] == system[1] and len({*system[1:]}) == 3
 
 
+def test_an_evaluation_file_in_another_encoding_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question\nÀ côté de la fenêtre ?\n", encoding="cp1252")
+    with pytest.raises(SRDEError, match=r"not UTF-8[^:]*: save it as UTF-8\.$"):
+        list(read_evaluation_file(tmp_path / "a.csv"))
+
+
 def test_runs_of_words_are_hashed_in_order() -> None:
     values = np.array([hashed(word) for word in words("A b, c! d a B C")], np.uint64)
     runs = ngram_hashes(values, 3)
