@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 
 from srde_ds.cluster.host_agent import describe_host, gpus
 from srde_ds.cluster.hosts import Host
+from srde_ds.cluster.rank_environment import read_rank_environment
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.utils.units import GIB
@@ -244,11 +245,12 @@ def check_interfaces(found: dict[str, dict[str, Any]], variables: dict[str, str]
         plain = re.fullmatch(r"[\w.]+", name) is not None  # NCCL also takes prefixes and exclusions
         for host, fact in found.items():
             if plain and not any(each.startswith(name) for each in fact["interfaces"]):
-                remedy = f"it has {', '.join(fact['interfaces'])}: srde-ds hosts --interface NAME"
+                remedy = f"it has {', '.join(fact['interfaces'])}: srde-ds hosts --hostfile HOSTFILE --interface NAME"
                 yield Finding("fatal", f"{host}: no interface {name} ({library}_SOCKET_IFNAME)", remedy)
             elif library == "GLOO" and not name and not fact["gpus"] and fact["own_address"].startswith("127."):
                 text = f"{host}: its name resolves to {fact['own_address']}, which gloo would offer to the other hosts"
-                yield Finding("fatal", text, "name the interface: srde-ds hosts --interface eth0 (.deepspeed_env)")
+                remedy = "name the interface: srde-ds hosts --hostfile HOSTFILE --interface eth0 (.deepspeed_env)"
+                yield Finding("fatal", text, remedy)
         if name:
             yield Finding("ok", f"{library} uses interface {name}")
 
@@ -390,7 +392,5 @@ def rank_variables() -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name.startswith("NCCL")}
     for folder in (Path.home(), Path.cwd()):
         with suppress(OSError):
-            for line in (folder / ".deepspeed_env").read_text().splitlines():
-                name, _, value = line.partition("=")
-                found[name] = value
+            found |= read_rank_environment(folder / ".deepspeed_env")
     return found
