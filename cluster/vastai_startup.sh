@@ -88,7 +88,8 @@ else
 fi
 say training "$gpus GPUs, $MAX_STEPS steps, into $OUTPUT_DIR"
 if [ -n "${WEBHOOK_URL:-}" ]; then
-    srde-ds monitor "$OUTPUT_DIR" 9>&- &
+    # Not before training is at work: completed.json may be that of a run with fewer steps.
+    (while [ ! -e "$OUTPUT_DIR/run.lock" ]; do sleep 1; done; exec srde-ds monitor "$OUTPUT_DIR") 9>&- &
     monitor=$!
 fi
 read -ra more <<<"$TRAIN_ARGUMENTS"
