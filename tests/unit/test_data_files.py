@@ -428,6 +428,8 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
         ({"question": "a", "choices": ["b", 1], "answer": 1}, "field 'choices' must hold texts"),
         ({"question": "a", "choices": ["b"], "answer": 0}, "an option is missing"),
         ({"question": "a", "choices": ["b", "c"], "options": [], "answer": 0}, "has several of choices, options"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 0, "context": ["d"]}, "'context' must be text, not a list"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 0, "rationale": {}}, "'rationale' must be text, not an ob"),
         ({"question": "a"}, "field 'answer' is missing"),
         ({"instruction": "a"}, "field 'output' is missing"),
         ({"instruction": "a", "input": 1, "output": "b"}, "field 'input' must be text, not a number"),

@@ -154,6 +154,13 @@ def test_there_are_no_more_options_than_letters() -> None:
         FORMATTERS["multiple_choice"].format(row | {"options": [*options, "another"]})
 
 
+def test_a_passage_that_is_no_text_is_refused() -> None:
+    row = {"question": "2 + 2?", "options": ["3", "4"], "label": "4"}
+    for key, value, kind in (("context", ["Sums.", "More."], "a list"), ("rationale", {"a": 1}, "an object")):
+        with pytest.raises(BrokenRow, match=f"field '{key}' must be text, not {kind}"):
+            FORMATTERS["multiple_choice"].format(row | {key: value})
+
+
 def test_numbers_are_options_and_rows_with_a_passage_are_a_group() -> None:
     row = {"question": "2 + 2?", "options": [3, 4], "label": "4"}
     example = FORMATTERS["multiple_choice"].format(row)
