@@ -81,7 +81,7 @@ class Manifest(_KnownFields):
     build: str = ""
     """fingerprint of the build from sources; empty for files that were taken as they are"""
     sources: list[dict[str, str | None]] = field(default_factory=list)
-    """name, domain, location, revision, license and redistributable of each source of such a build"""
+    """name, domain, kind, location, revision, license and redistributable of each source of such a build"""
     train_on: str = "all"
     """which of the assistant's turns carry labels, apart from those marked to carry none: all, or the last"""
     packing: bool = True

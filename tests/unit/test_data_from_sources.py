@@ -334,7 +334,8 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
     assert build(options, tmp_path / "data").fingerprint == first.fingerprint
     with pytest.raises(SRDEError, match="'tokenized' holds another dataset. Give --overwrite"):
         build(replace(options, max_length=300), tmp_path / "data")
-    assert load_manifest(tmp_path / "data" / "tokenized").max_length == 256
+    manifest = load_manifest(tmp_path / "data" / "tokenized")
+    assert manifest.max_length == 256 and {source["kind"] for source in manifest.sources} >= {"jsonl"}
     build(replace(options, max_length=300), tmp_path / "data", overwrite=True)
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 300
     notes = tmp_path / "data" / "tokenized" / "notes.txt"

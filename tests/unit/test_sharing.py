@@ -400,6 +400,18 @@ def test_the_bases_licence_is_read_from_its_page(page: str | None, expected: str
     assert base_license("no/such-base-anywhere") is None and base_license("/no/such/folder/at/all") is None
 
 
+def test_files_are_no_datasets_of_the_hub(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json")))
+    path = run / "tokenized/manifest.json"
+    manifest = json.loads(path.read_text())
+    [source] = manifest["sources"]
+    kinds = {"data/*.parquet": None, "cases/law.jsonl": "jsonl", "someone/sums": "hub", "older/sums": None}
+    of_kind = [source | {"location": name} | ({"kind": kind} if kind else {}) for name, kind in kinds.items()]
+    path.write_text(json.dumps(manifest | {"sources": of_kind}))
+    card = model_card(SRDEModel.from_pretrained(None, run).metadata(), repo=None, run=run)
+    assert header(card)["datasets"] == ["older/sums", "someone/sums"]
+
+
 def test_the_licence_is_that_of_the_bases_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for revision, text in (("1" * 40, b"---\nlicense: mit\n---\n"), ("2" * 40, b"---\nlicense: other\n---\n\xff")):

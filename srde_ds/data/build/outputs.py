@@ -121,7 +121,7 @@ def write_selection(
     write_rows(work_dir / ROWS, manifest, documents, made_from, pad_token_id(tokenizer), store)
 
 
-_ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable")
+_ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable", "kind")
 
 
 def _documents(split: int, domain: str, selection: Selection, pool: Pool, options: BuildOptions) -> Documents:
