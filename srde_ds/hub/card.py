@@ -139,14 +139,17 @@ def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
         )
     else:
         place = ""
+    load, of = f"{base!r}, {repo or '.'!r}", ""
+    if metadata.model_revision and not place:  # a base that is named is loaded as it is now
+        load, of = f"None, {repo or '.'!r}, allow_download=True", f", revision={metadata.model_revision!r}"
     return f"""## How to use{place}
 
 ```python
 from transformers import AutoTokenizer
 from srde_ds import SRDEModel
 
-model = SRDEModel.from_pretrained({base!r}, {repo or "."!r})
-tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = SRDEModel.from_pretrained({load})
+tokenizer = AutoTokenizer.from_pretrained({base!r}{of})
 question = [{{"role": "user", "content": "What is 17 * 3?"}}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
