@@ -290,6 +290,15 @@ def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Any], tmp_pa
     check_tokenizer(manifest, type(tokenizer).from_pretrained(tmp_path / "saved"))
 
 
+def test_another_bos_token_makes_other_rows_unless_the_manifest_is_older(files: dict[str, Any]) -> None:
+    manifest, tokenizer = build(files), tiny_tokenizer()
+    tokenizer.bos_token = "math"
+    with pytest.raises(SRDEError, match=r"differs from '' in bos_token \(<s> != math\)"):
+        check_tokenizer(manifest, tokenizer)
+    del manifest.tokenizer["bos_token"]
+    check_tokenizer(manifest, tokenizer)
+
+
 def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Any], tmp_path: Path) -> None:
     several = [
         {"messages": [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]}
