@@ -16,7 +16,7 @@
 #   SOURCES_FILE         your own sources instead of those of the six domains (docs/data.md)
 #   TRAIN_ARGUMENTS      more flags of `srde-ds train`, split at blanks
 #   CONVERT_TO           a further export at the end: moe or gguf (docs/convert.md)
-#   UPLOAD_REPO          Hub repository, made private, for the weights at the end
+#   UPLOAD_REPO          private Hub repository for the weights at the end, made if it does not exist
 #   MAX_RESTARTS         restarts of training after failures (3)
 #   PREFLIGHT            false: do not check the machine before training (true)
 #   ENVIRONMENT          a Python environment with srde-ds in it, instead of installing one
@@ -55,6 +55,29 @@ PYTHON
     fi
 }
 
+# upload [RESULT...]: into UPLOAD_REPO; without results it only checks what can be known before. Unlike hf, it does not
+# publish results because the repository exists and is public.
+upload() {
+    python - "$UPLOAD_REPO" "$@" <<'PYTHON'
+import sys
+from pathlib import Path
+from huggingface_hub import get_token
+from srde_ds.errors import SRDEError
+from srde_ds.utils.upload import Upload
+
+repo, *results = sys.argv[1:]
+upload = Upload(repo, "model", True, get_token(), f"UPLOAD_REPO={repo}")
+try:
+    upload.check()
+    upload.refuse_public()
+    for result in map(Path, results):
+        whole = result.is_dir()
+        upload.send(result if whole else result.parent, f"Add {result.name}", None if whole else [result.name])
+except SRDEError as error:
+    sys.exit(f"vastai_startup: error: {error}")
+PYTHON
+}
+
 mkdir -p "$OUTPUT_DIR" "$WORK_DIR"
 exec 9>"$WORK_DIR/.lock"
 flock --nonblock 9 || { echo "vastai_startup: another one is at work in $WORK_DIR" >&2; trap - EXIT; exit 3; }
@@ -65,6 +88,9 @@ if [ -z "$ENVIRONMENT" ]; then
     ENVIRONMENT=$PWD/.venv
 fi
 export PATH="$ENVIRONMENT/bin:$PATH"
+
+task="upload's check"
+if [ -n "$UPLOAD_REPO" ]; then upload; fi
 
 task=data
 if [ ! -e "$WORK_DIR/tokenized/manifest.json" ]; then
@@ -88,7 +114,8 @@ else
 fi
 say training "$gpus GPUs, $MAX_STEPS steps, into $OUTPUT_DIR"
 if [ -n "${WEBHOOK_URL:-}" ]; then
-    srde-ds monitor "$OUTPUT_DIR" 9>&- &
+    # Not before training is at work: completed.json may be that of a run with fewer steps.
+    (while [ ! -e "$OUTPUT_DIR/run.lock" ]; do sleep 1; done; exec srde-ds monitor "$OUTPUT_DIR") 9>&- &
     monitor=$!
 fi
 read -ra more <<<"$TRAIN_ARGUMENTS"
@@ -114,11 +141,6 @@ fi
 
 if [ -n "$UPLOAD_REPO" ]; then
     task=upload
-    for result in "${results[@]}"; do
-        # The Hub skips what it already has.
-        inside=.
-        if [ -f "$result" ]; then inside=${result##*/}; fi
-        hf upload "$UPLOAD_REPO" "$result" "$inside" --private
-    done
+    upload "${results[@]}"
 fi
 say 'done' "results: ${results[*]}"

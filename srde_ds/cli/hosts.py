@@ -41,7 +41,9 @@ class RankVariables:
     variables: str | None = option(
         None, "further variables; NAME alone takes its value from here", metavar="NAME[=VALUE],..."
     )
-    environment_file: str = option(".deepspeed_env", "file to write them to, as deepspeed expects it", metavar="FILE")
+    environment_file: str = option(
+        ".deepspeed_env", "file to add them to, as deepspeed expects it; others there stay", metavar="FILE"
+    )
 
 
 def hosts(arguments: Sequence[str]) -> None:
@@ -60,7 +62,7 @@ def hosts(arguments: Sequence[str]) -> None:
         raise SRDEError(f"--{sources[0]} and --{sources[1]} both name the hosts: leave one out.")
 
     from srde_ds.cluster import hosts as cluster_hosts
-    from srde_ds.cluster.rank_environment import format_rank_environment, rank_environment
+    from srde_ds.cluster.rank_environment import format_rank_environment, rank_environment, read_rank_environment
 
     written: dict[str, str] = {}
     ssh_config = None
@@ -90,7 +92,13 @@ def hosts(arguments: Sequence[str]) -> None:
     if ranks.interface or ranks.variables:
         names = ranks.variables.split(",") if ranks.variables else []
         variables = rank_environment(names, ranks.interface, os.environ)
-        written[ranks.environment_file] = format_rank_environment(variables)
+        try:
+            there = read_rank_environment(Path(ranks.environment_file))
+        except (OSError, UnicodeDecodeError):
+            raise SRDEError(f"environment_file={ranks.environment_file}: cannot be read. Remove it.") from None
+        if kept := [name for name in there if name not in variables]:
+            print(f"Kept in {ranks.environment_file}: {', '.join(kept)}", file=sys.stderr)
+        written[ranks.environment_file] = format_rank_environment(there | variables)
     for path, text in written.items():
         try:
             with output(Path(path)) as partial:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -24,6 +24,7 @@ from packaging.requirements import Requirement
 
 from srde_ds.cluster.host_agent import describe_host, gpus
 from srde_ds.cluster.hosts import Host
+from srde_ds.cluster.rank_environment import read_rank_environment
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.utils.units import GIB
@@ -60,43 +61,60 @@ def check(
         processes: without a hostfile, the number of processes on this host (default: one per GPU).
         nodes: without a hostfile, the number of hosts with so many processes.
     """
-    here = hosts[0].slots if hosts else processes or max(1, _visible_gpus())
-    total = sum(host.slots for host in hosts) or here * nodes
-    yield from check_here(config, total, processes_here=here)
-    if hosts:
-        yield from check_hosts(config.model.model_name, config.training.output_dir, hosts, port)
+    if hosts:  # this host may be none of them
+        memory = yield from check_hosts(config.model.model_name, config.training.output_dir, hosts, port)
+        yield from check_here(config, sum(host.slots for host in hosts), gpu_gib=memory)
+        return
+    here = processes or max(1, len(_visible(gpus())))
+    yield from check_here(config, here * nodes, processes_here=here)
 
 
-def _visible_gpus() -> int:
-    """Number of GPUs that processes of this shell may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    found = len(gpus())
-    if visible is None:
+def _visible(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those of this host's GPUs that processes of this shell may use; with memory 0 if it is not known which they are.
+
+    CUDA_VISIBLE_DEVICES has numbers, by which CUDA calls the fastest GPU the first unless it is told otherwise, or the
+    beginnings of UUIDs.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
         return found
-    return min(found, sum(number.strip() not in ("", "-1") for number in visible.split(",")))
+    in_order = len({gpu["memory_gib"] for gpu in found}) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    visible: list[dict[str, Any]] = []
+    for name in map(str.strip, named.split(",")):
+        if name.isdecimal():
+            visible += [gpu if in_order else gpu | {"memory_gib": 0.0} for gpu in found[int(name) : int(name) + 1]]
+        elif name.startswith("MIG-"):
+            visible.append({"name": name, "memory_gib": 0.0, "driver": "unknown"})
+        elif name:
+            visible += [gpu for gpu in found if gpu["uuid"].startswith(name)][:1]
+    return visible
 
 
-def check_here(config: Config, processes: int, *, processes_here: int = 1) -> Iterator[Finding]:
+def check_here(
+    config: Config, processes: int, *, processes_here: int = 1, gpu_gib: float | None = None
+) -> Iterator[Finding]:
     """Quick checks of this host: packages, GPUs, base, memory, disk.
 
     Args:
         processes: number of processes of the whole run.
         processes_here: number of processes on this host.
+        gpu_gib: least memory of the GPUs of the run's hosts; None: the run uses this host's GPUs.
     """
     yield from check_packages()
     found = describe_host(None, config.training.output_dir)
-    visible = found["gpus"][: _visible_gpus()]
-    yield check_gpus(visible, processes_here)
+    if gpu_gib is None:
+        visible = _visible(found["gpus"])
+        gpu_gib = min((gpu["memory_gib"] for gpu in visible), default=0.0)
+        yield check_gpus(visible, processes_here)
     yield from check_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")))
     if not found["writable"]:
         yield Finding("fatal", f"output_dir={config.training.output_dir} is not writable", "choose another one")
     if config.model.model_name is None:
         yield Finding("warning", "no --model_name: memory and disk were not checked", "give the options of the run")
         return
-    memory = min((gpu["memory_gib"] for gpu in visible), default=0.0)
     # Checkpoints that are there make room for later ones.
     kept = sum(path.stat().st_size for path in Path(config.training.output_dir).glob("checkpoint-*/*"))
-    yield from check_sizes(config, processes, memory * GIB, found["free_bytes"] + kept)
+    yield from check_sizes(config, processes, gpu_gib * GIB, found["free_bytes"] + kept)
 
 
 def check_packages() -> Iterator[Finding]:
@@ -181,8 +199,13 @@ def check_sizes(config: Config, processes: int, gpu_bytes: float, free_bytes: in
         yield Finding("ok", f"{text}; there is room for {free_bytes / GIB:.1f} GiB")
 
 
-def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: int) -> Iterator[Finding]:
-    """Check that the hosts can run together. `port` is that of the rendezvous."""
+def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: int) -> Generator[Finding, None, float]:
+    """Check that the hosts can run together. `port` is that of the rendezvous.
+
+    Returns:
+        The least memory of their GPUs in GiB, since CUDA takes the better ones first; 0 if it is not known.
+    """
+    memory: list[float] = []
     with ExitStack() as stack:
         agents: dict[str, Agent] = {}
         for host in hosts:
@@ -203,13 +226,16 @@ def check_hosts(base: str | None, output_dir: str, hosts: Sequence[Host], port: 
             yield from compare(found)
             for host in hosts:
                 if host.name in found:
-                    yield check_gpus(found[host.name]["gpus"], host.slots, host.name)
+                    there = found[host.name]["gpus"]
+                    memory += sorted(gpu["memory_gib"] for gpu in there)[-host.slots :]
+                    yield check_gpus(there, host.slots, host.name)
             yield from check_interfaces(found, rank_variables())
             yield from _check_clocks(agents)
             yield from _check_shared(agents, Path(output_dir).absolute())
             yield from _check_ports(agents, port)
         except AgentError as error:
             yield error.finding()
+    return min(memory, default=0.0)
 
 
 def compare(found: dict[str, dict[str, Any]]) -> Iterator[Finding]:
@@ -244,11 +270,12 @@ def check_interfaces(found: dict[str, dict[str, Any]], variables: dict[str, str]
         plain = re.fullmatch(r"[\w.]+", name) is not None  # NCCL also takes prefixes and exclusions
         for host, fact in found.items():
             if plain and not any(each.startswith(name) for each in fact["interfaces"]):
-                remedy = f"it has {', '.join(fact['interfaces'])}: srde-ds hosts --interface NAME"
+                remedy = f"it has {', '.join(fact['interfaces'])}: srde-ds hosts --hostfile HOSTFILE --interface NAME"
                 yield Finding("fatal", f"{host}: no interface {name} ({library}_SOCKET_IFNAME)", remedy)
             elif library == "GLOO" and not name and not fact["gpus"] and fact["own_address"].startswith("127."):
                 text = f"{host}: its name resolves to {fact['own_address']}, which gloo would offer to the other hosts"
-                yield Finding("fatal", text, "name the interface: srde-ds hosts --interface eth0 (.deepspeed_env)")
+                remedy = "name the interface: srde-ds hosts --hostfile HOSTFILE --interface eth0 (.deepspeed_env)"
+                yield Finding("fatal", text, remedy)
         if name:
             yield Finding("ok", f"{library} uses interface {name}")
 
@@ -390,7 +417,5 @@ def rank_variables() -> dict[str, str]:
     found = {name: value for name, value in os.environ.items() if name.startswith("NCCL")}
     for folder in (Path.home(), Path.cwd()):
         with suppress(OSError):
-            for line in (folder / ".deepspeed_env").read_text().splitlines():
-                name, _, value = line.partition("=")
-                found[name] = value
+            found |= read_rank_environment(folder / ".deepspeed_env")
     return found

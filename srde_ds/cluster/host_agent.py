@@ -51,19 +51,19 @@ def writable(folder: Path) -> bool:
 
 
 def gpus() -> list[dict[str, Any]]:
-    """Name, memory and driver of each GPU, as nvidia-smi lists them; none without it.
+    """Name, memory, driver and UUID of each GPU, as nvidia-smi lists them; none without it.
 
     The memory is 0 where nvidia-smi does not know it: boards that share the host's print "[N/A]".
     """
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version,uuid", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[field.strip() for field in line.split(",")] for line in listed.splitlines() if line.strip()]
     return [
-        {"name": name, "memory_gib": float(mib) / 1024 if mib.isdecimal() else 0.0, "driver": driver}
-        for name, mib, driver in rows
+        {"name": name, "memory_gib": float(mib) / 1024 if mib.isdecimal() else 0.0, "driver": driver, "uuid": uuid}
+        for name, mib, driver, uuid in rows
     ]
 
 

@@ -17,13 +17,14 @@ from urllib.parse import urlsplit
 
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import FILE, read_heartbeat
+from srde_ds.training.run_lock import held_since
 from srde_ds.utils.escape import one_line
 from srde_ds.weights.locate import COMPLETED
 
 logger = logging.getLogger(__name__)
 
-State = Literal["waiting", "running", "stalled", "died", "stopped", "failed", "finished"]
-GOOD: tuple[State, ...] = ("waiting", "running", "finished")
+State = Literal["waiting", "starting", "running", "stalled", "died", "stopped", "failed", "finished"]
+GOOD: tuple[State, ...] = ("waiting", "starting", "running", "finished")
 # A step that evaluates or saves takes longer than usual.
 USUAL_STEPS = 10.0
 SHORTEST_STALL_SECONDS = 120.0
@@ -56,6 +57,9 @@ def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) 
         found = f"{FILE} is damaged" if (folder / FILE).exists() else "no heartbeat yet"
         return Observation("waiting", f"{folder}: {found}")
     place = _describe(heartbeat)
+    # Until data and base are there, heartbeat and marker are those of an earlier attempt.
+    if (held_since(folder, now) or 0.0) > heartbeat["time"]:
+        return Observation("starting", f"{folder}: starting again, after {place}")
     if (folder / COMPLETED).exists():
         return Observation("finished", f"{folder}: finished, {place}")
     state, reason = heartbeat["state"], heartbeat.get("reason", "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from srde_ds.errors import SRDEError
 
@@ -48,7 +49,10 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
             )
         if not given:
             if name not in environment:
-                raise SRDEError(f"variables={name}: is not set here. Write {name}=VALUE.")
+                raise SRDEError(
+                    f"variables={name}: is not set here. Write {name}=VALUE. If it is part of a value with a comma, "
+                    "set that variable in the environment and give its name alone."
+                )
             value = environment[name]
         if _LOGIN.search(value):
             raise SRDEError(f"variables={name}: its value holds a password, and these values are logged. Leave it out.")
@@ -60,6 +64,14 @@ def rank_environment(variables: Sequence[str], interface: str | None, environmen
         if reason:
             raise SRDEError(f"variables={name}: its value {reason}, so it would not arrive unchanged on other hosts.")
     return chosen
+
+
+def read_rank_environment(path: Path) -> dict[str, str]:
+    """The variables of a `.deepspeed_env`; none if it does not exist."""
+    if not path.is_file():
+        return {}
+    found = (line.partition("=") for line in path.read_text().splitlines())
+    return {name: value for name, sign, value in found if sign}
 
 
 def format_rank_environment(variables: Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ from srde_ds.cluster.leftovers import VARIABLE, end_on_hosts, end_session
 from srde_ds.config import Config
 from srde_ds.errors import SRDEError
 from srde_ds.liveness.heartbeat import read_heartbeat
-from srde_ds.liveness.launch_check import launcher_options
+from srde_ds.liveness.launch_check import SELECTING, launcher_options
 from srde_ds.weights.locate import completed_step, goes_back, read_latest
 
 logger = logging.getLogger(__name__)
@@ -67,8 +67,19 @@ class Command:
 
     @property
     def hostfile(self) -> str | None:
-        """The hostfile of DeepSpeed's runner."""
-        return self._option("--hostfile", "-H") if self._program == "deepspeed" else None
+        """The hostfile of DeepSpeed's runner.
+
+        Raises:
+            SRDEError: the command uses a part of it alone, which the supervisor would not know.
+        """
+        hostfile = self._option("--hostfile", "-H") if self._program == "deepspeed" else None
+        for name in SELECTING if hostfile else ():
+            if (value := self._option(name)) is not None:
+                raise SRDEError(
+                    f"{name.lstrip('-')}={value}: with --hostfile, `supervise` counts on all its hosts and slots. "
+                    "Leave the option out, and give a hostfile with just the hosts and slots that the run is to use."
+                )
+        return hostfile
 
     @property
     def port(self) -> int:

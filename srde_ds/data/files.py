@@ -7,7 +7,6 @@ that names it comes in its place.
 from __future__ import annotations
 
 import codecs
-import csv
 import glob
 import io
 import json
@@ -27,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from srde_ds.data.conversation import kind
+from srde_ds.data.delimited import cells_of
 from srde_ds.errors import SRDEError
 
 log = logging.getLogger(__name__)
@@ -71,8 +71,6 @@ SPLIT_NAMES = {
 """The words by which the Hub tells splits in names of files and folders, and sources in a column `split`"""
 JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "functions", "weight")
 """Columns of CSV files whose cells hold JSON"""
-LONGEST_CELL = 2**27
-"""most bytes in a CSV cell"""
 _HEAD, _AROUND = 65_536, 2048
 LARGEST_CHAOS, LEAST_COHERENCE, CLOSE_CALL = 0.1, 0.3, 0.05
 """Of charset-normalizer's guess: the most noise, and how far letters are those of a language, at least for a code page;
@@ -211,7 +209,7 @@ def _errors(path: Path) -> Iterator[None]:
         raise SRDEError(f"'{path}' {_not_text(error)}.") from None
     except OSError as error:
         raise SRDEError(f"'{path}' cannot be read: {error.strerror or ' '.join(str(error).split())}.") from None
-    except (EOFError, zlib.error, pa.ArrowException, csv.Error) as error:
+    except (EOFError, zlib.error, pa.ArrowException) as error:
         raise SRDEError(f"'{path}' cannot be read: {' '.join(str(error).split())}.") from None
 
 
@@ -389,17 +387,15 @@ def _table(path: Path, compression: str | None, given: str | None) -> Iterator[I
 
     Where the comma is the decimal sign, Excel separates cells by semicolons.
     """
-    csv.field_size_limit(LONGEST_CELL)
     encoding = _encoding(_head(path, compression), given)
     with io.TextIOWrapper(_open(path, compression), encoding, newline="") as text:
         first = text.readline()
         separator = "\t" if ending(path)[0] == ".tsv" else ";" if ";" in first and "," not in first else ","
-        rows = csv.reader(chain([first], text), delimiter=separator, strict=True)
-        header = [name.strip() for name in next(rows, [])]
+        rows = cells_of(chain([first], text), separator, path)
+        header = [name.strip() for name in next(rows, ("", []))[1]]
         if header and (not all(header) or len(set(header)) < len(header)):
             raise SRDEError(f"'{path}': its first line must name each column once: {', '.join(header)}.")
-        for cells in rows:
-            place = f"{path}:{rows.line_num}"
+        for place, cells in rows:
             if len(cells) > len(header) or (cells and len(cells) < len(header)):
                 yield place, SRDEError(f"{place}: has {len(cells)} cells, but the first line names {len(header)}.")
             elif cells:

@@ -201,7 +201,10 @@ def _multiple_choice(fields: Fields, answered: bool) -> Fields:
         right = right_option(answer, options, labels) if answered else 0
     except ValueError as error:
         raise BadForm(f"field 'answer' is {error}") from None
-    context, rationale = fields.get("context", ""), fields.get("rationale", "")
+    context, rationale = (fields.get(key, "") for key in ("context", "rationale"))
+    for key, text in (("context", context), ("rationale", rationale)):
+        if fault := text_fault(text, may_be_empty=True):
+            raise BadForm(f"field '{key}' {fault}")
     example = lettered_choice(question.strip(), options, right, context=context, reasoning=rationale)
     if not answered:
         return {"prompt": example.messages[0]["content"]}

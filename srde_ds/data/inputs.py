@@ -150,18 +150,20 @@ def _renamed(content: dict[str, Any], options: ReadOptions, place: str) -> dict[
     """The record with its keys renamed as the options say, without ignored keys."""
     if not options.columns and not options.ignore_columns:
         return content
-    names = {own: key for key, own in options.columns.items()}
+    names: dict[str, list[str]] = {}
+    for key, own in options.columns.items():
+        names.setdefault(own, []).append(key)
     fields: dict[str, Any] = {}
     for own, value in content.items():
-        key = names.get(own, own)
         if own in options.ignore_columns or value is None:
             continue
-        if key in fields:
-            raise SRDEError(
-                f"{place}: columns: '{options.columns[key]}' is to be '{key}', but the record already has a '{key}': "
-                f"leave that out with --ignore_columns {key}."
-            )
-        fields[key] = value
+        for key in names.get(own, [own]):
+            if key in fields:
+                raise SRDEError(
+                    f"{place}: columns: '{options.columns[key]}' is to be '{key}', but the record already has a "
+                    f"'{key}': leave that out with --ignore_columns {key}."
+                )
+            fields[key] = value
     return _only_known(fields, options) if "*" in options.ignore_columns else fields
 
 

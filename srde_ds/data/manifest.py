@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
-VOCABULARY = "vocabulary_sha256"
+VOCABULARY, BOS = "vocabulary_sha256", "bos_token"
 TEMPLATE = "chat_template_sha256"
 UNEVEN = 10
 """ratio of the largest to the smallest domain's response tokens from which there is a warning"""
@@ -81,7 +81,7 @@ class Manifest(_KnownFields):
     build: str = ""
     """fingerprint of the build from sources; empty for files that were taken as they are"""
     sources: list[dict[str, str | None]] = field(default_factory=list)
-    """name, domain, location, revision, license and redistributable of each source of such a build"""
+    """name, domain, kind, location, revision, license and redistributable of each source of such a build"""
     train_on: str = "all"
     """which of the assistant's turns carry labels, apart from those marked to carry none: all, or the last"""
     packing: bool = True
@@ -90,6 +90,8 @@ class Manifest(_KnownFields):
     """reading options other than the defaults, such as format, columns, domain and encoding"""
     bad_records: int = 0
     """number of bad records left out, with on_bad_record=skip"""
+    named_splits: list[str] | None = None
+    """the split that each file's name says, or an empty text, in order; None: not known (older releases, sources)"""
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
@@ -155,6 +157,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, str | in
         "name": str(tokenizer.name_or_path),
         "vocab_size": len(tokenizer),
         "eos_token": str(tokenizer.eos_token),
+        BOS: str(tokenizer.bos_token),  # a template may write it
         "sha256": hashlib.sha256(serialisation.encode()).hexdigest(),
         VOCABULARY: hashlib.sha256(vocabulary.encode()).hexdigest(),
         "chat_template": template_kind(tokenizer),
@@ -237,8 +240,9 @@ def load_rows(folder: str | Path, split: str, manifest: Manifest) -> datasets.Da
 def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse rows that another tokenizer made, or another chat template."""
     ours, theirs = tokenizer_identity(tokenizer), manifest.tokenizer
-    if VOCABULARY not in theirs:  # an older manifest, which does not record it
-        del ours[VOCABULARY]
+    for key in (VOCABULARY, BOS):
+        if key not in theirs:  # an older manifest, which does not record it
+            del ours[key]
     different = [key for key in ours if key != "name" and ours[key] != theirs.get(key)]
     if different:
         what = ", ".join(f"{key} ({theirs.get(key)} != {ours[key]})" for key in different)

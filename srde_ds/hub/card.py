@@ -14,6 +14,7 @@ from srde_ds.errors import SRDEError
 from srde_ds.optim.groups import unused_rates
 from srde_ds.utils.escape import markdown, markdown_code
 from srde_ds.utils.json_files import read_growing_lines, read_json
+from srde_ds.utils.pretrained import HUB_ID
 from srde_ds.utils.tables import markdown_table
 from srde_ds.utils.yaml_files import parse_yaml
 from srde_ds.weights.file import AdapterMetadata
@@ -82,7 +83,7 @@ def base_license(base: str, revision: str | None = None) -> str | None:
 
 
 def _header(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str:
-    datasets = sorted({str(source["location"]) for source in sources if _on_the_hub(str(source["location"]))})
+    datasets = sorted({str(source["location"]) for source in sources if _of_the_hub(source)})
     header = ModelCardData(
         library_name="srde_ds",
         pipeline_tag="text-generation",
@@ -94,8 +95,13 @@ def _header(metadata: AdapterMetadata, sources: Sequence[dict[str, Any]]) -> str
     return f"---\n{header.to_yaml()}\n---"
 
 
+def _of_the_hub(source: dict[str, Any]) -> bool:
+    """Whether it is a repository; older manifests do not tell."""
+    return bool(source["kind"] == "hub") if "kind" in source else _on_the_hub(str(source["location"]))
+
+
 def _on_the_hub(name: str) -> bool:
-    return name.count("/") == 1 and all(name.split("/")) and not Path(name).exists() and name[0] not in "./~"
+    return "/" in name and HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _summary(metadata: AdapterMetadata) -> str:
@@ -133,14 +139,17 @@ def _usage(metadata: AdapterMetadata, repo: str | None) -> str:
         )
     else:
         place = ""
+    load, of = f"{base!r}, {repo or '.'!r}", ""
+    if metadata.model_revision and not place:  # a base that is named is loaded as it is now
+        load, of = f"None, {repo or '.'!r}, allow_download=True", f", revision={metadata.model_revision!r}"
     return f"""## How to use{place}
 
 ```python
 from transformers import AutoTokenizer
 from srde_ds import SRDEModel
 
-model = SRDEModel.from_pretrained({base!r}, {repo or "."!r})
-tokenizer = AutoTokenizer.from_pretrained({base!r})
+model = SRDEModel.from_pretrained({load})
+tokenizer = AutoTokenizer.from_pretrained({base!r}{of})
 question = [{{"role": "user", "content": "What is 17 * 3?"}}]
 inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))

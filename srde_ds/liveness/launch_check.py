@@ -9,7 +9,7 @@ from srde_ds.errors import SRDEError
 
 DEFAULT_HOSTFILE = Path("/job/hostfile")  # of deepspeed 0.19.8
 # Options of deepspeed that select some of the hosts or GPUs, so that fewer processes are right.
-_PARTS = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
+SELECTING = ("--include", "-i", "--exclude", "-e", "--num_nodes", "--num_gpus")
 
 
 def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
@@ -39,7 +39,7 @@ def check_launch(words: Sequence[str], folder: Path, processes: int) -> None:
         nodes = int(given["--num_nodes"]) if given.get("--num_nodes", "").isdecimal() else 1
         if nodes == 1 and int(given["--num_gpus"]) != processes:
             raise SRDEError(f"num_gpus={given['--num_gpus']}, but deepspeed has started {processes} processes.")
-    if hostfile is not None and not any(name in given for name in _PARTS):
+    if hostfile is not None and not any(name in given for name in SELECTING):
         asked = _slots((folder / hostfile).read_text(encoding="utf-8", errors="replace"))
         if asked != processes:
             raise SRDEError(

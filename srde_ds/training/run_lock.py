@@ -74,8 +74,26 @@ def refuse_living_run(output_dir: str | Path) -> None:
         raise _refusal(Path(output_dir), owner)
 
 
+def held_since(output_dir: str | Path, now: float) -> float | None:
+    """When the training that uses the folder began; None: there is none, or it was killed.
+
+    Args:
+        now, and the result: seconds since the epoch. Unlike a training, its watcher may go by clocks.
+    """
+    path = Path(output_dir) / FILE
+    owner: dict[str, Any] = {}
+    with suppress(SRDEError):
+        owner = _read(path)
+    since, touched = owner.get("time"), _touched(path) if owner else None
+    if not isinstance(since, float) or touched is None:
+        return None
+    alive = _is_alive(owner, path) if _is_here(owner) else now - touched / 1e9 < STALE_SECONDS
+    return since if alive else None
+
+
 def _take(path: Path) -> None:
     own = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine()}
+    own["time"] = time.time()
     with _one_at_a_time(path.parent):
         if path.exists():
             _refuse_unless_stale(path)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from srde_ds.errors import SRDEError
 
 _log = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def base_to_load(
@@ -29,7 +29,7 @@ def base_to_load(
     if base is not None:
         return base, {"revision": None, "local_files_only": False}
     _log.info("base: %s%s, named by the adapter", named, f" at revision {revision}" if revision else "")
-    if not _HUB_ID.fullmatch(named) and not Path(named).exists():
+    if not HUB_ID.fullmatch(named) and not Path(named).exists():
         raise moved_base(named)
     return named, {"revision": revision or None, "local_files_only": not allow_download}
 
@@ -57,7 +57,7 @@ def load_pretrained(auto: Any, what: str, model_name: str | Path, **options: Any
     except (OSError, ValueError, SafetensorError, RecursionError) as error:
         reason = " ".join(str(error).split())
         named_by_adapter = options.get("local_files_only") and not Path(model_name).exists()
-        if named_by_adapter and not _HUB_ID.fullmatch(str(model_name)):
+        if named_by_adapter and not HUB_ID.fullmatch(str(model_name)):
             raise moved_base(model_name) from error
         if named_by_adapter:
             revision = options.get("revision")

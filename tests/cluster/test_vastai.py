@@ -1,4 +1,4 @@
-"""cluster/vastai_startup.sh on a machine that has no GPUs, with local sources and stand-ins for the Hub's program."""
+"""cluster/vastai_startup.sh on a machine that has no GPUs, with local sources and a stand-in for the Hub."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 
 from tests.data_helpers import sums, write_jsonl
 from tests.distributed.training_helpers import DOMAINS, Inputs
+from tests.hub_standin import standin
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_neverToBeSeenAnywhere"
@@ -46,17 +47,8 @@ def start(folder: Path, inputs: Inputs, url: str, **changes: str) -> subprocess.
     """The script, in an environment that has only what it documents."""
     shown = folder / "programs"
     shown.mkdir(exist_ok=True)
-    for name, text in (
-        ("nvidia-smi", "true"),  # lists no GPU
-        ("hf", f'echo "$@" >> {folder}/uploads; [ -n "$HF_TOKEN" ]'),
-    ):
-        (shown / name).write_text(f"#!/bin/sh\n{text}\n")
-        (shown / name).chmod(0o755)
-    environment = folder / "environment/bin"
-    environment.mkdir(parents=True, exist_ok=True)
-    for name in ("python", "srde-ds", "deepspeed"):
-        (environment / name).unlink(missing_ok=True)
-        (environment / name).symlink_to(Path(sys.executable).with_name(name))
+    (shown / "nvidia-smi").write_text("#!/bin/sh\n")  # lists no GPU
+    (shown / "nvidia-smi").chmod(0o755)
     sources = {
         name: [{"name": name, "jsonl": f"{folder}/{name}.jsonl", "formatter": "prompt_response"}] for name in DOMAINS
     }
@@ -68,7 +60,7 @@ def start(folder: Path, inputs: Inputs, url: str, **changes: str) -> subprocess.
         "PATH": f"{shown}:/usr/bin:/bin",
         "HOME": str(folder),
         "OMP_NUM_THREADS": "1",
-        "ENVIRONMENT": str(folder / "environment"),
+        "ENVIRONMENT": str(Path(sys.executable).parents[1]),
         "MODEL_NAME": inputs.base,
         "EXAMPLES_PER_DOMAIN": "40",
         "MAX_STEPS": "4",
@@ -102,14 +94,16 @@ def test_from_sources_to_uploaded_weights_and_again(
     assert "training ended with status 2" in failed.stdout and texts[-1].startswith("[failed] training")
     data = (tmp_path / "data/tokenized/manifest.json").stat().st_mtime_ns
 
-    done = start(tmp_path, inputs, url, UPLOAD_REPO="someone/experts", CONVERT_TO="moe")
+    with standin() as hub:
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
+        done = start(tmp_path, inputs, url, UPLOAD_REPO="someone/experts", CONVERT_TO="moe", **variables)
     assert done.returncode == 0, done.stdout
     run = tmp_path / "run"
     assert json.loads((run / "completed.json").read_text())["step"] == 4
     assert (tmp_path / "data/tokenized/manifest.json").stat().st_mtime_ns == data  # built once
     assert (run / "converted-moe/config.json").exists()
-    uploads = (tmp_path / "uploads").read_text().splitlines()
-    assert uploads[0] == f"upload someone/experts {run}/srde_weights.safetensors srde_weights.safetensors --private"
+    assert hub.private == {"someone/experts": True} and hub.tokens == {f"Bearer {TOKEN}"}
+    assert {"srde_weights.safetensors", "config.json"} <= hub.files["someone/experts"].keys()
     assert texts[-1].startswith("[done] results: ")
     weights = (run / "srde_weights.safetensors").stat().st_mtime_ns
 
@@ -121,6 +115,19 @@ def test_from_sources_to_uploaded_weights_and_again(
     for secret in (TOKEN, "secretPath"):
         assert secret not in failed.stdout + done.stdout + again.stdout
         assert secret.encode() not in written
+
+
+def test_a_public_repository_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    environment = Path(sys.executable).parents[1]
+    folders = {"ENVIRONMENT": environment, "OUTPUT_DIR": tmp_path / "run", "WORK_DIR": tmp_path / "data"}
+    variables = os.environ | {name: str(folder) for name, folder in folders.items()} | {"HF_TOKEN": TOKEN}
+    with standin() as hub:
+        hub.add("someone/experts", {})
+        variables |= {"HF_ENDPOINT": hub.endpoint, "UPLOAD_REPO": "someone/experts"}
+        command = ["bash", "cluster/vastai_startup.sh"]
+        done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 1 and "the repository exists and is public" in done.stderr, done
+    assert "upload's check ended with status 1" in done.stdout and not list((tmp_path / "data").glob("[!.]*"))
 
 
 SRDE_DS = """#!/bin/sh

@@ -266,6 +266,23 @@ def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
     assert (second.answer, second.source) == ("56", "")
 
 
+def test_a_quote_of_a_tsv_file_without_quoting_is_text(tmp_path: Path) -> None:
+    head = "prompt\tresponse"
+    records = read(write(tmp_path / "a.tsv", head, '"Inception is what?\ta film', 'Who said "\tI did', "a\tb"))
+    assert pairs(records) == [('"Inception is what?', "a film"), ('Who said "', "I did"), ("a", "b")]
+    assert [record.where.rpartition(":")[2] for record in records] == ["2", "3", "4"]
+    write(tmp_path / "b.tsv", head, '"Inception" is what?\ta "film"', '"a ""b""\nc"\td', 'e\t"f')
+    assert pairs(read(tmp_path / "b.tsv")) == [('"Inception" is what?', 'a "film"'), ('a "b"\nc', "d"), ("e", '"f')]
+    go = '"func f() {\n\treturn\n\t}"'  # some of its lines have as many cells as the header
+    assert pairs(read(write(tmp_path / "c.tsv", head, f"write\t{go}")))[0][1] == go[1:-1]
+
+
+def test_a_quote_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
+    escaped = r'"he said \"hello\"",b'
+    refused(write(tmp_path / "a.csv", "prompt,response", "a,b", escaped), "a.csv:3: a quote does not enclose", "JSONL")
+    refused(write(tmp_path / "b.tsv", "prompt\tresponse", '"a', "b\tc"), "b.tsv:2: a quote does not enclose its cell")
+
+
 @pytest.mark.parametrize("compression", ["", ".gz"])
 def test_tables_of_a_country_with_decimal_commas_have_semicolons(tmp_path: Path, compression: str) -> None:
     text = 'prompt;"response";source\r\n"a; b\n c";0,5;\r\nd;"e, f";hand\r\n'
@@ -411,6 +428,8 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
         ({"question": "a", "choices": ["b", 1], "answer": 1}, "field 'choices' must hold texts"),
         ({"question": "a", "choices": ["b"], "answer": 0}, "an option is missing"),
         ({"question": "a", "choices": ["b", "c"], "options": [], "answer": 0}, "has several of choices, options"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 0, "context": ["d"]}, "'context' must be text, not a list"),
+        ({"question": "a", "choices": ["b", "c"], "answer": 0, "rationale": {}}, "'rationale' must be text, not an ob"),
         ({"question": "a"}, "field 'answer' is missing"),
         ({"instruction": "a"}, "field 'output' is missing"),
         ({"instruction": "a", "input": 1, "output": "b"}, "field 'input' must be text, not a number"),
@@ -427,6 +446,12 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
 def test_what_a_form_does_not_know_is_refused_by_name(tmp_path: Path, record: dict[str, Any], message: str) -> None:
     path = write(tmp_path / "data.jsonl", record)
     assert refused(path, message).startswith(f"{path}:1: ")
+
+
+def test_a_column_may_stand_for_several_keys(tmp_path: Path) -> None:
+    names = {"prompt": "text", "answer": "label", "response": "label"}
+    (found,) = read(write(tmp_path / "a.jsonl", {"text": "7*8?", "label": "56"}), columns=names)
+    assert (found.answer, found.messages[-1]["content"]) == ("56", "56")
 
 
 def test_columns_are_renamed_and_left_out(tmp_path: Path) -> None:

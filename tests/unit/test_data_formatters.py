@@ -154,6 +154,13 @@ def test_there_are_no_more_options_than_letters() -> None:
         FORMATTERS["multiple_choice"].format(row | {"options": [*options, "another"]})
 
 
+def test_a_passage_that_is_no_text_is_refused() -> None:
+    row = {"question": "2 + 2?", "options": ["3", "4"], "label": "4"}
+    for key, value, kind in (("context", ["Sums.", "More."], "a list"), ("rationale", {"a": 1}, "an object")):
+        with pytest.raises(BrokenRow, match=f"field '{key}' must be text, not {kind}"):
+            FORMATTERS["multiple_choice"].format(row | {key: value})
+
+
 def test_numbers_are_options_and_rows_with_a_passage_are_a_group() -> None:
     row = {"question": "2 + 2?", "options": [3, 4], "label": "4"}
     example = FORMATTERS["multiple_choice"].format(row)
@@ -312,6 +319,25 @@ def test_records_of_another_domain_or_held_out_ones_are_no_rows(tmp_path: Path) 
         "its domain is 'law', not 'math'",
         "unknown key 'x'",
     ]
+
+
+def test_a_source_may_have_another_encoding_and_columns_that_no_form_has(tmp_path: Path) -> None:
+    rows = 'prompt,response,note\n"Un café?","près de la fenêtre",à côté\n'
+    (tmp_path / "faq.csv").write_text(rows, encoding="cp1252")
+    source = Source("own", "math", jsonl=str(tmp_path / "faq.csv"), formatter="by_keys")
+    with pytest.raises(SourceError, match="not UTF-8.* the source's encoding "):
+        read(source)
+    (broken,) = read(replace(source, encoding="cp1252"))
+    assert str(broken).endswith("or leave it out with the source's ignore_columns note")
+    (example,) = read(replace(source, encoding="cp1252", ignore_columns=["note"]))
+    assert isinstance(example, Example) and example.messages[0]["content"] == "Un café?"
+    line = json.dumps({"prompt": "é", "response": "b"}, ensure_ascii=False) + "\n"
+    (tmp_path / "lines.jsonl").write_text(line, encoding="cp1252")
+    source = replace(source, jsonl=str(tmp_path / "lines.jsonl"))
+    (broken,) = read(source)
+    assert str(broken) == "not UTF-8: give the source's encoding, such as cp1252"
+    (example,) = read(replace(source, encoding="cp1252"))
+    assert isinstance(example, Example) and example.messages[0]["content"] == "é"
 
 
 def test_several_files_are_one_source_and_bad_lines_are_told(tmp_path: Path) -> None:

@@ -290,6 +290,15 @@ def test_calls_do_not_change_a_tokenizers_identity(files: dict[str, Any], tmp_pa
     check_tokenizer(manifest, type(tokenizer).from_pretrained(tmp_path / "saved"))
 
 
+def test_another_bos_token_makes_other_rows_unless_the_manifest_is_older(files: dict[str, Any]) -> None:
+    manifest, tokenizer = build(files), tiny_tokenizer()
+    tokenizer.bos_token = "math"
+    with pytest.raises(SRDEError, match=r"differs from '' in bos_token \(<s> != math\)"):
+        check_tokenizer(manifest, tokenizer)
+    del manifest.tokenizer["bos_token"]
+    check_tokenizer(manifest, tokenizer)
+
+
 def test_the_last_turn_alone_or_one_document_a_row(files: dict[str, Any], tmp_path: Path) -> None:
     several = [
         {"messages": [{"role": role, "content": f"{role} {n}"} for n in range(2) for role in ("user", "assistant")]}
@@ -329,6 +338,20 @@ def test_records_of_many_files_make_one_dataset(tmp_path: Path) -> None:
     assert build(files) == manifest
     write_jsonl(tmp_path / "a.jsonl", sums("math", range(31)))
     fails(files, "It was built from other files or other content")
+
+
+def test_files_renamed_so_that_their_names_say_the_split_are_other_files(tmp_path: Path) -> None:
+    for name, numbers in (("part1", range(30)), ("part2", range(30, 40))):
+        write_jsonl(tmp_path / f"{name}.jsonl", sums("math", numbers))
+    files = {"jsonl_data": Path(f"{tmp_path}/*.jsonl"), "eval_file": None, "output_dir": tmp_path / "rows"}
+    options: dict[str, Any] = files | {"domains": ["math"]}
+    assert list(build(options).splits) == ["train"]
+    (tmp_path / "part1.jsonl").rename(tmp_path / "train.jsonl")
+    (tmp_path / "part2.jsonl").rename(tmp_path / "validation.jsonl")
+    fails(options, "It was built when the names of the files told other splits")
+    path = tmp_path / "rows/manifest.json"  # of a release that did not note them
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "named_splits"}))
+    assert list(build(options).splits) == ["train"]
 
 
 def test_how_files_are_read_is_part_of_what_a_folder_is(files: dict[str, Any], tmp_path: Path) -> None:

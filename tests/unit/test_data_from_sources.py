@@ -334,7 +334,8 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
     assert build(options, tmp_path / "data").fingerprint == first.fingerprint
     with pytest.raises(SRDEError, match="'tokenized' holds another dataset. Give --overwrite"):
         build(replace(options, max_length=300), tmp_path / "data")
-    assert load_manifest(tmp_path / "data" / "tokenized").max_length == 256
+    manifest = load_manifest(tmp_path / "data" / "tokenized")
+    assert manifest.max_length == 256 and {source["kind"] for source in manifest.sources} >= {"jsonl"}
     build(replace(options, max_length=300), tmp_path / "data", overwrite=True)
     assert load_manifest(tmp_path / "data" / "tokenized").max_length == 300
     notes = tmp_path / "data" / "tokenized" / "notes.txt"
@@ -350,6 +351,24 @@ def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_
         build(options, tmp_path / "data", tokenizer=None)
     build(options, tmp_path / "data", tokenizer=None, overwrite=True)
     assert not (tmp_path / "data" / "tokenized").exists()
+
+
+def test_records_of_another_build_or_edited_ones_are_replaced_only_on_request(
+    options: BuildOptions, tmp_path: Path
+) -> None:
+    build(options, tmp_path / "data", tokenizer=None)
+    records = tmp_path / "data/data.jsonl"
+    made = records.read_bytes()
+    build(options, tmp_path / "data", tokenizer=None)
+    fewer = replace(options, examples_per_domain=options.examples_per_domain // 2)
+    with pytest.raises(SRDEError, match="its data.jsonl holds other records than this build makes"):
+        build(fewer, tmp_path / "data", tokenizer=None)
+    assert records.read_bytes() == made and not records.with_name("data.jsonl.tmp").exists()
+    records.write_bytes(made.replace(b"?", b"!", 1))
+    with pytest.raises(SRDEError, match="or edited by hand. Give --overwrite to replace it"):
+        build(options, tmp_path / "data", tokenizer=None)
+    build(options, tmp_path / "data", tokenizer=None, overwrite=True)
+    assert records.read_bytes() == made
 
 
 def test_too_long_is_a_policy(options: BuildOptions, tmp_path: Path) -> None:

@@ -127,6 +127,12 @@ def test_every_answer_has_its_question_and_the_system_message_a_hash_of_its_own(
     assert system[0] == system[1] and len({*system[1:]}) == 3
 
 
+def test_an_evaluation_file_in_another_encoding_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question\nÀ côté de la fenêtre ?\n", encoding="cp1252")
+    with pytest.raises(SRDEError, match=r"not UTF-8[^:]*: save it as UTF-8\.$"):
+        list(read_evaluation_file(tmp_path / "a.csv"))
+
+
 def test_runs_of_words_are_hashed_in_order() -> None:
     values = np.array([hashed(word) for word in words("A b, c! d a B C")], np.uint64)
     runs = ngram_hashes(values, 3)
@@ -163,6 +169,16 @@ def test_near_duplicates_are_found_and_others_left() -> None:
     estimate = [(a == b).mean() for a, b in zip(signatures(texts[:300]), signatures(texts[300:600]), strict=True)]
     assert np.mean(estimate) == pytest.approx(np.mean(list(map(jaccard, originals, close))), abs=0.01)
     assert not near_duplicates(signatures(texts), np.ones(900, bool), 1.0).any()
+
+
+@pytest.mark.parametrize("threshold", [0.8, 0.7, 0.5, 0.3])
+def test_pairs_above_any_threshold_are_found(threshold: float) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 2**32, (400, 128), np.uint32)
+    other = generator.integers(0, 2**32, (400, 128), np.uint32)
+    alike = np.where(generator.random(values.shape) < threshold + 0.1, values, other)
+    found = near_duplicates(np.concatenate([values, alike]), np.ones(800, bool), threshold)
+    assert not found[:400].any() and found[400:].mean() > 0.95
 
 
 def test_only_candidates_are_compared_and_short_texts_too() -> None:

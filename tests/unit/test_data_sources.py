@@ -78,6 +78,8 @@ def test_a_file_adds_sources_and_domains_without_code(tmp_path: Path) -> None:
         ("a: [{name: b, hub: x/y, formater: gsm8k}]", "unknown key 'formater'. Did you mean 'formatter'?"),
         ("a: [{name: b, hub: 3}]", "source 'b': hub=3 must be of type str"),
         ("a: [{name: b, hub: x/y, weight: heavy}]", "weight='heavy' must be of type float"),
+        ("a: [{name: b, hub: x/y, ignore_columns: id}]", "ignore_columns='id' must be of type list"),
+        ("a: [{name: b, hub: x/y, formatter: gsm8k, encoding: gbk}]", "encoding is only for jsonl: leave it out"),
         ("a: [{name: b, hub: x/y, near_duplicates: 1}]", "near_duplicates=1 must be of type bool"),
         ("a: [{name: b, hub: x/y, redistributable: yes}]", "redistributable=True must be of type str"),
         ("a: [{name: b}]", "needs exactly one of hub, folder, jsonl, parquet, reasoning_gym, tasks, has none"),

@@ -28,7 +28,7 @@ from srde_ds.cluster.hosts import Host
 from srde_ds.config import resolve
 from tests.cli_helpers import fails, save_base
 
-GPU = {"name": "H100", "memory_gib": 80.0, "driver": "550"}
+GPU = {"name": "H100", "memory_gib": 80.0, "driver": "550", "uuid": "GPU-1"}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_a_wrong_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch
 
 def test_a_gpu_whose_memory_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580.95'; echo 'NVIDIA H100, 81920, 580.95'\n")
+    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 580, GPU-a'; echo 'NVIDIA H100, 81920, 580, GPU-b'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     assert [(gpu["name"], gpu["memory_gib"]) for gpu in gpus()] == [("NVIDIA GB10", 0.0), ("NVIDIA H100", 80.0)]
@@ -75,6 +75,29 @@ def test_only_visible_gpus_count(visible: str, processes: int, level: str, monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = doctor.check(resolve({}, {"warmup_steps": 0}), [], 29500, processes=processes)
     assert [finding.level for finding in found if "this host: " in finding.text] == [level]
+
+
+@pytest.mark.parametrize(
+    ("visible", "order", "memory"),
+    [
+        (None, "", [12.0, 48.0]),
+        ("1", "", [0.0]),  # CUDA may count from the faster one
+        ("1", "PCI_BUS_ID", [48.0]),
+        ("GPU-b", "", [48.0]),
+        ("GPU-b,GPU-a", "", [48.0, 12.0]),
+        ("MIG-x,MIG-y", "", [0.0, 0.0]),
+        ("7", "PCI_BUS_ID", []),
+    ],
+)
+def test_which_gpus_are_visible(
+    visible: str | None, order: str, memory: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", order)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = [GPU | {"memory_gib": 12.0, "uuid": "GPU-a"}, GPU | {"memory_gib": 48.0, "uuid": "GPU-bc"}]
+    assert [gpu["memory_gib"] for gpu in doctor._visible(found)] == memory
 
 
 @pytest.mark.parametrize(("visible", "processes"), [(None, 8), ("2,5", 2), ("", 1)])
@@ -188,6 +211,39 @@ def test_the_verb_prints_findings_and_ends_with_1_if_one_is_fatal(
     printed = capsys.readouterr().out
     assert "2 to repair before training: output_dir=/proc/run is not writable; " in printed.splitlines()[-1]
     fails(capsys, ["doctor", "--hostfile", str(tmp_path / "none")], "hostfile=")
+
+
+def test_with_a_hostfile_the_hosts_gpus_count_not_those_of_this_host(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = GPU | {"memory_gib": 1e-6}
+    fact: dict[str, Any] = {"versions": {}, "base": None, "interfaces": [], "own_address": "10.0.0.1"}
+    facts = {"node1": fact | {"gpus": [GPU] * 8}, "node2": fact | {"gpus": [*[GPU] * 7, tiny]}}
+
+    class FakeAgent:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def ask(self, question: str, **arguments: Any) -> Any:
+            answers = {"describe_host": facts[self.name], "clock": 0.0, "see": True, "listen_anywhere": 1}
+            return answers.get(question, "")
+
+    monkeypatch.setattr(doctor, "Agent", FakeAgent)
+    monkeypatch.setattr(doctor, "describe_host", lambda *_: {"gpus": [GPU], "writable": True, "free_bytes": 10**12})
+    config = resolve({}, {"model_name": str(base), "num_experts": 3, "max_length": 64, "output_dir": str(tmp_path)})
+
+    def fatal(slots: int) -> list[str]:
+        found = doctor.check(config, [Host("node1", slots), Host("node2", slots)], 29500)
+        return [finding.text for finding in found if finding.level == "fatal"]
+
+    assert fatal(7) == []
+    [text] = fatal(8)
+    assert text.startswith("memory: ") and "but the GPU has 0.0" in text
 
 
 def test_a_host_that_lets_only_the_rendezvous_port_through() -> None:

@@ -142,8 +142,14 @@ def test_the_verb_writes_hostfile_and_environment(
     assert environment.read_text() == (
         "GLOO_SOCKET_IFNAME=eth0\nNCCL_SOCKET_IFNAME=eth0\nOMP_NUM_THREADS=4\nHF_HOME=/a b\n"
     )
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     capsys.readouterr()
+    again = ["--interface", "eth1", "--environment_file", str(environment)]
+    assert main(["hosts", "--hostfile", str(hosts), *again]) == 0  # as doctor tells
+    assert environment.read_text() == (
+        "GLOO_SOCKET_IFNAME=eth1\nNCCL_SOCKET_IFNAME=eth1\nOMP_NUM_THREADS=4\nHF_HOME=/a b\n"
+    )
+    assert "Kept in" in (printed := capsys.readouterr().err) and "OMP_NUM_THREADS, HF_HOME" in printed
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
     assert main(["hosts", "--slurm", "--slots", "1"]) == 0
     assert capsys.readouterr().out == "n1 slots=1\nn2 slots=1\n"
 
@@ -172,6 +178,7 @@ def test_vastai_instances_become_hosts_with_their_ports(
         (["--vastai", "/no/such"], "vastai=/no/such"),
         (["--list", "a:1", "--ssh_config", "x"], "only --vastai"),
         (["--list", "a:1", "--variables", "NOT_SET_ANYWHERE"], "is not set here"),
+        (["--list", "a:1", "--variables", "A=b,not_set"], "in the environment and give its name alone"),
         (["--list", "a:1", "--variables", "HF_TOKEN=x"], "looks like a secret"),
         (["--list", "a:1", "--variables", "WEBHOOK_URL=https://a/b"], "looks like a secret"),
         (["--list", "a:1", "--variables", "AWS_ACCESS_KEY_ID=x"], "looks like a secret"),

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 from srde_ds.cli.main import main
 from srde_ds.cluster.monitor import monitor, observe
 from srde_ds.liveness.heartbeat import FILE, Heartbeat
+from srde_ds.training.run_lock import run_lock
 from tests.cli_helpers import fails
 
 NOW = 1_000_000.0
@@ -49,6 +51,25 @@ def test_states(tmp_path: Path, changes: dict[str, Any], later: float, state: st
     assert seen.state == state and text in seen.text
     (tmp_path / "completed.json").write_text("{}")  # stronger than all else
     assert observe(tmp_path, now=NOW + later).state == "finished"
+
+
+@pytest.mark.parametrize("changes", [{"state": "failed", "reason": "no luck"}, {"pid": 2**22 + 1}, {}])
+def test_a_former_attempt_says_nothing_of_one_that_is_starting(tmp_path: Path, changes: dict[str, Any]) -> None:
+    heartbeat(tmp_path, time=time.time() - 9999, **changes)
+    if not changes:
+        (tmp_path / "completed.json").write_text("{}")  # of fewer steps
+    before = observe(tmp_path, now=time.time()).state
+    with run_lock(tmp_path):
+        seen = observe(tmp_path, now=time.time())
+        assert seen.state == "starting" and "starting again, after step 7/20" in seen.text
+        lock = json.loads((tmp_path / "run.lock").read_text())
+        (tmp_path / "run.lock").write_text(json.dumps(lock | {"machine": "another"}))
+        assert observe(tmp_path, now=time.time()).state == "starting"
+        assert observe(tmp_path, now=time.time() + 61).state == before  # its process was killed
+        heartbeat(tmp_path, time=time.time(), **changes)
+        assert observe(tmp_path, now=time.time()).state == before
+    os.mkfifo(tmp_path / "run.lock")
+    assert observe(tmp_path, now=time.time()).state == before
 
 
 def test_a_run_without_a_heartbeat_is_waited_for(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,28 @@ def test_the_bases_licence_is_read_from_its_page(page: str | None, expected: str
         (tmp_path / "README.md").write_text(page)
     assert base_license(str(tmp_path)) == expected
     assert base_license("no/such-base-anywhere") is None and base_license("/no/such/folder/at/all") is None
+
+
+def test_the_code_loads_the_bases_revision(run: Path) -> None:
+    metadata = replace(SRDEModel.from_pretrained(None, run).metadata(), model_name="an/base", model_revision="abc")
+    card = model_card(metadata, repo="me/experts", run=None)
+    assert "SRDEModel.from_pretrained(None, 'me/experts', allow_download=True)" in card
+    assert "AutoTokenizer.from_pretrained('an/base', revision='abc')" in card
+    card = model_card(replace(metadata, model_revision=""), repo="me/experts", run=None)
+    assert "SRDEModel.from_pretrained('an/base', 'me/experts')" in card
+    assert "AutoTokenizer.from_pretrained('an/base')" in card
+
+
+def test_files_are_no_datasets_of_the_hub(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation.json")))
+    path = run / "tokenized/manifest.json"
+    manifest = json.loads(path.read_text())
+    [source] = manifest["sources"]
+    kinds = {"data/*.parquet": None, "cases/law.jsonl": "jsonl", "someone/sums": "hub", "older/sums": None}
+    of_kind = [source | {"location": name} | ({"kind": kind} if kind else {}) for name, kind in kinds.items()]
+    path.write_text(json.dumps(manifest | {"sources": of_kind}))
+    card = model_card(SRDEModel.from_pretrained(None, run).metadata(), repo=None, run=run)
+    assert header(card)["datasets"] == ["older/sums", "someone/sums"]
 
 
 def test_the_licence_is_that_of_the_bases_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

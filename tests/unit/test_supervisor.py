@@ -214,6 +214,16 @@ def test_commands_are_taken_apart() -> None:
         Command.parse(["deepspeed", "other.py"])
 
 
+@pytest.mark.parametrize("option", ["--exclude node7", "-e=node7", "--include a@b:0", "--num_nodes 2", "--num_gpus=4"])
+def test_a_part_of_a_hostfile_is_refused(option: str) -> None:
+    """Preflight, `--min_nodes` and the accumulation would go by the whole hostfile."""
+    words = ["deepspeed", "--hostfile", "hosts", *option.split(), "launch/train.py", "--num_nodes", "1"]
+    with pytest.raises(SRDEError, match="with --hostfile, `supervise` counts on all its hosts and slots"):
+        _ = Command.parse(words).hostfile
+    words.remove("--hostfile")
+    assert Command.parse(words).hostfile is None
+
+
 def make(tmp_path: Path, **changes: Any) -> Supervisor:
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\nc slots=2\n")
     command = Command.parse(["deepspeed", "--hostfile", str(tmp_path / "hosts"), "launch/train.py"])

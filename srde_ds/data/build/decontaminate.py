@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def read_evaluation_file(name: str | Path) -> Iterator[str]:
                     raise item
                 yield from _questions(item, place)
         except SRDEError as error:
-            raise SRDEError(f"decontaminate_against={name}: {error}") from None
+            # These files have no option for it.
+            fault = re.sub(r"give (its encoding, such as )?--.*", "save it as UTF-8.", str(error))
+            raise SRDEError(f"decontaminate_against={name}: {fault}") from None
 
 
 def _questions(item: dict[str, Any], place: str) -> list[str]:

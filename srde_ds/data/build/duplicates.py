@@ -14,8 +14,10 @@ import numpy as np
 from srde_ds.data.build.row_rules import NUM_PERM
 from srde_ds.data.build.tables import read_table
 
-BANDS = 16
-"""of 8 hashes each: a pair of similarity 0.8 is compared with probability 0.95, one of 0.9 with 0.9999"""
+WIDTHS = (8, 4, 2, 1)
+"""hashes in a band; narrower ones find less similar pairs, and compare more"""
+FOUND = 0.9
+"""least probability with which a pair just as similar as the threshold is compared; at 0.8 it is 0.95"""
 MOST_LEADERS = 64
 """documents in a bucket that the others are compared with; bounds the work when a form letter fills a bucket"""
 _CHUNK = 65_536
@@ -37,11 +39,16 @@ def near_duplicates(signatures: np.ndarray, candidates: np.ndarray, threshold: f
         threshold: estimated Jaccard similarity from which two documents are duplicates.
     """
     removed = np.zeros(len(signatures), bool)
-    width = NUM_PERM // BANDS
-    for band in range(BANDS):
+    width = next(width for width in WIDTHS if _compared(threshold, width) >= FOUND or width == WIDTHS[-1])
+    for band in range(NUM_PERM // width):
         members = np.flatnonzero(candidates & ~removed)
         _remove_in_band(signatures, members, slice(band * width, (band + 1) * width), threshold, removed)
     return removed
+
+
+def _compared(similarity: float, width: int) -> float:
+    """The probability that a pair shares a band."""
+    return float(1 - (1 - similarity**width) ** (NUM_PERM // width))
 
 
 def _remove_in_band(

@@ -23,7 +23,7 @@ from srde_ds.data.build.rows_folder import Documents, check_replaceable, write_r
 from srde_ds.data.build.tables import write_table
 from srde_ds.data.build.tokens import DOCUMENTS_A_FILE, Tokens, set_tokenizer, tokenize_records
 from srde_ds.data.conversation import TrainOn
-from srde_ds.data.files import find_files
+from srde_ds.data.files import find_files, splits_by_name
 from srde_ds.data.inputs import BadRecords, ReadOptions, only_held_out, read_records
 from srde_ds.data.manifest import (
     FORMAT_VERSION,
@@ -107,6 +107,11 @@ class RowsOfFiles:
         """SHA-256 by option's value: of the file, or of the hashes of several files in order."""
         return {name: files_hash(paths) for name, paths in self.files().items()}
 
+    def named_splits(self) -> list[str]:
+        """The split that each file's name says, or an empty text, in the order of `files`."""
+        found = [(paths, splits_by_name(paths)) for paths in self.files().values()]
+        return [splits.get(path, "") for paths, splits in found for path in paths]
+
 
 def build_dataset(
     inputs: RowsOfFiles,
@@ -135,7 +140,7 @@ def build_dataset(
     made_for = inputs.max_length, inputs.too_long, inputs.seed, inputs.domains, tokenizer_identity(tokenizer)
     manifest = Manifest(FORMAT_VERSION, *made_for, splits={})
     manifest.reading, manifest.train_on = inputs.reading.to_dict(), inputs.train_on
-    manifest.packing = inputs.packing
+    manifest.packing, manifest.named_splits = inputs.packing, inputs.named_splits()
     if not overwrite and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         existing = load_manifest(output_dir)
         _check_same(existing, manifest, inputs, hashes, tokenizer, output_dir)
@@ -210,6 +215,8 @@ def _check_same(
     made_from = {split: entry.file_sha256 for split, entry in existing.splits.items()}
     if any(made_from.get(split) != hashes[inputs.name(split)] for split in needed):
         raise SRDEError(f"{remedy}. It was built from other files or other content.")
+    if existing.named_splits not in (None, wanted.named_splits):
+        raise SRDEError(f"{remedy}. It was built when the names of the files told other splits.")
 
 
 class _RecordFiles:

@@ -52,7 +52,7 @@ def build_from_sources(
 
     Raises:
         SRDEError: a source cannot be read, a domain has too few documents (unless the options allow it), or, without
-            `overwrite`, `tokenized/` holds something else.
+            `overwrite`, `tokenized/` or `data.jsonl` holds something else.
     """
     started = time.perf_counter()
     if not overwrite:
@@ -86,7 +86,7 @@ def build_from_sources(
         if not overwrite:
             check_free(work_dir, build)
         with store.timed("write"):
-            data_hash = write_jsonl(work_dir / JSONL, selection, pool, records.parts)
+            data_hash = write_jsonl(work_dir / JSONL, selection, pool, records.parts, overwrite=overwrite)
         if tokenizer is None:
             shutil.rmtree(work_dir / ROWS, ignore_errors=True)  # these rows come from other records
         else:

@@ -18,7 +18,7 @@ from srde_ds.data.manifest import FORMAT_VERSION, Manifest, load_manifest, token
 from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS
 from srde_ds.errors import SRDEError
-from srde_ds.utils.files import replacement
+from srde_ds.utils.files import file_hash, replacement
 from srde_ds.weights.locate import ROWS
 
 JSONL = "data.jsonl"
@@ -56,14 +56,25 @@ def check_free(work_dir: Path, build: BuildSummary) -> None:
         )
 
 
-def write_jsonl(path: Path, selection: Selection, pool: Pool, parts: Sequence[Artifact]) -> str:
-    """Write the chosen records, domain by domain and split by split; returns the file's SHA-256."""
+def write_jsonl(
+    path: Path, selection: Selection, pool: Pool, parts: Sequence[Artifact], *, overwrite: bool = False
+) -> str:
+    """Write the chosen records, domain by domain and split by split; returns the file's SHA-256.
+
+    Raises:
+        SRDEError: without `overwrite`, the file holds other records, of another build or edited by hand.
+    """
     digest = hashlib.sha256()
     with replacement(path) as partial, partial.open("wb") as file:
         for line in _lines(selection, pool, parts):
             data = line.encode() + b"\n"
             digest.update(data)
             file.write(data)
+        if not overwrite and path.exists() and file_hash(path) != digest.hexdigest():
+            raise SRDEError(
+                f"work_dir={path.parent}: its {path.name} holds other records than this build makes, of another build "
+                "or edited by hand. Give --overwrite to replace it, or choose another --work_dir."
+            )
     return digest.hexdigest()
 
 
@@ -110,7 +121,7 @@ def write_selection(
     write_rows(work_dir / ROWS, manifest, documents, made_from, pad_token_id(tokenizer), store)
 
 
-_ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable")
+_ORIGIN = ("name", "domain", "location", "revision", "license", "redistributable", "kind")
 
 
 def _documents(split: int, domain: str, selection: Selection, pool: Pool, options: BuildOptions) -> Documents:

@@ -131,7 +131,8 @@ def records_of(opened: Sequence[OpenSource], store: ArtifactStore) -> Records:
     for number, one in enumerate(opened):
         source = one.source
         labels = {"domain": source.domain, "source": source.name, "revision": one.revision}
-        how = [source.formatter, source.columns, source.split, source.data_files, labels, source.near_duplicates]
+        read = [source.formatter, source.columns, source.ignore_columns, source.split, source.data_files]
+        how = [*read, labels, source.near_duplicates]
         for start, stop in slices(one.reader.count, GENERATED_AT_ONCE if source.generated else ROWS_A_PART):
             key = fingerprint(code, one.content, how, MINHASH_VERSION, start, stop)
             arguments = {"reader": one.reader, "start": start, "stop": stop, "labels": labels}

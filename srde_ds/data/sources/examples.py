@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from srde_ds.data.conversation import Message
+from srde_ds.errors import SRDEError
 
 MOST_OPTIONS = 26
 """letters for options"""
@@ -90,6 +91,11 @@ def lettered_choice(
     if right is None:
         return unanswered(prompt, group)
     return solved(prompt, reasoning or lettered[right], letter_of(right), group=group)
+
+
+def of_a_source(error: SRDEError) -> str:
+    """The message about a file, with the keys of a source in place of the command's options, without a full stop."""
+    return re.sub(r"--(columns|ignore_columns|encoding)\b", r"the source's \1", str(error)).removesuffix(".")
 
 
 def trimmed(text: str) -> str:

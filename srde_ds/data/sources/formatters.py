@@ -19,7 +19,16 @@ from srde_ds.data.conversation import REASONING, has_surrogates
 from srde_ds.data.files import names_held_out_split
 from srde_ds.data.forms import convert, with_roles
 from srde_ds.data.records import parse_record
-from srde_ds.data.sources.examples import BrokenRow, Example, HeldOutRow, ask, lettered_choice, solved, trimmed
+from srde_ds.data.sources.examples import (
+    BrokenRow,
+    Example,
+    HeldOutRow,
+    ask,
+    lettered_choice,
+    of_a_source,
+    solved,
+    trimmed,
+)
 from srde_ds.errors import SRDEError
 
 Row = Mapping[str, Any]
@@ -244,7 +253,8 @@ def by_keys(row: Row) -> Example:
 def multiple_choice(row: Row) -> Example:
     """The form of that name. `label`: the right option's text, letter, or index from 0."""
     fields = {key: row.get(key) for key in ("question", "options", "label")}
-    fields |= {key: _maybe(row, key) for key in ("context", "rationale")}
+    given = {key: row.get(key) for key in ("context", "rationale")}
+    fields |= {key: value.strip() if isinstance(value, str) else value for key, value in given.items()}
     if isinstance(options := fields["options"], list):
         fields["options"] = [str(option) if isinstance(option, int | float) else option for option in options]
     group = row.get("group") or fields["context"] or fields["question"]
@@ -263,7 +273,7 @@ def _converted(fields: dict[str, Any], form: str | None = None) -> dict[str, Any
 
 
 def _without_place(error: SRDEError) -> str:
-    return str(error).removeprefix(f"{_ROW}: ").removesuffix(".")
+    return of_a_source(error).removeprefix(f"{_ROW}: ")
 
 
 def _conversation(fields: dict[str, Any], row: Row) -> Example:

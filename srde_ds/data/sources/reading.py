@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 
 from srde_ds.data.build.artifacts import fingerprint
 from srde_ds.data.files import find_files, has_plain_lines, read_items, splits_by_name, without_nulls
-from srde_ds.data.sources.examples import BrokenRow, Example, unanswered
+from srde_ds.data.sources.examples import BrokenRow, Example, of_a_source, unanswered
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.data.sources.registry import Source
 from srde_ds.data.synthetic import tasks
@@ -85,8 +85,8 @@ def open_source(source: Source, *, revision: str | None, seed: int, rows: int) -
     if source.kind == "jsonl":
         paths = _files(source)
         path = paths[0]
-        if len(paths) > 1 or not has_plain_lines(path):
-            rewritten = with_retries(lambda: _rewrite(paths), source.name)
+        if len(paths) > 1 or source.encoding or not has_plain_lines(path):
+            rewritten = with_retries(lambda: _rewrite(paths, source.encoding), source.name)
             path = Path(rewritten.name) / "rows.jsonl"
         starts, count, revision = with_retries(lambda: _scan_lines(path), source.name)
         columns = _columns_of(path)
@@ -150,6 +150,9 @@ class JsonlReader:
             for _, line in zip(range(stop - start), lines, strict=False):
                 try:
                     row = json.loads(line)
+                except UnicodeDecodeError:
+                    yield BrokenRow("not UTF-8: give the source's encoding, such as cp1252")
+                    continue
                 except (ValueError, RecursionError):
                     yield BrokenRow("not valid JSON")
                     continue
@@ -278,17 +281,17 @@ def _files(source: Source) -> list[Path]:
         raise SourceError(str(error).removeprefix(f"{source.kind}={source.location}: ").removesuffix(".")) from None
 
 
-def _rewrite(paths: Sequence[Path]) -> TemporaryDirectory[str]:
+def _rewrite(paths: Sequence[Path], encoding: str | None) -> TemporaryDirectory[str]:
     """Write the records of files of any kind as plain lines, which can be read from any position."""
     folder: TemporaryDirectory[str] = TemporaryDirectory(prefix="srde-source-")
     try:
         with (Path(folder.name) / "rows.jsonl").open("w", encoding="utf-8") as lines:
             for path in paths:
-                for place, row in read_items(path):
-                    said = row if isinstance(row, dict) else str(row).removeprefix(f"{place}: ").removesuffix(".")
+                for place, row in read_items(path, encoding=encoding):
+                    said = row if isinstance(row, dict) else of_a_source(row).removeprefix(f"{place}: ")
                     lines.write(json.dumps(said, default=str) + "\n")
     except SRDEError as error:
-        raise SourceError(str(error).removesuffix(".")) from None
+        raise SourceError(of_a_source(error)) from None
     return folder
 
 

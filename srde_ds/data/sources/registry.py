@@ -24,6 +24,8 @@ KINDS_OF_KEY = {
     "data_files": ("hub",),
     "split": ("hub", "folder"),
     "columns": ("hub", "folder", "jsonl", "parquet"),
+    "ignore_columns": ("hub", "folder", "jsonl", "parquet"),
+    "encoding": ("jsonl",),
     "options": ("reasoning_gym",),
 }
 """Keys that only some kinds have"""
@@ -56,6 +58,10 @@ class Source:
     formatter: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     """formatter's column -> the source's column, if they differ"""
+    ignore_columns: list[str] = field(default_factory=list)
+    """the source's columns to leave out, which `by_keys` would not know"""
+    encoding: str | None = None
+    """encoding of the text; None: as the byte order mark says, else UTF-8"""
     options: dict[str, Any] = field(default_factory=dict)
     """options of a reasoning-gym task"""
     license: str = "unknown"
@@ -91,12 +97,13 @@ class Source:
         """Those of its columns that are read: all, if the formatter goes by a row's keys."""
         read = FORMATTERS[str(self.formatter)]
         names = {self.columns.get(column, column) for column in (*read.columns, *read.optional)}
+        present = [column for column in present if column not in self.ignore_columns]
         return [column for column in present if column in names or self.formatter == "by_keys"]
 
     def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row under the formatter's names. What has another name here is not also an optional column of its own."""
         needed = FORMATTERS[str(self.formatter)].columns
-        moved = set(self.columns.values()).difference(self.columns, needed)
+        moved = set(self.columns.values()).difference(self.columns, needed).union(self.ignore_columns)
         kept = {column: value for column, value in row.items() if column not in moved}
         return kept | {column: row.get(own) for column, own in self.columns.items()}
 
@@ -212,7 +219,8 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
 
 def _fits(value: Any, annotation: str) -> bool:
     kinds: dict[str, tuple[type, ...]] = {
-        "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "dict": (dict,)
+        "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "dict": (dict,),
+        "list": (list,),
     }  # fmt: skip
     if value is None:
         return "None" in annotation
