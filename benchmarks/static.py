@@ -41,8 +41,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Stat
 from benchmarks.tables import measured_on
 from srde_ds.config import AdapterConfig, Config, resolve
 from srde_ds.distributed.workload import Workload
-from srde_ds.model import attach, dispatch, fused
-from srde_ds.model import base as base_module
+from srde_ds.model import attach, dispatch, feed_forward, fused
 from srde_ds.model import layer as layer_module
 from srde_ds.model.adapter import SRDEModel, add_experts
 from srde_ds.model.attention import DOCUMENT_ATTENTION, Documents, _by_kernel, document_attention
@@ -338,7 +337,7 @@ def large_model(config: Config, layers: int) -> SRDEModel:
     names = [f"expert{e}" for e in range(config.adapter.num_experts)]
     roles = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj", "act": "act_fn"}
     with (  # both would read weights
-        patch.object(base_module, "verify_block", lambda *_, **__: roles),
+        patch.object(feed_forward, "verify_block", lambda *_, **__: roles),
         patch.object(attach, "identity_before_quantization", lambda *_, **__: {}),
     ):
         return add_experts(base, config.adapter, expert_names=names, seed=0, supports=supports).train()

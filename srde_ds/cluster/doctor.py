@@ -70,17 +70,20 @@ def check(
 
 
 def _visible(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of this host's GPUs that processes of this shell may use; with memory 0 if it is not known which they are.
+    """This host's GPUs in the order in which processes of this shell take them; with memory 0 if it is not known which
+    they are.
 
     CUDA_VISIBLE_DEVICES has numbers, by which CUDA calls the fastest GPU the first unless it is told otherwise, or the
-    beginnings of UUIDs.
+    beginnings of UUIDs. Without it, the one with the most memory stands for the fastest.
     """
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named, by_bus = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     if named is None:
-        return found
-    in_order = len({gpu["memory_gib"] for gpu in found}) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+        return found if by_bus else sorted(found, key=lambda gpu: -float(gpu["memory_gib"]))
+    in_order = by_bus or len({gpu["memory_gib"] for gpu in found}) == 1
     visible: list[dict[str, Any]] = []
     for name in map(str.strip, named.split(",")):
+        if name == "-1":
+            break  # CUDA takes none of those behind it
         if name.isdecimal():
             visible += [gpu if in_order else gpu | {"memory_gib": 0.0} for gpu in found[int(name) : int(name) + 1]]
         elif name.startswith("MIG-"):
@@ -104,7 +107,7 @@ def check_here(
     found = describe_host(None, config.training.output_dir)
     if gpu_gib is None:
         visible = _visible(found["gpus"])
-        gpu_gib = min((gpu["memory_gib"] for gpu in visible), default=0.0)
+        gpu_gib = min((gpu["memory_gib"] for gpu in visible[:processes_here]), default=0.0)
         yield check_gpus(visible, processes_here)
     yield from check_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")))
     if not found["writable"]:

@@ -58,8 +58,11 @@ def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) 
         return Observation("waiting", f"{folder}: {found}")
     place = _describe(heartbeat)
     # Until data and base are there, heartbeat and marker are those of an earlier attempt.
-    if (held_since(folder, now) or 0.0) > heartbeat["time"]:
-        return Observation("starting", f"{folder}: starting again, after {place}")
+    started = held_since(folder, now) or 0.0
+    if started > heartbeat["time"]:
+        starting = now - started
+        state = "stalled" if starting > (stall_seconds or FIRST_STEP_SECONDS) else "starting"
+        return Observation(state, f"{folder}: starting again for {starting:.0f} s, after {place}")
     if (folder / COMPLETED).exists():
         return Observation("finished", f"{folder}: finished, {place}")
     state, reason = heartbeat["state"], heartbeat.get("reason", "")

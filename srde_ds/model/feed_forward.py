@@ -63,16 +63,15 @@ def find_feed_forward(base: PreTrainedModel, *, gather: Gather = no_gather) -> l
 
 def _refuse_offloaded(base: PreTrainedModel) -> None:
     places = getattr(base, "hf_device_map", {})
-    away = sorted({str(places[name]) for name in places if _is_offloaded(base.get_submodule(name))})
+    offloaded = [name for name, parameter in base.named_parameters() if parameter.is_meta] if places else []
+    away = sorted(
+        {str(places[key]) for key in places if any(not key or f"{name}.".startswith(f"{key}.") for name in offloaded)}
+    )
     if away:
         raise SRDEError(
             f"device_map: parts of the base are on {' and '.join(away)}, from where they are fetched for each forward. "
             "Experts need its weights in memory: load it whole, in 8 or 4 bits, or spread over more GPUs."
         )
-
-
-def _is_offloaded(module: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in module.parameters())
 
 
 def block_shapes(base: PreTrainedModel) -> list[tuple[int, int]]:

@@ -77,10 +77,23 @@ def test_only_visible_gpus_count(visible: str, processes: int, level: str, monke
     assert [finding.level for finding in found if "this host: " in finding.text] == [level]
 
 
+def test_memory_is_that_of_the_gpus_that_processes_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, judged = [GPU | {"memory_gib": 2.0}, GPU | {"memory_gib": 24.0}], []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    monkeypatch.setattr(doctor, "describe_host", lambda *_: {"gpus": found, "writable": True, "free_bytes": 0})
+    monkeypatch.setattr(doctor, "check_sizes", lambda config, processes, memory, free: judged.append(memory) or [])
+    for processes in (1, 2):
+        list(doctor.check(resolve({}, {"model_name": "base"}), [], 29500, processes=processes))
+    assert judged == [24 * doctor.GIB, 2 * doctor.GIB]
+
+
 @pytest.mark.parametrize(
     ("visible", "order", "memory"),
     [
-        (None, "", [12.0, 48.0]),
+        (None, "", [48.0, 12.0]),
+        (None, "PCI_BUS_ID", [12.0, 48.0]),
+        ("1,-1,0", "PCI_BUS_ID", [48.0]),
         ("1", "", [0.0]),  # CUDA may count from the faster one
         ("1", "PCI_BUS_ID", [48.0]),
         ("GPU-b", "", [48.0]),

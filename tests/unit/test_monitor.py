@@ -61,7 +61,8 @@ def test_a_former_attempt_says_nothing_of_one_that_is_starting(tmp_path: Path, c
     before = observe(tmp_path, now=time.time()).state
     with run_lock(tmp_path):
         seen = observe(tmp_path, now=time.time())
-        assert seen.state == "starting" and "starting again, after step 7/20" in seen.text
+        assert seen.state == "starting" and "starting again for 0 s, after step 7/20" in seen.text
+        assert observe(tmp_path, now=time.time() + 50, stall_seconds=40).state == "stalled"  # as if it hung in loading
         lock = json.loads((tmp_path / "run.lock").read_text())
         (tmp_path / "run.lock").write_text(json.dumps(lock | {"machine": "another"}))
         assert observe(tmp_path, now=time.time()).state == "starting"
