@@ -39,6 +39,11 @@ def test_the_plan_knows_the_memory_of_the_14_b_shape(recorded: dict[str, Any], k
     assert planned == pytest.approx(found["planned_gib"], rel=1e-3), f"the plan has changed. {HOW}"
 
 
+def test_a_layer_of_the_14_b_shape_takes_what_the_plan_says() -> None:
+    found = static.micro_step_memory(1)
+    assert found["counted_gib"] == pytest.approx(found["planned_gib"], rel=0.03)
+
+
 def test_the_plan_knows_the_bytes_of_collectives(recorded: dict[str, Any]) -> None:
     for found in recorded["collective_bytes"].values():
         assert found["planned"] == pytest.approx(found["counted"], rel=0.01)
