@@ -94,6 +94,7 @@ LOOKS = {
     "LoRA, 0.003": Look("lora", {"learning_rate": 0.003}),
     "LoRA, 0.01": Look("lora", {"learning_rate": 0.01}),
     "LoRA on all linear layers, 0.003": Look("lora", {"learning_rate": 0.003}, rival={"target": "all"}),
+    "routed LoRA, 0.003": Look("routed_lora", {"learning_rate": 0.003}),
     "SHiRA, 0.003": Look("shira", {"learning_rate": 0.003}),
     "one delta, 0.01": Look(rates={"muon_lr": 0.01}, adapter=ONE),
     "SRDE, 0.006": Look(rates={"muon_lr": 0.006}),
