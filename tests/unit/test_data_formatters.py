@@ -327,6 +327,8 @@ def test_a_source_may_have_another_encoding_and_columns_that_no_form_has(tmp_pat
     source = Source("own", "math", jsonl=str(tmp_path / "faq.csv"), formatter="by_keys")
     with pytest.raises(SourceError, match="not UTF-8.* the source's encoding "):
         read(source)
+    with pytest.raises(SourceError, match="not ASCII: give the source's encoding, such as cp1252$"):
+        read(replace(source, encoding="ascii"))
     (broken,) = read(replace(source, encoding="cp1252"))
     assert str(broken).endswith("or leave it out with the source's ignore_columns note")
     (example,) = read(replace(source, encoding="cp1252", ignore_columns=["note"]))
