@@ -166,6 +166,7 @@ def test_numbers_are_options_and_rows_with_a_passage_are_a_group() -> None:
     example = FORMATTERS["multiple_choice"].format(row)
     assert example.messages[0]["content"] == "2 + 2?\nA. 3\nB. 4" and (example.answer, example.group) == ("B", "2 + 2?")
     assert FORMATTERS["multiple_choice"].format(row | {"context": "Sums. "}).group == "Sums."
+    assert FORMATTERS["multiple_choice"].format(row | {"rationale": 5}).messages[-1]["content"].startswith("5\n")
     assert FORMATTERS["multiple_choice"].format(row | {"context": "Sums.", "group": 7}).group == "7"
 
 
