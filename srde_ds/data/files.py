@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -388,18 +387,27 @@ def _table(path: Path, compression: str | None, given: str | None) -> Iterator[I
     Where the comma is the decimal sign, Excel separates cells by semicolons.
     """
     encoding = _encoding(_head(path, compression), given)
-    with io.TextIOWrapper(_open(path, compression), encoding, newline="") as text:
-        first = text.readline()
-        separator = "\t" if ending(path)[0] == ".tsv" else ";" if ";" in first and "," not in first else ","
-        rows = cells_of(chain([first], text), separator, path)
-        header = [name.strip() for name in next(rows, ("", []))[1]]
-        if header and (not all(header) or len(set(header)) < len(header)):
-            raise SRDEError(f"'{path}': its first line must name each column once: {', '.join(header)}.")
-        for place, cells in rows:
-            if len(cells) > len(header) or (cells and len(cells) < len(header)):
-                yield place, SRDEError(f"{place}: has {len(cells)} cells, but the first line names {len(header)}.")
-            elif cells:
-                yield place, _row({name: cell for name, cell in zip(header, cells, strict=True) if cell}, place)
+
+    def lines() -> Iterator[str]:
+        with io.TextIOWrapper(_open(path, compression), encoding, newline="") as text:
+            yield from text
+
+    first = next(lines(), "")
+    separator = "\t" if ending(path)[0] == ".tsv" else ";" if ";" in first and "," not in first else ","
+    rows = cells_of(lines, separator, path)
+    names = next(rows, ("", []))[1]
+    if isinstance(names, SRDEError):
+        raise names
+    header = [name.strip() for name in names]
+    if header and (not all(header) or len(set(header)) < len(header)):
+        raise SRDEError(f"'{path}': its first line must name each column once: {', '.join(header)}.")
+    for place, cells in rows:
+        if isinstance(cells, SRDEError):
+            yield place, cells
+        elif len(cells) > len(header) or (cells and len(cells) < len(header)):
+            yield place, SRDEError(f"{place}: has {len(cells)} cells, but the first line names {len(header)}.")
+        elif cells:
+            yield place, _row({name: cell for name, cell in zip(header, cells, strict=True) if cell}, place)
 
 
 def _row(cells: dict[str, Any], place: str) -> Any:

@@ -267,20 +267,38 @@ def test_tables_name_their_columns_and_rows(tmp_path: Path) -> None:
 
 
 def test_a_quote_of_a_tsv_file_without_quoting_is_text(tmp_path: Path) -> None:
-    head = "prompt\tresponse"
-    records = read(write(tmp_path / "a.tsv", head, '"Inception is what?\ta film', 'Who said "\tI did', "a\tb"))
-    assert pairs(records) == [('"Inception is what?', "a film"), ('Who said "', "I did"), ("a", "b")]
+    head, film = "prompt\tcontext\tresponse", ['"Inception is what?\t\ta film', 'Who said "\t\tI did']
+    write(tmp_path / "a.tsv", head, *film, 'a\tb\tthe "c"', "")
+    records = read(tmp_path / "a.tsv", ignore_columns=("context",))
+    assert pairs(records) == [('"Inception is what?', "a film"), ('Who said "', "I did"), ("a", 'the "c"')]
     assert [record.where.rpartition(":")[2] for record in records] == ["2", "3", "4"]
-    write(tmp_path / "b.tsv", head, '"Inception" is what?\ta "film"', '"a ""b""\nc"\td', 'e\t"f')
-    assert pairs(read(tmp_path / "b.tsv")) == [('"Inception" is what?', 'a "film"'), ('a "b"\nc', "d"), ("e", '"f')]
-    go = '"func f() {\n\treturn\n\t}"'  # some of its lines have as many cells as the header
-    assert pairs(read(write(tmp_path / "c.tsv", head, f"write\t{go}")))[0][1] == go[1:-1]
+    for rows in (['"Inception" is what?\ta "film"', '"a"\tb'], ['"a\tb', "", "c\td", ""]):
+        found = pairs(read(write(tmp_path / "b.tsv", "prompt\tresponse", *rows)))
+        assert found == [tuple(row.split("\t")) for row in rows if row]
+
+
+@pytest.mark.parametrize("how", [{}, {"quoting": csv.QUOTE_ALL, "lineterminator": "\n"}, {"lineterminator": "\n"}])
+def test_a_quoted_cell_of_a_tsv_file_may_hold_a_table(tmp_path: Path, how: dict[str, Any]) -> None:
+    rows = [("ages", "Here it is:\nName\tAge\nBob\t3"), ("say", 'He said:\n"a"'), ('the "b"', "\tc\n\td")]
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        csv.writer(file, delimiter="\t", **how).writerows([("prompt", "response"), *rows])
+    assert pairs(read(tmp_path / "a.tsv")) == rows
+
+
+def test_rows_of_a_tsv_file_with_and_without_quoting_are_refused(tmp_path: Path) -> None:
+    head, table, lines = "prompt\tresponse", 'ages\t"Here:\nBob\t3"', 'say\t"a\nb"'
+    doubtful = "a.tsv:2: lines 2 to 3 are one row if a quote encloses its cell, and several if it is text"
+    refused(write(tmp_path / "a.tsv", head, table), doubtful, "Save the records as CSV or JSONL")
+    write(tmp_path / "a.tsv", head, table, lines, 'the "c"\td')
+    refused(tmp_path / "a.tsv", "2 bad records")
+    assert pairs(read(tmp_path / "a.tsv", on_bad_record="skip")) == [('the "c"', "d")]
 
 
 def test_a_quote_that_cannot_be_read_is_named_with_its_line(tmp_path: Path) -> None:
     escaped = r'"he said \"hello\"",b'
     refused(write(tmp_path / "a.csv", "prompt,response", "a,b", escaped), "a.csv:3: a quote does not enclose", "JSONL")
     refused(write(tmp_path / "b.tsv", "prompt\tresponse", '"a', "b\tc"), "b.tsv:2: a quote does not enclose its cell")
+    refused(write(tmp_path / "b.tsv", "prompt\tresponse", '"a\tb', "c"), "as text it would leave line 3 with 1 cells")
 
 
 @pytest.mark.parametrize("compression", ["", ".gz"])

@@ -166,6 +166,7 @@ def test_numbers_are_options_and_rows_with_a_passage_are_a_group() -> None:
     example = FORMATTERS["multiple_choice"].format(row)
     assert example.messages[0]["content"] == "2 + 2?\nA. 3\nB. 4" and (example.answer, example.group) == ("B", "2 + 2?")
     assert FORMATTERS["multiple_choice"].format(row | {"context": "Sums. "}).group == "Sums."
+    assert FORMATTERS["multiple_choice"].format(row | {"rationale": 5}).messages[-1]["content"].startswith("5\n")
     assert FORMATTERS["multiple_choice"].format(row | {"context": "Sums.", "group": 7}).group == "7"
 
 
@@ -327,6 +328,8 @@ def test_a_source_may_have_another_encoding_and_columns_that_no_form_has(tmp_pat
     source = Source("own", "math", jsonl=str(tmp_path / "faq.csv"), formatter="by_keys")
     with pytest.raises(SourceError, match="not UTF-8.* the source's encoding "):
         read(source)
+    with pytest.raises(SourceError, match="not ASCII: give the source's encoding, such as cp1252$"):
+        read(replace(source, encoding="ascii"))
     (broken,) = read(replace(source, encoding="cp1252"))
     assert str(broken).endswith("or leave it out with the source's ignore_columns note")
     (example,) = read(replace(source, encoding="cp1252", ignore_columns=["note"]))

@@ -332,8 +332,16 @@ def test_records_are_made_again_by_other_code_of_the_columns(
 def test_another_dataset_is_replaced_only_on_request(options: BuildOptions, tmp_path: Path) -> None:
     first = build(options, tmp_path / "data")
     assert build(options, tmp_path / "data").fingerprint == first.fingerprint
-    with pytest.raises(SRDEError, match="'tokenized' holds another dataset. Give --overwrite"):
-        build(replace(options, max_length=300), tmp_path / "data")
+    artifacts = sorted(tmp_path.glob("data/artifacts/**/*"))
+    changed: list[tuple[str, dict[str, Any]]] = [
+        ("max_length=256, not 300", {"max_length": 300}),
+        (r"decontaminate_against=\[\], not \['x'\]", {"decontaminate_against": ("x",)}),
+        (r"domains=\['math', 'logic'\], not \['math'\]", {"sources": options.sources[:2]}),
+    ]
+    for said, changes in changed:
+        with pytest.raises(SRDEError, match=f"holds another dataset, built with {said}. Give --overwrite"):
+            build(replace(options, **changes), tmp_path / "data")
+    assert sorted(tmp_path.glob("data/artifacts/**/*")) == artifacts  # told before the work
     manifest = load_manifest(tmp_path / "data" / "tokenized")
     assert manifest.max_length == 256 and {source["kind"] for source in manifest.sources} >= {"jsonl"}
     build(replace(options, max_length=300), tmp_path / "data", overwrite=True)
@@ -360,9 +368,10 @@ def test_records_of_another_build_or_edited_ones_are_replaced_only_on_request(
     records = tmp_path / "data/data.jsonl"
     made = records.read_bytes()
     build(options, tmp_path / "data", tokenizer=None)
-    fewer = replace(options, examples_per_domain=options.examples_per_domain // 2)
+    first, second, *more = options.sources
+    others = replace(options, sources=[first, replace(second, weight=0.5), *more])
     with pytest.raises(SRDEError, match="its data.jsonl holds other records than this build makes"):
-        build(fewer, tmp_path / "data", tokenizer=None)
+        build(others, tmp_path / "data", tokenizer=None)
     assert records.read_bytes() == made and not records.with_name("data.jsonl.tmp").exists()
     records.write_bytes(made.replace(b"?", b"!", 1))
     with pytest.raises(SRDEError, match="or edited by hand. Give --overwrite to replace it"):

@@ -98,6 +98,15 @@ def test_a_file_adds_sources_and_domains_without_code(tmp_path: Path) -> None:
         ("a: [{name: b, tasks: math, options: {x: 1}}]", "options is only for reasoning_gym"),
         ("a: [{name: b, jsonl: z, formatter: gsm8k, columns: {qestion: q}}]", "does not read 'qestion'"),
         ("a: [{name: b, jsonl: z, formatter: gsm8k, columns: {question: 1}}]", "question=1 must be the name"),
+        ("a: [{name: b, jsonl: z, formatter: by_keys, ignore_columns: ['*']}]", "ignore_columns: '*' must be the name"),
+        (
+            "a: [{name: b, jsonl: z, formatter: by_keys, ignore_columns: [[c]]}]",
+            "ignore_columns: ['c'] must be the name",
+        ),
+        (
+            "a: [{name: b, jsonl: z, formatter: gsm8k, columns: {question: q}, ignore_columns: [q]}]",
+            "ignore_columns: columns reads 'q'. Name it in one of them.",
+        ),
     ],
 )
 def test_what_no_source_is_named(tmp_path: Path, text: str, message: str) -> None:

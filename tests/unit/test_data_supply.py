@@ -118,13 +118,13 @@ def test_a_package_that_fillers_need_is_told_at_once_and_missed_only_for_a_gap(
     assert told == [f"would be needed if domain math or logic falls short: {missing}"]
     short = replace(options, sources=sources, examples_per_domain=30)
     with pytest.raises(SRDEError, match=r"source 'math' .* package 'reasoning-gym' is missing: pip install reaso"):
-        build(short, tmp_path / "data")
-    result = build(short, tmp_path / "data", on_missing_source="skip", on_shortfall="keep")
+        build(short, tmp_path / "more")
+    result = build(short, tmp_path / "more", on_missing_source="skip", on_shortfall="keep")
     assert result.domains["math"]["documents"] == 20 and result.skipped.keys() == {"math", "logic"}
     # Without another source of the domain, the gap is there from the start.
     gone = [replace(options.sources[0], jsonl=str(tmp_path / "gone.jsonl")), fillers[0]]
     with pytest.raises(SRDEError, match=r"domain 'math' has no source left \(sums: no such file .*; math: package 're"):
-        build(options, tmp_path / "data", sources=gone, on_missing_source="skip")
+        build(options, tmp_path / "gone", sources=gone, on_missing_source="skip")
 
 
 def test_fillers_alone_make_a_domain_whose_sources_are_gone(options: BuildOptions, tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.build.artifacts import ArtifactStore, fingerprint, one_build
 from srde_ds.data.build.options import BuildOptions, BuildSummary
-from srde_ds.data.build.outputs import ARTIFACTS, JSONL, check_free, check_ours, write_jsonl, write_selection
+from srde_ds.data.build.outputs import (
+    ARTIFACTS,
+    BUILD,
+    JSONL,
+    check_free,
+    check_options,
+    check_ours,
+    write_jsonl,
+    write_selection,
+)
 from srde_ds.data.build.rows_folder import check_replaceable
 from srde_ds.data.build.selection import REFUSED, Pool, Selection, select
 from srde_ds.data.build.source_records import Records, apply_rules, ngrams_of, records_of
@@ -31,7 +40,6 @@ from srde_ds.weights.locate import ROWS
 
 log = logging.getLogger(__name__)
 
-BUILD = "build.json"
 LENGTH_BINS = 32
 BROKEN_TO_WARN = 0.1
 """share of broken rows above which a source is probably read wrongly, rather than dirty"""
@@ -57,6 +65,7 @@ def build_from_sources(
     started = time.perf_counter()
     if not overwrite:
         check_ours(work_dir)
+        check_options(work_dir, options)
     check_replaceable(work_dir / ROWS)  # every build writes these rows anew, or removes them
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -230,8 +239,7 @@ def _describe(
                 | ({selection.refusals[name]: counts[name][REFUSED]} if name in selection.refusals else {}),
             }
         )
-    given = {key: value for key, value in vars(options).items() if key != "sources"}
     keys = [made.key for made in (*records.parts, *selection.files)]
     chosen_keys = [fingerprint(c.documents, c.file_of, c.index_of) for c in selection.domains.values()]
-    identity = fingerprint(given, options.domains, tokenizer_key, keys, chosen_keys)
-    return BuildSummary(identity, given, sources, supply.skipped, domains, pool.forms_of_words)
+    identity = fingerprint(options.given, options.domains, tokenizer_key, keys, chosen_keys)
+    return BuildSummary(identity, options.given, sources, supply.skipped, domains, pool.forms_of_words)

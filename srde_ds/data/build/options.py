@@ -30,6 +30,11 @@ class BuildOptions:
         """The sources' domains, in the order of the sources file."""
         return list(dict.fromkeys(source.domain for source in self.sources))
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """All but the sources, as `build.json` notes them."""
+        return {key: value for key, value in vars(self).items() if key != "sources"}
+
 
 @dataclass
 class BuildSummary:

@@ -19,9 +19,11 @@ from srde_ds.data.packing import pad_token_id
 from srde_ds.data.records import SPLITS
 from srde_ds.errors import SRDEError
 from srde_ds.utils.files import file_hash, replacement
+from srde_ds.utils.json_files import read_json
 from srde_ds.weights.locate import ROWS
 
 JSONL = "data.jsonl"
+BUILD = "build.json"
 CARD = "README.md"
 ARTIFACTS = "artifacts"
 
@@ -32,13 +34,32 @@ def check_ours(work_dir: Path) -> None:
     Raises:
         SRDEError: it would.
     """
-    if any((work_dir / name).exists() for name in (ARTIFACTS, "stages", "build.json")):
+    if any((work_dir / name).exists() for name in (ARTIFACTS, "stages", BUILD)):
         return  # an earlier build was here; `stages` is the older name of `artifacts`
     for name in (JSONL, CARD):
         if (work_dir / name).exists():
             raise SRDEError(
                 f"work_dir={work_dir}: its {name} was not made by a build. Choose another --work_dir, or give "
                 "--overwrite to replace it."
+            )
+
+
+def check_options(work_dir: Path, options: BuildOptions) -> None:
+    """Check, before the work of hours, that a finished dataset in the folder is of the same options.
+
+    Raises:
+        SRDEError: it is of others.
+    """
+    if not (work_dir / BUILD).exists() or not any((work_dir / name).exists() for name in (JSONL, ROWS)):
+        return
+    noted = read_json(work_dir / BUILD, "give --overwrite to build anew")
+    of = {**noted.get("options", {}), "domains": list(noted.get("domains", {}))}
+    for key, value in {**options.given, "domains": options.domains}.items():
+        wanted = list(value) if isinstance(value, tuple) else value  # as JSON holds it
+        if key in of and of[key] != wanted:  # an older release did not note all
+            raise SRDEError(
+                f"work_dir={work_dir}: holds another dataset, built with {key}={of[key]}, not {wanted}. Give "
+                "--overwrite to replace it, or choose another --work_dir."
             )
 
 

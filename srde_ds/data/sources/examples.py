@@ -95,7 +95,8 @@ def lettered_choice(
 
 def of_a_source(error: SRDEError) -> str:
     """The message about a file, with the keys of a source in place of the command's options, without a full stop."""
-    return re.sub(r"--(columns|ignore_columns|encoding)\b", r"the source's \1", str(error)).removesuffix(".")
+    said = str(error).replace("its encoding, such as --encoding", "the source's encoding, such as")
+    return re.sub(r"--(columns|ignore_columns|encoding)\b", r"the source's \1", said).removesuffix(".")
 
 
 def trimmed(text: str) -> str:

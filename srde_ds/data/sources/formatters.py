@@ -254,7 +254,9 @@ def multiple_choice(row: Row) -> Example:
     """The form of that name. `label`: the right option's text, letter, or index from 0."""
     fields = {key: row.get(key) for key in ("question", "options", "label")}
     given = {key: row.get(key) for key in ("context", "rationale")}
-    fields |= {key: value.strip() if isinstance(value, str) else value for key, value in given.items()}
+    fields |= {
+        key: str(value).strip() if isinstance(value, str | int | float) else value for key, value in given.items()
+    }
     if isinstance(options := fields["options"], list):
         fields["options"] = [str(option) if isinstance(option, int | float) else option for option in options]
     group = row.get("group") or fields["context"] or fields["question"]

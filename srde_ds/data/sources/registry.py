@@ -214,6 +214,13 @@ def _entry(entry: Any, domain: str, path: Path, known: Mapping[str, Source]) -> 
             )
         if not isinstance(own, str):
             raise SRDEError(f"{place}: columns: {column}={own!r} must be the name of a column.")
+    for own in source.ignore_columns:
+        if not isinstance(own, str) or own == "*":
+            raise SRDEError(
+                f"{place}: ignore_columns: {own!r} must be the name of a column. Name each one to leave out."
+            )
+        if own in source.columns.values():
+            raise SRDEError(f"{place}: ignore_columns: columns reads '{own}'. Name it in one of them.")
     return source
 
 
