@@ -61,8 +61,9 @@ def observe(run: str | Path, *, now: float, stall_seconds: float | None = None) 
     started = held_since(folder, now) or 0.0
     if started > heartbeat["time"]:
         starting = now - started
-        state = "stalled" if starting > (stall_seconds or FIRST_STEP_SECONDS) else "starting"
-        return Observation(state, f"{folder}: starting again for {starting:.0f} s, after {place}")
+        late = starting > (stall_seconds or FIRST_STEP_SECONDS)
+        text = f"{folder}: starting again for {starting:.0f} s, after {place}"
+        return Observation("stalled" if late else "starting", text)
     if (folder / COMPLETED).exists():
         return Observation("finished", f"{folder}: finished, {place}")
     state, reason = heartbeat["state"], heartbeat.get("reason", "")

@@ -92,5 +92,5 @@ class Upload:
     def _publishes(self) -> SRDEError:
         return SRDEError(
             f"{self.asked} with private=true: the repository exists and is public. Make it private on the Hub, choose "
-            "another name, or give private=false to publish."
+            "another name, or, where that can be given, private=false to publish."
         )

@@ -25,7 +25,7 @@ from srde_ds.cluster.doctor import (
 )
 from srde_ds.cluster.host_agent import gpus
 from srde_ds.cluster.hosts import Host
-from srde_ds.config import resolve
+from srde_ds.config import Config, resolve
 from tests.cli_helpers import fails, save_base
 
 GPU = {"name": "H100", "memory_gib": 80.0, "driver": "550", "uuid": "GPU-1"}
@@ -78,14 +78,20 @@ def test_only_visible_gpus_count(visible: str, processes: int, level: str, monke
 
 
 def test_memory_is_that_of_the_gpus_that_processes_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, judged = [GPU | {"memory_gib": 2.0}, GPU | {"memory_gib": 24.0}], []
+    found: list[dict[str, Any]] = [GPU | {"memory_gib": 2.0}, GPU | {"memory_gib": 24.0}]
+    judged: list[float] = []
+
+    def noted(config: Config, processes: int, memory: float, free: float) -> list[Finding]:
+        judged.append(memory / 2**30)
+        return []
+
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
     monkeypatch.setattr(doctor, "describe_host", lambda *_: {"gpus": found, "writable": True, "free_bytes": 0})
-    monkeypatch.setattr(doctor, "check_sizes", lambda config, processes, memory, free: judged.append(memory) or [])
+    monkeypatch.setattr(doctor, "check_sizes", noted)
     for processes in (1, 2):
         list(doctor.check(resolve({}, {"model_name": "base"}), [], 29500, processes=processes))
-    assert judged == [24 * doctor.GIB, 2 * doctor.GIB]
+    assert judged == [24.0, 2.0]
 
 
 @pytest.mark.parametrize(
