@@ -89,6 +89,7 @@ class Look:
 
 ONE: dict[str, Any] = {"num_experts": 1, "top_k": 1, "density": 0.06}
 HALF: dict[str, Any] = {"density": 0.005, "shared_expert_density": 0.0293}
+RANDOM_BLOCKS: dict[str, Any] = {"granularity": "block", "support_strategy": "random"}
 LOOKS = {
     "LoRA, 0.001": Look("lora", {"learning_rate": 0.001}),
     "LoRA, 0.003": Look("lora", {"learning_rate": 0.003}),
@@ -103,6 +104,7 @@ LOOKS = {
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
     "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.02, supports for each expert": Look(rates={"muon_lr": 0.02}, adapter={"support_scope": "per_expert"}),
+    "SRDE of random blocks, AdamW, 0.015": Look(rates={"learning_rate": 0.015}, adapter=RANDOM_BLOCKS),
     "SRDE, AdamW, 0.004": Look(rates={"learning_rate": 0.004}),
     "SRDE, AdamW, 0.01": Look(rates={"learning_rate": 0.01}),
     "SRDE, 0.02, all experts a token": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 6}),

@@ -12,6 +12,7 @@ from srde_ds.config.values import checked
 WARMUP_PERCENT = 5  # of max_steps
 PRETRAINING_PERCENT = 30  # of max_steps, for all domains together
 LEARNED_CANDIDATES = 5  # times density
+SCATTERED_RATE = 0.015  # AdamW's, of free deltas of blocks or single weights (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default(key, value, "as in the rows of pretokenized_dir")
     if adapter.granularity != "neuron" and adapter.num_atoms == 0:
         default("use_muon", False, "free deltas of blocks or single weights are not matrices")
+        default("learning_rate", SCATTERED_RATE, "the best of free deltas of blocks")
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))

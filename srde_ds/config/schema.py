@@ -146,6 +146,7 @@ class OptimizerConfig:
     learning_rate: float = option(
         1e-3,
         "AdamW's learning rate of deltas without Muon, importance and mixing",
+        derived="1e-3; 0.015 for free deltas of blocks or weights",
         metavar="RATE",
         minimum=0.0,
         common=True,

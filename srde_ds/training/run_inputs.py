@@ -17,10 +17,11 @@ from srde_ds.model.base import base_configuration
 from srde_ds.utils.together import Ranks, Result, on_main_rank, together
 from srde_ds.weights.file import AdapterMetadata
 
-# Options whose default follows from max_steps, density or training_phases, each with the option that must be on for it
-# to matter.
+# Options whose default follows from max_steps, density, granularity or training_phases, or was another one before, each
+# with the option that must be on for it to matter.
 _SCHEDULE = {
     "top_k": None,
+    "learning_rate": None,
     "warmup_steps": None,
     "expert_pretrain_steps": "supervised_experts",
     "initial_density": "initial_density",

@@ -34,15 +34,21 @@ def answer_briefly(arguments: list[str]) -> None:
         combining_answers.main()
 
 
+def measure_twice_and_answer(places: list[str], results: Path, answers: Path) -> None:
+    """In one process, whose imports take as long as half of the runs; the second time everything is done."""
+    common = [*places, "--seeds", "1", "--budget", "toy"]
+    for _ in range(2):
+        measure_briefly([*common, "--results", str(results)])
+    answer_briefly([*common, "--results", str(answers)])
+
+
 def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, results, log = tmp_path / "base", tmp_path / "combining.jsonl", tmp_path / "log"
     tokenizer = tiny_tokenizer(TEMPLATE)
     tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=640).save_pretrained(base)
     tokenizer.save_pretrained(base)
-    places = ["--base", str(base), "--folder", str(tmp_path), "--results", str(results)]
-    for _ in range(2):  # the second finds everything done
-        arguments = [*places, "--seeds", "1", "--budget", "toy"]
-        assert run_forked(log, measure_briefly, arguments) == 0, log.read_text()[-3000:]
+    places, answers = ["--base", str(base), "--folder", str(tmp_path)], tmp_path / "answers.jsonl"
+    assert run_forked(log, measure_twice_and_answer, places, results, answers) == 0, log.read_text()[-3000:]
     records = read_records(results)
     parts = [record["part"] for record in records if record["seed"] == 1]
     assert len(set(parts)) == len(parts) == 6 + 4 + 5 + 1 + 6 + len(MERGES) + 6
@@ -60,9 +66,6 @@ def test_all_parts_of_a_tiny_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert all(0 <= right <= count and count for right, count in by_prompt["right"].values())
     assert by_prompt["losses"].keys() == found["srde combined"]["losses"].keys()
     assert len(combining_tables.added(Results(records, combining_tables.parts_of_turns())).splitlines()) == 2 + 3
-    answers = tmp_path / "answers.jsonl"
-    arguments = [*places[:-1], str(answers), "--seeds", "1", "--budget", "toy"]
-    assert run_forked(log, answer_briefly, arguments) == 0, log.read_text()[-3000:]
     answered = {record["part"]: record["right"] for record in read_records(answers)}
     monkeypatch.setattr(combining_tables, "BEST_MERGE", MERGES[0])
     assert answered.keys() == set(combining_tables.parts_of_accuracy())

@@ -81,6 +81,12 @@ def test_a_schedule_does_not_change_when_its_run_goes_on(tmp_path: Path) -> None
     assert resolved(max_steps=600, resume_from=str(tmp_path / "none")).optimizer.warmup_steps == 30  # refused later
 
 
+def test_a_rate_whose_default_was_another_one_stays(tmp_path: Path) -> None:
+    saved_run(tmp_path, granularity="block", learning_rate=0.001)
+    assert resolved(granularity="block", resume_from=str(tmp_path)).optimizer.learning_rate == 0.001
+    assert resolved(granularity="block").optimizer.learning_rate == 0.015
+
+
 def test_options_are_taken_from_a_folder_that_a_kill_left_half_renamed(tmp_path: Path) -> None:
     """Its weights may be those of a `start_from` that is gone."""
     checkpoint = saved_run(tmp_path, density=0.05, granularity="block", top_k=1, domains="a,b")

@@ -368,7 +368,9 @@ def test_the_optimizer_has_the_groups_of_the_own_training(tmp_path: Path) -> Non
     plain = for_trainer(new_model(), use_muon=False)
     assert [g["name"] for g in plain.param_groups] == ["deltas", "routers"]
     single_weights = for_trainer(tiny_peft(base(), granularity="element"))
-    assert [g["rule"] for g in single_weights.param_groups] == ["adamw", "adamw"]
+    assert [(g["rule"], g["lr"]) for g in single_weights.param_groups] == [("adamw", 0.015), ("adamw", 0.001)]
+    blocks = for_trainer(tiny_peft(base(), granularity="block", density=0.1), learning_rate=0.002)
+    assert [g["lr"] for g in blocks.param_groups] == [0.002, 0.001]
 
 
 @pytest.mark.parametrize(
