@@ -145,8 +145,8 @@ class OptimizerConfig:
     muon_momentum: float = option(0.95, "GramMuon's Nesterov momentum", minimum=0.0, maximum=0.9999)
     learning_rate: float = option(
         1e-3,
-        "AdamW's learning rate of deltas without Muon, importance and mixing",
-        derived="1e-3; 0.015 for free deltas of blocks or weights",
+        "AdamW's rate of deltas without Muon, importance and mixing",
+        derived="1e-3; 0.015 for blocks or weights",
         metavar="RATE",
         minimum=0.0,
         common=True,
