@@ -78,7 +78,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default(key, value, "as in the rows of pretokenized_dir")
     if adapter.granularity != "neuron" and adapter.num_atoms == 0:
         default("use_muon", False, "free deltas of blocks or single weights are not matrices")
-        default("learning_rate", SCATTERED_RATE, "the best of free deltas of blocks")
+        default("learning_rate", SCATTERED_RATE, "free deltas of blocks or single weights need larger steps")
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))

@@ -54,8 +54,8 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
         )
     peft: Any = model
     experts: Any = peft.srde_model() if hasattr(model, "srde_model") else model
-    matrices = experts.config.granularity == "neuron" or experts.config.num_atoms > 0
-    options = {"use_muon": matrices} | ({} if matrices else {"learning_rate": SCATTERED_RATE}) | options
+    if experts.config.granularity != "neuron" and experts.config.num_atoms == 0:
+        options = {"use_muon": False, "learning_rate": SCATTERED_RATE} | options
     config = OptimizerConfig(**{name: checked(OptimizerConfig, name, value) for name, value in options.items()})
     named = [(name, parameter) for name, parameter in experts.trainable_parameters() if parameter.requires_grad]
     ours = {id(parameter) for _, parameter in named}
