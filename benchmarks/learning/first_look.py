@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from scipy.stats import t
@@ -45,6 +46,7 @@ from srde_ds.model.attention import Documents
 from srde_ds.model.base import load_base
 from srde_ds.model.feed_forward import find_feed_forward
 from srde_ds.model.policy import PolicyControl, RoutingPolicy
+from srde_ds.model.supports import selection
 from srde_ds.model.targets import Targets
 from srde_ds.optim import for_trainer
 from srde_ds.training.reporting.held_out import forced_experts
@@ -73,6 +75,7 @@ class Look:
         by_text: all tokens of a text use its domain's expert in training, and the one that its prompt chooses later.
         loss_weighting: what counts equally in the training loss, see `LossConfig`.
         rival: flags of a rival, see `plan.Run`.
+        block_neurons: the share of a layer's neurons that random blocks may touch.
         attention: rank of LoRA in the attention's projections, beside the experts; at `attention_rate`, by AdamW.
     """
 
@@ -83,6 +86,7 @@ class Look:
     by_text: bool = False
     loss_weighting: Weighting = "token"
     rival: dict[str, Any] = field(default_factory=dict)
+    block_neurons: float = selection.RANDOM_BLOCK_NEURONS
     attention: int = 0
     attention_rate: float = 2e-3
 
@@ -105,6 +109,9 @@ LOOKS = {
     "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.02, supports for each expert": Look(rates={"muon_lr": 0.02}, adapter={"support_scope": "per_expert"}),
     "SRDE of random blocks, AdamW, 0.015": Look(rates={"learning_rate": 0.015}, adapter=RANDOM_BLOCKS),
+    "SRDE of random blocks anywhere, AdamW, 0.015": Look(
+        rates={"learning_rate": 0.015}, adapter=RANDOM_BLOCKS, block_neurons=1.0
+    ),
     "SRDE, AdamW, 0.004": Look(rates={"learning_rate": 0.004}),
     "SRDE, AdamW, 0.01": Look(rates={"learning_rate": 0.01}),
     "SRDE, 0.02, all experts a token": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 6}),
@@ -160,7 +167,8 @@ def with_experts(look: Look, base: PreTrainedModel, inputs: Inputs, seed: int) -
     six = config.num_experts == len(DOMAINS)
     routers = rivals.domain_routers(base, find_feed_forward(base), inputs, seed, look.routers) if six else []
     names = list(DOMAINS) if six else [f"expert {number}" for number in range(config.num_experts)]
-    model = add_experts(base, config, expert_names=names, seed=seed)
+    with patch.object(selection, "RANDOM_BLOCK_NEURONS", look.block_neurons):
+        model = add_experts(base, config, expert_names=names, seed=seed)
     for _, parameter in model.trainable_parameters():
         parameter.data = parameter.data.float()
     for layer, router in zip(model.layers, routers, strict=False):

@@ -46,6 +46,7 @@ PARTS = [
     "SRDE, 0.02, one expert a text",
     "one delta, 0.01",
     "SRDE of random blocks, AdamW, 0.015",
+    "SRDE of random blocks anywhere, AdamW, 0.015",
     "SHiRA, 0.003",
     AGAINST_BY_DOMAIN,
     "SRDE, 0.02, each domain counts equally",

@@ -10,7 +10,7 @@ import torch
 from srde_ds.errors import SRDEError
 from srde_ds.model.feed_forward import ROLES
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.model.supports.blocks import weight_indices
+from srde_ds.model.supports.blocks import SupportBlocks, _located, block_numbers, weight_indices
 from srde_ds.model.supports.selection import (
     activation_scores,
     best_entries,
@@ -19,6 +19,7 @@ from srde_ds.model.supports.selection import (
     ranking,
     select_support,
     support_size,
+    touched_neurons,
     value_count,
 )
 from srde_ds.training.calibration import _SummedGradientScores
@@ -149,6 +150,32 @@ def test_blocks_with_the_largest_norms_are_chosen() -> None:
     assert indices[0, 1, 3] == 17 * 32 + 3 and indices[1, 2, 4] == 2 * 48 * 32 + 18 * 48 + 36
     with pytest.raises(SRDEError, match="granularity=block with a base of hidden size 40 and feed-forward size 48"):
         select_support(config, (gate, up, down), **sizes | {"hidden": 40})
+
+
+@pytest.mark.parametrize("scope", ["shared", "per_expert"])
+@pytest.mark.parametrize(("density", "neurons"), [(0.01, 240), (0.05, 240), (0.1, 384), (1.0, 960)])
+def test_random_blocks_touch_a_quarter_of_the_neurons_or_as_many_as_needed(
+    density: float, neurons: int, scope: Any
+) -> None:
+    config = adapter_config(granularity="block", support_strategy="random", density=density, support_scope=scope)
+    sizes: dict[str, int] = {"hidden": 576, "intermediate": 960}
+    unread = torch.empty(0)
+    support = select_support(config, (unread, unread, unread), seed=0, layer=0, **sizes)
+    blocks = SupportBlocks.of(support, **sizes)
+    assert len(blocks.neurons) == pytest.approx(touched_neurons(config, **sizes), rel=0.1)
+    assert 0.6 * neurons < len(blocks.neurons) <= neurons
+    rows = support.view(-1, support.shape[-1])
+    assert all(len(row.unique()) == len(row) == round(density * 3 * 36 * 60) for row in rows)
+    assert scope == "shared" or density == 1 or not torch.equal(rows[0], rows[1])
+    in_down = (rows >= 2 * 36 * 60).float().mean()
+    assert in_down == pytest.approx(1 / 3, abs=0.15)
+
+
+def test_block_numbers_find_the_blocks_that_they_name() -> None:
+    numbers = torch.arange(3 * 2 * 3)
+    matrix, row, column = _located(numbers, 32, 48)
+    neuron, other = torch.where(matrix < 2, row, column), torch.where(matrix < 2, column, row)
+    assert torch.equal(block_numbers(matrix, neuron, other, 32, 48), numbers)
 
 
 def test_squares_of_gradients_are_summed_by_block() -> None:

@@ -35,6 +35,17 @@ def weight_indices(granularity: Granularity, support: Tensor, hidden: int, inter
     return (matrix * hidden * intermediate + row * width + column).flatten()
 
 
+def block_numbers(matrix: Tensor, neuron: Tensor, other: Tensor, hidden: int, intermediate: int) -> Tensor:
+    """The numbers of blocks.
+
+    Args:
+        matrix: of each block: 0 gate, 1 up, 2 down.
+        neuron, other: its place along the axis of neurons and along that of hidden values, counted in blocks.
+    """
+    wide, high = hidden // BLOCK_SIDE, intermediate // BLOCK_SIDE
+    return matrix * wide * high + torch.where(matrix < 2, neuron * wide + other, other * high + neuron)
+
+
 def _located(support: Tensor, hidden: int, intermediate: int) -> tuple[Tensor, Tensor, Tensor]:
     """Of each block: its matrix (0 gate, 1 up, 2 down), and its row and column there, counted in blocks."""
     wide, high = hidden // BLOCK_SIDE, intermediate // BLOCK_SIDE

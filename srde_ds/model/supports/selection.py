@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from srde_ds.config.granularity import BLOCK_SIDE, candidates, entry_weights
 from srde_ds.config.strategy import CALIBRATED, WITHOUT_DATA
 from srde_ds.errors import SRDEError
 from srde_ds.model.seeding import seeded_generator
-from srde_ds.model.supports.blocks import by_block
+from srde_ds.model.supports.blocks import block_numbers, by_block
+
+RANDOM_BLOCK_NEURONS = 0.25
+"""The share of a layer's neurons that random blocks may touch; more if they would cover more than a quarter of these.
+Experts of blocks learn as much as if they touched all, and take less time (docs/decisions.md)."""
 
 
 def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
@@ -34,10 +39,20 @@ def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
 
 
 def touched_neurons(config: AdapterConfig, hidden: int, intermediate: int) -> int:
-    """How many neurons have a weight in a block of some expert, if blocks may be anywhere; by magnitude they are fewer,
-    since large weights are close to each other."""
+    """How many neurons have a weight in a block of some expert, if blocks may be anywhere among `_open_neurons`; by
+    magnitude they are fewer, since large weights are close to each other."""
     supports = 1 if config.support_scope == "shared" else config.num_experts
-    return round(intermediate * (1 - (1 - config.density) ** (3 * hidden / BLOCK_SIDE * supports)))
+    neurons = BLOCK_SIDE * _open_neurons(config, intermediate)
+    density = config.density * intermediate / neurons
+    return round(neurons * (1 - (1 - density) ** (3 * hidden / BLOCK_SIDE * supports)))
+
+
+def _open_neurons(config: AdapterConfig, intermediate: int) -> int:
+    """Among how many neurons the experts' blocks are chosen, counted in blocks."""
+    high = intermediate // BLOCK_SIDE
+    if config.support_strategy != "random":
+        return high
+    return math.ceil(high * min(1, max(RANDOM_BLOCK_NEURONS, 4 * config.density)))
 
 
 def support_shape(config: AdapterConfig, hidden: int, intermediate: int) -> tuple[int, ...]:
@@ -162,9 +177,13 @@ def select_support(
     size = support_size(config, hidden, intermediate)
     count = 1 if config.support_scope == "shared" else config.num_experts
     if config.support_strategy == "random":
-        support = torch.stack(
-            [random_subset(total, size, seeded_generator(seed, "support", layer, e)) for e in range(count)]
-        )
+        generators = [seeded_generator(seed, "support", layer, e) for e in range(count)]
+        if config.granularity == "block":
+            high, generator = intermediate // BLOCK_SIDE, seeded_generator(seed, "neurons of blocks", layer)
+            neurons = random_subset(high, _open_neurons(config, intermediate), generator)
+            support = torch.stack([_random_blocks(neurons, size, hidden, intermediate, own) for own in generators])
+        else:
+            support = torch.stack([random_subset(total, size, own) for own in generators])
     elif config.support_strategy == "magnitude":
         support = ranking(magnitude_scores(config.granularity, *weights), count * size).view(count, size)
     elif config.support_strategy in (*CALIBRATED, "learned"):
@@ -227,6 +246,14 @@ def ranking(scores: Tensor, count: int) -> Tensor:
     above = (scores > threshold).nonzero().squeeze(1)
     equal = (scores == threshold).nonzero().squeeze(1)[: count - above.numel()]
     return torch.cat([above[scores[above].argsort(descending=True, stable=True)], equal])
+
+
+def _random_blocks(neurons: Tensor, size: int, hidden: int, intermediate: int, generator: torch.Generator) -> Tensor:
+    """The numbers of `size` different blocks with `neurons`, which are counted in blocks."""
+    wide = hidden // BLOCK_SIDE
+    drawn = random_subset(3 * len(neurons) * wide, size, generator)
+    matrix, place = drawn // (len(neurons) * wide), drawn % (len(neurons) * wide)
+    return block_numbers(matrix, neurons[place // wide], place % wide, hidden, intermediate)
 
 
 def random_subset(total: int, count: int, generator: torch.Generator) -> Tensor:
