@@ -21,7 +21,7 @@ from srde_ds.compose.names import parse_renames, renamed, with_entry
 from srde_ds.compose.options import CombineOptions
 from srde_ds.compose.train_routers import train_routers
 from srde_ds.config import AdapterConfig
-from srde_ds.config.granularity import entry_weights
+from srde_ds.config.granularity import entry_weights, neuron_part
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
@@ -136,16 +136,18 @@ class _Layer:
         """`deltas.free` of all experts, fp32."""
         experts, neuron = config.num_experts, config.granularity == "neuron"
         each = 1 if neuron else entry_weights(config.granularity, self.hidden)  # values of an entry on the last axis
-        shape = (self.hidden, 3 * experts, self.size) if neuron else (experts, self.size * each)
-        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron, each))
+        part = neuron_part(config.neuron_parts, self.hidden, self.layer) if neuron else slice(None)
+        width = self.hidden // config.neuron_parts
+        shape = (width, 3 * experts, self.size) if neuron else (experts, self.size * each)
+        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron, each, part))
 
-    def _deltas(self, neuron: bool, each: int) -> Tensor:
+    def _deltas(self, neuron: bool, each: int, part: slice) -> Tensor:
         found: list[Tensor] = []
         supports = self._supports()
         for adapter in self.adapters:
             deltas = adapter.deltas(self.layer)
             for expert in range(adapter.metadata.config.num_experts):
-                delta, place = adapter.expert_part(deltas, expert), len(found)
+                delta, place = adapter.expert_part(deltas, expert)[part], len(found)
                 values = delta.new_zeros(*delta.shape[:-1], self.size * each)
                 # Both are ascending, so the positions of the expert's own entries are as well.
                 kept = torch.isin(supports[place], adapter.support(self.layer, expert))
@@ -194,6 +196,11 @@ def _check_together(adapters: Sequence[AdapterSource]) -> None:
             raise SRDEError(
                 f"weights '{other.place}': granularity={two.config.granularity}, but '{first.place}' has "
                 f"{one.config.granularity}. Give adapters of one granularity."
+            )
+        if one.config.neuron_parts != two.config.neuron_parts:
+            raise SRDEError(
+                f"weights '{other.place}': neuron_parts={two.config.neuron_parts}, but '{first.place}' has "
+                f"{one.config.neuron_parts}. Give adapters with the same parts."
             )
         if (first.num_layers, first.router(0).shape[1]) != (other.num_layers, other.router(0).shape[1]):
             raise SRDEError(f"weights '{other.place}': other layers than '{first.place}'. Export them again.")

@@ -128,7 +128,7 @@ def inspect_weights(place: str | Path) -> AdapterSummary:
         deltas.append([_norm(adapter.expert_delta(layer, expert)) for expert in experts])
         routers.append([_norm(row) for row in adapter.router(layer).load()])
     hidden = adapter.router(0).shape[1]
-    entry = entry_weights(metadata.config.granularity, hidden)
+    entry = entry_weights(metadata.config.granularity, hidden, metadata.config.neuron_parts)
     support_sizes = [adapter.tensors[f"layers.{layer}.support"].shape[-1] for layer in layers]
     parts = (".deltas.", ".router.weight", f".{SHARED_DELTA}")
     trained = [t for name, t in adapter.tensors.items() if any(part in name for part in parts)]

@@ -75,6 +75,17 @@ def check_relations(config: Config) -> None:
             f"use_muon=true with granularity={adapter.granularity} and num_atoms=0: such free deltas are not matrices, "
             "so Muon would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
         )
+    if adapter.neuron_parts > 1 and adapter.granularity != "neuron":
+        raise SRDEError(
+            f"neuron_parts={adapter.neuron_parts} with granularity={adapter.granularity}: only neurons have parts. "
+            "Leave --neuron_parts out, or give --granularity neuron."
+        )
+    for key, density in {"initial_density": config.curriculum.initial_density, "density": adapter.density}.items():
+        if adapter.neuron_parts > 1 and density is not None and density * adapter.neuron_parts > 1:
+            raise SRDEError(
+                f"neuron_parts={adapter.neuron_parts} with {key}={density}: parts of so many weights need more neurons "
+                f"than there are. Lower --neuron_parts to {max(1, int(1 / density))}, or --{key}."
+            )
     if losses.load_balancing_target == "domains" and not (losses.load_balancing_weight or losses.balancing_bias_rate):
         raise SRDEError(
             "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: balancing is off. "

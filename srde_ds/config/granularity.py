@@ -15,13 +15,21 @@ PLURALS: dict[Granularity, str] = {
 }
 
 
-def entry_weights(granularity: Granularity, hidden: int) -> int:
-    """The number of weights that an entry of a support stands for.
+def entry_weights(granularity: Granularity, hidden: int, parts: int = 1) -> int:
+    """The number of weights that an expert changes for an entry of its support.
 
     Args:
         hidden: D.
+        parts: of an expert's neurons, see `AdapterConfig.neuron_parts`.
     """
-    return {"neuron": 3 * hidden, "block": BLOCK_SIDE**2, "element": 1}[granularity]
+    return {"neuron": 3 * hidden // parts, "block": BLOCK_SIDE**2, "element": 1}[granularity]
+
+
+def neuron_part(parts: int, hidden: int, layer: int) -> slice:
+    """The hidden dimensions between which and a neuron a layer's experts change the weights. Layers take turns."""
+    width = hidden // parts
+    first = layer % parts * width
+    return slice(first, first + width)
 
 
 def candidates(granularity: Granularity, hidden: int, intermediate: int) -> int:

@@ -91,6 +91,13 @@ class AdapterConfig:
     granularity: Granularity = option(
         "neuron", "what an expert changes: neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
+    neuron_parts: int = option(
+        1,
+        "of each of its neurons, an expert changes only the weights from and to one of N parts of the hidden "
+        "dimensions; so it has N times as many neurons",
+        metavar="N",
+        minimum=1,
+    )
     support_strategy: Strategy = option(
         "magnitude",
         "how the weights that may change are chosen: by |W|, at random, by |W| x |input| or |W x gradient| on "

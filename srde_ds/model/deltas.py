@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srde_ds.config import AdapterConfig
-from srde_ds.config.granularity import entry_weights
+from srde_ds.config.granularity import entry_weights, neuron_part
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.statistics import add_delta_gradient
 from srde_ds.model.supports.learned import GROUP_SIZE, SupportGate
@@ -81,7 +82,8 @@ class DeltaBank(nn.Module):
     """The effective deltas of one layer's experts.
 
     `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up transposed, so that D comes
-    first) or `[E, n]` (element granularity, in the order of the support).
+    first) or `[E, n]` (element granularity, in the order of the support). With `neuron_parts`, D here is the number of
+    those hidden dimensions that are in `part`; all others' deltas are zero.
 
     A bank whose support is being learned also has scores on every rank: `[1, B]`, or `[E, B]` for all experts. The
     effective deltas of candidates that are not kept are zero. See `supports/learned.py`.
@@ -92,6 +94,8 @@ class DeltaBank(nn.Module):
     ranks_per_copy: int = 1  # of so many ranks, one has an expert's effective deltas in a backward
     exchange: Callable[[Tensor], Tensor] | None = None  # turns the values that this rank makes into all values
     gate: SupportGate | None = None
+    part: slice | None = None  # of the hidden dimensions; None: all
+    all_hidden: int = 0
     # A bank has only some of these; the subclasses give their shapes.
     free: nn.Parameter
     atoms: nn.Parameter
@@ -128,6 +132,13 @@ class DeltaBank(nn.Module):
     def values(self) -> Tensor:
         """The deltas of all entries of the support, in the shape of the effective deltas."""
         raise NotImplementedError
+
+    def whole(self) -> Tensor:
+        """The effective deltas of whole neurons, also where these have parts."""
+        deltas = self()
+        if self.part is None:
+            return deltas
+        return F.pad(deltas, (0, 0) * 3 + (self.part.start, self.all_hidden - self.part.stop))
 
     def learn_support(self, gate: SupportGate, experts: int | None, dtype: torch.dtype) -> None:
         """Give each candidate a score of zero: one for each expert, or with None one for all of them."""
@@ -284,7 +295,9 @@ def build_deltas(
         layer: number of the decoder layer.
         keep: for a support that is being learned, how many of its candidate entries are kept.
     """
-    bank = _bank(config, hidden, size, storage, seeded_generator(seed, "mixing", layer))
+    bank = _bank(config, hidden // config.neuron_parts, size, storage, seeded_generator(seed, "mixing", layer))
+    if config.neuron_parts > 1:
+        bank.part, bank.all_hidden = neuron_part(config.neuron_parts, hidden, layer), hidden
     if keep is not None:
         gate = SupportGate(entries=size, keep=keep, group=GROUP_SIZE[config.granularity], seed=seed, layer=layer)
         bank.learn_support(gate, config.num_experts if config.support_scope == "per_expert" else None, storage.dtype)
@@ -292,11 +305,11 @@ def build_deltas(
 
 
 def empty_deltas(
-    config: AdapterConfig, *, hidden: int, size: int, pad_to: int = 1, keep: int | None = None
+    config: AdapterConfig, *, hidden: int, size: int, layer: int = 0, pad_to: int = 1, keep: int | None = None
 ) -> DeltaBank:
     """The same bank without values, on the meta device, to count values or to load some."""
     storage = Storage(torch.float32, torch.device("meta"), pad_to)
-    return build_deltas(config, hidden=hidden, size=size, seed=0, layer=0, storage=storage, keep=keep)
+    return build_deltas(config, hidden=hidden, size=size, seed=0, layer=layer, storage=storage, keep=keep)
 
 
 def _bank(config: AdapterConfig, hidden: int, size: int, storage: Storage, generator: torch.Generator) -> DeltaBank:

@@ -143,7 +143,7 @@ class SRDEFeedForward(nn.Module):
             output_TD = self._on_kernels(act, down, *values)
             if output_TD is None:
                 hidden_TF, extra_TD = self._dispatched(act, *values)
-                output_TD = down(hidden_TF) + extra_TD
+                output_TD = self._plus(down(hidden_TF), extra_TD)
         else:
             routing = prepared.router(x_TD, policy)
             output_TD = prepared.experts(act, down, x_TD, gate_TF, up_TF, routing)
@@ -174,10 +174,22 @@ class SRDEFeedForward(nn.Module):
         products = None if kind is None else self.dispatch.products(routing.index_TK, deltas)
         if kind is None or products is None:
             return None
-        shift, options = products.into(x_TD).to(gate_TF.dtype), (kind, products.by_expert)
+        shift, options = products.into(self._part(x_TD)).to(gate_TF.dtype), (kind, products.by_expert)
         chosen = (routing.weights_TK, routing.index_TK, self.support)
         hidden_TF, weighted = FusedExperts.apply(gate_TF, up_TF, shift, *chosen, options)
+        if self.deltas.part is not None:
+            return self._plus(down(hidden_TF), products.back(weighted))
         return products.added(down(hidden_TF), weighted)
+
+    def _part(self, x_TD: Tensor) -> Tensor:
+        """Those hidden dimensions that the experts' neurons read."""
+        return x_TD if self.deltas.part is None else x_TD[:, self.deltas.part]
+
+    def _plus(self, output_TD: Tensor, extra_TD: Tensor) -> Tensor:
+        """The output with `extra`, which is for those hidden dimensions alone."""
+        if (part := self.deltas.part) is not None:
+            extra_TD = F.pad(extra_TD, (part.start, self.hidden - part.stop))
+        return output_TD + extra_TD
 
     def _support_blocks(self) -> SupportBlocks:
         """Where the support's blocks are. It is found anew only for another support, because a GPU is waited for."""
@@ -211,7 +223,7 @@ class SRDEFeedForward(nn.Module):
         neurons = self.support if shared else self.support[index_TK].long().flatten(1)
         (gate_TF, gate), (up_TF, up) = (TakeNeurons.apply(t, neurons) for t in (gate_TF, up_TF))
         hidden_TF, act = act(gate_TF) * up_TF, self._for_experts(act)
-        change_TXm, extra_TD = self.dispatch.neuron(act, x_TD, gate.view(shape), up.view(shape), *chosen)
+        change_TXm, extra_TD = self.dispatch.neuron(act, self._part(x_TD), gate.view(shape), up.view(shape), *chosen)
         if shared:
             return hidden_TF.index_add_(1, neurons, change_TXm.squeeze(1)), extra_TD
         for own, change in zip(neurons.view(shape).unbind(1), change_TXm.unbind(1), strict=True):
@@ -287,7 +299,7 @@ class SRDEFeedForward(nn.Module):
         )
         if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not record changes
             return None
-        deltas = self.deltas().to(arithmetic_dtype(gate_TF))
+        deltas = self.deltas.whole().to(arithmetic_dtype(gate_TF))
         experts: PreparedDeltas
         if not bool(deltas.any()):
             experts = PreparedNoDeltas()

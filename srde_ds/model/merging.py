@@ -136,7 +136,7 @@ def merge_into_blocks(layers: Sequence[SRDEFeedForward], expert: int) -> None:
     for layer in layers:
         shared = layer.shared_expert
         support = layer.support if layer.support.dim() == 1 else layer.support[expert]
-        delta = expert_delta(layer.deltas(), expert, layer.granularity)
+        delta = expert_delta(layer.deltas.whole(), expert, layer.granularity)
         for role, projection in _projections(layer).items():
             weight = weight_of(projection)
             assert weight is not None  # see check_mergeable

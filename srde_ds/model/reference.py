@@ -64,7 +64,7 @@ def reference_forward(layer: SRDEFeedForward, x_TD: Tensor, *, top_k: int) -> Te
         shared = layer.shared_expert
         gate, up, down = merge_expert((gate, up, down), shared.neurons, shared().detach().double(), "neuron")
     act = getattr(layer.block, roles["act"])
-    deltas = layer.deltas().detach().double()
+    deltas = layer.deltas.whole().detach().double()
     router = layer.router.weight.detach().double()
     outputs = []
     for x_D in x_TD.double():

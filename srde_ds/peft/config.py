@@ -40,6 +40,8 @@ class SRDEConfig(PeftConfig):
         top_k: experts that each token uses.
         density: share of the feed-forward weights that an expert may change.
         granularity: what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights.
+        neuron_parts: of each of its neurons, an expert changes only the weights from and to one of so many parts of the
+            hidden dimensions; so it has so many times as many neurons.
         support_strategy: how the weights that may change are chosen: "magnitude" or "random". A saved adapter that is
             loaded may have any strategy.
         support_scope: one support for all experts of a layer, or one for each expert.
@@ -72,6 +74,7 @@ class SRDEConfig(PeftConfig):
     top_k: int = 2
     density: float = 0.01
     granularity: Granularity = "neuron"
+    neuron_parts: int = 1
     support_strategy: Strategy = "magnitude"
     support_scope: Literal["shared", "per_expert"] = "shared"
     num_atoms: int = 0

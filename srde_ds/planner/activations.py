@@ -165,7 +165,8 @@ def _neuron(work: Workload, layer: LayerShape, first: bool) -> float:
     values = 5 * assignments * size + t * adapter.num_experts * size
     if adapter.support_scope == "shared":
         values += t * size
-    matrices = layer.hidden * adapter.num_experts * size  # a copy in the order of the products
+    width = layer.hidden // adapter.neuron_parts
+    matrices = width * adapter.num_experts * size  # a copy in the order of the products
     if not first:
         values += 3 * assignments * size  # the base's values
         matrices *= 3
@@ -179,8 +180,9 @@ def _neuron_remote(work: Workload, layer: LayerShape) -> float:
     adapter, t = work.adapter, work.tokens
     size, assignments = support_size(adapter, layer.hidden, layer.intermediate), adapter.top_k * t
     # What arrives; the same as in `_neuron`, with the base's values; what comes back, and its weight.
-    values = layer.hidden + 2 * size + (8 + work.slots) * size + 1 + size + layer.hidden + 1
-    matrices = 3 * layer.hidden * work.slots * size
+    width = layer.hidden // adapter.neuron_parts
+    values = width + 2 * size + (8 + work.slots) * size + 1 + size + width + 1
+    matrices = 3 * width * work.slots * size
     change = t * size if adapter.support_scope == "shared" else 0
     return (assignments * values + matrices + change) * work.width + 3 * assignments * INT64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from srde_ds.distributed.expert_traffic import choose_transport
 from srde_ds.distributed.workload import Workload
 from srde_ds.model.base_shape import BaseShape, LayerShape
-from srde_ds.model.supports.selection import shared_expert_size, support_size, value_count
+from srde_ds.model.supports.selection import shared_expert_size, value_count
 
 
 def step_flops(work: Workload, shape: BaseShape, *, labelled: float = 1.0) -> dict[str, float]:
@@ -52,5 +52,4 @@ def _experts(work: Workload, layer: LayerShape, transport: str) -> float:
         return 2 * t * adapter.top_k * 3 * layer.matrix + mixing
     # Neuron experts compute every token, unless the tokens travel.
     computed = adapter.top_k if transport == "tokens" else adapter.num_experts
-    size = support_size(adapter, layer.hidden, layer.intermediate)
-    return 2 * t * computed * 3 * layer.hidden * size + mixing
+    return 2 * t * computed * n + mixing

@@ -27,6 +27,7 @@ REFUSED = {
             "top_k",
             "density",
             "granularity",
+            "neuron_parts",
             "support_strategy",
             "support_scope",
             "num_atoms",

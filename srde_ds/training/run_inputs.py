@@ -31,7 +31,7 @@ _SCHEDULE = {
 _OF_ROWS = ("too_long", "train_on", "packing")
 _OF_RECORDS = ("format", "columns", "ignore_columns", "encoding", "on_bad_record")
 
-FIXED = ("granularity", "density", "support_scope", "num_atoms", "atom_mixing", "shared_expert_density")
+FIXED = ("granularity", "neuron_parts", "density", "support_scope", "num_atoms", "atom_mixing", "shared_expert_density")
 """Options that describe the weights"""
 
 _STARTED = ("domains", *FIXED, "top_k", "support_strategy")

@@ -178,6 +178,7 @@ def layer_shapes(
         neurons: number of neurons that the shared expert changes, if there is one.
     """
     experts, atoms, neuron = config.num_experts, config.num_atoms, config.granularity == "neuron"
+    width = hidden // config.neuron_parts
     shapes: dict[str, tuple[int, ...]] = {"router.weight": (experts, hidden), "router_bias": (experts,)}
     if domains:
         of_dimensions = (domains, hidden)
@@ -188,10 +189,10 @@ def layer_shapes(
     shapes["support"] = (size,) if config.support_scope == "shared" else (experts, size)
     values = size * entry_weights(config.granularity, hidden)
     if atoms == 0:
-        return shapes | {"deltas.free": (hidden, 3 * experts, size) if neuron else (experts, values)}
+        return shapes | {"deltas.free": (width, 3 * experts, size) if neuron else (experts, values)}
     return shapes | {
-        "deltas.atoms": (hidden, 3 * atoms, size) if neuron else (values, 1, atoms),
-        "deltas.importance": (experts, 3, hidden, size) if neuron else (experts, values),
+        "deltas.atoms": (width, 3 * atoms, size) if neuron else (values, 1, atoms),
+        "deltas.importance": (experts, 3, width, size) if neuron else (experts, values),
         "deltas.mixing": (experts, atoms),
     }
 

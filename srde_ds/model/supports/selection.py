@@ -23,7 +23,7 @@ Experts of blocks learn as much as if they touched all, and take less time (docs
 def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
     """Number of entries in an expert's support: m neurons, b blocks or n weights."""
     total = candidates(config.granularity, hidden, intermediate)
-    return min(total, max(1, round(config.density * total)))
+    return min(total, max(1, round(config.density * config.neuron_parts * total)))
 
 
 def kept_size(config: AdapterConfig, target_density: float | None, hidden: int, intermediate: int) -> int | None:
@@ -35,7 +35,8 @@ def kept_size(config: AdapterConfig, target_density: float | None, hidden: int, 
 
 def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
     """The number of weights that an expert changes in a layer."""
-    return support_size(config, hidden, intermediate) * entry_weights(config.granularity, hidden)
+    entries = support_size(config, hidden, intermediate)
+    return entries * entry_weights(config.granularity, hidden, config.neuron_parts)
 
 
 def touched_neurons(config: AdapterConfig, hidden: int, intermediate: int) -> int:
@@ -111,6 +112,11 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
         raise SRDEError(
             f"granularity=block with a base of hidden size {hidden} and feed-forward size {intermediate}: both must "
             f"be multiples of {BLOCK_SIDE}. Give --granularity neuron or element."
+        )
+    if hidden % config.neuron_parts:
+        raise SRDEError(
+            f"neuron_parts={config.neuron_parts} with a base of hidden size {hidden}, which it does not divide. Give "
+            "--neuron_parts a divisor, such as 1."
         )
     if config.support_strategy == "learned" and config.support_scope == "per_expert" and config.num_atoms:
         raise SRDEError(
