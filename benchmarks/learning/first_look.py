@@ -108,6 +108,9 @@ LOOKS = {
     "SRDE, 0.02, discriminant routers": Look(rates={"muon_lr": 0.02}, routers="discriminant"),
     "SRDE, 0.02, one expert a text": Look(rates={"muon_lr": 0.02}, adapter={"top_k": 1}, by_text=True),
     "SRDE, 0.02, supports for each expert": Look(rates={"muon_lr": 0.02}, adapter={"support_scope": "per_expert"}),
+    "SRDE of quarters of random neurons, AdamW, 0.015": Look(
+        rates={"learning_rate": 0.015}, adapter={"neuron_parts": 4, "support_strategy": "random"}
+    ),
     "SRDE of random blocks, AdamW, 0.015": Look(rates={"learning_rate": 0.015}, adapter=RANDOM_BLOCKS),
     "SRDE of random blocks anywhere, AdamW, 0.015": Look(
         rates={"learning_rate": 0.015}, adapter=RANDOM_BLOCKS, block_neurons=1.0

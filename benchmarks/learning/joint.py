@@ -45,6 +45,7 @@ PARTS = [
     "SRDE, 0.02, supports for each expert",
     "SRDE, 0.02, one expert a text",
     "one delta, 0.01",
+    "SRDE of quarters of random neurons, AdamW, 0.015",
     "SRDE of random blocks, AdamW, 0.015",
     "SRDE of random blocks anywhere, AdamW, 0.015",
     "SHiRA, 0.003",

@@ -77,8 +77,8 @@ def expert_traffic(work: Workload, blocks: Blocks, transport: str) -> list[Traff
     assignments = adapter.top_k * work.tokens * micro_steps
     found = []
     for number, (hidden, intermediate) in enumerate(blocks):
-        width = hidden // adapter.neuron_parts
-        long_side = width  # of a delta, padded so that each process has an equal shard
+        part = hidden // adapter.neuron_parts
+        long_side = part  # of a delta, padded so that each process has an equal shard
         if granularity != "neuron":
             long_side = value_count(adapter, hidden, intermediate)
         padding = math.ceil(long_side / world_size) * world_size / long_side
@@ -88,8 +88,8 @@ def expert_traffic(work: Workload, blocks: Blocks, transport: str) -> list[Traff
             if granularity != "element":
                 neurons = support_size if granularity == "neuron" else touched_neurons
                 changed = neurons(adapter, hidden, intermediate)
-            there = width + 2 * changed  # the token, and its gate and up values
-            back = changed + width  # the change of the hidden values, and the output
+            there = part + 2 * changed  # the token, and its gate and up values
+            back = changed + part  # the change of the hidden values, and the output
             # Without full recomputation, the input of the first layer's experts needs no gradient.
             gradients = back + (there if number > 0 or work.recomputed == "full" else 0)
             sent = assignments * (forwards * (there + back) + gradients) * width

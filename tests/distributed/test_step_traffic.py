@@ -87,6 +87,7 @@ def two_steps(inputs: Inputs, folder: Path, zero: dict[str, int], **options: Any
         ((2, 1), ATOMS | CHECKPOINTING, SCARCE),
         ((2, 1), ATOMS | {"owner_computes": False}, SCARCE),
         ((2, 1), {"granularity": "element", "use_muon": False}, {}),
+        ((2, 1), {"neuron_parts": 3}, SCARCE),
         ((2, 1), RESIDENT, {}),
         ((2, 1), RESIDENT | ATOMS | CHECKPOINTING, SCARCE),
         ((2, 2), RESIDENT | TOKENS | CHECKPOINTING, SCARCE),

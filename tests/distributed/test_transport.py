@@ -226,7 +226,8 @@ def received_bytes(transport: str, granularity: str, config: Config, hidden: int
         if granularity == "neuron":
             neurons = support_size(config.adapter, hidden, intermediate)
             gate, up = (torch.randn(tokens, 1, neurons, requires_grad=True) for _ in range(2))
-            deltas = torch.randn(hidden, experts // size, 3, neurons, requires_grad=True)
+            x = x[:, : hidden // config.adapter.neuron_parts]
+            deltas = torch.randn(x.shape[1], experts // size, 3, neurons, requires_grad=True)
             change, extra = dispatch.neuron(F.silu, x, gate, up, chosen, weights, deltas)
         else:
             gate, up = (torch.randn(tokens, intermediate, requires_grad=True) for _ in range(2))
@@ -237,14 +238,15 @@ def received_bytes(transport: str, granularity: str, config: Config, hidden: int
     return sum(received)
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
+@pytest.mark.parametrize(("granularity", "parts"), [("neuron", 1), ("neuron", 4), ("element", 1)])
 @pytest.mark.parametrize("transport", ["tokens", "deltas"])
-def test_cost_model_equals_counted_bytes(ranks: Ranks, transport: str, granularity: str) -> None:
+def test_cost_model_equals_counted_bytes(ranks: Ranks, transport: str, granularity: str, parts: int) -> None:
     hidden, intermediate, size = 16, 48, ranks.world_size
     flags = {
         "num_experts": 6,
         "density": 0.1,
         "granularity": granularity,
+        "neuron_parts": parts,
         "use_muon": False,
         "bf16": False,
         "max_length": 24,

@@ -68,7 +68,9 @@ def test_every_base_that_fits_keeps_its_logits(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("scope", ["shared", "per_expert"])
-@pytest.mark.parametrize("atoms", [{"num_atoms": 0}, {"num_atoms": 3, "atom_mixing": "softmax"}])
+@pytest.mark.parametrize(
+    "atoms", [{"num_atoms": 0}, {"num_atoms": 3, "atom_mixing": "softmax"}, {"num_atoms": 3, "neuron_parts": 4}]
+)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_every_form_of_neuron_experts(
     bases: Path, scope: str, atoms: dict[str, Any], top_k: int, tmp_path: Path

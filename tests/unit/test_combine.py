@@ -37,6 +37,7 @@ NEURONS: list[dict[str, Any]] = [
 ]
 ELEMENTS = [form | {"granularity": "element", "density": form["density"] / 10} for form in NEURONS]
 
+PARTS = [form | {"neuron_parts": 2} for form in NEURONS]
 BLOCKS = [form | {"granularity": "block"} for form in NEURONS]
 
 
@@ -56,7 +57,7 @@ def alone(model: SRDEModel, expert: str) -> Tensor:
         return model(tokens()).logits
 
 
-@pytest.mark.parametrize("forms", [NEURONS, BLOCKS, ELEMENTS], ids=["neuron", "block", "element"])
+@pytest.mark.parametrize("forms", [NEURONS, PARTS, BLOCKS, ELEMENTS], ids=["neuron", "parts", "block", "element"])
 @pytest.mark.parametrize("training", [False, True])
 def test_each_expert_alone_computes_what_it_did(forms: list[dict[str, Any]], training: bool, tmp_path: Path) -> None:
     names = [["math", "code"], ["law"], ["red", "green", "blue"]]
@@ -183,6 +184,7 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, capsys: p
     math, model = made(tmp_path, ["math"], seed=1)
     element = made(tmp_path, ["element"], seed=2, granularity="element", density=0.002)[0]
     other = made(tmp_path, ["other"], seed=2, base=tiny_llama(seed=5))[0]
+    parts = made(tmp_path, ["parts"], seed=2, neuron_parts=2)[0]
     model.origins.domain_tokens, model.origins.statistics = {}, []
     unknown = stored(with_names(model, "unknown"), tmp_path / "unknown")
     code = str(made(tmp_path, ["code"], seed=3)[0])
@@ -190,6 +192,7 @@ def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, capsys: p
     for places, options, fragments in (
         ([math, other], [], ["other.safetensors", "trained on", "adapters of one base"]),
         ([math, element], [], ["element.safetensors", "granularity=element"]),
+        ([math, parts], [], ["parts.safetensors", "neuron_parts=2", "has 1"]),
         ([math, unknown], [], ["unknown", "no statistics of a domain 'unknown'", "srde-ds remove"]),
         ([math, math], [], ["expert 'math'", "--rename 2:math=NAME"]),
         ([math], [], ["only one adapter"]),

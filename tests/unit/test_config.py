@@ -102,6 +102,15 @@ def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(key: str, value
         (["top_k=3", "num_experts=2", "--top_k"], {"top_k": 3, "num_experts": 2}),
         (["warmup_steps=50", "max_steps=50", "--warmup_steps"], {"max_steps": 50, "warmup_steps": 50}),
         (["use_muon=true", "num_atoms=0", "--use_muon false"], {"granularity": "element", "use_muon": True}),
+        (
+            ["neuron_parts=4", "granularity=block", "Leave --neuron_parts out"],
+            {"neuron_parts": 4, "granularity": "block"},
+        ),
+        (["neuron_parts=9", "density=0.2", "--neuron_parts to 5"], {"neuron_parts": 9, "density": 0.2}),
+        (
+            ["neuron_parts=4", "initial_density=0.3", "--neuron_parts to 3"],
+            {"neuron_parts": 4, "initial_density": 0.3, "max_steps": 9},
+        ),
         (["jsonl_data=a", "pretokenized_dir=b", "Keep one"], {"jsonl_data": "a", "pretokenized_dir": "b"}),
         (["batch_size=2", "flash_attention=true", "--batch_size 1"], {"flash_attention": True, "batch_size": 2}),
         (["bf16=false", "flash_attention=true", "one of them out"], {"flash_attention": True, "bf16": False}),
@@ -121,6 +130,7 @@ def test_the_neighbours_of_refused_relations_pass() -> None:
     resolve({}, {"max_steps": 1, "warmup_steps": 0})
     resolve({}, {"granularity": "element", "num_atoms": 0, "use_muon": "false"})
     resolve({}, {"flash_attention": True, "batch_size": 1})
+    resolve({}, {"neuron_parts": 5, "density": 0.2})
     resolve({}, {"load_balancing_target": "domains", "load_balancing_weight": 0, "balancing_bias_rate": 0.1})
 
 
