@@ -6,13 +6,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from srde_ds.config.schema import Config
+from srde_ds.config.schema import AdapterConfig, Config
 from srde_ds.config.values import checked
 
 WARMUP_PERCENT = 5  # of max_steps
 PRETRAINING_PERCENT = 30  # of max_steps, for all domains together
 LEARNED_CANDIDATES = 5  # times density
-SCATTERED_RATE = 0.015  # AdamW's, of free deltas of blocks or single weights (docs/results.md)
+SCATTERED_RATE = 0.015  # AdamW's, of free deltas that are scattered over many neurons (docs/results.md)
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,11 @@ class RunInputs:
     rows: dict[str, Any] = field(default_factory=dict)
     started: dict[str, Any] = field(default_factory=dict)
     resumed: dict[str, Any] = field(default_factory=dict)
+
+
+def is_scattered(adapter: AdapterConfig) -> bool:
+    """Whether an expert's delta is free, and changes some weights of many neurons instead of all weights of a few."""
+    return adapter.num_atoms == 0 and (adapter.granularity != "neuron" or adapter.neuron_parts > 1)
 
 
 def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
@@ -76,9 +81,12 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("max_length", inputs.context, "the context of the base")
     for key, value in inputs.rows.items():
         default(key, value, "as in the rows of pretokenized_dir")
-    if adapter.granularity != "neuron" and adapter.num_atoms == 0:
-        default("use_muon", False, "free deltas of blocks or single weights are not matrices")
-        default("learning_rate", SCATTERED_RATE, "free deltas of blocks or single weights need larger steps")
+    if is_scattered(adapter):
+        if adapter.granularity == "neuron":
+            default("use_muon", False, "parts of neurons have learnt more by AdamW")
+        else:
+            default("use_muon", False, "free deltas of blocks or single weights are not matrices")
+        default("learning_rate", SCATTERED_RATE, "deltas that are scattered over many neurons need larger steps")
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))

@@ -92,11 +92,7 @@ class AdapterConfig:
         "neuron", "what an expert changes: neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
     neuron_parts: int = option(
-        1,
-        "of each of its neurons, an expert changes only the weights from and to one of N parts of the hidden "
-        "dimensions; so it has N times as many neurons",
-        metavar="N",
-        minimum=1,
+        1, "parts of a neuron's weights, of which an expert changes one, in N times the neurons", metavar="N", minimum=1
     )
     support_strategy: Strategy = option(
         "magnitude",
@@ -132,9 +128,7 @@ class SupportConfig:
         minimum=1,
     )
     support_temperature: float = option(
-        1.0,
-        "initial temperature of support_strategy learned; it falls to a tenth until the support is frozen",
-        minimum=1e-6,
+        1.0, "initial temperature of support_strategy learned; a tenth of it when the support is frozen", minimum=1e-6
     )
 
 
@@ -145,7 +139,7 @@ class OptimizerConfig:
     use_muon: bool = option(
         True,
         "update delta matrices with GramMuon; false: AdamW for everything",
-        derived="true; false for free deltas of blocks or weights",
+        derived="true; false for free deltas of parts of neurons",
         common=True,
     )
     muon_lr: float = option(0.02, "GramMuon's learning rate", metavar="RATE", minimum=0.0, common=True)
@@ -153,7 +147,7 @@ class OptimizerConfig:
     learning_rate: float = option(
         1e-3,
         "AdamW's rate of deltas without Muon, importance and mixing",
-        derived="1e-3; 0.015 for blocks or weights",
+        derived="1e-3; 0.015 for parts of neurons",
         metavar="RATE",
         minimum=0.0,
         common=True,

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from srde_ds.config import OptimizerConfig
-from srde_ds.config.derive import SCATTERED_RATE
+from srde_ds.config.derive import SCATTERED_RATE, is_scattered
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
 from srde_ds.optim.gram_muon import GramMuonAdamW
@@ -54,7 +54,7 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
         )
     peft: Any = model
     experts: Any = peft.srde_model() if hasattr(model, "srde_model") else model
-    if experts.config.granularity != "neuron" and experts.config.num_atoms == 0:
+    if is_scattered(experts.config):
         options = {"use_muon": False, "learning_rate": SCATTERED_RATE} | options
     config = OptimizerConfig(**{name: checked(OptimizerConfig, name, value) for name, value in options.items()})
     named = [(name, parameter) for name, parameter in experts.trainable_parameters() if parameter.requires_grad]

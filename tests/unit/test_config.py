@@ -214,6 +214,8 @@ def test_a_remedy_names_options_that_exist() -> None:
         ({"top_k": 8}, {"num_experts": 8}),
         ({"num_experts": 1}, {"num_experts": None, "top_k": 1}),
         ({"granularity": "element"}, {"use_muon": False, "learning_rate": 0.015}),
+        ({"neuron_parts": 4}, {"use_muon": False, "learning_rate": 0.015}),
+        ({"neuron_parts": 4, "num_atoms": 4}, {"use_muon": None, "learning_rate": None}),
         ({"granularity": "block", "learning_rate": 0.001}, {"use_muon": False, "learning_rate": None}),
         ({"granularity": "element", "num_atoms": 4}, {"use_muon": None, "learning_rate": None}),
         ({"preset": "reference"}, {"use_muon": None}),
