@@ -58,8 +58,9 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 SRDE: dict[str, dict[str, Any]] = {
     "SRDE neuron": {},
-    "SRDE blocks": {"granularity": "block", "use_muon": False},
-    "SRDE single weights": {"granularity": "element", "use_muon": False},
+    "SRDE quarters of neurons": {"neuron_parts": 4},
+    "SRDE blocks": {"granularity": "block", "support_strategy": "random"},
+    "SRDE single weights": {"granularity": "element"},
 }
 RIVALS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "PEFT LoRA, feed-forward": (lora, {}),

@@ -111,7 +111,9 @@ def test_shifts_of_zero_change_no_bit() -> None:
 
 
 @pytest.mark.parametrize("way", ["joint", "grouped"])
-@pytest.mark.parametrize("form", [{}, {"support_scope": "per_expert", "support_strategy": "random"}])
+@pytest.mark.parametrize(
+    "form", [{}, {"neuron_parts": 4}, {"support_scope": "per_expert", "support_strategy": "random"}]
+)
 def test_a_layer_on_kernels_equals_the_readable_one(form: dict[str, Any], way: str) -> None:
     """Output and all gradients, with each of both products."""
     model = randomize(tiny_srde(num_experts=8, **form))
