@@ -59,7 +59,7 @@ SHAPES: dict[str, dict[str, int]] = {
 SRDE: dict[str, dict[str, Any]] = {
     "SRDE neuron": {},
     "SRDE quarters of neurons": {"neuron_parts": 4},
-    "SRDE blocks": {"granularity": "block", "support_strategy": "random"},
+    "SRDE random blocks": {"granularity": "block", "support_strategy": "random"},
     "SRDE single weights": {"granularity": "element"},
 }
 RIVALS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {

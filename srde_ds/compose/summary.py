@@ -67,6 +67,7 @@ class AdapterSummary:
         """In words."""
         config, names = self.config, [one_line(name) for name in self.experts]
         scope = "one support for all experts" if config["support_scope"] == "shared" else "a support for each expert"
+        part = f" (1/{config['neuron_parts']} of each)" if config["neuron_parts"] > 1 else ""
         form = f"{config['num_atoms']} atoms, {config['atom_mixing']} mixing" if config["num_atoms"] else "free deltas"
         facts = [
             ("weights", self.place),
@@ -75,8 +76,8 @@ class AdapterSummary:
             ("sizes", f"{self.layers} layers of {self.hidden} dimensions; {self.values:,} trained values"),
             (
                 "supports",
-                f"density {config['density']:g} of {config['granularity']}s by {config['support_strategy']}, {scope}; "
-                f"an expert changes {self.values_per_expert:,} weights",
+                f"density {config['density']:g} of {config['granularity']}s{part} by {config['support_strategy']}, "
+                f"{scope}; an expert changes {self.values_per_expert:,} weights",
             ),
             ("deltas", form),
             *([("shared", self._shared_expert())] if self.shared_expert_norms else []),

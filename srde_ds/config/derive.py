@@ -104,7 +104,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         if adapter.top_k == 1:
             default("router_z_weight", 0.0, "only some experts are trained, and each token uses one")
     if adapter.support_strategy == "learned":
-        candidates = min(1.0, LEARNED_CANDIDATES * adapter.density)
+        candidates = min(1 / adapter.neuron_parts, LEARNED_CANDIDATES * adapter.density)
         default("initial_density", candidates, f"{LEARNED_CANDIDATES} times density")
     if curriculum.initial_density is not None:
         default("density_warmup_steps", max(1, max_steps // 2), "half of max_steps")

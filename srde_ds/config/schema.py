@@ -92,7 +92,7 @@ class AdapterConfig:
         "neuron", "what an expert changes: neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
     neuron_parts: int = option(
-        1, "parts of a neuron's weights, of which an expert changes one, in N times the neurons", metavar="N", minimum=1
+        1, "an expert changes one N-th of each of its neurons, and N times as many neurons", metavar="N", minimum=1
     )
     support_strategy: Strategy = option(
         "magnitude",
@@ -139,15 +139,15 @@ class OptimizerConfig:
     use_muon: bool = option(
         True,
         "update delta matrices with GramMuon; false: AdamW for everything",
-        derived="true; false for free deltas of parts of neurons",
+        derived="true; false for free parts, blocks or weights",
         common=True,
     )
     muon_lr: float = option(0.02, "GramMuon's learning rate", metavar="RATE", minimum=0.0, common=True)
     muon_momentum: float = option(0.95, "GramMuon's Nesterov momentum", minimum=0.0, maximum=0.9999)
     learning_rate: float = option(
         1e-3,
-        "AdamW's rate of deltas without Muon, importance and mixing",
-        derived="1e-3; 0.015 for parts of neurons",
+        "AdamW's rate of deltas, importance and mixing",
+        derived="1e-3; 0.015 for parts, blocks, weights",
         metavar="RATE",
         minimum=0.0,
         common=True,

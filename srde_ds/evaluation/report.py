@@ -32,6 +32,7 @@ _SETTINGS = {
         "num_experts",
         "top_k",
         "granularity",
+        "neuron_parts",
         "density",
         "num_atoms",
         "support_strategy",

@@ -107,6 +107,8 @@ def _on_the_hub(name: str) -> bool:
 def _summary(metadata: AdapterMetadata) -> str:
     config, base = metadata.config, metadata.base
     what = PLURALS[config.granularity]
+    if config.neuron_parts > 1:
+        what += f", 1/{config.neuron_parts} of each"
     scope = "the same for all experts" if config.support_scope == "shared" else "its own for each expert"
     form = "free values" if config.num_atoms == 0 else f"{config.num_atoms} shared atoms, {config.atom_mixing} mixing"
     shared = f"a shared expert that changes {config.shared_expert_density:.2%} of these weights"

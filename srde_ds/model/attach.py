@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from srde_ds.config import AdapterConfig
+from srde_ds.config.checks import check_neuron_parts
 from srde_ds.errors import SRDEError
 from srde_ds.model.base import WHOLE, Gather, Sharding
 from srde_ds.model.base_files import identity_before_quantization
@@ -78,7 +79,7 @@ def attach_experts(
 
 
 def check_experts(config: AdapterConfig, expert_names: Sequence[str]) -> None:
-    """Raise an SRDEError unless each expert has a name, and there are at least `top_k` experts."""
+    """Raise an SRDEError unless each expert has a name, and there are enough experts and neurons."""
     if len(expert_names) != config.num_experts:
         raise SRDEError(
             f"num_experts={config.num_experts}, but {len(expert_names)} expert names ({', '.join(expert_names)}); "
@@ -86,6 +87,7 @@ def check_experts(config: AdapterConfig, expert_names: Sequence[str]) -> None:
         )
     if config.top_k > config.num_experts:
         raise SRDEError(f"top_k={config.top_k}: must not exceed num_experts={config.num_experts}.")
+    check_neuron_parts(config)
 
 
 def block_with_experts(

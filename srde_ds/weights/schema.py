@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from srde_ds.config import AdapterConfig
+from srde_ds.config.checks import check_neuron_parts
 from srde_ds.config.granularity import candidates, entry_weights
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError, nearest
@@ -56,6 +57,10 @@ def adapter_config(values: Any) -> AdapterConfig:
         setattr(config, key, checked(config, key, value))
     if config.top_k > config.num_experts:
         raise SRDEError(f"weights: top_k={config.top_k} exceeds num_experts={config.num_experts} in the metadata.")
+    try:
+        check_neuron_parts(config)
+    except SRDEError as error:
+        raise SRDEError(f"weights, in the metadata: {error}") from None
     return config
 
 

@@ -16,7 +16,9 @@ from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 LAYERS = 10  # more than torch._dynamo.config.recompile_limit
 
 
-@pytest.mark.parametrize("form", [{}, {"support_scope": "per_expert", "num_atoms": 2}, {"num_experts": 64}])
+@pytest.mark.parametrize(
+    "form", [{}, {"support_scope": "per_expert", "num_atoms": 2}, {"num_experts": 64}, {"neuron_parts": 8}]
+)
 def test_blocks_compile_whole_and_share_what_is_compiled(form: dict[str, Any]) -> None:
     model = randomize(tiny_srde(base=tiny_llama(num_hidden_layers=LAYERS), **form)).train()
     experts, ids = model.config.num_experts, tokens()

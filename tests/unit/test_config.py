@@ -106,9 +106,9 @@ def test_a_bad_value_is_named_with_its_field_and_what_is_allowed(key: str, value
             ["neuron_parts=4", "granularity=block", "Leave --neuron_parts out"],
             {"neuron_parts": 4, "granularity": "block"},
         ),
-        (["neuron_parts=9", "density=0.2", "--neuron_parts to 5"], {"neuron_parts": 9, "density": 0.2}),
+        (["neuron_parts=9", "density=0.2", "--neuron_parts to at most 5"], {"neuron_parts": 9, "density": 0.2}),
         (
-            ["neuron_parts=4", "initial_density=0.3", "--neuron_parts to 3"],
+            ["neuron_parts=4", "initial_density=0.3", "--neuron_parts to at most 3"],
             {"neuron_parts": 4, "initial_density": 0.3, "max_steps": 9},
         ),
         (["jsonl_data=a", "pretokenized_dir=b", "Keep one"], {"jsonl_data": "a", "pretokenized_dir": "b"}),

@@ -43,6 +43,7 @@ FORMS = [
     for scope in ("shared", "per_expert")
     for atoms in ATOMS
 ]
+FORMS += [{"granularity": "neuron", "support_scope": "shared", "neuron_parts": 2} | atoms for atoms in ATOMS]
 BLOCKS: list[dict[str, Any]] = [
     {"granularity": "block", "support_scope": scope, "num_atoms": 0} for scope in ("shared", "per_expert")
 ]
@@ -98,7 +99,7 @@ def dense_deltas(model: SRDEModel, layer: int) -> Tensor:
     module = model.layers[layer]
     dense = torch.zeros(E, 3, F, D, dtype=torch.float64)
     for expert in range(E):
-        delta = expert_delta(module.deltas().detach().double(), expert, module.granularity)
+        delta = expert_delta(module.deltas.whole().detach().double(), expert, module.granularity)
         support = (module.support if module.support.dim() == 1 else module.support[expert]).long()
         if module.granularity == "neuron":
             dense[expert, :, support] = delta.permute(1, 2, 0)
@@ -146,7 +147,8 @@ def test_values_and_optimizer_state_of_the_largest_deltas_stay(
     folder = prune(save_run(model, tmp_path))
     old, new, common = state_of(model), loaded_state(folder), load_common_tensors(folder)
     assert new.keys() == old.keys()
-    keep = round(NEW * F) if form["granularity"] == "neuron" else round(NEW * 3 * F * D)
+    parts = form.get("neuron_parts", 1)
+    keep = round(NEW * parts * F) if form["granularity"] == "neuron" else round(NEW * 3 * F * D)
     for layer in range(2):
         positions = expected_positions(model, layer, keep)
         before = support_rows(model.layers[layer].support)

@@ -7,6 +7,7 @@ shape, such as optimizer state.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) ->
     """`[E, m]` or `[E, n]` float64: the norm of each entry's effective delta."""
     neuron, kind = config.granularity == "neuron", "free" if config.num_atoms == 0 else "atoms"
     hidden = values[kind].shape[0] if neuron else 0
-    bank = empty_deltas(config, hidden=hidden, size=size)
+    bank = empty_deltas(replace(config, neuron_parts=1), hidden=hidden, size=size)  # no matter which part it is
     bank.load_state_dict({name: values[name] for name in bank.state_dict()}, assign=True)
     with torch.no_grad():
         deltas = bank()

@@ -41,7 +41,8 @@ def value_count(config: AdapterConfig, hidden: int, intermediate: int) -> int:
 
 def touched_neurons(config: AdapterConfig, hidden: int, intermediate: int) -> int:
     """How many neurons have a weight in a block of some expert, if blocks may be anywhere among `_open_neurons`; by
-    magnitude they are fewer, since large weights are close to each other."""
+    magnitude they are fewer, since large weights are close to each other. Supports that are drawn with other seeds and
+    combined touch more."""
     supports = 1 if config.support_scope == "shared" else config.num_experts
     neurons = BLOCK_SIDE * _open_neurons(config, intermediate)
     density = config.density * intermediate / neurons
@@ -115,8 +116,8 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
         )
     if hidden % config.neuron_parts:
         raise SRDEError(
-            f"neuron_parts={config.neuron_parts} with a base of hidden size {hidden}, which it does not divide. Give "
-            "--neuron_parts a divisor, such as 1."
+            f"neuron_parts={config.neuron_parts} with a base of hidden size {hidden}, which it does not divide. Give a "
+            f"divisor: --neuron_parts {next(n for n in range(config.neuron_parts, 0, -1) if hidden % n == 0)}."
         )
     if config.support_strategy == "learned" and config.support_scope == "per_expert" and config.num_atoms:
         raise SRDEError(
@@ -132,7 +133,7 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
         raise SRDEError(
             f"density={config.density} for {experts} experts with support_scope=per_expert: {experts} disjoint slices "
             f"of {size} do not fit into {total} {config.granularity}s; lower density to "
-            f"{1 / experts:.4g} or less, or use support_scope=shared."
+            f"{1 / experts / config.neuron_parts:.4g} or less, or use support_scope=shared."
         )
 
 
@@ -153,7 +154,7 @@ def _check_shared_expert(config: AdapterConfig, hidden: int, intermediate: int) 
     if routed + shared > intermediate:
         raise SRDEError(
             f"{given}: {shared} neurons of the shared expert and {routed} of the routed ones are more than the "
-            f"{intermediate} of a layer. Lower it, or lower density."
+            f"{intermediate} of a layer. Lower it, density or neuron_parts."
         )
 
 
