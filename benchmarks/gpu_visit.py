@@ -283,7 +283,7 @@ def model(visit: Visit) -> None:
         with switch(visit) as chosen:
             case = plain_case(chosen, base, options.base, "SRDE neuron", True)
             _note_case(visit, case, what=(switch.__doc__ or "").strip("."))
-    for method in ("SRDE blocks", "SRDE single weights"):
+    for method in ("SRDE quarters of neurons", "SRDE random blocks", "SRDE single weights"):
         _note_case(visit, plain_case(options, base, options.base, method, True))
     to_float8(base, base.get_output_embeddings())
     for method in ("frozen base", "SRDE neuron"):

@@ -30,7 +30,7 @@ CPU_GOALS = [
     ("SRDE neuron, engine / frozen", ENGINE, FROZEN, 1.05, False),
     ("LoRA / SRDE neuron", LORA, NEURON, 1.40, True),
     ("LoRA / SRDE neuron, engine", LORA, ENGINE, 1.40, True),
-    ("blocks of 16 × 16 / frozen", "SRDE blocks, plain", FROZEN, 1.50, False),
+    ("random blocks of 16 × 16 / frozen", "SRDE random blocks, plain", FROZEN, 1.50, False),
     ("single weights / frozen", "SRDE single weights, plain", FROZEN, 2.00, False),
 ]
 """What, two cases whose seconds are divided, the goal, and whether more is better."""
