@@ -167,6 +167,8 @@ def _neuron(work: Workload, layer: LayerShape, first: bool) -> float:
         values += t * size
     width = layer.hidden // adapter.neuron_parts
     matrices = width * adapter.num_experts * size  # a copy in the order of the products
+    if adapter.neuron_parts > 1:
+        values += 2 * t * width  # the hidden dimensions that they read, and what they add there
     if not first:
         values += 3 * assignments * size  # the base's values
         matrices *= 3

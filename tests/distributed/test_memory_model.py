@@ -69,7 +69,7 @@ def saved(flags: dict[str, Any]) -> tuple[int, float]:
         (1, {"gradient_checkpointing": True}, 0.01),
         (1, {"num_atoms": 4}, 0.01),
         (1, {"support_scope": "per_expert"}, 0.01),
-        (1, {"neuron_parts": 4}, 0.01),
+        (1, {"neuron_parts": 3}, 0.01),
         (1, {"shared_expert_density": 0.1}, 0.01),
         (1, ELEMENT, 0.01),
         (2, {"num_atoms": 4}, 0.01),
