@@ -21,7 +21,7 @@ from srde_ds.compose.names import parse_renames, renamed, with_entry
 from srde_ds.compose.options import CombineOptions
 from srde_ds.compose.train_routers import train_routers
 from srde_ds.config import AdapterConfig
-from srde_ds.config.granularity import entry_weights, neuron_part
+from srde_ds.config.granularity import entry_weights
 from srde_ds.errors import SRDEError
 from srde_ds.export.weights import write_weights
 from srde_ds.model.adapter_source import AdapterSource, open_adapter
@@ -136,18 +136,17 @@ class _Layer:
         """`deltas.free` of all experts, fp32."""
         experts, neuron = config.num_experts, config.granularity == "neuron"
         each = 1 if neuron else entry_weights(config.granularity, self.hidden)  # values of an entry on the last axis
-        part = neuron_part(config.neuron_parts, self.hidden, self.layer) if neuron else slice(None)
         width = self.hidden // config.neuron_parts
         shape = (width, 3 * experts, self.size) if neuron else (experts, self.size * each)
-        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron, each, part))
+        return LazyTensor(torch.float32, shape, partial(self._deltas, neuron, each))
 
-    def _deltas(self, neuron: bool, each: int, part: slice) -> Tensor:
+    def _deltas(self, neuron: bool, each: int) -> Tensor:
         found: list[Tensor] = []
         supports = self._supports()
         for adapter in self.adapters:
-            deltas = adapter.deltas(self.layer)
+            deltas = adapter.deltas(self.layer, whole=False)
             for expert in range(adapter.metadata.config.num_experts):
-                delta, place = adapter.expert_part(deltas, expert)[part], len(found)
+                delta, place = adapter.expert_part(deltas, expert), len(found)
                 values = delta.new_zeros(*delta.shape[:-1], self.size * each)
                 # Both are ascending, so the positions of the expert's own entries are as well.
                 kept = torch.isin(supports[place], adapter.support(self.layer, expert))

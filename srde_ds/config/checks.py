@@ -75,8 +75,7 @@ def check_relations(config: Config) -> None:
             f"use_muon=true with granularity={adapter.granularity} and num_atoms=0: such free deltas are not matrices, "
             "so Muon would have nothing to update. Give --use_muon false, --num_atoms 16 or --granularity neuron."
         )
-    check_neuron_parts(adapter)
-    check_neuron_parts(adapter, "initial_density", config.curriculum.initial_density)
+    check_neuron_parts(adapter, config.curriculum.initial_density)
     if losses.load_balancing_target == "domains" and not (losses.load_balancing_weight or losses.balancing_bias_rate):
         raise SRDEError(
             "load_balancing_target=domains with load_balancing_weight=0 and balancing_bias_rate=0: balancing is off. "
@@ -86,23 +85,22 @@ def check_relations(config: Config) -> None:
     _check_curriculum(config)
 
 
-def check_neuron_parts(adapter: AdapterConfig, key: str = "density", density: float | None = None) -> None:
-    """Raise an SRDEError unless there are enough neurons, if experts are to change parts of these.
-
-    Args:
-        density: another one than the adapter's, given as option `key`.
-    """
-    parts, density = adapter.neuron_parts, density or adapter.density
-    if parts > 1 and adapter.granularity != "neuron":
+def check_neuron_parts(adapter: AdapterConfig, initial_density: float | None = None) -> None:
+    """Raise an SRDEError unless there are enough neurons, if experts are to change parts of these."""
+    parts = adapter.neuron_parts
+    if parts == 1:
+        return
+    if adapter.granularity != "neuron":
         raise SRDEError(
             f"neuron_parts={parts} with granularity={adapter.granularity}: only neurons have parts. "
             "Leave --neuron_parts out, or give --granularity neuron."
         )
-    if parts > 1 and density * parts > 1:
-        raise SRDEError(
-            f"neuron_parts={parts} with {key}={density}: parts of so many weights need more neurons than there are. "
-            f"Lower --neuron_parts to at most {max(1, int(1 / density))}, or --{key}."
-        )
+    for key, density in (("initial_density", initial_density), ("density", adapter.density)):
+        if density is not None and density * parts > 1:
+            raise SRDEError(
+                f"neuron_parts={parts} with {key}={density}: parts of so many weights need more neurons than there "
+                f"are. Lower --neuron_parts to at most {max(1, int(1 / density))}, or --{key}."
+            )
 
 
 def _check_start(config: Config) -> None:

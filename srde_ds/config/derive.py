@@ -83,10 +83,10 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default(key, value, "as in the rows of pretokenized_dir")
     if is_scattered(adapter):
         if adapter.granularity == "neuron":
-            default("use_muon", False, "parts of neurons have learnt more by AdamW")
+            default("use_muon", False, "parts of neurons have learnt faster by AdamW")
         else:
             default("use_muon", False, "free deltas of blocks or single weights are not matrices")
-        default("learning_rate", SCATTERED_RATE, "deltas that are scattered over many neurons need larger steps")
+        default("learning_rate", SCATTERED_RATE, "deltas that are scattered over many neurons have learnt with it")
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))

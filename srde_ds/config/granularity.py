@@ -25,13 +25,6 @@ def entry_weights(granularity: Granularity, hidden: int, parts: int = 1) -> int:
     return {"neuron": 3 * hidden // parts, "block": BLOCK_SIDE**2, "element": 1}[granularity]
 
 
-def neuron_part(parts: int, hidden: int, layer: int) -> slice:
-    """The hidden dimensions between which and a neuron a layer's experts change the weights. Layers take turns."""
-    width = hidden // parts
-    first = layer % parts * width
-    return slice(first, first + width)
-
-
 def candidates(granularity: Granularity, hidden: int, intermediate: int) -> int:
     """The number of entries that a support may choose from: F neurons, or the blocks or weights of all matrices."""
     return 3 * hidden * intermediate // entry_weights(granularity, hidden)

@@ -69,8 +69,12 @@ class AdapterSource:
         """`[E, D]`."""
         return self.tensors[f"layers.{layer}.router.weight"]
 
-    def deltas(self, layer: int) -> Tensor:
-        """The layer's effective deltas, fp32: `[D, E, 3, m]` or `[E, n]`, as from `deltas.DeltaBank.whole`."""
+    def deltas(self, layer: int, *, whole: bool = True) -> Tensor:
+        """The layer's effective deltas, fp32: `[D, E, 3, m]` or `[E, n]`, as from `deltas.DeltaBank`.
+
+        Args:
+            whole: those of whole neurons, also where these have parts.
+        """
         prefix, config = f"layers.{layer}.", self.metadata.config
         own = {name.removeprefix(prefix): t for name, t in self.tensors.items() if name.startswith(f"{prefix}deltas.")}
         values = {name.removeprefix("deltas."): tensor.load().float() for name, tensor in own.items()}
@@ -78,7 +82,7 @@ class AdapterSource:
         bank = empty_deltas(config, hidden=self.router(layer).shape[1], size=size, layer=layer)
         bank.load_state_dict(values, assign=True)
         with torch.no_grad():
-            return bank.whole()
+            return bank.whole() if whole else bank()
 
     def expert_delta(self, layer: int, expert: int) -> Tensor:
         """`[D, 3, m]` or `[n]`, fp32."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srde_ds.config import AdapterConfig
-from srde_ds.config.granularity import entry_weights, neuron_part
+from srde_ds.config.granularity import entry_weights
 from srde_ds.model.seeding import seeded_generator
 from srde_ds.model.statistics import add_delta_gradient
 from srde_ds.model.supports.learned import GROUP_SIZE, SupportGate
@@ -82,8 +82,8 @@ class DeltaBank(nn.Module):
     """The effective deltas of one layer's experts.
 
     `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up transposed, so that D comes
-    first) or `[E, n]` (element granularity, in the order of the support). With `neuron_parts`, D here is the number of
-    those hidden dimensions that are in `part`; all others' deltas are zero.
+    first) or `[E, n]` (element granularity, in the order of the support). With `neuron_parts` N, D here is the number
+    of hidden dimensions in the layer's part, one of N; all others' deltas are zero. Layers take turns.
 
     A bank whose support is being learned also has scores on every rank: `[1, B]`, or `[E, B]` for all experts. The
     effective deltas of candidates that are not kept are zero. See `supports/learned.py`.
@@ -94,8 +94,8 @@ class DeltaBank(nn.Module):
     ranks_per_copy: int = 1  # of so many ranks, one has an expert's effective deltas in a backward
     exchange: Callable[[Tensor], Tensor] | None = None  # turns the values that this rank makes into all values
     gate: SupportGate | None = None
-    part: slice | None = None  # of the hidden dimensions; None: all
-    all_hidden: int = 0
+    parts: int = 1
+    part: int = 0
     # A bank has only some of these; the subclasses give their shapes.
     free: nn.Parameter
     atoms: nn.Parameter
@@ -136,9 +136,10 @@ class DeltaBank(nn.Module):
     def whole(self) -> Tensor:
         """The effective deltas of whole neurons, also where these have parts."""
         deltas = self()
-        if self.part is None:
+        if self.parts == 1:
             return deltas
-        return F.pad(deltas, (0, 0) * 3 + (self.part.start, self.all_hidden - self.part.stop))
+        width = len(deltas)
+        return F.pad(deltas, (0, 0) * 3 + (self.part * width, (self.parts - 1 - self.part) * width))
 
     def learn_support(self, gate: SupportGate, experts: int | None, dtype: torch.dtype) -> None:
         """Give each candidate a score of zero: one for each expert, or with None one for all of them."""
@@ -296,8 +297,7 @@ def build_deltas(
         keep: for a support that is being learned, how many of its candidate entries are kept.
     """
     bank = _bank(config, hidden // config.neuron_parts, size, storage, seeded_generator(seed, "mixing", layer))
-    if config.neuron_parts > 1:
-        bank.part, bank.all_hidden = neuron_part(config.neuron_parts, hidden, layer), hidden
+    bank.parts, bank.part = config.neuron_parts, layer % config.neuron_parts
     if keep is not None:
         gate = SupportGate(entries=size, keep=keep, group=GROUP_SIZE[config.granularity], seed=seed, layer=layer)
         bank.learn_support(gate, config.num_experts if config.support_scope == "per_expert" else None, storage.dtype)

@@ -105,9 +105,7 @@ class SRDEFeedForward(nn.Module):
         self.register_buffer("support", support)
         self.register_buffer("number", torch.tensor([layer], device=support.device), persistent=False)
         # A tensor, since torch.compile would make a graph for each number.
-        self.parts = 1 if deltas.part is None else feed_forward.hidden // (deltas.part.stop - deltas.part.start)
-        own_part = torch.tensor([layer % self.parts], device=support.device)
-        self.register_buffer("own_part", own_part, persistent=False)
+        self.register_buffer("own_part", torch.tensor([deltas.part], device=support.device), persistent=False)
         self.roles = feed_forward.roles
         self.hidden, self.intermediate = feed_forward.hidden, feed_forward.intermediate
         self.granularity = granularity
@@ -182,24 +180,24 @@ class SRDEFeedForward(nn.Module):
         shift, options = products.into(self._part(x_TD)).to(gate_TF.dtype), (kind, products.by_expert)
         chosen = (routing.weights_TK, routing.index_TK, self.support)
         hidden_TF, weighted = FusedExperts.apply(gate_TF, up_TF, shift, *chosen, options)
-        if self.parts > 1:
+        if self.deltas.parts > 1:
             return self._plus(down(hidden_TF), products.back(weighted))
         return products.added(down(hidden_TF), weighted)
 
     def _part(self, x_TD: Tensor) -> Tensor:
         """Those hidden dimensions that the experts' neurons read."""
-        return x_TD if self.parts == 1 else self._by_part(x_TD).index_select(1, self.own_part).squeeze(1)
+        return x_TD if self.deltas.parts == 1 else self._by_part(x_TD).index_select(1, self.own_part).squeeze(1)
 
     def _plus(self, output_TD: Tensor, extra_TD: Tensor) -> Tensor:
         """The output with `extra`, which is for those hidden dimensions alone."""
-        if self.parts > 1:
+        if self.deltas.parts > 1:
             by_part = self._by_part(extra_TD.new_zeros(output_TD.shape))
             extra_TD = by_part.index_copy_(1, self.own_part, extra_TD[:, None]).flatten(1)
         return output_TD + extra_TD
 
     def _by_part(self, values_TD: Tensor) -> Tensor:
         """A view `[T, N, D / N]` by parts of the hidden dimensions."""
-        return values_TD.unflatten(1, (self.parts, -1))
+        return values_TD.unflatten(1, (self.deltas.parts, -1))
 
     def _support_blocks(self) -> SupportBlocks:
         """Where the support's blocks are. It is found anew only for another support, because a GPU is waited for."""

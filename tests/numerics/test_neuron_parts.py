@@ -88,7 +88,7 @@ def test_values_and_gradients_are_those_of_whole_neurons(form: dict[str, Any]) -
 
 def _own(layer: SRDEFeedForward) -> torch.Tensor:
     gradient = gradient_of(layer.deltas.free)
-    return gradient if layer.deltas.part else gradient[8 * layer.layer : 8 * layer.layer + 8]
+    return gradient if layer.deltas.parts > 1 else gradient[8 * layer.layer : 8 * layer.layer + 8]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from srde_ds.model.supports.blocks import block_numbers, by_block
 
 RANDOM_BLOCK_NEURONS = 0.25
 """The share of a layer's neurons that random blocks may touch; more if they would cover more than a quarter of these.
-Experts of blocks learn as much as if they touched all, and take less time (docs/decisions.md)."""
+In twenty steps experts of blocks learnt as much as with all, and they take less time (docs/decisions.md)."""
 
 
 def support_size(config: AdapterConfig, hidden: int, intermediate: int) -> int:
