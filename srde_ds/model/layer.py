@@ -307,18 +307,18 @@ class SRDEFeedForward(nn.Module):
         )
         if held_elsewhere or any(t.is_inference() for t in made_of):  # inference tensors do not record changes
             return None
-        deltas = self.deltas.whole().to(arithmetic_dtype(gate_TF))
+        deltas = self.deltas().to(arithmetic_dtype(gate_TF))
         experts: PreparedDeltas
         if not bool(deltas.any()):
             experts = PreparedNoDeltas()
         elif self.granularity != "neuron":
             kind = PreparedBlocks if self.granularity == "block" else PreparedWeights
             experts = kind(deltas, self.support, hidden=self.hidden, intermediate=self.intermediate)
-        elif base:
+        elif base and self.deltas.parts == 1:
             experts = PreparedNeurons(deltas, self.support, base)
         else:
-            sizes = {"intermediate": self.intermediate, "top_k": self.router.top_k}
-            experts = PreparedNeuronDeltas(deltas, self.support, **sizes)
+            part = {"parts": self.deltas.parts, "own_part": self.own_part}
+            experts = PreparedNeuronDeltas(deltas, self.support, **part)
         prepared = Prepared(PreparedRouter(self.router, gate_TF.dtype), experts)
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
 

@@ -126,91 +126,74 @@ class PreparedRouter:
 
 
 class PreparedNeuronDeltas:
-    """The deltas of neurons, for a base whose weights cannot be read, such as a quantised one.
+    """The deltas of neurons, for parts of neurons and for a base whose weights cannot be read, such as a quantised one.
 
-    vectors: `[3, E, m, D]`, gate, up and down. neurons: `[E, m]`. places: `[2 * E * m]`, the positions of these
-    neurons' gate and up values in `[T, 2 * F]`, gate first.
+    On a support that the experts share, their mean takes the place of the base's hidden value, since their weights sum
+    to one; a support for each expert takes the changes of its own.
+
+    vectors: `[3, E, m, D / N]`, gate, up and down. support: `[m]` or `[E, m]`.
 
     Args:
-        top_k: the most experts of a token.
+        parts: N, the number of parts of the hidden dimensions.
+        own_part: `[1]`, the one that the deltas are for.
     """
 
-    def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, intermediate: int, top_k: int) -> None:
-        self.vectors = deltas_DE3m.permute(2, 1, 3, 0).contiguous()
-        _, experts, _, self.hidden = self.vectors.shape
-        self.shared, self.intermediate = support.dim() == 1, intermediate
-        self.neurons = support.long().expand(experts, -1).contiguous()
-        self.places = self._places(self.neurons)
-        # By number of experts, for a shared support. All at once, since a CUDA graph overwrites what it has made.
-        self.repeated = {count: self._places(self.neurons[:count]) for count in range(1, top_k + 1)}
+    def __init__(self, deltas_DE3m: Tensor, support: Tensor, *, parts: int, own_part: Tensor) -> None:
+        self.vectors, self.support = deltas_DE3m.permute(2, 1, 3, 0).contiguous(), support.long()
+        self.parts, self.own_part = parts, own_part
+        _, self.experts, self.neurons, self.width = self.vectors.shape
 
     def __call__(
         self, act: Activation, down: Projection, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, routing: Routing
     ) -> Tensor:
         """As `PreparedDeltas`."""
-        hidden_TF, pair_T2F = act(gate_TF) * up_TF, torch.cat([gate_TF, up_TF], dim=1)
-        x_TD = x_TD.to(self.vectors.dtype)
-        if routing.index_TK.numel() >= len(self.neurons):
-            extra_TD = self._all_experts(act, x_TD, pair_T2F, hidden_TF, routing)
+        if self.parts > 1:
+            x_TD = x_TD.view(-1, self.parts, self.width).index_select(1, self.own_part).squeeze(1)
+        x_TD, hidden_TF = as_dtype(x_TD, self.vectors.dtype), act(gate_TF) * up_TF
+        (tokens, top_k), chosen = routing.index_TK.shape, routing.index_TK.view(-1)
+        every = len(chosen) >= self.experts  # otherwise a token reads its own experts alone, which takes fewer bytes
+        vectors = self.vectors if every else self.vectors.index_select(1, chosen)
+        weights_TX = as_dtype(routing.weights_TE if every else routing.weights_TK, x_TD.dtype)
+        shape = (tokens, weights_TX.shape[1], self.neurons)
+        if every or tokens == 1:
+            gate, up = F.linear(x_TD, vectors[:2].view(-1, self.width)).chunk(2, dim=1)
         else:
-            extra_TD = self._chosen_experts(act, x_TD, pair_T2F, hidden_TF, routing)
-        return down(hidden_TF) + extra_TD.to(hidden_TF.dtype)
-
-    def _all_experts(
-        self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
-    ) -> Tensor:
-        base = pair_T2F.index_select(1, self.places).to(x_TD.dtype)
-        moved = torch.addmm(base, x_TD, self.vectors[:2].flatten(0, 2).T)
-        h, change = self._hidden(act, base, moved)
-        weighted_h = routing.weights_TE.to(x_TD.dtype)[:, :, None] * h
-        if self.shared:
-            change = (routing.weights_TE.to(x_TD.dtype)[:, :, None] * change).sum(1)
-            hidden_TF.index_add_(1, self.neurons[0], change.to(hidden_TF.dtype))
+            vectors = vectors.view(3, tokens, -1, self.width)
+            gate, up = ((matrix @ x_TD[:, :, None]).squeeze(2) for matrix in vectors[:2])
+        base_gate, base_up = (self._of_base(values, chosen, shape) for values in (gate_TF, up_TF))
+        h = act(gate.view(shape) + base_gate) * (up.view(shape) + base_up)
+        weighted = weights_TX[:, :, None] * h
+        if self.support.dim() == 1:
+            hidden_TF.index_copy_(1, self.support, as_dtype(weighted.sum(1), hidden_TF.dtype))
         else:
-            index_TKm = routing.index_TK[:, :, None].expand(-1, -1, change.shape[2])
-            change = routing.weights_TK.to(x_TD.dtype)[:, :, None] * change.gather(1, index_TKm)
-            self._add(hidden_TF, change, self.neurons[routing.index_TK])
-        return weighted_h.flatten(1) @ self.vectors[2].flatten(0, 1)
-
-    def _chosen_experts(
-        self, act: Activation, x_TD: Tensor, pair_T2F: Tensor, hidden_TF: Tensor, routing: Routing
-    ) -> Tensor:
-        """Each token reads its own experts, which takes fewer bytes than all experts if T * K < E."""
-        tokens, top_k = routing.index_TK.shape
-        index = routing.index_TK.view(-1)
-        vectors = self.vectors.index_select(1, index).view(3, tokens, -1, self.hidden)
-        neurons_TKm = self.neurons.index_select(0, index).view(tokens, top_k, -1)
-        if self.shared:
-            base = pair_T2F.index_select(1, self.repeated[top_k]).to(x_TD.dtype)
+            # h of the base is computed from a tensor with the same layout as that of h, see `dispatch.neuron_experts`.
+            change = h - act(base_gate) * base_up
+            if every:
+                change = change.gather(1, routing.index_TK[:, :, None].expand(-1, -1, self.neurons))
+            change = as_dtype(as_dtype(routing.weights_TK, h.dtype)[:, :, None] * change, hidden_TF.dtype)
+            neurons = self.support.index_select(0, chosen).view(tokens, top_k, -1)
+            for own, of_expert in zip(neurons.unbind(1), change.unbind(1), strict=True):
+                hidden_TF.scatter_add_(1, own, of_expert)  # no neuron repeats within a support, so the sum has one order
+        if every or tokens == 1:
+            extra_TD = weighted.flatten(1) @ vectors[2].reshape(-1, self.width)
         else:
-            flat = neurons_TKm.flatten(1)
-            base = pair_T2F.gather(1, torch.cat([flat, flat + self.intermediate], dim=1)).to(x_TD.dtype)
-        moved = base + torch.cat([(matrix @ x_TD[:, :, None]).squeeze(2) for matrix in vectors[:2]], dim=1)
-        h, change = self._hidden(act, base, moved)
-        weights_TK1 = routing.weights_TK.to(x_TD.dtype)[:, :, None]
-        change = weights_TK1 * change
-        if self.shared:
-            hidden_TF.index_add_(1, self.neurons[0], change.sum(1).to(hidden_TF.dtype))
+            extra_TD = (weighted.view(tokens, 1, -1) @ vectors[2]).squeeze(1)
+        output_TD, extra_TD = down(hidden_TF), as_dtype(extra_TD, hidden_TF.dtype)
+        if self.parts == 1:
+            return output_TD + extra_TD
+        by_part = output_TD.view(-1, self.parts, self.width)
+        return by_part.index_add(1, self.own_part, extra_TD[:, None]).view_as(output_TD)
+
+    def _of_base(self, values_TF: Tensor, chosen: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """The base's values of the neurons, `[T, X, m]`, or `[T, 1, m]` if the experts share these."""
+        tokens, experts, _ = shape
+        if self.support.dim() == 1:
+            own = values_TF.index_select(1, self.support)[:, None]
+        elif experts == self.experts:
+            own = values_TF.index_select(1, self.support.view(-1)).view(shape)
         else:
-            self._add(hidden_TF, change, neurons_TKm)
-        return ((weights_TK1 * h).view(tokens, 1, -1) @ vectors[2]).squeeze(1)
-
-    def _add(self, hidden_TF: Tensor, change_TKm: Tensor, neurons_TKm: Tensor) -> None:
-        for own, part in zip(neurons_TKm.unbind(1), change_TKm.to(hidden_TF.dtype).unbind(1), strict=True):
-            hidden_TF.scatter_add_(1, own, part)  # no neuron repeats within a support, so the order of the sum is fixed
-
-    def _hidden(self, act: Activation, base: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """h_e and h_e - h, `[T, X, m]`, from gate and up values, `[T, 2 * X * m]`, without and with the deltas.
-
-        h is computed from a tensor with the same layout as that of h_e, see `dispatch.neuron_experts`.
-        """
-        shape = (len(base), 2, -1, self.neurons.shape[1])
-        (gate, up), (base_gate, base_up) = moved.view(shape).unbind(1), base.view(shape).unbind(1)
-        hidden = act(gate) * up
-        return hidden, hidden - act(base_gate) * base_up
-
-    def _places(self, neurons: Tensor) -> Tensor:
-        return torch.cat([neurons.flatten(), neurons.flatten() + self.intermediate])
+            own = values_TF.gather(1, self.support.index_select(0, chosen).view(tokens, -1)).view(shape)
+        return as_dtype(own, self.vectors.dtype)
 
 
 class PreparedSparseDeltas:
