@@ -1,12 +1,13 @@
 """Experts trained apart and put together, and domains learnt one after the other, against LoRA at equal values.
 
     python launch/quickstart_inputs.py runs/quickstart-inputs     # the base, once
-    python -m benchmarks.learning.combining [--seeds 1 2 3] [--method srde|lora] [--limit PARTS]
+    python -m benchmarks.learning.combining [--seeds 1 2 3] [--method srde|quarters|lora] [--limit PARTS]
 
 A part is one training, or one merge, with its measurement on test items; it adds a line to results/combining.jsonl. A
 part that has a line is not repeated, as long as its adapter is there. Each domain gets STEPS steps of ROWS rows of 512
 tokens in bfloat16. Rates are chosen on SWEEP_SEED, by held-out items of two domains.
 
+"srde" are whole neurons with GramMuon, "quarters" quarters of random neurons with AdamW; these only apart and together.
 Each method may run in a process of its own. A seed takes about 40 minutes of one thread for each.
 """
 
@@ -54,12 +55,12 @@ from srde_ds.utils.files import write_text
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP, ROWS = 12, 2, 4
 SWEEP_SEED, SWEEP_DOMAINS = 0, ("code", "science")
-RATES = {"srde": (0.01, 0.02, 0.04), "lora": (0.001, 0.003, 0.01)}
+RATES = {"srde": (0.01, 0.02, 0.04), "quarters": (0.004, 0.008, 0.015), "lora": (0.001, 0.003, 0.01)}
 LORA_IN_TURN_RATE = 0.003  # the better of two for a LoRA of this size, see first_look.py
 MERGES = [(kind, weight) for kind in ("cat", "linear", "ties", "dare_ties") for weight in (round(1 / 6, 3), 1.0)]
 ONE_EXPERT: Flags = {"num_experts": 1, "top_k": 1}
 
-Method = Literal["srde", "lora"]
+Method = Literal["srde", "quarters", "lora"]
 Record = dict[str, Any]
 Part = tuple[str, Callable[[], Record]]
 
@@ -138,33 +139,46 @@ class Study:
         budget: gives the items and the rows' length.
     """
 
-    def __init__(self, seed: int, base: Path, folder: Path, rates: dict[str, float], budget: str = "medium") -> None:
+    def __init__(
+        self,
+        seed: int,
+        base: Path,
+        folder: Path,
+        rates: dict[str, float],
+        budget: str = "medium",
+        method: Method = "srde",
+    ) -> None:
         self.seed, self.base, self.rates, self.budget = seed, base, rates, Plan(budget, lambda _: None).budget
         self.inputs = prepare(self.budget, seed, base=base, folder=folder)
-        self.folder = folder / f"combining-{seed}"
+        self.method = method
+        self.folder = folder / (f"combining-quarters-{seed}" if method == "quarters" else f"combining-{seed}")
 
     # Parts
 
-    def parts(self, method: Method) -> Iterator[Part]:
+    def parts(self) -> Iterator[Part]:
         """In the order in which they need each other."""
+        method = self.method
         alone, in_turn = (self.alone_lora, self.lora_in_turn) if method == "lora" else (self.alone, self.in_turn)
         if method == "lora":
             yield "base", self.bare_base
         for domain in DOMAINS:
             yield f"{method} alone, {domain}", partial(alone, domain)
-        if method == "srde":
-            yield "srde combined", self.combined
-            yield "srde combined, by prompt", partial(self.combined, by_prompt=True)
-            yield "srde combined, top 2", partial(self.combined, top_k=2)
-            yield "srde joint", self.joint
+        if method != "lora":
+            yield f"{method} combined", self.combined
+            yield f"{method} combined, by prompt", partial(self.combined, by_prompt=True)
+            yield f"{method} combined, top 2", partial(self.combined, top_k=2)
+            yield f"{method} joint", self.joint
         else:
             for kind, weight in MERGES:
                 yield f"lora merged, {kind}, {weight}", partial(self.merged_lora, kind, weight)
+        if method == "quarters":
+            return
         for turn in range(1 if method == "srde" else 0, len(DOMAINS)):  # SRDE's first turn is its first one alone
             yield f"{method} turn {turn + 1}", partial(in_turn, turn)
 
-    def sweep(self, method: Method) -> Iterator[Part]:
+    def sweep(self) -> Iterator[Part]:
         """The rates."""
+        method = self.method
         train_one = self.alone_lora if method == "lora" else self.alone
         for rate in RATES[method]:
             for domain in SWEEP_DOMAINS:
@@ -180,7 +194,7 @@ class Study:
         """An adapter of one expert, trained on its domain."""
         flags = {"jsonl_data": str(self._items(domain)), "domains": [domain]} | ONE_EXPERT
         if rate is not None:
-            return self._srde(f"rate-{rate}-{domain}", flags | {"muon_lr": rate}, [domain], split)
+            return self._srde(f"rate-{rate}-{domain}", flags, [domain], split, rate)
         return self._srde(f"alone-{domain}", flags, [domain])
 
     def joint(self) -> Record:
@@ -262,7 +276,15 @@ class Study:
 
     # How they are made
 
-    def _srde(self, name: str, flags: Flags, judged: Sequence[str] = DOMAINS, split: str = "test") -> Record:
+    def _srde(
+        self,
+        name: str,
+        flags: Flags,
+        judged: Sequence[str] = DOMAINS,
+        split: str = "test",
+        rate: float | None = None,
+    ) -> Record:
+        rate = self.rates[self.method] if rate is None else rate
         fixed: Flags = {
             "model_name": str(self.base),
             "max_length": self.budget.max_length,
@@ -273,13 +295,14 @@ class Study:
             "warmup_steps": WARMUP,
             "batch_size": ROWS,
             "gradient_accumulation_steps": 1,
-            "muon_lr": self.rates.get("srde"),
             "seed": self.seed,
             "save_steps": 0,
             "eval_steps": 0,
             "log_steps": 10**6,
             "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
         }
+        quarters: Flags = {"neuron_parts": 4, "support_strategy": "random", "learning_rate": rate}
+        fixed |= quarters if self.method == "quarters" else {"muon_lr": rate}
         shutil.rmtree(self.folder / name, ignore_errors=True)  # of a part that was stopped
         trained = methods.train_srde(resolve({}, fixed | flags, read_inputs=read_run_inputs))
         figures = {"training": trained.losses, "values": trained.values}
@@ -383,7 +406,7 @@ def run_parts(study: Study, parts: Iterator[Part], results: Path, limit: int) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--method", choices=["srde", "lora"], help="default: both, one after the other")
+    parser.add_argument("--method", choices=list(RATES), help="default: srde and lora, one after the other")
     parser.add_argument("--limit", type=int, default=10**6, metavar="PARTS", help="stop after so many (default: none)")
     parser.add_argument("--base", type=Path, default=ROOT / "runs/quickstart-inputs/base")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/learning", help="for data and adapters")
@@ -395,15 +418,15 @@ def main() -> None:
     chosen: list[Method] = [options.method] if options.method else ["srde", "lora"]
     left = options.limit
     for method in chosen:
-        study = Study(SWEEP_SEED, options.base, options.folder, {}, options.budget)
-        left -= run_parts(study, study.sweep(method), options.results, left)
+        study = Study(SWEEP_SEED, options.base, options.folder, {}, options.budget, method)
+        left -= run_parts(study, study.sweep(), options.results, left)
     if left == 0:
         return
     rates = chosen_rates(read_records(options.results), chosen)
     for seed in options.seeds:
         for method in chosen:
-            study = Study(seed, options.base, options.folder, rates, options.budget)
-            left -= run_parts(study, study.parts(method), options.results, left)
+            study = Study(seed, options.base, options.folder, rates, options.budget, method)
+            left -= run_parts(study, study.parts(), options.results, left)
 
 
 if __name__ == "__main__":
