@@ -57,10 +57,10 @@ SHAPES: dict[str, dict[str, int]] = {
     "llama-250m": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 18, "vocab_size": 32000},
 }
 SRDE: dict[str, dict[str, Any]] = {
-    "SRDE neuron": {},
+    "SRDE neuron": {"neuron_parts": 1},
     "SRDE quarters of neurons": {"neuron_parts": 4},
     "SRDE random blocks": {"granularity": "block", "support_strategy": "random"},
-    "SRDE single weights": {"granularity": "element"},
+    "SRDE single weights": {"granularity": "element", "support_strategy": "magnitude"},
 }
 RIVALS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "PEFT LoRA, feed-forward": (lora, {}),

@@ -48,7 +48,7 @@ def main() -> None:
         args=arguments,
         train_dataset=datasets.load_dataset("json", data_files=options.data, split="train"),
         processing_class=AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path),
-        optimizers=(for_trainer(model, muon_lr=0.002, router_lr=1e-4), None),
+        optimizers=(for_trainer(model, rate_scale=0.1), None),
     )
     trainer.add_callback(SRDECallback(trainer))
     trainer.train()

@@ -53,7 +53,7 @@ def main() -> None:
         reward_funcs=[rewards],
         train_dataset=prompts_of(options.items, config.names, run_code=options.run_code),
         processing_class=AutoTokenizer.from_pretrained(config.base_model_name_or_path),
-        optimizers=(for_trainer(model, muon_lr=0.001, router_lr=1e-4), None),
+        optimizers=(for_trainer(model, rate_scale=0.05, router_lr=1e-4), None),
     )
     trainer.add_callback(SRDECallback(trainer))
     trainer.train()

@@ -52,7 +52,7 @@ def main() -> None:
         train_dataset=conversations_of(options.data, domains),
         eval_dataset=by_domain(conversations_of(options.held_out, domains)),
         processing_class=AutoTokenizer.from_pretrained(options.base),
-        optimizers=(for_trainer(model, muon_lr=0.02, router_lr=1e-3), None),
+        optimizers=(for_trainer(model), None),
     )
     trainer.add_callback(SRDECallback(trainer, warm_start=trainer.train_dataset))
     trainer.train()

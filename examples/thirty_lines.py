@@ -19,7 +19,7 @@ trainer = SFTTrainer(
     args=SFTConfig(output_dir="adapter", max_steps=4, report_to=[], bf16=False),
     train_dataset=conversations_of("train.jsonl", domains),
     processing_class=AutoTokenizer.from_pretrained("base"),
-    optimizers=(for_trainer(model, muon_lr=0.02), None),
+    optimizers=(for_trainer(model), None),
 )
 trainer.add_callback(SRDECallback(trainer, warm_start=trainer.train_dataset))
 trainer.train()

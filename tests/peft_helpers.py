@@ -21,6 +21,8 @@ def peft_config(**overrides: Any) -> SRDEConfig:
         "num_experts": 3,
         "top_k": 2,
         "density": 0.05,
+        "neuron_parts": 1,
+        "support_strategy": "magnitude",
         "seed": 0,
         "expert_names": NAMES,
     } | overrides

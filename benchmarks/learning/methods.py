@@ -108,6 +108,7 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
         "log_steps": 10**6,
         "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
     }
+    fixed |= {"neuron_parts": 1, "support_strategy": "magnitude"}  # what the results call SRDE, but for others by name
     if budget.data == "real":  # domains of very different size
         fixed["domain_weights"] = ",".join(f"{domain}=1" for domain in DOMAINS)
     if run.flags.get("warm_start"):

@@ -68,6 +68,7 @@ class AdapterSummary:
         config, names = self.config, [one_line(name) for name in self.experts]
         scope = "one support for all experts" if config["support_scope"] == "shared" else "a support for each expert"
         part = f" (1/{config['neuron_parts']} of each)" if config["neuron_parts"] > 1 else ""
+        how = "at random" if config["support_strategy"] == "random" else f"by {config['support_strategy']}"
         form = f"{config['num_atoms']} atoms, {config['atom_mixing']} mixing" if config["num_atoms"] else "free deltas"
         facts = [
             ("weights", self.place),
@@ -76,7 +77,7 @@ class AdapterSummary:
             ("sizes", f"{self.layers} layers of {self.hidden} dimensions; {self.values:,} trained values"),
             (
                 "supports",
-                f"density {config['density']:g} of {config['granularity']}s{part} by {config['support_strategy']}, "
+                f"density {config['density']:g} of {config['granularity']}s{part} {how}, "
                 f"{scope}; an expert changes {self.values_per_expert:,} weights",
             ),
             ("deltas", form),

@@ -12,7 +12,9 @@ from srde_ds.config.values import checked
 WARMUP_PERCENT = 5  # of max_steps
 PRETRAINING_PERCENT = 30  # of max_steps, for all domains together
 LEARNED_CANDIDATES = 5  # times density
-SCATTERED_RATE = 0.015  # AdamW's, of free deltas that are scattered over many neurons (docs/results.md)
+NEURON_PARTS = 4
+SCATTERED_RATE = 0.015  # on SmolLM2-135M (docs/results.md)
+MEASURED_WIDTH = 576  # its hidden size
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class RunInputs:
 
     Attributes:
         context: the base's context in tokens.
+        hidden: the base's hidden size.
         row_length: number of tokens in a row of `pretokenized_dir`.
         domains: domains of `pretokenized_dir`, in its order.
         rows: how those rows were made.
@@ -29,6 +32,7 @@ class RunInputs:
     """
 
     context: int | None = None
+    hidden: int | None = None
     row_length: int | None = None
     domains: list[str] | None = None
     rows: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +43,34 @@ class RunInputs:
 def is_scattered(adapter: AdapterConfig) -> bool:
     """Whether an expert's delta is free, and changes some weights of many neurons instead of all weights of a few."""
     return adapter.num_atoms == 0 and (adapter.granularity != "neuron" or adapter.neuron_parts > 1)
+
+
+def scattered_rate(hidden: int | None) -> float:
+    """AdamW's default rate of scattered free deltas.
+
+    AdamW moves every value by about the rate, and a wider base adds up more of them. So the rate falls as 1 / width
+    (Yang et al. 2022, Tensor Programs V, arXiv 2203.03466, table 3), but it never exceeds what has been tried.
+
+    Args:
+        hidden: the base's hidden size; None: not known.
+    """
+    rate = SCATTERED_RATE if hidden is None else SCATTERED_RATE * MEASURED_WIDTH / hidden
+    return min(SCATTERED_RATE, float(f"{rate:.2g}"))
+
+
+def takes_parts(adapter: AdapterConfig, given: Collection[str], *, most: float, hidden: int | None) -> bool:
+    """Whether experts change quarters of random neurons by AdamW unless something else is asked for.
+
+    Args:
+        given: names of the options that are given.
+        most: the largest share of the weights that experts ever have.
+        hidden: the base's hidden size; None: not known.
+    """
+    free = adapter.granularity == "neuron" and adapter.num_atoms == 0
+    chosen = "support_strategy" in given and adapter.support_strategy != "random"
+    supports = adapter.num_experts if adapter.support_scope == "per_expert" else 1
+    room = supports * most * NEURON_PARTS + adapter.shared_expert_density <= 1
+    return free and not chosen and room and (hidden is None or hidden % NEURON_PARTS == 0)
 
 
 def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
@@ -81,12 +113,20 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("max_length", inputs.context, "the context of the base")
     for key, value in inputs.rows.items():
         default(key, value, "as in the rows of pretokenized_dir")
+    muon = config.optimizer.use_muon and not {"use_muon", "muon_lr", "muon_momentum"}.isdisjoint(given)
+    most = max(adapter.density, curriculum.initial_density or 0)
+    parts = not muon and takes_parts(adapter, given, most=most, hidden=inputs.hidden)
+    if not started and (parts or "neuron_parts" in inputs.resumed):
+        default("neuron_parts", NEURON_PARTS, "quarters of random neurons have learnt most")
     if is_scattered(adapter):
+        if "support_strategy" not in started:
+            default("support_strategy", "random", "scattered deltas have learnt as much as by magnitude, or more")
         if adapter.granularity == "neuron":
             default("use_muon", False, "parts of neurons have learnt faster by AdamW")
         else:
             default("use_muon", False, "free deltas of blocks or single weights are not matrices")
-        default("learning_rate", SCATTERED_RATE, "deltas that are scattered over many neurons have learnt with it")
+        reason = "scattered deltas have learnt with it" + (", in proportion to 1 / width" if inputs.hidden else "")
+        default("learning_rate", scattered_rate(inputs.hidden), reason)
     default("warmup_steps", max_steps * WARMUP_PERCENT // 100, f"{WARMUP_PERCENT} % of max_steps")
     if curriculum.supervised_experts:
         steps = max(1, max_steps * PRETRAINING_PERCENT // 100 // len(data.domains))

@@ -92,12 +92,13 @@ class AdapterConfig:
         "neuron", "what an expert changes: neurons, blocks of 16 x 16 weights, or single weights", common=True
     )
     neuron_parts: int = option(
-        1, "an expert changes one N-th of each of its neurons, and N times as many neurons", metavar="N", minimum=1
+        1, "an expert changes one N-th of each neuron", metavar="N", minimum=1, derived="4; 1 for Muon", common=True
     )
     support_strategy: Strategy = option(
         "magnitude",
-        "how the weights that may change are chosen: by |W|, at random, by |W| x |input| or |W x gradient| on "
-        "calibration_rows, or learned",
+        "how these weights are chosen: by |W|, at random, by |W| x |input| or |W x gradient| on calibration_rows, or "
+        "learned",
+        derived="random; |W| if whole",
         common=True,
     )
     support_scope: Literal["shared", "per_expert"] = option(
@@ -138,21 +139,21 @@ class OptimizerConfig:
 
     use_muon: bool = option(
         True,
-        "update delta matrices with GramMuon; false: AdamW for everything",
-        derived="true; false for free parts, blocks or weights",
+        "update delta matrices with GramMuon, not AdamW",
+        derived="false; true for whole neurons",
         common=True,
     )
     muon_lr: float = option(0.02, "GramMuon's learning rate", metavar="RATE", minimum=0.0, common=True)
     muon_momentum: float = option(0.95, "GramMuon's Nesterov momentum", minimum=0.0, maximum=0.9999)
     learning_rate: float = option(
         1e-3,
-        "AdamW's rate of deltas, importance and mixing",
-        derived="1e-3; 0.015 for parts, blocks, weights",
+        "AdamW's rate of deltas",
         metavar="RATE",
         minimum=0.0,
+        derived="0.015, less over hidden size 576; 1e-3 for whole neurons",
         common=True,
     )
-    router_lr: float = option(1e-3, "AdamW's learning rate of the routers", metavar="RATE", minimum=0.0, common=True)
+    router_lr: float = option(1e-3, "AdamW's rate of the routers", metavar="RATE", minimum=0.0, common=True)
     weight_decay: float = option(0.0, "decoupled weight decay of the deltas", minimum=0.0)
     adam_beta1: float = option(0.9, "AdamW's decay of the first moment", minimum=0.0, maximum=0.9999)
     adam_beta2: float = option(0.95, "AdamW's decay of the second moment", minimum=0.0, maximum=0.999999)

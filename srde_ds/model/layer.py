@@ -317,8 +317,7 @@ class SRDEFeedForward(nn.Module):
         elif base and self.deltas.parts == 1:
             experts = PreparedNeurons(deltas, self.support, base)
         else:
-            part = {"parts": self.deltas.parts, "own_part": self.own_part}
-            experts = PreparedNeuronDeltas(deltas, self.support, **part)
+            experts = PreparedNeuronDeltas(deltas, self.support, parts=self.deltas.parts, own_part=self.own_part)
         prepared = Prepared(PreparedRouter(self.router, gate_TF.dtype), experts)
         return self.preparation.put(made_of, gate_TF.dtype, prepared)
 

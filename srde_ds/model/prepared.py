@@ -172,8 +172,8 @@ class PreparedNeuronDeltas:
                 change = change.gather(1, routing.index_TK[:, :, None].expand(-1, -1, self.neurons))
             change = as_dtype(as_dtype(routing.weights_TK, h.dtype)[:, :, None] * change, hidden_TF.dtype)
             neurons = self.support.index_select(0, chosen).view(tokens, top_k, -1)
-            for own, of_expert in zip(neurons.unbind(1), change.unbind(1), strict=True):
-                hidden_TF.scatter_add_(1, own, of_expert)  # no neuron repeats within a support, so the sum has one order
+            for own, part in zip(neurons.unbind(1), change.unbind(1), strict=True):
+                hidden_TF.scatter_add_(1, own, part)  # no neuron repeats within a support, so the sum has one order
         if every or tokens == 1:
             extra_TD = weighted.flatten(1) @ vectors[2].reshape(-1, self.width)
         else:

@@ -1,31 +1,34 @@
-"""GramMuon for trainers that take a torch optimizer, such as those of transformers and TRL."""
+"""GramMuon and AdamW for trainers that take a torch optimizer, such as those of transformers and TRL."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from srde_ds.config import OptimizerConfig
-from srde_ds.config.derive import SCATTERED_RATE, is_scattered
+from srde_ds.config.derive import is_scattered, scattered_rate
 from srde_ds.config.values import checked
 from srde_ds.errors import SRDEError
 from srde_ds.optim.gram_muon import GramMuonAdamW
-from srde_ds.optim.groups import build_groups
+from srde_ds.optim.groups import RATES, build_groups
 
 TRAINERS = ("lr_schedule", "warmup_steps", "decay_ratio", "min_lr_ratio", "max_grad_norm")
 """Options of what trainers do themselves"""
 
 
-def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
+def for_trainer(model: nn.Module, rate_scale: float = 1.0, **options: Any) -> GramMuonAdamW:
     """The optimizer of `srde-ds train`, for the adapter in a model.
 
-    It needs whole matrices: use one process, or several that hold all values (DDP). ZeRO passes an optimizer flattened
-    values; give `use_muon=False` there.
+    Scattered deltas, the default, are updated by AdamW, whole neurons and atoms by GramMuon. That needs whole matrices:
+    use one process, or several that hold all values (DDP). ZeRO passes an optimizer flattened values; give
+    `use_muon=False` there.
 
     Args:
         model: a PEFT model with the experts of `srde_ds.peft`, or an SRDEModel.
+        rate_scale: all rates that are not given are their default times this; a tenth or less for preferences and
+            rewards.
         options: options of the update rules and their rates from `OptimizerConfig`: `muon_lr`, `learning_rate`,
             `router_lr`, `use_muon`, `muon_momentum`, `weight_decay`, `adam_beta1`, `adam_beta2`.
 
@@ -39,8 +42,8 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
         >>> from transformers import AutoModelForCausalLM
         >>> base = AutoModelForCausalLM.from_pretrained("base")
         >>> model = get_peft_model(base, SRDEConfig(num_experts=2, density=0.05))
-        >>> [(group["name"], group["lr"]) for group in for_trainer(model, muon_lr=0.01).param_groups]
-        [('delta_matrices', 0.01), ('routers', 0.001)]
+        >>> [(group["name"], group["lr"]) for group in for_trainer(model, learning_rate=0.01).param_groups]
+        [('deltas', 0.01), ('routers', 0.001)]
     """
     known = [field.name for field in dataclasses.fields(OptimizerConfig) if field.name not in TRAINERS]
     for name in options:
@@ -52,11 +55,20 @@ def for_trainer(model: nn.Module, **options: Any) -> GramMuonAdamW:
             f"model of type {type(model).__name__}: it has no experts. Call for_trainer after get_peft_model, and pass "
             "the resulting model to the trainer, without a peft_config."
         )
-    peft: Any = model
+    peft, given = cast("Any", model), options.keys()
     experts: Any = peft.srde_model() if hasattr(model, "srde_model") else model
     if is_scattered(experts.config):
-        options = {"use_muon": False, "learning_rate": SCATTERED_RATE} | options
+        options = {"use_muon": False, "learning_rate": scattered_rate(experts.layers[0].hidden)} | options
+    muon = [name for name in ("muon_lr", "muon_momentum") if name in options]
+    if muon and not options.get("use_muon", True):
+        raise SRDEError(
+            f"{muon[0]}={options[muon[0]]}: GramMuon updates nothing here, AdamW does at learning_rate. Leave it out, "
+            "or give use_muon=True for whole neurons or parts of them."
+        )
     config = OptimizerConfig(**{name: checked(OptimizerConfig, name, value) for name, value in options.items()})
+    for name in RATES.values():
+        if name not in given:
+            setattr(config, name, checked(OptimizerConfig, name, rate_scale * getattr(config, name)))
     named = [(name, parameter) for name, parameter in experts.trainable_parameters() if parameter.requires_grad]
     ours = {id(parameter) for _, parameter in named}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in ours]

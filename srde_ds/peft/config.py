@@ -9,6 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftType, TaskType
 
 from srde_ds.config import AdapterConfig, LossConfig, TrainingConfig
+from srde_ds.config.derive import NEURON_PARTS, is_scattered, takes_parts
 from srde_ds.config.granularity import Granularity
 from srde_ds.config.strategy import WITHOUT_DATA, Strategy
 from srde_ds.config.values import checked
@@ -19,6 +20,7 @@ from srde_ds.weights.peft_folder import PEFT_TYPE
 from srde_ds.weights.schema import is_printable, shown
 
 OPTIONS = tuple(option.name for option in dataclasses.fields(AdapterConfig) if option.name != "preset")
+DERIVED = ("neuron_parts", "support_strategy")
 LOSSES = ("load_balancing_weight", "router_z_weight")
 SECTIONS: tuple[tuple[type, tuple[str, ...]], ...] = (
     (AdapterConfig, OPTIONS),
@@ -41,9 +43,10 @@ class SRDEConfig(PeftConfig):
         density: share of the feed-forward weights that an expert may change.
         granularity: what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights.
         neuron_parts: of each of its neurons, an expert changes only the weights from and to one of so many parts of the
-            hidden dimensions; so it has so many times as many neurons.
+            hidden dimensions; so it has so many times as many neurons. None: 4, or 1 with atoms, a support by
+            magnitude, or blocks or single weights.
         support_strategy: how the weights that may change are chosen: "magnitude" or "random". A saved adapter that is
-            loaded may have any strategy.
+            loaded may have any strategy. None: random, or magnitude for whole neurons and atoms.
         support_scope: one support for all experts of a layer, or one for each expert.
         num_atoms: number of atoms that the experts share; 0: each expert's delta is a free parameter.
         atom_mixing: how an expert weights the atoms.
@@ -74,8 +77,8 @@ class SRDEConfig(PeftConfig):
     top_k: int = 2
     density: float = 0.01
     granularity: Granularity = "neuron"
-    neuron_parts: int = 1
-    support_strategy: Strategy = "magnitude"
+    neuron_parts: int | None = None
+    support_strategy: Strategy | None = None
     support_scope: Literal["shared", "per_expert"] = "shared"
     num_atoms: int = 0
     atom_mixing: Literal["linear", "softmax"] = "linear"
@@ -96,7 +99,9 @@ class SRDEConfig(PeftConfig):
         """Raise SRDEError unless every option is valid and they fit together."""
         for section, names in SECTIONS:
             for name in names:
-                setattr(self, name, checked(section, name, getattr(self, name)))
+                if getattr(self, name) is not None or name not in DERIVED:
+                    setattr(self, name, checked(section, name, getattr(self, name)))
+        self._derive()
         if self.expert_names is not None:
             self.expert_names = _checked_names(self.expert_names)
         check_experts(AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}), self.names)
@@ -116,6 +121,17 @@ class SRDEConfig(PeftConfig):
                 "layer. Leave it out. If it comes from an adapter_config.json, that file has lost its 'metadata': "
                 "save the adapter again with save_pretrained."
             )
+
+    def _derive(self) -> None:
+        """Set the options of `DERIVED` that are not given, as a run would."""
+        given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
+        adapter = AdapterConfig(**given)
+        if self.neuron_parts is None:
+            # Metadata without this option are older than it.
+            parts = self.metadata is None and takes_parts(adapter, given, most=self.density, hidden=None)
+            self.neuron_parts = adapter.neuron_parts = NEURON_PARTS if parts else 1
+        if self.support_strategy is None:
+            self.support_strategy = "random" if is_scattered(adapter) else "magnitude"
 
     @property
     def names(self) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.checkpoint.resume import locate_checkpoint
@@ -19,8 +19,11 @@ from srde_ds.weights.file import AdapterMetadata
 
 # Options whose default follows from max_steps, density, granularity or training_phases, or was another one before, each
 # with the option that must be on for it to matter.
-_SCHEDULE = {
+_KEPT = {
     "top_k": None,
+    "neuron_parts": None,
+    "support_strategy": None,
+    "use_muon": None,
     "learning_rate": None,
     "warmup_steps": None,
     "expert_pretrain_steps": "supervised_experts",
@@ -47,9 +50,9 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
         SRDEError: `pretokenized_dir` holds no rows, or they were made otherwise than `given` options say; the base has
             no configuration, or the run state is damaged.
     """
-    context = row_length = domains = None
+    context = hidden = row_length = domains = None
     training = config.training
-    saved = _saved_options(training) if training.resume_from else {}
+    saved = {"neuron_parts": 1} | _saved_options(training) if training.resume_from else {}  # that option is a later one
     rows: dict[str, Any] = {}
     if config.data.pretokenized_dir:
         try:
@@ -59,16 +62,17 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
         _check_rows_options(config.data, given, manifest, saved)
         row_length, domains = manifest.max_length, manifest.domains
         rows = {key: getattr(manifest, key) for key in _OF_ROWS}
-    elif config.model.model_name and "max_length" not in given:
-        context = context_of(config.model.model_name, config.model.model_revision)
-    resumed = {key: saved[key] for key, on in _SCHEDULE.items() if key in saved and (not on or saved.get(on))}
+    if config.model.model_name:
+        base = base_sizes(config.model.model_name, config.model.model_revision)
+        hidden, context = base.hidden, None if row_length or "max_length" in given else base.context
+    resumed = {key: saved[key] for key, on in _KEPT.items() if key in saved and (not on or saved.get(on))}
     started: dict[str, Any] = {}
     if training.start_from and training.resume_from:  # the run has long left those weights, which may be gone
         started = {key: saved[key] for key in _STARTED if key in saved}
         resumed |= started
     elif training.start_from:
         started = _started(training.start_from)
-    return RunInputs(context, row_length, domains, rows, started, resumed)
+    return RunInputs(context, hidden, row_length, domains, rows, started, resumed)
 
 
 def _check_rows_options(data: DataConfig, given: Collection[str], manifest: Manifest, saved: Mapping[str, Any]) -> None:
@@ -95,18 +99,25 @@ def read_base_inputs(config: Config, given: Collection[str]) -> RunInputs:
     name = config.model.model_name
     if not name or "max_length" in given or (Path(name).is_dir() and not (Path(name) / "config.json").exists()):
         return RunInputs()
-    return RunInputs(context=context_of(name, config.model.model_revision))
+    return RunInputs(context=base_sizes(name, config.model.model_revision).context)
 
 
-def context_of(model_name: str, revision: str | None) -> int | None:
-    """The base's context in tokens; None if it sets no limit.
+class BaseSizes(NamedTuple):
+    """The base's context in tokens, None if it sets no limit, and its hidden size."""
+
+    context: int | None
+    hidden: int | None
+
+
+def base_sizes(model_name: str, revision: str | None) -> BaseSizes:
+    """What the base's configuration says of its sizes.
 
     Raises:
         SRDEError: the base does not exist.
     """
     text = base_configuration(model_name, revision=revision).get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)
-    return None if positions is None else int(positions)
+    sizes = (getattr(text, key, None) for key in ("max_position_embeddings", "hidden_size"))
+    return BaseSizes(*(None if size is None else int(size) for size in sizes))
 
 
 def check_start(config: Config) -> AdapterMetadata | None:

@@ -34,7 +34,7 @@ def state_after_a_step(flags: dict[str, Any], size_weight: float) -> list[Tensor
     return state(engine)
 
 
-@pytest.mark.parametrize("form", [{}, {"num_atoms": 4, "atom_mixing": "softmax"}])
+@pytest.mark.parametrize("form", [{"neuron_parts": 1}, {"neuron_parts": 3}, {"num_atoms": 4, "atom_mixing": "softmax"}])
 def test_the_size_of_deltas_weighs_the_same_on_any_number_of_ranks(
     inputs: Inputs,
     one_rank: Ranks,
@@ -60,7 +60,7 @@ def test_the_size_of_deltas_weighs_the_same_on_any_number_of_ranks(
         return whole(ranks[world_size](state_after_a_step, flags, weight), "exp_avg")
 
     alone, without = gradients(1), gradients(1, weight=0.0)
-    name = "layers.1.deltas." + ("atoms" if form else "free")
+    name = "layers.1.deltas." + ("atoms" if "num_atoms" in form else "free")
     assert float((alone[name] - without[name]).norm()) > 0.3 * float(without[name].norm())
     for world_size, experts, transport in [(2, 1, "auto"), (2, 2, "tokens"), (4, 2, "tokens"), (4, 2, "deltas")]:
         found = gradients(world_size, experts, transport)

@@ -30,7 +30,7 @@ DOMAINS = ["red", "sea", "sky"]  # of one length: each micro-batch has as many t
 STEPS, MICRO_STEPS, ROWS = 3, 2, 8
 RATES: dict[str, Any] = {"muon_lr": 0.02, "learning_rate": 0.01, "router_lr": 0.01, "weight_decay": 0.1}
 LOSSES: dict[str, Any] = {"load_balancing_weight": 0.05, "router_z_weight": 0.01}
-ADAPTER: dict[str, Any] = {"num_experts": 3, "top_k": 2, "density": 0.05, "seed": 42}
+ADAPTER: dict[str, Any] = {"num_experts": 3, "top_k": 2, "density": 0.05, "neuron_parts": 1, "seed": 42}
 
 
 @pytest.fixture(scope="module")

@@ -71,11 +71,12 @@ def test_the_gradients_norm_is_that_of_the_loss(
         # Three experts give the one matrix of four atoms a gradient of rank three: Muon also scales up its fourth
         # singular value, which is rounding alone. It shows in the norms of the deltas.
         ({"num_atoms": 4, "atom_mixing": "softmax", "granularity": "element"}, 5e-3),
-        ({"use_muon": False}, TOLERANCE),
+        ({"use_muon": False, "neuron_parts": 1}, TOLERANCE),
+        ({"use_muon": False, "neuron_parts": 3, "learning_rate": 0.015}, TOLERANCE),
         ({"loss_weighting": "document"}, TOLERANCE),
         ({"loss_weighting": "domain"}, TOLERANCE),
     ],
-    ids=["atoms", "element", "adamw", "documents alike", "domains alike"],
+    ids=["atoms", "element", "adamw", "parts", "documents alike", "domains alike"],
 )
 def test_one_and_two_ranks_agree(
     inputs: Inputs, changes: dict[str, Any], tolerance: float, one_rank: Ranks, two_ranks: Ranks, tmp_path: Path

@@ -19,7 +19,7 @@ import srde_ds
 from srde_ds.cli.flags import Parser
 from srde_ds.cli.main import VERBS, main
 from srde_ds.cli.train import train_config
-from srde_ds.config import Config
+from srde_ds.config import Config, resolve
 from tests.cli_helpers import POSITIONS, fails, flags
 from tests.helpers import tiny_llama
 
@@ -167,7 +167,7 @@ def test_an_empty_name_is_not_the_current_folder(
 
 
 def test_the_launchers_rank_flag_is_no_option() -> None:
-    assert train_config(["--local_rank", "0"])[0] == Config()
+    assert train_config(["--local_rank", "0"])[0] == resolve({}, {})
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -375,8 +375,9 @@ def test_a_reader_of_the_output_may_leave(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "values"),
     [
-        # two layers, D 32, three experts; 5 of 96 neurons or 461 of 9216 weights
-        ({}, {"deltas.free": 2 * 3 * 3 * 32 * 5, "router.weight": 2 * 3 * 32}),
+        # two layers, D 32, three experts; 5 of 96 neurons, a quarter of 19, or 461 of 9216 weights
+        ({}, {"deltas.free": 2 * 3 * 3 * 8 * 19, "router.weight": 2 * 3 * 32}),
+        ({"neuron_parts": 1}, {"deltas.free": 2 * 3 * 3 * 32 * 5, "router.weight": 2 * 3 * 32}),
         (
             {"num_atoms": 4},
             {"deltas.atoms": 2 * 4 * 3 * 32 * 5, "deltas.importance": 2 * 3 * 3 * 32 * 5, "deltas.mixing": 2 * 3 * 4},
@@ -411,6 +412,7 @@ def test_only_the_first_rank_prints_a_dry_run(
 
 def test_a_dry_run_names_options_without_effect_and_missing_data(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["train", "--dry_run", "--model_name", base, "--max_length", "64", "--learning_rate", "5"]
+    arguments += ["--use_muon", "true"]
     assert main([*arguments, "--decay_ratio", "0.3"]) == 0
     told = capsys.readouterr()
     assert [line.partition(":")[2].partition(":")[0] for line in told.err.splitlines()] == [

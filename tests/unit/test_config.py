@@ -56,7 +56,9 @@ def test_defaults_are_valid_and_survive_a_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
     assert resolve(load_yaml(path), {}) == config
-    assert resolve({}, {}) == Config()
+    parts = {"neuron_parts", "support_strategy", "use_muon", "learning_rate"}
+    assert resolve({}, {}).derived.keys() == parts | {"num_experts", "warmup_steps"}
+    assert resolve({}, {"neuron_parts": 1}) == Config()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +140,7 @@ def test_the_neighbours_of_refused_relations_pass() -> None:
     ("flags", "lines"),
     [
         (
-            {"learning_rate": 5},
+            {"use_muon": True, "learning_rate": 5},
             ["learning_rate=5.0: no trainable uses it with use_muon=true and granularity=neuron. Give --muon_lr or "
              "--router_lr."],
         ),
@@ -213,8 +215,32 @@ def test_a_remedy_names_options_that_exist() -> None:
         ({"domains": "a"}, {"num_experts": 1, "top_k": 1}),
         ({"top_k": 8}, {"num_experts": 8}),
         ({"num_experts": 1}, {"num_experts": None, "top_k": 1}),
-        ({"granularity": "element"}, {"use_muon": False, "learning_rate": 0.015}),
-        ({"neuron_parts": 4}, {"use_muon": False, "learning_rate": 0.015}),
+        ({}, {"neuron_parts": 4, "support_strategy": "random", "use_muon": False, "learning_rate": 0.015}),
+        ({"support_strategy": "random", "use_muon": False}, {"neuron_parts": 4, "learning_rate": 0.015}),
+        ({"muon_lr": 0.02, "use_muon": False}, {"neuron_parts": 4}),
+        *(
+            (whole, {"neuron_parts": None, "support_strategy": None, "use_muon": None, "learning_rate": None})
+            for whole in (
+                {"use_muon": True},
+                {"muon_lr": 0.02},
+                {"muon_momentum": 0.9},
+                {"neuron_parts": 1},
+                {"num_atoms": 4},
+                {"support_strategy": "magnitude"},
+                {"support_strategy": "learned", "max_steps": 9},
+                {"density": 0.26},
+                {"initial_density": 0.26},
+                {"density": 0.05, "support_scope": "per_expert"},
+                {"shared_expert_density": 0.97},
+            )
+        ),
+        ({"density": 0.25}, {"neuron_parts": 4}),
+        ({"shared_expert_density": 0.9}, {"neuron_parts": 4}),
+        ({"density": 0.04, "support_scope": "per_expert"}, {"neuron_parts": 4}),
+        ({"granularity": "element"}, {"neuron_parts": None, "use_muon": False, "learning_rate": 0.015}),
+        ({"granularity": "block"}, {"neuron_parts": None, "support_strategy": "random"}),
+        ({"granularity": "block", "support_strategy": "magnitude"}, {"support_strategy": None, "use_muon": False}),
+        ({"neuron_parts": 2, "use_muon": True}, {"neuron_parts": None, "support_strategy": "random", "use_muon": None}),
         ({"neuron_parts": 4, "num_atoms": 4}, {"use_muon": None, "learning_rate": None}),
         ({"granularity": "block", "learning_rate": 0.001}, {"use_muon": False, "learning_rate": None}),
         ({"granularity": "element", "num_atoms": 4}, {"use_muon": None, "learning_rate": None}),
@@ -308,7 +334,7 @@ def test_unknown_names_come_with_the_nearest_known_one() -> None:
 
 
 def test_an_empty_section_means_its_defaults() -> None:
-    assert resolve({"model": None}, {}) == Config()
+    assert resolve({"model": None}, {}) == resolve({}, {})
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def ministral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_config(base: Path, **options: Any) -> Config:
-    return resolve({}, {"model_name": str(base), "max_length": 64} | options)
+    return resolve({}, {"model_name": str(base), "max_length": 64, "neuron_parts": 1} | options)
 
 
 def test_ministral_has_the_shape_of_the_design(ministral: Path) -> None:
@@ -194,6 +194,7 @@ def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
 
     assert chosen(max_length=2048) == "deltas"
     assert chosen(max_length=128) == "tokens"
+    assert chosen(max_length=2048, neuron_parts=4) == "tokens"  # a quarter of each token
     assert chosen(max_length=2048, num_experts=256, top_k=2) == "tokens"
     assert chosen(max_length=128, expert_transport="deltas") == "deltas"
 
@@ -206,6 +207,7 @@ def test_the_transport_that_moves_fewer_bytes(ministral: Path) -> None:
         {"granularity": "element", "num_atoms": 4},
         {"granularity": "element", "num_atoms": 0, "use_muon": False},
         {"granularity": "neuron", "num_atoms": 0, "support_scope": "per_expert"},
+        {"neuron_parts": 4},
     ],
 )
 def test_values_are_those_of_the_real_model(tmp_path: Path, options: dict[str, Any]) -> None:

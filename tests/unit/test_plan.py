@@ -60,7 +60,7 @@ def test_step_time_by_hand() -> None:
 
 
 def test_operations_by_hand() -> None:
-    config = resolve({}, RUN | {"gradient_accumulation_steps": 2})
+    config = resolve({}, RUN | {"gradient_accumulation_steps": 2, "neuron_parts": 1})
     shape = base_shape(config)
     flops = step_flops(Workload.of(config, 1), shape)
     tokens = 2 * 4096
@@ -68,7 +68,7 @@ def test_operations_by_hand() -> None:
     assert flops["frozen base"] == 2 * tokens * (3 * LAYERS * layer + 2 * VOCABULARY * D)
     assert flops["attention scores"] == 4 * 2 * tokens * 4096 * 4096 * LAYERS
     assert flops["experts"] == 4 * 2 * tokens * 6 * 3 * D * M * LAYERS
-    plain = resolve({}, RUN | {"gradient_accumulation_steps": 2, "gradient_checkpointing": False})
+    plain = resolve({}, RUN | {"gradient_accumulation_steps": 2, "gradient_checkpointing": False, "neuron_parts": 1})
     assert step_flops(Workload.of(plain, 1), shape)["experts"] == flops["experts"] * 3 / 4
     element = resolve({}, RUN | {"granularity": "element", "use_muon": False, "gradient_accumulation_steps": 1})
     dense = 2 * 4096 * 2 * 3 * D * F * LAYERS * 4

@@ -177,7 +177,7 @@ def test_sources_and_their_licences(tmp_path: Path) -> None:
 def test_several_runs_are_compared(tmp_path: Path) -> None:
     runs = [
         write_run(tmp_path / "a"),
-        write_run(tmp_path / "b", options={"muon_lr": "0.5"}),
+        write_run(tmp_path / "b", options={"router_lr": "0.5"}),
         write_run(tmp_path / "c", finished=False, items=None),
     ]
     page = write_comparison_page(runs, tmp_path / "out.html").read_text(encoding="utf-8")
@@ -190,7 +190,7 @@ def test_several_runs_are_compared(tmp_path: Path) -> None:
         "What was trained",
     ]
     rows = re.findall(r'<th scope="row">(\S+)</th>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*<td>(.*?)</td>\s*</tr>', page)
-    assert rows == [("muon_lr", "0.02", "0.5", "0.02")]
+    assert rows == [("router_lr", "0.001", "0.5", "0.001")]
     assert "12, not finished" in page and "Not evaluated yet: c." in page
     assert [trace["name"] for trace in charts(page)[0]["data"]] == ["a", "b", "c"]
     result = json.loads((runs[1] / "evaluation.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,37 @@ def test_a_rate_whose_default_was_another_one_stays(tmp_path: Path) -> None:
     saved_run(tmp_path, granularity="block", learning_rate=0.001)
     assert resolved(granularity="block", resume_from=str(tmp_path)).optimizer.learning_rate == 0.001
     assert resolved(granularity="block").optimizer.learning_rate == 0.015
+
+
+def test_a_run_from_before_parts_of_neurons_stays_as_it_was(tmp_path: Path) -> None:
+    checkpoint = saved_run(tmp_path, neuron_parts=1)
+    state = json.loads((checkpoint / RUN_STATE).read_text())
+    del state["config"]["adapter"]["neuron_parts"]
+    (checkpoint / RUN_STATE).write_text(json.dumps(state))
+    config = resolved(resume_from=str(tmp_path))
+    assert (config.adapter.neuron_parts, config.adapter.support_strategy) == (1, "magnitude")
+    assert config.optimizer.use_muon
+    assert resolved().adapter.neuron_parts == 4
+
+
+def test_a_run_of_parts_goes_on_with_them(tmp_path: Path) -> None:
+    saved_run(tmp_path, neuron_parts=2, support_strategy="magnitude", use_muon=True)
+    config = resolved(resume_from=str(tmp_path), muon_lr=0.01)
+    assert (config.adapter.neuron_parts, config.adapter.support_strategy) == (2, "magnitude")
+    assert config.optimizer.use_muon
+
+
+def test_the_hidden_size_of_the_base_decides_on_parts_and_rate(base: Path, tmp_path: Path) -> None:
+    def config_for(hidden: int) -> Config:
+        place = tmp_path / str(hidden)
+        shutil.copytree(base, place)
+        sizes = json.loads((place / "config.json").read_text()) | {"hidden_size": hidden, "num_attention_heads": 2}
+        (place / "config.json").write_text(json.dumps(sizes))
+        return resolved(model_name=str(place))
+
+    assert [config_for(hidden).adapter.neuron_parts for hidden in (30, 32)] == [1, 4]
+    rates = [config_for(hidden).optimizer.learning_rate for hidden in (64, 576, 1152, 5120)]
+    assert rates == [0.015, 0.015, 0.0075, 0.0017]
 
 
 def test_options_are_taken_from_a_folder_that_a_kill_left_half_renamed(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ SHAPE = BaseShape((LayerShape(32, 96),) * 2)  # tiny_llama's
 @pytest.mark.parametrize(
     "form",
     [
-        {},
+        {"neuron_parts": 1},
+        {"neuron_parts": 4},
         {"num_atoms": 4, "support_scope": "per_expert"},
         {"support_strategy": "learned", "support_scope": "per_expert"},
         {"support_strategy": "learned", "granularity": "element", "num_atoms": 4},
-        {"shared_expert_density": 0.05},
+        {"shared_expert_density": 0.05, "neuron_parts": 4},
     ],
 )
 def test_values_at_each_density(form: dict[str, Any]) -> None:
@@ -51,7 +52,7 @@ def test_supports_must_fit_at_the_initial_density(tmp_path: Path) -> None:
 
 
 def test_without_annealing_there_is_one_density() -> None:
-    config = resolve({}, {"density": 0.05, "num_experts": 3, "max_steps": 100})
+    config = resolve({}, {"density": 0.05, "num_experts": 3, "max_steps": 100, "neuron_parts": 1})
     spans = trained_values(config.adapter, Schedule.of(config).densities, SHAPE)
     assert describe_trained_values(spans, max_steps=100).splitlines() == [
         "steps  density  trained values",

@@ -209,7 +209,7 @@ def test_the_timeline_names_scores_as_long_as_there_are_any() -> None:
         ({"warm_start_method": "random"}, "warm_start_method=random without warm_start"),
         ({"warm_start_samples": 64}, "warm_start_samples=64 without warm_start: give --warm_start"),
         ({"density_prunings": 2}, "density_prunings=2 without initial_density"),
-        ({"calibration_rows": 8}, "calibration_rows=8 with support_strategy=magnitude"),
+        ({"calibration_rows": 8}, "calibration_rows=8 with support_strategy=random"),
         ({"support_temperature": 2.0, "support_strategy": "random"}, "support_temperature=2.0 with support_strat"),
         ({"initial_density": 0.005, "density_warmup_steps": 10}, "above density=0.01"),
         ({"initial_density": 0.05, "density_warmup_steps": 200}, "max_steps - 1 = 199"),

@@ -10,13 +10,14 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from srde_ds.compose.summary import inspect_weights
 from srde_ds.errors import SRDEError
 from srde_ds.optim import for_trainer
 from srde_ds.optim.gram_muon import GramMuonAdamW
+from srde_ds.peft import SRDEConfig
 from srde_ds.peft.callback import SRDECallback
 from srde_ds.peft.rows import by_domain, conversations_of
 from srde_ds.peft.warm_start import padded_rows, warm_start_routers
@@ -369,6 +370,16 @@ def test_the_optimizer_has_the_groups_of_the_own_training(tmp_path: Path) -> Non
     assert [g["name"] for g in plain.param_groups] == ["deltas", "routers"]
     single_weights = for_trainer(tiny_peft(base(), granularity="element"))
     assert [(g["rule"], g["lr"]) for g in single_weights.param_groups] == [("adamw", 0.015), ("adamw", 0.001)]
+    config = SRDEConfig(num_experts=3, density=0.05)
+    assert (config.neuron_parts, config.support_strategy) == (4, "random")
+    parts = get_peft_model(base(), config)
+    assert [(g["name"], g["lr"]) for g in for_trainer(parts).param_groups] == [("deltas", 0.015), ("routers", 0.001)]
+    scaled = for_trainer(parts, rate_scale=0.1, router_lr=0.005)
+    assert [g["lr"] for g in scaled.param_groups] == pytest.approx([0.0015, 0.005])
+    with pytest.raises(SRDEError, match="muon_lr=0.02: GramMuon updates nothing here.*use_muon=True"):
+        for_trainer(parts, muon_lr=0.02)
+    muon = for_trainer(parts, muon_lr=0.02, use_muon=True)
+    assert [(g["name"], g["lr"]) for g in muon.param_groups] == [("delta_matrices", 0.02), ("routers", 0.001)]
     blocks = for_trainer(tiny_peft(base(), granularity="block", density=0.1), learning_rate=0.002)
     assert [g["lr"] for g in blocks.param_groups] == [0.002, 0.001]
 
