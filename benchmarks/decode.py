@@ -37,10 +37,11 @@ SHAPES = {
         "num_attention_heads": 24,
     }
 }
-RANDOM = {
-    "random, neuron": ("neuron", "shared"),
-    "random, neuron, supports of their own": ("neuron", "per_expert"),
-    "random, element": ("element", "shared"),
+RANDOM: dict[str, dict[str, Any]] = {
+    "random, quarters of neurons": {"neuron_parts": 4},
+    "random, neuron": {},
+    "random, neuron, supports of their own": {"support_scope": "per_expert"},
+    "random, element": {"granularity": "element"},
 }
 EXPERTS = ["math", "logic", "code", "science", "planning", "abstract"]
 
@@ -86,11 +87,9 @@ def base_of(options: argparse.Namespace, dtype: torch.dtype) -> PreTrainedModel:
     return base.to(dtype).eval()
 
 
-def with_random_experts(base: PreTrainedModel, granularity: Any, scope: Any) -> SRDEModel:
+def with_random_experts(base: PreTrainedModel, **form: Any) -> SRDEModel:
     """Six experts of density 0.01 with random deltas."""
-    config = AdapterConfig(
-        num_experts=6, top_k=2, density=0.01, granularity=granularity, support_strategy="random", support_scope=scope
-    )
+    config = AdapterConfig(num_experts=6, top_k=2, density=0.01, support_strategy="random", **form)
     model = add_experts(base, config, expert_names=EXPERTS, seed=0)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -153,12 +152,12 @@ def main() -> None:
     for name in options.dtypes:
         dtype = getattr(torch, name)
         bare = base_of(options, dtype)
-        cases = ["trained, neuron"] if options.adapter else []
+        cases = ["trained"] if options.adapter else []
         for case in [*cases, *RANDOM]:
             if case.startswith("trained"):
                 model = SRDEModel.from_pretrained(options.base, options.adapter, dtype=dtype)
             else:
-                model = with_random_experts(base_of(options, dtype), *RANDOM[case])
+                model = with_random_experts(base_of(options, dtype), **RANDOM[case])
             share_weights(model, bare)
             for size in BATCHES:
                 row = {"adapter": case, "dtype": name, "batch": size}

@@ -179,7 +179,13 @@ def _attention(visit: Visit) -> None:
 
 def _feed_forward(visit: Visit) -> None:
     experts, density = 6, visit.options.density
-    for granularity in ("neuron", "block", "element"):
+    forms: dict[str, dict[str, Any]] = {
+        "neuron": {},
+        "quarters of neurons": {"neuron_parts": 4},
+        "block": {"granularity": "block"},
+        "element": {"granularity": "element"},
+    }
+    for name, form in forms.items():
         config = LlamaConfig(
             hidden_size=visit.hidden,
             intermediate_size=visit.intermediate,
@@ -189,9 +195,7 @@ def _feed_forward(visit: Visit) -> None:
             num_key_value_heads=visit.heads,
         )
         base: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=torch.bfloat16)
-        adapter = AdapterConfig(
-            num_experts=experts, density=density, granularity=granularity, support_strategy="random"
-        )
+        adapter = AdapterConfig(num_experts=experts, density=density, support_strategy="random", **form)
         names = [f"expert{e}" for e in range(experts)]
         base = base.to(visit.device)
         model = add_experts(base, adapter, expert_names=names, seed=0).train()
@@ -207,24 +211,24 @@ def _feed_forward(visit: Visit) -> None:
         def routed(block: Any = block, x: Tensor = x) -> None:
             block(x).sum().backward()
 
-        if granularity == "neuron":
+        if name == "neuron":
             visit.note("feed-forward, frozen", seconds=visit.seconds(frozen))
-        visit.note(f"feed-forward, SRDE {granularity}", seconds=visit.seconds(routed), peak_gib=visit.peak_gib(routed))
+        visit.note(f"feed-forward, SRDE {name}", seconds=visit.seconds(routed), peak_gib=visit.peak_gib(routed))
         few = x[:64].detach()
         with torch.no_grad():
             exact = copy.deepcopy(block).double()(few.double())
             errors = (block(few).double() - exact).norm(dim=1) / exact.norm(dim=1)
         # The median: a token whose choice of experts is a near tie may go elsewhere.
-        visit.note(f"feed-forward, SRDE {granularity}, against float64", relative_error=float(errors.median()))
-        if granularity == "neuron":
+        visit.note(f"feed-forward, SRDE {name}, against float64", relative_error=float(errors.median()))
+        if adapter.granularity == "neuron":
             block.dispatch = LocalDispatch(compiled=True)
-            visit.note("feed-forward, SRDE neuron, compiled", seconds=visit.seconds(routed))
+            visit.note(f"feed-forward, SRDE {name}, compiled", seconds=visit.seconds(routed))
             if visit.device.type == "cuda":
                 block.dispatch = LocalDispatch(kernels=True)
                 with torch.no_grad():
                     errors = (block(few).double() - exact).norm(dim=1) / exact.norm(dim=1)
-                visit.note("feed-forward, SRDE neuron, Triton's kernels", seconds=visit.seconds(routed))
-                visit.note("Triton's kernels against float64", relative_error=float(errors.median()))
+                visit.note(f"feed-forward, SRDE {name}, Triton's kernels", seconds=visit.seconds(routed))
+                visit.note(f"Triton's kernels against float64, {name}", relative_error=float(errors.median()))
 
 
 def _loss(visit: Visit) -> None:
@@ -429,7 +433,7 @@ def engine(visit: Visit) -> None:
 def decode(visit: Visit) -> None:
     """A token after a prompt of 128, by four layers: the base and neuron experts, eagerly and under a CUDA graph."""
     base = random_base(visit, layers=2 if visit.rehearse else 4, attn_implementation="sdpa")
-    adapter = AdapterConfig(num_experts=6, density=visit.options.density, support_strategy="random")
+    adapter = AdapterConfig(num_experts=6, density=visit.options.density, neuron_parts=4, support_strategy="random")
     with patch.object(attach, "identity_before_quantization", lambda *_, **__: {}):  # it would copy weights to the host
         model = add_experts(base, adapter, expert_names=[f"expert{e}" for e in range(6)], seed=0).eval()
     # On a CPU there are no such graphs; the rehearsal shows that nothing breaks the one that torch.compile makes.

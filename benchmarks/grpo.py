@@ -59,7 +59,7 @@ class Options:
     steps: int = 40
     generations: int = 8
     prompts: int = 4
-    muon_lr: float = 0.003
+    rate_scale: float = 0.15
     lr_schedule: str = "linear"
     router_lr: float = 1e-4
     max_completion_length: int = 8
@@ -184,7 +184,7 @@ def main(options: Options) -> None:
         train_dataset=train,
         reward_funcs=[reward],
         processing_class=tokenizer,
-        optimizers=(for_trainer(model, muon_lr=options.muon_lr, router_lr=options.router_lr), None),
+        optimizers=(for_trainer(model, rate_scale=options.rate_scale, router_lr=options.router_lr), None),
     )
     trainer.add_callback(SRDECallback(trainer))
     trainer.add_callback(record)

@@ -21,7 +21,7 @@ BASE = Path(__file__).resolve().parent / "ministral_3_14b"
 CASES: dict[str, dict[str, Any]] = {
     "preset reference (16 atoms, element)": {"preset": "reference"},
     "16 atoms, neuron": {"num_atoms": 16},
-    "default (free deltas, neuron)": {},
+    "default (free deltas, quarters of neurons)": {},
 }
 
 

@@ -1,7 +1,7 @@
 """Learning rates and options of the quick start, compared at equal tokens: the same data, seeds and steps for each.
 
     python -m benchmarks.quickstart_sweep --name learning_rates --steps 30 \
-        --vary "muon_lr=0.01" "muon_lr=0.02" "use_muon=false learning_rate=0.003"
+        --vary "learning_rate=0.008" "learning_rate=0.015" "neuron_parts=1 muon_lr=0.02"
 
 Each variant trains in a process of its own (one process, one thread, so that several fit side by side). Writes
 benchmarks/results/<name>.json with machine and versions and prints a table of mean held-out losses.

@@ -74,7 +74,7 @@ def row(gpus: int, adapter: str, network: str) -> dict[str, Any]:
 
 def utilisation() -> dict[str, float]:
     """Share of 989 TFLOP/s that those measured tokens a second come to, by the model's count of operations."""
-    config = resolve({}, RUN | {"gradient_accumulation_steps": 1})
+    config = resolve({}, RUN | {"gradient_accumulation_steps": 1, "neuron_parts": 1})
     flops = step_flops(Workload.of(config, 1), base_shape(config))
     a_token = {"frozen base alone": sum(flops.values()) - flops["experts"], "with neuron experts": sum(flops.values())}
     return {name: rate * a_token[name] / (2 * 4096) / 989e12 for name, rate in MEASURED.items()}

@@ -69,6 +69,7 @@ NO_KERNELS: tuple[str, ...] = (
 )
 NO_KERNELS += ("alias", "_unsafe_view", "squeeze_", "device", "promote_types", *WAITS[:1])  # nothing runs on the GPU
 FORMS: dict[str, dict[str, Any]] = {
+    "quarters of neurons": {"neuron_parts": 4},
     "neuron, shared support": {},
     "neuron, a support each": {"support_scope": "per_expert"},
     "blocks": {"granularity": "block"},

@@ -61,7 +61,7 @@ class Options:
     samples: int = 4
     steps: int = 4
     batch: int = 8
-    muon_lr: float = 0.005
+    rate_scale: float = 0.25
     router_lr: float = 1e-4
     max_tokens: int = 8
     compared: int = 4
@@ -164,7 +164,7 @@ def main(options: Options) -> None:
         raise SystemExit(1)
     base = AutoModelForCausalLM.from_pretrained(options.base, trust_remote_code=False, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folder / "start", is_trainable=True)
-    optimizer = for_trainer(model, muon_lr=options.muon_lr, router_lr=options.router_lr)
+    optimizer = for_trainer(model, rate_scale=options.rate_scale, router_lr=options.router_lr)
     record: dict[str, Any] = {"options": asdict(options), "measured_on": measured_on(), "cycles": []}
     reward, right = AnswerReward(), None
     for number in range(options.cycles):

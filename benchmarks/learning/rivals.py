@@ -227,7 +227,8 @@ def equal_rank(base: PreTrainedModel, width: int, flags: Flags) -> int:
     Args:
         width: sum of the input and output widths of all adapted layers.
     """
-    adapter = resolve({}, flags).adapter
+    whole: Flags = {"neuron_parts": 1, "support_strategy": "magnitude"}  # of which the results have equal values
+    adapter = resolve({}, whole | flags).adapter
     values = sum(_srde_values(adapter, block.hidden, block.intermediate) for block in find_feed_forward(base))
     return max(1, round(values / width))
 

@@ -93,7 +93,7 @@ def check_neuron_parts(adapter: AdapterConfig, initial_density: float | None = N
     if adapter.granularity != "neuron":
         raise SRDEError(
             f"neuron_parts={parts} with granularity={adapter.granularity}: only neurons have parts. "
-            "Leave --neuron_parts out, or give --granularity neuron."
+            "Give --neuron_parts 1, or --granularity neuron."
         )
     for key, density in (("initial_density", initial_density), ("density", adapter.density)):
         if density is not None and density * parts > 1:

@@ -58,19 +58,29 @@ def scattered_rate(hidden: int | None) -> float:
     return min(SCATTERED_RATE, float(f"{rate:.2g}"))
 
 
-def takes_parts(adapter: AdapterConfig, given: Collection[str], *, most: float, hidden: int | None) -> bool:
-    """Whether experts change quarters of random neurons by AdamW unless something else is asked for.
+def wants_parts(adapter: AdapterConfig, given: Collection[str]) -> bool:
+    """Whether nothing asks for other experts than quarters of random neurons. Beside a shared expert, whose neurons are
+    whole, they are whole too.
 
     Args:
         given: names of the options that are given.
+    """
+    free = adapter.granularity == "neuron" and not adapter.num_atoms and not adapter.shared_expert_density
+    return free and ("support_strategy" not in given or adapter.support_strategy == "random")
+
+
+def no_parts(most: float, hidden: int | None = None) -> str | None:
+    """Why experts cannot change quarters of neurons; None: they can.
+
+    Args:
         most: the largest share of the weights that experts ever have.
         hidden: the base's hidden size; None: not known.
     """
-    free = adapter.granularity == "neuron" and adapter.num_atoms == 0
-    chosen = "support_strategy" in given and adapter.support_strategy != "random"
-    supports = adapter.num_experts if adapter.support_scope == "per_expert" else 1
-    room = supports * most * NEURON_PARTS + adapter.shared_expert_density <= 1
-    return free and not chosen and room and (hidden is None or hidden % NEURON_PARTS == 0)
+    if most * NEURON_PARTS > 1:
+        return f"there are too few neurons for so many parts of 1/{NEURON_PARTS}"
+    if hidden is not None and hidden % NEURON_PARTS:
+        return f"the base's hidden size is no multiple of {NEURON_PARTS}"
+    return None
 
 
 def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
@@ -114,10 +124,9 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
     for key, value in inputs.rows.items():
         default(key, value, "as in the rows of pretokenized_dir")
     muon = config.optimizer.use_muon and not {"use_muon", "muon_lr", "muon_momentum"}.isdisjoint(given)
-    most = max(adapter.density, curriculum.initial_density or 0)
-    parts = not muon and takes_parts(adapter, given, most=most, hidden=inputs.hidden)
-    if not started and (parts or "neuron_parts" in inputs.resumed):
-        default("neuron_parts", NEURON_PARTS, "quarters of random neurons have learnt most")
+    if not started and ("neuron_parts" in inputs.resumed or (wants_parts(adapter, given) and not muon)):
+        whole = no_parts(max(adapter.density, curriculum.initial_density or 0), inputs.hidden)
+        default("neuron_parts", 1 if whole else NEURON_PARTS, whole or "quarters of random neurons have learnt most")
     if is_scattered(adapter):
         if "support_strategy" not in started:
             default("support_strategy", "random", "scattered deltas have learnt as much as by magnitude, or more")

@@ -52,7 +52,7 @@ class ModelConfig:
 
 @dataclass
 class AdapterConfig:
-    """Which weights the experts change, and how. It is saved with the weights.
+    """Which weights the experts change, and how; saved with them. Alone it means whole neurons, as older files do.
 
     Examples:
         >>> from srde_ds import AdapterConfig

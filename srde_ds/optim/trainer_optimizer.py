@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, cast
 
 from torch import nn
@@ -45,6 +46,8 @@ def for_trainer(model: nn.Module, rate_scale: float = 1.0, **options: Any) -> Gr
         >>> [(group["name"], group["lr"]) for group in for_trainer(model, learning_rate=0.01).param_groups]
         [('deltas', 0.01), ('routers', 0.001)]
     """
+    if not (isinstance(rate_scale, int | float) and 0 < rate_scale < math.inf):
+        raise SRDEError(f"rate_scale={rate_scale!r}: must be a number above 0, such as 0.1.")
     known = [field.name for field in dataclasses.fields(OptimizerConfig) if field.name not in TRAINERS]
     for name in options:
         if name not in known:
@@ -59,13 +62,14 @@ def for_trainer(model: nn.Module, rate_scale: float = 1.0, **options: Any) -> Gr
     experts: Any = peft.srde_model() if hasattr(model, "srde_model") else model
     if is_scattered(experts.config):
         options = {"use_muon": False, "learning_rate": scattered_rate(experts.layers[0].hidden)} | options
-    muon = [name for name in ("muon_lr", "muon_momentum") if name in options]
-    if muon and not options.get("use_muon", True):
-        raise SRDEError(
-            f"{muon[0]}={options[muon[0]]}: GramMuon updates nothing here, AdamW does at learning_rate. Leave it out, "
-            "or give use_muon=True for whole neurons or parts of them."
-        )
     config = OptimizerConfig(**{name: checked(OptimizerConfig, name, value) for name, value in options.items()})
+    muon = [name for name in ("muon_lr", "muon_momentum") if name in given]
+    if muon and not config.use_muon:
+        remedy = ", or give use_muon=True" if experts.config.granularity == "neuron" else ""
+        raise SRDEError(
+            f"{muon[0]}={options[muon[0]]}: GramMuon updates nothing here, AdamW does at learning_rate. Leave it "
+            f"out{remedy}."
+        )
     for name in RATES.values():
         if name not in given:
             setattr(config, name, checked(OptimizerConfig, name, rate_scale * getattr(config, name)))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftType, TaskType
 
 from srde_ds.config import AdapterConfig, LossConfig, TrainingConfig
-from srde_ds.config.derive import NEURON_PARTS, is_scattered, takes_parts
+from srde_ds.config.derive import NEURON_PARTS, is_scattered, no_parts, wants_parts
 from srde_ds.config.granularity import Granularity
 from srde_ds.config.strategy import WITHOUT_DATA, Strategy
 from srde_ds.config.values import checked
@@ -43,8 +43,9 @@ class SRDEConfig(PeftConfig):
         density: share of the feed-forward weights that an expert may change.
         granularity: what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights.
         neuron_parts: of each of its neurons, an expert changes only the weights from and to one of so many parts of the
-            hidden dimensions; so it has so many times as many neurons. None: 4, or 1 with atoms, a support by
-            magnitude, or blocks or single weights.
+            hidden dimensions; so it has so many times as many neurons. None: 4, or 1 with atoms, a shared expert, a
+            support by magnitude, blocks or single weights, or more than a quarter of the weights. A base whose hidden
+            size is no multiple of 4 needs 1.
         support_strategy: how the weights that may change are chosen: "magnitude" or "random". A saved adapter that is
             loaded may have any strategy. None: random, or magnitude for whole neurons and atoms.
         support_scope: one support for all experts of a layer, or one for each expert.
@@ -128,7 +129,7 @@ class SRDEConfig(PeftConfig):
         adapter = AdapterConfig(**given)
         if self.neuron_parts is None:
             # Metadata without this option are older than it.
-            parts = self.metadata is None and takes_parts(adapter, given, most=self.density, hidden=None)
+            parts = self.metadata is None and wants_parts(adapter, given) and not no_parts(self.density)
             self.neuron_parts = adapter.neuron_parts = NEURON_PARTS if parts else 1
         if self.support_strategy is None:
             self.support_strategy = "random" if is_scattered(adapter) else "magnitude"

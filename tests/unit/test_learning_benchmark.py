@@ -372,3 +372,15 @@ def test_a_few_runs_of_a_tiny_base(tmp_path: Path) -> None:
     items = [json.loads(line) for line in next(tmp_path.glob("items/*-seed1.jsonl")).open()]
     prompts = {split: {item["prompt"] for item in items if item["split"] == split} for split in ("train", "test")}
     assert len(prompts["test"]) == 2 * len(DOMAINS) and not prompts["train"] & prompts["test"]
+
+
+def test_the_rivals_keep_the_rank_of_the_records() -> None:
+    sizes: dict[str, Any] = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    base = tiny_llama(**sizes)  # SmolLM2-135M's layers
+    ranks = [rivals.lora_config(base, {"values_of": flags}).r for flags in ({}, {"num_experts": 1, "top_k": 1})]
+    assert ranks == [25, 4]

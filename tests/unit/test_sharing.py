@@ -181,9 +181,9 @@ def test_compiled_in_one_graph(form: dict[str, Any], base: Path, tmp_path: Path)
         torch.testing.assert_close(compiled(tokens(vocabulary=50), use_cache=False).logits, expected)
 
 
-@pytest.mark.parametrize("readable", [True, False])
+@pytest.mark.parametrize(("readable", "parts"), [(True, 1), (False, 1), (True, 4)])
 def test_a_static_cache_compiles_decoding_with_prepared_experts(
-    readable: bool, monkeypatch: pytest.MonkeyPatch
+    readable: bool, parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As users ask for it; on a GPU transformers makes a CUDA graph of it."""
     effective = SRDEFeedForward._effective_deltas
@@ -201,7 +201,7 @@ def test_a_static_cache_compiles_decoding_with_prepared_experts(
     if not readable:
         monkeypatch.setattr(SRDEFeedForward, "_readable_weights", lambda *_: [])
     torch._dynamo.reset()  # what other tests have compiled counts towards its limit
-    model = randomize(tiny_srde()).eval()
+    model = randomize(tiny_srde(neuron_parts=parts)).eval()
     compiling = CompileConfig(fullgraph=True, dynamic=None, backend=backend, mode=None)  # type: ignore[arg-type]
     compiling._compile_all_devices = True  # type: ignore[assignment]
     options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}

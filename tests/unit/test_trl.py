@@ -390,6 +390,10 @@ def test_the_optimizer_has_the_groups_of_the_own_training(tmp_path: Path) -> Non
         ({"muon_lr": -1.0}, "muon_lr=-1.0: must be at least 0"),
         ({"warmup_steps": 3}, "warmup_steps=3: .* The trainer has its own options"),
         ({"lr": 3}, "lr=3: for_trainer takes use_muon"),
+        ({"rate_scale": 0}, "rate_scale=0: must be a number above 0"),
+        ({"rate_scale": float("nan")}, "rate_scale=nan: must be"),
+        ({"rate_scale": "0.1"}, "rate_scale='0.1': must be"),
+        ({"use_muon": "false", "muon_lr": 0.1}, "muon_lr=0.1: GramMuon updates nothing here"),
     ],
 )
 def test_options_of_the_optimizer_are_checked(options: dict[str, Any], message: str) -> None:
