@@ -394,7 +394,7 @@ def cheap() -> dict[str, Any]:
         forms = FORMS | {WITH_KERNELS: {"expert_kernels": True}}
         layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in forms.items()}
         breaks = {name: graph_breaks(form) for name, form in FORMS.items()}
-    neurons = {name: decoding(form) for name, form in FORMS.items() if name.startswith("neuron")}
+    neurons = {name: decoding(form) for name, form in FORMS.items() if "neuron" in name}
     return {
         "layer": layers,
         "compiled_block": breaks,
