@@ -55,7 +55,7 @@ def test_neuron_experts_wait_for_nothing(recorded: dict[str, Any]) -> None:
 
 
 def test_a_decoded_token_fits_into_a_cuda_graph(recorded: dict[str, Any]) -> None:
-    assert len(recorded["decoding"]) == 2
+    assert len(recorded["decoding"]) == 3
     assert not any(found["waits"] or found["graph_breaks"] for found in recorded["decoding"].values())
 
 
