@@ -129,7 +129,7 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("neuron_parts", 1 if whole else NEURON_PARTS, whole or "quarters of random neurons have learnt most")
     if is_scattered(adapter):
         if "support_strategy" not in started:
-            default("support_strategy", "random", "scattered deltas have learnt as much as by magnitude, or more")
+            default("support_strategy", "random", "scattered deltas have mostly been tried so")
         if adapter.granularity == "neuron":
             default("use_muon", False, "parts of neurons have learnt faster by AdamW")
         else:
