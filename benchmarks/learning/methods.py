@@ -22,7 +22,7 @@ from torch import nn
 from benchmarks.learning import rivals
 from benchmarks.learning.data import Inputs
 from benchmarks.learning.measure import ByDomain, row_losses
-from benchmarks.learning.plan import Flags, Run
+from benchmarks.learning.plan import WHOLE_NEURONS, Flags, Run
 from srde_ds.config import DOMAINS, AdapterConfig, Config, resolve
 from srde_ds.config.strategy import CALIBRATED
 from srde_ds.data.loader import RowStream
@@ -108,7 +108,7 @@ def config_of(run: Run, inputs: Inputs, folder: Path) -> Config:
         "log_steps": 10**6,
         "deepspeed_config": str(ROOT / "ds_configs/zero3_small_base.json"),
     }
-    fixed |= {"neuron_parts": 1, "support_strategy": "magnitude"}  # what the results call SRDE, but for others by name
+    fixed |= WHOLE_NEURONS
     if budget.data == "real":  # domains of very different size
         fixed["domain_weights"] = ",".join(f"{domain}=1" for domain in DOMAINS)
     if run.flags.get("warm_start"):

@@ -22,6 +22,8 @@ WARMUP = "10%"
 Kind = Literal["base", "srde", "lora", "routed_lora", "shira", "full"]
 Data = Literal["generated", "real"]
 Flags = dict[str, Any]
+WHOLE_NEURONS: Flags = {"neuron_parts": 1, "support_strategy": "magnitude"}
+"""What the results call SRDE unless a method's flags say otherwise; rivals have as many values"""
 Record = dict[str, Any]
 """A line of the results file; see run.py."""
 

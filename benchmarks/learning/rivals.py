@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.learning.data import Inputs
-from benchmarks.learning.plan import Flags, Run
+from benchmarks.learning.plan import WHOLE_NEURONS, Flags, Run
 from srde_ds.config import DOMAINS, AdapterConfig, OptimizerConfig, resolve
 from srde_ds.data.loader import validation_batches
 from srde_ds.model.deltas import empty_deltas
@@ -227,8 +227,7 @@ def equal_rank(base: PreTrainedModel, width: int, flags: Flags) -> int:
     Args:
         width: sum of the input and output widths of all adapted layers.
     """
-    whole: Flags = {"neuron_parts": 1, "support_strategy": "magnitude"}  # of which the results have equal values
-    adapter = resolve({}, whole | flags).adapter
+    adapter = resolve({}, WHOLE_NEURONS | flags).adapter
     values = sum(_srde_values(adapter, block.hidden, block.intermediate) for block in find_feed_forward(base))
     return max(1, round(values / width))
 

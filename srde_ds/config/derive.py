@@ -123,8 +123,8 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default("max_length", inputs.context, "the context of the base")
     for key, value in inputs.rows.items():
         default(key, value, "as in the rows of pretokenized_dir")
-    muon = config.optimizer.use_muon and not {"use_muon", "muon_lr", "muon_momentum"}.isdisjoint(given)
-    if not started and ("neuron_parts" in inputs.resumed or (wants_parts(adapter, given) and not muon)):
+    wants_muon = config.optimizer.use_muon and not {"use_muon", "muon_lr", "muon_momentum"}.isdisjoint(given)
+    if not started and ("neuron_parts" in inputs.resumed or (wants_parts(adapter, given) and not wants_muon)):
         whole = no_parts(max(adapter.density, curriculum.initial_density or 0), inputs.hidden)
         default("neuron_parts", 1 if whole else NEURON_PARTS, whole or "quarters of random neurons have learnt most")
     if is_scattered(adapter):

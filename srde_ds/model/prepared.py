@@ -148,17 +148,18 @@ class PreparedNeuronDeltas:
     ) -> Tensor:
         """As `PreparedDeltas`."""
         if self.parts > 1:
-            x_TD = x_TD.view(-1, self.parts, self.width).index_select(1, self.own_part).squeeze(1)
+            x_TD = x_TD.view(len(x_TD), self.parts, self.width).index_select(1, self.own_part).squeeze(1)
         x_TD, hidden_TF = as_dtype(x_TD, self.vectors.dtype), act(gate_TF) * up_TF
         (tokens, top_k), chosen = routing.index_TK.shape, routing.index_TK.view(-1)
         every = len(chosen) >= self.experts  # otherwise a token reads its own experts alone, which takes fewer bytes
         vectors = self.vectors if every else self.vectors.index_select(1, chosen)
         weights_TX = as_dtype(routing.weights_TE if every else routing.weights_TK, x_TD.dtype)
         shape = (tokens, weights_TX.shape[1], self.neurons)
-        if every or tokens == 1:
+        at_once = every or tokens == 1
+        if at_once:
             gate, up = F.linear(x_TD, vectors[:2].view(-1, self.width)).chunk(2, dim=1)
         else:
-            vectors = vectors.view(3, tokens, -1, self.width)
+            vectors = vectors.view(3, tokens, top_k * self.neurons, self.width)
             gate, up = ((matrix @ x_TD[:, :, None]).squeeze(2) for matrix in vectors[:2])
         base_gate, base_up = (self._of_base(values, chosen, shape) for values in (gate_TF, up_TF))
         h = act(gate.view(shape) + base_gate) * (up.view(shape) + base_up)
@@ -171,17 +172,17 @@ class PreparedNeuronDeltas:
             if every:
                 change = change.gather(1, routing.index_TK[:, :, None].expand(-1, -1, self.neurons))
             change = as_dtype(as_dtype(routing.weights_TK, h.dtype)[:, :, None] * change, hidden_TF.dtype)
-            neurons = self.support.index_select(0, chosen).view(tokens, top_k, -1)
+            neurons = self.support.index_select(0, chosen).view(tokens, top_k, self.neurons)
             for own, part in zip(neurons.unbind(1), change.unbind(1), strict=True):
                 hidden_TF.scatter_add_(1, own, part)  # no neuron repeats within a support, so the sum has one order
-        if every or tokens == 1:
+        if at_once:
             extra_TD = weighted.flatten(1) @ vectors[2].reshape(-1, self.width)
         else:
-            extra_TD = (weighted.view(tokens, 1, -1) @ vectors[2]).squeeze(1)
+            extra_TD = (weighted.flatten(1)[:, None] @ vectors[2]).squeeze(1)
         output_TD, extra_TD = down(hidden_TF), as_dtype(extra_TD, hidden_TF.dtype)
         if self.parts == 1:
             return output_TD + extra_TD
-        by_part = output_TD.view(-1, self.parts, self.width)
+        by_part = output_TD.view(tokens, self.parts, self.width)
         return by_part.index_add(1, self.own_part, extra_TD[:, None]).view_as(output_TD)
 
     def _of_base(self, values_TF: Tensor, chosen: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -192,7 +193,8 @@ class PreparedNeuronDeltas:
         elif experts == self.experts:
             own = values_TF.index_select(1, self.support.view(-1)).view(shape)
         else:
-            own = values_TF.gather(1, self.support.index_select(0, chosen).view(tokens, -1)).view(shape)
+            neurons = self.support.index_select(0, chosen).view(tokens, experts * self.neurons)
+            own = values_TF.gather(1, neurons).view(shape)
         return as_dtype(own, self.vectors.dtype)
 
 

@@ -28,8 +28,8 @@ def for_trainer(model: nn.Module, rate_scale: float = 1.0, **options: Any) -> Gr
 
     Args:
         model: a PEFT model with the experts of `srde_ds.peft`, or an SRDEModel.
-        rate_scale: all rates that are not given are their default times this; a tenth or less for preferences and
-            rewards.
+        rate_scale: all rates that are not given are their default times this; the examples for preferences and
+            rewards give a tenth or less.
         options: options of the update rules and their rates from `OptimizerConfig`: `muon_lr`, `learning_rate`,
             `router_lr`, `use_muon`, `muon_momentum`, `weight_decay`, `adam_beta1`, `adam_beta2`.
 

@@ -71,6 +71,16 @@ def test_a_layer_equals_the_reference(number: int, form: dict[str, Any]) -> None
             torch.testing.assert_close(actual, expected[:rows, :columns], rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("scope", ["shared", "per_expert"])
+def test_a_few_tokens_of_many_experts_read_their_own_alone(scope: str) -> None:
+    layer = in_parts(num_experts=16, support_scope=scope, support_strategy="random").layers[1]
+    x = inputs().view(8, 32)
+    expected = reference_forward(layer, x, top_k=2)
+    with torch.no_grad():
+        for count in (0, 1, 3, 8):  # eight tokens choose as many experts as there are
+            torch.testing.assert_close(layer(x[:count]), expected[:count], rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_values_and_gradients_are_those_of_whole_neurons(form: dict[str, Any]) -> None:
     model = in_parts(**form)
