@@ -37,7 +37,6 @@ ITEMS: dict[str, Any] = {"train_items": 100, "validation_items": 12, "test_items
 FLAGS: dict[str, Any] = {
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
-    "muon_lr": 0.01,
     "warm_start": "true",
     "warm_start_samples": 128,
     "domain_statistics_rows": 0,
