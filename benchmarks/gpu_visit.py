@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from benchmarks.tables import ROOT, measured_on
-from benchmarks.throughput import Case, Options, engine_case, matrix_speed, plain_case, timed
+from benchmarks.throughput import DEFAULT, Case, Options, engine_case, matrix_speed, plain_case, timed
 from srde_ds.config import AdapterConfig
 from srde_ds.model import attach
 from srde_ds.model.adapter import add_experts
@@ -277,20 +277,20 @@ def model(visit: Visit) -> None:
     """The whole model, forward and backward with checkpointing: frozen, LoRA r=64, SRDE, and its switches."""
     base, options = random_base(visit), visit.options
     lora = replace(options, density=options.density * 165 / 606)  # rank 64 in the 14 B shape
-    for method, chosen in (("frozen base", options), ("PEFT LoRA, feed-forward", lora), ("SRDE neuron", options)):
+    for method, chosen in (("frozen base", options), ("PEFT LoRA, feed-forward", lora), (DEFAULT, options)):
         case = plain_case(chosen, base, options.base, method, True)
         _note_case(visit, case)
-        if method == "SRDE neuron":
+        if method == DEFAULT:
             _waits(visit, case)
             _profile(visit, case)
     for switch in (_with_logits, _dense_mask, _compiled, _with_kernels):
         with switch(visit) as chosen:
-            case = plain_case(chosen, base, options.base, "SRDE neuron", True)
+            case = plain_case(chosen, base, options.base, DEFAULT, True)
             _note_case(visit, case, what=(switch.__doc__ or "").strip("."))
-    for method in ("SRDE quarters of neurons", "SRDE random blocks", "SRDE single weights"):
+    for method in ("SRDE neuron", "SRDE random blocks", "SRDE single weights"):
         _note_case(visit, plain_case(options, base, options.base, method, True))
     to_float8(base, base.get_output_embeddings())
-    for method in ("frozen base", "SRDE neuron"):
+    for method in ("frozen base", DEFAULT):
         with patch.object(attach, "identity_before_quantization", lambda *_, **__: {}):  # random weights have no files
             case = plain_case(options, base, options.base, method, True)
         _note_case(visit, case, what=f"{method}, {IN_FP8}")
@@ -319,7 +319,7 @@ def _note_case(visit: Visit, case: Case, what: str = "") -> None:
 
 @contextmanager
 def _with_logits(visit: Visit) -> Iterator[Options]:
-    """SRDE neuron, loss of all logits."""
+    """SRDE, loss of all logits."""
     from srde_ds.model import adapter
 
     with patch.object(adapter, "has_plain_head", lambda base: False):
@@ -328,7 +328,7 @@ def _with_logits(visit: Visit) -> Iterator[Options]:
 
 @contextmanager
 def _dense_mask(visit: Visit) -> Iterator[Options]:
-    """SRDE neuron, attention with a dense mask."""
+    """SRDE, attention with a dense mask."""
 
     def masked(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
         documents: Documents = options["documents"]
@@ -349,7 +349,7 @@ def _dense_mask(visit: Visit) -> Iterator[Options]:
 
 @contextmanager
 def _compiled(visit: Visit) -> Iterator[Options]:
-    """SRDE neuron, experts' arithmetic compiled."""
+    """SRDE, experts' arithmetic compiled."""
     from srde_ds.model import layer as layer_module
 
     with patch.object(layer_module, "LocalDispatch", lambda: LocalDispatch(compiled=True)):
@@ -358,7 +358,7 @@ def _compiled(visit: Visit) -> Iterator[Options]:
 
 @contextmanager
 def _with_kernels(visit: Visit) -> Iterator[Options]:
-    """SRDE neuron, Triton's kernels."""
+    """SRDE, Triton's kernels."""
     from srde_ds.model import layer as layer_module
 
     with patch.object(layer_module, "LocalDispatch", lambda: LocalDispatch(kernels=True)):
@@ -412,7 +412,7 @@ def engine(visit: Visit) -> None:
         patch.object(engine_module, "load_frozen_base", lambda *_: random_base(visit)),
         patch.object(engine_module, "build_engine", building),
     ):
-        case = engine_case(options, options.base, "SRDE neuron", True, updates=True)
+        case = engine_case(options, options.base, DEFAULT, True, updates=True)
     with patch.object(F, "linear", case.linear):
         for _ in range(2):
             case.step()
@@ -445,7 +445,7 @@ def decode(visit: Visit) -> None:
         for block in model.layers:
             _fill(block.deltas.parameters())
             held.enter_context(block.hold_prepared(torch.bfloat16))
-        for name in ("SRDE neuron", "base"):
+        for name in ("SRDE", "base"):
             compiled = torch.compile(model.base, fullgraph=True, **how)
             counters.clear()
             for way, forward in (("CUDA graph", compiled), ("eagerly", model.base)):
@@ -464,7 +464,7 @@ def decode(visit: Visit) -> None:
                 graphs = skips | {"graphs": counters["stats"]["unique_graphs"], "seconds_of_compiling": round(first, 1)}
                 visit.note(f"token, {name}, {way}", seconds=seconds[name, way], **graphs if forward is compiled else {})
     for way in ("CUDA graph", "eagerly"):
-        added = (seconds["SRDE neuron", way] - seconds["base", way]) / len(model.layers)
+        added = (seconds["SRDE", way] - seconds["base", way]) / len(model.layers)
         visit.note(f"token, what the experts add to a layer, {way}", seconds=added)
 
 

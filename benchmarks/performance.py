@@ -13,7 +13,7 @@ from benchmarks.gpu_visit import IN_FP8
 from benchmarks.quantized_base import comparison, of
 from benchmarks.static import WITH_KERNELS
 from benchmarks.tables import ROOT, markdown, put_into
-from benchmarks.throughput import table
+from benchmarks.throughput import DEFAULT, table
 
 RESULTS = ROOT / "benchmarks/results"
 PAGE = "performance.md"
@@ -23,13 +23,18 @@ FIRST_EXPERT_KERNELS = 155  # that the experts of a layer added when the goal wa
 
 
 FROZEN, LORA = "frozen base, plain", "PEFT LoRA, feed-forward, plain"
-NEURON, ENGINE = "SRDE neuron, plain", "SRDE neuron, engine"
+FORMS = {"quarters of neurons": DEFAULT, "whole neurons": "SRDE neuron"}
 CPU_GOALS = [
-    ("engine / plain loop", ENGINE, NEURON, 1.10, False),
-    ("SRDE neuron / frozen", NEURON, FROZEN, 1.05, False),
-    ("SRDE neuron, engine / frozen", ENGINE, FROZEN, 1.05, False),
-    ("LoRA / SRDE neuron", LORA, NEURON, 1.40, True),
-    ("LoRA / SRDE neuron, engine", LORA, ENGINE, 1.40, True),
+    goal
+    for what, form in FORMS.items()
+    for goal in (
+        (f"engine / plain loop, {what}", f"{form}, engine", f"{form}, plain", 1.10, False),
+        (f"{what} / frozen", f"{form}, plain", FROZEN, 1.05, False),
+        (f"{what}, engine / frozen", f"{form}, engine", FROZEN, 1.05, False),
+        (f"LoRA / {what}", LORA, f"{form}, plain", 1.40, True),
+        (f"LoRA / {what}, engine", LORA, f"{form}, engine", 1.40, True),
+    )
+] + [
     ("random blocks of 16 × 16 / frozen", "SRDE random blocks, plain", FROZEN, 1.50, False),
     ("single weights / frozen", "SRDE single weights, plain", FROZEN, 2.00, False),
 ]
@@ -87,9 +92,8 @@ def static_goals() -> list[tuple[str, str, Figure]]:
                 at_most(added[form], FIRST_EXPERT_KERNELS / 3, "{:.0f}"),
             )
             for form, how in (
-                (WITH_KERNELS, ", with --expert_kernels"),
-                ("neuron, shared support", ", without it"),
-                ("quarters of neurons", ", without it, quarters"),
+                *((name, f": {form}, with --expert_kernels") for name, form in WITH_KERNELS.items()),
+                *((form, f": {form}, without it") for form in WITH_KERNELS.values()),
             )
         ),
         (
@@ -146,11 +150,11 @@ def cpu_goals() -> list[tuple[str, str, Figure]]:
             if (value := ratio(over, under)) is not None:
                 figure = at_least(value, limit) if more_is_better else at_most(value, limit)
                 goals.append((f"{what}, seconds; {where}", f"{'≥' if more_is_better else '≤'} {limit:.2f}", figure))
-    measured = {what.partition(",")[0] for what, _, _ in goals}
+    measured = {what.rpartition(", seconds;")[0] for what, _, _ in goals}
     return goals + [
         (f"{what}, seconds", f"{'≥' if more_is_better else '≤'} {limit:.2f}", Figure(NO_RECORD))
         for what, _, _, limit, more_is_better in CPU_GOALS
-        if what.partition(",")[0] not in measured
+        if what not in measured
     ]
 
 
@@ -181,20 +185,20 @@ def decode_goals() -> list[tuple[str, str, Figure]]:
 def gpu_goals() -> list[tuple[str, str, Figure]]:
     """What a visit to a GPU has to show."""
     lines: dict[str, Any] = {line["what"]: line for line in read("gpu_visit.jsonl") or []}
-    frozen, lora, srde = (lines.get(f"{case}, checkpointing") for case in (FROZEN, LORA, NEURON))
+    frozen, lora, srde = (lines.get(f"{case}, checkpointing") for case in (FROZEN, LORA, f"{DEFAULT}, plain"))
     engine = lines.get("step with update, engine")
     of_frozen = beside_lora = speed = peak = in_fp8 = Figure(NO_GPU)
     if srde and frozen and lora:
         of_frozen = at_most(srde["seconds"] / frozen["seconds"], 1.05)
         beside_lora = at_least(lora["seconds"] / srde["seconds"], 1.35)
         speed = at_least(srde["tokens_per_second"], 7200, "{:,.0f}")
-    if float8 := lines.get(f"SRDE neuron, {IN_FP8}"):
+    if float8 := lines.get(f"{DEFAULT}, {IN_FP8}"):
         in_fp8 = at_least(float8["tokens_per_second"], 11_000, "{:,.0f}")
     if engine:
         peak = at_most(engine["peak_gib"], 80e9 / 2**30, "{:.1f} GiB")
     return [
-        ("14 B on an H100, SRDE neuron / frozen, seconds", "≤ 1.05", of_frozen),
-        ("14 B on an H100, LoRA r=64 / SRDE neuron, seconds", "≥ 1.35", beside_lora),
+        ("14 B on an H100, SRDE / frozen, seconds", "≤ 1.05", of_frozen),
+        ("14 B on an H100, LoRA r=64 / SRDE, seconds", "≥ 1.35", beside_lora),
         ("14 B on an H100, tokens a second in bf16", "≥ 7,200", speed),
         ("14 B on an H100, whole step", "≤ 80 GB", peak),
         ("14 B on an H100, tokens a second with the base in FP8", "≥ 11,000", in_fp8),

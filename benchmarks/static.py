@@ -77,7 +77,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 DEPEND_ON_VALUES = ("block", "element")
 """granularities whose shapes follow from values: which tokens an expert has, and where its weights are"""
-WITH_KERNELS = "neuron, shared support, with --expert_kernels"
+WITH_KERNELS = {f"{form}, with --expert_kernels": form for form in ("quarters of neurons", "neuron, shared support")}
 RUN: dict[str, Any] = {
     "model_name": str(Path(__file__).resolve().parent / "ministral_3_14b"),
     "max_length": 4096,
@@ -391,7 +391,7 @@ def collectives() -> dict[str, dict[str, float]]:
 def cheap() -> dict[str, Any]:
     """What a test can afford to measure anew."""
     with patch.object(dispatch, "element_deltas", DenseDeltas):  # as on a GPU
-        forms = FORMS | {WITH_KERNELS: {"expert_kernels": True}}
+        forms = FORMS | {name: FORMS[form] | {"expert_kernels": True} for name, form in WITH_KERNELS.items()}
         layers = {"frozen base": of_a_layer(None)} | {name: of_a_layer(form) for name, form in forms.items()}
         breaks = {name: graph_breaks(form) for name, form in FORMS.items()}
     neurons = {name: decoding(form) for name, form in FORMS.items() if "neuron" in name}

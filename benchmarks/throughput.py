@@ -62,6 +62,8 @@ SRDE: dict[str, dict[str, Any]] = {
     "SRDE random blocks": {"granularity": "block", "support_strategy": "random"},
     "SRDE single weights": {"granularity": "element", "support_strategy": "magnitude"},
 }
+DEFAULT = "SRDE quarters of neurons"
+"""the form that users get if they ask for none"""
 RIVALS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "PEFT LoRA, feed-forward": (lora, {}),
     "PEFT LoRA, all linear": (lora, {"target": "all"}),

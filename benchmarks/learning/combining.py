@@ -55,7 +55,7 @@ from srde_ds.utils.files import write_text
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP, ROWS = 12, 2, 4
 SWEEP_SEED, SWEEP_DOMAINS = 0, ("code", "science")
-RATES = {"srde": (0.01, 0.02, 0.04), "quarters": (0.004, 0.008, 0.015), "lora": (0.001, 0.003, 0.01)}
+RATES = {"srde": (0.01, 0.02, 0.04), "quarters": (0.004, 0.008, 0.015, 0.03), "lora": (0.001, 0.003, 0.01)}
 LORA_IN_TURN_RATE = 0.003  # the better of two for a LoRA of this size, see first_look.py
 MERGES = [(kind, weight) for kind in ("cat", "linear", "ties", "dare_ties") for weight in (round(1 / 6, 3), 1.0)]
 ONE_EXPERT: Flags = {"num_experts": 1, "top_k": 1}

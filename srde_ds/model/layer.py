@@ -190,10 +190,10 @@ class SRDEFeedForward(nn.Module):
 
     def _plus(self, output_TD: Tensor, extra_TD: Tensor) -> Tensor:
         """The output with `extra`, which is for those hidden dimensions alone."""
-        if self.deltas.parts > 1:
-            by_part = self._by_part(extra_TD.new_zeros(output_TD.shape))
-            extra_TD = by_part.index_copy_(1, self.own_part, extra_TD[:, None]).flatten(1)
-        return output_TD + extra_TD
+        if self.deltas.parts == 1:
+            return output_TD + extra_TD
+        extra_TD = extra_TD.to(output_TD.dtype)
+        return self._by_part(output_TD).index_add(1, self.own_part, extra_TD[:, None]).view_as(output_TD)
 
     def _by_part(self, values_TD: Tensor) -> Tensor:
         """A view `[T, N, D / N]` by parts of the hidden dimensions."""

@@ -48,16 +48,16 @@ def test_the_whole_model_with_its_switches(tmp_path: Path) -> None:
     assert list(timed) == [
         "frozen base, plain, checkpointing",
         "PEFT LoRA, feed-forward, plain, checkpointing",
-        "SRDE neuron, plain, checkpointing",
-        "SRDE neuron, loss of all logits",
-        "SRDE neuron, attention with a dense mask",
-        "SRDE neuron, experts' arithmetic compiled",
-        "SRDE neuron, Triton's kernels",
         "SRDE quarters of neurons, plain, checkpointing",
+        "SRDE, loss of all logits",
+        "SRDE, attention with a dense mask",
+        "SRDE, experts' arithmetic compiled",
+        "SRDE, Triton's kernels",
+        "SRDE neuron, plain, checkpointing",
         "SRDE random blocks, plain, checkpointing",
         "SRDE single weights, plain, checkpointing",
         "frozen base, base in FP8",
-        "SRDE neuron, base in FP8",
+        "SRDE quarters of neurons, base in FP8",
     ]
     assert all(0 < line["host_seconds"] <= line["seconds"] for line in timed.values())
 
@@ -66,7 +66,7 @@ def test_decoding(tmp_path: Path) -> None:
     file = tmp_path / "visit.jsonl"
     gpu_visit.main(["decode", "--rehearse", "--output_file", str(file)])
     found = {line["what"]: line for line in lines(file)}
-    cases = [f"token, {model}, {how}" for model in ("SRDE neuron", "base") for how in ("CUDA graph", "eagerly")]
+    cases = [f"token, {model}, {how}" for model in ("SRDE", "base") for how in ("CUDA graph", "eagerly")]
     added = [f"token, what the experts add to a layer, {how}" for how in ("CUDA graph", "eagerly")]
     assert list(found) == [*cases, *added, "done"] and all(found[case]["seconds"] > 0 for case in cases)
     for case in cases[::2]:
