@@ -24,11 +24,12 @@ from typing import Any
 import torch
 
 from benchmarks.learning.combining import ROOT, Part, Record, held_out
-from benchmarks.learning.combining_tables import Results
+from benchmarks.learning.combining_tables import PICTURES, Results
 from benchmarks.learning.data import prepare
 from benchmarks.learning.first_look import LOOKS, STEPS, difference, factor, train_look
 from benchmarks.learning.interference import TEST_ITEMS, losses_of
 from benchmarks.learning.plan import Budget, Plan, late_loss
+from benchmarks.learning.plots import plot_differences
 from benchmarks.learning.store import RESULTS, read_records, run_missing
 from benchmarks.tables import markdown, put_into
 from srde_ds.config import DOMAINS
@@ -55,6 +56,7 @@ PARTS = [
 """Names of first_look.py, each at its method's best rate at 40 steps."""
 TABLES = {STEPS: "joint", 150: "joint 150"}
 """Name of the table, and so of the results, by number of steps"""
+FARTHEST = 0.05  # of loss; what is worse would leave no room in the picture
 
 
 def train_part(
@@ -95,6 +97,11 @@ def weighting(part: str) -> str:
     return LOOKS[part].loss_weighting if part in LOOKS else "token"
 
 
+def shown(part: str) -> str:
+    """The name for readers; SRDE's default was whole neurons when first_look.py named its parts."""
+    return part.replace("SRDE, ", "SRDE of whole neurons, ")
+
+
 def table(records: list[Record], against: str = AGAINST) -> str:
     """The losses of `against`, and the differences to them on the seeds that a method has been measured with, smallest
     first. Training losses that mean something else are not compared.
@@ -117,9 +124,30 @@ def table(records: list[Record], against: str = AGAINST) -> str:
         apart = ", ".join(f"{seed}: {value:+.3f}" for seed, value in zip(results.seeds, by_seed, strict=True))
         by_domain = [results.loss(name, domain) - results.loss(against, domain) for domain in DOMAINS]
         training = f"{middle:+.3f} ± {half:.3f}" if weighting(name) == weighting(against) else ""
-        cells = [name, f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, training]
+        cells = [shown(name), f"{total:+.3f} ({low:+.3f} to {high:+.3f})", apart, training]
         rows.append((total, [*cells, *(f"{value:+.2f}" for value in by_domain)]))
     return markdown(head, [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+
+
+def draw(path: Path) -> None:
+    """How far each method of the tables is from LoRA. Left out are those whose training loss means something else, and
+    those too far off."""
+    found: dict[str, tuple[float, Sequence[float]]] = {}
+    for steps, name in TABLES.items():
+        records = read_records(results_of(name))
+        for part in {record["part"]: None for record in records if record["part"] != AGAINST}:
+            results = Results([record for record in records if record["part"] in (part, AGAINST)], [part, AGAINST])
+            middle, limits, by_seed = results.difference(part, AGAINST)
+            if weighting(part) == weighting(AGAINST) and abs(middle) < FARTHEST:
+                seeds = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}"
+                found[f"{shown(part)} ({steps} steps, {seeds})"] = middle, limits
+    ordered = dict(sorted(found.items(), key=lambda row: row[1][0]))
+    plot_differences(ordered, path, label=f"mean test loss against {AGAINST}, with 95 % intervals")
+
+
+def results_of(table_name: str) -> Path:
+    """The file with the records of a table."""
+    return RESULTS / f"{table_name.replace(' ', '_')}.jsonl"
 
 
 def main() -> None:
@@ -142,7 +170,7 @@ def main() -> None:
     names = options.parts or PARTS
     budget = replace(Plan("medium", lambda _: None).budget, test_items=TEST_ITEMS)
     table_name = TABLES[options.steps]
-    results = options.results or RESULTS / f"{table_name.replace(' ', '_')}.jsonl"
+    results = options.results or results_of(table_name)
     for seed in [] if options.table_only else options.seeds:
         how: dict[str, Any] = {"base": options.base, "folder": options.folder, "dtype": getattr(torch, options.dtype)}
         run_missing(seed, parts(names, budget, seed, steps=options.steps, **how), results, losses_of)
@@ -151,6 +179,7 @@ def main() -> None:
     if options.results is None:
         records = read_records(results)
         put_into("learning_tables.md", table_name, table(records))
+        draw(PICTURES / "joint.png")
         if options.steps == STEPS:
             by_domain = [record for record in records if weighting(record["part"]) == "domain"]
             put_into("learning_tables.md", "joint, each domain", table(by_domain, AGAINST_BY_DOMAIN))
