@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from srde_ds.cli.flags import Parser, resolved
-from srde_ds.config import Config
+from srde_ds.config import Config, RunInputs
 from srde_ds.config.values import option
 from srde_ds.errors import SRDEError, Stopped
 from srde_ds.utils.launcher import launched_rank, launched_world_size
@@ -88,16 +88,21 @@ def _ending_at_ctrl_c() -> Iterator[None]:
         signal.signal(signal.SIGINT, former)
 
 
+def _read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
+    """`read_run_inputs`, whose libraries take seconds to load: so help and wrong values come first."""
+    with _ending_at_ctrl_c():
+        from srde_ds.training.run_inputs import read_run_inputs
+
+    return read_run_inputs(config, given)
+
+
 def train(arguments: Sequence[str]) -> int:
     """Train as the command line says, or print what a run would do.
 
     Returns:
         The exit status: 128 + the signal that stopped the run, else 0.
     """
-    with _ending_at_ctrl_c():
-        from srde_ds.training.run_inputs import read_run_inputs
-
-    asked, dry_run = train_config(arguments, lambda given: resolved(given, read_run_inputs))
+    asked, dry_run = train_config(arguments, lambda given: resolved(given, _read_run_inputs))
     with _ending_at_ctrl_c():
         from srde_ds.planner.settle import settle, settle_together
     config = settle(asked)

@@ -266,6 +266,20 @@ def test_the_first_help_is_short(
     assert not any("(also --" in line for line in lines)
 
 
+def test_help_and_wrong_values_come_before_libraries_are_loaded() -> None:
+    program = """
+import sys
+from contextlib import suppress
+from srde_ds.cli.main import VERBS, main
+for verb in VERBS:
+    with suppress(SystemExit):
+        main([verb, "--help"])
+assert main(["train", "--muon_lr", "fast"]) == 2
+assert not {"torch", "transformers", "datasets", "deepspeed"} & sys.modules.keys()
+"""
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL).returncode == 0
+
+
 def test_the_common_options_come_first(capsys: pytest.CaptureFixture[str]) -> None:
     first, everything = help_of("train", capsys, "--help"), help_of("train", capsys)
     for field in FIELDS:
