@@ -37,7 +37,7 @@ def remove_command(weights: str | Path, experts: Sequence[str], output: str | Pa
         adapter.metadata.expert_index(name)
     left = [name for name in names if name not in experts]
     if not left:
-        raise SRDEError(f"experts={','.join(experts)}: none of the experts {', '.join(names)} would be left.")
+        raise SRDEError(f"experts={','.join(experts)}: none of {', '.join(names)} would be left. Name fewer of them.")
     entry: dict[str, str | int] = {"verb": "remove", "experts": ", ".join(experts)}
     return write_weights(with_entry(select_experts(adapter, left), entry), output, dtype=None)
 

@@ -41,7 +41,7 @@ def write_gguf(
     script = Path(converter or CONVERTER)
     if not script.is_file():
         raise SRDEError(
-            f"gguf_converter={converter}: no such file. Give the {CONVERTER} of a llama.cpp checkout "
+            f"gguf_converter={script}: no such file. Give the {CONVERTER} of a llama.cpp checkout "
             "(https://github.com/ggml-org/llama.cpp)."
         )
     if not has_usual_heads(base):

@@ -64,6 +64,13 @@ class SRDECallback(TrainerCallback):
                 f"model of type {type(model).__name__}: it has no experts of SRDE. Give the trainer the result of "
                 "get_peft_model(base, SRDEConfig(...)), or the SRDEConfig as peft_config."
             )
+        rows = {"warm_start": self._warm_start, "domain_statistics": self._domain_statistics}
+        asked = [name for name, given in rows.items() if given is not None]
+        if asked and kwargs["processing_class"] is None:
+            raise SRDEError(
+                f"processing_class=None: {asked[0]} needs the tokenizer, to know special tokens. Give the trainer "
+                "processing_class=tokenizer."
+            )
         model.training_steps.micro_steps = args.gradient_accumulation_steps
         model.training_steps.finish()  # from now on only this call ends a step: ZeRO clears gradients within a step
         stored: Any = state.stateful_callbacks

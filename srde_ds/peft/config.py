@@ -44,8 +44,8 @@ class SRDEConfig(PeftConfig):
         granularity: what an expert changes: whole neurons, blocks of 16 x 16 weights, or single weights.
         neuron_parts: of each of its neurons, an expert changes only the weights from and to one of so many parts of the
             hidden dimensions; so it has so many times as many neurons. None: 4, or 1 with atoms, a shared expert, a
-            support by magnitude, blocks or single weights, or more than a quarter of the weights. A base whose hidden
-            size is no multiple of 4 needs 1.
+            support by magnitude, blocks or single weights, more than a quarter of the weights, or on a base whose
+            hidden size is no multiple of 4; settled when the adapter is attached.
         support_strategy: how the weights that may change are chosen: "magnitude" or "random". A saved adapter that is
             loaded may have any strategy. None: random, or magnitude for whole neurons and atoms.
         support_scope: one support for all experts of a layer, or one for each expert.
@@ -102,16 +102,15 @@ class SRDEConfig(PeftConfig):
             for name in names:
                 if getattr(self, name) is not None or name not in DERIVED:
                     setattr(self, name, checked(section, name, getattr(self, name)))
-        self._derive()
         if self.expert_names is not None:
             self.expert_names = _checked_names(self.expert_names)
-        check_experts(AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}), self.names)
+        check_experts(self._derived(None), self.names)
         if self.metadata is not None and not isinstance(self.metadata, str):
             raise SRDEError(
                 f"metadata={shown(self.metadata)}: must be the text that the model fills in. Leave it out, or save the "
                 "adapter again with save_pretrained."
             )
-        if self.metadata is None and self.support_strategy not in WITHOUT_DATA:
+        if self.metadata is None and self.support_strategy not in (*WITHOUT_DATA, None):
             raise SRDEError(
                 f"support_strategy={self.support_strategy}: needs data, which PEFT does not pass to its methods. Use "
                 "magnitude or random, or train with srde-ds and convert the result."
@@ -123,16 +122,30 @@ class SRDEConfig(PeftConfig):
                 "save the adapter again with save_pretrained."
             )
 
-    def _derive(self) -> None:
-        """Set the options of `DERIVED` that are not given, as a run would."""
+    def settle(self, hidden: int) -> None:
+        """Check the options, and set those of `DERIVED` that are not given: to what the adapter's metadata say, or to
+        what a run would choose.
+
+        Args:
+            hidden: the base's hidden size.
+        """
+        self.check()
+        saved = self.saved_metadata()
+        chosen = self._derived(hidden) if saved is None else saved.config
+        for name in DERIVED:
+            if getattr(self, name) is None:
+                setattr(self, name, getattr(chosen, name))
+
+    def _derived(self, hidden: int | None) -> AdapterConfig:
+        """The options of a new adapter, as a run would derive those that are not given."""
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         adapter = AdapterConfig(**given)
-        if self.neuron_parts is None:
-            # Metadata without this option are older than it.
-            parts = self.metadata is None and wants_parts(adapter, given) and not no_parts(self.density)
-            self.neuron_parts = adapter.neuron_parts = NEURON_PARTS if parts else 1
-        if self.support_strategy is None:
-            self.support_strategy = "random" if is_scattered(adapter) else "magnitude"
+        if "neuron_parts" not in given:
+            parts = wants_parts(adapter, given) and not no_parts(self.density, hidden)
+            adapter.neuron_parts = NEURON_PARTS if parts else 1
+        if "support_strategy" not in given:
+            adapter.support_strategy = "random" if is_scattered(adapter) else "magnitude"
+        return adapter
 
     @property
     def names(self) -> list[str]:
@@ -151,7 +164,8 @@ class SRDEConfig(PeftConfig):
             return None
         saved = AdapterMetadata.from_json(self.metadata, "adapter_config.json")
         for name in OPTIONS:
-            if getattr(saved.config, name) != getattr(self, name):
+            unknown = name in DERIVED and getattr(self, name) is None
+            if not unknown and getattr(saved.config, name) != getattr(self, name):
                 raise SRDEError(
                     f"{name}={getattr(self, name)}: the adapter was made with {getattr(saved.config, name)}, and "
                     "its configuration cannot change that. Save the adapter again, or give a new SRDEConfig."
@@ -164,7 +178,7 @@ class SRDEConfig(PeftConfig):
         return saved
 
     def adapter(self) -> AdapterConfig:
-        """The same options for `srde_ds.model`."""
+        """The same options for `srde_ds.model`, once they are settled."""
         saved = self.saved_metadata()
         return AdapterConfig(**{name: getattr(self, name) for name in OPTIONS}) if saved is None else saved.config
 

@@ -94,7 +94,7 @@ class SRDETuner(BaseTuner):
         check_adapter_name(adapter_name, self.model)
         # A copy, since a user may give the same configuration to another base.
         config = copy.copy(self._config(adapter_name))
-        config.check()  # again, since options may have been set after it was made
+        config.settle(self.blocks[0].hidden)  # which checks again: options may have been set after it was made
         saved = config.saved_metadata()
         for block in self.blocks:
             check_support(config.adapter(), block.hidden, block.intermediate)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.checkpoint.resume import locate_checkpoint
 from srde_ds.config import Config, DataConfig, RunInputs, TrainingConfig
-from srde_ds.config.strategy import WITHOUT_DATA
+from srde_ds.config.strategy import WITHOUT_DATA, Strategy
 from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.errors import SRDEError
 from srde_ds.model.adapter_source import AdapterSource, open_adapter, read_adapter_metadata
@@ -134,6 +134,12 @@ def check_start(config: Config) -> AdapterMetadata | None:
         now, then = getattr(config.adapter, key), getattr(before.config, key)
         if now != then:
             raise SRDEError(f"{key}={now}: the weights of start_from={place} have {key}={then}. Leave --{key} out.")
+    strategy, taken = config.adapter.support_strategy, _started_strategy(before.config.support_strategy)
+    if config.adapter.support_scope == "shared" and strategy != taken:
+        raise SRDEError(
+            f"support_strategy={strategy}: all experts share the support of start_from={place}, which was chosen by "
+            f"{before.config.support_strategy}. Leave --support_strategy out."
+        )
     names = config.expert_names
     if names[: len(before.expert_names)] != before.expert_names:
         raise SRDEError(
@@ -177,8 +183,7 @@ def _started(place: str) -> dict[str, Any]:
     """The options of the weights that a run starts from, with the names of their experts as domains."""
     metadata = _of_start(place, lambda: read_adapter_metadata(place))
     options = {key: getattr(metadata.config, key) for key in (*FIXED, "top_k", "support_strategy")}
-    if options["support_strategy"] not in WITHOUT_DATA:  # supports of new experts are not chosen by data
-        options["support_strategy"] = "magnitude"
+    options["support_strategy"] = _started_strategy(options["support_strategy"])
     return {"domains": metadata.expert_names} | options
 
 
@@ -194,3 +199,8 @@ def _saved_options(training: TrainingConfig) -> dict[str, Any]:
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise SRDEError(f"resume_from={training.resume_from}: '{folder / RUN_STATE}' is not a run state.")
     return {key: value for section in sections.values() for key, value in section.items()}
+
+
+def _started_strategy(before: Strategy) -> Strategy:
+    """How supports of new experts are chosen beside those of a former run: not by data."""
+    return before if before in WITHOUT_DATA else "magnitude"

@@ -44,6 +44,7 @@ from tests.distributed.training_helpers import (
 from tests.helpers import tokens
 
 SHORT: dict[str, Any] = {"max_steps": 2, "warmup_steps": 0, "save_steps": 0, "eval_steps": 0}
+AT_RANDOM = SHORT | {"support_strategy": "random"}
 STANDSTILL: dict[str, Any] = {"muon_lr": 0, "learning_rate": 0, "router_lr": 0}
 FORMS: dict[str, dict[str, Any]] = {
     "neuron": {},
@@ -169,8 +170,7 @@ def test_a_stop_in_the_warm_start_or_after_it_changes_nothing(
 ) -> None:
     """The routers' inputs depend on the routers here, so a finished warm start must not be repeated."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options = SHORT | cut(ROWS_PER_STEP, 1) | {"start_from": str(started), "warm_start": True, "eval_steps": 2}
-    options |= {"support_strategy": "random"}
+    options = AT_RANDOM | cut(ROWS_PER_STEP, 1) | {"start_from": str(started), "warm_start": True, "eval_steps": 2}
     assert one_rank(train_here, inputs.flags(whole, **options)) == [None]
     name = "warm_start_routers" if within else "Curriculum.begin_step"
     assert one_rank(train_until, inputs.flags(parts, **options), f"srde_ds.training.curriculum.{name}") == [None]
@@ -186,7 +186,7 @@ def test_a_stop_in_the_warm_start_or_after_it_changes_nothing(
 @pytest.fixture(scope="module")
 def started(inputs: Inputs, two_ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("started") / "run"
-    assert two_ranks(train_here, inputs.flags(folder, **SHORT, support_strategy="random")) == [None, None]
+    assert two_ranks(train_here, inputs.flags(folder, **AT_RANDOM)) == [None, None]
     return folder
 
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_is_read_once_by_one_rank(inputs: Inputs, two_ranks: Ranks,
     """Before the ranks have met, they read only what the options need."""
     place = shutil.copytree(started / "checkpoint-2", tmp_path / "gone/checkpoint-2")
     once = {path.name: 1 for path in place.iterdir() if path.name != "manifest.json"}
-    options = SHORT | {"start_from": str(place)}
+    options = AT_RANDOM | {"start_from": str(place)}
     (outcome, by_main), other = two_ranks(train_and_count, inputs.flags(tmp_path / "run", **options), place)
     assert (outcome, other) == (None, (None, {})) and by_main == once
     shutil.rmtree(place)
@@ -241,7 +241,7 @@ def test_damage_is_found_before_the_base_is_loaded(
     place = shutil.copytree(started / "checkpoint-2", tmp_path / "checkpoint-2")
     shard = place / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    messages = two_ranks(train_here, inputs.flags(tmp_path / "run", **SHORT, start_from=str(place)))
+    messages = two_ranks(train_here, inputs.flags(tmp_path / "run", **AT_RANDOM, start_from=str(place)))
     for message in messages:
         assert f"start_from={place}: checkpoint '{place}' is damaged: 'shard-00001.safetensors'" in message
         assert "--weights" not in message
@@ -276,6 +276,10 @@ def test_a_part_of_the_experts_is_not_balanced(started: Path) -> None:
         ({"train_experts": ["red"], "start_from": None}, "train_experts=red without start_from"),
         ({"initial_density": 0.2}, "initial_density with start_from="),
         ({"support_strategy": "gradient"}, "support_strategy with start_from="),
+        (
+            {"support_strategy": "magnitude"},
+            "support_strategy=magnitude: all experts share the support of .* by random",
+        ),
         ({"preset": "reference"}, "preset with start_from="),
         ({"start_from": "/none"}, "none"),
     ],
@@ -293,7 +297,7 @@ def test_experts_whose_base_was_float16_in_training_fit_it(
     assert rounded["hash"] != files.identity()["hash"]
     source = started / "srde_weights.safetensors"
     save_weights(place, load_file(source), replace(read_metadata(source), base=rounded))
-    flags = inputs.flags(tmp_path / "run", **SHORT, start_from=str(place))
+    flags = inputs.flags(tmp_path / "run", **AT_RANDOM, start_from=str(place))
     assert two_ranks(train_here, flags) == [None, None]
 
 
@@ -304,6 +308,6 @@ def test_another_base_is_refused(inputs: Inputs, one_rank: Ranks, started: Path,
     sizes: dict[str, Any] = {"hidden_size": 30, "num_attention_heads": 3, "num_key_value_heads": 3}
     tiny_llama(seed=9, vocab_size=len(tokenizer), **sizes).save_pretrained(other)
     tokenizer.save_pretrained(other)
-    flags = inputs.flags(tmp_path / "run", **SHORT, model_name=str(other), start_from=str(started))
+    flags = inputs.flags(tmp_path / "run", **AT_RANDOM, model_name=str(other), start_from=str(started))
     (message,) = one_rank(train_here, flags)
     assert "start_from=" in message and "Give the base that they were trained on" in message

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,6 +126,43 @@ def test_another_peft_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SRDEError, match=message):
         tiny_peft(**options)
+
+
+def form_of(model: Any) -> tuple[int, str]:
+    config = model.peft_config["default"]
+    return config.neuron_parts, config.support_strategy
+
+
+@pytest.mark.parametrize(
+    ("hidden", "options", "form"),
+    [
+        (32, {}, (4, "random")),
+        (30, {}, (1, "magnitude")),
+        (32, {"num_atoms": 2}, (1, "magnitude")),
+        (32, {"density": 0.3}, (1, "magnitude")),
+        (32, {"support_strategy": "magnitude"}, (1, "magnitude")),
+        (32, {"neuron_parts": 2}, (2, "random")),
+    ],
+)
+def test_the_form_follows_from_options_and_base_as_in_a_run(
+    hidden: int, options: dict[str, Any], form: tuple[int, str]
+) -> None:
+    """Whether they are given at once or set afterwards."""
+    base = partial(tiny_llama, hidden_size=hidden, num_attention_heads=1, num_key_value_heads=1)
+    later = SRDEConfig(num_experts=3, density=0.05)
+    for name, value in options.items():
+        setattr(later, name, value)
+    for config in (SRDEConfig(**{"num_experts": 3, "density": 0.05} | options), later):
+        assert form_of(get_peft_model(base(), config)) == form
+
+
+def test_options_that_a_saved_configuration_lacks_are_those_of_its_metadata(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), SRDEConfig(num_experts=3, density=0.05))
+    model.save_pretrained(str(tmp_path))
+    path = tmp_path / "adapter_config.json"
+    options = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in options.items() if k not in ("neuron_parts", "support_strategy")}))
+    assert form_of(PeftModel.from_pretrained(tiny_llama(), tmp_path)) == (4, "random")
 
 
 def test_a_configuration_serves_several_bases_and_stays_as_it_was() -> None:

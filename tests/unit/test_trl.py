@@ -370,9 +370,7 @@ def test_the_optimizer_has_the_groups_of_the_own_training(tmp_path: Path) -> Non
     assert [g["name"] for g in plain.param_groups] == ["deltas", "routers"]
     single_weights = for_trainer(tiny_peft(base(), granularity="element"))
     assert [(g["rule"], g["lr"]) for g in single_weights.param_groups] == [("adamw", 0.015), ("adamw", 0.001)]
-    config = SRDEConfig(num_experts=3, density=0.05)
-    assert (config.neuron_parts, config.support_strategy) == (4, "random")
-    parts = get_peft_model(base(), config)
+    parts = get_peft_model(base(), SRDEConfig(num_experts=3, density=0.05))  # quarters of neurons
     assert [(g["name"], g["lr"]) for g in for_trainer(parts).param_groups] == [("deltas", 0.015), ("routers", 0.001)]
     scaled = for_trainer(parts, rate_scale=0.1, router_lr=0.005)
     assert [g["lr"] for g in scaled.param_groups] == pytest.approx([0.0015, 0.005])
@@ -421,6 +419,17 @@ def test_a_resumed_trainer_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> N
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert "expert_share/expert0" in state["log_history"][0]
+
+
+@pytest.mark.parametrize("rows", ["warm_start", "domain_statistics"])
+def test_what_needs_a_tokenizer_says_so_before_the_first_step(rows: str, tmp_path: Path) -> None:
+    trainer = Trainer(model=new_model(), args=TrainingArguments(str(tmp_path), use_cpu=True))
+    trainer.train_dataset = [{"input_ids": [1, 2], "labels": [1, 2]}]
+    given: Any = {rows: datasets.Dataset.from_list([{"input_ids": [1, 2]}])}
+    trainer.add_callback(SRDECallback(trainer, **given))
+    with pytest.raises(SRDEError, match=f"processing_class=None: {rows} needs the tokenizer"):
+        trainer.train()
+    assert trainer.state.global_step == 0
 
 
 def test_a_model_without_experts_is_refused(tmp_path: Path) -> None:
