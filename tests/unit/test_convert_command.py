@@ -122,7 +122,7 @@ def test_a_checkpoint_will_do(made: Trained, tmp_path: Path, capsys: pytest.Capt
         (["--base", "x"], ["base has no effect with to=weights"]),
         (["--to", "moe", "--gguf_converter", "x"], ["gguf_converter has no effect with to=moe"]),
         (["--experts", "red,red"], ["experts=red,red: give each expert once"]),
-        (["--to", "gguf"], ["gguf_converter=None: no such file", "llama.cpp"]),
+        (["--to", "gguf"], ["gguf_converter=convert_hf_to_gguf.py: no such file", "llama.cpp"]),
         (["--to", "dance"], ["to='dance'", "dense"]),
         (["--dtype", "fp16"], ["dtype='fp16'", "float32"]),
     ],
