@@ -5,6 +5,7 @@ python -m benchmarks.learning.combining_tables
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -22,6 +23,7 @@ from srde_ds.config import DOMAINS
 from srde_ds.evaluation.bootstrap import RESAMPLES, interval, resampled_sums
 
 PICTURES = Path(__file__).resolve().parents[2] / "docs/learning_tables"
+NOT_MEASURED = "Not measured yet."
 FARTHEST = 0.5  # of loss; what is worse would leave no room for the others
 
 Rows = Sequence[tuple[float, int]]
@@ -207,37 +209,52 @@ def parts_of_turns() -> list[str]:
     return [turn_part(method, turn) for method in ("srde", "lora") for turn in range(1, len(DOMAINS) + 1)]
 
 
-def draw_apart(results: Results, folder: Path) -> None:
+def draw_apart(results: Results, path: Path) -> None:
     """The rows of the first table that are at most `FARTHEST` from training together."""
     names = of_apart(MERGES) | OWN
     parts = [part for part in sorted(names, key=results.mean_loss) if part != "srde joint"]
     found = {names[part]: results.difference(part, "srde joint")[:2] for part in parts}
     near = {name: difference for name, difference in found.items() if difference[0] <= FARTHEST}
-    plot_differences(near, folder / "combining-apart.png", label="mean test loss against SRDE trained together")
+    plot_differences(near, path, label="mean test loss against SRDE trained together")
 
 
-def draw_turns(results: Results, folder: Path) -> None:
+def draw_turns(results: Results, path: Path) -> None:
     """The losses of the second table."""
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for method, name in IN_TURN.items():
         lost, last = forgetting(results, method), turn_part(method, len(DOMAINS))
         ends = {domain: results.loss(last, domain) for domain in lost}
         found[name] = {domain: (end - lost[domain], end) for domain, end in ends.items()}
-    plot_forgetting(found, folder / "combining-turns.png")
+    plot_forgetting(found, path)
+
+
+FORMS = {"quarters": "", "srde": ", whole neurons"}
+"""Methods of combining.py that train SRDE, and what follows the names of their tables"""
+
+
+def of_form(records: list[Record], method: str) -> list[Record]:
+    """The records with those of a form of SRDE as `srde`, and none of another."""
+    others = tuple(f"{other} " for other in FORMS if other != method)
+    own = [record for record in records if not record["part"].startswith(others)]
+    return [record | {"part": re.sub(f"^{method} ", "srde ", record["part"])} for record in own]
 
 
 def main() -> None:
     records = read_records(RESULTS / "combining.jsonl")
-    together, one_by_one = Results(records, parts_apart()), Results(records, parts_of_turns())
+    for method, name in FORMS.items():
+        own = of_form(records, method)
+        together, one_by_one = Results(own, parts_apart()), Results(own, parts_of_turns())
+        put_into("learning_tables.md", f"apart{name}", apart(together) if together.seeds else NOT_MEASURED)
+        put_into("learning_tables.md", f"turns{name}", turns(one_by_one) if one_by_one.seeds else NOT_MEASURED)
+        put_into("learning_tables.md", f"added{name}", added(one_by_one) if one_by_one.seeds else NOT_MEASURED)
+        print(f"{method}: apart {together.seeds}, turns {one_by_one.seeds}")
+        if together.seeds:
+            draw_apart(together, PICTURES / f"combining-apart-{method}.png")
+        if one_by_one.seeds:
+            draw_turns(one_by_one, PICTURES / f"combining-turns-{method}.png")
     answered = Results(answers_as_losses(read_records(RESULTS / "combining_answers.jsonl")), parts_of_accuracy())
-    put_into("learning_tables.md", "apart", apart(together))
-    put_into("learning_tables.md", "accuracy", accuracy(answered) if answered.seeds else "Not measured yet.")
-    put_into("learning_tables.md", "turns", turns(one_by_one))
-    put_into("learning_tables.md", "added", added(one_by_one))
-    draw_apart(together, PICTURES)
-    draw_turns(one_by_one, PICTURES)
-    for name, results in (("apart", together), ("accuracy", answered), ("turns", one_by_one)):
-        print(f"{name}: seeds {results.seeds}")
+    put_into("learning_tables.md", "accuracy", accuracy(answered) if answered.seeds else NOT_MEASURED)
+    print(f"accuracy: seeds {answered.seeds}")
 
 
 if __name__ == "__main__":
