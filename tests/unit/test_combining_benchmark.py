@@ -112,11 +112,11 @@ def test_what_tables_and_pictures_say(monkeypatch: pytest.MonkeyPatch, tmp_path:
     )
     assert of_apart.count("| LoRA, of each domain its own adapter | 1.000 | +0.000 (+0.000 to +0.000) |  |") == 1
     with patch.object(combining_tables, "plot_differences", wraps=plots.plot_differences) as plot:
-        combining_tables.draw_apart(Results(records, losses), tmp_path)
+        combining_tables.draw_apart(Results(records, losses), tmp_path / "apart.png")
     drawn = plot.call_args.args[0]
     assert len(drawn) == 5 and not any("merged" in name for name in drawn)  # merges and base are too far away
-    combining_tables.draw_turns(results, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"combining-apart.png", "combining-turns.png"}
+    combining_tables.draw_turns(results, tmp_path / "turns.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"apart.png", "turns.png"}
 
 
 def test_what_the_table_of_right_answers_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +136,11 @@ def test_the_rate_with_the_lowest_loss_is_taken() -> None:
         for domain in combining.SWEEP_DOMAINS
     ]
     assert combining.chosen_rates(records, ["lora"]) == {"lora": 0.003}
+
+
+def test_a_form_of_srde_has_its_own_tables() -> None:
+    records = [{"seed": 1, "part": part} for part in ("base", "lora alone, math", "srde joint", "quarters joint")]
+    for method in ("srde", "quarters"):
+        own = combining_tables.of_form([record | {"from": record["part"]} for record in records], method)
+        assert [record["part"] for record in own] == ["base", "lora alone, math", "srde joint"]
+        assert own[-1]["from"] == f"{method} joint"
