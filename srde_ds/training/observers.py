@@ -113,6 +113,10 @@ class Domains(Observer):
         """Measure, if this was the last step, and set the routers if none was trained."""
         if run.is_last_step and run.config.training.domain_statistics_rows:
             doing("statistics of the domains")
+            logger.info(
+                "The domains' inputs are measured for srde-ds combine, on up to %d rows each (domain_statistics_rows).",
+                run.config.training.domain_statistics_rows,
+            )
             try:
                 measure_domains(run.engine, run.config, run.topology, run.state.stream.rows, run.interrupted)
             except Interrupted:
