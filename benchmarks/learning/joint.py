@@ -137,6 +137,8 @@ def draw(path: Path) -> None:
         records = read_records(results_of(name))
         for part in {record["part"]: None for record in records if record["part"] != AGAINST}:
             results = Results([record for record in records if record["part"] in (part, AGAINST)], [part, AGAINST])
+            if not results.seeds:
+                continue
             middle, limits, by_seed = results.difference(part, AGAINST)
             if weighting(part) == weighting(AGAINST) and abs(middle) < FARTHEST:
                 seeds = f"{len(by_seed)} seed{'s' * (len(by_seed) > 1)}"

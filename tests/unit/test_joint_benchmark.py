@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from benchmarks.learning.data import REAL_FOLDER
 from benchmarks.learning.first_look import LOOKS
 from benchmarks.learning.interference import losses_of
 from benchmarks.learning.plan import Plan
+from benchmarks.learning.plots import plot_differences
 from benchmarks.learning.store import read_records, run_missing
 from srde_ds.config import DOMAINS
 from tests.data_helpers import tiny_tokenizer
@@ -69,13 +72,33 @@ def test_the_table_pairs_test_rows_and_seeds() -> None:
     first, second, third = joint.table(records).splitlines()[2:]
     assert first.startswith(f"| {joint.AGAINST} | 2.250 | 1, 2 | 1.500 | 2.25 |")
     assert second.startswith(
-        f"| {THREE[1]} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | +0.100 ± 0.000 | +0.15"
+        f"| {joint.shown(THREE[1])} | +0.150 (+0.125 to +0.175) | 1: +0.150, 2: +0.150 | +0.100 ± 0.000 | +0.15"
     )
-    assert third.startswith(f"| {THREE[2]} | +0.300 (+0.250 to +0.350) | 2: +0.300 | +0.200 ± 0.000 | +0.30 |")
+    assert third.startswith(
+        f"| {joint.shown(THREE[2])} | +0.300 (+0.250 to +0.350) | 2: +0.300 | +0.200 ± 0.000 | +0.30 |"
+    )
     by_domain = [record(2, name, 1.0 + place) for place, name in enumerate(joint.PARTS[-2:])]
     other_loss = f"| {joint.AGAINST_BY_DOMAIN} | -1.500 (-1.750 to -1.250) | 2: -1.500 |  | -1.50"
     assert other_loss in joint.table(records + by_domain)
     _, second = joint.table(by_domain, joint.AGAINST_BY_DOMAIN).splitlines()[2:]
-    assert second.startswith(f"| {joint.PARTS[-1]} | +1.500 (+1.250 to +1.750) | 2: +1.500 | +1.000 ± 0.000 |")
+    assert second.startswith(
+        f"| {joint.shown(joint.PARTS[-1])} | +1.500 (+1.250 to +1.750) | 2: +1.500 | +1.000 ± 0.000 |"
+    )
     assert set(joint.PARTS) <= LOOKS.keys()
     assert joint.table(records[-1:]) == joint.table([]) == "not run"
+
+
+def test_the_picture_has_what_is_near_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def record(seed: int, name: str, loss: float) -> str:
+        return json.dumps({"seed": seed, "part": name, "losses": {domain: [[loss, 1]] for domain in DOMAINS}})
+
+    monkeypatch.setattr(joint, "RESULTS", tmp_path)
+    far, alone, other = "SRDE, 0.02", "one delta, 0.01", joint.PARTS[-1]
+    lines = [record(1, joint.AGAINST, 1.0), record(1, THREE[1], 1.02), record(1, far, 1.5), record(2, alone, 1.0)]
+    (tmp_path / "joint.jsonl").write_text("\n".join([*lines, record(1, other, 1.0)]) + "\n")
+    (tmp_path / "joint_150.jsonl").write_text("\n".join([lines[0], record(1, THREE[1], 0.99)]) + "\n")
+    with patch.object(joint, "plot_differences", wraps=plot_differences) as plot:
+        joint.draw(tmp_path / "joint.png")
+    name = joint.shown(THREE[1])
+    assert list(plot.call_args.args[0]) == [f"{name} (150 steps, 1 seed)", f"{name} (40 steps, 1 seed)"]
+    assert (tmp_path / "joint.png").stat().st_size > 0
