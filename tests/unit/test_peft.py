@@ -165,6 +165,16 @@ def test_options_that_a_saved_configuration_lacks_are_those_of_its_metadata(tmp_
     assert form_of(PeftModel.from_pretrained(tiny_llama(), tmp_path)) == (4, "random")
 
 
+def test_an_adapter_that_is_older_than_parts_of_neurons_loads(tmp_path: Path) -> None:
+    model = tiny_peft(support_strategy="random")  # a new one with these options would have quarters
+    path = saved(model, tmp_path) / "adapter_config.json"
+    options = json.loads(path.read_text())
+    del options["neuron_parts"]
+    path.write_text(json.dumps(options))
+    assert form_of(loaded(tmp_path)) == (1, "random")
+    assert torch.equal(logits(loaded(tmp_path), tokens()), logits(model, tokens()))
+
+
 def test_a_configuration_serves_several_bases_and_stays_as_it_was() -> None:
     config = peft_config(expert_names=None)
     first, second = (get_peft_model(tiny_llama(seed=seed), config) for seed in (0, 1))
