@@ -84,7 +84,8 @@ class BadRecords:
         if not self.count:
             return
         if self.count == 1 and on_bad_record == "fail":
-            raise self._first[0]
+            fault = self._first[0]
+            raise SRDEError(f"{fault.message} --on_bad_record skip leaves it out.", details=fault.details)
         more = self.count - len(self._first)
         faults = [*map(one_line, map(str, self._first)), *([f"and {more:,} more"] if more else [])]
         if on_bad_record == "skip":

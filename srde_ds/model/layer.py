@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from srde_ds.config.granularity import Granularity
+from srde_ds.errors import SRDEError
 from srde_ds.model.deltas import DeltaBank, DeltaLosses
 from srde_ds.model.dispatch import Activation, ExpertDispatch, LocalDispatch
 from srde_ds.model.feed_forward import FeedForward
@@ -119,6 +120,14 @@ class SRDEFeedForward(nn.Module):
         self._located: tuple[Tensor, int, SupportBlocks] | None = None
         for module in (self, deltas, router):  # load_state_dict(assign=True) replaces their tensors
             module.register_load_state_dict_post_hook(self._after_loading)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Refuse the copies of torch.nn.DataParallel, which only SRDECallback would notice before training."""
+        raise SRDEError(
+            "torch.nn.DataParallel copies the model to all GPUs of one process, and the experts' routing and losses "
+            "would be lost with the copies. Start a process for each GPU with torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` -> `[..., D]`, as the current policy says."""

@@ -128,7 +128,7 @@ def test_an_encoding_of_several_bytes_needs_no_mark(tmp_path: Path, kind: str, e
 
 def test_another_encoding_is_guessed_and_read_where_it_is_given(tmp_path: Path) -> None:
     message = "gbk.jsonl:1: not UTF-8, looks like GBK: give --encoding gbk and look at the rows."
-    assert refused(CASES / "gbk.jsonl").endswith(message)
+    assert refused(CASES / "gbk.jsonl").endswith(f"{message} --on_bad_record skip leaves it out.")
     assert read(CASES / "gbk.jsonl", encoding="gbk")[0].messages[0]["content"].startswith("中文")
     refused(CASES / "gbk.jsonl", "encoding=gbq: no such encoding", encoding="gbq")
     for kind, text in ((".csv", "prompt,response\nÀ côté de la fenêtre ?,près\n"), (".json", '["é à è ê ç"]')):

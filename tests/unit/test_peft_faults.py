@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -454,3 +455,13 @@ def _plain_options(config: dict[str, Any], options: dict[str, Any], *, read_inpu
         training = type("Training", (), options)
 
     return Section
+
+
+def test_copies_by_torchs_data_parallel_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    # `nn.parallel.replicate` is also the name of a function, so the module is reached by its full name.
+    def copies(tensors: list[Any], devices: list[int], detach: bool = False) -> list[list[Any]]:
+        return [tensors for _ in devices]
+
+    monkeypatch.setattr(sys.modules["torch.nn.parallel.replicate"], "_broadcast_coalesced_reshape", copies)
+    with pytest.raises(SRDEError, match="DataParallel copies .*torchrun"):
+        torch.nn.parallel.replicate(tiny_peft(), [0, 1])
