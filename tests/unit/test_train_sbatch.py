@@ -86,13 +86,17 @@ def test_what_is_wrong_with_the_options_of_a_finished_run_its_ranks_say(folder: 
     assert "do not resolve here; the ranks will say why" in again.stderr and "Traceback" not in again.stderr
 
 
-@pytest.mark.parametrize("flags", [["--max_steps", "9"], ["--max_steps=9"], ["--config", "run.yaml"]])
+@pytest.mark.parametrize("flags", [["--max_steps=9"], ["--config", "run.yaml"]])
 def test_a_finished_run_is_extended(folder: Path, flags: list[str]) -> None:
     (folder / "run.yaml").write_text("training: {max_steps: 9}\n")
     job(folder, steps=5)
     (folder / "run/latest").write_text("checkpoint-5")
     assert job(folder, *flags, steps=9).returncode == 0
     assert "--resume_from latest" in (folder / "calls").read_text()
+
+
+def test_a_finished_run_whose_extension_fails_is_not_finished(folder: Path) -> None:
+    job(folder, steps=5)
     failed = job(folder, "--max_steps", "12", steps=None, status=3)
     assert failed.returncode == 3 and "left no new 'run/completed.json'" in failed.stderr
 
