@@ -101,6 +101,8 @@ LOOKS = {
     "LoRA on all linear layers, 0.003": Look("lora", {"learning_rate": 0.003}, rival={"target": "all"}),
     "routed LoRA, 0.003": Look("routed_lora", {"learning_rate": 0.003}),
     "SHiRA, 0.003": Look("shira", {"learning_rate": 0.003}),
+    "all feed-forward weights, 0.0001": Look("full", {"learning_rate": 0.0001}),
+    "all feed-forward weights, 0.0003": Look("full", {"learning_rate": 0.0003}),
     "one delta, 0.01": Look(rates={"muon_lr": 0.01}, adapter=ONE),
     "SRDE, 0.006": Look(rates={"muon_lr": 0.006}),
     "SRDE, 0.01": Look(rates={"muon_lr": 0.01}),
