@@ -69,7 +69,7 @@ def wants_parts(adapter: AdapterConfig, given: Collection[str]) -> bool:
     return free and ("support_strategy" not in given or adapter.support_strategy == "random")
 
 
-def no_parts(most: float, hidden: int | None = None) -> str | None:
+def why_no_parts(most: float, hidden: int | None = None) -> str | None:
     """Why experts cannot change quarters of neurons; None: they can.
 
     Args:
@@ -125,8 +125,9 @@ def derive(config: Config, given: Collection[str], inputs: RunInputs) -> None:
         default(key, value, "as in the rows of pretokenized_dir")
     wants_muon = config.optimizer.use_muon and not {"use_muon", "muon_lr", "muon_momentum"}.isdisjoint(given)
     if not started and ("neuron_parts" in inputs.resumed or (wants_parts(adapter, given) and not wants_muon)):
-        whole = no_parts(max(adapter.density, curriculum.initial_density or 0), inputs.hidden)
-        default("neuron_parts", 1 if whole else NEURON_PARTS, whole or "quarters of random neurons have learnt most")
+        obstacle = why_no_parts(max(adapter.density, curriculum.initial_density or 0), inputs.hidden)
+        parts = 1 if obstacle else NEURON_PARTS
+        default("neuron_parts", parts, obstacle or "quarters of random neurons have learnt most")
     if is_scattered(adapter):
         if "support_strategy" not in started:
             default("support_strategy", "random", "scattered deltas have mostly been tried so")

@@ -17,8 +17,8 @@ def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | No
         labels: the options' own labels, which may be numbers; None: A, B, and so on.
 
     Raises:
-        ValueError: it means none of them, or, without labels, one by its letter and another by its text; the message
-            goes on after "field NAME is".
+        ValueError: it means none of them, or, without labels, one by its letter or number and another by its text; the
+            message goes on after "field NAME is".
 
     Examples:
         >>> from srde_ds.data.choices import right_option
@@ -37,6 +37,12 @@ def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | No
             raise ValueError(
                 f"{json.dumps(answer)}, which is the text of one choice and the letter of another: give its number "
                 "(from 0), or the choices with their letters"
+            )
+        number = int(text) if labels is None and text in map(str, range(len(options))) else None
+        if number is not None and by_text is not None and number != by_text:
+            raise ValueError(
+                f"{json.dumps(answer)}, which is the text of one choice and the number of another: give its letter, or "
+                "the choices with their letters"
             )
         found = by_text if by_label is None else by_label
         if found is not None:

@@ -279,5 +279,5 @@ def has_surrogates(text: str) -> bool:
 
 def kind(value: Any) -> str:
     """The type of a JSON value, in words."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
+    names = {dict: "an object", list: "a list", str: "text", bool: "a truth value", bytes: "bytes", type(None): "null"}
     return names.get(type(value), "a number")

@@ -65,7 +65,7 @@ BEGINNINGS = {
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "test": ("test", "tests", "testing", "testset", "eval", "evaluation", "heldout", "holdout"),
 }
 """The words by which the Hub tells splits in names of files and folders, and sources in a column `split`"""
 JSON_COLUMNS = ("messages", "conversations", "choices", "options", "tools", "functions", "weight")
@@ -75,6 +75,7 @@ LARGEST_CHAOS, LEAST_COHERENCE, CLOSE_CALL = 0.1, 0.3, 0.05
 """Of charset-normalizer's guess: the most noise, and how far letters are those of a language, at least for a code page;
 and a difference of the latter that decides nothing. From texts in tests/unit/test_data_files.py."""
 _ROWS_A_BATCH = 1000
+SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
 
 
 def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path]:
@@ -119,13 +120,22 @@ def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path
 def splits_by_name(paths: Sequence[Path]) -> dict[Path, str]:
     """The split that a file's name says, or else the nearest of its folders below the folder of all.
 
-    There is none unless the names tell training files from others.
+    There is none unless the names tell training files from others. A warning says so if only some seem to be held out.
     """
     root = os.path.commonpath([path.parent for path in paths])
     names = {path: [path.name, *reversed(path.parent.relative_to(root).parts)] for path in paths}
     splits = {path: next(filter(None, map(_named_split, names[path])), None) for path in paths}
     named = {path: split for path, split in splits.items() if split is not None}
-    return named if {"train"} < set(named.values()) else {}
+    if {"train"} < set(named.values()):
+        return named
+    held_out = [str(path) for path, split in named.items() if split != "train"]
+    if held_out and len(held_out) < len(paths):
+        log.warning(
+            "%s: by their names held out, but no file is named for training, so names are not looked at. To hold them "
+            "out, give the others alone, and these as --eval_file; or name the others train.",
+            ", ".join(held_out),
+        )
+    return {}
 
 
 def _named_split(name: str) -> str | None:
@@ -405,7 +415,8 @@ def _table(path: Path, compression: str | None, given: str | None) -> Iterator[I
         if isinstance(cells, SRDEError):
             yield place, cells
         elif len(cells) > len(header) or (cells and len(cells) < len(header)):
-            yield place, SRDEError(f"{place}: has {len(cells)} cells, but the first line names {len(header)}.")
+            count = f"has {len(cells)} cells, but the first line names {len(header)}"
+            yield place, SRDEError(f"{place}: {count}. In a file like this {SEPARATORS[separator]} separate cells.")
         elif cells:
             yield place, _row({name: cell for name, cell in zip(header, cells, strict=True) if cell}, place)
 

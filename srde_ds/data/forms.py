@@ -96,11 +96,32 @@ def convert(content: Fields, place: str, *, form: str | None = None, answered: b
 
 
 def _turns(prompt: Any, response: Any) -> list[Fields]:
-    """The messages of a prompt and a response, each of which may be text or a list of messages."""
+    """The messages of a prompt and a response, each of which may be text or a list of messages.
+
+    A response that is a whole conversation, as in some sets of preferences, begins with the prompt.
+    """
     asked = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
     if response is None:
         return asked
-    return [*asked, *(response if isinstance(response, list) else [{"role": "assistant", "content": response}])]
+    if not isinstance(response, list):
+        return [*asked, {"role": "assistant", "content": response}]
+    if _said(response[: len(asked)]) == _said(asked):
+        return response
+    if response and _said(response[:1])[0][0] in _ASKING:
+        raise BadForm(
+            "the response begins with a turn of the user or system that is not the prompt's: give only what follows "
+            "the prompt, or the whole conversation as messages"
+        )
+    return [*asked, *response]
+
+
+_ASKING = ("user", "human", "system")
+
+
+def _said(turns: list[Any]) -> list[tuple[Any, Any]]:
+    """Role and content of messages."""
+    named = [with_roles(turn) if isinstance(turn, dict) else {} for turn in turns]
+    return [(turn.get("role"), turn.get("content")) for turn in named]
 
 
 def _pair(asked: str, answer: str, fields: Fields, answered: bool) -> Fields:
@@ -148,7 +169,10 @@ def _sharegpt(fields: Fields, _: bool) -> Fields:
 def with_roles(turn: Mapping[str, Any]) -> Fields:
     """A message with `role` and `content` in place of ShareGPT's `from` and `value`."""
     names = {"from": "role", "value": "content"}
-    return {names.get(key, key): value for key, value in turn.items()}
+    for key, name in names.items():
+        if turn.get(key) is not None and turn.get(name) not in (None, turn[key]):
+            raise BadForm(f"a turn has both '{key}' and '{name}', which differ: leave one of them out")
+    return {names.get(key, key): value for key, value in turn.items() if value is not None or key not in names}
 
 
 def _alpaca(fields: Fields, answered: bool) -> Fields:

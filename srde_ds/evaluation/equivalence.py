@@ -14,6 +14,12 @@ _FORMULA = re.compile(r"[\\^$]")
 # A sum or product that has not been calculated; but 1.5 * 10^3 is just a way to write a number.
 _UNEVALUATED = re.compile(r"\d\s*(?:[+*×·-]|\\times|\\cdot)\s*\d(?!0?\s*\^)")
 _QUOTIENT = re.compile(r"(\d{1,99})\s*/\s*(\d{1,99})|\\[dt]?frac\{(\d{1,99})\}\{(\d{1,99})\}")
+# Words beside a number, such as a unit, which the library would read as a product of letters; but not names of maths.
+_WORD = re.compile(r"[^\W\d_]{2}")
+_MATHS = re.compile(r"\\|\b(?:pi|sqrt|root|exp|log|ln|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|inf(?:inity)?)\b", re.I)
+# Borders of numbers in scripts without spaces (Thai to Hangul, full-width forms), where the library needs a space.
+_UNSPACED = "[\u0e00-\u0fff\u3000-\ud7ff\uff01-\uffef]"
+_BORDER = re.compile(rf"(?<={_UNSPACED})(?=[-+$]?\d)|(?<=\d)(?={_UNSPACED})")
 _LONGEST_FORMULA = 200
 _LONGEST_EXPLANATION = 500
 # A number or formula that a text begins with, and the words, brackets or sentences that explain it. "12 or 13" and
@@ -49,7 +55,8 @@ def equivalent(prediction: str, answer: str) -> bool:
     if marked and is_number(answer):
         prediction = _explained(prediction)
     same = exact_match(prediction, answer)
-    found = [] if same else parse(_as_formula(prediction))
+    of_words = is_number(answer) and _WORD.search(prediction) and not _MATHS.search(prediction)
+    found = [] if same else parse(_BORDER.sub(" ", prediction) if of_words else _as_formula(prediction))
     if not same and not found:
         return False
     said = prediction if same else str(found[-1]).rpartition("=")[2]

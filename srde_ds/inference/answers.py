@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 from srde_ds.data.conversation import THOUGHT_MARKS, after_thought
@@ -14,7 +15,7 @@ _LETTERED = re.compile(r"\W*(?:([A-Z])\**[.):\]]+\**|\*+([A-Z])\*+)(?:\s|$)", re
 _OTHER_LETTER = re.compile(r"(?:\n\W*|\()([A-Z])[.):\]]", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d*)?(?:e[+-]?\d{1,3})?", re.IGNORECASE)
 _LONGEST_NUMBER = 1000
-_AROUND = " \t\n.,;:!?\"'`*()[]{}$"
+_AROUND = " \t\n.,;:!?\"'`*()[]{}$" + "。，、；：！？．…·「」『』《》〈〉（）【】“”‘’„‚«»‹›¡¿"
 
 
 def extract_answer(text: str) -> str:
@@ -104,7 +105,7 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _normalise(text: str) -> str:
-    text = " ".join(text.casefold().split())
+    text = " ".join(unicodedata.normalize("NFC", text).casefold().split())
     # A leading point belongs to a number such as ".5".
     return text if _number(text) is not None else text.strip(_AROUND) or text
 

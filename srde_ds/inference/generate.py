@@ -25,6 +25,7 @@ from srde_ds.model.policy import RoutingPolicy
 from srde_ds.utils.tables import aligned_table
 
 ANSWER_TOKENS = 256
+UNLIMITED_CONTEXT = 1_000_000
 
 
 @dataclass
@@ -147,8 +148,9 @@ def new_tokens(
 
 
 def context_length(model: SRDEModel) -> int:
-    """The base's context in tokens."""
-    return int(model.base.config.get_text_config().max_position_embeddings)
+    """The base's context in tokens; a million where it sets none, as recurrent bases do."""
+    limit = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
+    return UNLIMITED_CONTEXT if limit is None else int(limit)
 
 
 def answer_length(model: SRDEModel, given: int | None, most: int = ANSWER_TOKENS) -> int:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -82,8 +81,8 @@ class DeltaBank(nn.Module):
     """The effective deltas of one layer's experts.
 
     `forward()` gives `[D, E, 3, m]` (neuron granularity; 0 gate, 1 up, 2 down; gate and up transposed, so that D comes
-    first) or `[E, n]` (element granularity, in the order of the support). With `neuron_parts` N, D here is the number
-    of hidden dimensions in the layer's part, one of N; all others' deltas are zero. Layers take turns.
+    first) or `[E, n]` (element granularity, in the order of the support). With `neuron_parts` N, layer i stores D / N
+    rows, those of the hidden dimensions from (i mod N) D / N on; the deltas of all others are zero and not stored.
 
     A bank whose support is being learned also has scores on every rank: `[1, B]`, or `[E, B]` for all experts. The
     effective deltas of candidates that are not kept are zero. See `supports/learned.py`.
@@ -139,7 +138,9 @@ class DeltaBank(nn.Module):
         if self.parts == 1:
             return deltas
         width = len(deltas)
-        return F.pad(deltas, (0, 0) * 3 + (self.part * width, (self.parts - 1 - self.part) * width))
+        whole = deltas.new_zeros(self.parts * width, *deltas.shape[1:])
+        whole[self.part * width : (self.part + 1) * width] = deltas
+        return whole
 
     def learn_support(self, gate: SupportGate, experts: int | None, dtype: torch.dtype) -> None:
         """Give each candidate a score of zero: one for each expert, or with None one for all of them."""

@@ -36,6 +36,7 @@ from srde_ds.model.prepared import (
     PreparedWeights,
     arithmetic_dtype,
 )
+from srde_ds.model.products import grouping_pays
 from srde_ds.model.router import Router, Routing, route
 from srde_ds.model.shared_expert import SharedExpert, move
 from srde_ds.model.statistics import Softmax, add_routing
@@ -44,9 +45,9 @@ from srde_ds.weights.schema import NEURONS
 
 
 class TakeNeurons(torch.autograd.Function):
-    """The values of all neurons and, beside them, those of a few, whose gradient is added where it belongs.
+    """`values` and `values[:, neurons]`. The backward adds the gradient of the second to that of the first, in place.
 
-    Autograd alone would fill a tensor with zeros for the gradient of the few, and add all of it.
+    Autograd alone would fill a tensor with zeros for the gradient of the second, and add all of it.
     """
 
     @staticmethod
@@ -294,8 +295,9 @@ class SRDEFeedForward(nn.Module):
     def _prepared(self, gate_TF: Tensor) -> Prepared | None:
         """Router and effective deltas prepared for decoding (eval mode, no gradients); None: use `dispatch`.
 
-        None if other ranks hold a part of them, and under autocast. Compiled code would not notice when they are out of
-        date, so there it is what is held, see `hold_prepared`.
+        None if other ranks hold a part of them, under autocast, and for prompts so long that it pays to sort their
+        tokens by expert. Compiled code would not notice when they are out of date, so there it is what is held, see
+        `hold_prepared`.
         """
         if self.training or torch.is_grad_enabled():
             return None
@@ -304,6 +306,15 @@ class SRDEFeedForward(nn.Module):
         if torch.is_autocast_enabled(gate_TF.device.type):
             return None
         if self.router._forward_hooks or self.router._forward_pre_hooks:  # hooks expect the router to be called
+            return None
+        if self.granularity == "neuron" and grouping_pays(
+            gate_TF,
+            tokens=len(gate_TF),
+            top_k=self.router.top_k,
+            experts=len(self.router.selection_bias),
+            neurons=self.support.shape[-1],
+            width=self.hidden // self.deltas.parts,
+        ):
             return None
         prepared = self.preparation.get(gate_TF.dtype)
         if prepared is not None:

@@ -42,11 +42,22 @@ class ExpertProducts(Protocol):
 def expert_products(deltas_DE3m: Tensor, index_TK: Tensor) -> ExpertProducts:
     """The quicker of the two ways, chosen by shapes, dtype and kind of device."""
     hidden, experts, _, neurons = deltas_DE3m.shape
-    overhead = GROUPING.get((deltas_DE3m.device.type, deltas_DE3m.dtype))
-    aligned = hidden * deltas_DE3m.element_size() % ALIGNMENT == 0
-    if aligned and overhead is not None and overhead.pays(index_TK.shape[0], index_TK.shape[1], experts, neurons):
+    tokens, top_k = index_TK.shape
+    if grouping_pays(deltas_DE3m, tokens=tokens, top_k=top_k, experts=experts, neurons=neurons, width=hidden):
         return GroupedProducts(deltas_DE3m, index_TK)
     return JointProducts(deltas_DE3m, index_TK)
+
+
+def grouping_pays(like: Tensor, *, tokens: int, top_k: int, experts: int, neurons: int, width: int) -> bool:
+    """Whether tokens sorted by expert are quicker than all experts on all tokens, for the dtype and device of `like`.
+
+    Args:
+        neurons: of an expert.
+        width: of the deltas' vectors, D.
+    """
+    overhead = GROUPING.get((like.device.type, like.dtype))
+    aligned = width * like.element_size() % ALIGNMENT == 0
+    return aligned and overhead is not None and overhead.pays(tokens, top_k, experts, neurons)
 
 
 @dataclass(frozen=True)
@@ -152,12 +163,13 @@ class GroupedProducts:
 
     def into(self, x_TD: Tensor) -> Tensor:
         """As `ExpertProducts.into`."""
-        shift_RX = self._product(self.order.sorted(x_TD), self.into_E2mD.flatten(1, 2).transpose(1, 2))
+        x_RD = self.order.sorted(x_TD.to(self.into_E2mD.dtype))  # autocast does not know `grouped_mm`
+        shift_RX = self._product(x_RD, self.into_E2mD.flatten(1, 2).transpose(1, 2))
         return self.order.unsorted(shift_RX).unflatten(2, (2, -1))[..., : self.neurons]
 
     def back(self, h_TXm: Tensor) -> Tensor:
         """As `ExpertProducts.back`."""
-        h_Rm = self.order.sorted(F.pad(h_TXm, (0, self.padding)))
+        h_Rm = self.order.sorted(F.pad(h_TXm.to(self.back_E1mD.dtype), (0, self.padding)))
         return self.order.unsorted(self._product(h_Rm, self.back_E1mD.squeeze(1))).sum(1)
 
     def added(self, output_TD: Tensor, h_TXm: Tensor) -> Tensor:

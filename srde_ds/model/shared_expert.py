@@ -56,7 +56,8 @@ class SharedExpert(nn.Module):
 def move(act: Activation, x_TD: Tensor, gate_TF: Tensor, up_TF: Tensor, delta_D3m: Tensor, neurons: Tensor) -> Moved:
     """Apply a shared expert to a block's input and its gate and up values."""
     delta, size = delta_D3m.to(gate_TF.dtype), len(neurons)
-    shift = x_TD.to(delta.dtype) @ delta[:, :2].flatten(1)
+    # Under autocast the product is narrower than the values of a base in 4 bits, which bitsandbytes gives in float32.
+    shift = (x_TD.to(delta.dtype) @ delta[:, :2].flatten(1)).to(gate_TF.dtype)
     gate_TF = gate_TF.index_add(1, neurons, shift[:, :size])
     up_TF = up_TF.index_add(1, neurons, shift[:, size:])
     own = neurons.long()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from peft import PeftConfig, PeftType, TaskType
 
 from srde_ds.config import AdapterConfig, LossConfig, TrainingConfig
-from srde_ds.config.derive import NEURON_PARTS, is_scattered, no_parts, wants_parts
+from srde_ds.config.derive import NEURON_PARTS, is_scattered, wants_parts, why_no_parts
 from srde_ds.config.granularity import Granularity
 from srde_ds.config.strategy import WITHOUT_DATA, Strategy
 from srde_ds.config.values import checked
@@ -141,7 +141,7 @@ class SRDEConfig(PeftConfig):
         given = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not None}
         adapter = AdapterConfig(**given)
         if "neuron_parts" not in given:
-            parts = wants_parts(adapter, given) and not no_parts(self.density, hidden)
+            parts = wants_parts(adapter, given) and not why_no_parts(self.density, hidden)
             adapter.neuron_parts = NEURON_PARTS if parts else 1
         if "support_strategy" not in given:
             adapter.support_strategy = "random" if is_scattered(adapter) else "magnitude"

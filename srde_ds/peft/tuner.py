@@ -96,10 +96,11 @@ class SRDETuner(BaseTuner):
         config = copy.copy(self._config(adapter_name))
         config.settle(self.blocks[0].hidden)  # which checks again: options may have been set after it was made
         saved = config.saved_metadata()
-        for block in self.blocks:
-            check_support(config.adapter(), block.hidden, block.intermediate)
-        if saved is not None:
+        if saved is not None:  # with supports that fit its base
             check_base(self.model, saved.base, f"adapter '{adapter_name}'", known=self.identity)
+        else:
+            for block in self.blocks:
+                check_support(config.adapter(), block.hidden, block.intermediate)
         config.target_modules = self._block_names(model)
         self.peft_config[adapter_name] = config
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from srde_ds.checkpoint.layout import RUN_STATE, read_json
 from srde_ds.checkpoint.resume import locate_checkpoint
-from srde_ds.config import Config, DataConfig, RunInputs, TrainingConfig
+from srde_ds.config import AdapterConfig, Config, DataConfig, RunInputs, TrainingConfig
 from srde_ds.config.strategy import WITHOUT_DATA, Strategy
 from srde_ds.data.manifest import Manifest, load_manifest
 from srde_ds.errors import SRDEError
@@ -52,7 +52,10 @@ def read_run_inputs(config: Config, given: Collection[str]) -> RunInputs:
     """
     context = hidden = row_length = domains = None
     training = config.training
-    saved = {"neuron_parts": 1} | _saved_options(training) if training.resume_from else {}  # that option is a later one
+    saved: dict[str, Any] = {}
+    if training.resume_from:
+        # A run that was saved before this option came has whole neurons.
+        saved = {"neuron_parts": 1} | _saved_options(training)
     rows: dict[str, Any] = {}
     if config.data.pretokenized_dir:
         try:
@@ -134,7 +137,7 @@ def check_start(config: Config) -> AdapterMetadata | None:
         now, then = getattr(config.adapter, key), getattr(before.config, key)
         if now != then:
             raise SRDEError(f"{key}={now}: the weights of start_from={place} have {key}={then}. Leave --{key} out.")
-    strategy, taken = config.adapter.support_strategy, _started_strategy(before.config.support_strategy)
+    strategy, taken = config.adapter.support_strategy, _started_strategy(before.config)
     if config.adapter.support_scope == "shared" and strategy != taken:
         raise SRDEError(
             f"support_strategy={strategy}: all experts share the support of start_from={place}, which was chosen by "
@@ -183,7 +186,7 @@ def _started(place: str) -> dict[str, Any]:
     """The options of the weights that a run starts from, with the names of their experts as domains."""
     metadata = _of_start(place, lambda: read_adapter_metadata(place))
     options = {key: getattr(metadata.config, key) for key in (*FIXED, "top_k", "support_strategy")}
-    options["support_strategy"] = _started_strategy(options["support_strategy"])
+    options["support_strategy"] = _started_strategy(metadata.config)
     return {"domains": metadata.expert_names} | options
 
 
@@ -201,6 +204,10 @@ def _saved_options(training: TrainingConfig) -> dict[str, Any]:
     return {key: value for section in sections.values() for key, value in section.items()}
 
 
-def _started_strategy(before: Strategy) -> Strategy:
-    """How supports of new experts are chosen beside those of a former run: not by data."""
-    return before if before in WITHOUT_DATA else "magnitude"
+def _started_strategy(before: AdapterConfig) -> Strategy:
+    """How supports of new experts are chosen beside those of a former run: not by data, and by chance where combined
+    experts leave no room for the disjoint supports of `magnitude`."""
+    share = before.num_experts * before.density * before.neuron_parts
+    if before.support_scope == "per_expert" and share > 1:
+        return "random"
+    return before.support_strategy if before.support_strategy in WITHOUT_DATA else "magnitude"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from srde_ds.model import products
 from srde_ds.model.delta_linear import DeltaLinear, DenseDeltas, Entries, SparseDeltas, SparseLinear, element_deltas
-from tests.helpers import gradient_of, randomize, tiny_srde, tokens
+from tests.helpers import gradient_of, randomize, tiny_llama, tiny_srde, tokens
 
 ROWS, COLUMNS, TOKENS = 7, 5, 3
 SIZE = ROWS * COLUMNS
@@ -82,9 +85,21 @@ def test_nothing_dense_is_kept_for_the_backward() -> None:
     assert sorted(t.untyped_storage().nbytes() for t in kept) == sorted(4 * t.numel() for t in (x, values, support))
 
 
-@pytest.mark.parametrize("granularity", ["neuron", "element"])
-def test_experts_train_under_autocast(granularity: str) -> None:
-    model = randomize(tiny_srde(granularity=granularity)).train()
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"granularity": "neuron"},
+        {"granularity": "neuron", "shared_expert_density": 0.1},
+        {"granularity": "element"},
+        {"granularity": "block", "density": 0.25},
+    ],
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_experts_train_under_autocast(form: dict[str, Any], grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama(hidden_size=32, intermediate_size=64)
+    model = randomize(tiny_srde(base=base, **form)).train()
+    if grouped:
+        monkeypatch.setitem(products.GROUPING, ("cpu", torch.bfloat16), products.GroupingOverhead(-99, 0, 0))
     grads = []
     for enabled in (True, False):
         model.zero_grad()

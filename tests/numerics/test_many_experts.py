@@ -74,6 +74,18 @@ def test_the_way_is_chosen_by_shapes() -> None:
     assert way(4096, experts=256, neurons=15, hidden=30) is JointProducts
 
 
+def test_a_long_prompt_is_read_by_the_quicker_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is prepared for decoding multiplies all experts; a prompt takes as long as a forward in training."""
+    model, ids = randomize(tiny_srde(num_experts=8, density=0.1)).eval(), tokens()
+    layer = model.layers[0]
+    with torch.no_grad():
+        by_prepared = model(ids).logits
+        assert layer._prepared(torch.empty(ids.numel(), layer.intermediate)) is not None
+        monkeypatch.setitem(GROUPING, ("cpu", torch.float32), GroupingOverhead(0, 0, 0))
+        assert layer._prepared(torch.empty(ids.numel(), layer.intermediate)) is None
+        torch.testing.assert_close(model(ids).logits, by_prepared, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", [{}, {"support_scope": "per_expert", "support_strategy": "random"}, {"num_atoms": 2}])
 @pytest.mark.parametrize("experts", [64, 256])
 def test_many_experts_equal_the_reference(experts: int, form: dict[str, Any]) -> None:

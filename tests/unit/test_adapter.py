@@ -220,7 +220,8 @@ def test_another_base_is_refused_by_name(tmp_path: Path) -> None:
         ),
         ({"layers.0.support": torch.zeros(5)}, "dtype float32, expected int32"),
         ({"layers.0.support": torch.tensor([-1, 0, 1, 2, 3], dtype=torch.int32)}, r"support holds the index -1\."),
-        ({"layers.0.support": torch.tensor([3, 0, 1, 2, 3], dtype=torch.int32)}, "support names an index twice"),
+        ({"layers.0.support": torch.tensor([0, 1, 2, 3, 3], dtype=torch.int32)}, "layers.0.support do not ascend"),
+        ({"layers.0.support": torch.tensor([3, 0, 1, 2, 4], dtype=torch.int32)}, "layers.0.support do not ascend"),
         (
             {"layers.0.support": torch.tensor(3, dtype=torch.int32)},
             r"free has .* expected \[32, 9, 0\]",

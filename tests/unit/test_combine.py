@@ -8,18 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from srde_ds.cli.main import main
 from srde_ds.compose.combine import combine
+from srde_ds.config import resolve
 from srde_ds.errors import SRDEError
-from srde_ds.export.weights import write_weights
+from srde_ds.export.weights import write_peft, write_weights
 from srde_ds.inference.load import load_model
 from srde_ds.inference.options import ModelOptions
 from srde_ds.model.adapter import SRDEModel, add_experts, load_adapter
 from srde_ds.model.adapter_source import open_adapter
 from srde_ds.model.policy import RoutingPolicy
+from srde_ds.model.supports.selection import check_support
+from srde_ds.training.run_inputs import read_run_inputs
 from srde_ds.weights.file import read_weights, save_weights
 from srde_ds.weights.origins import DomainStatistics
 from tests.cli_helpers import fails
@@ -107,6 +111,24 @@ def test_equal_supports_stay_one_and_equal_shapes_give_equal_bits(tmp_path: Path
         free = model.layers[layer].deltas.free.unflatten(1, (2, 3))
         assert torch.equal(free[:, 0], math.layers[layer].deltas.free)
         assert torch.equal(free[:, 1], law.layers[layer].deltas.free)
+
+
+@torch.no_grad()
+def test_experts_that_leave_no_room_for_disjoint_ones_load_and_go_on(tmp_path: Path) -> None:
+    parts = [
+        made(tmp_path, names, seed=seed, density=density)[0]
+        for seed, (names, density) in enumerate([(["math", "code"], 0.3), (["law", "art"], 0.2)])
+    ]
+    combined = combine([open_adapter(part) for part in parts])
+    config = combined.metadata.config
+    assert config.support_scope == "per_expert" and config.num_experts * config.density > 1
+    path = write_weights(combined, tmp_path / "all", dtype=torch.float32)
+    own = load_adapter(path, base=tiny_llama())
+    peft = PeftModel.from_pretrained(tiny_llama(), write_peft(combined, tmp_path / "peft", dtype=None))
+    torch.testing.assert_close(peft(input_ids=tokens()).logits, own(tokens()).logits)
+    started = resolve({}, {"start_from": str(path)}, read_inputs=read_run_inputs)
+    assert started.adapter.support_strategy == "random"
+    check_support(started.adapter, tiny_llama().config.hidden_size, tiny_llama().config.intermediate_size)
 
 
 @torch.no_grad()

@@ -362,6 +362,29 @@ def test_forms_are_told_by_their_keys(
     assert caplog.messages == [f"{path}: 2 records, {title}"]
 
 
+def test_a_response_that_is_the_whole_conversation_repeats_no_question(tmp_path: Path) -> None:
+    asked, answer = {"role": "user", "content": "7*8?"}, {"role": "assistant", "content": "56"}
+    for prompt in ("7*8?", [asked], [{"from": "user", "value": "7*8?"}]):
+        record = {"prompt": prompt, "chosen": [asked, answer], "rejected": []}
+        options = {"columns": {"response": "chosen"}, "ignore_columns": ("rejected",)}
+        assert pairs(read(write(tmp_path / "data.jsonl", record), **options)) == [("7*8?", "56")]
+    record = {"prompt": "9*8?", "response": [asked, answer]}
+    refused(write(tmp_path / "data.jsonl", record), "begins with a turn of the user or system that is not the prompt's")
+
+
+def test_a_turn_that_says_two_things_is_refused(tmp_path: Path) -> None:
+    turn = {"from": "human", "value": "7*8?", "content": "7*9?"}
+    record = {"conversations": [turn, {"from": "gpt", "value": "56"}]}
+    refused(write(tmp_path / "data.jsonl", record), "a turn has both 'value' and 'content', which differ")
+
+
+def test_files_that_seem_to_be_held_out_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("sft", "ood_tests"):
+        write(tmp_path / f"{name}.jsonl", {"prompt": name, "response": "b"})
+    assert all(record.split == "train" for record in read(tmp_path))
+    assert f"{tmp_path / 'ood_tests.jsonl'}: by their names held out, but no file is named for training" in caplog.text
+
+
 def test_an_alpaca_input_without_an_instruction_is_no_question(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", {"instruction": " ", "input": "7, 8", "output": "15"})
     refused(path, "train.jsonl:1: field 'instruction' is empty")
@@ -430,6 +453,10 @@ def test_the_right_choice_is_named_in_any_usual_way(tmp_path: Path, changes: dic
         (
             {"question": "a", "choices": ["C", "Co", "Cp"], "answer": "C"},
             "field 'answer' is \"C\", which is the text of one choice and the letter of another: give its number",
+        ),
+        (
+            {"question": "a", "choices": ["4", "3", "1", "0"], "answer": "1"},
+            "field 'answer' is \"1\", which is the text of one choice and the number of another: give its letter",
         ),
         ({"question": "a", "choices": ["b", "c"], "answer": 2}, "its letter (A to B) or its number (0 to 1)"),
         ({"question": "a", "choices": {"1": "b", "2": "c"}, "answer": 0}, "one of the choices, its label (1 to 2)."),

@@ -209,9 +209,20 @@ def test_held_out_prompts_in_training_are_refused(files: dict[str, Any]) -> None
     with files["jsonl_data"].open("a") as file:
         file.write(json.dumps({"messages": [*turns, {"role": "assistant", "content": "y"}], "domain": "math"}) + "\n")
         file.write(json.dumps(sums("logic", [52])[0]) + "\n")
-    fails(files, "2 held-out prompts also occur in the training file, the first is")
-    fails(files, "held_out.jsonl:2 = ")
-    fails(files, "train.jsonl:61: remove them from one of the files")
+    fails(files, "2 held-out questions are also in training; for example, ")
+    fails(files, "held_out.jsonl:2 asks what ")
+    fails(files, "train.jsonl:61 asks. Remove them from one of the files")
+
+
+def test_questions_before_the_last_one_that_are_in_training_are_told(
+    files: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [{"role": "user", "content": "math: 3 + 1?"}, {"role": "assistant", "content": "4"}]
+    more = [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "x"}]
+    with files["eval_file"].open("a") as file:
+        file.write(json.dumps({"messages": [*turns, *more], "domain": "math"}) + "\n")
+    build(files)
+    assert "1 questions before the last one of held-out conversations are also in training" in caplog.text
 
 
 def test_the_same_question_about_another_system_message_is_no_leak(
@@ -227,7 +238,7 @@ def test_the_same_question_about_another_system_message_is_no_leak(
     build(files)
     assert re.search(r"1 of \d+ held-out questions equal a training question but for case, spaces or the", caplog.text)
     files["eval_file"].write_text(held_out + asked("A first document."))
-    fails(files, "1 held-out prompts also occur in the training file", output_dir=files["output_dir"] / "other")
+    fails(files, "1 held-out questions are also in training", output_dir=files["output_dir"] / "other")
 
 
 def test_long_documents_are_counted_by_domain(files: dict[str, Any]) -> None:

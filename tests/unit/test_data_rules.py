@@ -271,6 +271,15 @@ def test_a_question_is_a_leak_in_any_turn_also_where_its_words_are_common(tmp_pa
     assert flagged.tolist() == [True, True, *([False] * len(around))] and forms == len(words(LONG)) - NGRAM + 1
 
 
+def test_characters_of_scripts_without_spaces_are_words(tmp_path: Path) -> None:
+    question = "小明有十二个苹果,他给了小红五个,请问小明现在还剩下多少个苹果?"
+    assert words("Ab 苹果x, ไทย 사과") == ["ab", "苹", "果", "x", "ไ", "ท", "ย", "사과"]
+    found = matches(tmp_path, [question], asked(f"请回答下面的题目:{question}", "7"), asked("今天天气怎么样?", "好"))
+    assert contaminated(*found, np.ones(2, bool))[0].tolist() == [True, False]
+    one, other = signatures([question, question.replace("苹果", "橘子")])
+    assert 0.3 < float((one == other).mean()) < 1
+
+
 def test_evaluation_files_of_several_forms_are_read(tmp_path: Path) -> None:
     path = tmp_path / "held_out.jsonl"
     lines = [{"prompt": "a"}, {"messages": asked("b", "no").messages}, {"question": "c", "answer": "no"}]

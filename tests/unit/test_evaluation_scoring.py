@@ -74,6 +74,16 @@ SAME = [
     ("The answer is 12 apples. Then 2 + 3 = 5 are left", "12"),  # another sentence
     ("The answer is 12, because Tom is 5 years old.", "12"),
     ("Answer: 12 apples, which is more than 5", "12"),
+    ("18 dollars", "18"),
+    ("**18 dollars**", "18"),
+    (r"\boxed{18 dollars}", "18"),
+    (r"\boxed{18\text{ dollars}}", "18"),
+    ("<answer>10 people</answer>", "10"),
+    ("about 42", "42"),
+    ("1/2 cup", "0.5"),
+    ("答案是42。", "42"),
+    ("一共42个苹果", "42"),
+    ("คำตอบคือ42บาท", "42"),
 ]
 DIFFERENT = [
     ("17 * 3", "51"),
@@ -101,6 +111,9 @@ DIFFERENT = [
     ("Answer: ±3 because", "3"),
     ("The answer is 5, which is less than 12.", "12"),
     ("The answer is 5, because Tom is 12.", "12"),
+    ("2 pi", "2"),
+    ("17 * 3 dollars", "51"),
+    ("答案是42。", "2"),
 ]
 
 

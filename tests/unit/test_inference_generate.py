@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from srde_ds.data.packing import prompt_ids
 from srde_ds.errors import SRDEError
-from srde_ds.inference.generate import Sampling, format_routing, generate
+from srde_ds.inference.generate import Sampling, answer_length, check_context, format_routing, generate
 from srde_ds.inference.many import generate_many
 from srde_ds.inference.prompts import Prompt
 from srde_ds.model.adapter import SRDEModel
@@ -174,6 +175,13 @@ def test_routing_is_shown_for_prompt_and_answer() -> None:
 def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(SRDEError, match=message):
         generate(tiny_model(), tiny_tokenizer(), MESSAGES, Sampling(**options))
+
+
+def test_a_base_may_have_no_context_of_its_own() -> None:
+    model = tiny_model()
+    model.base.config = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert answer_length(model, None) == 256 and answer_length(model, 5000) == 5000
+    check_context(model, 5000, 5000, where="here")
 
 
 def test_answering_works_without_a_chat_template() -> None:

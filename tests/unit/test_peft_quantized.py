@@ -49,6 +49,21 @@ def test_experts_are_trained_and_saved(kind: dict[str, Any], folder: Path, tmp_p
     assert all(torch.equal(state[name], tensor) for name, tensor in model.srde_model().adapter_tensors().items())
 
 
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"shared_expert_density": 0.1}, {"granularity": "element"}, {"granularity": "block", "density": 0.25}],
+)
+def test_experts_train_under_autocast_on_a_base_in_4_bits(form: dict[str, Any], folder: Path) -> None:
+    kind = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.bfloat16}
+    base = prepare_model_for_kbit_training(quantized(folder, kind), use_gradient_checkpointing=False)
+    model = tiny_peft(base, **form).train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=tokens(), labels=tokens()).loss
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+
+
 def test_the_support_is_chosen_by_the_quantised_values(folder: Path) -> None:
     whole = tiny_peft(AutoModelForCausalLM.from_pretrained(folder), density=0.25)
     model = tiny_peft(quantized(folder, KINDS[0]), density=0.25)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks import performance
 from benchmarks.quantized_base import comparison, table
 from benchmarks.tables import ROOT, markers
@@ -25,13 +27,14 @@ def test_a_quantised_base_is_compared_seed_by_seed() -> None:
             "seed": seed,
             "held_out_at_start": 2.0 + extra,
             "held_out": 1.0 + end,
-            "losses": [3, end],
+            "losses": [3, 3, end, 2 * end],
         }
         for kind, seed, extra, end in (("none", 0, 0, 0.0), ("none", 1, 0, 0.5), ("nf4", 0, 0.25, 0.125))
     ]
-    expected = {"seeds": 1, "at_start": 0.25, "held_out": 0.125, "late": 0.125, "noise": 0.5}
-    assert comparison(runs, "nf4") == expected
-    assert "| 4 bits | 0 | 2.2500 | 1.1250 | 0.1250 |" in table([run | {"seconds": 1} for run in runs])
+    found = comparison(runs, "nf4")
+    assert found.pop("late_interval") == pytest.approx(12.706 * 0.125 / 2, rel=1e-4)  # of two differences, 0.125 apart
+    assert found == {"seeds": 1, "at_start": 0.25, "held_out": 0.125, "late": 0.1875}
+    assert "| 4 bits | 0 | 2.2500 | 1.1250 | 0.1875 |" in table([run | {"seconds": 1} for run in runs])
 
 
 def test_a_goal_is_reached_or_not() -> None:

@@ -29,6 +29,8 @@ class InputChecks:
         self._trained: dict[int, str] = {}
         """place of the first record with a question, by the question's hash"""
         self._held_out: dict[int, str] = {}
+        self._held_out_before: dict[int, str] = {}
+        """the same of the questions before the last one"""
         self._trained_plain: set[int] = set()
         self._held_out_plain: dict[int, str] = {}
         """the same, ignoring case, spaces and the system message"""
@@ -54,6 +56,8 @@ class InputChecks:
                 self._trained_plain.add(_plain_hash(turns))
         else:
             self._held_out.setdefault(hash((system, asked[-1])), record.where)
+            for turns in asked[:-1]:
+                self._held_out_before.setdefault(hash((system, turns)), record.where)
             self._held_out_plain.setdefault(_plain_hash(asked[-1]), record.where)
 
     def finish(self, training: str, held_out: str, *, optional: Collection[str] = ()) -> None:
@@ -71,10 +75,19 @@ class InputChecks:
             raise SRDEError(f"'{training}' has no record of domain '{empty[0]}': add some, or leave it out of domains.")
         leaked = [asked for asked in self._held_out if asked in self._trained]
         if leaked:
-            first = f"{self._held_out[leaked[0]]} = {self._trained[leaked[0]]}"
             raise SRDEError(
-                f"'{held_out}': {len(leaked)} held-out prompts also occur in the training file, the first is {first}: "
-                "remove them from one of the files."
+                f"'{held_out}': {len(leaked)} held-out questions are also in training; for example, "
+                f"{self._held_out[leaked[0]]} asks what {self._trained[leaked[0]]} asks. Remove them from one of the "
+                "files."
+            )
+        if before := [asked for asked in self._held_out_before if asked in self._trained]:
+            log.warning(
+                "%s: %d questions before the last one of held-out conversations are also in training; for example, %s "
+                "asks what %s asks. Remove these conversations, unless such turns are phrases that all begin with.",
+                held_out,
+                len(before),
+                self._held_out_before[before[0]],
+                self._trained[before[0]],
             )
         alike = [place for plain, place in self._held_out_plain.items() if plain in self._trained_plain]
         if alike:

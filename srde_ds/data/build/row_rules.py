@@ -25,7 +25,9 @@ SHINGLE = 5
 """words in a run that is compared"""
 MINHASH_VERSION = f"rensa RMinHash {rensa.RMinHash.ALGORITHM_VERSION}"
 _SEED = 1
-_WORD = re.compile(r"\w+")
+# Scripts without spaces between words: from Thai to Burmese, Khmer, Japanese, Chinese. Their characters count as words.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 # Placeholders that generated datasets write when they have nothing to say.
 _PLACEHOLDERS = {"<nooutput>", "<noinput>"}
@@ -154,7 +156,7 @@ def hashed(text: str) -> int:
 
 
 def words(text: str) -> list[str]:
-    """The lower-case words of a text, without punctuation."""
+    """The lower-case words of a text, without punctuation; the characters of scripts without spaces."""
     return _WORD.findall(text.casefold())
 
 

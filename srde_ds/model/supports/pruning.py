@@ -72,7 +72,8 @@ def _strength(config: AdapterConfig, values: Mapping[str, Tensor], size: int) ->
     """`[E, m]` or `[E, n]` float64: the norm of each entry's effective delta."""
     neuron, kind = config.granularity == "neuron", "free" if config.num_atoms == 0 else "atoms"
     hidden = values[kind].shape[0] if neuron else 0
-    bank = empty_deltas(replace(config, neuron_parts=1), hidden=hidden, size=size)  # no matter which part it is
+    # Stored rows are those of one part already: without parts the bank expects just these.
+    bank = empty_deltas(replace(config, neuron_parts=1), hidden=hidden, size=size)
     bank.load_state_dict({name: values[name] for name in bank.state_dict()}, assign=True)
     with torch.no_grad():
         deltas = bank()

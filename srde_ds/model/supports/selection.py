@@ -133,7 +133,7 @@ def check_support(config: AdapterConfig, hidden: int, intermediate: int) -> None
         raise SRDEError(
             f"density={config.density} for {experts} experts with support_scope=per_expert: {experts} disjoint slices "
             f"of {size} do not fit into {total} {config.granularity}s; lower density to "
-            f"{1 / experts / config.neuron_parts:.4g} or less, or use support_scope=shared."
+            f"{1 / experts / config.neuron_parts:.4g} or less, or use support_strategy=random or support_scope=shared."
         )
 
 
