@@ -14,7 +14,9 @@ from srde_ds.errors import SRDEError
 class SuperviseOptions:
     """How often to restart the command, and with how many hosts."""
 
-    max_restarts: int = option(3, "number of attempts after the first", metavar="N", minimum=0)
+    max_restarts: int = option(
+        3, "number of attempts after the first, and after each that has left a new checkpoint", metavar="N", minimum=0
+    )
     min_nodes: int | None = option(
         None, "number of the hostfile's hosts that suffice to continue (default: all)", metavar="N", minimum=1
     )

@@ -138,6 +138,10 @@ def preflight(config: Config, hosts: Sequence[Host], command: Command) -> None:
         raise SRDEError(f"preflight: {'; '.join(finding.text for finding in fatal)} (--preflight false skips this).")
 
 
+class HostsMissing(SRDEError):
+    """Too few hosts answer; before another attempt they may be back."""
+
+
 class Supervisor:
     """Starts the command and watches its run folder, repeatedly until `completed.json` names all steps.
 
@@ -145,7 +149,7 @@ class Supervisor:
 
     Args:
         config: the run's config, as the command gives it.
-        max_restarts: number of attempts after the first.
+        max_restarts: number of attempts after the first, and after each that has left a new checkpoint.
         min_nodes: continue with this many of the hostfile's hosts; None: all are needed.
         host_timeout: seconds to wait for hosts that do not answer.
         preflight: first check for problems that would end the run.
@@ -174,18 +178,30 @@ class Supervisor:
         """The exit status: 0 if the run has finished, 128 + the signal that asked to stop, 2 for bad input, else 1."""
         former = {number: signal.signal(number, self._handle) for number in _STOPPING}
         try:
-            for attempt in range(self.max_restarts + 1):
+            restarts = attempt = 0
+            while True:
                 if self._finished():
                     self._say("the run has already finished")
                     return 0
-                status = self._attempt(attempt)
+                before = read_latest(self.run)
+                try:
+                    status = self._attempt(attempt)
+                except HostsMissing as error:
+                    if not attempt:
+                        raise
+                    status, self._last_cause = None, str(error)
+                    self._say(self._last_cause)
                 if status is not None:
                     return status
-                if attempt < self.max_restarts:
-                    self._pause(RESTART_SECONDS)
-                    if self._signal:
-                        return 128 + self._signal
-            self._say(f"given up after {self.max_restarts} restarts; {self._last_cause}")
+                if read_latest(self.run) != before:
+                    restarts = 0
+                if restarts == self.max_restarts:
+                    break
+                restarts, attempt = restarts + 1, attempt + 1
+                self._pause(RESTART_SECONDS)
+                if self._signal:
+                    return 128 + self._signal
+            self._say(f"given up after {restarts} restarts without a new checkpoint; {self._last_cause}")
             return 1
         finally:
             for number, handler in former.items():
@@ -205,7 +221,7 @@ class Supervisor:
             file.write(format_hostfile(hosts))
             file.flush()
             words = self.command.changed(hostfile=file.name if hosts else None, options=options)
-            self._say(f"attempt {attempt + 1} of {self.max_restarts + 1}: {shlex.join(words)}")
+            self._say(f"attempt {attempt + 1}: {shlex.join(words)}")
             began = time.time()
             self._earlier_heartbeat = read_heartbeat(self.run)
             status = self._run(words)
@@ -307,7 +323,7 @@ class Supervisor:
         """The hosts that answer, after waiting a while for all of them, or until a signal comes.
 
         Raises:
-            SRDEError: too few hosts answer.
+            HostsMissing: too few hosts answer.
         """
         deadline = time.monotonic() + self.host_timeout
         while True:
@@ -321,7 +337,7 @@ class Supervisor:
             self._pause(RESTART_SECONDS)
         if self.min_nodes is None or len(left) < self.min_nodes:
             needed = "all are needed (--min_nodes)" if self.min_nodes is None else f"min_nodes={self.min_nodes}"
-            raise SRDEError(
+            raise HostsMissing(
                 f"no answer over ssh from {', '.join(gone)}, and {needed}. Bring them up or leave them out."
             )
         self._say(f"continuing without {', '.join(gone)}")

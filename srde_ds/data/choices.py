@@ -38,8 +38,8 @@ def right_option(answer: Any, options: Sequence[str], labels: Sequence[str] | No
                 f"{json.dumps(answer)}, which is the text of one choice and the letter of another: give its number "
                 "(from 0), or the choices with their letters"
             )
-        number = int(text) if labels is None and text in map(str, range(len(options))) else None
-        if number is not None and by_text is not None and number != by_text:
+        position = int(text) if labels is None and text in map(str, range(len(options))) else None
+        if position is not None and by_text is not None and position != by_text:
             raise ValueError(
                 f"{json.dumps(answer)}, which is the text of one choice and the number of another: give its letter, or "
                 "the choices with their letters"

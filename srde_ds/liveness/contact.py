@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 2.0
 _TICK_SECONDS = 0.5
+_FROZEN_SECONDS = 5.0
+"""A watch that has not run for so long was stopped itself, as by `PreemptMode=SUSPEND` of Slurm or `docker pause`. The
+other ranks probably were too, so they have as long as ever to be heard again."""
 # How many connections are kept that have not yet proved to be a rank's, and for how long.
 _MOST_STRANGERS = 256
 _HANDSHAKE_SECONDS = 30.0
@@ -167,6 +170,7 @@ class Hub(Contact):
         self._all_have_come()
 
     def _run(self) -> None:
+        looked = time.monotonic()
         while not self._ending.is_set():
             for key, _ in self._selector.select(_TICK_SECONDS):
                 if key.fileobj is self._listener:
@@ -179,6 +183,10 @@ class Hub(Contact):
                     self._drop(connection)
             self._hear(0, self._reporter.report())
             now = time.monotonic()
+            if (frozen := now - looked) > _FROZEN_SECONDS:
+                self._began += frozen
+                self._heard = {rank: min(heard + frozen, now) for rank, heard in self._heard.items()}
+            looked = now
             peers = {
                 rank: Peer(peer.report, now - self._heard[rank], peer.connected, peer.error)
                 for rank, peer in self._peers.items()
@@ -305,7 +313,8 @@ class Link(Contact):
             send(self._connection, {**asdict(self._reporter.report()), **more})
 
     def _run(self) -> None:
-        heard, reported = time.monotonic(), 0.0
+        looked = heard = time.monotonic()
+        reported = 0.0
         self._connection.settimeout(_TICK_SECONDS)
         while not self._ending.is_set():
             now = time.monotonic()
@@ -321,7 +330,10 @@ class Link(Contact):
             except (OSError, ValueError, KeyError, TypeError):
                 self._end(self._about_main("ended without a word: killed, or crashed"), say=True)
                 return
-            if time.monotonic() - heard > self.silent:
+            last, looked = looked, time.monotonic()
+            if (frozen := looked - last) > _FROZEN_SECONDS:
+                heard = min(heard + frozen, looked)
+            if looked - heard > self.silent:
                 text = f"has given no sign of life for {self.silent:.0f} s: its host or the network is down"
                 self._end(self._about_main(text), say=True)
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FILE = "heartbeat.json"
 # A run with short steps must not write to shared storage at every step.
 SHORTEST_SECONDS = 1.0
+BETWEEN_STEPS_SECONDS = 20.0
 # Other ranks let rank 0 write first.
 RANK_0_SECONDS = 2.0
 State = Literal["running", "stopped", "failed", "finished"]
@@ -55,7 +56,7 @@ def read_heartbeat(run: Path) -> dict[str, Any]:
 
 
 class Heartbeat:
-    """Writes the file: rank 0 after steps, and any rank to report why the run ended.
+    """Writes the file: rank 0 after steps and within long ones, and any rank to report why the run ended.
 
     Only `completed.json` says that a run has finished; a heartbeat in state "finished" comes just before it. If the
     file cannot be written, there is only a warning, and training continues.
@@ -97,6 +98,11 @@ class Heartbeat:
         self._step_ended = now
         self._content |= {key: line[key] for key in ("step", "phase", "loss", "tokens", "tokens_per_second")}
         if now - self._written > SHORTEST_SECONDS:
+            self._write("running")
+
+    def beat(self) -> None:
+        """A micro-step or a batch of a measurement is about to begin: the run goes on, however long the step takes."""
+        if self._started and time.monotonic() - self._written > BETWEEN_STEPS_SECONDS:
             self._write("running")
 
     def stopped(self, reason: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ class Run:
 
     Attributes:
         held_out: None without validation rows.
+        beat: called before each micro-step and each batch of a measurement.
         line: the coming step's line of metrics as it fills; after the step, the complete line.
         measured: whether nothing that is measured after the last finished step was interrupted.
         allowed_experts: those of the last finished step, see `model.policy.RoutingPolicy`.
@@ -43,6 +44,7 @@ class Run:
     curriculum: Curriculum
     held_out: HeldOut | None
     stop: StopRequest
+    beat: Callable[[], None]
     line: dict[str, Any] = field(default_factory=dict)
     measured: bool = True
     allowed_experts: Tensor | None = field(init=False)
@@ -76,6 +78,7 @@ class Run:
 
     def interrupted(self) -> bool:
         """Whether `stopped_by` names a signal."""
+        self.beat()
         return self.stopped_by() is not None
 
     def finish_step(self, sums: dict[str, Tensor], seconds: float) -> None:

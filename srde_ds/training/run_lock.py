@@ -46,17 +46,18 @@ def run_lock(output_dir: str | Path) -> Iterator[None]:
     path = folder / FILE
     done = threading.Event()
     try:
-        _take(path)
+        own = _take(path)
         _held.add(path.resolve())
-        threading.Thread(target=_keep_touching, args=(path, done), name="run lock", daemon=True).start()
+        threading.Thread(target=_keep_touching, args=(path, own, done), name="run lock", daemon=True).start()
         try:
             yield
         finally:
             done.set()
             _held.discard(path.resolve())
             # If storage fails here, the next run takes the lock over, since this process is gone.
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+            with suppress(OSError, SRDEError):
+                if _read(path) == own:
+                    path.unlink(missing_ok=True)
     finally:
         if made:
             with suppress(OSError):  # it holds what the run has written
@@ -91,7 +92,13 @@ def held_since(output_dir: str | Path, now: float) -> float | None:
     return since if alive else None
 
 
-def _take(path: Path) -> None:
+def _take(path: Path) -> dict[str, Any]:
+    """Write the lock, and give its content.
+
+    Raises:
+        SRDEError: it belongs to a living training.
+    """
+    own: dict[str, Any]
     own = {"host": socket.gethostname(), "pid": os.getpid(), "started": start_time(os.getpid()), "machine": _machine()}
     own["time"] = time.time()
     with _one_at_a_time(path.parent):
@@ -103,6 +110,7 @@ def _take(path: Path) -> None:
         except OSError:
             path.unlink(missing_ok=True)
             raise
+    return own
 
 
 def _refuse_unless_stale(path: Path) -> None:
@@ -146,9 +154,20 @@ def _touched(path: Path) -> int | None:
         return None
 
 
-def _keep_touching(path: Path, done: threading.Event) -> None:
+def _keep_touching(path: Path, own: dict[str, Any], done: threading.Event) -> None:
+    """Touch the lock until `done`. A process that was stopped for long may find it taken over when it wakes up."""
     while not done.wait(TOUCH_SECONDS):
-        with suppress(OSError):  # storage may answer again later
+        with suppress(OSError, SRDEError):  # storage may answer again later
+            if (owner := _read(path)) not in ({}, own):
+                logger.critical(
+                    "%s now belongs to process %s of %s, since this one gave no sign of life for %.0f s. It ends, and "
+                    "saves nothing.",
+                    path,
+                    owner.get("pid"),
+                    owner.get("host"),
+                    STALE_SECONDS,
+                )
+                os._exit(1)
             os.utime(path)
 
 

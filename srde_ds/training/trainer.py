@@ -143,7 +143,7 @@ def run(config: Config, topology: Topology, stop: StopRequest, heartbeat: Heartb
     heartbeat.start(state.step)
     stop.at_once = False
     curriculum = Curriculum(config, topology, stream, state)
-    current = Run(config, topology, state, curriculum, held_out, stop)
+    current = Run(config, topology, state, curriculum, held_out, stop, heartbeat.beat)
     stopped: str | None = None
     watching = observers(heartbeat)
     with observed(current, watching):

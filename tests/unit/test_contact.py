@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -149,6 +150,25 @@ def test_rank_0_is_missed_too_unless_it_said_goodbye(verdicts: dict[int, Verdict
             assert "rank 0 (host" in verdicts[1].text and "ended without a word" in verdicts[1].text
             hub.leave("")
         link.leave("")
+
+
+def test_ranks_that_were_all_stopped_for_long_are_not_missed(
+    verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, clock = [0.0], time.monotonic
+    monkeypatch.setattr(contact, "time", SimpleNamespace(monotonic=lambda: clock() + stopped[0], sleep=time.sleep))
+    hub = Hub(2, 100, 100, "secret")
+    link = link_to(hub, 1)
+    until(lambda: len(hub._peers) == 2 and link._main is not None)
+    for _ in range(3):
+        stopped[0] += 5000
+        time.sleep(0.3)
+        assert not verdicts
+    monkeypatch.setattr(contact, "_FROZEN_SECONDS", 1e9)  # a watch that ran all the time
+    stopped[0] += 5000
+    until(lambda: bool(verdicts))
+    for each in (link, hub):
+        each.leave("")
 
 
 def test_an_error_is_passed_on_after_the_grace(verdicts: dict[int, Verdict], monkeypatch: pytest.MonkeyPatch) -> None:

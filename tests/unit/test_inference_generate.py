@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -179,7 +179,7 @@ def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
 
 def test_a_base_may_have_no_context_of_its_own() -> None:
     model = tiny_model()
-    model.base.config = SimpleNamespace(get_text_config=SimpleNamespace)
+    model.base.config = cast("Any", SimpleNamespace(get_text_config=SimpleNamespace))
     assert answer_length(model, None) == 256 and answer_length(model, 5000) == 5000
     check_context(model, 5000, 5000, where="here")
 

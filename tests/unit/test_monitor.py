@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from srde_ds.cli.main import main
 from srde_ds.cluster.monitor import monitor, observe
 from srde_ds.liveness.heartbeat import FILE, Heartbeat
+from srde_ds.training.run import Run
 from srde_ds.training.run_lock import run_lock
 from tests.cli_helpers import fails
 
@@ -69,6 +71,7 @@ def test_a_former_attempt_says_nothing_of_one_that_is_starting(tmp_path: Path, c
         assert observe(tmp_path, now=time.time() + 61).state == before  # its process was killed
         heartbeat(tmp_path, time=time.time(), **changes)
         assert observe(tmp_path, now=time.time()).state == before
+    (tmp_path / "run.lock").unlink()  # it looked like another's
     os.mkfifo(tmp_path / "run.lock")
     assert observe(tmp_path, now=time.time()).state == before
 
@@ -124,6 +127,20 @@ def test_what_training_writes_is_understood(tmp_path: Path, monkeypatch: pytest.
         later[rank].start(6)
         later[rank].failed(text, 1)
     assert "said of a later attempt" in observe(tmp_path, now=NOW).text
+
+
+def test_a_long_measurement_is_no_stall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    beat = Heartbeat(tmp_path, 20, world_size=2, enabled=True)
+    beat.beat()
+    assert not (tmp_path / FILE).exists()  # the folder may belong to another run
+    beat.start(6)
+    first = json.loads((tmp_path / FILE).read_text())["time"]
+    run = cast("Run", SimpleNamespace(beat=beat.beat, stopped_by=lambda: None))
+    assert not Run.interrupted(run)  # called before each batch
+    assert json.loads((tmp_path / FILE).read_text())["time"] == first
+    monkeypatch.setattr("srde_ds.liveness.heartbeat.BETWEEN_STEPS_SECONDS", -1.0)
+    Run.interrupted(run)
+    assert json.loads((tmp_path / FILE).read_text())["time"] > first
 
 
 def test_a_run_whose_folder_is_not_open_leaves_no_heartbeat(tmp_path: Path) -> None:

@@ -101,6 +101,24 @@ def test_a_lock_is_touched_while_it_is_held(tmp_path: Path, monkeypatch: pytest.
             time.sleep(0.01)
 
 
+def test_a_lock_that_was_taken_over_ends_its_former_owner_and_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    hold = f"from srde_ds.training import run_lock; run_lock.TOUCH_SECONDS = 0.2\n{HOLD}"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        owner = json.loads((folder / FILE).read_text()) | {"pid": 17}
+        (folder / FILE).write_text(json.dumps(owner))
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 1 and b"now belongs to process 17 of" in said
+    assert json.loads((folder / FILE).read_text()) == owner
+    with pytest.raises(SRDEError), run_lock(tmp_path / "other"):
+        (tmp_path / "other" / FILE).write_text("{}")
+        raise SRDEError("ends")
+    assert (tmp_path / "other" / FILE).read_text() == "{}"
+
+
 def test_a_run_that_fails_leaves_no_folder_but_what_it_has_written(tmp_path: Path) -> None:
     for name, wrote in (("empty", False), ("written", True)):
         folder = tmp_path / name

@@ -119,12 +119,41 @@ def test_a_finished_run_goes_on_when_it_is_to_have_more_steps(script: Path) -> N
 
 
 def test_causes_are_said_and_restarts_are_counted(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert supervise(script, ["1 saved failed", "247 error", "1"], max_restarts=2) == 1
+    assert supervise(script, ["1 failed", "247 error", "1"], max_restarts=2) == 1
     lines = capfd.readouterr().err.splitlines()
     ended = [line.partition(": ")[2] for line in lines if " ended after " in line]
-    assert "rank 1 (host b) failed: X; the latest checkpoint is checkpoint-3" in ended[0]
+    assert "rank 1 (host b) failed: X; no checkpoint has been saved yet" in ended[0]
     assert "rank 1: no such folder" in ended[1] and "status 1 before training" in ended[2]
     assert "given up after 2 restarts" in lines[-1] and "status 1" in lines[-1]
+
+
+def test_restarts_are_counted_from_the_last_new_checkpoint(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert supervise(script, ["1", "1 saved failed", "1", "1"], max_restarts=1) == 1
+    assert len(calls(script)) == 3
+    assert "given up after 1 restarts without a new checkpoint" in capfd.readouterr().err
+    (script.parent / "run/latest").unlink()
+    assert supervise(script, ["1", "1 saved failed", "0 completed"], max_restarts=1) == 0
+
+
+def test_hosts_that_are_away_before_a_later_attempt_may_come_back(
+    script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plan").write_text("1\n0 completed")
+    hosts, asked = [Host("a", 1)], iter([True, False, True])
+    command = Command.parse([sys.executable, str(script), "--output_dir", str(tmp_path / "run")])
+    config = resolve({}, {"output_dir": str(tmp_path / "run"), "warmup_steps": 0})
+    supervisor = Supervisor(command, config, max_restarts=2, min_nodes=None, host_timeout=-1.0, preflight=False)
+    supervisor.hosts = hosts
+    monkeypatch.setattr(module, "answering", lambda hosts: hosts if next(asked) else [])
+    monkeypatch.setattr(supervisor, "_end_on_hosts", lambda hosts: None)
+    monkeypatch.setattr(type(command), "changed", lambda self, **_: self.words)
+    assert supervisor.supervise() == 0 and len(calls(script)) == 2
+    missing = Supervisor(command, config, max_restarts=2, min_nodes=None, host_timeout=-1.0, preflight=False)
+    missing.hosts = hosts
+    (tmp_path / "run/completed.json").unlink()
+    monkeypatch.setattr(module, "answering", lambda hosts: [])
+    with pytest.raises(SRDEError, match="no answer over ssh from a"):
+        missing.supervise()
 
 
 @pytest.mark.parametrize("plan", ["2", "1 bad"])
