@@ -20,6 +20,7 @@ SRUN = """#!/bin/sh
 echo "$@" >> calls
 rm -f run/completed.json # as a run does that opens its folder
 if [ -n "$SIGNAL" ]; then trap 'exit 138' USR1; kill -s "$SIGNAL" $PPID; while :; do sleep 0.05; done; fi
+if [ -n "$SAVED" ]; then echo "$SAVED" > run/latest; fi
 if [ "$STEPS" != none ]; then echo "{\\"checkpoint\\": \\"c\\", \\"step\\": $STEPS}" > run/completed.json; fi
 exit "$STATUS"
 """
@@ -37,9 +38,16 @@ def folder(tmp_path: Path) -> Path:
 
 
 def job(
-    folder: Path, *flags: str, steps: int | None, status: int = 0, signal: str = "", preflight: str = "false"
+    folder: Path,
+    *flags: str,
+    steps: int | None,
+    status: int = 0,
+    signal: str = "",
+    preflight: str = "false",
+    saved: str = "",
 ) -> subprocess.CompletedProcess[str]:
-    """A job whose ranks end with `status`, after they have finished `steps`, or when the job gets `signal`."""
+    """A job whose ranks end with `status`, after they have `saved` a checkpoint or finished `steps`, or when the job
+    gets `signal`."""
     environment = {name: os.environ[name] for name in ("BASH_ENV",) if name in os.environ} | {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(SCRIPT.parents[2]),  # a job is submitted from there
@@ -52,6 +60,7 @@ def job(
         "STEPS": "none" if steps is None else str(steps),
         "STATUS": str(status),
         "SIGNAL": signal,
+        "SAVED": saved,
     }
     command = ["bash", str(SCRIPT), "--output_dir", "run", *flags]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
@@ -158,6 +167,19 @@ def test_a_task_knows_how_many_are_on_its_node(tasks: str, node: int, own: int) 
 def test_ranks_that_end_without_finishing_are_a_failure(folder: Path) -> None:
     assert job(folder, steps=None).returncode == 1
     assert job(folder, steps=None, status=4).returncode == 4
+
+
+def test_ranks_that_fail_after_a_new_checkpoint_are_started_again(folder: Path) -> None:
+    def requeued() -> bool:
+        return "requeue 7" in (folder / "scontrol").read_text()
+
+    assert job(folder, steps=None, status=4).returncode == 4 and not requeued()
+    (folder / "run/heartbeat.json").write_text('{\n "bad_input": true\n}\n')
+    assert job(folder, steps=None, status=4, saved="checkpoint-5").returncode == 4 and not requeued()
+    (folder / "run/heartbeat.json").unlink()
+    (folder / "run/latest").unlink()
+    failed = job(folder, steps=None, status=4, saved="checkpoint-5")
+    assert failed.returncode == 4 and requeued() and "after checkpoint-5 was saved, requeued" in failed.stderr
 
 
 def test_the_status_of_a_launcher_that_ends_before_the_first_look_is_kept(
