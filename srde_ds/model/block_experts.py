@@ -67,9 +67,13 @@ def block_experts(
     counts = torch.bincount(index_TK.flatten(), minlength=len(deltas_En)).tolist()
     tokens = (order_R // index_TK.shape[1]).split(counts)
     weights_R = weights_TK.flatten()[order_R]
-    # Autocast is off in the backward, and would mix dtypes in the forward where a base in 4 bits gives float32.
-    with torch.autocast(x_TD.device.type, enabled=False):
-        change_TU, extra_TD = BlockExperts.apply(x_TD, gate_TU, up_TU, weights_R, deltas_En, tokens, (act, blocks))
+    values: tuple[Any, ...] = (x_TD, gate_TU, up_TU, weights_R, deltas_En, tokens, (act, blocks))
+    if torch.is_autocast_enabled(x_TD.device.type):  # else the context would break torch.compile's graph
+        # Autocast is off in the backward, and would mix dtypes in the forward where a base in 4 bits gives float32.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            change_TU, extra_TD = BlockExperts.apply(*values)
+    else:
+        change_TU, extra_TD = BlockExperts.apply(*values)
     return change_TU, extra_TD
 
 
