@@ -296,8 +296,8 @@ class Supervisor:
     def _options(self, hosts: list[Host]) -> dict[str, str]:
         """Options of training that are added to those of the command."""
         options: dict[str, str] = {}
-        # Until an attempt has opened the folder, "latest" may name a checkpoint that the command goes back from. From a
-        # checkpoint of another run this one has begun already.
+        # `latest` counts once an attempt has begun to train, or if the command does not ask to go back. Before that it
+        # may be the checkpoint that the user wants to leave.
         if (self.run / "latest").exists() and (
             self._opened or not goes_back(self.config.training.resume_from, self.run)
         ):

@@ -7,7 +7,7 @@ from srde_ds.config.strategy import CALIBRATED, WITHOUT_DATA
 from srde_ds.errors import SRDEError, nearest
 
 # Keys of the curriculum that refine what another of its keys switches on.
-PARTS_OF = {
+REFINED_BY_SWITCH = {
     "expert_pretrain_steps": "supervised_experts",
     "pretrain_objective": "supervised_experts",
     "warm_start_method": "warm_start",
@@ -158,7 +158,7 @@ def _check_curriculum(config: Config) -> None:
     _check_pretraining(config)
     if curriculum.training_phases == "by_domain":
         _check_by_domain(config)
-    for key, needed in PARTS_OF.items():
+    for key, needed in REFINED_BY_SWITCH.items():
         value = getattr(curriculum, key)
         unused = (getattr(CurriculumConfig, key), PAST_DEFAULTS.get(key))
         if value not in unused and not getattr(curriculum, needed):

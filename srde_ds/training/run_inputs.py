@@ -17,8 +17,8 @@ from srde_ds.model.base import base_configuration
 from srde_ds.utils.together import Ranks, Result, on_main_rank, together
 from srde_ds.weights.file import AdapterMetadata
 
-# Options whose default follows from max_steps, density, granularity or training_phases, or was another one before, each
-# with the option that must be on for it to matter.
+# A resumed run keeps the saved values of these options, since their defaults follow from others or were other ones
+# before. Each has the switch without which it is ignored.
 _KEPT = {
     "top_k": None,
     "neuron_parts": None,
