@@ -94,7 +94,7 @@ class SupervisedRun:
         return int(match[1]) if (match := re.search(r"Resumed at step (\d+)", self._of_this_attempt())) else 0
 
     def _of_this_attempt(self) -> str:
-        return self.output().partition(f"attempt {self.attempt} of")[2] if self.supervised else self.output()
+        return self.output().partition(f"attempt {self.attempt}: ")[2] if self.supervised else self.output()
 
     def see_end(self, fault: str, inject: Callable[[], object]) -> tuple[Seen, int]:
         """Let a fault happen that the supervisor does not survive, or does not start again after; also its status."""
