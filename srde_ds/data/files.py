@@ -120,22 +120,28 @@ def find_files(name: str | Path, option: str, *, tell: bool = True) -> list[Path
 def splits_by_name(paths: Sequence[Path]) -> dict[Path, str]:
     """The split that a file's name says, or else the nearest of its folders below the folder of all.
 
-    There is none unless the names tell training files from others. A warning says so if only some seem to be held out.
+    There is none unless the names tell training files from others.
     """
+    named = _named_splits(paths)
+    return named if {"train"} < set(named.values()) else {}
+
+
+def warn_of_test_files(paths: Sequence[Path]) -> None:
+    """Warn of training files whose names say that they are held out, where none is named for training."""
+    named = _named_splits(paths)
+    if named and "train" not in named.values() and len(named) < len(paths):
+        log.warning(
+            "%s: trained on, although the name says that it is held out, since no file is named for training. To hold "
+            "it out, give it as --eval_file and the others alone; or name the others train.",
+            ", ".join(map(str, named)),
+        )
+
+
+def _named_splits(paths: Sequence[Path]) -> dict[Path, str]:
     root = os.path.commonpath([path.parent for path in paths])
     names = {path: [path.name, *reversed(path.parent.relative_to(root).parts)] for path in paths}
     splits = {path: next(filter(None, map(_named_split, names[path])), None) for path in paths}
-    named = {path: split for path, split in splits.items() if split is not None}
-    if {"train"} < set(named.values()):
-        return named
-    held_out = [str(path) for path, split in named.items() if split != "train"]
-    if held_out and len(held_out) < len(paths):
-        log.warning(
-            "%s: by their names held out, but no file is named for training, so names are not looked at. To hold them "
-            "out, give the others alone, and these as --eval_file; or name the others train.",
-            ", ".join(held_out),
-        )
-    return {}
+    return {path: split for path, split in splits.items() if split is not None}
 
 
 def _named_split(name: str) -> str | None:

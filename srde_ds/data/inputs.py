@@ -11,7 +11,7 @@ from typing import Any
 
 from srde_ds.config import DataConfig
 from srde_ds.data.conversation import TrainOn
-from srde_ds.data.files import find_files, read_items, splits_by_name
+from srde_ds.data.files import find_files, read_items, splits_by_name, warn_of_test_files
 from srde_ds.data.forms import FORMS, Form, convert
 from srde_ds.data.records import Record, parse_record
 from srde_ds.errors import SRDEError
@@ -116,6 +116,8 @@ def read_fields(
     unseen = set(options.columns.values())
     paths = find_files(name, option)
     splits = splits_by_name(paths) if answered else {}
+    if option == "jsonl_data":
+        warn_of_test_files(paths)
     for path in paths:
         forms: Counter[str] = Counter()
         if path in splits:

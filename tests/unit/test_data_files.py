@@ -382,7 +382,10 @@ def test_files_that_seem_to_be_held_out_are_told(tmp_path: Path, caplog: pytest.
     for name in ("sft", "ood_tests"):
         write(tmp_path / f"{name}.jsonl", {"prompt": name, "response": "b"})
     assert all(record.split == "train" for record in read(tmp_path))
-    assert f"{tmp_path / 'ood_tests.jsonl'}: by their names held out, but no file is named for training" in caplog.text
+    assert caplog.text.count(f"{tmp_path / 'ood_tests.jsonl'}: trained on, although the name says") == 1
+    caplog.clear()
+    list(read_records(tmp_path, ("math",), option="eval_file"))
+    assert "trained on" not in caplog.text
 
 
 def test_an_alpaca_input_without_an_instruction_is_no_question(tmp_path: Path) -> None:

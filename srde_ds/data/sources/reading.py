@@ -20,7 +20,14 @@ import datasets
 from huggingface_hub import HfApi
 
 from srde_ds.data.build.artifacts import fingerprint
-from srde_ds.data.files import find_files, has_plain_lines, read_items, splits_by_name, without_nulls
+from srde_ds.data.files import (
+    find_files,
+    has_plain_lines,
+    read_items,
+    splits_by_name,
+    warn_of_test_files,
+    without_nulls,
+)
 from srde_ds.data.sources.examples import BrokenRow, Example, of_a_source, unanswered
 from srde_ds.data.sources.formatters import FORMATTERS
 from srde_ds.data.sources.registry import Source
@@ -266,6 +273,7 @@ def _local(source: Source) -> list[Path]:
 
 def _training(paths: Sequence[Path]) -> list[Path]:
     """The files without those whose names say that they are held out."""
+    warn_of_test_files(paths)
     splits = splits_by_name(paths)
     held_out = [path for path in paths if splits.get(path, "train") != "train"]
     if held_out:
